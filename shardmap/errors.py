@@ -1,0 +1,75 @@
+"""Every error that a user of shardmap can cause, one name each.
+
+Each message carries the call, the argument, its value and the remedy. The classes derive from the
+builtin that `torch.func.vmap` raises in the same situation, so that code written for it keeps working.
+"""
+
+from __future__ import annotations
+
+
+class ShardmapError(Exception):
+    """Base of all errors raised on purpose by shardmap."""
+
+
+class InDimsError(ShardmapError, ValueError):
+    """`in_dims` or `kw_in_dims` do not fit the arguments: structure, range, sizes, or nothing mapped."""
+
+
+class OutDimsError(ShardmapError, ValueError):
+    """`out_dims` does not fit the outputs."""
+
+
+class OptionError(ShardmapError, ValueError):
+    """An option (`chunk_size`, `randomness`, `trace`, ...) has a value that it cannot have."""
+
+
+class DeviceError(ShardmapError, ValueError):
+    """`devices` names a device that is unknown, absent, or malformed."""
+
+
+class OutputError(ShardmapError, ValueError):
+    """The mapped function returned something that is not a pytree of tensors."""
+
+
+class EmptyBatchError(ShardmapError, ValueError):
+    """The batch is empty and the shape of the result cannot be inferred."""
+
+
+class CapturedWriteError(ShardmapError, RuntimeError):
+    """The mapped function writes in place to a tensor that all samples share."""
+
+
+class EscapeError(ShardmapError, RuntimeError):
+    """A value that differs by sample leaves the recording by a door that cannot be followed."""
+
+
+class DataDependentError(ShardmapError, RuntimeError):
+    """Python control flow in the mapped function depends on a value that differs by sample."""
+
+
+class RandomnessError(ShardmapError, RuntimeError):
+    """The mapped function draws random numbers in a way that `randomness` does not allow."""
+
+
+class AutogradFunctionError(ShardmapError, RuntimeError):
+    """A `torch.autograd.Function` inside the mapped function would lose its own backward."""
+
+
+class UnsupportedOperatorError(ShardmapError, NotImplementedError):
+    """No rule batches an operator that the mapped function calls."""
+
+
+class StaleRecordingError(ShardmapError, RuntimeError):
+    """A value that the recording relied on has changed since."""
+
+
+class MissingExtraError(ShardmapError, ImportError):
+    """An optional package is needed; the message names the extra that brings it."""
+
+
+class ConfigError(ShardmapError, ValueError):
+    """A run's configuration is wrong: the message names the key, the value and the remedy."""
+
+
+class WorkerError(ShardmapError, RuntimeError):
+    """A remote worker failed while it computed a chunk."""
