@@ -1,0 +1,1 @@
+"""Shardmap against its peers, side by side in one run."""
