@@ -1,0 +1,1 @@
+"""Tests of shardmap: the loop is the oracle, `tests.oracle` holds it."""

@@ -1,0 +1,434 @@
+"""The oracle: the plain loop over rows, and the comparison of any `vmap` with it.
+
+`loop` has the signature of `shardmap.vmap`, so it can stand wherever a map can: nested, under transforms, or as the
+subject of its own comparison. `compare` builds the same setting twice, runs the loop on one and the subject on the
+other, and looks at everything that a caller could see afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap.errors import ShardmapError
+
+Subject = Callable[..., Callable[..., Any]]
+
+# What a slow loop over the batch says of itself: PyTorch's own fallback, and ours.
+FALLBACK_WARNING = re.compile(r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def flatten_dims(dims: Any, tree: Any) -> list[int | None]:
+    """Repeats the prefix tree `dims` over the leaves of `tree`."""
+    leaves, spec = pytree.tree_flatten(tree)
+    if dims is None or isinstance(dims, int):
+        return [dims] * len(leaves)
+    if isinstance(dims, list):
+        dims = tuple(dims)
+    flat = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
+    assert flat is not None, f"in_dims {dims} do not fit {spec}"
+    return flat
+
+
+def rows(args: tuple[Any, ...], in_dims: Any) -> tuple[int, Callable[[int], tuple[Any, ...]]]:
+    """The batch size, and a function that takes row `i` of every mapped argument as a view."""
+    leaves, spec = pytree.tree_flatten(args)
+    dims = flatten_dims(in_dims, args)
+    sizes = {leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None and isinstance(leaf, torch.Tensor)}
+    assert len(sizes) == 1, f"batch sizes {sizes}"
+
+    def row(i: int) -> tuple[Any, ...]:
+        picked = [
+            leaf.select(d, i) if d is not None and isinstance(leaf, torch.Tensor) else leaf for leaf, d in zip(leaves, dims, strict=True)
+        ]
+        return pytree.tree_unflatten(picked, spec)
+
+    return sizes.pop(), row
+
+
+def loop(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    kw_in_dims: Any = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    """The specification: `func` on every row, results stacked. Options that only say how to compute are ignored.
+
+    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros and keeps the shapes.
+    """
+    del randomness, options
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        named = kw_in_dims or {}
+        dims = tuple(flatten_dims(in_dims, args)), tuple(flatten_dims(dict.fromkeys(kwargs) | dict(named), kwargs))
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        size, row = rows(tuple(flat), dims[0] + dims[1])
+        if size == 0:
+            picked = [
+                torch.zeros_like(leaf.movedim(d, 0).sum(0), dtype=leaf.dtype) if d is not None and isinstance(leaf, torch.Tensor) else leaf
+                for leaf, d in zip(flat, dims[0] + dims[1], strict=True)
+            ]
+            results = [pytree.tree_flatten(_call(func, spec, picked))]
+        else:
+            results = [pytree.tree_flatten(_call(func, spec, row(i))) for i in range(size)]
+        out_spec = results[0][1]
+        columns = list(zip(*(leaves for leaves, _ in results), strict=True))
+        out_flat = flatten_dims(out_dims, pytree.tree_unflatten(list(results[0][0]), out_spec))
+        stacked = [torch.stack(column, d or 0) for column, d in zip(columns, out_flat, strict=True)]
+        if size == 0:
+            stacked = [leaf.narrow(d or 0, 0, 0).clone() for leaf, d in zip(stacked, out_flat, strict=True)]
+        return pytree.tree_unflatten(stacked, out_spec)
+
+    return mapped
+
+
+def _call(func: Callable[..., Any], spec: Any, leaves: Sequence[Any]) -> Any:
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    return func(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+
+
+@dataclass
+class Setting:
+    """One fresh copy of everything that a run touches."""
+
+    run: Callable[[Subject], Any]
+    """Calls the map, given as an argument, and returns its outputs (a pytree of tensors)."""
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    """Tensors handed to the map: checked for changes, aliasing and gradients."""
+    captured: list[torch.Tensor] = field(default_factory=list)
+    """Tensors that the mapped function shares between samples: checked the same way."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Which of the checks apply, and how precise the comparison is."""
+
+    gradient: bool = True
+    second_order: bool = False
+    aliasing: bool = True
+    requires_grad: bool = True
+    precision: torch.dtype | None = None
+    """The least precise dtype computed in on the way, where it is not that of the outputs."""
+    refusals: tuple[type[BaseException], ...] = (ShardmapError,)
+    """What the subject may raise where the loop answers; anything else is a crash."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison found: `right`, `refused`, `wrong`, or `skipped` where the loop itself fails."""
+
+    kind: str
+    detail: str = ""
+    fallback: bool = False
+    gradient: str = ""
+    """How far gradients were compared: "", "first", "second", or why the loop has none."""
+
+    def __bool__(self) -> bool:
+        """Whether the subject did nothing wrong."""
+        return self.kind != "wrong"
+
+
+TOLERANCES = {  # rtol, and atol relative to the largest magnitude: batched kernels sum in another order
+    torch.float64: (1e-8, 1e-9),
+    torch.complex128: (1e-8, 1e-9),
+    torch.float32: (2e-4, 2e-5),
+    torch.complex64: (2e-4, 2e-5),
+    torch.float16: (1e-2, 4e-3),
+    torch.bfloat16: (5e-2, 3e-2),
+}
+
+
+class Mismatch(AssertionError):
+    """The subject's result differs from the loop's."""
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, precision: torch.dtype | None = None, slack: torch.Tensor | None = None) -> None:
+    """Raises `Mismatch` unless shape, dtype, device and values (to rounding, NaN equal) agree."""
+    if not isinstance(got, torch.Tensor):
+        raise Mismatch(f"{what}: {type(got).__name__} instead of a tensor")
+    for name in ("shape", "dtype", "device", "layout"):
+        if getattr(got, name) != getattr(want, name):
+            raise Mismatch(f"{what}: {name} {getattr(got, name)}, the loop has {getattr(want, name)}")
+    got, want = got.detach(), want.detach()
+    if got.layout != torch.strided:
+        got, want = got.to_dense(), want.to_dense()
+    if got.numel() == 0:
+        return
+    if not (want.is_floating_point() or want.is_complex()):
+        wrong = got != want
+        if slack is not None:
+            wrong &= slack == want
+    else:
+        rtol, relative_atol = max(TOLERANCES.get(want.dtype, (1e-1, 1e-1)), TOLERANCES.get(precision or want.dtype, (0.0, 0.0)))
+        wide = torch.complex128 if want.is_complex() else torch.float64
+        got, want = got.to(wide), want.to(wide)
+        magnitude = want.abs()
+        finite = magnitude[magnitude.isfinite()]
+        scale = max(float(finite.max()) if finite.numel() else 0.0, 1e-3)
+        bound = rtol * magnitude + relative_atol * scale
+        if slack is not None:
+            bound = bound + 10 * (slack.detach().to(wide) - want).abs().nan_to_num(float("inf"))
+        wrong = ~((got - want).abs() <= bound) & ~((got == want) | (got.isnan() & want.isnan()))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        count = int(wrong.sum())
+        raise Mismatch(f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, the loop has {want[at].item()!r}")
+
+
+def offsets(tensor: torch.Tensor) -> set[int]:
+    """The element addresses that a small dense tensor covers."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return set()
+    addresses = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        addresses = addresses.unsqueeze(-1) + torch.arange(size) * stride * tensor.element_size()
+    return set(addresses.flatten().tolist())
+
+
+def assert_own_memory(outputs: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    """Raises `Mismatch` if an output shares memory with an input, a captured tensor, another output or itself."""
+    taken: dict[int, str] = {}
+    for i, other in enumerate(others):
+        if other.layout == torch.strided and other.numel():
+            taken[other.untyped_storage().data_ptr()] = f"input or captured tensor {i}"
+    seen: set[int] = set()
+    for i, output in enumerate(outputs):
+        if output.layout != torch.strided or not output.numel():
+            continue
+        if (owner := taken.get(output.untyped_storage().data_ptr())) is not None:
+            raise Mismatch(f"output {i} shares memory with {owner}")
+        mine = offsets(output)
+        if len(mine) != output.numel():
+            raise Mismatch(f"output {i} repeats its own memory (strides {output.stride()}, shape {tuple(output.shape)})")
+        if mine & seen:
+            raise Mismatch(f"output {i} shares memory with another output")
+        seen |= mine
+
+
+# ---------------------------------------------------------------------------------------------- the comparison
+
+
+@dataclass
+class Seen:
+    """All that one run left behind."""
+
+    outputs: list[torch.Tensor]
+    spec: Any
+    changed: list[torch.Tensor]
+    """Inputs and captured tensors as they are afterwards."""
+    first: list[torch.Tensor | None] | None = None
+    second: list[torch.Tensor | None] | None = None
+    no_gradient: str = ""
+    fallback: bool = False
+
+
+def weights_like(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Fixed random weights, so that every output element reaches the gradient with a factor of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t.dtype) for t in tensors]
+
+
+def weighted_sum(tensors: list[torch.Tensor], seed: int) -> torch.Tensor | None:
+    """A scalar that depends on every floating-point element that requires grad."""
+    used = [t for t in tensors if t is not None and t.requires_grad and (t.is_floating_point() or t.is_complex())]
+    terms = [(w * t).sum() for w, t in zip(weights_like(used, seed), used, strict=True)]
+    terms = [term.real if term.is_complex() else term for term in terms]
+    return torch.stack([term.to(torch.float64) for term in terms]).sum() if terms else None
+
+
+def look(setting: Setting, subject: Subject, checks: Checks) -> Seen:
+    """Runs the setting with `subject` as its map and collects what can be seen."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = setting.run(subject)
+    outputs, spec = pytree.tree_flatten(result)
+    watched = setting.inputs + setting.captured
+    seen = Seen(outputs, spec, [t.detach().clone() for t in watched])
+    seen.fallback = any(FALLBACK_WARNING.search(str(w.message)) for w in caught)
+    if not checks.gradient or not all(isinstance(o, torch.Tensor) for o in outputs):
+        return seen
+    wrt = [t for t in watched if t.requires_grad]
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            total = weighted_sum(outputs, 1)
+            if total is None or not wrt:
+                return seen
+            seen.first = list(torch.autograd.grad(total, wrt, create_graph=checks.second_order, allow_unused=True))
+            if checks.second_order:
+                total = weighted_sum(seen.first, 2)  # type: ignore[arg-type]  # None entries are left out there
+                if total is not None:
+                    seen.second = list(torch.autograd.grad(total, wrt, allow_unused=True))
+        except ShardmapError:
+            raise
+        except RuntimeError as error:
+            seen.no_gradient = first_line(error)
+    return seen
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def compare(build: Callable[[], Setting], subject: Subject, checks: Checks = Checks(), perturbed: Callable[[], Setting] | None = None) -> Verdict:  # noqa: B008  (frozen)
+    """Judges `subject` by the loop, in a setting that `build` makes afresh for each.
+
+    Args:
+        build: makes the same setting at each call, sharing no tensors between calls.
+        subject: a map with the signature of `shardmap.vmap`.
+        checks: what is looked at.
+        perturbed: makes the setting with inputs changed by rounding; where the loop's own answer changes with it, so may the subject's.
+    """
+    try:
+        want = look(build(), loop, checks)
+    except Exception as error:
+        return Verdict("skipped", f"the loop fails: {first_line(error)}")
+    setting = build()
+    random_state = torch.random.get_rng_state()
+    grads_before = [t.grad for t in setting.inputs + setting.captured]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    try:
+        got = look(setting, subject, checks)
+    except checks.refusals as error:
+        changed = _changed_by_refusal(build, setting)
+        return Verdict("wrong", f"{first_line(error)}\n{changed}") if changed else Verdict("refused", first_line(error))
+    except Exception as error:
+        return Verdict("wrong", "crash: " + "".join(traceback.format_exception(error, limit=-6)))
+    if not torch.equal(random_state, torch.random.get_rng_state()):
+        return Verdict("wrong", "the global random state changed")
+    if modes != (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()):
+        return Verdict("wrong", "a global mode changed")
+    if any(t.grad is not before for t, before in zip(setting.inputs + setting.captured, grads_before, strict=True)):
+        return Verdict("wrong", "a .grad field changed")
+    try:
+        _judge(setting, got, want, checks, None)
+    except Mismatch as mismatch:
+        if perturbed is None:
+            return Verdict("wrong", str(mismatch), got.fallback)
+        try:
+            _judge(setting, got, want, checks, look(perturbed(), loop, checks))
+        except Exception:
+            return Verdict("wrong", str(mismatch), got.fallback)
+    done = want.no_gradient or ("second" if want.second else "first" if want.first else "")
+    return Verdict("right", "", got.fallback, done)
+
+
+def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen | None) -> None:
+    """Raises `Mismatch` at the first difference between the two runs."""
+    if got.spec != want.spec:
+        raise Mismatch(f"structure {got.spec}, the loop has {want.spec}")
+    for i, (mine, theirs) in enumerate(zip(got.outputs, want.outputs, strict=True)):
+        assert_same(mine, theirs, f"output {i}", checks.precision, slack.outputs[i] if slack else None)
+        if checks.requires_grad and mine.requires_grad != theirs.requires_grad:
+            raise Mismatch(f"output {i}: requires_grad {mine.requires_grad}, the loop has {theirs.requires_grad}")
+    for i, (mine, theirs) in enumerate(zip(got.changed, want.changed, strict=True)):
+        assert_same(mine, theirs, f"input or captured tensor {i} afterwards", checks.precision, slack.changed[i] if slack else None)
+    if checks.aliasing:
+        assert_own_memory(got.outputs, setting.inputs + setting.captured)
+    if want.no_gradient:
+        return
+    if got.no_gradient:
+        raise Mismatch(f"gradient fails: {got.no_gradient}")
+    for order in ("first", "second"):
+        mine_all, theirs_all = getattr(got, order), getattr(want, order)
+        if theirs_all is None or mine_all is None:
+            # None on one side only is a gradient that is zero there: connected on one path, cut on the other.
+            mine_all, theirs_all = mine_all or [None] * len(theirs_all or []), theirs_all or [None] * len(mine_all or [])
+        slacks = (getattr(slack, order) if slack else None) or [None] * len(theirs_all)
+        for i, (mine, theirs, loose) in enumerate(zip(mine_all, theirs_all, slacks, strict=True)):
+            if mine is None and theirs is None:
+                continue
+            mine = torch.zeros_like(theirs) if mine is None else mine
+            theirs = torch.zeros_like(mine) if theirs is None else theirs
+            assert_same(mine, theirs, f"{order}-order gradient {i}", checks.precision, loose)
+
+
+def _changed_by_refusal(build: Callable[[], Setting], setting: Setting) -> str:
+    """Says which tensor a refused call has changed, or nothing."""
+    before = build()
+    try:
+        for i, (now, then) in enumerate(zip(setting.inputs + setting.captured, before.inputs + before.captured, strict=True)):
+            assert_same(now, then, f"refused, but input or captured tensor {i}")
+    except Mismatch as mismatch:
+        return str(mismatch)
+    return ""
+
+
+def refusal(build: Callable[[], Setting], subject: Subject, expected: type[BaseException]) -> str:
+    """Checks that `subject` raises `expected` and leaves nothing changed; returns the message.
+
+    Raises:
+        AssertionError: another error, none, or something changed.
+    """
+    setting = build()
+    random_state = torch.random.get_rng_state()
+    versions = [t._version for t in setting.inputs + setting.captured]
+    try:
+        setting.run(subject)
+    except expected as error:
+        changed = _changed_by_refusal(build, setting)
+        assert not changed, changed
+        after = [t._version for t in setting.inputs + setting.captured]
+        assert versions == after, f"version counters went from {versions} to {after}"
+        assert all(t.grad is None for t in setting.inputs + setting.captured), "a .grad field was filled"
+        assert torch.equal(random_state, torch.random.get_rng_state()), "the global random state changed"
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"expected {expected.__name__}, got {first_line(error)}") from error
+    raise AssertionError(f"expected {expected.__name__}, nothing was raised")
+
+
+# ---------------------------------------------------------------------------------------------- subjects
+
+
+def torch_func(func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any) -> Callable[..., Any]:
+    """`torch.func.vmap` as a subject: the reference that the sweep compares with. Its refusals are of many classes."""
+    options.pop("kw_in_dims", None)
+    return torch.func.vmap(func, in_dims, out_dims, randomness, chunk_size=options.get("chunk_size"))
+
+
+def shardmap_subject() -> Subject:
+    """`shardmap.vmap`, imported late so that the harness can be used without it."""
+    import shardmap
+
+    return shardmap.vmap
+
+
+def subject_named(name: str) -> Subject:
+    """`shardmap`, `torch`, or `loop`."""
+    return {"shardmap": shardmap_subject, "torch": lambda: torch_func, "loop": lambda: loop}[name]()
+
+
+def twin(tensor: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A leaf with the same values, strides and offset over a copied storage; views of one storage stay views of one."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad) if isinstance(tensor, torch.Tensor) else tensor
+    memo = {} if memo is None else memo
+    storage = tensor.untyped_storage()
+    copy = memo.setdefault(storage._cdata, None)
+    if copy is None:
+        copy = memo[storage._cdata] = storage.clone()
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    fresh.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    if tensor.is_conj():
+        fresh = fresh.conj()
+    if tensor.is_neg():
+        fresh = torch._neg_view(fresh)
+    return fresh.requires_grad_(tensor.requires_grad)
