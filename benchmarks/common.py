@@ -100,8 +100,8 @@ def relative_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
     """Return per row the largest difference over the largest expected magnitude; infinite for another shape, another dtype or a NaN."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return torch.full((1,), torch.inf)
-    scale = expected.flatten(1).abs().amax(1)
-    difference = (found - expected).flatten(1).abs().amax(1)
+    scale = expected.reshape(len(expected), -1).abs().amax(1)
+    difference = (found - expected).reshape(len(expected), -1).abs().amax(1)
     errors = torch.where(difference == 0, 0.0, difference / scale)
     return errors.nan_to_num(nan=torch.inf)
 
@@ -130,6 +130,7 @@ def machine(packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
@@ -140,7 +141,8 @@ def machine_line(description: Mapping[str, Any]) -> str:
     """Write a description made by `machine` as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     return (
-        f"{description['cpu']}, {description['cores']} cores, {description['threads']} threads; {description['system']}, "
+        f"{description['cpu']}, {description['cores']} cores, threads used: {description['threads']}, "
+        f"load before: {description['load']:.1f}; {description['system']}, "
         f"Python {description['python']}, {versions}"
     )
 

@@ -66,10 +66,9 @@ def digits_cnn_jax(params: JaxParams, x: Any) -> Any:
     """Apply `digits_cnn` to one image [1, 8, 8]."""
     import jax
 
-    x = x[None].transpose(0, 2, 3, 1)
     x = jax.nn.relu(_conv(params, "0", x))
     x = jax.nn.relu(_conv(params, "2", x))
-    return _linear(params, "6", _max_pool(x).transpose(0, 3, 1, 2).reshape(-1))
+    return _linear(params, "6", _max_pool(x).reshape(-1))
 
 
 def cifar_cnn() -> nn.Module:
@@ -87,12 +86,11 @@ def cifar_cnn_jax(params: JaxParams, x: Any) -> Any:
     """Apply `cifar_cnn` to one image [3, 32, 32]."""
     import jax
 
-    x = x[None].transpose(0, 2, 3, 1)
     x = _max_pool(jax.nn.relu(_conv(params, "0", x)))
     x = jax.nn.relu(_group_norm(params, "4", _conv(params, "3", x, stride=2), groups=8))
     x = _max_pool(jax.nn.relu(_group_norm(params, "7", _conv(params, "6", x), groups=8)))
     x = jax.nn.relu(_conv(params, "10", x, stride=2))
-    return _linear(params, "13", x.transpose(0, 3, 1, 2).reshape(-1))
+    return _linear(params, "13", x.reshape(-1))
 
 
 class Block(nn.Module):
@@ -162,56 +160,37 @@ def transformer_jax(params: JaxParams, tokens: Any) -> Any:
     return _linear(params, "head", _layer_norm(params, "norm", x).mean(0))
 
 
+# Torch's own layouts, [out, in] and NCHW with OIHW, served JAX best here: its per-sample gradients of 784-256-256-10 took half the time
+# that they took with weights stored [in, out], and convolutions did not care.
 def _linear(params: JaxParams, name: str, x: Any) -> Any:
-    return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
+    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
 
 
 def _conv(params: JaxParams, name: str, x: Any, stride: int = 1) -> Any:
     from jax import lax
 
-    weight, layout = params[f"{name}.weight"], ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, weight, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=layout) + params[f"{name}.bias"]
+    convolved = lax.conv_general_dilated(
+        x[None], params[f"{name}.weight"], (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW")
+    )
+    return convolved[0] + params[f"{name}.bias"][:, None, None]
 
 
 def _max_pool(x: Any) -> Any:
     from jax import lax
 
-    return lax.reduce_window(x, -math.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return lax.reduce_window(x, -math.inf, lax.max, (1, 2, 2), (1, 2, 2), "VALID")
 
 
 def _group_norm(params: JaxParams, name: str, x: Any, groups: int) -> Any:
-    grouped = x.reshape(*x.shape[:3], groups, -1)
-    mean, variance = grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True)
+    grouped = x.reshape(groups, -1)
+    mean, variance = grouped.mean(1, keepdims=True), grouped.var(1, keepdims=True)
     normal = ((grouped - mean) / (variance + 1e-5) ** 0.5).reshape(x.shape)
-    return normal * params[f"{name}.weight"] + params[f"{name}.bias"]
+    return normal * params[f"{name}.weight"][:, None, None] + params[f"{name}.bias"][:, None, None]
 
 
 def _layer_norm(params: JaxParams, name: str, x: Any) -> Any:
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - mean) / (variance + 1e-5) ** 0.5 * params[f"{name}.weight"] + params[f"{name}.bias"]
-
-
-def to_jax(name: str, value: Tensor) -> Any:
-    """Bring a parameter into the layout that JAX programs use: linear [in, out], convolution [h, w, in, out]."""
-    import jax.numpy as jnp
-
-    return jnp.asarray(value.detach().permute(_layout(name, value.dim())).contiguous().numpy())
-
-
-def from_jax(name: str, value: Any) -> Tensor:
-    """Bring a per-sample gradient [N, ...] back from JAX's layout."""
-    import numpy
-
-    tensor = torch.from_numpy(numpy.array(value))
-    order = _layout(name, tensor.dim() - 1)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return tensor.permute(0, *[dim + 1 for dim in inverse])
-
-
-def _layout(name: str, dims: int) -> tuple[int, ...]:
-    if name == "embedding.weight" or dims < 2:
-        return tuple(range(dims))
-    return (1, 0) if dims == 2 else (2, 3, 1, 0)
 
 
 def cases() -> dict[str, Callable[[], Case]]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -98,7 +99,7 @@ def jax(case: Case) -> Peer:
 
     wide = case.dtype == torch.float64
     with jax.enable_x64(wide):
-        params = {name: models.to_jax(name, value) for name, value in case.model.named_parameters()}
+        params = {name: jnp.asarray(value.detach().numpy()) for name, value in case.model.named_parameters()}
         inputs, targets = jnp.asarray(case.inputs.numpy()), jnp.asarray(case.targets.numpy())
 
     def loss(params: Mapping[str, Any], x: Any, y: Any) -> Any:
@@ -110,7 +111,7 @@ def jax(case: Case) -> Peer:
         with jax.enable_x64(wide):
             return jax.block_until_ready(mapped(params, inputs, targets))
 
-    return Peer(run, lambda result: {name: models.from_jax(name, value) for name, value in result.items()})
+    return Peer(run, lambda result: {name: torch.from_numpy(numpy.array(value)) for name, value in result.items()})
 
 
 PEERS: dict[str, Callable[[Case], Peer]] = {
@@ -219,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     common.use_threads(options.threads)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus on models whose input requires no grad
+    description = common.machine(("torch", *OPTIONAL))
     names = installed([name for name in PEERS if name == BASELINE or name in options.peers])
     timer = common.Timer(options.rounds, options.warmup)
     results = {}
@@ -226,7 +228,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{model} ...", file=sys.stderr)
         results[model] = measure(makers[model](), names, timer)
 
-    description = common.machine(("torch", *[name for name in OPTIONAL if name in names]))
     title = f"Per-sample gradients, float32: time over torch.func's, median (quartiles) of {options.rounds} paired runs."
     text = "\n\n".join([title, table(results, names), common.machine_line(description)])
     print(text)
