@@ -32,7 +32,7 @@ from tests.fuzz_steps import FLOATS, STEPS, Scope
 LARGEST_MAGNITUDE = 40.0
 """Lines whose result exceeds it are taken back, so that rounding cannot grow without bound."""
 LARGEST_TENSOR = 400
-ACCEPTED = (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError, NameError, AssertionError, KeyError, ZeroDivisionError, SyntaxError)
+NOT_RUNNABLE = (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError, NameError, AssertionError, KeyError, ZeroDivisionError, SyntaxError)
 """What a line that does not fit its operands may raise in the loop; it is taken back."""
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
@@ -196,7 +196,7 @@ class Growth:
             for env in self.envs:
                 exec(code, env)
             self.check(scope.new_names)
-        except ACCEPTED:
+        except NOT_RUNNABLE:
             self.restart()
             return
         self.steps.append(line)
@@ -219,7 +219,7 @@ class Growth:
 def generate(seed: int) -> Program:
     """The program of a seed."""
     rng = random.Random(seed)
-    grad = rng.random() < 0.55
+    grad = rng.random() < 0.6
     size = rng.choice((1, 2, 3, 3, 5, 7))
 
     def spec(mapped: bool) -> Input:
@@ -242,8 +242,8 @@ def generate(seed: int) -> Program:
         for _ in range(rng.randrange(3, 22)):
             growth.try_line()
         env = growth.envs[0]
-        candidates = [n for n in growth.names if rng.random() < 0.95] or growth.names
-        returns = tuple(rng.choices(candidates, [1 + i for i in range(len(candidates))])[0] for _ in range(rng.choice((1, 1, 2, 3))))
+        weights = [(1 + i) * (4 if env[n].requires_grad else 1) for i, n in enumerate(growth.names)]
+        returns = tuple(rng.choices(growth.names, weights)[0] for _ in range(rng.choice((1, 2, 2, 3, 4))))
         dims = tuple(rng.choice((0, 0, 0, rng.randrange(-env[n].dim() - 1, env[n].dim() + 1))) for n in returns)
         low = [t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()] + [torch.bfloat16] * (context == "autocast")
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -1,0 +1,297 @@
+"""The sweep over PyTorch's operator database: each operator mapped over three distinct samples, against the loop.
+
+    python -m tests.sweep --subject shardmap --workers 2            # judge, print what differs from the scoreboard
+    python -m tests.sweep --subject torch --update --workers 2      # refresh one column of the scoreboard
+    python -m tests.sweep --only linalg_svd,add --details
+
+Importing the database needs `expecttest`; some of its operators need `scipy` and `numpy` for samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import isolate, oracle
+
+SCOREBOARD = Path(__file__).parent / "data" / "op_db_scoreboard.json"
+BATCH = 3
+SAMPLES = 10
+LARGEST_SAMPLE = 20_000
+"""Elements; larger samples show nothing that small ones do not, and take minutes."""
+RANKS = {"refused": 0, "fallback": 1, "right": 2}
+"""What a scoreboard entry may become: only more."""
+UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+DIRECTIONS = ("forward", "gradient")
+PREFERRED = (torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool, torch.bfloat16, torch.float16)
+
+
+def operators() -> dict[str, Any]:
+    """The operators with one right answer, by name and variant."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {op.formatted_name: op for op in op_db if op.name not in UNINITIALISED and not op.has_nondeterministic_output}
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+def draw(op: Any, dtype: torch.dtype, seed: int) -> list[tuple[Any, ...]]:
+    """Up to `SAMPLES` sample inputs, spread over the first sixty."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the database draws from the global generator)
+    every = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 60))
+    step = max(len(every) / SAMPLES, 1.0)
+    picked = [every[int(i * step)] for i in range(min(SAMPLES, len(every)))]
+    return [(s.input, s.args, s.kwargs) for s in picked]
+
+
+def batches(op: Any, dtype: torch.dtype) -> Iterator[tuple[list[Any], Any, list[int]]]:
+    """Batches of distinct samples: the leaves, stacked where they are tensors, their structure, and which are tensors.
+
+    The variants of a sample come from other seeds. Where those differ in more than tensor values, or not at all, the variant is the
+    sample scaled by a number, which keeps symmetry, rank, triangles and ranges; integers and booleans stay as they are.
+    """
+    drawn = [draw(op, dtype, seed) for seed in (0, 1, 2)]
+    for index, sample in enumerate(drawn[0]):
+        leaves, spec = pytree.tree_flatten(sample)
+        others = [pytree.tree_flatten(d[index]) if index < len(d) else (None, None) for d in drawn[1:]]
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        if not at or any(leaves[i].layout != torch.strided or leaves[i].numel() > LARGEST_SAMPLE for i in at):
+            continue
+        alike = all(s == spec and all(same_kind(a, b) for a, b in zip(leaves, flat, strict=True)) for flat, s in others if s is not None)
+        alike = alike and all(s is not None for _, s in others)
+        for i in at:
+            variants = [leaves[i], *(flat[i] for flat, _ in others)] if alike else [leaves[i]] * BATCH
+            if all(torch.equal(variants[0], v) for v in variants[1:]) and (leaves[i].is_floating_point() or leaves[i].is_complex()):
+                variants = [v * (1 - 0.1 * k) for k, v in enumerate(variants)]
+            leaves[i] = torch.stack([v.detach() for v in variants])
+        yield leaves, spec, at
+
+
+def same_kind(a: Any, b: Any) -> bool:
+    """Whether two leaves may stand in one batch."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype and b.layout == torch.strided
+    return type(a) is type(b) and (a == b if isinstance(a, (int, float, str, bool, complex, torch.dtype, type(None))) else True)
+
+
+def choices(at: list[int]) -> list[list[int]]:
+    """Which tensors are mapped: all, the first, all but the first."""
+    return [at, at[:1], at[1:]] if len(at) > 1 else [at]
+
+
+# ---------------------------------------------------------------------------------------------- one operator
+
+
+def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[..., Any]:
+    """The operator as a function of its tensors."""
+
+    def function(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = list(rest)
+        for i, tensor in zip(at, tensors, strict=True):
+            leaves[i] = tensor
+        first, args, kwargs = pytree.tree_unflatten(leaves, spec)
+        results = [leaf for leaf in pytree.tree_leaves(op(first, *args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not results or any(r.layout != torch.strided for r in results):
+            raise TypeError("no dense tensor comes out")
+        return results
+
+    return function
+
+
+def scalar(results: list[torch.Tensor]) -> torch.Tensor:
+    """A weighted sum of the differentiable results: plain sums of softmax and the like have no gradient."""
+    parts = []
+    for r in results:
+        if r.is_floating_point() or r.is_complex():
+            weighted = r * torch.linspace(0.5, 1.5, r.numel()).reshape(r.shape)
+            parts.append((weighted.real + weighted.imag if r.is_complex() else weighted).sum())
+    return torch.stack(parts).sum()
+
+
+def gradient(function: Callable[..., Any], wrt: list[int], functional: bool) -> Callable[..., Any]:
+    """The gradient of `scalar` by the tensors at `wrt`, in the way that the subject has."""
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        return scalar(function(*tensors))
+
+    def by_autograd(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = [t.detach().requires_grad_() if i in wrt else t for i, t in enumerate(tensors)]
+        return torch.autograd.grad(loss(*own), [own[i] for i in wrt], materialize_grads=True)
+
+    return torch.func.grad(loss, tuple(wrt)) if functional else by_autograd
+
+
+def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
+    """Compares one operator in both directions; the details name the first sample that is not right."""
+    result: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        found: dict[str, str] = {}
+        counts: collections.Counter[str] = collections.Counter()
+        supported = op.supported_dtypes("cpu") if direction == "forward" else op.supported_backward_dtypes("cpu") if op.supports_autograd else ()
+        dtype = next((d for d in PREFERRED if d in supported), None)
+        if dtype is not None:
+            for index, (leaves, spec, at) in enumerate(batches(op, dtype)):
+                for mapped in choices(at):
+                    verdict = judge_batch(op, leaves, spec, at, mapped, direction, subject)
+                    kind = "fallback" if verdict.kind == "right" and verdict.fallback else verdict.kind
+                    counts[kind] += 1
+                    found.setdefault(kind, f"{name} {dtype} sample {index}, mapped {mapped} of {at}: {verdict.detail}")
+        worst = next((k for k in ("wrong", "refused", "fallback", "right") if counts[k]), "uncounted")
+        result[direction] = worst
+        result[f"{direction}_served"] = counts["right"] + counts["fallback"]
+        result[f"{direction}_detail"] = found.get(worst, "") if worst in ("wrong", "refused", "fallback") else found.get("skipped", "")
+    return result
+
+
+def judge_batch(op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: list[int], direction: str, subject: oracle.Subject) -> oracle.Verdict:
+    """One batch, one choice of mapped tensors."""
+    rest = [None if i in at else leaf for i, leaf in enumerate(leaves)]
+    in_dims = tuple(0 if i in mapped else None for i in at)
+
+    def build(noise: float = 0.0) -> oracle.Setting:
+        tensors = [oracle.twin(leaves[i]) if i in mapped else leaves[i][0].clone() for i in at]
+        if noise:
+            tensors = [t * (1 + noise * torch.finfo(t.dtype).eps) if t.is_floating_point() or t.is_complex() else t for t in tensors]
+        function = forward(op, spec, rest, at)
+
+        def run(vmap: oracle.Subject) -> Any:
+            if direction == "forward":
+                return vmap(function, in_dims)(*tensors)
+            wrt = [k for k, i in enumerate(at) if i in mapped and (tensors[k].is_floating_point() or tensors[k].is_complex())]
+            if not wrt:
+                raise TypeError("nothing to differentiate by")
+            return vmap(gradient(function, wrt, vmap is oracle.torch_func), in_dims)(*tensors)
+
+        return oracle.Setting(run, tensors)
+
+    reference = subject is oracle.torch_func
+    checks = oracle.Checks(gradient=False, aliasing=not reference, requires_grad=False, refusals=(Exception,) if reference else oracle.Checks().refusals)
+    try:
+        with RandomCalls() as watch:
+            build().run(oracle.loop)
+    except Exception as error:
+        return oracle.Verdict("skipped", oracle.first_line(error))
+    if watch.found:
+        return oracle.Verdict("skipped", "draws random numbers")
+    return oracle.compare(build, subject, checks, lambda: build(noise=3.0))
+
+
+class RandomCalls(TorchDispatchMode):
+    """Notices calls that draw random numbers, also those that the database wraps in a fixed seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Attention kernels carry the tag for their dropout, which the samples that count do not use.
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------------------------------------- the scoreboard
+
+
+def load() -> dict[str, Any]:
+    """The stored scoreboard: operator to direction to what each subject makes of it."""
+    return json.loads(SCOREBOARD.read_text()) if SCOREBOARD.exists() else {"torch_version": torch.__version__, "operators": {}}
+
+
+def complaints(name: str, result: dict[str, Any], board: dict[str, Any]) -> list[str]:
+    """What is not allowed of a fresh result of shardmap: wrong, worse than stored, or less than `torch.func.vmap` does."""
+    entry = board["operators"].get(name, {})
+    found = []
+    for direction in DIRECTIONS:
+        now, detail = result[direction], result.get(f"{direction}_detail", "")
+        stored = entry.get(direction, {})
+        if now not in (*RANKS, "uncounted"):
+            found.append(f"{name} {direction} is {now}: {detail}")
+        elif now in RANKS:
+            if RANKS[now] < RANKS.get(stored.get("shardmap"), 0):
+                found.append(f"{name} {direction} was {stored['shardmap']}, is {now}: {detail}")
+            served, reference = result[f"{direction}_served"], stored.get("torch_served", 0)
+            if served < reference:
+                found.append(f"{name} {direction}: {served} samples served, torch.func.vmap serves {reference}: {detail}")
+            if served < stored.get("shardmap_served", 0):
+                found.append(f"{name} {direction}: {served} samples served, were {stored['shardmap_served']}: {detail}")
+    return found
+
+
+def store(results: dict[str, dict[str, Any]], subject_name: str) -> None:
+    """Writes one subject's column."""
+    board = load()
+    board["torch_version"] = torch.__version__
+    for name, result in results.items():
+        for direction in DIRECTIONS:
+            if result.get(direction, "uncounted") != "uncounted":
+                board["operators"].setdefault(name, {}).setdefault(direction, {}).update(
+                    {subject_name: result[direction], f"{subject_name}_served": result.get(f"{direction}_served", 0)}
+                )
+    board["operators"] = dict(sorted(board["operators"].items()))
+    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in board["operators"].items()]
+    SCOREBOARD.parent.mkdir(exist_ok=True)
+    SCOREBOARD.write_text(f'{{"torch_version": {json.dumps(board["torch_version"])}, "operators": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """Counts per direction."""
+    return "\n".join(f"{d}: {dict(collections.Counter(r.get(d, 'crashed') for r in results.values()))}" for d in DIRECTIONS)
+
+
+def run(names: list[str], subject_name: str, workers: int, timeout_s: float = 300) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Judges operators in worker processes."""
+    command = [sys.executable, "-m", "tests.sweep", "--serve", "--subject", subject_name]
+    for name, answer in isolate.run(command, names, workers, timeout_s):
+        failed = {d: "crashed" for d in DIRECTIONS} | {f"{d}_detail": answer for d in DIRECTIONS}
+        yield name, json.loads(answer) if answer.startswith("{") else failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the sweep; returns 1 if anything is wrong or worse than stored."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
+    parser.add_argument("--subject", default="shardmap", choices=("shardmap", "torch", "loop"))
+    parser.add_argument("--update", action="store_true", help="store the results in the scoreboard")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", default="", help="operators, with commas between")
+    parser.add_argument("--details", action="store_true", help="print each result that is not right")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.serve:
+        known, subject = operators(), oracle.subject_named(args.subject)
+        warnings.simplefilter("ignore")
+        isolate.serve(lambda name: judge(name, known[name], subject))
+        return 0
+    names = args.only.split(",") if args.only else list(operators())
+    board, results, bad = load(), {}, []
+    for name, result in run(names, args.subject, args.workers):
+        results[name] = result
+        if args.details:
+            for direction in DIRECTIONS:
+                if result[direction] not in ("right", "uncounted"):
+                    print(f"{result[direction]:9s} {direction:9s} {result[f'{direction}_detail']}", flush=True)
+        bad += complaints(name, result, board) if args.subject == "shardmap" else []
+    print(summary(results))
+    print("\n".join(bad))
+    if args.update:
+        store(results, args.subject)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
