@@ -225,7 +225,7 @@ def _build(values: dict[str, Any]) -> RunConfig:
         inner = next((kind for kind in _members(hints[key]) if dataclasses.is_dataclass(kind)), None)
         if value is None and type(None) in _members(hints[key]):
             checked[key] = None
-        elif inner is not None:
+        elif inner is not None and isinstance(value, dict):
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
             parser.add_class_arguments(inner, as_group=False)
             checked[key] = Call(**vars(_parse(parser, value, f"{key}.", typing.get_type_hints(inner))))

@@ -1,0 +1,442 @@
+"""Turn the program of one sample into a program for any number of samples.
+
+Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk loop, and applies the
+rules in four tiers: ours, PyTorch's decompositions (at recording), `torch.func.vmap` of the one operator, a loop over the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap.program import FRESH_LEAF, NO_GRAD, Equation, Program, Var, variables
+from shardmap.rules import registry
+from shardmap.rules.fallback import functorch_rule, loop_rule
+from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.trace import op_info
+
+logger = logging.getLogger("shardmap")
+aten = torch.ops.aten
+
+IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
+"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchedProgram:
+    """What a program does to a chunk of samples, on one kind of device."""
+
+    fixed: tuple[Call, ...]
+    """Calls that no sample changes: once per device."""
+    chunk: tuple[Call, ...]
+    """Calls on whole chunks."""
+    inputs: tuple[V, ...]
+    captured: tuple[V, ...]
+    literals: tuple[V, ...]
+    outputs: tuple[V, ...]
+    tiers: dict[str, str]
+    """For each operator in use, the tier that serves it."""
+    values: int
+    """How many values the calls define."""
+    results: dict[int, tuple[Var, V]]
+    """By value index: the recorded tensor that it is the batch of, for the checks of the first run."""
+    rows: dict[int, int]
+    """By value index: the number of the recorded call."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoweringOptions:
+    """What besides the program decides how it is lowered."""
+
+    device_type: str
+    randomness: str
+    strict: bool
+    grad: bool
+    """Whether outer autograd records."""
+    call: str
+
+
+def mapped_groups(program: Program, randomness: str) -> set[int]:
+    """The memory groups whose values differ by sample, by a fixed point over the calls.
+
+    A tensor made unmapped into which a mapped value is written later is mapped from its creation.
+    """
+    mapped = {v.group for v in program.inputs}
+    before = -1
+    while len(mapped) != before:
+        before = len(mapped)
+        for eq in program.equations:
+            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and op_info(eq.op).random):
+                mapped.update(v.group for v in eq.results())
+                mapped.update(v.group for v in written(eq))
+    return mapped
+
+
+def written(eq: Equation) -> list[Var]:
+    """The tensors that a recorded call writes in place."""
+    info = op_info(eq.op)
+    out = [v for i in info.writes if i < len(eq.args) for v in variables((eq.args[i],))]
+    if info.writes_named:
+        out += [v for k, a in eq.kwargs if k in info.writes_named for v in variables((a,))]
+    if info.hidden_writes is not None:
+        first, second, training = info.hidden_writes
+        if training < len(eq.args) and eq.args[training]:
+            out += list(variables((eq.args[first], eq.args[second])))
+    return out
+
+
+def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
+    """Which calls lead to an output, to a caller's tensor, or have an effect."""
+    live_vars = {v.index for v in program.outputs}
+    live_groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
+    live = [False] * len(program.equations)
+    # Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so repeat until they settle.
+    before = -1
+    while len(live_groups) + sum(live) != before:
+        before = len(live_groups) + sum(live)
+        for i in range(len(program.equations) - 1, -1, -1):
+            eq = program.equations[i]
+            results = list(eq.results())
+            keep = (
+                not results
+                or any(v.index in live_vars or v.group in live_groups for v in results)
+                or any(v.group in live_groups for v in written(eq))
+            )
+            if keep:
+                live[i] = True
+                for v in eq.inputs():
+                    live_vars.add(v.index)
+                    if v.group in write_groups:
+                        live_groups.add(v.group)
+    return live
+
+
+def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
+    """Which calls lead, under outer autograd, to an output that requires grad: the others run without it."""
+    live_vars = {v.index for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag}
+    live_groups = {v.group for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag and v.group in write_groups}
+    live = [False] * len(program.equations)
+    before = -1
+    while len(live_groups) + sum(live) != before:
+        before = len(live_groups) + sum(live)
+        for i in range(len(program.equations) - 1, -1, -1):
+            eq = program.equations[i]
+            if not eq.grad_mode and eq.op not in IDENTITIES:
+                continue
+            if any(v.index in live_vars or v.group in live_groups for v in (*eq.results(), *written(eq))):
+                live[i] = True
+                for v in eq.inputs():
+                    live_vars.add(v.index)
+                    if v.group in write_groups:
+                        live_groups.add(v.group)
+    return live
+
+
+class _Batcher:
+    """One lowering of one program."""
+
+    def __init__(self, program: Program, options: LoweringOptions, fixes: dict[int, str], warn: Callable[[Equation], None]):
+        self.program = program
+        self.options = options
+        self.fixes = fixes
+        self.warn = warn
+        self.b = Lowering(options.device_type, options.randomness)
+        self.env: dict[int, V] = {}
+        self.mapped = mapped_groups(program, options.randomness)
+        self.last_write: dict[int, int] = {}
+        for i, eq in enumerate(program.equations):
+            for v in written(eq):
+                self.last_write[v.group] = i
+        self.write_groups = set(self.last_write)
+        self.needs: set[int] = set()
+        self.tiers: dict[str, str] = {}
+        self.results: dict[int, tuple[Var, V]] = {}
+
+    def run(self) -> BatchedProgram:
+        program, b = self.program, self.b
+        inputs = [self._declare(v, True) for v in program.inputs]
+        captured = [self._declare(v, False) for v in program.captured]
+        literals = [self._declare(v, False) for v in program.literals]
+        for var, v in zip(program.literals, literals, strict=True):
+            if var.group in self.mapped:
+                self.env[var.index] = self._materialise(v, var)
+            elif var.group in self.write_groups:
+                self.env[var.index] = b.call(torch.clone, v)
+        kept = {v.group for v in program.inputs if v.group in self.write_groups}
+        live = live_equations(program, self.write_groups, kept)
+        grads = grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
+        if self.options.grad:
+            self.needs = {v.index for v in (*program.inputs, *program.captured)}
+        for i, eq in enumerate(program.equations):
+            if live[i]:
+                b.equation, b.grad = i, grads[i]
+                self._equation(i, eq)
+        b.equation, b.grad = len(program.equations), self.options.grad
+        outputs = self._outputs()
+        fixed, chunk = drop_dead(b.calls, outputs)
+        return BatchedProgram(
+            fixed,
+            chunk,
+            tuple(inputs),
+            tuple(captured),
+            tuple(literals),
+            outputs,
+            self.tiers,
+            b.count,
+            self.results,
+            {},
+        )
+
+    def _declare(self, var: Var, mapped: bool) -> V:
+        v = self.b.value(mapped, var.spec.shape, var.spec.dtype)
+        self.env[var.index] = v
+        return v
+
+    def _materialise(self, v: V, var: Var) -> V:
+        """An unmapped value that samples will write to: a copy for each sample, with the sample's strides."""
+        stride = var.spec.stride
+        span = 1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True)) if 0 not in var.spec.shape else 0
+
+        def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
+            out = torch.empty_strided((size, *t.shape), (span, *stride), dtype=t.dtype, device=t.device)
+            return out.copy_(t)
+
+        return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
+
+    def _argument(self, value: Any, flags: Any, i: int, eq: Equation, mapped: bool) -> Any:
+        kind = type(value)
+        if kind is Var:
+            v = self.env[value.index]
+            flag = next(flags)
+            if mapped and not v.mapped and self.last_write.get(value.group, -1) > i:
+                v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
+            if self.b.grad and value.index in self.needs:
+                if flag == NO_GRAD:
+                    v = self.b.call(torch.Tensor.detach, v)
+                elif flag == FRESH_LEAF:
+                    v = self.b.call(fresh_leaf, v)
+            return v
+        if kind is tuple:
+            return [self._argument(a, flags, i, eq, mapped) for a in value]
+        return value
+
+    def _equation(self, i: int, eq: Equation) -> None:
+        b = self.b
+        if eq.op in IDENTITIES:
+            source = eq.args[0]
+            for out in eq.results():
+                self.env[out.index] = self.env[source.index]
+                if source.index in self.needs:
+                    self.needs.add(out.index)
+            return
+        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (self.options.randomness == "different" and op_info(eq.op).random)
+        flags = iter(eq.flags)
+        args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
+        kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
+        if eq.answer is not None and eq.answer[0] == "value":
+            b.effect(check_answer, eq.op, eq.answer[1], [v.mapped for v in _vs(args)], self.options.call, args)
+            return
+        out = self._apply(i, eq, args, kwargs, mapped)
+        self._bind(i, eq, out, mapped)
+        if eq.answer is not None:
+            b.effect(check_shapes, eq.answer[1], self.options.call, [self.env[v.index] for v in eq.results()])
+
+    def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
+        b, name = self.b, eq.op.name()
+        fix = self.fixes.get(i)
+        rule = registry.lookup(eq.op)
+        if not mapped and not op_info(eq.op).random:
+            return functional_call(b, eq, args, kwargs)
+        if fix != "loop":
+            if rule is not None and fix != "functorch":
+                out = rule(b, eq, args, kwargs)
+                if out is not NotImplemented:
+                    self.tiers[name] = "rule"
+                    return out
+            if registry.has_functorch_kernel(eq.op) and not op_info(eq.op).random:
+                self.tiers[name] = "functorch"
+                return functorch_rule(b, eq, args, kwargs)
+        if self.options.strict:
+            raise errors.UnsupportedOperatorError(
+                f"{self.options.call}: no rule batches {name} (called at {eq.source or 'an unknown line'}) and strict=True refuses a loop over "
+                "the batch; register a rule with shardmap.batching_rule, rewrite the call, or pass strict=False"
+            )
+        self.tiers[name] = "loop"
+        self.warn(eq)
+        return loop_rule(b, eq, args, kwargs)
+
+    def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
+        outs = list(eq.results())
+        if out is None:
+            values: list[Any] = [None] * len(outs)
+        else:
+            values = [out] if isinstance(out, V) else list(_vs_or_none(out))
+        writes = written(eq)
+        reads = self.b.grad and any(v.index in self.needs for v in eq.inputs())
+        known = {v.index for v in eq.inputs()}
+        assert out is None or len(values) == len(outs), f"{eq}: the rule returned {len(values)} results for {len(outs)}"
+        for var, v in zip(outs, values, strict=True):
+            if var.index in known or (var.index in self.env and v is None):
+                continue  # in place: the result is the argument
+            assert v is not None, f"{eq}: the rule returned nothing for {var}"
+            v = V(v.index, v.mapped, var.spec.shape, var.spec.dtype)
+            if self.fixes.get(i) == "restride" and v.mapped:
+                v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
+            if var.group in self.mapped and not v.mapped:
+                v = self._materialise(v, var)
+            self.env[var.index] = v
+            if v.mapped:
+                self.results[v.index] = (var, v)
+            if reads:
+                self.needs.add(var.index)
+        if reads and writes:
+            groups = {w.group for w in writes}
+            self.needs.update(v.index for e in self.program.equations[: i + 1] for v in e.results() if v.group in groups)
+
+    def _outputs(self) -> tuple[V, ...]:
+        program, b = self.program, self.b
+        owned = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
+        outputs = []
+        for var, flag in zip(program.outputs, program.output_flags, strict=True):
+            v = self.env[var.index]
+            if b.grad and var.index in self.needs:
+                if flag == NO_GRAD:
+                    v = b.call(torch.Tensor.detach, v)
+                elif flag == FRESH_LEAF:
+                    v = b.call(fresh_leaf, v)
+            if v.mapped:
+                if var.group in owned or v in outputs:
+                    v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
+                else:
+                    v = b.call(torch.Tensor.contiguous, v, shape=v.shape, dtype=v.dtype)
+            owned.add(var.group)
+            outputs.append(v)
+        return tuple(outputs)
+
+
+def lower(program: Program, options: LoweringOptions, fixes: dict[int, str], warn: Callable[[Equation], None]) -> BatchedProgram:
+    """The batched program.
+
+    Args:
+        program: What one sample does.
+        options: Device, randomness, strictness, outer autograd.
+        fixes: By number of the recorded call: "restride" (its result came with other strides than the sample's had), "functorch" or "loop"
+            (a higher tier's result did not match the recording).
+        warn: Called with each recorded call that falls to the loop.
+
+    Raises:
+        UnsupportedOperatorError: `strict`, and an operator has no rule.
+    """
+    return _Batcher(program, options, fixes, warn).run()
+
+
+def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Emit a recorded call as it is."""
+    returns = eq.op._schema.returns
+    if not returns or not list(eq.results()):
+        b.effect(eq.op, *args, **kwargs)
+        return None
+    if len(returns) == 1 and str(returns[0].type) == "Tensor":
+        return b.call(eq.op, *args, **kwargs)
+    outs: list[Any] = []
+    if any(type(o) is tuple for o in eq.outs):
+
+        def flat(*a: Any, **k: Any) -> Any:
+            return tuple(_flat(eq.op(*a, **k)))
+
+        return b.calls_several(flat, len(list(eq.results())), *args, **kwargs)
+    got = iter(b.calls_several(eq.op, len(eq.outs), *args, **kwargs))
+    outs = [next(got) for _ in eq.outs]
+    return [v for v, o in zip(outs, eq.outs, strict=True) if o is not None]
+
+
+def drop_dead(calls: list[Call], outputs: tuple[V, ...]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+    """The calls that serve an output or have an effect, the fixed ones apart from those of the chunk."""
+    used = {v.index for v in outputs}
+    kept = []
+    for call in reversed(calls):
+        if not call.outs or call.writes or any(o in used for o in call.outs):
+            kept.append(call)
+            used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
+    kept.reverse()
+    return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)
+
+
+def _flat(result: Any) -> Any:
+    for item in result:
+        if isinstance(item, tuple | list):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _vs(args: Any) -> list[V]:
+    return list(values(args))
+
+
+def _vs_or_none(values: Any) -> Any:
+    for value in values:
+        if value is None or type(value) is V:
+            yield value
+        else:
+            yield from _vs_or_none(value)
+
+
+# -- what the emitted calls do at replay -----------------------------------------------------------------------------------
+
+
+def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
+    """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
+    return t.detach().requires_grad_()
+
+
+def copy(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def restride(t: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """A batch whose rows have the sample's strides, copied only where they differ."""
+    if all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)):
+        return t
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))
+    return torch.empty_strided(t.shape, (span, *stride), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
+    """Ask again what the function asked about an unmapped value when it was recorded."""
+    tensors = _tensors(args)
+    rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
+    for i in range(rows):
+        sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
+        answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
+        if answer != expected and not (answer != answer and expected != expected):
+            raise errors.StaleRecordingError(
+                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was recorded but is "
+                f"{answer} now; use trace='each', or torch.where"
+            )
+
+
+def check_shapes(expected: tuple, call: str, tensors: list[torch.Tensor]) -> None:
+    """Compare a result's shape, which depends on values, with the recorded one."""
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    if shapes != expected:
+        raise errors.StaleRecordingError(
+            f"{call}: the shape of a result depends on the values of captured tensors, and they have changed since the recording "
+            f"({expected} then, {shapes} now); use trace='each'"
+        )
+
+
+def _tensors(args: Any) -> list[torch.Tensor]:
+    found = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            found.append(a)
+        elif isinstance(a, list | tuple):
+            found += _tensors(a)
+    return found

@@ -1,0 +1,157 @@
+"""The command line: `shardmap run`, `shardmap ops`, `shardmap devices`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from shardmap.errors import ConfigError, MissingExtraError, ShardmapError
+from shardmap.extras import require
+from shardmap.run.base import ChunkDone, Event, RunFinished, RunStarted
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0; 1 for an error of shardmap while it ran; 2 for a wrong command line or configuration; 130 after Ctrl-C. An
+        exception raised by the user's own function passes through with its traceback.
+    """
+    parser = _Parser(prog="shardmap", description="Map a PyTorch function over a batch: in chunks, on every device you name.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
+    run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
+    ops = commands.add_parser("ops", help="list the operators that have a batching rule, and what the last sweep over PyTorch's found")
+    ops.add_argument("--scoreboard", type=Path, default=Path("tests/data/op_db_scoreboard.json"), help="the sweep's stored result")
+    commands.add_parser("devices", help="list the devices that a map can run on here")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        if options.command == "run":
+            return _run(options.config, rest)
+        if rest:
+            parser.error(f"unknown argument {rest[0]}; see shardmap {options.command} --help")
+        return _ops(options.scoreboard) if options.command == "ops" else _devices()
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was left behind")
+        return INTERRUPTED
+    except (ConfigError, MissingExtraError) as error:
+        _complain(str(error))
+        return USAGE_ERROR
+    except ShardmapError as error:
+        _complain(f"{type(error).__name__}: {error}")
+        return 1
+    except BrokenPipeError:  # `shardmap ops | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in one line, like every other error here."""
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  argparse declares NoReturn, and this raises
+        raise ConfigError(message)
+
+
+def _run(path: str, overrides: Sequence[str]) -> int:
+    """Check everything, then carry out the run, with a progress bar if someone watches."""
+    from shardmap.config import bind, load
+
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # import paths in a configuration may name the user's own files
+    bound = bind(load(path, overrides))
+    from shardmap.jobs.run import execute  # after the checks: a wrong key is answered without loading more
+
+    with _progress() as listener:
+        folder, findings = execute(bound, say=_say, listener=listener)
+    if findings is not None:
+        _say(findings.headline)
+    _say(f"written to {folder}")
+    return 0
+
+
+def _ops(scoreboard: Path) -> int:
+    """Print the registry of rules, and the stored scoreboard if there is one."""
+    from shardmap.report import format_table
+    from shardmap.rules.registry import table
+
+    rows = sorted(table(), key=lambda row: (row[2], row[0]))
+    _say(format_table({"operator": [row[0] for row in rows], "tier": [row[1] for row in rows], "family": [row[2] for row in rows]}))
+    _say(f"{len(rows)} operators have a rule of their own; every other goes through PyTorch's decompositions, torch.func.vmap, or a loop")
+    if scoreboard.is_file():
+        _say(f"{scoreboard}:")
+        _say(json.dumps(json.loads(scoreboard.read_text(encoding="utf-8")).get("totals", {}), indent=2))
+    return 0
+
+
+def _devices() -> int:
+    """Print what a map can run on."""
+    import psutil
+    import torch
+
+    gib = 2**30
+    memory = psutil.virtual_memory()
+    free_text = f"{memory.available / gib:.1f} of {memory.total / gib:.1f} GiB free"
+    _say(f"cpu     {os.cpu_count()} cores, {torch.get_num_threads()} threads, {free_text}")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        _say(f"cuda:{index}  {torch.cuda.get_device_name(index)}, {free / gib:.1f} of {total / gib:.1f} GiB free")
+    if torch.cuda.device_count() == 0:
+        _say("cuda    none")
+    try:
+        _say(f"ray     {require('ray', extra='ray', purpose='for devices=ray').__version__} installed")
+    except MissingExtraError as error:
+        _say(f"ray     {error}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Event], None]]:
+    """Draw the events of a map as a progress bar on stderr; draw nothing where that is not a terminal."""
+    rich_console = require("rich.console", extra="run", purpose="to show progress")
+    rich_progress = require("rich.progress", extra="run", purpose="to show progress")
+    console = rich_console.Console(stderr=True)
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("samples"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = None
+
+        def listener(event: Event) -> None:
+            nonlocal task
+            if isinstance(event, RunStarted):
+                task = progress.add_task("mapping", total=event.samples)
+            elif isinstance(event, ChunkDone) and task is not None:
+                progress.update(task, advance=event.stop - event.start)
+            elif isinstance(event, RunFinished) and task is not None:
+                progress.update(task, description="mapped")
+                task = None
+
+        yield listener
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _complain(message: str) -> None:
+    print("shardmap: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Doors by which a value can leave a recording without an operator call, and what becomes of each.
+
+A dispatch mode sees operators only. Python code can also read a tensor's memory directly (`tolist`, `numpy`), put tensors
+into python data that becomes a tensor again (`torch.tensor([x, 1.0])`) or swap memory underneath (`.data = `). A function mode
+sees these and refuses them for tensors that belong to the recording: for anything else the value is the same for all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from shardmap import errors
+
+if TYPE_CHECKING:
+    from shardmap.trace import Recorder
+
+Tensor = torch.Tensor
+
+_FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
+"""Functions that make a tensor from python data, and the position of that data."""
+
+_READS: dict[Any, tuple[str, str]] = {
+    Tensor.tolist: ("tolist()", "keep the value in a tensor"),
+    Tensor.numpy: ("numpy()", "use torch's operators instead of numpy's"),
+    Tensor.__array__: ("a numpy function on a tensor", "use torch's operators instead of numpy's, such as torch.sin for np.sin"),
+    Tensor.apply_: ("apply_", "use torch's operators on the whole tensor"),
+    Tensor.map_: ("map_", "use torch's operators on the whole tensor"),
+    Tensor.map2_: ("map2_", "use torch's operators on the whole tensor"),
+    Tensor.__deepcopy__: ("copy.deepcopy", "use clone()"),
+    Tensor.__reduce_ex__: ("pickling", "return the tensor instead"),
+    Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
+    Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
+    Tensor.storage: ("storage()", "use torch's operators"),
+    Tensor._typed_storage: ("a Storage", "use torch's operators"),
+    Tensor.set_: ("set_", "build the tensor with torch's operators"),
+    Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
+    Tensor.data.__set__: (".data = ", "use copy_ under torch.no_grad()"),
+    Tensor.__dlpack__: ("DLPack", "use torch's operators"),
+}
+
+_PRINTS = {Tensor.__repr__, Tensor.__format__}
+
+
+def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
+    """Tensors inside python containers, at any depth."""
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from _tensors_within(item)
+
+
+class Doors(TorchFunctionMode):
+    """Refuses the doors for recorded tensors; printing a tensor prints the sample and records nothing."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Look at one call of torch's python interface, then run it."""
+        if func in _READS:
+            for tensor in _tensors_within(args):
+                self._refuse(tensor, *_READS[func])
+        elif func in _FROM_DATA:
+            data = args[_FROM_DATA[func] :][:1]
+            if data and not isinstance(data[0], torch.Tensor):
+                for tensor in _tensors_within(data):
+                    self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack")
+        elif func in _PRINTS:
+            paused = self.recorder.paused
+            self.recorder.paused = True
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.recorder.paused = paused
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, tensor: torch.Tensor, door: str, remedy: str) -> None:
+        plain = peel(tensor)
+        if self.recorder.belongs(plain):
+            raise errors.EscapeError(
+                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function leaves it through "
+                f"{door}; what becomes of it cannot be recorded: {remedy}"
+            )
+
+
+def peel(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside functorch's wrappers."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

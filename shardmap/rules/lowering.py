@@ -1,0 +1,218 @@
+"""What a rule works with: values of the batched program and the builder that emits calls.
+
+The batched program has two parts. `fixed` holds the calls that no sample changes: they run once per device. `chunk` holds
+the rest and runs once per chunk. A call whose arguments are all unmapped goes to `fixed` by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from shardmap.program import Equation
+
+
+class V(NamedTuple):
+    """A value of the batched program: `[B, *shape]` if mapped, `shape` if not."""
+
+    index: int
+    mapped: bool
+    shape: tuple[int, ...]
+    """The sample's shape, without the mapped dimension."""
+    dtype: torch.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of one sample."""
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements of one sample."""
+        return math.prod(self.shape)
+
+
+class BatchSize(NamedTuple):
+    """Stands for the number of samples in a chunk wherever an integer argument may stand."""
+
+    tag: str = "B"
+
+
+class ChunkStart(NamedTuple):
+    """Stands for the index of the chunk's first sample."""
+
+    tag: str = "start"
+
+
+class Seed(NamedTuple):
+    """Stands for the seed that the call drew from torch's generator."""
+
+    tag: str = "seed"
+
+
+B = BatchSize()
+START = ChunkStart()
+SEED = Seed()
+
+
+class Call(NamedTuple):
+    """One call of the batched program."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    outs: tuple[int | None, ...]
+    """Indices of the values it defines; several when the target returns a tuple."""
+    several: bool
+    """Whether the target returns a tuple."""
+    grad: bool
+    """Whether autograd records it when outer autograd is recording."""
+    equation: int
+    """The recorded call that it serves."""
+    mapped: bool
+    writes: bool
+    """Whether it writes to an argument: never dropped."""
+
+
+def values(args: Iterable[Any]) -> Iterable[V]:
+    """Every `V` in nested arguments."""
+    for arg in args:
+        kind = type(arg)
+        if kind is V:
+            yield arg
+        elif kind is tuple or kind is list:
+            yield from values(arg)
+
+
+class Lowering:
+    """Builds a batched program, one recorded call at a time."""
+
+    def __init__(self, device_type: str, randomness: str):
+        self.device_type = device_type
+        """Kind of device the program is lowered for, such as "cuda"."""
+        self.randomness = randomness
+        self.calls: list[Call] = []
+        self.count = 0
+        self.equation = -1
+        self.grad = False
+
+    def value(self, mapped: bool, shape: Sequence[int], dtype: torch.dtype) -> V:
+        """A new value that nothing defines yet."""
+        self.count += 1
+        return V(self.count - 1, mapped, tuple(shape), dtype)
+
+    def call(
+        self,
+        target: Any,
+        *args: Any,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        mapped: bool | None = None,
+        **kwargs: Any,
+    ) -> V:
+        """Emit a call with one result.
+
+        Args:
+            target: An operator overload or a function on real tensors; its results must not depend on how samples are grouped.
+            *args: Its arguments: `V` for tensors, `B` for the batch size, anything else as is.
+            shape: The result's sample shape, if the rule goes on computing with it.
+            dtype: The result's dtype, by default that of the first tensor.
+            mapped: Whether the result has the mapped dimension, by default whether an argument has.
+            **kwargs: Its keyword arguments.
+        """
+        tensors = list(values((args, tuple(kwargs.values()))))
+        if mapped is None:
+            mapped = any(v.mapped for v in tensors)
+        first = tensors[0] if tensors else None
+        if shape is None:
+            shape = first.shape if first is not None else ()
+        if dtype is None:
+            dtype = first.dtype if first is not None else torch.float32
+        out = self.value(mapped, shape, dtype)
+        self._emit(target, args, kwargs, (out.index,), False, mapped)
+        return out
+
+    def calls_several(self, target: Any, count: int, *args: Any, mapped: bool | None = None, **kwargs: Any) -> tuple[V, ...]:
+        """Emit a call that returns a tuple of `count` tensors."""
+        tensors = list(values((args, tuple(kwargs.values()))))
+        if mapped is None:
+            mapped = any(v.mapped for v in tensors)
+        outs = tuple(self.value(mapped, (), tensors[0].dtype if tensors else torch.float32) for _ in range(count))
+        self._emit(target, args, kwargs, tuple(v.index for v in outs), True, mapped)
+        return outs
+
+    def effect(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        """Emit a call that returns nothing: never dropped."""
+        mapped = any(v.mapped for v in values((args, tuple(kwargs.values()))))
+        self._emit(target, args, kwargs, (), False, mapped)
+
+    def _emit(self, target: Any, args: tuple, kwargs: dict[str, Any], outs: tuple[int | None, ...], several: bool, mapped: bool) -> None:
+        if isinstance(target, torch._ops.OpOverload):
+            writes = target._schema.is_mutable
+            target = target._op  # 0.2 microseconds less per call than through the overload object
+        else:
+            name = getattr(target, "__name__", "")
+            writes = name.endswith("_") and not name.endswith("__")
+        self.calls.append(Call(target, args, tuple(kwargs.items()), outs, several, self.grad, self.equation, mapped, writes))
+
+    # -- what many rules need ------------------------------------------------------------------------------------------
+
+    def batch(self, v: V) -> V:
+        """`v` with the mapped dimension: as it is, or expanded (a view that must not be written to)."""
+        if v.mapped:
+            return v
+        return self.call(torch.Tensor.expand, v, [B, *v.shape], shape=v.shape, dtype=v.dtype, mapped=True)
+
+    def align(self, v: V, ndim: int) -> V:
+        """A mapped value viewed with `ndim` sample dimensions, for broadcasting: ones go between batch and sample."""
+        if not v.mapped or v.ndim >= ndim:
+            return v
+        shape = (1,) * (ndim - v.ndim) + v.shape
+        return self.view(v, shape)
+
+    def view(self, v: V, shape: Sequence[int]) -> V:
+        """`v` viewed with another sample shape."""
+        shape = tuple(shape)
+        if shape == v.shape:
+            return v
+        return self.call(torch.Tensor.view, v, [B, *shape] if v.mapped else list(shape), shape=shape)
+
+    def reshape(self, v: V, shape: Sequence[int]) -> V:
+        """`v` with another sample shape, copied where a view cannot have it."""
+        shape = tuple(shape)
+        if shape == v.shape:
+            return v
+        return self.call(torch.Tensor.reshape, v, [B, *shape] if v.mapped else list(shape), shape=shape)
+
+    def transpose(self, v: V, first: int, second: int) -> V:
+        """`v` with two sample dimensions exchanged; negative ones count from the end."""
+        first, second = first % v.ndim, second % v.ndim
+        shape = list(v.shape)
+        shape[first], shape[second] = shape[second], shape[first]
+        shift = int(v.mapped)
+        return self.call(torch.Tensor.transpose, v, first + shift, second + shift, shape=shape)
+
+    def cast(self, v: V, dtype: torch.dtype) -> V:
+        """`v` in another dtype."""
+        if v.dtype == dtype:
+            return v
+        return self.call(torch.Tensor.to, v, dtype, shape=v.shape, dtype=dtype)
+
+
+def dim(d: int, ndim: int) -> int:
+    """A sample's dimension as the batched tensor counts it: never negative, behind the mapped one."""
+    return (d + ndim if d < 0 else d) + 1
+
+
+def dims(ds: Sequence[int], ndim: int) -> list[int]:
+    """Several dimensions, each as `dim` gives it."""
+    return [dim(d, ndim) for d in ds]
+
+
+def spec_of(eq: Equation, number: int = 0) -> Any:
+    """The recorded metadata of a call's result."""
+    out = eq.outs[number]
+    return out.spec

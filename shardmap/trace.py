@@ -1,0 +1,473 @@
+"""Run a function once on one real sample and record each ATen call that it makes.
+
+The recorder is a dispatch mode below autograd: plain tensors, no wrapper class, so that whatever autograd does inside
+the function (`autograd.grad`, `torch.func`, checkpointing) just runs, and its backward calls are recorded like any others.
+Measured: 11-15 microseconds per operator, against 760-890 for `make_fx` and 90 for meta tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from shardmap import errors
+from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Equation, Param, Program, Spec, Var, variables
+
+aten = torch.ops.aten
+
+_QUESTIONS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.item.default, aten.allclose.default}
+"""Operators that answer python with a value."""
+
+_METADATA = {"is_same_size", "_has_same_storage_numel", "_has_compatible_shallow_copy_type", "is_pinned", "_debug_has_internal_overlap"}
+"""Operators that answer python with metadata, the same for every sample."""
+
+_UNINITIALISED = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.empty_permuted.default,
+}
+
+OPEN_SCALARS = {
+    getattr(getattr(aten, name), overload)
+    for name in ("add", "sub", "mul", "div", "rsub", "add_", "sub_", "mul_", "div_")
+    for overload in ("Tensor", "Scalar")
+    if overload in getattr(aten, name).overloads()
+}
+"""Operators whose float arguments are bound at each call, so that a changing learning rate does not lower again."""
+
+_TRAINING_WRITES = {
+    "native_batch_norm": (3, 4, 5),
+    "_native_batch_norm_legit": (3, 4, 5),
+    "cudnn_batch_norm": (3, 4, 5),
+    "miopen_batch_norm": (3, 4, 5),
+    "batch_norm": (3, 4, 5),
+    "_batch_norm_impl_index": (3, 4, 5),
+    "instance_norm": (3, 4, 5),
+}
+"""Operators that write running statistics when training, and do not say so: (mean, variance, training) positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """What the recorder must know of an operator before it runs."""
+
+    writes: tuple[int, ...]
+    """Positions of the arguments that it writes in place."""
+    writes_named: tuple[str, ...]
+    random: bool
+    composite: bool
+    """Reaches the recorder whole although it is defined by other operators."""
+    dynamic: bool
+    """The shape of its result depends on values."""
+    question: bool
+    metadata: bool
+    hidden_writes: tuple[int, int, int] | None
+    """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
+
+
+@functools.cache
+def op_info(op: torch._ops.OpOverload) -> OpInfo:
+    """The facts about `op`, from its schema and tags."""
+    schema = op._schema
+    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
+    named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    name = op._schema.name.partition("::")[2]
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    is_random = torch.Tag.nondeterministic_seeded in op.tags
+    return OpInfo(
+        writes=writes,
+        writes_named=named,
+        random=is_random,
+        composite=composite and op not in _QUESTIONS and name not in _METADATA,
+        dynamic=torch.Tag.dynamic_output_shape in op.tags,
+        question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
+        metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
+        hidden_writes=_TRAINING_WRITES.get(name),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A program and what it was recorded with."""
+
+    program: Program
+    captured: tuple[torch.Tensor, ...]
+    literals: tuple[torch.Tensor, ...]
+    scalars: tuple[float, ...]
+    output: Any
+    """What the function returned for the sample: a pytree of tensors."""
+    written_inputs: frozenset[int]
+    """Positions of mapped inputs that the function writes in place."""
+    random: bool
+    sources: dict[str, str]
+    """The user's line for operators that have no rule of ours."""
+
+
+def _flat_tensors(values: Any) -> list[torch.Tensor]:
+    flat = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat.append(value)
+        elif isinstance(value, tuple | list):
+            flat += _flat_tensors(value)
+    return flat
+
+
+def _shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
+    if op is aten.index.Tensor:  # dynamic only for masks
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return True
+
+
+_OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+
+
+def _user_line() -> str:
+    """The innermost line of the stack that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN_CODE) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls made while it is active. `call` names the user's call in errors."""
+
+    def __init__(self, call: str, randomness: str, has_rule: Callable[[Any], bool], decompose: Callable[[Any], Any], once: bool):
+        super().__init__()
+        self.outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
+        self.value_may_change = once or self.outer is not None
+        self.call = call
+        self.randomness = randomness
+        self.has_rule = has_rule
+        self.decompose = decompose
+        self.equations: list[Equation] = []
+        self.entries: dict[int, tuple[weakref.ref, Var]] = {}
+        self.groups: dict[int, int] = {}  # storage address -> group; weak references keep addresses from being reused
+        self.weak_storages: list[int] = []
+        self.mapped_groups: set[int] = set()
+        self.captured_groups: set[int] = set()
+        self.input_groups: dict[int, int] = {}
+        self.written_groups: set[int] = set()
+        self.inputs: list[Var] = []
+        self.captured: dict[int, tuple[Var, torch.Tensor]] = {}
+        self.captured_grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.literals: list[tuple[Var, torch.Tensor]] = []
+        self.scalars: list[float] = []
+        self.types: list[Any] = []
+        self.count = 0
+        self.device: torch.device | None = None
+        self.paused = False
+        self.random = False
+        self.uninitialised: set[int] = set()
+        self.sources: dict[str, str] = {}
+
+    # -- variables ---------------------------------------------------------------------------------------------------
+
+    def _define(self, tensor: torch.Tensor) -> Var:
+        if tensor.layout is not torch.strided:
+            raise errors.UnsupportedOperatorError(
+                f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only dense (strided) tensors can be "
+                "mapped: call .to_dense() on it first"
+            )
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        group = self.groups.get(address)
+        if group is None:
+            group = len(self.groups)
+            self.groups[address] = group
+            self.weak_storages.append(storage._weak_ref())
+        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device), tensor.storage_offset())
+        var = Var(self.count, group, spec)
+        self.count += 1
+        self.entries[id(tensor)] = (weakref.ref(tensor), var)
+        return var
+
+    def known(self, tensor: torch.Tensor) -> Var | None:
+        """The variable of a tensor that was recorded, or None."""
+        entry = self.entries.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        return None
+
+    def add_input(self, sample: torch.Tensor) -> None:
+        """Declare `sample` as the next mapped input."""
+        var = self._define(sample)
+        self.mapped_groups.add(var.group)
+        self.input_groups[var.group] = len(self.inputs)
+        self.inputs.append(var)
+        if self.device is None:
+            self.device = sample.device
+
+    def belongs(self, tensor: torch.Tensor) -> bool:
+        """Whether python may not look at the value of `tensor`: it differs by sample, or nothing would notice if it changed."""
+        var = self.known(tensor)
+        if var is not None and (var.group in self.mapped_groups or (self.value_may_change and var.index not in self.captured)):
+            return True
+        return self.outer is not None and self.outer.belongs(tensor)
+
+    def is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether the value of a tensor differs by sample."""
+        var = self.known(tensor)
+        return var is not None and var.group in self.mapped_groups
+
+    def _capture(self, tensor: torch.Tensor) -> Var:
+        address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+        group = self.groups.get(address) if address is not None else None
+        if group is not None and group not in self.captured_groups:
+            raise errors.EscapeError(
+                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was not made by a "
+                "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch operators on the tensor itself"
+            )
+        var = self._define(tensor)
+        self.captured_groups.add(var.group)
+        self.captured[var.index] = (var, tensor)
+        if tensor.requires_grad and tensor.is_leaf:
+            self.captured_grads.append((tensor, tensor.grad))
+        return var
+
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, value: Any, flags: list[int], param: bool) -> Any:
+        kind = type(value)
+        if kind is int or value is None or kind is str:
+            return value
+        if isinstance(value, torch.Tensor):
+            entry = self.entries.get(id(value))
+            if entry is not None and entry[0]() is value:
+                var = entry[1]
+            else:
+                var = self._capture(value)
+            if value.requires_grad:
+                flags.append(FRESH_LEAF if value.grad_fn is None and var.index not in self.captured else GRAD)
+            else:
+                flags.append(NO_GRAD)
+            return var
+        if kind is list or kind is tuple:
+            return tuple([self._encode(v, flags, False) for v in value])
+        if kind is bool:
+            self.types.append(bool)
+            return value
+        if kind is float:
+            if param:
+                self.scalars.append(value)
+                return Param(len(self.scalars) - 1)
+            self.types.append(value.hex())
+            return value
+        if kind is complex:
+            self.types.append((value.real.hex(), value.imag.hex()))
+            return value
+        if kind is torch.device:
+            return SAMPLE_DEVICE if self._is_sample_device(value) else value
+        if kind is torch.dtype or kind is torch.layout or kind is torch.memory_format:
+            return value
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise errors.EscapeError(f"{self.call}: the function computes with symbolic sizes ({value}), which cannot be recorded")
+        if isinstance(value, torch.Generator):
+            raise errors.RandomnessError(
+                f"{self.call}: the function draws from an explicit torch.Generator, which samples cannot share; drop the generator "
+                "argument and seed torch's own with torch.manual_seed"
+            )
+        if isinstance(value, float | np.floating):
+            return self._encode(float(value), flags, param)
+        if isinstance(value, int | np.integer):
+            return int(value)
+        raise errors.EscapeError(f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot be recorded")
+
+    def _is_sample_device(self, device: torch.device) -> bool:
+        mine = self.device
+        return mine is not None and device.type == mine.type and (device.index is None or mine.index is None or device.index == mine.index)
+
+    def _outputs(self, out: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            return self.known(out) or self._define(out)
+        if isinstance(out, tuple | list):
+            return tuple([self._outputs(o) for o in out])
+        return None
+
+    def _refuse_write(self, op: torch._ops.OpOverload, tensor: torch.Tensor) -> None:
+        var = self.known(tensor) or self._capture(tensor)
+        if var.group not in self.captured_groups:
+            self.written_groups.add(var.group)
+            return
+        name = op._schema.name.partition("::")[2]
+        if "norm" in name:
+            raise errors.CapturedWriteError(
+                f"{self.call}: {name} in training mode would update running statistics of shape {tuple(tensor.shape)} that all samples share; "
+                "call .eval() on the model, or use track_running_stats=False, or GroupNorm (torch.func.replace_all_batch_norm_modules_)"
+            )
+        raise errors.CapturedWriteError(
+            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} that all samples share (captured, or an argument "
+            "with in_dim None); the loop would write to it once per sample: return the value instead, or clone the tensor inside the function"
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run one call and record it."""
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        info = op_info(func)
+        if info.composite:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if info.metadata:
+            return func(*args, **kwargs)
+        if func is aten.lift_fresh.default:
+            return self._literal(args[0])
+        for i in info.writes:
+            if i < len(args):
+                self._check_writes(func, args[i])
+        for name in info.writes_named:
+            if name in kwargs:
+                self._check_writes(func, kwargs[name])
+        hidden = info.hidden_writes
+        writes = tuple(args[i] for i in info.writes if i < len(args)) + tuple(kwargs[n] for n in info.writes_named if n in kwargs)
+        if hidden is not None and len(args) > hidden[2] and args[hidden[2]]:
+            stats = [args[i] for i in hidden[:2] if isinstance(args[i], torch.Tensor)]
+            for tensor in stats:
+                self._refuse_write(func, tensor)
+            writes += tuple(stats)
+        if info.random:
+            self._check_random(func, args)
+        decomposition = self.decompose(func)
+        if decomposition is not None:
+            with self:
+                return decomposition(*args, **kwargs)
+
+        return self._record(func, info, args, kwargs, writes)
+
+    def _record(self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple) -> Any:
+        flags: list[int] = []
+        param = func in OPEN_SCALARS
+        encoded = tuple([self._encode(a, flags, param) for a in args])
+        named = tuple([(k, self._encode(v, flags, param)) for k, v in kwargs.items()]) if kwargs else ()
+        read = list(variables((encoded, named)))
+        mapped = any([v.group in self.mapped_groups for v in read])
+        dynamic = info.dynamic and _shape_depends_on_values(func, args)
+        if mapped and (info.question or dynamic):
+            raise errors.DataDependentError(self._data_dependent(func))
+        out = func(*args, **kwargs)
+        if info.random:
+            self.random = True
+            mapped = mapped or self.randomness == "different"
+        if info.question:
+            self.types.append((type(out), repr(out)))
+            self.equations.append(Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)))
+            return out
+        outs = self._outputs(out) if isinstance(out, tuple | list) else (self._outputs(out),)
+        results = list(variables(outs))
+        if mapped:
+            self.mapped_groups.update([v.group for v in results])
+        if writes or self.uninitialised:
+            written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
+            if mapped:
+                self.mapped_groups |= written
+            if self.uninitialised:
+                self._check_uninitialised(func, read, results, written)
+        if func in _UNINITIALISED:
+            self.uninitialised.update([v.group for v in results])
+        answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
+        source = None
+        if not self.has_rule(func):
+            name = func.name()
+            if name not in self.sources:
+                self.sources[name] = _user_line()
+        self.equations.append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
+        return out
+
+    def _check_writes(self, func: Any, value: Any) -> None:
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                self._refuse_write(func, tensor)
+
+    def _check_uninitialised(self, func: Any, read: list[Var], outs: list[Var], written: set[int]) -> None:
+        """Refuse the value of memory that nothing recorded has written: it was written by a door that was not seen."""
+        name = func._schema.name.partition("::")[2]
+        views = {v.group for v in outs}
+        for var in read:
+            if var.group not in self.uninitialised or var.group in written or var.group in views or 0 in var.spec.shape:
+                continue
+            if name.endswith("_like") or name.startswith("new_"):
+                continue
+            raise errors.EscapeError(
+                f"{self.call}: {name} reads memory that torch.empty made and that no recorded operator has written, at {_user_line()}; "
+                "fill it with torch operators (numpy and data_ptr writes cannot be followed), or use torch.zeros"
+            )
+        self.uninitialised -= written
+
+    def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor made from python data inside the function: owned by the program."""
+        with torch._C._DisableTorchDispatch():  # an outer recording must not see the copy
+            copy = tensor.clone()
+        var = self._define(tensor)
+        self.literals.append((var, copy))
+        return tensor
+
+    def _check_random(self, func: Any, args: tuple) -> None:
+        name = func._schema.name.partition("::")[2]
+        if "dropout" in name and len(args) > 2 and args[2] is False:
+            return
+        if self.randomness == "error":
+            raise errors.RandomnessError(
+                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass randomness='different' (each sample its own draw) or "
+                "'same' (one draw for all), or switch the random layer off (model.eval())"
+            )
+
+    def _data_dependent(self, func: Any) -> str:
+        name = func._schema.name.partition("::")[2]
+        what = {
+            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample (`if x > 0`, `float(x)`, `.item()`, a tensor as index)",
+            "equal": "torch.equal compares tensors that differ by sample",
+        }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
+        return f"{self.call}: {what}, at {_user_line()}; use torch.where, masks or comparisons that return tensors"
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, outputs: list[torch.Tensor], structure: Any) -> Recording:
+        """The recording, once the function has returned `outputs`."""
+        flags: list[int] = []
+        out_vars = tuple([self._encode(o, flags, False) for o in outputs])
+        program = Program(
+            inputs=tuple(self.inputs),
+            captured=tuple(var for var, _ in self.captured.values()),
+            literals=tuple(var for var, _ in self.literals),
+            scalars=len(self.scalars),
+            equations=tuple(self.equations),
+            outputs=out_vars,
+            output_flags=tuple(flags),
+            types=tuple(self.types),
+        )
+        return Recording(
+            program,
+            tuple(t for _, t in self.captured.values()),
+            tuple(t for _, t in self.literals),
+            tuple(self.scalars),
+            structure,
+            frozenset(self.input_groups[g] for g in self.written_groups if g in self.input_groups),
+            self.random,
+            self.sources,
+        )
+
+    def release(self) -> None:
+        """Let go of the storages' addresses."""
+        for address in self.weak_storages:
+            torch.UntypedStorage._free_weak_ref(address)
+        self.weak_storages.clear()
+        self.entries.clear()
