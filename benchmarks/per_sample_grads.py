@@ -121,6 +121,7 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
     "opacus": opacus,
     "jax": jax,
 }
+RESULTS = Path(__file__).parent / "results"
 OURS = ("shardmap", "shardmap once")
 OPTIONAL = ("opacus", "jax")
 
@@ -214,14 +215,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each peer (default: 15)")
     parser.add_argument("--warmup", type=int, default=3, help="discarded runs of each peer (default: 3)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the table and the numbers")
-    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder for the table and the numbers (default: benchmarks/results if all models and peers run, else none)",
+    )
     options = parser.parse_args(arguments)
 
     common.use_threads(options.threads)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus on models whose input requires no grad
-    description = common.machine(("torch", *OPTIONAL))
     names = installed([name for name in PEERS if name == BASELINE or name in options.peers])
+    description = common.machine(("torch", *[name for name in OPTIONAL if name in names]))
     timer = common.Timer(options.rounds, options.warmup)
     results = {}
     for model in options.models:
@@ -231,11 +235,12 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"Per-sample gradients, float32: time over torch.func's, median (quartiles) of {options.rounds} paired runs."
     text = "\n\n".join([title, table(results, names), common.machine_line(description)])
     print(text)
-    if not options.no_write:
+    whole = list(results) == list(makers) and names == list(PEERS)
+    folder = options.results or (RESULTS if whole else None)
+    if folder is not None:
         stem = f"per_sample_grads_{options.threads}_threads"
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / f"{stem}.md").write_text(text + "\n")
-        common.write_json(options.results / f"{stem}.json", {"machine": description, "target": TARGET, "results": results})
+        common.write_json(folder / f"{stem}.json", {"machine": description, "target": TARGET, "results": results})
+        (folder / f"{stem}.md").write_text(text + "\n")
     for line in missed(results):
         print(f"missed: {line}", file=sys.stderr)
     return 1 if missed(results) else 0
