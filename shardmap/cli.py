@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exception raised by the user's own function passes through with its traceback.
     """
     parser = _Parser(prog="shardmap", description="Map a PyTorch function over a batch: in chunks, on every device you name.")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
     run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
@@ -87,7 +90,8 @@ def _ops(scoreboard: Path) -> int:
 
     rows = sorted(table(), key=lambda row: (row[2], row[0]))
     _say(format_table({"operator": [row[0] for row in rows], "tier": [row[1] for row in rows], "family": [row[2] for row in rows]}))
-    _say(f"{len(rows)} operators have a rule of their own; every other goes through PyTorch's decompositions, torch.func.vmap, or a loop")
+    counts = collections.Counter(row[1] for row in rows)
+    _say(", ".join(f"{tier}: {count}" for tier, count in counts.items()) + "; every other operator: torch.func.vmap of it alone, or a loop")
     if scoreboard.is_file():
         _say(f"{scoreboard}:")
         _say(json.dumps(json.loads(scoreboard.read_text(encoding="utf-8")).get("totals", {}), indent=2))
@@ -143,6 +147,13 @@ def _progress() -> Iterator[Callable[[Event], None]]:
                 task = None
 
         yield listener
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("shardmap")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, run from its sources"
 
 
 def _say(text: str) -> None:

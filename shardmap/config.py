@@ -16,10 +16,32 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from shardmap.errors import ConfigError
 from shardmap.extras import require
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number, written beside its type: `Annotated[int, Bounds(least=1)]`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    """Like `least`, but not allowed itself."""
+
+    def admits(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+        )
+
+    def __str__(self) -> str:
+        parts = ((" of at least ", self.least), (" above ", self.above), (" of at most ", self.most))
+        return " and".join(f"{words}{bound}" for words, bound in parts if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class RunConfig:
     """The dataset's columns that are mapped, in the order of the function's parameters; null for all of them."""
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
-    chunk_size: int | None = None
+    chunk_size: Annotated[int, Bounds(least=1)] | None = None
     """Samples computed at once on a device; null for all that fall to the device."""
     randomness: Literal["error", "same", "different"] = "error"
     """What random calls inside the function do, as in `torch.func.vmap`."""
@@ -111,8 +133,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if isinstance(value, dict) and "path" not in value:
             raise ConfigError(f"{section}.path: missing; give the import path of a function, package.module.name")
     config = _build(values)
-    if config.chunk_size is not None and config.chunk_size < 1:
-        raise ConfigError(f"chunk_size: {config.chunk_size} is out of range; give a whole number of at least 1, or null")
     if not config.output.strip():
         raise ConfigError("output: '' is empty; give the path of the run folder")
     if config.devices == []:
@@ -220,7 +240,7 @@ def _build(values: dict[str, Any]) -> RunConfig:
     """Convert and check every value by its declared type."""
     jsonargparse = require("jsonargparse", extra="run", purpose="to read configurations")
     checked: dict[str, Any] = {}
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
     for key, value in values.items():
         inner = next((kind for kind in _members(hints[key]) if dataclasses.is_dataclass(kind)), None)
         if value is None and type(None) in _members(hints[key]):
@@ -264,7 +284,7 @@ def _bind_call(section: str, call: Call, leading: int | None) -> BoundCall:
         if item.default is item.empty and item.name not in call.args:
             raise ConfigError(f"{section}.args.{item.name}: missing; {call.path} needs a value for it")
     jsonargparse = require("jsonargparse", extra="run", purpose="to read configurations")
-    hints = typing.get_type_hints(function) if names else {}
+    hints = typing.get_type_hints(function, include_extras=True) if names else {}
     args: dict[str, Any] = {}
     for item in accepted:
         if item.name not in call.args:
@@ -310,10 +330,16 @@ def import_object(path: str, key: str) -> Any:
 def _parse(parser: Any, values: dict[str, Any], prefix: str, hints: dict[str, Any]) -> Any:
     """Let jsonargparse convert and check values; its multi-line errors become one line in plain words."""
     try:
-        return parser.parse_object(values)
+        parsed = parser.parse_object(values)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         key = next((name for name in values if f'"{name}' in str(error)), next(iter(values)))
-        raise ConfigError(f"{prefix}{key}: {_show(values[key])} has the wrong type; give {_plain(hints[key])}") from error
+        raise ConfigError(f"{prefix}{key}: {_show(values[key])} does not fit; give {_plain(hints[key])}") from error
+    for key, value in vars(parsed).items():
+        for member in _members(hints[key]):
+            for bounds in getattr(member, "__metadata__", ()):
+                if isinstance(bounds, Bounds) and isinstance(value, int | float) and not bounds.admits(value):
+                    raise ConfigError(f"{prefix}{key}: {value} is out of range; give {_plain(hints[key])}")
+    return parsed
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -330,6 +356,8 @@ def _plain(hint: Any) -> str:
     if len(members) > 1:
         return " or ".join(_plain(member) for member in members)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _plain(arguments[0]) + "".join(str(item) for item in arguments[1:] if isinstance(item, Bounds))
     if origin is Literal:
         return "one of " + ", ".join(str(argument) for argument in arguments)
     if origin in (list, tuple, Sequence):
