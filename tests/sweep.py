@@ -184,7 +184,11 @@ def judge_batch(op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: li
     checks = oracle.Checks(gradient=False, aliasing=not reference, requires_grad=False, refusals=(Exception,) if reference else oracle.Checks().refusals)
     try:
         with RandomCalls() as watch:
-            build().run(oracle.loop)
+            of_views = pytree.tree_leaves(build().run(oracle.loop))
+        if "as_strided" in op.name:
+            of_copies = pytree.tree_leaves(build().run(lambda f, dims: oracle.loop(lambda *rows: f(*(r.clone() for r in rows)), dims)))
+            for one, other in zip(of_views, of_copies, strict=True):
+                oracle.assert_same(one, other, "an absolute storage offset reads another row")
     except Exception as error:
         return oracle.Verdict("skipped", oracle.first_line(error))
     if watch.found:

@@ -1,0 +1,777 @@
+"""Named cases: what a mapped function may do, and what is refused.
+
+A case is a function of a `Kit`. It makes its tensors with the kit, which gives the same values at each call, and returns
+a function of the map under test. So `vmap` can be nested, or stand under another transform, in any way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from shardmap import errors
+from tests import oracle
+
+Run = Callable[[oracle.Subject], Any]
+@dataclass
+class Kit:
+    """Makes tensors, and remembers them so that they are compared afterwards."""
+
+    size: int = 3
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    captured: list[torch.Tensor] = field(default_factory=list)
+
+    def values(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Different values for each tensor of a setting, the same in each setting."""
+        generator = torch.Generator().manual_seed(31 * (len(self.inputs) + len(self.captured)) + len(shape))
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randint(0, 2 if dtype == torch.bool else 4, shape, generator=generator).to(dtype)
+
+    def x(self, *shape: int, dim: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> torch.Tensor:
+        """A mapped input: `shape` is one row's."""
+        full = list(shape)
+        full.insert(dim if dim >= 0 else len(full) + 1 + dim, self.size)
+        self.inputs.append(self.values(*full, dtype=dtype).requires_grad_(grad))
+        return self.inputs[-1]
+
+    def w(self, *shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> torch.Tensor:
+        """A captured or unmapped tensor."""
+        self.captured.append(self.values(*shape, dtype=dtype).requires_grad_(grad and dtype.is_floating_point))
+        return self.captured[-1]
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """A module whose parameters and buffers are captured, with fixed values."""
+        module = module.double()
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                with torch.no_grad():
+                    tensor.copy_(self.values(*tensor.shape) * 0.5 if isinstance(tensor, nn.Parameter) else self.values(*tensor.shape).abs() + 0.5)
+            self.captured.append(tensor)
+        return module
+
+
+Case = Callable[[Kit], Run]
+CASES: dict[str, tuple[Case, oracle.Checks]] = {}
+REFUSALS: dict[str, tuple[Case, type[BaseException]]] = {}
+
+
+def case(second_order: bool = True, **checks: Any) -> Callable[[Case], Case]:
+    """Registers a case under its function's name."""
+
+    def register(function: Case) -> Case:
+        assert function.__name__ not in CASES
+        CASES[function.__name__] = function, oracle.Checks(second_order=second_order, **checks)
+        return function
+
+    return register
+
+
+def refused(expected: type[BaseException]) -> Callable[[Case], Case]:
+    """Registers a refusal with the error it must be."""
+
+    def register(function: Case) -> Case:
+        assert function.__name__ not in REFUSALS
+        REFUSALS[function.__name__] = function, expected
+        return function
+
+    return register
+
+
+def setting(function: Case, size: int = 3, **options: Any) -> Callable[[], oracle.Setting]:
+    """What `oracle.compare` needs; `options` go to every map that the case makes."""
+
+    def build() -> oracle.Setting:
+        kit = Kit(size)
+        run = function(kit)
+
+        def run_with(vmap: oracle.Subject) -> Any:
+            return run(lambda func, *args, **kwargs: vmap(func, *args, **{**options, **kwargs}))
+
+        return oracle.Setting(run_with, kit.inputs, kit.captured)
+
+    return build
+
+
+# ---------------------------------------------------------------------------------------------- the plain ones
+
+
+@case()
+def dot_product(k: Kit) -> Run:
+    x, y = k.x(5, grad=True), k.x(5, grad=True)
+    return lambda vmap: vmap(torch.dot)(x, y)
+
+
+@case()
+def captured_weights(k: Kit) -> Run:
+    x, weights = k.x(5, grad=True), k.w(5)
+    return lambda vmap: vmap(lambda feature_vec: feature_vec.dot(weights).relu())(x)
+
+
+@case()
+def jacobian_in_one_call(k: Kit) -> Run:
+    x, basis = k.w(4), torch.eye(4, dtype=torch.float64)
+    k.inputs.append(basis)
+
+    def run(vmap: oracle.Subject) -> Any:
+        y = x**2 * x.sum()
+        return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True, create_graph=True)[0])(basis)
+
+    return run
+
+
+@case()
+def hessian_in_one_call(k: Kit) -> Run:
+    x, w = k.w(4), k.w(4)
+
+    def run(vmap: oracle.Subject) -> Any:
+        (g,) = torch.autograd.grad((torch.tanh(x * w) ** 2).sum() * x.prod(), x, create_graph=True)
+        return vmap(lambda v: torch.autograd.grad(g, x, v, retain_graph=True)[0])(torch.eye(4, dtype=torch.float64))
+
+    return run
+
+
+@case()
+def functional_vjp(k: Kit) -> Run:
+    x, weight = k.x(5), k.w(5)
+    return lambda vmap: vmap(lambda s: torch.autograd.functional.vjp(lambda w: s.dot(w).relu(), weight)[1])(x)
+
+
+@case()
+def per_sample_gradients_of_a_module(k: Kit) -> Run:
+    model = k.module(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    x, y = k.x(4), k.x(2)
+    return lambda vmap: vmap(lambda a, b: torch.autograd.grad(F.mse_loss(model(a), b), tuple(model.parameters())))(x, y)
+
+
+@case()
+def functional_call(k: Kit) -> Run:
+    model = nn.Linear(4, 2).double()
+    weight, bias, x = k.x(2, 4, grad=True), k.x(2, grad=True), k.x(4)
+    return lambda vmap: vmap(lambda w, b, a: torch.func.functional_call(model, {"weight": w, "bias": b}, (a,)))(weight, bias, x)
+
+
+# ---------------------------------------------------------------------------------------------- dims, trees, keywords
+
+
+@case()
+def negative_and_none_dims(k: Kit) -> Run:
+    x, y, z = k.x(2, 4, dim=-1, grad=True), k.w(4), k.x(4, dim=1, grad=True)
+    return lambda vmap: vmap(lambda a, b, c: a * b + c, (-1, None, 1), -1)(x, y, z)
+
+
+@case()
+def trees_in_and_out(k: Kit) -> Run:
+    tree = {"a": k.x(3, grad=True), "b": [k.x(2, dim=1, grad=True), k.w(3)]}
+
+    def function(t: Any) -> Any:
+        return {"s": t["a"] + t["b"][1], "p": (t["b"][0].sum(), [t["a"].outer(t["b"][0])])}
+
+    return lambda vmap: vmap(function, ({"a": 0, "b": [1, None]},), {"s": 1, "p": (0, [2])})(tree)
+
+
+@case()
+def one_dim_for_a_whole_tree(k: Kit) -> Run:
+    tree, factor = (k.x(3, dim=1, grad=True), {"q": k.x(4, dim=1)}), k.w()
+    return lambda vmap: vmap(lambda t, f: (t[0].sum() * f, t[1]["q"] * f), (1, None))(tree, factor)
+
+
+@case()
+def keywords_unmapped(k: Kit) -> Run:
+    x, scale = k.x(3, grad=True), k.w(3)
+    return lambda vmap: vmap(lambda a, *, scale, power: (a * scale) ** power)(x, scale=scale, power=2)
+
+
+@case()
+def keywords_mapped(k: Kit) -> Run:
+    x, scale = k.x(3, grad=True), k.x(3, dim=1, grad=True)
+    return lambda vmap: vmap(lambda a, scale, shift: a * scale + shift, kw_in_dims={"scale": 1})(x, scale=scale, shift=1.5)
+
+
+@case()
+def other_arguments_pass_through(k: Kit) -> Run:
+    x = k.x(3, 2, grad=True)
+    return lambda vmap: vmap(lambda a, dim, name, flag: a.sum(dim) if flag and name == "s" else a, (0, None, None, None))(x, 1, "s", True)
+
+
+@case()
+def unmapped_outputs_are_repeated(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3)
+    return lambda vmap: vmap(lambda a: (w, w * 2, a, torch.ones(2), torch.arange(3)[1:]), out_dims=(0, 1, 0, -1, 0))(x)
+
+
+@case()
+def one_tensor_returned_twice(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> Any:
+        b = a * 2
+        return b, b, b[0], b.view(3)
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def input_returned(k: Kit) -> Run:
+    x = k.x(3, 2, grad=True)
+    return lambda vmap: vmap(lambda a: (a, a.T, a[0], a.detach()))(x)
+
+
+@case()
+def nested(k: Kit) -> Run:
+    x, y, w = k.x(4, 3, grad=True), k.x(5, 3, grad=True), k.w(3)
+    return lambda vmap: vmap(lambda a, b: vmap(lambda p: vmap(lambda q: (p * q * w).sum())(b))(a))(x, y)
+
+
+@case()
+def nested_with_dims(k: Kit) -> Run:
+    x, y = k.x(4, 3, grad=True), k.w(3, 2)
+    return lambda vmap: vmap(lambda a: vmap(lambda p, q: p.outer(q), (1, None), 2)(a, y[:, 0]), 0, -1)(x)
+
+
+@case()
+def row_strides_kept(k: Kit) -> Run:
+    x = k.x(4, 6, dim=1, grad=True)
+    return lambda vmap: vmap(lambda a: (a.mT.reshape(-1), a[:, ::2].as_strided((2, 2), (a.stride(0), a.stride(1)))), 1)(x)
+
+
+@case()
+def expanded_batch(k: Kit) -> Run:
+    w = k.w(1, 4)
+    return lambda vmap: vmap(lambda a: a.sin() + a.sum())(w.expand(3, 4))
+
+
+# ---------------------------------------------------------------------------------------------- writing in place
+
+
+@case()
+def mapped_value_into_unmapped_zeros(k: Kit) -> Run:
+    x = k.x(4, grad=True)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(4, dtype=torch.float64)
+        for i in range(4):
+            out[i] = a[i] * i
+        return out
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def writes_through_views(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> Any:
+        base = torch.ones(3, 3, dtype=torch.float64)
+        base.t()[0].view(3).mul_(2)
+        base.diagonal().add_(a)
+        base[1:, :2].copy_(a[:2].expand(2, 2))
+        row = base[0]
+        row += a
+        return base, row, base.sum()
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def view_made_before_the_write(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> Any:
+        base = a.new_zeros(2, 3)
+        view = base[1]
+        flat = base.view(-1)
+        base[1] = a
+        return view * 2, flat, base
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def indexed_writes(k: Kit) -> Run:
+    x, i, w = k.x(4, grad=True), k.x(2, dtype=torch.int64), k.w(4)
+
+    def function(a: torch.Tensor, at: torch.Tensor) -> Any:
+        b = (a * w).clone()
+        b[at] = 1.5
+        c = torch.zeros(4, dtype=torch.float64).index_add_(0, at, a[:2])
+        d = a.clone().scatter_(0, at, 0.25)
+        e = w.clone().index_put_((at,), a[:2], accumulate=True)
+        return b, c, d, e, a[at], w[at]
+
+    return lambda vmap: vmap(function)(x, i)
+
+
+@case(gradient=False)
+def in_place_on_a_mapped_input(k: Kit) -> Run:
+    x = k.x(4)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        a.mul_(2)
+        a[0] = 7
+        return a + 1
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def literals_are_fresh(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        t = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        t += a
+        return t
+
+    return lambda vmap: (vmap(function)(x), vmap(function)(x))
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+@case()
+def detach_and_no_grad(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+
+    def function(a: torch.Tensor) -> Any:
+        with torch.no_grad():
+            c = a * w
+        return a.detach() * a * w, c * a, c, (a * w).detach(), a.exp()
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def straight_through_estimator(k: Kit) -> Run:
+    x = k.x(4, grad=True)
+    return lambda vmap: vmap(lambda a: (a.round() - a).detach() + a.tanh())(x)
+
+
+@case()
+def inner_gradient_without_graph(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+
+    def function(a: torch.Tensor) -> Any:
+        (g,) = torch.autograd.grad((a * w).sin().sum(), a, retain_graph=True)
+        return g * a * w
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def inner_gradient_with_graph(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+
+    def function(a: torch.Tensor) -> Any:
+        (g,) = torch.autograd.grad((a * w).sin().sum(), a, create_graph=True)
+        return (g**2).sum() + (g * a).sum().detach()
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def requires_grad_inside(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3)
+
+    def function(a: torch.Tensor) -> Any:
+        b = a.clone().requires_grad_()
+        (g,) = torch.autograd.grad((b**3 * w).sum(), b, create_graph=True)
+        return g
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def functional_of_autograd(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+    f = torch.autograd.functional
+
+    def function(a: torch.Tensor) -> Any:
+        def y(t: torch.Tensor) -> torch.Tensor:
+            return (t * w).sin()
+
+        def s(t: torch.Tensor) -> torch.Tensor:
+            return (t**3 * w).sum()
+
+        return (
+            f.vjp(y, a, a, create_graph=True)[1],
+            f.jvp(y, a, a)[1],
+            f.jacobian(y, a, create_graph=True),
+            f.hessian(s, a),
+            f.hvp(s, a, a)[1],
+        )
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def transforms_inside(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+
+    def function(a: torch.Tensor) -> Any:
+        def s(t: torch.Tensor) -> torch.Tensor:
+            return (t**3 * w).sum()
+
+        def y(t: torch.Tensor) -> torch.Tensor:
+            return (t * w).tanh()
+
+        return (
+            torch.func.grad(s)(a),
+            torch.func.vjp(y, a)[1](a)[0],
+            torch.func.jvp(y, (a,), (w.detach(),))[1],
+            torch.func.jacrev(y)(a),
+            torch.func.jacfwd(y)(a),
+            torch.func.hessian(s)(a),
+            torch.func.vmap(lambda t: t * w.sum())(a),
+        )
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def checkpointed(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3, 3)
+
+    def function(a: torch.Tensor) -> Any:
+        b = a.clone().requires_grad_() if not a.requires_grad else a
+        y = checkpoint(lambda t: torch.tanh(w @ t), b, use_reentrant=False)
+        return y, torch.autograd.grad(y.sum(), b, create_graph=True)[0]
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def gradient_under_enable_grad_only(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3)
+
+    def run(vmap: oracle.Subject) -> Any:
+        with torch.no_grad():
+
+            def function(a: torch.Tensor) -> torch.Tensor:
+                with torch.enable_grad():
+                    return torch.autograd.grad((a * w).cos().sum(), w)[0]
+
+            return vmap(function)(x)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- transforms around
+
+
+def _around(name: str, transform: Callable[[Callable[..., Any], torch.Tensor, torch.Tensor], Any]) -> None:
+    def build(k: Kit) -> Run:
+        x, w = k.x(3), k.w(3, grad=False)
+
+        def run(vmap: oracle.Subject) -> Any:
+            def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                return vmap(lambda row: (row * b).sin() * b.sum())(a)
+
+            return transform(total, x, w)
+
+        return run
+
+    build.__name__ = name
+    case(gradient=False)(build)
+
+
+_around("under_func_grad", lambda f, x, w: torch.func.grad(lambda a, b: f(a, b).sum(), (0, 1))(x, w))
+_around("under_func_grad_of_captured", lambda f, x, w: torch.func.grad(lambda b: f(x, b).sum())(w))
+_around("under_func_vjp", lambda f, x, w: torch.func.vjp(f, x, w)[1](x))
+_around("under_func_jvp", lambda f, x, w: torch.func.jvp(f, (x, w), (x.cos(), w.cos())))
+_around("under_func_jacrev", lambda f, x, w: torch.func.jacrev(f, (0, 1))(x, w))
+_around("under_func_jacfwd", lambda f, x, w: torch.func.jacfwd(f, (0, 1))(x, w))
+_around("under_func_hessian", lambda f, x, w: torch.func.hessian(lambda b: f(x, b).sum())(w))
+_around("under_func_vmap", lambda f, x, w: torch.func.vmap(f, (None, 0))(x, torch.stack([w, w + 1])))
+_around("under_func_vmap_of_grad", lambda f, x, w: torch.func.vmap(torch.func.grad(lambda b: f(x, b).sum()))(torch.stack([w, w + 1])))
+_around("under_functional_jacobian", lambda f, x, w: torch.autograd.functional.jacobian(f, (x, w)))
+
+
+# ---------------------------------------------------------------------------------------------- contexts
+
+
+def _within(name: str, context: Callable[[], Any], inside: bool, dtype: torch.dtype = torch.float32, **checks: Any) -> None:
+    def build(k: Kit) -> Run:
+        x, w = k.x(3, 4, grad=True, dtype=dtype), k.w(4, 4, dtype=dtype)
+
+        def function(a: torch.Tensor) -> Any:
+            with context() if inside else contextlib.nullcontext():
+                q = (a @ w)[None]
+                return F.scaled_dot_product_attention(q, q, q)[0], F.linear(a, w), torch.zeros(2) + a.sum(), torch.tensor(0.5) * a.float()
+
+        def run(vmap: oracle.Subject) -> Any:
+            with contextlib.nullcontext() if inside else context():
+                return vmap(function)(x)
+
+        return run
+
+    build.__name__ = f"{name}_{'inside' if inside else 'around'}"
+    case(**checks)(build)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+for _inside in (False, True):
+    _within("no_grad", torch.no_grad, _inside)
+    _within("inference_mode", torch.inference_mode, _inside, gradient=False, requires_grad=not _inside)
+    _within("autocast", lambda: torch.autocast("cpu", torch.bfloat16), _inside, precision=torch.bfloat16, second_order=False)
+    _within("default_float64", lambda: _default_dtype(torch.float64), _inside)
+    _within("math_attention", lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), _inside)
+    _within("default_device", lambda: torch.device("cpu"), _inside)
+
+
+# ---------------------------------------------------------------------------------------------- promotion and dtypes
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+
+
+@case(second_order=False)
+def promotion_of_zero_dimensional_operands(k: Kit) -> Run:
+    scalars = [k.x(dtype=d) for d in DTYPES]
+    vectors = [k.x(3, dtype=d) for d in DTYPES]
+    literals = [k.w(dtype=d, grad=False) for d in DTYPES]
+
+    def function(ss: Any, vs: Any, ls: Any) -> Any:
+        out = []
+        for s in (*ss, *ls):
+            for v in vs:
+                out += [s + v, v * s, torch.where(v > 0, s, v), s < v, torch.maximum(s, v), v + 1.5, s * 2, torch.true_divide(v, 2), s == v.sum()]
+        return out
+
+    return lambda vmap: vmap(function, (0, 0, None))(scalars, vectors, literals)
+
+
+@case(second_order=False)
+def casts(k: Kit) -> Run:
+    x = k.x(3, dtype=torch.float32, grad=True)
+    return lambda vmap: vmap(lambda a: [(a * 3).to(d) for d in DTYPES] + [a.to(torch.bfloat16).float(), a.double().float()])(x)
+
+
+@case(gradient=False)
+def questions_about_shape_and_dtype(k: Kit) -> Run:
+    x, w = k.x(3, 2), k.w(3, grad=False)
+
+    def function(a: torch.Tensor) -> Any:
+        scale = 2.0 if w.sum() > -100 else 3.0  # a question about an unmapped value has one answer
+        return a.reshape(a.numel()) * a.shape[0] * (a.dim() + len(a)) * scale * (1 if a.is_contiguous() and a.dtype == torch.float64 else 0)
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
+def printing_changes_nothing(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        print(a)
+        return a * 2
+
+    return lambda vmap: vmap(function)(x)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@refused(errors.CapturedWriteError)
+def write_to_captured(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3, grad=False)
+    return lambda vmap: vmap(lambda a: w.add_(a))(x)
+
+
+@refused(errors.CapturedWriteError)
+def write_to_a_view_of_captured(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3, 3, grad=False)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        w[0] = 1.0
+        return a + w[0]
+
+    return lambda vmap: vmap(function)(x)
+
+
+@refused(errors.CapturedWriteError)
+def write_to_an_unmapped_argument(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3, grad=False)
+    return lambda vmap: vmap(lambda a, b: b.mul_(2) + a, (0, None))(x, w)
+
+
+@refused(errors.CapturedWriteError)
+def batch_norm_in_training(k: Kit) -> Run:
+    model, x = k.module(nn.BatchNorm1d(4)), k.x(2, 4)
+    return lambda vmap: vmap(model)(x)
+
+
+@refused(errors.CapturedWriteError)
+def backward_inside(k: Kit) -> Run:
+    x, w = k.x(3), k.w(3)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        (a * w).sum().backward()
+        return a
+
+    return lambda vmap: vmap(function)(x)
+
+
+@refused(errors.DataDependentError)
+def branch_on_a_mapped_value(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a * 2 if a.sum() > 0 else a)(x)
+
+
+def _escape(name: str, function: Callable[[torch.Tensor], Any], expected: type[BaseException] = errors.EscapeError) -> None:
+    def build(k: Kit) -> Run:
+        x = k.x(3)
+        return lambda vmap: vmap(function)(x)
+
+    build.__name__ = name
+    refused(expected)(build)
+
+
+def _data_pointer(a: torch.Tensor) -> torch.Tensor:
+    return a + float(a.data_ptr() % 2)
+
+
+def _set_data(a: torch.Tensor) -> torch.Tensor:
+    b = torch.zeros(3, dtype=a.dtype)
+    b.data = a
+    return b
+
+
+_escape("tolist", lambda a: torch.tensor(a.tolist()))
+_escape("to_numpy", lambda a: torch.from_numpy(a.numpy() * 2))
+_escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
+_escape("as_tensor_of_mapped", lambda a: torch.as_tensor([a[0], a[1]]))
+_escape("set_data", _set_data)
+_escape("data_pointer", _data_pointer)
+_escape("storage", lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storage(), 0, a.shape, a.stride()) * 2)
+_escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
+_escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
+_escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)
+_escape("nonzero", lambda a: a.nonzero(), errors.ShardmapError)
+_escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
+_escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
+_escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)
+_escape("no_tensor_returned", lambda a: 3.0, errors.OutputError)
+_escape("none_returned", lambda a: None, errors.OutputError)
+_escape("text_among_outputs", lambda a: (a, "name"), errors.OutputError)
+_escape("uninitialised_memory", lambda a: torch.empty(3, dtype=a.dtype) + a)
+
+
+class Cube(torch.autograd.Function):
+    """A function whose backward is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a)
+        return a**3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * 5 * ctx.saved_tensors[0]
+
+
+@refused(errors.AutogradFunctionError)
+def own_backward_under_outer_autograd(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+    return lambda vmap: vmap(lambda a: Cube.apply(a))(x)
+
+
+@refused(errors.InDimsError)
+def sizes_disagree(k: Kit) -> Run:
+    x, y = k.x(3), k.w(5, 3)
+    return lambda vmap: vmap(lambda a, b: a + b)(x, y)
+
+
+@refused(errors.InDimsError)
+def nothing_mapped(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a, None)(x)
+
+
+@refused(errors.InDimsError)
+def in_dim_out_of_range(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a, 2)(x)
+
+
+@refused(errors.InDimsError)
+def in_dims_of_another_structure(k: Kit) -> Run:
+    x, y = k.x(3), k.x(3)
+    return lambda vmap: vmap(lambda a, b: a, (0,))(x, y)
+
+
+@refused(errors.InDimsError)
+def in_dim_for_a_number(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a, b: a * b, (0, 0))(x, 2.0)
+
+
+@refused(errors.InDimsError)
+def scalar_mapped(k: Kit) -> Run:
+    x = k.w(grad=False)
+    return lambda vmap: vmap(lambda a: a)(x)
+
+
+@refused(errors.OutDimsError)
+def out_dim_out_of_range(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a, 0, 3)(x)
+
+
+@refused(errors.OutDimsError)
+def out_dims_of_another_structure(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: (a, a), 0, (0, 0, 0))(x)
+
+
+def _option(name: str, expected: type[BaseException], **options: Any) -> None:
+    def build(k: Kit) -> Run:
+        x = k.x(3)
+        return lambda vmap: vmap(lambda a: a * 2, **options)(x)
+
+    build.__name__ = name
+    refused(expected)(build)
+
+
+_option("chunk_size_zero", errors.OptionError, chunk_size=0)
+_option("chunk_size_negative", errors.OptionError, chunk_size=-2)
+_option("chunk_size_text", errors.OptionError, chunk_size="many")
+_option("unknown_randomness", errors.OptionError, randomness="sometimes")
+_option("unknown_trace", errors.OptionError, trace="never")
+_option("unknown_device", errors.DeviceError, devices="abacus")
+_option("no_devices", errors.DeviceError, devices=[])
+
+
+class OwnError(Exception):
+    """Stands for any exception of the user's."""
+
+
+@refused(OwnError)
+def own_exception(k: Kit) -> Run:
+    x = k.x(3)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        raise OwnError("mine")
+
+    return lambda vmap: vmap(function)(x)
+
+
+@refused(RuntimeError)
+def shapes_that_do_not_fit(k: Kit) -> Run:
+    x, y = k.x(3), k.x(4)
+    return lambda vmap: vmap(lambda a, b: a + b)(x, y)

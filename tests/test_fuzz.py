@@ -1,0 +1,93 @@
+"""Random programs against the loop: a fixed range of seeds at each run, thousands when asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import fuzz, oracle
+
+SEEDS = 150
+SERVED = 0.98
+
+
+def verdicts(first: int, last: int, subject: oracle.Subject) -> list[tuple[fuzz.Program, oracle.Verdict]]:
+    """Each seed's program and what the comparison found."""
+    programs = [fuzz.generate(seed) for seed in range(first, last)]
+    return [(program, fuzz.judge(program, subject)) for program in programs]
+
+
+def assert_served(found: list[tuple[fuzz.Program, oracle.Verdict]], subject: oracle.Subject) -> None:
+    """Not one wrong, and few refused."""
+    wrong = [fuzz.report(program, verdict, subject) for program, verdict in found if verdict.kind == "wrong"]
+    assert not wrong, "\n\n".join([f"{len(wrong)} wrong", *wrong[:3]])
+    counted = [verdict for _, verdict in found if verdict.kind != "skipped"]
+    refused = [verdict.detail for verdict in counted if verdict.kind == "refused"]
+    assert len(refused) <= (1 - SERVED) * len(counted), "\n".join(refused)
+
+
+def test_fixed_seeds() -> None:
+    """The same programs each time, so that a failure can be repeated."""
+    subject = oracle.shardmap_subject()
+    assert_served(verdicts(0, SEEDS, subject), subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 5000, 500))
+def test_thousands_of_seeds(first: int) -> None:
+    """The long run, in parts; `python -m tests.fuzz --seeds 0:5000 --workers 2` is the same in worker processes."""
+    subject = oracle.shardmap_subject()
+    assert_served(verdicts(first, first + 500, subject), subject)
+
+
+def test_programs_follow_from_their_seed() -> None:
+    """Two generations of a seed are one program."""
+    assert [fuzz.generate(seed) for seed in range(20)] == [fuzz.generate(seed) for seed in range(20)]
+
+
+def test_programs_have_substance() -> None:
+    """The generator keeps growing long programs, and most of those that could have gradients compare them."""
+    found = verdicts(0, 100, oracle.loop)
+    assert all(verdict.kind in ("right", "skipped") for _, verdict in found)
+    assert sum(len(program.steps) for program, _ in found) > 600
+    assert sum(verdict.gradient in ("first", "second") for _, verdict in found) > 25
+
+
+def wrong_map(damage: str) -> oracle.Subject:
+    """A map with a fault, of the kinds that the harness must notice."""
+
+    def vmap(func, in_dims=0, out_dims=0, randomness="error", **options):  # noqa: ANN001, ANN202  (stands for any map)
+        del options
+
+        def mapped(*args):  # noqa: ANN002, ANN202
+            result = oracle.loop(func, in_dims, out_dims, randomness)(*args)
+            leaves = list(result) if isinstance(result, tuple) else [result]
+            first = leaves[0]
+            if damage == "value" and first.is_floating_point():
+                leaves[0] = first * 1.01 + 0.01
+            if damage == "dtype":
+                leaves[0] = first.double() if first.dtype != torch.float64 else first.float()
+            if damage == "gradient" and first.is_floating_point():
+                leaves[0] = first.detach() + 0 * first
+            if damage == "detached":
+                leaves[0] = first.detach()
+            if damage == "aliasing":
+                leaves[0] = first[:1].expand(first.shape) if first.shape[0] > 1 else first
+            return tuple(leaves) if isinstance(result, tuple) else leaves[0]
+
+        return mapped
+
+    return vmap
+
+
+@pytest.mark.parametrize("damage", ["value", "dtype", "gradient", "detached", "aliasing"])
+def test_the_harness_notices(damage: str) -> None:
+    """A map that is wrong in one way is found out, and shrunk to a few lines."""
+    subject = wrong_map(damage)
+    wrong = [(p, v) for p, v in verdicts(0, 60, subject) if v.kind == "wrong"]
+    assert len(wrong) >= 5
+    program, verdict = wrong[0]
+    kind = fuzz.category(verdict)
+    small = fuzz.shrink(program, lambda p: fuzz.category(fuzz.judge(p, subject)) == kind)
+    assert len(small.steps) <= len(program.steps)
+    assert fuzz.judge(small, subject).kind == "wrong"
