@@ -1,4 +1,4 @@
-"""Named cases: what a mapped function may do, and what is refused.
+"""Named cases: what a mapped function may do (`tests.refusals` has what it may not).
 
 A case is a function of a `Kit`. It makes its tensors with the kit, which gives the same values at each call, and returns
 a function of the map under test. So `vmap` can be nested, or stand under another transform, in any way.
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shardmap import errors
 from tests import oracle
 
 Run = Callable[[oracle.Subject], Any]
+
+
 @dataclass
 class Kit:
     """Makes tensors, and remembers them so that they are compared afterwards."""
@@ -53,14 +54,15 @@ class Kit:
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.is_floating_point():
                 with torch.no_grad():
-                    tensor.copy_(self.values(*tensor.shape) * 0.5 if isinstance(tensor, nn.Parameter) else self.values(*tensor.shape).abs() + 0.5)
+                    tensor.copy_(
+                        self.values(*tensor.shape) * 0.5 if isinstance(tensor, nn.Parameter) else self.values(*tensor.shape).abs() + 0.5
+                    )
             self.captured.append(tensor)
         return module
 
 
 Case = Callable[[Kit], Run]
 CASES: dict[str, tuple[Case, oracle.Checks]] = {}
-REFUSALS: dict[str, tuple[Case, type[BaseException]]] = {}
 
 
 def case(second_order: bool = True, **checks: Any) -> Callable[[Case], Case]:
@@ -69,17 +71,6 @@ def case(second_order: bool = True, **checks: Any) -> Callable[[Case], Case]:
     def register(function: Case) -> Case:
         assert function.__name__ not in CASES
         CASES[function.__name__] = function, oracle.Checks(second_order=second_order, **checks)
-        return function
-
-    return register
-
-
-def refused(expected: type[BaseException]) -> Callable[[Case], Case]:
-    """Registers a refusal with the error it must be."""
-
-    def register(function: Case) -> Case:
-        assert function.__name__ not in REFUSALS
-        REFUSALS[function.__name__] = function, expected
         return function
 
     return register
@@ -550,7 +541,17 @@ def promotion_of_zero_dimensional_operands(k: Kit) -> Run:
         out = []
         for s in (*ss, *ls):
             for v in vs:
-                out += [s + v, v * s, torch.where(v > 0, s, v), s < v, torch.maximum(s, v), v + 1.5, s * 2, torch.true_divide(v, 2), s == v.sum()]
+                out += [
+                    s + v,
+                    v * s,
+                    torch.where(v > 0, s, v),
+                    s < v,
+                    torch.maximum(s, v),
+                    v + 1.5,
+                    s * 2,
+                    torch.true_divide(v, 2),
+                    s == v.sum(),
+                ]
         return out
 
     return lambda vmap: vmap(function, (0, 0, None))(scalars, vectors, literals)
@@ -582,196 +583,3 @@ def printing_changes_nothing(k: Kit) -> Run:
         return a * 2
 
     return lambda vmap: vmap(function)(x)
-
-
-# ---------------------------------------------------------------------------------------------- refusals
-
-
-@refused(errors.CapturedWriteError)
-def write_to_captured(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3, grad=False)
-    return lambda vmap: vmap(lambda a: w.add_(a))(x)
-
-
-@refused(errors.CapturedWriteError)
-def write_to_a_view_of_captured(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3, 3, grad=False)
-
-    def function(a: torch.Tensor) -> torch.Tensor:
-        w[0] = 1.0
-        return a + w[0]
-
-    return lambda vmap: vmap(function)(x)
-
-
-@refused(errors.CapturedWriteError)
-def write_to_an_unmapped_argument(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3, grad=False)
-    return lambda vmap: vmap(lambda a, b: b.mul_(2) + a, (0, None))(x, w)
-
-
-@refused(errors.CapturedWriteError)
-def batch_norm_in_training(k: Kit) -> Run:
-    model, x = k.module(nn.BatchNorm1d(4)), k.x(2, 4)
-    return lambda vmap: vmap(model)(x)
-
-
-@refused(errors.CapturedWriteError)
-def backward_inside(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3)
-
-    def function(a: torch.Tensor) -> torch.Tensor:
-        (a * w).sum().backward()
-        return a
-
-    return lambda vmap: vmap(function)(x)
-
-
-@refused(errors.DataDependentError)
-def branch_on_a_mapped_value(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: a * 2 if a.sum() > 0 else a)(x)
-
-
-def _escape(name: str, function: Callable[[torch.Tensor], Any], expected: type[BaseException] = errors.EscapeError) -> None:
-    def build(k: Kit) -> Run:
-        x = k.x(3)
-        return lambda vmap: vmap(function)(x)
-
-    build.__name__ = name
-    refused(expected)(build)
-
-
-def _data_pointer(a: torch.Tensor) -> torch.Tensor:
-    return a + float(a.data_ptr() % 2)
-
-
-def _set_data(a: torch.Tensor) -> torch.Tensor:
-    b = torch.zeros(3, dtype=a.dtype)
-    b.data = a
-    return b
-
-
-_escape("tolist", lambda a: torch.tensor(a.tolist()))
-_escape("to_numpy", lambda a: torch.from_numpy(a.numpy() * 2))
-_escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
-_escape("as_tensor_of_mapped", lambda a: torch.as_tensor([a[0], a[1]]))
-_escape("set_data", _set_data)
-_escape("data_pointer", _data_pointer)
-_escape("storage", lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storage(), 0, a.shape, a.stride()) * 2)
-_escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
-_escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
-_escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)
-_escape("nonzero", lambda a: a.nonzero(), errors.ShardmapError)
-_escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
-_escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
-_escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)
-_escape("no_tensor_returned", lambda a: 3.0, errors.OutputError)
-_escape("none_returned", lambda a: None, errors.OutputError)
-_escape("text_among_outputs", lambda a: (a, "name"), errors.OutputError)
-_escape("uninitialised_memory", lambda a: torch.empty(3, dtype=a.dtype) + a)
-
-
-class Cube(torch.autograd.Function):
-    """A function whose backward is not that of its forward."""
-
-    @staticmethod
-    def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(a)
-        return a**3
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0] * 5 * ctx.saved_tensors[0]
-
-
-@refused(errors.AutogradFunctionError)
-def own_backward_under_outer_autograd(k: Kit) -> Run:
-    x = k.x(3, grad=True)
-    return lambda vmap: vmap(lambda a: Cube.apply(a))(x)
-
-
-@refused(errors.InDimsError)
-def sizes_disagree(k: Kit) -> Run:
-    x, y = k.x(3), k.w(5, 3)
-    return lambda vmap: vmap(lambda a, b: a + b)(x, y)
-
-
-@refused(errors.InDimsError)
-def nothing_mapped(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: a, None)(x)
-
-
-@refused(errors.InDimsError)
-def in_dim_out_of_range(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: a, 2)(x)
-
-
-@refused(errors.InDimsError)
-def in_dims_of_another_structure(k: Kit) -> Run:
-    x, y = k.x(3), k.x(3)
-    return lambda vmap: vmap(lambda a, b: a, (0,))(x, y)
-
-
-@refused(errors.InDimsError)
-def in_dim_for_a_number(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a, b: a * b, (0, 0))(x, 2.0)
-
-
-@refused(errors.InDimsError)
-def scalar_mapped(k: Kit) -> Run:
-    x = k.w(grad=False)
-    return lambda vmap: vmap(lambda a: a)(x)
-
-
-@refused(errors.OutDimsError)
-def out_dim_out_of_range(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: a, 0, 3)(x)
-
-
-@refused(errors.OutDimsError)
-def out_dims_of_another_structure(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: (a, a), 0, (0, 0, 0))(x)
-
-
-def _option(name: str, expected: type[BaseException], **options: Any) -> None:
-    def build(k: Kit) -> Run:
-        x = k.x(3)
-        return lambda vmap: vmap(lambda a: a * 2, **options)(x)
-
-    build.__name__ = name
-    refused(expected)(build)
-
-
-_option("chunk_size_zero", errors.OptionError, chunk_size=0)
-_option("chunk_size_negative", errors.OptionError, chunk_size=-2)
-_option("chunk_size_text", errors.OptionError, chunk_size="many")
-_option("unknown_randomness", errors.OptionError, randomness="sometimes")
-_option("unknown_trace", errors.OptionError, trace="never")
-_option("unknown_device", errors.DeviceError, devices="abacus")
-_option("no_devices", errors.DeviceError, devices=[])
-
-
-class OwnError(Exception):
-    """Stands for any exception of the user's."""
-
-
-@refused(OwnError)
-def own_exception(k: Kit) -> Run:
-    x = k.x(3)
-
-    def function(a: torch.Tensor) -> torch.Tensor:
-        raise OwnError("mine")
-
-    return lambda vmap: vmap(function)(x)
-
-
-@refused(RuntimeError)
-def shapes_that_do_not_fit(k: Kit) -> Run:
-    x, y = k.x(3), k.x(4)
-    return lambda vmap: vmap(lambda a, b: a + b)(x, y)

@@ -1,7 +1,7 @@
 """The differential fuzzer: random programs, the loop against the map.
 
-A program is python source, grown line by line (`tests.fuzz_steps`) and run on every row while it grows, so that what is
-left is known to run. Everything follows from the seed.
+A program is python source, grown line by line (`tests.fuzz_steps`, `tests.fuzz_writes`) and run on every row while it
+grows, so that what is left is known to run. Everything follows from the seed.
 
     python -m tests.fuzz --seeds 0:5000 --workers 2
     python -m tests.fuzz --seeds 17:18 --show
@@ -26,13 +26,32 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from tests import isolate, oracle
-from tests.fuzz_steps import FLOATS, STEPS, Scope
+from tests import (
+    fuzz_steps,  # noqa: F401  (registers steps)
+    fuzz_writes,  # noqa: F401  (registers steps)
+    isolate,
+    oracle,
+)
+from tests.fuzz_scope import FLOATS, STEPS, Scope
+
+Refusals = tuple[type[BaseException], ...]
 
 LARGEST_MAGNITUDE = 40.0
 """Lines whose result exceeds it are taken back, so that rounding cannot grow without bound."""
 LARGEST_TENSOR = 400
-NOT_RUNNABLE = (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError, NameError, AssertionError, KeyError, ZeroDivisionError, SyntaxError)
+NOT_RUNNABLE = (
+    RuntimeError,
+    IndexError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    KeyError,
+    ZeroDivisionError,
+    SyntaxError,
+)
 """What a line that does not fit its operands may raise in the loop; it is taken back."""
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
@@ -77,7 +96,9 @@ class Input:
         if self.dtype.is_floating_point:
             values = torch.rand(shape, generator=generator, dtype=torch.float64) * 3 - 1.5
             if perturbed:
-                values = values * (1 + 4 * torch.finfo(self.dtype).eps * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5))
+                values = values * (
+                    1 + 4 * torch.finfo(self.dtype).eps * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
+                )
         else:
             values = torch.randint(0, 2 if self.dtype == torch.bool else 5, shape, generator=generator)
         values = values.to(self.dtype)
@@ -207,7 +228,11 @@ class Growth:
         """Raises ValueError unless all tensors are small, finite, and of one shape and dtype in all rows."""
         for name in self.names + new:
             values = [env[name] for env in self.envs]
-            if not all(isinstance(t, torch.Tensor) for t in values) or len({(t.shape, t.dtype) for t in values}) > 1 or values[0].numel() > LARGEST_TENSOR:
+            if (
+                not all(isinstance(t, torch.Tensor) for t in values)
+                or len({(t.shape, t.dtype) for t in values}) > 1
+                or values[0].numel() > LARGEST_TENSOR
+            ):
                 raise ValueError(name)
             if values[0].dtype not in (*FLOATS, torch.int64, torch.int32, torch.bool) or values[0].layout != torch.strided:
                 raise ValueError(name)
@@ -230,11 +255,17 @@ def generate(seed: int) -> Program:
         return Input(shape, dtype, in_dim, layout, grad and dtype.is_floating_point and rng.random() < 0.85)
 
     inputs = tuple(spec(i == 0 or rng.random() < 0.8) for i in range(rng.randrange(1, 4)))
-    captured = tuple(dataclasses.replace(spec(False), dtype=rng.choice((torch.float32, torch.float32, torch.float64)), requires_grad=grad and rng.random() < 0.8) for _ in range(rng.randrange(3)))
+    captured = tuple(
+        dataclasses.replace(
+            spec(False), dtype=rng.choice((torch.float32, torch.float32, torch.float64)), requires_grad=grad and rng.random() < 0.8
+        )
+        for _ in range(rng.randrange(3))
+    )
     context = rng.choices(tuple(CONTEXTS), (84, 5, 3, 4, 4))[0]
     program = Program(
         seed, size, inputs, captured, (), ("x0",), chunk_size=rng.choice((None, None, None, 1, 2, 3, 100)),
-        devices=rng.choice((None, None, None, ("cpu", "cpu"), ("cpu", "cpu", "cpu"))), second_order=grad and rng.random() < 0.25, context=context,
+        devices=rng.choice((None, None, None, ("cpu", "cpu"), ("cpu", "cpu", "cpu"))), second_order=grad and rng.random() < 0.25,
+        context=context,
     )  # fmt: skip
     with CONTEXTS[context](), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -245,14 +276,20 @@ def generate(seed: int) -> Program:
         weights = [(1 + i) * (4 if env[n].requires_grad else 1) for i, n in enumerate(growth.names)]
         returns = tuple(rng.choices(growth.names, weights)[0] for _ in range(rng.choice((1, 2, 2, 3, 4))))
         dims = tuple(rng.choice((0, 0, 0, rng.randrange(-env[n].dim() - 1, env[n].dim() + 1))) for n in returns)
-        low = [t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()] + [torch.bfloat16] * (context == "autocast")
+        low = [t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()] + [torch.bfloat16] * (
+            context == "autocast"
+        )
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     return dataclasses.replace(
-        program, steps=tuple(growth.steps), returns=returns, out_dims=dims if len(dims) > 1 else dims[0], precision=min(low, key=order.index, default=None)
+        program,
+        steps=tuple(growth.steps),
+        returns=returns,
+        out_dims=dims if len(dims) > 1 else dims[0],
+        precision=min(low, key=order.index, default=None),
     )
 
 
-def judge(program: Program, subject: oracle.Subject, refusals: tuple[type[BaseException], ...] = oracle.Checks().refusals) -> oracle.Verdict:
+def judge(program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS) -> oracle.Verdict:
     """Compares the subject with the loop on one program."""
     checks = oracle.Checks(second_order=program.second_order, precision=program.precision, refusals=refusals)
     return oracle.compare(program.setting, subject, checks, lambda: program.setting(perturbed=True))
@@ -270,7 +307,9 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
                 yield dataclasses.replace(p, steps=p.steps[:start] + p.steps[start + length :])
         if len(p.returns) > 1:
             for i in range(len(p.returns)):
-                yield dataclasses.replace(p, returns=(p.returns[i],), out_dims=p.out_dims[i] if isinstance(p.out_dims, tuple) else p.out_dims)
+                yield dataclasses.replace(
+                    p, returns=(p.returns[i],), out_dims=p.out_dims[i] if isinstance(p.out_dims, tuple) else p.out_dims
+                )
         for plain in ({"chunk_size": None}, {"devices": None}, {"second_order": False}, {"context": "plain"}, {"size": 2}):
             if any(getattr(p, k) != v for k, v in plain.items()):
                 yield dataclasses.replace(p, **plain)
@@ -302,11 +341,14 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
 
 def category(verdict: oracle.Verdict) -> str:
     """What kind of failure it is, without its numbers, so that shrinking does not wander to another one."""
-    head = verdict.detail.strip().splitlines()[-1] if verdict.detail.startswith("crash") else verdict.detail.splitlines()[0] if verdict.detail else ""
+    lines = verdict.detail.strip().splitlines() or [""]
+    head = lines[-1] if verdict.detail.startswith("crash") else lines[0]
     return verdict.kind + ": " + re.sub(r"[-+]?\d[\d.e+-]*|\(.*|output \d+|v\d+", "#", head)[:60]
 
 
-def report(program: Program, verdict: oracle.Verdict, subject: oracle.Subject, small: bool = True, refusals: Any = oracle.Checks().refusals) -> str:
+def report(
+    program: Program, verdict: oracle.Verdict, subject: oracle.Subject, small: bool = True, refusals: Refusals = oracle.REFUSALS
+) -> str:
     """The shrunk program and what it does."""
     if small and verdict.kind != "right":
         kind = category(verdict)
@@ -321,12 +363,13 @@ def report(program: Program, verdict: oracle.Verdict, subject: oracle.Subject, s
 def run_seed(seed: str, subject_name: str, shrinking: bool) -> dict[str, Any]:
     """One seed's verdict as plain data; called in a worker process."""
     subject = oracle.subject_named(subject_name)
-    refusals = (Exception,) if subject_name == "torch" else oracle.Checks().refusals
+    refusals = (Exception,) if subject_name == "torch" else oracle.REFUSALS
     program = generate(int(seed))
     verdict = judge(program, subject, refusals)
     bad = verdict.kind == "wrong"
     return {
-        "seed": int(seed), "kind": verdict.kind, "detail": verdict.detail.splitlines()[0] if verdict.detail else "", "lines": len(program.steps), "gradient": verdict.gradient,
+        "seed": int(seed), "kind": verdict.kind, "detail": verdict.detail.splitlines()[0] if verdict.detail else "",
+        "lines": len(program.steps), "gradient": verdict.gradient,
         "report": report(program, verdict, subject, shrinking, refusals) if bad else "",
     }  # fmt: skip
 
@@ -338,7 +381,10 @@ def summary(results: list[dict[str, Any]]) -> str:
     served = kinds["right"] / counted if counted else 0.0
     reasons = collections.Counter(re.sub(r"\d+", "#", r["detail"])[:110] for r in results if r["kind"] == "refused")
     gradients = collections.Counter(r["gradient"] or "none" for r in results if r["kind"] == "right")
-    lines = [f"{len(results)} seeds: {dict(kinds)}, served {served:.2%}; gradients compared: first {gradients['first']}, second {gradients['second']}"]
+    lines = [
+        f"{len(results)} seeds: {dict(kinds)}, served {served:.2%}",
+        f"gradients compared: first {gradients['first']}, second {gradients['second']}",
+    ]
     return "\n".join(lines + [f"  {n:5d}  {reason}" for reason, n in reasons.most_common(25)])
 
 
@@ -366,7 +412,11 @@ def main(argv: list[str] | None = None) -> int:
     command = [sys.executable, "-m", "tests.fuzz", "--serve", "--subject", args.subject] + ["--no-shrink"] * args.no_shrink
     results, shown = [], 0
     for seed, answer in isolate.run(command, [str(s) for s in range(first, last)], args.workers, timeout_s=120):
-        result = json.loads(answer) if answer.startswith("{") else {"seed": int(seed), "kind": "crashed", "detail": answer, "gradient": "", "report": f"# seed {seed}: {answer}"}
+        result = (
+            json.loads(answer)
+            if answer.startswith("{")
+            else {"seed": int(seed), "kind": "crashed", "detail": answer, "gradient": "", "report": f"# seed {seed}: {answer}"}
+        )
         results.append(result)
         if result["report"] and shown < args.max_reports:
             shown += 1

@@ -65,7 +65,9 @@ def _drive(command: list[str], todo: queue.SimpleQueue[str], done: queue.SimpleQ
             except queue.Empty:
                 return
             if worker is None:
-                worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+                worker = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+                )
             assert worker.stdin is not None
             assert worker.stdout is not None
             try:

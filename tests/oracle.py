@@ -22,7 +22,9 @@ from shardmap.errors import ShardmapError
 Subject = Callable[..., Callable[..., Any]]
 
 # What a slow loop over the batch says of itself: PyTorch's own fallback, and ours.
-FALLBACK_WARNING = re.compile(r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time", re.IGNORECASE)
+FALLBACK_WARNING = re.compile(
+    r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time", re.IGNORECASE
+)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -115,6 +117,9 @@ class Setting:
     """Tensors that the mapped function shares between samples: checked the same way."""
 
 
+REFUSALS: tuple[type[BaseException], ...] = (ShardmapError,)
+
+
 @dataclass(frozen=True)
 class Checks:
     """Which of the checks apply, and how precise the comparison is."""
@@ -125,8 +130,12 @@ class Checks:
     requires_grad: bool = True
     precision: torch.dtype | None = None
     """The least precise dtype computed in on the way, where it is not that of the outputs."""
-    refusals: tuple[type[BaseException], ...] = (ShardmapError,)
+    refusals: tuple[type[BaseException], ...] = REFUSALS
     """What the subject may raise where the loop answers; anything else is a crash."""
+
+
+EVERYTHING = Checks()
+"""All checks, gradients of the first order."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,9 @@ class Mismatch(AssertionError):
     """The subject's result differs from the loop's."""
 
 
-def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, precision: torch.dtype | None = None, slack: torch.Tensor | None = None) -> None:
+def assert_same(
+    got: torch.Tensor, want: torch.Tensor, what: str, precision: torch.dtype | None = None, slack: torch.Tensor | None = None
+) -> None:
     """Raises `Mismatch` unless shape, dtype, device and values (to rounding, NaN equal) agree."""
     if not isinstance(got, torch.Tensor):
         raise Mismatch(f"{what}: {type(got).__name__} instead of a tensor")
@@ -188,7 +199,9 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, precision: tor
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         count = int(wrong.sum())
-        raise Mismatch(f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, the loop has {want[at].item()!r}")
+        raise Mismatch(
+            f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, the loop has {want[at].item()!r}"
+        )
 
 
 def offsets(tensor: torch.Tensor) -> set[int]:
@@ -244,7 +257,7 @@ def weights_like(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     return [(torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t.dtype) for t in tensors]
 
 
-def weighted_sum(tensors: list[torch.Tensor], seed: int) -> torch.Tensor | None:
+def weighted_sum(tensors: Sequence[torch.Tensor | None], seed: int) -> torch.Tensor | None:
     """A scalar that depends on every floating-point element that requires grad."""
     used = [t for t in tensors if t is not None and t.requires_grad and (t.is_floating_point() or t.is_complex())]
     terms = [(w * t).sum() for w, t in zip(weights_like(used, seed), used, strict=True)]
@@ -272,7 +285,7 @@ def look(setting: Setting, subject: Subject, checks: Checks) -> Seen:
                 return seen
             seen.first = list(torch.autograd.grad(total, wrt, create_graph=checks.second_order, allow_unused=True))
             if checks.second_order:
-                total = weighted_sum(seen.first, 2)  # type: ignore[arg-type]  # None entries are left out there
+                total = weighted_sum(seen.first, 2)
                 if total is not None:
                     seen.second = list(torch.autograd.grad(total, wrt, allow_unused=True))
         except ShardmapError:
@@ -287,7 +300,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def compare(build: Callable[[], Setting], subject: Subject, checks: Checks = Checks(), perturbed: Callable[[], Setting] | None = None) -> Verdict:  # noqa: B008  (frozen)
+def compare(
+    build: Callable[[], Setting], subject: Subject, checks: Checks = EVERYTHING, perturbed: Callable[[], Setting] | None = None
+) -> Verdict:
     """Judges `subject` by the loop, in a setting that `build` makes afresh for each.
 
     Args:
@@ -398,7 +413,9 @@ def refusal(build: Callable[[], Setting], subject: Subject, expected: type[BaseE
 # ---------------------------------------------------------------------------------------------- subjects
 
 
-def torch_func(func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any) -> Callable[..., Any]:
+def torch_func(
+    func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any
+) -> Callable[..., Any]:
     """`torch.func.vmap` as a subject: the reference that the sweep compares with. Its refusals are of many classes."""
     options.pop("kw_in_dims", None)
     return torch.func.vmap(func, in_dims, out_dims, randomness, chunk_size=options.get("chunk_size"))

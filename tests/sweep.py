@@ -53,7 +53,7 @@ def draw(op: Any, dtype: torch.dtype, seed: int) -> list[tuple[Any, ...]]:
     """Up to `SAMPLES` sample inputs, spread over the first sixty."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (the database draws from the global generator)
+    np.random.seed(seed)  # the database draws from the global generator
     every = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 60))
     step = max(len(every) / SAMPLES, 1.0)
     picked = [every[int(i * step)] for i in range(min(SAMPLES, len(every)))]
@@ -143,7 +143,9 @@ def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
     for direction in DIRECTIONS:
         found: dict[str, str] = {}
         counts: collections.Counter[str] = collections.Counter()
-        supported = op.supported_dtypes("cpu") if direction == "forward" else op.supported_backward_dtypes("cpu") if op.supports_autograd else ()
+        supported = (
+            op.supported_dtypes("cpu") if direction == "forward" else op.supported_backward_dtypes("cpu") if op.supports_autograd else ()
+        )
         dtype = next((d for d in PREFERRED if d in supported), None)
         if dtype is not None:
             for index, (leaves, spec, at) in enumerate(batches(op, dtype)):
@@ -159,7 +161,9 @@ def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
     return result
 
 
-def judge_batch(op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: list[int], direction: str, subject: oracle.Subject) -> oracle.Verdict:
+def judge_batch(
+    op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: list[int], direction: str, subject: oracle.Subject
+) -> oracle.Verdict:
     """One batch, one choice of mapped tensors."""
     rest = [None if i in at else leaf for i, leaf in enumerate(leaves)]
     in_dims = tuple(0 if i in mapped else None for i in at)
@@ -181,7 +185,9 @@ def judge_batch(op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: li
         return oracle.Setting(run, tensors)
 
     reference = subject is oracle.torch_func
-    checks = oracle.Checks(gradient=False, aliasing=not reference, requires_grad=False, refusals=(Exception,) if reference else oracle.Checks().refusals)
+    checks = oracle.Checks(
+        gradient=False, aliasing=not reference, requires_grad=False, refusals=(Exception,) if reference else oracle.REFUSALS
+    )
     try:
         with RandomCalls() as watch:
             of_views = pytree.tree_leaves(build().run(oracle.loop))

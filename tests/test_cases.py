@@ -7,7 +7,7 @@ import torch
 
 import shardmap
 from shardmap import errors
-from tests import cases, oracle
+from tests import cases, oracle, refusals
 
 WAYS = {
     "plain": {},
@@ -41,7 +41,14 @@ def test_other_sizes(name: str, size: int) -> None:
     assert verdict.kind == "right", verdict.detail
 
 
-EMPTY = ("dot_product", "captured_weights", "negative_and_none_dims", "trees_in_and_out", "mapped_value_into_unmapped_zeros", "unmapped_outputs_are_repeated")
+EMPTY = (
+    "dot_product",
+    "captured_weights",
+    "negative_and_none_dims",
+    "trees_in_and_out",
+    "mapped_value_into_unmapped_zeros",
+    "unmapped_outputs_are_repeated",
+)
 
 
 @pytest.mark.parametrize("name", EMPTY)
@@ -62,10 +69,10 @@ def test_empty_batch_that_cannot_be_inferred() -> None:
         shardmap.vmap(function)(torch.zeros(0, 3, 3))
 
 
-@pytest.mark.parametrize("name", cases.REFUSALS)
+@pytest.mark.parametrize("name", refusals.REFUSALS)
 def test_refused_with_nothing_changed(name: str) -> None:
     """The error that is promised, and every tensor, counter and random state as before."""
-    function, expected = cases.REFUSALS[name]
+    function, expected = refusals.REFUSALS[name]
     assert oracle.refusal(cases.setting(function), shardmap.vmap, expected)
 
 

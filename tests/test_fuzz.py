@@ -56,10 +56,10 @@ def test_programs_have_substance() -> None:
 def wrong_map(damage: str) -> oracle.Subject:
     """A map with a fault, of the kinds that the harness must notice."""
 
-    def vmap(func, in_dims=0, out_dims=0, randomness="error", **options):  # noqa: ANN001, ANN202  (stands for any map)
+    def vmap(func, in_dims=0, out_dims=0, randomness="error", **options):
         del options
 
-        def mapped(*args):  # noqa: ANN002, ANN202
+        def mapped(*args):
             result = oracle.loop(func, in_dims, out_dims, randomness)(*args)
             leaves = list(result) if isinstance(result, tuple) else [result]
             first = leaves[0]

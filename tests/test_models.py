@@ -89,11 +89,29 @@ def seq(*modules: nn.Module) -> nn.Sequential:
 
 
 model("mlp", lambda: seq(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), 6)
-model("cnn", lambda: seq(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.Flatten(0), nn.Linear(12, 3)), 2, 8, 8)
+model(
+    "cnn",
+    lambda: seq(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.Flatten(0), nn.Linear(12, 3)),
+    2,
+    8,
+    8,
+)
 model("cnn_batch_of_one", lambda: seq(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 1, 2, 6, 6)
-model("cnn_strided", lambda: seq(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=(2, 1), dilation=(1, 2))), 2, 9, 9)
+model(
+    "cnn_strided",
+    lambda: seq(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=(2, 1), dilation=(1, 2))),
+    2,
+    9,
+    9,
+)
 model("cnn_grouped", lambda: seq(nn.Conv2d(4, 8, 3, groups=2), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)), 4, 7, 7)
-model("cnn_transposed", lambda: seq(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, groups=2)), 3, 4, 4)
+model(
+    "cnn_transposed",
+    lambda: seq(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, groups=2)),
+    3,
+    4,
+    4,
+)
 model("cnn_1d", lambda: seq(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(4, 2, 2)), 3, 10)
 model("cnn_3d", lambda: seq(nn.Conv3d(2, 3, 2), nn.ReLU(), nn.Conv3d(3, 2, (1, 2, 2))), 2, 4, 4, 4)
 model("layer_norm", lambda: seq(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), 5, 6)
@@ -113,7 +131,12 @@ model("embedding", lambda: seq(nn.Embedding(7, 5, padding_idx=0), nn.Linear(5, 2
 model("embedding_bag", lambda: seq(nn.EmbeddingBag(7, 5, mode="mean"), nn.Linear(5, 2)), 2, 4, tokens=7)
 model("embedding_bag_sum", lambda: nn.EmbeddingBag(7, 5, mode="sum"), 2, 4, tokens=7)
 model("transformer_layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 1, 5, 8)
-model("transformer_layer_unbatched_norm_first", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, activation="gelu"), 5, 8)
+model(
+    "transformer_layer_unbatched_norm_first",
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, activation="gelu"),
+    5,
+    8,
+)
 model("multihead_attention", lambda: Shared(nn.MultiheadAttention(8, 2, batch_first=True)), 1, 5, 8)
 model("attention_3d", lambda: Attention(0), 2, 5, 8)
 model("attention_4d", lambda: Attention(2), 2, 5, 8)
@@ -134,7 +157,18 @@ def language_loss(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.
 def gpt2() -> nn.Module:
     """GPT-2 as the package has it, tiny, with random weights."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = transformers.GPT2Config(
+        vocab_size=17,
+        bos_token_id=0,
+        eos_token_id=1,
+        n_positions=8,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -186,7 +220,7 @@ def test_chunks_and_shards(name: str, options: dict[str, Any]) -> None:
     assert_right(name, **options)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "attention_4d", "gru"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "layer_norm", "gru"])
 def test_gradients_that_are_differentiated_again(name: str) -> None:
     """Per-sample gradient norms as a regulariser: the outer gradient flows through the inner one."""
 

@@ -70,7 +70,7 @@ def test_complaints_of_a_worse_result() -> None:
 def test_the_sweep_notices_a_wrong_map() -> None:
     """A subject that mixes rows is wrong on what has more than one distinct row."""
 
-    def mixing(func, in_dims=0, out_dims=0, **options):  # noqa: ANN001, ANN202  (stands for any map)
+    def mixing(func, in_dims=0, out_dims=0, **options):
         return lambda *args: [leaf.roll(1, 0) for leaf in oracle.loop(func, in_dims, out_dims, **options)(*args)]
 
     result = sweep.judge("add", sweep.operators()["add"], mixing)
