@@ -15,7 +15,7 @@ import torch
 
 from shardmap import errors
 from shardmap.program import FRESH_LEAF, NO_GRAD, Equation, Program, Var, variables
-from shardmap.rules import registry
+from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.trace import op_info

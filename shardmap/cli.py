@@ -7,8 +7,10 @@ import collections
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from shardmap.run.base import ChunkDone, Event, RunFinished, RunStarted
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+SCOREBOARD = Path(__file__).resolve().parent.parent / "tests" / "data" / "op_db_scoreboard.json"  # there in a checkout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
     run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
     ops = commands.add_parser("ops", help="list the operators that have a batching rule, and what the last sweep over PyTorch's found")
-    ops.add_argument("--scoreboard", type=Path, default=Path("tests/data/op_db_scoreboard.json"), help="the sweep's stored result")
+    ops.add_argument("--scoreboard", type=Path, default=SCOREBOARD, help="the sweep's stored result")
     commands.add_parser("devices", help="list the devices that a map can run on here")
     try:
         options, rest = parser.parse_known_args(arguments)
@@ -84,17 +87,32 @@ def _run(path: str, overrides: Sequence[str]) -> int:
 
 
 def _ops(scoreboard: Path) -> int:
-    """Print the registry of rules, and the stored scoreboard if there is one."""
+    """Print the registry of rules, and what the stored sweep over PyTorch's operator database found."""
     from shardmap.report import format_table
     from shardmap.rules.registry import table
 
     rows = sorted(table(), key=lambda row: (row[2], row[0]))
     _say(format_table({"operator": [row[0] for row in rows], "tier": [row[1] for row in rows], "family": [row[2] for row in rows]}))
     counts = collections.Counter(row[1] for row in rows)
-    _say(", ".join(f"{tier}: {count}" for tier, count in counts.items()) + "; every other operator: torch.func.vmap of it alone, or a loop")
-    if scoreboard.is_file():
-        _say(f"{scoreboard}:")
-        _say(json.dumps(json.loads(scoreboard.read_text(encoding="utf-8")).get("totals", {}), indent=2))
+    known = ", ".join(f"{count} by {tier}" for tier, count in sorted(counts.items()))
+    _say(f"\nbatched: {known}; every other operator by torch.func.vmap of it alone, or by a loop with a warning")
+    if not scoreboard.is_file():
+        _say(f"no scoreboard at {scoreboard}: it belongs to the source repository, tests/data/op_db_scoreboard.json")
+        return 0
+    board = json.loads(scoreboard.read_text(encoding="utf-8"))
+    results = collections.Counter(
+        (direction, subject, verdict)
+        for directions in board["operators"].values()
+        for direction, stored in directions.items()
+        for subject, verdict in stored.items()
+        if isinstance(verdict, str)
+    )
+    verdicts = sorted({verdict for _, _, verdict in results})
+    pairs = sorted({(direction, subject) for direction, subject, _ in results})
+    columns: dict[str, list[object]] = {"direction": [pair[0] for pair in pairs], "subject": [pair[1] for pair in pairs]}
+    columns |= {verdict: [results[(*pair, verdict)] for pair in pairs] for verdict in verdicts}
+    _say(f"\nPyTorch's operator database, torch {board.get('torch_version', 'unknown')}, number of operators:")
+    _say(format_table(columns))
     return 0
 
 
@@ -134,19 +152,42 @@ def _progress() -> Iterator[Callable[[Event], None]]:
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = None
+        task = progress.add_task("preparing", total=None)
 
         def listener(event: Event) -> None:
-            nonlocal task
             if isinstance(event, RunStarted):
-                task = progress.add_task("mapping", total=event.samples)
-            elif isinstance(event, ChunkDone) and task is not None:
+                progress.update(task, description="mapping", total=event.samples, completed=0)
+            elif isinstance(event, ChunkDone):
                 progress.update(task, advance=event.stop - event.start)
-            elif isinstance(event, RunFinished) and task is not None:
+            elif isinstance(event, RunFinished):
                 progress.update(task, description="mapped")
-                task = None
 
-        yield listener
+        with _heard(lambda text: progress.update(task, description=text)):
+            yield listener
+
+
+@contextlib.contextmanager
+def _heard(show: Callable[[str], None]) -> Iterator[None]:
+    """Show the package's log messages as they come, and python's warnings as one line each, in the run's log too."""
+
+    class Show(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno < logging.WARNING:
+                show(record.getMessage())
+            else:
+                _complain(f"warning: {record.getMessage()}")
+
+    def warn(message: Warning | str, category: type[Warning], filename: str, line: int, *rest: object) -> None:
+        logger.warning("%s: %s", category.__name__, message)
+
+    logger, handler = logging.getLogger("shardmap"), Show()
+    logger.addHandler(handler)
+    before, warnings.showwarning = warnings.showwarning, warn
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+        logger.removeHandler(handler)
 
 
 def _version() -> str:

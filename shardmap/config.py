@@ -248,7 +248,9 @@ def _build(values: dict[str, Any]) -> RunConfig:
         elif inner is not None and isinstance(value, dict):
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
             parser.add_class_arguments(inner, as_group=False)
-            checked[key] = Call(**vars(_parse(parser, value, f"{key}.", typing.get_type_hints(inner))))
+            call = _parse(parser, value, f"{key}.", typing.get_type_hints(inner))
+            # the arguments as they were given: only the function's signature says what they are
+            checked[key] = Call(call.path, dict(value.get("args") or {}))
         else:
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
             parser.add_argument(f"--{key}", type=hints[key])

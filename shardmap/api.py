@@ -1,0 +1,135 @@
+"""The public calls: check the arguments, then trace, batch, plan, run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import edges, engine, errors
+from shardmap.batch import LoweringOptions, mapped_groups
+from shardmap.plan import device as device_names
+from shardmap.plan.split import split
+from shardmap.record import record
+from shardmap.run import local
+from shardmap.trace import Recorder
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    kw_in_dims: Any = None,
+    chunk_size: int | None = None,
+    devices: Any = "auto",
+    strict: bool = False,
+    trace: str = "each",
+) -> Callable[..., Any]:
+    """Map `func`, a function of one sample, over a batch.
+
+    `vmap(func)(*batch)` returns what the loop `torch.stack([func(*row) for row in rows])` returns: values, dtypes, structure
+    and gradients. `func` runs once, on the first sample; what it does is recorded and replayed for the whole batch.
+
+    Args:
+        func: Takes one sample (tensors in any pytree, and other python values) and returns a pytree of tensors.
+        in_dims: Which dimension of each positional argument holds the samples: an int for all, or a tuple of ints, Nones and
+            pytrees of them; None shares an argument among all samples. Negative dimensions count from the end.
+        out_dims: Where the dimension of samples goes in each output.
+        randomness: "error" refuses random calls; "different" gives each sample draws of its own, which depend on torch's seed
+            and the sample's index only; "same" gives all samples one draw.
+        kw_in_dims: A dict of dims for keyword arguments, or an int for all; by default they are shared.
+        chunk_size: Most samples computed at a time; None for all of a device's share.
+        devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a list (a device named twice takes two shares), or "ray".
+        strict: Refuse operators that only a loop over the batch can serve.
+        trace: "each" records `func` at each call; "once" records once per signature of the arguments and replays that while
+            the tensors and numbers that `func` reads are the same objects.
+
+    Returns:
+        A function of the batch; its results live where the first mapped input lives.
+
+    Raises:
+        OptionError: An option has a value that it cannot have.
+        ShardmapError: Raised by the returned function for anything that cannot be followed: see `shardmap.errors`.
+
+    Example:
+        >>> import torch, shardmap
+        >>> x, y = torch.arange(6.).view(3, 2), torch.ones(3, 2)
+        >>> shardmap.vmap(torch.dot)(x, y)
+        tensor([1., 5., 9.])
+    """
+    call = edges.call_name(func, in_dims)
+    if not callable(func):
+        raise errors.OptionError(f"shardmap.vmap: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample")
+    _check_options(call, randomness, chunk_size, trace)
+
+    @functools.wraps(func, updated=())
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
+        return _run(func, batch, out_dims, randomness, chunk_size, devices, strict, trace, call)
+
+    return mapped
+
+
+def _check_options(call: str, randomness: Any, chunk_size: Any, trace: Any) -> None:
+    if randomness not in ("error", "same", "different"):
+        raise errors.OptionError(f"{call}: randomness={randomness!r}; choose 'error', 'same' or 'different'")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
+        raise errors.OptionError(f"{call}: chunk_size={chunk_size!r} is a {type(chunk_size).__name__}; pass a positive int, or None for no chunks")
+    if chunk_size is not None and chunk_size < 1:
+        raise errors.OptionError(f"{call}: chunk_size={chunk_size} is not positive; pass a positive int, or None for no chunks")
+    if trace not in ("each", "once"):
+        raise errors.OptionError(f"{call}: trace={trace!r}; choose 'each' or 'once'")
+
+
+def _run(
+    func: Callable[..., Any],
+    batch: edges.Batch,
+    out_dims: Any,
+    randomness: str,
+    chunk_size: int | None,
+    devices: Any,
+    strict: bool,
+    trace: str,
+    call: str,
+) -> Any:
+    inlined = any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+    inputs = batch.tensors()
+    home = inputs[0].device
+    recording, structure = record(func, batch, randomness, trace == "once", call, transformed=False)
+    program = recording.program
+    differs = mapped_groups(program, randomness)
+    mapped = [v.group in differs for v in program.outputs]
+    samples = [torch.empty(v.spec.shape, device="meta") for v in program.outputs]
+    placed = edges.place_outputs(samples, mapped, structure, out_dims, call)
+    wants_grad = any(t.requires_grad for t in (*inputs, *recording.captured))
+    grad = torch.is_grad_enabled() and wants_grad and (any(program.output_flags) or bool(recording.written_inputs))
+    names = (str(home),) if inlined else device_names.resolve(devices, home, call)
+    layout = tuple(_rows_first(t) for t in inputs)
+
+    def lower(device_type: str) -> engine.Lowered:
+        options = LoweringOptions(device_type, randomness, strict, grad, call)
+        return engine.lowered(program, options, layout, recording.sources)
+
+    seed = engine.draw_seed() if recording.random else 0
+    job = local.Job(recording, inputs, home, lower, seed, grad)
+    outputs = local.run(job, split(batch.size, names, None if inlined else chunk_size))
+    results = [_place(t, v, d, batch.size) for t, v, d in zip(outputs, mapped, placed, strict=True)]
+    return pytree.tree_unflatten(results, structure)
+
+
+def _rows_first(t: torch.Tensor) -> bool:
+    """Whether the samples of a batch lie one after another in memory, densely."""
+    return t.is_contiguous()
+
+
+def _place(t: torch.Tensor, mapped: bool, d: int | None, size: int) -> torch.Tensor:
+    if d is None:
+        return t.clone()
+    if not mapped:
+        return t.unsqueeze(d).expand(*t.shape[:d], size, *t.shape[d:]).clone(memory_format=torch.contiguous_format)
+    return t.movedim(0, d) if d else t

@@ -1,0 +1,217 @@
+"""The edges of a mapped call: which arguments are mapped over which dimension, and how results are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arguments of one call, flat."""
+
+    leaves: list[Any]
+    """All leaves of `(args, kwargs)`: tensors and anything else."""
+    structure: pytree.TreeSpec
+    mapped: tuple[tuple[int, int], ...]
+    """`(position among leaves, dimension)` of each mapped tensor; the dimension is never negative."""
+    size: int
+    """N, the number of samples."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The mapped tensors, each with the mapped dimension first (a view)."""
+        return [self.leaves[i].movedim(d, 0) if d else self.leaves[i] for i, d in self.mapped]
+
+    def unflatten(self, samples: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` with the mapped tensors replaced by `samples`."""
+        leaves = list(self.leaves)
+        for (i, _), sample in zip(self.mapped, samples, strict=True):
+            leaves[i] = sample
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+def _is_leaf_dim(x: Any) -> bool:
+    return x is None
+
+
+def spread(dims: Any, tree: Any, call: str, name: str, error: type[errors.ShardmapError]) -> list[Any]:
+    """A prefix of `dims` over the leaves of `tree`: one entry per leaf."""
+    _, spec = pytree.tree_flatten(tree)
+    flat = _broadcast(dims, spec)
+    if flat is None:
+        raise error(
+            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be an int, None, or the same structure (or a prefix of it)"
+        )
+    for d in flat:
+        if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
+            raise error(f"{call}: {name}={dims!r} holds {d!r}, a {type(d).__name__}; use an int or None")
+    return flat
+
+
+def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
+    if spec.is_leaf():
+        return None if isinstance(dims, tuple | list | dict) else [dims]
+    if not isinstance(dims, tuple | list | dict):
+        return [dims] * spec.num_leaves
+    node, context = pytree._get_node_type(dims), None
+    children, context = pytree.SUPPORTED_NODES[node].flatten_fn(dims)
+    kinds = ({tuple, list} if node in (tuple, list) else {node}) if node is not tuple else {tuple, list}
+    if spec.type is not node and not (spec.type in kinds and node in kinds) and not (isinstance(dims, dict) and spec.type in (dict,)):
+        return None
+    if len(children) != spec.num_children or (isinstance(dims, dict) and set(dims) != set(spec.context)):
+        return None
+    if isinstance(dims, dict):
+        children = [dims[k] for k in spec.context]
+    out: list[Any] = []
+    for child, child_spec in zip(children, spec.children(), strict=True):
+        flat = _broadcast(child, child_spec)
+        if flat is None:
+            return None
+        out += flat
+    return out
+
+
+def spec_text(tree: Any) -> str:
+    """The structure of a pytree, with `*` for leaves."""
+    return repr(pytree.tree_map(lambda _: _Star(), tree))
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
+
+
+def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_dims: Any, call: str) -> Batch:
+    """The batch that a call's arguments make.
+
+    Raises:
+        InDimsError: `in_dims` does not fit, sizes disagree, or nothing is mapped.
+    """
+    if not args and kw_in_dims is None:
+        raise errors.InDimsError(
+            f"{call}: called without positional arguments, so there is nothing to map over; keyword arguments are shared by all samples unless "
+            "kw_in_dims maps them"
+        )
+    if isinstance(in_dims, list):
+        in_dims = tuple(in_dims)
+    if not (in_dims is None or isinstance(in_dims, int | tuple)):
+        raise errors.InDimsError(f"{call}: in_dims={in_dims!r} is a {type(in_dims).__name__}; pass an int, None, or a tuple with one entry per argument")
+    if isinstance(in_dims, tuple) and len(in_dims) != len(args):
+        raise errors.InDimsError(
+            f"{call}: in_dims={in_dims!r} has {len(in_dims)} entries for {len(args)} positional arguments; give one entry per argument, or one int for all"
+        )
+    dims = spread(in_dims, args, call, "in_dims", errors.InDimsError)
+    if kw_in_dims is None:
+        dims += [None] * len(pytree.tree_leaves(kwargs))
+    elif isinstance(kw_in_dims, dict):
+        unknown = sorted(set(kw_in_dims) - set(kwargs))
+        if unknown:
+            raise errors.InDimsError(
+                f"{call}: kw_in_dims={kw_in_dims!r} names {unknown[0]!r}, which was not passed; the keyword arguments are {sorted(kwargs)}"
+            )
+        for key, value in kwargs.items():
+            dims += spread(kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError)
+    elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
+        dims += [kw_in_dims] * len(pytree.tree_leaves(kwargs))
+    else:
+        raise errors.InDimsError(f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of name to dims, an int, or None")
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    mapped, size, first = [], None, None
+    for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
+        if d is None or not isinstance(leaf, torch.Tensor):
+            continue
+        if not -leaf.ndim <= d < leaf.ndim:
+            raise errors.InDimsError(
+                f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape {tuple(leaf.shape)}), in_dim {d} is out of range; "
+                + ("a 0-dimensional tensor cannot be mapped: pass None for it" if leaf.ndim == 0 else f"use {-leaf.ndim} to {leaf.ndim - 1}, or None")
+            )
+        d %= leaf.ndim
+        if size is None:
+            size, first = leaf.shape[d], i
+        elif leaf.shape[d] != size:
+            raise errors.InDimsError(
+                f"{call}: the sizes of the mapped dimensions disagree: {_where(first or 0, args)} has {size} samples, {_where(i, args)} of shape "
+                f"{tuple(leaf.shape)} has {leaf.shape[d]} along dimension {d}; all mapped arguments need one size"
+            )
+        mapped.append((i, d))
+    if size is None:
+        raise errors.InDimsError(
+            f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples is unknown; give at least one tensor an int in_dim"
+        )
+    return Batch(leaves, structure, tuple(mapped), size)
+
+
+def _where(leaf: int, args: tuple[Any, ...]) -> str:
+    seen = 0
+    for number, arg in enumerate(args):
+        seen += len(pytree.tree_leaves(arg))
+        if leaf < seen:
+            return f"argument {number}"
+    return "a keyword argument"
+
+
+def flatten_outputs(out: Any, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
+    """The tensors that the function returned.
+
+    Raises:
+        OutputError: It returned something else.
+    """
+    leaves, structure = pytree.tree_flatten(out)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            raise errors.OutputError(
+                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a tensor is expected; return tensors (in tuples, lists "
+                "or dicts): torch.as_tensor makes one of a number"
+            )
+    return leaves, structure
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def place_outputs(outputs: list[torch.Tensor], mapped: list[bool], structure: pytree.TreeSpec, out_dims: Any, call: str) -> list[int | None]:
+    """Where the mapped dimension goes in each result: one dimension per output, never negative; None for an unmapped result.
+
+    Args:
+        outputs: What the function returned for one sample.
+        mapped: Whether each differs by sample.
+        structure: Their pytree.
+        out_dims: As the user gave it.
+        call: The user's call, for errors.
+
+    Raises:
+        OutDimsError: `out_dims` does not fit.
+    """
+    tree = pytree.tree_unflatten(outputs, structure)
+    if isinstance(out_dims, list):
+        out_dims = tuple(out_dims)
+    if isinstance(out_dims, tuple) and len(out_dims) == 1 and structure.is_leaf():
+        out_dims = out_dims[0]
+    dims = spread(out_dims, tree, call, "out_dims", errors.OutDimsError)
+    placed: list[int | None] = []
+    for output, differs, d in zip(outputs, mapped, dims, strict=True):
+        if d is None:
+            if differs:
+                raise errors.OutDimsError(f"{call}: out_dims={out_dims!r} gives None for an output that differs by sample; give it an int")
+            placed.append(None)
+            continue
+        if not -output.ndim - 1 <= d <= output.ndim:
+            raise errors.OutDimsError(
+                f"{call}: an output has {output.ndim} dimensions for one sample, out_dim {d} is out of range; use {-output.ndim - 1} to {output.ndim}"
+            )
+        placed.append(d % (output.ndim + 1))
+    return placed
+
+
+def call_name(func: Callable[..., Any], in_dims: Any, options: str = "") -> str:
+    """How the user's call is written in errors."""
+    name = getattr(func, "__name__", None) or type(func).__name__
+    return f"shardmap.vmap({name}, in_dims={in_dims!r}{options})"

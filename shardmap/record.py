@@ -1,0 +1,220 @@
+"""Record a function on the first sample of a batch, and leave no trace of having done so."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.doors import Doors, peel
+from shardmap.edges import Batch, flatten_outputs
+from shardmap.rules import registry
+from shardmap.trace import Recorder, Recording
+
+
+def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A copy of one row with the row's exact strides: recorded views depend on them.
+
+    A sample that requires grad is not a leaf: a leaf refuses `add_`, a row does not.
+    """
+    shape, stride = tuple(row.shape), row.stride()
+    with torch.no_grad():
+        repeated = [d for d in range(row.ndim) if stride[d] == 0 and shape[d] > 1]
+        compact = row
+        for d in repeated:
+            compact = compact.narrow(d, 0, 1)
+        if torch._debug_has_internal_overlap(compact) == 1:
+            span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            sample = row.as_strided((span,), (1,), row.storage_offset()).clone().as_strided(shape, stride)
+        else:
+            sample = torch.empty_strided(compact.shape, compact.stride(), dtype=row.dtype, device=row.device)
+            sample.copy_(compact)
+            if repeated:
+                sample = sample.expand(shape)
+    if not requires_grad:
+        return sample
+    with torch.enable_grad():
+        leaf = sample.requires_grad_()
+        if repeated or torch._debug_has_internal_overlap(sample) == 1:
+            return leaf.view_as(leaf)
+        return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
+
+
+def samples_of(batch: Batch, transformed: bool) -> list[torch.Tensor]:
+    """One sample of each mapped tensor: row 0, or zeros if the batch is empty.
+
+    Args:
+        batch: The call's arguments.
+        transformed: Whether `torch.func` transforms are active around the call. What they will differentiate is not known
+            here, so that every floating-point sample requires grad.
+    """
+    samples = []
+    for i, d in batch.mapped:
+        tensor = batch.leaves[i]
+        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+        tensor, d = peel_at(tensor, d)
+        if batch.size == 0:
+            stride = tensor.stride()[:d] + tensor.stride()[d + 1 :]
+            shape = tensor.shape[:d] + tensor.shape[d + 1 :]
+            row = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).zero_()
+        else:
+            row = tensor.detach().select(d, 0)
+        samples.append(sample_of(row, grad and (tensor.is_floating_point() or tensor.is_complex())))
+    return samples
+
+
+def peel_at(tensor: torch.Tensor, d: int) -> tuple[torch.Tensor, int]:
+    """The plain tensor inside functorch's wrappers, element 0 of each batch, and where dimension `d` is in it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            at = functorch.maybe_get_bdim(tensor)
+            inner = functorch.get_unwrapped(tensor)
+            tensor = inner.select(at, 0)
+        else:
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor, d
+
+
+@contextlib.contextmanager
+def _settings(device_type: str) -> Iterator[None]:
+    """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
+    mkldnn, fastpath = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    cudnn = torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    if device_type == "cuda":
+        torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+class _RandomStates:
+    """The global random states, compared and put back."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.torch = torch.default_generator.get_state()
+        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+
+    def restore(self) -> str | None:
+        """Put the states back; names a python source of random numbers that was drawn from."""
+        torch.default_generator.set_state(self.torch)
+        if self.accelerator is not None:
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        drawn = None
+        if random.getstate() != self.python:
+            random.setstate(self.python)
+            drawn = "random"
+        now = np.random.get_state()
+        if now[2] != self.numpy[2] or not np.array_equal(now[1], self.numpy[1]):
+            np.random.set_state(self.numpy)
+            drawn = "numpy.random"
+        return drawn
+
+
+def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, transformed: bool) -> tuple[Recording, pytree.TreeSpec]:
+    """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
+
+    Raises:
+        ShardmapError: The function does something that cannot be followed; an exception of its own passes through unchanged.
+    """
+    samples = samples_of(batch, transformed)
+    device = samples[0].device
+    recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, once)
+    states = _RandomStates(device)
+    try:
+        for sample in samples:
+            recorder.add_input(sample)
+        args, kwargs = batch.unflatten(samples)
+        try:
+            with _settings(device.type), Doors(recorder), recorder:
+                out = func(*args, **kwargs)
+        except Exception as error:
+            if batch.size == 0 and not isinstance(error, errors.ShardmapError):
+                raise errors.EmptyBatchError(
+                    f"{call}: the batch is empty, and the function raised {type(error).__name__} on a sample of zeros, so the shape of the result "
+                    "cannot be inferred; skip the call when there are no samples"
+                ) from error
+            raise
+        finally:
+            drawn = states.restore()
+            changed = _restore_grads(recorder)
+        if drawn is not None and randomness != "same":
+            raise errors.RandomnessError(
+                f"{call}: the function draws from python's {drawn}, which would give every sample the same number; use torch's random functions with "
+                "randomness='different'"
+            )
+        if changed:
+            raise errors.CapturedWriteError(
+                f"{call}: .backward() inside the function accumulates into the .grad of a tensor of shape {changed[0]} that all samples share; use "
+                "torch.autograd.grad(loss, parameters), which returns the gradients"
+            )
+        leaves, structure = flatten_outputs(out, call)
+        if torch.is_grad_enabled():
+            _refuse_autograd_functions(leaves, recorder, call)
+        recording = recorder.finish([peel(t) for t in leaves], out)
+        _refuse_shared_writes(recording, batch, call)
+        return recording, structure
+    finally:
+        recorder.release()
+
+
+def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
+    changed = []
+    for tensor, grad in recorder.captured_grads:
+        if tensor.grad is not grad:
+            tensor.grad = grad
+            changed.append(tuple(tensor.shape))
+    return changed
+
+
+def _refuse_autograd_functions(leaves: list[torch.Tensor], recorder: Recorder, call: str) -> None:
+    """A custom backward between the inputs and an output that requires grad would be replaced by that of its forward's calls."""
+    stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
+    keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
+    queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen.add(id(node))
+        keep_alive.append(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise errors.AutogradFunctionError(
+                f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and an output that "
+                "requires grad, and outer gradients would not use its backward; take the gradient inside the mapped function "
+                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch operators"
+            )
+        queue += [n for n, _ in node.next_functions if n is not None]
+
+
+def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
+    """A row that is written in place must not be visible to other samples or through another tensor."""
+    if not recording.written_inputs:
+        return
+    tensors = [peel(batch.leaves[i]) for i, _ in batch.mapped]
+    for number in recording.written_inputs:
+        tensor = tensors[number]
+        address = tensor.untyped_storage()._cdata
+        others = [t for k, t in enumerate(tensors) if k != number] + list(recording.captured)
+        if any(t.untyped_storage()._cdata == address for t in others):
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured tensor shares: later "
+                "samples would read what earlier ones wrote; pass clones"
+            )
+        if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
