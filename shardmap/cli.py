@@ -172,10 +172,10 @@ def _heard(show: Callable[[str], None]) -> Iterator[None]:
 
     class Show(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno < logging.WARNING:
-                show(record.getMessage())
-            else:
+            if record.levelno >= logging.WARNING:
                 _complain(f"warning: {record.getMessage()}")
+            elif record.name.startswith("shardmap.jobs"):  # the engine's own messages are long, and for the log
+                show(record.getMessage())
 
     def warn(message: Warning | str, category: type[Warning], filename: str, line: int, *rest: object) -> None:
         logger.warning("%s: %s", category.__name__, message)

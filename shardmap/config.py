@@ -6,6 +6,7 @@ A configuration names functions by import path, and importing is running code: t
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -332,7 +333,7 @@ def import_object(path: str, key: str) -> Any:
 def _parse(parser: Any, values: dict[str, Any], prefix: str, hints: dict[str, Any]) -> Any:
     """Let jsonargparse convert and check values; its multi-line errors become one line in plain words."""
     try:
-        parsed = parser.parse_object(values)
+        parsed = parser.parse_object(copy.deepcopy(values))  # it converts what it is given in place
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         key = next((name for name in values if f'"{name}' in str(error)), next(iter(values)))
         raise ConfigError(f"{prefix}{key}: {_show(values[key])} does not fit; give {_plain(hints[key])}") from error

@@ -1,0 +1,102 @@
+"""Configurations: what wins over what, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from shardmap import config
+from shardmap.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+MINIMAL = "data: shardmap.jobs.digits.load\nfunction: shardmap.jobs.digits.loss_gradient\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def constant():
+    """Gives tests a function to name."""
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = write(tmp_path, MINIMAL + "chunk_size: 32\n")
+    assert config.load(path).chunk_size == 32
+    assert config.load(path).seed == 0
+    loaded = config.load(path, ["--chunk_size", "64", "--seed=3"])
+    assert (loaded.chunk_size, loaded.seed) == (64, 3)
+    assert config.load(path, ["--chunk-size", "null"]).chunk_size is None
+
+
+def test_overrides_reach_arguments_of_functions():
+    loaded = config.load(CONFIGS / "digits_gradients.yaml", ["--model.args.epochs", "2", "--model.args.learning_rate", "1e-2"])
+    bound = config.bind(loaded)
+    assert bound.model is not None
+    assert bound.model.args == {"epochs": 2, "batch_size": 64, "learning_rate": 0.01}
+    assert bound.data.args["flipped_fraction"] == 0.05
+
+
+def test_a_list_of_devices_can_be_given_as_text(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert config.load(path, ["--devices", '["cpu", "cpu"]']).devices == ["cpu", "cpu"]
+    assert config.load(path, ["--devices", "cuda:*"]).devices == "cuda:*"
+
+
+def test_a_section_can_be_left_out_from_the_command_line():
+    assert config.load(CONFIGS / "digits_gradients.yaml", ["--report", "null"]).report is None
+
+
+@pytest.mark.parametrize("name", ["digits_gradients.yaml", "digits_jacobian.yaml"])
+def test_a_resolved_configuration_reads_back_as_itself(name, tmp_path):
+    resolved = config.bind(config.load(CONFIGS / name)).config
+    again = config.bind(config.load(write(tmp_path, config.to_yaml(resolved)))).config
+    assert again == resolved
+
+
+def test_every_key_is_documented():
+    import inspect
+
+    source = inspect.getsource(config.RunConfig)
+    assert source.count('"""') == 2 * (1 + len(config.RunConfig.__dataclass_fields__))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chunk_sise", "3"], "chunk_sise: unknown key, value '3'; did you mean chunk_size?"),
+        (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or null"),
+        (["--model.args.epoch", "3"], "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.args.epochs?"),
+        (["--report.args.first", "1.5"], "report.args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
+        (["--report.args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),
+        (["--function", "shardmap.jobs.digits.loss_gradent"], "did you mean shardmap.jobs.digits.loss_gradient?"),
+        (["--function", "shardmap.jobs.digits.CLASSES"], "which cannot be called; name a function"),
+        (["--function", "no_such_package.thing"], "there is no module no_such_package"),
+    ],
+)
+def test_messages_name_key_value_and_remedy(words, message):
+    with pytest.raises(ConfigError) as caught:
+        config.bind(config.load(CONFIGS / "digits_gradients.yaml", words))
+    assert message in str(caught.value)
+
+
+def test_a_required_argument_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / "users_own.py").write_text("def load(*, path: str): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.args\.path: missing; users_own\.load needs a value"):
+        config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_own.load"]))
+
+
+def test_a_module_that_fails_to_import_is_named_with_its_error(tmp_path, monkeypatch):
+    (tmp_path / "users_broken.py").write_text("raise RuntimeError('two\\nlines')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'users_broken\.load' cannot be imported, RuntimeError: two lines; mend users_broken"):
+        config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_broken.load"]))
+
+
+def test_a_module_that_needs_another_one_is_told_apart_from_a_misspelt_one(tmp_path, monkeypatch):
+    (tmp_path / "users_needy.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="users_needy needs not_installed_anywhere; install it"):
+        config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_needy.load"]))
