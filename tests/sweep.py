@@ -69,12 +69,12 @@ def batches(op: Any, dtype: torch.dtype) -> Iterator[tuple[list[Any], Any, list[
     drawn = [draw(op, dtype, seed) for seed in (0, 1, 2)]
     for index, sample in enumerate(drawn[0]):
         leaves, spec = pytree.tree_flatten(sample)
-        others = [pytree.tree_flatten(d[index]) if index < len(d) else (None, None) for d in drawn[1:]]
+        others = [pytree.tree_flatten(d[index]) for d in drawn[1:] if index < len(d)]
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         if not at or any(leaves[i].layout != torch.strided or leaves[i].numel() > LARGEST_SAMPLE for i in at):
             continue
-        alike = all(s == spec and all(same_kind(a, b) for a, b in zip(leaves, flat, strict=True)) for flat, s in others if s is not None)
-        alike = alike and all(s is not None for _, s in others)
+        alike = len(others) == BATCH - 1
+        alike = alike and all(s == spec and all(same_kind(a, b) for a, b in zip(leaves, flat, strict=True)) for flat, s in others)
         for i in at:
             variants = [leaves[i], *(flat[i] for flat, _ in others)] if alike else [leaves[i]] * BATCH
             if all(torch.equal(variants[0], v) for v in variants[1:]) and (leaves[i].is_floating_point() or leaves[i].is_complex()):
