@@ -146,13 +146,14 @@ def environment() -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tree: Any) -> None:
-    """Save a pytree of tensors as safetensors, each named by its place in the tree."""
+    """Save a pytree of tensors as safetensors, each named by its place in the tree: `output`, `0`, `loss.1`."""
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
     tensors = {}
     for place, leaf in pytree.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tensor):
-            name = pytree.keystr(place).strip("[]'\"").replace("']['", ".").replace("][", ".") or "output"
-            tensors[name] = leaf.detach().cpu().contiguous()
+            # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
+            steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
+            tensors[".".join(steps) or "output"] = leaf.detach().cpu().contiguous()
     safetensors.save_file(tensors, path)
 
 

@@ -61,6 +61,7 @@ def execute(
         model = None if run.model is None else run.model(dataset)
         leading = () if run.model is None else (model,)
         function = functools.partial(run.function.function, *leading, **run.function.args)
+        functools.update_wrapper(function, run.function.function)  # errors and warnings call it by its name
         mapped = shardmap.vmap(function, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)
 
         def observe(event: Event) -> None:
