@@ -1,0 +1,106 @@
+"""The package: what it needs, what it pins, and that its two commands are the ones that CI runs."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from shardmap.errors import MissingExtraError
+from shardmap.extras import require
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OPTIONAL = ("ray", "jsonargparse", "rich", "yaml", "zarr", "safetensors", "matplotlib", "sklearn")
+BLOCK = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {OPTIONAL!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_import_and_a_map_need_no_extra():
+    code = "import torch, shardmap; print(shardmap.vmap(torch.dot)(torch.ones(2, 3), torch.ones(2, 3)).tolist())"
+    done = run_without_extras(code)
+    assert done.stderr == ""
+    assert done.stdout == "[3.0, 3.0]\n"
+
+
+def test_import_loads_no_extra():
+    code = f"import sys, shardmap; print([name for name in {OPTIONAL!r} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "[]\n"
+
+
+def test_the_command_line_names_the_extra_that_is_missing():
+    done = run_without_extras("from shardmap.cli import main; sys.exit(main(['run', 'configs/digits_gradients.yaml']))")
+    assert done.returncode == 2
+    assert done.stderr == 'shardmap: yaml is needed to read configurations and is not installed: pip install "shardmap[run]"\n'
+
+
+def test_a_missing_extra_is_an_import_error_with_the_packages_name():
+    with pytest.raises(MissingExtraError, match=r'no_such_package is needed to test and .*"shardmap\[run\]"') as caught:
+        require("no_such_package.part", extra="run", purpose="to test")
+    assert isinstance(caught.value, ImportError)
+    assert caught.value.name == "no_such_package"
+
+
+def test_extras_name_what_the_package_imports():
+    names = {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in EXTRAS.items()}
+    assert {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} == {"torch", "numpy", "psutil"}
+    assert names["ray"] == {"ray"}
+    assert names["run"] == {"jsonargparse", "rich", "pyyaml", "zarr", "safetensors", "matplotlib", "scikit-learn"}
+    assert EXTRAS["all"] == ["shardmap[ray,run]"]
+    assert {"test", "dev", "bench"} <= set(names)
+
+
+def test_every_requirement_has_an_exact_pin():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = {canonicalize_name(Requirement(line).name): str(Requirement(line).specifier) for line in lines}
+    assert all(re.fullmatch(r"==[\w.]+", pin) for pin in pins.values()), "exact, and without a local version such as +cpu"
+    wanted = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group]
+    missing = {item.name for item in wanted if canonicalize_name(item.name) not in {*pins, "shardmap"}}
+    assert missing == set()
+    for item in wanted:
+        if item.name != "shardmap":
+            assert item.specifier.contains(pins[canonicalize_name(item.name)].removeprefix("=="))
+
+
+def test_the_readme_gives_two_whole_commands_and_ci_runs_the_second():
+    commands = [block for block in re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)]
+    start = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
+    assert commands[0] == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients.yaml'
+    assert commands[1] == f'{start} ".[all,test]" && .venv/bin/pytest'
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "readme_command" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_entry_point_is_there():
+    from shardmap import cli
+
+    assert PROJECT["scripts"] == {"shardmap": "shardmap.cli:main"}
+    assert callable(cli.main)
+
+
+def test_the_licence_and_the_type_marker_are_there():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:100]
+    assert (ROOT / "shardmap" / "py.typed").exists()
