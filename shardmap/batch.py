@@ -342,7 +342,7 @@ def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
         b.effect(eq.op, *args, **kwargs)
         return None
     if len(returns) == 1 and str(returns[0].type) == "Tensor":
-        return b.call(eq.op, *args, **kwargs)
+        return b.call(eq.op, *args, named=kwargs)
     outs: list[Any] = []
     if any(type(o) is tuple for o in eq.outs):
 

@@ -111,6 +111,7 @@ class Lowering:
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         mapped: bool | None = None,
+        named: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> V:
         """Emit a call with one result.
@@ -121,8 +122,11 @@ class Lowering:
             shape: The result's sample shape, if the rule goes on computing with it.
             dtype: The result's dtype, by default that of the first tensor.
             mapped: Whether the result has the mapped dimension, by default whether an argument has.
-            **kwargs: Its keyword arguments.
+            named: Keyword arguments of the target, whatever their names: `dtype` and `shape` here are about the result.
+            **kwargs: Its other keyword arguments.
         """
+        if named:
+            kwargs = {**kwargs, **named}
         tensors = list(values((args, tuple(kwargs.values()))))
         if mapped is None:
             mapped = any(v.mapped for v in tensors)
