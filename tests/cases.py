@@ -193,6 +193,12 @@ def other_arguments_pass_through(k: Kit) -> Run:
 
 
 @case()
+def numbers_under_the_default_in_dims(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+    return lambda vmap: vmap(lambda a, power, tree: a**power + tree["shift"])(x, 2, {"shift": 0.5})
+
+
+@case()
 def unmapped_outputs_are_repeated(k: Kit) -> Run:
     x, w = k.x(3), k.w(3)
     return lambda vmap: vmap(lambda a: (w, w * 2, a, torch.ones(2), torch.arange(3)[1:]), out_dims=(0, 1, 0, -1, 0))(x)

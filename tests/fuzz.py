@@ -127,13 +127,15 @@ class Program:
     devices: tuple[str, ...] | None = None
     second_order: bool = False
     context: str = "plain"
+    outer: str = "none"
+    """A `torch.func` transform around the map: none, vjp, jvp, vmap."""
     precision: torch.dtype | None = None
 
     def source(self) -> str:
         """The mapped function."""
         names = ", ".join(f"x{i}" for i in range(len(self.inputs)))
         body = "\n".join(self.steps).splitlines()
-        value = f"({', '.join(self.returns)},)" if len(self.returns) > 1 else self.returns[0]
+        value = self.returns[0] if len(self.returns) == 1 else f"({', '.join(self.returns)},)"
         return f"def fn({names}):\n" + "".join(f"    {line}\n" for line in body) + f"    return {value}\n"
 
     def options(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class Program:
 
     def text(self) -> str:
         """All that is needed to see what is mapped over what."""
-        lines = [f"# seed {self.seed}, batch of {self.size}, context {self.context}, second order {self.second_order}"]
+        lines = [f"# seed {self.seed}, batch of {self.size}, context {self.context}, outer {self.outer}, second order {self.second_order}"]
         for prefix, group in (("x", self.inputs), ("c", self.captured)):
             lines += [f"# {prefix}{i}: {dataclasses.asdict(spec)}" for i, spec in enumerate(group)]
         call = f"vmap(fn, {tuple(s.in_dim for s in self.inputs)}, {self.out_dims}, **{self.options()})"
@@ -159,7 +161,29 @@ class Program:
             with CONTEXTS[self.context]():
                 return vmap(function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options())(*inputs)
 
-        return oracle.Setting(run, inputs, captured)
+        around = run if self.outer == "none" else lambda vmap: self.transformed(vmap, inputs, captured)
+        return oracle.Setting(around, inputs, captured)
+
+    def transformed(self, vmap: oracle.Subject, inputs: list[torch.Tensor], captured: list[torch.Tensor]) -> Any:
+        """The map under an outer transform, by its floating-point inputs and outputs."""
+        function = compiled(self.source(), captured, vmap)
+        mapped = vmap(function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options())
+        at = [i for i, t in enumerate(inputs) if t.is_floating_point()]
+
+        def by_floats(*floats: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = dict(zip(at, floats, strict=True))
+            outputs = mapped(*(given.get(i, t) for i, t in enumerate(inputs)))
+            return tuple(o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point())
+
+        floats = tuple(inputs[i].detach() for i in at)
+        if not at:
+            raise TypeError("nothing to transform by")
+        if self.outer == "jvp":
+            return torch.func.jvp(by_floats, floats, tuple(t.cos() for t in floats))
+        if self.outer == "vmap":
+            return torch.func.vmap(by_floats)(*(torch.stack([t, t * 0.5]) for t in floats))
+        outputs, pull = torch.func.vjp(by_floats, *floats)[:2]
+        return outputs, pull(tuple(o.detach().cos() for o in outputs))
 
 
 def namespace(captured: list[torch.Tensor], vmap: oracle.Subject) -> dict[str, Any]:
@@ -279,19 +303,22 @@ def generate(seed: int) -> Program:
         low = [t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()] + [torch.bfloat16] * (
             context == "autocast"
         )
+    outer = rng.choices(("none", "vjp", "jvp", "vmap"), (94, 3, 2, 1))[0] if context == "plain" else "none"
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     return dataclasses.replace(
         program,
+        outer=outer,
         steps=tuple(growth.steps),
         returns=returns,
-        out_dims=dims if len(dims) > 1 else dims[0],
+        out_dims=dims[0] if len(dims) == 1 else dims,
         precision=min(low, key=order.index, default=None),
     )
 
 
 def judge(program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS) -> oracle.Verdict:
     """Compares the subject with the loop on one program."""
-    checks = oracle.Checks(second_order=program.second_order, precision=program.precision, refusals=refusals)
+    aliasing = program.outer != "vmap"  # torch's own map repeats what no sample changes as a view
+    checks = oracle.Checks(second_order=program.second_order, aliasing=aliasing, precision=program.precision, refusals=refusals)
     return oracle.compare(program.setting, subject, checks, lambda: program.setting(perturbed=True))
 
 
@@ -310,7 +337,14 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
                 yield dataclasses.replace(
                     p, returns=(p.returns[i],), out_dims=p.out_dims[i] if isinstance(p.out_dims, tuple) else p.out_dims
                 )
-        for plain in ({"chunk_size": None}, {"devices": None}, {"second_order": False}, {"context": "plain"}, {"size": 2}):
+        for plain in (
+            {"chunk_size": None},
+            {"devices": None},
+            {"second_order": False},
+            {"context": "plain"},
+            {"outer": "none"},
+            {"size": 2},
+        ):
             if any(getattr(p, k) != v for k, v in plain.items()):
                 yield dataclasses.replace(p, **plain)
         if isinstance(p.out_dims, int) and p.out_dims != 0:

@@ -368,12 +368,10 @@ def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen 
             mine_all, theirs_all = mine_all or [None] * len(theirs_all or []), theirs_all or [None] * len(mine_all or [])
         slacks = (getattr(slack, order) if slack else None) or [None] * len(theirs_all)
         for i, (mine, theirs, loose) in enumerate(zip(mine_all, theirs_all, slacks, strict=True)):
-            if mine is None and theirs is None:
+            present = theirs if mine is None else mine
+            if present is None:
                 continue
-            if mine is None:
-                mine = torch.zeros_like(theirs)
-            if theirs is None:
-                theirs = torch.zeros_like(mine)
+            mine, theirs = (torch.zeros_like(present) if g is None else g for g in (mine, theirs))
             assert_same(mine, theirs, f"{order}-order gradient {i}", checks.precision, loose)
 
 

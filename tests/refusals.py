@@ -155,12 +155,6 @@ def in_dims_of_another_structure(k: Kit) -> Run:
 
 
 @refused(errors.InDimsError)
-def in_dim_for_a_number(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a, b: a * b, (0, 0))(x, 2.0)
-
-
-@refused(errors.InDimsError)
 def scalar_mapped(k: Kit) -> Run:
     x = k.w(grad=False)
     return lambda vmap: vmap(lambda a: a)(x)

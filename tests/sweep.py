@@ -264,7 +264,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"{d}: {dict(collections.Counter(r.get(d, 'crashed') for r in results.values()))}" for d in DIRECTIONS)
 
 
-def run(names: list[str], subject_name: str, workers: int, timeout_s: float = 300) -> Iterator[tuple[str, dict[str, Any]]]:
+def run(names: list[str], subject_name: str, workers: int, timeout_s: float = 120) -> Iterator[tuple[str, dict[str, Any]]]:
     """Judges operators in worker processes."""
     command = [sys.executable, "-m", "tests.sweep", "--serve", "--subject", subject_name]
     for name, answer in isolate.run(command, names, workers, timeout_s):
