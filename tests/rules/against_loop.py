@@ -113,8 +113,9 @@ def assert_close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, lab
     """Raises unless shape, dtype and values agree, NaN equal to NaN."""
     assert mine.shape == theirs.shape, f"{label}: shape {tuple(mine.shape)}, the loop has {tuple(theirs.shape)}"
     assert mine.dtype == theirs.dtype, f"{label}: {mine.dtype}, the loop has {theirs.dtype}"
-    mine, theirs = mine.detach().double(), theirs.detach().double()
-    scale = float(theirs.nan_to_num(0, 0, 0).abs().max()) if theirs.numel() else 0.0
+    wide = torch.complex128 if theirs.is_complex() else torch.float64
+    mine, theirs = mine.detach().to(wide), theirs.detach().to(wide)
+    scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
     torch.testing.assert_close(
         mine, theirs, rtol=tolerance, atol=tolerance * max(scale, 1.0), equal_nan=True, msg=lambda m: f"{label}: {m}"
     )
