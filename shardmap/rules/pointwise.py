@@ -1,1 +1,184 @@
-"""Rules of the pointwise family."""
+"""Rules of the pointwise family: each result element depends on one element of each operand.
+
+A batch of such calls is the same call on batches, once operands have one rank and promote as the sample's did. So the common
+case emits exactly the recorded call. The table is derived: what PyTorch tags as pointwise, the in-place forms of that, and
+the list below of operators that are pointwise without the tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from shardmap.program import Equation
+from shardmap.rules.lowering import B, Lowering, V, dim
+from shardmap.rules.promote import aligned, expanded, promoted
+from shardmap.rules.registry import Operator, overloads, register
+
+aten = torch.ops.aten
+
+_UNTAGGED = """
+    rsub.Tensor floor_divide floor_divide.Scalar floor_divide_.Tensor
+    celu_ threshold_ gelu_ mish_ silu_backward mish_backward elu_backward hardtanh_backward leaky_relu_backward
+    hardswish hardswish_ hardswish_backward hardsigmoid_backward softplus_backward softshrink_backward hardshrink_backward
+    _prelu_kernel _prelu_kernel_backward
+    bitwise_and_.Scalar __irshift__.Scalar __irshift__.Tensor
+    fill.Scalar fill_.Scalar zero zero_ special_ndtr
+"""
+"""Operators that are pointwise although PyTorch does not tag them."""
+
+_ELSEWHERE = set(
+    overloads("clone", "equal", "where.self", "masked_fill.Scalar", "masked_fill_.Scalar", "native_dropout_backward", "_conj_physical")
+)
+"""Tagged, but with a rule below or in another family; `equal` is a question."""
+
+
+def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The recorded call on batches, operands aligned and promoted as the sample's were."""
+    tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
+    return _emit(b, eq, args, kwargs, tensors, promoted(b, tensors, next(eq.results()).spec.dtype) if len(tensors) > 1 else {})
+
+
+def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The recorded call on batches, for operators whose result has the dtype of their first operand."""
+    return _emit(b, eq, args, kwargs, [a for a in (*args, *kwargs.values()) if type(a) is V], {})
+
+
+def _emit(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], tensors: list[V], casts: dict[V, V]) -> Any:
+    ndim = max(v.ndim for v in tensors)
+    if casts or any(v.mapped and v.ndim < ndim for v in tensors):
+
+        def ready(a: Any) -> Any:
+            return aligned(b, casts.get(a, a), ndim) if type(a) is V else a
+
+        args = tuple([ready(a) for a in args])
+        kwargs = {k: ready(a) for k, a in kwargs.items()}
+    if len(eq.outs) > 1:
+        return b.calls_several(eq.op, len(eq.outs), *args, **kwargs)
+    out = b.call(eq.op, *args, named=kwargs)
+    return None if _in_place(eq.op) else out
+
+
+def _in_place(op: Operator) -> bool:
+    first = op._schema.arguments[0]
+    return first.alias_info is not None and first.alias_info.is_write
+
+
+def _derived() -> Iterator[Operator]:
+    """Operators that PyTorch tags as pointwise, and their in-place forms, as far as they reach a recording whole."""
+    tagged = []
+    for full in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = full.partition("::")
+        if namespace != "aten" or name.endswith("out") or "_out" in name.partition(".")[2]:
+            continue
+        (op,) = overloads(name)
+        if torch.Tag.pointwise in op.tags and not any(a.is_out for a in op._schema.arguments):
+            tagged.append(op)
+    seen = set(tagged)
+    for op in list(tagged):
+        packet = getattr(aten, op._schema.name.partition("::")[2] + "_", None)
+        signature = [(a.name, str(a.type)) for a in op._schema.arguments]
+        for overload in packet.overloads() if packet is not None else ():
+            form = getattr(packet, overload)
+            if form not in seen and [(a.name, str(a.type)) for a in form._schema.arguments] == signature and _in_place(form):
+                seen.add(form)
+                tagged.append(form)
+    for op in tagged:
+        if op not in _ELSEWHERE and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+            yield op
+
+
+_TABLE = list(dict.fromkeys([*_derived(), *overloads(*_UNTAGGED.split())]))
+register("pointwise", *_TABLE)(pointwise)
+register("pointwise", *overloads("masked_fill.Scalar", "masked_fill_.Scalar", "copy_", "native_dropout_backward", "_masked_scale"))(unpromoted)
+
+
+@register("pointwise", aten.where.self)
+def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """`where`: the condition takes no part in promotion."""
+    condition, first, second = args
+    casts = promoted(b, (first, second), next(eq.results()).spec.dtype)
+    return _emit(b, eq, args, kwargs, [condition, first, second], casts)
+
+
+@register("pointwise", aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
+def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
+    """`masked_fill` whose value is a tensor: a value for each sample is picked by `where`."""
+    x, mask, value = args
+    if not value.mapped:
+        return _emit(b, eq, args, kwargs, [x, mask], {})
+    ndim = max(x.ndim, mask.ndim)
+    value = aligned(b, b.cast(value, x.dtype), ndim)
+    out = b.call(aten.where.self, aligned(b, mask, ndim), value, aligned(b, x, ndim), mapped=True)
+    if not _in_place(eq.op):
+        return out
+    b.call(aten.copy_.default, x, out)
+    return None
+
+
+@register("pointwise", aten.fill_.Tensor, aten.fill.Tensor)
+def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
+    """`fill` with a tensor without dimensions."""
+    x, value = args
+    if _in_place(eq.op):
+        b.call(aten.copy_.default, x, aligned(b, value, x.ndim))
+        return None
+    empty = b.call(aten.empty_like.default, b.batch(x))
+    return b.call(aten.copy_.default, empty, aligned(b, value, x.ndim))
+
+
+# -- copies: which strides a result has is asked of one sample, not of the batch -------------------------------------------
+
+
+@register("pointwise", aten.clone.default, aten._to_copy.default)
+def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Copies. A batch of channels-last samples has one dimension more than PyTorch's format of that name knows."""
+    (x,) = args
+    memory_format = kwargs.get("memory_format")
+    if memory_format not in (torch.channels_last, torch.channels_last_3d):
+        return b.call(eq.op, x, named=kwargs)
+    moved = b.call(aten.movedim.int, x, 2, -1)
+    copied = b.call(eq.op, moved, named=kwargs | {"memory_format": torch.contiguous_format})
+    return b.call(aten.movedim.int, copied, -1, 2)
+
+
+# -- gates and the two results of log_sigmoid ------------------------------------------------------------------------------
+
+
+@register("pointwise", aten.glu.default)
+def glu(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """`glu` halves a dimension."""
+    x, d = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    return b.call(eq.op, x, dim(d, x.ndim))
+
+
+@register("pointwise", aten.glu_backward.default)
+def glu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Backward of `glu`: its kernel does not broadcast."""
+    grad, x, d = args
+    return b.call(eq.op, b.batch(grad), b.batch(x), dim(d, x.ndim))
+
+
+@register("pointwise", aten.log_sigmoid_forward.default)
+def log_sigmoid_forward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> tuple[V, V]:
+    """`log_sigmoid` and the buffer `exp(-|x|)`, which only the CPU kernel fills."""
+    out, buffer = b.calls_several(eq.op, 2, *args)
+    spec = eq.outs[1].spec
+    x = args[0]
+    if spec.shape != x.shape:
+        buffer = b.call(aten.new_empty.default, x, [B, *spec.shape])
+    elif b.device_type != "cpu":
+        buffer = b.call(aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)))
+    return out, buffer
+
+
+@register("pointwise", aten.log_sigmoid_backward.default)
+def log_sigmoid_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Backward of `log_sigmoid`: recorded where no kernel fills the buffer and run where one reads it, it is computed here."""
+    grad, x, buffer = args
+    shape = eq.outs[0].spec.shape
+    if buffer.shape != x.shape:
+        buffer = b.call(aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)), shape=x.shape)
+    return b.call(eq.op, expanded(b, grad, shape), expanded(b, x, shape), expanded(b, buffer, shape))
