@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap.fold import refuse_offsets_of_inputs, without_views_in_place
 from shardmap.program import FRESH_LEAF, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -217,7 +218,7 @@ class _Batcher:
                 v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
             if self.b.grad and value.index in self.needs:
                 if flag == NO_GRAD:
-                    v = self.b.call(torch.Tensor.detach, v)
+                    v = self.b.call(cut, v)
                 elif flag == FRESH_LEAF:
                     v = self.b.call(fresh_leaf, v)
             return v
@@ -306,7 +307,7 @@ class _Batcher:
             v = self.env[var.index]
             if b.grad and var.index in self.needs:
                 if flag == NO_GRAD:
-                    v = b.call(torch.Tensor.detach, v)
+                    v = b.call(cut, v)
                 elif flag == FRESH_LEAF:
                     v = b.call(fresh_leaf, v)
             if v.mapped:
@@ -332,7 +333,8 @@ def lower(program: Program, options: LoweringOptions, fixes: dict[int, str], war
     Raises:
         UnsupportedOperatorError: `strict`, and an operator has no rule.
     """
-    return _Batcher(program, options, fixes, warn).run()
+    refuse_offsets_of_inputs(program, options.call)
+    return _Batcher(without_views_in_place(program), options, fixes, warn).run()
 
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -388,6 +390,11 @@ def _vs_or_none(values: Any) -> Any:
 
 
 # -- what the emitted calls do at replay -----------------------------------------------------------------------------------
+
+
+def cut(t: torch.Tensor) -> torch.Tensor:
+    """`t` as the sample's call saw it: unknown to autograd. A tensor that is unknown already stays itself, for its views to remain views."""
+    return t.detach() if t.requires_grad else t
 
 
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,8 @@ class Lowering:
         self.count = 0
         self.equation = -1
         self.grad = False
+        self.notes: dict[str, Any] = {}
+        """What rules remember of the values of this lowering, by who remembers it."""
 
     def value(self, mapped: bool, shape: Sequence[int], dtype: torch.dtype) -> V:
         """A new value that nothing defines yet."""

@@ -1,1 +1,235 @@
-"""Rules of the matmul family."""
+"""Rules of the matmul family: matrix, vector and batched products, in every choice of mapped operands.
+
+A product with an unmapped right operand is one product with the map folded into the rows: better kernels than a batched
+product, and the operand is read once. Products of rows and columns work on the vectors behind them (`shardmap.rules.views`),
+so that the views that autograd records around each product cost nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardmap.program import Equation
+from shardmap.rules import registry
+from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.views import views
+
+aten = torch.ops.aten
+_linear = torch._C._nn.linear
+
+
+def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated `f(b, *args, **kwargs)`, with the operators' own names and defaults, for `aten.<name>`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            return function(b, *args, **kwargs)
+
+        registry.register("matmul", *registry.overloads(*names))(rule)
+        return function
+
+    return decorate
+
+
+def _t(b: Lowering, x: V) -> V:
+    """The transpose of a matrix."""
+    if x.mapped:
+        return views(b).rearrange(x, (1, 0))
+    return b.call(aten.t.default, x, shape=x.shape[::-1])
+
+
+def _flat(b: Lowering, x: V) -> V:
+    """The vector of a matrix with one row or one column."""
+    return views(b).reshaped(x, (x.numel,)) if x.mapped else b.view(x, (x.numel,))
+
+
+def _column(b: Lowering, x: V) -> V:
+    """A mapped vector as a matrix with one column."""
+    return views(b).rearrange(x, (0, None))
+
+
+def _row(b: Lowering, x: V) -> V:
+    """A mapped vector as a matrix with one row."""
+    return views(b).rearrange(x, (None, 0))
+
+
+def _stacked(b: Lowering, x: V) -> V:
+    """A matrix for each sample, mapped or not: `[B, m, n]` for a batched product."""
+    return x if x.mapped else b.call(aten.expand.default, x, [B, *x.shape], shape=x.shape, mapped=True)
+
+
+# -- a matrix times a matrix ---------------------------------------------------------------------------------------------------
+
+
+@rules("mm")
+def mm(b: Lowering, x: V, y: V) -> V:
+    """`[m, k] @ [k, n]` for each sample."""
+    (m, k), n = x.shape, y.shape[1]
+    if not y.mapped:
+        if m == 1:
+            return _row(b, b.call(aten.mm.default, _flat(b, x), y, shape=(n,)))
+        # [B, ..., k] @ [k, n]: torch.matmul folds all but the last dimension into rows
+        whole = views(b).in_order(x)
+        if whole.ndim < 2 or whole.shape[-1] != k:
+            whole = x
+        out = b.call(torch.matmul, whole, y, shape=(*whole.shape[:-1], n))
+        return views(b).reshaped(out, (m, n))
+    if not x.mapped:
+        if n == 1:
+            return _column(b, b.call(aten.mm.default, _flat(b, y), _t(b, x), shape=(m,)))
+        return b.call(aten.bmm.default, _stacked(b, x), y, shape=(m, n))
+    if k == 1 and x.dtype != torch.bool:
+        return outer(b, _flat(b, x), _flat(b, y))
+    return b.call(aten.bmm.default, x, y, shape=(m, n))
+
+
+def outer(b: Lowering, x: V, y: V) -> V:
+    """`[m] x [n] -> [m, n]`, both mapped."""
+    return b.call(aten.mul.Tensor, _column(b, x), _row(b, y), shape=(*x.shape, *y.shape))
+
+
+@rules("addmm")
+def addmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
+    """`beta * bias + alpha * x @ y`; a zero `beta` drops even a NaN."""
+    (m, k), n = x.shape, y.shape[1]
+    weights = {"beta": beta, "alpha": alpha}
+    if not y.mapped and x.mapped:
+        per_column = not bias.mapped and all(s == 1 for s in bias.shape[:-1])
+        if m == 1 and (bias.mapped or per_column):
+            return _row(b, b.call(aten.addmm.default, _bias_row(b, bias), _flat(b, x), y, shape=(n,), **weights))
+        if per_column and bias.shape == (n,) and beta == 1 and alpha == 1 and x.dtype.is_floating_point:
+            whole = views(b).in_order(x)
+            if whole.ndim < 2 or whole.shape[-1] != k:
+                whole = x
+            out = b.call(_linear, whole, _t(b, y), bias, shape=(*whole.shape[:-1], n))
+            return views(b).reshaped(out, (m, n))
+    return b.call(aten.baddbmm.default, _broad(b, bias, 2), _stacked(b, x), _stacked(b, y), shape=(m, n), **weights)
+
+
+def _bias_row(b: Lowering, bias: V) -> V:
+    """What is added to `[B, n]`: `[B, n]`, `[B, 1]` or an unmapped vector."""
+    if not bias.mapped:
+        return bias if bias.ndim < 2 else b.view(bias, bias.shape[-1:])
+    return views(b).reshaped(bias, bias.shape[-1:] or (1,))
+
+
+def _broad(b: Lowering, bias: V, ndim: int) -> V:
+    """What is added to `[B, ...]` with `ndim` sample dimensions."""
+    if not bias.mapped:
+        return bias
+    return views(b).rearrange(bias, (*[None] * (ndim - bias.ndim), *range(bias.ndim)))
+
+
+# -- batched products ----------------------------------------------------------------------------------------------------------
+
+
+@rules("bmm")
+def bmm(b: Lowering, x: V, y: V) -> V:
+    """`[b, m, k] @ [b, k, n]` for each sample."""
+    (size, m, k), n = x.shape, y.shape[2]
+    if x.mapped and y.mapped:
+        wide_x, wide_y = views(b).in_order(x), views(b).in_order(y)
+        lead = wide_x.shape[:-2]
+        if len(lead) and lead == wide_y.shape[:-2] and (wide_x.shape[-2:], wide_y.shape[-2:]) == ((m, k), (k, n)):
+            out = b.call(torch.matmul, wide_x, wide_y, shape=(*lead, m, n))
+            return views(b).reshaped(out, (size, m, n))
+        return b.call(torch.matmul, x, y, shape=(size, m, n))
+    # One operand for all samples: the map goes into the other's rows (or columns), so that nothing is copied for each sample.
+    if not y.mapped:
+        return b.call(_shared_right, x, y, shape=(size, m, n))
+    return b.call(_shared_left, x, y, shape=(size, m, n))
+
+
+def _shared_right(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`[B, b, m, k] @ [b, k, n]`, contiguous."""
+    count, size, m, k = x.shape
+    rows = x.transpose(0, 1).reshape(size, count * m, k)
+    return torch.bmm(rows, y).view(size, count, m, y.shape[2]).transpose(0, 1).contiguous()
+
+
+def _shared_left(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`[b, m, k] @ [B, b, k, n]`, contiguous."""
+    count, size, k, n = y.shape
+    columns = y.permute(1, 2, 0, 3).reshape(size, k, count * n)
+    return torch.bmm(x, columns).view(size, x.shape[1], count, n).permute(2, 0, 1, 3).contiguous()
+
+
+@rules("baddbmm")
+def baddbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
+    """`beta * bias + alpha * x @ y` with a leading dimension of the sample's own."""
+    (size, m, k), n = x.shape, y.shape[2]
+
+    def baddbmm_flat(bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        count = x.shape[0]
+        added = bias.expand(count, size, m, n).reshape(count * size, m, n)
+        left, right = x.reshape(count * size, m, k), y.reshape(count * size, k, n)
+        return torch.baddbmm(added, left, right, beta=beta, alpha=alpha).view(count, size, m, n)
+
+    return b.call(baddbmm_flat, _broad(b, bias, 3), _stacked(b, x), _stacked(b, y), shape=(size, m, n), dtype=x.dtype)
+
+
+@rules("addbmm")
+def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
+    """The sum over a batch of products is one product: `[m, b*k] @ [b*k, n]`."""
+    (size, m, k), n = x.shape, y.shape[2]
+    shift = int(x.mapped)
+    wide = b.call(aten.permute.default, x, [0, 2, 1, 3] if shift else [1, 0, 2], shape=(m, size, k))
+    return addmm(b, bias, b.reshape(wide, (m, size * k)), b.reshape(y, (size * k, n)), beta=beta, alpha=alpha)
+
+
+# -- vectors -------------------------------------------------------------------------------------------------------------------
+
+
+@rules("mv")
+def mv(b: Lowering, x: V, y: V) -> V:
+    """`[m, k] @ [k]`."""
+    if not y.mapped:
+        return b.call(torch.matmul, x, y, shape=x.shape[:1])
+    if not x.mapped:
+        return b.call(aten.mm.default, y, _t(b, x), shape=x.shape[:1])
+    return _flat(b, b.call(aten.bmm.default, x, _column(b, y), shape=(x.shape[0], 1)))
+
+
+@rules("dot")
+def dot(b: Lowering, x: V, y: V) -> V:
+    """`[k] @ [k]`."""
+    if x.mapped and y.mapped:
+        out = b.call(aten.bmm.default, _row(b, x), _column(b, y), shape=(1, 1))
+        return views(b).reshaped(out, ())
+    mapped, shared = (x, y) if x.mapped else (y, x)
+    return b.call(aten.mv.default, mapped, shared, shape=())
+
+
+@rules("vdot")
+def vdot(b: Lowering, x: V, y: V) -> V:
+    """`conj([k]) @ [k]`."""
+    return dot(b, b.call(torch.conj, x, shape=x.shape) if x.dtype.is_complex else x, y)
+
+
+@rules("addmv")
+def addmv(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
+    """`beta * bias + alpha * x @ y`."""
+    if not x.mapped and y.mapped:
+        added = bias if not bias.mapped else _bias_row(b, bias)
+        return b.call(aten.addmm.default, added, y, _t(b, x), shape=x.shape[:1], beta=beta, alpha=alpha)
+    column = _column(b, y) if y.mapped else b.view(y, (y.numel, 1))
+    if bias.ndim:
+        added = _column(b, bias) if bias.mapped else b.view(bias, (*bias.shape, 1))
+    else:
+        added = _broad(b, bias, 2)
+    return _flat(b, addmm(b, added, x, column, beta=beta, alpha=alpha))
+
+
+@rules("addr")
+def addr(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
+    """`beta * bias + alpha * x y^T`."""
+    if x.dtype == torch.bool or x.dtype != y.dtype or bias.dtype != x.dtype:
+        return NotImplemented
+    column = _column(b, x) if x.mapped else b.view(x, (x.numel, 1))
+    row = _row(b, y) if y.mapped else b.view(y, (1, y.numel))
+    return addmm(b, bias, column, row, beta=beta, alpha=alpha)

@@ -1,1 +1,237 @@
-"""Rules of the view family."""
+"""Rules of the view family: other ways to see the same memory, and the copies that rearrange it.
+
+The samples' dimensions stand one further back in the batch; that is all there is to most of these. Views that only reorder
+dimensions, put in or leave out ones, or regroup elements in order are remembered by `shardmap.rules.views`, so that what uses them
+can often use their base.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardmap.program import Equation
+from shardmap.rules import registry
+from shardmap.rules.lowering import B, Lowering, V, dim, dims
+from shardmap.rules.views import views
+
+aten = torch.ops.aten
+
+
+def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated `f(b, eq, *args, **kwargs)`, with the operators' own names and defaults, for `aten.<name>`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            return function(b, eq, *args, **kwargs)
+
+        registry.register("view", *registry.overloads(*names))(rule)
+        return function
+
+    return decorate
+
+
+def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V:
+    """The recorded operator (or `target`) on the whole batch, its result as recorded."""
+    spec = eq.outs[0].spec
+    return b.call(target or eq.op, x, *args, shape=spec.shape, dtype=spec.dtype, mapped=True)
+
+
+# -- the same elements in the same order ---------------------------------------------------------------------------------------
+
+
+@rules("view", "_reshape_alias")
+def view(b: Lowering, eq: Equation, x: V, size: Any, stride: Any = None) -> V:
+    """`[B, *x] -> [B, *size]`; the recorded result says what -1 was."""
+    return views(b).reshaped(x, eq.outs[0].spec.shape)
+
+
+@rules("_unsafe_view", "view_copy", "_reshape_copy")
+def unsafe_view(b: Lowering, eq: Equation, x: V, size: Any) -> V:
+    """Like `view`, but autograd does not call it one: it may be written to though its base is saved for a backward."""
+    shape = eq.outs[0].spec.shape
+    return emit(b, eq, x, [B, *shape])
+
+
+@rules("unsqueeze")
+def unsqueeze(b: Lowering, eq: Equation, x: V, d: int) -> V:
+    """Put in a dimension of size 1."""
+    d = d + x.ndim + 1 if d < 0 else d
+    order = list(range(x.ndim))
+    return views(b).rearrange(x, (*order[:d], None, *order[d:]))
+
+
+@rules("squeeze", "squeeze.dim", "squeeze.dims")
+def squeeze(b: Lowering, eq: Equation, x: V, d: int | Sequence[int] | None = None) -> V:
+    """Leave out dimensions of size 1, never that of the batch."""
+    if d is None:
+        chosen = set(range(x.ndim))
+    else:
+        chosen = {i % max(x.ndim, 1) for i in ([d] if isinstance(d, int) else d)}
+    return views(b).rearrange(x, tuple(i for i in range(x.ndim) if not (i in chosen and x.shape[i] == 1)))
+
+
+@rules("t")
+def t(b: Lowering, eq: Equation, x: V) -> V:
+    """Of a matrix; a vector is its own."""
+    return views(b).rearrange(x, tuple(reversed(range(x.ndim))))
+
+
+@rules("transpose.int")
+def transpose(b: Lowering, eq: Equation, x: V, dim0: int, dim1: int) -> V:
+    """Two dimensions exchanged."""
+    order = list(range(x.ndim))
+    if x.ndim:
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+    return views(b).rearrange(x, tuple(order))
+
+
+@rules("permute")
+def permute(b: Lowering, eq: Equation, x: V, order: Sequence[int]) -> V:
+    """All dimensions in another order."""
+    return views(b).rearrange(x, tuple(d % x.ndim for d in order))
+
+
+@rules("expand", "expand_copy")
+def expand(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool = False) -> V:
+    """Sizes of 1 repeated; new dimensions go between batch and sample."""
+    shape = eq.outs[0].spec.shape
+    return emit(b, eq, ones_before(b, x, len(shape)), [B, *shape])
+
+
+def ones_before(b: Lowering, x: V, ndim: int) -> V:
+    """A mapped value with `ndim` sample dimensions."""
+    return views(b).rearrange(x, (*[None] * (ndim - x.ndim), *range(x.ndim))) if x.ndim < ndim else x
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------------
+
+
+@rules("select.int", "diagonal", "slice.Tensor", "narrow_copy", "unfold", "flip")
+def with_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
+    """Operators with arguments that are dimensions of a tensor: each one further back."""
+    if x.ndim == 0:
+        return at_least_one_dim(b, eq, x, *args, **kwargs)
+    return b.call(eq.op, x, *shifted(eq.op, x.ndim, args, kwargs), shape=eq.outs[0].spec.shape)
+
+
+def at_least_one_dim(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
+    """Some operators take a number for a vector of one: `unfold`, `flip`."""
+    out = b.call(eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1,))
+    return views(b).reshaped(out, eq.outs[0].spec.shape)
+
+
+DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
+"""Names of the arguments that are dimensions."""
+
+
+def shifted(op: torch._ops.OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1) -> list[Any]:
+    """All arguments behind the first `skip`, defaults filled in, dimensions of an `ndim`-dimensional sample one further back."""
+    out = []
+    for at, argument in enumerate(op._schema.arguments):
+        if at < skip:
+            continue
+        at -= skip
+        value = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+        if argument.name in DIMENSIONS:
+            value = dim(value, ndim) if isinstance(value, int) else dims(value, ndim)
+        out.append(value)
+    return out
+
+
+@rules("split.Tensor", "split_with_sizes", "unbind.int", "unsafe_split.Tensor", "unsafe_split_with_sizes", "split_with_sizes_copy")
+def parts(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> tuple[V, ...]:
+    """Operators that return a list of parts."""
+    return b.calls_several(eq.op, len(list(eq.results())), x, *shifted(eq.op, x.ndim, args, kwargs))
+
+
+@rules("as_strided")
+def as_strided(b: Lowering, eq: Equation, x: V, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> V:
+    """The sample's memory through other strides, from where the sample's tensor begins.
+
+    An explicit offset is absolute in the sample's memory: what counts is how far it is from the argument's own. On a mapped
+    input, where it would be absolute in the memory of the whole batch, `shardmap.fold` refuses it.
+    """
+    step = 0 if storage_offset is None else storage_offset - eq.args[0].spec.offset
+
+    def sample_strides(t: torch.Tensor, count: int) -> torch.Tensor:
+        return t.as_strided([count, *size], [t.stride(0), *stride], t.storage_offset() + step)
+
+    return emit(b, eq, x, B, target=sample_strides)
+
+
+@rules("view.dtype", "view_copy.dtype", "view_as_real", "view_as_complex", "_conj", "_neg_view", "_conj_physical", "lift_fresh_copy")
+def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
+    """The last dimension, or each element, seen otherwise."""
+    return emit(b, eq, x, *args)
+
+
+# -- copies in another arrangement ---------------------------------------------------------------------------------------------
+
+
+@rules("roll")
+def roll(b: Lowering, eq: Equation, x: V, shifts: Any, over: Sequence[int] = ()) -> V:
+    """Without dimensions the sample is rolled as if flat."""
+    if over:
+        return emit(b, eq, x, shifts, [d % max(x.ndim, 1) + 1 for d in over]) if x.ndim else emit(b, eq, x, target=torch.clone)
+    flat = b.reshape(x, (x.numel,))
+    return b.view(b.call(eq.op, flat, shifts, [1], shape=(x.numel,)), x.shape)
+
+
+@rules("repeat")
+def repeat(b: Lowering, eq: Equation, x: V, repeats: Sequence[int]) -> V:
+    """New dimensions go between batch and sample."""
+    return emit(b, eq, ones_before(b, x, len(repeats)), [1, *repeats])
+
+
+@rules("cat")
+def cat(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
+    """A vector without elements fits anything, by an old rule of PyTorch's; in the batch it would not."""
+    spec = eq.outs[0].spec
+    kept = [x for x in tensors if x.shape != (0,) or spec.ndim == 1]
+    if not kept:
+        return NotImplemented
+    return emit(b, eq, [b.cast(b.batch(x), spec.dtype) for x in kept], dim(d, spec.ndim))
+
+
+@rules("stack")
+def stack(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
+    """All made mapped; the new dimension one further back."""
+    spec = eq.outs[0].spec
+    return emit(b, eq, [b.cast(b.batch(x), spec.dtype) for x in tensors], dim(d, spec.ndim))
+
+
+@rules("constant_pad_nd", "tril", "triu", "pixel_shuffle", "pixel_unshuffle")
+def last_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> V:
+    """Operators on the last dimensions, whatever stands before them."""
+    return b.call(eq.op, x, *args, shape=eq.outs[0].spec.shape, **kwargs)
+
+
+@rules("diag_embed")
+def diag_embed(b: Lowering, eq: Equation, x: V, offset: int = 0, dim1: int = -2, dim2: int = -1) -> V:
+    """Dimensions are the result's."""
+    if x.ndim == 0:
+        return NotImplemented
+    return emit(b, eq, x, offset, dim(dim1, x.ndim + 1), dim(dim2, x.ndim + 1))
+
+
+# -- backward of parts, and writing parts into copies -------------------------------------------------------------------------
+
+
+@rules("select_backward", "slice_backward", "diagonal_backward", "unfold_backward")
+def backward_of_part(b: Lowering, eq: Equation, grad: V, size: Sequence[int], *args: Any, **kwargs: Any) -> V:
+    """Zeros of the whole's size with the gradient in its place."""
+    if not size:
+        return NotImplemented
+    return emit(b, eq, grad, [B, *size], *shifted(eq.op, len(size), args, kwargs, skip=2))
+
+
+@rules("slice_scatter", "select_scatter", "diagonal_scatter")
+def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs: Any) -> V:
+    """A copy of `x` with `part` in its place."""
+    return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
+

@@ -1,0 +1,143 @@
+"""Views that cost no call: chains of unsqueeze, squeeze, transpose and view folded into what uses them.
+
+A call costs a microsecond or so whatever it does, and half of what autograd records of a small net is views. So the rules
+remember of which other value a value is a view, and how (`Views`). A rule that can work on the base itself does so, and the
+view that was emitted for the recorded call is dropped as dead. Measured on the gradient of a 100-layer 4x4 net: half the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from shardmap.rules.lowering import B, Lowering, V
+
+aten = torch.ops.aten
+
+Dims = tuple[int | None, ...]
+"""Of which dimension of the base each dimension is; None for one of size 1 that the base lacks. What is left out has size 1."""
+
+
+class Origin(NamedTuple):
+    """A value is a view of `base`: its memory, seen otherwise."""
+
+    base: V
+    dims: Dims | None
+    """None: the elements of `base` in their order, with another shape."""
+    grad: bool
+    """Whether autograd recorded the view."""
+
+
+class Views:
+    """What views the values of one lowering are."""
+
+    def __init__(self, b: Lowering):
+        self.b = b
+        self.origins: dict[int, Origin] = {}
+        self.made_with_grad: dict[int, bool] = {}
+        self.seen = 0
+
+    def origin(self, v: V) -> Origin | None:
+        """Whose view `v` is, if its place can be taken here.
+
+        A view made under `no_grad` of a value that requires grad does not require it: the base must not take its place
+        where autograd records.
+        """
+        found = self.origins.get(v.index)
+        return None if found is None or (self.b.grad and not found.grad) else found
+
+    def remember(self, v: V, base: V, dims: Dims | None) -> V:
+        """Note that `v` is a view of `base`."""
+        self.origins[v.index] = Origin(base, dims, self.b.grad)
+        return v
+
+    def may_stand_for_its_view(self, v: V) -> bool:
+        """Whether autograd sees no difference between `v` and a view of it made here."""
+        if self.b.grad:
+            return True
+        for call in self.b.calls[self.seen :]:
+            for out in call.outs:
+                if out is not None:
+                    self.made_with_grad[out] = call.grad
+        self.seen = len(self.b.calls)
+        return not self.made_with_grad.get(v.index, True)
+
+    def rearrange(self, v: V, dims: Dims) -> V:
+        """`v` with its dimensions in another order, ones put in (None) and ones left out."""
+        base, known = v, self.origin(v)
+        if known is not None and known.dims is not None:
+            base, dims = known.base, tuple(None if d is None else known.dims[d] for d in dims)
+        kept = [d for d in dims if d is not None]
+        if kept == sorted(kept) and base.shape == tuple(1 if d is None else base.shape[d] for d in dims):
+            if self.may_stand_for_its_view(base):
+                return base
+            return self.remember(view(self.b, base, base.shape), base, tuple(range(base.ndim)))
+        return self.remember(self._emit(base, dims), base, dims)
+
+    def reshaped(self, v: V, shape: Sequence[int]) -> V:
+        """`v` viewed with another shape: its elements in the same order."""
+        shape = tuple(shape)
+        dims = ones_only(v.shape, shape)
+        if dims is not None:
+            return self.rearrange(v, dims)
+        base = self.in_order(v)
+        dims = ones_only(base.shape, shape)
+        if dims is not None:
+            return self.rearrange(base, dims)
+        return self.remember(view(self.b, base, shape), base, None)
+
+    def in_order(self, v: V) -> V:
+        """The value of which `v` has the elements in the same order."""
+        known = self.origin(v)
+        if known is None:
+            return v
+        if known.dims is None:
+            return known.base
+        kept = [d for d in known.dims if d is not None]
+        return known.base if kept == sorted(kept) else v
+
+    def _emit(self, base: V, dims: Dims) -> V:
+        b = self.b
+        shape = tuple(1 if d is None else base.shape[d] for d in dims)
+        kept = [d for d in dims if d is not None]
+        left_out = [d for d in range(base.ndim) if d not in kept]
+        added = [i for i, d in enumerate(dims) if d is None]
+        if kept == sorted(kept):
+            if len(added) == 1 and not left_out:
+                return b.call(aten.unsqueeze.default, base, added[0] + 1, shape=shape)
+            if not added:
+                return b.call(aten.squeeze.dims, base, [d + 1 for d in left_out], shape=shape)
+            return view(b, base, shape)
+        if left_out or added:
+            order = tuple(kept)
+            inner = self._emit(base, order)
+            return view(b, inner, shape) if added else inner
+        moved = [i for i, d in enumerate(dims) if i != d]
+        if len(moved) == 2:
+            return b.call(aten.transpose.int, base, moved[0] + 1, moved[1] + 1, shape=shape)
+        return b.call(aten.permute.default, base, [0, *[d + 1 for d in kept]], shape=shape)
+
+
+def views(b: Lowering) -> Views:
+    """The views of this lowering."""
+    return b.notes.setdefault("views", Views(b))
+
+
+def view(b: Lowering, v: V, shape: Sequence[int]) -> V:
+    """A mapped value viewed with another sample shape."""
+    return b.call(aten.view.default, v, [B, *shape], shape=shape)
+
+
+def ones_only(old: Sequence[int], new: Sequence[int]) -> Dims | None:
+    """How `new` follows from `old` by putting in and leaving out dimensions of size 1; None if it does not."""
+    kept = [i for i, n in enumerate(old) if n != 1]
+    if [old[i] for i in kept] != [n for n in new if n != 1]:
+        return None
+    if len(old) == len(new):
+        same = tuple(range(len(old)))
+        if tuple(old) == tuple(new):
+            return same
+    following = iter(kept)
+    return tuple(None if n == 1 else next(following) for n in new)
