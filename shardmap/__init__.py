@@ -3,5 +3,6 @@
 from shardmap import errors
 from shardmap.api import vmap
 from shardmap.engine import SlowLoopWarning
+from shardmap.run.ray import Ray
 
-__all__ = ["SlowLoopWarning", "errors", "vmap"]
+__all__ = ["Ray", "SlowLoopWarning", "errors", "vmap"]

@@ -15,6 +15,7 @@ from shardmap.plan import device as device_names
 from shardmap.plan.split import split
 from shardmap.record import record
 from shardmap.run import local
+from shardmap.run import ray as on_ray
 from shardmap.trace import Recorder
 
 
@@ -100,7 +101,7 @@ def _run(
     inlined = any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
     inputs = batch.tensors()
     home = inputs[0].device
-    recording, structure = record(func, batch, randomness, trace == "once", call, transformed=False)
+    recording, structure = record(func, batch, randomness, trace == "once", call)
     program = recording.program
     differs = mapped_groups(program, randomness)
     mapped = [v.group in differs for v in program.outputs]
@@ -108,7 +109,8 @@ def _run(
     placed = edges.place_outputs(samples, mapped, structure, out_dims, call)
     wants_grad = any(t.requires_grad for t in (*inputs, *recording.captured))
     grad = torch.is_grad_enabled() and wants_grad and (any(program.output_flags) or bool(recording.written_inputs))
-    names = (str(home),) if inlined else device_names.resolve(devices, home, call)
+    cluster = on_ray.Ray() if isinstance(devices, str) and devices == "ray" else devices if isinstance(devices, on_ray.Ray) else None
+    names = (str(home),) if inlined or cluster is not None else device_names.resolve(devices, home, call)
     layout = tuple(_rows_first(t) for t in inputs)
 
     def lower(device_type: str) -> engine.Lowered:
@@ -117,7 +119,10 @@ def _run(
 
     seed = engine.draw_seed() if recording.random else 0
     job = local.Job(recording, inputs, home, lower, seed, grad)
-    outputs = local.run(job, split(batch.size, names, None if inlined else chunk_size))
+    if cluster is not None and not inlined:
+        outputs = on_ray.run(job, batch.size, chunk_size, cluster, call)
+    else:
+        outputs = local.run(job, split(batch.size, names, None if inlined else chunk_size))
     results = [_place(t, v, d, batch.size) for t, v, d in zip(outputs, mapped, placed, strict=True)]
     return pytree.tree_unflatten(results, structure)
 
