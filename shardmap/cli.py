@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return USAGE_ERROR
     except ShardmapError as error:
-        _complain(f"{type(error).__name__}: {error}")
+        print(f"shardmap: {type(error).__name__}: {error}", file=sys.stderr)  # in full: a worker's error brings its traceback
         return 1
     except BrokenPipeError:  # `shardmap ops | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

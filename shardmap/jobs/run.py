@@ -53,10 +53,14 @@ def execute(
         if not isinstance(dataset, Dataset):
             raise ConfigError(f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset")
         columns = _pick_columns(dataset, config.columns)
-        plan = split(len(dataset), _devices(config.devices, columns[0].device), config.chunk_size)
+        devices = _devices(config.devices, columns[0].device)
+        if devices == ("ray",) and config.chunk_size is None:
+            plan = f"{len(dataset)} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+        else:
+            plan = str(split(len(dataset), devices, config.chunk_size))
         say(f"{config.function.path} over {len(dataset)} samples of {', '.join(config.columns or dataset.columns)}")
-        say(str(plan))
-        folder.log("planned", plan=str(plan).splitlines())
+        say(plan)
+        folder.log("planned", plan=plan.splitlines())
 
         model = None if run.model is None else run.model(dataset)
         leading = () if run.model is None else (model,)
