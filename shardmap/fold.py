@@ -72,6 +72,6 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
             offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
             if offset is not None:
                 raise errors.EscapeError(
-                    f"{call}: as_strided with storage_offset={offset} on a view of a mapped argument would count from the start of the whole "
-                    "batch's memory; leave storage_offset out and index the tensor first"
+                    f"{call}: as_strided with storage_offset={offset} on a mapped argument or a view of it would count from the start of "
+                    "the whole batch's memory; leave storage_offset out and index the tensor first"
                 )

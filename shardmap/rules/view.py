@@ -121,8 +121,9 @@ def with_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any
 
 def at_least_one_dim(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
     """Some operators take a number for a vector of one: `unfold`, `flip`."""
-    out = b.call(eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1,))
-    return views(b).reshaped(out, eq.outs[0].spec.shape)
+    shape = eq.outs[0].spec.shape
+    out = b.call(eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1, *shape))
+    return views(b).rearrange(out, tuple(range(1, out.ndim)))
 
 
 DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
@@ -234,4 +235,3 @@ def backward_of_part(b: Lowering, eq: Equation, grad: V, size: Sequence[int], *a
 def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs: Any) -> V:
     """A copy of `x` with `part` in its place."""
     return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
-

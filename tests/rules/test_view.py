@@ -55,7 +55,8 @@ VIEWS = {
     "as_strided with offset": (lambda x: x.clone()[1].as_strided((2,), (1,), 1) * 2, real(2, 3)),
     "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x * 2)) * 3, real(2, 2)),
     "view_as_complex": (lambda x: torch.view_as_complex(x.clone()).abs(), real(3, 2)),
-    "real, imag, conj": (lambda x: torch.complex(x, x * 2).conj().imag + torch.complex(x, x).real, real(3)),
+    "imag of conj": (lambda x: torch.complex(x, x * 2).conj().imag, real(3)),
+    "real": (lambda x: torch.complex(x, x).real * 2, real(3)),
 }
 
 COPIES = {
@@ -63,7 +64,7 @@ COPIES = {
     "flip of a scalar": (lambda x: x.flip(0), real()),
     "roll": (lambda x: x.roll((1, -1), (0, -1)), real(2, 3)),
     "roll flat": (lambda x: x.roll(1), real(2, 3)),
-    "roll of a scalar": (lambda x: x.roll(1) + x.roll(1, 0), real()),
+    "roll of a scalar": (lambda x: x.roll(1), real()),
     "repeat": (lambda x: x.repeat(2, 1, 2), real(2, 3)),
     "repeat of a scalar": (lambda x: x.repeat(3), real()),
     "pad": (lambda x: torch.nn.functional.pad(x, (1, 0, -1, 2), value=3.0), real(3, 3)),
@@ -154,11 +155,10 @@ def test_mixed_dtypes():
             assert torch.equal(got, want)
 
 
-def test_view_dtype():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.int16])
+def test_view_dtype(dtype):
     x = torch.randn(3, 2, 4)
-    for dtype in (torch.int32, torch.float64, torch.int16):
-        got = shardmap.vmap(lambda row: row.view(dtype).clone())(x)
-        assert torch.equal(got, x.view(dtype))
+    assert torch.equal(shardmap.vmap(lambda row: row.view(dtype).clone())(x), x.view(dtype))
 
 
 def test_explicit_offset_on_an_input_is_refused():

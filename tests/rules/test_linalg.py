@@ -1,0 +1,63 @@
+"""Linear algebra rules against the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import shardmap
+from tests.rules.against_loop import check, real
+
+linalg = torch.linalg
+
+
+def spd(x):
+    return x @ x.mT + 2 * torch.eye(3, dtype=x.dtype)
+
+
+ONE = {
+    "cholesky": (lambda x: linalg.cholesky(spd(x)), real(3, 3)),
+    "cholesky of a stack": (lambda x: linalg.cholesky(spd(x), upper=True), real(2, 3, 3)),
+    "inv": (lambda x: linalg.inv(spd(x)), real(3, 3)),
+    "det": (lambda x: linalg.det(x), real(3, 3)),
+    "slogdet": (lambda x: tuple(linalg.slogdet(x)), real(3, 3)),
+    "svdvals": (lambda x: linalg.svdvals(x), real(3, 4)),
+    "svd": (lambda x: linalg.svd(x, full_matrices=False)[1], real(3, 4)),
+    "eigh": (lambda x: linalg.eigh(spd(x)).eigenvalues, real(3, 3)),
+    "eigvals": (lambda x: linalg.eigvals(spd(x)).real, real(3, 3)),
+    "qr": (lambda x: tuple(linalg.qr(x)), real(4, 3)),
+    "matrix_exp": (lambda x: linalg.matrix_exp(x), real(3, 3)),
+    "pinv": (lambda x: linalg.pinv(x), real(3, 2)),
+    "trace": (lambda x: torch.trace(x), real(3, 4)),
+    "cholesky_inverse": (lambda x: torch.cholesky_inverse(linalg.cholesky(spd(x))), real(3, 3)),
+    "lu": (lambda x: tuple(linalg.lu(x)), real(3, 3)),
+}
+TWO = {
+    "solve": (lambda x, y: linalg.solve(spd(x), y), real(3, 3), real(3, 2)),
+    "solve a vector": (lambda x, y: linalg.solve(spd(x), y), real(3, 3), real(3)),
+    "solve from the right": (lambda x, y: linalg.solve(spd(x), y, left=False), real(3, 3), real(2, 3)),
+    "solve stacks": (lambda x, y: linalg.solve(spd(x), y), real(2, 3, 3), real(2, 3, 1)),
+    "solve a stack of vectors": (lambda x, y: linalg.solve(spd(x), y), real(2, 3, 3), real(2, 3)),
+    "solve_triangular": (lambda x, y: linalg.solve_triangular(spd(x), y, upper=True), real(3, 3), real(3, 2)),
+    "solve_triangular broadcast": (lambda x, y: linalg.solve_triangular(spd(x), y, upper=False), real(3, 3), real(2, 3, 2)),
+    "cholesky_solve": (lambda x, y: torch.cholesky_solve(y, linalg.cholesky(spd(x))), real(3, 3), real(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one(name):
+    function, make = ONE[name]
+    check(function, make, sizes=(3,), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two(name):
+    function, *makes = TWO[name]
+    check(function, *makes, sizes=(3,), tolerance=1e-7)
+
+
+def test_a_singular_sample_raises_as_in_the_loop():
+    x = torch.eye(3).repeat(3, 1, 1)
+    x[2] = 0
+    with pytest.raises(linalg.LinAlgError):
+        shardmap.vmap(linalg.inv)(x)
