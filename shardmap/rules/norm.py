@@ -1,1 +1,345 @@
-"""Rules of the norm family."""
+"""Normalisation: the map joins the rows that are normalised, or the channels; gradients of weights are sums over a sample.
+
+Why rules of ours: `torch.func.vmap` decomposes the backward of `layer_norm`. Measured on one CPU core with 32 samples of 128 rows of
+256: 2.2 ms; the kernel for the input's gradient and two products for the weights' take 0.5 (8 samples of 512 rows of 768: 12.8; 1.6).
+Where a sample fills the cache, its own call of the kernel beats any batched form (0.6 ms against 1.7 for these 8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardmap.rules.conv import into_channels, out_of_channels
+from shardmap.rules.into_batch import fold, unfold
+from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.registry import register
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+CACHE_ELEMENTS = 2**17
+"""From this size of a sample on, one call per sample is faster than sums over a batch of products that has left the cache."""
+
+
+def affine(b: Lowering, out: V, weight: V | None, bias: V | None, shape: Sequence[int]) -> V:
+    """`out * weight + bias`, with both viewed with the sample shape `shape`."""
+    if weight is not None:
+        out = b.call(aten.mul.Tensor, out, b.view(weight, shape), shape=out.shape, dtype=out.dtype)
+    if bias is not None:
+        out = b.call(aten.add.Tensor, out, b.view(bias, shape), shape=out.shape, dtype=out.dtype)
+    return out
+
+
+def _mixed(x: V, *others: V | None) -> bool:
+    """Whether a mapped weight or bias has another dtype: the kernel computes in the wider one, which two calls cannot."""
+    return any(v is not None and v.dtype != x.dtype for v in others)
+
+
+def _differ(*values: V | None) -> bool:
+    return any(v is not None and v.mapped for v in values)
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------------
+
+
+@register("norm", aten.native_layer_norm.default)
+def layer_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Rows are normalised whatever the number of them; a mapped weight is applied afterwards."""
+    x, normalized, weight, bias, eps = args
+    shared = not _differ(weight, bias)
+    if not shared and _mixed(x, weight, bias):
+        return NotImplemented
+    given = (weight, bias) if shared else (None, None)
+    out, mean, rstd = b.calls_several(aten.native_layer_norm.default, 3, x, normalized, *given, eps)
+    if shared:
+        return out, mean, rstd
+    out = V(out.index, out.mapped, x.shape, x.dtype)
+    shape = (*(1,) * (x.ndim - len(normalized)), *normalized)
+    return affine(b, out, weight, bias, shape), mean, rstd
+
+
+@register("norm", aten._fused_rms_norm.default)
+def rms_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """As for `layer_norm`."""
+    x, normalized, weight, eps = args
+    shared = not _differ(weight)
+    if not shared and _mixed(x, weight):
+        return NotImplemented
+    out, rstd = b.calls_several(aten._fused_rms_norm.default, 2, x, normalized, weight if shared else None, eps)
+    if shared:
+        return out, rstd
+    out = V(out.index, out.mapped, x.shape, x.dtype)
+    return affine(b, out, weight, None, (*(1,) * (x.ndim - len(normalized)), *normalized)), rstd
+
+
+def rows_sum(scale: Tensor | None, rows: Tensor) -> Tensor:
+    """The sum of each sample's rows, scaled or not: `[B, m], [B, m, k] -> [B, k]`. A product is faster than a strided sum."""
+    if rows.shape[1] == 1:
+        return rows.squeeze(1) if scale is None else (rows * scale.unsqueeze(-1)).squeeze(1)
+    if scale is None:
+        scale = torch.ones((), dtype=rows.dtype, device=rows.device).expand(rows.shape[:2])
+    return torch.bmm(scale.unsqueeze(1), rows).squeeze(1)
+
+
+def layer_weights(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int], mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of each sample's weight and bias: `[B, *m, *normalized] -> [B, *normalized]`, those that `mask` asks for."""
+    size, k = grad.shape[0], len(normalized)
+    width = math.prod(normalized)
+    m = math.prod(grad.shape[1 : grad.dim() - k])
+    rows = grad.reshape(size, m, width)
+    found = []
+    if mask[0]:
+        centred = (x.reshape(size, m, width) - mean.reshape(size, m, 1)) * rows
+        found.append(rows_sum(rstd.reshape(size, m), centred).view(size, *normalized))
+    if mask[1]:
+        found.append(rows_sum(None, rows).reshape(size, *normalized))
+    return tuple(found)
+
+
+@register("norm", aten.native_layer_norm_backward.default)
+def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The input's gradient by the kernel; those of weight and bias as sums over each sample's rows."""
+    grad, x, normalized, mean, rstd, weight, bias, mask = args
+    normalized = list(normalized)
+    if _mixed(x, grad, mean, rstd, weight):
+        return NotImplemented
+    shape = (*(1,) * (x.ndim - len(normalized)), *normalized)
+    outs: list[V] = []
+    everything = [b.batch(v) for v in (grad, x, mean, rstd)]
+    if mask[0]:
+        scaled, given = everything[0], weight
+        if weight is not None and weight.mapped:
+            scaled, given = affine(b, scaled, weight, None, shape), None
+        several = b.calls_several(
+            aten.native_layer_norm_backward.default,
+            3,
+            scaled,
+            everything[1],
+            normalized,
+            *everything[2:],
+            given,
+            None,
+            [True, False, False],
+        )
+        outs.append(several[0])
+    wanted = (bool(mask[1]), bool(mask[2]))
+    if any(wanted):
+        alone = b.device_type == "cpu" and x.numel >= CACHE_ELEMENTS
+
+        def weights(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+            if not alone or grad.shape[0] == 0:
+                return layer_weights(grad, x, mean, rstd, normalized, wanted)
+            ones = torch.ones((), dtype=x.dtype, device=x.device).expand(normalized)  # only its presence is read
+            call = aten.native_layer_norm_backward.default
+            rows = [
+                call(*(t[i] for t in (grad, x)), normalized, mean[i], rstd[i], ones, ones, [False, *wanted]) for i in range(grad.shape[0])
+            ]
+            return tuple(torch.stack([row[i] for row in rows]) for i in (1, 2) if wanted[i - 1])
+
+        outs += b.calls_several(weights, sum(wanted), *everything)
+    return tuple(outs)
+
+
+@register("norm", aten._fused_rms_norm_backward.default)
+def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """As for `layer_norm`, without a mean."""
+    grad, x, normalized, rstd, weight, mask = args
+    normalized = list(normalized)
+    if _mixed(x, grad, rstd, weight):
+        return NotImplemented
+    shape = (*(1,) * (x.ndim - len(normalized)), *normalized)
+    outs: list[V] = []
+    grad, x, rstd = (b.batch(v) for v in (grad, x, rstd))
+    if mask[0]:
+        scaled, given = grad, weight
+        if weight is not None and weight.mapped:
+            scaled, given = affine(b, grad, weight, None, shape), None
+        outs.append(b.calls_several(aten._fused_rms_norm_backward.default, 2, scaled, x, normalized, rstd, given, [True, False])[0])
+    if mask[1]:
+
+        def weights(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+            return layer_weights(grad, x, torch.zeros_like(rstd), rstd, normalized, (True, False))[0]
+
+        outs.append(b.call(weights, grad, x, rstd))
+    return tuple(outs)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------------
+
+
+@register("norm", aten.native_group_norm.default)
+def group_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """More samples in the batch; a mapped weight is applied afterwards."""
+    x, weight, bias, n, channels, area, groups, eps = args
+    shared = not _differ(weight, bias)
+    if not shared and _mixed(x, weight, bias):
+        return NotImplemented
+    given = (weight, bias) if shared else (None, None)
+
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        return aten.native_group_norm(x.contiguous(), weight, bias, x.shape[0], channels, area, groups, eps)
+
+    out, mean, rstd = b.calls_several(normalise, 3, fold(b, x) if x.mapped else x, *given)
+    stats = eq.outs[1].spec
+    if x.mapped:
+        out, mean, rstd = (unfold(b, v, s) for v, s in ((out, x.shape), (mean, stats.shape), (rstd, stats.shape)))
+    out = V(out.index, out.mapped, x.shape, x.dtype)
+    if not shared:
+        out = affine(b, out, weight, bias, (1, channels, *(1,) * (x.ndim - 2)))
+    return out, mean, rstd
+
+
+@register("norm", aten.native_group_norm_backward.default)
+def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The input's gradient by the kernel on more samples; those of weight and bias from sums over each channel."""
+    grad, x, mean, rstd, weight, n, channels, area, groups, mask = args
+    if _mixed(x, grad, mean, rstd, weight):
+        return NotImplemented
+    outs: list[V] = []
+    grad, x, mean, rstd = (b.batch(v) for v in (grad, x, mean, rstd))
+    if mask[0]:
+        scaled, given = grad, weight
+        if weight is not None and weight.mapped:
+            scaled, given = affine(b, grad, weight, None, (1, channels, *(1,) * (x.ndim - 2))), None
+
+        def input_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+            numbers = (x.shape[0], channels, area, groups, [True, False, False])
+            return aten.native_group_norm_backward(grad.contiguous(), x.contiguous(), mean, rstd, weight, *numbers)[0]
+
+        folded = [fold(b, v) for v in (scaled, x, mean, rstd)]
+        outs.append(unfold(b, b.call(input_backward, *folded, given, shape=x.shape, dtype=x.dtype), x.shape))
+    if mask[1]:
+
+        def weight_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+            size = grad.shape[0]
+            grad, x = (t.reshape(size, n, groups, channels // groups, area) for t in (grad, x))
+            centred = x - mean.reshape(size, n, groups, 1, 1)
+            return ((grad * centred).sum(-1) * rstd.reshape(size, n, groups, 1)).sum(1).view(size, channels)
+
+        outs.append(b.call(weight_backward, grad, x, mean, rstd, shape=(channels,), dtype=x.dtype))
+    if mask[2]:
+        over = [1, *range(3, x.ndim + 1)]
+        outs.append(b.call(aten.sum.dim_IntList, grad, over, shape=(channels,), dtype=x.dtype))
+    return tuple(outs)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------------
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.flatten()
+
+
+def _batch_norm(b: Lowering, eq: Any, x: V, weight: Any, bias: Any, mean: Any, var: Any, training: bool, numbers: Sequence[float]) -> Any:
+    """`numbers`: momentum and epsilon. Statistics of the sample itself: samples become channels. Shared ones: samples join the batch."""
+    if training and (mean is not None or var is not None):
+        return NotImplemented  # it would write to them
+    stats, channels = [o.spec.shape for o in eq.outs[1:3]], x.shape[1]
+    if not training and any(shape != (0,) for shape in stats):
+        return NotImplemented
+    shared = not training and x.mapped and not _differ(weight, bias, mean, var)
+    if not shared:
+        x, weight, bias, mean, var = (None if v is None else b.batch(v) for v in (x, weight, bias, mean, var))
+
+    def normalise(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> tuple[Tensor, ...]:
+        size = x.shape[0]
+        if shared:
+            out = aten.native_batch_norm(x.flatten(0, 1), weight, bias, mean, var, False, *numbers)[0]
+            out = out.view(x.shape)
+            return out, *(x.new_empty((size, 0)) for _ in stats)
+        found = aten.native_batch_norm(into_channels(x), _flat(weight), _flat(bias), _flat(mean), _flat(var), training, *numbers)
+        kept = (t.view(size, -1) if t.numel() else t.new_empty((size, *s)) for t, s in zip(found[1:], stats, strict=True))
+        return out_of_channels(found[0], size, channels), *kept
+
+    return b.calls_several(normalise, 3, x, weight, bias, mean, var)
+
+
+@register("norm", aten.native_batch_norm.default)
+def batch_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """With shared statistics (eval mode) or the sample's own (instance norm)."""
+    x, weight, bias, mean, var, training, *numbers = args
+    return _batch_norm(b, eq, x, weight, bias, mean, var, training, numbers)
+
+
+@register("norm", aten._native_batch_norm_legit_no_training.default)
+def batch_norm_eval(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """In eval mode."""
+    x, weight, bias, mean, var, *numbers = args
+    return _batch_norm(b, eq, x, weight, bias, mean, var, False, numbers)
+
+
+@register("norm", aten._native_batch_norm_legit.no_stats)
+def batch_norm_without_stats(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """With the sample's own statistics."""
+    x, weight, bias, training, *numbers = args
+    return _batch_norm(b, eq, x, weight, bias, None, None, training, numbers)
+
+
+@register("norm", aten.native_batch_norm_backward.default)
+def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Samples as channels: the kernel's sums over a channel are then those of one sample."""
+    grad, x, weight, mean, var, save_mean, save_invstd, train, eps, mask = args
+    channels = x.shape[1]
+    tensors = [None if v is None else b.batch(v) for v in (grad, x, weight, mean, var, save_mean, save_invstd)]
+
+    def backward(grad: Tensor, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        size = grad.shape[0]
+        flat = [_flat(t) for t in rest]
+        gx, gw, gb = aten.native_batch_norm_backward(into_channels(grad), into_channels(x), *flat, train, eps, list(mask))
+        found = []
+        if mask[0]:
+            found.append(out_of_channels(gx, size, channels))
+        return tuple(found + [g.view(size, channels) for g, m in ((gw, mask[1]), (gb, mask[2])) if m])
+
+    return b.calls_several(backward, sum(map(bool, mask)), *tensors)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------------
+
+
+def _norm_over(v: Tensor, kept: int) -> Tensor:
+    """The norm of `[B, *shape]` over all dimensions but the map and `kept`, which stay."""
+    over = [d for d in range(1, v.dim()) if d != kept]
+    return torch.linalg.vector_norm(v, 2, over, keepdim=True)
+
+
+def _kept(args: Sequence[Any], position: int, ndim: int) -> int:
+    d = args[position] if len(args) > position else 0
+    return d % ndim + 1
+
+
+@register("norm", aten._weight_norm_interface.default)
+def weight_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """`v * (g / |v|)` by plain operators: the kernel knows no batches."""
+    v, g = args[:2]
+    kept = _kept(args, 2, v.ndim) if "dim" not in kwargs else kwargs["dim"] % v.ndim + 1
+    if g.dtype != v.dtype or eq.outs[1].spec.dtype != v.dtype:
+        return NotImplemented
+
+    def normalise(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        norms = _norm_over(v, kept)
+        return v * (g / norms), norms
+
+    return b.calls_several(normalise, 2, b.batch(v), b.batch(g))
+
+
+@register("norm", aten._weight_norm_interface_backward.default)
+def weight_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The derivative of `v * (g / |v|)`."""
+    grad, v, g, norms, d = args
+    kept = d % v.ndim + 1
+    if any(t.dtype != v.dtype for t in (grad, g, norms)):
+        return NotImplemented
+
+    def backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        over = [i for i in range(1, v.dim()) if i != kept]
+        along = (grad * v).sum(over, keepdim=True) if over else grad * v
+        return (g / norms) * (grad - v * (along / (norms * norms))), along / norms
+
+    return b.calls_several(backward, 2, *(b.batch(t) for t in (grad, v, g, norms)))
