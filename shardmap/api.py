@@ -107,14 +107,15 @@ def _run(
     mapped = [v.group in differs for v in program.outputs]
     samples = [torch.empty(v.spec.shape, device="meta") for v in program.outputs]
     placed = edges.place_outputs(samples, mapped, structure, out_dims, call)
-    wants_grad = any(t.requires_grad for t in (*inputs, *recording.captured))
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    wants_grad = transformed or any(t.requires_grad for t in (*inputs, *recording.captured))
     grad = torch.is_grad_enabled() and wants_grad and (any(program.output_flags) or bool(recording.written_inputs))
     cluster = on_ray.Ray() if isinstance(devices, str) and devices == "ray" else devices if isinstance(devices, on_ray.Ray) else None
     names = (str(home),) if inlined or cluster is not None else device_names.resolve(devices, home, call)
     layout = tuple(_rows_first(t) for t in inputs)
 
     def lower(device_type: str) -> engine.Lowered:
-        options = LoweringOptions(device_type, randomness, strict, grad, call)
+        options = LoweringOptions(device_type, randomness, strict, grad, transformed, call)
         return engine.lowered(program, options, layout, recording.sources)
 
     seed = engine.draw_seed() if recording.random else 0

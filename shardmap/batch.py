@@ -59,6 +59,8 @@ class LoweringOptions:
     strict: bool
     grad: bool
     """Whether outer autograd records."""
+    transformed: bool
+    """Whether `torch.func` transforms are active around the call."""
     call: str
 
 
@@ -218,13 +220,19 @@ class _Batcher:
                 v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
             if self.b.grad and value.index in self.needs:
                 if flag == NO_GRAD:
-                    v = self.b.call(cut, v)
+                    v = self._cut(v, value.group)
                 elif flag == FRESH_LEAF:
                     v = self.b.call(fresh_leaf, v)
             return v
         if kind is tuple:
             return [self._argument(a, flags, i, eq, mapped) for a in value]
         return value
+
+    def _cut(self, v: V, group: int) -> V:
+        """`v` unknown to autograd. Outer transforms can carry tangents, which only detach stops."""
+        if self.options.transformed and group not in self.write_groups:
+            return self.b.call(torch.Tensor.detach, v)
+        return self.b.call(cut, v)
 
     def _equation(self, i: int, eq: Equation) -> None:
         b = self.b
@@ -307,7 +315,7 @@ class _Batcher:
             v = self.env[var.index]
             if b.grad and var.index in self.needs:
                 if flag == NO_GRAD:
-                    v = b.call(cut, v)
+                    v = self._cut(v, var.group)
                 elif flag == FRESH_LEAF:
                     v = b.call(fresh_leaf, v)
             if v.mapped:
@@ -399,7 +407,7 @@ def cut(t: torch.Tensor) -> torch.Tensor:
 
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
     """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
-    return t.detach().requires_grad_()
+    return t.detach() if torch._C._functorch.peek_interpreter_stack() is not None else t.detach().requires_grad_()
 
 
 def copy(t: torch.Tensor) -> torch.Tensor:

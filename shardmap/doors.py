@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
+from shardmap.trace import element
 
 if TYPE_CHECKING:
     from shardmap.trace import Recorder
@@ -63,6 +64,8 @@ class Doors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Look at one call of torch's python interface, then run it."""
+        if self.recorder.depth:
+            args, kwargs = self._peel((args, kwargs or {}))
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func])
@@ -80,17 +83,20 @@ class Doors(TorchFunctionMode):
                 self.recorder.paused = paused
         return func(*args, **(kwargs or {}))
 
+    def _peel(self, value: Any) -> Any:
+        """Arguments with the tensors of outer `torch.func` transforms replaced by what stands for them while recording."""
+        if isinstance(value, torch.Tensor):
+            return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
+        if isinstance(value, dict):
+            return {k: self._peel(v) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self._peel(v) for v in value])
+        return value
+
     def _refuse(self, tensor: torch.Tensor, door: str, remedy: str) -> None:
-        plain = peel(tensor)
+        plain = element(tensor)
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function leaves it through "
                 f"{door}; what becomes of it cannot be recorded: {remedy}"
             )
-
-
-def peel(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor

@@ -9,13 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 from shardmap import errors
-from shardmap.doors import Doors, peel
+from shardmap.doors import Doors
 from shardmap.edges import Batch, flatten_outputs
 from shardmap.rules import registry
-from shardmap.trace import Recorder, Recording
+from shardmap.trace import Recorder, Recording, element
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -46,40 +53,50 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
 
 
-def samples_of(batch: Batch, transformed: bool) -> list[torch.Tensor]:
-    """One sample of each mapped tensor: row 0, or zeros if the batch is empty.
+def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
+    """Row 0 of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
 
     Args:
         batch: The call's arguments.
         transformed: Whether `torch.func` transforms are active around the call. What they will differentiate is not known
             here, so that every floating-point sample requires grad.
     """
-    samples = []
+    rows = []
     for i, d in batch.mapped:
         tensor = batch.leaves[i]
-        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
-        tensor, d = peel_at(tensor, d)
         if batch.size == 0:
-            stride = tensor.stride()[:d] + tensor.stride()[d + 1 :]
             shape = tensor.shape[:d] + tensor.shape[d + 1 :]
-            row = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).zero_()
+            row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            row = tensor.detach().select(d, 0)
-        samples.append(sample_of(row, grad and (tensor.is_floating_point() or tensor.is_complex())))
-    return samples
+            row = tensor.select(d, 0)
+        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+        rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
+    return rows
 
 
-def peel_at(tensor: torch.Tensor, d: int) -> tuple[torch.Tensor, int]:
-    """The plain tensor inside functorch's wrappers, element 0 of each batch, and where dimension `d` is in it."""
+@contextlib.contextmanager
+def _transforms_set_aside() -> Iterator[int]:
+    """Set the `torch.func` transforms around the call aside; yields how many there are.
+
+    Inert levels take their places, so that the levels of transforms inside the function are numbered above those outside.
+    """
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            at = functorch.maybe_get_bdim(tensor)
-            inner = functorch.get_unwrapped(tensor)
-            tensor = inner.select(at, 0)
-        else:
-            tensor = functorch.get_unwrapped(tensor)
-    return tensor, d
+    top = functorch.peek_interpreter_stack()
+    if top is None:
+        yield 0
+        return
+    depth = top.level()
+    allowed = functorch.get_inplace_requires_grad_allowed()
+    with temporarily_clear_interpreter_stack():
+        for _ in range(depth):
+            functorch._vmap_increment_nesting(1, "same")
+        functorch.set_inplace_requires_grad_allowed(True)
+        try:
+            yield depth
+        finally:
+            for _ in range(depth):
+                functorch._vmap_decrement_nesting()
+    functorch.set_inplace_requires_grad_allowed(allowed)
 
 
 @contextlib.contextmanager
@@ -97,6 +114,34 @@ def _settings(device_type: str) -> Iterator[None]:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch._C._set_cudnn_enabled(cudnn)
+
+
+@contextlib.contextmanager
+def outer_recordings_suspended() -> Iterator[None]:
+    """Set the modes of outer recordings aside, and leave every other mode where it is.
+
+    An inner map's sample must not be recorded by the outer map: only the inner replay is.
+    """
+    dispatch = list(_get_current_dispatch_mode_stack())
+    function = list(_get_current_function_mode_stack())
+    if not any(isinstance(m, Recorder) for m in dispatch):
+        yield
+        return
+    for _ in dispatch:
+        _pop_dispatch_mode()
+    for _ in function:
+        _pop_function_mode()
+    try:
+        with contextlib.ExitStack() as stack:
+            for mode in (*function, *dispatch):
+                if not isinstance(mode, Recorder | Doors):
+                    stack.enter_context(mode)
+            yield
+    finally:
+        for mode in function:
+            _push_function_mode(mode)
+        for mode in dispatch:
+            _push_dispatch_mode(mode)
 
 
 class _RandomStates:
@@ -125,15 +170,24 @@ class _RandomStates:
         return drawn
 
 
-def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, transformed: bool) -> tuple[Recording, pytree.TreeSpec]:
+def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own passes through unchanged.
     """
-    samples = samples_of(batch, transformed)
+    outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
+    with outer_recordings_suspended():
+        rows = rows_of(batch, torch._C._functorch.peek_interpreter_stack() is not None)
+        with _transforms_set_aside() as depth:
+            recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
+            recorder.depth = depth
+            return _record(func, batch, [sample_of(element(row).detach(), grad) for row, grad in rows], recorder)
+
+
+def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor], recorder: Recorder) -> tuple[Recording, pytree.TreeSpec]:
+    call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
-    recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, once)
     states = _RandomStates(device)
     try:
         for sample in samples:
@@ -165,7 +219,8 @@ def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, 
         leaves, structure = flatten_outputs(out, call)
         if torch.is_grad_enabled():
             _refuse_autograd_functions(leaves, recorder, call)
-        recording = recorder.finish([peel(t) for t in leaves], out)
+        leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
+        recording = recorder.finish(leaves)
         _refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:
@@ -206,11 +261,11 @@ def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None
     """A row that is written in place must not be visible to other samples or through another tensor."""
     if not recording.written_inputs:
         return
-    tensors = [peel(batch.leaves[i]) for i, _ in batch.mapped]
+    tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
     for number in recording.written_inputs:
         tensor = tensors[number]
         address = tensor.untyped_storage()._cdata
-        others = [t for k, t in enumerate(tensors) if k != number] + list(recording.captured)
+        others = [t for k, t in enumerate(tensors) if k != number] + [element(t) for t in recording.captured]
         if any(t.untyped_storage()._cdata == address for t in others):
             raise errors.CapturedWriteError(
                 f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured tensor shares: later "

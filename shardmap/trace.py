@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Equation, Param, Program, Spec, Var, variables
@@ -106,13 +106,20 @@ class Recording:
     captured: tuple[torch.Tensor, ...]
     literals: tuple[torch.Tensor, ...]
     scalars: tuple[float, ...]
-    output: Any
-    """What the function returned for the sample: a pytree of tensors."""
     written_inputs: frozenset[int]
     """Positions of mapped inputs that the function writes in place."""
     random: bool
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
+
+
+def element(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner = functorch.get_unwrapped(tensor)
+        tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
+    return tensor
 
 
 def _flat_tensors(values: Any) -> list[torch.Tensor]:
@@ -129,6 +136,16 @@ def _shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
     if op is aten.index.Tensor:  # dynamic only for masks
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return True
+
+
+def _is_own_leaf(leaf: torch.Tensor) -> bool:
+    """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        node = leaf.view_as(leaf).grad_fn
+    accumulate = node.next_functions[0][0] if node is not None else None
+    return accumulate is not None and accumulate.variable is leaf
 
 
 _OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -148,10 +165,13 @@ def _user_line() -> str:
 class Recorder(TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
-    def __init__(self, call: str, randomness: str, has_rule: Callable[[Any], bool], decompose: Callable[[Any], Any], once: bool):
+    def __init__(self, call: str, randomness: str, has_rule: Callable[[Any], bool], decompose: Callable[[Any], Any], outer: Recorder | None, once: bool):
         super().__init__()
-        self.outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
-        self.value_may_change = once or self.outer is not None
+        self.outer = outer
+        self.depth = 0
+        """How many levels of torch.func transforms are active around the call; their wrappers are peeled while recording."""
+        self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.value_may_change = once or outer is not None
         self.call = call
         self.randomness = randomness
         self.has_rule = has_rule
@@ -172,6 +192,7 @@ class Recorder(TorchDispatchMode):
         self.types: list[Any] = []
         self.count = 0
         self.device: torch.device | None = None
+        self.default_dtype = torch.get_default_dtype()
         self.paused = False
         self.random = False
         self.uninitialised: set[int] = set()
@@ -221,6 +242,22 @@ class Recorder(TorchDispatchMode):
             return True
         return self.outer is not None and self.outer.belongs(tensor)
 
+    def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
+        """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
+        found = self.wrappers.get(id(wrapper))
+        if found is None:
+            self.paused = True
+            plain = element(wrapper).detach()
+            self.paused = False
+            if plain.is_floating_point() or plain.is_complex():
+                plain.requires_grad_()
+            found = self.wrappers[id(wrapper)] = (wrapper, plain)
+        return found[1]
+
+    def is_outer(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` belongs to a `torch.func` transform around the call."""
+        return 0 < torch._C._functorch.maybe_get_level(tensor) <= self.depth
+
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether the value of a tensor differs by sample."""
         var = self.known(tensor)
@@ -254,7 +291,7 @@ class Recorder(TorchDispatchMode):
             else:
                 var = self._capture(value)
             if value.requires_grad:
-                flags.append(FRESH_LEAF if value.grad_fn is None and var.index not in self.captured else GRAD)
+                flags.append(FRESH_LEAF if value.grad_fn is None and var.index not in self.captured and _is_own_leaf(value) else GRAD)
             else:
                 flags.append(NO_GRAD)
             return var
@@ -371,6 +408,8 @@ class Recorder(TorchDispatchMode):
             self.types.append((type(out), repr(out)))
             self.equations.append(Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)))
             return out
+        if torch.get_default_dtype() is not self.default_dtype:
+            encoded, named = self._pin_dtype(func, encoded, named, out)
         outs = self._outputs(out) if isinstance(out, tuple | list) else (self._outputs(out),)
         results = list(variables(outs))
         if mapped:
@@ -391,6 +430,30 @@ class Recorder(TorchDispatchMode):
                 self.sources[name] = _user_line()
         self.equations.append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
         return out
+
+    def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
+        """Arguments that give the recorded dtype although the default dtype, changed inside the function, is not what replay will see."""
+        dtype = torch.get_default_dtype()
+        made = isinstance(out, torch.Tensor) and out.dtype == dtype and "dtype" not in dict(named)
+        if not made or any(v.spec.dtype.is_floating_point for v in variables((encoded, named))):
+            return encoded, named
+        if any(a.name == "dtype" for a in func._schema.arguments):
+            return encoded, (*named, ("dtype", dtype))
+
+        def cast(value: Any) -> Any:
+            if type(value) is not Var or func._schema.is_mutable:
+                return value
+            spec = value.spec._replace(dtype=dtype)
+            self.groups[-self.count - 1] = len(self.groups)
+            var = Var(self.count, len(self.groups) - 1, spec)
+            self.count += 1
+            if value.group in self.mapped_groups:
+                self.mapped_groups.add(var.group)
+            grad_mode = torch.is_grad_enabled()
+            self.equations.append(Equation(aten._to_copy.default, (value,), (("dtype", dtype),), (var,), (NO_GRAD,), grad_mode))
+            return var
+
+        return tuple([cast(v) for v in encoded]), named
 
     def _check_writes(self, func: Any, value: Any) -> None:
         for tensor in value if isinstance(value, tuple | list) else (value,):
@@ -440,9 +503,10 @@ class Recorder(TorchDispatchMode):
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def finish(self, outputs: list[torch.Tensor], structure: Any) -> Recording:
+    def finish(self, outputs: list[torch.Tensor]) -> Recording:
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
+        wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self._encode(o, flags, False) for o in outputs])
         program = Program(
             inputs=tuple(self.inputs),
@@ -456,10 +520,9 @@ class Recorder(TorchDispatchMode):
         )
         return Recording(
             program,
-            tuple(t for _, t in self.captured.values()),
+            tuple(wrappers.get(id(t), t) for _, t in self.captured.values()),
             tuple(t for _, t in self.literals),
             tuple(self.scalars),
-            structure,
             frozenset(self.input_groups[g] for g in self.written_groups if g in self.input_groups),
             self.random,
             self.sources,

@@ -11,8 +11,9 @@ import torch
 from shardmap import engine
 from shardmap.engine import Lowered, Tensors
 from shardmap.plan.split import Plan
+from shardmap.record import outer_recordings_suspended
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
-from shardmap.trace import Recording
+from shardmap.trace import Recording, element
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +94,17 @@ def _captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: list[torch.Tensor], literals: list[torch.Tensor]) -> None:
     """Check the lowering on the first rows, without leaving a trace of it."""
-    from shardmap.doors import peel
-
     state = torch.default_generator.get_state()
-    with torch.no_grad(), torch._C._DisableTorchDispatch():
+    with torch.no_grad(), outer_recordings_suspended():
         inputs = []
         for number, t in enumerate(job.inputs):
-            rows = peel(t).detach()[:size]
+            rows = element(t).detach()[:size]
             if rows.device != device:
                 rows = to_device(rows, device)
             elif number in job.recording.written_inputs:
                 rows = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=device).copy_(rows)
             inputs.append(rows)
-        tensors = Tensors(size, inputs, [peel(t).detach() for t in captured], [t.clone() for t in literals])
+        tensors = Tensors(size, inputs, [element(t).detach() for t in captured], [t.clone() for t in literals])
         try:
             engine.check(low, device, job.seed, job.recording.scalars, tensors, job.recording.sources)
         finally:
