@@ -92,7 +92,7 @@ def _derived() -> Iterator[Operator]:
 
 _TABLE = list(dict.fromkeys([*_derived(), *overloads(*_UNTAGGED.split())]))
 register("pointwise", *_TABLE)(pointwise)
-register("pointwise", *overloads("masked_fill.Scalar", "masked_fill_.Scalar", "copy_", "native_dropout_backward", "_masked_scale"))(unpromoted)
+register("pointwise", *overloads("masked_fill.Scalar", "masked_fill_.Scalar", "copy_", "native_dropout_backward"))(unpromoted)
 
 
 @register("pointwise", aten.where.self)

@@ -1,1 +1,165 @@
-"""Rules of the reduce family."""
+"""Rules of the reduce family: reductions, scans, softmax, sorting and selection along dimensions of a sample.
+
+All are one index algebra: a dimension `d` of the sample is `d + 1` of the batch, no dimension means all of the sample's, and
+a sample without dimensions gets one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shardmap.program import Equation
+from shardmap.rules.losses import arguments
+from shardmap.rules.lowering import B, Lowering, V, dim
+from shardmap.rules.promote import expanded
+from shardmap.rules.registry import Operator, overloads, register
+
+aten = torch.ops.aten
+
+_MANY = {
+    "sum": "sum.dim_IntList",
+    "sum.dim_IntList": None,
+    "nansum": None,
+    "mean": "mean.dim",
+    "mean.dim": None,
+    "amax": None,
+    "amin": None,
+    "max": "amax",
+    "min": "amin",
+    "all": "all.dims",
+    "any": "any.dims",
+    "all.dims": None,
+    "any.dims": None,
+    "all.dim": None,
+    "any.dim": None,
+    "var.correction": None,
+    "std.correction": None,
+    "var_mean.correction": None,
+    "std_mean.correction": None,
+    "logsumexp": None,
+    "linalg_vector_norm": None,
+    "norm.Scalar": "norm.ScalarOpt_dim",
+    "norm.ScalarOpt_dim": None,
+    "norm.ScalarOpt_dtype": "norm.ScalarOpt_dim_dtype",
+    "norm.ScalarOpt_dim_dtype": None,
+    "count_nonzero": "count_nonzero.dim_IntList",
+    "count_nonzero.dim_IntList": None,
+}
+"""Reductions over any number of dimensions: what is recorded, and the form of it that takes dimensions."""
+
+_ONE = {
+    "prod": "prod.dim_int",
+    "prod.dim_int": None,
+    "argmax": None,
+    "argmin": None,
+    "aminmax": None,
+    "max.dim": None,
+    "min.dim": None,
+    "median": "median.dim",
+    "median.dim": None,
+    "nanmedian": "nanmedian.dim",
+    "nanmedian.dim": None,
+    "mode": None,
+    "kthvalue": None,
+}
+"""Reductions over one dimension, or over the sample as one dimension."""
+
+_ALONG = """
+    cumsum cumsum_ cumprod cumprod_ logcumsumexp cummax cummin sort sort.stable argsort.stable topk
+    _softmax _log_softmax _safe_softmax
+"""
+"""Along one dimension, which stays."""
+
+
+def _send(b: Lowering, op: Operator, named: dict[str, Any]) -> Any:
+    """Emit `op` with arguments by name, as far as it takes them; defaults are left out."""
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    for a in op._schema.arguments:
+        value = named.get(a.name, a.default_value)
+        if not a.kwarg_only:
+            positional.append(value)
+        elif value != a.default_value:
+            keywords[a.name] = value
+    if len(op._schema.returns) > 1:
+        return b.calls_several(op, len(op._schema.returns), *positional, **keywords)
+    return b.call(op, *positional, named=keywords)
+
+
+def _viewed(b: Lowering, eq: Equation, out: Any) -> Any:
+    """The results with the recorded shapes."""
+    if isinstance(out, V):
+        return b.call(aten.view.default, out, [B, *eq.outs[0].spec.shape])
+    return tuple([b.call(aten.view.default, v, [B, *var.spec.shape]) for v, var in zip(out, eq.outs, strict=True)])
+
+
+def _form(eq: Equation, table: dict[str, str | None]) -> Operator:
+    name = eq.op.name().removeprefix("aten::")
+    (form,) = overloads(table[name] or name)
+    return form
+
+
+@register("reduce", *overloads(*_MANY))
+def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A reduction over some dimensions of each sample."""
+    named = arguments(eq, args, kwargs)
+    x: V = named["self"]
+    form = _form(eq, _MANY)
+    ds = named.get("dim")
+    takes_one = type(ds) is int and form is eq.op
+    ds = [ds] if type(ds) is int else ds
+    if not x.ndim:
+        return _send(b, form, named | {"self": b.view(x, (1,)), "dim": 1 if takes_one else [1], "keepdim": False})
+    if ds is not None and not ds and eq.outs[0].spec.shape == x.shape:
+        # `all` and `any` over an empty list of dimensions keep every element; most reductions take it for all dimensions.
+        return _send(b, form, named | {"self": b.view(x, (*x.shape, 1)), "dim": [x.ndim + 1], "keepdim": False})
+    dims = [dim(d, x.ndim) for d in ds] if ds else list(range(1, x.ndim + 1))
+    return _send(b, form, named | {"dim": dims[0] if takes_one else dims})
+
+
+@register("reduce", *overloads(*_ONE))
+def one(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A reduction over one dimension of each sample, or over the sample laid out as one dimension."""
+    named = arguments(eq, args, kwargs)
+    x: V = named["self"]
+    form = _form(eq, _ONE)
+    d = named.get("dim")
+    if d is not None and x.ndim:
+        return _send(b, form, named | {"dim": dim(d, x.ndim)})
+    out = _send(b, form, named | {"self": b.reshape(x, (x.numel,)), "dim": 1, "keepdim": False})
+    if type(out) is tuple:
+        out = out[: len(eq.outs)]  # the median over all has no indices
+    if not eq.outs[0].spec.shape:
+        return out
+    return _viewed(b, eq, out)
+
+
+@register("reduce", *overloads(*_ALONG.split()))
+def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A scan, softmax or sort along one dimension of each sample."""
+    named = arguments(eq, args, kwargs)
+    x: V = named["self"]
+    if x.ndim:
+        out = _send(b, eq.op, named | {"dim": dim(named["dim"], x.ndim)})
+    else:
+        out = _send(b, eq.op, named | {"self": b.view(x, (1,)), "dim": 1})
+        if not eq.op._schema.is_mutable:
+            return _viewed(b, eq, out)
+    return None if eq.op._schema.is_mutable else out
+
+
+@register("reduce", aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
+def softmax_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Backward of softmax and log_softmax; the kernels do not broadcast."""
+    grad, output, d, dtype = args
+    shape = output.shape or (1,)
+    out = b.call(eq.op, expanded(b, grad, shape), expanded(b, output, shape), dim(d, len(shape)), dtype)
+    return out if output.ndim else _viewed(b, eq, out)
+
+
+@register("reduce", aten.trace.default)
+def trace(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """The sum of the diagonal."""
+    return b.call(aten.sum.dim_IntList, b.call(aten.diagonal.default, args[0], 0, 1, 2), [1])

@@ -15,7 +15,7 @@ from tests.rules.against_loop import check, real
 
 aten = torch.ops.aten
 
-INTEGERS = {"gcd", "lcm"} | {
+INTEGERS = {"gcd", "gcd_", "lcm", "lcm_"} | {
     f"{a}{b}{c}"
     for a in ("bitwise_", "__", "__i")
     for b in ("and", "or", "xor", "not", "left_shift", "right_shift", "lshift", "rshift")
