@@ -74,7 +74,10 @@ def mapped_groups(program: Program, randomness: str) -> set[int]:
     while len(mapped) != before:
         before = len(mapped)
         for eq in program.equations:
-            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and op_info(eq.op).random):
+            info = op_info(eq.op)
+            if info.shape_only:
+                continue
+            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and info.random):
                 mapped.update(v.group for v in eq.results())
                 mapped.update(v.group for v in written(eq))
     return mapped
@@ -149,6 +152,7 @@ class _Batcher:
         self.fixes = fixes
         self.warn = warn
         self.b = Lowering(options.device_type, options.randomness)
+        self.b.sample_device = program.inputs[0].spec.device
         self.env: dict[int, V] = {}
         self.mapped = mapped_groups(program, options.randomness)
         self.last_write: dict[int, int] = {}

@@ -39,6 +39,19 @@ _UNINITIALISED = {
     aten.empty_permuted.default,
 }
 
+_SHAPE_ONLY = {
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+"""Operators that look at the shape, strides, dtype and device of their tensor and not at its values."""
+
 OPEN_SCALARS = {
     getattr(getattr(aten, name), overload)
     for name in ("add", "sub", "mul", "div", "rsub", "add_", "sub_", "mul_", "div_")
@@ -73,6 +86,8 @@ class OpInfo:
     """The shape of its result depends on values."""
     question: bool
     metadata: bool
+    shape_only: bool
+    """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
     hidden_writes: tuple[int, int, int] | None
     """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
 
@@ -94,6 +109,7 @@ def op_info(op: torch._ops.OpOverload) -> OpInfo:
         dynamic=torch.Tag.dynamic_output_shape in op.tags,
         question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
         metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
+        shape_only=op in _SHAPE_ONLY,
         hidden_writes=_TRAINING_WRITES.get(name),
     )
 
@@ -412,7 +428,7 @@ class Recorder(TorchDispatchMode):
             encoded, named = self._pin_dtype(func, encoded, named, out)
         outs = self._outputs(out) if isinstance(out, tuple | list) else (self._outputs(out),)
         results = list(variables(outs))
-        if mapped:
+        if mapped and not info.shape_only:
             self.mapped_groups.update([v.group for v in results])
         if writes or self.uninitialised:
             written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}

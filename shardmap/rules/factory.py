@@ -1,1 +1,35 @@
-"""Rules of the factory family."""
+"""Rules of the factory family: tensors made in the likeness of a mapped one.
+
+They depend on its shape, strides, dtype and device, which all samples have in common. So the result is not mapped: it is made
+once, not once per chunk, and so is everything that follows from it alone (the cotangent of every backward starts as
+`ones_like(loss)`). Where samples write to it later, the batcher gives each sample its copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shardmap.program import SAMPLE_DEVICE, Equation
+from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.losses import arguments
+from shardmap.rules.registry import overloads, register
+
+_VALUES = {"empty_like": None, "zeros_like": 0, "ones_like": 1, "new_empty": None, "new_empty_strided": None, "new_zeros": 0, "new_ones": 1}
+
+
+def filled(shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor with these strides, filled with `value` unless that is None."""
+    out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return out if value is None else out.fill_(value)
+
+
+@register("factory", *overloads(*_VALUES, "full_like", "new_full"))
+def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """A tensor with the recorded metadata, the same for all samples."""
+    name = eq.op._schema.name.partition("::")[2]
+    value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
+    spec = eq.outs[0].spec
+    device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
+    return b.call(filled, list(spec.shape), list(spec.stride), value, spec.dtype, device, shape=spec.shape, dtype=spec.dtype)
