@@ -15,11 +15,11 @@ import torch
 
 from shardmap import errors
 from shardmap.fold import refuse_offsets_of_inputs, without_views_in_place
-from shardmap.program import FRESH_LEAF, NO_GRAD, Equation, Program, Var, variables
+from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
-from shardmap.trace import op_info
+from shardmap.trace import draws, op_info
 
 logger = logging.getLogger("shardmap")
 aten = torch.ops.aten
@@ -81,6 +81,11 @@ def mapped_groups(program: Program, randomness: str) -> set[int]:
                 mapped.update(v.group for v in eq.results())
                 mapped.update(v.group for v in written(eq))
     return mapped
+
+
+def random_call(eq: Equation) -> bool:
+    """Whether a recorded call draws random numbers."""
+    return draws(eq.op, eq.args, dict(eq.kwargs))
 
 
 def written(eq: Equation) -> list[Var]:
@@ -161,6 +166,7 @@ class _Batcher:
                 self.last_write[v.group] = i
         self.write_groups = set(self.last_write)
         self.needs: set[int] = set()
+        self.identities: set[int] = set()
         self.tiers: dict[str, str] = {}
         self.results: dict[int, tuple[Var, V]] = {}
 
@@ -222,15 +228,20 @@ class _Batcher:
             flag = next(flags)
             if mapped and not v.mapped and self.last_write.get(value.group, -1) > i:
                 v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
-            if self.b.grad and value.index in self.needs:
-                if flag == NO_GRAD:
-                    v = self._cut(v, value.group)
-                elif flag == FRESH_LEAF:
-                    v = self.b.call(fresh_leaf, v)
-            return v
+            return self._as_consumed(v, value, flag)
         if kind is tuple:
             return [self._argument(a, flags, i, eq, mapped) for a in value]
         return value
+
+    def _as_consumed(self, v: V, var: Var, flag: int) -> V:
+        """`v` with what autograd knew of the sample's tensor when it was consumed."""
+        if not self.b.grad or flag == GRAD:
+            return v
+        if flag == FRESH_LEAF:
+            return self.b.call(fresh_leaf, v)
+        # Operators that run below autograd consume intermediate results that it does not know yet (zero tensors of forward-mode AD
+        # do): only a detach ends a gradient.
+        return self._cut(v, var.group) if var.index in self.needs and var.index in self.identities else v
 
     def _cut(self, v: V, group: int) -> V:
         """`v` unknown to autograd. Outer transforms can carry tangents, which only detach stops."""
@@ -244,10 +255,11 @@ class _Batcher:
             source = eq.args[0]
             for out in eq.results():
                 self.env[out.index] = self.env[source.index]
+                self.identities.add(out.index)
                 if source.index in self.needs:
                     self.needs.add(out.index)
             return
-        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (self.options.randomness == "different" and op_info(eq.op).random)
+        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (self.options.randomness == "different" and random_call(eq))
         flags = iter(eq.flags)
         args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
         kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
@@ -263,7 +275,7 @@ class _Batcher:
         b, name = self.b, eq.op.name()
         fix = self.fixes.get(i)
         rule = registry.lookup(eq.op)
-        if not mapped and not op_info(eq.op).random:
+        if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
         if fix != "loop":
             if rule is not None and fix != "functorch":
@@ -271,7 +283,7 @@ class _Batcher:
                 if out is not NotImplemented:
                     self.tiers[name] = "rule"
                     return out
-            if registry.has_functorch_kernel(eq.op) and not op_info(eq.op).random:
+            if registry.has_functorch_kernel(eq.op) and not random_call(eq):
                 self.tiers[name] = "functorch"
                 return functorch_rule(b, eq, args, kwargs)
         if self.options.strict:
@@ -290,7 +302,7 @@ class _Batcher:
         else:
             values = [out] if isinstance(out, V) else list(_vs_or_none(out))
         writes = written(eq)
-        reads = self.b.grad and any(v.index in self.needs for v in eq.inputs())
+        reads = self.b.grad and (FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs()))
         known = {v.index for v in eq.inputs()}
         assert out is None or len(values) == len(outs), f"{eq}: the rule returned {len(values)} results for {len(outs)}"
         for var, v in zip(outs, values, strict=True):
@@ -317,11 +329,7 @@ class _Batcher:
         outputs = []
         for var, flag in zip(program.outputs, program.output_flags, strict=True):
             v = self.env[var.index]
-            if b.grad and var.index in self.needs:
-                if flag == NO_GRAD:
-                    v = self._cut(v, var.group)
-                elif flag == FRESH_LEAF:
-                    v = b.call(fresh_leaf, v)
+            v = self._as_consumed(v, var, flag)
             if v.mapped:
                 if var.group in owned or v in outputs:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)

@@ -88,6 +88,8 @@ class OpInfo:
     metadata: bool
     shape_only: bool
     """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
+    view_in_place: Any
+    """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
     hidden_writes: tuple[int, int, int] | None
     """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
 
@@ -111,7 +113,13 @@ def op_info(op: torch._ops.OpOverload) -> OpInfo:
         metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
         shape_only=op in _SHAPE_ONLY,
         hidden_writes=_TRAINING_WRITES.get(name),
+        view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
     )
+
+
+def _functional(op: torch._ops.OpOverload, name: str) -> Any:
+    packet = getattr(aten, name.removesuffix("_"), None)
+    return getattr(packet, op._overloadname, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,19 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
         inner = functorch.get_unwrapped(tensor)
         tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
     return tensor
+
+
+def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
+    if not op_info(op).random:
+        return False
+    for i, a in enumerate(op._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+        if a.name in ("dropout_p", "dropout", "p") and "dropout" in (a.name + op._schema.name) and value == 0:
+            return False
+        if a.name in ("train", "training") and value is False:
+            return False
+    return True
 
 
 def _flat_tensors(values: Any) -> list[torch.Tensor]:
@@ -397,14 +418,28 @@ class Recorder(TorchDispatchMode):
             for tensor in stats:
                 self._refuse_write(func, tensor)
             writes += tuple(stats)
-        if info.random:
-            self._check_random(func, args)
+        if info.random and draws(func, args, kwargs):
+            self._check_random(func)
         decomposition = self.decompose(func)
         if decomposition is not None:
             with self:
                 return decomposition(*args, **kwargs)
 
+        if info.view_in_place is not None:
+            return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
+
+    def _record_view_in_place(self, func: Any, functional: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`t_`, `squeeze_` and their kin change how a tensor looks at its memory: from now on it is the variable of the view."""
+        flags: list[int] = []
+        encoded = tuple([self._encode(a, flags, False) for a in args])
+        named = tuple([(k, self._encode(v, flags, False)) for k, v in kwargs.items()])
+        out = func(*args, **kwargs)
+        mapped = self.is_mapped(args[0])
+        var = self._define(args[0])
+        assert not mapped or var.group in self.mapped_groups, f"{func} left the memory of its argument"
+        self.equations.append(Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled()))
+        return out
 
     def _record(self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple) -> Any:
         flags: list[int] = []
@@ -417,7 +452,7 @@ class Recorder(TorchDispatchMode):
         if mapped and (info.question or dynamic):
             raise errors.DataDependentError(self._data_dependent(func))
         out = func(*args, **kwargs)
-        if info.random:
+        if info.random and draws(func, args, kwargs):
             self.random = True
             mapped = mapped or self.randomness == "different"
         if info.question:
@@ -499,10 +534,8 @@ class Recorder(TorchDispatchMode):
         self.literals.append((var, copy))
         return tensor
 
-    def _check_random(self, func: Any, args: tuple) -> None:
+    def _check_random(self, func: Any) -> None:
         name = func._schema.name.partition("::")[2]
-        if "dropout" in name and len(args) > 2 and args[2] is False:
-            return
         if self.randomness == "error":
             raise errors.RandomnessError(
                 f"{self.call}: {name} draws random numbers and randomness is 'error'; pass randomness='different' (each sample its own draw) or "
