@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from shardmap.jobs.run import execute
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model.args.epochs", "2", "--chunk_size", "300"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ALONE = {**ENVIRONMENT, "RAY_ADDRESS": "local"}  # a Ray of its own, whatever else runs on this machine
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def assert_complete(folder: Path, expected: torch.Tensor):
 @pytest.mark.ray
 def test_the_job_on_a_local_ray(tmp_path, expected):
     command = [sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ALONE, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "flipped labels are among the first" in done.stdout
     assert_complete(tmp_path / "run", expected)
@@ -50,51 +53,45 @@ def test_the_job_on_a_local_ray(tmp_path, expected):
 @pytest.mark.ray
 def test_a_mistake_is_one_line_before_ray_starts(tmp_path):
     command = [sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), "--chunk_size", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ALONE, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or null\n"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def head(tmp_path_factory):
-    """A one-machine cluster with its dashboard, as `ray start --head` makes it, on ports of its own."""
-    ray = shutil.which("ray") or str(Path(sys.executable).parent / "ray")
-    folder = tmp_path_factory.mktemp("r")
+def cluster(tmp_path_factory):
+    """A one-machine cluster with its dashboard, as `ray start --head` makes it: its own ports, and a token of its own."""
+    ray = str(Path(sys.executable).parent / "ray")
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray's socket paths have a limit
     port = 20000 + os.getpid() % 10000
+    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     command = [ray, "start", "--head", "--block", "--num-cpus", "2", "--port", str(port), "--dashboard-port", str(port + 1)]
-    command += ["--dashboard-agent-listen-port", str(port + 2), "--temp-dir", f"/tmp/ray-shardmap-{os.getpid()}", "--disable-usage-stats"]
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd=folder)
+    command += ["--dashboard-agent-listen-port", str(port + 2), "--temp-dir", str(temporary), "--disable-usage-stats"]
+    log = tmp_path_factory.mktemp("head") / "head.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    address = f"http://127.0.0.1:{port + 1}"
     try:
-        yield f"http://127.0.0.1:{port + 1}", folder / "head.log"
+        deadline = time.monotonic() + 120
+        while subprocess.run([ray, "job", "list", "--address", address], capture_output=True, env=environment).returncode != 0:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+        yield ray, address, environment
     finally:
         process.terminate()  # with --block, the whole cluster ends with it
         process.wait(timeout=60)
-        shutil.rmtree(f"/tmp/ray-shardmap-{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.ray
-def test_the_job_as_it_is_submitted(head, tmp_path, expected):
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    address, log = head
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            client = JobSubmissionClient(address)
-            break
-        except (ConnectionError, RuntimeError):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)  # the dashboard is not up yet
-    entrypoint = f"{sys.executable} cluster/per_sample_gradients.py --output {tmp_path / 'run'} {' '.join(QUICK)}"
-    job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT), "excludes": [".git", ".venv"]})
-    while not client.get_job_status(job).is_terminal():
-        assert time.monotonic() < deadline + 120, client.get_job_logs(job)
-        time.sleep(0.5)
-    logs = client.get_job_logs(job)
-    assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
-    assert "flipped labels are among the first" in logs
+def test_the_job_as_it_is_submitted(cluster, tmp_path, expected):
+    ray, address, environment = cluster
+    command = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
+    command += ["--", sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flipped labels are among the first" in done.stdout
     assert_complete(tmp_path / "run", expected)
 
 
