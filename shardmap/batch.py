@@ -19,6 +19,7 @@ from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, 
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.rules.views import views
 from shardmap.trace import draws, op_info
 
 logger = logging.getLogger("shardmap")
@@ -334,7 +335,7 @@ class _Batcher:
                 if var.group in owned or v in outputs:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
                 else:
-                    v = b.call(torch.Tensor.contiguous, v, shape=v.shape, dtype=v.dtype)
+                    v = views(b).contiguous(v)
             owned.add(var.group)
             outputs.append(v)
         return tuple(outputs)

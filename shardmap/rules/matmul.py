@@ -60,7 +60,7 @@ def _row(b: Lowering, x: V) -> V:
 
 def _stacked(b: Lowering, x: V) -> V:
     """A matrix for each sample, mapped or not: `[B, m, n]` for a batched product."""
-    return x if x.mapped else b.call(aten.expand.default, x, [B, *x.shape], shape=x.shape, mapped=True)
+    return x if x.mapped else b.call(torch.Tensor.expand, x, B, *x.shape, shape=x.shape, mapped=True)
 
 
 # -- a matrix times a matrix ---------------------------------------------------------------------------------------------------
@@ -84,13 +84,8 @@ def mm(b: Lowering, x: V, y: V) -> V:
             return _column(b, b.call(aten.mm.default, _flat(b, y), _t(b, x), shape=(m,)))
         return b.call(aten.bmm.default, _stacked(b, x), y, shape=(m, n))
     if k == 1 and x.dtype != torch.bool:
-        return outer(b, _flat(b, x), _flat(b, y))
+        return views(b).outer(_flat(b, x), _flat(b, y))
     return b.call(aten.bmm.default, x, y, shape=(m, n))
-
-
-def outer(b: Lowering, x: V, y: V) -> V:
-    """`[m] x [n] -> [m, n]`, both mapped."""
-    return b.call(aten.mul.Tensor, _column(b, x), _row(b, y), shape=(*x.shape, *y.shape))
 
 
 @rules("addmm")

@@ -96,9 +96,17 @@ def permute(b: Lowering, eq: Equation, x: V, order: Sequence[int]) -> V:
     return views(b).rearrange(x, tuple(d % x.ndim for d in order))
 
 
-@rules("expand", "expand_copy")
+@rules("expand")
 def expand(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool = False) -> V:
     """Sizes of 1 repeated; new dimensions go between batch and sample."""
+    shape = eq.outs[0].spec.shape
+    whole = ones_before(b, x, len(shape))
+    return emit(b, eq, whole, B, *shape, target=torch.Tensor.expand)
+
+
+@rules("expand_copy")
+def expand_copy(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool = False) -> V:
+    """Sizes of 1 repeated in memory."""
     shape = eq.outs[0].spec.shape
     return emit(b, eq, ones_before(b, x, len(shape)), [B, *shape])
 

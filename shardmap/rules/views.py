@@ -38,6 +38,8 @@ class Views:
         self.origins: dict[int, Origin] = {}
         self.made_with_grad: dict[int, bool] = {}
         self.seen = 0
+        self.outer_products: dict[int, tuple[V, V, int]] = {}
+        self.dense: dict[int, tuple[V, int]] = {}
 
     def origin(self, v: V) -> Origin | None:
         """Whose view `v` is, if its place can be taken here.
@@ -74,7 +76,10 @@ class Views:
             if self.may_stand_for_its_view(base):
                 return base
             return self.remember(view(self.b, base, base.shape), base, tuple(range(base.ndim)))
-        return self.remember(self._emit(base, dims), base, dims)
+        out = self.remember(self._emit(base, dims), base, dims)
+        if base.index in self.outer_products:
+            self._transposed(out, base, dims)
+        return out
 
     def reshaped(self, v: V, shape: Sequence[int]) -> V:
         """`v` viewed with another shape: its elements in the same order."""
@@ -98,6 +103,36 @@ class Views:
         kept = [d for d in known.dims if d is not None]
         return known.base if kept == sorted(kept) else v
 
+    # -- outer products ------------------------------------------------------------------------------------------------
+
+    def outer(self, x: V, y: V) -> V:
+        """`[m] x [n] -> [m, n]` for each sample."""
+        column, row = self.rearrange(x, (0, None)), self.rearrange(y, (None, 0))
+        out = self.b.call(aten.mul.Tensor, column, row, shape=(*x.shape, *y.shape))
+        self.outer_products[out.index] = (x, y, len(self.b.calls))
+        return out
+
+    def contiguous(self, v: V) -> V:
+        """A mapped value without gaps, in memory of its own unless it has none already.
+
+        The transpose of an outer product is the outer product of the same two the other way round, which is what autograd's
+        gradient of `x @ w` with respect to `w` comes to: it is computed so instead of copied.
+        """
+        found = self.dense.get(v.index)
+        if found is not None and not self.b.grad and not any(call.writes for call in self.b.calls[found[1] :]):
+            return found[0]
+        return self.b.call(torch.Tensor.contiguous, v, shape=v.shape, dtype=v.dtype)
+
+    def _transposed(self, v: V, base: V, dims: Dims) -> None:
+        """Have the dense form of `v` at hand: if nothing asks for it, it is dropped as dead."""
+        factors = self.outer_products.get(base.index)
+        if factors is None or dims != (1, 0) or self.b.grad:
+            return
+        x, y, made = factors
+        if not any(call.writes for call in self.b.calls[made:]):
+            dense = self.outer(y, x)
+            self.dense[v.index] = (dense, len(self.b.calls))
+
     def _emit(self, base: V, dims: Dims) -> V:
         b = self.b
         shape = tuple(1 if d is None else base.shape[d] for d in dims)
@@ -117,7 +152,7 @@ class Views:
         moved = [i for i, d in enumerate(dims) if i != d]
         if len(moved) == 2:
             return b.call(aten.transpose.int, base, moved[0] + 1, moved[1] + 1, shape=shape)
-        return b.call(aten.permute.default, base, [0, *[d + 1 for d in kept]], shape=shape)
+        return b.call(torch.Tensor.permute, base, 0, *[d + 1 for d in kept], shape=shape)
 
 
 def views(b: Lowering) -> Views:
@@ -127,7 +162,7 @@ def views(b: Lowering) -> Views:
 
 def view(b: Lowering, v: V, shape: Sequence[int]) -> V:
     """A mapped value viewed with another sample shape."""
-    return b.call(aten.view.default, v, [B, *shape], shape=shape)
+    return b.call(torch.Tensor.view, v, B, *shape, shape=shape)  # 0.4 microseconds less than a list of sizes
 
 
 def ones_only(old: Sequence[int], new: Sequence[int]) -> Dims | None:
