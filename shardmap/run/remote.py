@@ -7,6 +7,7 @@ twice, where numpy's buffers go to shared memory as they are and are read there 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import logging
 import os
@@ -28,6 +29,10 @@ from shardmap.program import Program
 logger = logging.getLogger("shardmap")
 
 
+_ALIGNMENT = 64
+"""Bytes: torch's allocator and Ray's object store both align to this."""
+
+
 class Packed(NamedTuple):
     """A tensor on its way: its distinct elements, and how they lay in memory."""
 
@@ -37,6 +42,9 @@ class Packed(NamedTuple):
     stride: tuple[int, ...]
     """In elements; recorded views depend on them. Dimensions of stride 0 are sent once."""
     dtype: torch.dtype
+    misalignment: int
+    """Bytes from the last multiple of 64 to the first element on the CPU. Kernels add up in another order where it differs,
+    so that without it a chunk would differ in the last bits from the same chunk computed in the driver's process."""
 
 
 def _repeated(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
@@ -52,11 +60,12 @@ def pack(t: torch.Tensor) -> Packed:
     t = t.detach()
     shape, stride = tuple(t.shape), t.stride()
     if t.device.type == "meta":
-        return Packed(None, shape, stride, t.dtype)
+        return Packed(None, shape, stride, t.dtype, 0)
+    misalignment = t.data_ptr() % _ALIGNMENT if t.device.type == "cpu" else 0
     for d in _repeated(shape, stride):
         t = t.narrow(d, 0, 1)
     dense = t.cpu().resolve_conj().resolve_neg().contiguous()
-    return Packed(dense.reshape(-1).view(torch.uint8).numpy(), shape, stride, t.dtype)
+    return Packed(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy(), shape, stride, t.dtype, misalignment)
 
 
 def unpack(p: Packed, device: torch.device) -> torch.Tensor:
@@ -69,12 +78,19 @@ def unpack(p: Packed, device: torch.device) -> torch.Tensor:
     repeated = _repeated(p.shape, p.stride)
     kept = tuple(1 if d in repeated else n for d, n in enumerate(p.shape))
     t = _tensor_of(p.data)
-    if t.data_ptr() % 64:  # torch aligns to 64 bytes, and kernels may add up in another order where memory is not
-        t = t.clone()
-    t = t.view(p.dtype).view(kept).to(device)
-    if t.stride() != p.stride and t.numel():
-        t = torch.empty_strided(kept, p.stride, dtype=p.dtype, device=device).copy_(t)
-    return t.expand(p.shape) if repeated else t
+    in_place = device.type == "cpu" and t.data_ptr() % _ALIGNMENT == p.misalignment
+    t = t.view(p.dtype).view(kept)
+    if t.numel() and not (in_place and t.stride() == p.stride):
+        t = _empty(kept, p.stride, p.dtype, p.misalignment, device).copy_(t)
+    return t.to(device).expand(p.shape)
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, misalignment: int, device: torch.device) -> torch.Tensor:
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if device.type != "cpu":
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    memory = torch.empty(span + _ALIGNMENT // dtype.itemsize, dtype=dtype)
+    return memory.as_strided(shape, stride, (misalignment - memory.data_ptr()) % _ALIGNMENT // dtype.itemsize)
 
 
 def _tensor_of(data: np.ndarray) -> torch.Tensor:
@@ -249,8 +265,7 @@ class Worker:
                 self.programs.popitem(last=False)
             self.programs[digest] = program
         self.programs.move_to_end(digest)
-        o = constants.options
-        options = LoweringOptions(self.device.type, o.randomness, o.strict, False, o.call)
+        options = dataclasses.replace(constants.options, device_type=self.device.type)
         captured = [unpack(p, self.device) for p in constants.captured]
         host = torch.device("cpu")
         literals = [unpack(p, self.device if follows else host) for p, follows in constants.literals]
