@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import edges, engine, errors
-from shardmap.batch import LoweringOptions, mapped_groups
+from shardmap.batch import LoweringOptions
+from shardmap.once import Memory, Prepared
 from shardmap.plan import device as device_names
 from shardmap.plan.split import split
 from shardmap.record import record
@@ -68,10 +70,13 @@ def vmap(
         raise errors.OptionError(f"shardmap.vmap: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample")
     _check_options(call, randomness, chunk_size, trace)
 
+    options = _Options(in_dims, out_dims, randomness, kw_in_dims, chunk_size, devices, strict, call)
+    memory = Memory(func, call) if trace == "once" else None
+
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-        return _run(func, batch, out_dims, randomness, chunk_size, devices, strict, trace, call)
+        return _run(func, batch, options, memory)
 
     return mapped
 
@@ -87,50 +92,81 @@ def _check_options(call: str, randomness: Any, chunk_size: Any, trace: Any) -> N
         raise errors.OptionError(f"{call}: trace={trace!r}; choose 'each' or 'once'")
 
 
-def _run(
-    func: Callable[..., Any],
-    batch: edges.Batch,
-    out_dims: Any,
-    randomness: str,
-    chunk_size: int | None,
-    devices: Any,
-    strict: bool,
-    trace: str,
-    call: str,
-) -> Any:
-    inlined = any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The options of one `vmap`, checked."""
+
+    in_dims: Any
+    out_dims: Any
+    randomness: str
+    kw_in_dims: Any
+    chunk_size: int | None
+    devices: Any
+    strict: bool
+    call: str
+
+
+def _run(func: Callable[..., Any], batch: edges.Batch, options: _Options, memory: Memory | None) -> Any:
+    """One call of a mapped function: trace (or recall), batch, plan, run."""
+    inlined = _under_recording()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if inlined or transformed or memory is None:
+        recording, structure = record(func, batch, options.randomness, False, options.call)
+        return _execute(Prepared(recording, structure), batch, options, inlined, transformed)
+    remembered = memory.recall(batch)
+    if remembered is not None:
+        try:
+            return _execute(remembered.rebound(batch), batch, options, False, False)
+        except errors.StaleRecordingError:
+            memory.forget(batch)
+    recording, structure = record(func, batch, options.randomness, True, options.call)
+    prepared = Prepared(recording, structure)
+    memory.keep(batch, prepared)
+    return _execute(prepared, batch, options, False, False)
+
+
+def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined: bool, transformed: bool) -> Any:
+    recording, call = prepared.recording, options.call
+    program = recording.program
     inputs = batch.tensors()
     home = inputs[0].device
-    recording, structure = record(func, batch, randomness, trace == "once", call)
-    program = recording.program
-    differs = mapped_groups(program, randomness)
-    mapped = [v.group in differs for v in program.outputs]
-    samples = [torch.empty(v.spec.shape, device="meta") for v in program.outputs]
-    placed = edges.place_outputs(samples, mapped, structure, out_dims, call)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    wants_grad = transformed or any(t.requires_grad for t in (*inputs, *recording.captured))
-    grad = torch.is_grad_enabled() and wants_grad and (any(program.output_flags) or bool(recording.written_inputs))
-    cluster = on_ray.Ray() if isinstance(devices, str) and devices == "ray" else devices if isinstance(devices, on_ray.Ray) else None
-    names = (str(home),) if inlined or cluster is not None else device_names.resolve(devices, home, call)
-    layout = tuple(_rows_first(t) for t in inputs)
+    grad = torch.is_grad_enabled() and (any(program.output_flags) or bool(recording.written_inputs))
+    layout = tuple([t.is_contiguous() for t in inputs])
 
     def lower(device_type: str) -> engine.Lowered:
-        options = LoweringOptions(device_type, randomness, strict, grad, transformed, call)
-        return engine.lowered(program, options, layout, recording.sources)
+        key = (device_type, grad, transformed, layout)
+        found = prepared.lowerings.get(key)
+        if found is None:
+            how = LoweringOptions(device_type, options.randomness, options.strict, grad, transformed, call)
+            found = prepared.lowerings[key] = engine.lowered(program, how, layout, recording.sources)
+        return found
 
+    mapped = [v.mapped for v in lower(home.type).batched.outputs]
+    ndims = [v.spec.ndim for v in program.outputs]
+    placed = edges.place_outputs(ndims, mapped, prepared.structure, options.out_dims, call)
     seed = engine.draw_seed() if recording.random else 0
     job = local.Job(recording, inputs, home, lower, seed, grad)
-    if cluster is not None and not inlined:
-        outputs = on_ray.run(job, batch.size, chunk_size, cluster, call)
+    cluster = None if inlined else _cluster(options.devices)
+    if cluster is not None:
+        outputs = on_ray.run(job, batch.size, options.chunk_size, cluster, call)
     else:
-        outputs = local.run(job, split(batch.size, names, None if inlined else chunk_size))
+        names = (str(home),) if inlined else device_names.resolve(options.devices, home, call)
+        outputs = local.run(job, split(batch.size, names, None if inlined else options.chunk_size))
     results = [_place(t, v, d, batch.size) for t, v, d in zip(outputs, mapped, placed, strict=True)]
-    return pytree.tree_unflatten(results, structure)
+    return pytree.tree_unflatten(results, prepared.structure)
 
 
-def _rows_first(t: torch.Tensor) -> bool:
-    """Whether the samples of a batch lie one after another in memory, densely."""
-    return t.is_contiguous()
+def _under_recording() -> bool:
+    """Whether the call is made inside a function that is being recorded: then it is inlined there, without a plan of its own."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+
+
+def _cluster(devices: Any) -> on_ray.Ray | None:
+    if isinstance(devices, on_ray.Ray):
+        return devices
+    return on_ray.Ray() if isinstance(devices, str) and devices == "ray" else None
 
 
 def _place(t: torch.Tensor, mapped: bool, d: int | None, size: int) -> torch.Tensor:

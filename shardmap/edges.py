@@ -177,11 +177,11 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def place_outputs(outputs: list[torch.Tensor], mapped: list[bool], structure: pytree.TreeSpec, out_dims: Any, call: str) -> list[int | None]:
+def place_outputs(ndims: list[int], mapped: list[bool], structure: pytree.TreeSpec, out_dims: Any, call: str) -> list[int | None]:
     """Where the mapped dimension goes in each result: one dimension per output, never negative; None for an unmapped result.
 
     Args:
-        outputs: What the function returned for one sample.
+        ndims: Dimensions of each output for one sample.
         mapped: Whether each differs by sample.
         structure: Their pytree.
         out_dims: As the user gave it.
@@ -190,24 +190,26 @@ def place_outputs(outputs: list[torch.Tensor], mapped: list[bool], structure: py
     Raises:
         OutDimsError: `out_dims` does not fit.
     """
-    tree = pytree.tree_unflatten(outputs, structure)
+    if out_dims == 0 and type(out_dims) is int:
+        return [0] * len(ndims)
+    tree = pytree.tree_unflatten(ndims, structure)
     if isinstance(out_dims, list):
         out_dims = tuple(out_dims)
     if isinstance(out_dims, tuple) and len(out_dims) == 1 and structure.is_leaf():
         out_dims = out_dims[0]
     dims = spread(out_dims, tree, call, "out_dims", errors.OutDimsError)
     placed: list[int | None] = []
-    for output, differs, d in zip(outputs, mapped, dims, strict=True):
+    for ndim, differs, d in zip(ndims, mapped, dims, strict=True):
         if d is None:
             if differs:
                 raise errors.OutDimsError(f"{call}: out_dims={out_dims!r} gives None for an output that differs by sample; give it an int")
             placed.append(None)
             continue
-        if not -output.ndim - 1 <= d <= output.ndim:
+        if not -ndim - 1 <= d <= ndim:
             raise errors.OutDimsError(
-                f"{call}: an output has {output.ndim} dimensions for one sample, out_dim {d} is out of range; use {-output.ndim - 1} to {output.ndim}"
+                f"{call}: an output has {ndim} dimensions for one sample, out_dim {d} is out of range; use {-ndim - 1} to {ndim}"
             )
-        placed.append(d % (output.ndim + 1))
+        placed.append(d % (ndim + 1))
     return placed
 
 

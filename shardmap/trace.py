@@ -177,6 +177,11 @@ def _shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
 
 def _is_own_leaf(leaf: torch.Tensor) -> bool:
     """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
+    try:
+        if leaf.grad_fn is not None:
+            return False
+    except RuntimeError:  # a view made without grad whose base was written to with it: autograd forbids to ask
+        return False
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
@@ -234,6 +239,10 @@ class Recorder(TorchDispatchMode):
         self.random = False
         self.uninitialised: set[int] = set()
         self.sources: dict[str, str] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that skipping adds costs a third of the recording
 
     # -- variables ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +337,7 @@ class Recorder(TorchDispatchMode):
             else:
                 var = self._capture(value)
             if value.requires_grad:
-                flags.append(FRESH_LEAF if value.grad_fn is None and var.index not in self.captured and _is_own_leaf(value) else GRAD)
+                flags.append(FRESH_LEAF if var.index not in self.captured and _is_own_leaf(value) else GRAD)
             else:
                 flags.append(NO_GRAD)
             return var
