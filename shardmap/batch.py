@@ -19,6 +19,7 @@ from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, 
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.rules.random import seeded_loop
 from shardmap.rules.views import views
 from shardmap.trace import draws, op_info
 
@@ -75,10 +76,9 @@ def mapped_groups(program: Program, randomness: str) -> set[int]:
     while len(mapped) != before:
         before = len(mapped)
         for eq in program.equations:
-            info = op_info(eq.op)
-            if info.shape_only:
+            if op_info(eq.op).shape_only:
                 continue
-            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and info.random):
+            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and random_call(eq)):
                 mapped.update(v.group for v in eq.results())
                 mapped.update(v.group for v in written(eq))
     return mapped
@@ -287,6 +287,8 @@ class _Batcher:
             if registry.has_functorch_kernel(eq.op) and not random_call(eq):
                 self.tiers[name] = "functorch"
                 return functorch_rule(b, eq, args, kwargs)
+        if random_call(eq) and not mapped:
+            return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
         if self.options.strict:
             raise errors.UnsupportedOperatorError(
                 f"{self.options.call}: no rule batches {name} (called at {eq.source or 'an unknown line'}) and strict=True refuses a loop over "
@@ -294,7 +296,7 @@ class _Batcher:
             )
         self.tiers[name] = "loop"
         self.warn(eq)
-        return loop_rule(b, eq, args, kwargs)
+        return (seeded_loop if random_call(eq) else loop_rule)(b, eq, args, kwargs)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())

@@ -1,1 +1,180 @@
-"""Rules of the random family."""
+"""Rules of the random family: each sample draws by its own index, or all share one draw.
+
+`randomness="different"`: the draw of a sample depends on the seed, the recorded call and the sample's index only.
+`randomness="same"`: all samples have the draw that the sample of index 0 would have. Operators without a rule, whose kernels
+draw as they go, run sample by sample, each with a seed of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardmap.program import SAMPLE_DEVICE, Equation, Spec, variables
+from shardmap.rules import draws
+from shardmap.rules.fallback import _fill, _split
+from shardmap.rules.losses import arguments
+from shardmap.rules.lowering import B, SEED, START, Lowering, V
+from shardmap.rules.promote import aligned
+from shardmap.rules.registry import overloads, register
+
+aten = torch.ops.aten
+
+
+def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *parameters: Any) -> V:
+    """Emit a draw of `spec.shape` for each sample, or one for all."""
+    device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
+    rest = (b.equation, list(spec.shape), dtype, device, *parameters)
+    if b.randomness == "different":
+        return b.call(function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True)
+    one = b.call(function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False)
+    return b.call(aten.select.int, one, 0, 0, shape=spec.shape, dtype=dtype)
+
+
+def _uniform(a: dict[str, Any]) -> tuple[Any, ...] | None:
+    return (draws.draw_uniform, float(a.get("from", 0.0)), float(a.get("to", 1.0)))
+
+
+def _normal(a: dict[str, Any]) -> tuple[Any, ...] | None:
+    return (draws.draw_normal, float(a.get("mean", 0.0)), float(a.get("std", 1.0)))
+
+
+def _integers(a: dict[str, Any]) -> tuple[Any, ...] | None:
+    low, high = a.get("low", a.get("from", 0)), a.get("high", a.get("to"))
+    if type(low) is not int or type(high) is not int or high - low >= 2**48:
+        return None
+    return (draws.draw_integers, low, high)
+
+
+_DRAWS: dict[str, Any] = {
+    "rand": _uniform,
+    "rand_like": _uniform,
+    "uniform_": _uniform,
+    "uniform": _uniform,
+    "randn": _normal,
+    "randn_like": _normal,
+    "normal_": _normal,
+    "normal_functional": _normal,
+    "normal.float_float": _normal,
+    "randint": _integers,
+    "randint.low": _integers,
+    "randint_like": _integers,
+    "randint_like.low_dtype": _integers,
+    "random_.to": _integers,
+    "random_.from": _integers,
+    "randperm": lambda a: (draws.draw_permutation,),
+    "bernoulli_.float": lambda a: (draws.draw_bernoulli, float(a["p"])),
+    "bernoulli.p": lambda a: (draws.draw_bernoulli, float(a["p"])),
+    "exponential_": lambda a: (draws.draw_exponential, float(a["lambd"])),
+    "exponential": lambda a: (draws.draw_exponential, float(a["lambd"])),
+    "log_normal_": lambda a: (draws.draw_log_normal, float(a["mean"]), float(a["std"])),
+    "cauchy_": lambda a: (draws.draw_cauchy, float(a["median"]), float(a["sigma"])),
+    "geometric_": lambda a: (draws.draw_geometric, float(a["p"])),
+}
+"""For each operator with fixed parameters: the draw and its parameters, or None where the loop must serve."""
+
+
+@register("random", *overloads(*_DRAWS))
+def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Draws whose parameters are numbers."""
+    name = eq.op.name().removeprefix("aten::")
+    chosen = _DRAWS[name](arguments(eq, args, kwargs))
+    if chosen is None:
+        return NotImplemented
+    function, *parameters = chosen
+    spec = next(eq.results()).spec
+    out = draw(b, function, spec, spec.dtype, *parameters)
+    if not eq.op._schema.is_mutable:
+        return out
+    b.call(aten.copy_.default, args[0], out)
+    return None
+
+
+@register("random", *overloads("bernoulli", "bernoulli.Tensor", "bernoulli_.Tensor"))
+def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Probabilities in a tensor: a uniform number for each element, compared with it."""
+    if b.grad:
+        return NotImplemented  # its gradient is zero, not missing
+    spec = next(eq.results()).spec
+    p = args[-1]
+    uniform = draw(b, draws.draw_uniform, spec, torch.float64, 0.0, 1.0)
+    below = b.call(aten.lt.Tensor, uniform, aligned(b, b.cast(p, torch.float64), len(spec.shape)), shape=spec.shape, dtype=torch.bool)
+    out = b.cast(below, spec.dtype)
+    if not eq.op._schema.is_mutable:
+        return out
+    b.call(aten.copy_.default, args[0], out)
+    return None
+
+
+@register("random", *overloads("normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor"))
+def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Mean or standard deviation in a tensor: a standard normal number for each element, scaled and shifted."""
+    if b.grad:
+        return NotImplemented  # its gradient is zero, not missing
+    named = arguments(eq, args, kwargs)
+    spec = eq.outs[0].spec
+    if spec.dtype.is_complex:
+        return NotImplemented
+    out = draw(b, draws.draw_normal, spec, spec.dtype, 0.0, 1.0)
+    for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
+        if type(parameter) is V:
+            out = b.call(op.Tensor, out, aligned(b, b.cast(parameter, spec.dtype), len(spec.shape)), shape=spec.shape, dtype=spec.dtype)
+        else:
+            out = b.call(op.Scalar, out, parameter, shape=spec.shape, dtype=spec.dtype)
+    return out
+
+
+@register("random", aten.native_dropout.default)
+def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Dropout and its mask."""
+    x, p, train = args
+    spec = eq.outs[1].spec
+    if train is False or p == 0:
+        return b.call(aten.clone.default, x), b.call(torch.ones_like, x, named={"dtype": torch.bool})
+    mask = draw(b, draws.draw_bernoulli, spec, spec.dtype, 1.0 - p)
+    kept = b.call(aten.mul.Tensor, x, mask, shape=x.shape, dtype=x.dtype)
+    return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
+
+
+def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run any random operator sample by sample, torch's generator seeded for each: the tier below the rules."""
+    tensors, template, names, symbols, _ = _split(b, args, kwargs)
+    op, count, number, different = eq.op, len(tensors), b.equation, b.randomness == "different"
+    batched = [v.mapped for v in tensors]
+    mapped = different or any(batched)
+    outs = list(variables(eq.outs))
+    in_place = {v.index for v in eq.inputs()} >= {v.index for v in outs}
+
+    def one(seed: int, sample: int, rows: Sequence[Any]) -> Any:
+        torch.manual_seed(draws.sample_seed(seed, number, sample if different else 0))
+        positional, named = _fill(template, tuple(rows))
+        return op(*positional, **dict(zip(names, named, strict=True)))
+
+    def random_loop(size: int, start: int, seed: int, *values: Any) -> Any:
+        cuda = {t.device.index for t in values[:count] if t.device.type == "cuda"}
+        results = []
+        with torch.random.fork_rng(devices=sorted(cuda)):
+            for i in range(size):
+                rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
+                results.append(one(seed, start + i, [*rows, *values[count:]]))
+        if in_place:
+            return None
+        if not mapped:
+            return results[0]
+        if not results:
+            device = values[0].device
+            empty = [torch.empty((0, *v.spec.shape), dtype=v.spec.dtype, device=device) for v in outs]
+            return empty[0] if len(outs) == 1 else tuple(empty)
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results)
+        return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+    where = (B, START, SEED) if mapped else (1, 0, SEED)
+    if in_place:
+        b.effect(random_loop, *where, *tensors, *symbols)
+        return None
+    if len(eq.outs) == 1:
+        return b.call(random_loop, *where, *tensors, *symbols, mapped=mapped)
+    return b.calls_several(random_loop, len(eq.outs), *where, *tensors, *symbols, mapped=mapped)
