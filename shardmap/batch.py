@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap.fold import refuse_offsets_of_inputs, without_views_in_place
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
+from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.views import views
 from shardmap.trace import draws, op_info
 
@@ -357,7 +357,7 @@ def lower(program: Program, options: LoweringOptions, fixes: dict[int, str], war
         UnsupportedOperatorError: `strict`, and an operator has no rule.
     """
     refuse_offsets_of_inputs(program, options.call)
-    return _Batcher(without_views_in_place(program), options, fixes, warn).run()
+    return _Batcher(program, options, fixes, warn).run()
 
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:

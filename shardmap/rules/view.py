@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
+from shardmap import errors
+from shardmap.program import Equation, Program
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
 from shardmap.rules.views import views
@@ -163,7 +164,7 @@ def as_strided(b: Lowering, eq: Equation, x: V, size: Sequence[int], stride: Seq
     """The sample's memory through other strides, from where the sample's tensor begins.
 
     An explicit offset is absolute in the sample's memory: what counts is how far it is from the argument's own. On a mapped
-    input, where it would be absolute in the memory of the whole batch, `shardmap.fold` refuses it.
+    input, where it would be absolute in the memory of the whole batch, `refuse_offsets_of_inputs` does.
     """
     step = 0 if storage_offset is None else storage_offset - eq.args[0].spec.offset
 
@@ -171,6 +172,24 @@ def as_strided(b: Lowering, eq: Equation, x: V, size: Sequence[int], stride: Seq
         return t.as_strided([count, *size], [t.stride(0), *stride], t.storage_offset() + step)
 
     return emit(b, eq, x, B, target=sample_strides)
+
+
+def refuse_offsets_of_inputs(program: Program, call: str) -> None:
+    """Refuse `as_strided` with an explicit offset on a mapped input.
+
+    Raises:
+        EscapeError: In the loop that offset counts from the start of the whole batch, in the recording from that of the sample.
+    """
+    inputs = {v.group for v in program.inputs}
+    for eq in program.equations:
+        if eq.op in (aten.as_strided.default, aten.as_strided_.default) and eq.args[0].group in inputs:
+            named = dict(eq.kwargs)
+            offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
+            if offset is not None:
+                raise errors.EscapeError(
+                    f"{call}: as_strided with storage_offset={offset} on a mapped argument or a view of it would count from the start of "
+                    "the whole batch's memory; leave storage_offset out and index the tensor first"
+                )
 
 
 @rules("view.dtype", "view_copy.dtype", "view_as_real", "view_as_complex", "_conj", "_neg_view", "_conj_physical", "lift_fresh_copy")
@@ -214,7 +233,7 @@ def stack(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
     return emit(b, eq, [b.cast(b.batch(x), spec.dtype) for x in tensors], dim(d, spec.ndim))
 
 
-@rules("constant_pad_nd", "tril", "triu", "pixel_shuffle", "pixel_unshuffle")
+@rules("constant_pad_nd", "tril", "triu")
 def last_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> V:
     """Operators on the last dimensions, whatever stands before them."""
     return b.call(eq.op, x, *args, shape=eq.outs[0].spec.shape, **kwargs)

@@ -70,7 +70,6 @@ COPIES = {
     "pad": (lambda x: torch.nn.functional.pad(x, (1, 0, -1, 2), value=3.0), real(3, 3)),
     "tril, triu": (lambda x: x.tril(-1) + x.triu(1), real(3, 3)),
     "diag_embed": (lambda x: x.diag_embed(1, 0, -1), real(2, 3)),
-    "pixel_shuffle": (lambda x: torch.pixel_shuffle(x, 2), real(4, 2, 3)),
     "select_backward": (lambda x: aten.select_backward(x, [2, 3], -2, 1), real(3)),
     "select_backward of a scalar": (lambda x: aten.select_backward(x, [3], 0, 1), real()),
     "slice_backward": (lambda x: aten.slice_backward(x, [2, 5], -1, 1, 5, 2), real(2, 2)),
