@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,24 @@ class Lowered:
     """Whether chunks of one sample (False) and of several (True) have been checked."""
 
 
+class _Key:
+    """A cache key that is hashed once: a program is thousands of nested tuples."""
+
+    __slots__ = ("code", "parts")
+
+    def __init__(self, *parts: Any):
+        self.parts = parts
+        self.code = hash(parts)
+
+    def __hash__(self) -> int:
+        return self.code
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Key) and self.parts == other.parts)
+
+
 _CAPACITY = 256
-_cache: collections.OrderedDict[Any, Lowered] = collections.OrderedDict()
+_cache: collections.OrderedDict[_Key, tuple[_Key, Lowered]] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
@@ -53,17 +69,17 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
         layout: For each mapped input, whether samples lie one after another in memory.
         sources: The user's line for operators without a rule of ours, for warnings.
     """
-    key = (program, options, layout)
+    key = _Key(program, options, layout)
     with _lock:
         found = _cache.get(key)
         if found is not None:
-            _cache.move_to_end(key)
-            return found
+            _cache.move_to_end(found[0])
+            return found[1]
     program.check()
     batched, replay = _lower(program, options, {}, sources)
     made = Lowered(program, options, batched, replay)
     with _lock:
-        _cache[key] = made
+        _cache[key] = key, made
         while len(_cache) > _CAPACITY:
             _cache.popitem(last=False)
     return made
@@ -141,8 +157,6 @@ def _check_once(low: Lowered, device: torch.device, seed: int, scalars: tuple[fl
     for i, call in enumerate(calls):
         for v in values((call.args, tuple(v for _, v in call.kwargs))):
             last[v.index] = i
-    storages = {g: i for i, g in enumerate(())}
-    del storages
     found: dict[int, tuple[str, str]] = {}
     for i, call in enumerate(calls):
         try:
@@ -198,5 +212,3 @@ def draw_seed() -> int:
     """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
 
-
-Lower = Callable[[str], Lowered]

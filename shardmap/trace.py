@@ -7,7 +7,7 @@ Measured: 11-15 microseconds per operator, against 760-890 for `make_fx` and 90 
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import os
 import sys
 import weakref
@@ -76,6 +76,7 @@ _TRAINING_WRITES = {
 class OpInfo:
     """What the recorder must know of an operator before it runs."""
 
+    op: torch._ops.OpOverload
     writes: tuple[int, ...]
     """Positions of the arguments that it writes in place."""
     writes_named: tuple[str, ...]
@@ -92,18 +93,32 @@ class OpInfo:
     """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
     hidden_writes: tuple[int, int, int] | None
     """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
+    open_scalars: bool
+    uninitialised: bool
+    plain: bool
+    """None of the above matters: the call is only recorded."""
 
 
-@functools.cache
+_infos: dict[int, OpInfo] = {}
+
+
 def op_info(op: torch._ops.OpOverload) -> OpInfo:
-    """The facts about `op`, from its schema and tags."""
+    """The facts about `op`, from its schema and tags, found once."""
+    info = _infos.get(id(op))  # hashing an overload runs python code; its address is as good while `OpInfo.op` keeps it alive
+    if info is None:
+        info = _infos[id(op)] = _op_info(op)
+    return info
+
+
+def _op_info(op: torch._ops.OpOverload) -> OpInfo:
     schema = op._schema
     writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
     named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     name = op._schema.name.partition("::")[2]
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
     is_random = torch.Tag.nondeterministic_seeded in op.tags
-    return OpInfo(
+    info = OpInfo(
+        op=op,
         writes=writes,
         writes_named=named,
         random=is_random,
@@ -114,7 +129,15 @@ def op_info(op: torch._ops.OpOverload) -> OpInfo:
         shape_only=op in _SHAPE_ONLY,
         hidden_writes=_TRAINING_WRITES.get(name),
         view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
+        open_scalars=op in OPEN_SCALARS,
+        uninitialised=op in _UNINITIALISED,
+        plain=False,
     )
+    special = (
+        info.writes or info.writes_named or info.random or info.composite or info.dynamic or info.question or info.metadata or info.hidden_writes
+    )
+    plain = not special and info.view_in_place is None and not info.uninitialised and op is not aten.lift_fresh.default
+    return dataclasses.replace(info, plain=plain)
 
 
 def _functional(op: torch._ops.OpOverload, name: str) -> Any:
@@ -135,6 +158,16 @@ class Recording:
     random: bool
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
+
+
+_device_names: dict[torch.device, str] = {}
+
+
+def _device_name(device: torch.device) -> str:
+    name = _device_names.get(device)
+    if name is None:
+        name = _device_names[device] = str(device)
+    return name
 
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,7 +211,7 @@ def _shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
 def _is_own_leaf(leaf: torch.Tensor) -> bool:
     """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
     try:
-        if leaf.grad_fn is not None:
+        if not leaf.is_leaf:
             return False
     except RuntimeError:  # a view made without grad whose base was written to with it: autograd forbids to ask
         return False
@@ -233,6 +266,8 @@ class Recorder(TorchDispatchMode):
         self.scalars: list[float] = []
         self.types: list[Any] = []
         self.count = 0
+        self.served: dict[int, tuple[bool, Any]] = {}
+        """By address of the operator: whether it has a rule, and its decomposition."""
         self.device: torch.device | None = None
         self.default_dtype = torch.get_default_dtype()
         self.paused = False
@@ -259,7 +294,7 @@ class Recorder(TorchDispatchMode):
             group = len(self.groups)
             self.groups[address] = group
             self.weak_storages.append(storage._weak_ref())
-        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device), tensor.storage_offset())
+        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, _device_name(tensor.device), tensor.storage_offset())
         var = Var(self.count, group, spec)
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
@@ -405,6 +440,11 @@ class Recorder(TorchDispatchMode):
         if self.paused:
             return func(*args, **kwargs)
         info = op_info(func)
+        served = self.served.get(id(func))
+        if served is None:
+            served = self.served[id(func)] = (self.has_rule(func), self.decompose(func))
+        if info.plain and served[1] is None:
+            return self._record(func, info, args, kwargs, ())
         if info.composite:
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -429,11 +469,9 @@ class Recorder(TorchDispatchMode):
             writes += tuple(stats)
         if info.random and draws(func, args, kwargs):
             self._check_random(func)
-        decomposition = self.decompose(func)
-        if decomposition is not None:
+        if served[1] is not None:
             with self:
-                return decomposition(*args, **kwargs)
-
+                return served[1](*args, **kwargs)
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
@@ -452,15 +490,18 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple) -> Any:
         flags: list[int] = []
-        param = func in OPEN_SCALARS
-        encoded = tuple([self._encode(a, flags, param) for a in args])
-        named = tuple([(k, self._encode(v, flags, param)) for k, v in kwargs.items()]) if kwargs else ()
+        encoded = tuple([self._encode(a, flags, info.open_scalars) for a in args])
+        named = tuple([(k, self._encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
         read = list(variables((encoded, named)))
-        mapped = any([v.group in self.mapped_groups for v in read])
+        groups = self.mapped_groups
+        mapped = False
+        for var in read:
+            if var.group in groups:
+                mapped = True
         dynamic = info.dynamic and _shape_depends_on_values(func, args)
         if mapped and (info.question or dynamic):
             raise errors.DataDependentError(self._data_dependent(func))
-        out = func(*args, **kwargs)
+        out = func._op(*args, **kwargs)
         if info.random and draws(func, args, kwargs):
             self.random = True
             mapped = mapped or self.randomness == "different"
@@ -470,21 +511,25 @@ class Recorder(TorchDispatchMode):
             return out
         if torch.get_default_dtype() is not self.default_dtype:
             encoded, named = self._pin_dtype(func, encoded, named, out)
-        outs = self._outputs(out) if isinstance(out, tuple | list) else (self._outputs(out),)
-        results = list(variables(outs))
+        if isinstance(out, torch.Tensor):
+            outs: Any = (self.known(out) or self._define(out),)
+            results: Any = outs
+        else:
+            outs = self._outputs(out) if isinstance(out, tuple | list) else (self._outputs(out),)
+            results = list(variables(outs))
         if mapped and not info.shape_only:
-            self.mapped_groups.update([v.group for v in results])
+            groups.update([v.group for v in results])
         if writes or self.uninitialised:
             written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
             if mapped:
                 self.mapped_groups |= written
             if self.uninitialised:
                 self._check_uninitialised(func, read, results, written)
-        if func in _UNINITIALISED:
+        if info.uninitialised:
             self.uninitialised.update([v.group for v in results])
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
-        if not self.has_rule(func):
+        if not self.served[id(func)][0]:
             name = func.name()
             if name not in self.sources:
                 self.sources[name] = _user_line()
