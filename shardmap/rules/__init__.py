@@ -1,5 +1,20 @@
 """Batching rules: one file per operator family, registered on import."""
 
-from shardmap.rules import attention, conv, embedding, factory, index, linalg, losses, matmul, norm, pointwise, random, reduce, view
+from shardmap.rules import attention, conv, embedding, factory, index, linalg, losses, matmul, norm, pointwise, pool, random, reduce, view
 
-__all__ = ["attention", "conv", "embedding", "factory", "index", "linalg", "losses", "matmul", "norm", "pointwise", "random", "reduce", "view"]
+__all__ = [
+    "attention",
+    "conv",
+    "embedding",
+    "factory",
+    "index",
+    "linalg",
+    "losses",
+    "matmul",
+    "norm",
+    "pointwise",
+    "pool",
+    "random",
+    "reduce",
+    "view",
+]
