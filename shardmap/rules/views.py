@@ -145,10 +145,13 @@ class Views:
             if not added:
                 return b.call(aten.squeeze.dims, base, [d + 1 for d in left_out], shape=shape)
             return view(b, base, shape)
-        if left_out or added:
-            order = tuple(kept)
-            inner = self._emit(base, order)
-            return view(b, inner, shape) if added else inner
+        if left_out:
+            rest = tuple(n for d, n in enumerate(base.shape) if d not in left_out)
+            squeezed = b.call(aten.squeeze.dims, base, [d + 1 for d in left_out], shape=rest)
+            place = {d: i for i, d in enumerate(sorted(kept))}
+            return self._emit(squeezed, tuple(None if d is None else place[d] for d in dims))
+        if added:
+            return view(b, self._emit(base, tuple(kept)), shape)
         moved = [i for i, d in enumerate(dims) if i != d]
         if len(moved) == 2:
             return b.call(aten.transpose.int, base, moved[0] + 1, moved[1] + 1, shape=shape)
