@@ -267,7 +267,10 @@ def _bind_call(section: str, call: Call, leading: int | None) -> BoundCall:
     function = import_object(call.path, f"{section}.path")
     if not callable(function):
         raise ConfigError(f"{section}.path: {call.path!r} is a {type(function).__name__}, which cannot be called; name a function")
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # written in C without a signature, such as torch.neg: nothing to check against
+        return BoundCall(function, dict(call.args))
     by_position = [item for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
     variadic = any(item.kind is item.VAR_POSITIONAL for item in parameters)
     if leading is not None and len(by_position) < leading and not variadic:

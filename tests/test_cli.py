@@ -49,6 +49,8 @@ MISTAKES = {
     "not a function": ["run", GRADIENTS, "--function", "shardmap.jobs.digits.CLASSES"],
     "data that is no dataset": ["run", GRADIENTS, "--data", "os.getcwd"],
     "unknown column": ["run", GRADIENTS, "--columns", "[image, labl]"],
+    "no column": ["run", GRADIENTS, "--columns", "[]"],
+    "a report that finds nothing": ["run", "no_findings.yaml"],
     "unknown device": ["run", GRADIENTS, "--devices", "abacus"],
     "absent device": ["run", GRADIENTS, "--devices", "cuda:97"],
     "no device": ["run", GRADIENTS, "--devices", "[]"],
@@ -69,6 +71,8 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "no_function.yaml").write_text("data: shardmap.jobs.digits.load\n")
     (tmp_path / "no_path.yaml").write_text("data: {args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n")
     (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
+    parts = ("data: shardmap.jobs.digits.load", "function: torch.neg", "columns: [image]", "report: builtins.id")
+    (tmp_path / "no_findings.yaml").write_text("\n".join(parts))
     (tmp_path / "unknown.yaml").write_text("data: shardmap.jobs.digits.load\nfunction: a.b\ndevice: cpu\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -150,6 +150,13 @@ def test_a_run_with_the_users_own_function_saves_its_outputs(tmp_path, monkeypat
     assert torch.equal(outputs["twice.0"], 2 * x)
 
 
+def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
+    words = ["--function", "operator.call", "--columns", "[image]", "--report", "null", "--model.args.epochs", "0"]
+    words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
+    folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    assert load_file(folder / "outputs.safetensors")["output"].shape == (1797, 10)
+
+
 def test_events_reach_the_listener(tmp_path):
     events = []
     words = ["--chunk_size", "1000", "--model.args.epochs", "0", "--report", "null", "--output", str(tmp_path / "run")]

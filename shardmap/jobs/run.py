@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import shardmap
 from shardmap.config import BoundRun, to_yaml
 from shardmap.errors import ConfigError, DeviceError
+from shardmap.extras import require
 from shardmap.jobs.base import Dataset, Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
 from shardmap.plan.device import resolve
@@ -44,6 +45,8 @@ def execute(
     """
     config = run.config
     _devices(config.devices, torch.device("cpu"))  # a device that is not there is answered before anything is loaded
+    if config.devices == "ray":
+        require("ray", extra="ray", purpose="for devices: ray")
     with RunFolder(config.output) as folder, one_seed(config.seed):
         folder.log("started", function=config.function.path, output=config.output)
         (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -64,16 +67,20 @@ def execute(
 
         model = None if run.model is None else run.model(dataset)
         leading = () if run.model is None else (model,)
-        function = functools.partial(run.function.function, *leading, **run.function.args)
-        functools.update_wrapper(function, run.function.function)  # errors and warnings call it by its name
-        mapped = shardmap.vmap(function, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)
+
+        @functools.wraps(run.function.function)  # errors and warnings call it by its name
+        def one_sample(*row: Any) -> Any:
+            # A run's outputs end in files: detached here, no chunk keeps an autograd graph alive, and other processes can compute them.
+            return pytree.tree_map_only(Tensor, Tensor.detach, run.function.function(*leading, *row, **run.function.args))
+
+        mapped = shardmap.vmap(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)
 
         def observe(event: Event) -> None:
             folder.log_event(event)
             listener(event)
 
         with listen(observe):
-            outputs = pytree.tree_map_only(Tensor, Tensor.detach, mapped(*columns))
+            outputs = mapped(*columns)
         if config.save_outputs:
             save_tensors(folder.path / "outputs.safetensors", outputs)
 
@@ -81,7 +88,8 @@ def execute(
         if run.report is not None:
             findings = run.report(Outcome(dataset, model, outputs, folder.path))
             if not isinstance(findings, Findings):
-                raise ConfigError(f"report.path: {run.config.report} returned a {type(findings).__name__}; return a shardmap.jobs.Findings")
+                name, kind = run.report.function.__name__, type(findings).__name__
+                raise ConfigError(f"report.path: {name} returned a {kind}; return a shardmap.jobs.Findings")
         seconds = round(time.perf_counter() - began, 3)
         _write_json(folder.path / "environment.json", environment())
         _write_json(folder.path / "summary.json", {"samples": len(dataset), "seconds": seconds, **(findings.numbers if findings else {})})
@@ -99,6 +107,8 @@ def _devices(devices: list[str] | str, home: torch.device) -> tuple[str, ...]:
 
 
 def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor]:
+    if names == []:
+        raise ConfigError(f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave the key out")
     for name in names or ():
         if name not in dataset.columns:
             raise ConfigError(f"columns: {name!r} is not in the data; known: {', '.join(dataset.columns)}")
