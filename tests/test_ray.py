@@ -171,6 +171,17 @@ def test_defaults_of_the_driver_hold_on_the_workers() -> None:
     same(lambda v: v + torch.zeros(3), torch.randn(7, 3))
 
 
+def test_draws_follow_torchs_seed_whichever_worker_makes_them() -> None:
+    def draw() -> torch.Tensor:
+        return shardmap.vmap(torch.bernoulli, randomness="same", devices=TWO, chunk_size=4)(torch.full((12, 50), 0.5))
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second), "the seed moves on from call to call"
+
+
 def test_functions_that_cannot_be_pickled_work() -> None:
     lock_holder = iter(())  # a generator's kin: refuses pickling
     same(lambda v: (v * 2, lock_holder)[0], torch.randn(7, 3))

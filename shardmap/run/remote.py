@@ -277,6 +277,7 @@ def _compute(bound: _Bound, device: torch.device, task: Task) -> list[Packed | N
     inputs = [unpack(p, device) for p in task.inputs]
     low, fixed = _prepare(bound, device, inputs, task.size)
     constants = bound.constants
+    _seed(constants, task.start)
     outs = low.replay.chunk(task.size, task.start, device, constants.seed, constants.scalars, fixed, inputs)
     del inputs
     return [pack(t) if v.mapped or task.unmapped else None for t, v in zip(outs, low.batched.outputs, strict=True)]
@@ -295,6 +296,13 @@ def _prepare(bound: _Bound, device: torch.device, inputs: list[torch.Tensor], si
         engine.check(low, device, constants.seed, constants.scalars, tensors, constants.sources)
     replay, fixed = bound.fixed.get(layout, (None, ()))
     if replay is not low.replay:  # the check may have mended the lowering
+        _seed(constants, 0)
         fixed = low.replay.fixed(device, constants.seed, constants.scalars, bound.captured, bound.literals)
         bound.fixed[layout] = (low.replay, fixed)
     return low, fixed
+
+
+def _seed(constants: Constants, start: int) -> None:
+    """Seed torch's generator, for operators that draw from it: one draw for all samples must be one on all workers."""
+    if constants.options.randomness != "error":
+        torch.manual_seed(constants.seed + (start if constants.options.randomness == "different" else 0))
