@@ -1,6 +1,22 @@
 """Batching rules: one file per operator family, registered on import."""
 
-from shardmap.rules import attention, conv, embedding, factory, index, linalg, losses, matmul, norm, pointwise, pool, random, reduce, view
+from shardmap.rules import (
+    attention,
+    conv,
+    embedding,
+    factory,
+    index,
+    linalg,
+    losses,
+    matmul,
+    nll,
+    norm,
+    pointwise,
+    pool,
+    random,
+    reduce,
+    view,
+)
 
 __all__ = [
     "attention",
@@ -11,6 +27,7 @@ __all__ = [
     "linalg",
     "losses",
     "matmul",
+    "nll",
     "norm",
     "pointwise",
     "pool",

@@ -1,0 +1,185 @@
+"""Losses over classes: every element at once without reduction, then each sample's own sum or mean.
+
+Hot: cross-entropy ends nearly every per-sample gradient. `torch.func.vmap` decomposes `nll_loss` into a dozen calls; here the kernel
+takes all samples' rows in one. The kernels check that each target is a class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.registry import register
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+NONE, MEAN = 0, 1
+
+
+def rows(t: Tensor, trailing: int) -> Tensor:
+    """Everything before the last `trailing` dimensions as one: `[B, n, *rest] -> [B*n, *rest]` or `[B, *rest]` as it is."""
+    return t.flatten(0, t.dim() - trailing - 1)
+
+
+def target_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
+    """The weight of each target, `[B, *target]`: 0 where it is ignored."""
+    keep = target != ignored
+    if weight is None:
+        return keep.to(x.dtype)
+    at = target.masked_fill(~keep, 0).flatten(1)
+    wide = weight.expand(at.shape[0], -1) if weight.dim() == 1 else weight
+    return wide.gather(1, at).view(target.shape).masked_fill(~keep, 0.0)
+
+
+class Loss:
+    """One of the two kernels: rows of classes, or images of them."""
+
+    def __init__(self, space: int):
+        self.space = space
+        self.forward = aten.nll_loss2d_forward if space else aten.nll_loss_forward
+        self.backward = aten.nll_loss2d_backward if space else aten.nll_loss_backward
+
+    def elements(self, x: Tensor, target: Tensor, ignored: int) -> Tensor:
+        """The loss of each target without weights: `[B, *n, classes, *space], [B, *n, *space] -> [B, *n, *space]`."""
+        got = self.forward(rows(x, 1 + self.space), rows(target, self.space), None, NONE, ignored)[0]
+        return got.view(target.shape)
+
+    def gradient(self, grad: Tensor, x: Tensor, target: Tensor, ignored: int) -> Tensor:
+        """The gradient by `x` of `elements`."""
+        flat, like = rows(x, 1 + self.space), grad.new_zeros(())
+        got = self.backward(rows(grad, self.space), flat, rows(target, self.space), None, NONE, ignored, like)
+        return got.view(x.shape)
+
+
+ROWS, IMAGES = Loss(0), Loss(2)
+
+
+def _forward(loss: Loss) -> Any:
+    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+        x, target, weight, reduction, ignored = args
+
+        def nll(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+            each, factors = loss.elements(x, target, ignored), target_weights(x, target, weight, ignored)
+            if weight is not None:
+                each = each * factors
+            if reduction == NONE:
+                return each, x.new_zeros(x.shape[0])
+            size = x.shape[0]
+            total = factors.reshape(size, -1).sum(1)
+            out = each.reshape(size, -1).sum(1)
+            return (out / total if reduction == MEAN else out), total
+
+        return b.calls_several(nll, 2, b.batch(x), b.batch(target), weight)
+
+    return rule
+
+
+def _backward(loss: Loss) -> Any:
+    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+        grad, x, target, weight, reduction, ignored, total = args
+
+        def nll(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor) -> Tensor:
+            if reduction == MEAN:
+                grad = grad / total
+            if reduction != NONE:
+                grad = grad.view(-1, *(1,) * (target.dim() - 1)).expand(target.shape)
+            if weight is not None:
+                grad = grad * target_weights(x, target, weight, ignored)
+            return loss.gradient(grad.contiguous(), x, target, ignored)
+
+        tensors = b.batch(grad), b.batch(x), b.batch(target), weight, b.batch(total)
+        return b.call(nll, *tensors, shape=x.shape, dtype=x.dtype)
+
+    return rule
+
+
+register("nll", aten.nll_loss_forward.default)(_forward(ROWS))
+register("nll", aten.nll_loss_backward.default)(_backward(ROWS))
+register("nll", aten.nll_loss2d_forward.default)(_forward(IMAGES))
+register("nll", aten.nll_loss2d_backward.default)(_backward(IMAGES))
+
+
+# -- margins ---------------------------------------------------------------------------------------------------------------
+
+
+def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) -> Tensor:
+    if reduction == NONE:
+        return each.view(size, *shape)
+    each = each.view(size, -1)
+    return each.mean(1) if reduction == MEAN else each.sum(1)
+
+
+def _spread(grad: Tensor, reduction: int, size: int, count: int) -> Tensor:
+    """The cotangent of each row, `[B*n]`, from that of the reduced loss."""
+    if reduction == NONE:
+        return grad.reshape(-1)
+    grad = grad / count if reduction == MEAN else grad
+    return grad.view(size, 1).expand(size, count).reshape(-1)
+
+
+def _rows_of(x: V) -> int:
+    return x.shape[0] if x.ndim == 2 else 1
+
+
+@register("nll", aten.multi_margin_loss.default)
+def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Rows of all samples, reduced by sample."""
+    x, target, p, margin, weight, reduction = (*args, *(1, 1.0, None, MEAN)[len(args) - 2 :])
+    if kwargs or x.ndim == 0 or (weight is not None and weight.mapped):
+        return NotImplemented
+    shape = eq.outs[0].spec.shape
+
+    def forward(x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        each = aten.multi_margin_loss(rows(x, 1), target.flatten(), p, margin, weight, NONE)
+        return _reduced(each, reduction, x.shape[0], shape)
+
+    return b.call(forward, b.batch(x), b.batch(target), weight, shape=shape, dtype=x.dtype)
+
+
+@register("nll", aten.multi_margin_loss_backward.default)
+def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Rows of all samples, each with its share of its sample's cotangent."""
+    grad, x, target, p, margin, weight, reduction = (*args, *(None, MEAN)[len(args) - 5 :])
+    if kwargs or x.ndim == 0 or (weight is not None and weight.mapped):
+        return NotImplemented
+    count = _rows_of(x)
+
+    def backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        spread = _spread(grad, reduction, x.shape[0], count)
+        return aten.multi_margin_loss_backward(spread, rows(x, 1), target.flatten(), p, margin, weight, NONE).view(x.shape)
+
+    return b.call(backward, b.batch(grad), b.batch(x), b.batch(target), weight, shape=x.shape, dtype=x.dtype)
+
+
+@register("nll", aten.multilabel_margin_loss_forward.default)
+def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Rows of all samples, reduced by sample."""
+    x, target, reduction = args
+    if x.ndim == 0:
+        return NotImplemented
+    shape = eq.outs[0].spec.shape
+
+    def forward(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        each, marked = aten.multilabel_margin_loss_forward(rows(x, 1), rows(target, 1), NONE)
+        return _reduced(each, reduction, x.shape[0], shape), marked.view(target.shape)
+
+    return b.calls_several(forward, 2, b.batch(x), b.batch(target))
+
+
+@register("nll", aten.multilabel_margin_loss_backward.default)
+def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Rows of all samples, each with its share of its sample's cotangent."""
+    grad, x, target, reduction, marked = args
+    if x.ndim == 0:
+        return NotImplemented
+    count = _rows_of(x)
+
+    def backward(grad: Tensor, x: Tensor, target: Tensor, marked: Tensor) -> Tensor:
+        spread = _spread(grad, reduction, x.shape[0], count)
+        flat = (rows(t, 1) for t in (x, target, marked))
+        x_rows, target_rows, marked_rows = flat
+        return aten.multilabel_margin_loss_backward(spread, x_rows, target_rows, NONE, marked_rows).view(x.shape)
+
+    return b.call(backward, *(b.batch(v) for v in (grad, x, target, marked)), shape=x.shape, dtype=x.dtype)
