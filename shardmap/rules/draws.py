@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,47 +21,54 @@ _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
 """Bits of a uniform draw in the small floating point types: more would round up to 1."""
 
 
-def uniform(size: int, start: int, seed: int, number: int, count: int, single: bool = False) -> np.ndarray:
-    """Uniform numbers in [0, 1), `[size, count]`.
+class Stream(NamedTuple):
+    """The numbers of one recorded call, for a run of samples."""
 
-    Args:
-        size: How many samples.
-        start: Index of the first.
-        seed: Seed of the mapped call.
-        number: Number of the recorded call.
-        count: Numbers for each sample.
-        single: In single precision, twice as fast: two numbers from one word.
-    """
-    per_block = _WORDS_PER_BLOCK * (2 if single else 1)
-    blocks = -(-count // per_block)
-    stream = np.random.Generator(np.random.Philox(key=(number << 64) | seed, counter=start * blocks))
-    drawn = stream.random((size, blocks * per_block), dtype=np.float32 if single else np.float64)
-    return drawn[:, :count]
+    size: int
+    """How many samples."""
+    start: int
+    """Index of the first."""
+    seed: int
+    """Seed of the mapped call."""
+    number: int
+    """Number of the recorded call."""
 
+    def uniform(self, count: int, single: bool = False) -> np.ndarray:
+        """Uniform numbers in [0, 1), `[size, count]`; in single precision twice as fast, as a word makes two."""
+        per_block = _WORDS_PER_BLOCK * (2 if single else 1)
+        blocks = -(-count // per_block)
+        stream = np.random.Generator(np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks))
+        drawn = stream.random((self.size, blocks * per_block), dtype=np.float32 if single else np.float64)
+        return np.ascontiguousarray(drawn[:, :count])
 
-def normal(size: int, start: int, seed: int, number: int, count: int) -> np.ndarray:
-    """Standard normal numbers, `[size, count]`, by Box and Muller: a fixed number of words each, which rejection has not."""
-    half = -(-count // 2)
-    first, second = np.split(np.ascontiguousarray(uniform(size, start, seed, number, 2 * half)), 2, axis=1)
-    radius = np.sqrt(-2.0 * np.log1p(-np.ascontiguousarray(first)))
-    angle = (2.0 * math.pi) * np.ascontiguousarray(second)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
+    def normal(self, count: int) -> np.ndarray:
+        """Standard normal numbers, `[size, count]`, by Box and Muller: a fixed number of words each, which rejection has not."""
+        half = -(-count // 2)
+        uniform = self.uniform(2 * half)
+        radius = np.sqrt(-2.0 * np.log1p(-np.ascontiguousarray(uniform[:, :half])))
+        angle = (2.0 * math.pi) * np.ascontiguousarray(uniform[:, half:])
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
 
 
 Draw = Callable[..., torch.Tensor]
-"""`draw(size, start, seed, number, shape, dtype, device, *parameters)`: a tensor `[size, *shape]`."""
+"""`draw(stream, shape, dtype, device, *parameters)`: a tensor `[size, *shape]`."""
+
+
+def draw(function: Draw, size: int, start: int, seed: int, number: int, *rest: Any) -> torch.Tensor:
+    """What a rule emits: `function` on the stream of these samples."""
+    return function(Stream(size, start, seed, number), *rest)
 
 
 def _tensor(values: np.ndarray, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).reshape(len(values), *shape).to(device)
 
 
-def draw_uniform(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, low: float, high: float):
+def uniform(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: float, high: float) -> torch.Tensor:
     """Uniform in [low, high)."""
     if dtype.is_complex:
-        parts = draw_uniform(size, start, seed, number, [*shape, 2], dtype.to_real(), device, low, high)
+        parts = uniform(stream, [*shape, 2], dtype.to_real(), device, low, high)
         return torch.view_as_complex(parts)
-    values = uniform(size, start, seed, number, math.prod(shape), single=dtype != torch.float64)
+    values = stream.uniform(math.prod(shape), single=dtype != torch.float64)
     if dtype in _COARSE_BITS:
         steps = np.float32(2 ** _COARSE_BITS[dtype])
         values = np.floor(values * steps) / steps
@@ -69,52 +77,52 @@ def draw_uniform(size: int, start: int, seed: int, number: int, shape: list[int]
     return _tensor(values, shape, dtype, device)
 
 
-def draw_normal(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float):
+def normal(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float) -> torch.Tensor:
     """Normal; a complex number has half of the variance in each part."""
     if dtype.is_complex:
-        parts = draw_normal(size, start, seed, number, [*shape, 2], dtype.to_real(), device, 0.0, std * math.sqrt(0.5))
+        parts = normal(stream, [*shape, 2], dtype.to_real(), device, 0.0, std * math.sqrt(0.5))
         return torch.view_as_complex(parts) + mean
-    return _tensor(normal(size, start, seed, number, math.prod(shape)) * std + mean, shape, dtype, device)
+    return _tensor(stream.normal(math.prod(shape)) * std + mean, shape, dtype, device)
 
 
-def draw_log_normal(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float):
+def log_normal(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float) -> torch.Tensor:
     """The exponential of a normal number."""
-    return _tensor(np.exp(normal(size, start, seed, number, math.prod(shape)) * std + mean), shape, dtype, device)
+    return _tensor(np.exp(stream.normal(math.prod(shape)) * std + mean), shape, dtype, device)
 
 
-def draw_bernoulli(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, p: float):
+def bernoulli(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float) -> torch.Tensor:
     """One with probability `p`, else zero."""
     single = 1e-3 <= p <= 1.0 - 1e-3  # near 0 and 1 the 24 bits of single precision would change the probability
-    return _tensor(uniform(size, start, seed, number, math.prod(shape), single) < p, shape, dtype, device)
+    return _tensor(stream.uniform(math.prod(shape), single) < p, shape, dtype, device)
 
 
-def draw_integers(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, low: int, high: int):
+def integers(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: int, high: int) -> torch.Tensor:
     """Integers in [low, high), for a range below 2**48: a 53-bit number favours none of them by more than 2**-5 of a chance."""
-    values = np.floor(uniform(size, start, seed, number, math.prod(shape)) * (high - low)).astype(np.int64) + low
+    values = np.floor(stream.uniform(math.prod(shape)) * (high - low)).astype(np.int64) + low
     return _tensor(values, shape, dtype, device)
 
 
-def draw_permutation(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device):
+def permutation(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A permutation of 0 to n - 1: the order of n uniform numbers."""
-    values = np.argsort(uniform(size, start, seed, number, math.prod(shape)), axis=1, kind="stable")
+    values = np.argsort(stream.uniform(math.prod(shape)), axis=1, kind="stable")
     return _tensor(values, shape, dtype, device)
 
 
-def draw_exponential(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, rate: float):
+def exponential(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, rate: float) -> torch.Tensor:
     """Exponential, and never zero: its logarithm is what a Gumbel draw takes."""
-    values = -np.log1p(-np.ascontiguousarray(uniform(size, start, seed, number, math.prod(shape)))) / rate
+    values = -np.log1p(-stream.uniform(math.prod(shape))) / rate
     return _tensor(np.maximum(values, torch.finfo(dtype).tiny), shape, dtype, device)
 
 
-def draw_cauchy(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, median: float, sigma: float):
+def cauchy(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, median: float, sigma: float) -> torch.Tensor:
     """Cauchy, by the inverse of its distribution."""
-    values = np.tan(math.pi * (np.ascontiguousarray(uniform(size, start, seed, number, math.prod(shape))) - 0.5))
+    values = np.tan(math.pi * (stream.uniform(math.prod(shape)) - 0.5))
     return _tensor(median + sigma * values, shape, dtype, device)
 
 
-def draw_geometric(size: int, start: int, seed: int, number: int, shape: list[int], dtype: torch.dtype, device: torch.device, p: float):
+def geometric(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float) -> torch.Tensor:
     """Trials up to the first success: 1, 2, ..."""
-    values = np.log1p(-np.ascontiguousarray(uniform(size, start, seed, number, math.prod(shape)))) / math.log1p(-p)
+    values = np.log1p(-stream.uniform(math.prod(shape))) / math.log1p(-p)
     return _tensor(np.floor(values) + 1, shape, dtype, device)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from shardmap.program import SAMPLE_DEVICE, Equation
-from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.losses import arguments
+from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import overloads, register
 
 _VALUES = {"empty_like": None, "zeros_like": 0, "ones_like": 1, "new_empty": None, "new_empty_strided": None, "new_zeros": 0, "new_ones": 1}

@@ -38,7 +38,15 @@ _ELSEWHERE = set(
 def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The recorded call on batches, operands aligned and promoted as the sample's were."""
     tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
-    return _emit(b, eq, args, kwargs, tensors, promoted(b, tensors, next(eq.results()).spec.dtype) if len(tensors) > 1 else {})
+    if len(tensors) == 1:
+        return _emit(b, eq, args, kwargs, tensors, {})
+    casts = promoted(b, tensors, next(eq.results()).spec.dtype)
+    if args[0] in casts and _in_place(eq.op):
+        # The written tensor cannot be cast. It has no dimensions, so no operand has; given one each, all promote as equals again.
+        args = tuple([b.view(a, (1,)) if type(a) is V and not a.mapped else a for a in args])
+        b.call(eq.op, *args, named=kwargs)
+        return None
+    return _emit(b, eq, args, kwargs, tensors, casts)
 
 
 def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:

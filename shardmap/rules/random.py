@@ -16,7 +16,7 @@ from shardmap.program import SAMPLE_DEVICE, Equation, Spec, variables
 from shardmap.rules import draws
 from shardmap.rules.fallback import _fill, _split
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, SEED, START, Lowering, V
+from shardmap.rules.lowering import SEED, START, B, Lowering, V
 from shardmap.rules.promote import aligned
 from shardmap.rules.registry import overloads, register
 
@@ -28,24 +28,24 @@ def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *par
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
     rest = (b.equation, list(spec.shape), dtype, device, *parameters)
     if b.randomness == "different":
-        return b.call(function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True)
-    one = b.call(function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False)
+        return b.call(draws.draw, function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True)
+    one = b.call(draws.draw, function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False)
     return b.call(aten.select.int, one, 0, 0, shape=spec.shape, dtype=dtype)
 
 
 def _uniform(a: dict[str, Any]) -> tuple[Any, ...] | None:
-    return (draws.draw_uniform, float(a.get("from", 0.0)), float(a.get("to", 1.0)))
+    return (draws.uniform, float(a.get("from", 0.0)), float(a.get("to", 1.0)))
 
 
 def _normal(a: dict[str, Any]) -> tuple[Any, ...] | None:
-    return (draws.draw_normal, float(a.get("mean", 0.0)), float(a.get("std", 1.0)))
+    return (draws.normal, float(a.get("mean", 0.0)), float(a.get("std", 1.0)))
 
 
 def _integers(a: dict[str, Any]) -> tuple[Any, ...] | None:
     low, high = a.get("low", a.get("from", 0)), a.get("high", a.get("to"))
     if type(low) is not int or type(high) is not int or high - low >= 2**48:
         return None
-    return (draws.draw_integers, low, high)
+    return (draws.integers, low, high)
 
 
 _DRAWS: dict[str, Any] = {
@@ -64,14 +64,14 @@ _DRAWS: dict[str, Any] = {
     "randint_like.low_dtype": _integers,
     "random_.to": _integers,
     "random_.from": _integers,
-    "randperm": lambda a: (draws.draw_permutation,),
-    "bernoulli_.float": lambda a: (draws.draw_bernoulli, float(a["p"])),
-    "bernoulli.p": lambda a: (draws.draw_bernoulli, float(a["p"])),
-    "exponential_": lambda a: (draws.draw_exponential, float(a["lambd"])),
-    "exponential": lambda a: (draws.draw_exponential, float(a["lambd"])),
-    "log_normal_": lambda a: (draws.draw_log_normal, float(a["mean"]), float(a["std"])),
-    "cauchy_": lambda a: (draws.draw_cauchy, float(a["median"]), float(a["sigma"])),
-    "geometric_": lambda a: (draws.draw_geometric, float(a["p"])),
+    "randperm": lambda a: (draws.permutation,),
+    "bernoulli_.float": lambda a: (draws.bernoulli, float(a["p"])),
+    "bernoulli.p": lambda a: (draws.bernoulli, float(a["p"])),
+    "exponential_": lambda a: (draws.exponential, float(a["lambd"])),
+    "exponential": lambda a: (draws.exponential, float(a["lambd"])),
+    "log_normal_": lambda a: (draws.log_normal, float(a["mean"]), float(a["std"])),
+    "cauchy_": lambda a: (draws.cauchy, float(a["median"]), float(a["sigma"])),
+    "geometric_": lambda a: (draws.geometric, float(a["p"])),
 }
 """For each operator with fixed parameters: the draw and its parameters, or None where the loop must serve."""
 
@@ -99,7 +99,7 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         return NotImplemented  # its gradient is zero, not missing
     spec = next(eq.results()).spec
     p = args[-1]
-    uniform = draw(b, draws.draw_uniform, spec, torch.float64, 0.0, 1.0)
+    uniform = draw(b, draws.uniform, spec, torch.float64, 0.0, 1.0)
     below = b.call(aten.lt.Tensor, uniform, aligned(b, b.cast(p, torch.float64), len(spec.shape)), shape=spec.shape, dtype=torch.bool)
     out = b.cast(below, spec.dtype)
     if not eq.op._schema.is_mutable:
@@ -117,7 +117,7 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
     spec = eq.outs[0].spec
     if spec.dtype.is_complex:
         return NotImplemented
-    out = draw(b, draws.draw_normal, spec, spec.dtype, 0.0, 1.0)
+    out = draw(b, draws.normal, spec, spec.dtype, 0.0, 1.0)
     for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
         if type(parameter) is V:
             out = b.call(op.Tensor, out, aligned(b, b.cast(parameter, spec.dtype), len(spec.shape)), shape=spec.shape, dtype=spec.dtype)
@@ -133,7 +133,7 @@ def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     spec = eq.outs[1].spec
     if train is False or p == 0:
         return b.call(aten.clone.default, x), b.call(torch.ones_like, x, named={"dtype": torch.bool})
-    mask = draw(b, draws.draw_bernoulli, spec, spec.dtype, 1.0 - p)
+    mask = draw(b, draws.bernoulli, spec, spec.dtype, 1.0 - p)
     kept = b.call(aten.mul.Tensor, x, mask, shape=x.shape, dtype=x.dtype)
     return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
 

@@ -107,9 +107,9 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
     form = _form(eq, _MANY)
-    ds = named.get("dim")
-    takes_one = type(ds) is int and form is eq.op
-    ds = [ds] if type(ds) is int else ds
+    d = named.get("dim")
+    takes_one = type(d) is int and form is eq.op
+    ds: Any = [d] if type(d) is int else d
     if not x.ndim:
         return _send(b, form, named | {"self": b.view(x, (1,)), "dim": 1 if takes_one else [1], "keepdim": False})
     if ds is not None and not ds and eq.outs[0].spec.shape == x.shape:

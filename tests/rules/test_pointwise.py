@@ -78,7 +78,7 @@ def compare(op: Any, args: list[Any], named: dict[str, Any], tensors: list[int],
     rows = [batches[i] for i in chosen]
     engine._cache.clear()
     got = shardmap.vmap(one)(*rows)
-    for low in engine._cache.values():
+    for _, low in engine._cache.values():
         assert not {i: f for i, f in low.fixes.items() if f != "restride"}, low.fixes
     results = [one(*[r[k] for r in rows]) for k in range(size)]
     got, results = (got, results) if isinstance(got, tuple) else ((got,), [(r,) for r in results])
@@ -91,7 +91,9 @@ def _shuffled(t: torch.Tensor, k: int) -> torch.Tensor:
     return numbers(tuple(t.shape), t.dtype)
 
 
-@pytest.mark.parametrize("op", [op for op, entry in registry._rules.items() if entry.rule in (pointwise.pointwise, pointwise.unpromoted)], ids=str)
+@pytest.mark.parametrize(
+    "op", [op for op, entry in registry._rules.items() if entry.rule in (pointwise.pointwise, pointwise.unpromoted)], ids=str
+)
 def test_every_operator(op: Any) -> None:
     """Each choice of mapped operands, equal ranks."""
     args, named, tensors = arguments(op, [(2, 3)])
@@ -102,11 +104,11 @@ def test_every_operator(op: Any) -> None:
             compare(op, args, named, tensors, chosen, 2)
 
 
-BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "atan2", "maximum", "lt.Tensor", "eq.Tensor", "pow.Tensor_Tensor", "logical_and"]
+BINARY = "add.Tensor sub.Tensor mul.Tensor div.Tensor atan2 maximum lt.Tensor eq.Tensor pow.Tensor_Tensor logical_and where.self"
 DTYPES = [torch.bool, torch.int8, torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64]
 
 
-@pytest.mark.parametrize("name", [*BINARY, "where.self"])
+@pytest.mark.parametrize("name", BINARY.split())
 def test_promotion(name: str) -> None:
     """Operands without dimensions take part in promotion as the sample's did: all dtypes, all choices of mapped operands."""
     (op,) = registry.overloads(name)
@@ -125,6 +127,27 @@ def test_promotion(name: str) -> None:
             want = torch.stack([full(*[r[k] if i in mapped else r for i, r in enumerate(rows)]) for k in range(2)])
             got = shardmap.vmap(full, dims)(*rows)
             torch.testing.assert_close(got, want, equal_nan=True, msg=lambda m: f"{left} {right} {shapes} {mapped}: {m}")  # noqa: B023 - used at once
+
+
+@pytest.mark.parametrize(("left", "right"), [(torch.float32, torch.float64), (torch.int8, torch.int64), (torch.bool, torch.bool)])
+@pytest.mark.parametrize("name", ["add_", "mul_", "clamp_min_", "eq_", "logical_or_"])
+def test_promotion_in_place(name: str, left: torch.dtype, right: torch.dtype) -> None:
+    """A tensor without dimensions is written to, in the dtype that both promote to, whichever of them differ by sample."""
+    x, y = torch.tensor([1.3, 7.9, -3.0]).to(left), torch.tensor([300.7, 1.1, 2.0], dtype=torch.float64).to(right)
+    for mapped in ((0,), (1,), (0, 1)):
+        args = [t if i in mapped else t[0] for i, t in enumerate((x, y))]
+
+        def write(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            out = a.clone()
+            getattr(out, name)(b)
+            return out
+
+        try:
+            want = torch.stack([write(*[a[k] if i in mapped else a for i, a in enumerate(args)]) for k in range(3)])
+        except (RuntimeError, NotImplementedError):
+            continue
+        got = shardmap.vmap(write, tuple(0 if i in mapped else None for i in range(2)))(*args)
+        assert torch.equal(got, want), (mapped, got, want)
 
 
 def test_integers_are_divided_in_the_real_dtype() -> None:
@@ -164,7 +187,7 @@ CASES = {
         real(3),
     ),
 }
-ACTIVATIONS = "relu relu6 silu mish gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softshrink hardshrink tanhshrink softsign"
+ACTIVATIONS = "relu relu6 silu mish gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softshrink hardshrink softsign"
 
 
 def _write_a_row(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -192,7 +215,9 @@ def test_cases(name: str) -> None:
 def test_activations(name: str) -> None:
     """Forward, and the backward that is recorded inside the function, with the cotangent mapped or not."""
     function = getattr(torch.nn.functional, name)
-    check(lambda x, g: torch.autograd.grad(function(x.requires_grad_() if x.is_leaf else x), x, g)[0], real(2, 3), real(2, 3), gradient=False)
+    check(
+        lambda x, g: torch.autograd.grad(function(x.requires_grad_() if x.is_leaf else x), x, g)[0], real(2, 3), real(2, 3), gradient=False
+    )
     check(function, real(2, 3), gradient=True)
 
 
@@ -215,6 +240,6 @@ def test_one_call_for_one_call() -> None:
     engine._cache.clear()
     w = torch.randn(3, 4)
     shardmap.vmap(lambda x, y: (x * y + w).tanh())(torch.randn(5, 3, 4), torch.randn(5, 3, 4))
-    (low,) = engine._cache.values()
+    ((_, low),) = engine._cache.values()
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert len(low.batched.chunk) == 4, names  # the three calls, and the output made contiguous

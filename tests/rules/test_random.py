@@ -83,13 +83,14 @@ def test_independent_of_the_way_it_is_computed(name: str, randomness: str) -> No
         one = func(x[0])
     assert whole.shape == (7, *one.shape)
     assert whole.dtype == one.dtype
-    for options in ({"chunk_size": 2}, {"chunk_size": 1}, {"devices": ["cpu", "cpu"]}, {"devices": ["cpu", "cpu"], "chunk_size": 3}):
+    ways: list[dict[str, Any]] = [{"chunk_size": 2}, {"chunk_size": 1}, {"devices": ["cpu"] * 2}, {"devices": ["cpu"] * 2, "chunk_size": 3}]
+    for options in ways:
         assert torch.equal(run(x, **options), whole), options
     assert torch.equal(run(x[:4]), whole[:4])
     assert torch.equal(run(x), whole)
     if whole.numel():
         assert any(not torch.equal(run(x, seed=s), whole) for s in (4, 5, 6))
-    for low in engine._cache.values():
+    for _, low in engine._cache.values():
         assert not {i: f for i, f in low.fixes.items() if f != "restride"}, low.fixes
 
 
@@ -160,11 +161,11 @@ def _phi(x: np.ndarray) -> np.ndarray:
 
 
 CONTINUOUS: dict[str, tuple[Any, tuple[float, ...], Callable[[np.ndarray], np.ndarray]]] = {
-    "uniform": (draws.draw_uniform, (-1.0, 3.0), lambda x: (x + 1) / 4),
-    "normal": (draws.draw_normal, (1.0, 2.0), lambda x: _phi((x - 1) / 2)),
-    "log_normal": (draws.draw_log_normal, (0.5, 0.7), lambda x: _phi((np.log(x) - 0.5) / 0.7)),
-    "exponential": (draws.draw_exponential, (2.0,), lambda x: 1 - np.exp(-2 * x)),
-    "cauchy": (draws.draw_cauchy, (1.0, 2.0), lambda x: np.arctan((x - 1) / 2) / np.pi + 0.5),
+    "uniform": (draws.uniform, (-1.0, 3.0), lambda x: (x + 1) / 4),
+    "normal": (draws.normal, (1.0, 2.0), lambda x: _phi((x - 1) / 2)),
+    "log_normal": (draws.log_normal, (0.5, 0.7), lambda x: _phi((np.log(x) - 0.5) / 0.7)),
+    "exponential": (draws.exponential, (2.0,), lambda x: 1 - np.exp(-2 * x)),
+    "cauchy": (draws.cauchy, (1.0, 2.0), lambda x: np.arctan((x - 1) / 2) / np.pi + 0.5),
 }
 
 
@@ -173,16 +174,16 @@ CONTINUOUS: dict[str, tuple[Any, tuple[float, ...], Callable[[np.ndarray], np.nd
 def test_continuous(name: str, dtype: torch.dtype) -> None:
     """Against the distribution function, over samples and within a sample."""
     draw, parameters, cdf = CONTINUOUS[name]
-    assert _distance(draw(COUNT // 5, 0, 11, 2, [5], dtype, DEVICE, *parameters), cdf) < 2.2
-    assert _distance(draw(1, 4, 11, 2, [COUNT], dtype, DEVICE, *parameters), cdf) < 2.2
+    assert _distance(draw(draws.Stream(COUNT // 5, 0, 11, 2), [5], dtype, DEVICE, *parameters), cdf) < 2.2
+    assert _distance(draw(draws.Stream(1, 4, 11, 2), [COUNT], dtype, DEVICE, *parameters), cdf) < 2.2
 
 
 def test_normal_numbers_are_independent() -> None:
     """The two halves of Box and Muller, neighbours, and real and imaginary parts have no correlation."""
-    z = draws.draw_normal(COUNT, 0, 5, 1, [4], torch.float64, DEVICE, 0.0, 1.0)
+    z = draws.normal(draws.Stream(COUNT, 0, 5, 1), [4], torch.float64, DEVICE, 0.0, 1.0)
     correlation = torch.corrcoef(z.T) - torch.eye(4, dtype=torch.float64)
     assert correlation.abs().max() < 5 / math.sqrt(COUNT)
-    c = draws.draw_normal(COUNT, 0, 5, 1, [1], torch.complex128, DEVICE, 0.0, 1.0)
+    c = draws.normal(draws.Stream(COUNT, 0, 5, 1), [1], torch.complex128, DEVICE, 0.0, 1.0)
     assert abs(float(c.real.var()) - 0.5) < 0.02
     assert abs(float(c.imag.var()) - 0.5) < 0.02
 
@@ -194,12 +195,12 @@ def test_discrete() -> None:
         return abs(float(frequency) - p) < 5 * math.sqrt(p * (1 - p) / COUNT)
 
     for p in (0.0001, 0.25, 0.9999):
-        assert near(draws.draw_bernoulli(COUNT, 0, 1, 1, [1], torch.float64, DEVICE, p).mean(), p)
-    integers = draws.draw_integers(COUNT, 0, 2, 1, [1], torch.int64, DEVICE, -2, 3)
+        assert near(draws.bernoulli(draws.Stream(COUNT, 0, 1, 1), [1], torch.float64, DEVICE, p).mean(), p)
+    integers = draws.integers(draws.Stream(COUNT, 0, 2, 1), [1], torch.int64, DEVICE, -2, 3)
     assert all(near((integers == k).double().mean(), 0.2) for k in range(-2, 3))
-    trials = draws.draw_geometric(COUNT, 0, 3, 1, [1], torch.float64, DEVICE, 0.3)
+    trials = draws.geometric(draws.Stream(COUNT, 0, 3, 1), [1], torch.float64, DEVICE, 0.3)
     assert all(near((trials == k).double().mean(), 0.3 * 0.7 ** (k - 1)) for k in (1, 2, 3))
-    first = draws.draw_permutation(COUNT, 0, 4, 1, [5], torch.int64, DEVICE)
+    first = draws.permutation(draws.Stream(COUNT, 0, 4, 1), [5], torch.int64, DEVICE)
     assert torch.equal(first.sort(1).values, torch.arange(5).expand(COUNT, 5))
     assert all(near((first[:, i] == k).double().mean(), 0.2) for i in range(5) for k in range(5))
 
@@ -207,6 +208,6 @@ def test_discrete() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_uniform_numbers_stay_below_one(dtype: torch.dtype) -> None:
     """Rounding to a small type must not reach the open end."""
-    values = draws.draw_uniform(COUNT, 0, 1, 1, [8], dtype, DEVICE, 0.0, 1.0)
+    values = draws.uniform(draws.Stream(COUNT, 0, 1, 1), [8], dtype, DEVICE, 0.0, 1.0)
     assert values.min() >= 0
     assert values.max() < 1
