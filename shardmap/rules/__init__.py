@@ -15,6 +15,7 @@ from shardmap.rules import (
     pool,
     random,
     reduce,
+    search,
     view,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "pool",
     "random",
     "reduce",
+    "search",
     "view",
 ]

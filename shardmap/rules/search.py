@@ -1,0 +1,151 @@
+"""Reads and writes by position in the flattened tensor, searches in sorted ones, and distances between rows.
+
+Why rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and `searchsorted` with mapped boundaries, and for the
+backward of distances.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from shardmap.rules.index import look_up_wrapped
+from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.registry import register
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+def numbers_of_samples(t: Tensor) -> Tensor:
+    """`[B, ...] -> [B, 1]`."""
+    return torch.arange(t.shape[0], device=t.device).unsqueeze(1)
+
+
+@register("search", aten.take.default)
+def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The elements of each sample in their order, whatever its strides."""
+    x, index = args
+    shape = eq.outs[0].spec.shape
+    if not x.mapped:
+        return b.call(aten.take.default, x, index, shape=shape, dtype=x.dtype)
+    if index.mapped:
+
+        def read(x: Tensor, index: Tensor) -> Tensor:
+            return look_up_wrapped(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), index)
+
+    else:
+
+        def read(x: Tensor, index: Tensor) -> Tensor:
+            return aten.index.Tensor(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), [None, index])
+
+    return b.call(read, x, index, shape=shape, dtype=x.dtype)
+
+
+@register("search", aten.put.default)
+def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The write of each sample, on a copy."""
+    x, index, source, accumulate = (*args, *kwargs.values(), False)[:4]
+
+    def write(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+        size = x.shape[0]
+        flat, at, values = x.reshape(size, math.prod(x.shape[1:])), index.reshape(size, -1), source.reshape(size, -1)
+        return aten.index_put(flat, [numbers_of_samples(x), at], values, accumulate).view(x.shape)
+
+    return b.call(write, b.batch(x), b.batch(index), b.batch(source), shape=x.shape, dtype=x.dtype)
+
+
+@register("search", aten.put_.default)
+def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """In place, through a flat view: a sample that cannot be viewed flat is written by another tier."""
+    x, index, source, accumulate = (*args, *kwargs.values(), False)[:4]
+    spec = eq.args[0].spec
+    if spec.stride != torch.empty(spec.shape, device="meta").stride():
+        return NotImplemented
+
+    def write_(x: Tensor, index: Tensor, source: Tensor) -> None:
+        size = x.shape[0]
+        flat = x.view(size, math.prod(x.shape[1:]))
+        aten.index_put_(flat, [numbers_of_samples(x), index.reshape(size, -1)], source.reshape(size, -1), accumulate)
+
+    b.effect(write_, x, b.batch(index), b.batch(source))
+
+
+@register("search", aten.masked_scatter.default)
+def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The rank of each true element in its sample's mask says which element of the source it takes."""
+    x, mask, source = args
+    shape = eq.outs[0].spec.shape
+    if source.numel == 0 or math.prod(shape) == 0 or mask.dtype != torch.bool:
+        return NotImplemented
+    ndim = len(shape)
+
+    def write(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+        x, mask = (t.view(t.shape[0], *(1,) * (ndim - t.dim() + 1), *t.shape[1:]).expand(-1, *shape).flatten(1) for t in (x, mask))
+        rank = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+        return torch.where(mask, source.reshape(source.shape[0], -1).gather(1, rank), x).view(-1, *shape)
+
+    return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
+
+
+# -- sorted sequences ------------------------------------------------------------------------------------------------------
+
+
+@register("search", aten.searchsorted.Tensor)
+def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """One shared sequence takes any values; a sequence for each sample has its values in rows."""
+    boundaries, values = args[:2]
+    if values.dtype != boundaries.dtype:
+        return NotImplemented
+    shape, sorter = eq.outs[0].spec.shape, kwargs.get("sorter")
+    options = {k: v for k, v in kwargs.items() if k != "sorter"}
+    flat = boundaries.ndim == 1
+    dtype = eq.outs[0].spec.dtype
+    if flat and not boundaries.mapped and (sorter is None or not sorter.mapped):
+        return b.call(aten.searchsorted.Tensor, boundaries, values, *args[2:], **kwargs, shape=shape, dtype=dtype)
+
+    def search(boundaries: Tensor, values: Tensor, sorter: Tensor | None) -> Tensor:
+        rows = values.reshape(values.shape[0], -1) if flat else values
+        order = None if sorter is None else sorter.contiguous()
+        found = aten.searchsorted.Tensor(boundaries.contiguous(), rows.contiguous(), *args[2:], **options, sorter=order)
+        return found.view(values.shape)
+
+    tensors = [b.batch(boundaries), b.batch(values), None if sorter is None else b.batch(sorter)]
+    return b.call(search, *tensors, shape=shape, dtype=dtype)
+
+
+@register("search", aten.bucketize.Tensor)
+def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """A search with the arguments the other way round."""
+    values, boundaries = args[:2]
+    shape, dtype = eq.outs[0].spec.shape, eq.outs[0].spec.dtype
+    if not boundaries.mapped:
+        return b.call(aten.bucketize.Tensor, values, boundaries, *args[2:], **kwargs, shape=shape, dtype=dtype)
+    if values.dtype != boundaries.dtype:
+        return NotImplemented
+
+    def search(values: Tensor, boundaries: Tensor) -> Tensor:
+        rows = values.reshape(values.shape[0], -1).contiguous()
+        return aten.searchsorted.Tensor(boundaries.contiguous(), rows, *args[2:], **kwargs).view(values.shape)
+
+    return b.call(search, b.batch(values), boundaries, shape=shape, dtype=dtype)
+
+
+# -- distances -------------------------------------------------------------------------------------------------------------
+
+
+@register("search", aten._cdist_forward.default, aten._cdist_backward.default)
+def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """The kernels take any number of leading dimensions: the map is one more of them."""
+    spec = eq.outs[0].spec
+    ndim = max(a.ndim for a in args if type(a) is V)
+    given = [b.align(b.batch(a), ndim) if type(a) is V else a for a in args]
+    if eq.op is aten._cdist_backward.default:
+
+        def backward(*values: Any) -> Tensor:
+            return aten._cdist_backward(*(v.contiguous() if isinstance(v, Tensor) else v for v in values))
+
+        return b.call(backward, *given, shape=spec.shape, dtype=spec.dtype)
+    return b.call(eq.op, *given, **kwargs, shape=spec.shape, dtype=spec.dtype)
