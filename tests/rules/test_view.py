@@ -93,7 +93,7 @@ WRITES = {
     "through a transpose": lambda x: _after(x.clone(), lambda y: y.t().t().t()[0].add_(1)),
     "to the base": lambda x: _view_of_written(x.clone()),
     "t_": lambda x: x.clone().t_() * 2,
-    "unsqueeze_, transpose_": lambda x: x.clone().unsqueeze_(0).transpose_(0, 2).squeeze_() * 2,
+    "unsqueeze_, t_, squeeze_": lambda x: x.clone().t_().unsqueeze_(0).squeeze_() * 2,
     "t_ and write": lambda x: _transposed_and_written(x.clone()),
 }
 
