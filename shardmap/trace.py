@@ -91,6 +91,8 @@ class OpInfo:
     """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
     view_in_place: Any
     """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
+    resizes: bool
+    """Gives its argument other memory or another size."""
     hidden_writes: tuple[int, int, int] | None
     """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
     open_scalars: bool
@@ -129,6 +131,7 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         shape_only=op in _SHAPE_ONLY,
         hidden_writes=_TRAINING_WRITES.get(name),
         view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
+        resizes=torch.Tag.inplace_view in op.tags and _functional(op, name) is None,
         open_scalars=op in OPEN_SCALARS,
         uninitialised=op in _UNINITIALISED,
         plain=False,
@@ -140,9 +143,19 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
     return dataclasses.replace(info, plain=plain)
 
 
+_VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
+
+
 def _functional(op: torch._ops.OpOverload, name: str) -> Any:
-    packet = getattr(aten, name.removesuffix("_"), None)
-    return getattr(packet, op._overloadname, None)
+    """The operator that returns the view that `op` makes of its argument in place; None for `resize_` and its kin."""
+    packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
+    kinds = [str(a.type) for a in op._schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, overload)
+        returns = candidate._schema.returns
+        if [str(a.type) for a in candidate._schema.arguments] == kinds and len(returns) == 1 and returns[0].alias_info is not None:
+            return candidate
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +485,10 @@ class Recorder(TorchDispatchMode):
         if served[1] is not None:
             with self:
                 return served[1](*args, **kwargs)
+        if info.resizes:
+            raise errors.EscapeError(
+                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {_user_line()}; make a new tensor instead"
+            )
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
