@@ -69,7 +69,8 @@ def loop(
 ) -> Callable[..., Any]:
     """The specification: `func` on every row, results stacked. Options that only say how to compute are ignored.
 
-    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros and keeps the shapes.
+    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros (the sum of no rows, so that
+    gradients reach the batch) and keeps the shapes.
     """
     del randomness, options
 
@@ -80,7 +81,7 @@ def loop(
         size, row = rows(tuple(flat), dims[0] + dims[1])
         if size == 0:
             picked = [
-                torch.zeros_like(leaf.movedim(d, 0).sum(0), dtype=leaf.dtype) if d is not None and isinstance(leaf, torch.Tensor) else leaf
+                leaf.movedim(d, 0).sum(0).to(leaf.dtype) if d is not None and isinstance(leaf, torch.Tensor) else leaf
                 for leaf, d in zip(flat, dims[0] + dims[1], strict=True)
             ]
             results = [pytree.tree_flatten(_call(func, spec, picked))]
