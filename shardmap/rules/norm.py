@@ -95,11 +95,25 @@ def layer_weights(
     rows = grad.reshape(size, m, width)
     found = []
     if mask[0]:
-        centred = (x.reshape(size, m, width) - mean.reshape(size, m, 1)) * rows
+        centred = x.reshape(size, m, width) - mean.reshape(size, m, 1)
+        # A fresh page costs more than what is computed in it, so one temporary serves for both where autograd does not need the first.
+        plain = torch._C._functorch.maybe_current_level() is None and not (centred.requires_grad or rows.requires_grad)
+        centred = centred.mul_(rows) if plain else centred * rows
         found.append(rows_sum(rstd.reshape(size, m), centred).view(size, *normalized))
     if mask[1]:
         found.append(rows_sum(None, rows).reshape(size, *normalized))
     return tuple(found)
+
+
+def statistics(x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation as functions of `x`, for outer gradients: the kernel's results are constants to autograd.
+
+    The epsilon that the forward added is what its result leaves over.
+    """
+    over = tuple(range(-len(normalized), 0))
+    variance = x.var(over, correction=0, keepdim=True)
+    epsilon = (rstd.pow(-2) - variance).detach()
+    return x.mean(over, keepdim=True), (variance + epsilon).rsqrt()
 
 
 @register("norm", aten.native_layer_norm_backward.default)
@@ -131,8 +145,11 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     wanted = (bool(mask[1]), bool(mask[2]))
     if any(wanted):
         alone = b.device_type == "cpu" and x.numel >= CACHE_ELEMENTS
+        recorded = b.grad
 
         def weights(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+            if recorded:
+                mean, rstd = statistics(x, mean, rstd, normalized)
             if not alone or grad.shape[0] == 0:
                 return layer_weights(grad, x, mean, rstd, normalized, wanted)
             ones = torch.ones((), dtype=x.dtype, device=x.device).expand(normalized)  # only its presence is read
