@@ -48,6 +48,14 @@ def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(torch.Tensor.view, out, [B, *spec.shape], shape=spec.shape)
 
 
+def summed(like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Zeros with `rows` added at `at`; in place unless an outer transform, which refuses that, is active: half the memory traffic."""
+    zeros = like.new_zeros(shape)
+    if torch._C._functorch.maybe_current_level() is None:
+        return zeros.index_add_(d, at, rows)
+    return zeros.index_add(d, at, rows)
+
+
 def scatter_rows(grad: torch.Tensor, index: torch.Tensor, count: int, padding: int, by_frequency: bool) -> torch.Tensor:
     """The gradient of each sample's table: `[B, *n, features], [B, *n] or [*n] -> [B, count, features]`."""
     size, features = grad.shape[0], grad.shape[-1]
@@ -55,10 +63,10 @@ def scatter_rows(grad: torch.Tensor, index: torch.Tensor, count: int, padding: i
         at = counted(index.expand(grad.shape[:-1]), count)
         out = aten.embedding_dense_backward(grad.flatten(0, -2), at.flatten(), size * count, -1, True).view(size, count, features)
     elif index.dim() + 2 == grad.dim():
-        out = grad.new_zeros(size, count, features).index_add(1, index.flatten(), grad.view(size, -1, features))
+        out = summed(grad, (size, count, features), 1, index.flatten(), grad.reshape(size, index.numel(), features))
     else:
         at = counted(index, count).flatten()
-        out = grad.new_zeros(size * count, features).index_add(0, at, grad.flatten(0, -2)).view(size, count, features)
+        out = summed(grad, (size * count, features), 0, at, grad.flatten(0, -2)).view(size, count, features)
     if 0 <= padding < count:
         keep = torch.ones(count, 1, dtype=torch.bool, device=grad.device)
         keep[padding] = False

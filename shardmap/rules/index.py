@@ -361,26 +361,29 @@ for _name, _twin, _at, _wraps in (
 
 @register("index", *overloads("index_fill.int_Tensor", "index_fill_.int_Tensor"))
 def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """With the value as a source: `fill` takes a tensor of no dimensions, which a mapped value no longer is."""
+    """A mask of each sample's positions: `torch.func.vmap` gives wrong numbers where index and value are both mapped."""
     target, d, index, value = args
-    if target.ndim == 0 or index.mapped:
-        return NotImplemented
     in_place = eq.op._schema.is_mutable
     rows = target if in_place else b.batch(target)
-    d %= target.ndim
-    if not value.mapped:
+    d %= max(target.ndim, 1)
+    if not value.mapped and not index.mapped and target.ndim:
         out = b.call(eq.op, rows, d + 1, index, value, shape=target.shape, dtype=target.dtype)
         return None if in_place else out
-    mask = b.call(marks, index, target.shape[d], shape=(target.shape[d],), dtype=torch.bool)
-    mask = b.view(mask, (*mask.shape, *(1,) * (target.ndim - d - 1)))
+    size = target.shape[d] if target.ndim else 1
+    mask = b.call(marks, index, index.mapped, size, shape=(size,), dtype=torch.bool)
+    mask = b.view(mask, (size, *(1,) * (target.ndim - d - 1)) if target.ndim else ())
     source = b.view(b.cast(value, target.dtype), (1,) * target.ndim)
-    out = b.call(aten.where.self, mask, source, rows, shape=target.shape, dtype=target.dtype)
+    out = b.call(aten.where.self, b.align(mask, target.ndim), source, rows, shape=target.shape, dtype=target.dtype)
     if not in_place:
         return out
     b.call(aten.copy_.default, target, out, shape=target.shape, dtype=target.dtype)
     return None
 
 
-def marks(index: torch.Tensor, size: int) -> torch.Tensor:
-    """A mask that is true at the positions `index`."""
-    return torch.zeros(size, dtype=torch.bool, device=index.device).index_fill_(0, index, True)
+def marks(index: torch.Tensor, mapped: bool, size: int) -> torch.Tensor:
+    """A mask that is true at the positions `index`: `[n] -> [size]`, or `[B, n] -> [B, size]`."""
+    if not mapped:
+        return torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+    at = index.reshape(index.shape[0], -1).to(torch.int64)
+    at = torch.where(at < 0, at + size, at)
+    return torch.zeros(index.shape[0], size, dtype=torch.bool, device=index.device).scatter(1, at, True)

@@ -89,6 +89,9 @@ WRITES = {
     "index_copy_": (lambda x, i, v: _written(x, lambda y: y.index_copy_(1, i, v)), real(4, 3), distinct(3, 2), real(4, 2)),
     "index_fill": (lambda x, i: x.detach().index_fill(1, i, 2.0), real(4, 3), below(3, 2, low=-3)),
     "index_fill tensor": (lambda x, v: x.index_fill(1, torch.tensor([0, 2]), v), real(4, 3), real()),
+    "index_fill tensors": (lambda x, i, v: x.detach().index_fill(1, i, v.detach()), real(4, 3), below(3, 2, low=-3), real()),
+    "index_fill row": (lambda x, i, v: x.detach().index_fill(0, i, v.detach()), real(3), below(3), real()),
+    "index_fill scalar": (lambda x, i, v: x.detach().index_fill(0, i, v.detach()), real(), below(1), real()),
     "index_fill_": (lambda x, i: _written(x, lambda y: y.index_fill_(0, i, 2.0)), real(4, 3), below(4, 2)),
     "index_fill_ tensor": (lambda x, v: _written(x, lambda y: y.index_fill_(0, torch.tensor([0, 2]), v)), real(4, 3), real()),
 }
