@@ -20,12 +20,12 @@ from shardmap.rules.registry import Operator, overloads, register
 aten = torch.ops.aten
 
 _UNTAGGED = """
-    rsub.Tensor floor_divide floor_divide.Scalar floor_divide_.Tensor
+    rsub.Tensor floor_divide floor_divide.Scalar floor_divide_.Tensor floor_divide_.Scalar
     celu_ threshold_ gelu_ mish_ silu_backward mish_backward elu_backward hardtanh_backward leaky_relu_backward
     hardswish hardswish_ hardswish_backward hardsigmoid_backward softplus_backward softshrink_backward hardshrink_backward
     _prelu_kernel _prelu_kernel_backward
     bitwise_and_.Scalar __irshift__.Scalar __irshift__.Tensor
-    fill.Scalar fill_.Scalar zero zero_ special_ndtr
+    fill.Scalar fill_.Scalar zero zero_ special_ndtr complex polar
 """
 """Operators that are pointwise although PyTorch does not tag them."""
 
