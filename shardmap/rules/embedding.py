@@ -37,15 +37,24 @@ def look_up(tables: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 @register("embedding", aten.embedding.default)
 def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """A shared table takes any index; with a table for each sample the rows are counted through."""
-    weight, index = args[:2]
+    weight, index, padding, by_frequency, sparse = (*args, *(-1, False, False)[len(args) - 2 :])
     spec = eq.outs[0].spec
+    if b.grad and by_frequency:
+        return NotImplemented  # outer gradients count how often an index occurs in its own sample
     if not weight.mapped:
-        return b.call(aten.embedding.default, weight, index, shape=spec.shape, dtype=spec.dtype)
+        return b.call(aten.embedding.default, weight, index, padding, by_frequency, sparse, shape=spec.shape, dtype=spec.dtype)
     if index.mapped:
-        return b.call(look_up, weight, index, shape=spec.shape, dtype=spec.dtype)
-    flat = b.call(aten.reshape.default, index, [-1])
-    out = b.call(aten.index_select.default, weight, 1, flat)
-    return b.call(torch.Tensor.view, out, [B, *spec.shape], shape=spec.shape)
+        out = b.call(look_up, weight, index, shape=spec.shape, dtype=spec.dtype)
+    else:
+        flat = b.call(aten.reshape.default, index, [-1])
+        rows = b.call(aten.index_select.default, weight, 1, flat)
+        out = b.call(torch.Tensor.view, rows, [B, *spec.shape], shape=spec.shape)
+    return b.call(without_padding, out, index, padding, shape=spec.shape, dtype=spec.dtype) if b.grad and padding >= 0 else out
+
+
+def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
+    """`rows` of a table, of which the padding's have no gradient."""
+    return torch.where((index == padding).unsqueeze(-1), rows.detach(), rows)
 
 
 def summed(like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
