@@ -232,8 +232,10 @@ def _is_own_leaf(leaf: torch.Tensor) -> bool:
     exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         node = leaf.view_as(leaf).grad_fn
-    accumulate = node.next_functions[0][0] if node is not None else None
-    return accumulate is not None and accumulate.variable is leaf
+    if node is None:
+        return False
+    accumulate = node.next_functions[0][0]  # None for a view made without grad of what requires it: gradients go nowhere from there
+    return accumulate is None or accumulate.variable is leaf
 
 
 _OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
