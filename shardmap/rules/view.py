@@ -146,7 +146,7 @@ def shifted(op: torch._ops.OpOverload, ndim: int, args: Sequence[Any], kwargs: d
         if at < skip:
             continue
         at -= skip
-        value = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+        value: Any = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
         if argument.name in DIMENSIONS:
             value = dim(value, ndim) if isinstance(value, int) else dims(value, ndim)
         out.append(value)
