@@ -149,17 +149,15 @@ def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
             function = weight_gradient(options, shape, slow)
             outs.append(b.call(function, b.batch(grad), b.batch(x), shape=shape, dtype=weight.dtype))
         else:
-            whole = b.calls_several(aten.convolution_backward.default, 3, grad, x, _like(b, weight), None, *numbers, [False, True, False])
-            outs.append(V(whole[1].index, False, shape, weight.dtype))
+
+            def shared(grad: Tensor, x: Tensor) -> Tensor:
+                return options.backward(grad, x, grad.new_empty(()).expand(shape), 1, (False, True))[1]
+
+            outs.append(b.call(shared, grad, x, shape=shape, dtype=weight.dtype))
     if mask[2]:
         over = [d + int(grad.mapped) for d in range(grad.ndim) if d != 1]
         outs.append(b.call(aten.sum.dim_IntList, grad, over, shape=(grad.shape[1],), dtype=grad.dtype))
     return tuple(outs)
-
-
-def _like(b: Lowering, weight: V) -> V:
-    """The weight of one sample, of which only the shape is read."""
-    return b.call(aten.select.int, weight, 0, 0, shape=weight.shape, dtype=weight.dtype, mapped=False) if weight.mapped else weight
 
 
 def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, numbers: Sequence[Any]) -> V:
@@ -174,8 +172,10 @@ def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, num
         return b.call(input_backward, b.batch(grad), b.batch(x), weight, shape=shape, dtype=dtype)
     mask = [True, False, False]
     if not grad.mapped:  # the input's values do not matter
-        one = b.call(aten.select.int, x, 0, 0, shape=shape, dtype=dtype, mapped=False) if x.mapped else x
-        found = b.calls_several(aten.convolution_backward.default, 3, grad, one, weight, None, *numbers, mask, mapped=False)
-        return V(found[0].index, False, shape, dtype)
+
+        def shared(grad: Tensor, weight: Tensor) -> Tensor:
+            return options.backward(grad, grad.new_empty(()).expand(shape), weight, 1, (True, False))[0]
+
+        return b.call(shared, grad, weight, shape=shape, dtype=dtype)
     found = b.calls_several(aten.convolution_backward.default, 3, fold(b, grad), fold(b, x), weight, None, *numbers, mask)
     return unfold(b, V(found[0].index, True, shape, dtype), shape)

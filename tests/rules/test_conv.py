@@ -72,6 +72,17 @@ def test_linear_in_the_weight_alone():
     check(by_input, real(1, 2, 4, 4), real(3, 2, 2, 2), gradient=False)
 
 
+def test_a_shared_cotangent():
+    """Gradients that need the shape of a mapped value alone do not differ by sample."""
+    cotangent = torch.randn(1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def both(x, w):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        return torch.autograd.grad(F.conv2d(x, w), (x, w), cotangent)
+
+    check(both, real(1, 2, 4, 4), real(3, 2, 2, 2), gradient=False)
+
+
 def test_channels_last():
     """Samples in channels-last layout."""
     check(
