@@ -311,17 +311,16 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
 
     def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         target, d, index, *rest = args
-        if target.ndim == 0:
-            return NotImplemented
-        d %= target.ndim
-        rows = target if in_place else b.batch(target)
+        sample = target.shape
+        target = b.view(target if in_place else b.batch(target), sample or (1,))
+        d, rows = d % target.ndim, target
         if source_at is not None and (rest[source_at].ndim == 0 and target.ndim > 1):
             return NotImplemented
         if not index.mapped:
             if source_at is not None:
                 rest[source_at] = _row(b, rest[source_at])
             out = b.call(op, rows, d + 1, index, *rest, **kwargs, shape=target.shape, dtype=target.dtype)
-            return None if in_place else out
+            return None if in_place else b.view(out, sample)
         named = dict(kwargs)
         if wraps:
             size = target.shape[d]
@@ -340,7 +339,7 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
             rest[source_at] = source
         at = along(b, b.cast(index, torch.int64), wide, d)
         out = b.call(scatter, rows, d + 1, at, *rest, **named, shape=target.shape, dtype=target.dtype)
-        return None if in_place else out
+        return None if in_place else b.view(out, sample)
 
     return rule
 

@@ -19,8 +19,8 @@ NONE, MEAN = 0, 1
 
 
 def rows(t: Tensor, trailing: int) -> Tensor:
-    """Everything before the last `trailing` dimensions as one: `[B, n, *rest] -> [B*n, *rest]` or `[B, *rest]` as it is."""
-    return t.flatten(0, t.dim() - trailing - 1)
+    """Everything before the last `trailing` dimensions as one: `[B, n, *rest] -> [B*n, *rest]` numbers as rows of one."""
+    return t.flatten(0, t.dim() - trailing - 1) if t.dim() > trailing else t.unsqueeze(1)
 
 
 def target_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
@@ -127,7 +127,7 @@ def _rows_of(x: V) -> int:
 def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, reduced by sample."""
     x, target, p, margin, weight, reduction = (*args, *(1, 1.0, None, MEAN)[len(args) - 2 :])
-    if kwargs or x.ndim == 0 or (weight is not None and weight.mapped):
+    if kwargs or (weight is not None and weight.mapped):
         return NotImplemented
     shape = eq.outs[0].spec.shape
 
@@ -142,7 +142,7 @@ def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, each with its share of its sample's cotangent."""
     grad, x, target, p, margin, weight, reduction = (*args, *(None, MEAN)[len(args) - 5 :])
-    if kwargs or x.ndim == 0 or (weight is not None and weight.mapped):
+    if kwargs or (weight is not None and weight.mapped):
         return NotImplemented
     count = _rows_of(x)
 
@@ -157,8 +157,6 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, reduced by sample."""
     x, target, reduction = args
-    if x.ndim == 0:
-        return NotImplemented
     shape = eq.outs[0].spec.shape
 
     def forward(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +170,6 @@ def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, each with its share of its sample's cotangent."""
     grad, x, target, reduction, marked = args
-    if x.ndim == 0:
-        return NotImplemented
     count = _rows_of(x)
 
     def backward(grad: Tensor, x: Tensor, target: Tensor, marked: Tensor) -> Tensor:

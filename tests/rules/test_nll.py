@@ -64,6 +64,8 @@ def test_margins(reduction):
     check(_gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)), real(3, 4), below(4, 3), gradient=False)
     check(_gradient(lambda x, t: F.multi_margin_loss(x, t, p=2, reduction=reduction)), real(4), below(4), gradient=False)
     check(_gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)), real(3, 4), below(4, 3, 4, low=-1), gradient=False)
+    check(_gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)), real(), below(1), gradient=False)
+    check(_gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)), real(), below(1), gradient=False)
 
 
 def test_a_target_that_is_no_class():
