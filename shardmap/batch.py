@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -132,6 +132,7 @@ def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
     """Which calls lead, under outer autograd, to an output that requires grad: the others run without it."""
     live_vars = {v.index for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag}
     live_groups = {v.group for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag and v.group in write_groups}
+    live_groups |= {v.group for v in program.inputs if v.group in write_groups}  # the caller's tensor learns of what is written into it
     live = [False] * len(program.equations)
     before = -1
     while len(live_groups) + sum(live) != before:
@@ -149,10 +150,20 @@ def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
     return live
 
 
+@dataclass(slots=True)
+class Fixes:
+    """What trying a program has shown to be needed, by number of the recorded call."""
+
+    tiers: dict[int, str] = field(default_factory=dict)
+    """"functorch" or "loop": a higher tier's result was not the recorded one."""
+    restride: set[int] = field(default_factory=set)
+    """Calls whose results have other strides than the sample's."""
+
+
 class _Batcher:
     """One lowering of one program."""
 
-    def __init__(self, program: Program, options: LoweringOptions, fixes: dict[int, str], warn: Callable[[Equation], None]):
+    def __init__(self, program: Program, options: LoweringOptions, fixes: Fixes, warn: Callable[[Equation], None]):
         self.program = program
         self.options = options
         self.fixes = fixes
@@ -217,8 +228,7 @@ class _Batcher:
         span = 1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True)) if 0 not in var.spec.shape else 0
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
-            out = torch.empty_strided((size, *t.shape), (span, *stride), dtype=t.dtype, device=t.device)
-            return out.copy_(t)
+            return t.new_empty_strided((size, *t.shape), (span, *stride)).copy_(t)
 
         return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
 
@@ -274,7 +284,7 @@ class _Batcher:
 
     def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
         b, name = self.b, eq.op.name()
-        fix = self.fixes.get(i)
+        fix = self.fixes.tiers.get(i)
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
@@ -313,7 +323,7 @@ class _Batcher:
                 continue  # in place: the result is the argument
             assert v is not None, f"{eq}: the rule returned nothing for {var}"
             v = V(v.index, v.mapped, var.spec.shape, var.spec.dtype)
-            if self.fixes.get(i) == "restride" and v.mapped:
+            if i in self.fixes.restride and v.mapped:
                 v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
             if var.group in self.mapped and not v.mapped:
                 v = self._materialise(v, var)
@@ -333,6 +343,8 @@ class _Batcher:
         for var, flag in zip(program.outputs, program.output_flags, strict=True):
             v = self.env[var.index]
             v = self._as_consumed(v, var, flag)
+            if b.grad and flag == NO_GRAD and var.index not in self.identities:
+                v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
             if v.mapped:
                 if var.group in owned or v in outputs:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
@@ -343,14 +355,13 @@ class _Batcher:
         return tuple(outputs)
 
 
-def lower(program: Program, options: LoweringOptions, fixes: dict[int, str], warn: Callable[[Equation], None]) -> BatchedProgram:
+def lower(program: Program, options: LoweringOptions, fixes: Fixes, warn: Callable[[Equation], None]) -> BatchedProgram:
     """The batched program.
 
     Args:
         program: What one sample does.
         options: Device, randomness, strictness, outer autograd.
-        fixes: By number of the recorded call: "restride" (its result came with other strides than the sample's had), "functorch" or "loop"
-            (a higher tier's result did not match the recording).
+        fixes: What trying the program has shown to be needed.
         warn: Called with each recorded call that falls to the loop.
 
     Raises:
@@ -435,7 +446,7 @@ def restride(t: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     if all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)):
         return t
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))
-    return torch.empty_strided(t.shape, (span, *stride), dtype=t.dtype, device=t.device).copy_(t)
+    return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
 
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:

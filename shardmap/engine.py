@@ -1,10 +1,9 @@
-"""From a recording to functions that run: lower once per program, check the first run, remember."""
+"""From a recording to functions that run: lower once per program and remember."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,13 +12,9 @@ from typing import Any
 
 import torch
 
-from shardmap.batch import BatchedProgram, LoweringOptions, lower, restride
+from shardmap.batch import BatchedProgram, Fixes, LoweringOptions, lower
 from shardmap.codegen import Replay, generate
 from shardmap.program import Equation, Program
-from shardmap.rules.lowering import V, values
-
-logger = logging.getLogger("shardmap")
-
 
 class SlowLoopWarning(UserWarning):
     """An operator runs sample by sample because nothing batches it."""
@@ -33,8 +28,8 @@ class Lowered:
     options: LoweringOptions
     batched: BatchedProgram
     replay: Replay
-    fixes: dict[int, str] = field(default_factory=dict)
-    """What the checks of the first runs found, by number of the recorded call."""
+    fixes: Fixes = field(default_factory=Fixes)
+    """What the checks of the first runs found."""
     checked: set[bool] = field(default_factory=set)
     """Whether chunks of one sample (False) and of several (True) have been checked."""
 
@@ -76,8 +71,7 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
             _cache.move_to_end(found[0])
             return found[1]
     program.check()
-    batched, replay = _lower(program, options, {}, sources)
-    made = Lowered(program, options, batched, replay)
+    made = Lowered(program, options, *lower_with(program, options, Fixes(), sources))
     with _lock:
         _cache[key] = key, made
         while len(_cache) > _CAPACITY:
@@ -85,7 +79,9 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
     return made
 
 
-def _lower(program: Program, options: LoweringOptions, fixes: dict[int, str], sources: dict[str, str]) -> tuple[BatchedProgram, Replay]:
+def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources: dict[str, str]) -> tuple[BatchedProgram, Replay]:
+    """The batched program and its functions, with `fixes` applied; warns of each operator that falls to the loop."""
+
     def warn(eq: Equation) -> None:
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
@@ -98,101 +94,6 @@ def _lower(program: Program, options: LoweringOptions, fixes: dict[int, str], so
 
     batched = lower(program, options, fixes, warn)
     return batched, generate(batched, options.grad)
-
-
-def check(low: Lowered, device: torch.device, seed: int, scalars: tuple[float, ...], tensors: Tensors, sources: dict[str, str]) -> None:
-    """Run a chunk of at most two samples call by call and compare each result's shape, dtype and strides with the recording.
-
-    What differs is mended before the first real run: other strides are put right by a copy after the call, another shape or
-    dtype moves the call one tier down. Kernels choose the strides of their results by their inputs, so that no rule can
-    promise them for every layout.
-    """
-    size = tensors.size
-    several = size > 1
-    while True:
-        found = _check_once(low, device, seed, scalars, tensors)
-        if not found:
-            break
-        for number, (fix, text) in found.items():
-            previous = low.fixes.get(number)
-            assert (previous, fix) != ("loop", "functorch"), f"{low.options.call}: a loop over samples gave a wrong result: {text}"
-            low.fixes[number] = "loop" if previous == "functorch" and fix == "functorch" else fix
-            logger.info("%s: %s; %s", low.options.call, text, {"restride": "restored by a copy", "functorch": "served by the next tier"}.get(fix, fix))
-        low.batched, low.replay = _lower(low.program, low.options, low.fixes, sources)
-    low.checked.add(several)
-
-
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """What a program is run on."""
-
-    size: int
-    inputs: list[torch.Tensor]
-    captured: list[torch.Tensor]
-    literals: list[torch.Tensor]
-
-
-def _check_once(low: Lowered, device: torch.device, seed: int, scalars: tuple[float, ...], tensors: Tensors) -> dict[int, tuple[str, str]]:
-    batched = low.batched
-    env: dict[int, Any] = {}
-    bound = zip((*batched.inputs, *batched.captured, *batched.literals), (*tensors.inputs, *tensors.captured, *tensors.literals), strict=True)
-    for v, t in bound:
-        env[v.index] = t
-    symbols = {"BatchSize": tensors.size, "ChunkStart": 0, "Seed": seed, "SampleDevice": device}
-
-    def value(arg: Any) -> Any:
-        kind = type(arg)
-        if kind is V:
-            return env[arg.index]
-        if kind is list or kind is tuple:
-            return [value(a) for a in arg]
-        if kind.__name__ in symbols:
-            return symbols[kind.__name__]
-        if kind.__name__ == "Param":
-            return scalars[arg.scalar]
-        return arg
-
-    last: dict[int, int] = {}
-    calls = (*batched.fixed, *batched.chunk)
-    for i, call in enumerate(calls):
-        for v in values((call.args, tuple(v for _, v in call.kwargs))):
-            last[v.index] = i
-    found: dict[int, tuple[str, str]] = {}
-    for i, call in enumerate(calls):
-        try:
-            out = call.target(*[value(a) for a in call.args], **{k: value(v) for k, v in call.kwargs})
-        except Exception as error:
-            if low.fixes.get(call.equation) == "loop" or call.equation >= len(low.program.equations) or not call.mapped:
-                raise
-            number = call.equation
-            return found | {number: ("functorch", f"{low.program.equations[number]} raised {type(error).__name__}: {error}")}
-        if call.outs:
-            for index, t in zip(call.outs, out if call.several else (out,), strict=True):
-                if index is not None:
-                    env[index] = t
-                    if index in batched.results:
-                        fix = _compare(low, batched.results[index], t, tensors.size, env)
-                        if fix is not None:
-                            found[call.equation] = fix
-                            if fix[0] != "restride":
-                                return found
-                            env[index] = restride(t, batched.results[index][0].spec.stride)
-        for v in values((call.args, tuple(v for _, v in call.kwargs))):
-            if last.get(v.index) == i:
-                env.pop(v.index, None)
-    return found
-
-
-def _compare(low: Lowered, expected: tuple[Any, V], t: torch.Tensor, size: int, env: dict[int, Any]) -> tuple[str, str] | None:
-    var, v = expected
-    text = f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}; got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
-    if tuple(t.shape) != ((size, *v.shape) if v.mapped else v.shape) or t.dtype != var.spec.dtype:
-        return "functorch", text
-    if v.mapped and t.numel():
-        same = all(n <= 1 or a == s for n, a, s in zip(var.spec.shape, t.stride()[1:], var.spec.stride, strict=True))
-        if not same:
-            return "restride", text
-    return None
 
 
 @contextlib.contextmanager

@@ -63,6 +63,10 @@ class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
 
+class MismatchError(ShardmapError, RuntimeError):
+    """The replay does not give what the function returned for the sample that was recorded."""
+
+
 class MissingExtraError(ShardmapError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

@@ -76,7 +76,7 @@ def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
 
 
 @contextlib.contextmanager
-def _transforms_set_aside() -> Iterator[int]:
+def transforms_set_aside() -> Iterator[int]:
     """Set the `torch.func` transforms around the call aside; yields how many there are.
 
     Inert levels take their places, so that the levels of transforms inside the function are numbered above those outside.
@@ -101,7 +101,7 @@ def _transforms_set_aside() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _settings(device_type: str) -> Iterator[None]:
+def recording_settings(device_type: str) -> Iterator[None]:
     """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
     mkldnn, fastpath = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
     cudnn = torch._C._get_cudnn_enabled()
@@ -192,7 +192,7 @@ def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, 
     outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended():
         rows = rows_of(batch, torch._C._functorch.peek_interpreter_stack() is not None)
-        with _transforms_set_aside() as depth:
+        with transforms_set_aside() as depth:
             recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
             recorder.depth = depth
             return _record(func, batch, [sample_of(element(row).detach(), grad) for row, grad in rows], recorder)
@@ -207,7 +207,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             recorder.add_input(sample)
         args, kwargs = batch.unflatten(samples)
         try:
-            with _settings(device.type), _no_garbage_collection(), Doors(recorder), recorder:
+            with recording_settings(device.type), _no_garbage_collection(), Doors(recorder), recorder:
                 out = func(*args, **kwargs)
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
@@ -233,7 +233,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
         if torch.is_grad_enabled():
             _refuse_autograd_functions(leaves, recorder, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
-        recording = recorder.finish(leaves)
+        recording = recorder.finish(leaves, batch.size > 0)
         _refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:

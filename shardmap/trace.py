@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors
@@ -171,6 +172,8 @@ class Recording:
     random: bool
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
+    sample: tuple[torch.Tensor, ...]
+    """What the function returned for the sample; none if the sample was made of zeros."""
 
 
 _device_names: dict[torch.device, str] = {}
@@ -342,11 +345,16 @@ class Recorder(TorchDispatchMode):
         """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
         found = self.wrappers.get(id(wrapper))
         if found is None:
+            functorch = torch._C._functorch
+            allowed = functorch.get_inplace_requires_grad_allowed()
             self.paused = True
-            plain = element(wrapper).detach()
+            with temporarily_clear_interpreter_stack():  # a transform inside the function may be active: it must not see this
+                plain = element(wrapper).detach()
+                functorch.set_inplace_requires_grad_allowed(True)
+                if plain.is_floating_point() or plain.is_complex():
+                    plain.requires_grad_()
             self.paused = False
-            if plain.is_floating_point() or plain.is_complex():
-                plain.requires_grad_()
+            functorch.set_inplace_requires_grad_allowed(allowed)
             found = self.wrappers[id(wrapper)] = (wrapper, plain)
         return found[1]
 
@@ -625,7 +633,7 @@ class Recorder(TorchDispatchMode):
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def finish(self, outputs: list[torch.Tensor]) -> Recording:
+    def finish(self, outputs: list[torch.Tensor], real: bool) -> Recording:
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
@@ -648,6 +656,7 @@ class Recorder(TorchDispatchMode):
             frozenset(self.input_groups[g] for g in self.written_groups if g in self.input_groups),
             self.random,
             self.sources,
+            tuple(o.detach() for o in outputs) if real else (),
         )
 
     def release(self) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from shardmap import engine
-from shardmap.engine import Lowered, Tensors
+from shardmap.engine import Lowered
 from shardmap.plan.split import Plan
-from shardmap.record import outer_recordings_suspended
+from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
 from shardmap.trace import Recording, element
+from shardmap.verify import Trial, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,18 @@ def _captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: list[torch.Tensor], literals: list[torch.Tensor]) -> None:
     """Check the lowering on the first rows, without leaving a trace of it."""
     state = torch.default_generator.get_state()
-    with torch.no_grad(), outer_recordings_suspended():
-        inputs = []
-        for number, t in enumerate(job.inputs):
-            rows = element(t).detach()[:size]
-            if rows.device != device:
-                rows = to_device(rows, device)
-            elif number in job.recording.written_inputs:
-                rows = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=device).copy_(rows)
-            inputs.append(rows)
-        tensors = Tensors(size, inputs, [element(t).detach() for t in captured], [t.clone() for t in literals])
+    with torch.no_grad(), recording_settings(device.type), outer_recordings_suspended(), transforms_set_aside():
+        rows = [element(t).detach()[:size] for t in job.inputs]
+        trial = Trial(
+            device,
+            job.seed,
+            size,
+            [r if r.device == device else to_device(r, device) for r in rows],
+            [element(t).detach() for t in captured],
+            literals,
+        )
         try:
-            engine.check(low, device, job.seed, job.recording.scalars, tensors, job.recording.sources)
+            check(low, job.recording, trial)
         finally:
             torch.default_generator.set_state(state)
 

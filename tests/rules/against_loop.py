@@ -123,7 +123,7 @@ def assert_close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, lab
 
 def _assert_served_by_rules(label: str) -> None:
     for _, low in engine._cache.values():
-        demoted = {i: fix for i, fix in low.fixes.items() if fix != "restride"}
+        demoted = low.fixes.tiers
         assert not demoted, f"{label}: {[(str(low.program.equations[i]), fix) for i, fix in demoted.items()]}"
         for eq in low.program.equations:
             if registry.has_rule(eq.op):

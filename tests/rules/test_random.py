@@ -91,7 +91,7 @@ def test_independent_of_the_way_it_is_computed(name: str, randomness: str) -> No
     if whole.numel():
         assert any(not torch.equal(run(x, seed=s), whole) for s in (4, 5, 6))
     for _, low in engine._cache.values():
-        assert not {i: f for i, f in low.fixes.items() if f != "restride"}, low.fixes
+        assert not low.fixes.tiers, low.fixes
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "empty"])
