@@ -144,6 +144,11 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined:
     mapped = [v.mapped for v in lower(home.type).batched.outputs]
     ndims = [v.spec.ndim for v in program.outputs]
     placed = edges.place_outputs(ndims, mapped, prepared.structure, options.out_dims, call)
+    if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
+        raise errors.RandomnessError(
+            f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would need draws of its "
+            "own; draw them outside (torch.randn for the whole batch) and pass them in as an argument"
+        )
     seed = engine.draw_seed() if recording.random else 0
     job = local.Job(recording, inputs, home, lower, seed, grad)
     cluster = None if inlined else _cluster(options.devices)
@@ -161,6 +166,11 @@ def _under_recording() -> bool:
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     return any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+
+
+def _inside_functorch_vmap() -> bool:
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def _cluster(devices: Any) -> on_ray.Ray | None:

@@ -343,7 +343,7 @@ class _Batcher:
         for var, flag in zip(program.outputs, program.output_flags, strict=True):
             v = self.env[var.index]
             v = self._as_consumed(v, var, flag)
-            if b.grad and flag == NO_GRAD and var.index not in self.identities:
+            if flag == NO_GRAD and (b.grad or not v.mapped):
                 v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
             if v.mapped:
                 if var.group in owned or v in outputs:

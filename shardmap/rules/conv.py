@@ -101,8 +101,8 @@ def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
             return rule(options, x, weight, channels)
 
         out = b.call(convolve, x, weight, shape=spec.shape, dtype=spec.dtype)
-        if bias is None:
-            return out
+    if bias is None:
+        return out
     bias = b.view(bias, (1, channels, *(1,) * (len(spec.shape) - 2)))
     return b.call(aten.add.Tensor, out, bias, shape=spec.shape, dtype=spec.dtype)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C._functorch import maybe_current_level
 
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
@@ -60,7 +61,7 @@ def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> to
 def summed(like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Zeros with `rows` added at `at`; in place unless an outer transform, which refuses that, is active: half the memory traffic."""
     zeros = like.new_zeros(shape)
-    if torch._C._functorch.maybe_current_level() is None:
+    if maybe_current_level() is None:
         return zeros.index_add_(d, at, rows)
     return zeros.index_add(d, at, rows)
 
@@ -94,10 +95,11 @@ def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
 # -- bags ------------------------------------------------------------------------------------------------------------------
 
 
-def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
     defaults: dict[str, Any] = {"scale_grad_by_freq": False, "mode": 0, "sparse": False, "per_sample_weights": None}
     defaults |= {"include_last_offset": False, "padding_idx": -1}
-    return defaults | dict(zip(names, args, strict=False)) | kwargs
+    defaults.update(zip(names, args, strict=False))
+    return defaults | kwargs
 
 
 _FORWARD = (

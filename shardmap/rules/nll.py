@@ -126,7 +126,8 @@ def _rows_of(x: V) -> int:
 @register("nll", aten.multi_margin_loss.default)
 def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, reduced by sample."""
-    x, target, p, margin, weight, reduction = (*args, *(1, 1.0, None, MEAN)[len(args) - 2 :])
+    given: list[Any] = [*args, *(1, 1.0, None, MEAN)[len(args) - 2 :]]
+    x, target, p, margin, weight, reduction = given
     if kwargs or (weight is not None and weight.mapped):
         return NotImplemented
     shape = eq.outs[0].spec.shape
@@ -141,7 +142,8 @@ def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 @register("nll", aten.multi_margin_loss_backward.default)
 def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Rows of all samples, each with its share of its sample's cotangent."""
-    grad, x, target, p, margin, weight, reduction = (*args, *(None, MEAN)[len(args) - 5 :])
+    given: list[Any] = [*args, *(None, MEAN)[len(args) - 5 :]]
+    grad, x, target, p, margin, weight, reduction = given
     if kwargs or (weight is not None and weight.mapped):
         return NotImplemented
     count = _rows_of(x)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import maybe_current_level
 
 from shardmap.rules.conv import into_channels, out_of_channels
 from shardmap.rules.into_batch import fold, unfold
@@ -97,7 +98,7 @@ def layer_weights(
     if mask[0]:
         centred = x.reshape(size, m, width) - mean.reshape(size, m, 1)
         # A fresh page costs more than what is computed in it, so one temporary serves for both where autograd does not need the first.
-        plain = torch._C._functorch.maybe_current_level() is None and not (centred.requires_grad or rows.requires_grad)
+        plain = maybe_current_level() is None and not (centred.requires_grad or rows.requires_grad)
         centred = centred.mul_(rows) if plain else centred * rows
         found.append(rows_sum(rstd.reshape(size, m), centred).view(size, *normalized))
     if mask[1]:
@@ -262,7 +263,8 @@ def _batch_norm(b: Lowering, eq: Any, x: V, weight: Any, bias: Any, mean: Any, v
         return NotImplemented
     shared = not training and x.mapped and not _differ(weight, bias, mean, var)
     if not shared:
-        x, weight, bias, mean, var = (None if v is None else b.batch(v) for v in (x, weight, bias, mean, var))
+        x = b.batch(x)
+        weight, bias, mean, var = (None if v is None else b.batch(v) for v in (weight, bias, mean, var))
 
     def normalise(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> tuple[Tensor, ...]:
         size = x.shape[0]

@@ -47,7 +47,8 @@ def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 @register("search", aten.put.default)
 def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """The write of each sample, on a copy."""
-    x, index, source, accumulate = (*args, *kwargs.values(), False)[:4]
+    given: list[Any] = [*args, *kwargs.values(), False]
+    x, index, source, accumulate = given[:4]
 
     def write(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
         size = x.shape[0]
@@ -60,7 +61,8 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 @register("search", aten.put_.default)
 def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """In place, through a flat view: a sample that cannot be viewed flat is written by another tier."""
-    x, index, source, accumulate = (*args, *kwargs.values(), False)[:4]
+    given: list[Any] = [*args, *kwargs.values(), False]
+    x, index, source, accumulate = given[:4]
     spec = eq.args[0].spec
     if spec.stride != torch.empty(spec.shape, device="meta").stride():
         return NotImplemented

@@ -104,7 +104,7 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
             size,
             [r if r.device == device else to_device(r, device) for r in rows],
             [element(t).detach() for t in captured],
-            literals,
+            [element(t) for t in literals],
         )
         try:
             check(low, job.recording, trial)
