@@ -38,7 +38,8 @@ def look_up(tables: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 @register("embedding", aten.embedding.default)
 def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """A shared table takes any index; with a table for each sample the rows are counted through."""
-    weight, index, padding, by_frequency, sparse = (*args, *(-1, False, False)[len(args) - 2 :])
+    given: list[Any] = [*args, *(-1, False, False)[len(args) - 2 :]]
+    weight, index, padding, by_frequency, sparse = given
     spec = eq.outs[0].spec
     if b.grad and by_frequency:
         return NotImplemented  # outer gradients count how often an index occurs in its own sample
