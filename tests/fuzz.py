@@ -231,7 +231,10 @@ class Growth:
         """Adds one random line, if it runs on every row and leaves everything tame."""
         weights, steps = zip(*STEPS, strict=True)
         scope = Scope(self.rng, self.envs[0], self.names, self.owned, self.serial)
-        line = self.rng.choices(steps, weights)[0](scope)
+        try:
+            line = self.rng.choices(steps, weights)[0](scope)
+        except RuntimeError:  # autograd has given up on a view after a write to its base
+            return
         if line is None or re.search(r"\bNone\b(?!\])", line.replace("[None", "[").replace("(0, None)", "")):
             return
         if self.rng.random() < 0.05:

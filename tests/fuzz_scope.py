@@ -32,8 +32,14 @@ class Scope:
 
     def pick(self, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
         """A name whose tensor passes `test`, later ones more often."""
-        fits = [n for n in self.names if test(self.env[n])]
+        fits = [n for n in self.names if self._passes(n, test)]
         return self.rng.choices(fits, [1 + i for i in range(len(fits))])[0] if fits else None
+
+    def _passes(self, name: str, test: Callable[[torch.Tensor], bool]) -> bool:
+        try:
+            return test(self.env[name])
+        except RuntimeError:  # a view that autograd has given up on after a write to its base may not even be asked
+            return False
 
     def float(self, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
         """A floating-point tensor that passes `test`."""
@@ -41,7 +47,7 @@ class Scope:
 
     def target(self, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
         """A tensor to write to: made inside the program, hardly ever a mapped input."""
-        fits = [n for n in self.names if self.owned(n) and test(self.env[n])]
+        fits = [n for n in self.names if self.owned(n) and self._passes(n, test)]
         return self.rng.choice(fits) if fits else None
 
     def like(self, shape: torch.Size, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
