@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap.operators import draws, op_info
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -21,7 +22,6 @@ from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
 from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.views import views
-from shardmap.trace import draws, op_info
 
 logger = logging.getLogger("shardmap")
 aten = torch.ops.aten
@@ -301,7 +301,8 @@ class _Batcher:
             return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
         if self.options.strict:
             raise errors.UnsupportedOperatorError(
-                f"{self.options.call}: no rule batches {name} (called at {eq.source or 'an unknown line'}) and strict=True refuses a loop over "
+                f"{self.options.call}: no rule batches {name} (called at {eq.source or 'an unknown line'}) and strict=True "
+                "refuses a loop over "
                 "the batch; register a rule with shardmap.batching_rule, rewrite the call, or pass strict=False"
             )
         self.tiers[name] = "loop"
@@ -427,7 +428,8 @@ def _vs_or_none(values: Any) -> Any:
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:
-    """`t` as the sample's call saw it: unknown to autograd. A tensor that is unknown already stays itself, for its views to remain views."""
+    """`t` as the sample's call saw it: unknown to autograd. A tensor that is unknown already stays itself, for its views to "
+    "remain views."""
     return t.detach() if t.requires_grad else t
 
 
@@ -458,7 +460,8 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
         answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
         if answer != expected and not (answer != answer and expected != expected):
             raise errors.StaleRecordingError(
-                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was recorded but is "
+                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was "
+                "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"
             )
 

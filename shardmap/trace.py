@@ -7,7 +7,6 @@ Measured: 11-15 microseconds per operator, against 760-890 for `make_fx` and 90 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import weakref
@@ -21,142 +20,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors
+from shardmap.operators import OpInfo, draws, op_info, shape_depends_on_values
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Equation, Param, Program, Spec, Var, variables
 
 aten = torch.ops.aten
-
-_QUESTIONS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.item.default, aten.allclose.default}
-"""Operators that answer python with a value."""
-
-_METADATA = {"is_same_size", "_has_same_storage_numel", "_has_compatible_shallow_copy_type", "is_pinned", "_debug_has_internal_overlap"}
-"""Operators that answer python with metadata, the same for every sample."""
-
-_UNINITIALISED = {
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.empty_strided.default,
-    aten.new_empty.default,
-    aten.new_empty_strided.default,
-    aten.empty_permuted.default,
-}
-
-_SHAPE_ONLY = {
-    aten.empty_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.new_empty.default,
-    aten.new_empty_strided.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-}
-"""Operators that look at the shape, strides, dtype and device of their tensor and not at its values."""
-
-OPEN_SCALARS = {
-    getattr(getattr(aten, name), overload)
-    for name in ("add", "sub", "mul", "div", "rsub", "add_", "sub_", "mul_", "div_")
-    for overload in ("Tensor", "Scalar")
-    if overload in getattr(aten, name).overloads()
-}
-"""Operators whose float arguments are bound at each call, so that a changing learning rate does not lower again."""
-
-_TRAINING_WRITES = {
-    "native_batch_norm": (3, 4, 5),
-    "_native_batch_norm_legit": (3, 4, 5),
-    "cudnn_batch_norm": (3, 4, 5),
-    "miopen_batch_norm": (3, 4, 5),
-    "batch_norm": (3, 4, 5),
-    "_batch_norm_impl_index": (3, 4, 5),
-    "instance_norm": (3, 4, 5),
-}
-"""Operators that write running statistics when training, and do not say so: (mean, variance, training) positions."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpInfo:
-    """What the recorder must know of an operator before it runs."""
-
-    op: torch._ops.OpOverload
-    writes: tuple[int, ...]
-    """Positions of the arguments that it writes in place."""
-    writes_named: tuple[str, ...]
-    random: bool
-    composite: bool
-    """Reaches the recorder whole although it is defined by other operators."""
-    dynamic: bool
-    """The shape of its result depends on values."""
-    question: bool
-    metadata: bool
-    shape_only: bool
-    """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
-    view_in_place: Any
-    """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
-    resizes: bool
-    """Gives its argument other memory or another size."""
-    hidden_writes: tuple[int, int, int] | None
-    """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
-    open_scalars: bool
-    uninitialised: bool
-    plain: bool
-    """None of the above matters: the call is only recorded."""
-
-
-_infos: dict[int, OpInfo] = {}
-
-
-def op_info(op: torch._ops.OpOverload) -> OpInfo:
-    """The facts about `op`, from its schema and tags, found once."""
-    info = _infos.get(id(op))  # hashing an overload runs python code; its address is as good while `OpInfo.op` keeps it alive
-    if info is None:
-        info = _infos[id(op)] = _op_info(op)
-    return info
-
-
-def _op_info(op: torch._ops.OpOverload) -> OpInfo:
-    schema = op._schema
-    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
-    named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    name = op._schema.name.partition("::")[2]
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-    is_random = torch.Tag.nondeterministic_seeded in op.tags
-    info = OpInfo(
-        op=op,
-        writes=writes,
-        writes_named=named,
-        random=is_random,
-        composite=composite and op not in _QUESTIONS and name not in _METADATA,
-        dynamic=torch.Tag.dynamic_output_shape in op.tags,
-        question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
-        metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
-        shape_only=op in _SHAPE_ONLY,
-        hidden_writes=_TRAINING_WRITES.get(name),
-        view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
-        resizes=torch.Tag.inplace_view in op.tags and _functional(op, name) is None,
-        open_scalars=op in OPEN_SCALARS,
-        uninitialised=op in _UNINITIALISED,
-        plain=False,
-    )
-    special = (
-        info.writes or info.writes_named or info.random or info.composite or info.dynamic or info.question or info.metadata or info.hidden_writes
-    )
-    plain = not special and info.view_in_place is None and not info.uninitialised and op is not aten.lift_fresh.default
-    return dataclasses.replace(info, plain=plain)
-
-
-_VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
-
-
-def _functional(op: torch._ops.OpOverload, name: str) -> Any:
-    """The operator that returns the view that `op` makes of its argument in place; None for `resize_` and its kin."""
-    packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
-    kinds = [str(a.type) for a in op._schema.arguments]
-    for overload in packet.overloads() if packet is not None else ():
-        candidate = getattr(packet, overload)
-        returns = candidate._schema.returns
-        if [str(a.type) for a in candidate._schema.arguments] == kinds and len(returns) == 1 and returns[0].alias_info is not None:
-            return candidate
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,19 +62,6 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
-    if not op_info(op).random:
-        return False
-    for i, a in enumerate(op._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
-        if a.name in ("dropout_p", "dropout", "p") and "dropout" in (a.name + op._schema.name) and value == 0:
-            return False
-        if a.name in ("train", "training") and value is False:
-            return False
-    return True
-
-
 def _flat_tensors(values: Any) -> list[torch.Tensor]:
     flat = []
     for value in values:
@@ -216,12 +70,6 @@ def _flat_tensors(values: Any) -> list[torch.Tensor]:
         elif isinstance(value, tuple | list):
             flat += _flat_tensors(value)
     return flat
-
-
-def _shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
-    if op is aten.index.Tensor:  # dynamic only for masks
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return True
 
 
 def _is_own_leaf(leaf: torch.Tensor) -> bool:
@@ -258,7 +106,15 @@ def _user_line() -> str:
 class Recorder(TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
-    def __init__(self, call: str, randomness: str, has_rule: Callable[[Any], bool], decompose: Callable[[Any], Any], outer: Recorder | None, once: bool):
+    def __init__(
+        self,
+        call: str,
+        randomness: str,
+        has_rule: Callable[[Any], bool],
+        decompose: Callable[[Any], Any],
+        outer: Recorder | None,
+        once: bool,
+    ):
         super().__init__()
         self.outer = outer
         self.depth = 0
@@ -372,7 +228,8 @@ class Recorder(TorchDispatchMode):
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
             raise errors.EscapeError(
-                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was not made by a "
+                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was "
+                "not made by a "
                 "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch operators on the tensor itself"
             )
         var = self._define(tensor)
@@ -449,12 +306,15 @@ class Recorder(TorchDispatchMode):
         name = op._schema.name.partition("::")[2]
         if "norm" in name:
             raise errors.CapturedWriteError(
-                f"{self.call}: {name} in training mode would update running statistics of shape {tuple(tensor.shape)} that all samples share; "
+                f"{self.call}: {name} in training mode would update running statistics of shape {tuple(tensor.shape)} that all "
+                "samples share; "
                 "call .eval() on the model, or use track_running_stats=False, or GroupNorm (torch.func.replace_all_batch_norm_modules_)"
             )
         raise errors.CapturedWriteError(
-            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} that all samples share (captured, or an argument "
-            "with in_dim None); the loop would write to it once per sample: return the value instead, or clone the tensor inside the function"
+            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} that all samples share "
+            "(captured, or an argument "
+            "with in_dim None); the loop would write to it once per sample: return the value instead, or clone the tensor inside "
+            "the function"
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -497,7 +357,8 @@ class Recorder(TorchDispatchMode):
                 return served[1](*args, **kwargs)
         if info.resizes:
             raise errors.EscapeError(
-                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {_user_line()}; make a new tensor instead"
+                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {_user_line()}; make a "
+                "new tensor instead"
             )
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
@@ -525,7 +386,7 @@ class Recorder(TorchDispatchMode):
         for var in read:
             if var.group in groups:
                 mapped = True
-        dynamic = info.dynamic and _shape_depends_on_values(func, args)
+        dynamic = info.dynamic and shape_depends_on_values(func, args)
         if mapped and (info.question or dynamic):
             raise errors.DataDependentError(self._data_dependent(func))
         out = func._op(*args, **kwargs)
@@ -619,14 +480,16 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if self.randomness == "error":
             raise errors.RandomnessError(
-                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass randomness='different' (each sample its own draw) or "
+                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass randomness='different' (each sample "
+                "its own draw) or "
                 "'same' (one draw for all), or switch the random layer off (model.eval())"
             )
 
     def _data_dependent(self, func: Any) -> str:
         name = func._schema.name.partition("::")[2]
         what = {
-            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample (`if x > 0`, `float(x)`, `.item()`, a tensor as index)",
+            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample (`if x > 0`, `float(x)`, "
+            "`.item()`, a tensor as index)",
             "equal": "torch.equal compares tensors that differ by sample",
         }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
         return f"{self.call}: {what}, at {_user_line()}; use torch.where, masks or comparisons that return tensors"
