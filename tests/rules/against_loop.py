@@ -97,9 +97,11 @@ def _compare(
     theirs = _gradients(want, leaves)
     mine = _gradients(got, leaves)
     for i, (m, t) in enumerate(zip(mine, theirs, strict=True)):
-        if m is None and t is None:
-            continue
-        assert_close(torch.zeros_like(t) if m is None else m, torch.zeros_like(m) if t is None else t, tolerance, f"{label}, gradient {i}")
+        if m is not None or t is not None:
+            other = m if t is None else t
+            assert other is not None
+            zeros = torch.zeros_like(other)
+            assert_close(zeros if m is None else m, zeros if t is None else t, tolerance, f"{label}, gradient {i}")
 
 
 def _gradients(outputs: tuple[torch.Tensor, ...], leaves: list[torch.Tensor]) -> Sequence[torch.Tensor | None]:
