@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from shardmap import edges, engine, errors
 from shardmap.batch import LoweringOptions
+from shardmap.internals import dispatch_modes, functorch
 from shardmap.once import Memory, Prepared
 from shardmap.plan import device as device_names
 from shardmap.plan.split import split
@@ -85,7 +86,9 @@ def _check_options(call: str, randomness: Any, chunk_size: Any, trace: Any) -> N
     if randomness not in ("error", "same", "different"):
         raise errors.OptionError(f"{call}: randomness={randomness!r}; choose 'error', 'same' or 'different'")
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
-        raise errors.OptionError(f"{call}: chunk_size={chunk_size!r} is a {type(chunk_size).__name__}; pass a positive int, or None for no chunks")
+        raise errors.OptionError(
+            f"{call}: chunk_size={chunk_size!r} is a {type(chunk_size).__name__}; pass a positive int, or None for no chunks"
+        )
     if chunk_size is not None and chunk_size < 1:
         raise errors.OptionError(f"{call}: chunk_size={chunk_size} is not positive; pass a positive int, or None for no chunks")
     if trace not in ("each", "once"):
@@ -109,7 +112,7 @@ class _Options:
 def _run(func: Callable[..., Any], batch: edges.Batch, options: _Options, memory: Memory | None) -> Any:
     """One call of a mapped function: trace (or recall), batch, plan, run."""
     inlined = _under_recording()
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = functorch.peek_interpreter_stack() is not None
     if inlined or transformed or memory is None:
         recording, structure = record(func, batch, options.randomness, False, options.call)
         return _execute(Prepared(recording, structure), batch, options, inlined, transformed)
@@ -146,7 +149,8 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined:
     placed = edges.place_outputs(ndims, mapped, prepared.structure, options.out_dims, call)
     if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
         raise errors.RandomnessError(
-            f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would need draws of its "
+            f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would "
+            "need draws of its "
             "own; draw them outside (torch.randn for the whole batch) and pass them in as an argument"
         )
     seed = engine.draw_seed() if recording.random else 0
@@ -165,12 +169,12 @@ def _under_recording() -> bool:
     """Whether the call is made inside a function that is being recorded: then it is inlined there, without a plan of its own."""
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
-    return any(isinstance(m, Recorder) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+    return any(isinstance(m, Recorder) for m in dispatch_modes())
 
 
 def _inside_functorch_vmap() -> bool:
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+    levels = functorch.get_interpreter_stack() or []
+    return any(level.key() == functorch.TransformType.Vmap for level in levels)
 
 
 def _cluster(devices: Any) -> on_ray.Ray | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap.internals import functorch
 from shardmap.operators import draws, op_info
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
@@ -280,7 +281,8 @@ class _Batcher:
         out = self._apply(i, eq, args, kwargs, mapped)
         self._bind(i, eq, out, mapped)
         if eq.answer is not None:
-            b.effect(check_shapes, eq.answer[1], self.options.call, [self.env[v.index] for v in eq.results()])
+            results = [self.env[v.index] for v in eq.results()]
+            b.effect(check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results)
 
     def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
         b, name = self.b, eq.op.name()
@@ -295,8 +297,10 @@ class _Batcher:
                     self.tiers[name] = "rule"
                     return out
             if registry.has_functorch_kernel(eq.op) and not random_call(eq):
-                self.tiers[name] = "functorch"
-                return functorch_rule(b, eq, args, kwargs)
+                out = functorch_rule(b, eq, args, kwargs)
+                if out is not NotImplemented:
+                    self.tiers[name] = "functorch"
+                    return out
         if random_call(eq) and not mapped:
             return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
         if self.options.strict:
@@ -428,14 +432,13 @@ def _vs_or_none(values: Any) -> Any:
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:
-    """`t` as the sample's call saw it: unknown to autograd. A tensor that is unknown already stays itself, for its views to "
-    "remain views."""
+    """`t` as the sample's call saw it: unknown to autograd. One that is unknown already stays itself: its views remain views."""
     return t.detach() if t.requires_grad else t
 
 
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
     """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
-    return t.detach() if torch._C._functorch.peek_interpreter_stack() is not None else t.detach().requires_grad_()
+    return t.detach() if functorch.peek_interpreter_stack() is not None else t.detach().requires_grad_()
 
 
 def copy(t: torch.Tensor) -> torch.Tensor:
@@ -466,9 +469,9 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
             )
 
 
-def check_shapes(expected: tuple, call: str, tensors: list[torch.Tensor]) -> None:
+def check_shapes(expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]) -> None:
     """Compare a result's shape, which depends on values, with the recorded one."""
-    shapes = tuple(tuple(t.shape) for t in tensors)
+    shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
     if shapes != expected:
         raise errors.StaleRecordingError(
             f"{call}: the shape of a result depends on the values of captured tensors, and they have changed since the recording "

@@ -15,6 +15,7 @@ from shardmap.batch import BatchedProgram
 from shardmap.program import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
 
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """A batched program as two functions of real tensors."""

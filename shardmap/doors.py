@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from shardmap import errors
+from shardmap import errors, positions
+from shardmap.internals import functorch
 from shardmap.trace import element
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class Doors(TorchFunctionMode):
             if data and not isinstance(data[0], torch.Tensor):
                 for tensor in _tensors_within(data):
                     self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack")
+        elif func is Tensor.__getitem__ or func is Tensor.__setitem__:
+            done, result = self._index(func, args)
+            if done:
+                return result
+        elif func is torch.nn.functional.one_hot:
+            return self._one_hot(*args, **(kwargs or {}))
         elif func in _PRINTS:
             paused = self.recorder.paused
             self.recorder.paused = True
@@ -82,6 +89,35 @@ class Doors(TorchFunctionMode):
             finally:
                 self.recorder.paused = paused
         return func(*args, **(kwargs or {}))
+
+    def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
+        """Serve indices without dimensions that differ by sample; returns whether it did."""
+        source, indices = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not any(isinstance(i, Tensor) and i.dim() == 0 for i in indices):
+            return False, None
+        at = positions.places(source, indices, self._differs)
+        if not at:
+            return False, None
+        if func is Tensor.__getitem__:
+            copy = positions.taken(source, indices, at)
+            self.recorder.copied(element(source), element(copy), indices)
+            return True, copy
+        value = args[2]
+        if isinstance(value, Tensor):
+            self.recorder.put_back(element(source), element(value), indices, lambda: positions.put(source, indices, at, value))
+        else:
+            positions.put(source, indices, at, value)
+        return True, None
+
+    def _differs(self, index: torch.Tensor) -> bool:
+        return not functorch.is_batchedtensor(index) and self.recorder.belongs(element(index))
+
+    def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        """Torch's own asks python for the smallest and largest index; the write checks them as well, for every sample."""
+        if num_classes <= 0 or index.numel() == 0:
+            return torch.nn.functional.one_hot(index, num_classes)
+        out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
+        return out.scatter_(-1, index.unsqueeze(-1), 1)
 
     def _peel(self, value: Any) -> Any:
         """Arguments with the tensors of outer `torch.func` transforms replaced by what stands for them while recording."""
@@ -97,6 +133,7 @@ class Doors(TorchFunctionMode):
         plain = element(tensor)
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
-                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function leaves it through "
+                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function "
+                "leaves it through "
                 f"{door}; what becomes of it cannot be recorded: {remedy}"
             )

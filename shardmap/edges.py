@@ -46,7 +46,8 @@ def spread(dims: Any, tree: Any, call: str, name: str, error: type[errors.Shardm
     flat = _broadcast(dims, spec)
     if flat is None:
         raise error(
-            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be an int, None, or the same structure (or a prefix of it)"
+            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be an int, None, or the same "
+            "structure (or a prefix of it)"
         )
     for d in flat:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
@@ -95,16 +96,20 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
     """
     if not args and kw_in_dims is None:
         raise errors.InDimsError(
-            f"{call}: called without positional arguments, so there is nothing to map over; keyword arguments are shared by all samples unless "
+            f"{call}: called without positional arguments, so there is nothing to map over; keyword arguments are shared by all "
+            "samples unless "
             "kw_in_dims maps them"
         )
     if isinstance(in_dims, list):
         in_dims = tuple(in_dims)
     if not (in_dims is None or isinstance(in_dims, int | tuple)):
-        raise errors.InDimsError(f"{call}: in_dims={in_dims!r} is a {type(in_dims).__name__}; pass an int, None, or a tuple with one entry per argument")
+        raise errors.InDimsError(
+            f"{call}: in_dims={in_dims!r} is a {type(in_dims).__name__}; pass an int, None, or a tuple with one entry per argument"
+        )
     if isinstance(in_dims, tuple) and len(in_dims) != len(args):
         raise errors.InDimsError(
-            f"{call}: in_dims={in_dims!r} has {len(in_dims)} entries for {len(args)} positional arguments; give one entry per argument, or one int for all"
+            f"{call}: in_dims={in_dims!r} has {len(in_dims)} entries for {len(args)} positional arguments; give one entry per "
+            "argument, or one int for all"
         )
     dims = spread(in_dims, args, call, "in_dims", errors.InDimsError)
     if kw_in_dims is None:
@@ -120,7 +125,9 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
     elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
         dims += [kw_in_dims] * len(pytree.tree_leaves(kwargs))
     else:
-        raise errors.InDimsError(f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of name to dims, an int, or None")
+        raise errors.InDimsError(
+            f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of name to dims, an int, or None"
+        )
     leaves, structure = pytree.tree_flatten((args, kwargs))
     mapped, size, first = [], None, None
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
@@ -129,20 +136,26 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         if not -leaf.ndim <= d < leaf.ndim:
             raise errors.InDimsError(
                 f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape {tuple(leaf.shape)}), in_dim {d} is out of range; "
-                + ("a 0-dimensional tensor cannot be mapped: pass None for it" if leaf.ndim == 0 else f"use {-leaf.ndim} to {leaf.ndim - 1}, or None")
+                + (
+                    "a 0-dimensional tensor cannot be mapped: pass None for it"
+                    if leaf.ndim == 0
+                    else f"use {-leaf.ndim} to {leaf.ndim - 1}, or None"
+                )
             )
         d %= leaf.ndim
         if size is None:
             size, first = leaf.shape[d], i
         elif leaf.shape[d] != size:
             raise errors.InDimsError(
-                f"{call}: the sizes of the mapped dimensions disagree: {_where(first or 0, args)} has {size} samples, {_where(i, args)} of shape "
+                f"{call}: the sizes of the mapped dimensions disagree: {_where(first or 0, args)} has {size} samples, "
+                f"{_where(i, args)} of shape "
                 f"{tuple(leaf.shape)} has {leaf.shape[d]} along dimension {d}; all mapped arguments need one size"
             )
         mapped.append((i, d))
     if size is None:
         raise errors.InDimsError(
-            f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples is unknown; give at least one tensor an int in_dim"
+            f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples is unknown; give at least one "
+            "tensor an int in_dim"
         )
     return Batch(leaves, structure, tuple(mapped), size)
 
@@ -166,7 +179,8 @@ def flatten_outputs(out: Any, call: str) -> tuple[list[torch.Tensor], pytree.Tre
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
             raise errors.OutputError(
-                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a tensor is expected; return tensors (in tuples, lists "
+                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a tensor is expected; return "
+                "tensors (in tuples, lists "
                 "or dicts): torch.as_tensor makes one of a number"
             )
     return leaves, structure

@@ -16,6 +16,7 @@ from shardmap.batch import BatchedProgram, Fixes, LoweringOptions, lower
 from shardmap.codegen import Replay, generate
 from shardmap.program import Equation, Program
 
+
 class SlowLoopWarning(UserWarning):
     """An operator runs sample by sample because nothing batches it."""
 
@@ -86,7 +87,8 @@ def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
         warnings.warn(
-            f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by sample; register one with shardmap.batching_rule, "
+            f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by sample; register one with "
+            "shardmap.batching_rule, "
             "or pass strict=True to refuse such calls",
             SlowLoopWarning,
             stacklevel=2,
@@ -112,4 +114,3 @@ def plain_numerics() -> Iterator[None]:
 def draw_seed() -> int:
     """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
-

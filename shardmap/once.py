@@ -98,7 +98,8 @@ class Memory:
             elif id(tensor) not in known:
                 if not self.said:
                     logger.warning(
-                        "%s: trace='once' records at each call, because a captured tensor of shape %s cannot be found by name (closure, global, "
+                        "%s: trace='once' records at each call, because a captured tensor of shape %s cannot be found by name "
+                        "(closure, global, "
                         "attribute, module parameter)",
                         self.call,
                         tuple(tensor.shape),
@@ -264,4 +265,3 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 @functools.cache
 def _is_library(filename: str | None) -> bool:
     return filename is None or filename.startswith("<frozen") or os.path.abspath(filename).startswith(_LIBRARIES)
-

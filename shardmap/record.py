@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack
 from torch.overrides import _pop_mode as _pop_function_mode
 from torch.overrides import _push_mode as _push_function_mode
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from shardmap import errors
 from shardmap.doors import Doors
 from shardmap.edges import Batch, flatten_outputs
+from shardmap.internals import functorch, has_internal_overlap
 from shardmap.rules import registry
 from shardmap.trace import Recorder, Recording, element
 
@@ -37,7 +38,7 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         compact = row
         for d in repeated:
             compact = compact.narrow(d, 0, 1)
-        if torch._debug_has_internal_overlap(compact) == 1:
+        if has_internal_overlap(compact) == 1:
             span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
             sample = row.as_strided((span,), (1,), row.storage_offset()).clone().as_strided(shape, stride)
         else:
@@ -49,7 +50,7 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         return sample
     with torch.enable_grad():
         leaf = sample.requires_grad_()
-        if repeated or torch._debug_has_internal_overlap(sample) == 1:
+        if repeated or has_internal_overlap(sample) == 1:
             return leaf.view_as(leaf)
         return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
 
@@ -81,7 +82,6 @@ def transforms_set_aside() -> Iterator[int]:
 
     Inert levels take their places, so that the levels of transforms inside the function are numbered above those outside.
     """
-    functorch = torch._C._functorch
     top = functorch.peek_interpreter_stack()
     if top is None:
         yield 0
@@ -165,7 +165,7 @@ class _RandomStates:
         self.torch = torch.default_generator.get_state()
         self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.python = random.getstate()
-        self.numpy = np.random.get_state()
+        self.numpy: Any = np.random.get_state()
 
     def restore(self) -> str | None:
         """Put the states back; names a python source of random numbers that was drawn from."""
@@ -176,7 +176,7 @@ class _RandomStates:
         if random.getstate() != self.python:
             random.setstate(self.python)
             drawn = "random"
-        now = np.random.get_state()
+        now: Any = np.random.get_state()
         if now[2] != self.numpy[2] or not np.array_equal(now[1], self.numpy[1]):
             np.random.set_state(self.numpy)
             drawn = "numpy.random"
@@ -191,7 +191,7 @@ def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, 
     """
     outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended():
-        rows = rows_of(batch, torch._C._functorch.peek_interpreter_stack() is not None)
+        rows = rows_of(batch, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
             recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
             recorder.depth = depth
@@ -212,7 +212,8 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
-                    f"{call}: the batch is empty, and the function raised {type(error).__name__} on a sample of zeros, so the shape of the result "
+                    f"{call}: the batch is empty, and the function raised {type(error).__name__} on a sample of zeros, so the "
+                    "shape of the result "
                     "cannot be inferred; skip the call when there are no samples"
                 ) from error
             raise
@@ -221,12 +222,14 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             changed = _restore_grads(recorder)
         if drawn is not None and randomness != "same":
             raise errors.RandomnessError(
-                f"{call}: the function draws from python's {drawn}, which would give every sample the same number; use torch's random functions with "
+                f"{call}: the function draws from python's {drawn}, which would give every sample the same number; use torch's "
+                "random functions with "
                 "randomness='different'"
             )
         if changed:
             raise errors.CapturedWriteError(
-                f"{call}: .backward() inside the function accumulates into the .grad of a tensor of shape {changed[0]} that all samples share; use "
+                f"{call}: .backward() inside the function accumulates into the .grad of a tensor of shape {changed[0]} that all "
+                "samples share; use "
                 "torch.autograd.grad(loss, parameters), which returns the gradients"
             )
         leaves, structure = flatten_outputs(out, call)
@@ -263,7 +266,8 @@ def _refuse_autograd_functions(leaves: list[torch.Tensor], recorder: Recorder, c
         keep_alive.append(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise errors.AutogradFunctionError(
-                f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and an output that "
+                f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and "
+                "an output that "
                 "requires grad, and outer gradients would not use its backward; take the gradient inside the mapped function "
                 "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch operators"
             )
@@ -281,7 +285,8 @@ def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None
         others = [t for k, t in enumerate(tensors) if k != number] + [element(t) for t in recording.captured]
         if any(t.untyped_storage()._cdata == address for t in others):
             raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured tensor shares: later "
+                f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured "
+                "tensor shares: later "
                 "samples would read what earlier ones wrote; pass clones"
             )
         if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors
-from shardmap.operators import OpInfo, draws, op_info, shape_depends_on_values
+from shardmap.internals import functorch
+from shardmap.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
+from shardmap.positions import Copies
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Equation, Param, Program, Spec, Var, variables
 
 aten = torch.ops.aten
@@ -55,7 +57,6 @@ def _device_name(device: torch.device) -> str:
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside functorch's wrappers: element 0 of each batch."""
-    functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         inner = functorch.get_unwrapped(tensor)
         tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
@@ -86,7 +87,7 @@ def _is_own_leaf(leaf: torch.Tensor) -> bool:
     if node is None:
         return False
     accumulate = node.next_functions[0][0]  # None for a view made without grad of what requires it: gradients go nowhere from there
-    return accumulate is None or accumulate.variable is leaf
+    return accumulate is None or getattr(accumulate, "variable", None) is leaf
 
 
 _OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -147,6 +148,7 @@ class Recorder(TorchDispatchMode):
         self.paused = False
         self.random = False
         self.uninitialised: set[int] = set()
+        self.copies = Copies()
         self.sources: dict[str, str] = {}
 
     @classmethod
@@ -167,8 +169,8 @@ class Recorder(TorchDispatchMode):
         if group is None:
             group = len(self.groups)
             self.groups[address] = group
-            self.weak_storages.append(storage._weak_ref())
-        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, _device_name(tensor.device), tensor.storage_offset())
+            self.weak_storages.append(cast(int, storage._weak_ref()))
+        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, _device_name(tensor.device), int(tensor.storage_offset()))
         var = Var(self.count, group, spec)
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
@@ -201,7 +203,6 @@ class Recorder(TorchDispatchMode):
         """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
         found = self.wrappers.get(id(wrapper))
         if found is None:
-            functorch = torch._C._functorch
             allowed = functorch.get_inplace_requires_grad_allowed()
             self.paused = True
             with temporarily_clear_interpreter_stack():  # a transform inside the function may be active: it must not see this
@@ -216,7 +217,7 @@ class Recorder(TorchDispatchMode):
 
     def is_outer(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` belongs to a `torch.func` transform around the call."""
-        return 0 < torch._C._functorch.maybe_get_level(tensor) <= self.depth
+        return 0 < functorch.maybe_get_level(tensor) <= self.depth
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether the value of a tensor differs by sample."""
@@ -381,13 +382,16 @@ class Recorder(TorchDispatchMode):
         encoded = tuple([self._encode(a, flags, info.open_scalars) for a in args])
         named = tuple([(k, self._encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
         read = list(variables((encoded, named)))
+        if self.copies.stale:
+            now_written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
+            self._check_stale(v for v in read if v.group not in now_written)
         groups = self.mapped_groups
         mapped = False
         for var in read:
             if var.group in groups:
                 mapped = True
         dynamic = info.dynamic and shape_depends_on_values(func, args)
-        if mapped and (info.question or dynamic):
+        if (mapped and info.question) or (dynamic and any(v.group in groups for v in deciders(func, encoded))):
             raise errors.DataDependentError(self._data_dependent(func))
         out = func._op(*args, **kwargs)
         if info.random and draws(func, args, kwargs):
@@ -452,6 +456,39 @@ class Recorder(TorchDispatchMode):
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, torch.Tensor):
                 self._refuse_write(func, tensor)
+                if self.copies.pairs:
+                    self._written_beside_copies(tensor)
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
+        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
+        of, own = self.known(source) or self._capture(source), self.known(copy)
+        assert own is not None
+        self.copies.add(of.group, own.group, indices)
+
+    def put_back(self, source: torch.Tensor, value: torch.Tensor, indices: tuple[Any, ...], put: Callable[[], None]) -> None:
+        """Run `put`, which is `source[indices] = value`: if it puts a copy back where it was taken, both agree before and after."""
+        of, own = self.known(source), self.known(value)
+        if of is None or own is None or not self.copies.given_back(of.group, own.group, indices):
+            return put()
+        self.copies.stale.discard(of.group)
+        put()
+        self.copies.stale -= {of.group, own.group}
+
+    def _written_beside_copies(self, tensor: torch.Tensor) -> None:
+        var = self.known(tensor)
+        if var is not None and any(group in self.captured_groups for group in self.copies.written(var.group)):
+            raise errors.CapturedWriteError(
+                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all samples share, at {_user_line()}; clone what "
+                "was indexed first"
+            )
+
+    def _check_stale(self, read: Iterable[Var]) -> None:
+        for var in read:
+            if var.group in self.copies.stale:
+                raise errors.DataDependentError(
+                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then one of the two was written in place and "
+                    f"the other is used, at {_user_line()}; clone what was indexed, or write with tensor[index] = value"
+                )
 
     def _check_uninitialised(self, func: Any, read: list[Var], outs: list[Var], written: set[int]) -> None:
         """Refuse the value of memory that nothing recorded has written: it was written by a door that was not seen."""
@@ -501,6 +538,7 @@ class Recorder(TorchDispatchMode):
         flags: list[int] = []
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self._encode(o, flags, False) for o in outputs])
+        self._check_stale((*out_vars, *self.inputs))
         program = Program(
             inputs=tuple(self.inputs),
             captured=tuple(var for var, _ in self.captured.values()),

@@ -16,8 +16,9 @@ import torch
 from shardmap import engine, errors
 from shardmap.batch import restride
 from shardmap.engine import Lowered
+from shardmap.operators import op_info
 from shardmap.rules.lowering import V, values
-from shardmap.trace import Recording, op_info
+from shardmap.trace import Recording
 
 logger = logging.getLogger("shardmap")
 
@@ -56,7 +57,11 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
             wrong = _first_wrong(low, expected, outputs)
             if wrong is None:
                 break
-            logger.warning("%s: the batched result of the first sample differs from the function's own (%s); using slower rules", low.options.call, wrong)
+            logger.warning(
+                "%s: the batched result of the first sample differs from the function's own (%s); using slower rules",
+                low.options.call,
+                wrong,
+            )
             low.fixes.tiers = {i: tier for i, eq in enumerate(low.program.equations) if eq.outs}
             _lower_again(low, recording)
             outputs = _mend(low, recording, trial)
@@ -64,7 +69,8 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
             wrong = _first_wrong(low, expected, outputs)
         if wrong is not None:
             raise errors.MismatchError(
-                f"{low.options.call}: replaying the recorded calls does not give what the function returned for the first sample ({wrong}); "
+                f"{low.options.call}: replaying the recorded calls does not give what the function returned for the first sample "
+                f"({wrong}); "
                 "does it read memory that changes meanwhile? Clone what it reads, or use the plain loop"
             )
     low.checked.add(trial.size > 1)
@@ -88,7 +94,9 @@ def _mend(low: Lowered, recording: Recording, trial: Trial) -> list[torch.Tensor
                 previous = low.fixes.tiers.get(number)
                 assert previous != "loop", f"{low.options.call}: a loop over samples gave a wrong result: {fault.text}"
                 low.fixes.tiers[number] = "loop" if previous == "functorch" else "functorch"
-            logger.info("%s: %s; %s", low.options.call, fault.text, "restored by a copy" if fault.tier is None else "served by the next tier")
+            logger.info(
+                "%s: %s; %s", low.options.call, fault.text, "restored by a copy" if fault.tier is None else "served by the next tier"
+            )
         _lower_again(low, recording)
 
 
@@ -159,7 +167,8 @@ def _private(rows: torch.Tensor) -> torch.Tensor:
 
 def _compare(expected: tuple[Any, V], t: torch.Tensor, size: int) -> _Fault | None:
     var, v = expected
-    text = f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}; got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
+    wanted = f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}"
+    text = f"{wanted}; got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
     if tuple(t.shape) != ((size, *v.shape) if v.mapped else v.shape) or t.dtype != var.spec.dtype:
         return _Fault("next", text)
     if v.mapped and t.numel():

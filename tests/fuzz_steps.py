@@ -282,7 +282,8 @@ def normalise(s: Scope) -> str | None:
     if weight:
         calls += [f"F.layer_norm({v}, ({last},), {weight}, {weight})", f"F.rms_norm({v}, ({last},), {weight})"]
     if s.tensor(v).dim() >= 2:
-        calls += [f"F.group_norm({v}[None], 1)[0]", f"F.avg_pool1d({v}.reshape(1, 1, -1), 2)", f"F.max_pool1d({v}.reshape(1, 1, -1), 2).clone()"]
+        calls += [f"F.group_norm({v}[None], 1)[0]", f"F.avg_pool1d({v}.reshape(1, 1, -1), 2)"]
+        calls += [f"F.max_pool1d({v}.reshape(1, 1, -1), 2).clone()"]
     if last >= 2 and s.tensor(v).dim() == 1:
         calls.append(f"F.cross_entropy({v}, {v}.argmin())")
     return f"{s.new()} = {s.rng.choice(calls)}"

@@ -1,0 +1,1 @@
+"""Which samples run where: devices, shards, chunks."""

@@ -45,7 +45,9 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
 
 def _name(device: Any, devices: Any, call: str) -> str:
     if not isinstance(device, str | torch.device):
-        raise DeviceError(f"{call}: devices={devices!r} holds a {type(device).__name__}; pass names such as 'cuda:0', or torch.device objects")
+        raise DeviceError(
+            f"{call}: devices={devices!r} holds a {type(device).__name__}; pass names such as 'cuda:0', or torch.device objects"
+        )
     return str(device)
 
 
@@ -65,7 +67,9 @@ def _expand(name: str, home: torch.device, devices: Any, call: str) -> list[str]
         found = of_kind[:1] if kind == "cpu" else [d for d in of_kind if d == _current(kind)]
     missing = [d for d in found if d not in there]
     if missing or not found:
-        raise DeviceError(f"{call}: devices={devices!r} names {(missing or [name])[0]}, which is not there; this machine has {', '.join(there)}")
+        raise DeviceError(
+            f"{call}: devices={devices!r} names {(missing or [name])[0]}, which is not there; this machine has {', '.join(there)}"
+        )
     return found
 
 

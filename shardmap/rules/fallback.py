@@ -59,6 +59,8 @@ def _split(b: Lowering, args: tuple, kwargs: dict[str, Any]) -> tuple[list[V], A
 
 def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch one operator with `torch.func.vmap`; the batch comes first in the results."""
+    if b.grad and eq.op is torch.ops.aten.native_layer_norm_backward.default:
+        return NotImplemented  # its decomposition takes the statistics for constants: wrong when differentiated again
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     op, count = eq.op, len(tensors)
 
@@ -67,8 +69,6 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
             positional, named = _fill(template, (*rows, *values[count:]))
             return op(*positional, **dict(zip(names, named, strict=True)))
 
-        if not any(t.requires_grad for t in values[:count]):
-            return torch.func.vmap(one, in_dims=tuple(in_dims))(*values[:count])
         return torch.func.vmap(one, in_dims=tuple(in_dims))(*values[:count])
 
     functorch.__name__ = f"functorch_{op._schema.name.partition('::')[2]}"
@@ -129,11 +129,11 @@ def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) 
         return None
     if type(eq.outs[0]) is Var and len(eq.outs) == 1 and str(eq.op._schema.returns[0].type) == "Tensor":
         return b.call(function, *args, mapped=mapped)
-    flat: Any = function
-    if len(outs) != sum(1 for _ in eq.outs) or any(o is None for o in eq.outs):
+    if len(outs) == len(eq.outs) and None not in eq.outs:
+        return b.calls_several(function, len(outs), *args, mapped=mapped)
 
-        def flat(*values: Any) -> tuple[torch.Tensor, ...]:
-            return tuple(_flat(function(*values)))
+    def flat(*values: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(_flat(function(*values)))
 
-        flat.__name__ = function.__name__
+    flat.__name__ = function.__name__
     return b.calls_several(flat, len(outs), *args, mapped=mapped)

@@ -1,0 +1,1 @@
+"""Executors: they run a job chunk by chunk."""

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from shardmap import errors
-from shardmap.trace import element
 from shardmap.engine import Lowered
 from shardmap.extras import require
 from shardmap.plan.split import Chunk, Plan, split
@@ -32,6 +31,7 @@ from shardmap.run import local
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
 from shardmap.run.local import Gather, Job
 from shardmap.run.remote import Constants, Failure, Packed, Settings, Task, Worker, pack, unpack
+from shardmap.trace import element
 
 logger = logging.getLogger("shardmap")
 

@@ -1,0 +1,118 @@
+"""Indexing with an integer tensor that differs by sample: `logits[label]`, `table[i] += x`.
+
+Python turns a tensor without dimensions into an int and takes a view at that place. Here the place differs by sample, so that it
+is a copy (`index_select`) and a write by index (`index_put_`). The recorder is told which copy stands for a view of what: where
+the function could notice the difference, because one was written and the other is read afterwards, the call is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+class Place(NamedTuple):
+    """A tensor index without dimensions, and the dimension of the source that it is for."""
+
+    at: int
+    """Its position in the tuple of indices."""
+    dim: int
+    index: Tensor
+
+
+class Copy(NamedTuple):
+    """A copy that stands for a view."""
+
+    source: int
+    """Memory group of what it was taken from."""
+    copy: int
+    """Its own."""
+    indices: tuple[Any, ...]
+
+    def is_at(self, indices: tuple[Any, ...]) -> bool:
+        """Whether it was taken with the same indices: the same objects, or equal ones that are no tensors."""
+        return len(indices) == len(self.indices) and all(
+            a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in zip(self.indices, indices, strict=True)
+        )
+
+
+class Copies:
+    """Which copies stand for views, and which memory must not be read any more because the other of a pair was written."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Copy] = []
+        self.stale: set[int] = set()
+        """Memory groups that would have changed if the copies were views."""
+
+    def add(self, source: int, copy: int, indices: tuple[Any, ...]) -> None:
+        """Note that the memory `copy` stands for the view `source[indices]`."""
+        self.pairs.append(Copy(source, copy, indices))
+
+    def written(self, group: int) -> list[int]:
+        """Note a write to `group`; returns the sources that it would have reached."""
+        reached = [pair.source for pair in self.pairs if pair.copy == group]
+        self.stale.update(reached)
+        self.stale.update(pair.copy for pair in self.pairs if pair.source == group)
+        return reached
+
+    def given_back(self, source: int, copy: int, indices: tuple[Any, ...]) -> bool:
+        """Whether `source[indices] = copy` puts a copy back where it was taken, as `source[i] += 1` does."""
+        return any(pair.source == source and pair.copy == copy and pair.is_at(indices) for pair in self.pairs)
+
+
+def places(source: Tensor, indices: tuple[Any, ...], differs: Callable[[Tensor], bool]) -> list[Place]:
+    """The indices that differ by sample and have no dimensions; none if the indices cannot be followed."""
+    found, dim, rest = [], 0, 0
+    for item in indices:
+        rest += _dims_of(item)
+    for at, item in enumerate(indices):
+        if isinstance(item, Tensor) and item.dim() == 0 and item.dtype in INTEGERS and differs(item):
+            found.append(Place(at, dim, item))
+        dim += source.dim() - rest if item is Ellipsis else _dims_of(item)
+    return found if rest <= source.dim() else []
+
+
+def _dims_of(item: Any) -> int:
+    """How many dimensions of the source an index is for."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    return 1
+
+
+def never_negative(index: Tensor, size: int) -> Tensor:
+    """The place counted from the front; places out of range stay so."""
+    index = index.long()
+    return torch.where(index < 0, index + size, index)
+
+
+def taken(source: Tensor, indices: tuple[Any, ...], at: list[Place]) -> Tensor:
+    """`source[indices]` as a copy."""
+    left = list(indices)
+    for place in at:
+        source = source.index_select(place.dim, never_negative(place.index, source.shape[place.dim]).reshape(1))
+        left[place.at] = 0
+    return source[tuple(left)]
+
+
+def put(source: Tensor, indices: tuple[Any, ...], at: list[Place], value: Any) -> None:
+    """`source[indices] = value` by element numbers: those of `source` as the indices pick them."""
+    numbers = torch.arange(source.numel(), device=source.device).view(source.shape)
+    picked = taken(numbers, indices, at)
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=source.dtype, device=source.device)
+    value = value.to(source.dtype).to(source.device)
+    while value.dim() > picked.dim() and value.shape[0] == 1:  # assignment ignores leading ones
+        value = value[0]
+    sizes = source.shape
+    where = []
+    for size in reversed(sizes):
+        where.append(picked % size)
+        picked = picked // size
+    source.index_put_(tuple(reversed(where)), value)
