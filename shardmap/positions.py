@@ -60,9 +60,17 @@ class Copies:
         self.stale.update(pair.copy for pair in self.pairs if pair.source == group)
         return reached
 
-    def given_back(self, source: int, copy: int, indices: tuple[Any, ...]) -> bool:
-        """Whether `source[indices] = copy` puts a copy back where it was taken, as `source[i] += 1` does."""
-        return any(pair.source == source and pair.copy == copy and pair.is_at(indices) for pair in self.pairs)
+    def put_back(self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]) -> None:
+        """Run `put`, which is `source[indices] = copy`.
+
+        If it puts the copy back where it was taken, as `source[i] += 1` does, both agree afterwards whatever was written to the copy.
+        """
+        given = [pair for pair in self.pairs if pair.source == source and pair.copy == copy and pair.is_at(indices)]
+        if given:
+            self.pairs = [pair for pair in self.pairs if not any(pair is g for g in given)]
+            self.stale.discard(source)
+        put()
+        self.pairs += given
 
 
 def places(source: Tensor, indices: tuple[Any, ...], differs: Callable[[Tensor], bool]) -> list[Place]:

@@ -466,13 +466,12 @@ class Recorder(TorchDispatchMode):
         self.copies.add(of.group, own.group, indices)
 
     def put_back(self, source: torch.Tensor, value: torch.Tensor, indices: tuple[Any, ...], put: Callable[[], None]) -> None:
-        """Run `put`, which is `source[indices] = value`: if it puts a copy back where it was taken, both agree before and after."""
+        """Run `put`, which is `source[indices] = value`, where `value` may be a copy that was taken there."""
         of, own = self.known(source), self.known(value)
-        if of is None or own is None or not self.copies.given_back(of.group, own.group, indices):
-            return put()
-        self.copies.stale.discard(of.group)
-        put()
-        self.copies.stale -= {of.group, own.group}
+        if of is None or own is None:
+            put()
+        else:
+            self.copies.put_back(of.group, own.group, indices, put)
 
     def _written_beside_copies(self, tensor: torch.Tensor) -> None:
         var = self.known(tensor)
