@@ -188,4 +188,4 @@ def _place(t: torch.Tensor, mapped: bool, d: int | None, size: int) -> torch.Ten
         return t.clone()
     if not mapped:
         return t.unsqueeze(d).expand(*t.shape[:d], size, *t.shape[d:]).clone(memory_format=torch.contiguous_format)
-    return t.movedim(0, d) if d else t
+    return t.movedim(0, d).contiguous() if d else t  # as torch.stack lays it out: what flatten() returns depends on that

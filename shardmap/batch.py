@@ -250,6 +250,8 @@ class _Batcher:
         if not self.b.grad or flag == GRAD:
             return v
         if flag == FRESH_LEAF:
+            if self.options.transformed and var.index not in self.identities:
+                return v  # a leaf since it was made under no_grad: replayed so, it keeps the tangents that no_grad does not stop
             return self.b.call(fresh_leaf, v)
         # Operators that run below autograd consume intermediate results that it does not know yet (zero tensors of forward-mode AD
         # do): only a detach ends a gradient.
@@ -348,7 +350,7 @@ class _Batcher:
         for var, flag in zip(program.outputs, program.output_flags, strict=True):
             v = self.env[var.index]
             v = self._as_consumed(v, var, flag)
-            if flag == NO_GRAD and (b.grad or not v.mapped):
+            if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
                 v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
             if v.mapped:
                 if var.group in owned or v in outputs:

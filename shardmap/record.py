@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
-from shardmap import errors
+from shardmap import errors, follow
 from shardmap.doors import Doors
 from shardmap.edges import Batch, flatten_outputs
 from shardmap.internals import functorch, has_internal_overlap
@@ -195,6 +195,7 @@ def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, 
         with transforms_set_aside() as depth:
             recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
             recorder.depth = depth
+            recorder.expected = follow.expected(func)
             return _record(func, batch, [sample_of(element(row).detach(), grad) for row, grad in rows], recorder)
 
 
@@ -203,8 +204,10 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
     device = samples[0].device
     states = _RandomStates(device)
     try:
-        for sample in samples:
+        for sample, (i, _) in zip(samples, batch.mapped, strict=True):
             recorder.add_input(sample)
+            if batch.leaves[i].requires_grad and batch.leaves[i].is_leaf:
+                recorder.groups_of_leaves.add(recorder.inputs[-1].group)
         args, kwargs = batch.unflatten(samples)
         try:
             with recording_settings(device.type), _no_garbage_collection(), Doors(recorder), recorder:
@@ -237,6 +240,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             _refuse_autograd_functions(leaves, recorder, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
+        follow.remember(func, recording.program)
         _refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:
@@ -289,5 +293,3 @@ def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None
                 "tensor shares: later "
                 "samples would read what earlier ones wrote; pass clones"
             )
-        if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
-            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")

@@ -19,7 +19,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardmap import errors
+from shardmap import errors, follow
 from shardmap.internals import functorch
 from shardmap.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.positions import Copies
@@ -134,6 +134,8 @@ class Recorder(TorchDispatchMode):
         self.captured_groups: set[int] = set()
         self.input_groups: dict[int, int] = {}
         self.written_groups: set[int] = set()
+        self.groups_of_leaves: set[int] = set()
+        """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while it records."""
         self.inputs: list[Var] = []
         self.captured: dict[int, tuple[Var, torch.Tensor]] = {}
         self.captured_grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -150,6 +152,8 @@ class Recorder(TorchDispatchMode):
         self.uninitialised: set[int] = set()
         self.copies = Copies()
         self.sources: dict[str, str] = {}
+        self.expected: Program | None = None
+        """What was recorded of the same code the last time, as long as nothing has differed from it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -242,7 +246,8 @@ class Recorder(TorchDispatchMode):
 
     # -- recording ---------------------------------------------------------------------------------------------------
 
-    def _encode(self, value: Any, flags: list[int], param: bool) -> Any:
+    def encode(self, value: Any, flags: list[int], param: bool) -> Any:
+        """An argument as the program holds it; `flags` takes what autograd knows of the tensors in it."""
         kind = type(value)
         if kind is int or value is None or kind is str:
             return value
@@ -258,7 +263,7 @@ class Recorder(TorchDispatchMode):
                 flags.append(NO_GRAD)
             return var
         if kind is list or kind is tuple:
-            return tuple([self._encode(v, flags, False) for v in value])
+            return tuple([self.encode(v, flags, False) for v in value])
         if kind is bool:
             self.types.append(bool)
             return value
@@ -283,7 +288,7 @@ class Recorder(TorchDispatchMode):
                 "argument and seed torch's own with torch.manual_seed"
             )
         if isinstance(value, float | np.floating):
-            return self._encode(float(value), flags, param)
+            return self.encode(float(value), flags, param)
         if isinstance(value, int | np.integer):
             return int(value)
         raise errors.EscapeError(f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot be recorded")
@@ -303,6 +308,8 @@ class Recorder(TorchDispatchMode):
         var = self.known(tensor) or self._capture(tensor)
         if var.group not in self.captured_groups:
             self.written_groups.add(var.group)
+            if var.group in self.groups_of_leaves and torch.is_grad_enabled():
+                raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
             return
         name = op._schema.name.partition("::")[2]
         if "norm" in name:
@@ -328,6 +335,10 @@ class Recorder(TorchDispatchMode):
         if served is None:
             served = self.served[id(func)] = (self.has_rule(func), self.decompose(func))
         if info.plain and served[1] is None:
+            if self.expected is not None and not self.copies.stale and not self.uninitialised:
+                out = self._repeat(func, args, kwargs)
+                if out is not follow.DIFFERENT:
+                    return out
             return self._record(func, info, args, kwargs, ())
         if info.composite:
             with self:
@@ -365,22 +376,72 @@ class Recorder(TorchDispatchMode):
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
 
+    def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        assert self.expected is not None
+        number = len(self.equations)
+        if number >= len(self.expected.equations) or torch.get_default_dtype() is not self.default_dtype:
+            return follow.DIFFERENT
+        return follow.repeat(self, self.expected.equations[number], func, args, kwargs, _is_own_leaf)
+
+    def captured_var(self, tensor: torch.Tensor) -> Var:
+        """The variable of a tensor that was not recorded: from now on it is captured."""
+        return self._capture(tensor)
+
+    def adopt(self, results: tuple[torch.Tensor, ...], eq: Equation, mapped: bool) -> None:
+        """Take `eq`, which was expected, as what has just been recorded with these results."""
+        for tensor, var in zip(results, eq.outs, strict=True):
+            if tensor is None and var is None:
+                continue
+            if not isinstance(tensor, torch.Tensor) or self.known(tensor) is not None or not self._fits(tensor, var):
+                self.expected = None
+                eq = eq._replace(outs=tuple([self._outputs(t) for t in results]))
+                break
+            self.entries[id(tensor)] = (weakref.ref(tensor), var)
+            self.count = var.index + 1
+        if mapped and not op_info(eq.op).shape_only:
+            self.mapped_groups.update([v.group for v in variables(eq.outs)])
+        self.equations.append(eq)
+
+    def _fits(self, tensor: torch.Tensor, var: Any) -> bool:
+        """Whether a result is what `var` says: the next variable, of this shape and dtype, in new memory or known memory."""
+        if type(var) is not Var or var.index != self.count or tensor.shape != var.spec.shape or tensor.dtype is not var.spec.dtype:
+            return False
+        storage = tensor.untyped_storage()
+        group = self.groups.get(storage._cdata)
+        if group is None:
+            if var.group != len(self.groups):
+                return False
+            self.groups[storage._cdata] = var.group
+            self.weak_storages.append(cast(int, storage._weak_ref()))
+            return True
+        return group == var.group and tensor.stride() == var.spec.stride
+
+    def _append(self, eq: Equation) -> None:
+        """Note what was recorded, and whether it was expected."""
+        if self.expected is not None:
+            number = len(self.equations)
+            if number < len(self.expected.equations) and self.expected.equations[number] == eq:
+                eq = self.expected.equations[number]
+            else:
+                self.expected = None
+        self.equations.append(eq)
+
     def _record_view_in_place(self, func: Any, functional: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """`t_`, `squeeze_` and their kin change how a tensor looks at its memory: from now on it is the variable of the view."""
         flags: list[int] = []
-        encoded = tuple([self._encode(a, flags, False) for a in args])
-        named = tuple([(k, self._encode(v, flags, False)) for k, v in kwargs.items()])
+        encoded = tuple([self.encode(a, flags, False) for a in args])
+        named = tuple([(k, self.encode(v, flags, False)) for k, v in kwargs.items()])
         out = func(*args, **kwargs)
         mapped = self.is_mapped(args[0])
         var = self._define(args[0])
         assert not mapped or var.group in self.mapped_groups, f"{func} left the memory of its argument"
-        self.equations.append(Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled()))
+        self._append(Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled()))
         return out
 
     def _record(self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple) -> Any:
         flags: list[int] = []
-        encoded = tuple([self._encode(a, flags, info.open_scalars) for a in args])
-        named = tuple([(k, self._encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
+        encoded = tuple([self.encode(a, flags, info.open_scalars) for a in args])
+        named = tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
         read = list(variables((encoded, named)))
         if self.copies.stale:
             now_written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
@@ -399,7 +460,7 @@ class Recorder(TorchDispatchMode):
             mapped = mapped or self.randomness == "different"
         if info.question:
             self.types.append((type(out), repr(out)))
-            self.equations.append(Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)))
+            self._append(Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)))
             return out
         if torch.get_default_dtype() is not self.default_dtype:
             encoded, named = self._pin_dtype(func, encoded, named, out)
@@ -425,7 +486,7 @@ class Recorder(TorchDispatchMode):
             name = func.name()
             if name not in self.sources:
                 self.sources[name] = _user_line()
-        self.equations.append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
+        self._append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
         return out
 
     def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
@@ -447,7 +508,7 @@ class Recorder(TorchDispatchMode):
             if value.group in self.mapped_groups:
                 self.mapped_groups.add(var.group)
             grad_mode = torch.is_grad_enabled()
-            self.equations.append(Equation(aten._to_copy.default, (value,), (("dtype", dtype),), (var,), (NO_GRAD,), grad_mode))
+            self._append(Equation(aten._to_copy.default, (value,), (("dtype", dtype),), (var,), (NO_GRAD,), grad_mode))
             return var
 
         return tuple([cast(v) for v in encoded]), named
@@ -536,7 +597,7 @@ class Recorder(TorchDispatchMode):
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
-        out_vars = tuple([self._encode(o, flags, False) for o in outputs])
+        out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
         program = Program(
             inputs=tuple(self.inputs),
@@ -548,6 +609,8 @@ class Recorder(TorchDispatchMode):
             output_flags=tuple(flags),
             types=tuple(self.types),
         )
+        if self.expected is not None and len(self.equations) == len(self.expected.equations) and program == self.expected:
+            program = self.expected  # its lowering is found without comparing
         return Recording(
             program,
             tuple(wrappers.get(id(t), t) for _, t in self.captured.values()),
