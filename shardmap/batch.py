@@ -67,17 +67,19 @@ class LoweringOptions:
     call: str
 
 
-def mapped_groups(program: Program, randomness: str) -> set[int]:
+def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
     """The memory groups whose values differ by sample, by a fixed point over the calls.
 
-    A tensor made unmapped into which a mapped value is written later is mapped from its creation.
+    A tensor made unmapped into which a mapped value is written later is mapped from its creation. One made in the likeness of a
+    mapped tensor is the same for all samples, but under an outer `torch.func.vmap` it must be made from that tensor: only so does
+    it have the outer batch and can be written to.
     """
     mapped = {v.group for v in program.inputs}
     before = -1
     while len(mapped) != before:
         before = len(mapped)
         for eq in program.equations:
-            if op_info(eq.op).shape_only:
+            if op_info(eq.op).shape_only and not transformed:
                 continue
             if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and random_call(eq)):
                 mapped.update(v.group for v in eq.results())
@@ -170,9 +172,10 @@ class _Batcher:
         self.fixes = fixes
         self.warn = warn
         self.b = Lowering(options.device_type, options.randomness)
+        self.b.transformed = options.transformed
         self.b.sample_device = program.inputs[0].spec.device
         self.env: dict[int, V] = {}
-        self.mapped = mapped_groups(program, options.randomness)
+        self.mapped = mapped_groups(program, options.randomness, options.transformed)
         self.last_write: dict[int, int] = {}
         for i, eq in enumerate(program.equations):
             for v in written(eq):
@@ -247,11 +250,13 @@ class _Batcher:
 
     def _as_consumed(self, v: V, var: Var, flag: int) -> V:
         """`v` with what autograd knew of the sample's tensor when it was consumed."""
-        if not self.b.grad or flag == GRAD:
+        if flag == GRAD:
+            return v
+        if self.options.transformed:  # tangents of forward mode stop at detach only, whatever the grad mode
+            return self._cut(v, var.group) if var.index in self.identities else v
+        if not self.b.grad:
             return v
         if flag == FRESH_LEAF:
-            if self.options.transformed and var.index not in self.identities:
-                return v  # a leaf since it was made under no_grad: replayed so, it keeps the tangents that no_grad does not stop
             return self.b.call(fresh_leaf, v)
         # Operators that run below autograd consume intermediate results that it does not know yet (zero tensors of forward-mode AD
         # do): only a detach ends a gradient.

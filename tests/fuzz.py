@@ -308,6 +308,9 @@ def generate(seed: int) -> Program:
         )
     outer = rng.choices(("none", "vjp", "jvp", "vmap"), (94, 3, 2, 1))[0] if context == "plain" else "none"
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if outer != "none" and any("no_grad" in line for line in growth.steps):
+        # torch.func's levels have a grad mode of their own: no_grad inside does not stop what autograd records below them.
+        program = dataclasses.replace(program, captured=tuple(dataclasses.replace(c, requires_grad=False) for c in program.captured))
     return dataclasses.replace(
         program,
         outer=outer,

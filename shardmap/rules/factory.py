@@ -13,7 +13,7 @@ import torch
 
 from shardmap.program import SAMPLE_DEVICE, Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import overloads, register
 
 _VALUES = {"empty_like": None, "zeros_like": 0, "ones_like": 1, "new_empty": None, "new_empty_strided": None, "new_zeros": 0, "new_ones": 1}
@@ -25,6 +25,15 @@ def filled(shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, 
     return out if value is None else out.fill_(value)
 
 
+def filled_rows(
+    like: torch.Tensor, size: int, shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A batch of such tensors, made by the tensor that they are in the likeness of."""
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    out = like.new_empty_strided((size, *shape), (span, *stride), dtype=dtype, device=device)
+    return out if value is None else out.fill_(value)
+
+
 @register("factory", *overloads(*_VALUES, "full_like", "new_full"))
 def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """A tensor with the recorded metadata, the same for all samples."""
@@ -32,4 +41,8 @@ def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> 
     value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
     spec = eq.outs[0].spec
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
+    if b.transformed:  # an outer torch.func.vmap batches what is made from its tensors, and lets nothing else be written to
+        like = args[0]
+        sizes = [list(spec.shape), list(spec.stride)]
+        return b.call(filled_rows, like, B, *sizes, value, spec.dtype, device, shape=spec.shape, dtype=spec.dtype, mapped=True)
     return b.call(filled, list(spec.shape), list(spec.stride), value, spec.dtype, device, shape=spec.shape, dtype=spec.dtype)

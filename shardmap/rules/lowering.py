@@ -95,6 +95,8 @@ class Lowering:
         self.device_type = device_type
         """Kind of device the program is lowered for, such as "cuda"."""
         self.randomness = randomness
+        self.transformed = False
+        """Whether `torch.func` transforms are active around the call."""
         self.sample_device = device_type
         """Device of the recorded samples, which `SAMPLE_DEVICE` stands for."""
         self.calls: list[Call] = []
