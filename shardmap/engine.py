@@ -53,6 +53,8 @@ class _Key:
 
 _CAPACITY = 256
 _cache: collections.OrderedDict[_Key, tuple[_Key, Lowered]] = collections.OrderedDict()
+_by_identity: dict[tuple[int, LoweringOptions, tuple[bool, ...]], Lowered] = {}
+"""The same lowerings by address of their programs: a program that was expected and came is not compared again."""
 _lock = threading.Lock()
 
 
@@ -65,18 +67,27 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
         layout: For each mapped input, whether samples lie one after another in memory.
         sources: The user's line for operators without a rule of ours, for warnings.
     """
-    key = _Key(program, options, layout)
+    shortcut = (id(program), options, layout)
     with _lock:
+        same = _by_identity.get(shortcut)
+        if same is not None and same.program is program:
+            return same
+        key = _Key(program, options, layout)
         found = _cache.get(key)
         if found is not None:
             _cache.move_to_end(found[0])
+            if found[1].program is program:
+                _by_identity[shortcut] = found[1]
             return found[1]
     program.check()
     made = Lowered(program, options, *lower_with(program, options, Fixes(), sources))
     with _lock:
         _cache[key] = key, made
+        _by_identity[shortcut] = made
         while len(_cache) > _CAPACITY:
-            _cache.popitem(last=False)
+            dropped = _cache.popitem(last=False)[1][1]
+            for known in [k for k, low in _by_identity.items() if low is dropped]:
+                del _by_identity[known]
     return made
 
 
