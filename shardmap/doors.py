@@ -56,6 +56,16 @@ def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_within(item)
 
 
+def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 class Doors(TorchFunctionMode):
     """Refuses the doors for recorded tensors; printing a tensor prints the sample and records nothing."""
 
@@ -67,6 +77,8 @@ class Doors(TorchFunctionMode):
         """Look at one call of torch's python interface, then run it."""
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
+        if func is torch.lstm:
+            return _without_mkldnn(func, args, kwargs or {})
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardmap.program import FRESH_LEAF, Equation, Param, Program, Var
+from shardmap.program import FRESH_LEAF, Equation, Param, Program, Var, variables
 
 if TYPE_CHECKING:
     from shardmap.trace import Recorder
@@ -52,55 +52,56 @@ def remember(func: Callable[..., Any], program: Program) -> None:
 
 
 def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dict[str, Any], is_own_leaf: Callable[[Any], bool]) -> Any:
-    """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not."""
-    if eq.op is not func or len(args) != len(eq.args) or len(kwargs) != len(eq.kwargs) or eq.grad_mode is not torch.is_grad_enabled():
+    """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
+
+    This runs for each operator of each recording: it is written for speed.
+    """
+    wanted_args = eq.args
+    if eq.op is not func or len(args) != len(wanted_args) or len(kwargs) != len(eq.kwargs) or eq.grad_mode is not torch.is_grad_enabled():
         return DIFFERENT
     marks = len(recorder.types), len(recorder.scalars)
-    groups, entries, mapped, number = recorder.mapped_groups, recorder.entries, False, 0
-    pairs = zip(args, eq.args, strict=True)
+    groups, entries, eq_flags, mapped, number = recorder.mapped_groups, recorder.entries, eq.flags, False, 0
     if kwargs:
-        named = zip(kwargs.items(), eq.kwargs, strict=True)
-        pairs = [*pairs, *[(value, wanted[1] if name == wanted[0] else DIFFERENT) for (name, value), wanted in named]]
-    for value, wanted in pairs:
-        if isinstance(value, torch.Tensor):
+        for name, wanted in zip(kwargs, eq.kwargs, strict=True):
+            if name != wanted[0]:
+                return DIFFERENT
+        args_and_wanted = zip((*args, *kwargs.values()), (*wanted_args, *[w for _, w in eq.kwargs]), strict=True)
+    else:
+        args_and_wanted = zip(args, wanted_args, strict=True)
+    for value, wanted in args_and_wanted:
+        kind = type(wanted)
+        if kind is Var:
+            if not isinstance(value, torch.Tensor):
+                return _undo(recorder, marks)
             entry = entries.get(id(value))
             var = entry[1] if entry is not None and entry[0]() is value else recorder.captured_var(value)
-            if (var is not wanted and var != wanted) or not _same_flag(recorder, value, var, eq.flags[number], is_own_leaf):
+            if var is not wanted and var != wanted:
                 return _undo(recorder, marks)
+            flag = eq_flags[number]
             number += 1
-            mapped = mapped or var.group in groups
-        elif type(value) is int or value is None:
-            if value != wanted or type(wanted) is not type(value):
+            if value.requires_grad:
+                if flag == 0 or (flag == FRESH_LEAF) != (var.index not in recorder.captured and is_own_leaf(value)):
+                    return _undo(recorder, marks)
+            elif flag:
+                return _undo(recorder, marks)
+            if var.group in groups:
+                mapped = True
+        elif kind is int or wanted is None:
+            if value != wanted or type(value) is not kind:
                 return _undo(recorder, marks)
         else:
             flags: list[int] = []
-            encoded = recorder.encode(value, flags, type(wanted) is Param)
-            if encoded != wanted or tuple(flags) != eq.flags[number : number + len(flags)]:
+            encoded = recorder.encode(value, flags, kind is Param)
+            if encoded != wanted or tuple(flags) != eq_flags[number : number + len(flags)]:
                 return _undo(recorder, marks)
             number += len(flags)
-            mapped = mapped or any(v.group in groups for v in _vars(encoded))
+            mapped = mapped or any(v.group in groups for v in variables((encoded,)))
     out = func._op(*args, **kwargs)
-    results = (out,) if isinstance(out, torch.Tensor) else out
-    recorder.adopt(results, eq, mapped)
+    recorder.adopt(out, eq, mapped)
     return out
-
-
-def _vars(value: Any) -> Any:
-    if type(value) is Var:
-        yield value
-    elif type(value) is tuple:
-        for item in value:
-            yield from _vars(item)
-
-
-def _same_flag(recorder: Recorder, value: torch.Tensor, var: Var, flag: int, is_own_leaf: Callable[[Any], bool]) -> bool:
-    if not value.requires_grad:
-        return flag == 0
-    return flag != 0 and (flag == FRESH_LEAF) == (var.index not in recorder.captured and is_own_leaf(value))
 
 
 def _undo(recorder: Recorder, marks: tuple[int, int]) -> Any:
     del recorder.types[marks[0] :]
     del recorder.scalars[marks[1] :]
     return DIFFERENT
-

@@ -103,16 +103,13 @@ def transforms_set_aside() -> Iterator[int]:
 @contextlib.contextmanager
 def recording_settings(device_type: str) -> Iterator[None]:
     """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
-    mkldnn, fastpath = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
-    cudnn = torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
+    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_cudnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     if device_type == "cuda":
         torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch._C._set_cudnn_enabled(cudnn)
 
