@@ -15,7 +15,7 @@ import torch
 
 from shardmap import errors
 from shardmap.internals import functorch
-from shardmap.operators import draws, op_info
+from shardmap.operators import deciders, draws, op_info
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -294,6 +294,8 @@ class _Batcher:
     def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
         b, name = self.b, eq.op.name()
         fix = self.fixes.tiers.get(i)
+        if eq.answer is not None and any(self.env[v.index].mapped for v in deciders(eq.op, eq.args)):
+            fix = "loop"  # each sample may have a shape of its own
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
@@ -318,7 +320,7 @@ class _Batcher:
             )
         self.tiers[name] = "loop"
         self.warn(eq)
-        return (seeded_loop if random_call(eq) else loop_rule)(b, eq, args, kwargs)
+        return seeded_loop(b, eq, args, kwargs) if random_call(eq) else loop_rule(b, eq, args, kwargs, self.options.call)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())
@@ -469,6 +471,11 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
         sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
         answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
         if answer != expected and not (answer != answer and expected != expected):
+            if any(mapped):
+                raise errors.DataDependentError(
+                    f"{call}: python asked for the value of a tensor that differs by sample ({op._schema.name}), and it is {expected} for the "
+                    f"first sample but {answer} for another; use torch.where, masks or comparisons that return tensors"
+                )
             raise errors.StaleRecordingError(
                 f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was "
                 "recorded but is "

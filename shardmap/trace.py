@@ -385,7 +385,7 @@ class Recorder(TorchDispatchMode):
     def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.expected is not None
         number = len(self.equations)
-        if number >= len(self.expected.equations) or torch.get_default_dtype() is not self.default_dtype:
+        if number >= len(self.expected.equations) or self.copies.stale or torch.get_default_dtype() is not self.default_dtype:
             return follow.DIFFERENT
         return follow.repeat(self, self.expected.equations[number], func, args, kwargs, _is_own_leaf)
 
@@ -396,12 +396,13 @@ class Recorder(TorchDispatchMode):
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
         """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
         outs = eq.outs
-        for tensor, var in ((out, outs[0]),) if isinstance(out, torch.Tensor) else zip(out, outs, strict=True):
+        single = out is None or isinstance(out, torch.Tensor)
+        for tensor, var in ((out, outs[0]),) if single else zip(out, outs, strict=True):
             if tensor is None and var is None:
                 continue
             if not isinstance(tensor, torch.Tensor) or not self._adopted(tensor, var):
                 self.expected = None
-                eq = eq._replace(outs=(self._outputs(out),) if isinstance(out, torch.Tensor) else self._outputs(out))
+                eq = eq._replace(outs=(self._outputs(out),) if single else self._outputs(out))
                 break
         if mapped and not op_info(eq.op).shape_only:
             self.mapped_groups.update([v.group for v in variables(eq.outs)])

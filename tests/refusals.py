@@ -101,7 +101,7 @@ _escape("storage", lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storag
 _escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
 _escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
 _escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)
-_escape("nonzero", lambda a: a.nonzero(), errors.ShardmapError)
+_escape("nonzero", lambda a: (a > a.mean()).nonzero(), errors.ShardmapError)
 _escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
 _escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
 _escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)

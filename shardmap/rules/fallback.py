@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardmap import errors
 from shardmap.program import Equation, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
@@ -75,7 +76,7 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     return _emit(b, eq, functorch, (*tensors, *symbols))
 
 
-def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
     """Run one operator sample by sample and stack the results; in-place operators write to the batch's rows."""
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     op, count = eq.op, len(tensors)
@@ -87,7 +88,10 @@ def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         for i in range(size):
             rows = [t if d is None else t[i] for t, d in zip(values[:count], in_dims, strict=True)]
             positional, named = _fill(template, (*rows, *values[count:]))
-            results.append(op(*positional, **dict(zip(names, named, strict=True))))
+            result = op(*positional, **dict(zip(names, named, strict=True)))
+            if eq.answer is not None:
+                _check_shapes(eq, [tuple(t.shape) for t in ([result] if isinstance(result, torch.Tensor) else _flat(result))], call)
+            results.append(result)
         if in_place:
             return None
         if not results:
@@ -103,6 +107,21 @@ def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         b.effect(loop, B, *tensors, *symbols)
         return None
     return _emit(b, eq, loop, (B, *tensors, *symbols))
+
+
+def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> None:
+    """Refuse a sample whose result has another shape than that of the sample that was recorded."""
+    expected = [v.spec.shape for v in variables(eq.outs)]
+    if shapes != expected:
+        name = eq.op._schema.name.partition("::")[2]
+        raise errors.DataDependentError(
+            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} for the first sample but {_show(shapes)} for "
+            "another; use torch.where, masks, or operators whose results have one shape"
+        )
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _flat_rows(results: list[Any]) -> list[list[torch.Tensor]]:
