@@ -95,13 +95,13 @@ def random_call(eq: Equation) -> bool:
 def written(eq: Equation) -> list[Var]:
     """The tensors that a recorded call writes in place."""
     info = op_info(eq.op)
+    if info.hidden_writes is not None:  # what it writes depends on whether it trains, whatever its schema says
+        first, second, training = info.hidden_writes
+        trains = training < len(eq.args) and eq.args[training]
+        return list(variables((eq.args[first], eq.args[second]))) if trains else []
     out = [v for i in info.writes if i < len(eq.args) for v in variables((eq.args[i],))]
     if info.writes_named:
         out += [v for k, a in eq.kwargs if k in info.writes_named for v in variables((a,))]
-    if info.hidden_writes is not None:
-        first, second, training = info.hidden_writes
-        if training < len(eq.args) and eq.args[training]:
-            out += list(variables((eq.args[first], eq.args[second])))
     return out
 
 

@@ -178,4 +178,6 @@ def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
     """The arguments whose values decide the shape of a result: the mask of `x[mask]`, not `x`."""
     if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
         return variables(args[1:])
+    if op is aten.linalg_lstsq.default:
+        return iter(())  # residuals are left out where a matrix lacks rank: replay checks that none does
     return variables(args)

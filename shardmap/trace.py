@@ -352,14 +352,16 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten.lift_fresh.default:
             return self._literal(args[0])
-        for i in info.writes:
+        hidden = info.hidden_writes
+        evaluating = hidden is not None and len(args) > hidden[2] and not args[hidden[2]]  # the schema says writes, the kernel only reads
+        for i in info.writes if not evaluating else ():
             if i < len(args):
                 self._check_writes(func, args[i])
         for name in info.writes_named:
             if name in kwargs:
                 self._check_writes(func, kwargs[name])
-        hidden = info.hidden_writes
-        writes = tuple(args[i] for i in info.writes if i < len(args)) + tuple(kwargs[n] for n in info.writes_named if n in kwargs)
+        writes = tuple(args[i] for i in info.writes if i < len(args) and not evaluating)
+        writes += tuple(kwargs[n] for n in info.writes_named if n in kwargs)
         if hidden is not None and len(args) > hidden[2] and args[hidden[2]]:
             stats = [args[i] for i in hidden[:2] if isinstance(args[i], torch.Tensor)]
             for tensor in stats:

@@ -12,7 +12,7 @@ import torch
 
 from shardmap.program import Equation
 from shardmap.rules import registry
-from shardmap.rules.lowering import Lowering, V, values
+from shardmap.rules.lowering import B, Lowering, V, values
 
 aten = torch.ops.aten
 
@@ -88,3 +88,15 @@ def check_errors(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[st
     """Raises if any sample failed."""
     info, name, *_ = args
     b.effect(eq.op, info, name, is_matrix=False)
+
+
+@registry.register("linalg", *registry.overloads("lu_unpack"))
+def lu_unpack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What was not asked for is an empty tensor without the mapped dimension; each sample has its own."""
+    factors, *rest = args
+    outs = b.calls_several(eq.op, 3, b.batch(factors), *[b.batch(v) if type(v) is V else v for v in rest], **kwargs)
+    specs = [out.spec for out in eq.outs]
+    return tuple(
+        b.call(torch.Tensor.new_empty, b.batch(factors), [B, 0], shape=(0,), dtype=spec.dtype) if spec.shape == (0,) else v
+        for v, spec in zip(outs, specs, strict=True)
+    )

@@ -149,5 +149,6 @@ def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         def backward(*values: Any) -> Tensor:
             return aten._cdist_backward(*(v.contiguous() if isinstance(v, Tensor) else v for v in values))
 
-        return b.call(backward, *given, shape=spec.shape, dtype=spec.dtype)
+        out = b.call(backward, *given, shape=(*(1,) * (ndim - len(spec.shape)), *spec.shape), dtype=spec.dtype)
+        return b.view(out, spec.shape)
     return b.call(eq.op, *given, **kwargs, shape=spec.shape, dtype=spec.dtype)
