@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._C._functorch import maybe_current_level
 
+from shardmap.rules import pages
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
 
@@ -61,7 +62,7 @@ def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> to
 
 def summed(like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Zeros with `rows` added at `at`; in place unless an outer transform, which refuses that, is active: half the memory traffic."""
-    zeros = like.new_zeros(shape)
+    zeros = pages.zeros(like, shape)
     if maybe_current_level() is None:
         return zeros.index_add_(d, at, rows)
     return zeros.index_add(d, at, rows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from shardmap.program import Equation
-from shardmap.rules import registry
+from shardmap.rules import pages, registry
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.views import views
 
@@ -58,6 +58,10 @@ def _row(b: Lowering, x: V) -> V:
     return views(b).rearrange(x, (None, 0))
 
 
+def _bmm(b: Lowering, m: int, n: int) -> Any:
+    return pages.bmm if pages.large(b, m, n) else aten.bmm.default
+
+
 def _stacked(b: Lowering, x: V) -> V:
     """A matrix for each sample, mapped or not: `[B, m, n]` for a batched product."""
     return x if x.mapped else b.call(torch.Tensor.expand, x, B, *x.shape, shape=x.shape, mapped=True)
@@ -82,10 +86,10 @@ def mm(b: Lowering, x: V, y: V) -> V:
     if not x.mapped:
         if n == 1:
             return _column(b, b.call(aten.mm.default, _flat(b, y), _t(b, x), shape=(m,)))
-        return b.call(aten.bmm.default, _stacked(b, x), y, shape=(m, n))
+        return b.call(_bmm(b, m, n), _stacked(b, x), y, shape=(m, n))
     if k == 1 and x.dtype != torch.bool:
         return views(b).outer(_flat(b, x), _flat(b, y))
-    return b.call(aten.bmm.default, x, y, shape=(m, n))
+    return b.call(_bmm(b, m, n), x, y, shape=(m, n))
 
 
 @rules("addmm")

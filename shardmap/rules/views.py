@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardmap.rules import pages
 from shardmap.rules.lowering import B, Lowering, V
 
 aten = torch.ops.aten
@@ -108,7 +109,8 @@ class Views:
     def outer(self, x: V, y: V) -> V:
         """`[m] x [n] -> [m, n]` for each sample."""
         column, row = self.rearrange(x, (0, None)), self.rearrange(y, (None, 0))
-        out = self.b.call(aten.mul.Tensor, column, row, shape=(*x.shape, *y.shape))
+        target = pages.mul if pages.large(self.b, x.numel, y.numel) else aten.mul.Tensor
+        out = self.b.call(target, column, row, shape=(*x.shape, *y.shape))
         self.outer_products[out.index] = (x, y, len(self.b.calls))
         return out
 
