@@ -169,9 +169,24 @@ class Mismatch(AssertionError):
 
 
 def assert_same(
-    got: torch.Tensor, want: torch.Tensor, what: str, precision: torch.dtype | None = None, slack: torch.Tensor | None = None
+    got: torch.Tensor,
+    want: torch.Tensor,
+    what: str,
+    precision: torch.dtype | None = None,
+    slack: torch.Tensor | None = None,
+    entered: float = 0.0,
 ) -> None:
-    """Raises `Mismatch` unless shape, dtype, device and values (to rounding, NaN equal) agree."""
+    """Raises `Mismatch` unless shape, dtype, device and values (to rounding, NaN equal) agree.
+
+    Args:
+        got: the subject's tensor.
+        want: the loop's.
+        what: names it in errors.
+        precision: the least precise dtype computed in, where it is not that of `want`.
+        slack: the loop's tensor from inputs changed by rounding: its distance from `want` is allowed, tenfold.
+        entered: the largest magnitude that entered the computation; where everything cancels, what is left is a few units of
+            rounding of that.
+    """
     if not isinstance(got, torch.Tensor):
         raise Mismatch(f"{what}: {type(got).__name__} instead of a tensor")
     for name in ("shape", "dtype", "device", "layout"):
@@ -188,6 +203,7 @@ def assert_same(
             wrong &= slack == want
     else:
         rtol, relative_atol = max(TOLERANCES.get(want.dtype, (1e-1, 1e-1)), TOLERANCES.get(precision or want.dtype, (0.0, 0.0)))
+        dtype = want.dtype
         wide = torch.complex128 if want.is_complex() else torch.float64
         got, want = got.to(wide), want.to(wide)
         magnitude = want.abs()
@@ -196,6 +212,8 @@ def assert_same(
         bound = rtol * magnitude + relative_atol * scale
         if slack is not None:
             bound = bound + 10 * (slack.detach().to(wide) - want).abs().nan_to_num(float("inf"))
+            rounding = max(torch.finfo(d).eps for d in (dtype, precision) if d is not None) if entered else 0.0
+            bound = bound + 16 * rounding * entered
         wrong = ~((got - want).abs() <= bound) & ~((got == want) | (got.isnan() & want.isnan()))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
@@ -302,7 +320,11 @@ def first_line(error: BaseException) -> str:
 
 
 def compare(
-    build: Callable[[], Setting], subject: Subject, checks: Checks = EVERYTHING, perturbed: Callable[[], Setting] | None = None
+    build: Callable[[], Setting],
+    subject: Subject,
+    checks: Checks = EVERYTHING,
+    perturbed: Callable[[], Setting] | None = None,
+    reference: Subject = loop,
 ) -> Verdict:
     """Judges `subject` by the loop, in a setting that `build` makes afresh for each.
 
@@ -311,9 +333,10 @@ def compare(
         subject: a map with the signature of `shardmap.vmap`.
         checks: what is looked at.
         perturbed: makes the setting with inputs changed by rounding; where the loop's own answer changes with it, so may the subject's.
+        reference: the loop.
     """
     try:
-        want = look(build(), loop, checks)
+        want = look(build(), reference, checks)
     except Exception as error:
         return Verdict("skipped", f"the loop fails: {first_line(error)}")
     setting = build()
@@ -339,7 +362,7 @@ def compare(
         if perturbed is None:
             return Verdict("wrong", str(mismatch), got.fallback)
         try:
-            _judge(setting, got, want, checks, look(perturbed(), loop, checks))
+            _judge(setting, got, want, checks, look(perturbed(), reference, checks))
         except Exception:
             return Verdict("wrong", str(mismatch), got.fallback)
     done = want.no_gradient or ("second" if want.second else "first" if want.first else "")
@@ -368,12 +391,21 @@ def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen 
             # None on one side only is a gradient that is zero there: connected on one path, cut on the other.
             mine_all, theirs_all = mine_all or [None] * len(theirs_all or []), theirs_all or [None] * len(mine_all or [])
         slacks = (getattr(slack, order) if slack else None) or [None] * len(theirs_all)
+        entered = max([1.5, *(_largest(t) for t in (*want.outputs, *want.changed))])  # 1.5: the weights of `weighted_sum`
         for i, (mine, theirs, loose) in enumerate(zip(mine_all, theirs_all, slacks, strict=True)):
             present = theirs if mine is None else mine
             if present is None:
                 continue
             mine, theirs = (torch.zeros_like(present) if g is None else g for g in (mine, theirs))
-            assert_same(mine, theirs, f"{order}-order gradient {i}", checks.precision, loose)
+            assert_same(mine, theirs, f"{order}-order gradient {i}", checks.precision, loose, entered)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest finite magnitude."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0.0
+    magnitudes = tensor.detach().double().abs()
+    return float(magnitudes.where(magnitudes.isfinite(), 0.0).max())
 
 
 def _changed_by_refusal(build: Callable[[], Setting], setting: Setting) -> str:

@@ -199,7 +199,22 @@ def judge_batch(
         return oracle.Verdict("skipped", oracle.first_line(error))
     if watch.found:
         return oracle.Verdict("skipped", "draws random numbers")
-    return oracle.compare(build, subject, checks, lambda: build(noise=3.0))
+    verdict = oracle.compare(build, subject, checks, lambda: build(noise=3.0))
+    if verdict.kind == "wrong":
+        # Some derivatives have two formulas in torch, one for when a dispatch mode or a subclass is around (the gradient of a product).
+        other = oracle.compare(build, subject, checks, lambda: build(noise=3.0), loop_under_a_mode)
+        return other if other.kind == "right" else verdict
+    return verdict
+
+
+def loop_under_a_mode(func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any) -> Any:
+    """The loop while a dispatch mode that does nothing is active."""
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        with RandomCalls():
+            return oracle.loop(func, in_dims, out_dims, randomness, **options)(*args, **kwargs)
+
+    return mapped
 
 
 class RandomCalls(TorchDispatchMode):
