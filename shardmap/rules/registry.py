@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardmap.errors import OptionError
+
 Operator = torch._ops.OpOverload
 Rule = Callable[..., Any]
 
@@ -36,17 +38,52 @@ def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
     Raises:
         ValueError: An operator has a rule already, or is not an operator overload.
     """
+    for op in operators:
+        if not isinstance(op, Operator):
+            raise ValueError(f"register({family!r}): {op!r} is not an operator overload such as torch.ops.aten.add.Tensor")
+        if op in _rules:
+            raise ValueError(f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}")
 
     def decorate(rule: Rule) -> Rule:
         for op in operators:
-            if not isinstance(op, Operator):
-                raise ValueError(f"register({family!r}): {op!r} is not an operator overload such as torch.ops.aten.add.Tensor")
-            if op in _rules:
-                raise ValueError(f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}")
             _rules[op] = Entry(rule, family)
         return rule
 
     return decorate
+
+
+def batching_rule(*operators: Operator) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule that batches `operators`.
+
+    The rule is called once per program, with a builder, the recorded call and its arguments, and emits calls on whole batches:
+    `rule(b, eq, args, kwargs)`. A tensor argument is a `V`: its value at replay is `[B, *v.shape]` if `v.mapped`, `v.shape` if
+    not. `b.call(function, *args, shape=..., dtype=...)` emits a call and returns the `V` of its result.
+
+    Args:
+        *operators: Operator overloads, such as `torch.ops.mylib.scale.default`.
+
+    Returns:
+        A decorator that returns the rule as it is.
+
+    Raises:
+        OptionError: An operator has a rule already, or is not an operator overload.
+
+    Example:
+        >>> import torch, shardmap
+        >>> @torch.library.custom_op("doc::twice", mutates_args=())
+        ... def twice(x: torch.Tensor) -> torch.Tensor:
+        ...     return x * 2
+        >>> @shardmap.batching_rule(torch.ops.doc.twice.default)
+        ... def twice_rule(b, eq, args, kwargs):
+        ...     return b.call(torch.ops.doc.twice.default, *args)
+        >>> shardmap.vmap(twice)(torch.ones(2, 1))
+        tensor([[2.],
+                [2.]])
+    """
+    try:
+        return register("user", *operators)
+    except ValueError as error:
+        raise OptionError(f"shardmap.batching_rule: {error}") from None
 
 
 def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:

@@ -70,11 +70,20 @@ def _rows(tensor: torch.Tensor, start: int, stop: int, samples: int, device: tor
 
 def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of `t` on `device` with its strides behind the first dimension: recorded views depend on them."""
-    moved = t.to(device)
-    if moved.stride()[1:] == t.stride()[1:]:
-        return moved
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True))
-    return torch.empty_strided(t.shape, (span, *t.stride()[1:]), dtype=t.dtype, device=device).copy_(t)
+    repeated = [d for d in range(1, t.dim()) if t.stride(d) == 0 and t.shape[d] > 1]
+    compact = t
+    for d in repeated:
+        compact = compact.narrow(d, 0, 1)
+    moved = compact.to(device)
+    if moved.stride()[1:] != compact.stride()[1:]:
+        rows = min((s for s in compact.stride()[1:] if s), default=1)
+        if rows >= t.shape[0] and t.stride(0) == 1:
+            # The samples lie side by side (in_dims other than 0): rows keep their strides in a tensor as large as this one.
+            whole = [1, *compact.stride()[1:]]
+        else:
+            whole = [1 + sum((n - 1) * s for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)), *compact.stride()[1:]]
+        moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(compact)
+    return moved.expand(t.shape) if repeated else moved
 
 
 def _prepare(job: Job, device: torch.device, plan: Plan) -> tuple[Lowered, tuple[torch.Tensor, ...]]:
