@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import engine, errors
 from shardmap.batch import restride
@@ -52,9 +53,9 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
             raise
         outputs = _mend(low, recording, trial)
     expected = recording.sample
-    if expected and not recording.random and low.program.inputs:
+    if expected and not any(isinstance(t, FakeTensor) for t in expected) and not recording.random and low.program.inputs:
         for tier in ("functorch", "loop"):
-            wrong = _first_wrong(low, expected, outputs)
+            wrong = _first_wrong(low, expected, outputs, trial)
             if wrong is None:
                 break
             logger.warning(
@@ -66,7 +67,7 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
             _lower_again(low, recording)
             outputs = _mend(low, recording, trial)
         else:
-            wrong = _first_wrong(low, expected, outputs)
+            wrong = _first_wrong(low, expected, outputs, trial)
         if wrong is not None:
             raise errors.MismatchError(
                 f"{low.options.call}: replaying the recorded calls does not give what the function returned for the first sample "
@@ -177,14 +178,15 @@ def _compare(expected: tuple[Any, V], t: torch.Tensor, size: int) -> _Fault | No
     return None
 
 
-def _first_wrong(low: Lowered, expected: tuple[torch.Tensor, ...], outputs: list[torch.Tensor]) -> str | None:
+def _first_wrong(low: Lowered, expected: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], trial: Trial) -> str | None:
     """The first output whose row for the recorded sample is not what the function returned for it."""
     never_written = _never_written(low)
+    entered = max([_largest(t) for t in (*expected, *trial.inputs)], default=0.0)
     for number, (var, v, sample, out) in enumerate(zip(low.program.outputs, low.batched.outputs, expected, outputs, strict=True)):
         row = out[0] if v.mapped else out
         if var.group in never_written or sample.numel() == 0 or row.device.type == "meta":
             continue
-        if not _close(sample.detach(), row.detach().to(sample.device)):
+        if not _close(sample.detach(), row.detach().to(sample.device), entered):
             return f"output {number}"
     return None
 
@@ -195,7 +197,19 @@ def _never_written(low: Lowered) -> set[int]:
     return made - {v.group for eq in low.program.equations if op_info(eq.op).writes for v in eq.inputs()}
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _largest(tensor: torch.Tensor) -> float:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.device.type == "meta":
+        return 0.0
+    magnitudes = tensor.detach().abs()
+    return float(magnitudes.where(magnitudes.isfinite(), 0).max())
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, entered: float) -> bool:
+    """Whether two results agree.
+
+    Where everything cancels (the gradient of a bias before a normalisation, of a key's bias before a softmax), what is left is rounding of
+    the magnitudes that `entered`, not of the result.
+    """
     if a.is_conj() or b.is_conj() or a.is_neg() or b.is_neg():
         a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
     if not (a.is_floating_point() or a.is_complex()):
@@ -208,4 +222,4 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not torch.equal(finite, torch.isfinite(b)):
         return False
     a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
-    return bool((a - b).abs().max() <= tolerance * a.abs().max() + 1e-30)
+    return bool((a - b).abs().max() <= tolerance * a.abs().max() + 100 * torch.finfo(a.dtype).eps * entered)
