@@ -7,7 +7,7 @@ rules in four tiers: ours, PyTorch's decompositions (at recording), `torch.func.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,6 +232,8 @@ class _Batcher:
         span = 1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True)) if 0 not in var.spec.shape else 0
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
+            if t.is_contiguous() and t.stride() == stride:
+                return t.expand(size, *t.shape).clone(memory_format=torch.contiguous_format)
             return t.new_empty_strided((size, *t.shape), (span, *stride)).copy_(t)
 
         return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
@@ -455,12 +457,21 @@ def copy(t: torch.Tensor) -> torch.Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def restride(t: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """A batch whose rows have the sample's strides, copied only where they differ."""
-    if all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)):
+    if _rows_have(t, stride):
         return t
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))
+    order = sorted(range(len(stride)), key=lambda d: -stride[d])
+    moved = t.permute(0, *[d + 1 for d in order]).contiguous()
+    out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
+    if _rows_have(out, stride):
+        return out
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))  # rows with gaps
     return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
+
+
+def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
+    return all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True))
 
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
@@ -472,9 +483,9 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
         answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
         if answer != expected and not (answer != answer and expected != expected):
             if any(mapped):
-                raise errors.DataDependentError(
-                    f"{call}: python asked for the value of a tensor that differs by sample ({op._schema.name}), and it is {expected} for the "
-                    f"first sample but {answer} for another; use torch.where, masks or comparisons that return tensors"
+                raise errors.VariesError(
+                    f"{call}: python asked for the value of a tensor that differs by sample ({op._schema.name}), and it is {expected} "
+                    f"for the first sample but {answer} for another; use torch.where, masks or comparisons that return tensors"
                 )
             raise errors.StaleRecordingError(
                 f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was "

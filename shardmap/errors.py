@@ -63,6 +63,10 @@ class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
 
+class VariesError(DataDependentError, StaleRecordingError):
+    """A shape or an answer that was taken from the first sample is another for a later one."""
+
+
 class MismatchError(ShardmapError, RuntimeError):
     """The replay does not give what the function returned for the sample that was recorded."""
 

@@ -1,7 +1,7 @@
 """Indexing with an integer tensor that differs by sample: `logits[label]`, `table[i] += x`.
 
 Python turns a tensor without dimensions into an int and takes a view at that place. Here the place differs by sample, so that it
-is a copy (`index_select`) and a write by index (`index_put_`). The recorder is told which copy stands for a view of what: where
+is a copy and a write by index (`index_put_`). The recorder is told which copy stands for a view of what: where
 the function could notice the difference, because one was written and the other is read afterwards, the call is refused.
 """
 
@@ -37,7 +37,8 @@ class Copy(NamedTuple):
     def is_at(self, indices: tuple[Any, ...]) -> bool:
         """Whether it was taken with the same indices: the same objects, or equal ones that are no tensors."""
         return len(indices) == len(self.indices) and all(
-            a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in zip(self.indices, indices, strict=True)
+            a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+            for a, b in zip(self.indices, indices, strict=True)
         )
 
 
@@ -94,17 +95,13 @@ def _dims_of(item: Any) -> int:
     return 1
 
 
-def never_negative(index: Tensor, size: int) -> Tensor:
-    """The place counted from the front; places out of range stay so."""
-    index = index.long()
-    return torch.where(index < 0, index + size, index)
-
-
 def taken(source: Tensor, indices: tuple[Any, ...], at: list[Place]) -> Tensor:
     """`source[indices]` as a copy."""
     left = list(indices)
     for place in at:
-        source = source.index_select(place.dim, never_negative(place.index, source.shape[place.dim]).reshape(1))
+        # Not index_select: batched, it becomes a gather, which keeps its source for the backward, and the source may be written to.
+        before = (slice(None),) * place.dim
+        source = source[(*before, place.index.reshape(1))]
         left[place.at] = 0
     return source[tuple(left)]
 

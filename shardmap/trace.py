@@ -491,7 +491,7 @@ class Recorder(TorchDispatchMode):
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
         if (mapped and info.question) or varies:
             # One sample's shape or truth stands for all until replay finds a sample where it is another.
-            if not (varies or func is aten.equal.default) or self.value_may_change or self.depth:
+            if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
         out = func._op(*args, **kwargs)
@@ -522,7 +522,7 @@ class Recorder(TorchDispatchMode):
             self.uninitialised.update([v.group for v in results])
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
-        if not self.served[id(func)][0]:
+        if varies or not self.served[id(func)][0]:
             name = func.name()
             if name not in self.sources:
                 self.sources[name] = _user_line()
@@ -640,7 +640,7 @@ class Recorder(TorchDispatchMode):
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
         if self.taken_for_all and not self.written_groups.isdisjoint(self.input_groups):
-            raise errors.DataDependentError(self.taken_for_all)  # a later sample could be refused only after earlier ones were written
+            raise errors.DataDependentError(self.taken_for_all)  # a later sample would be refused after earlier ones were written
         program = Program(
             inputs=tuple(self.inputs),
             captured=tuple(var for var, _ in self.captured.values()),

@@ -91,6 +91,12 @@ def _set_data(a: torch.Tensor) -> torch.Tensor:
     return b
 
 
+def _view_at_a_label(a: torch.Tensor) -> torch.Tensor:
+    b = a.clone()
+    b[a.argmax()].add_(1)  # the loop adds to a view of b
+    return b
+
+
 _escape("tolist", lambda a: torch.tensor(a.tolist()))
 _escape("to_numpy", lambda a: torch.from_numpy(a.numpy() * 2))
 _escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
@@ -103,6 +109,7 @@ _escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
 _escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)
 _escape("nonzero", lambda a: (a > a.mean()).nonzero(), errors.ShardmapError)
 _escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
+_escape("view_at_a_label_then_written", _view_at_a_label, errors.DataDependentError)
 _escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
 _escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)
 _escape("no_tensor_returned", lambda a: 3.0, errors.OutputError)

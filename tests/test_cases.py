@@ -7,7 +7,12 @@ import torch
 
 import shardmap
 from shardmap import errors
-from tests import cases, oracle, refusals
+from tests import (
+    cases,
+    cases_indexing,  # noqa: F401  (adds cases)
+    oracle,
+    refusals,
+)
 
 WAYS = {
     "plain": {},

@@ -114,9 +114,9 @@ def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> Non
     expected = [v.spec.shape for v in variables(eq.outs)]
     if shapes != expected:
         name = eq.op._schema.name.partition("::")[2]
-        raise errors.DataDependentError(
-            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} for the first sample but {_show(shapes)} for "
-            "another; use torch.where, masks, or operators whose results have one shape"
+        raise errors.VariesError(
+            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} for the first sample but "
+            f"{_show(shapes)} for another; use torch.where, masks, or operators whose results have one shape"
         )
 
 
