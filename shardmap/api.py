@@ -133,7 +133,8 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined:
     program = recording.program
     inputs = batch.tensors()
     home = inputs[0].device
-    grad = torch.is_grad_enabled() and (any(program.output_flags) or bool(recording.written_inputs))
+    writes_with_grad = bool(recording.written_inputs) and any(t.requires_grad for t in (*inputs, *recording.captured))
+    grad = torch.is_grad_enabled() and (any(program.output_flags) or writes_with_grad)
     layout = tuple([t.is_contiguous() for t in inputs])
 
     def lower(device_type: str) -> engine.Lowered:

@@ -44,6 +44,9 @@ _READS: dict[Any, tuple[str, str]] = {
     Tensor.__dlpack__: ("DLPack", "use torch's operators"),
 }
 
+_VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+"""Doors by which python gets to know a value; torch itself asks for storages."""
+
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
@@ -81,12 +84,12 @@ class Doors(TorchFunctionMode):
             return _without_mkldnn(func, args, kwargs or {})
         if func in _READS:
             for tensor in _tensors_within(args):
-                self._refuse(tensor, *_READS[func])
+                self._refuse(tensor, *_READS[func], func in _VALUE_READS)
         elif func in _FROM_DATA:
             data = args[_FROM_DATA[func] :][:1]
             if data and not isinstance(data[0], torch.Tensor):
                 for tensor in _tensors_within(data):
-                    self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack")
+                    self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack", True)
         elif func is Tensor.__getitem__ or func is Tensor.__setitem__:
             done, result = self._index(func, args)
             if done:
@@ -141,8 +144,20 @@ class Doors(TorchFunctionMode):
             return type(value)([self._peel(v) for v in value])
         return value
 
-    def _refuse(self, tensor: torch.Tensor, door: str, remedy: str) -> None:
+    def _is_remembered(self) -> bool:
+        """Whether the outermost recording is kept for later calls."""
+        outermost = self.recorder
+        while outermost.outer is not None:
+            outermost = outermost.outer
+        return outermost.value_may_change
+
+    def _refuse(self, tensor: torch.Tensor, door: str, remedy: str, reads_value: bool) -> None:
         plain = element(tensor)
+        if reads_value and self._is_remembered() and not self.recorder.belongs(plain):
+            raise errors.EscapeError(
+                f"{self.recorder.call}: python reads the value of a captured tensor of shape {tuple(plain.shape)} by {door}, and nothing would "
+                f"notice if it changed later: {remedy}, or pass trace='each'"
+            )
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function "

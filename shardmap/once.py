@@ -7,6 +7,9 @@ A recording holds tensors by identity and numbers by value. It goes stale when t
 
 from __future__ import annotations
 
+import array
+import collections
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -14,10 +17,11 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -31,7 +35,23 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 _LIBRARIES = tuple(
     os.path.join(path, "") for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if path
 ) + (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""))
+_PLAIN = (type, property, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch._ops.OpOverload)
+"""Kinds whose attributes are looked at in their own way, or never change."""
 _LIMIT = 200_000
+"""Most objects that are listed."""
+
+
+class Snapshot(tuple[Any, ...]):
+    """Facts about an object that can change while it stays the same object."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """What the function can reach and nobody can compare."""
+
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,8 @@ class Remembered:
     """What the function could reach, as `reachable` lists it."""
     arguments: dict[int, int]
     """Captured tensors that are unmapped arguments: position among the captured -> leaf of the call."""
+    fixed: dict[int, torch.Tensor]
+    """Unmapped arguments that the function can reach by name too: leaf of the call -> the tensor that it must be."""
 
     def rebound(self, batch: Batch) -> Prepared:
         """The recording with the unmapped arguments of this call."""
@@ -80,35 +102,46 @@ class Memory:
         found = self.kept.get(key)
         if found is None:
             return None
-        if not same(found.reads, reachable(self.func)):
-            del self.kept[key]
+        unchanged = all(batch.leaves[leaf] is tensor for leaf, tensor in found.fixed.items())
+        if not unchanged or not same(found.reads, self._reads(batch)):
+            self.kept.pop(key, None)
             return None
         return found
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Remember a recording, unless it holds a tensor that cannot be found again."""
-        reads = reachable(self.func)
+        """Remember a recording, unless it holds something that cannot be found again."""
+        reads = self._reads(batch)
+        unknown = next((r for r in reads if type(r) is Unknown), None)
+        if unknown is not None:
+            self._say(f"the function can reach {unknown.what}, which cannot be compared")
+            return
         known = {id(r) for r in reads if isinstance(r, torch.Tensor)}
         mapped = {i for i, _ in batch.mapped}
         leaves = {id(t): i for i, t in enumerate(batch.leaves) if isinstance(t, torch.Tensor) and i not in mapped}
-        arguments = {}
+        arguments, fixed = {}, {}
         for position, tensor in enumerate(prepared.recording.captured):
-            if id(tensor) in leaves:
+            if id(tensor) in known:
+                if id(tensor) in leaves:
+                    fixed[leaves[id(tensor)]] = tensor
+            elif id(tensor) in leaves:
                 arguments[position] = leaves[id(tensor)]
-            elif id(tensor) not in known:
-                if not self.said:
-                    logger.warning(
-                        "%s: trace='once' records at each call, because a captured tensor of shape %s cannot be found by name "
-                        "(closure, global, "
-                        "attribute, module parameter)",
-                        self.call,
-                        tuple(tensor.shape),
-                    )
-                    self.said = True
+            else:
+                self._say(
+                    f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name (closure, global, attribute, module parameter)"
+                )
                 return
         if len(self.kept) >= 64:
-            self.kept.pop(next(iter(self.kept)))
-        self.kept[signature(batch)] = Remembered(prepared, reads, arguments)
+            self.kept.pop(next(iter(self.kept)), None)
+        self.kept[signature(batch)] = Remembered(prepared, reads, arguments, fixed)
+
+    def _reads(self, batch: Batch) -> list[Any]:
+        """What the function can reach by name and through arguments that are neither tensors nor numbers."""
+        return reachable(self.func, *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *_VALUES))])
+
+    def _say(self, why: str) -> None:
+        if not self.said:
+            logger.warning("%s: trace='once' records at each call, because %s", self.call, why)
+            self.said = True
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature: it has gone stale."""
@@ -119,17 +152,18 @@ def signature(batch: Batch) -> Any:
     """What of a call decides the recording: arguments but for their values and number of samples, and torch's modes."""
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)
+    firsts: dict[int, int] = {}
     for i, leaf in enumerate(batch.leaves):
         if isinstance(leaf, torch.Tensor):
             d = dims.get(i)
             shape, stride = tuple(leaf.shape), leaf.stride()
             if d is not None:
                 shape, stride = shape[:d] + shape[d + 1 :], stride[:d] + stride[d + 1 :]
-            parts.append((shape, stride, leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_inference()))
+            grad = leaf.requires_grad, leaf.is_leaf
+            twin = firsts.setdefault(id(leaf), i)  # one tensor passed twice is recorded as one
+            parts.append((shape, stride, leaf.dtype, leaf.device, *grad, leaf.is_inference(), twin))
         elif isinstance(leaf, _VALUES):
             parts.append((type(leaf), repr(leaf)))
-        else:
-            parts.append(id(leaf))
     return (*_hashable(parts), modes())
 
 
@@ -156,7 +190,7 @@ def same(before: list[Any], now: list[Any]) -> bool:
     if len(before) != len(now):
         return False
     for a, b in zip(before, now, strict=True):
-        if a is b:
+        if a is b or (type(a) is Snapshot and type(b) is Snapshot and a == b):
             continue
         if type(a) is not type(b) or not isinstance(a, _VALUES):
             return False
@@ -165,10 +199,14 @@ def same(before: list[Any], now: list[Any]) -> bool:
     return True
 
 
-def reachable(func: Callable[..., Any]) -> list[Any]:
-    """Everything that `func` can read by name, in a fixed order: tensors and objects themselves, numbers and strings by value."""
+def reachable(*roots: Any) -> list[Any]:
+    """Everything that `roots` can read by name, in a fixed order: tensors and objects themselves, numbers and strings by value."""
     found: list[Any] = []
-    _walk(func, found, set(), frozenset())
+    seen: set[int] = set()
+    for root in roots:
+        _walk(root, found, seen, frozenset())
+    if len(found) > _LIMIT:
+        found.append(Unknown(f"more than {_LIMIT:,} objects"))
     return found
 
 
@@ -178,17 +216,18 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
     found.append(value)
     if isinstance(value, _VALUES):
         return
-    if isinstance(value, torch.Tensor):
-        found.append(value.requires_grad)
+    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
+        strides = value.stride() if value.layout is torch.strided else None
+        found.append(Snapshot((value.requires_grad, value.shape, strides, value.dtype, value.device)))
         return
     if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, dict):
+    if isinstance(value, dict | types.MappingProxyType):
         for key, item in value.items():
             found.append(key if isinstance(key, _VALUES) else id(key))
             _walk(item, found, seen, names)
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
         found.append(len(value))
         for item in value:
             _walk(item, found, seen, names)
@@ -198,20 +237,32 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
         _walk(value.__self__, found, seen, names)
         _walk(value.__func__, found, seen, names)
     elif isinstance(value, functools.partial):
-        _walk((value.func, value.args, value.keywords), found, seen, names)
+        for part in (value.func, value.args, value.keywords):
+            _walk(part, found, seen, names)
     elif isinstance(value, types.ModuleType):
         if not _is_library(getattr(value, "__file__", None)):
             for name in sorted(names & vars(value).keys()):
                 _walk(vars(value)[name], found, seen, names)
     elif isinstance(value, type):
-        if not _is_library(getattr(sys.modules.get(value.__module__), "__file__", None)):
-            for name, item in vars(value).items():
-                if not name.startswith("__") or name in ("__call__", "__init__"):
-                    _walk(item.__func__ if isinstance(item, classmethod | staticmethod) else item, found, seen, names)
+        for kind in value.__mro__:
+            if not _is_library(getattr(sys.modules.get(kind.__module__), "__file__", None)):
+                for name, item in vars(kind).items():
+                    if not name.startswith("__") or name in ("__call__", "__init__"):
+                        _walk(item.__func__ if isinstance(item, classmethod | staticmethod) else item, found, seen, names)
     elif isinstance(value, property):
         for part in (value.fget, value.fset):
             _walk(part, found, seen, names)
-    else:
+    elif isinstance(value, np.ndarray):
+        found.append(Snapshot((value.shape, value.dtype.str, value.tobytes())))
+        for item in value.flat if value.dtype.hasobject else ():
+            _walk(item, found, seen, names)
+    elif isinstance(value, bytearray | array.array | memoryview):
+        found.append(bytes(value))
+    elif isinstance(value, contextvars.ContextVar):
+        _walk(value.get(None), found, seen, names)
+    elif isinstance(value, Iterator):
+        found.append(Unknown(f"an iterator ({type(value).__name__})"))
+    if not isinstance(value, _PLAIN):
         _walk_object(value, found, seen, names)
 
 
@@ -223,11 +274,13 @@ def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -
     names = frozenset(_names(func.__code__))
     for cell in func.__closure__ or ():
         _walk_cell(cell, found, seen, names)
-    for default in (*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values()):
-        _walk(default, found, seen, names)
+    for value in (*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values(), *func.__dict__.values()):
+        _walk(value, found, seen, names)
     for name in sorted(names):
         if name in func.__globals__:
             _walk(func.__globals__[name], found, seen, names)
+        elif name in sys.modules:  # imported inside the function
+            _walk(sys.modules[name], found, seen, names)
 
 
 def _walk_cell(cell: types.CellType, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
@@ -240,9 +293,11 @@ def _walk_cell(cell: types.CellType, found: list[Any], seen: set[int], names: fr
 
 
 def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
+    if type(value) in (dict, list, tuple, set, frozenset):
+        return
     _walk(type(value), found, seen, names)
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict):
+    if isinstance(attributes, dict) and attributes:
         for key, item in attributes.items():
             found.append(key)
             _walk(item, found, seen, names)

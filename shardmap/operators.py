@@ -106,7 +106,7 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
     writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
     named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     name = op._schema.name.partition("::")[2]
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    composite = op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
     is_random = torch.Tag.nondeterministic_seeded in op.tags
     info = OpInfo(
         op=op,

@@ -42,8 +42,9 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
             span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
             sample = row.as_strided((span,), (1,), row.storage_offset()).clone().as_strided(shape, stride)
         else:
-            sample = torch.empty_strided(compact.shape, compact.stride(), dtype=row.dtype, device=row.device)
-            sample.copy_(compact)
+            sample = compact.clone()
+            if sample.stride() != compact.stride():
+                sample = torch.empty_strided(compact.shape, compact.stride(), dtype=row.dtype, device=row.device).copy_(compact)
             if repeated:
                 sample = sample.expand(shape)
     if not requires_grad:
@@ -88,16 +89,18 @@ def transforms_set_aside() -> Iterator[int]:
         return
     depth = top.level()
     allowed = functorch.get_inplace_requires_grad_allowed()
-    with temporarily_clear_interpreter_stack():
-        for _ in range(depth):
-            functorch._vmap_increment_nesting(1, "same")
-        functorch.set_inplace_requires_grad_allowed(True)
-        try:
-            yield depth
-        finally:
+    try:
+        with temporarily_clear_interpreter_stack():
             for _ in range(depth):
-                functorch._vmap_decrement_nesting()
-    functorch.set_inplace_requires_grad_allowed(allowed)
+                functorch._vmap_increment_nesting(1, "same")
+            functorch.set_inplace_requires_grad_allowed(True)
+            try:
+                yield depth
+            finally:
+                for _ in range(depth):
+                    functorch._vmap_decrement_nesting()
+    finally:
+        functorch.set_inplace_requires_grad_allowed(allowed)
 
 
 @contextlib.contextmanager
@@ -160,7 +163,7 @@ class _RandomStates:
     def __init__(self, device: torch.device):
         self.device = device
         self.torch = torch.default_generator.get_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" and torch.cuda.is_available() else None
         self.python = random.getstate()
         self.numpy: Any = np.random.get_state()
 

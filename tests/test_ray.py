@@ -182,6 +182,11 @@ def test_draws_follow_torchs_seed_whichever_worker_makes_them() -> None:
     assert not torch.equal(first, second), "the seed moves on from call to call"
 
 
+def test_draws_of_each_sample_are_those_of_the_local_executor() -> None:
+    same(lambda v: v + torch.rand(3), torch.randn(7, 3), randomness="different")
+    same(lambda v: torch.nn.functional.dropout(v, 0.4), torch.randn(11, 5), randomness="different", chunk_size=2)
+
+
 def test_functions_that_cannot_be_pickled_work() -> None:
     lock_holder = iter(())  # a generator's kin: refuses pickling
     same(lambda v: (v * 2, lock_holder)[0], torch.randn(7, 3))

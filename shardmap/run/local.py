@@ -64,7 +64,7 @@ def run(job: Job, plan: Plan) -> list[torch.Tensor]:
 
 
 def _rows(tensor: torch.Tensor, start: int, stop: int, samples: int, device: torch.device) -> torch.Tensor:
-    rows = tensor if stop - start == samples else tensor[start:stop]
+    rows = tensor if stop - start == samples else tensor.narrow(0, start, stop - start)
     return rows if rows.device == device else to_device(rows, device)
 
 
@@ -106,7 +106,7 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
     """Check the lowering on the first rows, without leaving a trace of it."""
     state = torch.default_generator.get_state()
     with torch.no_grad(), recording_settings(device.type), outer_recordings_suspended(), transforms_set_aside():
-        rows = [element(t).detach()[:size] for t in job.inputs]
+        rows = [element(t).detach().narrow(0, 0, size) for t in job.inputs]
         trial = Trial(
             device,
             job.seed,
