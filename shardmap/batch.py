@@ -462,7 +462,7 @@ def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     if _rows_have(t, stride):
         return t
     order = sorted(range(len(stride)), key=lambda d: -stride[d])
-    moved = t.permute(0, *[d + 1 for d in order]).contiguous()
+    moved = t.permute(0, *[d + 1 for d in order]).clone(memory_format=torch.contiguous_format)
     out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
     if _rows_have(out, stride):
         return out
