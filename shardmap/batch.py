@@ -362,7 +362,9 @@ class _Batcher:
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
                 v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
             if v.mapped:
-                if var.group in owned or v in outputs:
+                # Under transforms a view made without grad must not stand for itself: the loop stacks it, which autograd records.
+                bare = self.options.transformed and flag == FRESH_LEAF
+                if var.group in owned or v in outputs or bare:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
                 else:
                     v = views(b).contiguous(v)
