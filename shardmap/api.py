@@ -16,7 +16,7 @@ from shardmap.internals import dispatch_modes, functorch
 from shardmap.once import Memory, Prepared
 from shardmap.plan import device as device_names
 from shardmap.plan.split import split
-from shardmap.record import record
+from shardmap.record import record, refuse_shared_writes
 from shardmap.run import local
 from shardmap.run import ray as on_ray
 from shardmap.trace import Recorder
@@ -118,8 +118,10 @@ def _run(func: Callable[..., Any], batch: edges.Batch, options: _Options, memory
         return _execute(Prepared(recording, structure), batch, options, inlined, transformed)
     remembered = memory.recall(batch)
     if remembered is not None:
+        prepared = remembered.rebound(batch)
+        refuse_shared_writes(prepared.recording, batch, options.call)
         try:
-            return _execute(remembered.rebound(batch), batch, options, False, False)
+            return _execute(prepared, batch, options, False, False)
         except errors.StaleRecordingError:
             memory.forget(batch)
     recording, structure = record(func, batch, options.randomness, True, options.call)

@@ -241,7 +241,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         follow.remember(func, recording.program)
-        _refuse_shared_writes(recording, batch, call)
+        refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:
         recorder.release()
@@ -278,13 +278,18 @@ def _refuse_autograd_functions(leaves: list[torch.Tensor], recorder: Recorder, c
         queue += [n for n, _ in node.next_functions if n is not None]
 
 
-def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
+def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
     """A row that is written in place must not be visible to other samples or through another tensor."""
     if not recording.written_inputs:
         return
     tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
     for number in recording.written_inputs:
         tensor = tensors[number]
+        if _may_overlap(tensor):
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, whose samples overlap in memory (shape "
+                f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what earlier ones wrote; pass a clone"
+            )
         address = tensor.untyped_storage()._cdata
         others = [t for k, t in enumerate(tensors) if k != number] + [element(t) for t in recording.captured]
         if any(t.untyped_storage()._cdata == address for t in others):
@@ -293,3 +298,14 @@ def _refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None
                 "tensor shares: later "
                 "samples would read what earlier ones wrote; pass clones"
             )
+
+
+def _may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: the steps of a tensor without overlap are each larger than all smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
