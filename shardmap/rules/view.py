@@ -262,3 +262,19 @@ def backward_of_part(b: Lowering, eq: Equation, grad: V, size: Sequence[int], *a
 def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs: Any) -> V:
     """A copy of `x` with `part` in its place."""
     return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
+
+
+# -- views as copies ---------------------------------------------------------------------------------------------------------
+
+
+def _copied(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The view `op` in memory of its own."""
+    return op(*args, **kwargs).clone(memory_format=torch.contiguous_format)
+
+
+for _name in ("permute", "squeeze", "t", "transpose", "unsqueeze"):
+    _packet = getattr(aten, f"{_name}_copy")
+    for _overload in _packet.overloads():
+        if "out" not in _overload:
+            _view = getattr(getattr(aten, _name), _overload)
+            registry.register_decomposition(getattr(_packet, _overload), functools.partial(_copied, _view))
