@@ -155,8 +155,8 @@ class Doors(TorchFunctionMode):
         plain = element(tensor)
         if reads_value and self._is_remembered() and not self.recorder.belongs(plain):
             raise errors.EscapeError(
-                f"{self.recorder.call}: python reads the value of a captured tensor of shape {tuple(plain.shape)} by {door}, and nothing would "
-                f"notice if it changed later: {remedy}, or pass trace='each'"
+                f"{self.recorder.call}: python reads the value of a captured tensor of shape {tuple(plain.shape)} by {door}, and nothing "
+                f"would notice if it changed later: {remedy}, or pass trace='each'"
             )
         if self.recorder.belongs(plain):
             raise errors.EscapeError(

@@ -22,7 +22,7 @@ DIFFERENT = object()
 """What `repeat` returns where the call is not the expected one; nothing has been run then."""
 
 _CAPACITY = 256
-_last: collections.OrderedDict[Any, Program] = collections.OrderedDict()
+_last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
@@ -36,19 +36,23 @@ def code_of(func: Callable[..., Any]) -> Any:
 def expected(func: Callable[..., Any]) -> Program | None:
     """The last recording of this code."""
     with _lock:
-        return _last.get(code_of(func))
+        return _last.get(code_of(func), (None,))[0]
 
 
-def remember(func: Callable[..., Any], program: Program) -> None:
-    """Expect `program` of this code the next time."""
+def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
+    """Expect `program` of this code the next time; returns its `sources`, those of calls that were only repeated included."""
     key = code_of(func)
     if key is None:
-        return
+        return sources
     with _lock:
-        _last[key] = program
+        before = _last.get(key)
+        if before is not None and before[0] is program:
+            sources = before[1] | sources
+        _last[key] = program, sources
         _last.move_to_end(key)
         while len(_last) > _CAPACITY:
             _last.popitem(last=False)
+    return sources
 
 
 def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dict[str, Any], is_own_leaf: Callable[[Any], bool]) -> Any:

@@ -127,7 +127,8 @@ class Memory:
                 arguments[position] = leaves[id(tensor)]
             else:
                 self._say(
-                    f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name (closure, global, attribute, module parameter)"
+                    f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name (closure, global, "
+                    "attribute, module parameter)"
                 )
                 return
         if len(self.kept) >= 64:

@@ -171,11 +171,13 @@ class Program(NamedTuple):
         for number, equation in enumerate(self.equations):
             for var in equation.inputs():
                 assert var.index in known, f"equation {number} `{equation}` reads {var} before it is defined\n{self}"
+                assert known[var.index] == var, f"equation {number} `{equation}` reads {var}, which was defined with another spec\n{self}"
             assert len(equation.flags) == sum(1 for _ in equation.inputs()), f"equation {number} `{equation}`: one flag per tensor\n{self}"
             for var in equation.results():
                 define(var, f"equation {number} `{equation}`")
         for var in self.outputs:
-            assert var.index in known, f"the output {var} is never defined\n{self}"
+            assert known.get(var.index) == var, f"the output {var} is never defined\n{self}"
+        assert len(self.output_flags) == len(self.outputs), f"one flag per output\n{self}"
 
     def dumps(self) -> str:
         """The program as JSON text, operators by name: what travels to a worker."""

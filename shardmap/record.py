@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -240,7 +241,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             _refuse_autograd_functions(leaves, recorder, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
-        follow.remember(func, recording.program)
+        recording = dataclasses.replace(recording, sources=follow.remember(func, recording.program, recording.sources))
         refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:
