@@ -105,6 +105,16 @@ def written(eq: Equation) -> list[Var]:
     return out
 
 
+def written_through(program: Program) -> set[int]:
+    """The variables that are written in place, themselves or by a view that is made of them."""
+    through: set[int] = set()
+    for eq in reversed(program.equations):
+        through.update(v.index for v in written(eq))
+        groups = {v.group for v in eq.results() if v.index in through}
+        through.update(v.index for v in eq.inputs() if v.group in groups)
+    return through
+
+
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
     """Which calls lead to an output, to a caller's tensor, or have an effect."""
     live_vars = {v.index for v in program.outputs}
@@ -181,6 +191,7 @@ class _Batcher:
             for v in written(eq):
                 self.last_write[v.group] = i
         self.write_groups = set(self.last_write)
+        self.written_through = written_through(program)
         self.needs: set[int] = set()
         self.identities: set[int] = set()
         self.tiers: dict[str, str] = {}
@@ -276,6 +287,10 @@ class _Batcher:
             source = eq.args[0]
             for out in eq.results():
                 self.env[out.index] = self.env[source.index]
+                if out.index in self.written_through and (self.options.grad or self.options.transformed):
+                    # A write gives the detached tensor, and its views, a history of their own.
+                    self.env[out.index] = self._cut(self.env[source.index], out.group)
+                    continue
                 self.identities.add(out.index)
                 if source.index in self.needs:
                     self.needs.add(out.index)

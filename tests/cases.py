@@ -589,3 +589,9 @@ def printing_changes_nothing(k: Kit) -> Run:
         return a * 2
 
     return lambda vmap: vmap(function)(x)
+
+
+@case()
+def detached_then_written(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
+    return lambda vmap: vmap(lambda a: ((a * w).detach().mul_(a), torch.stack([w, w]).detach().mul_(w)[0].add_(a)))(x)
