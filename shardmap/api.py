@@ -134,6 +134,8 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined:
     recording, call = prepared.recording, options.call
     program = recording.program
     inputs = batch.tensors()
+    if not recording.written_inputs:  # the sample is resolved: what was recorded may view it as real numbers
+        inputs = [t.resolve_conj().resolve_neg() for t in inputs]
     home = inputs[0].device
     writes_with_grad = bool(recording.written_inputs) and any(t.requires_grad for t in (*inputs, *recording.captured))
     grad = torch.is_grad_enabled() and (any(program.output_flags) or writes_with_grad)

@@ -14,8 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors, positions
-from shardmap.internals import functorch
-from shardmap.trace import element
+from shardmap.internals import functorch, mkldnn
+from shardmap.recording import element
 
 if TYPE_CHECKING:
     from shardmap.trace import Recorder
@@ -24,6 +24,8 @@ Tensor = torch.Tensor
 
 _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
 """Functions that make a tensor from python data, and the position of that data."""
+
+_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -40,7 +42,7 @@ _READS: dict[Any, tuple[str, str]] = {
     Tensor._typed_storage: ("a Storage", "use torch's operators"),
     Tensor.set_: ("set_", "build the tensor with torch's operators"),
     Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
-    Tensor.data.__set__: (".data = ", "use copy_ under torch.no_grad()"),
+    _SET_DATA: (".data = ", "use copy_ under torch.no_grad()"),
     Tensor.__dlpack__: ("DLPack", "use torch's operators"),
 }
 
@@ -61,12 +63,8 @@ def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
 
 def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
+    with mkldnn.off():
         return func(*args, **kwargs)
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 class Doors(TorchFunctionMode):
@@ -75,6 +73,8 @@ class Doors(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
+        self.hooked: list[Any] = []
+        """Nodes of autograd's graph whose gradients a hook may change."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Look at one call of torch's python interface, then run it."""
@@ -96,6 +96,8 @@ class Doors(TorchFunctionMode):
                 return result
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
+        elif func is Tensor.register_hook and args[0].grad_fn is not None:
+            self.hooked.append(args[0].grad_fn)
         elif func in _PRINTS:
             paused = self.recorder.paused
             self.recorder.paused = True

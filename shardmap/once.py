@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from shardmap.edges import Batch
 from shardmap.engine import Lowered
-from shardmap.trace import Recording
+from shardmap.recording import Recording
 
 logger = logging.getLogger("shardmap")
 

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from shardmap import errors, follow
 from shardmap.doors import Doors
 from shardmap.edges import Batch, flatten_outputs
-from shardmap.internals import functorch, has_internal_overlap
+from shardmap.internals import cudnn, functorch, has_internal_overlap, transformer_fast_paths
+from shardmap.recording import Recording, element
 from shardmap.rules import registry
-from shardmap.trace import Recorder, Recording, element
+from shardmap.trace import Recorder
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -107,15 +108,8 @@ def transforms_set_aside() -> Iterator[int]:
 @contextlib.contextmanager
 def recording_settings(device_type: str) -> Iterator[None]:
     """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
-    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_cudnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    if device_type == "cuda":
-        torch._C._set_cudnn_enabled(False)
-    try:
+    with transformer_fast_paths.off(), cudnn.off() if device_type == "cuda" else contextlib.nullcontext():
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch._C._set_cudnn_enabled(cudnn)
 
 
 @contextlib.contextmanager
@@ -210,8 +204,9 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             if batch.leaves[i].requires_grad and batch.leaves[i].is_leaf:
                 recorder.groups_of_leaves.add(recorder.inputs[-1].group)
         args, kwargs = batch.unflatten(samples)
+        doors = Doors(recorder)
         try:
-            with recording_settings(device.type), _no_garbage_collection(), Doors(recorder), recorder:
+            with recording_settings(device.type), _no_garbage_collection(), doors, recorder:
                 out = func(*args, **kwargs)
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
@@ -238,7 +233,7 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             )
         leaves, structure = flatten_outputs(out, call)
         if torch.is_grad_enabled():
-            _refuse_autograd_functions(leaves, recorder, call)
+            _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         recording = dataclasses.replace(recording, sources=follow.remember(func, recording.program, recording.sources))
@@ -257,8 +252,8 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
     return changed
 
 
-def _refuse_autograd_functions(leaves: list[torch.Tensor], recorder: Recorder, call: str) -> None:
-    """A custom backward between the inputs and an output that requires grad would be replaced by that of its forward's calls."""
+def _refuse_own_backwards(leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str) -> None:
+    """A backward of the user's, or a hook, between the inputs and an output that requires grad would be lost."""
     stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
     keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
     queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
@@ -269,6 +264,11 @@ def _refuse_autograd_functions(leaves: list[torch.Tensor], recorder: Recorder, c
             continue
         seen.add(id(node))
         keep_alive.append(node)
+        if any(node is h for h in hooked):
+            raise errors.AutogradFunctionError(
+                f"{call}: register_hook on a tensor between the inputs and an output that requires grad, and outer gradients would not call "
+                "the hook; take the gradient inside the mapped function (torch.autograd.grad), or change the gradient with torch operators"
+            )
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise errors.AutogradFunctionError(
                 f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and "
@@ -286,6 +286,11 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
     tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
     for number in recording.written_inputs:
         tensor = tensors[number]
+        if tensor.is_conj() or tensor.is_neg():
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, which is a lazy conjugate or negative of other memory; "
+                "pass .resolve_conj() or .resolve_neg() of it"
+            )
         if _may_overlap(tensor):
             raise errors.CapturedWriteError(
                 f"{call}: the function writes in place to mapped argument {number}, whose samples overlap in memory (shape "

@@ -8,104 +8,24 @@ Measured: 11-15 microseconds per operator, against 760-890 for `make_fx` and 90 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors, follow
-from shardmap.internals import functorch
 from shardmap.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.positions import Copies
-from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Equation, Param, Program, Spec, Var, variables
+from shardmap.program import NO_GRAD, Equation, Program, Var, variables
+from shardmap.recording import Recording, flat_tensors, is_own_leaf, user_line
+from shardmap.variables import Variables
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A program and what it was recorded with."""
-
-    program: Program
-    captured: tuple[torch.Tensor, ...]
-    literals: tuple[torch.Tensor, ...]
-    scalars: tuple[float, ...]
-    written_inputs: frozenset[int]
-    """Positions of mapped inputs that the function writes in place."""
-    random: bool
-    sources: dict[str, str]
-    """The user's line for operators that have no rule of ours."""
-    sample: tuple[torch.Tensor, ...]
-    """What the function returned for the sample; none if the sample was made of zeros."""
-
-
-_device_names: dict[torch.device, str] = {}
-
-
-def _device_name(device: torch.device) -> str:
-    name = _device_names.get(device)
-    if name is None:
-        name = _device_names[device] = str(device)
-    return name
-
-
-def element(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        inner = functorch.get_unwrapped(tensor)
-        tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
-    return tensor
-
-
-def _flat_tensors(values: Any) -> list[torch.Tensor]:
-    flat = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            flat.append(value)
-        elif isinstance(value, tuple | list):
-            flat += _flat_tensors(value)
-    return flat
-
-
-def _is_own_leaf(leaf: torch.Tensor) -> bool:
-    """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
-    try:
-        if not leaf.is_leaf:
-            return False
-    except RuntimeError:  # a view made without grad whose base was written to with it: autograd forbids to ask
-        return False
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        node = leaf.view_as(leaf).grad_fn
-    if node is None:
-        return False
-    accumulate = node.next_functions[0][0]  # None for a view made without grad of what requires it: gradients go nowhere from there
-    return accumulate is None or getattr(accumulate, "variable", None) is leaf
-
-
-_OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
-
-
-def _user_line() -> str:
-    """The innermost line of the stack that is neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_OWN_CODE) and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "an unknown line"
-
-
-class Recorder(TorchDispatchMode):
+class Recorder(Variables, TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
     def __init__(
@@ -117,38 +37,19 @@ class Recorder(TorchDispatchMode):
         outer: Recorder | None,
         once: bool,
     ):
-        super().__init__()
-        self.outer = outer
-        self.depth = 0
-        """How many levels of torch.func transforms are active around the call; their wrappers are peeled while recording."""
-        self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.value_may_change = once or outer is not None
-        self.call = call
+        TorchDispatchMode.__init__(self)
+        Variables.__init__(self, call, outer, once)
         self.randomness = randomness
         self.has_rule = has_rule
         self.decompose = decompose
         self.equations: list[Equation] = []
-        self.entries: dict[int, tuple[weakref.ref, Var]] = {}
-        self.groups: dict[int, int] = {}  # storage address -> group; weak references keep addresses from being reused
-        self.weak_storages: list[int] = []
-        self.mapped_groups: set[int] = set()
-        self.captured_groups: set[int] = set()
-        self.input_groups: dict[int, int] = {}
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while it records."""
-        self.inputs: list[Var] = []
-        self.captured: dict[int, tuple[Var, torch.Tensor]] = {}
-        self.captured_grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.literals: list[tuple[Var, torch.Tensor]] = []
-        self.scalars: list[float] = []
-        self.types: list[Any] = []
-        self.count = 0
         self.served: dict[int, tuple[bool, Any]] = {}
         """By address of the operator: whether it has a rule, and its decomposition."""
-        self.device: torch.device | None = None
         self.default_dtype = torch.get_default_dtype()
-        self.paused = False
         self.random = False
         self.uninitialised: set[int] = set()
         self.copies = Copies()
@@ -161,151 +62,6 @@ class Recorder(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # the wrapper that skipping adds costs a third of the recording
-
-    # -- variables ---------------------------------------------------------------------------------------------------
-
-    def _define(self, tensor: torch.Tensor) -> Var:
-        if tensor.layout is not torch.strided:
-            raise errors.UnsupportedOperatorError(
-                f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only dense (strided) tensors can be "
-                "mapped: call .to_dense() on it first"
-            )
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        group = self.groups.get(address)
-        if group is None:
-            group = len(self.groups)
-            self.groups[address] = group
-            self.weak_storages.append(cast(int, storage._weak_ref()))
-        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, _device_name(tensor.device), int(tensor.storage_offset()))
-        var = Var(self.count, group, spec)
-        self.count += 1
-        self.entries[id(tensor)] = (weakref.ref(tensor), var)
-        return var
-
-    def known(self, tensor: torch.Tensor) -> Var | None:
-        """The variable of a tensor that was recorded, or None."""
-        entry = self.entries.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
-        return None
-
-    def add_input(self, sample: torch.Tensor) -> None:
-        """Declare `sample` as the next mapped input."""
-        var = self._define(sample)
-        self.mapped_groups.add(var.group)
-        self.input_groups[var.group] = len(self.inputs)
-        self.inputs.append(var)
-        if self.device is None:
-            self.device = sample.device
-
-    def belongs(self, tensor: torch.Tensor) -> bool:
-        """Whether python may not look at the value of `tensor`: it differs by sample, or nothing would notice if it changed."""
-        var = self.known(tensor)
-        if var is not None and (var.group in self.mapped_groups or (self.value_may_change and var.index not in self.captured)):
-            return True
-        return self.outer is not None and self.outer.belongs(tensor)
-
-    def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
-        found = self.wrappers.get(id(wrapper))
-        if found is None:
-            allowed = functorch.get_inplace_requires_grad_allowed()
-            self.paused = True
-            with temporarily_clear_interpreter_stack():  # a transform inside the function may be active: it must not see this
-                plain = element(wrapper).detach()
-                functorch.set_inplace_requires_grad_allowed(True)
-                if plain.is_floating_point() or plain.is_complex():
-                    plain.requires_grad_()
-            self.paused = False
-            functorch.set_inplace_requires_grad_allowed(allowed)
-            found = self.wrappers[id(wrapper)] = (wrapper, plain)
-        return found[1]
-
-    def is_outer(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` belongs to a `torch.func` transform around the call."""
-        return 0 < functorch.maybe_get_level(tensor) <= self.depth
-
-    def is_mapped(self, tensor: torch.Tensor) -> bool:
-        """Whether the value of a tensor differs by sample."""
-        var = self.known(tensor)
-        return var is not None and var.group in self.mapped_groups
-
-    def _capture(self, tensor: torch.Tensor) -> Var:
-        address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
-        group = self.groups.get(address) if address is not None else None
-        if group is not None and group not in self.captured_groups:
-            raise errors.EscapeError(
-                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was "
-                "not made by a "
-                "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch operators on the tensor itself"
-            )
-        var = self._define(tensor)
-        self.captured_groups.add(var.group)
-        self.captured[var.index] = (var, tensor)
-        if tensor.requires_grad and tensor.is_leaf:
-            self.captured_grads.append((tensor, tensor.grad))
-        return var
-
-    # -- recording ---------------------------------------------------------------------------------------------------
-
-    def encode(self, value: Any, flags: list[int], param: bool) -> Any:
-        """An argument as the program holds it; `flags` takes what autograd knows of the tensors in it."""
-        kind = type(value)
-        if kind is int or value is None or kind is str:
-            return value
-        if isinstance(value, torch.Tensor):
-            entry = self.entries.get(id(value))
-            if entry is not None and entry[0]() is value:
-                var = entry[1]
-            else:
-                var = self._capture(value)
-            if value.requires_grad:
-                flags.append(FRESH_LEAF if var.index not in self.captured and _is_own_leaf(value) else GRAD)
-            else:
-                flags.append(NO_GRAD)
-            return var
-        if kind is list or kind is tuple:
-            return tuple([self.encode(v, flags, False) for v in value])
-        if kind is bool:
-            self.types.append(bool)
-            return value
-        if kind is float:
-            if param:
-                self.scalars.append(value)
-                return Param(len(self.scalars) - 1)
-            self.types.append(value.hex())
-            return value
-        if kind is complex:
-            self.types.append((value.real.hex(), value.imag.hex()))
-            return value
-        if kind is torch.device:
-            return SAMPLE_DEVICE if self._is_sample_device(value) else value
-        if kind is torch.dtype or kind is torch.layout or kind is torch.memory_format:
-            return value
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise errors.EscapeError(f"{self.call}: the function computes with symbolic sizes ({value}), which cannot be recorded")
-        if isinstance(value, torch.Generator):
-            raise errors.RandomnessError(
-                f"{self.call}: the function draws from an explicit torch.Generator, which samples cannot share; drop the generator "
-                "argument and seed torch's own with torch.manual_seed"
-            )
-        if isinstance(value, float | np.floating):
-            return self.encode(float(value), flags, param)
-        if isinstance(value, int | np.integer):
-            return int(value)
-        raise errors.EscapeError(f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot be recorded")
-
-    def _is_sample_device(self, device: torch.device) -> bool:
-        mine = self.device
-        return mine is not None and device.type == mine.type and (device.index is None or mine.index is None or device.index == mine.index)
-
-    def _outputs(self, out: Any) -> Any:
-        if isinstance(out, torch.Tensor):
-            return self.known(out) or self._define(out)
-        if isinstance(out, tuple | list):
-            return tuple([self._outputs(o) for o in out])
-        return None
 
     def _refuse_write(self, op: torch._ops.OpOverload, tensor: torch.Tensor) -> None:
         var = self.known(tensor) or self._capture(tensor)
@@ -377,7 +133,7 @@ class Recorder(TorchDispatchMode):
             if done is not None:
                 return done
             raise errors.EscapeError(
-                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {_user_line()}; make a "
+                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {user_line()}; make a "
                 "new tensor instead"
             )
         if info.view_in_place is not None:
@@ -389,17 +145,14 @@ class Recorder(TorchDispatchMode):
         number = len(self.equations)
         if number >= len(self.expected.equations) or self.copies.stale or torch.get_default_dtype() is not self.default_dtype:
             return follow.DIFFERENT
-        return follow.repeat(self, self.expected.equations[number], func, args, kwargs, _is_own_leaf)
-
-    def captured_var(self, tensor: torch.Tensor) -> Var:
-        """The variable of a tensor that was not recorded: from now on it is captured."""
-        return self._capture(tensor)
+        return follow.repeat(self, self.expected.equations[number], func, args, kwargs, is_own_leaf)
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
         """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
         outs = eq.outs
         single = out is None or isinstance(out, torch.Tensor)
-        for tensor, var in ((out, outs[0]),) if single else zip(out, outs, strict=True):
+        results: Any = (out,) if single else out
+        for tensor, var in zip(results, outs, strict=True):
             if tensor is None and var is None:
                 continue
             if not isinstance(tensor, torch.Tensor) or not self._adopted(tensor, var):
@@ -480,7 +233,7 @@ class Recorder(TorchDispatchMode):
         named = tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
         read = list(variables((encoded, named)))
         if self.copies.stale:
-            now_written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
+            now_written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
             self._check_stale(v for v in read if v.group not in now_written)
         groups = self.mapped_groups
         mapped = False
@@ -513,7 +266,7 @@ class Recorder(TorchDispatchMode):
         if mapped and not info.shape_only:
             groups.update([v.group for v in results])
         if writes or self.uninitialised:
-            written = {v.group for v in map(self.known, _flat_tensors(writes)) if v is not None}
+            written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
             if mapped:
                 self.mapped_groups |= written
             if self.uninitialised:
@@ -525,7 +278,7 @@ class Recorder(TorchDispatchMode):
         if varies or not self.served[id(func)][0]:
             name = func.name()
             if name not in self.sources:
-                self.sources[name] = _user_line()
+                self.sources[name] = user_line()
         self._append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
         return out
 
@@ -578,7 +331,8 @@ class Recorder(TorchDispatchMode):
         var = self.known(tensor)
         if var is not None and any(group in self.captured_groups for group in self.copies.written(var.group)):
             raise errors.CapturedWriteError(
-                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all samples share, at {_user_line()}; clone what "
+                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all samples share, at "
+                f"{user_line()}; clone what "
                 "was indexed first"
             )
 
@@ -587,7 +341,7 @@ class Recorder(TorchDispatchMode):
             if var.group in self.copies.stale:
                 raise errors.DataDependentError(
                     f"{self.call}: a tensor was indexed with a tensor that differs by sample, then one of the two was written in place and "
-                    f"the other is used, at {_user_line()}; clone what was indexed, or write with tensor[index] = value"
+                    f"the other is used, at {user_line()}; clone what was indexed, or write with tensor[index] = value"
                 )
 
     def _check_uninitialised(self, func: Any, read: list[Var], outs: list[Var], written: set[int]) -> None:
@@ -600,7 +354,7 @@ class Recorder(TorchDispatchMode):
             if name.endswith("_like") or name.startswith("new_"):
                 continue
             raise errors.EscapeError(
-                f"{self.call}: {name} reads memory that torch.empty made and that no recorded operator has written, at {_user_line()}; "
+                f"{self.call}: {name} reads memory that torch.empty made and that no recorded operator has written, at {user_line()}; "
                 "fill it with torch operators (numpy and data_ptr writes cannot be followed), or use torch.zeros"
             )
         self.uninitialised -= written
@@ -629,7 +383,7 @@ class Recorder(TorchDispatchMode):
             "`.item()`, a tensor as index)",
             "equal": "torch.equal compares tensors that differ by sample",
         }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
-        return f"{self.call}: {what}, at {_user_line()}; use torch.where, masks or comparisons that return tensors"
+        return f"{self.call}: {what}, at {user_line()}; use torch.where, masks or comparisons that return tensors"
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

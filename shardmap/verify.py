@@ -18,8 +18,8 @@ from shardmap import engine, errors
 from shardmap.batch import restride
 from shardmap.engine import Lowered
 from shardmap.operators import op_info
+from shardmap.recording import Recording
 from shardmap.rules.lowering import V, values
-from shardmap.trace import Recording
 
 logger = logging.getLogger("shardmap")
 
@@ -194,7 +194,8 @@ def _first_wrong(low: Lowered, expected: tuple[torch.Tensor, ...], outputs: list
 def _never_written(low: Lowered) -> set[int]:
     """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
     made = {v.group for eq in low.program.equations if op_info(eq.op).uninitialised for v in eq.results()}
-    return made - {v.group for eq in low.program.equations if op_info(eq.op).writes for v in eq.inputs()}
+    writing = [eq for eq in low.program.equations if op_info(eq.op).writes or op_info(eq.op).writes_named]
+    return made - {v.group for eq in writing for v in eq.inputs()}
 
 
 def _largest(tensor: torch.Tensor) -> float:

@@ -12,8 +12,8 @@ from shardmap import engine
 from shardmap.engine import Lowered
 from shardmap.plan.split import Plan
 from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
+from shardmap.recording import Recording, element
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
-from shardmap.trace import Recording, element
 from shardmap.verify import Trial, check
 
 

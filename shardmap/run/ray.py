@@ -27,11 +27,11 @@ from shardmap.engine import Lowered
 from shardmap.extras import require
 from shardmap.plan.split import Chunk, Plan, split
 from shardmap.program import Program
+from shardmap.recording import element
 from shardmap.run import local
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
 from shardmap.run.local import Gather, Job
 from shardmap.run.remote import Constants, Failure, Packed, Settings, Task, Worker, pack, unpack
-from shardmap.trace import element
 
 logger = logging.getLogger("shardmap")
 

@@ -25,7 +25,7 @@ from shardmap.batch import LoweringOptions
 from shardmap.codegen import Replay
 from shardmap.engine import Lowered
 from shardmap.program import Program
-from shardmap.trace import Recording
+from shardmap.recording import Recording
 from shardmap.verify import Trial, check
 
 logger = logging.getLogger("shardmap")
