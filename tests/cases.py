@@ -249,6 +249,30 @@ def expanded_batch(k: Kit) -> Run:
 
 
 @case()
+def lazy_conjugates_and_negatives(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def run(vmap: oracle.Subject) -> Any:
+        z = torch.complex(x, x * 2).conj()
+        return vmap(lambda a, b: (a.imag, a.conj() * b, b.view(3, 1)))(z, z.imag)
+
+    return run
+
+
+@case()
+def hook_of_an_inner_gradient(k: Kit) -> Run:
+    x = k.x(3)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        s = a.detach().requires_grad_()
+        b = s * 2
+        b.register_hook(lambda g: g * 5)
+        return torch.autograd.grad(b.sin().sum(), s)[0]
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
 def mapped_value_into_unmapped_zeros(k: Kit) -> Run:
     x = k.x(4, grad=True)
 

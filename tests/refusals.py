@@ -137,6 +137,42 @@ def own_backward_under_outer_autograd(k: Kit) -> Run:
     return lambda vmap: vmap(lambda a: Cube.apply(a))(x)
 
 
+@refused(errors.AutogradFunctionError)
+def hook_under_outer_autograd(k: Kit) -> Run:
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        b = a * 2
+        b.register_hook(lambda g: g * 5)
+        return b.sin()
+
+    return lambda vmap: vmap(function)(x)
+
+
+@refused(errors.CapturedWriteError)
+def write_to_overlapping_samples(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a.add_(1).clone())(x.as_strided((3, 3), (1, 1)))
+
+
+@refused(errors.CapturedWriteError)
+def write_to_an_expanded_batch(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a.add_(1).clone())(x[:1].expand(3, 3))
+
+
+@refused(errors.CapturedWriteError)
+def write_to_a_lazy_conjugate(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a.mul_(2).real)(torch.complex(x, x).conj())
+
+
+@refused(errors.MismatchError)
+def result_in_memory_that_grows(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: torch.sin(a, out=torch.empty(0, dtype=a.dtype)))(x)
+
+
 @refused(errors.InDimsError)
 def sizes_disagree(k: Kit) -> Run:
     x, y = k.x(3), k.w(5, 3)
