@@ -267,7 +267,8 @@ def _refuse_own_backwards(leaves: list[torch.Tensor], recorder: Recorder, hooked
         if any(node is h for h in hooked):
             raise errors.AutogradFunctionError(
                 f"{call}: register_hook on a tensor between the inputs and an output that requires grad, and outer gradients would not "
-                "call the hook; take the gradient inside the mapped function (torch.autograd.grad), or change the gradient with torch operators"
+                "call the hook; take the gradient inside the mapped function (torch.autograd.grad), or change the gradient with torch "
+                "operators"
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise errors.AutogradFunctionError(
