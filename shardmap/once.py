@@ -35,6 +35,9 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 _LIBRARIES = tuple(
     os.path.join(path, "") for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if path
 ) + (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""))
+_COMMON = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict, collections.defaultdict, collections.deque))
+"""Kinds without attributes."""
 _PLAIN = (type, property, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch._ops.OpOverload)
 """Kinds whose attributes are looked at in their own way, or never change."""
 _LIMIT = 200_000
@@ -215,7 +218,7 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
     if len(found) > _LIMIT:
         return
     found.append(value)
-    if isinstance(value, _VALUES):
+    if type(value) in _COMMON or isinstance(value, _VALUES):
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
         strides = value.stride() if value.layout is torch.strided else None
@@ -224,6 +227,8 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
     if id(value) in seen:
         return
     seen.add(id(value))
+    if type(value) in _CONTAINERS and not value:
+        return
     if isinstance(value, dict | types.MappingProxyType):
         for key, item in value.items():
             found.append(key if isinstance(key, _VALUES) else id(key))
@@ -245,11 +250,10 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
             for name in sorted(names & vars(value).keys()):
                 _walk(vars(value)[name], found, seen, names)
     elif isinstance(value, type):
-        for kind in value.__mro__:
-            if not _is_library(getattr(sys.modules.get(kind.__module__), "__file__", None)):
-                for name, item in vars(kind).items():
-                    if not name.startswith("__") or name in ("__call__", "__init__"):
-                        _walk(item.__func__ if isinstance(item, classmethod | staticmethod) else item, found, seen, names)
+        for kind in _user_classes(value):
+            for name, item in vars(kind).items():
+                if not name.startswith("__") or name in ("__call__", "__init__"):
+                    _walk(item.__func__ if isinstance(item, classmethod | staticmethod) else item, found, seen, names)
     elif isinstance(value, property):
         for part in (value.fget, value.fset):
             _walk(part, found, seen, names)
@@ -294,19 +298,36 @@ def _walk_cell(cell: types.CellType, found: list[Any], seen: set[int], names: fr
 
 
 def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
-    if type(value) in (dict, list, tuple, set, frozenset):
+    kind = type(value)
+    if kind in _CONTAINERS:
         return
-    _walk(type(value), found, seen, names)
+    _walk(kind, found, seen, names)
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict) and attributes:
         for key, item in attributes.items():
             found.append(key)
-            _walk(item, found, seen, names)
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, slot):
-                _walk(getattr(value, slot), found, seen, names)
+            if type(item) in _COMMON:
+                found.append(item)
+            elif type(item) not in _CONTAINERS or item:
+                _walk(item, found, seen, names)
+    for slot in _slots(kind):
+        if hasattr(value, slot):
+            _walk(getattr(value, slot), found, seen, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _user_classes(kind: type) -> tuple[type, ...]:
+    """The classes that `kind` inherits from, itself among them, that are no library's."""
+    return tuple([k for k in kind.__mro__ if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))])
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
+    slots: list[str] = []
+    for base in kind.__mro__:
+        own = base.__dict__.get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    return tuple(slots)
 
 
 @functools.cache

@@ -232,6 +232,21 @@ def attribute_read_by_a_bound_method() -> Any:
 
 
 @change
+def attribute_of_a_dict_of_its_own_kind() -> Any:
+    class Settings(dict[str, Any]):
+        scale = 1.0
+
+    settings = Settings()
+    return lambda r: r * settings.scale, lambda: setattr(settings, "scale", 2.0)
+
+
+@change
+def empty_list_filled() -> Any:
+    settings = types.SimpleNamespace(extra=[])
+    return lambda r: r + sum(settings.extra), lambda: settings.extra.append(2.0)
+
+
+@change
 def evaluation_mode() -> Any:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(1.0)).eval()
     return lambda r: model(r).detach(), model.train
