@@ -133,6 +133,11 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
         if d is None or not isinstance(leaf, torch.Tensor):
             continue
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            raise errors.UnsupportedOperatorError(
+                f"{call}: {_where(i, args)} is a {'nested tensor' if leaf.is_nested else f'tensor of layout {leaf.layout}'}; only dense "
+                "(strided) tensors can be mapped: call .to_dense() on it, or torch.nested.to_padded_tensor"
+            )
         if not -leaf.ndim <= d < leaf.ndim:
             raise errors.InDimsError(
                 f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape {tuple(leaf.shape)}), in_dim {d} is out of range; "

@@ -173,6 +173,18 @@ def result_in_memory_that_grows(k: Kit) -> Run:
     return lambda vmap: vmap(lambda a: torch.sin(a, out=torch.empty(0, dtype=a.dtype)))(x)
 
 
+@refused(errors.UnsupportedOperatorError)
+def sparse_batch(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a * 2)(x.to_sparse())
+
+
+@refused(errors.UnsupportedOperatorError)
+def nested_batch(k: Kit) -> Run:
+    x = k.x(3)
+    return lambda vmap: vmap(lambda a: a * 2)(torch.nested.as_nested_tensor(list(x)))
+
+
 @refused(errors.InDimsError)
 def sizes_disagree(k: Kit) -> Run:
     x, y = k.x(3), k.w(5, 3)
