@@ -176,11 +176,11 @@ class Fixes:
 class _Batcher:
     """One lowering of one program."""
 
-    def __init__(self, program: Program, options: LoweringOptions, fixes: Fixes, warn: Callable[[Equation], None]):
+    def __init__(self, program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]):
         self.program = program
         self.options = options
         self.fixes = fixes
-        self.warn = warn
+        self.to_loop = to_loop
         self.b = Lowering(options.device_type, options.randomness)
         self.b.transformed = options.transformed
         self.b.sample_device = program.inputs[0].spec.device
@@ -329,14 +329,8 @@ class _Batcher:
                     return out
         if random_call(eq) and not mapped:
             return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
-        if self.options.strict:
-            raise errors.UnsupportedOperatorError(
-                f"{self.options.call}: no rule batches {name} (called at {eq.source or 'an unknown line'}) and strict=True "
-                "refuses a loop over "
-                "the batch; register a rule with shardmap.batching_rule, rewrite the call, or pass strict=False"
-            )
+        self.to_loop(eq)
         self.tiers[name] = "loop"
-        self.warn(eq)
         return seeded_loop(b, eq, args, kwargs) if random_call(eq) else loop_rule(b, eq, args, kwargs, self.options.call)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
@@ -388,20 +382,20 @@ class _Batcher:
         return tuple(outputs)
 
 
-def lower(program: Program, options: LoweringOptions, fixes: Fixes, warn: Callable[[Equation], None]) -> BatchedProgram:
+def lower(program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]) -> BatchedProgram:
     """The batched program.
 
     Args:
         program: What one sample does.
         options: Device, randomness, strictness, outer autograd.
         fixes: What trying the program has shown to be needed.
-        warn: Called with each recorded call that falls to the loop.
+        to_loop: Called with each recorded call that falls to the loop; it may refuse.
 
     Raises:
-        UnsupportedOperatorError: `strict`, and an operator has no rule.
+        ShardmapError: `to_loop` refuses.
     """
     refuse_offsets_of_inputs(program, options.call)
-    return _Batcher(program, options, fixes, warn).run()
+    return _Batcher(program, options, fixes, to_loop).run()
 
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:

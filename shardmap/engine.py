@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shardmap import errors
 from shardmap.batch import BatchedProgram, Fixes, LoweringOptions, lower
 from shardmap.codegen import Replay, generate
 from shardmap.program import Equation, Program
@@ -92,11 +93,16 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
 
 
 def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources: dict[str, str]) -> tuple[BatchedProgram, Replay]:
-    """The batched program and its functions, with `fixes` applied; warns of each operator that falls to the loop."""
+    """The batched program and its functions, with `fixes` applied; warns of each operator that falls to the loop, or refuses it."""
 
-    def warn(eq: Equation) -> None:
+    def to_loop(eq: Equation) -> None:
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
+        if options.strict:
+            raise errors.UnsupportedOperatorError(
+                f"{options.call}: no rule batches {name} (called at {line}) and strict=True refuses a loop over the batch; register a rule "
+                "with shardmap.batching_rule, rewrite the call, or pass strict=False"
+            )
         warnings.warn(
             f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by sample; register one with "
             "shardmap.batching_rule, "
@@ -105,7 +111,7 @@ def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources
             stacklevel=2,
         )
 
-    batched = lower(program, options, fixes, warn)
+    batched = lower(program, options, fixes, to_loop)
     return batched, generate(batched, options.grad)
 
 

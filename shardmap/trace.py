@@ -188,8 +188,9 @@ class Recorder(Variables, TorchDispatchMode):
         """Note what was recorded, and whether it was expected."""
         if self.expected is not None:
             number = len(self.equations)
-            if number < len(self.expected.equations) and self.expected.equations[number] == eq:
-                eq = self.expected.equations[number]
+            wanted = self.expected.equations[number] if number < len(self.expected.equations) else None
+            if wanted is not None and wanted == eq and follow.alike(wanted.args, eq.args) and follow.alike(wanted.kwargs, eq.kwargs):
+                eq = wanted
             else:
                 self.expected = None
         self.equations.append(eq)
@@ -265,6 +266,8 @@ class Recorder(Variables, TorchDispatchMode):
             results = list(variables(outs))
         if mapped and not info.shape_only:
             groups.update([v.group for v in results])
+        if writes:
+            self._refuse_growth(func, writes)
         if writes or self.uninitialised:
             written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
             if mapped:
@@ -305,6 +308,26 @@ class Recorder(Variables, TorchDispatchMode):
             return var
 
         return tuple([cast(v) for v in encoded]), named
+
+    def _refuse_growth(self, func: Any, writes: tuple) -> None:
+        for tensor in flat_tensors(writes):
+            var = self.known(tensor)
+            if var is not None and tensor.shape != var.spec.shape:
+                raise errors.EscapeError(
+                    f"{self.call}: {func._schema.name.partition('::')[2]} gave its output, of shape {tuple(var.spec.shape)}, the shape "
+                    f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's shape, or none"
+                )
+
+    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """`nn.Parameter(x)` of a recorded tensor is that tensor, cut from its history; no operator call shows it."""
+        shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        for _, source in reversed(self.entries.values()):
+            spec = source.spec
+            if source.group == group and (spec.shape, spec.stride, spec.offset, spec.dtype) == (shape, stride, offset, tensor.dtype):
+                var = self._define(tensor)
+                self._append(Equation(aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()))
+                return var
+        return None
 
     def _check_writes(self, func: Any, value: Any) -> None:
         for tensor in value if isinstance(value, tuple | list) else (value,):

@@ -116,6 +116,9 @@ class Variables:
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
+            made = self.made_parameter(tensor, group) if isinstance(tensor, torch.nn.Parameter) else None
+            if made is not None:
+                return made
             raise errors.EscapeError(
                 f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was "
                 "not made by a "
@@ -184,6 +187,10 @@ class Variables:
             return self.known(out) or self._define(out)
         if isinstance(out, tuple | list):
             return tuple([self._outputs(o) for o in out])
+        return None
+
+    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of a parameter made of a recorded tensor's memory, if the recorder can tell which."""
         return None
 
     def captured_var(self, tensor: torch.Tensor) -> Var:

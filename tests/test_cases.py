@@ -9,6 +9,7 @@ import shardmap
 from shardmap import errors
 from tests import (
     cases,
+    cases_around,  # noqa: F401  (adds cases)
     cases_indexing,  # noqa: F401  (adds cases)
     oracle,
     refusals,

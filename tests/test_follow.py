@@ -58,6 +58,11 @@ def open_scalar(r: torch.Tensor, c: Any) -> torch.Tensor:
 
 
 @variant(0.0, -0.0, 1.0, 1)
+def filled_in_place(r: torch.Tensor, c: Any) -> torch.Tensor:
+    return 1 / r.clone().fill_(c)
+
+
+@variant(0.0, -0.0, 1.0, 1)
 def filled(r: torch.Tensor, c: Any) -> torch.Tensor:
     return r / torch.full((2,), c)
 
