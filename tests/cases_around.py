@@ -44,6 +44,12 @@ _around("under_func_vmap_of_grad", lambda f, x, w: torch.func.vmap(torch.func.gr
 _around("under_functional_jacobian", lambda f, x, w: torch.autograd.functional.jacobian(f, (x, w)))
 
 
+@case(gradient=False)
+def under_func_vmap_without_gradients(k: Kit) -> Run:
+    x = k.x(5, 4)
+    return lambda vmap: torch.func.vmap(lambda rows: vmap(lambda a: (a.argmax(-1), a.detach() > 0))(rows))(x)
+
+
 # ---------------------------------------------------------------------------------------------- contexts
 
 

@@ -10,6 +10,7 @@ import torch
 
 from shardmap import engine
 from shardmap.engine import Lowered
+from shardmap.internals import functorch
 from shardmap.plan.split import Plan
 from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
 from shardmap.recording import Recording, element
@@ -131,6 +132,8 @@ class Gather:
     def __init__(self, job: Job, plan: Plan):
         self.job = job
         self.plan = plan
+        self.concatenate = job.grad or functorch.peek_interpreter_stack() is not None
+        """Outer transforms cannot write a chunk of theirs into a plain tensor."""
         self.whole: list[torch.Tensor | None] = []
         self.parts: list[list[torch.Tensor]] = []
         self.single: list[torch.Tensor | None] = []
@@ -148,7 +151,7 @@ class Gather:
                     self.single[k] = t.to(home)
             elif stop - start == size:
                 self.whole[k] = t.to(home)
-            elif self.job.grad:
+            elif self.concatenate:
                 self.parts[k].append(t.to(home))
             else:
                 whole = self.whole[k]
