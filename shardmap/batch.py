@@ -342,6 +342,7 @@ class _Batcher:
         writes = written(eq)
         reads = self.b.grad and (FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs()))
         known = {v.index for v in eq.inputs()}
+        read_groups = {v.group for v in eq.inputs()}
         assert out is None or len(values) == len(outs), f"{eq}: the rule returned {len(values)} results for {len(outs)}"
         for var, v in zip(outs, values, strict=True):
             if var.index in known or (var.index in self.env and v is None):
@@ -352,6 +353,8 @@ class _Batcher:
                 v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
             if var.group in self.mapped and not v.mapped:
                 v = self._materialise(v, var)
+            elif v.mapped and var.group in self.write_groups and var.group not in read_groups:
+                v = self.b.call(no_view, v)
             self.env[var.index] = v
             if v.mapped:
                 self.results[v.index] = (var, v)
@@ -451,6 +454,11 @@ def _vs_or_none(values: Any) -> Any:
 
 
 # -- what the emitted calls do at replay -----------------------------------------------------------------------------------
+
+
+def no_view(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own, for writing: a rule may return a view where the sample's call returned a new tensor."""
+    return t.clone() if t._is_view() else t
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:

@@ -166,3 +166,17 @@ def parameters_made_inside(k: Kit) -> Run:
 def detached_then_written(k: Kit) -> Run:
     x, w = k.x(3, grad=True), k.w(3)
     return lambda vmap: vmap(lambda a: ((a * w).detach().mul_(a), torch.stack([w, w]).detach().mul_(w)[0].add_(a)))(x)
+
+
+@case()
+def written_after_an_index_without_grad(k: Kit) -> Run:
+    x, y = k.x(3, 4), k.x(grad=True)
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> Any:
+        with torch.no_grad():
+            picked, shifted = a[:, torch.tensor([0, 2])], a[[1]]
+        picked[:] = b.cos()
+        shifted += b
+        return picked, shifted, a
+
+    return lambda vmap: vmap(function)(x, y)
