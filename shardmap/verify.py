@@ -8,7 +8,8 @@ not what the function itself returned for the sample that was recorded, moves ca
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +96,8 @@ def _mend(low: Lowered, recording: Recording, trial: Trial) -> list[torch.Tensor
             else:
                 previous = low.fixes.tiers.get(number)
                 assert previous != "loop", f"{low.options.call}: a loop over samples gave a wrong result: {fault.text}"
+                if fault.raised:
+                    _blame_the_data(low, recording, trial, number)
                 low.fixes.tiers[number] = "loop" if previous == "functorch" else "functorch"
             logger.info(
                 "%s: %s; %s", low.options.call, fault.text, "restored by a copy" if fault.tier is None else "served by the next tier"
@@ -102,11 +105,31 @@ def _mend(low: Lowered, recording: Recording, trial: Trial) -> list[torch.Tensor
         _lower_again(low, recording)
 
 
+def _blame_the_data(low: Lowered, recording: Recording, trial: Trial, number: int) -> None:
+    """Let an error pass that the loop over the samples raises too: `torch.func.vmap`, the next tier, may overlook it.
+
+    It reads another sample's row, for example, where an index is out of bounds.
+    """
+    before = low.fixes.tiers.get(number)
+    low.fixes.tiers[number] = "loop"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", engine.SlowLoopWarning)
+        lenient = replace(low.options, strict=False)
+        low.batched, low.replay = engine.lower_with(low.program, lenient, low.fixes, recording.sources)
+    _try(low, recording, trial)
+    if before is None:
+        del low.fixes.tiers[number]
+    else:
+        low.fixes.tiers[number] = before
+
+
 @dataclass(frozen=True, slots=True)
 class _Fault:
     tier: str | None
     """None: only the strides differ."""
     text: str
+    raised: bool = False
+    """Whether the call raised an error."""
 
 
 def _try(low: Lowered, recording: Recording, trial: Trial) -> tuple[dict[int, _Fault], list[torch.Tensor]]:
@@ -144,7 +167,7 @@ def _try(low: Lowered, recording: Recording, trial: Trial) -> tuple[dict[int, _F
         except Exception as error:
             if low.fixes.tiers.get(number) == "loop" or number >= len(low.program.equations) or not call.mapped:
                 raise
-            return found | {number: _Fault("next", f"{low.program.equations[number]} raised {type(error).__name__}: {error}")}, []
+            return found | {number: _Fault("next", f"{low.program.equations[number]} raised {type(error).__name__}: {error}", True)}, []
         if call.outs:
             for index, t in zip(call.outs, out if call.several else (out,), strict=True):
                 if index is None:
