@@ -17,6 +17,7 @@ from shardmap import errors
 from shardmap.internals import functorch
 from shardmap.operators import deciders, draws, op_info
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
+from shardmap.recording import flat_tensors
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
@@ -117,44 +118,41 @@ def written_through(program: Program) -> set[int]:
 
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
     """Which calls lead to an output, to a caller's tensor, or have an effect."""
-    live_vars = {v.index for v in program.outputs}
-    live_groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
-    live = [False] * len(program.equations)
-    # Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so repeat until they settle.
-    before = -1
-    while len(live_groups) + sum(live) != before:
-        before = len(live_groups) + sum(live)
-        for i in range(len(program.equations) - 1, -1, -1):
-            eq = program.equations[i]
-            results = list(eq.results())
-            keep = (
-                not results
-                or any(v.index in live_vars or v.group in live_groups for v in results)
-                or any(v.group in live_groups for v in written(eq))
-            )
-            if keep:
-                live[i] = True
-                for v in eq.inputs():
-                    live_vars.add(v.index)
-                    if v.group in write_groups:
-                        live_groups.add(v.group)
-    return live
+    groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
+    return _leading(program, write_groups, {v.index for v in program.outputs}, groups, effect=lambda eq: not list(eq.results()))
 
 
 def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
     """Which calls lead, under outer autograd, to an output that requires grad: the others run without it."""
-    live_vars = {v.index for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag}
-    live_groups = {v.group for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag and v.group in write_groups}
-    live_groups |= {v.group for v in program.inputs if v.group in write_groups}  # the caller's tensor learns of what is written into it
+    required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
+    # The caller's tensor learns of what is written into it.
+    groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
+    carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
+    return _leading(program, write_groups, {v.index for v in required}, groups, carries)
+
+
+def _leading(
+    program: Program,
+    write_groups: set[int],
+    live_vars: set[int],
+    live_groups: set[int],
+    candidates: list[bool] | None = None,
+    effect: Callable[[Equation], bool] = lambda eq: False,
+) -> list[bool]:
+    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
+
+    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so repeat until they settle.
+    """
+    live_vars, live_groups = set(live_vars), set(live_groups)
     live = [False] * len(program.equations)
     before = -1
     while len(live_groups) + sum(live) != before:
         before = len(live_groups) + sum(live)
         for i in range(len(program.equations) - 1, -1, -1):
             eq = program.equations[i]
-            if not eq.grad_mode and eq.op not in IDENTITIES:
+            if candidates is not None and not candidates[i]:
                 continue
-            if any(v.index in live_vars or v.group in live_groups for v in (*eq.results(), *written(eq))):
+            if effect(eq) or any(v.index in live_vars or v.group in live_groups for v in (*eq.results(), *written(eq))):
                 live[i] = True
                 for v in eq.inputs():
                     live_vars.add(v.index)
@@ -495,7 +493,7 @@ def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
     """Ask again what the function asked about an unmapped value when it was recorded."""
-    tensors = _tensors(args)
+    tensors = flat_tensors(args)
     rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
     for i in range(rows):
         sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
@@ -521,13 +519,3 @@ def check_shapes(expected: list[list[int]], call: str, mapped: list[bool], tenso
             f"{call}: the shape of a result depends on the values of captured tensors, and they have changed since the recording "
             f"({expected} then, {shapes} now); use trace='each'"
         )
-
-
-def _tensors(args: Any) -> list[torch.Tensor]:
-    found = []
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            found.append(a)
-        elif isinstance(a, list | tuple):
-            found += _tensors(a)
-    return found
