@@ -111,8 +111,9 @@ def written_through(program: Program) -> set[int]:
     through: set[int] = set()
     for eq in reversed(program.equations):
         through.update(v.index for v in written(eq))
-        groups = {v.group for v in eq.results() if v.index in through}
-        through.update(v.index for v in eq.inputs() if v.group in groups)
+        inputs = {v.index: v.group for v in eq.inputs()}
+        groups = {v.group for v in eq.results() if v.index in through and v.index not in inputs}
+        through.update(index for index, group in inputs.items() if group in groups)
     return through
 
 
@@ -264,7 +265,10 @@ class _Batcher:
         if flag == GRAD:
             return v
         if self.options.transformed:  # tangents of forward mode stop at detach only, whatever the grad mode
-            return self._cut(v, var.group) if var.index in self.identities else v
+            if var.index not in self.identities:
+                return v
+            # Only what is written must stay a view of its memory; what is read has no tangent, whatever else the memory holds.
+            return self._cut(v, var.group) if var.index in self.written_through else self.b.call(torch.Tensor.detach, v)
         if not self.b.grad:
             return v
         if flag == FRESH_LEAF:

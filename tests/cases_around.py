@@ -180,3 +180,15 @@ def written_after_an_index_without_grad(k: Kit) -> Run:
         return picked, shifted, a
 
     return lambda vmap: vmap(function)(x, y)
+
+
+@case(gradient=False)
+def under_func_jvp_of_a_write_that_reads_its_detached_self(k: Kit) -> Run:
+    x = k.x(3)
+
+    def function(a: torch.Tensor) -> torch.Tensor:
+        out = (a * 2).sin()
+        out.addcmul_(out.detach(), a, value=0.5)
+        return out
+
+    return lambda vmap: torch.func.jvp(vmap(function), (x,), (x.cos(),))
