@@ -460,7 +460,7 @@ def _vs_or_none(values: Any) -> Any:
 
 def no_view(t: torch.Tensor) -> torch.Tensor:
     """`t` in memory of its own, for writing: a rule may return a view where the sample's call returned a new tensor."""
-    return t.clone() if t._is_view() else t
+    return restride(t.clone(), t.stride()[1:]) if t._is_view() else t  # a clone closes the gaps between elements
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:

@@ -192,3 +192,15 @@ def under_func_jvp_of_a_write_that_reads_its_detached_self(k: Kit) -> Run:
         return out
 
     return lambda vmap: torch.func.jvp(vmap(function), (x,), (x.cos(),))
+
+
+@case()
+def written_with_gaps_between_elements(k: Kit) -> Run:
+    x = k.x(4, 3, 3, grad=True)
+
+    def function(a: torch.Tensor) -> Any:
+        rows = a[1, ..., 0]
+        second = torch.func.hessian(lambda t: (t**3).sum())(rows)
+        return second, second.mT.mv(rows)
+
+    return lambda vmap: vmap(function)(x)
