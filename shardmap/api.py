@@ -14,8 +14,8 @@ from shardmap import edges, engine, errors
 from shardmap.batch import LoweringOptions
 from shardmap.internals import dispatch_modes, functorch
 from shardmap.once import Memory, Prepared
-from shardmap.plan import device as device_names
-from shardmap.plan.split import split
+from shardmap.planning import device as device_names
+from shardmap.planning.split import split
 from shardmap.record import record, refuse_shared_writes
 from shardmap.run import local
 from shardmap.run import ray as on_ray

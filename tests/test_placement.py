@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import shardmap
-from shardmap.plan import device as devices
+from shardmap.planning import device as devices
 from shardmap.run import local
 
 GPUS = [f"cuda:{i}" for i in range(8)]

@@ -19,8 +19,8 @@ from shardmap.errors import ConfigError, DeviceError
 from shardmap.extras import require
 from shardmap.jobs.base import Dataset, Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
-from shardmap.plan.device import resolve
-from shardmap.plan.split import split
+from shardmap.planning.device import resolve
+from shardmap.planning.split import split
 from shardmap.run.base import Event, listen
 
 

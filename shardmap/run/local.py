@@ -11,7 +11,7 @@ import torch
 from shardmap import engine
 from shardmap.engine import Lowered
 from shardmap.internals import functorch
-from shardmap.plan.split import Plan
+from shardmap.planning.split import Plan
 from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
 from shardmap.recording import Recording, element
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit

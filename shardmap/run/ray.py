@@ -25,7 +25,7 @@ import torch
 from shardmap import errors
 from shardmap.engine import Lowered
 from shardmap.extras import require
-from shardmap.plan.split import Chunk, Plan, split
+from shardmap.planning.split import Chunk, Plan, split
 from shardmap.program import Program
 from shardmap.recording import element
 from shardmap.run import local

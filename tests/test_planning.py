@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shardmap.errors import DeviceError
-from shardmap.plan import device
-from shardmap.plan.split import split
+from shardmap.planning import device
+from shardmap.planning.split import split
 
 SIZES = (0, 1, 2, 3, 7, 12)
 CPU = torch.device("cpu")
