@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import edges, engine, errors
+from shardmap import reduce as reductions
 from shardmap.batch import LoweringOptions
 from shardmap.internals import dispatch_modes, functorch
 from shardmap.once import Memory, Prepared
+from shardmap.options import Options
+from shardmap.planned import Plan
 from shardmap.planning import device as device_names
-from shardmap.planning.split import split
+from shardmap.planning.split import Split, split
 from shardmap.record import record, refuse_shared_writes
-from shardmap.run import local
+from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
+from shardmap.run.base import Job, Output, unheard
 from shardmap.trace import Recorder
 
 
@@ -29,10 +33,16 @@ def vmap(
     randomness: str = "error",
     *,
     kw_in_dims: Any = None,
-    chunk_size: int | None = None,
     devices: Any = "auto",
-    strict: bool = False,
+    chunk_size: Any = "auto",
+    output_device: Any = None,
+    memory_budget: int | str | None = None,
+    memory_fraction: float = 0.9,
     trace: str = "each",
+    strict: bool = False,
+    remat: bool = False,
+    reduce: Any = None,
+    progress: bool | str = False,
 ) -> Callable[..., Any]:
     """Map `func`, a function of one sample, over a batch.
 
@@ -47,31 +57,44 @@ def vmap(
         randomness: "error" refuses random calls; "different" gives each sample draws of its own, which depend on torch's seed
             and the sample's index only; "same" gives all samples one draw.
         kw_in_dims: A dict of dims for keyword arguments, or an int for all; by default they are shared.
-        chunk_size: Most samples computed at a time; None for all of a device's share.
         devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a list (a device named twice takes two shares), or "ray".
-        strict: Refuse operators that only a loop over the batch can serve.
+        chunk_size: Most samples computed at a time. "auto" plans: what fits in memory and stays in the CPU's cache, or saturates the
+            GPU. An int; None for all of a device's share; or a mapping from devices ("cuda:0", "cuda") to any of these.
+        output_device: Where results go; by default where the first mapped input is.
+        memory_budget: What the map may add on each device to what is in use there: bytes, or text such as "6GiB". By default
+            what is free.
+        memory_fraction: How much of the free memory may be taken where no budget is given, above 0 and at most 1.
         trace: "each" records `func` at each call; "once" records once per signature of the arguments and replays that while
             the tensors and numbers that `func` reads are the same objects.
+        strict: Refuse operators that only a loop over the batch can serve.
+        remat: Where gradients are recorded from outside, compute each chunk again in backward, so that memory stays that of one
+            chunk. Costs one more forward pass.
+        reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one of `shardmap.reduce`; for each
+            output, as a pytree prefix, None to stack. Memory does not grow with the batch.
+        progress: True draws a progress bar on a terminal, "always" anywhere.
 
     Returns:
-        A function of the batch; its results live where the first mapped input lives.
+        A function of the batch.
 
     Raises:
         OptionError: An option has a value that it cannot have.
-        ShardmapError: Raised by the returned function for anything that cannot be followed: see `shardmap.errors`.
+        ShardmapError: Raised by the returned function for anything that cannot be followed: see `shardmap.errors`; among them
+            `OverBudget`, before anything runs, where the map needs more memory than it may take.
 
     Example:
         >>> import torch, shardmap
         >>> x, y = torch.arange(6.).view(3, 2), torch.ones(3, 2)
         >>> shardmap.vmap(torch.dot)(x, y)
         tensor([1., 5., 9.])
+        >>> shardmap.vmap(torch.dot, reduce="mean")(x, y)
+        tensor(5.)
     """
     call = edges.call_name(func, in_dims)
-    if not callable(func):
-        raise errors.OptionError(f"shardmap.vmap: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample")
-    _check_options(call, randomness, chunk_size, trace)
-
-    options = _Options(in_dims, out_dims, randomness, kw_in_dims, chunk_size, devices, strict, call)
+    options = Options(
+        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
+        reduce, progress, call,
+    )  # fmt: skip
+    options.check(func)
     memory = Memory(func, call) if trace == "once" else None
 
     @functools.wraps(func, updated=())
@@ -82,34 +105,86 @@ def vmap(
     return mapped
 
 
-def _check_options(call: str, randomness: Any, chunk_size: Any, trace: Any) -> None:
-    if randomness not in ("error", "same", "different"):
-        raise errors.OptionError(f"{call}: randomness={randomness!r}; choose 'error', 'same' or 'different'")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
+def plan(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    kw_in_dims: Any = None,
+    devices: Any = "auto",
+    chunk_size: Any = "auto",
+    output_device: Any = None,
+    memory_budget: int | str | None = None,
+    memory_fraction: float = 0.9,
+    trace: str = "each",
+    strict: bool = False,
+    remat: bool = False,
+    reduce: Any = None,
+    progress: bool | str = False,
+) -> Callable[..., Plan]:
+    """Plan a map without running it: `plan(func, ...)(*batch)` takes what `vmap` takes and returns the `Plan`.
+
+    The function is recorded, lowered and tried on at most three samples, which is where the plan's numbers come from. A plan that does
+    not fit is returned all the same, marked, and refuses to run.
+
+    Args:
+        func: As for `vmap`, like every other argument.
+        in_dims: As for `vmap`.
+        out_dims: As for `vmap`.
+        randomness: As for `vmap`.
+        kw_in_dims: As for `vmap`.
+        devices: As for `vmap`; devices of this machine only.
+        chunk_size: As for `vmap`.
+        output_device: As for `vmap`.
+        memory_budget: As for `vmap`.
+        memory_fraction: As for `vmap`.
+        trace: As for `vmap`.
+        strict: As for `vmap`.
+        remat: As for `vmap`.
+        reduce: As for `vmap`.
+        progress: As for `vmap`, for `plan.run()`.
+
+    Returns:
+        A function of the batch that returns a `Plan`: print it, `explain()` it, `run()` it.
+
+    Raises:
+        OptionError: An option has a value that it cannot have.
+        ShardmapError: As for `vmap`, but for memory.
+
+    Example:
+        >>> import torch, shardmap
+        >>> planned = shardmap.plan(torch.dot, chunk_size=2)(torch.ones(5, 3), torch.ones(5, 3))
+        >>> [(lane.device, lane.rows, lane.chunk, lane.chunks) for lane in planned.lanes]
+        [('cpu', 5, 2, 3)]
+        >>> planned.run()
+        tensor([3., 3., 3., 3., 3.])
+    """
+    call = edges.call_name(func, in_dims, maker="plan")
+    options = Options(
+        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
+        reduce, progress, call,
+    )  # fmt: skip
+    options.check(func)
+    if on_ray.asked_for(devices):
         raise errors.OptionError(
-            f"{call}: chunk_size={chunk_size!r} is a {type(chunk_size).__name__}; pass a positive int, or None for no chunks"
+            f"{call}: devices={devices!r}: only devices of this machine can be planned for; call shardmap.vmap instead"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise errors.OptionError(f"{call}: chunk_size={chunk_size} is not positive; pass a positive int, or None for no chunks")
-    if trace not in ("each", "once"):
-        raise errors.OptionError(f"{call}: trace={trace!r}; choose 'each' or 'once'")
+
+    @functools.wraps(func, updated=())
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        if _under_recording() or functorch.peek_interpreter_stack() is not None:
+            raise errors.OptionError(f"{call}: inside another map or transform there is nothing to plan; plan the outermost call")
+        batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
+        recording, structure = record(func, batch, randomness, False, call)
+        job = _job(Prepared(recording, structure), batch, options, False, False)
+        on = prepare.Devices(job)
+        return Plan(job, _split(job, on, options, False, always=True), on, structure, options)
+
+    return planned
 
 
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """The options of one `vmap`, checked."""
-
-    in_dims: Any
-    out_dims: Any
-    randomness: str
-    kw_in_dims: Any
-    chunk_size: int | None
-    devices: Any
-    strict: bool
-    call: str
-
-
-def _run(func: Callable[..., Any], batch: edges.Batch, options: _Options, memory: Memory | None) -> Any:
+def _run(func: Callable[..., Any], batch: edges.Batch, options: Options, memory: Memory | None) -> Any:
     """One call of a mapped function: trace (or recall), batch, plan, run."""
     inlined = _under_recording()
     transformed = functorch.peek_interpreter_stack() is not None
@@ -130,7 +205,24 @@ def _run(func: Callable[..., Any], batch: edges.Batch, options: _Options, memory
     return _execute(prepared, batch, options, False, False)
 
 
-def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined: bool, transformed: bool) -> Any:
+def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Any:
+    job = _job(prepared, batch, options, inlined, transformed)
+    cluster = None if inlined else on_ray.asked_for(options.devices)
+    with options.watching():
+        if cluster is not None:
+            outputs = on_ray.run(job, options.chunk_size, cluster)
+        else:
+            on = prepare.Devices(job)
+            cut = _split(job, on, options, inlined)
+            refusal = cut.refusal()
+            if refusal is not None:
+                raise errors.OverBudget(f"{options.call}: {refusal}")
+            outputs = local.run(job, cut, on)
+    return pytree.tree_unflatten(outputs, prepared.structure)
+
+
+def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Job:
+    """The call as every executor takes it; refuses what no executor can do."""
     recording, call = prepared.recording, options.call
     program = recording.program
     inputs = batch.tensors()
@@ -150,24 +242,69 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: _Options, inlined:
         return found
 
     mapped = [v.mapped for v in lower(home.type).batched.outputs]
-    ndims = [v.spec.ndim for v in program.outputs]
-    placed = edges.place_outputs(ndims, mapped, prepared.structure, options.out_dims, call)
     if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
         raise errors.RandomnessError(
             f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would "
             "need draws of its "
             "own; draw them outside (torch.randn for the whole batch) and pass them in as an argument"
         )
+    outputs = _outputs(prepared, mapped, home, options, batch.size, grad)
+    remat = options.remat and grad and not transformed
+    if remat and recording.written_inputs:
+        raise errors.CapturedWriteError(
+            f"{call}: remat=True computes chunks twice, and the function writes in place to mapped argument "
+            f"{min(recording.written_inputs)}; clone the argument inside the function, or pass remat=False"
+        )
     seed = engine.draw_seed() if recording.random else 0
-    job = local.Job(recording, inputs, home, lower, seed, grad)
-    cluster = None if inlined else _cluster(options.devices)
-    if cluster is not None:
-        outputs = on_ray.run(job, batch.size, options.chunk_size, cluster, call)
-    else:
-        names = (str(home),) if inlined else device_names.resolve(options.devices, home, call)
-        outputs = local.run(job, split(batch.size, names, None if inlined else options.chunk_size))
-    results = [_place(t, v, d, batch.size) for t, v, d in zip(outputs, mapped, placed, strict=True)]
-    return pytree.tree_unflatten(results, prepared.structure)
+    return Job(recording, inputs, batch.size, home, outputs, lower, seed, grad, transformed, remat, call)
+
+
+def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options: Options, samples: int, grad: bool) -> tuple[Output, ...]:
+    """What is to become of each output."""
+    program, call = prepared.recording.program, options.call
+    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
+    reduced = edges.spread_reductions(options.reduce, tree, call)
+    dims = edges.place_outputs([v.spec.ndim for v in program.outputs], mapped, prepared.structure, options.out_dims, call, reduced)
+    target = device_names.one(options.output_device, call) if options.output_device is not None else None
+    outputs = []
+    for v, m, d, flag, reduction in zip(program.outputs, mapped, dims, program.output_flags, reduced, strict=True):
+        if reduction is not None:
+            reductions.refuse(reduction, v.spec.dtype, samples, bool(grad and flag), call)
+            reduction = _batched(reduction)
+        outputs.append(Output(tuple(v.spec.shape), v.spec.dtype, target or home, m, d, reduction, bool(grad and flag)))
+    return tuple(outputs)
+
+
+def _batched(reduction: reductions.Reduction) -> reductions.Reduction:
+    """A reduction whose `combine` takes many pairs at once."""
+    if reduction.combine is None:
+        return reduction
+    pairs = vmap(reduction.combine, trace="once", chunk_size=None)
+
+    def combine(a: torch.Tensor, b: torch.Tensor) -> Any:
+        with unheard():
+            return pairs(a, b)
+
+    return dataclasses.replace(reduction, combine=combine)
+
+
+def _split(job: Job, on: prepare.Devices, options: Options, inlined: bool, always: bool = False) -> Split:
+    """Who is to compute how much, and how many samples at a time."""
+    names = (str(job.home),) if inlined else device_names.resolve(options.devices, job.home, options.call)
+    size = None if inlined else options.chunk_size
+    if size == "auto" and job.transformed:
+        size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
+    if job.recording.written_inputs and any(torch.device(name) != job.home for name in names):
+        raise errors.CapturedWriteError(
+            f"{options.call}: the function writes in place to mapped argument {min(job.recording.written_inputs)}, which lives on "
+            f"{job.home}, and devices={options.devices!r} computes on copies, so the write would not reach the caller's batch; clone the "
+            "argument inside the function and return it, or use devices='auto'"
+        )
+    several = job.samples > 1 and size != 1
+    forced = always or options.memory_budget is not None
+    found = prepare.sites(job, on, names, options.budget, several, forced and not inlined)
+    uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
+    return split(job.samples, found, size, uniform)
 
 
 def _under_recording() -> bool:
@@ -180,17 +317,3 @@ def _under_recording() -> bool:
 def _inside_functorch_vmap() -> bool:
     levels = functorch.get_interpreter_stack() or []
     return any(level.key() == functorch.TransformType.Vmap for level in levels)
-
-
-def _cluster(devices: Any) -> on_ray.Ray | None:
-    if isinstance(devices, on_ray.Ray):
-        return devices
-    return on_ray.Ray() if isinstance(devices, str) and devices == "ray" else None
-
-
-def _place(t: torch.Tensor, mapped: bool, d: int | None, size: int) -> torch.Tensor:
-    if d is None:
-        return t.clone()
-    if not mapped:
-        return t.unsqueeze(d).expand(*t.shape[:d], size, *t.shape[d:]).clone(memory_format=torch.contiguous_format)
-    return t.movedim(0, d).contiguous() if d else t  # as torch.stack lays it out: what flatten() returns depends on that

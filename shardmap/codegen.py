@@ -5,8 +5,8 @@ A generated function ran 2,000 calls in 15 ms where an interpreter over an envir
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,36 @@ import torch
 from shardmap.batch import BatchedProgram
 from shardmap.program import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
+from shardmap.rules.outs import into
 
 
-@dataclass(frozen=True, slots=True)
 class Replay:
-    """A batched program as two functions of real tensors."""
+    """A batched program as functions of real tensors.
 
-    fixed: Callable[..., tuple[torch.Tensor, ...]]
-    """`fixed(device, seed, scalars, captured, literals)`: what no sample changes, in the order that `chunk` takes it."""
-    chunk: Callable[..., tuple[torch.Tensor, ...]]
-    """`chunk(B, start, device, seed, scalars, fixed, inputs)`: the outputs of one chunk, unmapped ones as they are."""
-    source: str
-    """The generated text, for reading."""
+    Attributes:
+        fixed: `fixed(device, seed, scalars, captured, literals)`: what no sample changes, in the order that `chunk` takes it.
+        chunk: `chunk(B, start, device, seed, scalars, fixed, inputs)`: the outputs of one chunk, unmapped ones as they are.
+        source: The generated text, for reading.
+    """
+
+    def __init__(self, program: BatchedProgram, track_grad: bool, fixed: Callable[..., Any], chunk: Callable[..., Any], source: str):
+        self.program = program
+        self.track_grad = track_grad
+        self.fixed = fixed
+        self.chunk = chunk
+        self.source = source
+
+    @functools.cached_property
+    def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`: as `chunk`, written into memory that is there.
+
+        `slices` holds a dense tensor `[B, *shape]` for each mapped output, in their order. Not for outer autograd.
+        """
+        return _function(self.program, "chunk_into", slices=True)[0]
+
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`chunk`, or `chunk_into`, with one more argument: `mark(number)` is called before each call that serves that recorded call."""
+        return _function(self.program, "marked", track_grad=self.track_grad and not slices, slices=slices, marked=True)[0]
 
 
 class _Writer:
@@ -57,7 +75,26 @@ class _Writer:
             return "device"
         return self.constant(value, "k")
 
-    def body(self, calls: Sequence[Call], returned: Sequence[V], keep: set[int], track_grad: bool) -> list[str]:
+    def body(
+        self,
+        calls: Sequence[Call],
+        returned: Sequence[V],
+        keep: set[int],
+        track_grad: bool,
+        writes: dict[int, tuple[Callable[..., Any] | None, str]] | None = None,
+        marked: bool = False,
+    ) -> list[str]:
+        """The lines of `calls`.
+
+        Args:
+            calls: In order.
+            returned: Values that outlive the lines.
+            keep: Indices of others that do.
+            track_grad: Whether to switch grad mode where the calls say so.
+            writes: By number of a call, the name of the slice that its result goes to, and what writes it there; None copies.
+            marked: Whether to say, before each call, which recorded call it serves.
+        """
+        writes = writes or {}
         last: dict[int, int] = {}
         for i, call in enumerate(calls):
             for v in values((call.args, tuple(v for _, v in call.kwargs))):
@@ -76,15 +113,23 @@ class _Writer:
             if track_grad and call.grad != grad:
                 grad = call.grad
                 lines.append(f"set_grad({grad})")
-            name = targets.get(id(call.target))
+            if marked:
+                lines.append(f"mark({call.equation})")
+            writer, place = writes.get(i, (None, ""))
+            target = writer or call.target
+            name = targets.get(id(target))
             if name is None:
-                name = targets[id(call.target)] = self.constant(call.target, "f")
+                name = targets[id(target)] = self.constant(target, "f")
             arguments = [self.literal(a) for a in call.args] + [f"{k}={self.literal(v)}" for k, v in call.kwargs]
+            if writer is not None:
+                arguments.append(f"out={place}")
             text = f"{name}({', '.join(arguments)})"
             if call.outs:
                 names = ", ".join("_" if o is None else f"v{o}" for o in call.outs)
                 text = f"({names},) = {text}" if call.several else f"{names} = {text}"
             lines.append(text)
+            if place and writer is None:
+                lines.append(f"{place}.copy_(v{call.outs[0]})")
             if i in ends:
                 lines.append(f"del {', '.join(ends[i])}")
         if track_grad and not grad:
@@ -101,6 +146,88 @@ def generate(program: BatchedProgram, track_grad: bool) -> Replay:
             Otherwise the caller runs the functions under `torch.no_grad()`.
     """
     writer = _Writer()
+    passed = _passed(program)
+    fixed = _unpack(program.captured, "captured") + _unpack(program.literals, "literals")
+    fixed += writer.body(program.fixed, passed, {v.index for v in (*program.captured, *program.literals)}, track_grad)
+    fixed.append(_pack(passed))
+    fixed_function, fixed_source = _compiled("fixed(device, seed, scalars, captured, literals)", fixed, writer.constants)
+    chunk_function, chunk_source = _function(program, "chunk", track_grad=track_grad)
+    return Replay(program, track_grad, fixed_function, chunk_function, fixed_source + "\n\n" + chunk_source + "\n")
+
+
+def _function(
+    program: BatchedProgram, name: str, track_grad: bool = False, slices: bool = False, marked: bool = False
+) -> tuple[Callable[..., Any], str]:
+    """The function that runs the calls of a chunk, and its text."""
+    writer = _Writer()
+    lines = _unpack(_passed(program), "fixed") + _unpack(program.inputs, "inputs")
+    lines += ["del inputs"]
+    calls: Sequence[Call] = program.chunk
+    returned: Sequence[V] = program.outputs
+    writes, rest = None, []
+    if slices:
+        mapped = [v for v in program.outputs if v.mapped]
+        lines += [f"({', '.join(f'd{v.index}' for v in mapped)},) = slices"] if mapped else []
+        calls, writes, left = _written(program, mapped)
+        returned = [v for v in program.outputs if not v.mapped] + [source for _, source in left]
+        rest = [f"d{v.index}.copy_(v{source.index})" for v, source in left]
+    lines += writer.body(calls, returned, set(), track_grad, writes, marked) + rest
+    lines.append(_pack(program.outputs, mapped_as="d" if slices else "v"))
+    arguments = "B, start, device, seed, scalars, fixed, inputs" + (", slices" if slices else "") + (", mark" if marked else "")
+    return _compiled(f"{name}({arguments})", lines, writer.constants)
+
+
+def _written(
+    program: BatchedProgram, outputs: Sequence[V]
+) -> tuple[list[Call], dict[int, tuple[Callable[..., Any] | None, str]], list[tuple[V, V]]]:
+    """How each output gets into its slice.
+
+    Returns:
+        The calls, without those that only made an output dense; by number of a call, what writes its result where (None: a copy
+        behind it); and the outputs that are copied at the end, each with the value that holds it.
+    """
+    makers = {o: call for call in program.chunk for o in call.outs if o is not None}
+    users: dict[int, int] = {}
+    for call in program.chunk:
+        for v in values((call.args, tuple(v for _, v in call.kwargs))):
+            users[v.index] = users.get(v.index, 0) + 1
+    sources: list[tuple[V, V]] = []
+    dropped: set[int] = set()
+    for v in outputs:
+        maker = makers.get(v.index)
+        source = v
+        if maker is not None and maker.target is torch.Tensor.contiguous and v.index not in users:
+            (source,) = values(maker.args)
+            dropped.add(id(maker))
+        sources.append((v, source))
+    calls = [call for call in program.chunk if id(call) not in dropped]
+    number = {o: i for i, call in enumerate(calls) for o in call.outs if o is not None}
+    last_write = max((i for i, call in enumerate(calls) if call.writes), default=-1)
+    writes: dict[int, tuple[Callable[..., Any] | None, str]] = {}
+    left: list[tuple[V, V]] = []
+    taken: set[int] = set()
+    for v, source in sources:
+        place = f"d{v.index}"
+        i = number.get(source.index)
+        if i is None or source.index in taken:
+            left.append((v, source))  # an input itself, or already in another slice
+            continue
+        taken.add(source.index)
+        call = calls[i]
+        # Only results that the check has compared with the recording, or that the rules made dense: `out=` of another shape would resize.
+        known = source.index in program.results or source is v
+        writer = into(call) if known and source.mapped and source.shape == v.shape and source.dtype == v.dtype else None
+        if writer is not None:
+            writes[i] = writer, place
+        elif i > last_write and not call.several:
+            writes[i] = None, place
+        else:
+            left.append((v, source))
+    return calls, writes, left
+
+
+def _passed(program: BatchedProgram) -> list[V]:
+    """What no sample changes and a chunk needs."""
     defined = {v.index for v in (*program.captured, *program.literals)}
     defined |= {o for c in program.fixed for o in c.outs if o is not None}
     needed: dict[int, V] = {}
@@ -111,23 +238,19 @@ def generate(program: BatchedProgram, track_grad: bool) -> Replay:
     for v in program.outputs:
         if not v.mapped:
             needed[v.index] = v
-    passed = list(needed.values())
+    return list(needed.values())
 
-    def unpack(vs: Sequence[V], name: str) -> list[str]:
-        return [f"({', '.join(f'v{v.index}' for v in vs)},) = {name}"] if vs else []
 
-    def pack(vs: Sequence[V]) -> str:
-        return f"return ({', '.join(f'v{v.index}' for v in vs)},)" if vs else "return ()"
+def _unpack(vs: Sequence[V], name: str) -> list[str]:
+    return [f"({', '.join(f'v{v.index}' for v in vs)},) = {name}"] if vs else []
 
-    fixed = unpack(program.captured, "captured") + unpack(program.literals, "literals")
-    fixed += writer.body(program.fixed, passed, {v.index for v in (*program.captured, *program.literals)}, track_grad)
-    fixed.append(pack(passed))
-    chunk = unpack(passed, "fixed") + unpack(program.inputs, "inputs")
-    chunk += ["del inputs"]
-    chunk += writer.body(program.chunk, program.outputs, set(), track_grad)
-    chunk.append(pack(program.outputs))
-    source = "\n    ".join(["def fixed(device, seed, scalars, captured, literals):", *fixed])
-    source += "\n\n" + "\n    ".join(["def chunk(B, start, device, seed, scalars, fixed, inputs):", *chunk]) + "\n"
-    scope: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled, **writer.constants}
+
+def _pack(vs: Sequence[V], mapped_as: str = "v") -> str:
+    return f"return ({', '.join((mapped_as if v.mapped else 'v') + str(v.index) for v in vs)},)" if vs else "return ()"
+
+
+def _compiled(signature: str, lines: Sequence[str], constants: dict[str, Any]) -> tuple[Callable[..., Any], str]:
+    source = "\n    ".join([f"def {signature}:", *lines])
+    scope: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled, **constants}
     exec(compile(source, "<shardmap program>", "exec"), scope)
-    return Replay(scope["fixed"], scope["chunk"], source)
+    return scope[signature.partition("(")[0]], source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap import reduce as reductions
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,52 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def place_outputs(ndims: list[int], mapped: list[bool], structure: pytree.TreeSpec, out_dims: Any, call: str) -> list[int | None]:
+def spread_reductions(reduce: Any, tree: Any, call: str) -> list[reductions.Reduction | None]:
+    """One reduction, or None, per output.
+
+    Args:
+        reduce: As the user gave it: a reduction for all outputs, or a prefix of their structure.
+        tree: The outputs' structure.
+        call: The user's call, for errors.
+
+    Raises:
+        OptionError: It does not fit the structure, or holds something that is no reduction.
+    """
+    if reductions.is_one(reduce):
+        return [reductions.parse(reduce, call)] * len(pytree.tree_leaves(tree))
+    flat: list[reductions.Reduction | None] = []
+
+    def descend(given: Any, part: Any) -> None:
+        if reductions.is_one(given):
+            flat.extend([reductions.parse(given, call)] * len(pytree.tree_leaves(part)))
+            return
+        if isinstance(given, dict) and isinstance(part, dict) and set(given) == set(part):
+            for key in part:
+                descend(given[key], part[key])
+            return
+        if isinstance(given, tuple | list) and isinstance(part, tuple | list) and len(given) == len(part):
+            for g, p in zip(given, part, strict=True):
+                descend(g, p)
+            return
+        if not isinstance(given, dict | tuple | list):
+            reductions.parse(given, call)
+        raise errors.OptionError(
+            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(tree)}; pass one reduction for all, or the same structure "
+            "(or a prefix of it)"
+        )
+
+    descend(reduce, tree)
+    return flat
+
+
+def place_outputs(
+    ndims: list[int],
+    mapped: list[bool],
+    structure: pytree.TreeSpec,
+    out_dims: Any,
+    call: str,
+    reduced: Sequence[reductions.Reduction | None] = (),
+) -> list[int | None]:
     """Where the mapped dimension goes in each result: one dimension per output, never negative; None for an unmapped result.
 
     Args:
@@ -205,12 +251,14 @@ def place_outputs(ndims: list[int], mapped: list[bool], structure: pytree.TreeSp
         structure: Their pytree.
         out_dims: As the user gave it.
         call: The user's call, for errors.
+        reduced: The outputs' reductions: a reduced output has no dimension of samples, whatever `out_dims` says of it.
 
     Raises:
         OutDimsError: `out_dims` does not fit.
     """
+    reduced = reduced or [None] * len(ndims)
     if out_dims == 0 and type(out_dims) is int:
-        return [0] * len(ndims)
+        return [0 if r is None else None for r in reduced]
     tree = pytree.tree_unflatten(ndims, structure)
     if isinstance(out_dims, list):
         out_dims = tuple(out_dims)
@@ -218,9 +266,9 @@ def place_outputs(ndims: list[int], mapped: list[bool], structure: pytree.TreeSp
         out_dims = out_dims[0]
     dims = spread(out_dims, tree, call, "out_dims", errors.OutDimsError)
     placed: list[int | None] = []
-    for ndim, differs, d in zip(ndims, mapped, dims, strict=True):
-        if d is None:
-            if differs:
+    for ndim, differs, d, reduction in zip(ndims, mapped, dims, reduced, strict=True):
+        if d is None or reduction is not None:
+            if differs and reduction is None:
                 raise errors.OutDimsError(f"{call}: out_dims={out_dims!r} gives None for an output that differs by sample; give it an int")
             placed.append(None)
             continue
@@ -232,7 +280,7 @@ def place_outputs(ndims: list[int], mapped: list[bool], structure: pytree.TreeSp
     return placed
 
 
-def call_name(func: Callable[..., Any], in_dims: Any, options: str = "") -> str:
+def call_name(func: Callable[..., Any], in_dims: Any, maker: str = "vmap") -> str:
     """How the user's call is written in errors."""
     name = getattr(func, "__name__", None) or type(func).__name__
-    return f"shardmap.vmap({name}, in_dims={in_dims!r}{options})"
+    return f"shardmap.{maker}({name}, in_dims={in_dims!r})"

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ class SlowLoopWarning(UserWarning):
 
 
 @dataclass(slots=True)
+class Notes:
+    """What the planner knows of a program, whoever lowered it."""
+
+    observed: dict[Any, Any] = field(default_factory=dict)
+    """What a chunk has been seen to cost, by device and the way that it runs."""
+    learned: dict[str, Any] = field(default_factory=dict)
+    """What running chunks has shown, by device."""
+
+
+@dataclass(slots=True)
 class Lowered:
     """A program, ready to run on one kind of device."""
 
@@ -34,6 +44,9 @@ class Lowered:
     """What the checks of the first runs found."""
     checked: set[bool] = field(default_factory=set)
     """Whether chunks of one sample (False) and of several (True) have been checked."""
+    notes: Notes = field(default_factory=Notes)
+    sample_bytes: int | None = None
+    """Bytes of all recorded results of one sample, once somebody has asked."""
 
 
 class _Key:
@@ -54,6 +67,8 @@ class _Key:
 
 _CAPACITY = 256
 _cache: collections.OrderedDict[_Key, tuple[_Key, Lowered]] = collections.OrderedDict()
+_notes: collections.OrderedDict[_Key, Notes] = collections.OrderedDict()
+"""Kept apart, because a plan and a map are different calls of one program."""
 _by_identity: dict[tuple[int, LoweringOptions, tuple[bool, ...]], Lowered] = {}
 """The same lowerings by address of their programs: a program that was expected and came is not compared again."""
 _lock = threading.Lock()
@@ -82,7 +97,12 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
             return found[1]
     program.check()
     made = Lowered(program, options, *lower_with(program, options, Fixes(), sources))
+    anyone = _Key(program, replace(options, call=""), layout)
     with _lock:
+        made.notes = _notes.setdefault(anyone, made.notes)
+        _notes.move_to_end(anyone)
+        while len(_notes) > _CAPACITY:
+            _notes.popitem(last=False)
         _cache[key] = key, made
         _by_identity[shortcut] = made
         while len(_cache) > _CAPACITY:

@@ -79,5 +79,21 @@ class ConfigError(ShardmapError, ValueError):
     """A run's configuration is wrong: the message names the key, the value and the remedy."""
 
 
+class OverBudget(ShardmapError, MemoryError):  # noqa: N818 - as users say it
+    """A map needs more memory than it may take; nothing has run."""
+
+
+class OutOfMemory(ShardmapError, MemoryError):  # noqa: N818 - as users say it
+    """Memory ran out although chunks are as small as they can be."""
+
+
+class DeviceLostError(ShardmapError, RuntimeError):
+    """A device failed, and no other could take over its chunks."""
+
+
+class DeviceLostWarning(UserWarning):
+    """A device failed, and the others compute its chunks."""
+
+
 class WorkerError(ShardmapError, RuntimeError):
     """A remote worker failed while it computed a chunk."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import shardmap
 from shardmap.planning import device as devices
-from shardmap.run import local
+from shardmap.run import prepare
 
 GPUS = [f"cuda:{i}" for i in range(8)]
 
@@ -45,13 +45,13 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Eight GPUs that exist in name only; counts the captured tensors copied to each."""
     copies: Counter[str] = Counter()
     monkeypatch.setattr(devices, "available", lambda: ("cpu", *GPUS))
-    original = local._captured_to
+    original = prepare.captured_to
 
     def counted(t: torch.Tensor, device: torch.device) -> torch.Tensor:
         copies[str(device)] += 1
         return original(t, device)
 
-    monkeypatch.setattr(local, "_captured_to", counted)
+    monkeypatch.setattr(prepare, "captured_to", counted)
     return copies
 
 
@@ -72,8 +72,7 @@ def test_recorded_on_the_host_and_run_on_eight_gpus(name: str, samples: int, eig
         expected = forward(batch[0]).shape
     assert result.shape == (samples, *expected)
     assert result.device.type == "cpu"
-    used = min(samples, len(GPUS))
-    assert len(eight_gpus) == used
+    assert 1 <= len(eight_gpus) <= min(samples, len(GPUS)), "a device that computes nothing gets nothing; a faster one may do more"
     assert set(eight_gpus.values()) == {len(list(model.parameters()))}
 
 

@@ -20,7 +20,6 @@ from shardmap.extras import require
 from shardmap.jobs.base import Dataset, Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
 from shardmap.planning.device import resolve
-from shardmap.planning.split import split
 from shardmap.run.base import Event, listen
 
 
@@ -56,14 +55,7 @@ def execute(
         if not isinstance(dataset, Dataset):
             raise ConfigError(f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset")
         columns = _pick_columns(dataset, config.columns)
-        devices = _devices(config.devices, columns[0].device)
-        if devices == ("ray",) and config.chunk_size is None:
-            plan = f"{len(dataset)} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
-        else:
-            plan = str(split(len(dataset), devices, config.chunk_size))
         say(f"{config.function.path} over {len(dataset)} samples of {', '.join(config.columns or dataset.columns)}")
-        say(plan)
-        folder.log("planned", plan=plan.splitlines())
 
         model = None if run.model is None else run.model(dataset)
         leading = () if run.model is None else (model,)
@@ -73,14 +65,24 @@ def execute(
             # A run's outputs end in files: detached here, no chunk keeps an autograd graph alive, and other processes can compute them.
             return pytree.tree_map_only(Tensor, Tensor.detach, run.function.function(*leading, *row, **run.function.args))
 
-        mapped = shardmap.vmap(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)
-
         def observe(event: Event) -> None:
             folder.log_event(event)
             listener(event)
 
+        if config.devices == "ray":
+            plan = f"{len(dataset)} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+            run_map = functools.partial(
+                shardmap.vmap(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices="ray"), *columns
+            )
+        else:
+            planned = shardmap.plan(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)(
+                *columns
+            )
+            plan, run_map = str(planned), planned.run
+        say(plan)
+        folder.log("planned", plan=plan.splitlines())
         with listen(observe):
-            outputs = mapped(*columns)
+            outputs = run_map()
         if config.save_outputs:
             save_tensors(folder.path / "outputs.safetensors", outputs)
 

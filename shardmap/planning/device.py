@@ -1,10 +1,13 @@
-"""Which devices a call means, and which of them are there."""
+"""Which devices a call means, which of them are there, and how much memory they have left."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from shardmap.errors import DeviceError
@@ -43,6 +46,20 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def one(device: Any, call: str) -> torch.device:
+    """The device that `output_device` names.
+
+    Raises:
+        DeviceError: It is malformed, absent, or names several.
+    """
+    if not isinstance(device, str | torch.device):
+        raise DeviceError(f"{call}: output_device={device!r} is a {type(device).__name__}; pass a name such as 'cpu', or a torch.device")
+    names = _expand(str(device), torch.device("cpu"), device, call, "output_device")
+    if len(names) != 1:
+        raise DeviceError(f"{call}: output_device={device!r} names {len(names)} devices; results go to one")
+    return torch.device(names[0])
+
+
 def _name(device: Any, devices: Any, call: str) -> str:
     if not isinstance(device, str | torch.device):
         raise DeviceError(
@@ -51,7 +68,7 @@ def _name(device: Any, devices: Any, call: str) -> str:
     return str(device)
 
 
-def _expand(name: str, home: torch.device, devices: Any, call: str) -> list[str]:
+def _expand(name: str, home: torch.device, devices: Any, call: str, argument: str = "devices") -> list[str]:
     if name == "auto":
         return [str(home)]
     there = available()
@@ -68,10 +85,114 @@ def _expand(name: str, home: torch.device, devices: Any, call: str) -> list[str]
     missing = [d for d in found if d not in there]
     if missing or not found:
         raise DeviceError(
-            f"{call}: devices={devices!r} names {(missing or [name])[0]}, which is not there; this machine has {', '.join(there)}"
+            f"{call}: {argument}={devices!r} names {(missing or [name])[0]}, which is not there; this machine has {', '.join(there)}"
         )
     return found
 
 
 def _current(kind: str) -> str:
     return f"{kind}:{torch.accelerator.current_device_index()}" if torch.accelerator.is_available() else ""
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def accelerated(device: torch.device) -> bool:
+    """Whether `device` is an accelerator that is really there: under fake tensors it may exist in name only."""
+    return (
+        device.type != "cpu" and torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device(device.type)
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still take on `device`; None where nobody can say."""
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available, *_cgroup_rooms())
+    if not accelerated(device):
+        return None
+    free, _ = torch.accelerator.get_memory_info(device)
+    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+
+
+@functools.cache
+def _cgroup_limits() -> tuple[tuple[int, Path], ...]:
+    """The memory limits of the control groups around this process, each with the file that says what is used."""
+    root, found = Path("/sys/fs/cgroup"), []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container sees its own group at the root
+            try:
+                text = (folder / limit).read_text().strip()
+            except OSError:
+                text = "max"
+            if text.isdigit() and int(text) < 1 << 60:
+                found.append((int(text), folder / usage))
+            if folder == base:
+                break
+    return tuple(found)
+
+
+def _cgroup_rooms() -> list[int]:
+    rooms = []
+    for limit, usage in _cgroup_limits():
+        try:
+            used = int(usage.read_text())
+            stat = dict(line.split() for line in (usage.parent / "memory.stat").read_text().splitlines())
+            reclaimable = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))  # page cache goes when memory is asked for
+            rooms.append(max(0, limit - max(0, used - reclaimable)))
+        except (OSError, ValueError):
+            continue
+    return rooms or [1 << 62]
+
+
+class Meter:
+    """Reads what this process has in use on a device, and the most it ever had, without resetting anything.
+
+    Whoever else measures the process must find its own peaks: so a chunk's peak is known only if it exceeds every one before.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def read(self) -> tuple[int, int] | None:
+        """Bytes in use now, and at most so far; None where nobody can say."""
+        if self.device.type == "cpu":
+            return _resident()
+        if not accelerated(self.device):
+            return None
+        return torch.accelerator.memory_allocated(self.device), torch.accelerator.max_memory_allocated(self.device)
+
+
+def _resident() -> tuple[int, int] | None:
+    try:
+        with open("/proc/self/status", "rb") as file:
+            lines = dict(line.split(b":", 1) for line in file if line.startswith((b"VmHWM", b"VmRSS")))
+    except OSError:
+        return None
+    if len(lines) != 2:
+        return None
+    return int(lines[b"VmRSS"].split()[0]) * 1024, int(lines[b"VmHWM"].split()[0]) * 1024
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of the last-level cache of the CPU; 16 MiB where nobody says."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = file.read_text().strip()
+            sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+        except (OSError, ValueError):
+            continue
+    return max(sizes, default=16 << 20)

@@ -76,6 +76,8 @@ class Call(NamedTuple):
     mapped: bool
     writes: bool
     """Whether it writes to an argument: never dropped."""
+    op: torch._ops.OpOverload | None = None
+    """The operator that `target` is the fastest way into; None for a function of ours."""
 
 
 def values(args: Iterable[Any]) -> Iterable[V]:
@@ -161,13 +163,14 @@ class Lowering:
         self._emit(target, args, kwargs, (), False, mapped)
 
     def _emit(self, target: Any, args: tuple, kwargs: dict[str, Any], outs: tuple[int | None, ...], several: bool, mapped: bool) -> None:
+        op = None
         if isinstance(target, torch._ops.OpOverload):
-            writes = target._schema.is_mutable
+            op, writes = target, target._schema.is_mutable
             target = fastest(target) if args and type(args[0]) is V else target._op
         else:
             name = getattr(target, "__name__", "")
             writes = name.endswith("_") and not name.endswith("__")
-        self.calls.append(Call(target, args, tuple(kwargs.items()), outs, several, self.grad, self.equation, mapped, writes))
+        self.calls.append(Call(target, args, tuple(kwargs.items()), outs, several, self.grad, self.equation, mapped, writes, op))
 
     # -- what many rules need ------------------------------------------------------------------------------------------
 

@@ -34,6 +34,14 @@ def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
     return torch.from_numpy(np.empty(tuple(shape), dtype))
 
 
+def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for a stacked result of any dtype, on huge pages where it is large and on the CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < FROM_BYTES or torch._C._len_torch_dispatch_stack():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
+
+
 def bmm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`torch.bmm` into huge pages."""
     out = empty((x.shape[0], x.shape[1], y.shape[2]), x)

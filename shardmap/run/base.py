@@ -1,20 +1,80 @@
-"""What every executor shares: the events it reports while it runs."""
+"""What every executor shares: the job it is given, and the events it reports while it runs."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+
+from shardmap.engine import Lowered
+from shardmap.recording import Recording
+from shardmap.reduce import Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is to become of one output of the mapped function."""
+
+    shape: tuple[int, ...]
+    """Of one sample."""
+    dtype: torch.dtype
+    device: torch.device
+    """Where the result goes."""
+    mapped: bool
+    """Whether it differs by sample."""
+    dim: int | None
+    """Where the dimension of samples goes in the result; None: there is none."""
+    reduction: Reduction | None
+    requires_grad: bool
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's result."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the results of all samples are kept, one beside the other."""
+        return self.mapped and self.reduction is None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One mapped call, ready to run on any executor."""
+
+    recording: Recording
+    inputs: list[torch.Tensor]
+    """The mapped tensors, mapped dimension first."""
+    samples: int
+    """N, the size of the batch."""
+    home: torch.device
+    """Where the samples are."""
+    outputs: tuple[Output, ...]
+    lower: Callable[[str], Lowered]
+    """The lowering for a kind of device."""
+    seed: int
+    grad: bool
+    """Whether outer autograd records."""
+    transformed: bool
+    """Whether `torch.func` transforms are active around the call."""
+    remat: bool
+    """Whether chunks are computed again in backward instead of keeping what they saved."""
+    call: str
+    """The user's call, for errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A map begins: how many samples, in how many chunks."""
+    """A map begins: how many samples, in how many chunks as planned."""
 
     samples: int
     chunks: int
     devices: tuple[str, ...]
+    """The lanes by name: a device named twice is two of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +82,24 @@ class ChunkDone:
     """One chunk was computed."""
 
     device: str
+    """The lane."""
     start: int
     stop: int
     seconds: float
     """Wall time on the host between hand-out and completion."""
+    at: float = field(default_factory=time.perf_counter)
+    """When it was complete, on the clock of `time.perf_counter`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRedone:
+    """A chunk failed and goes back to be computed again, here in halves or on another device."""
+
+    device: str
+    start: int
+    stop: int
+    reason: str
+    at: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +107,10 @@ class RunFinished:
     """All chunks are computed and gathered."""
 
     seconds: float
+    at: float = field(default_factory=time.perf_counter)
 
 
-Event = RunStarted | ChunkDone | RunFinished
+Event = RunStarted | ChunkDone | ChunkRedone | RunFinished
 Listener = Callable[[Event], None]
 
 _listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVar("shardmap_listeners", default=())
@@ -51,7 +126,22 @@ def listen(listener: Listener) -> Iterator[None]:
         _listeners.reset(token)
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Report nothing of the maps inside this context: they are part of another one."""
+    token = _listeners.set(())
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
 def emit(event: Event) -> None:
     """Report `event` to the listeners of the current context."""
     for listener in _listeners.get():
         listener(event)
+
+
+def heard() -> bool:
+    """Whether anybody listens."""
+    return bool(_listeners.get())

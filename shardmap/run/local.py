@@ -2,171 +2,272 @@
 
 from __future__ import annotations
 
+import collections
+import logging
 import time
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 
 import torch
 
-from shardmap import engine
-from shardmap.engine import Lowered
-from shardmap.internals import functorch
-from shardmap.planning.split import Plan
-from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
-from shardmap.recording import Recording, element
-from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
-from shardmap.verify import Trial, check
+from shardmap import engine, errors
+from shardmap.planning import device as devices
+from shardmap.planning.memory import format_bytes
+from shardmap.planning.split import Chunk, Split
+from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit
+from shardmap.run.gather import Gather
+from shardmap.run.lanes import Flight, Lane, make_lane
+from shardmap.run.prepare import Devices
+
+logger = logging.getLogger("shardmap")
+
+AHEAD_PER_LANE = 8
+"""Partial results that may wait for a slower device's: where chunks are reduced in order, the others then wait for it."""
+
+LEAST_SHARE = 4
+"""The last chunks are smaller, so that lanes finish together, but not below this part of a full one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One mapped call, ready to run on any executor."""
+def run(job: Job, split: Split, on: Devices) -> list[torch.Tensor]:
+    """The outputs of all samples, stacked or reduced, on their devices.
 
-    recording: Recording
-    inputs: list[torch.Tensor]
-    """The mapped tensors, mapped dimension first."""
-    home: torch.device
-    """Where the outputs go."""
-    lower: Callable[[str], Lowered]
-    """The lowering for a kind of device."""
-    seed: int
-    grad: bool
-    """Whether outer autograd records."""
+    Args:
+        job: The mapped call.
+        split: Who is expected to compute how much.
+        on: The devices, as far as they are ready.
 
-
-def run(job: Job, plan: Plan) -> list[torch.Tensor]:
-    """The stacked outputs of all chunks, `[N, *shape]` each, on the job's home device."""
+    Raises:
+        OutOfMemory: Not even one sample fits.
+        DeviceLostError: A device failed and no other can take over.
+    """
     started = time.perf_counter()
-    emit(RunStarted(plan.samples, len(plan.chunks), plan.devices))
-    gather = Gather(job, plan)
+    emit(RunStarted(split.samples, sum(lane.chunks for lane in split.lanes) or 1, tuple(lane.name for lane in split.lanes)))
     previous = torch.is_grad_enabled()
+    executor = _Run(job, split, on)
     try:
         with engine.plain_numerics():
             if not job.grad:
                 torch._C._set_grad_enabled(False)
-            ready: dict[str, tuple[Lowered, tuple[torch.Tensor, ...]]] = {}
-            for chunk in plan.chunks:
-                began = time.perf_counter()
-                device = torch.device(chunk.device)
-                if chunk.device not in ready:
-                    ready[chunk.device] = _prepare(job, device, plan)
-                low, fixed = ready[chunk.device]
-                inputs = [_rows(t, chunk.start, chunk.stop, plan.samples, device) for t in job.inputs]
-                outs = low.replay.chunk(chunk.stop - chunk.start, chunk.start, device, job.seed, job.recording.scalars, fixed, inputs)
-                del inputs
-                gather.add(chunk.start, chunk.stop, outs, low)
-                del outs
-                emit(ChunkDone(chunk.device, chunk.start, chunk.stop, time.perf_counter() - began))
-            result = gather.finish()
+            executor.run()
+            result = executor.gather.finish()
+    except BaseException:
+        executor.abandon()  # the traceback keeps the frames, and with them whatever they hold
+        raise
     finally:
         torch._C._set_grad_enabled(previous)
     emit(RunFinished(time.perf_counter() - started))
     return result
 
 
-def _rows(tensor: torch.Tensor, start: int, stop: int, samples: int, device: torch.device) -> torch.Tensor:
-    rows = tensor if stop - start == samples else tensor.narrow(0, start, stop - start)
-    return rows if rows.device == device else to_device(rows, device)
+@dataclass(slots=True)
+class _Fault:
+    """A chunk failed; the error itself is gone, for its traceback holds the chunk's tensors."""
+
+    kind: str
+    """"memory" or "device"."""
+    reason: str
 
 
-def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of `t` on `device` with its strides behind the first dimension: recorded views depend on them."""
-    repeated = [d for d in range(1, t.dim()) if t.stride(d) == 0 and t.shape[d] > 1]
-    compact = t
-    for d in repeated:
-        compact = compact.narrow(d, 0, 1)
-    moved = compact.to(device)
-    if moved.stride()[1:] != compact.stride()[1:]:
-        rows = min((s for s in compact.stride()[1:] if s), default=1)
-        if rows >= t.shape[0] and t.stride(0) == 1:
-            # The samples lie side by side (in_dims other than 0): rows keep their strides in a tensor as large as this one.
-            whole = [1, *compact.stride()[1:]]
-        else:
-            whole = [1 + sum((n - 1) * s for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)), *compact.stride()[1:]]
-        moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(compact)
-    return moved.expand(t.shape) if repeated else moved
+class _Run:
+    """One call: a queue of samples, and lanes that take chunks from it as they become free."""
 
-
-def _prepare(job: Job, device: torch.device, plan: Plan) -> tuple[Lowered, tuple[torch.Tensor, ...]]:
-    """The lowering for `device`, checked, and what no sample changes, computed there once."""
-    low = job.lower(device.type)
-    captured = [_captured_to(t, device) for t in job.recording.captured]
-    literals = [t.to(device) if t.device == job.home else t for t in job.recording.literals]
-    for several in {c.stop - c.start > 1 for c in plan.chunks if c.device == str(device) and c.stop > c.start}:
-        if several not in low.checked:
-            _check(job, low, device, 2 if several else 1, captured, literals)
-    fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
-    return low, fixed
-
-
-def _captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return t if t.device == device or t.device.type == "meta" else t.to(device)
-
-
-def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: list[torch.Tensor], literals: list[torch.Tensor]) -> None:
-    """Check the lowering on the first rows, without leaving a trace of it."""
-    state = torch.default_generator.get_state()
-    with torch.no_grad(), recording_settings(device.type), outer_recordings_suspended(), transforms_set_aside():
-        rows = [element(t).detach().narrow(0, 0, size) for t in job.inputs]
-        trial = Trial(
-            device,
-            job.seed,
-            size,
-            [r if r.device == device else to_device(r, device) for r in rows],
-            [element(t).detach() for t in captured],
-            [element(t) for t in literals],
-        )
-        try:
-            check(low, job.recording, trial)
-        finally:
-            torch.default_generator.set_state(state)
-
-
-class Gather:
-    """Puts chunks together in the order of the batch.
-
-    Without outer autograd each chunk is written into its slice of one preallocated output: concatenating at the end would
-    double the memory. With it, chunks are concatenated so that gradients flow.
-    """
-
-    def __init__(self, job: Job, plan: Plan):
+    def __init__(self, job: Job, split: Split, on: Devices):
         self.job = job
-        self.plan = plan
-        self.concatenate = job.grad or functorch.peek_interpreter_stack() is not None
-        """Outer transforms cannot write a chunk of theirs into a plain tensor."""
-        self.whole: list[torch.Tensor | None] = []
-        self.parts: list[list[torch.Tensor]] = []
-        self.single: list[torch.Tensor | None] = []
+        self.on = on
+        self.gather = Gather(job)
+        self.lanes = [make_lane(i, plan, job, on, self.gather) for i, plan in enumerate(split.lanes)]
+        self.next = 0
+        """The first sample that no lane has had."""
+        self.again: collections.deque[Chunk] = collections.deque()
+        """Chunks that failed, in order."""
+        self.failures: collections.Counter[int] = collections.Counter()
+        """How many devices a sample's chunk has failed on, by the chunk's first sample."""
+        self.empty = split.samples == 0
+        self.reduced = any(o.reduction is not None for o in job.outputs)
 
-    def add(self, start: int, stop: int, outs: tuple[torch.Tensor, ...], low: Lowered) -> None:
-        """Take the outputs of the samples `start` to `stop`."""
-        size, home = self.plan.samples, self.job.home
-        if not self.parts:
-            self.parts = [[] for _ in outs]
-            self.whole = [None] * len(outs)
-            self.single = [None] * len(outs)
-        for k, (t, v) in enumerate(zip(outs, low.batched.outputs, strict=True)):
-            if not v.mapped:
-                if self.single[k] is None:
-                    self.single[k] = t.to(home)
-            elif stop - start == size:
-                self.whole[k] = t.to(home)
-            elif self.concatenate:
-                self.parts[k].append(t.to(home))
+    def run(self) -> None:
+        while True:
+            for lane in self.lanes:
+                self._collect(lane, wait=False)
+            flying = [lane for lane in self.lanes if lane.flights]
+            if not self._left():
+                if not flying:
+                    return
+                self._collect(flying[0], wait=True)
+                continue
+            lane = self._choose(bool(flying))
+            if lane is None:
+                self._collect(min(flying, key=lambda lane: lane.expects(0)), wait=True)
             else:
-                whole = self.whole[k]
-                if whole is None:
-                    whole = self.whole[k] = torch.empty((size, *t.shape[1:]), dtype=t.dtype, device=home)
-                whole[start:stop].copy_(t)
+                self._submit(lane, self._take(lane))
 
-    def finish(self) -> list[torch.Tensor]:
-        """The outputs: stacked, or as they are where no sample changes them."""
-        out: list[torch.Tensor] = []
-        for single, whole, parts in zip(self.single, self.whole, self.parts, strict=True):
-            if single is not None:
-                out.append(single)
-            elif whole is not None:
-                out.append(whole)
-            else:
-                out.append(torch.cat(parts))
-        return out
+    def _left(self) -> bool:
+        return bool(self.again) or self.next < self.job.samples or self.empty
+
+    def _choose(self, flying: bool) -> Lane | None:
+        """The lane that would be done first with the next chunk; None if it is better to wait."""
+        if len(self.lanes) == 1:
+            lane = self.lanes[0]
+            return None if lane.full else lane
+        if flying and self.reduced and self.gather.waiting > AHEAD_PER_LANE * len(self.lanes):
+            return None
+        alive = [lane for lane in self.lanes if lane.alive]
+        size = min(max(1, self.job.samples - self.next), *[lane.limit for lane in alive])
+        lane = min(alive, key=lambda lane: (lane.expects(size), lane.number))
+        return None if lane.full else lane
+
+    def _take(self, lane: Lane) -> Chunk:
+        """The next chunk for a lane: what failed before comes first."""
+        self.empty = False
+        if self.again:
+            chunk = self.again.popleft()
+            if chunk.size > lane.limit:
+                self.again.appendleft(Chunk(chunk.start + lane.limit, chunk.stop))
+                self.failures[chunk.start + lane.limit] = self.failures[chunk.start]
+                chunk = Chunk(chunk.start, chunk.start + lane.limit)
+            return chunk
+        left = self.job.samples - self.next
+        size = min(lane.limit, left)
+        if len(self.lanes) > 1 and not self.reduced:  # a share of what is left, so that lanes finish together
+            size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
+        chunk = Chunk(self.next, self.next + size)
+        self.next += size
+        return chunk
+
+    def _submit(self, lane: Lane, chunk: Chunk) -> None:
+        written = self._backup(chunk)
+        try:
+            lane.submit(chunk)
+            return
+        except Exception as error:
+            fault = _classify(error)
+            if fault is None:
+                raise
+        # Out of the except block: the error's traceback held the frames of the chunk, and they its memory.
+        self._restore(chunk, written, fault)
+        self._failed(lane, [chunk], fault)
+
+    def _collect(self, lane: Lane, wait: bool) -> None:
+        if not lane.flights:
+            return
+        try:
+            flights = lane.collect(wait)
+        except Exception as error:
+            fault = _classify(error)
+            if fault is None:
+                raise
+        else:
+            for flight in flights:
+                self._finished(lane, flight)
+            return
+        self._failed(lane, lane.drop(), fault)
+
+    def _finished(self, lane: Lane, flight: Flight) -> None:
+        chunk = flight.chunk
+        self.gather.add(chunk.start, chunk.stop, flight.outs)
+        seconds = flight.ended - flight.began
+        if chunk.size:
+            lane.learned.seconds += seconds
+            lane.learned.samples += chunk.size
+        emit(ChunkDone(lane.name, chunk.start, chunk.stop, seconds, flight.ended))
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    def _failed(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
+        if fault.kind == "memory":
+            self._halve(lane, chunks, fault)
+        else:
+            self._move(lane, chunks, fault)
+        self.again.extendleft(reversed(chunks))
+        for chunk in chunks:
+            emit(ChunkRedone(lane.name, chunk.start, chunk.stop, fault.reason))
+
+    def _halve(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
+        """Free what can be freed, and compute less at a time from now on."""
+        while lane.flights:
+            self._collect(lane, wait=True)
+        if devices.accelerated(lane.device):
+            torch.accelerator.empty_cache()
+        size = max(chunk.size for chunk in chunks)
+        lane.scratch.clear()
+        if size <= 1:
+            one = format_bytes(lane.plan.memory.chunk_bytes(1))
+            stays = format_bytes(lane.plan.memory.resident_bytes)
+            raise errors.OutOfMemory(
+                f"{self.job.call}: memory ran out on {lane.device} with a chunk of one sample (sample {chunks[0].start}; predicted {one} "
+                f"for it, {stays} for what stays): {fault.reason}; use a device with more memory, keep less of the result with reduce=, or "
+                "free what else is on the device"
+            )
+        lane.limit = size // 2
+        lane.learned.ceiling = lane.limit
+        logger.warning(
+            "%s: memory ran out on %s with %d samples at a time; going on with %d: %s",
+            self.job.call, lane.name, size, lane.limit, fault.reason,
+        )  # fmt: skip
+
+    def _move(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
+        """Go on without the device, if that can be."""
+        chunks += [c for other in self.lanes if other is not lane and other.device == lane.device for c in other.drop()]
+        chunks.sort()
+        for other in self.lanes:
+            if other.device == lane.device:
+                other.alive = False
+        where = f"samples {chunks[0].start} to {chunks[-1].stop - 1}" if chunks else "no samples"
+        for chunk in chunks:
+            self.failures[chunk.start] += 1
+        lost = any(o.device == lane.device for o in self.job.outputs) and lane.device.type != "cpu"
+        if lost or self.job.grad or not any(other.alive for other in self.lanes) or any(self.failures[c.start] > 1 for c in chunks):
+            why = (
+                "the results are there" if lost
+                else "gradients recorded from outside lead through it" if self.job.grad
+                else "another device failed on the same samples: the error may be in the data (an index out of bounds?)"
+                if any(other.alive for other in self.lanes)
+                else "no other device is left"
+            )  # fmt: skip
+            raise errors.DeviceLostError(f"{self.job.call}: {lane.device} failed with {where}, and {why}: {fault.reason}")
+        warnings.warn(
+            f"{self.job.call}: {lane.device} failed with {where}, and the other devices compute them: {fault.reason}",
+            errors.DeviceLostWarning,
+            stacklevel=2,
+        )
+
+    def _backup(self, chunk: Chunk) -> list[tuple[int, torch.Tensor]]:
+        """Copies of the rows that the function writes in place: a chunk that is computed twice must write once."""
+        if not self.job.recording.written_inputs or self.job.grad or self.job.transformed:
+            return []
+        parts = [(i, self.job.inputs[i][chunk.start : chunk.stop]) for i in self.job.recording.written_inputs]
+        return [(i, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)) for i, t in parts]
+
+    def _restore(self, chunk: Chunk, written: list[tuple[int, torch.Tensor]], fault: _Fault) -> None:
+        if self.job.recording.written_inputs and not written:
+            raise errors.OutOfMemory(
+                f"{self.job.call}: a chunk failed ({fault.reason}) after it may have written in place to an argument that requires grad, "
+                "so it cannot be computed again; pass a smaller chunk_size"
+            )
+        for i, t in written:
+            self.job.inputs[i][chunk.start : chunk.stop].copy_(t)
+
+    def abandon(self) -> None:
+        """Let go of everything: after an error or Ctrl-C nothing of the call may stay in memory."""
+        for lane in self.lanes:
+            lane.release()
+        self.on.forget()
+        self.gather = Gather(self.job)
+        used = {lane.device for lane in self.lanes if devices.accelerated(lane.device)}
+        if used:
+            torch.accelerator.empty_cache()
+
+
+_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
+
+
+def _classify(error: Exception) -> _Fault | None:
+    """What an error says of memory or the device; None if it is the function's own."""
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if isinstance(error, errors.ShardmapError):
+        return None
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return _Fault("memory", reason)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY):
+        return _Fault("memory", reason)
+    return _Fault("device", reason) if isinstance(error, torch.AcceleratorError) else None

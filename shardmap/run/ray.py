@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch
 from shardmap import errors
 from shardmap.engine import Lowered
 from shardmap.extras import require
-from shardmap.planning.split import Chunk, Plan, split
+from shardmap.planning.split import Chunk, chunks_of, unplanned
 from shardmap.program import Program
 from shardmap.recording import element
-from shardmap.run import local
-from shardmap.run.base import ChunkDone, RunFinished, RunStarted, emit
-from shardmap.run.local import Gather, Job
+from shardmap.run import local, prepare
+from shardmap.run.base import ChunkDone, Job, RunFinished, RunStarted, emit
+from shardmap.run.gather import Gather
 from shardmap.run.remote import Constants, Failure, Packed, Settings, Task, Worker, pack, unpack
 
 logger = logging.getLogger("shardmap")
@@ -84,15 +84,20 @@ class Ray:
                 raise errors.OptionError(f"shardmap.Ray: {name}={value!r}; pass a number that is at least {least}")
 
 
-def run(job: Job, samples: int, chunk_size: int | None, options: Ray, call: str) -> list[torch.Tensor]:
-    """The stacked outputs of all chunks, `[N, *shape]` each, on the job's home device.
+def asked_for(devices: Any) -> Ray | None:
+    """The cluster that `devices` means, if it means one."""
+    if isinstance(devices, Ray):
+        return devices
+    return Ray() if isinstance(devices, str) and devices == "ray" else None
+
+
+def run(job: Job, chunk_size: Any, options: Ray) -> list[torch.Tensor]:
+    """The outputs of all samples, stacked or reduced, on their devices.
 
     Args:
         job: The mapped call.
-        samples: N, the size of the batch.
-        chunk_size: Most samples per chunk; None for about four chunks per worker.
+        chunk_size: Most samples per chunk; "auto" or None for about four chunks per worker.
         options: How many workers, and what each of them has.
-        call: The user's call, for errors.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -100,22 +105,26 @@ def run(job: Job, samples: int, chunk_size: int | None, options: Ray, call: str)
         CapturedWriteError: The function writes in place to a mapped input.
         WorkerError: A chunk raised an error on its worker, or its workers died again and again.
     """
+    call, samples = job.call, job.samples
     ray = require("ray", extra="ray", purpose="for devices='ray'")
-    _refuse(job, call)
+    _refuse(job, chunk_size, call)
     low = job.lower("cpu")  # for which outputs are mapped; refusals and warnings of the lowering come from here
     if samples == 0:
-        return local.run(job, split(0, (str(job.home),), None))
+        on = prepare.Devices(job)
+        return local.run(job, unplanned(0, str(job.home)), on)
     with _pool_of(ray, options, call) as pool:
-        step = chunk_size or max(1, -(-samples // (CHUNKS_PER_WORKER * len(pool.workers))))
-        plan = split(samples, ("ray",), step)
+        asked = chunk_size if isinstance(chunk_size, int) else None
+        chunks = chunks_of(samples, asked or max(1, -(-samples // (CHUNKS_PER_WORKER * len(pool.workers)))))
         started = time.perf_counter()
-        emit(RunStarted(samples, len(plan.chunks), tuple(w.name for w in pool.workers)))
-        result = _Run(pool, job, plan, low).run()
+        emit(RunStarted(samples, len(chunks), tuple(w.name for w in pool.workers)))
+        result = _Run(pool, job, chunks, low).run()
         emit(RunFinished(time.perf_counter() - started))
     return result
 
 
-def _refuse(job: Job, call: str) -> None:
+def _refuse(job: Job, chunk_size: Any, call: str) -> None:
+    if isinstance(chunk_size, Mapping):
+        raise errors.OptionError(f"{call}: chunk_size={chunk_size!r} and devices='ray': workers have no names; pass one int, or 'auto'")
     if job.grad or any(element(t) is not t for t in (*job.inputs, *job.recording.captured)):
         raise errors.OptionError(
             f"{call}: devices='ray' and an output would require grad: gradients from outside do not flow through other processes; "
@@ -132,17 +141,19 @@ def _refuse(job: Job, call: str) -> None:
 class _Run:
     """One mapped call on the pool: hands out chunks, gathers results in whatever order they come, replaces workers that die."""
 
-    def __init__(self, pool: _Pool, job: Job, plan: Plan, low: Lowered):
-        self.ray, self.job, self.plan, self.low = pool.ray, job, plan, low
-        self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: len(plan.chunks)]
+    def __init__(self, pool: _Pool, job: Job, chunks: Sequence[Chunk], low: Lowered):
+        self.ray, self.job, self.low = pool.ray, job, low
+        self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: len(chunks)]
         self.call = low.options.call
         self.key = uuid.uuid4().hex
         self.digest, self.text = pool.text(low.program)
         self.constants = self.ray.put(_constants(job, low))
-        self.gather = Gather(job, plan)
-        self.pending = collections.deque(plan.chunks)
+        self.gather = Gather(job)
+        self.pending = collections.deque(chunks)
         self.deaths: collections.Counter[int] = collections.Counter()  # by a chunk's first sample
         self.failed_starts = 0
+        self.every = any(o.reduction is not None and not o.mapped for o in job.outputs)
+        """Whether each chunk is to bring the outputs that no sample changes: they are counted once per sample."""
         self.flying: dict[Any, tuple[_Worker, Chunk, float]] = {}  # in the order of handing out
 
     def run(self) -> list[torch.Tensor]:
@@ -175,7 +186,7 @@ class _Run:
 
     def _submit(self, worker: _Worker, chunk: Chunk) -> None:
         inputs = tuple(pack(t[chunk.start : chunk.stop]) for t in self.job.inputs)
-        task = Task(chunk.start, inputs, chunk.stop - chunk.start, unmapped=chunk.start == 0)
+        task = Task(chunk.start, inputs, chunk.stop - chunk.start, unmapped=self.every or chunk.start == 0)
         ref = worker.actor.chunk.remote(self.key, self.digest, self.text, self.constants, task)
         self.flying[ref] = worker, chunk, time.perf_counter()
 
@@ -235,15 +246,15 @@ class _Run:
 
     def _gather(self, chunk: Chunk, outcome: list[Packed | None]) -> None:
         # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
-        single = chunk.stop - chunk.start == self.plan.samples
-        outs = []
-        for packed, v in zip(outcome, self.low.batched.outputs, strict=True):
-            t = torch.empty(0) if packed is None else unpack(packed, torch.device("cpu"))
-            outs.append(t.clone() if single or not v.mapped else t)
-        self.gather.add(chunk.start, chunk.stop, tuple(outs), self.low)
-        for k, (packed, v) in enumerate(zip(outcome, self.low.batched.outputs, strict=True)):
-            if packed is not None and not v.mapped:  # other chunks, which bring none, may have come before
-                self.gather.single[k] = outs[k].to(self.job.home)
+        single = chunk.stop - chunk.start == self.job.samples
+        outs: list[torch.Tensor | None] = []
+        for packed, out in zip(outcome, self.job.outputs, strict=True):
+            if packed is not None:
+                t = unpack(packed, torch.device("cpu"))
+                outs.append(t.clone() if single or not out.mapped else t)
+            else:
+                outs.append(None)
+        self.gather.add(chunk.start, chunk.stop, outs)
 
     def _lost(self, worker: _Worker, reason: str, text: str) -> None:
         """Replace a worker, and hand its chunks out again: the first was being computed, the others were waiting for it."""

@@ -1,0 +1,107 @@
+"""The options of one mapped call, and what they may be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap.planning import device as device_names
+from shardmap.planning.memory import parse_bytes
+from shardmap.run import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user asked for; see `shardmap.vmap`."""
+
+    in_dims: Any
+    out_dims: Any
+    randomness: str
+    kw_in_dims: Any
+    devices: Any
+    chunk_size: Any
+    output_device: Any
+    memory_budget: int | str | None
+    memory_fraction: float
+    trace: str
+    strict: bool
+    remat: bool
+    reduce: Any
+    progress: bool | str
+    call: str
+
+    def check(self, func: Any) -> None:
+        """Refuse values that an option cannot have.
+
+        Raises:
+            OptionError: The message carries the call, the option, its value and what it may be.
+        """
+        if not callable(func):
+            raise errors.OptionError(
+                f"shardmap.vmap: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
+            )
+        for name, choices in (("randomness", ("error", "same", "different")), ("trace", ("each", "once"))):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                names = [repr(c) for c in choices]
+                raise errors.OptionError(f"{self.call}: {name}={value!r}; choose {', '.join(names[:-1])} or {names[-1]}")
+        for name in ("strict", "remat"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise errors.OptionError(f"{self.call}: {name}={value!r} is a {type(value).__name__}; pass True or False")
+        if not isinstance(self.progress, bool) and self.progress != "always":
+            raise errors.OptionError(f"{self.call}: progress={self.progress!r}; pass True, False, or 'always' to draw without a terminal")
+        self._check_chunk_size()
+        fraction = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise errors.OptionError(f"{self.call}: memory_fraction={fraction!r}; pass a number above 0 and at most 1")
+        budget = self.memory_budget
+        if budget is not None and self._budget_bytes() is None:
+            raise errors.OptionError(
+                f"{self.call}: memory_budget={budget!r}; pass a positive number of bytes, or text such as '6GiB' or '512 MiB'"
+            )
+
+    def _check_chunk_size(self) -> None:
+        if not isinstance(self.chunk_size, Mapping):
+            _check_size(self.chunk_size, f"{self.call}: chunk_size={self.chunk_size!r}")
+            return
+        for device, size in self.chunk_size.items():
+            if not isinstance(device, str):
+                raise errors.OptionError(
+                    f"{self.call}: chunk_size={self.chunk_size!r} has the key {device!r}, a {type(device).__name__}; name devices by text, "
+                    "such as 'cuda:0', or 'cuda' for all of a kind"
+                )
+            _check_size(size, f"{self.call}: chunk_size[{device!r}]={size!r}")
+
+    def _budget_bytes(self) -> int | None:
+        budget = self.memory_budget
+        if isinstance(budget, str):
+            return parse_bytes(budget)
+        return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
+
+    def budget(self, device: torch.device) -> int | None:
+        """What the map may add to what is in use on `device`; None where nobody can say."""
+        if self.memory_budget is not None:
+            return self._budget_bytes()
+        free = device_names.free_bytes(device)
+        return None if free is None else int(free * self.memory_fraction)
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Draws the progress bar that was asked for while a map runs inside."""
+        return progress.bar(always=self.progress == "always") if self.progress else contextlib.nullcontext()
+
+
+def _check_size(size: Any, where: str) -> None:
+    accepted = "pass a positive int, 'auto', or None for no chunks"
+    if size is None or (isinstance(size, str) and size == "auto"):
+        return
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise errors.OptionError(f"{where} is a {type(size).__name__}; {accepted}")
+    if size < 1:
+        raise errors.OptionError(f"{where} is not positive; {accepted}")

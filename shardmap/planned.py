@@ -1,0 +1,114 @@
+"""What `shardmap.plan` returns: look at it, run it, look at what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.options import Options
+from shardmap.planning import table
+from shardmap.planning.split import Lane, Split
+from shardmap.run import local, timeline
+from shardmap.run.base import Job, listen
+from shardmap.run.prepare import Devices
+
+
+class Plan:
+    """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
+
+    `print(plan)` is a table. The plan holds the call's tensors.
+
+    Example:
+        >>> import torch, shardmap
+        >>> plan = shardmap.plan(torch.sin, chunk_size=4)(torch.zeros(10))
+        >>> plan.fits, plan.samples, plan.lanes[0].chunks
+        (True, 10, 3)
+    """
+
+    def __init__(self, job: Job, split: Split, on: Devices, structure: pytree.TreeSpec, options: Options):
+        self.split = split
+        self._job = job
+        self._on = on
+        self._structure = structure
+        self._options = options
+        self._events: list[Any] = []
+
+    @property
+    def samples(self) -> int:
+        """N, the size of the batch."""
+        return self.split.samples
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """One per entry of `devices`."""
+        return self.split.lanes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device's predicted peak is within its budget."""
+        return self.split.fits
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the run."""
+        return self.split.seconds
+
+    def __str__(self) -> str:
+        return table.overview(self._job.call, self.split)
+
+    def __repr__(self) -> str:
+        lanes = ", ".join(f"{lane.name}: {lane.rows} in chunks of {lane.chunk}" for lane in self.lanes)
+        return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
+
+    def explain(self) -> str:
+        """The plan in full: the table, the operators by cost with the tier that serves each, and what is computed once for all samples."""
+        device = self.lanes[0].device
+        low = self._job.lower(device.partition(":")[0])
+        return table.explanation(str(self), low, self._job.grad, device)
+
+    def run(self) -> Any:
+        """Run the map and return what `shardmap.vmap` returns.
+
+        Raises:
+            OverBudget: A device's predicted peak exceeds its budget.
+            ShardmapError: As `shardmap.vmap`.
+        """
+        refusal = self.split.refusal()
+        if refusal is not None:
+            raise errors.OverBudget(f"{self._job.call}: {refusal}")
+        events: list[Any] = []
+        with self._options.watching(), listen(events.append):
+            outputs = local.run(self._job, self.split, self._on)
+        self._events = events
+        return pytree.tree_unflatten(outputs, self._structure)
+
+    def timeline(self, path: str | Path) -> None:
+        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev: one lane per device.
+
+        Args:
+            path: The JSON file to write.
+
+        Raises:
+            OptionError: The plan has not run.
+        """
+        timeline.write(Path(path), self._ran("timeline"))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the last run, one lane per device: chunks as they were computed, predicted against measured.
+
+        Args:
+            path: The picture to write; its ending says which kind.
+
+        Raises:
+            OptionError: The plan has not run.
+            MissingExtraError: matplotlib is not installed.
+        """
+        timeline.draw(Path(path), self.split, self._ran("plot"))
+
+    def _ran(self, what: str) -> list[Any]:
+        if not self._events:
+            raise errors.OptionError(f"{self._job.call}: {what}() shows what happened, and the plan has not run yet; call run() first")
+        return self._events

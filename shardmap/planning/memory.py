@@ -1,0 +1,109 @@
+"""How much memory a map needs: fixed bytes and bytes per sample, on each device, solved for the largest chunk that fits.
+
+The words, as they are used everywhere here:
+
+- *resident*: bytes that are there during the whole run whatever the chunk: the stacked result where it is collected, captured tensors
+  copied to the device, what no sample changes, what outer autograd saved of the chunks that are done.
+- *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs on their way.
+- *workspace*: bytes that kernels use and no tensor shows, measured on the first chunk.
+- *peak*: resident + chunk + workspace, an upper bound.
+- *budget*: what the map may add to what is in use on the device when it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Level(NamedTuple):
+    """Bytes as a line in the number of samples."""
+
+    fixed_bytes: int
+    sample_bytes: int
+
+    def at(self, samples: int) -> int:
+        """Bytes for that many samples."""
+        return self.fixed_bytes + samples * self.sample_bytes
+
+    def __add__(self, other: tuple[int, ...]) -> Level:
+        return Level(self.fixed_bytes + other[0], self.sample_bytes + other[1])
+
+
+def envelope(levels: Iterable[Level]) -> tuple[Level, ...]:
+    """The levels that are highest for some number of samples: a peak is piecewise linear in the chunk size."""
+    best: list[Level] = []
+    for level in sorted(set(levels), key=lambda v: (-v.sample_bytes, -v.fixed_bytes)):
+        if not best or level.fixed_bytes > best[-1].fixed_bytes:
+            best.append(level)
+    return tuple(best) or (Level(0, 0),)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """The memory of one map on one device."""
+
+    resident_bytes: int
+    """Bytes during the whole run, on this device."""
+    chunk: tuple[Level, ...]
+    """One chunk's bytes at each of its peaks, by its number of samples."""
+    workspace: Level = Level(0, 0)
+    """What kernels use beside: measured, or zero before the first chunk."""
+    scale: float = 1.0
+    """Measured over predicted bytes of the first chunk."""
+
+    def chunk_bytes(self, samples: int) -> int:
+        """Upper bound of what a chunk of that many samples adds while it is computed."""
+        if samples == 0:
+            return 0
+        return int(self.scale * max(level.at(samples) for level in self.chunk)) + self.workspace.at(samples)
+
+    def peak_bytes(self, samples: int) -> int:
+        """Upper bound for a run in chunks of that many samples."""
+        return self.resident_bytes + self.chunk_bytes(samples)
+
+    def largest_chunk(self, bytes_limit: int, most: int) -> int:
+        """The most samples, up to `most`, whose chunk needs at most `bytes_limit`; 0 if not even one fits.
+
+        Solved: each level is a line, so each gives a bound, and the smallest bound holds.
+        """
+        room = bytes_limit - self.workspace.fixed_bytes
+        for fixed, sample in self.chunk:
+            fixed, sample = self.scale * fixed, self.scale * sample + self.workspace.sample_bytes
+            if fixed > room:
+                return 0
+            if sample:
+                most = min(most, int((room - fixed) // sample))
+        return max(most, 0)
+
+
+NOTHING = MemoryModel(0, (Level(0, 0),))
+"""Of a map that is too small to matter."""
+
+
+def format_bytes(count: float) -> str:
+    """`9.1 GiB`, as plans and errors write it."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{int(count)} B"
+
+
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": GIB << 10, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes from text such as `6GiB`, `512 MB` or `1048576`; None if it is none of these."""
+    stripped = text.strip().lower()
+    digits = stripped.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = _UNITS.get(stripped[len(digits) :].strip())
+    try:
+        number = float(digits)
+    except ValueError:
+        return None
+    if unit is None or not 0 < number < float("inf"):
+        return None
+    return int(number * unit)

@@ -1,0 +1,161 @@
+"""What a chunk costs, found by running two or three samples and watching: live bytes, operations, traffic.
+
+Nothing is guessed from shapes: a dispatch mode sees every tensor that the replay makes, the temporaries inside composite calls
+and what autograd saves among them, and when each dies. Run for two and for three samples, each live byte is either fixed or
+of a sample. The tiny peak tracker after cubed's and `torch.distributed._tools.mem_tracker`; operations after PyTorch's own
+`torch.utils.flop_counter`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from shardmap.engine import Lowered
+from shardmap.planning.memory import Level, envelope
+from shardmap.recording import flat_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """What the calls that serve one recorded operator cost, for one sample."""
+
+    name: str
+    calls: int
+    """Kernels launched, whatever the chunk size."""
+    flops: float
+    """Floating-point operations per sample."""
+    bytes: float
+    """Bytes read and written per sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What running a chunk of a program costs."""
+
+    levels: tuple[Level, ...]
+    """Live bytes at their peaks, what the chunk makes only: no inputs, no captured tensors, no slices of the result."""
+    kept: Level
+    """Live bytes when the chunk is done, outputs included: with outer autograd what it saved for backward."""
+    costs: tuple[OpCost, ...]
+    """By recorded operator, in the order of first use."""
+
+    @property
+    def calls(self) -> int:
+        """Kernels launched per chunk."""
+        return sum(c.calls for c in self.costs)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations per sample."""
+        return sum(c.flops for c in self.costs)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes read and written per sample."""
+        return sum(c.bytes for c in self.costs)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator below autograd: the memory that it makes, its operations and traffic."""
+
+    def __init__(self, known: Sequence[torch.Tensor]):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.live: dict[int, int] = {}
+        self.now = 0
+        self.trail: list[int] = []
+        """Live bytes after each operator that made memory."""
+        self.costs: dict[int, list[float]] = {}
+        """By number of the recorded call: kernels, operations, bytes."""
+        self.equation = 0
+
+    def mark(self, number: int) -> None:
+        self.equation = number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [t for t in flat_tensors(out if isinstance(out, tuple | list) else (out,)) if t.layout is torch.strided]
+        given = [t for t in flat_tensors((*args, *kwargs.values())) if t.layout is torch.strided]
+        before = {t.untyped_storage()._cdata for t in given}
+        fresh = False
+        for t in made:
+            fresh |= self._see(t)
+        if fresh:
+            self.trail.append(self.now)
+        if fresh or func._schema.is_mutable or not all(t.untyped_storage()._cdata in before for t in made):
+            cost = self.costs.setdefault(self.equation, [0, 0.0, 0.0])
+            formula = flop_registry.get(func._overloadpacket)
+            cost[0] += 1
+            cost[1] += formula(*args, **kwargs, out_val=out) if formula is not None else sum(t.numel() for t in made)
+            cost[2] += sum(_touched(t) for t in (*given, *made))
+        return out
+
+    def _see(self, t: torch.Tensor) -> bool:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self.known or key in self.live:
+            return False
+        size = storage.nbytes()
+        self.live[key] = size
+        self.now += size
+        weakref.finalize(storage, self._dead, key)
+        return True
+
+    def _dead(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def _touched(t: torch.Tensor) -> int:
+    """Bytes of the distinct elements: an expanded tensor is read once."""
+    return math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) * t.element_size()
+
+
+def observe(low: Lowered, run: Callable[..., Any], sizes: Sequence[int], known: Callable[[int], Sequence[torch.Tensor]]) -> Observation:
+    """Watch chunks of two sizes.
+
+    Args:
+        low: The lowered program.
+        run: `run(size, mark)` computes a chunk of that many samples and returns its outputs.
+        sizes: One or two numbers of samples.
+        known: For a size, the tensors that are there before: inputs, captured, slices of the result.
+    """
+    watched = []
+    for size in sizes:
+        watch = _Watch(known(size))
+        with watch:
+            outs = run(size, watch.mark)
+        watched.append((size, watch, watch.now))
+        del outs
+    size, watch, kept = watched[-1]
+    first_size, first, first_kept = watched[0]
+    if len(watched) == 2 and len(first.trail) == len(watch.trail):
+        points = [_line(first_size, a, size, b) for a, b in zip(first.trail, watch.trail, strict=True)]
+        rest = _line(first_size, first_kept, size, kept)
+    else:  # kernels were chosen by the size, or there is one size only: everything counts as growing with the chunk
+        points = [Level(0, -(-a // size)) for a in watch.trail]
+        rest = Level(0, -(-kept // size))
+    names: dict[str, list[float]] = {}
+    equations = low.program.equations
+    for number, cost in watch.costs.items():
+        name = equations[number].op.name() if number < len(equations) else "outputs"
+        total = names.setdefault(name, [0, 0.0, 0.0])
+        for i, value in enumerate(cost):
+            total[i] += value
+    costs = tuple(OpCost(name, int(c), f / size, b / size) for name, (c, f, b) in names.items())
+    return Observation(envelope(points), rest, costs)
+
+
+def _line(size: int, a: int, larger: int, b: int) -> Level:
+    """The line through two observations; what grows faster than the chunk counts as growing with it."""
+    per_sample = max(0, -(-(b - a) // (larger - size)))
+    fixed = b - larger * per_sample
+    return Level(fixed, per_sample) if fixed >= 0 else Level(0, -(-b // larger))

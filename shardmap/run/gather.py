@@ -1,0 +1,176 @@
+"""Put the results of chunks together: stacked in place, concatenated with autograd kept, or reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardmap.reduce import Reduction
+from shardmap.rules import pages
+from shardmap.run.base import Job, Output
+
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+"""In what the sums of chunks are added up: thousands of additions in float32 would lose two digits."""
+_WITHOUT_FLOAT64 = ("mps",)
+
+
+class Gather:
+    """Puts chunks together in the order of the batch, in whatever order they come.
+
+    Without outer autograd each chunk is written into its slice of one preallocated output: concatenating at the end would
+    double the memory. With it, chunks are concatenated so that gradients flow.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.concatenate = job.grad or job.transformed
+        """Outer transforms cannot write a chunk of theirs into a plain tensor."""
+        self.parts: dict[int, dict[int, torch.Tensor]] = {}
+        self.single: dict[int, torch.Tensor] = {}
+        self.whole: dict[int, torch.Tensor] = {}
+        self.totals: dict[int, Total] = {}
+        for k, out in enumerate(job.outputs):
+            if out.reduction is not None:
+                self.totals[k] = Total(out, out.reduction, job.samples, job.grad)
+
+    def stacked(self, k: int) -> torch.Tensor:
+        """Output `k` of all samples, `[N, *shape]`, in the memory of the result."""
+        whole = self.whole.get(k)
+        if whole is None:
+            out = self.job.outputs[k]
+            d = out.dim or 0
+            whole = pages.whole((*out.shape[:d], self.job.samples, *out.shape[d:]), out.dtype, out.device)
+            whole = self.whole[k] = whole.movedim(d, 0) if d else whole
+        return whole
+
+    @property
+    def waiting(self) -> int:
+        """Partial results that came before their turn."""
+        return max((len(t.waiting) for t in self.totals.values()), default=0)
+
+    def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
+        """Take the outputs of the samples `start` to `stop`; what is in its place already (or not sent) is None."""
+        for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
+            if t is None:
+                continue
+            if k in self.totals:
+                self.totals[k].add(start, stop, t)
+            elif not out.mapped:
+                if k not in self.single:
+                    self.single[k] = t.to(out.device)
+            elif self.concatenate or stop - start == self.job.samples:
+                self.parts.setdefault(k, {})[start] = t.to(out.device)
+            else:
+                self.stacked(k)[start:stop].copy_(t)
+
+    def finish(self) -> list[torch.Tensor]:
+        """The results, each as the loop would stack it, or reduced."""
+        return [self._finish(k, out) for k, out in enumerate(self.job.outputs)]
+
+    def _finish(self, k: int, out: Output) -> torch.Tensor:
+        if k in self.totals:
+            return self.totals[k].finish()
+        if not out.mapped:
+            single, d, size = self.single[k], out.dim, self.job.samples
+            if d is None:
+                return single.clone()
+            shape = (*single.shape[:d], size, *single.shape[d:])
+            return single.unsqueeze(d).expand(shape).clone(memory_format=torch.contiguous_format)
+        if k in self.parts:
+            parts = [part for _, part in sorted(self.parts[k].items(), key=lambda item: item[0])]
+            return stack_at(parts[0] if len(parts) == 1 else torch.cat(parts), out.dim)
+        return self.stacked(k).movedim(0, out.dim or 0)
+
+
+def stack_at(t: torch.Tensor, d: int | None) -> torch.Tensor:
+    """`[N, *shape]` with the samples along dimension `d`, as torch.stack lays it out: what flatten() returns depends on that."""
+    return t.movedim(0, d).contiguous() if d else t
+
+
+class Total:
+    """The running combination of the samples from the first one on; chunks that come before their turn wait."""
+
+    def __init__(self, out: Output, reduction: Reduction, samples: int, grad: bool):
+        self.out = out
+        self.reduction = reduction
+        self.samples = samples
+        self.in_place = not grad
+        self.value: torch.Tensor | None = None
+        self.next = 0
+        """The sample that is to come next."""
+        self.waiting: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def add(self, start: int, stop: int, t: torch.Tensor) -> None:
+        """Take a chunk's results, `[n, *shape]`, or one sample's that is the same for all."""
+        if start == stop:
+            return
+        if not self.out.mapped:
+            t = t.expand(stop - start, *t.shape)
+        self.waiting[start] = stop, self._partial(t).to(self.out.device)
+        while self.next in self.waiting:
+            self.next, partial = self.waiting.pop(self.next)
+            self._take(partial)
+
+    def _partial(self, t: torch.Tensor) -> torch.Tensor:
+        """One chunk's combination, on its device."""
+        name = self.reduction.name
+        if name in ("sum", "mean"):
+            half = t.dtype in (torch.float16, torch.bfloat16)
+            return t.sum(0, dtype=torch.float32) if half else t.sum(0)
+        if name == "max":
+            return t.amax(0)
+        if name == "min":
+            return t.amin(0)
+        return _folded(self._combine, t)
+
+    @property
+    def _combine(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        assert self.reduction.combine is not None
+        return self.reduction.combine
+
+    def _take(self, partial: torch.Tensor) -> None:
+        name, total = self.reduction.name, self.value
+        if name in ("sum", "mean"):
+            if total is None:
+                wider = _WIDER.get(self.out.dtype) if self.in_place and self.out.device.type not in _WITHOUT_FLOAT64 else None
+                self.value = partial.to(wider, copy=True) if wider is not None else partial
+            else:
+                self.value = total.add_(partial) if self.in_place else total + partial
+        elif total is None:
+            self.value = partial
+        elif name == "max":
+            self.value = torch.maximum(total, partial)
+        elif name == "min":
+            self.value = torch.minimum(total, partial)
+        else:
+            self.value = self._combine(total[None], partial[None])[0]
+
+    def finish(self) -> torch.Tensor:
+        """The combination of all samples."""
+        out, name, total = self.out, self.reduction.name, self.value
+        if name in ("sum", "mean"):
+            exact = out.dtype.is_floating_point or out.dtype.is_complex
+            if total is None:
+                total = torch.zeros(out.shape, dtype=out.dtype if exact else torch.int64, device=out.device)
+            if name == "mean":
+                total = total / self.samples if self.samples else torch.full_like(total, float("nan"))
+            return total.to(out.dtype) if exact else total
+        assert total is not None, "a reduction of no samples has been refused"
+        finish = self.reduction.finish
+        return finish(total) if finish is not None else total
+
+
+def _folded(combine: Callable[[Any, Any], Any], t: torch.Tensor) -> torch.Tensor:
+    """`[n, *shape] -> [*shape]`: neighbours are combined, then neighbouring pairs, in the order of the samples."""
+    while t.shape[0] > 1:
+        pairs = t.shape[0] // 2
+        merged = combine(t[0 : 2 * pairs : 2], t[1 : 2 * pairs : 2])
+        t = torch.cat([merged, t[2 * pairs :]]) if t.shape[0] % 2 else merged
+    return t[0]

@@ -1,0 +1,278 @@
+"""One lane per entry of `devices`: takes a chunk's samples, computes it, and hands its results over."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from shardmap.planning import device as devices
+from shardmap.planning.cost import Learned
+from shardmap.planning.split import Chunk
+from shardmap.planning.split import Lane as LanePlan
+from shardmap.rules import pages
+from shardmap.run.base import Job
+from shardmap.run.gather import Gather
+from shardmap.run.prepare import Devices, Ready, direct, learned, rows, to_device
+
+LEARN_FROM = 32 << 20
+"""Bytes of a chunk from which its measured peak says more than the noise of the process around it."""
+MARGIN, LEAST, MOST = 1.02, 0.75, 4.0
+"""A chunk's measured peak over the predicted one: with a margin, and within what other work in the process cannot fake."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A chunk on its way."""
+
+    chunk: Chunk
+    began: float
+    """On the clock of `time.perf_counter`."""
+    outs: list[torch.Tensor | None]
+    done: Any = None
+    """An event on the device; None where the host has waited."""
+    ended: float = 0.0
+    keep: list[Any] = field(default_factory=list)
+    """What must live until the chunk is complete."""
+
+
+class Lane:
+    """Computes chunks on a device that the host waits for: the CPU, and accelerators without streams of their own here."""
+
+    window = 1
+    """Chunks in flight."""
+
+    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather):
+        self.number = number
+        self.plan = plan
+        self.name = plan.name
+        self.device = torch.device(plan.device)
+        self.job = job
+        self.on = on
+        self.gather = gather
+        self.limit = plan.chunk
+        """Most samples in a chunk; less after memory ran out."""
+        self.alive = True
+        self.busy = 0.0
+        """Seconds in chunks so far."""
+        self.flights: collections.deque[Flight] = collections.deque()
+        self.direct = direct(job, self.device) and _worth_slices(job, plan)
+        self.scratch: dict[int, torch.Tensor] = {}
+        self.ready: dict[bool, Ready] = {}
+        self._learned: Learned | None = None
+
+    @property
+    def learned(self) -> Learned:
+        """What chunks of this program on this device have shown."""
+        if self._learned is None:
+            self._learned = learned(self.job.lower(self.device.type), self.plan.device)
+        return self._learned
+
+    @property
+    def full(self) -> bool:
+        """Whether it can take no further chunk now."""
+        return len(self.flights) >= self.window
+
+    def expects(self, size: int) -> float:
+        """When a chunk of that many samples would be done, in seconds of this lane's work."""
+        waiting = sum(f.chunk.size for f in self.flights)
+        return self.busy + (waiting + size) * (self.learned.sample_seconds or 0.0)
+
+    def submit(self, chunk: Chunk) -> None:
+        """Compute a chunk; its flight is then among `flights`."""
+        ready = self._prepared(chunk)
+        began = time.perf_counter()
+        measure = _Measure(self, chunk) if self.learned.scale is None else None
+        outs = self.compute(ready, chunk)
+        if measure is not None:
+            measure.finish()
+        self.flights.append(Flight(chunk, began, outs, ended=time.perf_counter()))
+
+    def _prepared(self, chunk: Chunk) -> Ready:
+        """The program on this device, checked for a chunk of one sample, or of several."""
+        several = chunk.size > 1
+        ready = self.ready.get(several)
+        if ready is None:
+            ready = self.ready[several] = self.on.on(self.plan.device, several)
+        return ready
+
+    def compute(self, ready: Ready, chunk: Chunk) -> list[torch.Tensor | None]:
+        """A chunk's outputs; None for one that is in its place already."""
+        job, (start, stop) = self.job, chunk
+        size = stop - start
+        inputs = [rows(t, start, stop, self.device) for t in job.inputs]
+        arguments = (size, start, self.device, job.seed, job.recording.scalars, ready.fixed)
+        if self.direct:
+            return self._compute_into(ready, chunk, arguments, inputs)
+        replay = ready.low.replay.chunk
+        if job.remat:
+            return list(checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False))
+        return list(replay(*arguments, inputs))
+
+    def _compute_into(self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]) -> list[Any]:
+        """Compute into the slices of the result, and into scratch memory what is to be reduced."""
+        slices = []
+        for k, out in enumerate(self.job.outputs):
+            if not out.mapped:
+                continue
+            if out.reduction is None:
+                slices.append(self.gather.stacked(k)[chunk.start : chunk.stop])
+                continue
+            scratch = self.scratch.get(k)
+            if scratch is None or scratch.shape[0] < chunk.size:
+                scratch = self.scratch[k] = pages.whole((chunk.size, *out.shape), out.dtype, self.device)
+            slices.append(scratch[: chunk.size])
+        outs = ready.low.replay.chunk_into(*arguments, inputs, slices)
+        return [None if o.stacked else t for t, o in zip(outs, self.job.outputs, strict=True)]
+
+    def collect(self, wait: bool) -> list[Flight]:
+        """The chunks that are complete."""
+        done, self.flights = list(self.flights), collections.deque()
+        for flight in done:
+            self.busy += flight.ended - flight.began
+        return done
+
+    def drop(self) -> list[Chunk]:
+        """Forget the chunks in flight, and return them."""
+        chunks = [f.chunk for f in self.flights]
+        self.flights.clear()
+        return chunks
+
+    def release(self) -> None:
+        """Let go of everything that occupies memory on the device."""
+        self.flights.clear()
+        self.scratch.clear()
+        self.ready.clear()
+
+
+def _worth_slices(job: Job, plan: LanePlan) -> bool:
+    """Whether to write into the result's slices: not where one chunk of small results is the result."""
+    if plan.chunk < job.samples or any(o.reduction is not None for o in job.outputs):
+        return True
+    return job.samples * max((o.sample_bytes for o in job.outputs if o.stacked), default=0) >= pages.FROM_BYTES
+
+
+class _Measure:
+    """The peak of one chunk against what was predicted, where the process shows it."""
+
+    def __init__(self, lane: Lane, chunk: Chunk):
+        self.lane = lane
+        self.chunk = chunk
+        memory = lane.plan.memory
+        self.predicted = max(level.at(chunk.size) for level in memory.chunk)
+        kept = lane.job.grad and not lane.job.remat
+        self.meter = devices.Meter(lane.device) if self.predicted >= LEARN_FROM and not kept else None
+        self.before = self.meter.read() if self.meter is not None else None
+
+    def finish(self) -> None:
+        """Remember what was measured, if this chunk's peak exceeded every one before."""
+        after = self.meter.read() if self.meter is not None else None
+        if self.before is None or after is None or after[1] <= self.before[1]:
+            return
+        lane, size = self.lane, self.chunk.size
+        touched = 0
+        if lane.direct and self.lane.device.type == "cpu":  # the result's pages become resident as they are written
+            touched = size * sum(o.sample_bytes for o in lane.job.outputs if o.stacked)
+        measured = after[1] - self.before[0] - touched
+        lane.learned.scale = min(max(measured / self.predicted * MARGIN, LEAST), MOST)
+
+
+def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather) -> Lane:
+    """The lane for one entry of `devices`."""
+    cuda = plan.device.startswith("cuda") and devices.accelerated(torch.device(plan.device))
+    return (CudaLane if cuda else Lane)(number, plan, job, on, gather)
+
+
+class CudaLane(Lane):
+    """Computes chunks on a GPU: launches run ahead of it, samples from the host arrive on a stream of their own meanwhile."""
+
+    window = 2
+
+    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather):
+        super().__init__(number, plan, job, on, gather)
+        self.copies = torch.cuda.Stream(self.device) if not job.grad else None
+        self.free_since = time.perf_counter()
+
+    def submit(self, chunk: Chunk) -> None:
+        """Launch a chunk; it is in flight until its event on the device has happened."""
+        with torch.cuda.device(self.device):
+            ready = self._prepared(chunk)
+            began = time.perf_counter()
+            measure = _Measure(self, chunk) if self.learned.scale is None and not self.flights else None
+            keep: list[Any] = []
+            staged = self._staged(chunk, keep)
+            outs = self._home(self._launch(ready, chunk, staged), keep)
+            done = torch.cuda.Event()
+            done.record()
+            flight = Flight(chunk, began, outs, done, keep=keep)
+            if measure is not None:
+                done.synchronize()
+                measure.finish()
+            self.flights.append(flight)
+
+    def _staged(self, chunk: Chunk, keep: list[Any]) -> list[torch.Tensor]:
+        """The chunk's samples on the device; from the host they are copied from pinned memory while other chunks compute."""
+        staged = []
+        for t in self.job.inputs:
+            part = t.narrow(0, chunk.start, chunk.size)
+            if part.device == self.device:
+                staged.append(part)
+            elif self.copies is None or part.device.type != "cpu":
+                staged.append(to_device(part, self.device))
+            else:
+                with torch.cuda.stream(self.copies):
+                    pinned = _pinned(part)
+                    moved = to_device(pinned, self.device, non_blocking=True)
+                keep.append(pinned)
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_stream(self.copies)
+                moved.record_stream(stream)
+                staged.append(moved)
+        return staged
+
+    def _launch(self, ready: Ready, chunk: Chunk, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        job = self.job
+        arguments = (chunk.size, chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
+        replay = ready.low.replay.chunk
+        if job.remat:
+            return checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False)
+        return replay(*arguments, inputs)
+
+    def _home(self, outs: Sequence[torch.Tensor], keep: list[Any]) -> list[torch.Tensor | None]:
+        """The outputs on their way to where the result is: to the host through pinned memory, without waiting."""
+        sent: list[torch.Tensor | None] = []
+        for t, out in zip(outs, self.job.outputs, strict=True):
+            if self.job.grad or out.reduction is not None or out.device.type != "cpu" or t.device.type == "cpu":
+                sent.append(t)
+                continue
+            pinned = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+            pinned.copy_(t, non_blocking=True)
+            keep.append(t)
+            sent.append(pinned)
+        return sent
+
+    def collect(self, wait: bool) -> list[Flight]:
+        """The chunks that are complete; with `wait`, at least the oldest."""
+        done = []
+        while self.flights and (wait or self.flights[0].done.query()):
+            if wait:
+                self.flights[0].done.synchronize()
+                wait = False
+            flight = self.flights.popleft()
+            flight.ended = time.perf_counter()
+            self.busy += flight.ended - max(flight.began, self.free_since)
+            self.free_since = flight.ended
+            done.append(flight)
+        return done
+
+
+def _pinned(t: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, with the strides of `t` where it is dense."""
+    if not t.is_contiguous():
+        return t  # copied by `to` in the order that its strides ask for, at the speed of pageable memory
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)

@@ -1,0 +1,249 @@
+"""What a device needs before its first chunk: the lowering, checked; captured tensors, copied; what no sample changes, computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap.engine import Lowered
+from shardmap.planning import device as devices
+from shardmap.planning.cost import Learned
+from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
+from shardmap.planning.observe import Observation, observe
+from shardmap.planning.split import Site
+from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
+from shardmap.recording import element
+from shardmap.run.base import Job
+from shardmap.verify import Trial, check
+
+WATCHED_FROM = 4 << 20
+"""Bytes of recorded results, all samples together, from which a map is worth watching and planning; below, it is one chunk."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """A program on one device, ready for chunks."""
+
+    low: Lowered
+    device: torch.device
+    captured: list[torch.Tensor]
+    literals: list[torch.Tensor]
+    fixed: tuple[torch.Tensor, ...] | None = None
+    """What no sample changes; None until the lowering has been checked."""
+
+
+class Devices:
+    """The devices of one call, each made ready once."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._ready: dict[str, Ready] = {}
+
+    def on(self, name: str, several: bool) -> Ready:
+        """The device by its name, ready for chunks of one sample, or of several."""
+        job, ready = self.job, self._ready.get(name)
+        if ready is None:
+            device = torch.device(name)
+            low = job.lower(device.type)
+            captured = [captured_to(t, device) for t in job.recording.captured]
+            literals = [t.to(device) if t.device == job.home else t for t in job.recording.literals]
+            ready = self._ready[name] = Ready(low, device, captured, literals)
+        low = ready.low
+        replay = low.replay
+        if several not in low.checked and job.samples:
+            _check(job, low, ready.device, 2 if several else 1, ready.captured, ready.literals)
+        if ready.fixed is None or low.replay is not replay:  # the check may have mended the lowering
+            ready.fixed = low.replay.fixed(ready.device, job.seed, job.recording.scalars, ready.captured, ready.literals)
+        return ready
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self._ready.clear()
+
+
+def learned(low: Lowered, name: str) -> Learned:
+    """What earlier chunks of the program have shown on a device."""
+    return low.notes.learned.setdefault(name, Learned())
+
+
+def captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A captured tensor on `device`."""
+    return t if t.device == device or t.device.type == "meta" else t.to(device)
+
+
+def rows(tensor: torch.Tensor, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """The samples `start` to `stop` on `device`."""
+    part = tensor if stop - start == tensor.shape[0] else tensor.narrow(0, start, stop - start)
+    return part if part.device == device else to_device(part, device)
+
+
+def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+    """A copy of `t` on `device` with its strides behind the first dimension: recorded views depend on them."""
+    repeated = [d for d in range(1, t.dim()) if t.stride(d) == 0 and t.shape[d] > 1]
+    compact = t
+    for d in repeated:
+        compact = compact.narrow(d, 0, 1)
+    moved = compact.to(device, non_blocking=non_blocking)
+    if moved.stride()[1:] != compact.stride()[1:]:
+        least = min((s for s in compact.stride()[1:] if s), default=1)
+        if least >= t.shape[0] and t.stride(0) == 1:
+            # The samples lie side by side (in_dims other than 0): rows keep their strides in a tensor as large as this one.
+            whole = [1, *compact.stride()[1:]]
+        else:
+            whole = [1 + sum((n - 1) * s for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)), *compact.stride()[1:]]
+        moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(compact, non_blocking=non_blocking)
+    return moved.expand(t.shape) if repeated else moved
+
+
+def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: list[torch.Tensor], literals: list[torch.Tensor]) -> None:
+    """Check the lowering on the first rows, without leaving a trace of it."""
+    state = torch.default_generator.get_state()
+    with torch.no_grad(), recording_settings(device.type), outer_recordings_suspended(), transforms_set_aside():
+        sample = [element(t).detach().narrow(0, 0, size) for t in job.inputs]
+        trial = Trial(
+            device,
+            job.seed,
+            size,
+            [r if r.device == device else to_device(r, device) for r in sample],
+            [element(t).detach() for t in captured],
+            [element(t) for t in literals],
+        )
+        try:
+            check(low, job.recording, trial)
+        finally:
+            torch.default_generator.set_state(state)
+
+
+# -- what a chunk costs ------------------------------------------------------------------------------------------------
+
+
+def direct(job: Job, device: torch.device) -> bool:
+    """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
+    return not (job.grad or job.transformed) and not devices.accelerated(device) and all(o.device == device for o in job.outputs)
+
+
+def watched(ready: Ready, job: Job) -> Observation:
+    """What a chunk costs on this device: found once per lowering, by running two and three samples."""
+    low, into = ready.low, direct(job, ready.device)
+    key = ready.device.type, "into" if into else "remat" if job.remat else "plain"
+    found = low.notes.observed.get(key)
+    if found is not None:
+        return found
+    state = torch.default_generator.get_state()
+    sizes = [min(2, job.samples), min(3, job.samples)]
+    chunk = low.replay.marked(slices=into)
+    inputs: dict[int, list[torch.Tensor]] = {}
+    slices: dict[int, list[torch.Tensor]] = {}
+    for size in sizes:
+        taken = [rows(t, 0, size, ready.device) for t in job.inputs]
+        written = job.recording.written_inputs
+        inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
+        slices[size] = [torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device) for o in job.outputs if o.mapped] if into else []
+
+    def run(size: int, mark: Callable[[int], None]) -> Any:
+        arguments = (size, 0, ready.device, job.seed, job.recording.scalars, ready.fixed, list(inputs[size]))
+        return chunk(*arguments, slices[size], mark) if into else chunk(*arguments, mark)
+
+    def known(size: int) -> Sequence[torch.Tensor]:
+        return [*inputs[size], *slices[size], *ready.captured, *ready.literals, *(ready.fixed or ())]
+
+    with torch.set_grad_enabled(job.grad and not job.remat):
+        try:
+            found = observe(low, run, sorted(set(sizes)), known)
+        finally:
+            torch.default_generator.set_state(state)
+    low.notes.observed[key] = found
+    return found
+
+
+def _copy_of(t: torch.Tensor) -> torch.Tensor:
+    """Rows that the program may write to, with their strides."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach()).requires_grad_(t.requires_grad)
+
+
+def recorded_bytes(low: Lowered) -> int:
+    """Bytes of all recorded results of one sample: a bound that costs nothing."""
+    if low.sample_bytes is None:
+        results = [v.spec for eq in low.program.equations for v in eq.results()]
+        low.sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+    return low.sample_bytes
+
+
+def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned) -> MemoryModel:
+    """The memory of the map on one device.
+
+    Args:
+        ready: The program on the device.
+        job: The mapped call.
+        seen: What a chunk costs.
+        share: Samples that the device is expected to compute: what outer autograd saves of them stays there.
+        lanes: How often the device is named; on an accelerator their chunks are in flight side by side.
+        known: What earlier chunks have shown.
+    """
+    device = ready.device
+    here = [o for o in job.outputs if o.device == device]
+    stacked = sum(o.sample_bytes for o in here if o.stacked)
+    resident = stacked * job.samples
+    resident += sum(o.sample_bytes * (1 if o.dim is None else job.samples + 1) for o in here if not o.mapped and o.reduction is None)
+    resident += sum(3 * o.sample_bytes for o in here if o.reduction is not None)  # the total in twice the width, and a chunk's share
+    resident += sum(_bytes(t) for t, there in zip(ready.captured, job.recording.captured, strict=True) if t is not there)
+    held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
+    fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed or ()}
+    resident += sum(size for key, size in fresh.items() if key not in held)
+    moved = sum(_bytes(t) // max(1, t.shape[0]) for t in job.inputs if t.device != device)
+    accelerated = devices.accelerated(device)
+    extra = Level(0, moved * (2 if accelerated else 1))  # an accelerator gets the next chunk's samples while it computes
+    if direct(job, device):
+        extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.mapped and not o.stacked))
+    elif accelerated:
+        extra += seen.kept  # the chunk before, on its way home
+    levels = [level + extra for level in seen.levels]
+    if job.remat:
+        resident += stacked * job.samples  # the chunks, and what they are concatenated to
+    elif job.grad:
+        kept = seen.kept
+        resident += kept.at(share)
+        levels = [Level(max(0, a.fixed_bytes - kept.fixed_bytes), max(0, a.sample_bytes - kept.sample_bytes)) for a in levels]
+    if accelerated and lanes > 1:
+        levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
+    return MemoryModel(resident, envelope(levels), known.workspace, 1.0 if known.scale is None else known.scale)
+
+
+def _bytes(t: torch.Tensor) -> int:
+    return math.prod(t.shape) * t.element_size()
+
+
+def sites(
+    job: Job, on: Devices, names: Sequence[str], budget: Callable[[torch.device], int | None], several: bool, always: bool
+) -> list[Site]:
+    """What is known of each entry of `devices`.
+
+    Args:
+        job: The mapped call.
+        on: Its devices.
+        names: One per lane.
+        budget: What the map may add on a device.
+        several: Whether chunks have more than one sample.
+        always: Whether to look closely also where the map is too small for it to matter.
+    """
+    found: dict[str, Site] = {}
+    for name in names:
+        if name in found:
+            continue
+        device = torch.device(name)
+        low = job.lower(device.type)
+        known = learned(low, name)
+        watch = not job.transformed and job.samples and (always or recorded_bytes(low) * job.samples >= WATCHED_FROM)
+        if not watch:
+            found[name] = Site(name, NOTHING, None, known, None)
+            continue
+        ready = on.on(name, several)
+        seen = watched(ready, job)
+        lanes = names.count(name)
+        share = -(-job.samples * lanes // len(names))
+        found[name] = Site(name, memory_model(ready, job, seen, share, lanes, known), budget(device), known, seen)
+    return [found[name] for name in names]
