@@ -179,7 +179,7 @@ def plan(
         recording, structure = record(func, batch, randomness, False, call)
         job = _job(Prepared(recording, structure), batch, options, False, False)
         on = prepare.Devices(job)
-        return Plan(job, _split(job, on, options, False, always=True), on, structure, options)
+        return Plan(job, _split(job, on, _names(job, options, False), options, False, always=True), on, structure, options)
 
     return planned
 
@@ -209,16 +209,24 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: 
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
     with options.watching():
-        if cluster is not None:
-            outputs = on_ray.run(job, options.chunk_size, cluster)
-        else:
-            on = prepare.Devices(job)
-            cut = _split(job, on, options, inlined)
-            refusal = cut.refusal()
-            if refusal is not None:
-                raise errors.OverBudget(f"{options.call}: {refusal}")
-            outputs = local.run(job, cut, on)
+        outputs = on_ray.run(job, options.chunk_size, cluster) if cluster is not None else _locally(job, options, inlined)
     return pytree.tree_unflatten(outputs, prepared.structure)
+
+
+def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
+    """Run on this machine: as one chunk what is small, planned what is not."""
+    names = _names(job, options, inlined)
+    size = None if inlined else options.chunk_size
+    on = prepare.Devices(job)
+    uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
+    plain = uncut and len(names) == 1 and options.memory_budget is None and not any(o.reduction for o in job.outputs)
+    if plain and names[0] == str(job.home) and prepare.small(job):
+        return local.run_whole(job, on)
+    cut = _split(job, on, names, options, inlined)
+    refusal = cut.refusal()
+    if refusal is not None:
+        raise errors.OverBudget(f"{options.call}: {refusal}")
+    return local.run(job, cut, on)
 
 
 def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Job:
@@ -241,14 +249,17 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
             found = prepared.lowerings[key] = engine.lowered(program, how, layout, recording.sources)
         return found
 
-    mapped = [v.mapped for v in lower(home.type).batched.outputs]
+    batched = lower(home.type).batched
     if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
         raise errors.RandomnessError(
             f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would "
             "need draws of its "
             "own; draw them outside (torch.randn for the whole batch) and pass them in as an argument"
         )
-    outputs = _outputs(prepared, mapped, home, options, batch.size, grad)
+    known = (home, grad, batch.size)
+    outputs = prepared.outputs.get(known)
+    if outputs is None:
+        outputs = prepared.outputs[known] = _outputs(prepared, [v.mapped for v in batched.outputs], home, options, batch.size, grad)
     remat = options.remat and grad and not transformed
     if remat and recording.written_inputs:
         raise errors.CapturedWriteError(
@@ -288,23 +299,28 @@ def _batched(reduction: reductions.Reduction) -> reductions.Reduction:
     return dataclasses.replace(reduction, combine=combine)
 
 
-def _split(job: Job, on: prepare.Devices, options: Options, inlined: bool, always: bool = False) -> Split:
-    """Who is to compute how much, and how many samples at a time."""
+def _names(job: Job, options: Options, inlined: bool) -> tuple[str, ...]:
+    """The devices of the call, one per lane."""
     names = (str(job.home),) if inlined else device_names.resolve(options.devices, job.home, options.call)
-    size = None if inlined else options.chunk_size
-    if size == "auto" and job.transformed:
-        size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
     if job.recording.written_inputs and any(torch.device(name) != job.home for name in names):
         raise errors.CapturedWriteError(
             f"{options.call}: the function writes in place to mapped argument {min(job.recording.written_inputs)}, which lives on "
             f"{job.home}, and devices={options.devices!r} computes on copies, so the write would not reach the caller's batch; clone the "
             "argument inside the function and return it, or use devices='auto'"
         )
+    return names
+
+
+def _split(job: Job, on: prepare.Devices, names: tuple[str, ...], options: Options, inlined: bool, always: bool = False) -> Split:
+    """Who is to compute how much, and how many samples at a time."""
+    size = None if inlined else options.chunk_size
+    if size == "auto" and job.transformed:
+        size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
     found = prepare.sites(job, on, names, options.budget, several, forced and not inlined)
     uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
-    return split(job.samples, found, size, uniform)
+    return split(job.samples, found, size, uniform, prepare.collected(job, names, options.budget))
 
 
 def _under_recording() -> bool:

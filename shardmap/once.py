@@ -65,6 +65,8 @@ class Prepared:
     structure: pytree.TreeSpec
     """Of what the function returned."""
     lowerings: dict[Any, Lowered] = field(default_factory=dict)
+    outputs: dict[Any, Any] = field(default_factory=dict)
+    """What is to become of its outputs, by home, outer autograd and size of the batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,16 +68,31 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class Collected:
+    """Results that are collected on a device which computes nothing."""
+
+    device: str
+    bytes: int
+    budget_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are within the budget."""
+        return self.budget_bytes is None or self.bytes <= self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """A batch cut among lanes."""
 
     samples: int
     lanes: tuple[Lane, ...]
+    collected: Collected | None = None
 
     @property
     def fits(self) -> bool:
         """Whether every lane's peak is within its budget."""
-        return all(lane.fits for lane in self.lanes)
+        return all(lane.fits for lane in self.lanes) and (self.collected is None or self.collected.fits)
 
     @property
     def seconds(self) -> float:
@@ -85,7 +100,13 @@ class Split:
         return max((lane.seconds for lane in self.lanes), default=0.0)
 
     def refusal(self) -> str | None:
-        """Why the split cannot run: the first lane over its budget, in words."""
+        """Why the split cannot run: the first device over its budget, in words."""
+        if self.collected is not None and not self.collected.fits:
+            needed, budget = format_bytes(self.collected.bytes), format_bytes(self.collected.budget_bytes or 0)
+            return (
+                f"the results need {needed} on {self.collected.device}, where they are collected, budget {budget}; keep less of them with "
+                "reduce=, map fewer samples per call, or name another output_device="
+            )
         for lane in self.lanes:
             if lane.fits:
                 continue
@@ -138,11 +159,13 @@ class Site:
     memory: MemoryModel
     budget_bytes: int | None
     learned: Learned
+    whole: bool
+    """Whether cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
     observation: Observation | None
     """None where the map is too small to be worth watching."""
 
 
-def split(samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = False) -> Split:
+def split(samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = False, collected: Collected | None = None) -> Split:
     """Cut a batch among devices.
 
     Args:
@@ -150,6 +173,7 @@ def split(samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = 
         sites: One per entry of `devices`.
         chunk_size: "auto", an int, None for all of a device's share, or a mapping from device names to any of these.
         uniform: Whether all devices take chunks of one size, so that how partial results are combined does not depend on who computes them.
+        collected: The results, if they are collected on a device that computes nothing.
     """
     speeds = [1 / _sample_seconds(site) for site in sites]
     rows = _shares(samples, speeds)
@@ -169,12 +193,12 @@ def split(samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = 
         )
         for name, site, share, size in zip(lane_names([s.device for s in sites]), sites, rows, sizes, strict=True)
     ]
-    return Split(samples, tuple(lanes))
+    return Split(samples, tuple(lanes), collected)
 
 
 def unplanned(samples: int, device: str) -> Split:
     """The whole batch as one chunk on one device, whatever it needs."""
-    return split(samples, [Site(device, NOTHING, None, Learned(), None)], None)
+    return split(samples, [Site(device, NOTHING, None, Learned(), False, None)], None)
 
 
 def _sample_seconds(site: Site) -> float:
@@ -215,7 +239,9 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int) -> int
         return most
     kind = site.device.partition(":")[0]
     host, each = host_seconds(site.observation, kind), site.learned.sample_seconds or sample_seconds(site.observation, kind)
-    if kind == "cpu":
+    if site.whole:
+        chunk = most
+    elif kind == "cpu":
         chunk = _cached(site.memory, most, enough=int(host / (OVERHEAD * each)) + 1)
     else:
         chunk = max(1, int(SATURATION * host / each))

@@ -56,7 +56,7 @@ class Gather:
         return max((len(t.waiting) for t in self.totals.values()), default=0)
 
     def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
-        """Take the outputs of the samples `start` to `stop`; what is in its place already (or not sent) is None."""
+        """Take the outputs of the samples `start` to `stop`, reduced ones combined; what is in its place already (or not sent) is None."""
         for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
             if t is None:
                 continue
@@ -70,6 +70,12 @@ class Gather:
             else:
                 self.stacked(k)[start:stop].copy_(t)
 
+    def combined(self, outs: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
+        """A chunk's outputs as `add` takes them, on the device that computed them."""
+        if not self.totals:
+            return list(outs)
+        return [self.totals[k].partial(t, size) if k in self.totals else t for k, t in enumerate(outs)]
+
     def finish(self) -> list[torch.Tensor]:
         """The results, each as the loop would stack it, or reduced."""
         return [self._finish(k, out) for k, out in enumerate(self.job.outputs)]
@@ -78,20 +84,27 @@ class Gather:
         if k in self.totals:
             return self.totals[k].finish()
         if not out.mapped:
-            single, d, size = self.single[k], out.dim, self.job.samples
-            if d is None:
-                return single.clone()
-            shape = (*single.shape[:d], size, *single.shape[d:])
-            return single.unsqueeze(d).expand(shape).clone(memory_format=torch.contiguous_format)
+            return placed(self.single[k], out, self.job.samples)
         if k in self.parts:
             parts = [part for _, part in sorted(self.parts[k].items(), key=lambda item: item[0])]
-            return stack_at(parts[0] if len(parts) == 1 else torch.cat(parts), out.dim)
+            return placed(parts[0] if len(parts) == 1 else torch.cat(parts), out, self.job.samples)
         return self.stacked(k).movedim(0, out.dim or 0)
 
 
-def stack_at(t: torch.Tensor, d: int | None) -> torch.Tensor:
-    """`[N, *shape]` with the samples along dimension `d`, as torch.stack lays it out: what flatten() returns depends on that."""
-    return t.movedim(0, d).contiguous() if d else t
+def placed(t: torch.Tensor, out: Output, samples: int) -> torch.Tensor:
+    """An output with its dimension of samples where it goes, in memory laid out as torch.stack does: flatten() depends on that.
+
+    Args:
+        t: `[N, *shape]`, or `shape` if no sample changes it: then it is copied for each.
+        out: The output.
+        samples: N.
+    """
+    d = out.dim
+    if out.mapped:
+        return t.movedim(0, d).contiguous() if d else t
+    if d is None:
+        return t.clone()
+    return t.unsqueeze(d).expand(*t.shape[:d], samples, *t.shape[d:]).clone(memory_format=torch.contiguous_format)
 
 
 class Total:
@@ -107,19 +120,21 @@ class Total:
         """The sample that is to come next."""
         self.waiting: dict[int, tuple[int, torch.Tensor]] = {}
 
-    def add(self, start: int, stop: int, t: torch.Tensor) -> None:
-        """Take a chunk's results, `[n, *shape]`, or one sample's that is the same for all."""
+    def add(self, start: int, stop: int, partial: torch.Tensor) -> None:
+        """Take a chunk's combination."""
         if start == stop:
             return
-        if not self.out.mapped:
-            t = t.expand(stop - start, *t.shape)
-        self.waiting[start] = stop, self._partial(t).to(self.out.device)
+        self.waiting[start] = stop, partial.to(self.out.device)
         while self.next in self.waiting:
             self.next, partial = self.waiting.pop(self.next)
             self._take(partial)
 
-    def _partial(self, t: torch.Tensor) -> torch.Tensor:
-        """One chunk's combination, on its device."""
+    def partial(self, t: torch.Tensor, size: int) -> torch.Tensor:
+        """A chunk's combination, on its device: of its results, `[n, *shape]`, or of one sample's that is the same for all."""
+        if not self.out.mapped:
+            t = t.expand(size, *t.shape)
+        if not size:
+            return t
         name = self.reduction.name
         if name in ("sum", "mean"):
             half = t.dtype in (torch.float16, torch.bfloat16)

@@ -102,17 +102,22 @@ class Lane:
         return ready
 
     def compute(self, ready: Ready, chunk: Chunk) -> list[torch.Tensor | None]:
-        """A chunk's outputs; None for one that is in its place already."""
-        job, (start, stop) = self.job, chunk
-        size = stop - start
-        inputs = [rows(t, start, stop, self.device) for t in job.inputs]
-        arguments = (size, start, self.device, job.seed, job.recording.scalars, ready.fixed)
+        """A chunk's outputs, reduced ones combined; None for one that is in its place already."""
+        job = self.job
+        inputs = self.samples(chunk)
+        arguments = (chunk.size, chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
         if self.direct:
             return self._compute_into(ready, chunk, arguments, inputs)
         replay = ready.low.replay.chunk
         if job.remat:
-            return list(checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False))
-        return list(replay(*arguments, inputs))
+            outs = checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False)
+        else:
+            outs = replay(*arguments, inputs)
+        return list(self.gather.combined(outs, chunk.size))
+
+    def samples(self, chunk: Chunk) -> list[torch.Tensor]:
+        """The chunk's samples, on the device."""
+        return [rows(t, chunk.start, chunk.stop, self.device) for t in self.job.inputs]
 
     def _compute_into(self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]) -> list[Any]:
         """Compute into the slices of the result, and into scratch memory what is to be reduced."""
@@ -127,7 +132,7 @@ class Lane:
             if scratch is None or scratch.shape[0] < chunk.size:
                 scratch = self.scratch[k] = pages.whole((chunk.size, *out.shape), out.dtype, self.device)
             slices.append(scratch[: chunk.size])
-        outs = ready.low.replay.chunk_into(*arguments, inputs, slices)
+        outs = self.gather.combined(ready.low.replay.chunk_into(*arguments, inputs, slices), chunk.size)
         return [None if o.stacked else t for t, o in zip(outs, self.job.outputs, strict=True)]
 
     def collect(self, wait: bool) -> list[Flight]:
@@ -189,14 +194,19 @@ def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather
 
 
 class CudaLane(Lane):
-    """Computes chunks on a GPU: launches run ahead of it, samples from the host arrive on a stream of their own meanwhile."""
+    """Computes chunks on a GPU.
+
+    Launches run ahead of it; samples from the host arrive, and results leave for it, on streams of their own while others compute.
+    """
 
     window = 2
 
     def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather):
         super().__init__(number, plan, job, on, gather)
-        self.copies = torch.cuda.Stream(self.device) if not job.grad else None
-        self.free_since = time.perf_counter()
+        self.up, self.down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self.free_since = 0.0
+        self.keep: list[Any] = []
+        """What the chunk that is being launched needs until it is complete."""
 
     def submit(self, chunk: Chunk) -> None:
         """Launch a chunk; it is in flight until its event on the device has happened."""
@@ -204,55 +214,45 @@ class CudaLane(Lane):
             ready = self._prepared(chunk)
             began = time.perf_counter()
             measure = _Measure(self, chunk) if self.learned.scale is None and not self.flights else None
-            keep: list[Any] = []
-            staged = self._staged(chunk, keep)
-            outs = self._home(self._launch(ready, chunk, staged), keep)
+            self.keep = []
+            outs = self._home(self.compute(ready, chunk))
             done = torch.cuda.Event()
-            done.record()
-            flight = Flight(chunk, began, outs, done, keep=keep)
+            done.record(self.down)
             if measure is not None:
                 done.synchronize()
                 measure.finish()
-            self.flights.append(flight)
+            self.flights.append(Flight(chunk, began, outs, done, keep=self.keep))
 
-    def _staged(self, chunk: Chunk, keep: list[Any]) -> list[torch.Tensor]:
-        """The chunk's samples on the device; from the host they are copied from pinned memory while other chunks compute."""
-        staged = []
+    def samples(self, chunk: Chunk) -> list[torch.Tensor]:
+        """The chunk's samples, on the device; from the host they are copied out of pinned memory while other chunks compute."""
+        there = []
         for t in self.job.inputs:
             part = t.narrow(0, chunk.start, chunk.size)
-            if part.device == self.device:
-                staged.append(part)
-            elif self.copies is None or part.device.type != "cpu":
-                staged.append(to_device(part, self.device))
-            else:
-                with torch.cuda.stream(self.copies):
-                    pinned = _pinned(part)
-                    moved = to_device(pinned, self.device, non_blocking=True)
-                keep.append(pinned)
-                stream = torch.cuda.current_stream(self.device)
-                stream.wait_stream(self.copies)
-                moved.record_stream(stream)
-                staged.append(moved)
-        return staged
+            if self.job.grad or part.device.type != "cpu":
+                there.append(part if part.device == self.device else to_device(part, self.device))
+                continue
+            pinned = _pinned(part)
+            with torch.cuda.stream(self.up):
+                moved = to_device(pinned, self.device, non_blocking=True)
+            self.keep.append(pinned)
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self.up)
+            moved.record_stream(stream)
+            there.append(moved)
+        return there
 
-    def _launch(self, ready: Ready, chunk: Chunk, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        job = self.job
-        arguments = (chunk.size, chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
-        replay = ready.low.replay.chunk
-        if job.remat:
-            return checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False)
-        return replay(*arguments, inputs)
-
-    def _home(self, outs: Sequence[torch.Tensor], keep: list[Any]) -> list[torch.Tensor | None]:
+    def _home(self, outs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The outputs on their way to where the result is: to the host through pinned memory, without waiting."""
+        self.down.wait_stream(torch.cuda.current_stream(self.device))
         sent: list[torch.Tensor | None] = []
         for t, out in zip(outs, self.job.outputs, strict=True):
-            if self.job.grad or out.reduction is not None or out.device.type != "cpu" or t.device.type == "cpu":
+            if t is None or self.job.grad or out.device.type != "cpu" or t.device.type == "cpu":
                 sent.append(t)
                 continue
-            pinned = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
-            pinned.copy_(t, non_blocking=True)
-            keep.append(t)
+            with torch.cuda.stream(self.down):
+                pinned = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+                pinned.copy_(t, non_blocking=True)
+            t.record_stream(self.down)
             sent.append(pinned)
         return sent
 

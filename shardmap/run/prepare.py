@@ -14,7 +14,7 @@ from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation, observe
-from shardmap.planning.split import Site
+from shardmap.planning.split import Collected, Site
 from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
 from shardmap.recording import element
 from shardmap.run.base import Job
@@ -123,7 +123,7 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
 
 def direct(job: Job, device: torch.device) -> bool:
     """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
-    return not (job.grad or job.transformed) and not devices.accelerated(device) and all(o.device == device for o in job.outputs)
+    return not (job.grad or job.transformed) and all(o.device == device for o in job.outputs)
 
 
 def watched(ready: Ready, job: Job) -> Observation:
@@ -166,11 +166,16 @@ def _copy_of(t: torch.Tensor) -> torch.Tensor:
 
 
 def recorded_bytes(low: Lowered) -> int:
-    """Bytes of all recorded results of one sample: a bound that costs nothing."""
+    """Bytes of all recorded results of one sample: found without running anything."""
     if low.sample_bytes is None:
         results = [v.spec for eq in low.program.equations for v in eq.results()]
         low.sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
     return low.sample_bytes
+
+
+def small(job: Job) -> bool:
+    """Whether a map is too small for its memory and its chunks to matter."""
+    return job.transformed or not job.samples or recorded_bytes(job.lower(job.home.type)) * job.samples < WATCHED_FROM
 
 
 def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned) -> MemoryModel:
@@ -237,13 +242,23 @@ def sites(
         device = torch.device(name)
         low = job.lower(device.type)
         known = learned(low, name)
-        watch = not job.transformed and job.samples and (always or recorded_bytes(low) * job.samples >= WATCHED_FROM)
-        if not watch:
-            found[name] = Site(name, NOTHING, None, known, None)
+        if job.transformed or not job.samples or (small(job) and not always):
+            found[name] = Site(name, NOTHING, None, known, False, None)
             continue
         ready = on.on(name, several)
         seen = watched(ready, job)
         lanes = names.count(name)
         share = -(-job.samples * lanes // len(names))
-        found[name] = Site(name, memory_model(ready, job, seen, share, lanes, known), budget(device), known, seen)
+        found[name] = Site(
+            name, memory_model(ready, job, seen, share, lanes, known), budget(device), known, job.grad and not job.remat, seen
+        )
     return [found[name] for name in names]
+
+
+def collected(job: Job, names: Sequence[str], budget: Callable[[torch.device], int | None]) -> Collected | None:
+    """The results, where they are collected on a device that is not among `names`."""
+    elsewhere = [o for o in job.outputs if str(o.device) not in names]
+    if not elsewhere or small(job):
+        return None
+    size = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in elsewhere) * (2 if job.grad else 1)
+    return Collected(str(elsewhere[0].device), size, budget(elsewhere[0].device))

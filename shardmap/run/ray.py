@@ -248,9 +248,11 @@ class _Run:
         # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
         single = chunk.stop - chunk.start == self.job.samples
         outs: list[torch.Tensor | None] = []
-        for packed, out in zip(outcome, self.job.outputs, strict=True):
+        for k, (packed, out) in enumerate(zip(outcome, self.job.outputs, strict=True)):
             if packed is not None:
                 t = unpack(packed, torch.device("cpu"))
+                if out.reduction is not None:
+                    t = self.gather.totals[k].partial(t, chunk.size)
                 outs.append(t.clone() if single or not out.mapped else t)
             else:
                 outs.append(None)
