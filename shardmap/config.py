@@ -71,8 +71,10 @@ class RunConfig:
     """The dataset's columns that are mapped, in the order of the function's parameters; null for all of them."""
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
-    chunk_size: Annotated[int, Bounds(least=1)] | None = None
-    """Samples computed at once on a device; null for all that fall to the device."""
+    chunk_size: Annotated[int, Bounds(least=1)] | Literal["auto"] | None = "auto"
+    """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes all that fall to the device."""
+    memory_budget: str | None = None
+    """What the map may add on each device to what is in use there, such as `6GiB`; null for nine tenths of what is free."""
     randomness: Literal["error", "same", "different"] = "error"
     """What random calls inside the function do, as in `torch.func.vmap`."""
     seed: int = 0
@@ -365,7 +367,8 @@ def _plain(hint: Any) -> str:
     if origin is Annotated:
         return _plain(arguments[0]) + "".join(str(item) for item in arguments[1:] if isinstance(item, Bounds))
     if origin is Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
+        names = [str(argument) for argument in arguments]
+        return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     if origin in (list, tuple, Sequence):
         return f"a list (each {_plain(arguments[0])})" if arguments else "a list"
     if origin in (dict, Mapping):

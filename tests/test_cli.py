@@ -98,7 +98,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "shardmap: chunk_size: 'many' does not fit; give a whole number of at least 1 or null\n"
+    assert done.stderr == "shardmap: chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null\n"
     assert listing(tmp_path) == []
 
 

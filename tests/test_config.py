@@ -66,7 +66,7 @@ def test_every_key_is_documented():
     ("words", "message"),
     [
         (["--chunk_sise", "3"], "chunk_sise: unknown key, value '3'; did you mean chunk_size?"),
-        (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or null"),
+        (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null"),
         (["--model.args.epoch", "3"], "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.args.epochs?"),
         (["--report.args.first", "1.5"], "report.args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
         (["--report.args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),

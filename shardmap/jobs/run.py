@@ -20,6 +20,7 @@ from shardmap.extras import require
 from shardmap.jobs.base import Dataset, Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
 from shardmap.planning.device import resolve
+from shardmap.planning.memory import parse_bytes
 from shardmap.run.base import Event, listen
 
 
@@ -44,6 +45,8 @@ def execute(
     """
     config = run.config
     _devices(config.devices, torch.device("cpu"))  # a device that is not there is answered before anything is loaded
+    if config.memory_budget is not None and parse_bytes(config.memory_budget) is None:
+        raise ConfigError(f"memory_budget: {config.memory_budget!r} is no amount of memory; write for example 6GiB or 512 MiB")
     if config.devices == "ray":
         require("ray", extra="ray", purpose="for devices: ray")
     with RunFolder(config.output) as folder, one_seed(config.seed):
@@ -69,15 +72,12 @@ def execute(
             folder.log_event(event)
             listener(event)
 
+        options = {"randomness": config.randomness, "chunk_size": config.chunk_size, "memory_budget": config.memory_budget}
         if config.devices == "ray":
             plan = f"{len(dataset)} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
-            run_map = functools.partial(
-                shardmap.vmap(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices="ray"), *columns
-            )
+            run_map = functools.partial(shardmap.vmap(one_sample, devices="ray", **options), *columns)
         else:
-            planned = shardmap.plan(one_sample, randomness=config.randomness, chunk_size=config.chunk_size, devices=config.devices)(
-                *columns
-            )
+            planned = shardmap.plan(one_sample, devices=config.devices, **options)(*columns)
             plan, run_map = str(planned), planned.run
         say(plan)
         folder.log("planned", plan=plan.splitlines())

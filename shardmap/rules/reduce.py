@@ -116,7 +116,52 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
         # `all` and `any` over an empty list of dimensions keep every element; most reductions take it for all dimensions.
         return _send(b, form, named | {"self": b.view(x, (*x.shape, 1)), "dim": [x.ndim + 1], "keepdim": False})
     dims = [dim(d, x.ndim) for d in ds] if ds else list(range(1, x.ndim + 1))
+    if form is aten.sum.dim_IntList and len(dims) == x.ndim and not named.get("keepdim"):
+        squared = _squared(b, x)
+        if squared is not None and named.get("dtype") in (None, x.dtype):
+            return _sum_of_squares(b, squared)
     return _send(b, form, named | {"dim": dims[0] if takes_one else dims})
+
+
+def _squared(b: Lowering, x: V) -> V | None:
+    """The value of which `x` holds the squares, if it is large enough for squaring and summing in one pass to pay.
+
+    Norms of gradients are sums of squares of tensors that are larger than anything else; written out and read again they cost twice
+    the time (12.2 against 6.2 microseconds for each 256 x 784 float32, two threads). Where outer autograd records, its own formulas
+    stay.
+    """
+    if b.grad or b.transformed or not x.mapped or x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if x.numel < _WORTHWHILE or x.shape[-1] > _MOST_IN_ONE_NORM:
+        return None
+    for number in range(len(b.calls) - 1, -1, -1):
+        call = b.calls[number]
+        if call.writes:
+            return None  # the values may be others by now
+        if x.index in call.outs:
+            break
+    else:
+        return None
+    args = call.args
+    square = (
+        (call.op is aten.square.default and len(args) == 1)
+        or (call.op is aten.pow.Tensor_Scalar and len(args) == 2 and type(args[1]) in (int, float) and args[1] == 2)
+        or (call.op is aten.mul.Tensor and len(args) == 2 and args[0] == args[1])
+    )
+    base = args[0] if square else None
+    return base if isinstance(base, V) and base.mapped and base.shape == x.shape and base.dtype == x.dtype else None
+
+
+_WORTHWHILE = 1 << 12
+"""Elements of one sample."""
+_MOST_IN_ONE_NORM = 1 << 12
+"""Elements: the kernel adds up in order, which over 3 million loses four digits; over rows of 784 it is as exact as a sum of squares."""
+
+
+def _sum_of_squares(b: Lowering, x: V) -> V:
+    """Row by row in one pass, then over the rows."""
+    rows = b.call(aten.linalg_vector_norm.default, x, 2, [x.ndim], shape=x.shape[:-1])
+    return b.call(aten.sum.dim_IntList, b.call(aten.square.default, rows), list(range(1, x.ndim)), shape=())
 
 
 @register("reduce", *overloads(*_ONE))
