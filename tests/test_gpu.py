@@ -74,3 +74,68 @@ def test_draws_do_not_depend_on_the_device() -> None:
         return mapped(torch.zeros(4, 3, device=device)).cpu()
 
     torch.testing.assert_close(drawn("cpu"), drawn("cuda"))
+
+
+def big(x: torch.Tensor) -> torch.Tensor:
+    """64 MiB of intermediates for each sample of 4,096 numbers."""
+    table = torch.outer(x, x)
+    return (table.sin() * table.cos()).sum(1)
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 3, None])
+def test_chunks_on_the_gpu_stay_within_the_plan(chunk_size: object) -> None:
+    """The allocator's peak is at most what was predicted, and the values are those of one chunk."""
+    x = torch.randn(13, 4096, device="cuda")
+    plan = shardmap.plan(big, chunk_size=chunk_size)(x)
+    for _ in range(2):  # once before, once after the first chunk has been measured
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        got = plan.run()
+        measured = torch.cuda.max_memory_allocated() - before
+        plan = shardmap.plan(big, chunk_size=chunk_size)(x)
+        torch.testing.assert_close(got, torch.stack([big(row) for row in x]))
+    assert measured <= plan.lanes[0].peak_bytes
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
+    """A budget that lies: more than the GPU has. What was computed before is kept."""
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(max(0, free - (2 << 30)), dtype=torch.uint8, device="cuda")  # leaves 2 GiB
+    x = torch.randn(101, 4096, device="cuda")
+    got = shardmap.vmap(big, chunk_size=64, memory_budget="1000GiB")(x)
+    del hog
+    torch.testing.assert_close(got, torch.stack([big(row) for row in x]))
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_reductions_on_the_gpu(home: str) -> None:
+    """Chunks are combined on the device, in order; samples come from the host meanwhile."""
+    x = torch.randn(1009, 64, dtype=torch.float64).to(home)
+    total, norms = shardmap.vmap(lambda r: (torch.outer(r, r), r.norm()), reduce=("sum", None), devices="cuda:*", chunk_size=50)(x)
+    assert total.device.type == norms.device.type == home
+    torch.testing.assert_close(total, x.T @ x)
+    torch.testing.assert_close(norms, x.norm(dim=1))
+
+
+def test_copies_overlap_without_mixing_chunks() -> None:
+    """Many small chunks from and to the host: each sample's result is its own."""
+    x = torch.arange(100_003, dtype=torch.float64)[:, None].expand(-1, 64).contiguous()
+    got = shardmap.vmap(lambda r: r * 2 + 1, devices="cuda:*", chunk_size=997)(x)
+    assert torch.equal(got, x * 2 + 1)
+
+
+def test_remat_on_the_gpu() -> None:
+    """The same gradients, with the activations of one chunk."""
+    model = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 1)).double().cuda()
+    x = torch.randn(101, 12, dtype=torch.float64, device="cuda")
+    wanted = torch.autograd.grad(model(x).square().sum(), tuple(model.parameters()))
+    out = shardmap.vmap(model, remat=True, chunk_size=10)(x)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), tuple(model.parameters())), wanted)
+
+
+def test_results_go_where_they_are_asked_for() -> None:
+    """`output_device` in both directions."""
+    x = torch.randn(31, 5)
+    assert shardmap.vmap(torch.sin, devices="cuda:*", output_device="cuda:0", chunk_size=4)(x).device.type == "cuda"
+    assert torch.equal(shardmap.vmap(torch.neg, output_device="cpu", chunk_size=4)(x.cuda()), -x)
