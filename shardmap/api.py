@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -314,6 +314,8 @@ def _names(job: Job, options: Options, inlined: bool) -> tuple[str, ...]:
 def _split(job: Job, on: prepare.Devices, names: tuple[str, ...], options: Options, inlined: bool, always: bool = False) -> Split:
     """Who is to compute how much, and how many samples at a time."""
     size = None if inlined else options.chunk_size
+    if isinstance(size, Mapping):
+        _check_devices_of(size, names, options.call)
     if size == "auto" and job.transformed:
         size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
     several = job.samples > 1 and size != 1
@@ -321,6 +323,16 @@ def _split(job: Job, on: prepare.Devices, names: tuple[str, ...], options: Optio
     found = prepare.sites(job, on, names, options.budget, several, forced and not inlined)
     uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
     return split(job.samples, found, size, uniform, prepare.collected(job, names, options.budget))
+
+
+def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], call: str) -> None:
+    used = {*names, *[name.partition(":")[0] for name in names]}
+    for device in chunk_size:
+        if device not in used:
+            raise errors.OptionError(
+                f"{call}: chunk_size={dict(chunk_size)!r} names {device!r}, and the call computes on {', '.join(dict.fromkeys(names))}; "
+                "name one of these, or its kind"
+            )
 
 
 def _under_recording() -> bool:
