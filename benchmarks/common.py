@@ -47,11 +47,15 @@ class Timer:
         rounds: Timed runs of each callable, at least two.
         warmup: Runs of each callable before those, discarded: first touch of memory, caches, compilation.
         settle_seconds: Pause before each run.
+        primed: Whether each timed run comes right after an untimed one of the same callable, so that it meets memory as it left it
+            itself. Where results are gigabytes, what the peer before left (4 KiB pages instead of huge ones, pages gone back to the
+            host of a virtual machine) can cost ten times the work.
     """
 
     rounds: int = 15
     warmup: int = 3
     settle_seconds: float = SETTLE_SECONDS
+    primed: bool = False
 
     def run(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Return the seconds of each timed run, by name and in order: the i-th values belong to the same round."""
@@ -59,6 +63,8 @@ class Timer:
         for round_index in range(self.warmup + self.rounds):
             gc.collect()  # between rounds rather than wherever it happens to strike
             for name, call in calls.items():
+                if self.primed:
+                    self._once(call)
                 elapsed = self._once(call)
                 if round_index >= self.warmup:
                     seconds[name].append(elapsed)

@@ -1,7 +1,7 @@
 """Large maps with automatic chunks against torch.func: `python -m benchmarks.planner`.
 
 Three questions, each answered in one run, interleaved, minimum of the rounds (identical code varies here by tens of percent when other
-work shares the machine, and the first touch of fresh memory can take 20 times as long, so the memory is warmed before):
+work shares the machine, and the first touch of fresh memory can take 20 times as long, so each run comes right after an untimed one):
 
 - stacked: per-sample gradients of a 784-256-256-10 MLP, 4,096 samples, 4.4 GB of results, against `torch.func.vmap(grad)` at its best
   chunk_size, and against filling the results' memory once on huge pages. The peak is measured in a process of its own.
@@ -95,9 +95,7 @@ def stacked(samples: int, rounds: int, chunks: list[int | None]) -> dict[str, An
     calls: dict[str, Callable[[], object]] = {"shardmap": lambda: mapped(x, y), "fill": lambda: filled(shapes)}
     for chunk in chunks:
         calls[f"torch.func {chunk}"] = lambda chunk=chunk: vmap(one, (None, 0, 0), chunk_size=chunk)(parameters, x, y)
-    filled(shapes)
-    filled(shapes)
-    seconds = Timer(rounds=rounds, warmup=1).run(calls)
+    seconds = Timer(rounds=rounds, warmup=1, primed=True).run(calls)
     for ours, theirs in zip(mapped(x[:64], y[:64]), vmap(one, (None, 0, 0))(parameters, x[:64], y[:64]).values(), strict=True):
         torch.testing.assert_close(ours, theirs)
     return {"samples": samples, "seconds": seconds}

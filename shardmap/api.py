@@ -281,12 +281,12 @@ def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options
     for v, m, d, flag, reduction in zip(program.outputs, mapped, dims, program.output_flags, reduced, strict=True):
         if reduction is not None:
             reductions.refuse(reduction, v.spec.dtype, samples, bool(grad and flag), call)
-            reduction = _batched(reduction)
+            reduction = _batched(reduction, call)
         outputs.append(Output(tuple(v.spec.shape), v.spec.dtype, target or home, m, d, reduction, bool(grad and flag)))
     return tuple(outputs)
 
 
-def _batched(reduction: reductions.Reduction) -> reductions.Reduction:
+def _batched(reduction: reductions.Reduction, call: str) -> reductions.Reduction:
     """A reduction whose `combine` takes many pairs at once."""
     if reduction.combine is None:
         return reduction
@@ -294,7 +294,14 @@ def _batched(reduction: reductions.Reduction) -> reductions.Reduction:
 
     def combine(a: torch.Tensor, b: torch.Tensor) -> Any:
         with unheard():
-            return pairs(a, b)
+            out = pairs(a, b)
+        if not isinstance(out, torch.Tensor) or out.shape != a.shape or out.dtype != a.dtype:
+            found = f"{out.dtype} {tuple(out.shape[1:])}" if isinstance(out, torch.Tensor) else type(out).__name__
+            raise errors.OptionError(
+                f"{call}: reduce={reduction.combine!r} combines results of {a.dtype} {tuple(a.shape[1:])} to {found}; return a tensor of "
+                "the same shape and dtype"
+            )
+        return out
 
     return dataclasses.replace(reduction, combine=combine)
 

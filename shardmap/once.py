@@ -138,7 +138,9 @@ class Memory:
                 return
         if len(self.kept) >= 64:
             self.kept.pop(next(iter(self.kept)), None)
-        self.kept[signature(batch)] = Remembered(prepared, reads, arguments, fixed)
+        # What the function returned is of this call's first sample: a later call's must not be compared with it.
+        recording = dataclasses.replace(prepared.recording, sample=())
+        self.kept[signature(batch)] = Remembered(dataclasses.replace(prepared, recording=recording), reads, arguments, fixed)
 
     def _reads(self, batch: Batch) -> list[Any]:
         """What the function can reach by name and through arguments that are neither tensors nor numbers."""

@@ -44,7 +44,7 @@ class Options:
         """
         if not callable(func):
             raise errors.OptionError(
-                f"shardmap.vmap: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
+                f"{self.call.partition('(')[0]}: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
             )
         for name, choices in (("randomness", ("error", "same", "different")), ("trace", ("each", "once"))):
             value = getattr(self, name)

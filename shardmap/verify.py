@@ -71,6 +71,8 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
         else:
             wrong = _first_wrong(low, expected, outputs, trial)
         if wrong is not None:
+            low.fixes = Fixes()
+            _lower_again(low, recording)
             raise errors.MismatchError(
                 f"{low.options.call}: replaying the recorded calls does not give what the function returned for the first sample "
                 f"({wrong}); "

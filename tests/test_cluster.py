@@ -55,7 +55,7 @@ def test_a_mistake_is_one_line_before_ray_starts(tmp_path):
     command = [sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), "--chunk_size", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ALONE, timeout=120)
     assert done.returncode == 2
-    assert done.stderr == "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or null\n"
+    assert done.stderr == "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or auto or null\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,6 +48,10 @@ def host_seconds(observation: Observation, device_type: str) -> float:
     return m.chunk_seconds + m.launch_seconds * observation.calls
 
 
+TELLING = 0.01
+"""Seconds in chunks from which on their speed says more than the noise around them."""
+
+
 @dataclass(slots=True)
 class Learned:
     """What running a program on a device has shown."""
@@ -65,5 +69,5 @@ class Learned:
 
     @property
     def sample_seconds(self) -> float | None:
-        """Seconds per sample, once a chunk has run."""
-        return self.seconds / self.samples if self.samples else None
+        """Seconds per sample, once chunks have run for long enough to tell."""
+        return self.seconds / self.samples if self.samples and self.seconds >= TELLING else None

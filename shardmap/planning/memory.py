@@ -12,6 +12,7 @@ The words, as they are used everywhere here:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class MemoryModel:
         """Upper bound of what a chunk of that many samples adds while it is computed."""
         if samples == 0:
             return 0
-        return int(self.scale * max(level.at(samples) for level in self.chunk)) + self.workspace.at(samples)
+        return math.ceil(self.scale * max(level.at(samples) for level in self.chunk)) + self.workspace.at(samples)
 
     def peak_bytes(self, samples: int) -> int:
         """Upper bound for a run in chunks of that many samples."""
@@ -77,7 +78,10 @@ class MemoryModel:
                 return 0
             if sample:
                 most = min(most, int((room - fixed) // sample))
-        return max(most, 0)
+        most = max(most, 0)
+        while most and self.chunk_bytes(most) > bytes_limit:  # floats round
+            most -= 1
+        return most
 
 
 NOTHING = MemoryModel(0, (Level(0, 0),))
@@ -104,6 +108,6 @@ def parse_bytes(text: str) -> int | None:
         number = float(digits)
     except ValueError:
         return None
-    if unit is None or not 0 < number < float("inf"):
+    if unit is None or not 1 <= number * unit < float("inf"):
         return None
     return int(number * unit)

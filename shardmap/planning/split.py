@@ -228,13 +228,11 @@ def _wanted(chunk_size: Any, device: str) -> Any:
 
 def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int) -> int:
     """Most samples at a time on one device."""
-    most = max(1, share)
+    most = max(1, share) if site.learned.ceiling is None else max(1, min(share, site.learned.ceiling))
     if wanted is None:
         return most
     if wanted != "auto":
-        return int(wanted)
-    if site.learned.ceiling is not None:
-        most = min(most, site.learned.ceiling)
+        return int(wanted) if site.learned.ceiling is None else min(int(wanted), site.learned.ceiling)
     if site.observation is None:
         return most
     kind = site.device.partition(":")[0]

@@ -58,6 +58,11 @@ def out_of_channels(t: Tensor, size: int, channels: int) -> Tensor:
     return t.view(t.shape[0], size, channels, *t.shape[2:]).transpose(0, 1)
 
 
+def of_no_samples(shape: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
+    """The result of an empty batch, `[0, *shape]`: no samples make no groups, which kernels refuse. Gradients lead to both."""
+    return (x.sum() * y.sum()).expand(0, *shape)
+
+
 def grouped(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tensor:
     """Each sample with its own weight: `[B, n, c, ...], [B, o, c/g, ...] -> [B, n, o, ...]`, samples as groups."""
     size = x.shape[0]
@@ -98,6 +103,8 @@ def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         rule: Callable[..., Tensor] = grouped if x.mapped else shared_input
 
         def convolve(x: Tensor, weight: Tensor) -> Tensor:
+            if not weight.shape[0]:
+                return of_no_samples(spec.shape, x, weight)
             return rule(options, x, weight, channels)
 
         out = b.call(convolve, x, weight, shape=spec.shape, dtype=spec.dtype)
@@ -128,6 +135,8 @@ def weight_gradient(options: Options, shape: tuple[int, ...], per_sample_call: b
         return torch.stack(found) if found else grad.new_empty((0, *shape))
 
     def weight_backward(grad: Tensor, x: Tensor) -> Tensor:
+        if not grad.shape[0]:
+            return of_no_samples(shape, grad, x)
         if point and grad.shape[1] == 1:
             return matmul(grad, x)
         return calls(grad, x) if per_sample_call else one_call(grad, x)
@@ -166,6 +175,8 @@ def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, num
 
         def input_backward(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
             size = grad.shape[0]
+            if not size:
+                return of_no_samples(shape, grad, weight)
             found = options.backward(into_channels(grad), into_channels(x), weight.flatten(0, 1), size, (True, False))
             return out_of_channels(found[0], size, shape[1])
 

@@ -52,6 +52,11 @@ class Gather:
             whole = self.whole[k] = whole.movedim(d, 0) if d else whole
         return whole
 
+    def forget(self) -> None:
+        """Let go of all results: lanes hold this object, and tracebacks hold them."""
+        for held in (self.parts, self.single, self.whole, self.totals):
+            held.clear()
+
     @property
     def waiting(self) -> int:
         """Partial results that came before their turn."""
@@ -207,4 +212,5 @@ def _folded(combine: Callable[[Any, Any], Any], t: torch.Tensor) -> torch.Tensor
         pairs = t.shape[0] // 2
         merged = combine(t[0 : 2 * pairs : 2], t[1 : 2 * pairs : 2])
         t = torch.cat([merged, t[2 * pairs :]]) if t.shape[0] % 2 else merged
-    return t[0]
+        del merged
+    return t[0].clone()  # one sample's chunk may lie in memory that the next one is computed into

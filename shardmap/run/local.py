@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ def run(job: Job, split: Split, on: Devices) -> list[torch.Tensor]:
                 torch._C._set_grad_enabled(False)
             executor.run()
             result = executor.gather.finish()
-    except BaseException:
+    except BaseException as error:
         executor.abandon()  # the traceback keeps the frames, and with them whatever they hold
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         torch._C._set_grad_enabled(previous)
@@ -73,6 +75,9 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             began = time.perf_counter()
             outs = ready.low.replay.chunk(job.samples, 0, job.home, job.seed, job.recording.scalars, ready.fixed, list(job.inputs))
             result = [placed(t.to(o.device), o, job.samples) for t, o in zip(outs, job.outputs, strict=True)]
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         torch._C._set_grad_enabled(previous)
     ended = time.perf_counter()
@@ -108,6 +113,10 @@ class _Run:
         self.reduced = any(o.reduction is not None for o in job.outputs)
 
     def run(self) -> None:
+        if self.job.recording.written_inputs:  # checks look at the first samples: before anything is written to them
+            for lane in self.lanes:
+                for several in {False, self.job.samples > 1}:
+                    self.on.on(lane.plan.device, several)
         while True:
             for lane in self.lanes:
                 self._collect(lane, wait=False)
@@ -274,7 +283,7 @@ class _Run:
         for lane in self.lanes:
             lane.release()
         self.on.forget()
-        self.gather = Gather(self.job)
+        self.gather.forget()
         used = {lane.device for lane in self.lanes if devices.accelerated(lane.device)}
         if used:
             torch.accelerator.empty_cache()

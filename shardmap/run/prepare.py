@@ -123,7 +123,8 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
 
 def direct(job: Job, device: torch.device) -> bool:
     """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
-    return not (job.grad or job.transformed) and all(o.device == device for o in job.outputs)
+    here = device.type == "cpu" or devices.accelerated(device)  # fake devices have memory in name only
+    return here and not (job.grad or job.transformed) and all(o.device == device for o in job.outputs)
 
 
 def watched(ready: Ready, job: Job) -> Observation:
@@ -202,6 +203,8 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     moved = sum(_bytes(t) // max(1, t.shape[0]) for t in job.inputs if t.device != device)
     accelerated = devices.accelerated(device)
     extra = Level(0, moved * (2 if accelerated else 1))  # an accelerator gets the next chunk's samples while it computes
+    folds = sum(o.sample_bytes for o in job.outputs if o.reduction is not None and o.reduction.name == "fold")
+    extra += Level(folds, folds)  # pairs combined and put beside each other, while the chunk's results are there
     if direct(job, device):
         extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.mapped and not o.stacked))
     elif accelerated:
