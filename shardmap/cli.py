@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from shardmap.errors import ConfigError, MissingExtraError, ShardmapError
+from shardmap.errors import ConfigError, DeviceError, MissingExtraError, OptionError, OverBudget, ShardmapError
 from shardmap.extras import require
-from shardmap.run.base import ChunkDone, Event, RunFinished, RunStarted
+from shardmap.run.base import Event
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; nothing was left behind")
         return INTERRUPTED
-    except (ConfigError, MissingExtraError) as error:
+    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget) as error:
         _complain(str(error))
         return USAGE_ERROR
     except ShardmapError as error:
@@ -139,31 +139,12 @@ def _devices() -> int:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
-    """Draw the events of a map as a progress bar on stderr; draw nothing where that is not a terminal."""
-    rich_console = require("rich.console", extra="run", purpose="to show progress")
-    rich_progress = require("rich.progress", extra="run", purpose="to show progress")
-    console = rich_console.Console(stderr=True)
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("samples"),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("preparing", total=None)
+    """Draw the events of a map, and what is done before it, on stderr; draw nothing where that is not a terminal."""
+    from shardmap.run.progress import bars
 
-        def listener(event: Event) -> None:
-            if isinstance(event, RunStarted):
-                progress.update(task, description="mapping", total=event.samples, completed=0)
-            elif isinstance(event, ChunkDone):
-                progress.update(task, advance=event.stop - event.start)
-            elif isinstance(event, RunFinished):
-                progress.update(task, description="mapped")
-
-        with _heard(lambda text: progress.update(task, description=text)):
-            yield listener
+    with bars(preparing=True) as drawn:
+        with _heard(drawn.say):
+            yield drawn
 
 
 @contextlib.contextmanager

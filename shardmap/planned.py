@@ -11,7 +11,7 @@ from shardmap import errors
 from shardmap.options import Options
 from shardmap.planning import table
 from shardmap.planning.split import Lane, Split
-from shardmap.run import local, timeline
+from shardmap.run import local, prepare, timeline
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
 
@@ -64,10 +64,23 @@ class Plan:
         return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
 
     def explain(self) -> str:
-        """The plan in full: the table, the operators by cost with the tier that serves each, and what is computed once for all samples."""
-        device = self.lanes[0].device
-        low = self._job.lower(device.partition(":")[0])
-        return table.explanation(str(self), low, self._job.grad, device)
+        """The plan in full: the table, the operators by cost with the tier that serves each, what is computed once, memory in words."""
+        job, name = self._job, self.lanes[0].device
+        low = job.lower(name.partition(":")[0])
+        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
+        notes = []
+        if job.remat:
+            notes.append("Gradients are recorded from outside; backward computes each chunk again, so that only one keeps what it saves.")
+        elif job.grad:
+            notes.append(
+                "Gradients are recorded from outside: what backward needs of each chunk stays; remat=True computes it again instead."
+            )
+        reduced = [o.reduction.name for o in job.outputs if o.reduction is not None]
+        if reduced:
+            notes.append(
+                f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs ({', '.join(dict.fromkeys(reduced))})."
+            )
+        return table.explanation(str(self), self.split, low, seen, notes)
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from shardmap.errors import ConfigError
 from shardmap.extras import require
-from shardmap.run.base import ChunkDone, Event, RunFinished, RunStarted
+from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted
 
 
 class RunFolder:
@@ -93,6 +93,8 @@ class RunFolder:
             self.log("map started", samples=event.samples, chunks=event.chunks, devices=list(event.devices))
         elif isinstance(event, ChunkDone):
             self.log("chunk done", device=event.device, start=event.start, stop=event.stop, seconds=round(event.seconds, 4))
+        elif isinstance(event, ChunkRedone):
+            self.log("chunk redone", device=event.device, start=event.start, stop=event.stop, reason=event.reason)
         elif isinstance(event, RunFinished):
             self.log("map finished", seconds=round(event.seconds, 4))
 

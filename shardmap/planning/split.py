@@ -96,8 +96,9 @@ class Split:
 
     @property
     def seconds(self) -> float:
-        """Expected, all lanes side by side."""
-        return max((lane.seconds for lane in self.lanes), default=0.0)
+        """Expected: devices compute side by side, lanes of one device in turn."""
+        names = {lane.device for lane in self.lanes}
+        return max((sum(lane.seconds for lane in self.lanes if lane.device == name) for name in names), default=0.0)
 
     def refusal(self) -> str | None:
         """Why the split cannot run: the first device over its budget, in words."""
@@ -188,7 +189,7 @@ def split(samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = 
             size,
             site.memory,
             site.budget_bytes,
-            share * _sample_seconds(site),
+            _seconds(site, share, size),
             site.learned.sample_seconds is not None,
         )
         for name, site, share, size in zip(lane_names([s.device for s in sites]), sites, rows, sizes, strict=True)
@@ -207,6 +208,14 @@ def _sample_seconds(site: Site) -> float:
         return max(known, 1e-10)
     kind = site.device.partition(":")[0]
     return sample_seconds(site.observation, kind) if site.observation is not None else 1e-6
+
+
+def _seconds(site: Site, share: int, size: int) -> float:
+    """Expected for a device's share, in chunks of that size."""
+    seconds = share * _sample_seconds(site)
+    if site.learned.sample_seconds is None and site.observation is not None:
+        seconds += -(-share // size) * host_seconds(site.observation, site.device.partition(":")[0])
+    return seconds
 
 
 def _shares(samples: int, speeds: Sequence[float]) -> list[int]:
