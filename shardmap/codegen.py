@@ -14,7 +14,7 @@ import torch
 from shardmap.batch import BatchedProgram
 from shardmap.program import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
-from shardmap.rules.outs import into
+from shardmap.slices import place
 
 
 class Replay:
@@ -81,7 +81,7 @@ class _Writer:
         returned: Sequence[V],
         keep: set[int],
         track_grad: bool,
-        writes: dict[int, tuple[Callable[..., Any] | None, str]] | None = None,
+        writes: dict[int, tuple[Callable[..., Any] | None, list[str]]] | None = None,
         marked: bool = False,
     ) -> list[str]:
         """The lines of `calls`.
@@ -91,7 +91,7 @@ class _Writer:
             returned: Values that outlive the lines.
             keep: Indices of others that do.
             track_grad: Whether to switch grad mode where the calls say so.
-            writes: By number of a call, the name of the slice that its result goes to, and what writes it there; None copies.
+            writes: By number of a call, what computes its result into the first of the places behind it, and those that it is copied to.
             marked: Whether to say, before each call, which recorded call it serves.
         """
         writes = writes or {}
@@ -115,21 +115,20 @@ class _Writer:
                 lines.append(f"set_grad({grad})")
             if marked:
                 lines.append(f"mark({call.equation})")
-            writer, place = writes.get(i, (None, ""))
+            writer, places = writes.get(i, (None, []))
             target = writer or call.target
             name = targets.get(id(target))
             if name is None:
                 name = targets[id(target)] = self.constant(target, "f")
             arguments = [self.literal(a) for a in call.args] + [f"{k}={self.literal(v)}" for k, v in call.kwargs]
             if writer is not None:
-                arguments.append(f"out={place}")
+                arguments.append(f"out={places[0]}")
             text = f"{name}({', '.join(arguments)})"
             if call.outs:
                 names = ", ".join("_" if o is None else f"v{o}" for o in call.outs)
                 text = f"({names},) = {text}" if call.several else f"{names} = {text}"
             lines.append(text)
-            if place and writer is None:
-                lines.append(f"{place}.copy_(v{call.outs[0]})")
+            lines += [f"{where}.copy_(v{call.outs[0]})" for where in (places if writer is None else places[1:])]
             if i in ends:
                 lines.append(f"del {', '.join(ends[i])}")
         if track_grad and not grad:
@@ -168,62 +167,14 @@ def _function(
     if slices:
         mapped = [v for v in program.outputs if v.mapped]
         lines += [f"({', '.join(f'd{v.index}' for v in mapped)},) = slices"] if mapped else []
-        calls, writes, left = _written(program, mapped)
-        returned = [v for v in program.outputs if not v.mapped] + [source for _, source in left]
-        rest = [f"d{v.index}.copy_(v{source.index})" for v, source in left]
+        placement = place(program, mapped)
+        calls, writes = placement.calls, placement.writes
+        returned = [v for v in program.outputs if not v.mapped] + [v for v, _ in placement.after]
+        rest = [f"{where}.copy_(v{v.index})" for v, where in placement.after]
     lines += writer.body(calls, returned, set(), track_grad, writes, marked) + rest
     lines.append(_pack(program.outputs, mapped_as="d" if slices else "v"))
     arguments = "B, start, device, seed, scalars, fixed, inputs" + (", slices" if slices else "") + (", mark" if marked else "")
     return _compiled(f"{name}({arguments})", lines, writer.constants)
-
-
-def _written(
-    program: BatchedProgram, outputs: Sequence[V]
-) -> tuple[list[Call], dict[int, tuple[Callable[..., Any] | None, str]], list[tuple[V, V]]]:
-    """How each output gets into its slice.
-
-    Returns:
-        The calls, without those that only made an output dense; by number of a call, what writes its result where (None: a copy
-        behind it); and the outputs that are copied at the end, each with the value that holds it.
-    """
-    makers = {o: call for call in program.chunk for o in call.outs if o is not None}
-    users: dict[int, int] = {}
-    for call in program.chunk:
-        for v in values((call.args, tuple(v for _, v in call.kwargs))):
-            users[v.index] = users.get(v.index, 0) + 1
-    sources: list[tuple[V, V]] = []
-    dropped: set[int] = set()
-    for v in outputs:
-        maker = makers.get(v.index)
-        source = v
-        if maker is not None and maker.target is torch.Tensor.contiguous and v.index not in users:
-            (source,) = values(maker.args)
-            dropped.add(id(maker))
-        sources.append((v, source))
-    calls = [call for call in program.chunk if id(call) not in dropped]
-    number = {o: i for i, call in enumerate(calls) for o in call.outs if o is not None}
-    last_write = max((i for i, call in enumerate(calls) if call.writes), default=-1)
-    writes: dict[int, tuple[Callable[..., Any] | None, str]] = {}
-    left: list[tuple[V, V]] = []
-    taken: set[int] = set()
-    for v, source in sources:
-        place = f"d{v.index}"
-        i = number.get(source.index)
-        if i is None or source.index in taken:
-            left.append((v, source))  # an input itself, or already in another slice
-            continue
-        taken.add(source.index)
-        call = calls[i]
-        # Only results that the check has compared with the recording, or that the rules made dense: `out=` of another shape would resize.
-        known = source.index in program.results or source is v
-        writer = into(call) if known and source.mapped and source.shape == v.shape and source.dtype == v.dtype else None
-        if writer is not None:
-            writes[i] = writer, place
-        elif i > last_write and not call.several:
-            writes[i] = None, place
-        else:
-            left.append((v, source))
-    return calls, writes, left
 
 
 def _passed(program: BatchedProgram) -> list[V]:

@@ -95,8 +95,8 @@ def several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lane is a device of its own: `gpu0`, `gpu1`, ..."""
     original = local.make_lane
 
-    def make(number: int, *rest: Any) -> Any:
-        lane = original(number, *rest)
+    def make(number: int, *rest: Any, **options: Any) -> Any:
+        lane = original(number, *rest, **options)
         lane.device = Pretend(f"gpu{number}")
         return lane
 

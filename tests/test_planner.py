@@ -66,7 +66,8 @@ def test_the_largest_chunk_is_the_inverse_of_the_chunks_bytes(model: MemoryModel
 @given(models, st.integers(0, 10**6), st.integers(0, 10**3))
 def test_more_samples_need_no_less(model: MemoryModel, samples: int, more: int) -> None:
     assert model.chunk_bytes(samples) <= model.chunk_bytes(samples + more)
-    assert model.peak_bytes(samples) == model.resident_bytes + model.chunk_bytes(samples)
+    needed = model.resident_bytes + model.chunk_bytes(samples)
+    assert model.peak_bytes(samples) == needed + min(32 << 20, needed // 25)
     assert model.chunk_bytes(0) == 0
 
 
@@ -208,7 +209,7 @@ def test_the_levels_of_a_chain_are_those_counted_by_hand() -> None:
         model = levels_of(lambda x: x.sin().cos().sum(), batch_of(samples, 1000))
         assert model.chunk == (Level(0, 16_000),)
         assert model.resident_bytes == 8 * samples
-        assert model.peak_bytes(5) == 8 * samples + 80_000
+        assert model.chunk_bytes(5) == 80_000
 
 
 def test_what_no_sample_changes_is_there_during_the_run() -> None:

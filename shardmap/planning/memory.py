@@ -6,7 +6,8 @@ The words, as they are used everywhere here:
   copied to the device, what no sample changes, what outer autograd saved of the chunks that are done.
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs on their way.
 - *workspace*: bytes that kernels use and no tensor shows, measured on the first chunk.
-- *peak*: resident + chunk + workspace, an upper bound.
+- *margin*: what a process needs beside: kernels' buffers per thread, the allocator's gaps. A twenty-fifth, at most 32 MiB.
+- *peak*: resident + chunk + workspace + margin, an upper bound.
 - *budget*: what the map may add to what is in use on the device when it begins.
 """
 
@@ -18,6 +19,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+MARGIN_BYTES, MARGIN_PART = 32 * MIB, 25
+"""Measured with benchmarks/memory.py: up to 26 MiB beside the tensors, whatever the size of the map."""
 
 
 class Level(NamedTuple):
@@ -64,7 +69,12 @@ class MemoryModel:
 
     def peak_bytes(self, samples: int) -> int:
         """Upper bound for a run in chunks of that many samples."""
-        return self.resident_bytes + self.chunk_bytes(samples)
+        needed = self.resident_bytes + self.chunk_bytes(samples)
+        return needed + min(MARGIN_BYTES, needed // MARGIN_PART)
+
+    def room_bytes(self, budget_bytes: int) -> int:
+        """What a chunk may need for the peak to stay within the budget; negative if what is resident exceeds it already."""
+        return max(budget_bytes - MARGIN_BYTES, budget_bytes * MARGIN_PART // (MARGIN_PART + 1)) - self.resident_bytes
 
     def largest_chunk(self, bytes_limit: int, most: int) -> int:
         """The most samples, up to `most`, whose chunk needs at most `bytes_limit`; 0 if not even one fits.

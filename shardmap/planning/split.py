@@ -118,7 +118,7 @@ class Split:
                 f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} (fixed {format_bytes(memory.resident_bytes)}, "
                 f"{format_bytes(one)} per sample)"
             )
-            room = (lane.budget_bytes or 0) - memory.resident_bytes
+            room = memory.room_bytes(lane.budget_bytes or 0)
             largest = memory.largest_chunk(room, lane.chunk) if room > 0 else 0
             if largest:
                 return f"{text}; pass chunk_size='auto', or at most {largest}"
@@ -255,8 +255,7 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int) -> int
     if lanes > 1:
         chunk = min(chunk, max(1, -(-samples // (CHUNKS_PER_LANE * lanes))))
     if site.budget_bytes is not None:
-        room = site.budget_bytes - site.memory.resident_bytes
-        chunk = min(chunk, max(1, site.memory.largest_chunk(room, most)))
+        chunk = min(chunk, max(1, site.memory.largest_chunk(site.memory.room_bytes(site.budget_bytes), most)))
     chunk = max(1, min(chunk, most))
     return -(-share // -(-share // chunk)) if share else chunk  # chunks of even size
 

@@ -84,7 +84,7 @@ def _costs(split: Split, low: Lowered, seen: Observation) -> str:
     m, samples = machine(kind), split.samples
     seconds = {c.name: max(c.flops / m.flops, c.bytes / m.bandwidth) for c in seen.costs}
     total = sum(seconds.values()) or 1.0
-    rows = [("operator", "calls per chunk", "GFLOP", "traffic", "share", "served by")]
+    rows: list[tuple[str, ...]] = [("operator", "calls per chunk", "GFLOP", "traffic", "share", "served by")]
 
     def row(name: str, costs: Sequence[OpCost], share: float, tier: str) -> tuple[str, ...]:
         flops, traffic = sum(c.flops for c in costs) * samples, sum(c.bytes for c in costs) * samples

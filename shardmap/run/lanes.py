@@ -22,7 +22,9 @@ from shardmap.run.prepare import Devices, Ready, direct, learned, rows, to_devic
 
 LEARN_FROM = 32 << 20
 """Bytes of a chunk from which its measured peak says more than the noise of the process around it."""
-MARGIN, LEAST, MOST = 1.02, 0.75, 4.0
+CHUNKS = 4
+"""How many of them are measured."""
+MARGIN, LEAST, MOST = 1.05, 0.75, 4.0
 """A chunk's measured peak over the predicted one: with a margin, and within what other work in the process cannot fake."""
 
 
@@ -47,7 +49,7 @@ class Lane:
     window = 1
     """Chunks in flight."""
 
-    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather):
+    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool):
         self.number = number
         self.plan = plan
         self.name = plan.name
@@ -65,6 +67,7 @@ class Lane:
         self.scratch: dict[int, torch.Tensor] = {}
         self.ready: dict[bool, Ready] = {}
         self._learned: Learned | None = None
+        self.meter = self._meter(alone)
 
     @property
     def learned(self) -> Learned:
@@ -72,6 +75,13 @@ class Lane:
         if self._learned is None:
             self._learned = learned(self.job.lower(self.device.type), self.plan.device)
         return self._learned
+
+    def _meter(self, alone: bool) -> Meter:
+        """What measures the first chunks; with other lanes, which take memory meanwhile, only the first."""
+        job = self.job
+        pages = sum(o.sample_bytes for o in job.outputs if o.stacked) if self.direct and self.device.type == "cpu" else 0
+        kept = job.grad and not job.remat  # what outer autograd keeps grows from chunk to chunk
+        return Meter(self.learned, self.plan, self.device, pages, 0 if kept else CHUNKS if alone else 1)
 
     @property
     def full(self) -> bool:
@@ -87,10 +97,12 @@ class Lane:
         """Compute a chunk; its flight is then among `flights`."""
         ready = self._prepared(chunk)
         began = time.perf_counter()
-        measure = _Measure(self, chunk) if self.learned.scale is None else None
-        outs = self.compute(ready, chunk)
-        if measure is not None:
-            measure.finish()
+        if self.meter.watching:
+            self.meter.start()
+            outs = self.compute(ready, chunk)
+            self.meter.finish(chunk)
+        else:
+            outs = self.compute(ready, chunk)
         self.flights.append(Flight(chunk, began, outs, ended=time.perf_counter()))
 
     def _prepared(self, chunk: Chunk) -> Ready:
@@ -162,35 +174,48 @@ def _worth_slices(job: Job, plan: LanePlan) -> bool:
     return job.samples * max((o.sample_bytes for o in job.outputs if o.stacked), default=0) >= pages.FROM_BYTES
 
 
-class _Measure:
-    """The peak of one chunk against what was predicted, where the process shows it."""
+class Meter:
+    """The peaks of a lane's first chunks against what was predicted, where the process shows them.
 
-    def __init__(self, lane: Lane, chunk: Chunk):
-        self.lane = lane
-        self.chunk = chunk
-        memory = lane.plan.memory
-        self.predicted = max(level.at(chunk.size) for level in memory.chunk)
-        kept = lane.job.grad and not lane.job.remat
-        self.meter = devices.Meter(lane.device) if self.predicted >= LEARN_FROM and not kept else None
-        self.before = self.meter.read() if self.meter is not None else None
+    Not of the first alone: the allocator's gaps grow for a chunk or two before they are used again.
+    """
 
-    def finish(self) -> None:
-        """Remember what was measured, if this chunk's peak exceeded every one before."""
+    def __init__(self, learned: Learned, plan: LanePlan, device: torch.device, result_bytes: int, chunks: int):
+        self.learned = learned
+        self.predicted = max(level.at(min(plan.chunk, plan.rows)) for level in plan.memory.chunk)
+        self.meter = devices.Meter(device) if chunks and self.predicted >= LEARN_FROM and learned.scale is None else None
+        self.result_bytes = result_bytes
+        """Of each sample: pages of the result that become resident as they are written."""
+        self.left = chunks
+        self.before: tuple[int, int] | None = None
+        self.samples = 0
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next chunk is to be measured."""
+        return self.meter is not None and self.left > 0
+
+    def start(self) -> None:
+        """A chunk begins."""
+        if self.before is None and self.meter is not None:
+            self.before = self.meter.read()
+
+    def finish(self, chunk: Chunk) -> None:
+        """A chunk is complete: remember its peak, if it exceeded every one before."""
+        self.left -= 1
+        self.samples += chunk.size
         after = self.meter.read() if self.meter is not None else None
         if self.before is None or after is None or after[1] <= self.before[1]:
             return
-        lane, size = self.lane, self.chunk.size
-        touched = 0
-        if lane.direct and self.lane.device.type == "cpu":  # the result's pages become resident as they are written
-            touched = size * sum(o.sample_bytes for o in lane.job.outputs if o.stacked)
-        measured = after[1] - self.before[0] - touched
-        lane.learned.scale = min(max(measured / self.predicted * MARGIN, LEAST), MOST)
+        measured = after[1] - self.before[0] - self.samples * self.result_bytes
+        scale = min(max(measured / self.predicted * MARGIN, LEAST), MOST)
+        self.learned.scale = max(scale, self.learned.scale or 0.0)
 
 
-def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather) -> Lane:
+def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool = True) -> Lane:
     """The lane for one entry of `devices`."""
     cuda = plan.device.startswith("cuda") and devices.accelerated(torch.device(plan.device))
-    return (CudaLane if cuda else Lane)(number, plan, job, on, gather)
+    return (CudaLane if cuda else Lane)(number, plan, job, on, gather, alone)
 
 
 class CudaLane(Lane):
@@ -201,8 +226,8 @@ class CudaLane(Lane):
 
     window = 2
 
-    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather):
-        super().__init__(number, plan, job, on, gather)
+    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool):
+        super().__init__(number, plan, job, on, gather, alone)
         self.up, self.down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.free_since = 0.0
         self.keep: list[Any] = []
@@ -213,14 +238,16 @@ class CudaLane(Lane):
         with torch.cuda.device(self.device):
             ready = self._prepared(chunk)
             began = time.perf_counter()
-            measure = _Measure(self, chunk) if self.learned.scale is None and not self.flights else None
+            measured = self.meter.watching and not self.flights
+            if measured:
+                self.meter.start()
             self.keep = []
             outs = self._home(self.compute(ready, chunk))
             done = torch.cuda.Event()
             done.record(self.down)
-            if measure is not None:
+            if measured:
                 done.synchronize()
-                measure.finish()
+                self.meter.finish(chunk)
             self.flights.append(Flight(chunk, began, outs, done, keep=self.keep))
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:

@@ -102,7 +102,7 @@ class _Run:
         self.job = job
         self.on = on
         self.gather = Gather(job)
-        self.lanes = [make_lane(i, plan, job, on, self.gather) for i, plan in enumerate(split.lanes)]
+        self.lanes = [make_lane(i, plan, job, on, self.gather, alone=len(split.lanes) == 1) for i, plan in enumerate(split.lanes)]
         self.next = 0
         """The first sample that no lane has had."""
         self.again: collections.deque[Chunk] = collections.deque()

@@ -124,7 +124,7 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
 def direct(job: Job, device: torch.device) -> bool:
     """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
     here = device.type == "cpu" or devices.accelerated(device)  # fake devices have memory in name only
-    return here and not (job.grad or job.transformed) and all(o.device == device for o in job.outputs)
+    return here and not (job.grad or job.transformed) and all(o.device == device and not o.dim for o in job.outputs)
 
 
 def watched(ready: Ready, job: Job) -> Observation:
@@ -137,6 +137,8 @@ def watched(ready: Ready, job: Job) -> Observation:
     state = torch.default_generator.get_state()
     sizes = [min(2, job.samples), min(3, job.samples)]
     chunk = low.replay.marked(slices=into)
+    if into:
+        _ = low.replay.chunk_into  # compiled now, so that the run's memory is the run's
     inputs: dict[int, list[torch.Tensor]] = {}
     slices: dict[int, list[torch.Tensor]] = {}
     for size in sizes:
