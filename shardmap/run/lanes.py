@@ -57,6 +57,7 @@ class Lane:
         self.job = job
         self.on = on
         self.gather = gather
+        self.asynchronous = devices.accelerated(self.device)
         self.limit = plan.chunk
         """Most samples in a chunk; less after memory ran out."""
         self.alive = True
@@ -79,9 +80,9 @@ class Lane:
     def _meter(self, alone: bool) -> Meter:
         """What measures the first chunks; with other lanes, which take memory meanwhile, only the first."""
         job = self.job
-        pages = sum(o.sample_bytes for o in job.outputs if o.stacked) if self.direct and self.device.type == "cpu" else 0
+        resident = sum(o.sample_bytes for o in job.outputs if o.stacked) if self.direct and self.device.type == "cpu" else 0
         kept = job.grad and not job.remat  # what outer autograd keeps grows from chunk to chunk
-        return Meter(self.learned, self.plan, self.device, pages, 0 if kept else CHUNKS if alone else 1)
+        return Meter(self.learned, self.plan, self.device, resident, 0 if kept else CHUNKS if alone else 1)
 
     @property
     def full(self) -> bool:
@@ -103,6 +104,8 @@ class Lane:
             self.meter.finish(chunk)
         else:
             outs = self.compute(ready, chunk)
+        if self.asynchronous:
+            torch.accelerator.synchronize(self.device)
         self.flights.append(Flight(chunk, began, outs, ended=time.perf_counter()))
 
     def _prepared(self, chunk: Chunk) -> Ready:
@@ -277,7 +280,7 @@ class CudaLane(Lane):
                 sent.append(t)
                 continue
             with torch.cuda.stream(self.down):
-                pinned = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+                pinned = _page_locked(t)
                 pinned.copy_(t, non_blocking=True)
             t.record_stream(self.down)
             sent.append(pinned)
@@ -285,21 +288,31 @@ class CudaLane(Lane):
 
     def collect(self, wait: bool) -> list[Flight]:
         """The chunks that are complete; with `wait`, at least the oldest."""
-        done = []
-        while self.flights and (wait or self.flights[0].done.query()):
-            if wait:
-                self.flights[0].done.synchronize()
-                wait = False
-            flight = self.flights.popleft()
+        done: list[Flight] = []
+        while self.flights:
+            flight = self.flights[0]
+            try:
+                if wait:
+                    flight.done.synchronize()
+                elif not flight.done.query():
+                    break
+            except RuntimeError:
+                if done:
+                    break  # what was complete before the device failed is kept; the next call meets the error again
+                raise
+            wait = False
             flight.ended = time.perf_counter()
             self.busy += flight.ended - max(flight.began, self.free_since)
             self.free_since = flight.ended
-            done.append(flight)
+            done.append(self.flights.popleft())
         return done
 
 
 def _pinned(t: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory, with the strides of `t` where it is dense."""
-    if not t.is_contiguous():
-        return t  # copied by `to` in the order that its strides ask for, at the speed of pageable memory
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+    """A copy in page-locked memory where `t` is dense; other layouts are copied at the speed of pageable memory."""
+    return _page_locked(t).copy_(t) if t.is_contiguous() else t
+
+
+def _page_locked(t: torch.Tensor) -> torch.Tensor:
+    """Dense page-locked memory for what `t` holds."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
