@@ -218,8 +218,8 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Run what is asked for and write the tables."""
+def main() -> int:
+    """Run what is asked for and write the tables; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["stacked", "reduced", "planning"], choices=["stacked", "reduced", "planning"])
     parser.add_argument("--threads", type=int, default=2)
@@ -246,7 +246,8 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".md").write_text(text, encoding="utf-8")
     write_json(options.output.with_suffix(".json"), results)
+    return int("FAIL" in text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The benchmarks of the planner run, and judge; their numbers are not a test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import memory, models
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark in a process of its own."""
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_planners_benchmark_writes_its_tables(tmp_path: Path) -> None:
+    small = ("--samples", "64", "--slice", "64", "--rounds", "2", "--threads", "1", "--output", str(tmp_path / "found"))
+    done = run("benchmarks.planner", "--parts", "stacked", "reduced", *small)
+    assert done.returncode in (0, 1), done.stderr
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert {len(s) for s in results["stacked"]["seconds"].values()} == {2}
+    text = (tmp_path / "found.md").read_text()
+    assert done.stdout == text
+    assert text.count("speed against torch.func at its best") == 2
+    assert results["stacked"]["memory"]["result"] == 64 * 4 * sum(p.numel() for p in models.mlp().parameters())
+
+
+def test_the_memory_benchmark_measures_in_processes_of_their_own(tmp_path: Path) -> None:
+    words = ("--quick", "--no-budget", "--cases", "reduction", "--threads", "1", "--output", str(tmp_path / "found"))
+    done = run("benchmarks.memory", *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["chunk"] for row in rows] == [64, 256]
+    assert rows[1]["measured"] > 2 * rows[0]["measured"] > 0
+    assert 0.5 < rows[1]["predicted"] / rows[1]["measured"] < 1.5
+
+
+def test_targets_hold_from_512_mib_on() -> None:
+    """Under the measured peak is a miss, however little."""
+    row = {"measured": 1000 << 20, "predicted": 1000 << 20, "corrected": 1000 << 20}
+    assert memory.judge(row) == "pass"
+    assert memory.judge(row | {"corrected": (1000 << 20) - 1}) == "FAIL"
+    assert memory.judge(row | {"corrected": 1151 << 20}) == "FAIL"
+    assert memory.judge(row | {"predicted": 700 << 20}) == "FAIL"
+    assert memory.judge(row | {"measured": 100 << 20}) == ""
