@@ -6,5 +6,20 @@ from shardmap.engine import SlowLoopWarning
 from shardmap.planned import Plan
 from shardmap.rules.registry import batching_rule
 from shardmap.run.ray import Ray
+from shardmap.store import MemmapSink, SafetensorsSink, Store, ZarrSink, open_store
 
-__all__ = ["Plan", "Ray", "SlowLoopWarning", "batching_rule", "errors", "plan", "reduce", "vmap"]
+__all__ = [
+    "MemmapSink",
+    "Plan",
+    "Ray",
+    "SafetensorsSink",
+    "SlowLoopWarning",
+    "Store",
+    "ZarrSink",
+    "batching_rule",
+    "errors",
+    "open_store",
+    "plan",
+    "reduce",
+    "vmap",
+]

@@ -20,9 +20,10 @@ from shardmap.planned import Plan
 from shardmap.planning import device as device_names
 from shardmap.planning.split import Split, split
 from shardmap.record import record, refuse_shared_writes
-from shardmap.run import local, prepare
+from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, Output, unheard
+from shardmap.store import Header, OutputSpec, Sink, Store
 from shardmap.trace import Recorder
 
 
@@ -42,6 +43,8 @@ def vmap(
     strict: bool = False,
     remat: bool = False,
     reduce: Any = None,
+    out: Sink | None = None,
+    resume: bool = False,
     progress: bool | str = False,
 ) -> Callable[..., Any]:
     """Map `func`, a function of one sample, over a batch.
@@ -71,15 +74,19 @@ def vmap(
             chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one of `shardmap.reduce`; for each
             output, as a pytree prefix, None to stack. Memory does not grow with the batch.
+        out: Write the results to a store as they are computed, instead of keeping them: `shardmap.ZarrSink(path)`,
+            `SafetensorsSink(folder)` or `MemmapSink(folder)`. The call then returns the `Store`. Results may be larger than memory.
+        resume: Go on with what the store holds of the same call, after it was killed: the function, what it captures, the samples
+            and the seed must be the same.
         progress: True draws a progress bar on a terminal, "always" anywhere.
 
     Returns:
-        A function of the batch.
+        A function of the batch. It returns the results, or the store that holds them.
 
     Raises:
         OptionError: An option has a value that it cannot have.
         ShardmapError: Raised by the returned function for anything that cannot be followed: see `shardmap.errors`; among them
-            `OverBudget`, before anything runs, where the map needs more memory than it may take.
+            `OverBudget`, before anything runs, where the map needs more memory than it may take, and `StoreError`.
 
     Example:
         >>> import torch, shardmap
@@ -92,7 +99,7 @@ def vmap(
     call = edges.call_name(func, in_dims)
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
-        reduce, progress, call,
+        reduce, out, resume, progress, call,
     )  # fmt: skip
     options.check(func)
     memory = Memory(func, call) if trace == "once" else None
@@ -163,7 +170,7 @@ def plan(
     call = edges.call_name(func, in_dims, maker="plan")
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
-        reduce, progress, call,
+        reduce, None, False, progress, call,
     )  # fmt: skip
     options.check(func)
     if on_ray.asked_for(devices):
@@ -208,7 +215,11 @@ def _run(func: Callable[..., Any], batch: edges.Batch, options: Options, memory:
 def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Any:
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
-    with options.watching():
+    if options.out is not None:
+        _refuse_store(job, options, inlined or cluster is not None)
+        with options.watching():
+            return _into_store(job, options, prepared.structure)
+    with unheard() if inlined else options.watching():  # inside another map it is part of that one
         outputs = on_ray.run(job, options.chunk_size, cluster) if cluster is not None else _locally(job, options, inlined)
     return pytree.tree_unflatten(outputs, prepared.structure)
 
@@ -227,6 +238,46 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
     return local.run(job, cut, on)
+
+
+def _refuse_store(job: Job, options: Options, elsewhere: bool) -> None:
+    """Refuse what cannot be written to a store, before anything is made."""
+    call = options.call
+    if elsewhere or job.transformed:
+        raise errors.OptionError(
+            f"{call}: out= and the call stands inside another map or transform, or on Ray's workers: results are written by this "
+            "process, from its own devices; leave out= away there"
+        )
+    if any(o.requires_grad for o in job.outputs):
+        raise errors.OptionError(
+            f"{call}: out= and an output that requires grad: what is in a store has no history; call it under torch.no_grad(), or detach "
+            "what the function returns"
+        )
+    if any(o.reduction is not None for o in job.outputs):
+        raise errors.OptionError(f"{call}: out= and reduce=: what is reduced fits in memory; leave out= away, or map twice")
+    if any(o.dim != 0 for o in job.outputs):
+        raise errors.OptionError(
+            f"{call}: out= and out_dims={options.out_dims!r}: a store holds a row for each sample; leave out_dims at 0"
+        )
+
+
+def _into_store(job: Job, options: Options, structure: pytree.TreeSpec) -> Store:
+    """Compute what the store lacks, unit by unit."""
+    sink, on = options.out, prepare.Devices(job)
+    assert sink is not None
+    names = edges.output_names(structure)
+    specs = tuple([OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)])
+    unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None)
+    job = on.job = dataclasses.replace(job, unit=unit)
+    cut = _split(job, on, _names(job, options, False), options, False)
+    refusal = cut.refusal()
+    if refusal is not None:
+        raise errors.OverBudget(f"{options.call}: {refusal}")
+    attributes = {"call": options.call, "torch": torch.__version__}
+    header = Header(job.samples, unit, specs, storing.identity(job, unit), attributes)
+    store = sink.create(header, resume=options.resume)
+    local.run(job, cut, on, store)
+    return store
 
 
 def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Job:
@@ -277,6 +328,8 @@ def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options
     reduced = edges.spread_reductions(options.reduce, tree, call)
     dims = edges.place_outputs([v.spec.ndim for v in program.outputs], mapped, prepared.structure, options.out_dims, call, reduced)
     target = device_names.one(options.output_device, call) if options.output_device is not None else None
+    if options.out is not None:
+        target = torch.device("cpu")
     outputs = []
     for v, m, d, flag, reduction in zip(program.outputs, mapped, dims, program.output_flags, reduced, strict=True):
         if reduction is not None:

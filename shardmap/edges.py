@@ -280,6 +280,16 @@ def place_outputs(
     return placed
 
 
+def output_names(structure: pytree.TreeSpec) -> list[str]:
+    """A name for each output: its keys, joined by dots; `result` where the function returns one tensor."""
+    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
+    names = []
+    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+        keys = [next(v for v in (getattr(k, a, None) for a in ("key", "idx", "name")) if v is not None) for k in path]
+        names.append(".".join(map(str, keys)) or "result")
+    return names
+
+
 def call_name(func: Callable[..., Any], in_dims: Any, maker: str = "vmap") -> str:
     """How the user's call is written in errors."""
     name = getattr(func, "__name__", None) or type(func).__name__

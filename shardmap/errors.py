@@ -97,3 +97,19 @@ class DeviceLostWarning(UserWarning):
 
 class WorkerError(ShardmapError, RuntimeError):
     """A remote worker failed while it computed a chunk."""
+
+
+class StoreError(ShardmapError, RuntimeError):
+    """A store cannot be made, opened, written or read: the message names the place, what failed and the remedy."""
+
+
+class StoreMismatchError(StoreError):
+    """A stored run is not the one that is to be resumed."""
+
+
+class StoreDamagedError(StoreError):
+    """Rows that were committed are not what was written: a file is gone, cut short, or changed."""
+
+
+class SourceError(ShardmapError, ValueError):
+    """Samples cannot be read from what was given: unknown kind, missing path, columns of unequal length."""

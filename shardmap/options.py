@@ -14,6 +14,7 @@ from shardmap import errors
 from shardmap.planning import device as device_names
 from shardmap.planning.memory import parse_bytes
 from shardmap.run import progress
+from shardmap.store import Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Options:
     strict: bool
     remat: bool
     reduce: Any
+    out: Sink | None
+    resume: bool
     progress: bool | str
     call: str
 
@@ -51,7 +54,14 @@ class Options:
             if not isinstance(value, str) or value not in choices:
                 names = [repr(c) for c in choices]
                 raise errors.OptionError(f"{self.call}: {name}={value!r}; choose {', '.join(names[:-1])} or {names[-1]}")
-        for name in ("strict", "remat"):
+        if self.out is not None and not isinstance(self.out, Sink):
+            raise errors.OptionError(
+                f"{self.call}: out={self.out!r} is a {type(self.out).__name__}; pass a sink, such as shardmap.ZarrSink(path), or None for "
+                "tensors"
+            )
+        if self.resume is True and self.out is None:
+            raise errors.OptionError(f"{self.call}: resume=True without out=: only what is in a store can be gone on with; pass a sink")
+        for name in ("strict", "remat", "resume"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise errors.OptionError(f"{self.call}: {name}={value!r} is a {type(value).__name__}; pass True or False")

@@ -19,7 +19,7 @@ from shardmap.run.prepare import Devices
 class Plan:
     """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
 
-    `print(plan)` is a table. The plan holds the call's tensors.
+    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan holds the call's tensors.
 
     Example:
         >>> import torch, shardmap
@@ -57,30 +57,40 @@ class Plan:
         return self.split.seconds
 
     def __str__(self) -> str:
+        return f"{self.summary}\n\n{self._operators(everything=False)}"
+
+    @property
+    def summary(self) -> str:
+        """The table of devices alone."""
         return table.overview(self._job.call, self.split)
+
+    def _operators(self, everything: bool) -> str:
+        job, name = self._job, self.lanes[0].device
+        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
+        return table.operators(self.split, job.lower(name.partition(":")[0]), seen, everything)
 
     def __repr__(self) -> str:
         lanes = ", ".join(f"{lane.name}: {lane.rows} in chunks of {lane.chunk}" for lane in self.lanes)
         return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
 
     def explain(self) -> str:
-        """The plan in full: the table, the operators by cost with the tier that serves each, what is computed once, memory in words."""
-        job, name = self._job, self.lanes[0].device
-        low = job.lower(name.partition(":")[0])
-        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
-        notes = []
+        """The plan in full: what `print` shows with every operator, then the memory of each device and how the map runs in words."""
+        job = self._job
+        parts = [self.summary, self._operators(everything=True)]
+        if job.samples:
+            parts.append(table.memory(self.split))
         if job.remat:
-            notes.append("Gradients are recorded from outside; backward computes each chunk again, so that only one keeps what it saves.")
+            parts.append("Gradients are recorded from outside; backward computes each chunk again, so that only one keeps what it saves.")
         elif job.grad:
-            notes.append(
+            parts.append(
                 "Gradients are recorded from outside: what backward needs of each chunk stays; remat=True computes it again instead."
             )
         reduced = [o.reduction.name for o in job.outputs if o.reduction is not None]
         if reduced:
-            notes.append(
+            parts.append(
                 f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs ({', '.join(dict.fromkeys(reduced))})."
             )
-        return table.explanation(str(self), self.split, low, seen, notes)
+        return "\n\n".join(parts)
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.

@@ -31,7 +31,6 @@ models = st.builds(
     MemoryModel,
     counts,
     st.lists(levels, min_size=1, max_size=5).map(envelope),
-    st.one_of(st.just(Level(0, 0)), st.builds(Level, st.integers(0, 1 << 28), st.integers(0, 1 << 20))),
     st.one_of(st.just(1.0), st.floats(0.75, 4.0)),
 )
 

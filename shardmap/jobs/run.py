@@ -78,7 +78,7 @@ def execute(
             run_map = functools.partial(shardmap.vmap(one_sample, devices="ray", **options), *columns)
         else:
             planned = shardmap.plan(one_sample, devices=config.devices, **options)(*columns)
-            plan, run_map = str(planned), planned.run
+            plan, run_map = planned.summary, planned.run
         say(plan)
         folder.log("planned", plan=plan.splitlines())
         with listen(observe):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from shardmap.planning.memory import Level
 from shardmap.planning.observe import Observation
 
 
@@ -64,8 +63,6 @@ class Learned:
     """Most samples in a chunk, after memory ran out."""
     scale: float | None = None
     """Measured over predicted bytes of a chunk."""
-    workspace: Level = Level(0, 0)
-    """Bytes beside those."""
 
     @property
     def sample_seconds(self) -> float | None:

@@ -5,9 +5,9 @@ The words, as they are used everywhere here:
 - *resident*: bytes that are there during the whole run whatever the chunk: the stacked result where it is collected, captured tensors
   copied to the device, what no sample changes, what outer autograd saved of the chunks that are done.
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs on their way.
-- *workspace*: bytes that kernels use and no tensor shows, measured on the first chunk.
+- *scale*: what a chunk was measured to need over what its tensors say: kernels' workspaces, the allocator's gaps.
 - *margin*: what a process needs beside: kernels' buffers per thread, the allocator's gaps. A twenty-fifth, at most 32 MiB.
-- *peak*: resident + chunk + workspace + margin, an upper bound.
+- *peak*: resident + scale * chunk + margin, an upper bound.
 - *budget*: what the map may add to what is in use on the device when it begins.
 """
 
@@ -56,8 +56,6 @@ class MemoryModel:
     """Bytes during the whole run, on this device."""
     chunk: tuple[Level, ...]
     """One chunk's bytes at each of its peaks, by its number of samples."""
-    workspace: Level = Level(0, 0)
-    """What kernels use beside: measured, or zero before the first chunk."""
     scale: float = 1.0
     """Measured over predicted bytes of the first chunk."""
 
@@ -65,7 +63,7 @@ class MemoryModel:
         """Upper bound of what a chunk of that many samples adds while it is computed."""
         if samples == 0:
             return 0
-        return math.ceil(self.scale * max(level.at(samples) for level in self.chunk)) + self.workspace.at(samples)
+        return math.ceil(self.scale * max(level.at(samples) for level in self.chunk))
 
     def peak_bytes(self, samples: int) -> int:
         """Upper bound for a run in chunks of that many samples."""
@@ -81,16 +79,18 @@ class MemoryModel:
 
         Solved: each level is a line, so each gives a bound, and the smallest bound holds.
         """
-        room = bytes_limit - self.workspace.fixed_bytes
-        for fixed, sample in self.chunk:
-            fixed, sample = self.scale * fixed, self.scale * sample + self.workspace.sample_bytes
-            if fixed > room:
+        asked = most
+        for level in self.chunk:
+            fixed, sample = self.scale * level.fixed_bytes, self.scale * level.sample_bytes
+            if fixed > bytes_limit:
                 return 0
             if sample:
-                most = min(most, int((room - fixed) // sample))
+                most = min(most, int((bytes_limit - fixed) // sample))
         most = max(most, 0)
-        while most and self.chunk_bytes(most) > bytes_limit:  # floats round
+        while most and self.chunk_bytes(most) > bytes_limit:  # floats round, either way
             most -= 1
+        while most < asked and self.chunk_bytes(most + 1) <= bytes_limit:
+            most += 1
         return most
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from torch._ops import OpOverload
 
 from shardmap.engine import Lowered
 from shardmap.planning.cost import machine
@@ -13,6 +17,10 @@ from shardmap.planning.split import Lane, Split
 
 TIERS = {"rule": "rule", "functorch": "torch.func.vmap", "loop": "loop over the samples"}
 """What serves an operator, as it is called in text."""
+WIDTH, NAME = 120, 44
+"""Characters in a line, and in an operator's name."""
+MOST = 8
+"""Operators that a plan lists when it is printed."""
 
 
 def layout(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -34,10 +42,15 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
+def wrap(text: str) -> str:
+    """Sentences in lines no longer than tables are."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def overview(call: str, split: Split) -> str:
     """A table with a row for each device, and what they come to together."""
     rows = [("device", "rows", "chunk", "chunks", "predicted peak", "budget", "predicted time", "")]
-    rows += [_row(lane) for lane in split.lanes]
+    rows += [_row(lane, split.samples) for lane in split.lanes]
     if split.collected is not None:
         budget = "unknown" if split.collected.budget_bytes is None else format_bytes(split.collected.budget_bytes)
         mark = "results" if split.collected.fits else "results: OVER BUDGET"
@@ -46,73 +59,133 @@ def overview(call: str, split: Split) -> str:
         chunks = sum(lane.chunks for lane in split.lanes)
         guess = "" if all(lane.measured for lane in split.lanes) else "~"
         rows.append(("all", str(split.samples), "", str(chunks), "", "", guess + format_seconds(split.seconds), ""))
-    title = f"{call}: {split.samples} samples"
     refusal = split.refusal()
-    return "\n".join([title, layout(rows, left=(0, 7)), *([f"over budget: {refusal}"] if refusal else [])])
+    return "\n".join(
+        [wrap(f"{call}: {split.samples} samples"), layout(rows, left=(0, 7)), *([wrap(f"over budget: {refusal}")] if refusal else [])]
+    )
 
 
-def _row(lane: Lane) -> tuple[str, ...]:
-    budget = "unknown" if lane.budget_bytes is None else format_bytes(lane.budget_bytes)
+def _row(lane: Lane, samples: int) -> tuple[str, ...]:
+    unknown = "unknown" if samples else ""  # nothing is asked about an empty batch
+    budget = unknown if lane.budget_bytes is None else format_bytes(lane.budget_bytes)
     seconds = format_seconds(lane.seconds) if lane.measured else f"~{format_seconds(lane.seconds)}"
     mark = "" if lane.fits else "OVER BUDGET"
     return (lane.name, str(lane.rows), str(lane.chunk), str(lane.chunks), format_bytes(lane.peak_bytes), budget, seconds, mark)
 
 
-def explanation(overview: str, split: Split, low: Lowered, seen: Observation | None, notes: Sequence[str]) -> str:
-    """The plan in full.
+def operators(split: Split, low: Lowered, seen: Observation | None, everything: bool) -> str:
+    """The operators by cost with the tier that serves each, and what is computed once for all samples.
 
     Args:
-        overview: Its table.
         split: Who computes how much.
         low: The program, lowered for the first lane's device.
         seen: What a chunk costs there; None for an empty batch.
-        notes: Sentences about how the map runs.
-
-    Returns:
-        The table, then operators by cost with the tier that serves each, what is computed once for all samples, and the memory in words.
+        everything: Whether to list every operator; otherwise the most costly and those that only a loop serves, the others as one row.
     """
-    parts = [overview]
-    if seen is not None and seen.costs:
-        parts.append("Operators by cost, all samples together:\n" + _costs(split, low, seen))
-    parts.append(_hoisted(low))
-    parts += [_memory(lane) for lane in split.lanes if seen is not None]
-    return "\n\n".join([*parts, *notes])
+    once = _hoisted(low)
+    counted = [f"{_name(op)} x{n}" if n > 1 else _name(op) for op, n in once.items()]
+    said = wrap(f"Computed once for all samples: {', '.join(counted) or 'nothing'}.")
+    return f"{_costs(split, low, seen, once, everything)}\n\n{said}" if seen is not None and seen.costs else said
 
 
-def _costs(split: Split, low: Lowered, seen: Observation) -> str:
+def memory(split: Split) -> str:
+    """What the map needs on each device, in words."""
+    devices: dict[str, list[Lane]] = {}
+    for lane in split.lanes:
+        devices.setdefault(lane.device, []).append(lane)
+    return "\n".join(_memory(device, lanes) for device, lanes in devices.items())
+
+
+def _costs(split: Split, low: Lowered, seen: Observation, once: Mapping[OpOverload, int], everything: bool) -> str:
     kind = split.lanes[0].device.partition(":")[0]
-    m, samples = machine(kind), split.samples
-    seconds = {c.name: max(c.flops / m.flops, c.bytes / m.bandwidth) for c in seen.costs}
-    total = sum(seconds.values()) or 1.0
+    m, samples, chunks = machine(kind), split.samples, sum(lane.chunks for lane in split.lanes)
+    seconds = {c.name: samples * max(c.flops / m.flops, c.bytes / m.bandwidth) + chunks * m.launch_seconds * c.calls for c in seen.costs}
+    around = chunks * m.chunk_seconds
+    total = sum(seconds.values()) + around
+    tiers, part = low.batched.tiers, {op.name(): n for op, n in once.items()}
+    digits = _digits(seen.flops * samples / 1e9)
+
+    def row(name: str, costs: Sequence[OpCost], tier: str, share: float) -> tuple[str, ...]:
+        launched, loops = sum(c.calls for c in costs if tiers.get(c.name) != "loop"), any(tiers.get(c.name) == "loop" for c in costs)
+        calls = "per sample" if loops and not launched else f"{launched}, and loops" if loops else str(launched)
+        gflop, size = samples * sum(c.flops for c in costs) / 1e9, samples * sum(c.bytes for c in costs)
+        return (name, calls, _fixed(gflop, digits), format_bytes(size), _percent(share), tier)
+
+    ranked = sorted(seen.costs, key=lambda c: -seconds[c.name])
+    kept = ranked if everything or len(ranked) <= MOST + 1 else [c for i, c in enumerate(ranked) if i < MOST or tiers.get(c.name) == "loop"]
     rows: list[tuple[str, ...]] = [("operator", "calls per chunk", "GFLOP", "traffic", "share", "served by")]
+    for c in kept:
+        served = [TIERS[tiers[c.name]]] if c.name in tiers else []
+        served += [f"{part[c.name]} once for all"] if c.name in part else []
+        rows.append(row(_short(c.name.removeprefix("aten::")), [c], "; ".join(served), seconds[c.name] / total))
+    rest = [c for c in ranked if c not in kept]
+    if rest:
+        rows.append(row(f"{len(rest)} more", rest, "", sum(seconds[c.name] for c in rest) / total))
+    shown = {c.name for c in seen.costs}
+    for op, n in once.items():
+        if everything and op.name() not in shown and not _is_view(op):
+            rows.append((_short(_name(op)), "", "", "", "", f"once for all samples{f', x{n}' if n > 1 else ''}"))
+    rows.append(("around each chunk", "", "", "", _percent(around / total), ""))
+    rows.append(row("all", seen.costs, "", 1.0))
+    where = f" as on {kind}" if len({lane.device.partition(":")[0] for lane in split.lanes}) > 1 else ""
+    told = [
+        wrap(f"Operators by cost, all samples together{where}; shares of the time are a guess from operations, bytes and calls:"),
+        layout(rows, left=(0, 5)),
+    ]
+    if "loop" in [tiers.get(c.name) for c in kept]:
+        told.append(wrap("A loop calls its operator for each sample by itself; what that costs the host is not in the prediction."))
+    return "\n".join(told)
 
-    def row(name: str, costs: Sequence[OpCost], share: float, tier: str) -> tuple[str, ...]:
-        flops, traffic = sum(c.flops for c in costs) * samples, sum(c.bytes for c in costs) * samples
-        return (name, str(sum(c.calls for c in costs)), f"{flops / 1e9:.3g}", format_bytes(traffic), f"{share:.0%}", tier)
 
-    for cost in sorted(seen.costs, key=lambda c: -seconds[c.name]):
-        tier = TIERS.get(low.batched.tiers.get(cost.name, ""), "")
-        rows.append(row(cost.name.removeprefix("aten::"), [cost], seconds[cost.name] / total, tier))
-    rows.append(row("all", seen.costs, 1.0, ""))
-    return layout(rows, left=(0, 5))
+def _hoisted(low: Lowered) -> dict[OpOverload, int]:
+    """What is computed once per device: by operator, how many of its recorded calls no chunk has a part in.
 
-
-def _hoisted(low: Lowered) -> str:
-    """What is computed once per device, by recorded operator."""
+    A rule may prepare what all samples share (a transposed weight) of a call that it computes in each chunk: that one is not meant.
+    """
     equations = low.program.equations
-    numbers = {call.equation for call in low.batched.fixed if call.equation < len(equations)}
-    if not numbers:
-        return "Computed once for all samples: nothing."
-    counts = collections.Counter(equations[i].op.name().removeprefix("aten::") for i in sorted(numbers))
-    return "Computed once for all samples: " + ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items()) + "."
+    in_chunks = {call.equation for call in low.batched.chunk}
+    numbers = {call.equation for call in low.batched.fixed if call.equation < len(equations)} - in_chunks
+    return dict(collections.Counter(equations[i].op for i in sorted(numbers)))
 
 
-def _memory(lane: Lane) -> str:
-    memory = lane.memory
-    fixed, sample = max(memory.chunk, key=lambda level: level.at(lane.chunk))
+def _is_view(op: OpOverload) -> bool:
+    """Whether it computes nothing."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+
+
+def _memory(device: str, lanes: Sequence[Lane]) -> str:
+    memory, samples = lanes[0].memory, max(min(lane.chunk, lane.rows) for lane in lanes)
+    fixed, sample = max(memory.chunk, key=lambda level: level.at(samples))
+    each, whatever = memory.scale * sample, memory.scale * fixed
+    lines = [f"{format_bytes(size)} {what}" for size, what in ((each, "per sample"), (whatever, "whatever its size")) if size >= 1]
+    adds = f"{format_bytes(memory.chunk_bytes(samples))} ({' and '.join(lines)})" if lines else "nothing to that"
     text = (
-        f"Memory on {lane.name}: {format_bytes(memory.resident_bytes)} stay during the whole run; a chunk adds "
-        f"{format_bytes(memory.scale * sample)} per sample"
+        f"Memory on {device}{f' ({len(lanes)} lanes)' if len(lanes) > 1 else ''}: {format_bytes(memory.resident_bytes)} stay during the "
+        f"whole run; a chunk of {samples} adds {adds}; with a margin at most {format_bytes(memory.peak_bytes(samples))}."
     )
-    text += f" and {format_bytes(memory.scale * fixed)} whatever its size" if fixed >= 1 << 10 else ""
-    return f"{text}; measured: {memory.scale:.2f} of what its tensors say." if memory.scale != 1 else f"{text}."
+    if memory.scale != 1:
+        text += f" The first chunks took {memory.scale:.2f} times what their tensors say, and so does this count."
+    return wrap(text)
+
+
+def _name(op: OpOverload) -> str:
+    return op.name().removeprefix("aten::")
+
+
+def _short(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= NAME else f"{name[: NAME - 18]}…{name[-17:]}"
+
+
+def _digits(largest: float) -> int:
+    """Decimals with which the largest of a column shows three digits."""
+    return max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
+
+
+def _fixed(value: float, digits: int) -> str:
+    least = 10.0**-digits
+    return f"{value:,.{digits}f}" if value >= least or not value else f"<{least:.{digits}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 or not share else "<1%"

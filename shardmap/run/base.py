@@ -65,6 +65,8 @@ class Job:
     """Whether chunks are computed again in backward instead of keeping what they saved."""
     call: str
     """The user's call, for errors."""
+    unit: int | None = None
+    """Samples per storage unit, where results go to a store: chunks do not cross units."""
 
 
 @dataclass(frozen=True, slots=True)

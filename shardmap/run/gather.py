@@ -52,6 +52,10 @@ class Gather:
             whole = self.whole[k] = whole.movedim(d, 0) if d else whole
         return whole
 
+    def slot(self, k: int, start: int, stop: int) -> torch.Tensor:
+        """Where the results of the samples `start` to `stop` belong, of the stacked output `k`."""
+        return self.stacked(k)[start:stop]
+
     def forget(self) -> None:
         """Let go of all results: lanes hold this object, and tracebacks hold them."""
         for held in (self.parts, self.single, self.whole, self.totals):
@@ -75,7 +79,7 @@ class Gather:
             elif self.concatenate or stop - start == self.job.samples:
                 self.parts.setdefault(k, {})[start] = t.to(out.device)
             else:
-                self.stacked(k)[start:stop].copy_(t)
+                self.slot(k, start, stop).copy_(t)
 
     def combined(self, outs: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
         """A chunk's outputs as `add` takes them, on the device that computed them."""

@@ -141,7 +141,7 @@ class Lane:
             if not out.mapped:
                 continue
             if out.reduction is None:
-                slices.append(self.gather.stacked(k)[chunk.start : chunk.stop])
+                slices.append(self.gather.slot(k, chunk.start, chunk.stop))
                 continue
             scratch = self.scratch.get(k)
             if scratch is None or scratch.shape[0] < chunk.size:

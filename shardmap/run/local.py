@@ -15,10 +15,12 @@ from shardmap import engine, errors
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
-from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit
+from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit, unheard
 from shardmap.run.gather import Gather, placed
 from shardmap.run.lanes import Flight, Lane, make_lane
 from shardmap.run.prepare import Devices
+from shardmap.run.storing import StoreGather
+from shardmap.store import Store
 
 logger = logging.getLogger("shardmap")
 
@@ -29,13 +31,14 @@ LEAST_SHARE = 4
 """The last chunks are smaller, so that lanes finish together, but not below this part of a full one."""
 
 
-def run(job: Job, split: Split, on: Devices) -> list[torch.Tensor]:
-    """The outputs of all samples, stacked or reduced, on their devices.
+def run(job: Job, split: Split, on: Devices, store: Store | None = None) -> list[torch.Tensor]:
+    """The outputs of all samples, stacked or reduced, on their devices; none if they go to a store.
 
     Args:
         job: The mapped call.
         split: Who is expected to compute how much.
         on: The devices, as far as they are ready.
+        store: Where results go instead of memory; only the units that are missing there are computed.
 
     Raises:
         OutOfMemory: Not even one sample fits.
@@ -44,7 +47,7 @@ def run(job: Job, split: Split, on: Devices) -> list[torch.Tensor]:
     started = time.perf_counter()
     emit(RunStarted(split.samples, sum(lane.chunks for lane in split.lanes) or 1, tuple(lane.name for lane in split.lanes)))
     previous = torch.is_grad_enabled()
-    executor = _Run(job, split, on)
+    executor = _Run(job, split, on, store)
     try:
         with engine.plain_numerics():
             if not job.grad:
@@ -98,18 +101,21 @@ class _Fault:
 class _Run:
     """One call: a queue of samples, and lanes that take chunks from it as they become free."""
 
-    def __init__(self, job: Job, split: Split, on: Devices):
+    def __init__(self, job: Job, split: Split, on: Devices, store: Store | None):
         self.job = job
         self.on = on
-        self.gather = Gather(job)
+        self.gather = Gather(job) if store is None else StoreGather(job, store)
         self.lanes = [make_lane(i, plan, job, on, self.gather, alone=len(split.lanes) == 1) for i, plan in enumerate(split.lanes)]
         self.next = 0
         """The first sample that no lane has had."""
         self.again: collections.deque[Chunk] = collections.deque()
-        """Chunks that failed, in order."""
+        """Chunks that failed, in order; of a store, the units that are missing."""
         self.failures: collections.Counter[int] = collections.Counter()
         """How many devices a sample's chunk has failed on, by the chunk's first sample."""
-        self.empty = split.samples == 0
+        if store is not None:
+            self.next = split.samples
+            self.again.extend(Chunk(*store.header.rows(unit)) for unit in store.missing())
+        self.empty = split.samples == 0 and store is None
         self.reduced = any(o.reduction is not None for o in job.outputs)
 
     def run(self) -> None:
@@ -168,7 +174,8 @@ class _Run:
     def _submit(self, lane: Lane, chunk: Chunk) -> None:
         written = self._backup(chunk)
         try:
-            lane.submit(chunk)
+            with unheard():  # a map inside an operator of the user's is no event of this one
+                lane.submit(chunk)
             return
         except Exception as error:
             fault = _classify(error)

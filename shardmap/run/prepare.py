@@ -195,8 +195,9 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     device = ready.device
     here = [o for o in job.outputs if o.device == device]
     stacked = sum(o.sample_bytes for o in here if o.stacked)
-    resident = stacked * job.samples
-    resident += sum(o.sample_bytes * (1 if o.dim is None else job.samples + 1) for o in here if not o.mapped and o.reduction is None)
+    held_rows = job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))  # of a store: units being put together
+    resident = stacked * held_rows
+    resident += sum(o.sample_bytes * (1 if o.dim is None else held_rows + 1) for o in here if not o.mapped and o.reduction is None)
     resident += sum(3 * o.sample_bytes for o in here if o.reduction is not None)  # the total in twice the width, and a chunk's share
     resident += sum(_bytes(t) for t, there in zip(ready.captured, job.recording.captured, strict=True) if t is not there)
     held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
@@ -220,7 +221,7 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
         levels = [Level(max(0, a.fixed_bytes - kept.fixed_bytes), max(0, a.sample_bytes - kept.sample_bytes)) for a in levels]
     if accelerated and lanes > 1:
         levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
-    return MemoryModel(resident, envelope(levels), known.workspace, 1.0 if known.scale is None else known.scale)
+    return MemoryModel(resident, envelope(levels), 1.0 if known.scale is None else known.scale)
 
 
 def _bytes(t: torch.Tensor) -> int:

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from shardmap.extras import require
+from shardmap.internals import dispatch_modes
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted, listen
+from shardmap.trace import Recorder
+
+WIDE = 90
+"""Columns of a terminal from which on there is room for words that can be guessed."""
+
+_drawing: contextvars.ContextVar[bool] = contextvars.ContextVar("shardmap_drawing", default=False)
+"""Whether something draws already: a terminal has room for one."""
 
 
 @contextlib.contextmanager
-def bar(always: bool = False) -> Iterator[None]:
+def bar(always: bool = False, console: Any = None) -> Iterator[None]:
     """Draw the maps that run inside this context on stderr.
 
     Args:
         always: Draw where stderr is not a terminal, too; by default nothing is drawn there.
+        console: A rich console to draw on instead of stderr.
 
     Raises:
         MissingExtraError: rich is not installed.
     """
-    if not always and not sys.stderr.isatty():
+    if _drawing.get() or not _watched(always, console) or _recorded():
         yield
         return
-    with bars(always=always) as drawn, listen(drawn):
+    with bars(always=always, console=console) as drawn, listen(drawn):
         yield
 
 
 @contextlib.contextmanager
 def bars(always: bool = False, preparing: bool = False, console: Any = None) -> Iterator[Bars]:
-    """What draws events while this context lasts.
+    """What draws events while this context lasts; it draws nothing, and needs no rich, where nobody watches.
 
     Args:
         always: Draw where stderr is not a terminal, too.
@@ -41,50 +52,135 @@ def bars(always: bool = False, preparing: bool = False, console: Any = None) -> 
     Raises:
         MissingExtraError: rich is not installed.
     """
-    rich_console = require("rich.console", extra="run", purpose="to show progress")
-    rich_progress = require("rich.progress", extra="run", purpose="to show progress")
-    console = console or rich_console.Console(stderr=True, force_terminal=True if always else None)
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.TextColumn("{task.fields[samples]}"),
-        rich_progress.TextColumn("{task.fields[chunks]}"),
-        rich_progress.TextColumn("{task.fields[speed]}"),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
+    if not _watched(always, console):
+        yield Bars(None, preparing)
+        return
+    with _progress(always, console) as progress:
+        token = _drawing.set(True)
+        try:
+            yield Bars(progress, preparing)
+        finally:
+            _drawing.reset(token)
+
+
+def _watched(always: bool, console: Any) -> bool:
+    return always or console is not None or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _recorded() -> bool:
+    """Whether this map stands in a function that is being recorded: it is replayed as a part of another one.
+
+    Nor may anything be drawn there: the import of rich moves python's random state, and a recording takes that for the function's doing.
+    """
+    return any(isinstance(mode, Recorder) for mode in dispatch_modes())
+
+
+def _progress(always: bool, console: Any) -> Any:
+    """A rich progress display: what a line says is plain text, for reasons and paths are full of what rich takes for markup."""
+    rich_progress, rich_table, rich_text = [
+        require(f"rich.{name}", extra="run", purpose="to show progress") for name in ("progress", "table", "text")
+    ]
+    console = console or require("rich.console", extra="run", purpose="to show progress").Console(
+        stderr=True, force_terminal=always or None
     )
-    with rich_progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bars(progress, preparing)
+
+    class Bar(rich_progress.BarColumn):
+        """A bar for the whole map; for a device its share of what is done, since it has no total of its own."""
+
+        def render(self, task: Any) -> Any:
+            share = task.fields["share"]
+            return super().render(task) if share is None else rich_text.Text(share, no_wrap=True, overflow="ellipsis")
+
+    class Time(rich_progress.ProgressColumn):
+        """The time left, or how long it took."""
+
+        def render(self, task: Any) -> Any:
+            ends = task.fields["ends"]
+            if task.fields["share"] is not None:
+                return rich_text.Text("")
+            if task.total is None or task.finished:
+                return rich_text.Text(_clock(task.finished_time if task.finished else task.elapsed))
+            left = " left" if console.width >= WIDE else ""
+            return rich_text.Text(f"{_clock(None if ends is None else max(0.0, ends - time.perf_counter()))}{left}")
+
+    def column(**how: Any) -> Any:  # on a narrow terminal the bar shrinks first; then lines are cut, never wrapped
+        return rich_table.Column(no_wrap=True, **how)
+
+    def text(field: str, **how: Any) -> Any:
+        return rich_progress.TextColumn("{task." + field + "}", markup=False, table_column=column(**how))
+
+    facts = [text(f"fields[{name}]") for name in ("samples", "chunks", "speed")]
+    columns = (text("description", max_width=40), Bar(), *facts, Time(table_column=column()))
+    return rich_progress.Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=int(seconds)))
+
+
+class Outermost:
+    """Tells the events of a map from those of maps inside it, which a user's own operator may run."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def __call__(self, event: Event) -> bool:
+        """Whether the next event belongs to the outermost map."""
+        if isinstance(event, RunStarted):
+            self.open += 1
+            return self.open == 1
+        if isinstance(event, RunFinished):
+            self.open = max(0, self.open - 1)
+            return self.open == 0
+        return self.open <= 1
 
 
 class _Line:
     """One line: the whole map, or one device."""
 
-    def __init__(self, progress: Any, description: str, total: int | None):
+    def __init__(self, progress: Any, description: str, whole: bool = True):
         self.progress = progress
-        self.task = progress.add_task(description, total=total, samples="", chunks="", speed="")
-        self.total = total
-        self.samples = 0
-        self.chunks = 0
-        self.began = time.perf_counter()
+        self.blank = {"samples": "", "chunks": "", "speed": "", "ends": None, "share": None if whole else ""}
+        self.task = progress.add_task(description, total=None, **self.blank)
+        self.start(None, 0)
 
-    def restart(self, description: str, total: int) -> None:
+    def start(self, total: int | None, planned: int) -> None:
         """Count from nothing."""
-        self.total, self.samples, self.chunks, self.began = total, 0, 0, time.perf_counter()
-        self.progress.reset(self.task, description=description, total=total, samples=f"0/{total:,} samples", chunks="", speed="")
+        self.total, self.planned = total, planned
+        self.samples = self.chunks = self.again = 0
+        self.began = time.perf_counter()
+        if total is not None:
+            said = self.blank | {"samples": f"0/{total:,} samples", "chunks": self._chunks()}
+            self.progress.reset(self.task, total=total, description="mapping", **said)
 
-    def chunk(self, size: int, planned: int | None) -> None:
+    def count(self, size: int) -> None:
         """One more chunk is done."""
         self.samples += size
         self.chunks += 1
-        speed = self.samples / max(time.perf_counter() - self.began, 1e-9)
+        now = time.perf_counter()
+        speed = self.samples / max(now - self.began, 1e-9)  # by the clock on the wall: what devices do side by side adds up
+        ends = now + (self.total - self.samples) / speed if self.total and speed else None
+        total = "" if self.total is None else f"/{self.total:,}"
         self.progress.update(
             self.task,
             completed=self.samples,
-            samples=f"{self.samples:,}/{self.total:,} samples" if planned else f"{self.samples:,} samples",
-            chunks=f"{self.chunks}/{max(planned, self.chunks)} chunks" if planned else f"{self.chunks} chunks",
+            samples=f"{self.samples:,}{total} samples",
+            chunks=self._chunks(),
             speed=f"{speed:,.0f}/s",
+            ends=ends,
         )
+
+    def redo(self) -> None:
+        """A chunk goes back."""
+        self.again += 1
+        self.progress.update(self.task, chunks=self._chunks())
+
+    def _chunks(self) -> str:
+        """Done and planned; after memory ran out, and at the end of a run, chunks are smaller and more than were planned."""
+        done = f"{self.chunks:,}"
+        if self.total is not None:
+            done += f"/{max(self.planned, self.chunks + 1) if self.samples < self.total or not self.chunks else self.chunks:,}"
+        return f"{done} {'chunk' if done == '1' else 'chunks'}" + (f", {self.again:,} again" if self.again else "")
 
 
 class Bars:
@@ -92,37 +188,41 @@ class Bars:
 
     def __init__(self, progress: Any, preparing: bool):
         self.progress = progress
-        self.whole = _Line(progress, "preparing", None) if preparing else None
+        self.whole = _Line(progress, "preparing") if preparing and progress is not None else None
         self.lanes: dict[str, _Line] = {}
-        self.planned = 0
+        self.outermost = Outermost()
 
     def say(self, text: str) -> None:
         """Put a text where the map's line begins."""
         if self.whole is not None:
-            self.progress.update(self.whole.task, description=text)
+            self.progress.update(self.whole.task, description=" ".join(text.split()))
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
+        if self.progress is None or not self.outermost(event):
+            return
         if isinstance(event, RunStarted):
             self._started(event)
-        elif isinstance(event, ChunkDone) and self.whole is not None:
-            size = event.stop - event.start
-            self.whole.chunk(size, self.planned)
-            if event.device in self.lanes:  # of no total: faster devices take more
-                self.lanes[event.device].chunk(size, None)
-        elif isinstance(event, ChunkRedone):
-            line = self.lanes.get(event.device, self.whole)
-            if line is not None:
-                self.progress.update(line.task, description=f"{event.device}, again: {event.reason[:40]}")
         elif isinstance(event, RunFinished):
             self.say("mapped")
+        elif self.whole is not None:
+            lines = [self.whole, *([self.lanes[event.device]] if event.device in self.lanes else [])]
+            for line in lines:
+                if isinstance(event, ChunkRedone):
+                    line.redo()
+                elif isinstance(event, ChunkDone):
+                    line.count(event.stop - event.start)
+            self._share()
 
     def _started(self, event: RunStarted) -> None:
-        self.planned = event.chunks
-        if self.whole is None:
-            self.whole = _Line(self.progress, "mapping", event.samples)
-        self.whole.restart("mapping", event.samples)
+        self.whole = self.whole or _Line(self.progress, "mapping")
+        self.whole.start(event.samples, event.chunks)
         for line in self.lanes.values():
             self.progress.remove_task(line.task)
         several = len(event.devices) > 1
-        self.lanes = {name: _Line(self.progress, f"  {name}", event.samples) for name in event.devices} if several else {}
+        self.lanes = {name: _Line(self.progress, f"  {name}", whole=False) for name in event.devices} if several else {}
+
+    def _share(self) -> None:
+        done = self.whole.samples if self.whole is not None else 0
+        for line in self.lanes.values():
+            self.progress.update(line.task, share=f"share {line.samples / done:.0%}" if done else "")

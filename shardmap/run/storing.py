@@ -1,0 +1,116 @@
+"""Results that go to a store as they are computed: memory holds the units that are being put together, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap.errors import StoreError
+from shardmap.recording import element
+from shardmap.rules import pages
+from shardmap.run.base import Job
+from shardmap.run.gather import Gather
+from shardmap.store import Sink, Store, open_store, source
+
+UNIT_BYTES = 32 << 20
+"""Of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to lose little."""
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A storage unit that is being put together."""
+
+    first: int
+    left: int
+    """Rows that are not there yet."""
+    columns: list[torch.Tensor]
+
+
+class StoreGather(Gather):
+    """Puts chunks together to storage units; each is written and committed when it is whole. Chunks lie within one unit."""
+
+    def __init__(self, job: Job, store: Store):
+        super().__init__(job)
+        self.store = store
+        self.units: dict[int, _Unit] = {}
+        self.spare: list[list[torch.Tensor]] = []
+        """Memory of units that are written: filling fresh pages costs more than computing."""
+
+    def slot(self, k: int, start: int, stop: int) -> torch.Tensor:
+        """Where the rows of output `k` belong."""
+        unit = self._unit(start)
+        return unit.columns[k][start - unit.first : stop - unit.first]
+
+    def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
+        """Take the outputs of the samples `start` to `stop`; what is in its place already is None."""
+        if start == stop:
+            return
+        unit = self._unit(start)
+        for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
+            if t is not None:
+                self.slot(k, start, stop).copy_(t if out.mapped else t.expand(stop - start, *t.shape))
+        unit.left -= stop - start
+        if not unit.left:
+            number = unit.first // self.store.header.unit
+            first, last = self.store.header.rows(number)
+            self.store.commit(self.store.write(number, [column[: last - first] for column in unit.columns]))
+            self.spare.append(self.units.pop(number).columns)
+
+    def finish(self) -> list[torch.Tensor]:
+        """Everything is written."""
+        self.store.finish()
+        return []
+
+    def forget(self) -> None:
+        """Let go of all results."""
+        super().forget()
+        self.units.clear()
+        self.spare.clear()
+
+    def _unit(self, start: int) -> _Unit:
+        number = start // self.store.header.unit
+        unit = self.units.get(number)
+        if unit is None:
+            first, stop = self.store.header.rows(number)
+            columns = self.spare.pop() if self.spare else self._columns()
+            unit = self.units[number] = _Unit(first, stop - first, columns)
+        return unit
+
+    def _columns(self) -> list[torch.Tensor]:
+        rows, host = self.store.header.unit, torch.device("cpu")
+        return [pages.whole((rows, *out.shape), out.dtype, host) for out in self.job.outputs]
+
+
+def unit_of(job: Job, chunk_size: Any, stored: Sink | None) -> int:
+    """Samples per storage unit: those of the store that is to be resumed, the user's chunks, or about 32 MiB."""
+    if stored is not None:
+        with contextlib.suppress(StoreError):  # there is none yet, or `create` says what is wrong with it
+            return open_store(stored.where).header.unit
+    if isinstance(chunk_size, int):
+        return chunk_size
+    row = sum(o.sample_bytes for o in job.outputs)
+    return max(1, min(job.samples, UNIT_BYTES // max(row, 1)))
+
+
+def identity(job: Job, unit: int) -> dict[str, str]:
+    """The hashes that tell this run from another: what is computed, of what, cut how."""
+    recording = job.recording
+    program = hashlib.blake2b(digest_size=16)
+    program.update(recording.program.dumps().encode())
+    program.update(repr((recording.scalars, job.seed, [(o.shape, str(o.dtype)) for o in job.outputs])).encode())
+    _update(program, (*recording.captured, *recording.literals))
+    data = source(tuple(job.inputs)).digest() if job.samples else "no samples"
+    plan = hashlib.blake2b(f"{job.samples} {unit}".encode(), digest_size=16)
+    return {"program": program.hexdigest(), "data": data, "plan": plan.hexdigest()}
+
+
+def _update(digest: hashlib.blake2b, tensors: Iterable[torch.Tensor]) -> None:
+    for t in tensors:
+        plain = element(t).detach().cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(repr((tuple(plain.shape), str(plain.dtype))).encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)

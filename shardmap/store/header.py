@@ -1,0 +1,217 @@
+"""What a store holds, as frozen data: the header that says so, and the receipt for one unit that was written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap.errors import StoreError
+from shardmap.store import elements
+
+IDENTITY = {
+    "program": "the function, or a tensor that it captures, has changed",
+    "data": "the samples have changed",
+    "plan": "the batch is cut into other units",
+}
+"""The hashes that tell one run from another, and what it means when one differs."""
+
+_RESERVED: tuple[str, ...] = ("manifest", "manifest.jsonl", "zarr.json")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """One column of rows: an output of a map, or what a source gives."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one row."""
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name} {elements.dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a store holds, and of which run it is.
+
+    Raises:
+        StoreError: Names are empty or given twice, a dtype cannot be stored, an identity is missing, attributes are no JSON.
+    """
+
+    samples: int
+    """Rows of every output."""
+    unit: int
+    """Rows per storage unit: unit k holds the rows from k * unit to (k + 1) * unit, the last one what is left."""
+    outputs: tuple[OutputSpec, ...]
+    identity: dict[str, str]
+    """Hashes named "program", "data" and "plan"."""
+    attributes: dict[str, Any]
+    """Anything JSON: versions, names, the configuration's hash. Not compared when a run is resumed."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.unit < 1:
+            raise StoreError(f"a store of {self.samples} samples in units of {self.unit}: at least 0 samples, and 1 per unit")
+        if not self.outputs:
+            raise StoreError("a store needs at least one output")
+        _check_names([spec.name for spec in self.outputs])
+        for spec in self.outputs:
+            if not elements.storable(spec.dtype):
+                raise StoreError(f"output {spec}: files cannot hold {spec.dtype}; convert it inside the mapped function")
+        if missing := [key for key in IDENTITY if not isinstance(self.identity.get(key), str)]:
+            raise StoreError(f"identity has no hash for {', '.join(missing)}: it takes one each for {', '.join(IDENTITY)}")
+        try:
+            plain = json.loads(json.dumps(self.attributes))
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"attributes cannot be written as JSON: {error}") from error
+        object.__setattr__(self, "attributes", plain)  # as they will be read back: tuples are lists
+
+    @property
+    def units(self) -> int:
+        """How many units the rows make."""
+        return -(-self.samples // self.unit)
+
+    def rows(self, unit: int) -> tuple[int, int]:
+        """The first row of a unit, and one past its last.
+
+        Raises:
+            StoreError: There is no such unit.
+        """
+        if not 0 <= unit < self.units:
+            raise StoreError(f"unit {unit} is none of the {self.units} units of this store")
+        return unit * self.unit, min((unit + 1) * self.unit, self.samples)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all outputs."""
+        return sum(spec.row_bytes for spec in self.outputs)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """A name for each output that is safe in files and URLs and given once, whatever the case of its letters."""
+        return file_names([spec.name for spec in self.outputs])
+
+    def index(self, output: str | int) -> int:
+        """The position of an output given by name or position.
+
+        Raises:
+            StoreError: There is no such output.
+        """
+        names = [spec.name for spec in self.outputs]
+        if isinstance(output, str):
+            if output not in names:
+                raise StoreError(f"no output is named {output!r}; there are {', '.join(map(repr, names))}")
+            return names.index(output)
+        if not -len(names) <= output < len(names):
+            raise StoreError(f"no output has the position {output}; there are {len(names)}")
+        return output % len(names)
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        outputs = [{"name": s.name, "shape": list(s.shape), "dtype": elements.dtype_name(s.dtype)} for s in self.outputs]
+        return {
+            "samples": self.samples,
+            "unit": self.unit,
+            "outputs": outputs,
+            "identity": dict(self.identity),
+            "attributes": self.attributes,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Header:
+        """Back from `to_json`.
+
+        Raises:
+            StoreError: Something is missing or cannot be understood.
+        """
+        try:
+            outputs = []
+            for o in data["outputs"]:
+                dtype = elements.dtype_named(o["dtype"])
+                if dtype is None:
+                    raise ValueError(f"unknown dtype {o['dtype']!r}")
+                outputs.append(OutputSpec(o["name"], tuple(o["shape"]), dtype))
+            return Header(data["samples"], data["unit"], tuple(outputs), data["identity"], data["attributes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"the header cannot be understood ({error!r}): it may be of another version of shardmap") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a worker returns for a unit that it has written; nothing is done until the driver has committed it."""
+
+    unit: int
+    start: int
+    stop: int
+    """One past the last row."""
+    bytes: int
+    """Of all outputs, as in memory."""
+    checksums: tuple[str, ...]
+    """One per output, of its raw bytes, with the name of the hash."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {"unit": self.unit, "start": self.start, "stop": self.stop, "bytes": self.bytes, "checksums": list(self.checksums)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Receipt:
+        """Back from `to_json`; raises KeyError or TypeError on anything else."""
+        return Receipt(int(data["unit"]), int(data["start"]), int(data["stop"]), int(data["bytes"]), tuple(data["checksums"]))
+
+
+def differences(stored: Header, wanted: Header) -> list[str]:
+    """What tells two runs apart, each in words; nothing if the one can be resumed as the other."""
+    out = [
+        f"{key}: {meaning} ({stored.identity[key][:12]} is stored, {wanted.identity[key][:12]} is wanted)"
+        for key, meaning in IDENTITY.items()
+        if stored.identity[key] != wanted.identity[key]
+    ]
+    if stored.samples != wanted.samples:
+        out.append(f"samples: {stored.samples} are stored, {wanted.samples} are wanted")
+    if stored.unit != wanted.unit:
+        out.append(f"unit: {stored.unit} rows are stored together, {wanted.unit} are wanted")
+    before, now = [s.name for s in stored.outputs], [s.name for s in wanted.outputs]
+    if before != now:
+        return [*out, f"outputs: {', '.join(before)} are stored, {', '.join(now)} are wanted"]
+    for a, b in zip(stored.outputs, wanted.outputs, strict=True):
+        if a.shape != b.shape:
+            out.append(f"shape of {a.name}: {list(a.shape)} is stored, {list(b.shape)} is wanted")
+        if a.dtype != b.dtype:
+            out.append(f"dtype of {a.name}: {elements.dtype_name(a.dtype)} is stored, {elements.dtype_name(b.dtype)} is wanted")
+    return out
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise StoreError(f"an output is named {name!r}: names are texts of at least one character")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise StoreError(f"several outputs are named {', '.join(map(repr, twice))}: give each a name of its own")
+
+
+def file_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names for files: other characters than letters of ASCII, digits, `.`, `-` and `_` become `_`, equal ones get numbers."""
+    taken = set(_RESERVED)
+    out = []
+    for name in names:
+        safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100].lstrip(".")
+        if safe.startswith("__") or not safe:  # zarr keeps names that begin so to itself
+            safe = "x" + safe
+        number, unique = 1, safe
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{safe}-{number}"
+        taken.add(unique.casefold())
+        out.append(unique)
+    return tuple(out)

@@ -1,0 +1,284 @@
+"""What of a store is done: a header, and an entry for each unit that was committed. Nothing else decides it.
+
+A folder has `manifest.jsonl`, a line per entry, appended and synced to the disk. Where nothing can be appended to a file
+(object stores) each entry is a small object under `manifest/`. Entries carry a CRC-32 of their text: it tells a changed digit
+from a good one at no cost (the data has hashes), and a line that was cut short in a crash from one that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from shardmap.errors import StoreError
+from shardmap.store.header import Header, Receipt
+from shardmap.store.places import LocalPlace, Place
+
+FORMAT = 1
+JOURNAL = "manifest.jsonl"
+FOLDER = "manifest"
+_HEAD = f"{FOLDER}/header.json"
+_ENTRY = re.compile(r"unit-\d+\.json")
+_REMEDY = "restore it from a copy, or write the results anew to another place"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first entry: which kind of store this is, and what it holds."""
+
+    kind: str
+    header: Header
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {"shardmap": {"format": FORMAT, "kind": self.kind}, **self.header.to_json()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any], url: str) -> Head:
+        """Back from `to_json`.
+
+        Raises:
+            StoreError: It is of a later version, or no such thing.
+        """
+        about = data.get("shardmap")
+        if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+            raise StoreError(f"{url}: its manifest is none of shardmap's")
+        if about["format"] > FORMAT:
+            raise StoreError(f"{url}: written by a later version of shardmap (format {about['format']}, here {FORMAT}): upgrade shardmap")
+        return Head(str(about["kind"]), Header.from_json(data))
+
+
+def encode(entry: dict[str, Any]) -> bytes:
+    """An entry as one line of JSON that ends with the CRC-32 of what is before it."""
+    body = json.dumps(entry, separators=(",", ":")).encode()[:-1]
+    return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """Back from `encode`; None if the line is not what was written."""
+    body, mark, rest = line.rstrip(b"\n").rpartition(b',"crc":"')
+    if not mark or rest != b'%08x"}' % zlib.crc32(body):
+        return None
+    return json.loads(body + b"}")
+
+
+class Manifest(ABC):
+    """The record of one store."""
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    @abstractmethod
+    def head(self) -> Head:
+        """Which kind of store this is, and what it holds."""
+
+    @abstractmethod
+    def receipts(self) -> dict[int, Receipt]:
+        """The units that are committed now, by number."""
+
+    @abstractmethod
+    def known(self) -> dict[int, Receipt]:
+        """The units that were committed when somebody last looked."""
+
+    @abstractmethod
+    def commit(self, receipt: Receipt) -> None:
+        """Record that a unit is done."""
+
+    @abstractmethod
+    def withdraw(self, unit: int) -> None:
+        """Record that a unit is not done after all."""
+
+    @abstractmethod
+    def start(self, head: Head) -> None:
+        """Begin with this header and no units, whatever was there before."""
+
+
+@dataclass(slots=True)
+class _State:
+    """A journal as it was read."""
+
+    signature: Any
+    head: Head
+    receipts: dict[int, Receipt]
+    valid: int
+    """Bytes of the lines that are whole; what comes after them was cut short by a crash."""
+
+
+class Journal(Manifest):
+    """`manifest.jsonl`, which one process appends to."""
+
+    def __init__(self, place: Place):
+        super().__init__(place)
+        self._state: _State | None = None
+
+    def head(self) -> Head:
+        """Which kind of store this is, and what it holds."""
+        return self._load().head
+
+    def receipts(self) -> dict[int, Receipt]:
+        """The units that are committed now, by number."""
+        return dict(self._load().receipts)
+
+    def known(self) -> dict[int, Receipt]:
+        """The units that were committed when somebody last looked."""
+        return (self._state or self._load()).receipts
+
+    def start(self, head: Head) -> None:
+        """Begin with this header and no units, whatever was there before."""
+        self._local()
+        self.place.write(JOURNAL, encode(head.to_json()))
+        self._state = None
+
+    def commit(self, receipt: Receipt) -> None:
+        """Append a line, and wait until it is on the disk."""
+        self._append(receipt.to_json())
+        self.known()[receipt.unit] = receipt
+
+    def withdraw(self, unit: int) -> None:
+        """Append a line that takes a commit back."""
+        self._append({"withdrawn": unit})
+        self.known().pop(unit, None)
+
+    def _local(self) -> LocalPlace:
+        if not isinstance(self.place, LocalPlace):
+            raise StoreError(
+                f"{self.place.url}: the store was copied there from a folder and can only be read; write to a copy in a folder"
+            )
+        return self.place
+
+    def _load(self) -> _State:
+        signature = self.place.signature(JOURNAL)
+        if self._state is None or signature is None or signature != self._state.signature:
+            self._state = _parse(self.place.read(JOURNAL), signature, self.place.url)
+        return self._state
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        place, state, line = self._local(), self._load(), encode(entry)
+        with place.explained(f"appending to {JOURNAL}"):
+            handle = os.open(place.path(JOURNAL), os.O_WRONLY)
+            try:
+                os.ftruncate(handle, state.valid)  # a line that a crash cut short goes
+                try:
+                    _write_all(handle, line, state.valid)
+                    os.fsync(handle)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(handle, state.valid)
+                    raise
+            finally:
+                os.close(handle)
+        state.valid += len(line)
+        state.signature = place.signature(JOURNAL)
+
+
+def _write_all(handle: int, data: bytes, at: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, at)
+        data, at = data[written:], at + written
+
+
+def _parse(data: bytes, signature: Any, url: str) -> _State:
+    *lines, _ = data.split(b"\n")  # after the last line's end there is nothing, or a line that was cut short
+    entries = [decode(line) for line in lines]
+    if len(entries) > 1 and entries[-1] is None:
+        entries.pop()  # the disk may have the length of a line before it has the line
+    if not entries or entries[0] is None:
+        raise StoreError(f"{url}: the first line of {JOURNAL} is damaged; {_REMEDY}")
+    receipts: dict[int, Receipt] = {}
+    for number, entry in enumerate(entries[1:], start=2):
+        if entry is not None and "withdrawn" in entry:
+            receipts.pop(entry["withdrawn"], None)
+            continue
+        receipt = _receipt(entry)
+        if receipt is None:
+            raise StoreError(f"{url}: line {number} of {JOURNAL} is damaged; {_REMEDY}")
+        receipts[receipt.unit] = receipt
+    return _State(signature, Head.from_json(entries[0], url), receipts, sum(len(line) + 1 for line in lines[: len(entries)]))
+
+
+def _receipt(entry: dict[str, Any] | None) -> Receipt | None:
+    try:
+        return Receipt.from_json(entry) if entry is not None else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class Objects(Manifest):
+    """A small object per entry under `manifest/`, for places where nothing can be appended."""
+
+    def __init__(self, place: Place):
+        super().__init__(place)
+        self._seen: dict[str, Receipt] | None = None
+        """What was read, by name of the object: one is written once, or once more with the same."""
+
+    def head(self) -> Head:
+        """Which kind of store this is, and what it holds."""
+        entry = decode(self.place.read(_HEAD))
+        if entry is None:
+            raise StoreError(f"{self.place.url}: {_HEAD} is damaged; {_REMEDY}")
+        return Head.from_json(entry, self.place.url)
+
+    def receipts(self) -> dict[int, Receipt]:
+        """The units that are committed now, by number."""
+        names = [name for name in self.place.names(FOLDER) if _ENTRY.fullmatch(name)]
+        before = self._seen or {}
+        fresh = [name for name in names if name not in before]
+        read = dict(zip(fresh, self.place.read_many([f"{FOLDER}/{name}" for name in fresh]), strict=True))
+        self._seen = {name: before[name] if name in before else self._receipt(name, read[name]) for name in names}
+        return self._by_unit()
+
+    def known(self) -> dict[int, Receipt]:
+        """The units that were committed when somebody last looked."""
+        return self.receipts() if self._seen is None else self._by_unit()
+
+    def start(self, head: Head) -> None:
+        """Begin with this header and no units, whatever was there before."""
+        self.place.remove(FOLDER)
+        self.place.write(_HEAD, encode(head.to_json()))
+        self._seen = None
+
+    def commit(self, receipt: Receipt) -> None:
+        """Write the unit's object."""
+        name = _entry_name(receipt.unit)
+        self.place.write(f"{FOLDER}/{name}", encode(receipt.to_json()))
+        if self._seen is not None:
+            self._seen[name] = receipt
+
+    def withdraw(self, unit: int) -> None:
+        """Remove the unit's object."""
+        name = _entry_name(unit)
+        self.place.remove(f"{FOLDER}/{name}")
+        if self._seen is not None:
+            self._seen.pop(name, None)
+
+    def _receipt(self, name: str, data: bytes) -> Receipt:
+        receipt = _receipt(decode(data))
+        if receipt is None:
+            raise StoreError(f"{self.place.url}: {FOLDER}/{name} is damaged; remove it, and its unit is computed again")
+        return receipt
+
+    def _by_unit(self) -> dict[int, Receipt]:
+        assert self._seen is not None
+        return {receipt.unit: receipt for receipt in self._seen.values()}
+
+
+def _entry_name(unit: int) -> str:
+    return f"unit-{unit:08d}.json"
+
+
+def find_manifest(place: Place) -> Manifest | None:
+    """The manifest of the store at a place, of whichever form; None if there is no store."""
+    if place.exists(JOURNAL):
+        return Journal(place)
+    return Objects(place) if place.exists(_HEAD) else None
+
+
+def new_manifest(place: Place) -> Manifest:
+    """A manifest of the form that suits a place; `start` makes it."""
+    return Objects(place) if place.remote else Journal(place)

@@ -1,0 +1,152 @@
+"""Results as one `.npy` file per output, which numpy maps into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import torch
+
+from shardmap.store import elements
+from shardmap.store.base import Store
+from shardmap.store.header import Header
+from shardmap.store.places import Place, local_only, replacing
+from shardmap.store.sink import Sink
+
+
+@dataclass(frozen=True)
+class MemmapSink(Sink):
+    """Write results to files `<output>.npy` of their final size; rows not written yet take no room.
+
+    `np.load(path, mmap_mode="r")` reads them. What numpy lacks is stored as unsigned integers of the same bits (bfloat16 as
+    uint16). A unit is written in its place, so it is whole only once it is committed.
+
+    Args:
+        folder: Where the files go. Writers on several machines share files: a network file system must let them (Lustre, GPFS and
+            NFS do); prefer ZarrSink where you are not sure.
+        overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
+    """
+
+    folder: str | os.PathLike[str]
+    overwrite: bool = False
+
+    @property
+    def where(self) -> str:
+        """The folder as it was given."""
+        return os.fspath(self.folder)
+
+    def _store(self, url: str, header: Header) -> Store:
+        return MemmapStore(url, header)
+
+    def _lay_out(self, store: Store) -> None:
+        assert isinstance(store, MemmapStore)
+        header = store.header
+        committed = max((receipt.stop for receipt in store.receipts().values()), default=0)
+        for index, spec in enumerate(header.outputs):
+            path = store._path(index)
+            if os.path.exists(path):
+                offset, length = store._offset(index), os.path.getsize(path)
+                if length < offset + committed * spec.row_bytes:
+                    raise store._damaged(f"{os.path.basename(path)} is cut short")
+                if length < offset + header.samples * spec.row_bytes:
+                    os.truncate(path, offset + header.samples * spec.row_bytes)
+            elif committed and spec.row_bytes:
+                raise store._damaged(f"{os.path.basename(path)} is gone")
+            else:
+                _allocate(path, (header.samples, *spec.shape), elements.numpy_dtype(spec.dtype))
+
+    def _check(self, place: Place, header: Header) -> None:
+        local_only(place, "MemmapSink")
+
+
+class MemmapStore(Store):
+    """Results in `.npy` files."""
+
+    kind = "memmap"
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.url, f"{self._names[index]}.npy")
+
+    def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+        # Through the file, not the mapping: when a disk is full, a write to a mapping kills the process (SIGBUS).
+        start, _ = self.header.rows(unit)
+        for index, t in enumerate(tensors):
+            offset = self._offset(index) + start * self.header.outputs[index].row_bytes
+            handle = os.open(self._path(index), os.O_WRONLY)
+            try:
+                _write_all(handle, elements.raw(t), offset)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def _read(self, index: int, start: int, stop: int) -> torch.Tensor:
+        spec = self.header.outputs[index]
+        out = torch.empty((stop - start, *spec.shape), dtype=spec.dtype)
+        offset = self._offset(index) + start * spec.row_bytes
+        with open(self._path(index), "rb", buffering=0) as f:
+            f.seek(offset)
+            if _read_all(f, elements.raw(out)) < out.nbytes:
+                raise self._damaged(f"{os.path.basename(self._path(index))} ends before row {stop}")
+        return out
+
+    def _offset(self, index: int) -> int:
+        """Where the rows of an output begin in its file, whose header is checked."""
+        path, spec = self._path(index), self.header.outputs[index]
+        name = os.path.basename(path)
+        try:
+            with open(path, "rb") as f:
+                shape, fortran, dtype = read_npy_header(f)
+                offset = f.tell()
+        except FileNotFoundError:
+            raise self._damaged(f"{name} is gone") from None
+        except ValueError as error:
+            raise self._damaged(f"{name} is no .npy file ({error})") from error
+        if shape != (self.header.samples, *spec.shape) or fortran or dtype != elements.numpy_dtype(spec.dtype):
+            raise self._damaged(f"{name} has {dtype} {list(shape)}, not what this store declares")
+        return offset
+
+    def _files(self) -> list[str]:
+        return [f"{name}.npy" for name in self._names]
+
+
+def _allocate(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A `.npy` file of zeros that takes no room; `np.lib.format.open_memmap` makes no empty ones, and leaves half of one on failure."""
+    with replacing(path) as temporary, open(temporary, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+        f.truncate(f.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+
+
+def _write_all(handle: int, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, at)  # at most 2 GiB at a time
+        data, at = data[written:], at + written
+
+
+def _read_all(f: IO[bytes], into: memoryview) -> int:
+    """Fill `into`; the number of bytes that there were."""
+    done = 0
+    while done < len(into):
+        count = f.readinto(into[done:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        done += count
+    return done
+
+
+def read_npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype of a `.npy` file, which is left where its elements begin.
+
+    Raises:
+        ValueError: It is none, or holds Python objects.
+    """
+    version = np.lib.format.read_magic(f)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version[0]}.{version[1]} of the format is unknown here")
+    shape, fortran, dtype = readers[version](f)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are never loaded")
+    return shape, fortran, dtype

@@ -1,0 +1,121 @@
+"""Sinks: the user's side of a store. One place is laid out once, found again, or refused in words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from shardmap.errors import StoreError, StoreMismatchError
+from shardmap.store.base import Store, kind_of
+from shardmap.store.header import Header, differences
+from shardmap.store.manifest import FOLDER, JOURNAL, Head, Manifest, Objects, find_manifest, new_manifest
+from shardmap.store.places import LocalPlace, Place, place_of, warn_if_full
+
+
+class Sink(ABC):
+    """Where results are to be written, and how: what the user passes as `out=`. Kinds are frozen dataclasses."""
+
+    overwrite: bool
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The path or URL as it was given."""
+
+    @abstractmethod
+    def _store(self, url: str, header: Header) -> Store:
+        """The store of this kind."""
+
+    @abstractmethod
+    def _lay_out(self, store: Store) -> None:
+        """Make the files that all units share, as far as they are not there.
+
+        Raises:
+            StoreDamagedError: Units are committed, and what they were written to is gone.
+        """
+
+    @abstractmethod
+    def _check(self, place: Place, header: Header) -> None:
+        """Refuse what this kind cannot write, or not there, before anything is made.
+
+        Raises:
+            StoreError: What it is.
+            MissingExtraError: A package is not installed.
+        """
+
+    def create(self, header: Header, resume: bool = False) -> Store:
+        """Make the store, or find it again.
+
+        Args:
+            header: What it is to hold, and of which run it is.
+            resume: Go on with what is stored there; what is not there is made. Otherwise the place must be empty, or hold a store
+                that `overwrite=True` allows to replace.
+
+        Returns:
+            The store, ready for workers.
+
+        Raises:
+            StoreMismatchError: What is stored is of another run; the message lists what differs.
+            StoreError: The place is not empty, holds something else, or cannot be written to.
+        """
+        place = place_of(self.where)
+        self._check(place, header)
+        if isinstance(place, LocalPlace) and place.exists("") and not place.is_folder():
+            raise StoreError(f"{place.url} is a file, where a store needs a folder: name another place")
+        manifest = find_manifest(place)
+        if manifest is None:
+            self._refuse_foreign(place)
+        elif resume:
+            return self._resumed(place, manifest.head(), header)
+        elif not self.overwrite:
+            raise StoreError(
+                f"{place.url} holds a store already: pass resume=True to go on with it, overwrite=True to the sink to replace it, "
+                "or name another place"
+            )
+        else:
+            _clear(manifest, place)
+        store = self._store(place.url, header)
+        new_manifest(place).start(Head(store.kind, header))
+        self._finish_layout(store, place)
+        return store
+
+    def _resumed(self, place: Place, stored: Head, header: Header) -> Store:
+        store = self._store(place.url, stored.header)
+        if stored.kind != store.kind:
+            raise StoreMismatchError(
+                f"{place.url} holds a store of kind {stored.kind}, not {store.kind}: use its sink, or name another place"
+            )
+        if differing := differences(stored.header, header):
+            raise StoreMismatchError(
+                f"{place.url} holds another run, so it cannot be resumed: {'; '.join(differing)}. Make the call as it was made before, "
+                "name another place, or start anew with overwrite=True and without resume"
+            )
+        store._tidy()
+        self._finish_layout(store, place)
+        return store
+
+    def _finish_layout(self, store: Store, place: Place) -> None:
+        with place.explained("making the store"):
+            self._lay_out(store)
+        rows = sum(stop - start for start, stop in map(store.header.rows, store.missing()))
+        warn_if_full(place, rows * store.header.row_bytes)
+
+    def _refuse_foreign(self, place: Place) -> None:
+        if found := place.names():
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise StoreError(
+                f"{place.url} is not empty and no store of shardmap ({', '.join(found[:3])}{more}; no manifest): nothing of it is touched, "
+                "even with overwrite=True; name another place, or remove it yourself"
+            )
+
+
+def _clear(manifest: Manifest, place: Place) -> None:
+    """Remove a store, and nothing that is not of one."""
+    head = manifest.head()
+    old = kind_of(head, place.url)(place.url, head.header)
+    names = old._files()
+    if isinstance(manifest, Objects) or not place.remote:
+        manifest.start(head)  # first nothing is committed any more, then the files go
+    for name in names:
+        place.remove(name)
+    for name in (JOURNAL, FOLDER):
+        place.remove(name)
