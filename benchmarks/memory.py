@@ -73,7 +73,10 @@ def _transformer(device: str) -> Any:
 
 def _jacobian(device: str) -> Any:
     inner, outer = torch.randn(256, 64, device=device), torch.randn(2048, 256, device=device)
-    function = lambda x: torch.autograd.functional.jacobian(lambda v: outer @ torch.tanh(inner @ v), x)  # noqa: E731
+
+    def function(x: Tensor) -> Any:
+        return torch.autograd.functional.jacobian(lambda v: outer @ torch.tanh(inner @ v), x)
+
     return function, (torch.randn(1500, 64, device=device),), {}
 
 
@@ -160,7 +163,10 @@ def measure_budget(which: str, chunk: Any, device: str) -> dict[str, Any]:
             found = shardmap.vmap(_gradient(model), memory_budget="1GiB")(x, y)
         else:
             parameters = {k: p.detach() for k, p in model.named_parameters()}
-            loss = lambda p, x, y: F.cross_entropy(torch.func.functional_call(model, p, (x[None],)), y[None])  # noqa: E731
+
+            def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+                return F.cross_entropy(torch.func.functional_call(model, p, (x[None],)), y[None])
+
             found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=chunk)(parameters, x, y)
         size = sum(t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(found))
     whole = shardmap.plan(_gradient(model), chunk_size=None)(x, y).lanes[0].peak_bytes if which == "shardmap" else None

@@ -79,11 +79,11 @@ class ConfigError(ShardmapError, ValueError):
     """A run's configuration is wrong: the message names the key, the value and the remedy."""
 
 
-class OverBudget(ShardmapError, MemoryError):  # noqa: N818 - as users say it
+class OverBudget(ShardmapError, MemoryError):
     """A map needs more memory than it may take; nothing has run."""
 
 
-class OutOfMemory(ShardmapError, MemoryError):  # noqa: N818 - as users say it
+class OutOfMemory(ShardmapError, MemoryError):
     """Memory ran out although chunks are as small as they can be."""
 
 
