@@ -37,6 +37,9 @@ TWO = shardmap.Ray(workers=2)
 @pytest.fixture(scope="module", autouse=True)
 def _local_ray() -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if ray.is_initialized():  # by a test of another file in this process
+        on_ray.release()
+        ray.shutdown()
     ray.init(address="local", num_cpus=2, include_dashboard=False, **quiet)
     yield
     on_ray.release()
