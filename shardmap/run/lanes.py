@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
+from shardmap.planning.memory import MARGIN_BYTES
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
 from shardmap.rules import pages
@@ -171,10 +172,13 @@ class Lane:
 
 
 def _worth_slices(job: Job, plan: LanePlan) -> bool:
-    """Whether to write into the result's slices: not where one chunk of small results is the result."""
-    if plan.chunk < job.samples or any(o.reduction is not None for o in job.outputs):
+    """Whether to write into the result's slices: not where one chunk is the result, and copies of it would be lost in the margin.
+
+    Results that no kernel can write in place cost a copy there: for a batch of a small transformer a twentieth of its time.
+    """
+    if plan.chunk < job.samples or job.unit is not None or any(o.reduction is not None for o in job.outputs):
         return True
-    return job.samples * max((o.sample_bytes for o in job.outputs if o.stacked), default=0) >= pages.FROM_BYTES
+    return job.samples * sum(o.sample_bytes for o in job.outputs if o.stacked) >= MARGIN_BYTES
 
 
 class Meter:
