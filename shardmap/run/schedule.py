@@ -1,0 +1,115 @@
+"""Which worker computes which chunk next: handing out, and bounded retries. Knows nothing of Ray, tensors or time.
+
+The executor for a cluster and its simulation (`shardmap.run.simulate`) run this same code. Each step costs the same for three workers
+as for a thousand: a million chunks pass through in seconds.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable, Iterable, Iterator
+
+from shardmap.planning.split import Chunk
+
+
+class Schedule:
+    """The chunks of one run and the workers that compute them.
+
+    Args:
+        chunks: What is to be computed, in order; taken from as it is needed.
+        window: Chunks handed to a worker at a time: one that it computes, and others whose samples travel meanwhile.
+        retries: How often a chunk is computed again after the worker that had it died.
+    """
+
+    def __init__(self, chunks: Iterable[Chunk], window: int, retries: int):
+        self.window = window
+        self.retries = retries
+        self.redone = 0
+        """Chunks that were handed out again."""
+        self._fresh = iter(chunks)
+        self._again: collections.deque[Chunk] = collections.deque()
+        self._rooms: list[dict[Hashable, None]] = [{} for _ in range(window + 1)]
+        """By the number of chunks that they can still take: the workers, in the order in which they came to it."""
+        self._flying: dict[Hashable, dict[Chunk, None]] = {}
+        self.flying = 0
+        """Chunks that workers have."""
+        self._deaths: collections.Counter[int] = collections.Counter()
+        self._ahead: Chunk | None = next(self._fresh, None)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def join(self, worker: Hashable) -> None:
+        """A worker is ready."""
+        self._flying[worker] = {}
+        self._rooms[self.window][worker] = None
+
+    def leave(self, worker: Hashable) -> list[Chunk]:
+        """A worker is gone: its chunks go back to the front of the queue, and are returned, the one that it was computing first."""
+        chunks = list(self._flying.pop(worker, ()))
+        for room in self._rooms:
+            room.pop(worker, None)
+        self._again.extendleft(reversed(chunks))
+        self.redone += len(chunks)
+        self.flying -= len(chunks)
+        return chunks
+
+    def blame(self, chunk: Chunk) -> bool:
+        """A chunk was lost with the worker that computed it, or could not be finished; whether it may be tried again."""
+        self._deaths[chunk.start] += 1
+        return self._deaths[chunk.start] <= self.retries
+
+    def deaths(self, chunk: Chunk) -> int:
+        """How often `chunk` was to blame."""
+        return self._deaths[chunk.start]
+
+    @property
+    def workers(self) -> list[Hashable]:
+        """Those that are ready."""
+        return list(self._flying)
+
+    # -- chunks --------------------------------------------------------------------------------------------------------
+
+    def assignments(self) -> Iterator[tuple[Hashable, Chunk]]:
+        """Hand out chunks until none is left or nobody has room: the emptiest workers first, so that the last chunks are spread."""
+        for room in range(self.window, 0, -1):
+            waiting = self._rooms[room]
+            while waiting:
+                chunk = self._next()
+                if chunk is None:
+                    return
+                worker = next(iter(waiting))
+                del waiting[worker]
+                self._rooms[room - 1][worker] = None
+                self._flying[worker][chunk] = None
+                self.flying += 1
+                yield worker, chunk
+
+    def done(self, worker: Hashable, chunk: Chunk) -> None:
+        """A worker has finished a chunk."""
+        flying = self._flying[worker]
+        room = self.window - len(flying)
+        del self._rooms[room][worker], flying[chunk]
+        self._rooms[room + 1][worker] = None
+        self.flying -= 1
+
+    def again(self, worker: Hashable, chunk: Chunk) -> None:
+        """A worker could not finish a chunk, for a reason that may pass: it goes back to the front of the queue."""
+        self.done(worker, chunk)
+        self._again.appendleft(chunk)
+        self.redone += 1
+
+    @property
+    def left(self) -> bool:
+        """Whether chunks wait to be handed out."""
+        return bool(self._again) or self._ahead is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything has been computed."""
+        return not self.left and not self.flying
+
+    def _next(self) -> Chunk | None:
+        if self._again:
+            return self._again.popleft()
+        chunk, self._ahead = self._ahead, None if self._ahead is None else next(self._fresh, None)
+        return chunk
