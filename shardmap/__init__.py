@@ -5,8 +5,8 @@ from shardmap.api import plan, vmap
 from shardmap.engine import SlowLoopWarning
 from shardmap.planned import Plan
 from shardmap.rules.registry import batching_rule
-from shardmap.run.ray import Ray
-from shardmap.store import MemmapSink, SafetensorsSink, Store, ZarrSink, open_store
+from shardmap.run.pool import Ray
+from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source
 
 __all__ = [
     "MemmapSink",
@@ -14,6 +14,7 @@ __all__ = [
     "Ray",
     "SafetensorsSink",
     "SlowLoopWarning",
+    "Source",
     "Store",
     "ZarrSink",
     "batching_rule",
@@ -21,5 +22,6 @@ __all__ = [
     "open_store",
     "plan",
     "reduce",
+    "source",
     "vmap",
 ]

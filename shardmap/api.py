@@ -216,11 +216,14 @@ def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: 
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
     if options.out is not None:
-        _refuse_store(job, options, inlined or cluster is not None)
+        _refuse_store(job, options, inlined)
         with options.watching():
-            return _into_store(job, options, prepared.structure)
+            return _into_store(job, options, prepared.structure, cluster)
     with unheard() if inlined else options.watching():  # inside another map it is part of that one
-        outputs = on_ray.run(job, options.chunk_size, cluster) if cluster is not None else _locally(job, options, inlined)
+        if cluster is not None:
+            outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
+        else:
+            outputs = _locally(job, options, inlined)
     return pytree.tree_unflatten(outputs, prepared.structure)
 
 
@@ -240,13 +243,12 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     return local.run(job, cut, on)
 
 
-def _refuse_store(job: Job, options: Options, elsewhere: bool) -> None:
+def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
     """Refuse what cannot be written to a store, before anything is made."""
     call = options.call
-    if elsewhere or job.transformed:
+    if inlined or job.transformed:
         raise errors.OptionError(
-            f"{call}: out= and the call stands inside another map or transform, or on Ray's workers: results are written by this "
-            "process, from its own devices; leave out= away there"
+            f"{call}: out= and the call stands inside another map or transform, of which it is a part; leave out= away there"
         )
     if any(o.requires_grad for o in job.outputs):
         raise errors.OptionError(
@@ -261,22 +263,28 @@ def _refuse_store(job: Job, options: Options, elsewhere: bool) -> None:
         )
 
 
-def _into_store(job: Job, options: Options, structure: pytree.TreeSpec) -> Store:
-    """Compute what the store lacks, unit by unit."""
+def _into_store(job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None) -> Store:
+    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
     sink, on = options.out, prepare.Devices(job)
     assert sink is not None
-    names = edges.output_names(structure)
-    specs = tuple([OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)])
-    unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None)
+    if cluster is not None:
+        on_ray.refuse(job, options.chunk_size, options.budget, sink.where)
+    workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
+    unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None, workers)
     job = on.job = dataclasses.replace(job, unit=unit)
-    cut = _split(job, on, _names(job, options, False), options, False)
-    refusal = cut.refusal()
+    cut = _split(job, on, _names(job, options, False), options, False) if cluster is None else None
+    refusal = None if cut is None else cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
+    names = edges.output_names(structure)
+    specs = tuple([OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)])
     attributes = {"call": options.call, "torch": torch.__version__}
     header = Header(job.samples, unit, specs, storing.identity(job, unit), attributes)
     store = sink.create(header, resume=options.resume)
-    local.run(job, cut, on, store)
+    if cut is not None:
+        local.run(job, cut, on, store)
+    elif cluster is not None:
+        on_ray.run(job, options.chunk_size, cluster, options.budget, store)
     return store
 
 
@@ -317,8 +325,14 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
             f"{call}: remat=True computes chunks twice, and the function writes in place to mapped argument "
             f"{min(recording.written_inputs)}; clone the argument inside the function, or pass remat=False"
         )
+    written = recording.written_inputs & batch.columns.keys()
+    if written:
+        raise errors.CapturedWriteError(
+            f"{call}: the function writes in place to mapped argument {min(written)}, which is read from a source; clone the argument inside "
+            "the function"
+        )
     seed = engine.draw_seed() if recording.random else 0
-    return Job(recording, inputs, batch.size, home, outputs, lower, seed, grad, transformed, remat, call)
+    return Job(recording, inputs, batch.size, home, outputs, lower, seed, grad, transformed, remat, call, columns=batch.columns)
 
 
 def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options: Options, samples: int, grad: bool) -> tuple[Output, ...]:
@@ -380,9 +394,9 @@ def _split(job: Job, on: prepare.Devices, names: tuple[str, ...], options: Optio
         size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
-    found = prepare.sites(job, on, names, options.budget, several, forced and not inlined)
+    found = prepare.sites(job, on, names, options.budget.on, several, forced and not inlined)
     uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
-    return split(job.samples, found, size, uniform, prepare.collected(job, names, options.budget))
+    return split(job.samples, found, size, uniform, prepare.collected(job, names, options.budget.on))
 
 
 def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], call: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,11 @@ from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap import reduce as reductions
+from shardmap.store.columns import Column
+from shardmap.store.sources import Source
+
+HEAD = 3
+"""Rows of a source that are read when the function is recorded, tried and watched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Batch:
     """`(position among leaves, dimension)` of each mapped tensor; the dimension is never negative."""
     size: int
     """N, the number of samples."""
+    columns: dict[int, Column] = field(default_factory=dict)
+    """The mapped arguments that are read from sources, by position among the mapped; their leaf is the first few rows."""
 
     def tensors(self) -> list[torch.Tensor]:
         """The mapped tensors, each with the mapped dimension first (a view)."""
@@ -131,7 +138,17 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         )
     leaves, structure = pytree.tree_flatten((args, kwargs))
     mapped, size, first = [], None, None
+    columns: dict[int, Column] = {}
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
+        if isinstance(leaf, Column | Source):
+            _check_column(leaf, d, _where(i, args), call)
+            if size is not None and len(leaf) != size:
+                raise _disagree(_where(first or 0, args), size, f"{_where(i, args)}, a column of a source,", len(leaf), call)
+            size, first = len(leaf), i if first is None else first
+            columns[len(mapped)] = leaf
+            leaves[i] = leaf.rows_between(0, min(HEAD, len(leaf)))
+            mapped.append((i, 0))
+            continue
         if d is None or not isinstance(leaf, torch.Tensor):
             continue
         if leaf.layout is not torch.strided or leaf.is_nested:
@@ -152,18 +169,36 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         if size is None:
             size, first = leaf.shape[d], i
         elif leaf.shape[d] != size:
-            raise errors.InDimsError(
-                f"{call}: the sizes of the mapped dimensions disagree: {_where(first or 0, args)} has {size} samples, "
-                f"{_where(i, args)} of shape "
-                f"{tuple(leaf.shape)} has {leaf.shape[d]} along dimension {d}; all mapped arguments need one size"
-            )
+            what = f"{_where(i, args)} of shape {tuple(leaf.shape)}"
+            raise _disagree(_where(first or 0, args), size, what, f"{leaf.shape[d]} along dimension {d}", call)
         mapped.append((i, d))
     if size is None:
         raise errors.InDimsError(
             f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples is unknown; give at least one "
             "tensor an int in_dim"
         )
-    return Batch(leaves, structure, tuple(mapped), size)
+    return Batch(leaves, structure, tuple(mapped), size, columns)
+
+
+def _disagree(first: str, size: int, other: str, found: Any, call: str) -> errors.InDimsError:
+    return errors.InDimsError(
+        f"{call}: the sizes of the mapped dimensions disagree: {first} has {size} samples, {other} has {found}; all mapped arguments "
+        "need one size"
+    )
+
+
+def _check_column(leaf: Column | Source, d: int | None, where: str, call: str) -> None:
+    """Refuse a source where a column is needed, and a column that is not mapped over its rows."""
+    if isinstance(leaf, Source):
+        names = ", ".join(spec.name for spec in leaf.specs)
+        raise errors.InDimsError(
+            f"{call}: {where} is a source of the columns {names}; pass its columns, an argument each: *source.columns, or source[name]"
+        )
+    if d not in (0, -1 - len(leaf.shape)):
+        raise errors.InDimsError(
+            f"{call}: {where} is a column of a source, and its in_dim is {d}; its samples are its rows, so the in_dim must be 0: read it "
+            "yourself (column.read) to share it among samples"
+        )
 
 
 def _where(leaf: int, args: tuple[Any, ...]) -> str:

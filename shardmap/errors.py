@@ -95,6 +95,10 @@ class DeviceLostWarning(UserWarning):
     """A device failed, and the others compute its chunks."""
 
 
+class ClusterError(ShardmapError, ConnectionError):
+    """The Ray cluster cannot be reached, or is not the one that this process has joined."""
+
+
 class WorkerError(ShardmapError, RuntimeError):
     """A remote worker failed while it computed a chunk."""
 

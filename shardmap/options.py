@@ -8,10 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shardmap import errors
-from shardmap.planning import device as device_names
+from shardmap.planning.device import Budget
 from shardmap.planning.memory import parse_bytes
 from shardmap.run import progress
 from shardmap.store import Sink
@@ -95,12 +93,10 @@ class Options:
             return parse_bytes(budget)
         return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
 
-    def budget(self, device: torch.device) -> int | None:
-        """What the map may add to what is in use on `device`; None where nobody can say."""
-        if self.memory_budget is not None:
-            return self._budget_bytes()
-        free = device_names.free_bytes(device)
-        return None if free is None else int(free * self.memory_fraction)
+    @property
+    def budget(self) -> Budget:
+        """What the map may add to what is in use on each device."""
+        return Budget(self._budget_bytes(), self.memory_fraction)
 
     def watching(self) -> AbstractContextManager[Any]:
         """Draws the progress bar that was asked for while a map runs inside."""

@@ -24,9 +24,10 @@ import shardmap
 from shardmap import errors
 from shardmap.batch import LoweringOptions
 from shardmap.program import Program
+from shardmap.planning.device import Budget
+from shardmap.run import packing, pool, remote
 from shardmap.run import ray as on_ray
-from shardmap.run import remote
-from shardmap.run.base import ChunkDone, Event, RunFinished, RunStarted, listen
+from shardmap.run.base import ChunkDone, Event, Output, RunFinished, RunStarted, listen
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray")
@@ -38,11 +39,11 @@ TWO = shardmap.Ray(workers=2)
 def _local_ray() -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if ray.is_initialized():  # by a test of another file in this process
-        on_ray.release()
+        pool.release()
         ray.shutdown()
     ray.init(address="local", num_cpus=2, include_dashboard=False, **quiet)
     yield
-    on_ray.release()
+    pool.release()
     ray.shutdown()
 
 
@@ -73,8 +74,8 @@ def same(func: Callable[..., Any], *batch: torch.Tensor, chunk_size: int | None 
 
 
 def pids() -> list[int]:
-    assert on_ray._pool is not None
-    return [w.pid for w in on_ray._pool.workers if w.pid is not None]
+    assert pool._pool is not None
+    return [w.pid for w in pool._pool.workers if w.pid is not None]
 
 
 def gone(pid: int, seconds: float = 20.0) -> bool:
@@ -102,7 +103,7 @@ def test_any_chunk_size(chunk_size: int) -> None:
     same(per_sample_grad(mlp()), torch.randn(13, 6), torch.randn(13, 3), chunk_size=chunk_size)
 
 
-def test_without_a_chunk_size_there_are_about_four_chunks_per_worker() -> None:
+def test_without_a_chunk_size_there_are_about_four_tasks_per_worker() -> None:
     events: list[Event] = []
     x = torch.randn(37, 3)
     with listen(events.append):
@@ -198,8 +199,8 @@ def test_functions_that_cannot_be_pickled_work() -> None:
 def test_what_travels_holds_no_code_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[remote.Constants] = []
     texts: list[str] = []
-    make, dumps = on_ray._constants, Program.dumps
-    monkeypatch.setattr(on_ray, "_constants", lambda *a: sent.append(make(*a)) or sent[-1])
+    make, dumps = on_ray._Run._constants, Program.dumps
+    monkeypatch.setattr(on_ray._Run, "_constants", lambda *a: sent.append(make(*a)) or sent[-1])
     monkeypatch.setattr(Program, "dumps", lambda self: texts.append(dumps(self)) or texts[-1])
     model = cnn()
 
@@ -301,7 +302,7 @@ def test_workers_are_kept_for_the_next_call_and_end_when_idle() -> None:
     same(torch.cos, torch.randn(7, 3), devices=quick)
     assert pids() == first
     assert gone(first[0])
-    assert on_ray._pool is None
+    assert pool._pool is None
     same(torch.cos, torch.randn(7, 3), devices=quick)
 
 
@@ -322,7 +323,7 @@ def test_ctrl_c_ends_the_workers() -> None:
 def test_a_script_needs_no_cluster_and_leaves_none() -> None:
     script = """
         import torch, shardmap
-        from shardmap.run import ray as on_ray
+        from shardmap.run import pool
 
         class Shift(torch.nn.Module):  # of __main__: what no worker could import
             def forward(self, x):
@@ -330,7 +331,7 @@ def test_a_script_needs_no_cluster_and_leaves_none() -> None:
 
         x, model = torch.randn(7, 3), Shift()
         assert torch.equal(shardmap.vmap(model, devices="ray")(x), x.sin() + 1)
-        print(*[w.pid for w in on_ray._pool.workers if w.pid])
+        print(*[w.pid for w in pool._pool.workers if w.pid])
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
@@ -345,13 +346,13 @@ def test_packing_sends_elements_once_and_restores_strides() -> None:
     cpu = torch.device("cpu")
     whole = torch.arange(1000.0).view(10, 100)
     for t in (whole[2:4], whole[:, 3:7], whole.t()[:5], whole[:1].expand(6, 100), whole[0, 0], whole[:0], whole[0].unfold(0, 3, 1)):
-        packed = remote.pack(t)
-        back = remote.unpack(pickle.loads(pickle.dumps(packed)), cpu)
+        packed = packing.pack(t)
+        back = packing.unpack(pickle.loads(pickle.dumps(packed)), cpu)
         assert torch.equal(back, t)
         assert back.stride() == t.stride() or back.numel() == 0
-    assert remote.pack(whole[2:4]).data.nbytes == 800
-    assert remote.pack(whole[:1].expand(6, 100)).data.nbytes == 400
-    assert remote.unpack(remote.pack(torch.empty(3, device="meta")), cpu).device.type == "meta"
+    assert packing.pack(whole[2:4]).data.nbytes == 800
+    assert packing.pack(whole[:1].expand(6, 100)).data.nbytes == 400
+    assert packing.unpack(packing.pack(torch.empty(3, device="meta")), cpu).device.type == "meta"
 
 
 def test_a_worker_forgets_old_programs() -> None:
@@ -365,12 +366,15 @@ def test_a_worker_forgets_old_programs() -> None:
         shardmap.vmap(lambda v: v.sin() * 2, devices=TWO)(x)
     text = np.frombuffer(texts[0].encode(), np.uint8)
     options = LoweringOptions(device_type="cpu", randomness="error", strict=False, grad=False, transformed=False, call="call")
-    constants = remote.Constants(options, (), (), (2.0,), 0, {}, remote.Settings.current())
-    task = remote.Task(0, (remote.pack(x),), 2, True)
+    outputs = (Output((3,), torch.float32, torch.device("cpu"), True, 0, None, False),)
+    constants = remote.Constants(options, (), (), (2.0,), 0, {}, remote.Settings.current(), outputs, budget=Budget(None, 0.9))
+    task = remote.Task(0, 2, (packing.pack(x),), True)
     for i in range(remote.Worker.PROGRAMS + 3):
-        (out,) = worker.chunk(f"call {i}", f"digest {i}", text, constants, task)
-        assert torch.equal(remote.unpack(out, torch.device("cpu")), x.sin() * 2)
+        done = worker.task(f"call {i}", f"digest {i}", text, constants, task)
+        assert isinstance(done, remote.Done)
+        (out,) = done.outputs
+        assert torch.equal(packing.unpack(out, torch.device("cpu")), x.sin() * 2)
     assert worker.info()["programs"] == remote.Worker.PROGRAMS
-    failed = worker.chunk("another", "unknown", np.frombuffer(b"[]", np.uint8), constants, task)
+    failed = worker.task("another", "unknown", np.frombuffer(b"[]", np.uint8), constants, task)
     assert isinstance(failed, remote.Failure)
     assert "Traceback" in failed.traceback

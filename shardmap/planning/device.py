@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,23 @@ def _cgroup_rooms() -> list[int]:
         except (OSError, ValueError):
             continue
     return rooms or [1 << 62]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a map may add on each device to what is in use there."""
+
+    bytes: int | None
+    """As the user gave it; None for a part of what is free."""
+    fraction: float
+    """Of what is free."""
+
+    def on(self, device: torch.device, peers: int = 1) -> int | None:
+        """Bytes on `device`, of which `peers` processes take equal parts where nothing is given; None where nobody can say."""
+        if self.bytes is not None:
+            return self.bytes
+        free = free_bytes(device)
+        return None if free is None else int(free * self.fraction / peers)
 
 
 class Meter:

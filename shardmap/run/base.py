@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from shardmap.engine import Lowered
 from shardmap.recording import Recording
 from shardmap.reduce import Reduction
+from shardmap.store.columns import Column
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Job:
 
     recording: Recording
     inputs: list[torch.Tensor]
-    """The mapped tensors, mapped dimension first."""
+    """The mapped tensors, mapped dimension first; of a column that is read from a source, the first few rows."""
     samples: int
     """N, the size of the batch."""
     home: torch.device
@@ -67,6 +68,22 @@ class Job:
     """The user's call, for errors."""
     unit: int | None = None
     """Samples per storage unit, where results go to a store: chunks do not cross units."""
+    columns: Mapping[int, Column] = field(default_factory=dict)
+    """The inputs, by position, that are read from sources as they are needed."""
+    offset: int = 0
+    """The number of the first sample, where this job is a part of a larger one: draws go by a sample's number."""
+
+    partial: bool = False
+    """Whether reduced outputs are wanted as they are added up, to be added to those of other parts."""
+
+    def read(self, start: int, stop: int) -> list[torch.Tensor]:
+        """The samples `start` to `stop` of each input, where they are; nobody may write to what is read from a source."""
+        if not self.columns and start == 0 and stop == self.samples:
+            return list(self.inputs)
+        return [
+            self.columns[i].rows_between(start, stop) if i in self.columns else t.narrow(0, start, stop - start)
+            for i, t in enumerate(self.inputs)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +126,8 @@ class RunFinished:
     """All chunks are computed and gathered."""
 
     seconds: float
+    redone: Mapping[str, int] = field(default_factory=dict)
+    """How many chunks were handed out again, by cause."""
     at: float = field(default_factory=time.perf_counter)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,19 @@ class Gather:
 
     Without outer autograd each chunk is written into its slice of one preallocated output: concatenating at the end would
     double the memory. With it, chunks are concatenated so that gradients flow.
+
+    Args:
+        job: The mapped call.
+        memory: Where stacked outputs go, by position: `[N, *shape]` each; what is not there is allocated.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, memory: Mapping[int, torch.Tensor] | None = None):
         self.job = job
         self.concatenate = job.grad or job.transformed
         """Outer transforms cannot write a chunk of theirs into a plain tensor."""
         self.parts: dict[int, dict[int, torch.Tensor]] = {}
         self.single: dict[int, torch.Tensor] = {}
-        self.whole: dict[int, torch.Tensor] = {}
+        self.whole: dict[int, torch.Tensor] = dict(memory or {})
         self.totals: dict[int, Total] = {}
         for k, out in enumerate(job.outputs):
             if out.reduction is not None:
@@ -88,12 +92,12 @@ class Gather:
         return [self.totals[k].partial(t, size) if k in self.totals else t for k, t in enumerate(outs)]
 
     def finish(self) -> list[torch.Tensor]:
-        """The results, each as the loop would stack it, or reduced."""
+        """The results, each as the loop would stack it, or reduced; of a job that is a part of a larger one, what that one adds up."""
         return [self._finish(k, out) for k, out in enumerate(self.job.outputs)]
 
     def _finish(self, k: int, out: Output) -> torch.Tensor:
         if k in self.totals:
-            return self.totals[k].finish()
+            return self.totals[k].so_far() if self.job.partial else self.totals[k].finish()
         if not out.mapped:
             return placed(self.single[k], out, self.job.samples)
         if k in self.parts:
@@ -193,6 +197,12 @@ class Total:
         else:
             self.value.add_(self.recent)
         self.recent, self.recently = None, 0
+
+    def so_far(self) -> torch.Tensor:
+        """The combination of the samples that were taken, in the width in which it is added up."""
+        self._settle()
+        assert self.value is not None, "a part of a job has samples"
+        return self.value
 
     def finish(self) -> torch.Tensor:
         """The combination of all samples."""

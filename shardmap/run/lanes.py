@@ -19,7 +19,7 @@ from shardmap.planning.split import Lane as LanePlan
 from shardmap.rules import pages
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
-from shardmap.run.prepare import Devices, Ready, direct, learned, rows, to_device
+from shardmap.run.prepare import Devices, Ready, direct, learned, there, to_device
 
 LEARN_FROM = 32 << 20
 """Bytes of a chunk from which its measured peak says more than the noise of the process around it."""
@@ -121,7 +121,7 @@ class Lane:
         """A chunk's outputs, reduced ones combined; None for one that is in its place already."""
         job = self.job
         inputs = self.samples(chunk)
-        arguments = (chunk.size, chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
+        arguments = (chunk.size, job.offset + chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
         if self.direct:
             return self._compute_into(ready, chunk, arguments, inputs)
         replay = ready.low.replay.chunk
@@ -133,7 +133,7 @@ class Lane:
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device."""
-        return [rows(t, chunk.start, chunk.stop, self.device) for t in self.job.inputs]
+        return [there(t, self.device) for t in self.job.read(chunk.start, chunk.stop)]
 
     def _compute_into(self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]) -> list[Any]:
         """Compute into the slices of the result, and into scratch memory what is to be reduced."""
@@ -259,11 +259,10 @@ class CudaLane(Lane):
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device; from the host they are copied out of pinned memory while other chunks compute."""
-        there = []
-        for t in self.job.inputs:
-            part = t.narrow(0, chunk.start, chunk.size)
+        moved_there = []
+        for part in self.job.read(chunk.start, chunk.stop):
             if self.job.grad or part.device.type != "cpu":
-                there.append(part if part.device == self.device else to_device(part, self.device))
+                moved_there.append(there(part, self.device))
                 continue
             pinned = _pinned(part)
             with torch.cuda.stream(self.up):
@@ -272,8 +271,8 @@ class CudaLane(Lane):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self.up)
             moved.record_stream(stream)
-            there.append(moved)
-        return there
+            moved_there.append(moved)
+        return moved_there
 
     def _home(self, outs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The outputs on their way to where the result is: to the host through pinned memory, without waiting."""

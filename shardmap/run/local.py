@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from shardmap.planning.split import Chunk, Split
 from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit, unheard
 from shardmap.run.gather import Gather, placed
 from shardmap.run.lanes import Flight, Lane, make_lane
-from shardmap.run.prepare import Devices
+from shardmap.run.prepare import Devices, there
 from shardmap.run.storing import StoreGather
 from shardmap.store import Store
 
@@ -31,7 +32,9 @@ LEAST_SHARE = 4
 """The last chunks are smaller, so that lanes finish together, but not below this part of a full one."""
 
 
-def run(job: Job, split: Split, on: Devices, store: Store | None = None) -> list[torch.Tensor]:
+def run(
+    job: Job, split: Split, on: Devices, store: Store | None = None, memory: Mapping[int, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """The outputs of all samples, stacked or reduced, on their devices; none if they go to a store.
 
     Args:
@@ -39,6 +42,7 @@ def run(job: Job, split: Split, on: Devices, store: Store | None = None) -> list
         split: Who is expected to compute how much.
         on: The devices, as far as they are ready.
         store: Where results go instead of memory; only the units that are missing there are computed.
+        memory: Where stacked outputs go, by position; what is not there is allocated.
 
     Raises:
         OutOfMemory: Not even one sample fits.
@@ -47,7 +51,7 @@ def run(job: Job, split: Split, on: Devices, store: Store | None = None) -> list
     started = time.perf_counter()
     emit(RunStarted(split.samples, sum(lane.chunks for lane in split.lanes) or 1, tuple(lane.name for lane in split.lanes)))
     previous = torch.is_grad_enabled()
-    executor = _Run(job, split, on, store)
+    executor = _Run(job, split, on, Gather(job, memory) if store is None else StoreGather(job, store), store)
     try:
         with engine.plain_numerics():
             if not job.grad:
@@ -60,7 +64,7 @@ def run(job: Job, split: Split, on: Devices, store: Store | None = None) -> list
         raise
     finally:
         torch._C._set_grad_enabled(previous)
-    emit(RunFinished(time.perf_counter() - started))
+    emit(RunFinished(time.perf_counter() - started, executor.redone))
     return result
 
 
@@ -76,7 +80,8 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
                 torch._C._set_grad_enabled(False)
             ready = on.on(name, job.samples > 1)
             began = time.perf_counter()
-            outs = ready.low.replay.chunk(job.samples, 0, job.home, job.seed, job.recording.scalars, ready.fixed, list(job.inputs))
+            inputs = [there(t, job.home) for t in job.read(0, job.samples)]
+            outs = ready.low.replay.chunk(job.samples, job.offset, job.home, job.seed, job.recording.scalars, ready.fixed, inputs)
             result = [placed(t.to(o.device), o, job.samples) for t, o in zip(outs, job.outputs, strict=True)]
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
@@ -101,15 +106,17 @@ class _Fault:
 class _Run:
     """One call: a queue of samples, and lanes that take chunks from it as they become free."""
 
-    def __init__(self, job: Job, split: Split, on: Devices, store: Store | None):
+    def __init__(self, job: Job, split: Split, on: Devices, gather: Gather, store: Store | None):
         self.job = job
         self.on = on
-        self.gather = Gather(job) if store is None else StoreGather(job, store)
+        self.gather = gather
         self.lanes = [make_lane(i, plan, job, on, self.gather, alone=len(split.lanes) == 1) for i, plan in enumerate(split.lanes)]
         self.next = 0
         """The first sample that no lane has had."""
         self.again: collections.deque[Chunk] = collections.deque()
         """Chunks that failed, in order; of a store, the units that are missing."""
+        self.redone: collections.Counter[str] = collections.Counter()
+        """Chunks that were handed out again, by cause."""
         self.failures: collections.Counter[int] = collections.Counter()
         """How many devices a sample's chunk has failed on, by the chunk's first sample."""
         if store is not None:
@@ -217,6 +224,7 @@ class _Run:
         else:
             self._move(lane, chunks, fault)
         self.again.extendleft(reversed(chunks))
+        self.redone["memory ran out" if fault.kind == "memory" else "device failed"] += len(chunks)
         for chunk in chunks:
             emit(ChunkRedone(lane.name, chunk.start, chunk.stop, fault.reason))
 

@@ -75,10 +75,9 @@ def captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return t if t.device == device or t.device.type == "meta" else t.to(device)
 
 
-def rows(tensor: torch.Tensor, start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """The samples `start` to `stop` on `device`."""
-    part = tensor if stop - start == tensor.shape[0] else tensor.narrow(0, start, stop - start)
-    return part if part.device == device else to_device(part, device)
+def there(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows on `device`."""
+    return t if t.device == device else to_device(t, device)
 
 
 def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
@@ -142,7 +141,7 @@ def watched(ready: Ready, job: Job) -> Observation:
     inputs: dict[int, list[torch.Tensor]] = {}
     slices: dict[int, list[torch.Tensor]] = {}
     for size in sizes:
-        taken = [rows(t, 0, size, ready.device) for t in job.inputs]
+        taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
         written = job.recording.written_inputs
         inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
         slices[size] = [torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device) for o in job.outputs if o.mapped] if into else []
@@ -178,7 +177,10 @@ def recorded_bytes(low: Lowered) -> int:
 
 def small(job: Job) -> bool:
     """Whether a map is too small for its memory and its chunks to matter."""
-    return job.transformed or not job.samples or recorded_bytes(job.lower(job.home.type)) * job.samples < WATCHED_FROM
+    if job.transformed or not job.samples:
+        return True
+    read = sum(_row_bytes(job.inputs[i]) for i in job.columns)
+    return (read + recorded_bytes(job.lower(job.home.type))) * job.samples < WATCHED_FROM
 
 
 def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned) -> MemoryModel:
@@ -203,7 +205,7 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
     fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed or ()}
     resident += sum(size for key, size in fresh.items() if key not in held)
-    moved = sum(_bytes(t) // max(1, t.shape[0]) for t in job.inputs if t.device != device)
+    moved = sum(_row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns)
     accelerated = devices.accelerated(device)
     extra = Level(0, moved * (2 if accelerated else 1))  # an accelerator gets the next chunk's samples while it computes
     folds = sum(o.sample_bytes for o in job.outputs if o.reduction is not None and o.reduction.name == "fold")
@@ -226,6 +228,10 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
 
 def _bytes(t: torch.Tensor) -> int:
     return math.prod(t.shape) * t.element_size()
+
+
+def _row_bytes(t: torch.Tensor) -> int:
+    return math.prod(t.shape[1:]) * t.element_size()
 
 
 def sites(

@@ -1,87 +1,58 @@
-"""Run chunks on a Ray cluster: a pool of worker processes that receive the recorded program, never the user's function.
+"""Run a map on a Ray cluster: tasks for a pool of worker processes, which receive the recorded program and never the user's function.
 
-Starting a worker costs seconds (it imports torch), so the pool outlives the call: it is kept for the process, and its workers are
-let go when they have been idle for a while, so that other work on the same cluster gets their slots.
+The driver hands out tasks, each a run of consecutive samples, and takes what comes back: results that it gathers, sums that it adds up, or
+receipts for what workers have written to a store. It holds a few tasks at a time, whatever the size of the batch.
 """
 
 from __future__ import annotations
 
-import atexit
 import collections
-import contextlib
-import hashlib
 import logging
-import os
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardmap import errors
-from shardmap.engine import Lowered
 from shardmap.extras import require
+from shardmap.planning.cluster import task_rows
+from shardmap.planning.device import Budget
+from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, chunks_of, unplanned
-from shardmap.program import Program
 from shardmap.recording import element
+from shardmap.reduce import Reduction
 from shardmap.run import local, prepare
-from shardmap.run.base import ChunkDone, Job, RunFinished, RunStarted, emit
+from shardmap.run.base import ChunkDone, ChunkRedone, Job, Output, RunFinished, RunStarted, emit
 from shardmap.run.gather import Gather
-from shardmap.run.remote import Constants, Failure, Packed, Settings, Task, Worker, pack, unpack
+from shardmap.run.packing import Packed, pack, unpack
+from shardmap.run.pool import Pool, Ray, RayWorker, pool_of
+from shardmap.run.remote import HOST, Constants, Done, Failure, Settings, Task
+from shardmap.run.schedule import Schedule
+from shardmap.store import Store
+from shardmap.store.places import place_of
 
 logger = logging.getLogger("shardmap")
 
-CHUNKS_PER_WORKER = 4
-"""With chunk_size None. More would even out workers of different speed better; fewer would batch better."""
-
 WINDOW = 2
-"""Chunks handed to a worker at a time: one that it computes, and one whose samples travel meanwhile."""
+"""Tasks handed to a worker at a time: one that it computes, and one whose samples travel meanwhile."""
 
 RETRIES = 3
-"""How often a chunk is computed again after the worker that had it died."""
+"""How often a task is computed again after the worker that had it died, or a store could not be reached."""
+
+PATIENCE_SECONDS = 1.0
+"""Before a store that could not be reached is tried again; twice as long each further time."""
+
+FAN = 8
+"""Tasks whose reduced outputs a worker puts together before the driver gets them."""
+
+APART_BYTES = 1 << 18
+"""Of a task's reduced outputs, from which on they are put together by workers: below, they come with the task's end at no cost."""
 
 _WAIT_SECONDS = 30.0
-_TEXTS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Ray:
-    """Run on Ray: on the cluster that this process has joined, on the one that RAY_ADDRESS names, or on this machine.
-
-    Args:
-        workers: How many worker processes; None for one per GPU, or one per `num_cpus` cores where the cluster has no GPU.
-        num_cpus: Cores per worker, and its number of torch threads.
-        num_gpus: GPUs per worker, which may be a fraction; None for 1 where the cluster has GPUs, else 0.
-        idle_seconds: Workers wait this long for the next call before they end.
-
-    Raises:
-        OptionError: A value is out of range.
-
-    Example:
-        >>> import shardmap
-        >>> shardmap.Ray(workers=2).workers
-        2
-    """
-
-    workers: int | None = None
-    num_cpus: float = 1
-    num_gpus: float | None = None
-    idle_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        whole = self.workers is None or (isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers > 0)
-        if not whole:
-            raise errors.OptionError(f"shardmap.Ray: workers={self.workers!r}; pass a positive int, or None for one per GPU or core")
-        for name, least in (("num_cpus", 0), ("num_gpus", 0), ("idle_seconds", 0)):
-            value = getattr(self, name)
-            if value is None and name == "num_gpus":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise errors.OptionError(f"shardmap.Ray: {name}={value!r}; pass a number that is at least {least}")
+_GROW_SECONDS = 2.0
 
 
 def asked_for(devices: Any) -> Ray | None:
@@ -91,41 +62,88 @@ def asked_for(devices: Any) -> Ray | None:
     return Ray() if isinstance(devices, str) and devices == "ray" else None
 
 
-def run(job: Job, chunk_size: Any, options: Ray) -> list[torch.Tensor]:
-    """The outputs of all samples, stacked or reduced, on their devices.
-
-    Args:
-        job: The mapped call.
-        chunk_size: Most samples per chunk; "auto" or None for about four chunks per worker.
-        options: How many workers, and what each of them has.
+def worker_count(options: Ray, call: str) -> int:
+    """How many workers a call would have: of the number that was asked for, or one per slot of the cluster.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        OptionError: Outer gradients would have to flow through the cluster, or it lacks what `options` asks for.
-        CapturedWriteError: The function writes in place to a mapped input.
-        WorkerError: A chunk raised an error on its worker, or its workers died again and again.
+        ClusterError: The cluster cannot be reached.
+        OptionError: No machine of it has what a worker needs.
     """
-    call, samples = job.call, job.samples
-    ray = require("ray", extra="ray", purpose="for devices='ray'")
-    _refuse(job, chunk_size, call)
-    low = job.lower("cpu")  # for which outputs are mapped; refusals and warnings of the lowering come from here
-    if samples == 0:
-        on = prepare.Devices(job)
-        return local.run(job, unplanned(0, str(job.home)), on)
-    with _pool_of(ray, options, call) as pool:
-        asked = chunk_size if isinstance(chunk_size, int) else None
-        chunks = chunks_of(samples, asked or max(1, -(-samples // (CHUNKS_PER_WORKER * len(pool.workers)))))
-        started = time.perf_counter()
-        emit(RunStarted(samples, len(chunks), tuple(w.name for w in pool.workers)))
-        result = _Run(pool, job, chunks, low).run()
-        emit(RunFinished(time.perf_counter() - started))
-    return result
+    if options.workers is not None:
+        return options.workers
+    with pool_of(_ray(), options, call) as pool:
+        return len(pool.workers)
 
 
-def _refuse(job: Job, chunk_size: Any, call: str) -> None:
+def run(job: Job, chunk_size: Any, options: Ray, budget: Budget, store: Store | None = None) -> list[torch.Tensor]:
+    """The outputs of all samples, stacked or reduced, on their devices; none if they go to a store.
+
+    Args:
+        job: The mapped call.
+        chunk_size: Samples per task; "auto" or None for about four tasks per worker. Of a store, its units are the tasks.
+        options: How many workers, and what each of them has.
+        budget: What the map may add in this process, and in each worker.
+        store: Where workers write instead of returning; only the units that are missing there are computed.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        ClusterError: The cluster cannot be reached.
+        OptionError: Outer gradients would have to flow through the cluster, or it lacks what `options` asks for.
+        OverBudget: The results do not fit where they are gathered, or not one sample fits on a worker.
+        CapturedWriteError: The function writes in place to a mapped input.
+        StoreError: The store cannot be written to.
+        WorkerError: A task raised an error on its worker, or its workers died again and again.
+    """
+    ray = _ray()
+    refuse(job, chunk_size, budget, None if store is None else store.url)
+    if job.samples == 0:
+        return local.run(job, unplanned(0, str(job.home)), prepare.Devices(job), store)
+    with pool_of(ray, options, job.call) as pool:
+        if store is not None:
+            step = store.header.unit
+            chunks = [Chunk(*store.header.rows(unit)) for unit in store.missing()]
+        else:
+            step = task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size)
+            chunks = list(chunks_of(job.samples, step))
+        size = None if isinstance(chunk_size, int) else "auto"
+        return _Run(pool, job, chunks, step, size, budget, store).run()
+
+
+def _ray() -> Any:
+    return require("ray", extra="ray", purpose="for devices='ray'")
+
+
+def _travelling_bytes(job: Job) -> int:
+    """Of one sample and its results, between the driver and a worker."""
+    sent = sum(t[:1].nbytes for i, t in enumerate(job.inputs) if i not in _read_there(job))
+    return sent + sum(o.sample_bytes for o in job.outputs if o.stacked or _folded(o))
+
+
+def _read_there(job: Job) -> set[int]:
+    """The inputs that workers read themselves."""
+    return {i for i, column in job.columns.items() if column.travels}
+
+
+def _folded(out: Output) -> bool:
+    """Whether an output is combined by a function of the user's, which does not travel: then the driver calls it."""
+    return out.reduction is not None and out.reduction.combine is not None
+
+
+def refuse(job: Job, chunk_size: Any, budget: Budget, url: str | None = None) -> None:
+    """Refuse what a cluster cannot do, before anything is started.
+
+    Args:
+        job: The mapped call.
+        chunk_size: As the user gave it.
+        budget: What the map may add in this process.
+        url: Of the store that results go to; None gathers them.
+    """
+    call = job.call
     if isinstance(chunk_size, Mapping):
         raise errors.OptionError(f"{call}: chunk_size={chunk_size!r} and devices='ray': workers have no names; pass one int, or 'auto'")
     if job.grad or any(element(t) is not t for t in (*job.inputs, *job.recording.captured)):
+        # Its place, when it is built: an autograd node whose backward is another map, over the same samples and their cotangents.
         raise errors.OptionError(
             f"{call}: devices='ray' and an output would require grad: gradients from outside do not flow through other processes; "
             "take the gradient inside the mapped function (torch.autograd.grad), call it under torch.no_grad(), or use devices='auto'"
@@ -136,320 +154,364 @@ def _refuse(job: Job, chunk_size: Any, call: str) -> None:
             f"{call}: devices='ray' and the function writes in place to mapped argument {number}: workers compute on copies, so the "
             "write would not reach the caller's batch; clone the argument inside the function and return it, or use devices='auto'"
         )
+    if url is not None:
+        if not place_of(url).travels:
+            raise errors.StoreError(f"{call}: {url} is memory of this process, where workers cannot write; name a folder or a URL")
+        return
+    for device in {o.device for o in job.outputs}:
+        size = sum(o.sample_bytes * job.samples for o in job.outputs if o.stacked and o.device == device)
+        room = budget.on(device)
+        if size >= prepare.WATCHED_FROM and room is not None and size > room:
+            raise errors.OverBudget(
+                f"{call}: the results need {format_bytes(size)} on {device}, where they are gathered, budget {format_bytes(room)}; let the "
+                "workers write them to a store, out=shardmap.ZarrSink(path), or keep less of them with reduce="
+            )
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A task on its way."""
+
+    worker: RayWorker
+    chunk: Chunk
+    apart: Any = None
+    """The reference of its reduced outputs, where those are put together by workers."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Neighbouring tasks whose reduced outputs a worker puts together."""
+
+    chunks: tuple[Chunk, ...]
+    parts: dict[Chunk, Any]
+    """The references of those that are there."""
+    tries: int = 0
 
 
 class _Run:
-    """One mapped call on the pool: hands out chunks, gathers results in whatever order they come, replaces workers that die."""
+    """One mapped call on the pool: hands out tasks, gathers results in whatever order they come, replaces workers that die."""
 
-    def __init__(self, pool: _Pool, job: Job, chunks: Sequence[Chunk], low: Lowered):
-        self.ray, self.job, self.low = pool.ray, job, low
-        self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: len(chunks)]
-        self.call = low.options.call
+    def __init__(self, pool: Pool, job: Job, chunks: Sequence[Chunk], step: int, chunk_size: Any, budget: Budget, store: Store | None):
+        self.pool, self.ray, self.job, self.store = pool, pool.ray, job, store
+        self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: max(1, len(chunks))]
+        self.tasks = len(chunks)
         self.key = uuid.uuid4().hex
+        low = job.lower("cpu")  # refusals and warnings of the lowering come from here
         self.digest, self.text = pool.text(low.program)
-        self.constants = self.ray.put(_constants(job, low))
+        self.read_there = _read_there(job)
+        self.outputs = tuple([_on_worker(o, store is not None) for o in job.outputs])
+        self.constants = self.ray.put(self._constants(low.options, chunk_size, budget))
         self.gather = Gather(job)
-        self.pending = collections.deque(chunks)
-        self.deaths: collections.Counter[int] = collections.Counter()  # by a chunk's first sample
+        self.schedule = Schedule(chunks, WINDOW, RETRIES)
+        self.flying: dict[Any, _Flight] = {}
+        self.later: list[tuple[float, RayWorker, Chunk]] = []
+        """What is tried again, and when."""
+        self.redone: collections.Counter[str] = collections.Counter()
+        self.halvings = 0
         self.failed_starts = 0
-        self.every = any(o.reduction is not None and not o.mapped for o in job.outputs)
-        """Whether each chunk is to bring the outputs that no sample changes: they are counted once per sample."""
-        self.flying: dict[Any, tuple[_Worker, Chunk, float]] = {}  # in the order of handing out
+        self.every = any(_folded(o) and not o.mapped for o in job.outputs)
+        """Whether each task is to bring the outputs that no sample changes: they are counted once per sample."""
+        self.names = [o.reduction.name if o.reduction is not None else None for o in self.outputs]
+        size = sum(2 * o.sample_bytes for o in self.outputs if o.reduction is not None)
+        self.groups = list(_grouped(chunks)) if size >= APART_BYTES and len(chunks) > FAN else []
+        self.group_of = {chunk: group for group in self.groups for chunk in group.chunks}
+        self.open_groups = len(self.groups)
+        self.complete: collections.deque[_Group] = collections.deque()
+        """Groups whose tasks are all done, and which no worker puts together yet."""
+        self.combining: dict[Any, tuple[_Group, RayWorker]] = {}
+        self.grown = time.perf_counter()
+
+    def _constants(self, options: Any, chunk_size: Any, budget: Budget) -> Constants:
+        job, recording = self.job, self.job.recording
+        captured = tuple([pack(t) for t in recording.captured])
+        literals = tuple([(pack(t), t.device == job.home) for t in recording.literals])
+        columns = {i: job.columns[i] for i in self.read_there}
+        return Constants(
+            options, captured, literals, recording.scalars, job.seed, recording.sources, Settings.current(), self.outputs, columns,
+            self.store, chunk_size, budget,
+        )  # fmt: skip
 
     def run(self) -> list[torch.Tensor]:
+        """Everything, from the first task to the last."""
+        started = time.perf_counter()
+        emit(RunStarted(self.job.samples, self.tasks, tuple([w.name for w in self.workers])))
+        for worker in self.workers:
+            if worker.ready:
+                self.schedule.join(worker)
         try:
-            while self.pending or self.flying:
+            while self.open_groups or not self.schedule.finished:
                 self._hand_out()
                 self._wait()
+            result = self._finish()
         except BaseException as error:
-            # A chunk that runs cannot be interrupted, and would delay the next call: the worker goes. After Ctrl-C all go.
+            # A task that runs cannot be interrupted, and would delay the next call: the worker goes. After Ctrl-C all go.
             interrupted = not isinstance(error, Exception)
-            busy = {id(worker) for worker, _, _ in self.flying.values()}
+            busy = {id(flight.worker) for flight in self.flying.values()}
             for worker in self.workers:
                 if interrupted or id(worker) in busy:
                     worker.stop(self.ray)
             raise
+        seconds = time.perf_counter() - started
+        causes = ", ".join(f"{cause}: {count}" for cause, count in self.redone.items())
+        again = f"; handed out again {sum(self.redone.values())} ({causes})" if causes else ""
+        logger.info("%s: %d tasks on %d workers in %.1f s%s", self.job.call, self.tasks, len(self.workers), seconds, again)
+        emit(RunFinished(seconds, dict(self.redone)))
+        return result
+
+    def _finish(self) -> list[torch.Tensor]:
         for worker in self.workers:
             if worker.ready:
                 worker.actor.forget.remote()
+        if self.store is not None:
+            self.store.finish()
+            return []
         return self.gather.finish()
 
-    def _hand_out(self) -> None:
-        free = {id(w): WINDOW for w in self.workers if w.ready}
-        for worker, _, _ in self.flying.values():
-            free[id(worker)] -= 1
-        for room in range(WINDOW, 0, -1):  # the emptiest workers first, so that the last chunks are spread
-            for worker in self.workers:
-                if self.pending and worker.ready and free[id(worker)] == room:
-                    free[id(worker)] -= 1
-                    self._submit(worker, self.pending.popleft())
+    # -- handing out -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, worker: _Worker, chunk: Chunk) -> None:
-        inputs = tuple(pack(t[chunk.start : chunk.stop]) for t in self.job.inputs)
-        task = Task(chunk.start, inputs, chunk.stop - chunk.start, unmapped=self.every or chunk.start == 0)
-        ref = worker.actor.chunk.remote(self.key, self.digest, self.text, self.constants, task)
-        self.flying[ref] = worker, chunk, time.perf_counter()
+    def _hand_out(self) -> None:
+        now = time.perf_counter()
+        due = [item for item in self.later if item[0] <= now]
+        for item in due:
+            self.later.remove(item)
+            self.schedule.again(item[1], item[2])
+        for worker, chunk in self.schedule.assignments():
+            assert isinstance(worker, RayWorker)
+            self._submit(worker, chunk)
+        self._combine()
+        if now - self.grown > _GROW_SECONDS:
+            self.grown = now
+            if self.schedule.left:
+                self.workers += self.pool.grow()
+
+    def _submit(self, worker: RayWorker, chunk: Chunk) -> None:
+        inputs = tuple([None if t is None else pack(t) for t in self._rows(chunk)])
+        unmapped = self.every or chunk.start == 0
+        halvings = self.halvings + max(0, self.schedule.deaths(chunk) - 1)
+        task = Task(chunk.start, chunk.size, inputs, unmapped, halvings, self._peers(worker))
+        arguments = (self.key, self.digest, self.text, self.constants, task)
+        if self.groups:
+            ref, apart = worker.actor.task_apart.options(num_returns=2).remote(*arguments)
+            self.flying[ref] = _Flight(worker, chunk, apart)
+        else:
+            self.flying[worker.actor.task.remote(*arguments)] = _Flight(worker, chunk)
+
+    def _rows(self, chunk: Chunk) -> Iterator[torch.Tensor | None]:
+        """A task's samples of each input; None where the worker reads them."""
+        for i, t in enumerate(self.job.inputs):
+            if i in self.read_there:
+                yield None
+            elif i in self.job.columns:
+                yield self.job.columns[i].rows_between(chunk.start, chunk.stop)
+            else:
+                yield t[chunk.start : chunk.stop]
+
+    def _peers(self, worker: RayWorker) -> int:
+        """How many workers share a worker's memory: those on its machine, or on its part of a GPU."""
+        if worker.device.startswith("cuda"):
+            return max(1, round(1 / self.pool.gpus)) if 0 < self.pool.gpus < 1 else 1
+        return max(1, sum(w.ready and w.node == worker.node for w in self.workers))
+
+    # -- what comes back -------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        starting = {}
-        for worker in self.workers:
-            if not worker.ready:
-                starting[worker.start()] = worker
-        done, _ = self.ray.wait([*self.flying, *starting], num_returns=1, timeout=_WAIT_SECONDS)
-        if not done and not self.flying:
-            logger.warning("%s: no Ray worker has started yet; the cluster may have no free slot, or importing torch takes long", self.call)
+        starting = {worker.start(): worker for worker in self.workers if not worker.ready}
+        refs = [*self.flying, *self.combining, *starting]
+        timeout = _GROW_SECONDS if self.pool.options.workers is None else _WAIT_SECONDS
+        if self.later:
+            timeout = min(timeout, max(0.0, min(item[0] for item in self.later) - time.perf_counter()))
+        if not refs:
+            time.sleep(timeout)
+            return
+        done, _ = self.ray.wait(refs, num_returns=1, timeout=timeout)
+        if done and len(refs) > 1:
+            done, _ = self.ray.wait(refs, num_returns=len(refs), timeout=0)  # all that are ready: each call looks at every reference
+        if not done and timeout == _WAIT_SECONDS and not self.flying and not self.combining:
+            text = "%s: no Ray worker has started yet; the cluster may have no free slot, or importing torch takes long"
+            logger.warning(text, self.job.call)
         for ref in done:
             if ref in starting:
                 self._started(starting[ref], ref)
+            elif ref in self.combining:
+                self._combined(ref)
             else:
                 self._finished(ref)
 
-    def _started(self, worker: _Worker, ref: Any) -> None:
+    def _started(self, worker: RayWorker, ref: Any) -> None:
         try:
             info = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             worker.stop(self.ray)
             self.failed_starts += 1
-            if self.failed_starts > RETRIES:
+            if self.failed_starts > RETRIES + len(self.workers):
                 raise errors.WorkerError(
-                    f"{self.call}: worker processes do not start; install one version of shardmap on every machine of the cluster. {error}"
+                    f"{self.job.call}: worker processes do not start; install one version of shardmap on every machine of the cluster. "
+                    f"{error}"
                 ) from error
-            logger.warning("%s: %s did not start and is started again: %s", self.call, worker.name, _first_line(error))
+            logger.warning("%s: %s did not start and is started again: %s", self.job.call, worker.name, _first_line(error))
             return
         self.failed_starts = 0
-        worker.ready, worker.pid = True, info["pid"]
+        worker.ready, worker.pid, worker.node, worker.device = True, info["pid"], info["node"], info["device"]
         if info["torch"] != torch.__version__:
             text = "%s on %s has torch %s, the driver has %s: results may differ"
             logger.warning(text, worker.name, info["node"], info["torch"], torch.__version__)
-        logger.debug("%s is process %d on %s, on %s", worker.name, info["pid"], info["node"], info["device"])
+        free = "unknown" if info["free_bytes"] is None else format_bytes(info["free_bytes"])
+        logger.debug("%s is on %s (%s), %s free, %d threads", worker.place, info["device"], info["name"], free, info["threads"])
+        self.schedule.join(worker)
 
     def _finished(self, ref: Any) -> None:
-        if ref not in self.flying:
-            return  # handed out again together with another chunk of a worker that died
-        worker, chunk, began = self.flying[ref]
+        flight = self.flying.get(ref)
+        if flight is None:
+            return  # handed out again together with another task of a worker that died
+        worker, chunk = flight.worker, flight.chunk
         e = self.ray.exceptions
         try:
             outcome = self.ray.get(ref)
         except (e.RayActorError, e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError) as error:
-            self._lost(worker, _first_line(error), str(error))
+            self._lost(worker, "memory ran out" if _of_memory(e, error) else "worker died", str(error))
             return
         except e.RayError as error:
-            raise errors.WorkerError(f"{self._where(chunk)}: {error}") from error
+            raise errors.WorkerError(f"{self._where(worker, chunk)}: {error}") from error
         if isinstance(outcome, Failure):
-            if outcome.poisoned:
-                self._lost(worker, outcome.error, outcome.traceback)
-                return
-            raise errors.WorkerError(f"{self._where(chunk)}: {outcome.error}\n\nOn the worker:\n{outcome.traceback}")
+            self._failed(ref, worker, chunk, outcome)
+            return
         del self.flying[ref]
-        self._gather(chunk, outcome)
-        emit(ChunkDone(worker.name, chunk.start, chunk.stop, time.perf_counter() - began))
+        self._take(chunk, outcome)
+        self.schedule.done(worker, chunk)
+        if flight.apart is not None:
+            group = self.group_of[chunk]
+            group.parts[chunk] = flight.apart
+            if len(group.parts) == len(group.chunks):
+                self.complete.append(group)
+        emit(ChunkDone(worker.name, chunk.start, chunk.stop, outcome.seconds))
 
-    def _gather(self, chunk: Chunk, outcome: list[Packed | None]) -> None:
+    def _take(self, chunk: Chunk, outcome: Done) -> None:
+        if self.store is not None:
+            assert outcome.receipt is not None
+            self.store.commit(outcome.receipt)
+            return
         # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
-        single = chunk.stop - chunk.start == self.job.samples
+        whole = chunk.size == self.job.samples
         outs: list[torch.Tensor | None] = []
-        for k, (packed, out) in enumerate(zip(outcome, self.job.outputs, strict=True)):
-            if packed is not None:
-                t = unpack(packed, torch.device("cpu"))
-                if out.reduction is not None:
-                    t = self.gather.totals[k].partial(t, chunk.size)
-                outs.append(t.clone() if single or not out.mapped else t)
-            else:
-                outs.append(None)
+        for k, (packed, out) in enumerate(zip(outcome.outputs, self.job.outputs, strict=True)):
+            t = None if packed is None else unpack(packed, HOST)
+            if t is not None and _folded(out):
+                t = self.gather.totals[k].partial(t, chunk.size)
+            elif t is not None and (whole or not out.stacked):
+                t = t.clone()
+            outs.append(t)
         self.gather.add(chunk.start, chunk.stop, outs)
 
-    def _lost(self, worker: _Worker, reason: str, text: str) -> None:
-        """Replace a worker, and hand its chunks out again: the first was being computed, the others were waiting for it."""
-        lost = [(ref, chunk) for ref, (w, chunk, _) in self.flying.items() if w is worker]
-        for ref, _ in lost:
+    # -- reduced outputs -------------------------------------------------------------------------------------------------
+
+    def _combine(self) -> None:
+        """Let workers put together the reduced outputs of neighbouring tasks that are all there."""
+        if not self.complete:
+            return
+        workers = [w for w in self.workers if w.ready]
+        while self.complete and workers:
+            group = self.complete.popleft()
+            worker = workers[len(self.combining) % len(workers)]
+            parts = [group.parts[chunk] for chunk in group.chunks]
+            self.combining[worker.actor.combine.remote(self.names, *parts)] = group, worker
+
+    def _combined(self, ref: Any) -> None:
+        group, worker = self.combining.pop(ref)
+        e = self.ray.exceptions
+        try:
+            outcome: Sequence[Packed | None] = self.ray.get(ref)
+        except (e.RayActorError, e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError) as error:
+            group.tries += 1
+            if group.tries > RETRIES:
+                raise errors.WorkerError(f"{self._where(worker, group.chunks[0])}: sums were lost {group.tries} times: {error}") from error
+            if isinstance(error, e.ObjectLostError):  # they were on a machine that is gone: their tasks are computed again
+                group.parts = {}
+                self.schedule.put_back(group.chunks)
+                self._count(worker, group.chunks, "results lost", _first_line(error))
+            else:
+                self.complete.append(group)
+            return
+        except e.RayError as error:
+            raise errors.WorkerError(f"{self._where(worker, group.chunks[0])}: {error}") from error
+        start, stop = group.chunks[0].start, group.chunks[-1].stop
+        self.gather.add(start, stop, [None if p is None else unpack(p, HOST).clone() for p in outcome])
+        group.parts = {}
+        self.open_groups -= 1
+
+    # -- faults ----------------------------------------------------------------------------------------------------------
+
+    def _failed(self, ref: Any, worker: RayWorker, chunk: Chunk, failure: Failure) -> None:
+        """A worker could not compute a task: what may pass is tried again, what is the function's own is not."""
+        if failure.poisoned:
+            self._lost(worker, "device failed", f"{failure.error}\n{failure.traceback}")
+            return
+        if failure.passing and self.schedule.blame(chunk):
             del self.flying[ref]
+            delay = PATIENCE_SECONDS * 2 ** (self.schedule.deaths(chunk) - 1)
+            self.later.append((time.perf_counter() + delay, worker, chunk))
+            self._count(worker, [chunk], "place not reached", failure.error)
+            return
+        if failure.kind:
+            raise getattr(errors, failure.kind)(self._told(worker, chunk, failure.error))
+        raise errors.WorkerError(f"{self._where(worker, chunk)}: {failure.error}\n\nOn the worker:\n{failure.traceback}")
+
+    def _lost(self, worker: RayWorker, cause: str, text: str) -> None:
+        """Replace a worker, and hand its tasks out again: the first was being computed, the others were waiting for it."""
+        chunks = self.schedule.leave(worker)
+        self.flying = {ref: flight for ref, flight in self.flying.items() if flight.worker is not worker}
+        self.later = [item for item in self.later if item[1] is not worker]
+        place = worker.place
         worker.stop(self.ray)
-        chunks = [chunk for _, chunk in lost]
-        self.pending.extendleft(reversed(chunks))
+        if not chunks:
+            return
         first = chunks[0]
-        self.deaths[first.start] += 1
-        if self.deaths[first.start] > RETRIES:
+        if not self.schedule.blame(first):
             raise errors.WorkerError(
-                f"{self._where(first)}: the worker died {self.deaths[first.start]} times, so the chunk is not tried again; if memory ran "
-                f"out, pass a smaller chunk_size. The last time: {text}"
+                f"{self._where(worker, first)}: the worker died {self.schedule.deaths(first)} times, so the task is not tried again; if "
+                f"memory ran out, pass a smaller chunk_size or memory_budget. The last time: {text}"
             )
-        logger.warning("%s: %s died with samples %d to %d and is replaced: %s", self.call, worker.name, first.start, first.stop - 1, reason)
+        if cause == "memory ran out":
+            self.halvings += 1
+        reason = text.strip().partition("\n")[0]
+        smaller = "; from now on tasks are computed in smaller chunks" if cause == "memory ran out" else ""
+        text = "%s: %s died with samples %d to %d and is replaced%s: %s"
+        logger.warning(text, self.job.call, place, first.start, first.stop - 1, smaller, reason)
+        self._count(worker, chunks, cause, reason, quiet=True)
 
-    def _where(self, chunk: Chunk) -> str:
-        return f"{self.call}: samples {chunk.start} to {chunk.stop - 1} failed on a Ray worker"
+    def _count(self, worker: RayWorker, chunks: Sequence[Chunk], cause: str, reason: str, quiet: bool = False) -> None:
+        """Note that tasks are handed out again."""
+        self.redone[cause] += len(chunks)
+        for chunk in chunks:
+            emit(ChunkRedone(worker.name, chunk.start, chunk.stop, f"{cause}: {reason}"))
+            if not quiet:
+                text = "%s: samples %d to %d are handed out again, %s: %s"
+                logger.warning(text, self.job.call, chunk.start, chunk.stop - 1, cause, reason)
+
+    def _where(self, worker: RayWorker, chunk: Chunk) -> str:
+        return f"{self.job.call}: samples {chunk.start} to {chunk.stop - 1} failed on a Ray worker, {worker.place}"
+
+    def _told(self, worker: RayWorker, chunk: Chunk, message: str) -> str:
+        """A worker's own sentence, with the samples that it was about."""
+        text = message.removeprefix(f"{self.job.call}: ")
+        return f"{self.job.call}: {text} (samples {chunk.start} to {chunk.stop - 1}, {worker.place})"
 
 
-def _constants(job: Job, low: Lowered) -> Constants:
-    recording = job.recording
-    captured = tuple(pack(t) for t in recording.captured)
-    literals = tuple((pack(t), t.device == job.home) for t in recording.literals)
-    return Constants(low.options, captured, literals, recording.scalars, job.seed, recording.sources, Settings.current())
+def _on_worker(out: Output, stored: bool) -> Output:
+    """An output as a worker gives it: on its host, a row per sample, or reduced as far as it can."""
+    if out.reduction is not None and not _folded(out):
+        return Output(out.shape, out.dtype, HOST, out.mapped, None, Reduction(out.reduction.name), False)
+    return Output(out.shape, out.dtype, HOST, out.mapped, 0 if out.mapped or stored else None, None, False)
+
+
+def _grouped(chunks: Sequence[Chunk]) -> Iterator[_Group]:
+    for at in range(0, len(chunks), FAN):
+        yield _Group(tuple(chunks[at : at + FAN]), {})
+
+
+def _of_memory(exceptions: Any, error: Exception) -> bool:
+    """Whether Ray ended a worker because its machine was short of memory."""
+    return isinstance(error, exceptions.OutOfMemoryError) or "OUT_OF_MEMORY" in str(error) or "memory monitor" in str(error)
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-# -- the pool ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One slot of the pool, and the process that fills it."""
-
-    number: int
-    remote: Any
-    """Makes an actor."""
-    actor: Any = None
-    ready: bool = False
-    pid: int | None = None
-    starting: Any = None
-
-    @property
-    def name(self) -> str:
-        return f"ray:{self.number}"
-
-    def start(self) -> Any:
-        """The reference that is ready once the process is; a process is started where there is none."""
-        if self.actor is None:
-            self.actor = self.remote()
-            self.starting = self.actor.info.remote()
-        return self.starting
-
-    def stop(self, ray: Any) -> None:
-        """End the process."""
-        if self.actor is not None:
-            ray.kill(self.actor, no_restart=True)
-        self.actor, self.ready, self.pid, self.starting = None, False, None, None
-
-
-@dataclass(slots=True)
-class _Pool:
-    """The worker processes of this process."""
-
-    ray: Any
-    """The ray package."""
-    options: Ray
-    job_id: str
-    """Ray's id of this process's connection: after a shutdown and a new start the actors are gone."""
-    workers: list[_Worker]
-    texts: collections.OrderedDict[Program, tuple[str, Any]] = field(default_factory=collections.OrderedDict)
-    timer: threading.Timer | None = None
-
-    def text(self, program: Program) -> tuple[str, Any]:
-        """A program's digest, and its text in the object store."""
-        known = self.texts.get(program)
-        if known is None:
-            text = program.dumps().encode()
-            known = self.texts[program] = hashlib.sha256(text).hexdigest(), self.ray.put(np.frombuffer(text, np.uint8))
-            while len(self.texts) > _TEXTS:
-                self.texts.popitem(last=False)
-        self.texts.move_to_end(program)
-        return known
-
-    def is_connected(self) -> bool:
-        """Whether this process still belongs to the cluster that the workers run on."""
-        return self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
-
-    def close(self) -> None:
-        """End the workers."""
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.is_connected():
-            for worker in self.workers:
-                worker.stop(self.ray)
-
-
-_lock = threading.Lock()
-_pool: _Pool | None = None
-_registered = False
-
-
-@contextlib.contextmanager
-def _pool_of(ray: Any, options: Ray, call: str) -> Iterator[_Pool]:
-    """The pool for `options`, for one call at a time; its workers are let go when it has been idle."""
-    global _pool, _registered
-    with _lock:
-        _join(ray)
-        pool = _pool
-        if pool is not None:
-            if pool.timer is not None:
-                pool.timer.cancel()
-            if pool.options != options or not pool.is_connected():
-                pool.close()
-                pool = None
-        if pool is None:
-            if not _registered:
-                atexit.register(_at_exit)  # after ray's own, which was registered on its import: so it runs before that
-                _registered = True
-            pool = _pool = _Pool(ray, options, ray.get_runtime_context().get_job_id(), _workers(ray, options, call))
-        try:
-            yield pool
-        finally:
-            pool.timer = threading.Timer(options.idle_seconds, _release_if_idle, (pool,))
-            pool.timer.daemon = True
-            pool.timer.start()
-
-
-def _join(ray: Any) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a Ray of this machine alone, unless this process has joined one."""
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return
-    # Ray reports usage unless told otherwise, and says so on the console, which is kept quiet here: nobody would know.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=_cores(), include_dashboard=False, **quiet)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _workers(ray: Any, options: Ray, call: str) -> list[_Worker]:
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    gpus = options.num_gpus if options.num_gpus is not None else (1 if any(n.get("GPU", 0) >= 1 for n in nodes) else 0)
-    asked = {"CPU": options.num_cpus, "GPU": gpus}
-    # Each node's slots: a worker lives on one node.
-    slots = sum(min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores()) for n in nodes)
-    if slots == 0:
-        there = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-        raise errors.OptionError(
-            f"{call}: devices={options!r} needs {asked['CPU']:g} CPU and {asked['GPU']:g} GPU per worker, and no machine of the cluster "
-            f"has that ({there}); ask for less, or start Ray with more"
-        )
-    actor = ray.remote(Worker).options(
-        num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-    )
-    threads, device_type = max(1, int(options.num_cpus)), "cuda" if gpus else "cpu"
-    return [_Worker(i, lambda: actor.remote(threads, device_type)) for i in range(options.workers or slots)]
-
-
-def _release_if_idle(pool: _Pool) -> None:
-    """End the pool's workers, unless a call is using them or has used them since."""
-    if _lock.acquire(blocking=False):
-        try:
-            if _pool is pool and pool.timer is threading.current_thread():
-                _release()
-        finally:
-            _lock.release()
-
-
-def release() -> None:
-    """End the worker processes that wait for the next call; it starts new ones."""
-    with _lock:
-        _release()
-
-
-def _at_exit() -> None:
-    if _lock.acquire(timeout=1.0):  # a background thread may be in a call: then Ray's own exit ends the workers
-        _release()
-
-
-def _release() -> None:
-    global _pool
-    if _pool is not None:
-        _pool.close()
-        _pool = None

@@ -1,114 +1,44 @@
-"""What a worker process does: load the recorded program once, then compute chunk after chunk. Knows nothing of Ray.
+"""What a worker process does: load the recorded program once, then compute task after task. Knows nothing of Ray.
 
-Tensors travel as plain bytes with their strides beside them: pickling a torch tensor would send its whole storage, copied
-twice, where numpy's buffers go to shared memory as they are and are read there without a copy.
+A task is computed as any map on this machine's devices is (`shardmap.run.local`): in chunks that the worker plans by its own memory, and
+halves when that runs out.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import logging
+import errno
 import os
 import platform
+import time
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from shardmap import engine
+from shardmap import engine, errors
 from shardmap.batch import LoweringOptions
-from shardmap.codegen import Replay
 from shardmap.engine import Lowered
+from shardmap.planning.device import Budget, free_bytes
+from shardmap.planning.split import Split, split
 from shardmap.program import Program
 from shardmap.recording import Recording
-from shardmap.verify import Trial, check
+from shardmap.rules import pages
+from shardmap.run import local, prepare
+from shardmap.run.base import Job, Output
+from shardmap.run.packing import Packed, pack, unpack
+from shardmap.store import Receipt, Store
+from shardmap.store.columns import Column
 
-logger = logging.getLogger("shardmap")
+HOST = torch.device("cpu")
 
-
-_ALIGNMENT = 64
-"""Bytes: torch's allocator and Ray's object store both align to this."""
-
-
-class Packed(NamedTuple):
-    """A tensor on its way: its distinct elements, and how they lay in memory."""
-
-    data: np.ndarray | None
-    """The elements as bytes, row by row; None for a tensor on the meta device, which has none."""
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    """In elements; recorded views depend on them. Dimensions of stride 0 are sent once."""
-    dtype: torch.dtype
-    misalignment: int
-    """Bytes from the last multiple of 64 to the first element on the CPU. Kernels add up in another order where it differs,
-    so that without it a chunk would differ in the last bits from the same chunk computed in the driver's process."""
-
-
-def _repeated(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    return [d for d, (n, s) in enumerate(zip(shape, stride, strict=True)) if s == 0 and n > 1]
-
-
-def pack(t: torch.Tensor) -> Packed:
-    """The elements of `t`, and only those: nothing else of the storage that it views.
-
-    Args:
-        t: Any strided tensor, on any device. Bytes are shared where it is dense, so send them before `t` changes.
-    """
-    t = t.detach()
-    shape, stride = tuple(t.shape), t.stride()
-    if t.device.type == "meta":
-        return Packed(None, shape, stride, t.dtype, 0)
-    misalignment = t.data_ptr() % _ALIGNMENT if t.device.type == "cpu" else 0
-    for d in _repeated(shape, stride):
-        t = t.narrow(d, 0, 1)
-    dense = t.cpu().resolve_conj().resolve_neg().contiguous()
-    return Packed(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy(), shape, stride, t.dtype, misalignment)
-
-
-def unpack(p: Packed, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`, with the strides that it was packed with.
-
-    On the CPU a dense tensor shares the bytes of `p`, which nobody may write to.
-    """
-    if p.data is None:
-        return torch.empty_strided(p.shape, p.stride, dtype=p.dtype, device="meta")
-    repeated = _repeated(p.shape, p.stride)
-    kept = tuple(1 if d in repeated else n for d, n in enumerate(p.shape))
-    t = _tensor_of(p.data)
-    in_place = device.type == "cpu" and t.data_ptr() % _ALIGNMENT == p.misalignment
-    t = t.view(p.dtype).view(kept)
-    if t.numel() and not (in_place and t.stride() == p.stride):
-        t = _empty(kept, p.stride, p.dtype, p.misalignment, device).copy_(t)
-    return t.to(device).expand(p.shape)
-
-
-def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, misalignment: int, device: torch.device) -> torch.Tensor:
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if device.type != "cpu":
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    memory = torch.empty(span + _ALIGNMENT // dtype.itemsize, dtype=dtype)
-    return memory.as_strided(shape, stride, (misalignment - memory.data_ptr()) % _ALIGNMENT // dtype.itemsize)
-
-
-def _tensor_of(data: np.ndarray) -> torch.Tensor:
-    if not data.flags.writeable:
-        _accept_read_only_memory()
-    return torch.from_numpy(data)
-
-
-@functools.cache
-def _accept_read_only_memory() -> None:
-    """Torch warns, once per process, when a tensor shares memory that must not be written; we only read it."""
-    data = np.zeros(1, np.uint8)
-    data.flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.from_numpy(data)
+LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
+"""Failures of a disk that trying again does not mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,29 +88,74 @@ class Constants:
     scalars: tuple[float, ...]
     seed: int
     sources: dict[str, str]
+    """The user's line for operators that have no rule of ours."""
     settings: Settings
+    outputs: tuple[Output, ...]
+    """As a worker gives them: on the host, samples first; those that it can reduce, reduced."""
+    columns: Mapping[int, Column] = field(default_factory=dict)
+    """The inputs, by position, that workers read themselves."""
+    store: Store | None = None
+    """Where workers write their results; without one they return them."""
+    chunk_size: Any = None
+    """Most samples at a time: "auto", or None for all of a task."""
+    budget: Budget = Budget(None, 0.9)  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One chunk: consecutive samples."""
+    """Consecutive samples."""
 
     start: int
-    inputs: tuple[Packed, ...]
     size: int
+    inputs: tuple[Packed | None, ...]
+    """Their values; None for a column that the worker reads."""
     unmapped: bool
-    """Whether to return the outputs that no sample changes: one chunk of a call does."""
+    """Whether to return the outputs that no sample changes: one task of a call does."""
+    halvings: int = 0
+    """How often workers have died of chunks that were too large: they are so often cut in two."""
+    peers: int = 1
+    """Workers that share this one's memory, itself among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A task is computed."""
+
+    outputs: tuple[Packed | None, ...]
+    """None for what went to the store, is returned apart, or was not asked for."""
+    receipt: Receipt | None
+    """For what was written."""
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error raised while a chunk was computed."""
+    """An error raised while a task was computed."""
 
     error: str
     """Its type and message, on one line."""
     traceback: str
     poisoned: bool
     """The process can compute nothing more (an error inside a CUDA kernel): it must be replaced."""
+    kind: str = ""
+    """The name of the error in `shardmap.errors`; empty if it is none of ours."""
+    passing: bool = False
+    """Whether it may be otherwise the next time: a store or source that could not be reached."""
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """What is to be said of an error that is being handled."""
+        message = "\n".join(traceback.format_exception_only(error)).strip()
+        poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+        known = type(error).__name__ if isinstance(error, errors.ShardmapError) and hasattr(errors, type(error).__name__) else ""
+        return Failure(str(error) if known else message, traceback.format_exc(), poisoned, known, _may_pass(error))
+
+
+def _may_pass(error: Exception) -> bool:
+    cause = error.__cause__
+    if not isinstance(error, errors.StoreError | errors.SourceError) or cause is None:
+        return False
+    return not (isinstance(cause, OSError) and cause.errno in LASTING)
 
 
 @dataclass(slots=True)
@@ -189,18 +164,49 @@ class _Bound:
 
     call: str
     program: Program
-    options: LoweringOptions
     constants: Constants
-    captured: list[torch.Tensor]
-    literals: list[torch.Tensor]
+    device: torch.device
+    recording: Recording
     lowered: dict[tuple[bool, ...], Lowered] = field(default_factory=dict)
     """By layout of the inputs."""
-    fixed: dict[tuple[bool, ...], tuple[Replay, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
-    """By layout: what no sample changes, with the replay that computed it."""
+    devices: dict[tuple[bool, ...], prepare.Devices] = field(default_factory=dict)
+    memory: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of stacked outputs: filling fresh pages for each task would cost more than computing."""
+
+    def job(self, inputs: list[torch.Tensor], task: Task) -> tuple[Job, prepare.Devices]:
+        """A task as a map of its own."""
+        layout = tuple([t.is_contiguous() for t in inputs])
+        constants = self.constants
+
+        def lower(device_type: str) -> Lowered:
+            assert device_type == self.device.type
+            found = self.lowered.get(layout)
+            if found is None:
+                options = dataclasses.replace(constants.options, device_type=device_type)
+                found = self.lowered[layout] = engine.lowered(self.program, options, layout, constants.sources)
+            return found
+
+        job = Job(
+            self.recording, inputs, task.size, self.device, constants.outputs, lower, constants.seed, False, False, False,
+            constants.options.call, offset=task.start, partial=True,
+        )  # fmt: skip
+        on = self.devices.get(layout)
+        if on is None:
+            on = self.devices[layout] = prepare.Devices(job)
+        on.job = job
+        return job, on
+
+    def room(self, job: Job) -> dict[int, torch.Tensor]:
+        """Memory for the stacked outputs of a job."""
+        for k, out in enumerate(job.outputs):
+            held = self.memory.get(k)
+            if out.stacked and (held is None or held.shape[0] < job.samples):
+                self.memory[k] = pages.whole((job.samples, *out.shape), out.dtype, HOST)
+        return {k: t[: job.samples] for k, t in self.memory.items()}
 
 
 class Worker:
-    """Computes chunks of recorded programs in a process of its own.
+    """Computes tasks of recorded programs in a process of its own.
 
     Every call brings the program and its constants along by reference, and the worker keeps what it has made of them: a
     replacement for a worker that died needs nothing told again.
@@ -213,17 +219,19 @@ class Worker:
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore", engine.SlowLoopWarning)  # the driver has warned
         on_cuda = device_type == "cuda" and torch.cuda.is_available()  # Ray's GPUs may be logical: numbers without hardware
-        self.device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+        self.device = torch.device("cuda", 0) if on_cuda else HOST
         self.programs: collections.OrderedDict[str, Program] = collections.OrderedDict()
         self.bound: _Bound | None = None
 
     def info(self) -> dict[str, Any]:
-        """Which process this is, and what it computes with."""
+        """Which process this is, what it computes with, and how much memory that has left."""
         return {
             "pid": os.getpid(),
             "node": platform.node(),
             "torch": torch.__version__,
             "device": str(self.device),
+            "name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "free_bytes": free_bytes(self.device),
             "threads": torch.get_num_threads(),
             "programs": len(self.programs),
         }
@@ -232,33 +240,54 @@ class Worker:
         """Let go of the last call's tensors."""
         self.bound = None
 
-    def chunk(self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task) -> list[Packed | None] | Failure:
-        """The outputs of one chunk, on the CPU.
+    def task(self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task) -> Done | Failure:
+        """Compute one task.
 
         Args:
             call: Tells one mapped call from the next.
             digest: Tells one program from the next.
             text: The program's text, as bytes.
-            constants: What all chunks of the call share.
-            task: The chunk.
+            constants: What all tasks of the call share.
+            task: The samples.
 
         Returns:
-            The packed outputs (None for an unmapped one that was not asked for), or the failure.
+            Its outputs, or the receipt for what was written to the store; or the failure.
         """
         try:
             bound = self._bind(call, digest, text, constants)
             with torch.no_grad():
-                return _compute(bound, self.device, task)
+                return _compute(bound, task)
         except Exception as error:
             self.bound = None  # the traceback's frames and the bound tensors go: they may be what memory was short of
-            message = "\n".join(traceback.format_exception_only(error)).strip()
-            poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
-            return Failure(message, traceback.format_exc(), poisoned)
+            return Failure.of(error)
+
+    def task_apart(
+        self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task
+    ) -> tuple[Done | Failure, tuple[Packed | None, ...]]:
+        """Compute one task, and return what is reduced as an object of its own: it need not go to the driver."""
+        done = self.task(call, digest, text, constants, task)
+        if isinstance(done, Failure):
+            return done, ()
+        reduced = [o.reduction is not None for o in constants.outputs]
+        rest = tuple([None if r else p for p, r in zip(done.outputs, reduced, strict=True)])
+        apart = tuple([p if r else None for p, r in zip(done.outputs, reduced, strict=True)])
+        return dataclasses.replace(done, outputs=rest), apart
+
+    def combine(self, names: Sequence[str | None], *parts: Sequence[Packed | None]) -> tuple[Packed | None, ...]:
+        """Neighbouring tasks' reduced outputs, put together in the order of the samples.
+
+        Args:
+            names: The reduction of each output, None for one that is not reduced.
+            parts: What tasks returned apart.
+        """
+        return tuple([None if name is None else _combined(name, [p[k] for p in parts]) for k, name in enumerate(names)])
 
     def _bind(self, call: str, digest: str, text: np.ndarray, constants: Constants) -> _Bound:
         if self.bound is not None and self.bound.call == call:
             return self.bound
         self.bound = None
+        if constants.store is not None:
+            constants.store.check_here()
         constants.settings.apply()
         program = self.programs.get(digest)
         if program is None:
@@ -267,45 +296,65 @@ class Worker:
                 self.programs.popitem(last=False)
             self.programs[digest] = program
         self.programs.move_to_end(digest)
-        options = dataclasses.replace(constants.options, device_type=self.device.type)
-        captured = [unpack(p, self.device) for p in constants.captured]
-        host = torch.device("cpu")
-        literals = [unpack(p, self.device if follows else host) for p, follows in constants.literals]
-        self.bound = _Bound(call, program, options, constants, captured, literals)
+        captured = tuple([unpack(p, self.device) for p in constants.captured])
+        literals = tuple([unpack(p, self.device if follows else HOST) for p, follows in constants.literals])
+        # Tasks do not begin with the sample that was recorded, so that there is no output to compare with: the driver has done it.
+        recording = Recording(program, captured, literals, constants.scalars, frozenset(), False, constants.sources, ())
+        self.bound = _Bound(call, program, constants, self.device, recording)
         return self.bound
 
 
-def _compute(bound: _Bound, device: torch.device, task: Task) -> list[Packed | None]:
-    inputs = [unpack(p, device) for p in task.inputs]
-    low, fixed = _prepare(bound, device, inputs, task.size)
-    constants = bound.constants
+def _compute(bound: _Bound, task: Task) -> Done:
+    began, constants = time.perf_counter(), bound.constants
+    stop = task.start + task.size
+    inputs = [constants.columns[i].rows_between(task.start, stop) if p is None else unpack(p, HOST) for i, p in enumerate(task.inputs)]
+    job, on = bound.job(inputs, task)
     _seed(constants, task.start)
-    outs = low.replay.chunk(task.size, task.start, device, constants.seed, constants.scalars, fixed, inputs)
-    del inputs
-    return [pack(t) if v.mapped or task.unmapped else None for t, v in zip(outs, low.batched.outputs, strict=True)]
+    outs = _run(bound, job, on, task)
+    store, receipt = constants.store, None
+    packed: tuple[Packed | None, ...] = (None,) * len(outs)
+    if store is not None:
+        receipt = store.write(task.start // store.header.unit, outs)
+    else:
+        wanted = [o.mapped or o.reduction is not None or task.unmapped for o in job.outputs]
+        packed = tuple([pack(t) if w else None for t, w in zip(outs, wanted, strict=True)])
+    return Done(packed, receipt, time.perf_counter() - began)
 
 
-def _prepare(bound: _Bound, device: torch.device, inputs: list[torch.Tensor], size: int) -> tuple[Lowered, tuple[torch.Tensor, ...]]:
-    """The lowering for inputs that lie in memory as these do, checked on the first rows, and what no sample changes."""
-    layout = tuple(t.is_contiguous() for t in inputs)
-    constants = bound.constants
-    low = bound.lowered.get(layout)
-    if low is None:
-        low = bound.lowered[layout] = engine.lowered(bound.program, bound.options, layout, constants.sources)
-    if (size > 1) not in low.checked:
-        rows = min(size, 2)
-        trial = Trial(device, constants.seed, rows, [t[:rows] for t in inputs], list(bound.captured), list(bound.literals))
-        # Chunks do not begin with the sample that was recorded, so that there is no output to compare with: the driver has done it.
-        recording = Recording(
-            bound.program, tuple(bound.captured), tuple(bound.literals), constants.scalars, frozenset(), False, constants.sources, ()
-        )
-        check(low, recording, trial)
-    replay, fixed = bound.fixed.get(layout, (None, ()))
-    if replay is not low.replay:  # the check may have mended the lowering
-        _seed(constants, 0)
-        fixed = low.replay.fixed(device, constants.seed, constants.scalars, bound.captured, bound.literals)
-        bound.fixed[layout] = (low.replay, fixed)
-    return low, fixed
+def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch.Tensor]:
+    """A task's outputs: as one chunk what is small, planned what is not."""
+    budget = bound.constants.budget
+    always = budget.bytes is not None
+    if not (always or task.halvings or any(o.reduction for o in job.outputs)) and prepare.small(job):
+        return local.run_whole(job, on)
+    found = prepare.sites(job, on, [str(bound.device)], lambda device: budget.on(device, task.peers), job.samples > 1, always)
+    cut = split(job.samples, found, bound.constants.chunk_size)
+    cut = _halved(cut, task.halvings) if task.halvings else cut
+    refusal = cut.refusal()
+    if refusal is not None:
+        raise errors.OverBudget(f"{refusal} (process {os.getpid()} on {platform.node()})")
+    return local.run(job, cut, on, memory=bound.room(job))
+
+
+def _halved(cut: Split, times: int) -> Split:
+    """The same with smaller chunks: the plan was wrong about this worker's memory."""
+    lanes = [dataclasses.replace(lane, chunk=max(1, lane.chunk >> times)) for lane in cut.lanes]
+    return dataclasses.replace(cut, lanes=tuple(lanes))
+
+
+def _combined(name: str, parts: Sequence[Packed | None]) -> Packed:
+    total: torch.Tensor | None = None
+    for part in parts:
+        assert part is not None
+        t = unpack(part, HOST)
+        if total is None:
+            total = t.clone()
+        elif name in ("sum", "mean"):
+            total += t
+        else:
+            total = torch.maximum(total, t) if name == "max" else torch.minimum(total, t)
+    assert total is not None
+    return pack(total)
 
 
 def _seed(constants: Constants, start: int) -> None:

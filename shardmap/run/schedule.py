@@ -7,7 +7,7 @@ as for a thousand: a million chunks pass through in seconds.
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from shardmap.planning.split import Chunk
 
@@ -97,6 +97,11 @@ class Schedule:
         self.done(worker, chunk)
         self._again.appendleft(chunk)
         self.redone += 1
+
+    def put_back(self, chunks: Sequence[Chunk]) -> None:
+        """Chunks that were finished are lost, and go to the front of the queue."""
+        self._again.extendleft(reversed(chunks))
+        self.redone += len(chunks)
 
     @property
     def left(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shardmap.errors import StoreError
+from shardmap.planning.cluster import task_rows
 from shardmap.recording import element
 from shardmap.rules import pages
 from shardmap.run.base import Job
@@ -86,15 +87,23 @@ class StoreGather(Gather):
         return [pages.whole((rows, *out.shape), out.dtype, host) for out in self.job.outputs]
 
 
-def unit_of(job: Job, chunk_size: Any, stored: Sink | None) -> int:
-    """Samples per storage unit: those of the store that is to be resumed, the user's chunks, or about 32 MiB."""
+def unit_of(job: Job, chunk_size: Any, stored: Sink | None, workers: int = 0) -> int:
+    """Samples per storage unit: those of the store that is to be resumed, the user's chunks, or about 32 MiB; less where workers wait.
+
+    Args:
+        job: The mapped call.
+        chunk_size: As the user gave it.
+        stored: The sink that is to be resumed, if one is.
+        workers: Of a cluster, where a unit is a task; 0 without one.
+    """
     if stored is not None:
         with contextlib.suppress(StoreError):  # there is none yet, or `create` says what is wrong with it
             return open_store(stored.where).header.unit
     if isinstance(chunk_size, int):
         return chunk_size
     row = sum(o.sample_bytes for o in job.outputs)
-    return max(1, min(job.samples, UNIT_BYTES // max(row, 1)))
+    most = task_rows(job.samples, workers, 0, chunk_size) if workers and job.samples else job.samples
+    return max(1, min(most, UNIT_BYTES // max(row, 1)))
 
 
 def identity(job: Job, unit: int) -> dict[str, str]:
@@ -104,7 +113,7 @@ def identity(job: Job, unit: int) -> dict[str, str]:
     program.update(recording.program.dumps().encode())
     program.update(repr((recording.scalars, job.seed, [(o.shape, str(o.dtype)) for o in job.outputs])).encode())
     _update(program, (*recording.captured, *recording.literals))
-    data = source(tuple(job.inputs)).digest() if job.samples else "no samples"
+    data = source(tuple(job.columns.get(i, t) for i, t in enumerate(job.inputs))).digest() if job.samples else "no samples"
     plan = hashlib.blake2b(f"{job.samples} {unit}".encode(), digest_size=16)
     return {"program": program.hexdigest(), "data": data, "plan": plan.hexdigest()}
 

@@ -6,6 +6,7 @@ commits it. What is not committed does not exist, whatever files are there, so a
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,19 @@ class Store(ABC):
         return self._place.travels
 
     # What workers do.
+
+    def check_here(self) -> None:
+        """Refuse where this process does not see the store that the driver has made.
+
+        Raises:
+            StoreError: It is not there, or another one is: each machine would write to a disk of its own.
+        """
+        manifest = find_manifest(self._place)
+        if manifest is None or manifest.head().header.identity != self.header.identity:
+            raise StoreError(
+                f"{self.url}: the store is not there on {platform.node()}: it must lie on a file system that all machines share, at the same "
+                "path, or at a URL"
+            )
 
     def write(self, unit: int, tensors: Sequence[torch.Tensor]) -> Receipt:
         """Write one unit: its files are replaced whole or stay as they were. Writing it again is harmless.

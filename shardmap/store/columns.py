@@ -29,6 +29,22 @@ class Column(ABC):
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows that are there, `[stop - start, *shape]`. Nobody may write to them: they may share memory with the data."""
 
+    def rows_between(self, start: int, stop: int) -> torch.Tensor:
+        """Rows as a dense tensor, also none at all: each row lies in memory as every other."""
+        if start == stop:
+            return torch.empty((0, *self.shape), dtype=self.dtype)
+        return self.read(start, stop).contiguous()
+
+    def known_digest(self) -> str | None:
+        """A hash of all rows that is known without reading them; None if there is none."""
+        return None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rows} rows of {self.dtype} {list(self.shape)})"
+
 
 class TensorColumn(Column):
     """A tensor, on any device; rows are views of it."""

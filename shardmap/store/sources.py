@@ -32,6 +32,22 @@ class Source(ABC):
 
     @property
     @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """What a mapped function takes, an argument each: `shardmap.vmap(fn)(*source.columns)`."""
+
+    def __getitem__(self, name: str) -> Column:
+        """The column of that name: `shardmap.vmap(fn)(source["image"], source["label"])`.
+
+        Raises:
+            SourceError: There is none.
+        """
+        names = [spec.name for spec in self.specs]
+        if name not in names:
+            raise SourceError(f"there is no column {name!r}; there are {', '.join(map(repr, names))}")
+        return self.columns[names.index(name)]
+
+    @property
+    @abstractmethod
     def travels(self) -> bool:
         """Whether workers can read by themselves what this names; otherwise rows have to be sent. Files must be where they look."""
 
@@ -63,21 +79,28 @@ class Source(ABC):
         return self._read(start, stop)
 
     def digest(self) -> str:
-        """Hash of all rows, their shapes and dtypes: equal for equal data, whatever holds it. Reads everything once.
+        """Hash of all rows, their shapes and dtypes: equal for equal data, in whatever memory or files. Reads everything once.
 
-        blake2b on every machine, because runs are told apart by it, also when another machine resumes them.
+        Only of a store that shardmap wrote are the checksums taken instead. blake2b on every machine, because runs are told apart by it,
+        also when another machine resumes them.
         """
         if self._digest is None:
-            hashes = [hashlib.blake2b(digest_size=16) for _ in self.specs]
-            step = max(1, _BLOCK_BYTES // max(1, sum(spec.row_bytes for spec in self.specs)))
-            for start in range(0, len(self), step):
-                for column, one in zip(self.read(start, min(start + step, len(self))), hashes, strict=True):
-                    one.update(elements.raw(column.cpu()))
+            known = [column.known_digest() for column in self.columns]
+            found = self._hashed() if None in known else known
             whole = hashlib.blake2b(digest_size=16)
-            for spec, one in zip(self.specs, hashes, strict=True):
-                whole.update(f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} {one.hexdigest()}\n".encode())
+            for spec, one, before in zip(self.specs, found, known, strict=True):
+                whole.update(f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} {before or one}\n".encode())
             self._digest = whole.hexdigest()
         return self._digest
+
+    def _hashed(self) -> list[str]:
+        """A hash of each column's rows."""
+        hashes = [hashlib.blake2b(digest_size=16) for _ in self.specs]
+        step = max(1, _BLOCK_BYTES // max(1, sum(spec.row_bytes for spec in self.specs)))
+        for start in range(0, len(self), step):
+            for column, one in zip(self.read(start, min(start + step, len(self))), hashes, strict=True):
+                one.update(elements.raw(column.cpu()))
+        return [one.hexdigest() for one in hashes]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows of {', '.join(map(str, self.specs))})"
@@ -87,7 +110,7 @@ class Columns(Source):
     """Columns that are read independently of each other."""
 
     def __init__(self, columns: Mapping[str, Column]):
-        self.columns = tuple(columns.values())
+        self._columns = tuple(columns.values())
         self.specs = tuple(OutputSpec(name, c.shape, c.dtype) for name, c in columns.items())
         lengths = {name: c.rows for name, c in columns.items()}
         if len(set(lengths.values())) > 1:
@@ -97,15 +120,20 @@ class Columns(Source):
             )
 
     @property
+    def columns(self) -> tuple[Column, ...]:
+        """They are read independently of each other."""
+        return self._columns
+
+    @property
     def travels(self) -> bool:
         """Whether each column can be read by others."""
-        return all(column.travels for column in self.columns)
+        return all(column.travels for column in self._columns)
 
     def __len__(self) -> int:
-        return self.columns[0].rows
+        return self._columns[0].rows
 
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        return tuple(column.read(start, stop) for column in self.columns)
+        return tuple(column.read(start, stop) for column in self._columns)
 
 
 class DatasetSource(Source):
@@ -114,6 +142,9 @@ class DatasetSource(Source):
     def __init__(self, dataset: Any, names: Sequence[str] | None):
         self.dataset, self._what = dataset, f"the dataset {type(dataset).__name__}"
         self._travels: bool | None = None
+        self._block: tuple[int, int] | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+        """Of the items that were read last: what no column has asked for yet."""
         if not len(dataset):
             raise SourceError(f"{self._what} is empty, so that nothing tells the shapes of its items: give tensors of no rows instead")
         first, named = datasets.fetch(dataset, 0, 1, self._what)
@@ -121,6 +152,11 @@ class DatasetSource(Source):
         """Of the items, by column."""
         shown = self._keys if names is None else tuple(names)
         self.specs = tuple(OutputSpec(n, tuple(first[k].shape[1:]), first[k].dtype) for n, k in zip(shown, self._keys, strict=True))
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """They share what is read: an item is asked for once, and gives a row to each."""
+        return tuple(ItemColumn(self, i) for i in range(len(self.specs)))
 
     @property
     def travels(self) -> bool:
@@ -132,6 +168,16 @@ class DatasetSource(Source):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def part(self, index: int, start: int, stop: int) -> torch.Tensor:
+        """One column's rows; the others wait for whoever asks next."""
+        if self._block != (start, stop) or index not in self._waiting:
+            self._waiting = dict(enumerate(self.read(start, stop)))
+            self._block = (start, stop)
+        return self._waiting.pop(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_block": None, "_waiting": {}}
+
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         batch, _ = datasets.fetch(self.dataset, start, stop, self._what)
         out = tuple(batch[key] for key in self._keys)
@@ -139,6 +185,24 @@ class DatasetSource(Source):
             if (tuple(t.shape[1:]), t.dtype) != (spec.shape, spec.dtype):
                 raise SourceError(f"{self._what}: items {start} to {stop - 1} are {t.dtype} {list(t.shape[1:])}, the first is {spec}")
         return out
+
+
+class ItemColumn(Column):
+    """One part of a dataset's items."""
+
+    def __init__(self, dataset: DatasetSource, index: int):
+        spec = dataset.specs[index]
+        self.dataset, self.index = dataset, index
+        self.rows, self.shape, self.dtype = len(dataset), spec.shape, spec.dtype
+
+    @property
+    def travels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  asked for late: finding out pickles the dataset
+        """Whether workers can read the dataset by themselves."""
+        return self.dataset.travels
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows; the items are kept until each column has had its part."""
+        return self.dataset.part(self.index, start, stop)
 
 
 def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
@@ -159,12 +223,16 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
         SourceError: The kind is unknown, a path is not there, columns are of unequal length, or of a dtype that tensors cannot have.
 
     Examples:
-        >>> import torch
-        >>> import shardmap.store
-        >>> pairs = shardmap.store.source({"x": torch.arange(6).reshape(3, 2), "y": torch.ones(3)})
+        >>> import torch, shardmap
+        >>> pairs = shardmap.source({"x": torch.arange(6.).reshape(3, 2), "y": torch.ones(3)})
         >>> len(pairs), pairs.read(1, 3)
-        (3, (tensor([[2, 3],
-                [4, 5]]), tensor([1., 1.])))
+        (3, (tensor([[2., 3.],
+                [4., 5.]]), tensor([1., 1.])))
+
+        Its columns are arguments of mapped functions, read as they are needed, by the workers of a cluster themselves:
+
+        >>> shardmap.vmap(lambda x, y: x.sum() * y)(*pairs.columns)
+        tensor([1., 5., 9.])
     """
     if isinstance(obj, Source):
         return obj
@@ -177,7 +245,7 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
     found = _columns(obj)
     if found is None:
         if not (hasattr(obj, "__getitem__") and hasattr(obj, "__len__")) or isinstance(obj, str | bytes | os.PathLike | Mapping | Sequence):
-            raise SourceError(f"samples cannot be read from {_described(obj)}; see shardmap.store.source for what can be given")
+            raise SourceError(f"samples cannot be read from {_described(obj)}; see shardmap.source for what can be given")
         return DatasetSource(obj, names)
     columns, named = found
     keys = _chosen(tuple(columns), named, names)
@@ -192,7 +260,7 @@ def _columns(obj: Any) -> tuple[dict[str, Column], bool] | None:
         return stored.from_zarr(obj)
     if isinstance(obj, str | os.PathLike):
         return _at_path(os.fspath(obj))
-    if isinstance(obj, torch.Tensor | np.ndarray):
+    if isinstance(obj, torch.Tensor | np.ndarray | Column):
         return {"0": _one(obj, "what was given")}, False
     if isinstance(obj, Mapping) or (isinstance(obj, tuple | list) and obj):
         if isinstance(obj, tuple | list) and all(isinstance(p, str | os.PathLike) and os.fspath(p).endswith(".safetensors") for p in obj):
@@ -205,6 +273,8 @@ def _columns(obj: Any) -> tuple[dict[str, Column], bool] | None:
 
 def _one(obj: Any, what: str) -> Column:
     """One column of a tuple, list or dict."""
+    if isinstance(obj, Column):
+        return obj
     if isinstance(obj, torch.Tensor):
         return TensorColumn(obj, what)
     if isinstance(obj, np.ndarray):
