@@ -60,7 +60,8 @@ def vmap(
         randomness: "error" refuses random calls; "different" gives each sample draws of its own, which depend on torch's seed
             and the sample's index only; "same" gives all samples one draw.
         kw_in_dims: A dict of dims for keyword arguments, or an int for all; by default they are shared.
-        devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a list (a device named twice takes two shares), or "ray".
+        devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a list (a device named twice takes two shares), or a Ray
+            cluster: "ray" or `shardmap.Ray(...)`.
         chunk_size: Most samples computed at a time. "auto" plans: what fits in memory and stays in the CPU's cache, or saturates the
             GPU. An int; None for all of a device's share; or a mapping from devices ("cuda:0", "cuda") to any of these.
         output_device: Where results go; by default where the first mapped input is.
@@ -141,7 +142,7 @@ def plan(
         out_dims: As for `vmap`.
         randomness: As for `vmap`.
         kw_in_dims: As for `vmap`.
-        devices: As for `vmap`; devices of this machine only.
+        devices: As for `vmap`; a cluster is joined, and its workers asked for their memory.
         chunk_size: As for `vmap`.
         output_device: As for `vmap`.
         memory_budget: As for `vmap`.
@@ -173,10 +174,7 @@ def plan(
         reduce, None, False, progress, call,
     )  # fmt: skip
     options.check(func)
-    if on_ray.asked_for(devices):
-        raise errors.OptionError(
-            f"{call}: devices={devices!r}: only devices of this machine can be planned for; call shardmap.vmap instead"
-        )
+    cluster = on_ray.asked_for(devices)
 
     @functools.wraps(func, updated=())
     def planned(*args: Any, **kwargs: Any) -> Plan:
@@ -186,7 +184,11 @@ def plan(
         recording, structure = record(func, batch, randomness, False, call)
         job = _job(Prepared(recording, structure), batch, options, False, False)
         on = prepare.Devices(job)
-        return Plan(job, _split(job, on, _names(job, options, False), options, False, always=True), on, structure, options)
+        if cluster is not None:
+            cut = on_ray.planned(job, chunk_size, cluster, options.budget)
+        else:
+            cut = _split(job, on, _names(job, options, False), options, False, always=True)
+        return Plan(job, cut, on, structure, options)
 
     return planned
 
@@ -328,8 +330,8 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
     written = recording.written_inputs & batch.columns.keys()
     if written:
         raise errors.CapturedWriteError(
-            f"{call}: the function writes in place to mapped argument {min(written)}, which is read from a source; clone the argument inside "
-            "the function"
+            f"{call}: the function writes in place to mapped argument {min(written)}, which is read from a source; clone the argument "
+            "inside the function"
         )
     seed = engine.draw_seed() if recording.random else 0
     return Job(recording, inputs, batch.size, home, outputs, lower, seed, grad, transformed, remat, call, columns=batch.columns)

@@ -141,12 +141,11 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
     columns: dict[int, Column] = {}
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
         if isinstance(leaf, Column | Source):
-            _check_column(leaf, d, _where(i, args), call)
-            if size is not None and len(leaf) != size:
-                raise _disagree(_where(first or 0, args), size, f"{_where(i, args)}, a column of a source,", len(leaf), call)
-            size, first = len(leaf), i if first is None else first
-            columns[len(mapped)] = leaf
-            leaves[i] = leaf.rows_between(0, min(HEAD, len(leaf)))
+            column = columns[len(mapped)] = _checked(leaf, d, _where(i, args), call)
+            if size is not None and len(column) != size:
+                raise _disagree(_where(first or 0, args), size, f"{_where(i, args)}, a column of a source,", len(column), call)
+            size, first = len(column), i if first is None else first
+            leaves[i] = column.rows_between(0, min(HEAD, size))
             mapped.append((i, 0))
             continue
         if d is None or not isinstance(leaf, torch.Tensor):
@@ -187,8 +186,8 @@ def _disagree(first: str, size: int, other: str, found: Any, call: str) -> error
     )
 
 
-def _check_column(leaf: Column | Source, d: int | None, where: str, call: str) -> None:
-    """Refuse a source where a column is needed, and a column that is not mapped over its rows."""
+def _checked(leaf: Column | Source, d: int | None, where: str, call: str) -> Column:
+    """The column, unless it is a whole source, or not mapped over its rows."""
     if isinstance(leaf, Source):
         names = ", ".join(spec.name for spec in leaf.specs)
         raise errors.InDimsError(
@@ -199,6 +198,7 @@ def _check_column(leaf: Column | Source, d: int | None, where: str, call: str) -
             f"{call}: {where} is a column of a source, and its in_dim is {d}; its samples are its rows, so the in_dim must be 0: read it "
             "yourself (column.read) to share it among samples"
         )
+    return leaf
 
 
 def _where(leaf: int, args: tuple[Any, ...]) -> str:

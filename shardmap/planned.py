@@ -12,6 +12,7 @@ from shardmap.options import Options
 from shardmap.planning import table
 from shardmap.planning.split import Lane, Split
 from shardmap.run import local, prepare, timeline
+from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
 
@@ -103,8 +104,12 @@ class Plan:
         if refusal is not None:
             raise errors.OverBudget(f"{self._job.call}: {refusal}")
         events: list[Any] = []
+        cluster = on_ray.asked_for(self._options.devices)
         with self._options.watching(), listen(events.append):
-            outputs = local.run(self._job, self.split, self._on)
+            if cluster is not None:
+                outputs = on_ray.run(self._job, self._options.chunk_size, cluster, self._options.budget)
+            else:
+                outputs = local.run(self._job, self.split, self._on)
         self._events = events
         return pytree.tree_unflatten(outputs, self._structure)
 

@@ -23,8 +23,8 @@ from torch import nn
 import shardmap
 from shardmap import errors
 from shardmap.batch import LoweringOptions
-from shardmap.program import Program
 from shardmap.planning.device import Budget
+from shardmap.program import Program
 from shardmap.run import packing, pool, remote
 from shardmap.run import ray as on_ray
 from shardmap.run.base import ChunkDone, Event, Output, RunFinished, RunStarted, listen

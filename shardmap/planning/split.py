@@ -50,6 +50,13 @@ class Lane:
     """Expected for its rows."""
     measured: bool
     """Whether `seconds` comes from chunks that have run; otherwise it is a guess from operations and bytes."""
+    worker: str = ""
+    """The process of a cluster that it stands for; empty in this one."""
+
+    @property
+    def turns(self) -> tuple[str, str]:
+        """What lanes take turns on: a device of one process."""
+        return self.worker, self.device
 
     @property
     def chunks(self) -> int:
@@ -97,16 +104,18 @@ class Split:
     @property
     def seconds(self) -> float:
         """Expected: devices compute side by side, lanes of one device in turn."""
-        names = {lane.device for lane in self.lanes}
-        return max((sum(lane.seconds for lane in self.lanes if lane.device == name) for name in names), default=0.0)
+        seconds: dict[tuple[str, str], float] = {}
+        for lane in self.lanes:
+            seconds[lane.turns] = seconds.get(lane.turns, 0.0) + lane.seconds
+        return max(seconds.values(), default=0.0)
 
     def refusal(self) -> str | None:
         """Why the split cannot run: the first device over its budget, in words."""
         if self.collected is not None and not self.collected.fits:
             needed, budget = format_bytes(self.collected.bytes), format_bytes(self.collected.budget_bytes or 0)
             return (
-                f"the results need {needed} on {self.collected.device}, where they are collected, budget {budget}; keep less of them with "
-                "reduce=, map fewer samples per call, or name another output_device="
+                f"the results need {needed} on {self.collected.device}, where they are collected, budget {budget}; write them to a store "
+                "with out=, keep less of them with reduce=, map fewer samples per call, or name another output_device="
             )
         for lane in self.lanes:
             if lane.fits:

@@ -92,7 +92,7 @@ def memory(split: Split) -> str:
     """What the map needs on each device, in words."""
     devices: dict[str, list[Lane]] = {}
     for lane in split.lanes:
-        devices.setdefault(lane.device, []).append(lane)
+        devices.setdefault(lane.worker or lane.device, []).append(lane)
     return "\n".join(_memory(device, lanes) for device, lanes in devices.items())
 
 

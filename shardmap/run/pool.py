@@ -87,10 +87,13 @@ class RayWorker:
     """The machine that it is on."""
     device: str = ""
     """What it computes with."""
+    free_bytes: int | None = None
+    """What its device had left when it started."""
     starting: Any = None
 
     @property
     def name(self) -> str:
+        """As events, the progress bar and the plan call it."""
         return f"ray:{self.number}"
 
     def start(self) -> Any:
@@ -99,6 +102,11 @@ class RayWorker:
             self.actor = self.remote()
             self.starting = self.actor.info.remote()
         return self.starting
+
+    def started(self, info: Mapping[str, Any]) -> None:
+        """The process has said what it is."""
+        self.ready, self.pid, self.node, self.device = True, info["pid"], info["node"], info["device"]
+        self.free_bytes = info["free_bytes"]
 
     def stop(self, ray: Any) -> None:
         """End the process."""

@@ -7,6 +7,7 @@ receipts for what workers have written to a store. It holds a few tasks at a tim
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import time
 import uuid
@@ -21,7 +22,7 @@ from shardmap.extras import require
 from shardmap.planning.cluster import task_rows
 from shardmap.planning.device import Budget
 from shardmap.planning.memory import format_bytes
-from shardmap.planning.split import Chunk, chunks_of, unplanned
+from shardmap.planning.split import Chunk, Collected, Split, chunks_of, cut, split, unplanned
 from shardmap.recording import element
 from shardmap.reduce import Reduction
 from shardmap.run import local, prepare
@@ -168,6 +169,51 @@ def refuse(job: Job, chunk_size: Any, budget: Budget, url: str | None = None) ->
             )
 
 
+def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
+    """Who is expected to compute how much, from what the workers report: the memory of one task on each, its chunks, its time.
+
+    A task is observed in this process; where workers have GPUs and this one has none, its memory there is a guess.
+
+    Raises:
+        ClusterError: The cluster cannot be reached.
+        OptionError: The cluster lacks what is asked for.
+    """
+    ray = _ray()
+    refuse(job, chunk_size, Budget(1 << 62, 1.0))
+    with pool_of(ray, options, job.call) as pool:
+        starting = [worker.start() for worker in pool.workers if not worker.ready]
+        if starting:
+            ray.wait(starting, num_returns=len(starting), timeout=_WAIT_SECONDS)
+        for worker in pool.workers:
+            if not worker.ready and ray.wait([worker.start()], timeout=0)[0]:
+                worker.started(ray.get(worker.start()))
+        rows = cut(job.samples, len(pool.workers))
+        step = max(1, min(task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size), job.samples))
+        size = None if isinstance(chunk_size, int) else "auto"
+        home = str(job.home)
+        outputs = tuple([_on_worker(o, False) for o in job.outputs])
+        heads = [t.narrow(0, 0, min(step, t.shape[0])) for t in job.inputs]
+        task = dataclasses.replace(job, samples=min(step, job.samples), inputs=heads, outputs=outputs)
+        (site,) = prepare.sites(task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples))
+        lanes = []
+        for worker, share in zip(pool.workers, rows, strict=True):
+            free = worker.free_bytes
+            room = budget.bytes or (None if free is None else int(free * budget.fraction / _peers(pool, worker)))
+            (lane,) = split(task.samples, [dataclasses.replace(site, budget_bytes=room)], size).lanes
+            seconds = lane.seconds * share / max(1, task.samples)
+            lanes.append(dataclasses.replace(lane, name=worker.name, worker=worker.name, rows=share, seconds=seconds))
+    gathered = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in job.outputs)
+    home_device = job.outputs[0].device if job.outputs else job.home
+    return Split(job.samples, tuple(lanes), Collected(str(home_device), gathered, budget.on(home_device)))
+
+
+def _peers(pool: Pool, worker: RayWorker) -> int:
+    """How many workers share a worker's memory: those on its machine, or on its part of a GPU."""
+    if worker.device.startswith("cuda"):
+        return max(1, round(1 / pool.gpus)) if 0 < pool.gpus < 1 else 1
+    return max(1, sum(w.ready and w.node == worker.node for w in pool.workers))
+
+
 @dataclass(slots=True)
 class _Flight:
     """A task on its way."""
@@ -288,7 +334,7 @@ class _Run:
         inputs = tuple([None if t is None else pack(t) for t in self._rows(chunk)])
         unmapped = self.every or chunk.start == 0
         halvings = self.halvings + max(0, self.schedule.deaths(chunk) - 1)
-        task = Task(chunk.start, chunk.size, inputs, unmapped, halvings, self._peers(worker))
+        task = Task(chunk.start, chunk.size, inputs, unmapped, halvings, _peers(self.pool, worker))
         arguments = (self.key, self.digest, self.text, self.constants, task)
         if self.groups:
             ref, apart = worker.actor.task_apart.options(num_returns=2).remote(*arguments)
@@ -305,12 +351,6 @@ class _Run:
                 yield self.job.columns[i].rows_between(chunk.start, chunk.stop)
             else:
                 yield t[chunk.start : chunk.stop]
-
-    def _peers(self, worker: RayWorker) -> int:
-        """How many workers share a worker's memory: those on its machine, or on its part of a GPU."""
-        if worker.device.startswith("cuda"):
-            return max(1, round(1 / self.pool.gpus)) if 0 < self.pool.gpus < 1 else 1
-        return max(1, sum(w.ready and w.node == worker.node for w in self.workers))
 
     # -- what comes back -------------------------------------------------------------------------------------------------
 
@@ -351,7 +391,7 @@ class _Run:
             logger.warning("%s: %s did not start and is started again: %s", self.job.call, worker.name, _first_line(error))
             return
         self.failed_starts = 0
-        worker.ready, worker.pid, worker.node, worker.device = True, info["pid"], info["node"], info["device"]
+        worker.started(info)
         if info["torch"] != torch.__version__:
             text = "%s on %s has torch %s, the driver has %s: results may differ"
             logger.warning(text, worker.name, info["node"], info["torch"], torch.__version__)

@@ -154,7 +154,7 @@ def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("us", 1e6)
     merged = []
     for row, lane in enumerate(split.lanes):
-        expected = sum(other.seconds for other in split.lanes if other.device == lane.device)  # lanes of one device take turns
+        expected = sum(other.seconds for other in split.lanes if other.turns == lane.turns)  # lanes of one device take turns
         merged.append(_draw_lane(axes, row, lane.name, run, expected, longest, scale))
     axes.set_xlim(0, scale * longest)
     axes.set_ylim(lanes - 0.5, -0.5)

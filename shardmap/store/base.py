@@ -72,8 +72,8 @@ class Store(ABC):
         manifest = find_manifest(self._place)
         if manifest is None or manifest.head().header.identity != self.header.identity:
             raise StoreError(
-                f"{self.url}: the store is not there on {platform.node()}: it must lie on a file system that all machines share, at the same "
-                "path, or at a URL"
+                f"{self.url}: the store is not there on {platform.node()}: it must lie on a file system that all machines share, at the "
+                "same path, or at a URL"
             )
 
     def write(self, unit: int, tensors: Sequence[torch.Tensor]) -> Receipt:
