@@ -332,7 +332,7 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
     cut = _halved(cut, task.halvings) if task.halvings else cut
     refusal = cut.refusal()
     if refusal is not None:
-        raise errors.OverBudget(f"{refusal} (process {os.getpid()} on {platform.node()})")
+        raise errors.OverBudget(refusal)
     return local.run(job, cut, on, memory=bound.room(job))
 
 
