@@ -255,6 +255,9 @@ class _Run:
         self.redone: collections.Counter[str] = collections.Counter()
         self.halvings = 0
         self.failed_starts = 0
+        self.binding: dict[RayWorker, Any] = {}
+        self.bound: set[RayWorker] = set()
+        """Workers that have the program."""
         self.every = any(_folded(o) and not o.mapped for o in job.outputs)
         """Whether each task is to bring the outputs that no sample changes: they are counted once per sample."""
         self.names = [o.reduction.name if o.reduction is not None else None for o in self.outputs]
@@ -281,9 +284,6 @@ class _Run:
         """Everything, from the first task to the last."""
         started = time.perf_counter()
         emit(RunStarted(self.job.samples, self.tasks, tuple([w.name for w in self.workers])))
-        for worker in self.workers:
-            if worker.ready:
-                self.schedule.join(worker)
         try:
             while self.open_groups or not self.schedule.finished:
                 self._hand_out()
@@ -356,6 +356,7 @@ class _Run:
 
     def _wait(self) -> None:
         starting = {worker.start(): worker for worker in self.workers if not worker.ready}
+        starting |= {self._binding(worker): worker for worker in self.workers if worker.ready and worker not in self.bound}
         refs = [*self.flying, *self.combining, *starting]
         timeout = _GROW_SECONDS if self.pool.options.workers is None else _WAIT_SECONDS
         if self.later:
@@ -377,11 +378,20 @@ class _Run:
             else:
                 self._finished(ref)
 
+    def _binding(self, worker: RayWorker) -> Any:
+        """The reference that is ready once a worker has the program."""
+        ref = self.binding.get(worker)
+        if ref is None:
+            ref = self.binding[worker] = worker.actor.bind.remote(self.key, self.digest, self.text, self.constants)
+        return ref
+
     def _started(self, worker: RayWorker, ref: Any) -> None:
+        """A process is there, or has the program; or it is not to be had."""
         try:
-            info = self.ray.get(ref)
+            answer = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             worker.stop(self.ray)
+            self.binding.pop(worker, None)
             self.failed_starts += 1
             if self.failed_starts > RETRIES + len(self.workers):
                 raise errors.WorkerError(
@@ -390,14 +400,35 @@ class _Run:
                 ) from error
             logger.warning("%s: %s did not start and is started again: %s", self.job.call, worker.name, _first_line(error))
             return
-        self.failed_starts = 0
+        if worker.ready:
+            del self.binding[worker]
+            if answer is not None:
+                self._cannot_bind(worker, answer)
+                return
+            self.failed_starts = 0
+            self.bound.add(worker)
+            self.schedule.join(worker)
+            return
+        info = answer
         worker.started(info)
         if info["torch"] != torch.__version__:
             text = "%s on %s has torch %s, the driver has %s: results may differ"
             logger.warning(text, worker.name, info["node"], info["torch"], torch.__version__)
         free = "unknown" if info["free_bytes"] is None else format_bytes(info["free_bytes"])
         logger.debug("%s is on %s (%s), %s free, %d threads", worker.place, info["device"], info["name"], free, info["threads"])
-        self.schedule.join(worker)
+
+    def _cannot_bind(self, worker: RayWorker, failure: Failure) -> None:
+        """A worker cannot make anything of the program, or does not see the store."""
+        if failure.poisoned or failure.passing:
+            self.failed_starts += 1
+            worker.stop(self.ray)
+            if self.failed_starts <= RETRIES + len(self.workers):
+                logger.warning("%s: %s is started again: %s", self.job.call, worker.name, failure.error)
+                return
+        if failure.kind:
+            text = failure.error.removeprefix(f"{self.job.call}: ")
+            raise getattr(errors, failure.kind)(f"{self.job.call}: {text} ({worker.place})")
+        raise errors.WorkerError(f"{self.job.call}: {worker.place}: {failure.error}\n\nOn the worker:\n{failure.traceback}")
 
     def _finished(self, ref: Any) -> None:
         flight = self.flying.get(ref)
@@ -423,6 +454,10 @@ class _Run:
             group.parts[chunk] = flight.apart
             if len(group.parts) == len(group.chunks):
                 self.complete.append(group)
+        for event in outcome.redone:  # its clock is another machine's
+            self.redone["memory ran out in a task"] += 1
+            emit(ChunkRedone(worker.name, event.start, event.stop, event.reason))
+            logger.warning("%s: samples %d to %d on %s: %s", self.job.call, event.start, event.stop - 1, worker.place, event.reason)
         emit(ChunkDone(worker.name, chunk.start, chunk.stop, outcome.seconds))
 
     def _take(self, chunk: Chunk, outcome: Done) -> None:
@@ -448,7 +483,7 @@ class _Run:
         """Let workers put together the reduced outputs of neighbouring tasks that are all there."""
         if not self.complete:
             return
-        workers = [w for w in self.workers if w.ready]
+        workers = [w for w in self.workers if w in self.bound]
         while self.complete and workers:
             group = self.complete.popleft()
             worker = workers[len(self.combining) % len(workers)]
@@ -502,6 +537,7 @@ class _Run:
         self.later = [item for item in self.later if item[1] is not worker]
         place = worker.place
         worker.stop(self.ray)
+        self.bound.discard(worker)
         if not chunks:
             return
         first = chunks[0]

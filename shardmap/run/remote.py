@@ -30,7 +30,7 @@ from shardmap.program import Program
 from shardmap.recording import Recording
 from shardmap.rules import pages
 from shardmap.run import local, prepare
-from shardmap.run.base import Job, Output
+from shardmap.run.base import ChunkRedone, Event, Job, Output, listen, unheard
 from shardmap.run.packing import Packed, pack, unpack
 from shardmap.store import Receipt, Store
 from shardmap.store.columns import Column
@@ -126,6 +126,8 @@ class Done:
     receipt: Receipt | None
     """For what was written."""
     seconds: float
+    redone: tuple[ChunkRedone, ...] = ()
+    """Chunks of it that were too large for the memory, by their numbers in the whole batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,19 @@ class Worker:
         """Let go of the last call's tensors."""
         self.bound = None
 
+    def bind(self, call: str, digest: str, text: np.ndarray, constants: Constants) -> Failure | None:
+        """Make ready for a call's tasks: what takes long is done before there is one to lose.
+
+        Returns:
+            The failure, if there is one.
+        """
+        try:
+            self._bind(call, digest, text, constants)
+        except Exception as error:
+            self.bound = None
+            return Failure.of(error)
+        return None
+
     def task(self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task) -> Done | Failure:
         """Compute one task.
 
@@ -310,7 +325,10 @@ def _compute(bound: _Bound, task: Task) -> Done:
     inputs = [constants.columns[i].rows_between(task.start, stop) if p is None else unpack(p, HOST) for i, p in enumerate(task.inputs)]
     job, on = bound.job(inputs, task)
     _seed(constants, task.start)
-    outs = _run(bound, job, on, task)
+    events: list[Event] = []
+    with unheard(), listen(events.append):
+        outs = _run(bound, job, on, task)
+    redone = [dataclasses.replace(e, start=task.start + e.start, stop=task.start + e.stop) for e in events if isinstance(e, ChunkRedone)]
     store, receipt = constants.store, None
     packed: tuple[Packed | None, ...] = (None,) * len(outs)
     if store is not None:
@@ -318,7 +336,7 @@ def _compute(bound: _Bound, task: Task) -> Done:
     else:
         wanted = [o.mapped or o.reduction is not None or task.unmapped for o in job.outputs]
         packed = tuple([pack(t) if w else None for t, w in zip(outs, wanted, strict=True)])
-    return Done(packed, receipt, time.perf_counter() - began)
+    return Done(packed, receipt, time.perf_counter() - began, tuple(redone))
 
 
 def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch.Tensor]:

@@ -34,6 +34,14 @@ class Schedule:
         self.flying = 0
         """Chunks that workers have."""
         self._deaths: collections.Counter[int] = collections.Counter()
+        self._fruitless = 0
+        """Losses since a chunk was last finished."""
+        self._most = 0
+        """Workers at a time."""
+        self._suspects: collections.deque[tuple[int, Chunk]] = collections.deque()
+        """Chunks that were to blame, each with the number of chunks that are to be handed out before it."""
+        self._handed = 0
+        """Chunks handed out so far."""
         self._ahead: Chunk | None = next(self._fresh, None)
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -42,21 +50,33 @@ class Schedule:
         """A worker is ready."""
         self._flying[worker] = {}
         self._rooms[self.window][worker] = None
+        self._most = max(self._most, len(self._flying))
 
     def leave(self, worker: Hashable) -> list[Chunk]:
-        """A worker is gone: its chunks go back to the front of the queue, and are returned, the one that it was computing first."""
+        """A worker is gone: its chunks go back to the queue, and are returned, the one that it was computing first.
+
+        That one waits until every worker has had others: where workers die of something else, a fresh worker's first chunk would be the
+        same one time after time.
+        """
         chunks = list(self._flying.pop(worker, ()))
         for room in self._rooms:
             room.pop(worker, None)
-        self._again.extendleft(reversed(chunks))
+        if chunks:
+            self._suspects.append((self._handed + self.window * max(1, len(self._flying)), chunks[0]))
+            self._again.extendleft(reversed(chunks[1:]))
         self.redone += len(chunks)
         self.flying -= len(chunks)
         return chunks
 
     def blame(self, chunk: Chunk) -> bool:
-        """A chunk was lost with the worker that computed it, or could not be finished; whether it may be tried again."""
+        """A chunk was lost with the worker that computed it, or could not be finished; whether it may be tried again.
+
+        Where others are lost too it may be tried as much more often: then it is rather the workers that fail. But not if nothing gets done.
+        """
         self._deaths[chunk.start] += 1
-        return self._deaths[chunk.start] <= self.retries
+        self._fruitless += 1
+        others = len(self._deaths) - 1
+        return self._deaths[chunk.start] <= self.retries + others and self._fruitless <= self.retries * (2 + self._most)
 
     def deaths(self, chunk: Chunk) -> int:
         """How often `chunk` was to blame."""
@@ -81,6 +101,7 @@ class Schedule:
                 del waiting[worker]
                 self._rooms[room - 1][worker] = None
                 self._flying[worker][chunk] = None
+                self._handed += 1
                 self.flying += 1
                 yield worker, chunk
 
@@ -90,11 +111,14 @@ class Schedule:
         room = self.window - len(flying)
         del self._rooms[room][worker], flying[chunk]
         self._rooms[room + 1][worker] = None
+        self._fruitless = 0
         self.flying -= 1
 
     def again(self, worker: Hashable, chunk: Chunk) -> None:
         """A worker could not finish a chunk, for a reason that may pass: it goes back to the front of the queue."""
+        fruitless = self._fruitless
         self.done(worker, chunk)
+        self._fruitless = fruitless
         self._again.appendleft(chunk)
         self.redone += 1
 
@@ -106,7 +130,7 @@ class Schedule:
     @property
     def left(self) -> bool:
         """Whether chunks wait to be handed out."""
-        return bool(self._again) or self._ahead is not None
+        return bool(self._again) or bool(self._suspects) or self._ahead is not None
 
     @property
     def finished(self) -> bool:
@@ -114,6 +138,8 @@ class Schedule:
         return not self.left and not self.flying
 
     def _next(self) -> Chunk | None:
+        if self._suspects and (self._suspects[0][0] <= self._handed or not (self._again or self._ahead)):
+            return self._suspects.popleft()[1]
         if self._again:
             return self._again.popleft()
         chunk, self._ahead = self._ahead, None if self._ahead is None else next(self._fresh, None)
