@@ -265,8 +265,11 @@ def test_a_worker_that_is_killed_is_replaced_and_its_chunks_are_redone(caplog: p
 
     def kill_once(event: Event) -> None:
         if isinstance(event, ChunkDone) and not killed:
-            killed.append(pids()[0])
-            os.kill(killed[0], signal.SIGKILL)
+            assert pool._pool is not None
+            (worker,) = [w for w in pool._pool.workers if w.name == event.device]
+            assert worker.pid is not None
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
 
     events: list[Event] = []
     with listen(kill_once), listen(events.append), caplog.at_level(logging.WARNING, "shardmap"):
