@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header
 from shardmap.store.places import Place, local_only, replacing
-from shardmap.store.sink import Sink
+from shardmap.store.sink import PlaceSink
 
 
 @dataclass(frozen=True)
-class MemmapSink(Sink):
+class MemmapSink(PlaceSink):
     """Write results to files `<output>.npy` of their final size; rows not written yet take no room.
 
     `np.load(path, mmap_mode="r")` reads them. What numpy lacks is stored as unsigned integers of the same bits (bfloat16 as
@@ -28,10 +28,12 @@ class MemmapSink(Sink):
         folder: Where the files go. Writers on several machines share files: a network file system must let them (Lustre, GPFS and
             NFS do); prefer ZarrSink where you are not sure.
         overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
+        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
     """
 
     folder: str | os.PathLike[str]
     overwrite: bool = False
+    attributes: Mapping[str, Any] | None = None
 
     @property
     def where(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header
 from shardmap.store.places import TEMPORARY, Place, local_only, replacing, sweep
-from shardmap.store.sink import Sink
+from shardmap.store.sink import PlaceSink
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 """Complex numbers are stored as pairs: the format has none, or one of them in late versions."""
@@ -25,7 +26,7 @@ _BITS = {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
-class SafetensorsSink(Sink):
+class SafetensorsSink(PlaceSink):
     """Write results to files `unit-00000042.safetensors`, each with all outputs of one unit by name.
 
     Dtypes are exact. Complex numbers are stored as pairs of reals in a last dimension of 2; the files' metadata says so.
@@ -33,10 +34,12 @@ class SafetensorsSink(Sink):
     Args:
         folder: Where the files go. Several machines need a folder that all of them see.
         overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
+        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
     """
 
     folder: str | os.PathLike[str]
     overwrite: bool = False
+    attributes: Mapping[str, Any] | None = None
 
     @property
     def where(self) -> str:

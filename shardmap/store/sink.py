@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from shardmap.errors import StoreError, StoreMismatchError
 from shardmap.store.base import Store, kind_of
@@ -12,14 +15,34 @@ from shardmap.store.places import LocalPlace, Place, place_of, warn_if_full
 
 
 class Sink(ABC):
-    """Where results are to be written, and how: what the user passes as `out=`. Kinds are frozen dataclasses."""
-
-    overwrite: bool
+    """What the user passes as `out=`: it makes the store that results go to."""
 
     @property
     @abstractmethod
     def where(self) -> str:
         """The path or URL as it was given."""
+
+    @abstractmethod
+    def create(self, header: Header, resume: bool = False) -> Store:
+        """Make the store, or find it again.
+
+        Args:
+            header: What it is to hold, and of which run it is.
+            resume: Go on with what is stored there; what is not there is made.
+
+        Returns:
+            The store, ready for workers.
+
+        Raises:
+            StoreError: It cannot be made or gone on with.
+        """
+
+
+class PlaceSink(Sink):
+    """Where results are to be written, and how. Kinds are frozen dataclasses."""
+
+    overwrite: bool
+    attributes: Mapping[str, Any] | None
 
     @abstractmethod
     def _store(self, url: str, header: Header) -> Store:
@@ -58,25 +81,57 @@ class Sink(ABC):
             StoreError: The place is not empty, holds something else, or cannot be written to.
         """
         place = place_of(self.where)
+        header = self._with_attributes(header)
         self._check(place, header)
-        if isinstance(place, LocalPlace) and place.exists("") and not place.is_folder():
-            raise StoreError(f"{place.url} is a file, where a store needs a folder: name another place")
-        manifest = find_manifest(place)
-        if manifest is None:
-            self._refuse_foreign(place)
-        elif resume:
+        manifest = self._found(place, resume)
+        if manifest is not None and resume:
             return self._resumed(place, manifest.head(), header)
-        elif not self.overwrite:
-            raise StoreError(
-                f"{place.url} holds a store already: pass resume=True to go on with it, overwrite=True to the sink to replace it, "
-                "or name another place"
-            )
-        else:
+        if manifest is not None:
             _clear(manifest, place)
         store = self._store(place.url, header)
         new_manifest(place).start(Head(store.kind, header))
         self._finish_layout(store, place)
         return store
+
+    def check(self, resume: bool = False) -> Store | None:
+        """Refuse a place where no store can be made, or none be gone on with, before anything is computed for it.
+
+        Args:
+            resume: As for `create`.
+
+        Returns:
+            The store that is there.
+
+        Raises:
+            StoreError: As `create`, as far as it can be known without the run.
+        """
+        place = place_of(self.where)
+        manifest = self._found(place, resume)
+        if manifest is None:
+            return None
+        head = manifest.head()
+        return kind_of(head, place.url)(place.url, head.header)
+
+    def _with_attributes(self, header: Header) -> Header:
+        if self.attributes is None:
+            return header
+        if not isinstance(self.attributes, Mapping):
+            raise StoreError(f"attributes={self.attributes!r} is a {type(self.attributes).__name__}: pass names and values, such as a dict")
+        return dataclasses.replace(header, attributes={**header.attributes, **self.attributes})
+
+    def _found(self, place: Place, resume: bool) -> Manifest | None:
+        """The manifest of the store that is there; refuses what is there and may be neither gone on with nor replaced."""
+        if isinstance(place, LocalPlace) and place.exists("") and not place.is_folder():
+            raise StoreError(f"{place.url} is a file, where a store needs a folder: name another place")
+        manifest = find_manifest(place)
+        if manifest is None:
+            self._refuse_foreign(place)
+        elif not resume and not self.overwrite:
+            raise StoreError(
+                f"{place.url} holds a store already: pass resume=True to go on with it, overwrite=True to the sink to replace it, "
+                "or name another place"
+            )
+        return manifest
 
     def _resumed(self, place: Place, stored: Head, header: Header) -> Store:
         store = self._store(place.url, stored.header)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,14 @@ from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header
 from shardmap.store.places import LocalPlace, Place, sweep, sync
-from shardmap.store.sink import Sink
+from shardmap.store.sink import PlaceSink
 
 _UNDECODABLE = (ValueError, TypeError, RuntimeError)
 """What zarr's codecs raise for a chunk that is too short or is not what they wrote."""
 
 
 @dataclass(frozen=True)
-class ZarrSink(Sink):
+class ZarrSink(PlaceSink):
     """Write results to a zarr group (format 3) in a folder or at a URL.
 
     Each output is an array `[samples, *shape]` with chunks of one unit, which `zarr.open_group(url)` reads. What numpy lacks is
@@ -32,11 +32,13 @@ class ZarrSink(Sink):
         url: A folder, or a URL that fsspec opens, such as `s3://bucket/run`. Several machines need a folder that all of them see.
         overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
         compressors: What zarr's `create_array` takes; None stores plain bytes. Floats hardly get smaller and take long.
+        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
     """
 
     url: str | os.PathLike[str]
     overwrite: bool = False
     compressors: Any = None
+    attributes: Mapping[str, Any] | None = None
 
     @property
     def where(self) -> str:

@@ -399,3 +399,30 @@ def test_sinks_are_data() -> None:
         assert hash(one) == hash(sink("out", True))
         with pytest.raises(dataclasses.FrozenInstanceError):
             one.overwrite = False
+
+
+def test_attributes_of_a_sink_are_kept_beside_those_of_the_run(tmp_path: Path) -> None:
+    for name, sink in {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}.items():
+        h = header()
+        sink(tmp_path / name, attributes={"shape": [7], "owner": {"name": "me"}}).create(h)
+        assert open_store(tmp_path / name).header.attributes == {**h.attributes, "shape": [7], "owner": {"name": "me"}}
+        assert sink(tmp_path / name, attributes={"owner": "another"}).create(h, resume=True).header.attributes["owner"] == {"name": "me"}
+
+
+@pytest.mark.parametrize(("attributes", "said"), [([1], r"attributes=\[1\] is a list"), ({"a": Path}, "cannot be written as JSON")])
+def test_attributes_that_are_none_are_refused_before_anything_is_made(attributes: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=said):
+        MemmapSink(tmp_path / "out", attributes=attributes).create(header())  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_can_be_checked_before_the_run_is_known(kind: str, tmp_path: Path) -> None:
+    sink = SINKS[kind](tmp_path / "out")
+    assert sink.check() is None
+    assert sink.check(resume=True) is None
+    sink.create(header())
+    with pytest.raises(StoreError, match="holds a store already"):
+        sink.check()
+    found = sink.check(resume=True)
+    assert found is not None
+    assert found.header == header()
