@@ -24,7 +24,7 @@ _SMALL_BYTES = 1 << 20
 """Units below it are hashed in less time than it takes to start a thread."""
 
 KINDS: dict[str, type[Store]] = {}
-"""By the name in the manifest; each kind puts itself here."""
+"""By the name in the manifest; each kind that has one puts itself here."""
 
 
 class Store(ABC):
@@ -37,9 +37,10 @@ class Store(ABC):
     kind: ClassVar[str]
     """As the manifest names it."""
 
-    def __init_subclass__(cls) -> None:
-        assert cls.kind not in KINDS
-        KINDS[cls.kind] = cls
+    def __init_subclass__(cls, known: bool = True) -> None:
+        if known:
+            assert cls.kind not in KINDS
+            KINDS[cls.kind] = cls
 
     def __init__(self, url: str, header: Header):
         self.url = url
