@@ -1,4 +1,4 @@
-"""The command line: `shardmap run`, `shardmap ops`, `shardmap devices`."""
+"""The command line: `shardmap run`, `plan`, `resume`, `verify`, `ops`, `devices`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shardmap.errors import ConfigError, DeviceError, MissingExtraError, OptionError, OverBudget, ShardmapError
+from shardmap.errors import (
+    ConfigError,
+    DeviceError,
+    MissingExtraError,
+    OptionError,
+    OverBudget,
+    ShardmapError,
+    StoreError,
+    StoreMismatchError,
+)
 from shardmap.extras import require
 from shardmap.run.base import Event
+
+if TYPE_CHECKING:
+    from shardmap import Store
+    from shardmap.config import RunConfig
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -30,28 +44,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0; 1 for an error of shardmap while it ran; 2 for a wrong command line or configuration; 130 after Ctrl-C. An
-        exception raised by the user's own function passes through with its traceback.
+        The exit code: 0; 1 for an error of shardmap while it ran, or a store that is not as it should be; 2 for a wrong command line or
+        configuration; 130 after Ctrl-C. An exception raised by the user's own function passes through with its traceback.
     """
     parser = _Parser(prog="shardmap", description="Map a PyTorch function over a batch: in chunks, on every device you name.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
     run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
+    resume = commands.add_parser("resume", help="go on with a run whose store is there", usage="shardmap resume STORE [--key value ...]")
+    resume.add_argument("store", help="the path or URL that the run's configuration names as its store; it holds the configuration")
+    verify = commands.add_parser("verify", help="hash a store's units, compute some of them again, and compare", allow_abbrev=False)
+    verify.add_argument("store", help="the path or URL of a store; the configuration in it is run as code")
+    verify.add_argument("--units", type=int, metavar="N", help="how many units to compute again (3)")
+    verify.add_argument("--all", action="store_true", help="compute all units again")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of units (0)")
+    verify.add_argument("--devices", help="where to compute; by default where the run did, if that was on this machine")
+    verify.add_argument(
+        "--discard", action="store_true", help="take back the commits of units that are wrong: `shardmap resume` makes them anew"
+    )
     ops = commands.add_parser("ops", help="list the operators that have a batching rule, and what the last sweep over PyTorch's found")
     ops.add_argument("--scoreboard", type=Path, default=SCOREBOARD, help="the sweep's stored result")
     commands.add_parser("devices", help="list the devices that a map can run on here")
     try:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "run":
-            return _run(options.config, rest)
+            return _run(lambda: _load(options.config, rest))
+        if options.command == "resume":
+            return _run(lambda: _stored(options.store, rest))
         if rest:
             parser.error(f"unknown argument {rest[0]}; see shardmap {options.command} --help")
+        if options.command == "verify":
+            return _verify(options)
         return _ops(options.scoreboard) if options.command == "ops" else _devices()
     except KeyboardInterrupt:
         _complain("interrupted; nothing was left behind")
         return INTERRUPTED
-    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget) as error:
+    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget, StoreMismatchError) as error:
         _complain(str(error))
         return USAGE_ERROR
     except ShardmapError as error:
@@ -69,21 +98,85 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _run(path: str, overrides: Sequence[str]) -> int:
+def _run(configured: Callable[[], RunConfig]) -> int:
     """Check everything, then carry out the run, with a progress bar if someone watches."""
-    from shardmap.config import bind, load
+    from shardmap.config import bind
 
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # import paths in a configuration may name the user's own files
-    bound = bind(load(path, overrides))
+    _import_from_here()
+    config = configured()
+    bound = bind(config)
     from shardmap.jobs.run import execute  # after the checks: a wrong key is answered without loading more
 
-    with _progress() as listener:
-        folder, findings = execute(bound, say=_say, listener=listener)
+    try:
+        with _progress() as listener:
+            folder, findings = execute(bound, say=_say, listener=listener)
+    except KeyboardInterrupt:
+        if config.store is None:
+            raise
+        _complain(f"interrupted; units that are in {config.store} stay, and `shardmap resume {config.store}` goes on with them")
+        return INTERRUPTED
     if findings is not None:
         _say(findings.headline)
-    _say(f"written to {folder}")
+    _say(f"written to {folder}" + ("" if config.store is None else f", the outputs to {config.store}"))
     return 0
+
+
+def _load(path: str, overrides: Sequence[str]) -> RunConfig:
+    from shardmap.config import load
+
+    return load(path, overrides)
+
+
+def _stored(url: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration in a store, to go on with it."""
+    import dataclasses
+
+    from shardmap.jobs.stores import configuration_of
+
+    store = _open(url)
+    config = configuration_of(store, overrides)
+    if config is None:
+        raise ConfigError(f"{store.url} was not written by a configured run; call shardmap.vmap as it was called, with resume=True")
+    return dataclasses.replace(config, resume=True)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Check a store; what is wrong is listed."""
+    if options.all and options.units is not None:
+        raise ConfigError(f"--all and --units {options.units}: give one of them")
+    if options.units is not None and options.units < 0:
+        raise ConfigError(f"--units {options.units}: negative; give how many units to compute again, 0 for none")
+    _import_from_here()
+    store = _open(options.store)
+    from shardmap.jobs.verify import verify
+
+    units = None if options.all else 3 if options.units is None else options.units
+    with _progress() as listener:
+        found = verify(store, units=units, seed=options.seed, devices=options.devices, say=_say, listener=listener)
+    if not found.wrong:
+        return 0
+    if options.discard:
+        for unit in found.wrong:
+            store.discard(unit)
+        _say(f"{len(found.wrong)} units are discarded: `shardmap resume {options.store}` computes them anew")
+    else:
+        _say(f"`shardmap verify {options.store} --discard` takes these units back, `shardmap resume {options.store}` computes them anew")
+    return 1
+
+
+def _open(url: str) -> Store:
+    from shardmap import open_store
+
+    try:
+        return open_store(url)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _import_from_here() -> None:
+    """Import paths in a configuration may name the user's own files."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _ops(scoreboard: Path) -> int:

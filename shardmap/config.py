@@ -9,8 +9,10 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import inspect
+import json
 import re
 import types
 import typing
@@ -71,18 +73,67 @@ class RunConfig:
     """The dataset's columns that are mapped, in the order of the function's parameters; null for all of them."""
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
+    workers: Annotated[int, Bounds(least=1)] | None = None
+    """With `devices: ray`: how many worker processes; null for one per GPU, or per core where the cluster has no GPU."""
     chunk_size: Annotated[int, Bounds(least=1)] | Literal["auto"] | None = "auto"
     """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes all that fall to the device."""
     memory_budget: str | None = None
     """What the map may add on each device to what is in use there, such as `6GiB`; null for nine tenths of what is free."""
     randomness: Literal["error", "same", "different"] = "error"
     """What random calls inside the function do, as in `torch.func.vmap`."""
+    reduce: Literal["sum", "mean", "max", "min"] | None = None
+    """Combines each output over all samples instead of keeping a row for each; memory does not grow with their number."""
     seed: int = 0
     """Seeds torch before the model is made."""
+    store: str | None = None
+    """A path or URL: outputs are written there as they are computed, instead of kept in memory."""
+    store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
+    """How the store writes them; only `zarr` takes URLs."""
+    resume: bool = False
+    """Whether to go on with what the store holds of this run; only what is missing is computed."""
     output: str = "runs/run"
     """The run folder. A folder that exists is left alone: the run goes to `NAME-2`, `NAME-3`, and so on."""
-    save_outputs: bool = True
-    """Whether the mapped outputs themselves are saved, as `outputs.safetensors`."""
+    save_outputs: bool | None = None
+    """Whether the mapped outputs themselves are saved, as `outputs.safetensors`; null for yes, unless they are in a store."""
+
+    def __post_init__(self) -> None:
+        if self.save_outputs is None:
+            object.__setattr__(self, "save_outputs", self.store is None)
+        if not self.output.strip():
+            raise ConfigError("output: '' is empty; give the path of the run folder")
+        if self.devices == []:
+            raise ConfigError("devices: [] is empty; give auto, or at least one device")
+        if self.workers is not None and self.devices != "ray":
+            raise ConfigError(
+                f"workers: {self.workers}, and devices: {self.devices}; workers are Ray's: give devices: ray, or leave them out"
+            )
+        if self.store is None:
+            for key, value in (("resume", self.resume), ("store_kind", self.store_kind != "zarr")):
+                if value:
+                    told = str(getattr(self, key)).lower()
+                    raise ConfigError(f"{key}: {told}, and there is no store; give store: PATH, or leave {key} out")
+            return
+        if not self.store.strip():
+            raise ConfigError("store: '' is empty; give a path or URL, or null")
+        if self.reduce is not None:
+            raise ConfigError(f"reduce: {self.reduce}, and store: {self.store}; what is reduced fits in memory: leave one of them out")
+        if self.save_outputs:
+            raise ConfigError(f"save_outputs: true, and store: {self.store}; the outputs are in the store: leave save_outputs out")
+        if self.store_kind != "zarr" and "://" in self.store and not self.store.startswith(("file://", "local://")):
+            raise ConfigError(
+                f"store_kind: {self.store_kind}, and store: {self.store}; only zarr takes URLs: give store_kind: zarr, or a folder"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that say what is computed of what; the others say where, how, and what becomes of it."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key in IDENTITY_KEYS}
+
+    def digest(self) -> str:
+        """Hash of `identity`: equal for two runs that are to give the same outputs."""
+        return hashlib.blake2b(json.dumps(self.identity(), sort_keys=True, default=repr).encode(), digest_size=16).hexdigest()
+
+
+IDENTITY_KEYS = ("data", "model", "function", "columns", "randomness", "seed")
 
 
 @dataclass(frozen=True)
@@ -121,7 +172,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: The file or a key is wrong; the message is one line.
     """
-    values = _read_yaml(Path(path))
+    return _from_values(_read_yaml(Path(path)), overrides, str(path))
+
+
+def from_mapping(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A configuration from keys and values, checked as one from a file is.
+
+    Args:
+        values: As in the YAML file.
+        origin: Where they are from, for errors.
+        overrides: As for `load`.
+
+    Raises:
+        ConfigError: A key is wrong.
+    """
+    return _from_values(copy.deepcopy(dict(values)), overrides, origin)
+
+
+def _from_values(values: dict[str, Any], overrides: Sequence[str], origin: str) -> RunConfig:
     for section in ("data", "function", "model", "report"):
         if isinstance(values.get(section), str):  # the short form: `function: package.module.name`
             values[section] = {"path": values[section]}
@@ -130,17 +198,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _override(values, key, text)
     for key in ("data", "function"):
         if key not in values:
-            raise ConfigError(f"{key}: missing in {path}; every run names one, for example {key}: {{path: package.module.name}}")
+            raise ConfigError(f"{key}: missing in {origin}; every run names one, for example {key}: {{path: package.module.name}}")
     for section in ("data", "function", "model", "report"):
         value = values.get(section)
         if isinstance(value, dict) and "path" not in value:
             raise ConfigError(f"{section}.path: missing; give the import path of a function, package.module.name")
-    config = _build(values)
-    if not config.output.strip():
-        raise ConfigError("output: '' is empty; give the path of the run folder")
-    if config.devices == []:
-        raise ConfigError("devices: [] is empty; give auto, or at least one device")
-    return config
+    return _build(values)
 
 
 def bind(config: RunConfig) -> BoundRun:

@@ -59,7 +59,7 @@ def test_every_key_is_documented():
     import inspect
 
     source = inspect.getsource(config.RunConfig)
-    assert source.count('"""') == 2 * (1 + len(config.RunConfig.__dataclass_fields__))
+    assert source.count(chr(34) * 3) == 2 * (3 + len(config.RunConfig.__dataclass_fields__))  # the class, its fields, two methods
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,62 @@ def test_a_module_that_needs_another_one_is_told_apart_from_a_misspelt_one(tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="users_needy needs not_installed_anywhere; install it"):
         config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_needy.load"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "3"], "workers: 3, and devices: auto; workers are Ray's: give devices: ray, or leave them out"),
+        (["--workers", "0", "--devices", "ray"], "workers: 0 is out of range; give a whole number of at least 1 or null"),
+        (["--resume", "true"], "resume: true, and there is no store; give store: PATH, or leave resume out"),
+        (["--store_kind", "memmap"], "store_kind: memmap, and there is no store; give store: PATH, or leave store_kind out"),
+        (["--store", ""], "store: '' is empty; give a path or URL, or null"),
+        (["--store", "s", "--store_kind", "hdf5"], "store_kind: 'hdf5' does not fit; give one of zarr, safetensors, memmap"),
+        (["--store", "s", "--reduce", "sum"], "reduce: sum, and store: s; what is reduced fits in memory: leave one of them out"),
+        (["--store", "s", "--save_outputs", "true"], "save_outputs: true, and store: s; the outputs are in the store"),
+        (["--store", "s3://b/s", "--store_kind", "memmap"], "store_kind: memmap, and store: s3://b/s; only zarr takes URLs"),
+        (["--reduce", "median"], "reduce: 'median' does not fit; give one of sum, mean, max, min or null"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused_before_anything_is_imported(words, message, tmp_path):
+    path = write(tmp_path, "data: no_such_package.load\nfunction: no_such_package.f\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, words)
+    assert message in str(caught.value)
+
+
+def test_outputs_are_saved_unless_they_are_in_a_store(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert config.load(path).save_outputs is True
+    assert config.load(path, ["--save_outputs", "false"]).save_outputs is False
+    stored = config.load(path, ["--store", "runs/store"])
+    assert stored.save_outputs is False
+    assert config.load(write(tmp_path, config.to_yaml(stored))) == stored
+
+
+def test_a_configuration_survives_json_and_is_checked_again(tmp_path):
+    import dataclasses
+    import json
+
+    resolved = config.bind(config.load(CONFIGS / "digits_gradients.yaml", ["--store", "s"])).config
+    values = json.loads(json.dumps(dataclasses.asdict(resolved)))
+    assert config.bind(config.from_mapping(values, "the store")).config == resolved
+    with pytest.raises(ConfigError, match="chunk_sise: unknown key"):
+        config.from_mapping({**values, "chunk_sise": 3}, "the store")
+    with pytest.raises(ConfigError, match="function: missing in the store"):
+        config.from_mapping({"data": "a.b"}, "the store")
+
+
+def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    digest = config.load(path).digest()
+    for words in (["--store", "s", "--resume", "true"], ["--devices", "ray", "--workers", "7"], ["--chunk_size", "5"], ["--output", "o"]):
+        assert config.load(path, words).digest() == digest
+    changed = [
+        ["--seed", "1"],
+        ["--columns", "[image]"],
+        ["--randomness", "same"],
+        ["--data.args.flip_seed", "1"],
+        ["--function", "torch.neg"],
+    ]
+    assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 6

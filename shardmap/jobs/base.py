@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from shardmap.errors import ConfigError
+from shardmap.store import Store
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,25 @@ class Outcome:
     model: Any
     """What the configuration's `model` returned; None without one."""
     outputs: Any
-    """The mapped function's outputs: its structure, each tensor with one row per sample."""
+    """The mapped function's outputs: its structure, each tensor with one row per sample, or reduced. The `Store`, if they went to one."""
     folder: Path
     """Where the report writes; it becomes the run folder when everything is written."""
+    reduced: bool = False
+    """Whether the outputs are combined over all samples."""
+
+    def rows(self) -> list[Tensor]:
+        """Each output with one row per sample, in memory: from a store all of it is read.
+
+        Raises:
+            ConfigError: There are no such rows: the run has reduced them.
+        """
+        if isinstance(self.outputs, Store):
+            header = self.outputs.header
+            return [self.outputs.read(index, 0, header.samples) for index in range(len(header.outputs))]
+        leaves = pytree.tree_leaves(self.outputs)
+        if self.reduced:
+            raise ConfigError("reduce: the report needs the outputs of each sample, and they were reduced; leave reduce out, or the report")
+        return leaves
 
 
 @dataclass(frozen=True)

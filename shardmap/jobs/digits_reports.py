@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shardmap.config import Bounds
 from shardmap.errors import ConfigError
@@ -43,7 +42,7 @@ def suspicious_labels(
         How many of the flipped labels are among the first, against chance and against a ranking by the loss alone.
 
     Raises:
-        ConfigError: Some gradients are not finite.
+        ConfigError: Some gradients are not finite, or there are none of single samples.
     """
     images, given, true, flipped = (outcome.dataset[name] for name in ("image", "label", "true_label", "flipped"))
     samples = len(images)
@@ -51,7 +50,7 @@ def suspicious_labels(
         logits = outcome.model(images)
     predicted = logits.argmax(1)
     losses = F.cross_entropy(logits, given, reduction="none")
-    gradients = torch.cat([leaf.reshape(samples, -1) for leaf in pytree.tree_leaves(outcome.outputs)], dim=1)  # [N, parameters]
+    gradients = torch.cat([leaf.reshape(samples, -1) for leaf in outcome.rows()], dim=1)  # [N, parameters]
     scores = score_gradients(gradients, given, score)
     if not bool(torch.isfinite(scores).all()):
         raise ConfigError("model.args.learning_rate: training diverged, some per-sample gradients are not finite; give a smaller one")
@@ -143,9 +142,12 @@ def sensitivity_maps(outcome: Outcome) -> Findings:
 
     Returns:
         The share of decisions that change, the median distance, and the median Frobenius norm of the Jacobian.
+
+    Raises:
+        ConfigError: There are no Jacobians of single samples.
     """
     images, true = outcome.dataset["image"], outcome.dataset["true_label"]
-    jacobian: Tensor = outcome.outputs
+    (jacobian,) = outcome.rows()
     samples = len(images)
     rows = torch.arange(samples)
     with torch.no_grad():

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 import shardmap
+from shardmap import Store
 from shardmap.config import BoundRun, to_yaml
-from shardmap.errors import ConfigError, DeviceError
-from shardmap.extras import require
-from shardmap.jobs.base import Dataset, Findings, Outcome
+from shardmap.errors import ConfigError, StoreMismatchError
+from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
-from shardmap.planning.device import resolve
-from shardmap.planning.memory import parse_bytes
+from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.stores import check_store, sink_of, with_keys
 from shardmap.run.base import Event, listen
 
 
@@ -41,44 +36,23 @@ def execute(
         The run folder and what the report found; None without a report.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there. Nothing is left behind.
+        ConfigError: The configuration turned out wrong once the data was there. Nothing is left behind, but for units in a store.
+        StoreMismatchError: The store that is to be gone on with holds another run.
     """
     config = run.config
-    _devices(config.devices, torch.device("cpu"))  # a device that is not there is answered before anything is loaded
-    if config.memory_budget is not None and parse_bytes(config.memory_budget) is None:
-        raise ConfigError(f"memory_budget: {config.memory_budget!r} is no amount of memory; write for example 6GiB or 512 MiB")
-    if config.devices == "ray":
-        require("ray", extra="ray", purpose="for devices: ray")
+    check_machine(config)  # a device that is not there is answered before anything is loaded
+    found = check_store(config)
     with RunFolder(config.output) as folder, one_seed(config.seed):
         folder.log("started", function=config.function.path, output=config.output)
         (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         began = time.perf_counter()
-
-        dataset = run.data()
-        if not isinstance(dataset, Dataset):
-            raise ConfigError(f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset")
-        columns = _pick_columns(dataset, config.columns)
-        say(f"{config.function.path} over {len(dataset)} samples of {', '.join(config.columns or dataset.columns)}")
-
-        model = None if run.model is None else run.model(dataset)
-        leading = () if run.model is None else (model,)
-
-        @functools.wraps(run.function.function)  # errors and warnings call it by its name
-        def one_sample(*row: Any) -> Any:
-            # A run's outputs end in files: detached here, no chunk keeps an autograd graph alive, and other processes can compute them.
-            return pytree.tree_map_only(Tensor, Tensor.detach, run.function.function(*leading, *row, **run.function.args))
+        parts = load_parts(run, say)
 
         def observe(event: Event) -> None:
             folder.log_event(event)
             listener(event)
 
-        options = {"randomness": config.randomness, "chunk_size": config.chunk_size, "memory_budget": config.memory_budget}
-        if config.devices == "ray":
-            plan = f"{len(dataset)} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
-            run_map = functools.partial(shardmap.vmap(one_sample, devices="ray", **options), *columns)
-        else:
-            planned = shardmap.plan(one_sample, devices=config.devices, **options)(*columns)
-            plan, run_map = planned.summary, planned.run
+        plan, run_map = _planned(run, parts, found)
         say(plan)
         folder.log("planned", plan=plan.splitlines())
         with listen(observe):
@@ -88,33 +62,39 @@ def execute(
 
         findings = None
         if run.report is not None:
-            findings = run.report(Outcome(dataset, model, outputs, folder.path))
+            findings = run.report(Outcome(parts.dataset, parts.model, outputs, folder.path, config.reduce is not None))
             if not isinstance(findings, Findings):
                 name, kind = run.report.function.__name__, type(findings).__name__
                 raise ConfigError(f"report.path: {name} returned a {kind}; return a shardmap.jobs.Findings")
-        seconds = round(time.perf_counter() - began, 3)
+        summary: dict[str, Any] = {"samples": len(parts.dataset), "seconds": round(time.perf_counter() - began, 3)}
+        if isinstance(outputs, Store):
+            summary |= {"store": outputs.url, "units": outputs.header.units}
         _write_json(folder.path / "environment.json", environment())
-        _write_json(folder.path / "summary.json", {"samples": len(dataset), "seconds": seconds, **(findings.numbers if findings else {})})
+        _write_json(folder.path / "summary.json", {**summary, **(findings.numbers if findings else {})})
         return folder.finish(), findings
 
 
-def _devices(devices: list[str] | str, home: torch.device) -> tuple[str, ...]:
-    """The devices of the plan, one entry per shard; Ray's workers are placed when it runs, and are one entry here."""
-    if devices == "ray":
-        return ("ray",)
-    try:
-        return resolve(devices, home, "run")
-    except DeviceError as error:
-        raise ConfigError(str(error)) from error
+def _planned(run: BoundRun, parts: Parts, found: Store | None) -> tuple[str, Callable[[], Any]]:
+    """What is going to happen, in words, and what makes it happen."""
+    config, options = run.config, map_options(run.config)
+    samples = len(parts.dataset)
+    if config.store is not None:
+        mapped = shardmap.vmap(parts.one_sample, out=sink_of(config), resume=config.resume, **options)
+        there = "" if found is None else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
 
+        def into_store() -> Store:
+            try:
+                return mapped(*parts.columns)
+            except StoreMismatchError as error:
+                raise (error if found is None else with_keys(error, found, config)) from None
 
-def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor]:
-    if names == []:
-        raise ConfigError(f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave the key out")
-    for name in names or ():
-        if name not in dataset.columns:
-            raise ConfigError(f"columns: {name!r} is not in the data; known: {', '.join(dataset.columns)}")
-    return [dataset[name] for name in (dataset.columns if names is None else names)]
+        return f"{samples} samples, written to {config.store} as they are computed{there}", into_store
+    if config.devices == "ray":
+        mapped = shardmap.vmap(parts.one_sample, **options)
+        workers = "a few chunks per worker, cut when it is known how many workers there are"
+        return f"{samples} samples on Ray, in {workers}", lambda: mapped(*parts.columns)
+    planned = shardmap.plan(parts.one_sample, **options)(*parts.columns)
+    return planned.summary, planned.run
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

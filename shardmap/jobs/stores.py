@@ -1,0 +1,97 @@
+"""A run's store: made as its configuration says, with that configuration inside, so that it can be gone on with and verified alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardmap import MemmapSink, SafetensorsSink, Store, ZarrSink
+from shardmap.config import IDENTITY_KEYS, RunConfig, from_mapping
+from shardmap.errors import ConfigError, StoreError, StoreMismatchError
+from shardmap.store.sink import PlaceSink
+
+SINKS = {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}
+
+
+def sink_of(config: RunConfig) -> PlaceSink:
+    """The sink that a configuration names; its store keeps the configuration, its hash, and the versions."""
+    assert config.store is not None
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    attributes = {"function": config.function.path, "configuration": values, "configuration_hash": config.digest(), "versions": versions()}
+    return SINKS[config.store_kind](config.store, attributes=attributes)
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    try:
+        own = importlib.metadata.version("shardmap")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed, run from its sources"
+    return {"shardmap": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def check_store(config: RunConfig) -> Store | None:
+    """Refuse a place that cannot take the run's store, before anything is loaded.
+
+    Returns:
+        The store that is there and is to be gone on with.
+
+    Raises:
+        ConfigError: Something is there that may be neither gone on with nor replaced.
+    """
+    if config.store is None:
+        return None
+    try:
+        found = sink_of(config).check(resume=True)
+    except StoreError as error:
+        raise ConfigError(f"store: {error}") from error
+    if found is None:
+        return None
+    if not config.resume:
+        raise ConfigError(f"store: {config.store!r} holds a store already; give resume: true to go on with it, or name another place")
+    if found.kind != config.store_kind:
+        raise ConfigError(
+            f"store_kind: {config.store_kind}, and {config.store!r} is a store of kind {found.kind}; give store_kind: {found.kind}"
+        )
+    return found
+
+
+def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig | None:
+    """The configuration that a run has left in its store; None if the store is of another call.
+
+    Args:
+        store: Where the results are.
+        overrides: As for `shardmap.config.load`.
+
+    Raises:
+        ConfigError: It cannot be understood any more.
+    """
+    values = store.header.attributes.get("configuration")
+    if not isinstance(values, dict):
+        return None
+    return from_mapping({**values, "store": store.url}, f"the configuration in {store.url}", overrides)
+
+
+def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> StoreMismatchError:
+    """The same error with the keys of the configuration that differ from those of the stored run."""
+    stored: Any = store.header.attributes.get("configuration")
+    if not isinstance(stored, dict):
+        return error
+    now = json.loads(json.dumps(config.identity(), default=str))
+    keys = [key for key in IDENTITY_KEYS if stored.get(key) != now[key]]
+    told = "; ".join(f"{key}: {_show(stored.get(key))} is stored, {_show(now[key])} is given" for key in keys)
+    before, here = store.header.attributes.get("versions", {}), versions()
+    moved = ", ".join(f"{name} {before[name]} then, {here[name]} here" for name in here if name in before and before[name] != here[name])
+    reason = f"Keys that differ: {told}" if told else "The configuration is the same: the code or the files that it names have changed"
+    return StoreMismatchError(f"{error}. {reason}{f' ({moved})' if moved else ''}")
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,130 @@
+"""Is a store what its run computes? First checksums of everything, then a sample of units computed again and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import shardmap
+from shardmap import Store
+from shardmap.config import RunConfig, bind
+from shardmap.errors import StoreMismatchError
+from shardmap.jobs.folder import one_seed
+from shardmap.jobs.parts import check_machine, load_parts, map_options
+from shardmap.jobs.stores import configuration_of, with_keys
+from shardmap.run.base import Event, listen
+from shardmap.store import Comparison, Recompute, Recomputed
+from shardmap.store.recompute import choose
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in a store."""
+
+    store: Store
+    committed: int
+    """Units that were there, all of them hashed."""
+    damaged: tuple[int, ...]
+    """Units whose bytes are not those that were written."""
+    comparisons: tuple[Comparison, ...] | None
+    """The units that were computed again; None where the store does not say how."""
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """Units that were computed again and have other numbers, beyond rounding."""
+        return tuple(c.unit for c in self.comparisons or () if not c.agrees)
+
+    @property
+    def wrong(self) -> tuple[int, ...]:
+        """Units that should be computed anew."""
+        return tuple(sorted({*self.damaged, *self.differing}))
+
+    @property
+    def checksums(self) -> str:
+        """What the checksums say, a line for each damaged unit."""
+        total = self.store.header.units
+        lines = [f"{self.committed} of {total} units are committed; checksums: {_count(len(self.damaged), 'damaged', 'all as written')}"]
+        for unit in self.damaged:
+            start, stop = self.store.header.rows(unit)
+            lines.append(f"unit {unit} (rows {start} to {stop - 1}): damaged, its bytes are not those that were written")
+        return "\n".join(lines)
+
+    @property
+    def recomputed(self) -> str:
+        """What the comparison says, a line for each unit that differs."""
+        if self.comparisons is None:
+            return (
+                "not written by a configured run, so nothing was computed again; in a script, make the call as it was made, with "
+                f"out=shardmap.store.Recompute({self.store.url!r}), resume=True, and look at the result's comparisons"
+            )
+        if not self.comparisons:
+            return "no unit was computed again"
+        told = f"{len(self.comparisons)} of {self.store.header.units} units recomputed: "
+        if self.differing:
+            return "\n".join([told + f"{len(self.differing)} differ", *[str(c) for c in self.comparisons if not c.agrees]])
+        if all(c.exact for c in self.comparisons):
+            return told + "equal to the last bit"
+        worst = max(self.comparisons, key=lambda c: c.difference)
+        return told + f"equal within rounding, largest difference {worst.difference:.3g}, in {worst.output}"
+
+
+def verify(
+    store: Store,
+    *,
+    units: int | None = 3,
+    seed: int = 0,
+    devices: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    listener: Callable[[Event], None] = lambda event: None,
+) -> Verified:
+    """Hash all committed units of a store, and compute a random sample of them again from the configuration that is in it.
+
+    Data and model are made as for the run, all of them; the map computes the chosen rows only. Nothing is written.
+
+    Args:
+        store: As `shardmap.open_store` returns it.
+        units: How many units to compute again; None for all.
+        seed: Of the choice.
+        devices: Where to compute, on this machine; by default where the run did, if that was no cluster.
+        say: Receives what was found, as soon as it is known.
+        listener: Receives the events of the map, for a progress bar.
+
+    Raises:
+        ConfigError: What the configuration names cannot be imported or found any more.
+        StoreMismatchError: Function, model or data are no longer those of the run.
+    """
+    receipts = store.receipts()
+    damaged = tuple(store.corrupt(receipts))
+    found = Verified(store, len(receipts), damaged, None)
+    say(found.checksums)
+    config = configuration_of(store)
+    if config is not None:
+        chosen = choose(store, len(receipts) if units is None else units, seed, damaged)
+        comparisons = _compared(store, config, chosen, devices, say, listener) if chosen else []
+        found = dataclasses.replace(found, comparisons=tuple(comparisons))
+    say(found.recomputed)
+    return found
+
+
+def _compared(
+    store: Store, config: RunConfig, chosen: list[int], devices: str | None, say: Callable[[str], None], listener: Callable[[Event], None]
+) -> list[Comparison]:
+    here = devices or ("auto" if config.devices == "ray" else config.devices)
+    config = dataclasses.replace(config, devices=here, workers=None)
+    check_machine(config)
+    run = bind(config)
+    with one_seed(config.seed):
+        parts = load_parts(run, say)
+        mapped = shardmap.vmap(parts.one_sample, out=Recompute(store.url, chosen), resume=True, **map_options(config))
+        try:
+            with listen(listener):
+                again = mapped(*parts.columns)
+        except StoreMismatchError as error:
+            raise with_keys(error, store, run.config) from None
+    assert isinstance(again, Recomputed)
+    return again.comparisons
+
+
+def _count(number: int, some: str, none: str) -> str:
+    return f"{number} {some}" if number else none
