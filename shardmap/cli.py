@@ -52,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
     run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
+    plan = commands.add_parser(
+        "plan",
+        help="print what a run would do, without running it",
+        usage="shardmap plan CONFIG [--workers N] [--measure] [--key value ...]",
+        allow_abbrev=False,
+    )
+    plan.add_argument("config", help="as for run; data is loaded and the model made, for the plan depends on them")
+    plan.add_argument("--workers", metavar="N", help="forecast the run for N workers like this machine: time, bytes, requests, bottleneck")
+    plan.add_argument("--measure", action="store_true", help="compute about a second's worth of samples, so that seconds are no guess")
     resume = commands.add_parser("resume", help="go on with a run whose store is there", usage="shardmap resume STORE [--key value ...]")
     resume.add_argument("store", help="the path or URL that the run's configuration names as its store; it holds the configuration")
     verify = commands.add_parser("verify", help="hash a store's units, compute some of them again, and compare", allow_abbrev=False)
@@ -59,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--units", type=int, metavar="N", help="how many units to compute again (3)")
     verify.add_argument("--all", action="store_true", help="compute all units again")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of units (0)")
-    verify.add_argument("--devices", help="where to compute; by default where the run did, if that was on this machine")
+    verify.add_argument("--devices", help="where to compute on this machine; by default where the run did")
     verify.add_argument(
         "--discard", action="store_true", help="take back the commits of units that are wrong: `shardmap resume` makes them anew"
     )
@@ -70,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "run":
             return _run(lambda: _load(options.config, rest))
+        if options.command == "plan":
+            return _plan(options, rest)
         if options.command == "resume":
             return _run(lambda: _stored(options.store, rest))
         if rest:
@@ -121,6 +132,22 @@ def _run(configured: Callable[[], RunConfig]) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print a run's plan, and a forecast for workers."""
+    workers = options.workers
+    if workers is not None and not (workers.isascii() and workers.isdigit() and int(workers)):
+        raise ConfigError(f"--workers {workers}: does not fit; give a whole number of at least 1")
+    from shardmap.config import bind
+
+    _import_from_here()
+    bound = bind(_load(options.config, overrides))
+    from shardmap.jobs.plan import plan
+
+    with _progress():
+        plan(bound, workers=None if workers is None else int(workers), measure=options.measure, say=_say)
+    return 0
+
+
 def _load(path: str, overrides: Sequence[str]) -> RunConfig:
     from shardmap.config import load
 
@@ -146,6 +173,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise ConfigError(f"--all and --units {options.units}: give one of them")
     if options.units is not None and options.units < 0:
         raise ConfigError(f"--units {options.units}: negative; give how many units to compute again, 0 for none")
+    if options.devices == "ray":
+        raise ConfigError("--devices ray: units are computed again on this machine; give auto, cpu or cuda:*")
     _import_from_here()
     store = _open(options.store)
     from shardmap.jobs.verify import verify

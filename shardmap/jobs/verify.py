@@ -98,20 +98,20 @@ def verify(
     damaged = tuple(store.corrupt(receipts))
     found = Verified(store, len(receipts), damaged, None)
     say(found.checksums)
-    config = configuration_of(store)
+    config = configuration_of(store, () if devices is None else ("--devices", devices, "--workers", "null"))
     if config is not None:
         chosen = choose(store, len(receipts) if units is None else units, seed, damaged)
-        comparisons = _compared(store, config, chosen, devices, say, listener) if chosen else []
+        comparisons = _compared(store, config, chosen, say, listener) if chosen else []
         found = dataclasses.replace(found, comparisons=tuple(comparisons))
     say(found.recomputed)
     return found
 
 
 def _compared(
-    store: Store, config: RunConfig, chosen: list[int], devices: str | None, say: Callable[[str], None], listener: Callable[[Event], None]
+    store: Store, config: RunConfig, chosen: list[int], say: Callable[[str], None], listener: Callable[[Event], None]
 ) -> list[Comparison]:
-    here = devices or ("auto" if config.devices == "ray" else config.devices)
-    config = dataclasses.replace(config, devices=here, workers=None)
+    if config.devices == "ray":
+        config = dataclasses.replace(config, devices="auto", workers=None)
     check_machine(config)
     run = bind(config)
     with one_seed(config.seed):

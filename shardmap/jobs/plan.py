@@ -1,0 +1,103 @@
+"""What a run would do, without running it: its plan on this machine, and a forecast for a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import shardmap
+from shardmap.config import BoundRun, RunConfig
+from shardmap.jobs.folder import one_seed
+from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.planned import Plan
+from shardmap.planning.forecast import Forecast, Workload, forecast
+from shardmap.planning.memory import format_bytes
+from shardmap.run.storing import UNIT_BYTES
+
+MEASURED_SECONDS = 1.0
+"""About as long a measurement computes, by the guess that it replaces."""
+MEASURED_BYTES = 256 << 20
+"""Of results that a measurement keeps at most."""
+
+
+def plan(
+    run: BoundRun, *, workers: int | None = None, measure: bool = False, say: Callable[[str], None] = lambda text: None
+) -> tuple[Plan, Forecast | None]:
+    """Plan a run's map for the devices of this machine, and forecast it for a cluster of such machines.
+
+    Data and model are made as for the run; of the map, at most three samples are computed, or some seconds' worth to measure.
+
+    Args:
+        run: The configuration with its import paths resolved.
+        workers: How many workers to forecast for; by default the configuration's, if it names Ray's.
+        measure: Whether to compute some samples, so that seconds are no guess.
+        say: Receives the plan and the forecast.
+
+    Raises:
+        ConfigError: The configuration turned out wrong once the data was there.
+    """
+    workers = workers or run.config.workers
+    config = dataclasses.replace(run.config, devices="auto", workers=None) if run.config.devices == "ray" else run.config
+    check_machine(config)
+    with one_seed(config.seed):
+        parts = load_parts(run, say)
+        planned = shardmap.plan(parts.one_sample, **map_options(config))(*parts.columns)
+        if measure and planned.samples:
+            _measure(planned, parts, config)
+            planned = shardmap.plan(parts.one_sample, **map_options(config))(*parts.columns)
+    say(str(planned))
+    if config.store is not None:
+        say(_to_store(planned, config))
+    if run.config.devices == "ray" and workers is None:
+        say("The plan is of this machine: how many workers Ray has is known when it runs; --workers N forecasts for N of them.")
+    if workers is None:
+        return planned, None
+    found = forecast(_workload(planned, config), workers)
+    say(f"\n{found}")
+    return planned, found
+
+
+def _measure(planned: Plan, parts: Parts, config: RunConfig) -> None:
+    """Compute some samples; a plan that is made after it knows how long they took."""
+    most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
+    rows = max(2, min(int(MEASURED_SECONDS * planned.samples / max(planned.seconds, 1e-9)), most, planned.samples))
+    first = [column[:rows] for column in parts.columns]
+    shardmap.plan(parts.one_sample, **map_options(config))(*first).run()
+
+
+def _workload(planned: Plan, config: RunConfig) -> Workload:
+    job, samples = planned._job, planned.samples
+    recording = job.recording
+    captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
+    return Workload(
+        samples=samples,
+        sample_bytes=sum(t.nbytes // max(1, samples) for t in job.inputs),
+        result_bytes=sum(o.sample_bytes for o in job.outputs),
+        program_bytes=len(recording.program.dumps().encode()) + captured,
+        sample_seconds=planned.seconds / max(1, samples),
+        measured=all(lane.measured for lane in planned.lanes),
+        chunk_size=config.chunk_size,
+        reduced=config.reduce is not None,
+        unit_rows=None if config.store is None else _unit(planned, config),
+        unit_objects=1 if config.store_kind == "safetensors" else len(job.outputs),
+    )
+
+
+def _unit(planned: Plan, config: RunConfig) -> int:
+    """Samples per unit of the store that the run would make."""
+    if isinstance(config.chunk_size, int):
+        return config.chunk_size
+    row = sum(o.sample_bytes for o in planned._job.outputs)
+    return max(1, min(planned.samples, UNIT_BYTES // max(row, 1)))
+
+
+def _to_store(planned: Plan, config: RunConfig) -> str:
+    unit = _unit(planned, config)
+    row = sum(o.sample_bytes for o in planned._job.outputs)
+    units = -(-planned.samples // unit)
+    held = min(planned.samples, unit * (len(planned.lanes) + 1))
+    each, most, whole = (format_bytes(rows * row) for rows in (unit, held, planned.samples))
+    return (
+        f"\nOutputs go to {config.store}, {units} units of {unit} rows, {each} each: memory holds {most} of them at most, where the table "
+        f"counts all {whole}."
+    )

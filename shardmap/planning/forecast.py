@@ -1,0 +1,158 @@
+"""What a map would take on a cluster: time, bytes through the driver, requests to the store. Arithmetic, nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shardmap.planning.cluster import task_rows
+from shardmap.planning.memory import format_bytes
+from shardmap.planning.table import format_seconds, layout, wrap
+
+TASK_SECONDS = 3e-3
+"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. Measured on a local Ray, two cores."""
+STORE_TASK_SECONDS = 1.5e-3
+"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. Measured on a local Ray, two cores."""
+BYTE_SECONDS = 0.6e-9
+"""Of the driver for each byte that passes through it, 0.6 ms per MB: into Ray's object store and out of it."""
+WINDOW = 2
+"""Tasks that a worker has at a time: one that it computes, one whose samples travel meanwhile."""
+REQUESTS_PER_SECOND = 3500
+"""Writes that an object store takes under one prefix: what Amazon S3 documents. A folder takes about as many new files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A map, as far as a forecast depends on it."""
+
+    samples: int
+    """N, the size of the batch."""
+    sample_bytes: int
+    """Of one sample on its way from the driver to a worker; 0 where workers read samples themselves."""
+    result_bytes: int
+    """Of one sample's results."""
+    program_bytes: int
+    """Of the recorded program and the tensors that it captures, which each worker gets once."""
+    sample_seconds: float
+    """That one worker computes for one sample."""
+    measured: bool
+    """Whether `sample_seconds` was measured; otherwise it is a guess from operations and bytes."""
+    chunk_size: Any = "auto"
+    """As the user gave it."""
+    reduced: bool = False
+    """Whether each task brings one partial result instead of a row per sample."""
+    unit_rows: int | None = None
+    """Samples per unit of the store that workers write to; None where results are gathered."""
+    unit_objects: int = 1
+    """Files or objects in a unit, without its entry in the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a map would take with a number of workers, once they have started."""
+
+    workload: Workload
+    workers: int
+    task_samples: int
+    """Samples of each task but the last."""
+    tasks: int
+    compute_seconds: float
+    """Until the last worker is done, if nothing kept them waiting."""
+    driver_seconds: float
+    """That the driver is busy."""
+    store_seconds: float
+    """That the store needs for its requests; 0 without one."""
+    sent_bytes: int
+    """Samples, from the driver to workers."""
+    gathered_bytes: int
+    """Results, from workers to the driver."""
+    program_bytes: int
+    """Program and captured tensors, to all workers that have work."""
+    driver_peak_bytes: int
+    """What the driver's machine holds at most beside the batch: results, and samples of tasks that workers have."""
+    store_requests: int
+    """Objects written: for each unit its files and its entry in the manifest."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the run: workers, driver and store work side by side, so the slowest of them counts."""
+        return max(self.compute_seconds, self.driver_seconds, self.store_seconds)
+
+    @property
+    def bottleneck(self) -> str:
+        """Which of them it is: "workers", "driver" or "store"."""
+        named = {"workers": self.compute_seconds, "driver": self.driver_seconds, "store": self.store_seconds}
+        return max(named, key=lambda name: named[name])
+
+    @property
+    def driver_bytes(self) -> int:
+        """All that passes through the driver."""
+        return self.sent_bytes + self.gathered_bytes + self.program_bytes
+
+    def __str__(self) -> str:
+        load, guess = self.workload, "" if self.workload.measured else "~"
+        each = format_seconds(self.task_samples * load.sample_seconds)
+        per_task = format_seconds(_task_seconds(load))
+        rows = [
+            ("tasks", str(self.tasks), f"of {self.task_samples} samples"),
+            ("workers busy", guess + format_seconds(self.compute_seconds), f"{guess}{each} for each task"),
+            ("driver busy", format_seconds(self.driver_seconds), f"{per_task} for each task, and 0.6 ms for each MB"),
+        ]
+        if load.unit_rows is not None:
+            rate = format_bytes(load.samples * load.result_bytes / self.seconds) if self.seconds else "0 B"
+            rows.append(
+                ("store busy", format_seconds(self.store_seconds), f"{REQUESTS_PER_SECOND} requests per second; it has to take {rate}/s")
+            )
+        through = f"samples {format_bytes(self.sent_bytes)}, results {format_bytes(self.gathered_bytes)}, program and captured tensors"
+        rows += [
+            ("through the driver", format_bytes(self.driver_bytes), f"{through} {format_bytes(self.program_bytes)}"),
+            ("driver's memory", format_bytes(self.driver_peak_bytes), "at most, beside the batch"),
+        ]
+        if load.unit_rows is not None:
+            rows.append(("store requests", str(self.store_requests), f"{load.unit_objects} and the manifest's entry for each unit"))
+        rows.append(("predicted time", guess + format_seconds(self.seconds), f"the bottleneck: {self.bottleneck}"))
+        lines = [
+            f"{self.workers} workers, each like this machine, once they have started: {load.samples} samples",
+            layout(rows, left=(0, 2)),
+        ]
+        if self.tasks < self.workers:
+            lines.append(wrap(f"Only {self.tasks} workers have work: give a smaller chunk_size, or fewer workers."))
+        return "\n".join(lines)
+
+
+def forecast(workload: Workload, workers: int) -> Forecast:
+    """What a map would take on a cluster.
+
+    Args:
+        workload: The map.
+        workers: How many workers, each as fast as `workload.sample_seconds` says.
+    """
+    samples, gathers = workload.samples, workload.unit_rows is None
+    row = workload.sample_bytes + (workload.result_bytes if gathers and not workload.reduced else 0)
+    size = workload.unit_rows or task_rows(samples, workers, row, workload.chunk_size)
+    size = max(1, min(size, samples))
+    tasks = -(-samples // size)
+    rounds = -(-tasks // workers)
+    sent = samples * workload.sample_bytes
+    results = workload.result_bytes * (0 if not gathers else tasks if workload.reduced else samples)
+    kept = workload.result_bytes * (0 if not gathers else 2 if workload.reduced else samples)
+    requests = 0 if gathers else tasks * (workload.unit_objects + 1)
+    return Forecast(
+        workload,
+        workers,
+        size,
+        tasks,
+        compute_seconds=rounds * size * workload.sample_seconds,
+        driver_seconds=tasks * _task_seconds(workload) + (sent + results + workload.program_bytes) * BYTE_SECONDS,
+        store_seconds=requests / REQUESTS_PER_SECOND,
+        sent_bytes=sent,
+        gathered_bytes=results,
+        program_bytes=workload.program_bytes * min(workers, tasks),
+        driver_peak_bytes=kept + min(tasks, WINDOW * workers) * size * row,
+        store_requests=requests,
+    )
+
+
+def _task_seconds(workload: Workload) -> float:
+    """Of the driver for one task."""
+    return TASK_SECONDS if workload.sample_bytes or workload.unit_rows is None else STORE_TASK_SECONDS
