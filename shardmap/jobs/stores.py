@@ -83,13 +83,22 @@ def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> Sto
     stored: Any = store.header.attributes.get("configuration")
     if not isinstance(stored, dict):
         return error
-    now = json.loads(json.dumps(config.identity(), default=str))
-    keys = [key for key in IDENTITY_KEYS if stored.get(key) != now[key]]
-    told = "; ".join(f"{key}: {_show(stored.get(key))} is stored, {_show(now[key])} is given" for key in keys)
+    then = _flat({key: stored.get(key) for key in IDENTITY_KEYS})
+    now = _flat(json.loads(json.dumps(config.identity(), default=str)))
+    keys = [key for key in dict.fromkeys((*then, *now)) if then.get(key) != now.get(key)]
+    told = "; ".join(f"{key}: {_show(then.get(key))} is stored, {_show(now.get(key))} is given" for key in keys)
     before, here = store.header.attributes.get("versions", {}), versions()
     moved = ", ".join(f"{name} {before[name]} then, {here[name]} here" for name in here if name in before and before[name] != here[name])
     reason = f"Keys that differ: {told}" if told else "The configuration is the same: the code or the files that it names have changed"
     return StoreMismatchError(f"{error}. {reason}{f' ({moved})' if moved else ''}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as they are written on the command line: `model.args.epochs`."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _show(value: Any) -> str:
