@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import shardmap
 from shardmap.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,40 @@ MISTAKES = {
     "output where nothing can be made": ["run", GRADIENTS, "--output", "/proc/shardmap/run"],
     "empty output": ["run", GRADIENTS, "--output", ""],
     "unknown option of another command": ["devices", "--fast"],
+    "resume without a store": ["run", GRADIENTS, "--resume", "true"],
+    "a kind of store without a store": ["run", GRADIENTS, "--store_kind", "memmap"],
+    "an unknown kind of store": ["run", GRADIENTS, "--store", "s", "--store_kind", "hdf5"],
+    "a store and a reduction": ["run", GRADIENTS, "--store", "s", "--reduce", "mean"],
+    "a store and saved outputs": ["run", GRADIENTS, "--store", "s", "--save_outputs", "true"],
+    "an empty store": ["run", GRADIENTS, "--store", ""],
+    "files at a URL": ["run", GRADIENTS, "--store", "s3://bucket/s", "--store_kind", "safetensors"],
+    "a URL of no known kind": ["run", GRADIENTS, "--store", "abacus://s"],
+    "a store where a file is": ["run", GRADIENTS, "--store", "empty.yaml"],
+    "a store in a folder of something else": ["run", GRADIENTS, "--store", "."],
+    "a store that is there": ["run", GRADIENTS, "--store", "store"],
+    "a store of another kind": ["run", GRADIENTS, "--store", "store", "--resume", "true"],
+    "a store of another call": ["run", "quick.yaml", "--store", "store", "--store_kind", "memmap", "--resume", "true"],
+    "a reduction that is none": ["run", GRADIENTS, "--reduce", "median"],
+    "a reduction of rows that a report needs": ["run", "no_rows.yaml"],
+    "workers without Ray": ["run", GRADIENTS, "--workers", "3"],
+    "no worker": ["run", GRADIENTS, "--devices", "ray", "--workers", "0"],
+    "going on with nothing": ["resume", "nowhere"],
+    "going on with a folder": ["resume", "."],
+    "going on without a name": ["resume"],
+    "going on with a script's store": ["resume", "store"],
+    "verifying nothing": ["verify", "nowhere"],
+    "verifying without a name": ["verify"],
+    "verifying a part and all": ["verify", "store", "--all", "--units", "3"],
+    "verifying less than nothing": ["verify", "store", "--units=-1"],
+    "verifying many": ["verify", "store", "--units", "many"],
+    "verifying on a cluster": ["verify", "store", "--devices", "ray"],
+    "verifying with an unknown option": ["verify", "store", "--fast"],
+    "a plan of nothing": ["plan"],
+    "a plan of a missing file": ["plan", "nowhere.yaml"],
+    "a plan for no worker": ["plan", GRADIENTS, "--workers", "0"],
+    "a plan for some workers": ["plan", GRADIENTS, "--workers", "some"],
+    "a plan with an unknown key": ["plan", GRADIENTS, "--chunk_sise", "3"],
+    "a plan for an absent device": ["plan", GRADIENTS, "--devices", "cuda:97"],
 }
 
 
@@ -73,6 +109,10 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
     parts = ("data: shardmap.jobs.digits.load", "function: torch.neg", "columns: [image]", "report: builtins.id")
     (tmp_path / "no_findings.yaml").write_text("\n".join(parts))
+    (tmp_path / "quick.yaml").write_text("\n".join(parts[:3]))
+    no_rows = (*parts[:3], "report: shardmap.jobs.digits_reports.sensitivity_maps", "reduce: sum")
+    (tmp_path / "no_rows.yaml").write_text("\n".join(no_rows))
+    shardmap.vmap(torch.sin, out=shardmap.MemmapSink(tmp_path / "store"))(torch.ones(3, 2))
     (tmp_path / "unknown.yaml").write_text("data: shardmap.jobs.digits.load\nfunction: a.b\ndevice: cpu\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -126,6 +166,14 @@ def test_an_error_of_the_users_function_keeps_its_traceback_and_leaves_nothing(t
     with pytest.raises(LookupError, match="the user has to see this"):
         main(["run", GRADIENTS, "--model", "users_failing.fail"])
     assert [name for name in listing(tmp_path) if "users_failing" not in name and "__pycache__" not in name] == []
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"    {name} " in out for name in ("run", "plan", "resume", "verify", "ops", "devices"))
 
 
 def test_devices_lists_the_processor(capsys):
