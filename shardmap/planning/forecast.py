@@ -10,15 +10,15 @@ from shardmap.planning.memory import format_bytes
 from shardmap.planning.table import format_seconds, layout, wrap
 
 TASK_SECONDS = 3e-3
-"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. Measured on a local Ray, two cores."""
+"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. About what a local Ray takes."""
 STORE_TASK_SECONDS = 1.5e-3
-"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. Measured on a local Ray, two cores."""
+"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. About what a local Ray takes."""
 BYTE_SECONDS = 0.6e-9
-"""Of the driver for each byte that passes through it, 0.6 ms per MB: into Ray's object store and out of it."""
+"""Of the driver for each byte that passes through it, 0.6 ms per MB: into and out of Ray's object store. About what a local Ray takes."""
 WINDOW = 2
 """Tasks that a worker has at a time: one that it computes, one whose samples travel meanwhile."""
 REQUESTS_PER_SECOND = 3500
-"""Writes that an object store takes under one prefix: what Amazon S3 documents. A folder takes about as many new files."""
+"""Writes that an object store takes under one prefix: what Amazon S3 documents (PUT, COPY, POST, DELETE)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import shardmap
 from shardmap.errors import StoreError, StoreMismatchError
-from shardmap.store import Recompute, Recomputed, open_store
+from shardmap.store import Recompute, Recomputed, open_store, recompute
 from shardmap.store.recompute import _difference, choose
 from tests.store.kinds import DTYPES, SINKS, random
 
@@ -132,3 +133,9 @@ def test_rounding_is_told_from_other_numbers() -> None:
     large = torch.tensor([2**60])
     difference, allowed = _difference(large, large + 1)
     assert not difference <= allowed
+
+
+def test_the_example_in_its_docstring() -> None:
+    result = doctest.testmod(recompute)
+    assert result.attempted > 0
+    assert result.failed == 0
