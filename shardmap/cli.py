@@ -122,7 +122,7 @@ def _run(configured: Callable[[], RunConfig]) -> int:
         with _progress() as listener:
             folder, findings = execute(bound, say=_say, listener=listener)
     except KeyboardInterrupt:
-        if config.store is None:
+        if config.store is None or not _is_there(config.store):
             raise
         _complain(f"interrupted; units that are in {config.store} stay, and `shardmap resume {config.store}` goes on with them")
         return INTERRUPTED
@@ -200,6 +200,15 @@ def _open(url: str) -> Store:
         return open_store(url)
     except StoreError as error:
         raise ConfigError(str(error)) from error
+
+
+def _is_there(url: str) -> bool:
+    """Whether there is a store already: it is made when the data is loaded and the function recorded."""
+    try:
+        _open(url)
+    except ConfigError:
+        return False
+    return True
 
 
 def _import_from_here() -> None:

@@ -62,6 +62,11 @@ def test_every_key_is_documented():
     assert source.count(chr(34) * 3) == 2 * (3 + len(config.RunConfig.__dataclass_fields__))  # the class, its fields, two methods
 
 
+def test_every_key_is_in_the_table_of_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "runs.md").read_text()
+    assert [key for key in config.RunConfig.__dataclass_fields__ if f"\n| `{key}` |" not in text] == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -147,6 +147,14 @@ def test_ctrl_c_keeps_what_is_committed_and_says_how_to_go_on(workplace: Path, c
     assert Path("runs/again/summary.json").exists()
 
 
+def test_ctrl_c_before_there_is_a_store_leaves_nothing(workplace: Path, capsys) -> None:
+    (workplace / "users_store.py").write_text(MODULE.replace("return torch.randn(3)", "raise KeyboardInterrupt"))
+    assert main(["run", "run.yaml", "--store", "store"]) == 130
+    assert capsys.readouterr().err == "shardmap: interrupted; nothing was left behind\n"
+    assert not Path("store").exists()
+    assert not Path("runs").exists()
+
+
 def test_a_store_is_gone_on_with_where_it_has_moved_to(workplace: Path) -> None:
     main(["run", "run.yaml", "--store", "store"])
     shardmap.open_store("store").discard(2)
