@@ -270,7 +270,7 @@ def _into_store(job: Job, options: Options, structure: pytree.TreeSpec, cluster:
     sink, on = options.out, prepare.Devices(job)
     assert sink is not None
     if cluster is not None:
-        on_ray.refuse(job, options.chunk_size, options.budget, sink.where)
+        on_ray.refuse(job, options.chunk_size, None)
     workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
     unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None, workers)
     job = on.job = dataclasses.replace(job, unit=unit)

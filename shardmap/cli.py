@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmap.errors import (
+    ClusterError,
     ConfigError,
     DeviceError,
     MissingExtraError,
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; nothing was left behind")
         return INTERRUPTED
-    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget, StoreMismatchError) as error:
+    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget, StoreMismatchError, ClusterError) as error:
         _complain(str(error))
         return USAGE_ERROR
     except ShardmapError as error:

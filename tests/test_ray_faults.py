@@ -22,6 +22,7 @@ from shardmap import errors
 from shardmap.run import pool
 from shardmap.run import ray as executor
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, listen
+from shardmap.store import Recompute
 from tests import faulty
 from tests.on_ray import TWO, pids
 
@@ -221,6 +222,28 @@ def test_a_store_that_workers_do_not_see_is_refused(folder: Path, tmp_path: Path
     monkeypatch.setattr(executor, "Constants", elsewhere)
     with pytest.raises(errors.StoreError, match=r"not there on .*a file system that all machines share"):
         shardmap.vmap(function, devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(batch())
+
+
+def test_a_store_in_the_drivers_memory_is_written_there(folder: Path) -> None:
+    x = batch(23)
+    weight = torch.ones(2)
+    store = shardmap.vmap(lambda v: (*function(v), weight), devices=TWO, chunk_size=4, out=shardmap.ZarrSink("memory://driver"))(x)
+    assert torch.equal(store.read(0, 0, 23), shardmap.vmap(function, chunk_size=4)(x)[0])
+    assert torch.equal(store.read(2, 0, 23), torch.ones(23, 2))
+
+
+def test_outputs_that_no_sample_changes_are_stored_for_each(folder: Path, tmp_path: Path) -> None:
+    weight = torch.arange(3.0)
+    store = shardmap.vmap(lambda v: (v, weight * 2), devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(batch(13))
+    assert torch.equal(store.read(1, 0, 13), (weight * 2).expand(13, 3))
+
+
+def test_units_are_recomputed_on_the_cluster(folder: Path, tmp_path: Path) -> None:
+    x = batch(23)
+    shardmap.vmap(function, devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(x)
+    again = shardmap.vmap(function, devices=TWO, out=Recompute(str(tmp_path / "store"), units=3, seed=1), resume=True)(x)
+    assert len(again.comparisons) == 3
+    assert all(c.agrees for c in again.comparisons)
 
 
 def chaos(seconds: float, every: float, tmp_path: Path, folder: Path) -> tuple[int, float]:

@@ -57,14 +57,15 @@ def test_a_node_is_removed_and_another_one_joins(cluster: Any, tmp_path: Path) -
     """What the lost node computed and did not deliver is computed again, on what is left, and on what joins later."""
     first, second = node(cluster), node(cluster)
     join(cluster)
-    x, events, changes = batch(400), list[Event](), list[str]()
+    x, events, changes, at = batch(1000), list[Event](), list[str](), list[int]()
 
     def change(event: Event) -> None:
-        done = sum(isinstance(e, ChunkDone) for e in events)
-        if done == 10 and not changes:
+        done = [e.device for e in events if isinstance(e, ChunkDone)]
+        if not changes and len(set(done)) == 2:
             changes.append("removed")
+            at.append(len(done))
             cluster.remove_node(first)
-        elif done == 40 and len(changes) == 1:
+        elif len(changes) == 1 and len(done) == at[0] + 30:
             changes.append("added")
             node(cluster)
 
@@ -73,7 +74,7 @@ def test_a_node_is_removed_and_another_one_joins(cluster: Any, tmp_path: Path) -
     assert changes == ["removed", "added"]
     equal(store, x)
     done = sorted((e.start, e.stop) for e in events if isinstance(e, ChunkDone))
-    assert done == [(i, i + 1) for i in range(400)]
+    assert done == [(i, i + 1) for i in range(1000)]
     redone = [e for e in events if isinstance(e, ChunkRedone)]
     assert 1 <= len(redone) <= 2
     assert [e.redone for e in events if isinstance(e, RunFinished)] == [{"worker died": len(redone)}]
@@ -102,15 +103,16 @@ def test_sums_that_were_on_a_lost_node_are_computed_again(cluster: Any) -> None:
     first = node(cluster)
     node(cluster)
     join(cluster)
-    x, events, removed = batch(128, 400), list[Event](), list[Any]()
+    x, events, removed = batch(512, 400), list[Event](), list[Any]()
 
     def change(event: Event) -> None:
-        if sum(isinstance(e, ChunkDone) for e in events) == 7 and not removed:  # a group of eight is not complete
+        done = [e.device for e in events if isinstance(e, ChunkDone)]
+        if not removed and len(set(done)) == 2 and len(done) % 8 == 7:  # the last group of eight is not complete
             removed.append(cluster.remove_node(first))
 
     with listen(events.append), listen(change):
         got = shardmap.vmap(lambda v: torch.outer(v, v), devices="ray", chunk_size=2, reduce="mean")(x)
-    torch.testing.assert_close(got, x.T @ x / 128)
+    torch.testing.assert_close(got, x.T @ x / 512)
     assert removed
     assert [e for e in events if isinstance(e, ChunkRedone)]
 
@@ -127,7 +129,8 @@ DRIVER = """
         if sys.argv[2] == "die" and sum(isinstance(e, ChunkDone) for e in done) == 17:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    faults = {"worker_process_setup_hook": "tests.faulty.install", "env_vars": {k: os.environ[k] for k in ("SHARDMAP_TEST_FAULTS", "PYTHONPATH")}}
+    names = ("SHARDMAP_TEST_FAULTS", "PYTHONPATH")
+    faults = {"worker_process_setup_hook": "tests.faulty.install", "env_vars": {name: os.environ[name] for name in names}}
     import ray, logging
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=faults)
     with listen(kill):

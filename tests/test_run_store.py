@@ -388,7 +388,6 @@ def test_the_configured_number_of_workers_gathers_and_reduces(workplace: Path, m
 
 
 @pytest.mark.ray
-@pytest.mark.xfail(reason="results that workers write to a store", strict=False)
 def test_workers_write_to_the_store_of_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert main(["run", "run.yaml", "--devices", "ray", "--workers", "1", "--store", "store"]) == 0

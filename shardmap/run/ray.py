@@ -33,7 +33,6 @@ from shardmap.run.pool import Pool, Ray, RayWorker, pool_of
 from shardmap.run.remote import HOST, Constants, Done, Failure, Settings, Task
 from shardmap.run.schedule import Schedule
 from shardmap.store import Store
-from shardmap.store.places import place_of
 
 logger = logging.getLogger("shardmap")
 
@@ -97,7 +96,7 @@ def run(job: Job, chunk_size: Any, options: Ray, budget: Budget, store: Store | 
         WorkerError: A task raised an error on its worker, or its workers died again and again.
     """
     ray = _ray()
-    refuse(job, chunk_size, budget, None if store is None else store.url)
+    refuse(job, chunk_size, budget if store is None else None)
     if job.samples == 0:
         return local.run(job, unplanned(0, str(job.home)), prepare.Devices(job), store)
     with pool_of(ray, options, job.call) as pool:
@@ -131,14 +130,13 @@ def _folded(out: Output) -> bool:
     return out.reduction is not None and out.reduction.combine is not None
 
 
-def refuse(job: Job, chunk_size: Any, budget: Budget, url: str | None = None) -> None:
+def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
     """Refuse what a cluster cannot do, before anything is started.
 
     Args:
         job: The mapped call.
         chunk_size: As the user gave it.
-        budget: What the map may add in this process.
-        url: Of the store that results go to; None gathers them.
+        budget: What the map may add in this process, where results are gathered; None where they are not.
     """
     call = job.call
     if isinstance(chunk_size, Mapping):
@@ -155,13 +153,9 @@ def refuse(job: Job, chunk_size: Any, budget: Budget, url: str | None = None) ->
             f"{call}: devices='ray' and the function writes in place to mapped argument {number}: workers compute on copies, so the "
             "write would not reach the caller's batch; clone the argument inside the function and return it, or use devices='auto'"
         )
-    if url is not None:
-        if not place_of(url).travels:
-            raise errors.StoreError(f"{call}: {url} is memory of this process, where workers cannot write; name a folder or a URL")
-        return
-    for device in {o.device for o in job.outputs}:
+    for device in {o.device for o in job.outputs} if budget is not None else ():
         size = sum(o.sample_bytes * job.samples for o in job.outputs if o.stacked and o.device == device)
-        room = budget.on(device)
+        room = budget.on(device) if budget is not None else None
         if size >= prepare.WATCHED_FROM and room is not None and size > room:
             raise errors.OverBudget(
                 f"{call}: the results need {format_bytes(size)} on {device}, where they are gathered, budget {format_bytes(room)}; let the "
@@ -179,7 +173,7 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
         OptionError: The cluster lacks what is asked for.
     """
     ray = _ray()
-    refuse(job, chunk_size, Budget(1 << 62, 1.0))
+    refuse(job, chunk_size, None)
     with pool_of(ray, options, job.call) as pool:
         starting = [worker.start() for worker in pool.workers if not worker.ready]
         if starting:
@@ -275,9 +269,10 @@ class _Run:
         captured = tuple([pack(t) for t in recording.captured])
         literals = tuple([(pack(t), t.device == job.home) for t in recording.literals])
         columns = {i: job.columns[i] for i in self.read_there}
+        store = self.store if self.store is not None and self.store.travels else None  # otherwise results come here to be written
         return Constants(
             options, captured, literals, recording.scalars, job.seed, recording.sources, Settings.current(), self.outputs, columns,
-            self.store, chunk_size, budget,
+            store, chunk_size, budget,
         )  # fmt: skip
 
     def run(self) -> list[torch.Tensor]:
@@ -462,8 +457,11 @@ class _Run:
 
     def _take(self, chunk: Chunk, outcome: Done) -> None:
         if self.store is not None:
-            assert outcome.receipt is not None
-            self.store.commit(outcome.receipt)
+            if outcome.receipt is not None:
+                self.store.commit(outcome.receipt)
+            else:
+                rows = [unpack(p, HOST) for p in outcome.outputs if p is not None]
+                self.store.commit(self.store.write(chunk.start // self.store.header.unit, rows))
             return
         # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
         whole = chunk.size == self.job.samples

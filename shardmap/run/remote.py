@@ -334,7 +334,7 @@ def _compute(bound: _Bound, task: Task) -> Done:
     if store is not None:
         receipt = store.write(task.start // store.header.unit, outs)
     else:
-        wanted = [o.mapped or o.reduction is not None or task.unmapped for o in job.outputs]
+        wanted = [o.mapped or o.reduction is not None or o.dim is not None or task.unmapped for o in job.outputs]
         packed = tuple([pack(t) if w else None for t, w in zip(outs, wanted, strict=True)])
     return Done(packed, receipt, time.perf_counter() - began, tuple(redone))
 
