@@ -28,8 +28,11 @@ class Schedule:
         """Chunks that were handed out again."""
         self._fresh = iter(chunks)
         self._again: collections.deque[Chunk] = collections.deque()
-        self._rooms: list[dict[Hashable, None]] = [{} for _ in range(window + 1)]
-        """By the number of chunks that they can still take: the workers, in the order in which they came to it."""
+        self._rooms: list[collections.OrderedDict[Hashable, None]] = [collections.OrderedDict() for _ in range(window + 1)]
+        """By the number of chunks that they can still take: the workers, in the order in which they came to it.
+
+        A plain dict looks for its first key past all that were deleted before: handing out to n workers would take n * n / 2 steps.
+        """
         self._flying: dict[Hashable, dict[Chunk, None]] = {}
         self.flying = 0
         """Chunks that workers have."""
@@ -48,6 +51,7 @@ class Schedule:
 
     def join(self, worker: Hashable) -> None:
         """A worker is ready."""
+        assert worker not in self._flying, f"{worker} has joined already: its chunks would be forgotten"
         self._flying[worker] = {}
         self._rooms[self.window][worker] = None
         self._most = max(self._most, len(self._flying))
@@ -97,8 +101,7 @@ class Schedule:
                 chunk = self._next()
                 if chunk is None:
                     return
-                worker = next(iter(waiting))
-                del waiting[worker]
+                worker, _ = waiting.popitem(last=False)
                 self._rooms[room - 1][worker] = None
                 self._flying[worker][chunk] = None
                 self._handed += 1
