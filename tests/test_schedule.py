@@ -84,7 +84,8 @@ class Interleavings(RuleBasedStateMachine):
         flying = [chunk.start for chunks in self.held.values() for chunk in chunks]
         assert len(flying) == len(set(flying)) == self.schedule.flying, "no chunk is at two workers"
         assert all(len(chunks) <= self.window for chunks in self.held.values())
-        assert not set(flying) & set(self.finished) and max(self.finished.values(), default=1) == 1, "what is done is done once"
+        assert max(self.finished.values(), default=1) == 1, "what is done is done once"
+        assert not set(flying) & set(self.finished)
         for start in range(self.total):
             assert self.given[start] - self.lost[start] == self.finished[start] + (start in flying)
         assert self.schedule.redone == sum(self.lost.values())
@@ -200,7 +201,8 @@ def test_chunks_are_taken_as_they_are_needed():
 def test_no_chunks_and_an_empty_one():
     assert Schedule([], 2, 3).finished
     schedule = Schedule(chunks_of(0, 5), 2, 3)
-    assert schedule.left and not schedule.finished
+    assert schedule.left
+    assert not schedule.finished
     schedule.join("a")
     assert list(schedule.assignments()) == [("a", Chunk(0, 0))]
     schedule.done("a", Chunk(0, 0))

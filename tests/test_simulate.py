@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmap.errors import OptionError, WorkerError
+from shardmap.run import simulate as module
 from shardmap.run.simulate import Change, Cluster, Outcome, simulate
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +166,11 @@ def test_all_have_left():
 def test_values_out_of_range_are_refused(name: str, value: float):
     with pytest.raises(OptionError, match=f"Cluster: {name}={value}; pass a number that is at least"):
         dataclasses.replace(Cluster(2, 1.0), **{name: value})
+
+
+def test_the_example_runs():
+    found = doctest.testmod(module)
+    assert (found.failed, found.attempted) == (0, 3)
 
 
 def test_nothing_to_do():
