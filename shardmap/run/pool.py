@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from shardmap.program import Program
 from shardmap.run.remote import Worker
 
 _TEXTS = 64
+_REACH_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,9 @@ def _join(ray: Any, options: Ray, call: str) -> None:
             "(`ray job submit`), or run it on one of its machines and give host:port"
         )
     try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host or "127.0.0.1", int(port)), timeout=_REACH_SECONDS).close()  # Ray itself tries for minutes
         ray.init(address=address, **quiet)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, gRPC's own: by version
         raise errors.ClusterError(

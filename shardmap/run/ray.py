@@ -242,7 +242,7 @@ class _Run:
         self.outputs = tuple([_on_worker(o, store is not None) for o in job.outputs])
         self.constants = self.ray.put(self._constants(low.options, chunk_size, budget))
         self.gather = Gather(job)
-        self.schedule = Schedule(chunks, WINDOW, RETRIES)
+        self.schedule = Schedule(chunks, WINDOW, RETRIES, expected=len(self.workers))
         self.flying: dict[Any, _Flight] = {}
         self.later: list[tuple[float, RayWorker, Chunk]] = []
         """What is tried again, and when."""
@@ -322,7 +322,7 @@ class _Run:
         self._combine()
         if now - self.grown > _GROW_SECONDS:
             self.grown = now
-            if self.schedule.left:
+            if self.schedule.waiting:
                 self.workers += self.pool.grow()
 
     def _submit(self, worker: RayWorker, chunk: Chunk) -> None:
@@ -388,7 +388,7 @@ class _Run:
             worker.stop(self.ray)
             self.binding.pop(worker, None)
             self.failed_starts += 1
-            if self.failed_starts > RETRIES + len(self.workers):
+            if self.failed_starts > RETRIES * (2 + len(self.workers)):
                 raise errors.WorkerError(
                     f"{self.job.call}: worker processes do not start; install one version of shardmap on every machine of the cluster. "
                     f"{error}"
@@ -417,7 +417,7 @@ class _Run:
         if failure.poisoned or failure.passing:
             self.failed_starts += 1
             worker.stop(self.ray)
-            if self.failed_starts <= RETRIES + len(self.workers):
+            if self.failed_starts <= RETRIES * (2 + len(self.workers)):
                 logger.warning("%s: %s is started again: %s", self.job.call, worker.name, failure.error)
                 return
         if failure.kind:

@@ -7,7 +7,7 @@ as for a thousand: a million chunks pass through in seconds.
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from shardmap.planning.split import Chunk
 
@@ -19,11 +19,13 @@ class Schedule:
         chunks: What is to be computed, in order; taken from as it is needed.
         window: Chunks handed to a worker at a time: one that it computes, and others whose samples travel meanwhile.
         retries: How often a chunk is computed again after the worker that had it died.
+        expected: Workers that are to come: where there are few chunks, each of those that come first takes only one.
     """
 
-    def __init__(self, chunks: Iterable[Chunk], window: int, retries: int):
+    def __init__(self, chunks: Sequence[Chunk], window: int, retries: int, expected: int = 0):
         self.window = window
         self.retries = retries
+        self.expected = expected
         self.redone = 0
         """Chunks that were handed out again."""
         self._fresh = iter(chunks)
@@ -45,7 +47,8 @@ class Schedule:
         """Chunks that were to blame, each with the number of chunks that are to be handed out before it."""
         self._handed = 0
         """Chunks handed out so far."""
-        self._ahead: Chunk | None = next(self._fresh, None)
+        self._unseen = len(chunks)
+        """Chunks that have never been handed out."""
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
@@ -98,9 +101,10 @@ class Schedule:
         for room in range(self.window, 0, -1):
             waiting = self._rooms[room]
             while waiting:
-                chunk = self._next()
-                if chunk is None:
+                absent = self.expected - len(self._flying) if room < self.window else 0
+                if self.waiting <= max(0, absent):
                     return
+                chunk = self._next()
                 worker, _ = waiting.popitem(last=False)
                 self._rooms[room - 1][worker] = None
                 self._flying[worker][chunk] = None
@@ -131,19 +135,19 @@ class Schedule:
         self.redone += len(chunks)
 
     @property
-    def left(self) -> bool:
-        """Whether chunks wait to be handed out."""
-        return bool(self._again) or bool(self._suspects) or self._ahead is not None
+    def waiting(self) -> int:
+        """Chunks that wait to be handed out."""
+        return self._unseen + len(self._again) + len(self._suspects)
 
     @property
     def finished(self) -> bool:
         """Whether everything has been computed."""
-        return not self.left and not self.flying
+        return not self.waiting and not self.flying
 
-    def _next(self) -> Chunk | None:
-        if self._suspects and (self._suspects[0][0] <= self._handed or not (self._again or self._ahead)):
+    def _next(self) -> Chunk:
+        if self._suspects and (self._suspects[0][0] <= self._handed or not (self._again or self._unseen)):
             return self._suspects.popleft()[1]
         if self._again:
             return self._again.popleft()
-        chunk, self._ahead = self._ahead, None if self._ahead is None else next(self._fresh, None)
-        return chunk
+        self._unseen -= 1
+        return next(self._fresh)
