@@ -1,16 +1,18 @@
-"""The cluster job: on a local Ray, and submitted to one as `ray job submit` does."""
+"""A run on a cluster: submitted through the job API to a Ray that was started as cluster/README.md says."""
 
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,85 +20,84 @@ from safetensors.torch import load_file
 from shardmap.config import bind, load
 from shardmap.jobs.run import execute
 
+pytestmark = pytest.mark.ray
+jobs = pytest.importorskip("ray.job_submission")
+
 ROOT = Path(__file__).parent.parent
+CONFIG = "configs/digits_gradients.yaml"
 QUICK = ["--model.args.epochs", "2", "--chunk_size", "300"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-ALONE = {**ENVIRONMENT, "RAY_ADDRESS": "local"}  # a Ray of its own, whatever else runs on this machine
+BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory) -> torch.Tensor:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The scores of the same run in this process."""
     words = [*QUICK, "--output", str(tmp_path_factory.mktemp("runs") / "here")]
-    folder, _ = execute(bind(load(ROOT / "configs" / "digits_gradients.yaml", words)))
+    folder, _ = execute(bind(load(ROOT / CONFIG, words)))
     return load_file(folder / "scores.safetensors")["score"]
 
 
-def assert_complete(folder: Path, expected: torch.Tensor):
-    torch.testing.assert_close(load_file(folder / "scores.safetensors")["score"], expected, rtol=1e-3, atol=1e-4)
-    assert json.loads((folder / "summary.json").read_text())["samples"] == 1797
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A one-machine cluster with its dashboard, as `ray start --head` makes it: its own ports, folder and token."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's socket paths have a limit
+    port, token = 20000 + os.getpid() % 10000, secrets.token_hex(16)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--object-store-memory", "200000000"]
+    command += ["--port", str(port), "--dashboard-port", str(port + 1), "--dashboard-agent-listen-port", str(port + 2)]
+    command += ["--temp-dir", folder, "--disable-usage-stats"]
+    log = tmp_path_factory.mktemp("head") / "head.log"
+    with log.open("w") as file:
+        head = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert head.poll() is None, log.read_text()
+            try:
+                connected = jobs.JobSubmissionClient(f"http://127.0.0.1:{port + 1}", headers={"Authorization": f"Bearer {token}"})
+                connected.list_jobs()
+                break
+            except Exception as error:
+                assert time.monotonic() < deadline, f"{error}\n{log.read_text()}"
+                time.sleep(0.3)
+        yield connected
+    finally:
+        processes = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()  # with --block the whole cluster ends with it
+        head.wait(timeout=60)
+        for process in psutil.wait_procs(processes, timeout=20)[1]:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(client: Any, words: list[str], seconds: float = 120) -> tuple[str, str]:
+    """Submit `shardmap run` with these words; its status in the end, and its log."""
+    job = client.submit_job(entrypoint=" ".join(["shardmap", "run", CONFIG, *words]), runtime_env={"working_dir": str(ROOT)})
+    deadline = time.monotonic() + seconds
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.3)
+    return status.value, client.get_job_logs(job)
+
+
+def test_a_submitted_run_gives_what_the_local_one_does(client: Any, tmp_path: Path, expected: torch.Tensor) -> None:
+    status, log = submit(client, ["--devices", "ray", *QUICK, "--output", str(tmp_path / "run")])
+    assert status == "SUCCEEDED", log
+    assert "flipped labels are among the first" in log
+    scores = load_file(tmp_path / "run" / "scores.safetensors")["score"]
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)  # the network is trained in another process
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 1797
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     spans = sorted((row["start"], row["stop"]) for row in rows if row["event"] == "chunk done")
     assert [start for start, _ in spans] == [0, *[stop for _, stop in spans[:-1]]]  # chunks come as they are ready, none is missing
     assert spans[-1][1] == 1797
 
 
-@pytest.mark.ray
-def test_the_job_on_a_local_ray(tmp_path, expected):
-    command = [sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ALONE, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "flipped labels are among the first" in done.stdout
-    assert_complete(tmp_path / "run", expected)
-
-
-@pytest.mark.ray
-def test_a_mistake_is_one_line_before_ray_starts(tmp_path):
-    command = [sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), "--chunk_size", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ALONE, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr == "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or auto or null\n"
+def test_a_wrong_configuration_fails_with_one_line_in_the_jobs_log(client: Any, tmp_path: Path) -> None:
+    status, log = submit(client, ["--devices", "ray", "--chunk_size", "0", "--output", str(tmp_path / "run")])
+    assert status == "FAILED"
+    assert "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or auto or null\n" in log
+    assert "Traceback" not in log
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def cluster(tmp_path_factory):
-    """A one-machine cluster with its dashboard, as `ray start --head` makes it: its own ports, and a token of its own."""
-    ray = str(Path(sys.executable).parent / "ray")
-    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray's socket paths have a limit
-    port = 20000 + os.getpid() % 10000
-    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    command = [ray, "start", "--head", "--block", "--num-cpus", "2", "--port", str(port), "--dashboard-port", str(port + 1)]
-    command += ["--dashboard-agent-listen-port", str(port + 2), "--temp-dir", str(temporary), "--disable-usage-stats"]
-    log = tmp_path_factory.mktemp("head") / "head.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    address = f"http://127.0.0.1:{port + 1}"
-    try:
-        deadline = time.monotonic() + 120
-        while subprocess.run([ray, "job", "list", "--address", address], capture_output=True, env=environment).returncode != 0:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-        yield ray, address, environment
-    finally:
-        process.terminate()  # with --block, the whole cluster ends with it
-        process.wait(timeout=60)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@pytest.mark.ray
-def test_the_job_as_it_is_submitted(cluster, tmp_path, expected):
-    ray, address, environment = cluster
-    command = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
-    command += ["--", sys.executable, "cluster/per_sample_gradients.py", "--output", str(tmp_path / "run"), *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "flipped labels are among the first" in done.stdout
-    assert_complete(tmp_path / "run", expected)
-
-
-def test_the_page_says_how():
-    page = (ROOT / "cluster" / "README.md").read_text()
-    assert "ray job submit" in page
-    for path in re.findall(r"python (cluster/\S+\.py)", page):
-        assert (ROOT / path).exists()

@@ -1,0 +1,119 @@
+"""`python -m cluster.local`: several real Ray nodes on this machine, with workers that are killed, and nothing left of them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+LOCAL = [sys.executable, "-m", "cluster.local"]
+
+MAP_UNTIL_TWO_WORKERS_DIED = """
+    import logging, time
+    import ray, torch, shardmap
+
+    class Deaths(logging.Handler):
+        count = 0
+        def emit(self, record):
+            self.count += "is replaced" in record.getMessage()
+
+    deaths, x = Deaths(), torch.randn(60, 30, 30)
+    logging.getLogger("shardmap").addHandler(deaths)
+    def function(matrix):
+        return torch.linalg.matrix_exp(matrix).sum(0)
+    expected = shardmap.vmap(function, chunk_size=2)(x)
+    until = time.monotonic() + 60
+    while deaths.count < 2 and time.monotonic() < until:
+        assert torch.equal(shardmap.vmap(function, devices="ray", chunk_size=2)(x), expected)
+    print(len(ray.nodes()), "nodes,", deaths.count, "deaths")
+    raise SystemExit(7)
+"""
+
+
+def local(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LOCAL, *words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes", "0"], "argument --nodes: '0' is not a positive whole number"),
+        (["--nodes", "1.5"], "argument --nodes: '1.5' is not a positive whole number"),
+        (["--chaos", "nan"], "argument --chaos: 'nan' is not a positive number"),
+        (["--chaos-nodes", "--nodes", "1"], "--chaos-nodes: needs --nodes 2 or more, since the head stays"),
+        (["--node", "2", "more"], "unrecognized arguments: more"),
+        (["--"], "--: no command follows; leave it out, or name one"),
+        (["--", "no-such-command", "--nodes"], "no-such-command: no such command"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cluster.local import main
+
+    try:
+        code = main(words)
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    assert code == 2
+    assert capsys.readouterr().err == f"cluster.local: {said}\n"
+
+
+@pytest.mark.ray
+def test_a_map_on_three_nodes_survives_chaos() -> None:
+    done = local("--nodes", "3", "--chaos", "1", "--", sys.executable, "-c", textwrap.dedent(MAP_UNTIL_TWO_WORKERS_DIED))
+    assert done.returncode == 7, done.stderr  # the command's own
+    found = re.search(r"^(\d+) nodes, (\d+) deaths$", done.stdout, re.MULTILINE)  # Ray prints there too
+    assert found is not None, done.stdout
+    nodes, deaths = int(found[1]), int(found[2])
+    assert nodes == 3
+    assert deaths >= 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("cluster.local: ")]
+    assert re.fullmatch(r"cluster\.local: 3 nodes with 1 cores each at \S+:\d+", said[0])
+    kills = [line for line in said if re.fullmatch(r"cluster\.local: chaos killed ray::Worker\S*, process \d+", line)]
+    assert len(kills) >= deaths
+    assert not any(psutil.pid_exists(int(line.split()[-1])) for line in kills)
+
+
+def processes_and_folder(pid: int) -> tuple[list[psutil.Process], Path]:
+    started = psutil.Process(pid).children(recursive=True)
+    raylet = next(one for one in started if one.name() == "raylet")
+    return started, Path(next(word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--temp_dir=")))
+
+
+def assert_nothing_is_left(started: list[psutil.Process], folder: Path) -> None:
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started)
+    assert not folder.exists()
+
+
+@pytest.mark.ray
+def test_without_a_command_it_waits_for_ctrl_c_and_leaves_nothing() -> None:
+    command = [*LOCAL, "--nodes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert re.fullmatch(r"export RAY_ADDRESS=\S+:\d+\n", process.stdout.readline())
+    started, folder = processes_and_folder(process.pid)
+    assert sum(one.name() == "raylet" for one in started) == 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    process.stdout.close()
+    assert_nothing_is_left(started, folder)
+
+
+@pytest.mark.ray
+def test_when_it_is_terminated_its_command_ends_with_it() -> None:
+    command = [*LOCAL, "--nodes", "1", "--", "sh", "-c", "echo $RAY_ADDRESS; exec sleep 600"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert re.fullmatch(r"\S+:\d+\n", process.stdout.readline())
+    started, folder = processes_and_folder(process.pid)
+    process.terminate()
+    assert process.wait(60) == 143
+    process.stdout.close()
+    assert_nothing_is_left(started, folder)
