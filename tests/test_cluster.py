@@ -1,5 +1,6 @@
 """A run on a cluster: submitted through the job API to a Ray that was started as cluster/README.md says."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -52,17 +53,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with log.open("w") as file:
         head = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert head.poll() is None, log.read_text()
-            try:
-                connected = jobs.JobSubmissionClient(f"http://127.0.0.1:{port + 1}", headers={"Authorization": f"Bearer {token}"})
-                connected.list_jobs()
-                break
-            except Exception as error:
-                assert time.monotonic() < deadline, f"{error}\n{log.read_text()}"
-                time.sleep(0.3)
-        yield connected
+        yield connect(f"http://127.0.0.1:{port + 1}", token, head, log)
     finally:
         processes = psutil.Process(head.pid).children(recursive=True)
         head.terminate()  # with --block the whole cluster ends with it
@@ -70,6 +61,18 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def connect(address: str, token: str, head: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> Any:
+    """A client of the dashboard, once that answers."""
+    deadline = time.monotonic() + seconds
+    while head.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # a refused connection is a RuntimeError or a ConnectionError, an early answer a 500
+            client = jobs.JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+            client.list_jobs()
+            return client
+        time.sleep(0.3)
+    pytest.fail(f"the cluster does not answer: {log.read_text()}")
 
 
 def submit(client: Any, words: list[str], seconds: float = 120) -> tuple[str, str]:

@@ -16,7 +16,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 LOCAL = [sys.executable, "-m", "cluster.local"]
 
-MAP_UNTIL_TWO_WORKERS_DIED = """
+MAP_UNTIL_A_WORKER_DIED = """
     import logging, time
     import ray, torch, shardmap
 
@@ -31,7 +31,7 @@ MAP_UNTIL_TWO_WORKERS_DIED = """
         return torch.linalg.matrix_exp(matrix).sum(0)
     expected = shardmap.vmap(function, chunk_size=2)(x)
     until = time.monotonic() + 60
-    while deaths.count < 2 and time.monotonic() < until:
+    while deaths.count < 1 and time.monotonic() < until:
         assert torch.equal(shardmap.vmap(function, devices="ray", chunk_size=2)(x), expected)
     print(len(ray.nodes()), "nodes,", deaths.count, "deaths")
     raise SystemExit(7)
@@ -67,13 +67,13 @@ def test_a_wrong_argument_is_one_line(words: list[str], said: str, capsys: pytes
 
 @pytest.mark.ray
 def test_a_map_on_three_nodes_survives_chaos() -> None:
-    done = local("--nodes", "3", "--chaos", "1", "--", sys.executable, "-c", textwrap.dedent(MAP_UNTIL_TWO_WORKERS_DIED))
+    done = local("--nodes", "3", "--chaos", "3", "--", sys.executable, "-c", textwrap.dedent(MAP_UNTIL_A_WORKER_DIED))
     assert done.returncode == 7, done.stderr  # the command's own
     found = re.search(r"^(\d+) nodes, (\d+) deaths$", done.stdout, re.MULTILINE)  # Ray prints there too
     assert found is not None, done.stdout
     nodes, deaths = int(found[1]), int(found[2])
     assert nodes == 3
-    assert deaths >= 2
+    assert deaths >= 1
     said = [line for line in done.stderr.splitlines() if line.startswith("cluster.local: ")]
     assert re.fullmatch(r"cluster\.local: 3 nodes with 1 cores each at \S+:\d+", said[0])
     kills = [line for line in said if re.fullmatch(r"cluster\.local: chaos killed ray::Worker\S*, process \d+", line)]
