@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     command = words[cut + 1 :]
     try:
-        options = _parse(words[:cut], has_command=cut < len(words), command=command)
+        options = parse(words[:cut], command if cut < len(words) else None)
         require("ray", extra="ray", purpose="to start a cluster")
         with _cluster(options.nodes, options.cpus_per_node) as cluster:
             chaos = [_WorkerChaos(cluster, options.chaos)] if options.chaos else []
@@ -82,9 +82,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"cluster.local: {message}\n")
 
 
-def _parse(words: Sequence[str], *, has_command: bool, command: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str], command: Sequence[str] | None = None) -> argparse.Namespace:
+    """Check the arguments; a wrong one ends the process with a line on stderr.
+
+    Args:
+        words: Those before `--`.
+        command: Those after it; None where there is no `--`.
+    """
     parser = _Parser(
         prog="python -m cluster.local",
+        allow_abbrev=False,
         usage="python -m cluster.local [options] [-- COMMAND ...]",
         description="A Ray cluster on this machine. COMMAND runs with RAY_ADDRESS set; without one, Ctrl-C ends the cluster.",
     )
@@ -96,7 +103,7 @@ def _parse(words: Sequence[str], *, has_command: bool, command: Sequence[str]) -
     options = parser.parse_args(words)
     if options.chaos_nodes and options.nodes == 1:
         parser.error("--chaos-nodes: needs --nodes 2 or more, since the head stays")
-    if has_command and not command:
+    if command == []:
         parser.error("--: no command follows; leave it out, or name one")
     if command and shutil.which(command[0]) is None:
         parser.error(f"{command[0]}: no such command")

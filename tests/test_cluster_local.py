@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.local import WORKER, main
+from shardmap.run.remote import Worker
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -49,20 +52,22 @@ def local(*words: str) -> subprocess.CompletedProcess[str]:
         (["--nodes", "1.5"], "argument --nodes: '1.5' is not a positive whole number"),
         (["--chaos", "nan"], "argument --chaos: 'nan' is not a positive number"),
         (["--chaos-nodes", "--nodes", "1"], "--chaos-nodes: needs --nodes 2 or more, since the head stays"),
-        (["--node", "2", "more"], "unrecognized arguments: more"),
+        (["--node", "2"], "unrecognized arguments: --node 2"),
         (["--"], "--: no command follows; leave it out, or name one"),
         (["--", "no-such-command", "--nodes"], "no-such-command: no such command"),
     ],
 )
 def test_a_wrong_argument_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from cluster.local import main
-
     try:
         code = main(words)
     except SystemExit as end:  # argparse's way
         code = end.code
     assert code == 2
     assert capsys.readouterr().err == f"cluster.local: {said}\n"
+
+
+def test_chaos_knows_what_ray_calls_the_workers() -> None:
+    assert f"ray::{Worker.__name__}" == WORKER
 
 
 @pytest.mark.ray

@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import local
+from shardmap.cli import main
 from shardmap.config import RunConfig, load
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
 PAGE = (CLUSTER / "README.md").read_text()
-COMMANDS = [
-    line.removesuffix("&")
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -181,3 +180,32 @@ def test_files_and_links_of_the_page_are_there() -> None:
     assert [module for module in re.findall(r"python -m (\S+)", text) if not (ROOT / (module.replace(".", "/") + ".py")).exists()] == []
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", PAGE) if "://" not in target]
     assert [target for target in targets if not (CLUSTER / target).exists()] == []
+
+
+def test_rays_commands_take_these_options() -> None:
+    known = pytest.importorskip("ray.scripts.scripts").cli
+    starts = [*RAY_UP["head_start_ray_commands"], *RAY_UP["worker_start_ray_commands"]]
+    commands = [shlex.split(command) for command in [*COMMANDS, *starts] if command.startswith("ray ")]
+    assert len(commands) >= 12
+    for _, name, *words in commands:
+        command = known.commands[name]
+        if name == "job":
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        own = words[: words.index("--")] if "--" in words else words
+        assert {word.partition("=")[0] for word in own if word.startswith("--")} <= options, name
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("shardmap ")])
+def test_shardmap_has_this_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command.split()[1], "--help"])
+    assert end.value.code == 0
+
+
+def test_the_local_cluster_takes_these_options() -> None:
+    given = [shlex.split(command)[3:] for command in COMMANDS if command.startswith("python -m cluster.local")]
+    assert len(given) == 2
+    for words in given:
+        cut = words.index("--") if "--" in words else len(words)
+        assert local.parse(words[:cut]).nodes == 3
