@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import shardmap
 from shardmap.config import bind, load
 from shardmap.jobs.run import execute
 
@@ -75,31 +77,64 @@ def connect(address: str, token: str, head: subprocess.Popen[bytes], log: Path, 
     pytest.fail(f"the cluster does not answer: {log.read_text()}")
 
 
-def submit(client: Any, words: list[str], seconds: float = 120) -> tuple[str, str]:
-    """Submit `shardmap run` with these words; its status in the end, and its log."""
-    job = client.submit_job(entrypoint=" ".join(["shardmap", "run", CONFIG, *words]), runtime_env={"working_dir": str(ROOT)})
+def submit(client: Any, *words: str) -> str:
+    """Submit `shardmap run` with these words; its id."""
+    entrypoint = " ".join(["shardmap", "run", CONFIG, "--devices", "ray", *words])
+    return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
+
+
+def finished(client: Any, job: str, seconds: float = 120) -> tuple[str, str]:
+    """A job's status in the end, and its log."""
     deadline = time.monotonic() + seconds
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)
-        time.sleep(0.3)
+        time.sleep(0.2)
     return status.value, client.get_job_logs(job)
 
 
+def chunks(folder: Path) -> list[tuple[int, int]]:
+    """The samples of each chunk that a run computed, in their order."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return sorted((row["start"], row["stop"]) for row in rows if row["event"] == "chunk done")
+
+
 def test_a_submitted_run_gives_what_the_local_one_does(client: Any, tmp_path: Path, expected: torch.Tensor) -> None:
-    status, log = submit(client, ["--devices", "ray", *QUICK, "--output", str(tmp_path / "run")])
+    status, log = finished(client, submit(client, *QUICK, "--output", str(tmp_path / "run")))
     assert status == "SUCCEEDED", log
     assert "flipped labels are among the first" in log
     scores = load_file(tmp_path / "run" / "scores.safetensors")["score"]
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)  # the network is trained in another process
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 1797
-    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    spans = sorted((row["start"], row["stop"]) for row in rows if row["event"] == "chunk done")
+    spans = chunks(tmp_path / "run")
     assert [start for start, _ in spans] == [0, *[stop for _, stop in spans[:-1]]]  # chunks come as they are ready, none is missing
     assert spans[-1][1] == 1797
 
 
+def test_a_driver_that_is_killed_is_submitted_again_and_goes_on(client: Any, tmp_path: Path, expected: torch.Tensor) -> None:
+    manifest = tmp_path / "gradients.zarr" / "manifest.jsonl"
+    words = [*QUICK[:2], "--chunk_size", "6", "--workers", "2"]
+    words += ["--store", str(manifest.parent), "--resume", "true", "--output", str(tmp_path / "run")]
+    job = submit(client, *words)
+    deadline = time.monotonic() + 100
+    while not (manifest.exists() and len(manifest.read_bytes().splitlines()) > 30):
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        time.sleep(0.02)
+    os.kill(int(client.get_job_info(job).driver_info.pid), signal.SIGKILL)
+    assert finished(client, job)[0] == "FAILED"
+    stored = 300 - len(shardmap.open_store(manifest.parent).missing())
+    assert 0 < stored < 300
+
+    status, log = finished(client, submit(client, *words))
+    assert status == "SUCCEEDED", log
+    assert len(chunks(tmp_path / "run")) == 300 - stored
+    assert shardmap.open_store(manifest.parent).corrupt() == []
+    scores = load_file(tmp_path / "run" / "scores.safetensors")["score"]
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_wrong_configuration_fails_with_one_line_in_the_jobs_log(client: Any, tmp_path: Path) -> None:
-    status, log = submit(client, ["--devices", "ray", "--chunk_size", "0", "--output", str(tmp_path / "run")])
+    status, log = finished(client, submit(client, "--chunk_size", "0", "--output", str(tmp_path / "run")))
     assert status == "FAILED"
     assert "shardmap: chunk_size: 0 is out of range; give a whole number of at least 1 or auto or null\n" in log
     assert "Traceback" not in log

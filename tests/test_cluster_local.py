@@ -86,39 +86,27 @@ def test_a_map_on_three_nodes_survives_chaos() -> None:
     assert not any(psutil.pid_exists(int(line.split()[-1])) for line in kills)
 
 
-def processes_and_folder(pid: int) -> tuple[list[psutil.Process], Path]:
-    started = psutil.Process(pid).children(recursive=True)
-    raylet = next(one for one in started if one.name() == "raylet")
-    return started, Path(next(word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--temp_dir=")))
-
-
-def assert_nothing_is_left(started: list[psutil.Process], folder: Path) -> None:
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started)
-    assert not folder.exists()
-
-
 @pytest.mark.ray
-def test_without_a_command_it_waits_for_ctrl_c_and_leaves_nothing() -> None:
-    command = [*LOCAL, "--nodes", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT)
-    assert process.stdout is not None
-    assert re.fullmatch(r"export RAY_ADDRESS=\S+:\d+\n", process.stdout.readline())
-    started, folder = processes_and_folder(process.pid)
-    assert sum(one.name() == "raylet" for one in started) == 2
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    process.stdout.close()
-    assert_nothing_is_left(started, folder)
+def test_it_ends_with_a_signal_and_leaves_nothing() -> None:
+    def start(*words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*LOCAL, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT)
 
+    def first_line(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        with process.stdout:
+            return process.stdout.readline()
 
-@pytest.mark.ray
-def test_when_it_is_terminated_its_command_ends_with_it() -> None:
-    command = [*LOCAL, "--nodes", "1", "--", "sh", "-c", "echo $RAY_ADDRESS; exec sleep 600"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT)
-    assert process.stdout is not None
-    assert re.fullmatch(r"\S+:\d+\n", process.stdout.readline())
-    started, folder = processes_and_folder(process.pid)
-    process.terminate()
-    assert process.wait(60) == 143
-    process.stdout.close()
-    assert_nothing_is_left(started, folder)
+    waiting = start("--nodes", "2")
+    running = start("--nodes", "1", "--", "sh", "-c", "echo $RAY_ADDRESS; exec sleep 600")
+    assert re.fullmatch(r"export RAY_ADDRESS=\S+:\d+\n", first_line(waiting))
+    assert re.fullmatch(r"\S+:\d+\n", first_line(running))
+    for process, nodes, number, code in ((waiting, 2, signal.SIGINT, 0), (running, 1, signal.SIGTERM, 143)):
+        started = psutil.Process(process.pid).children(recursive=True)
+        raylets = [one for one in started if one.name() == "raylet"]
+        assert len(raylets) == nodes
+        folder = Path(next(word.partition("=")[2] for word in raylets[0].cmdline() if word.startswith("--temp_dir=")))
+        assert folder.exists()
+        process.send_signal(number)
+        assert process.wait(60) == code
+        assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started)
+        assert not folder.exists()
