@@ -29,14 +29,14 @@ MAP_UNTIL_A_WORKER_DIED = """
         def emit(self, record):
             self.count += "is replaced" in record.getMessage()
 
-    deaths, x = Deaths(), torch.randn(60, 30, 30)
+    deaths, x = Deaths(), torch.randn(1500, 40, 40)
     logging.getLogger("shardmap").addHandler(deaths)
     def function(matrix):
         return torch.linalg.matrix_exp(matrix).sum(0)
-    expected = shardmap.vmap(function, chunk_size=2)(x)
+    expected = shardmap.vmap(function, chunk_size=5)(x)
     until = time.monotonic() + 60
     while deaths.count < 1 and time.monotonic() < until:
-        assert torch.equal(shardmap.vmap(function, devices="ray", chunk_size=2)(x), expected)
+        assert torch.equal(shardmap.vmap(function, devices="ray", chunk_size=5)(x), expected)
     print(len(ray.nodes()), "nodes,", deaths.count, "deaths")
     raise SystemExit(7)
 """
