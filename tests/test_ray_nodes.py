@@ -84,7 +84,7 @@ def test_a_node_is_removed_and_another_one_joins(cluster: Any, tmp_path: Path) -
 def test_a_node_that_joins_is_used(cluster: Any) -> None:
     node(cluster)
     join(cluster)
-    x, events, added = batch(3000), list[Event](), list[Any]()
+    x, events, added = batch(9000), list[Event](), list[Any]()
 
     def slow(v: torch.Tensor) -> torch.Tensor:
         return torch.linalg.eigvals(torch.outer(v, v.sin())).abs().sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -14,17 +13,17 @@ from shardmap.planning.split import Chunk, chunks_of
 from shardmap.run.schedule import Schedule
 
 
-def singles(count: int) -> Iterator[Chunk]:
-    return (Chunk(i, i + 1) for i in range(count))
+def singles(count: int) -> list[Chunk]:
+    return [Chunk(i, i + 1) for i in range(count)]
 
 
 class Interleavings(RuleBasedStateMachine):
     """A schedule under any sequence of what may happen, beside a ledger of what each chunk went through."""
 
-    @initialize(chunks=st.integers(0, 29), window=st.integers(1, 3))
-    def begin(self, chunks: int, window: int) -> None:
+    @initialize(chunks=st.integers(0, 29), window=st.integers(1, 3), expected=st.integers(0, 5))
+    def begin(self, chunks: int, window: int, expected: int) -> None:
         self.total, self.window = chunks, window
-        self.schedule = Schedule(singles(chunks), window, retries=10**6)
+        self.schedule = Schedule(singles(chunks), window, retries=10**6, expected=expected)
         self.held: dict[int, list[Chunk]] = {}
         self.given = collections.Counter[int]()
         self.lost = collections.Counter[int]()
@@ -90,7 +89,7 @@ class Interleavings(RuleBasedStateMachine):
             assert self.given[start] - self.lost[start] == self.finished[start] + (start in flying)
         assert self.schedule.redone == sum(self.lost.values())
         assert sorted(self.schedule.workers) == sorted(self.held)
-        assert self.schedule.left == (len(self.finished) + len(flying) < self.total)
+        assert self.schedule.waiting == self.total - len(self.finished) - len(flying)
         assert self.schedule.finished == (len(self.finished) == self.total)
 
     def teardown(self) -> None:
@@ -142,7 +141,7 @@ def test_the_first_to_have_room_is_served_first():
 
 
 def test_what_a_worker_had_is_next():
-    """A lost chunk is handed out before any fresh one, the one that was being computed first."""
+    """A lost chunk is handed out before any fresh one; the one that was being computed when each worker has had others."""
     schedule = Schedule(singles(13), 3, 1)
     for worker in "ab":
         schedule.join(worker)
@@ -154,13 +153,13 @@ def test_what_a_worker_had_is_next():
     schedule.again("b", Chunk(5, 6))
     schedule.join("c")
     given = [(worker, chunk.start) for worker, chunk in schedule.assignments()]
-    assert given == [("c", 5), ("b", 0), ("c", 4), ("b", 3), ("c", 6)]
+    assert given == [("c", 5), ("b", 4), ("c", 3), ("b", 0), ("c", 6)]
     assert schedule.redone == 4
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
 def test_retries_are_bounded_for_each_chunk(retries: int):
-    schedule = Schedule(singles(7), 1, retries)
+    schedule = Schedule(singles(1), 1, retries)
     for life in range(retries + 1):
         schedule.join(life)
         [(worker, chunk)] = schedule.assignments()
@@ -169,7 +168,59 @@ def test_retries_are_bounded_for_each_chunk(retries: int):
         assert schedule.blame(lost) == (life < retries)
         assert schedule.deaths(lost) == life + 1
     assert schedule.deaths(Chunk(1, 2)) == 0
-    assert schedule.blame(Chunk(1, 2)) == (retries > 0)
+
+
+def test_a_chunk_is_tried_more_often_where_others_are_lost_too():
+    """Then it is rather the workers that fail: once more for each other chunk."""
+    schedule = Schedule(singles(5), 1, 2)
+    schedule.join("a")
+    for chunk in singles(3):
+        assert schedule.blame(chunk)
+    assert [schedule.blame(Chunk(0, 1)) for _ in range(4)] == [True, True, True, False]
+
+
+def test_nothing_is_tried_for_ever_while_nothing_gets_done():
+    """Whatever chunks are to blame: losses in a row are bounded, and counted anew when a chunk is done."""
+    schedule = Schedule(singles(100), 1, 2)
+    schedule.join("a")
+    assert [schedule.blame(Chunk(i, i + 1)) for i in range(7)] == [True] * 6 + [False]
+    [(worker, chunk)] = schedule.assignments()
+    schedule.done(worker, chunk)
+    assert schedule.blame(Chunk(50, 51))
+
+
+def test_a_suspect_waits_for_others_unless_there_are_none():
+    schedule = Schedule(singles(9), 1, 3)
+    for worker in "ab":
+        schedule.join(worker)
+    assert len(list(schedule.assignments())) == 2
+    assert schedule.leave("a") == [Chunk(0, 1)]
+    schedule.join("c")
+    order = []
+    while not schedule.finished:
+        given = list(schedule.assignments())
+        order += [chunk.start for _, chunk in given]
+        for worker, chunk in [*given, ("b", Chunk(1, 2))] if len(order) == 1 else given:
+            schedule.done(worker, chunk)
+    assert order == [2, 0, 3, 4, 5, 6, 7, 8]
+    only = Schedule(singles(1), 1, 3)
+    only.join("a")
+    assert list(only.assignments())
+    only.leave("a")
+    only.join("b")
+    assert list(only.assignments()) == [("b", Chunk(0, 1))]
+
+
+@pytest.mark.parametrize(("chunks", "first"), [(1, 1), (2, 1), (3, 1), (4, 2), (9, 2)])
+def test_few_chunks_wait_for_workers_that_are_to_come(chunks: int, first: int):
+    """Whoever comes first takes a second chunk only if one is left for each of the others."""
+    schedule = Schedule(singles(chunks), 2, 0, expected=3)
+    schedule.join("a")
+    assert len(list(schedule.assignments())) == first
+    schedule.join("b")
+    schedule.join("c")
+    list(schedule.assignments())
+    assert schedule.flying == min(chunks, 6)
 
 
 def test_a_worker_joins_once():
@@ -181,27 +232,10 @@ def test_a_worker_joins_once():
     schedule.join("a")  # a new process under an old name
 
 
-def test_chunks_are_taken_as_they_are_needed():
-    """A batch may be cut lazily: no more than one chunk is taken ahead, which tells whether any is left."""
-    taken = []
-
-    def endless() -> Iterator[Chunk]:
-        start = 0
-        while True:
-            taken.append(start)
-            yield Chunk(start, start + 3)
-            start += 3
-
-    schedule = Schedule(endless(), 2, 0)
-    schedule.join("a")
-    assert [chunk.start for _, chunk in schedule.assignments()] == [0, 3]
-    assert taken == [0, 3, 6]
-
-
 def test_no_chunks_and_an_empty_one():
     assert Schedule([], 2, 3).finished
     schedule = Schedule(chunks_of(0, 5), 2, 3)
-    assert schedule.left
+    assert schedule.waiting == 1
     assert not schedule.finished
     schedule.join("a")
     assert list(schedule.assignments()) == [("a", Chunk(0, 0))]

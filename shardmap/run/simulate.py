@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -135,12 +135,30 @@ class _Worker:
     gone: bool = False
 
 
+class _Singles(Sequence[Chunk]):
+    """Chunks of one sample, made as they are asked for: a million of them would take longer to make than to hand out."""
+
+    def __init__(self, chunks: int):
+        self.chunks = chunks
+
+    def __len__(self) -> int:
+        return self.chunks
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.chunks:
+            raise IndexError(i)
+        return Chunk(i, i + 1)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return (Chunk(i, i + 1) for i in range(self.chunks))
+
+
 class _Run:
     """One simulated run."""
 
     def __init__(self, cluster: Cluster, chunks: int, seed: int):
         self.cluster, self.chunks = cluster, chunks
-        self.schedule = Schedule((Chunk(i, i + 1) for i in range(chunks)), cluster.window, cluster.retries)
+        self.schedule = Schedule(_Singles(chunks), cluster.window, cluster.retries, cluster.workers)
         self.rng = np.random.default_rng(seed)
         self.draws = _factors(self.rng, cluster.chunk_spread)
         self.slowness = _factors(self.rng, cluster.worker_spread)
