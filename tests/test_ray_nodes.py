@@ -185,7 +185,8 @@ def test_ctrl_c_leaves_what_is_committed(cluster: Any, tmp_path: Path) -> None:
     assert kept >= 1
     events.clear()
     with listen(events.append):
-        equal(shardmap.vmap(function, devices="ray", chunk_size=4, out=sink, resume=True)(x), x)
+        store = shardmap.vmap(function, devices="ray", chunk_size=4, out=sink, resume=True)(x)
+    equal(store, x)
     assert sum(isinstance(e, ChunkDone) for e in events) == 10 - kept
 
 
