@@ -69,6 +69,8 @@ class Lane:
         self.scratch: dict[int, torch.Tensor] = {}
         self.ready: dict[bool, Ready] = {}
         self._learned: Learned | None = None
+        if self.device.type == "cpu":
+            pages.keep_freed_memory()
         self.meter = self._meter(alone)
 
     @property
