@@ -16,12 +16,12 @@ LOAD = Workload(
 
 def test_results_that_are_gathered_by_hand() -> None:
     found = forecast(LOAD, 7)
-    assert (found.task_samples, found.tasks) == (358, 28)  # ceil(10007 / 28); 27 * 358 = 9666 < 10007
-    assert found.compute_seconds == pytest.approx(4 * 358 * 0.019)  # 28 tasks, 7 at a time
+    assert (found.task_samples, found.tasks) == (179, 56)  # ceil(10007 / 56); 55 * 179 = 9845 < 10007
+    assert found.compute_seconds == pytest.approx(8 * 179 * 0.019)  # 56 tasks, 7 at a time
     assert (found.sent_bytes, found.gathered_bytes, found.program_bytes) == (130091, 170119, 7063)
     assert found.driver_bytes == 307273
-    assert found.driver_seconds == pytest.approx(28 * 3e-3 + (130091 + 170119 + 1009) * 0.6e-9)
-    assert found.driver_peak_bytes == 170119 + 14 * 358 * (13 + 17)  # results, and two tasks for each worker
+    assert found.driver_seconds == pytest.approx(56 * 0.6e-3 + (130091 + 170119 + 1009) * 1e-9)
+    assert found.driver_peak_bytes == 170119 + 14 * 179 * (13 + 17)  # results, and two tasks for each worker
     assert (found.store_requests, found.store_seconds) == (0, 0)
     assert (found.bottleneck, found.seconds) == ("workers", found.compute_seconds)
 
@@ -30,7 +30,7 @@ def test_results_that_workers_write_by_hand() -> None:
     found = forecast(dataclasses.replace(LOAD, sample_bytes=0, unit_rows=101, unit_objects=3), 7)
     assert (found.task_samples, found.tasks) == (101, 100)  # 99 * 101 = 9999 < 10007
     assert found.compute_seconds == pytest.approx(15 * 101 * 0.019)  # ceil(100 / 7) rounds
-    assert found.driver_seconds == pytest.approx(100 * 1.5e-3 + 1009 * 0.6e-9)
+    assert found.driver_seconds == pytest.approx(100 * 0.8e-3 + 1009 * 1e-9)
     assert found.driver_bytes == found.program_bytes == 7063
     assert found.driver_peak_bytes == 0
     assert (found.store_requests, found.store_seconds) == (400, 400 / REQUESTS_PER_SECOND)
@@ -38,26 +38,26 @@ def test_results_that_workers_write_by_hand() -> None:
 
 def test_samples_that_travel_cost_the_driver_more_even_if_results_do_not() -> None:
     found = forecast(dataclasses.replace(LOAD, unit_rows=101), 7)
-    assert found.driver_seconds == pytest.approx(100 * 3e-3 + (130091 + 1009) * 0.6e-9)
+    assert found.driver_seconds == pytest.approx(100 * 0.6e-3 + (130091 + 1009) * 1e-9)
     assert found.driver_peak_bytes == 14 * 101 * 13
 
 
 def test_reduced_results_come_once_per_task() -> None:
     found = forecast(dataclasses.replace(LOAD, reduced=True), 7)
-    assert found.gathered_bytes == 28 * 17
-    assert found.driver_peak_bytes == 2 * 17 + 14 * 358 * 13
+    assert found.gathered_bytes == 56 * 17
+    assert found.driver_peak_bytes == 2 * 17 + 14 * 179 * 13
 
 
 def test_twice_the_workers_take_half_the_time_until_the_driver_is_the_bottleneck() -> None:
     load = dataclasses.replace(LOAD, samples=1 << 20, chunk_size=64)
-    times = {workers: forecast(load, workers) for workers in (1, 2, 4, 8, 1024)}
+    times = {workers: forecast(load, workers) for workers in (1, 2, 4, 8, 8192)}
     for workers in (2, 4, 8):
         assert times[workers].seconds == pytest.approx(times[1].seconds / workers)
         assert times[workers].bottleneck == "workers"
-    assert times[1024].bottleneck == "driver"
-    assert times[1024].seconds == times[1024].driver_seconds == times[1].driver_seconds
-    assert times[1024].sent_bytes == times[1].sent_bytes
-    assert times[1024].program_bytes == 1024 * times[1].program_bytes
+    assert times[8192].bottleneck == "driver"
+    assert times[8192].seconds == times[8192].driver_seconds == times[1].driver_seconds
+    assert times[8192].sent_bytes == times[1].sent_bytes
+    assert times[8192].program_bytes == 8192 * times[1].program_bytes
 
 
 def test_many_small_units_make_the_store_the_bottleneck() -> None:
@@ -95,7 +95,7 @@ def test_the_table_marks_guesses_and_names_the_bottleneck() -> None:
 7 workers, each like this machine, once they have started: 10007 samples
 tasks                     100  of 101 samples
 workers busy          ~28.8 s  ~1.9 s for each task
-driver busy          300.1 ms  3.0 ms for each task, and 0.6 ms for each MB
+driver busy           60.1 ms  600 us for each task, and 1 ms for each MB
 store busy           114.3 ms  3500 requests per second; it has to take 5.8 KiB/s
 through the driver  133.9 KiB  samples 127.0 KiB, results 0 B, program and captured tensors 6.9 KiB
 driver's memory      18.0 KiB  at most, beside the batch

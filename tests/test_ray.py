@@ -103,7 +103,7 @@ def test_any_chunk_size(chunk_size: int) -> None:
     same(per_sample_grad(mlp()), torch.randn(13, 6), torch.randn(13, 3), chunk_size=chunk_size)
 
 
-def test_without_a_chunk_size_there_are_about_four_tasks_per_worker() -> None:
+def test_without_a_chunk_size_there_are_about_eight_tasks_per_worker() -> None:
     events: list[Event] = []
     x = torch.randn(37, 3)
     with listen(events.append):
@@ -112,9 +112,9 @@ def test_without_a_chunk_size_there_are_about_four_tasks_per_worker() -> None:
     started, *chunks, finished = events
     assert isinstance(started, RunStarted)
     assert isinstance(finished, RunFinished)
-    assert (started.samples, started.chunks, sorted(started.devices)) == (37, 8, ["ray:0", "ray:1"])
+    assert (started.samples, started.chunks, sorted(started.devices)) == (37, 13, ["ray:0", "ray:1"])
     done = [c for c in chunks if isinstance(c, ChunkDone)]
-    assert sorted((c.start, c.stop) for c in done) == [(i, min(i + 5, 37)) for i in range(0, 37, 5)]
+    assert sorted((c.start, c.stop) for c in done) == [(i, min(i + 3, 37)) for i in range(0, 37, 3)]
     assert {c.device for c in done} <= {"ray:0", "ray:1"}
 
 

@@ -9,12 +9,13 @@ from shardmap.planning.cluster import task_rows
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.table import format_seconds, layout, wrap
 
-TASK_SECONDS = 3e-3
-"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. About what a local Ray takes."""
-STORE_TASK_SECONDS = 1.5e-3
-"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. About what a local Ray takes."""
-BYTE_SECONDS = 0.6e-9
-"""Of the driver for each byte that passes through it, 0.6 ms per MB: into and out of Ray's object store. About what a local Ray takes."""
+TASK_SECONDS = 0.6e-3
+"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. As measured on
+two cores (`benchmarks/cluster.py`)."""
+STORE_TASK_SECONDS = 0.8e-3
+"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. As measured."""
+BYTE_SECONDS = 1.0e-9
+"""Of the driver for each byte that passes through it, 1 ms per MB: into and out of Ray's object store. As measured."""
 WINDOW = 2
 """Tasks that a worker has at a time: one that it computes, one whose samples travel meanwhile."""
 REQUESTS_PER_SECOND = 3500
@@ -96,7 +97,7 @@ class Forecast:
         rows = [
             ("tasks", str(self.tasks), f"of {self.task_samples} samples"),
             ("workers busy", guess + format_seconds(self.compute_seconds), f"{guess}{each} for each task"),
-            ("driver busy", format_seconds(self.driver_seconds), f"{per_task} for each task, and 0.6 ms for each MB"),
+            ("driver busy", format_seconds(self.driver_seconds), f"{per_task} for each task, and 1 ms for each MB"),
         ]
         if load.unit_rows is not None:
             rate = format_bytes(load.samples * load.result_bytes / self.seconds) if self.seconds else "0 B"

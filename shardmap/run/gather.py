@@ -83,7 +83,11 @@ class Gather:
             elif self.concatenate or stop - start == self.job.samples:
                 self.parts.setdefault(k, {})[start] = t.to(out.device)
             else:
-                self.slot(k, start, stop).copy_(t)
+                self.put(self.slot(k, start, stop), t)
+
+    def put(self, slot: torch.Tensor, t: torch.Tensor) -> None:
+        """Copy a chunk's results to where they belong."""
+        slot.copy_(t)
 
     def combined(self, outs: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
         """A chunk's outputs as `add` takes them, on the device that computed them."""
