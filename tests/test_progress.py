@@ -63,6 +63,12 @@ def test_it_counts_samples_and_chunks_in_all_and_per_device() -> None:
     assert "/1,000" not in first + second
 
 
+def test_a_worker_that_joins_gets_a_line() -> None:
+    text = drawn(RunStarted(40, 8, ("ray:0", "ray:1")), ChunkDone("ray:0", 0, 10, 0.1), ChunkDone("ray:2", 10, 40, 0.1))
+    assert [line.split()[0] for line in text.splitlines()] == ["mapping", "ray:0", "ray:1", "ray:2"]
+    assert "share 75%" in text.splitlines()[3]
+
+
 def test_speeds_of_devices_side_by_side_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock on the wall: two devices that took 4 s each for 400 samples did 200 per second together."""
     now = [100.0]
@@ -252,5 +258,5 @@ def test_a_run_log_has_a_line_for_each_event(tmp_path: Path) -> None:
         {"event": "map started", "samples": 10, "chunks": 2, "devices": ["cpu", "cuda:0"]},
         {"event": "chunk redone", "device": "cuda:0", "start": 5, "stop": 10, "reason": "OutOfMemoryError: [/x]"},
         {"event": "chunk done", "device": "cpu", "start": 0, "stop": 5, "seconds": 0.25},
-        {"event": "map finished", "seconds": 1.5},
+        {"event": "map finished", "seconds": 1.5, "redone": {}},
     ]

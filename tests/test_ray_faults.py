@@ -287,8 +287,8 @@ def chaos(seconds: float, every: float, tmp_path: Path, folder: Path) -> tuple[i
 
 
 def test_chaos(folder: Path, tmp_path: Path) -> None:
-    kills, _ = chaos(10, 2, tmp_path, folder)
-    assert kills >= 3
+    kills, _ = chaos(12, 4, tmp_path, folder)  # beside other tests a worker takes several seconds to start
+    assert kills >= 2
 
 
 @pytest.mark.slow

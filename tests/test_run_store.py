@@ -356,7 +356,7 @@ def test_the_forecast_counts_what_the_run_moves(workplace: Path) -> None:
     assert found is not None
     assert (found.sent_bytes, found.gathered_bytes) == (23 * 3 * 4, 23 * (3 + 1) * 4)
     assert found.workload.program_bytes > 3 * 4
-    assert (found.task_samples, found.tasks) == (3, 8)
+    assert (found.task_samples, found.tasks) == (2, 12)
 
 
 def test_a_measurement_replaces_the_guess(tmp_path: Path) -> None:

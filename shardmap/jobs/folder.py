@@ -96,7 +96,7 @@ class RunFolder:
         elif isinstance(event, ChunkRedone):
             self.log("chunk redone", device=event.device, start=event.start, stop=event.stop, reason=event.reason)
         elif isinstance(event, RunFinished):
-            self.log("map finished", seconds=round(event.seconds, 4))
+            self.log("map finished", seconds=round(event.seconds, 4), redone=dict(event.redone))
 
     def finish(self) -> Path:
         """Give the folder its name, or the next free one (`NAME-2`, ...) if that is taken, and return it."""

@@ -16,7 +16,7 @@ from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
 from shardmap.jobs.stores import check_store, sink_of, with_keys
-from shardmap.run.base import Event, listen
+from shardmap.run.base import Event, RunFinished, listen
 
 
 def execute(
@@ -48,8 +48,12 @@ def execute(
         began = time.perf_counter()
         parts = load_parts(run, say)
 
+        again: dict[str, int] = {}
+
         def observe(event: Event) -> None:
             folder.log_event(event)
+            if isinstance(event, RunFinished):
+                again.update(event.redone)
             listener(event)
 
         plan, run_map = _planned(run, parts, found)
@@ -67,6 +71,8 @@ def execute(
                 name, kind = run.report.function.__name__, type(findings).__name__
                 raise ConfigError(f"report.path: {name} returned a {kind}; return a shardmap.jobs.Findings")
         summary: dict[str, Any] = {"samples": len(parts.dataset), "seconds": round(time.perf_counter() - began, 3)}
+        if again:
+            summary["redone"] = again
         if isinstance(outputs, Store):
             summary |= {"store": outputs.url, "units": outputs.header.units}
         _write_json(folder.path / "environment.json", environment())

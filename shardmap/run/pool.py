@@ -221,7 +221,7 @@ def _join(ray: Any, options: Ray, call: str) -> None:
     address = options.address or os.environ.get("RAY_ADDRESS")
     # Ray reports usage unless told otherwise, and says so on the console, which is kept quiet here: nobody would know.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address:
+    if not address or address == "local":
         ray.init(address="local", num_cpus=_cores(), include_dashboard=False, **quiet)
         return
     if address.startswith("ray://"):
@@ -230,7 +230,7 @@ def _join(ray: Any, options: Ray, call: str) -> None:
             "(`ray job submit`), or run it on one of its machines and give host:port"
         )
     try:
-        if address != "auto":
+        if ":" in address:
             host, _, port = address.rpartition(":")
             socket.create_connection((host or "127.0.0.1", int(port)), timeout=_REACH_SECONDS).close()  # Ray itself tries for minutes
         ray.init(address=address, **quiet)

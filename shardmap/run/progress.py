@@ -206,6 +206,8 @@ class Bars:
         elif isinstance(event, RunFinished):
             self.say("mapped")
         elif self.whole is not None:
+            if self.lanes and event.device not in self.lanes:  # a worker that has joined since
+                self.lanes[event.device] = _Line(self.progress, f"  {event.device}", whole=False)
             lines = [self.whole, *([self.lanes[event.device]] if event.device in self.lanes else [])]
             for line in lines:
                 if isinstance(event, ChunkRedone):

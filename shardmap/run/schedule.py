@@ -101,8 +101,8 @@ class Schedule:
         for room in range(self.window, 0, -1):
             waiting = self._rooms[room]
             while waiting:
-                absent = self.expected - len(self._flying) if room < self.window else 0
-                if self.waiting <= max(0, absent):
+                absent = max(0, self.expected - len(self._flying))
+                if self.waiting <= absent * (self.window - room):  # as many as this worker has, for each of those that are to come
                     return
                 chunk = self._next()
                 worker, _ = waiting.popitem(last=False)

@@ -79,28 +79,21 @@ class Source(ABC):
         return self._read(start, stop)
 
     def digest(self) -> str:
-        """Hash of all rows, their shapes and dtypes: equal for equal data, in whatever memory or files. Reads everything once.
+        """Hash of all rows, their shapes and dtypes: equal for equal data, whatever holds it. Reads everything once.
 
-        Only of a store that shardmap wrote are the checksums taken instead. blake2b on every machine, because runs are told apart by it,
-        also when another machine resumes them.
+        blake2b on every machine, because runs are told apart by it, also when another machine resumes them.
         """
         if self._digest is None:
-            known = [column.known_digest() for column in self.columns]
-            found = self._hashed() if None in known else known
+            hashes = [hashlib.blake2b(digest_size=16) for _ in self.specs]
+            step = max(1, _BLOCK_BYTES // max(1, sum(spec.row_bytes for spec in self.specs)))
+            for start in range(0, len(self), step):
+                for column, one in zip(self.read(start, min(start + step, len(self))), hashes, strict=True):
+                    one.update(elements.raw(column.cpu()))
             whole = hashlib.blake2b(digest_size=16)
-            for spec, one, before in zip(self.specs, found, known, strict=True):
-                whole.update(f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} {before or one}\n".encode())
+            for spec, one in zip(self.specs, hashes, strict=True):
+                whole.update(f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} {one.hexdigest()}\n".encode())
             self._digest = whole.hexdigest()
         return self._digest
-
-    def _hashed(self) -> list[str]:
-        """A hash of each column's rows."""
-        hashes = [hashlib.blake2b(digest_size=16) for _ in self.specs]
-        step = max(1, _BLOCK_BYTES // max(1, sum(spec.row_bytes for spec in self.specs)))
-        for start in range(0, len(self), step):
-            for column, one in zip(self.read(start, min(start + step, len(self))), hashes, strict=True):
-                one.update(elements.raw(column.cpu()))
-        return [one.hexdigest() for one in hashes]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows of {', '.join(map(str, self.specs))})"
