@@ -104,12 +104,6 @@ def test_a_mean_of_whole_numbers_is_refused() -> None:
         shardmap.vmap(sample, reduce="mean")(BATCH.long())
 
 
-@pytest.mark.parametrize("devices", ["ray", shardmap.Ray(workers=1)])
-def test_a_plan_for_a_cluster_is_refused(devices: Any) -> None:
-    with pytest.raises(errors.OptionError, match=r"shardmap.plan\(sample.*devices=.*only devices of this machine.*shardmap.vmap"):
-        shardmap.plan(sample, devices=devices)
-
-
 def test_a_plan_inside_another_map_is_refused() -> None:
     planned = shardmap.plan(sample)
     with pytest.raises(errors.OptionError, match=r"shardmap.plan\(sample.*plan the outermost call"):
