@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ WORKER = "ray::Worker"
 """What Ray calls the processes of shardmap's pool: after the actor's class, `shardmap.run.remote.Worker`."""
 
 _TICK_SECONDS = 0.1
+"""Between looks at the command and at the clock of chaos: Ctrl-C and SIGTERM end the pause, and nothing else has to."""
 _GRACE_SECONDS = 10.0
 """How long a command that is told to end may take."""
 
@@ -183,7 +185,7 @@ def _pause(chaos: Sequence[_Chaos]) -> None:
     time.sleep(_TICK_SECONDS)
 
 
-class _Chaos:
+class _Chaos(ABC):
     """Something that goes wrong every so often."""
 
     def __init__(self, cluster: Any, seconds: float):
@@ -194,9 +196,9 @@ class _Chaos:
         if time.monotonic() >= self.due and self.strike():
             self.due = time.monotonic() + self.seconds
 
+    @abstractmethod
     def strike(self) -> bool:
         """Do it; False where there is nothing to do it to, to try again soon."""
-        raise NotImplementedError
 
 
 class _WorkerChaos(_Chaos):

@@ -10,9 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,26 +23,17 @@ from shardmap import errors
 from shardmap.batch import LoweringOptions
 from shardmap.planning.device import Budget
 from shardmap.program import Program
-from shardmap.run import packing, pool, remote
-from shardmap.run import ray as on_ray
+from shardmap.run import driver, packing, pool, remote
 from shardmap.run.base import ChunkDone, Event, Output, RunFinished, RunStarted, listen
+from tests.on_ray import TWO, gone, local_ray, pids
 
 pytestmark = pytest.mark.ray
-ray = pytest.importorskip("ray")
-
-TWO = shardmap.Ray(workers=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _local_ray() -> Iterator[None]:
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if ray.is_initialized():  # by a test of another file in this process
-        pool.release()
-        ray.shutdown()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, **quiet)
-    yield
-    pool.release()
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 def mlp() -> nn.Module:
@@ -71,24 +60,6 @@ def same(func: Callable[..., Any], *batch: torch.Tensor, chunk_size: int | None 
     torch.manual_seed(7)
     here = shardmap.vmap(func, devices="cpu", chunk_size=chunk_size, **options)(*batch)
     torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True, check_stride=True)
-
-
-def pids() -> list[int]:
-    assert pool._pool is not None
-    return [w.pid for w in pool._pool.workers if w.pid is not None]
-
-
-def gone(pid: int, seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.mark.parametrize("make", [mlp, cnn])
@@ -199,8 +170,8 @@ def test_functions_that_cannot_be_pickled_work() -> None:
 def test_what_travels_holds_no_code_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[remote.Constants] = []
     texts: list[str] = []
-    make, dumps = on_ray._Run._constants, Program.dumps
-    monkeypatch.setattr(on_ray._Run, "_constants", lambda *a: sent.append(make(*a)) or sent[-1])
+    make, dumps = driver.Driver._constants, Program.dumps
+    monkeypatch.setattr(driver.Driver, "_constants", lambda *a: sent.append(make(*a)) or sent[-1])
     monkeypatch.setattr(Program, "dumps", lambda self: texts.append(dumps(self)) or texts[-1])
     model = cnn()
 
@@ -282,7 +253,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_chunks_are_redone(caplog: p
 
 
 def test_a_chunk_whose_workers_always_die_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = on_ray._Run._submit
+    submit = driver.Driver._submit
     attempts: list[int] = []
 
     def poisoned(self: Any, worker: Any, chunk: Any) -> None:
@@ -291,11 +262,11 @@ def test_a_chunk_whose_workers_always_die_is_given_up(monkeypatch: pytest.Monkey
             os.kill(worker.pid, signal.SIGKILL)
         submit(self, worker, chunk)
 
-    monkeypatch.setattr(on_ray._Run, "_submit", poisoned)
-    monkeypatch.setattr(on_ray, "WINDOW", 1)
+    monkeypatch.setattr(driver.Driver, "_submit", poisoned)
+    monkeypatch.setattr(driver, "WINDOW", 1)
     with pytest.raises(errors.WorkerError, match="samples 2 to 3 failed.*died 4 times"):
         shardmap.vmap(torch.sin, devices=shardmap.Ray(workers=1), chunk_size=2)(torch.randn(6, 3))
-    assert len(set(attempts)) == 1 + on_ray.RETRIES
+    assert len(set(attempts)) == 1 + driver.RETRIES
 
 
 def test_workers_are_kept_for_the_next_call_and_end_when_idle() -> None:

@@ -20,8 +20,7 @@ import torch
 
 import shardmap
 from shardmap import errors
-from shardmap.run import pool
-from shardmap.run import ray as executor
+from shardmap.run import driver, pool
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, listen
 from shardmap.store import Recompute
 from tests import faulty
@@ -88,7 +87,7 @@ def test_a_worker_killed_around_its_write(kind: str, stage: str, folder: Path, t
     assert leftovers(tmp_path) == []
     redone = [(e.start, e.stop) for e in events if isinstance(e, ChunkRedone)]
     assert (12, 16) in redone
-    assert len(redone) <= executor.WINDOW
+    assert len(redone) <= driver.WINDOW
     times = collections.Counter(faulty.computed(folder))
     assert set(times) == set(range(0, 40, 4))
     assert times[12] == 2
@@ -109,7 +108,7 @@ def test_several_workers_die_at_several_units(folder: Path, tmp_path: Path) -> N
     equal(store, x)
     times = collections.Counter(faulty.computed(folder))
     assert all(times[start] >= 2 for start in (0, 4, 20, 36, 52))
-    assert sum(times.values()) <= 14 + 5 * executor.WINDOW
+    assert sum(times.values()) <= 14 + 5 * driver.WINDOW
 
 
 def test_a_unit_whose_workers_always_die_is_given_up_and_resumed(folder: Path, tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_unit_whose_workers_always_die_is_given_up_and_resumed(folder: Path, t
     done = set(kept.receipts())
     assert 2 not in done
     assert done
-    assert faulty.computed(folder).count(8) <= 2 + 2 * executor.RETRIES
+    assert faulty.computed(folder).count(8) <= 2 + 2 * driver.RETRIES
     for path in folder.iterdir():
         path.unlink()
     store = shardmap.vmap(function, devices=TWO, chunk_size=4, out=sink, resume=True)(x)
@@ -145,26 +144,30 @@ def test_a_full_disk_ends_the_run_at_once_and_is_resumed(folder: Path, tmp_path:
 def test_a_store_that_cannot_be_reached_is_tried_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(executor, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(driver, "PATIENCE_SECONDS", 0.1)
     x, events = batch(), list[Event]()
     faulty.order(folder, "unreachable 1")
     faulty.order(folder, "unreachable 1")
     faulty.order(folder, "unreachable 7")
+    halved: list[int] = []
+    task = driver.Task
+    monkeypatch.setattr(driver, "Task", lambda *a: halved.extend([a[4]] if a[4] else []) or task(*a))
     with listen(events.append), caplog.at_level(logging.WARNING, "shardmap"):
         store = shardmap.vmap(function, devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(x)
     equal(store, x)
     assert {s: n for s, n in collections.Counter(faulty.computed(folder)).items() if n > 1} == {4: 3, 28: 2}
     assert [e.redone for e in events if isinstance(e, RunFinished)] == [{"place not reached": 3}]
     assert caplog.text.count("no route to host") == 3
+    assert not halved, "a store that is not reached says nothing about memory"
 
 
 def test_a_store_that_is_never_reached_is_given_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "PATIENCE_SECONDS", 0.05)
-    for _ in range(1 + executor.RETRIES):
+    monkeypatch.setattr(driver, "PATIENCE_SECONDS", 0.05)
+    for _ in range(1 + driver.RETRIES):
         faulty.order(folder, "unreachable 1")
     with pytest.raises(errors.StoreError, match=r"no route to host \(samples 4 to 7"):
         shardmap.vmap(function, devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(batch())
-    assert faulty.computed(folder).count(4) == 1 + executor.RETRIES
+    assert faulty.computed(folder).count(4) == 1 + driver.RETRIES
 
 
 def test_a_corrupt_unit_is_found_and_computed_again(folder: Path, tmp_path: Path) -> None:
@@ -221,13 +224,13 @@ def test_an_error_of_the_function_is_not_tried_again(folder: Path, tmp_path: Pat
 def test_a_store_that_workers_do_not_see_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on machines whose disks are their own: the place is there, and another run in it."""
     other = shardmap.vmap(function, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "other"))(batch(8))
-    constants = executor.Constants
+    constants = driver.Constants
 
     def elsewhere(*args: Any) -> Any:
-        store = args[9]
-        return constants(*args[:9], type(store)(other.url, store.header), *args[10:])
+        store = args[10]
+        return constants(*args[:10], type(store)(other.url, store.header), *args[11:])
 
-    monkeypatch.setattr(executor, "Constants", elsewhere)
+    monkeypatch.setattr(driver, "Constants", elsewhere)
     with pytest.raises(errors.StoreError, match=r"not there on .*a file system that all machines share"):
         shardmap.vmap(function, devices=TWO, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "store"))(batch())
 

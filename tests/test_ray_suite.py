@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
-from shardmap.run import ray as executor
+from shardmap.run import driver
 from shardmap.run.base import ChunkDone, RunStarted, listen
+from shardmap.store.stored import StoreColumn
 from tests import oracle
 from tests.on_ray import TWO, local_ray
 from tests.test_local import DRAWS, SUBJECTS, setting, values
-from tests.test_reduce_outputs import DTYPES, TREES, batch_of, exact, permitted, several
+from tests.test_reduce_outputs import DTYPES, TREES, batch_of, exact, permitted, several, unchanged_outputs_count_for_each_sample
 
 pytestmark = pytest.mark.ray
 
@@ -83,8 +84,8 @@ def test_named_reductions_equal_torchs_of_the_stack(name: str, dtype: torch.dtyp
 def test_large_reduced_outputs_are_put_together_by_workers(name: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of eight tasks, the last one of fewer; the same bits however often, in whatever order tasks end."""
     combined: list[int] = []
-    take = executor._Run._combined
-    monkeypatch.setattr(executor._Run, "_combined", lambda self, ref: combined.append(1) or take(self, ref))
+    take = driver.Driver._combined
+    monkeypatch.setattr(driver.Driver, "_combined", lambda self, ref: combined.append(1) or take(self, ref))
     batch = batch_of(torch.float32, samples, 200)
     mapped = shardmap.vmap(lambda x: (torch.outer(x, x), x.sum()), reduce=(name, None), chunk_size=2, devices=TWO)
     results = [mapped(batch) for _ in range(3)]
@@ -93,7 +94,7 @@ def test_large_reduced_outputs_are_put_together_by_workers(name: str, samples: i
     torch.testing.assert_close(results[0][1], batch.sum(1))
     assert all(torch.equal(r[0], results[0][0]) for r in results)
     tasks = math.ceil(samples / 2)
-    assert len(combined) == 3 * math.ceil(tasks / executor.FAN)
+    assert len(combined) == 3 * math.ceil(tasks / driver.FAN)
 
 
 @pytest.mark.parametrize("reduce", TREES)
@@ -109,17 +110,7 @@ def test_each_output_has_its_reduction(reduce: Any, chunk_size: Any) -> None:
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any) -> None:
-    weight, batch = batch_of(torch.float64, 3), batch_of(torch.float64, 7, 3)
-
-    def function(x: torch.Tensor) -> Any:
-        return weight.exp(), weight.exp(), weight, weight.exp(), x * weight
-
-    reduce = ("sum", "mean", "max", (torch.add, None), "sum")
-    got = shardmap.vmap(function, reduce=reduce, chunk_size=chunk_size, devices=TWO)(batch)
-    want = (weight.exp() * 7, weight.exp(), weight, weight.exp() * 7, (batch * weight).sum(0))
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        oracle.assert_same(g, w, f"output {i}")
-    oracle.assert_own_memory(list(got), [weight, batch])
+    unchanged_outputs_count_for_each_sample(chunk_size=chunk_size, devices=TWO)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 13])
@@ -155,8 +146,8 @@ def test_columns_of_sources_travel_or_are_read_by_the_workers(tmp_path: Any, mon
     np.save(tmp_path / "images.npy", images.numpy())
     columns = (shardmap.source(str(tmp_path / "images.npy")).columns[0], shardmap.source({"y": labels})["y"])
     sent: list[tuple[bool, ...]] = []
-    task = executor.Task
-    monkeypatch.setattr(executor, "Task", lambda *a: sent.append(tuple(p is None for p in a[2])) or task(*a))
+    task = driver.Task
+    monkeypatch.setattr(driver, "Task", lambda *a: sent.append(tuple(p is None for p in a[2])) or task(*a))
 
     def function(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return x * y + z
@@ -200,3 +191,24 @@ def test_plans_have_a_lane_for_each_worker() -> None:
     assert not over.fits
     with pytest.raises(errors.OverBudget, match="results need"):
         over.run()
+
+
+def test_what_is_in_a_store_is_told_apart_by_its_checksums(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large store passes once through the workers, and not through the driver for the sake of a hash."""
+    x = values(1, 23, 5, dtype=torch.float32)
+    shardmap.vmap(lambda v: v * 2, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled"))(x)
+    read: list[tuple[int, int]] = []
+    rows = StoreColumn.read
+    monkeypatch.setattr(StoreColumn, "read", lambda self, a, b: read.append((a, b)) or rows(self, a, b))
+    sink = shardmap.ZarrSink(tmp_path / "sines")
+
+    def sines() -> shardmap.Store:
+        (column,) = shardmap.source(str(tmp_path / "doubled")).columns
+        return shardmap.vmap(torch.sin, devices=TWO, chunk_size=4, out=sink, resume=True)(column)
+
+    assert torch.equal(sines().read(0, 0, 23), shardmap.vmap(torch.sin, chunk_size=4)(x * 2))
+    assert read == [(0, 3)], "the rows that are recorded and tried"
+    assert sines().missing() == []
+    shardmap.vmap(lambda v: v * 3, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled", overwrite=True))(x)
+    with pytest.raises(errors.StoreMismatchError, match="the samples have changed"):
+        sines()

@@ -277,9 +277,8 @@ def test_a_reduction_that_does_not_fit_is_refused(reduce: Any) -> None:
         shardmap.vmap(several, reduce=reduce)(torch.ones(3, 2))
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("devices", DEVICES)
-def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any, devices: Any) -> None:
+def unchanged_outputs_count_for_each_sample(**options: Any) -> None:
+    """Sums, means, extremes and folds of what no sample changes, on any executor."""
     weight = batch_of(torch.float64, 3)
     batch = batch_of(torch.float64, 7, 3)
 
@@ -287,11 +286,17 @@ def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any, 
         return weight.exp(), weight.exp(), weight, weight.exp(), x * weight
 
     reduce = ("sum", "mean", "max", (torch.add, None), "sum")
-    got = shardmap.vmap(function, reduce=reduce, chunk_size=chunk_size, devices=devices)(batch)
+    got = shardmap.vmap(function, reduce=reduce, **options)(batch)
     want = (weight.exp() * 7, weight.exp(), weight, weight.exp() * 7, (batch * weight).sum(0))
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         oracle.assert_same(g, w, f"output {i}")
     oracle.assert_own_memory(list(got), [weight, batch])
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("devices", DEVICES)
+def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any, devices: Any) -> None:
+    unchanged_outputs_count_for_each_sample(chunk_size=chunk_size, devices=devices)
 
 
 def test_an_output_that_no_sample_changes_and_there_are_none() -> None:

@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) ->
     assert 0 < len(missing) < 6
     assert not Path("runs/mine").exists()
     seen, listening = chunks()
-    with listening:  # type: ignore[attr-defined]
+    with listening:
         assert main(["resume", "store"]) == 0
     assert [i for a, b in seen for i in range(a, b)] == [i for unit in missing for i in range(*there.header.rows(unit))]
     main(["run", "run.yaml", "--store", "whole"])
@@ -141,7 +141,7 @@ def test_ctrl_c_keeps_what_is_committed_and_says_how_to_go_on(workplace: Path, c
     assert "3 of 6 units are there, and stay" in capsys.readouterr().out
     assert shardmap.open_store("store").missing() == []
     seen, listening = chunks()
-    with listening:  # type: ignore[attr-defined]
+    with listening:
         assert main(["resume", "store", "--output", "runs/again"]) == 0
     assert seen == []
     assert Path("runs/again/summary.json").exists()
@@ -222,7 +222,7 @@ def test_a_good_store_is_verified_and_left_alone(workplace: Path, capsys) -> Non
     assert out[0] == "6 of 6 units are committed; checksums: all as written"
     assert out[-1] == "3 of 6 units recomputed: equal to the last bit"
     seen, listening = chunks()
-    with listening:  # type: ignore[attr-defined]
+    with listening:
         assert main(["verify", "store", "--all", "--devices", '["cpu", "cpu"]']) == 0
     assert sorted(seen)[0] == (0, 4)
     assert sum(b - a for a, b in seen) == 23
@@ -331,7 +331,7 @@ def test_a_store_of_a_script_is_hashed_and_nothing_else(workplace: Path, capsys)
 def test_a_plan_is_printed_and_nothing_is_written(workplace: Path, capsys) -> None:
     before = sorted(workplace.rglob("*"))
     seen, listening = chunks()
-    with listening:  # type: ignore[attr-defined]
+    with listening:
         assert main(["plan", "run.yaml"]) == 0
         out = capsys.readouterr().out
         assert "cpu       23      4       6" in out
@@ -385,6 +385,19 @@ def test_the_configured_number_of_workers_gathers_and_reduces(workplace: Path, m
     for suffix in ("", "-2"):
         here, there = (load_file(f"runs/{name}{suffix}/outputs.safetensors") for name in ("here", "ray"))
         assert all(torch.allclose(here[name], there[name]) for name in here)
+
+
+@pytest.mark.ray
+def test_the_forecast_counts_the_units_that_workers_write(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardmap.jobs.plan import plan
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    words = ["--devices", "ray", "--workers", "2", "--store", "store", "--chunk_size", "auto"]
+    _, found = plan(bind(load("run.yaml", words)))
+    assert found is not None
+    assert main(["run", "run.yaml", *words]) == 0
+    header = shardmap.open_store("store").header
+    assert (found.tasks, found.task_samples) == (header.units, header.unit) == (12, 2)
 
 
 @pytest.mark.ray

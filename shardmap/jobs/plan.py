@@ -12,7 +12,7 @@ from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
 from shardmap.planned import Plan
 from shardmap.planning.forecast import Forecast, Workload, forecast
 from shardmap.planning.memory import format_bytes
-from shardmap.run.storing import UNIT_BYTES
+from shardmap.run.storing import unit_of
 
 MEASURED_SECONDS = 1.0
 """About as long a measurement computes, by the guess that it replaces."""
@@ -52,7 +52,7 @@ def plan(
         say("The plan is of this machine: how many workers Ray has is known when it runs; --workers N forecasts for N of them.")
     if workers is None:
         return planned, None
-    found = forecast(_workload(planned, config), workers)
+    found = forecast(_workload(planned, config, workers), workers)
     say(f"\n{found}")
     return planned, found
 
@@ -65,7 +65,7 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig) -> None:
     shardmap.plan(parts.one_sample, **map_options(config))(*first).run()
 
 
-def _workload(planned: Plan, config: RunConfig) -> Workload:
+def _workload(planned: Plan, config: RunConfig, workers: int) -> Workload:
     job, samples = planned._job, planned.samples
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
@@ -78,21 +78,13 @@ def _workload(planned: Plan, config: RunConfig) -> Workload:
         measured=all(lane.measured for lane in planned.lanes),
         chunk_size=config.chunk_size,
         reduced=config.reduce is not None,
-        unit_rows=None if config.store is None else _unit(planned, config),
+        unit_rows=None if config.store is None else unit_of(job, config.chunk_size, None, workers),
         unit_objects=1 if config.store_kind == "safetensors" else len(job.outputs),
     )
 
 
-def _unit(planned: Plan, config: RunConfig) -> int:
-    """Samples per unit of the store that the run would make."""
-    if isinstance(config.chunk_size, int):
-        return config.chunk_size
-    row = sum(o.sample_bytes for o in planned._job.outputs)
-    return max(1, min(planned.samples, UNIT_BYTES // max(row, 1)))
-
-
 def _to_store(planned: Plan, config: RunConfig) -> str:
-    unit = _unit(planned, config)
+    unit = unit_of(planned._job, config.chunk_size, None)
     row = sum(o.sample_bytes for o in planned._job.outputs)
     units = -(-planned.samples // unit)
     held = min(planned.samples, unit * (len(planned.lanes) + 1))

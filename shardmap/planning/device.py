@@ -168,9 +168,12 @@ class Budget:
 
     def on(self, device: torch.device, peers: int = 1) -> int | None:
         """Bytes on `device`, of which `peers` processes take equal parts where nothing is given; None where nobody can say."""
+        return self.of(free_bytes(device) if self.bytes is None else None, peers)
+
+    def of(self, free: int | None, peers: int) -> int | None:
+        """The same where so many bytes are free."""
         if self.bytes is not None:
             return self.bytes
-        free = free_bytes(device)
         return None if free is None else int(free * self.fraction / peers)
 
 

@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
     glibc gives memory back to the system from a size on that it learns from the blocks that a process frees, up to 32 MiB. A process that
     has freed no large one yet fills fresh pages in each chunk: per-sample gradient norms of a small CNN took 60 us instead of 30.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)  # never written to
+    np.empty(31 << 20, np.uint8)  # never written to; numpy's, for a torch mode may make fake ones
 
 
 def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -159,6 +159,16 @@ class Pool:
         self.workers += fresh
         return fresh
 
+    def crowds(self) -> collections.Counter[str]:
+        """How many workers are ready on each machine."""
+        return collections.Counter([worker.node for worker in self.workers if worker.ready])
+
+    def peers(self, worker: RayWorker, crowds: Mapping[str, int]) -> int:
+        """How many workers share a worker's memory, itself among them: those on its machine, or on its part of a GPU."""
+        if worker.device.startswith("cuda"):
+            return max(1, round(1 / self.gpus)) if 0 < self.gpus < 1 else 1
+        return max(1, crowds.get(worker.node, 0))
+
     def is_connected(self) -> bool:
         """Whether this process still belongs to the cluster that the workers run on."""
         return self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
@@ -236,7 +246,7 @@ def _join(ray: Any, options: Ray, call: str) -> None:
         ray.init(address=address, **quiet)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, gRPC's own: by version
         raise errors.ClusterError(
-            f"{call}: no Ray cluster can be reached at {address} ({_first_line(error)}); start one there (`ray start --head`), or correct "
+            f"{call}: no Ray cluster can be reached at {address} ({first_line(error)}); start one there (`ray start --head`), or correct "
             "address= or RAY_ADDRESS"
         ) from error
 
@@ -279,7 +289,8 @@ def _slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
     return sum(min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores()) for n in nodes)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first: Ray's go on for a page."""
     return str(error).strip().partition("\n")[0]
 
 

@@ -92,13 +92,13 @@ class Constants:
     settings: Settings
     outputs: tuple[Output, ...]
     """As a worker gives them: on the host, samples first; those that it can reduce, reduced."""
+    budget: Budget
     columns: Mapping[int, Column] = field(default_factory=dict)
     """The inputs, by position, that workers read themselves."""
     store: Store | None = None
     """Where workers write their results; without one they return them."""
     chunk_size: Any = None
     """Most samples at a time: "auto", or None for all of a task."""
-    budget: Budget = Budget(None, 0.9)  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)

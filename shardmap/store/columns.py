@@ -35,6 +35,10 @@ class Column(ABC):
             return torch.empty((0, *self.shape), dtype=self.dtype)
         return self.read(start, stop).contiguous()
 
+    def checksum(self) -> str | None:
+        """A hash of all rows that is known without reading them; None if there is none."""
+        return None
+
     def __len__(self) -> int:
         return self.rows
 

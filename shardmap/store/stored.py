@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -78,6 +79,13 @@ class StoreColumn(Column):
         spec = store.header.outputs[index]
         self.store, self.index, self.travels = store, index, store.travels
         self.rows, self.shape, self.dtype = store.header.samples, spec.shape, spec.dtype
+
+    def checksum(self) -> str:
+        """Of the checksums that the units were committed with: a store may be larger than one cares to read."""
+        digest = hashlib.blake2b(digest_size=16)
+        for unit, receipt in sorted(self.store.receipts().items()):
+            digest.update(f"{unit} {receipt.checksums[self.index]}\n".encode())
+        return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows, all of which are committed."""

@@ -22,11 +22,11 @@ def function(row: torch.Tensor):
 
 
 def stored(sink: object, fn=function, x: torch.Tensor = X) -> shardmap.Store:
-    return shardmap.vmap(fn, out=sink, chunk_size=4)(x)  # type: ignore[arg-type]
+    return shardmap.vmap(fn, out=sink, chunk_size=4)(x)
 
 
 def again(where: object, fn=function, x: torch.Tensor = X, **options) -> Recomputed:
-    return shardmap.vmap(fn, out=Recompute(where, **options), resume=True)(x)  # type: ignore[arg-type]
+    return shardmap.vmap(fn, out=Recompute(where, **options), resume=True)(x)
 
 
 @pytest.mark.parametrize("kind", list(SINKS))

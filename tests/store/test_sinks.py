@@ -412,7 +412,7 @@ def test_attributes_of_a_sink_are_kept_beside_those_of_the_run(tmp_path: Path) -
 @pytest.mark.parametrize(("attributes", "said"), [([1], r"attributes=\[1\] is a list"), ({"a": Path}, "cannot be written as JSON")])
 def test_attributes_that_are_none_are_refused_before_anything_is_made(attributes: object, said: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=said):
-        MemmapSink(tmp_path / "out", attributes=attributes).create(header())  # type: ignore[arg-type]
+        MemmapSink(tmp_path / "out", attributes=attributes).create(header())
     assert not (tmp_path / "out").exists()
 
 
