@@ -156,8 +156,10 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
         (site,) = prepare.sites(task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples))
         lanes = []
         for worker, share in zip(pool.workers, rows, strict=True):
-            room = budget.of(worker.free_bytes, pool.peers(worker, crowds))
-            (lane,) = split(task.samples, [dataclasses.replace(site, budget_bytes=room)], size).lanes
+            peers = pool.peers(worker, crowds)
+            (lane,) = split(
+                task.samples, [dataclasses.replace(site, budget_bytes=budget.of(worker.free_bytes, peers))], size, sharing=peers
+            ).lanes
             seconds = lane.seconds * share / max(1, task.samples)
             lanes.append(dataclasses.replace(lane, name=worker.name, worker=worker.name, rows=share, seconds=seconds))
     gathered = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in job.outputs)

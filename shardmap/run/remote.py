@@ -346,7 +346,7 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
     if not (always or task.halvings or any(o.reduction for o in job.outputs)) and prepare.small(job):
         return local.run_whole(job, on)
     found = prepare.sites(job, on, [str(bound.device)], lambda device: budget.on(device, task.peers), job.samples > 1, always)
-    cut = split(job.samples, found, bound.constants.chunk_size)
+    cut = split(job.samples, found, bound.constants.chunk_size, sharing=task.peers)
     cut = _halved(cut, task.halvings) if task.halvings else cut
     refusal = cut.refusal()
     if refusal is not None:
