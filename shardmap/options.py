@@ -6,13 +6,31 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from shardmap import errors
 from shardmap.planning.device import Budget
 from shardmap.planning.memory import parse_bytes
 from shardmap.run import progress
 from shardmap.store import Sink
+
+
+class MapOptions(TypedDict, total=False):
+    """The options that every call of this library takes and hands to `shardmap.vmap`, which describes them."""
+
+    randomness: str
+    devices: Any
+    chunk_size: Any
+    output_device: Any
+    memory_budget: int | str | None
+    memory_fraction: float
+    trace: str
+    strict: bool
+    remat: bool
+    reduce: Any
+    out: Sink | None
+    resume: bool
+    progress: bool | str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Per-sample gradients, Jacobians and Hessians: each a few lines on `shardmap.vmap`."""
