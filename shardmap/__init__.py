@@ -7,6 +7,7 @@ from shardmap.planned import Plan
 from shardmap.rules.registry import batching_rule
 from shardmap.run.pool import Ray
 from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source
+from shardmap.transforms.gradients import per_sample_grad
 
 __all__ = [
     "MemmapSink",
@@ -20,6 +21,7 @@ __all__ = [
     "batching_rule",
     "errors",
     "open_store",
+    "per_sample_grad",
     "plan",
     "reduce",
     "source",

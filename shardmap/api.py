@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from shardmap import edges, engine, errors
+from shardmap import edges, engine, errors, joint
 from shardmap import reduce as reductions
 from shardmap.batch import LoweringOptions
+from shardmap.compared import compared
 from shardmap.internals import dispatch_modes, functorch
 from shardmap.once import Memory, Prepared
 from shardmap.options import Options
@@ -98,17 +99,20 @@ def vmap(
         tensor(5.)
     """
     call = edges.call_name(func, in_dims)
+    joined = joint.contains(reduce)
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
-        reduce, out, resume, progress, call,
+        joint.plain(reduce), out, resume, progress, call,
     )  # fmt: skip
     options.check(func)
-    memory = Memory(func, call) if trace == "once" else None
+    of_sample = joint.composed(func, reduce, call) if joined else func
+    memory = Memory(of_sample, call) if trace == "once" else None
 
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-        return _run(func, batch, options, memory)
+        result = _run(of_sample, batch, options, memory)
+        return joint.finished(reduce, result, call) if joined and out is None else result
 
     return mapped
 
@@ -169,11 +173,13 @@ def plan(
         tensor([3., 3., 3., 3., 3.])
     """
     call = edges.call_name(func, in_dims, maker="plan")
+    joined = joint.contains(reduce)
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
-        reduce, None, False, progress, call,
+        joint.plain(reduce), None, False, progress, call,
     )  # fmt: skip
     options.check(func)
+    of_sample = joint.composed(func, reduce, call) if joined else func
     cluster = on_ray.asked_for(devices)
 
     @functools.wraps(func, updated=())
@@ -181,14 +187,28 @@ def plan(
         if _under_recording() or functorch.peek_interpreter_stack() is not None:
             raise errors.OptionError(f"{call}: inside another map or transform there is nothing to plan; plan the outermost call")
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-        recording, structure = record(func, batch, randomness, False, call)
-        job = _job(Prepared(recording, structure), batch, options, False, False)
+        recording, structure = record(of_sample, batch, randomness, False, call)
+        prepared = Prepared(recording, structure)
+        comparison = compared(prepared, options, torch.is_grad_enabled() and any(recording.program.output_flags))
+        job = _job(
+            prepared if comparison is None else comparison.prepared,
+            batch,
+            options if comparison is None else comparison.options,
+            False,
+            False,
+        )
         on = prepare.Devices(job)
         if cluster is not None:
             cut = on_ray.planned(job, chunk_size, cluster, options.budget)
         else:
             cut = _split(job, on, _names(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, structure, options)
+
+        def finish(outputs: list[torch.Tensor]) -> Any:
+            found = outputs if comparison is None else comparison.outputs(outputs, batch.size)
+            result = pytree.tree_unflatten(found, structure)
+            return joint.finished(reduce, result, call) if joined else result
+
+        return Plan(job, cut, on, options, finish, () if comparison is None else comparison.factors.notes)
 
     return planned
 
@@ -215,6 +235,12 @@ def _run(func: Callable[..., Any], batch: edges.Batch, options: Options, memory:
 
 
 def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Any:
+    comparison = compared(
+        prepared, options, inlined or transformed or torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
+    )
+    if comparison is not None:
+        found = _execute(comparison.prepared, batch, comparison.options, inlined, transformed)
+        return pytree.tree_unflatten(comparison.outputs(found, batch.size), prepared.structure)
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
     if options.out is not None:
@@ -301,16 +327,19 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
     writes_with_grad = bool(recording.written_inputs) and any(t.requires_grad for t in (*inputs, *recording.captured))
     grad = torch.is_grad_enabled() and (any(program.output_flags) or writes_with_grad)
     layout = tuple([t.is_contiguous() for t in inputs])
+    summed = () if options.reduce is None or grad or transformed else _summed(prepared, options)
 
     def lower(device_type: str) -> engine.Lowered:
         key = (device_type, grad, transformed, layout)
         found = prepared.lowerings.get(key)
         if found is None:
-            how = LoweringOptions(device_type, options.randomness, options.strict, grad, transformed, call)
+            how = LoweringOptions(device_type, options.randomness, options.strict, grad, transformed, call, summed)
             found = prepared.lowerings[key] = engine.lowered(program, how, layout, recording.sources)
         return found
 
     batched = lower(home.type).batched
+    mapped = [v.mapped for v in batched.outputs]
+    sums = [v.index in batched.summed for v in batched.outputs]
     if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
         raise errors.RandomnessError(
             f"{call}: the function draws random numbers and the call stands inside another map, where each outer sample would "
@@ -320,7 +349,7 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
     known = (home, grad, batch.size)
     outputs = prepared.outputs.get(known)
     if outputs is None:
-        outputs = prepared.outputs[known] = _outputs(prepared, [v.mapped for v in batched.outputs], home, options, batch.size, grad)
+        outputs = prepared.outputs[known] = _outputs(prepared, mapped, sums, home, options, batch.size, grad)
     remat = options.remat and grad and not transformed
     if remat and recording.written_inputs:
         raise errors.CapturedWriteError(
@@ -337,7 +366,19 @@ def _job(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool
     return Job(recording, inputs, batch.size, home, outputs, lower, seed, grad, transformed, remat, call, columns=batch.columns)
 
 
-def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options: Options, samples: int, grad: bool) -> tuple[Output, ...]:
+def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:
+    """Of which outputs only the sum over the samples is wanted: it can be computed without the terms."""
+    program = prepared.recording.program
+    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
+    reduced = edges.spread_reductions(options.reduce, tree, options.call)
+    exact = (torch.float32, torch.float64)
+    wanted = zip(program.outputs, reduced, strict=True)
+    return tuple([r is not None and r.name in ("sum", "mean") and v.spec.dtype in exact for v, r in wanted])
+
+
+def _outputs(
+    prepared: Prepared, mapped: list[bool], sums: list[bool], home: torch.device, options: Options, samples: int, grad: bool
+) -> tuple[Output, ...]:
     """What is to become of each output."""
     program, call = prepared.recording.program, options.call
     tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
@@ -347,11 +388,11 @@ def _outputs(prepared: Prepared, mapped: list[bool], home: torch.device, options
     if options.out is not None:
         target = torch.device("cpu")
     outputs = []
-    for v, m, d, flag, reduction in zip(program.outputs, mapped, dims, program.output_flags, reduced, strict=True):
+    for v, m, s, d, flag, reduction in zip(program.outputs, mapped, sums, dims, program.output_flags, reduced, strict=True):
         if reduction is not None:
             reductions.refuse(reduction, v.spec.dtype, samples, bool(grad and flag), call)
             reduction = _batched(reduction, call)
-        outputs.append(Output(tuple(v.spec.shape), v.spec.dtype, target or home, m, d, reduction, bool(grad and flag)))
+        outputs.append(Output(tuple(v.spec.shape), v.spec.dtype, target or home, m, d, reduction, bool(grad and flag), s))
     return tuple(outputs)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap.ghost import sums
+from shardmap.ghost.builder import Ghosts
+from shardmap.ghost.rewrite import from_factors
 from shardmap.internals import functorch
 from shardmap.operators import deciders, draws, op_info
 from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
@@ -50,8 +53,10 @@ class BatchedProgram:
     """How many values the calls define."""
     results: dict[int, tuple[Var, V]]
     """By value index: the recorded tensor that it is the batch of, for the checks of the first run."""
-    rows: dict[int, int]
-    """By value index: the number of the recorded call."""
+    summed: frozenset[int] = frozenset()
+    """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
+    ghosts: dict[int, str] = field(default_factory=dict)
+    """By number of the recorded call: what is computed from factors instead (`shardmap.ghost`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class LoweringOptions:
     transformed: bool
     """Whether `torch.func` transforms are active around the call."""
     call: str
+    summed: tuple[bool, ...] = ()
+    """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
 
 
 def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
@@ -170,6 +177,8 @@ class Fixes:
     """"functorch" or "loop": a higher tier's result was not the recorded one."""
     restride: set[int] = field(default_factory=set)
     """Calls whose results have other strides than the sample's."""
+    plain: bool = False
+    """Whether nothing is computed from factors."""
 
 
 class _Batcher:
@@ -195,6 +204,9 @@ class _Batcher:
         self.identities: set[int] = set()
         self.tiers: dict[str, str] = {}
         self.results: dict[int, tuple[Var, V]] = {}
+        self.summed: set[int] = set()
+        enabled = not (options.grad or options.transformed or fixes.plain)
+        self.ghosts = Ghosts(program, self.b, self.env, self.write_groups, self.mapped, enabled)
 
     def run(self) -> BatchedProgram:
         program, b = self.program, self.b
@@ -211,6 +223,7 @@ class _Batcher:
         grads = grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
         if self.options.grad:
             self.needs = {v.index for v in (*program.inputs, *program.captured)}
+        self.ghosts.kept += [f for f in map(self.ghosts.factors.of, self._kept_outputs()) if f is not None] if self.ghosts.enabled else []
         for i, eq in enumerate(program.equations):
             if live[i]:
                 b.equation, b.grad = i, grads[i]
@@ -228,8 +241,14 @@ class _Batcher:
             self.tiers,
             b.count,
             self.results,
-            {},
+            frozenset(self.summed),
+            self.ghosts.notes,
         )
+
+    def _kept_outputs(self) -> list[Var]:
+        """The outputs of which each sample's value is wanted."""
+        wanted = self.options.summed or [False] * len(self.program.outputs)
+        return [var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum]
 
     def _declare(self, var: Var, mapped: bool) -> V:
         v = self.b.value(mapped, var.spec.shape, var.spec.dtype)
@@ -318,6 +337,10 @@ class _Batcher:
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
+        if fix is None and self.ghosts.enabled:
+            out = from_factors(self.ghosts, eq)
+            if out is not None:
+                return out
         if fix != "loop":
             if rule is not None and fix != "functorch":
                 out = rule(b, eq, args, kwargs)
@@ -370,8 +393,16 @@ class _Batcher:
         program, b = self.program, self.b
         owned = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
         outputs = []
-        for var, flag in zip(program.outputs, program.output_flags, strict=True):
+        only_sum = self.options.summed or [False] * len(program.outputs)
+        for var, flag, summed in zip(program.outputs, program.output_flags, only_sum, strict=True):
             v = self.env[var.index]
+            if summed and v.mapped:
+                v = sums.summed(self.ghosts, var)
+                if v in outputs:
+                    v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype)
+                self.summed.add(v.index)
+                outputs.append(v)
+                continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
                 v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it

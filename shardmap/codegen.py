@@ -6,7 +6,7 @@ A generated function ran 2,000 calls in 15 ms where an interpreter over an envir
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Replay:
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`: as `chunk`, written into memory that is there.
 
-        `slices` holds a dense tensor `[B, *shape]` for each mapped output, in their order. Not for outer autograd.
+        `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in their order. Not for outer autograd.
         """
         return _function(self.program, "chunk_into", slices=True)[0]
 
@@ -165,14 +165,14 @@ def _function(
     returned: Sequence[V] = program.outputs
     writes, rest = None, []
     if slices:
-        mapped = [v for v in program.outputs if v.mapped]
+        mapped = [v for v in program.outputs if v.mapped and v.index not in program.summed]
         lines += [f"({', '.join(f'd{v.index}' for v in mapped)},) = slices"] if mapped else []
         placement = place(program, mapped)
         calls, writes = placement.calls, placement.writes
-        returned = [v for v in program.outputs if not v.mapped] + [v for v, _ in placement.after]
+        returned = [v for v in program.outputs if not v.mapped or v.index in program.summed] + [v for v, _ in placement.after]
         rest = [f"{where}.copy_(v{v.index})" for v, where in placement.after]
     lines += writer.body(calls, returned, set(), track_grad, writes, marked) + rest
-    lines.append(_pack(program.outputs, mapped_as="d" if slices else "v"))
+    lines.append(_pack(program.outputs, {v.index for v in program.outputs if v.mapped} - program.summed if slices else set()))
     arguments = "B, start, device, seed, scalars, fixed, inputs" + (", slices" if slices else "") + (", mark" if marked else "")
     return _compiled(f"{name}({arguments})", lines, writer.constants)
 
@@ -196,8 +196,8 @@ def _unpack(vs: Sequence[V], name: str) -> list[str]:
     return [f"({', '.join(f'v{v.index}' for v in vs)},) = {name}"] if vs else []
 
 
-def _pack(vs: Sequence[V], mapped_as: str = "v") -> str:
-    return f"return ({', '.join((mapped_as if v.mapped else 'v') + str(v.index) for v in vs)},)" if vs else "return ()"
+def _pack(vs: Sequence[V], in_slices: Collection[int] = ()) -> str:
+    return f"return ({', '.join(('d' if v.index in in_slices else 'v') + str(v.index) for v in vs)},)" if vs else "return ()"
 
 
 def _compiled(signature: str, lines: Sequence[str], constants: dict[str, Any]) -> tuple[Callable[..., Any], str]:

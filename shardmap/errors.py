@@ -31,6 +31,10 @@ class OutputError(ShardmapError, ValueError):
     """The mapped function returned something that is not a pytree of tensors."""
 
 
+class TransformError(ShardmapError, ValueError):
+    """A function cannot be differentiated as asked: what it takes or returns, or the parameters that were named, do not fit."""
+
+
 class EmptyBatchError(ShardmapError, ValueError):
     """The batch is empty and the shape of the result cannot be inferred."""
 

@@ -30,6 +30,8 @@ def code_of(func: Callable[..., Any]) -> Any:
     """What identifies the code of `func`, whatever it closes over; None if nothing does."""
     inner = getattr(func, "__func__", func)
     code = getattr(inner, "__code__", None)
+    if code is not None and hasattr(inner, "__wrapped__"):  # wrappers share their code
+        return code, code_of(inner.__wrapped__)
     return type(func) if code is None and not isinstance(func, type) else code
 
 

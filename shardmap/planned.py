@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils import _pytree as pytree
+import torch
 
 from shardmap import errors
 from shardmap.options import Options
@@ -29,12 +30,13 @@ class Plan:
         (True, 10, 3)
     """
 
-    def __init__(self, job: Job, split: Split, on: Devices, structure: pytree.TreeSpec, options: Options):
+    def __init__(self, job: Job, split: Split, on: Devices, options: Options, finish: Callable[[list[Any]], Any], compared: Sequence[str]):
         self.split = split
         self._job = job
         self._on = on
-        self._structure = structure
         self._options = options
+        self._finish = finish
+        self._compared = compared
         self._events: list[Any] = []
 
     @property
@@ -91,7 +93,15 @@ class Plan:
             parts.append(
                 f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs ({', '.join(dict.fromkeys(reduced))})."
             )
+        parts += self._from_factors()
         return "\n\n".join(parts)
+
+    def _from_factors(self) -> list[str]:
+        """What is computed without the per-sample values that it is of."""
+        low = self._job.lower(torch.device(self.lanes[0].device).type)
+        found = [f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}" for i, text in sorted(low.batched.ghosts.items())]
+        found += [f"  {text}" for text in self._compared]
+        return ["\n".join(["From factors, without the products themselves:", *found])] if found else []
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.
@@ -111,7 +121,7 @@ class Plan:
             else:
                 outputs = local.run(self._job, self.split, self._on)
         self._events = events
-        return pytree.tree_unflatten(outputs, self._structure)
+        return self._finish(outputs)
 
     def timeline(self, path: str | Path) -> None:
         """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev: one lane per device.

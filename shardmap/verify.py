@@ -47,11 +47,54 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
     Raises:
         MismatchError: Even a loop over the samples does not give what the function returned: it is not a function of its arguments.
     """
+    options, rewritten = low.options, bool(low.batched.summed or low.batched.ghosts)
+    if rewritten:  # first as each sample's values would be computed one by one: those can be compared with the recording
+        low.fixes.plain, low.options = True, replace(options, summed=())
+        _lower_again(low, recording)
+    try:
+        _check_samples(low, recording, trial)
+    finally:
+        if rewritten:
+            low.options = options
+    if rewritten:
+        _check_rewritten(low, recording, trial)
+    low.checked.add(trial.size > 1)
+
+
+def _check_rewritten(low: Lowered, recording: Recording, trial: Trial) -> None:
+    """Compare what is computed from factors, or summed over samples, with the values of samples one by one; else use no factors."""
+    wanted = low.options.summed
+    with_state = torch.default_generator.get_state()
+    _, plain = _try(low, recording, trial)
+    low.fixes.plain = False
+    _lower_again(low, recording)
+    sums = [
+        only_sum and v.index in low.batched.summed for only_sum, v in zip(wanted or [False] * len(plain), low.batched.outputs, strict=True)
+    ]
+    expected = tuple([t.sum(0) if s else t for t, s in zip(plain, sums, strict=True)])
+    torch.default_generator.set_state(with_state)
+    try:
+        _, outputs = _try(low, recording, trial)
+        entered = max([_largest(t) for t in (*expected, *trial.inputs)], default=0.0)
+        pairs = zip(expected, outputs, strict=True)
+        agree = all(a.shape == b.shape and (a.device.type == "meta" or not a.numel() or _close(a, b, entered)) for a, b in pairs)
+    except errors.ShardmapError:
+        raise
+    except Exception as error:
+        logger.info("%s: computing from factors raised %s: %s", low.options.call, type(error).__name__, error)
+        agree = False
+    if not agree:
+        logger.warning("%s: results from factors differ from those of samples one by one; factors are not used", low.options.call)
+        low.fixes.plain = True
+        _lower_again(low, recording)
+
+
+def _check_samples(low: Lowered, recording: Recording, trial: Trial) -> None:
     try:
         outputs = _mend(low, recording, trial)
     except Exception:
         # A sample that no tier can compute (a singular matrix, an index out of bounds) says nothing about the rules.
-        low.fixes = Fixes()
+        low.fixes = Fixes(plain=low.fixes.plain)
         _lower_again(low, recording)
         raise
     expected = recording.sample
@@ -71,14 +114,13 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
         else:
             wrong = _first_wrong(low, expected, outputs, trial)
         if wrong is not None:
-            low.fixes = Fixes()
+            low.fixes = Fixes(plain=low.fixes.plain)
             _lower_again(low, recording)
             raise errors.MismatchError(
                 f"{low.options.call}: replaying the recorded calls does not give what the function returned for the first sample "
                 f"({wrong}); "
                 "does it read memory that changes meanwhile? Clone what it reads, or use the plain loop"
             )
-    low.checked.add(trial.size > 1)
 
 
 def _lower_again(low: Lowered, recording: Recording) -> None:

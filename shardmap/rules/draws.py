@@ -49,6 +49,13 @@ class Stream(NamedTuple):
         angle = (2.0 * math.pi) * np.ascontiguousarray(uniform[:, half:])
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
 
+    def signs(self, count: int) -> np.ndarray:
+        """+1 and -1 with equal chance, `[size, count]` of 8-bit integers: one bit each."""
+        blocks = -(-count // (64 * _WORDS_PER_BLOCK))
+        bits = np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
+        words = bits.random_raw(self.size * blocks * _WORDS_PER_BLOCK).astype("<u8").view(np.uint8).reshape(self.size, -1)
+        return np.unpackbits(words, axis=1, count=count, bitorder="little").view(np.int8) * np.int8(2) - np.int8(1)
+
 
 Draw = Callable[..., torch.Tensor]
 """`draw(stream, shape, dtype, device, *parameters)`: a tensor `[size, *shape]`."""

@@ -16,6 +16,7 @@ import torch
 
 from shardmap.program import SAMPLE_DEVICE
 from shardmap.rules.embedding import look_up
+from shardmap.rules.into_batch import flat_rows
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.registry import overloads, register
 
@@ -383,6 +384,6 @@ def marks(index: torch.Tensor, mapped: bool, size: int) -> torch.Tensor:
     """A mask that is true at the positions `index`: `[n] -> [size]`, or `[B, n] -> [B, size]`."""
     if not mapped:
         return torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-    at = index.reshape(index.shape[0], -1).to(torch.int64)
+    at = flat_rows(index).to(torch.int64)
     at = torch.where(at < 0, at + size, at)
     return torch.zeros(index.shape[0], size, dtype=torch.bool, device=index.device).scatter(1, at, True)

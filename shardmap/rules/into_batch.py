@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from shardmap.rules.lowering import B, Lowering, V
+
+
+def flat_rows(t: torch.Tensor) -> torch.Tensor:
+    """`[B, ...] -> [B, n]`, also of no samples, where -1 could be anything."""
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def fold(b: Lowering, v: V) -> V:

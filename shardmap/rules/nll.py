@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shardmap.rules.into_batch import flat_rows
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 
@@ -66,9 +67,8 @@ def _forward(loss: Loss) -> Any:
                 each = each * factors
             if reduction == NONE:
                 return each, x.new_zeros(x.shape[0])
-            size = x.shape[0]
-            total = factors.reshape(size, -1).sum(1)
-            out = each.reshape(size, -1).sum(1)
+            total = flat_rows(factors).sum(1)
+            out = flat_rows(each).sum(1)
             return (out / total if reduction == MEAN else out), total
 
         return b.calls_several(nll, 2, b.batch(x), b.batch(target), weight)
@@ -107,7 +107,7 @@ register("nll", aten.nll_loss2d_backward.default)(_backward(IMAGES))
 def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) -> Tensor:
     if reduction == NONE:
         return each.view(size, *shape)
-    each = each.view(size, -1)
+    each = each.view(size, each.numel() // max(1, size))
     return each.mean(1) if reduction == MEAN else each.sum(1)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardmap.rules.index import look_up_wrapped
+from shardmap.rules.into_batch import flat_rows
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 
@@ -51,8 +52,7 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     x, index, source, accumulate = given[:4]
 
     def write(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
-        size = x.shape[0]
-        flat, at, values = x.reshape(size, math.prod(x.shape[1:])), index.reshape(size, -1), source.reshape(size, -1)
+        flat, at, values = flat_rows(x), flat_rows(index), flat_rows(source)
         return aten.index_put(flat, [numbers_of_samples(x), at], values, accumulate).view(x.shape)
 
     return b.call(write, b.batch(x), b.batch(index), b.batch(source), shape=x.shape, dtype=x.dtype)
@@ -70,7 +70,7 @@ def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     def write_(x: Tensor, index: Tensor, source: Tensor) -> None:
         size = x.shape[0]
         flat = x.view(size, math.prod(x.shape[1:]))
-        aten.index_put_(flat, [numbers_of_samples(x), index.reshape(size, -1)], source.reshape(size, -1), accumulate)
+        aten.index_put_(flat, [numbers_of_samples(x), flat_rows(index)], flat_rows(source), accumulate)
 
     b.effect(write_, x, b.batch(index), b.batch(source))
 
@@ -87,7 +87,7 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     def write(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         x, mask = (t.view(t.shape[0], *(1,) * (ndim - t.dim() + 1), *t.shape[1:]).expand(-1, *shape).flatten(1) for t in (x, mask))
         rank = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
-        return torch.where(mask, source.reshape(source.shape[0], -1).gather(1, rank), x).view(-1, *shape)
+        return torch.where(mask, flat_rows(source).gather(1, rank), x).view(-1, *shape)
 
     return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
 
@@ -109,7 +109,7 @@ def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         return b.call(aten.searchsorted.Tensor, boundaries, values, *args[2:], **kwargs, shape=shape, dtype=dtype)
 
     def search(boundaries: Tensor, values: Tensor, sorter: Tensor | None) -> Tensor:
-        rows = values.reshape(values.shape[0], -1) if flat else values
+        rows = flat_rows(values) if flat else values
         order = None if sorter is None else sorter.contiguous()
         found = aten.searchsorted.Tensor(boundaries.contiguous(), rows.contiguous(), *args[2:], **options, sorter=order)
         return found.view(values.shape)
@@ -129,7 +129,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
 
     def search(values: Tensor, boundaries: Tensor) -> Tensor:
-        rows = values.reshape(values.shape[0], -1).contiguous()
+        rows = flat_rows(values).contiguous()
         return aten.searchsorted.Tensor(boundaries.contiguous(), rows, *args[2:], **kwargs).view(values.shape)
 
     return b.call(search, b.batch(values), boundaries, shape=shape, dtype=dtype)

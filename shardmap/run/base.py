@@ -31,6 +31,8 @@ class Output:
     """Where the dimension of samples goes in the result; None: there is none."""
     reduction: Reduction | None
     requires_grad: bool
+    summed: bool = False
+    """Whether a chunk gives only the sum over its samples."""
 
     @property
     def sample_bytes(self) -> int:
@@ -41,6 +43,11 @@ class Output:
     def stacked(self) -> bool:
         """Whether the results of all samples are kept, one beside the other."""
         return self.mapped and self.reduction is None
+
+    @property
+    def sliced(self) -> bool:
+        """Whether a chunk gives a row for each of its samples."""
+        return self.mapped and not self.summed
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def combined_here(out: Output) -> bool:
 def on_worker(out: Output, *, stored: bool) -> Output:
     """An output as a worker gives it: on its host, a row per sample, or reduced as far as it can."""
     if out.reduction is not None and not combined_here(out):
-        return Output(out.shape, out.dtype, HOST, out.mapped, None, Reduction(out.reduction.name), False)
+        return Output(out.shape, out.dtype, HOST, out.mapped, None, Reduction(out.reduction.name), False, out.summed)
     return Output(out.shape, out.dtype, HOST, out.mapped, 0 if out.mapped or stored else None, None, False)
 
 

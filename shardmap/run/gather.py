@@ -153,6 +153,8 @@ class Total:
 
     def partial(self, t: torch.Tensor, size: int) -> torch.Tensor:
         """A chunk's combination, on its device: of its results, `[n, *shape]`, or of one sample's that is the same for all."""
+        if self.out.summed:
+            return t
         if not self.out.mapped:
             t = t.expand(size, *t.shape)
         if not size:

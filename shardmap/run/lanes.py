@@ -141,7 +141,7 @@ class Lane:
         """Compute into the slices of the result, and into scratch memory what is to be reduced."""
         slices = []
         for k, out in enumerate(self.job.outputs):
-            if not out.mapped:
+            if not out.sliced:
                 continue
             if out.reduction is None:
                 slices.append(self.gather.slot(k, chunk.start, chunk.stop))

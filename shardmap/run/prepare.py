@@ -144,7 +144,7 @@ def watched(ready: Ready, job: Job) -> Observation:
         taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
         written = job.recording.written_inputs
         inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
-        slices[size] = [torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device) for o in job.outputs if o.mapped] if into else []
+        slices[size] = [torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device) for o in job.outputs if o.sliced] if into else []
 
     def run(size: int, mark: Callable[[int], None]) -> Any:
         arguments = (size, 0, ready.device, job.seed, job.recording.scalars, ready.fixed, list(inputs[size]))
@@ -211,7 +211,7 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     folds = sum(o.sample_bytes for o in job.outputs if o.reduction is not None and o.reduction.name == "fold")
     extra += Level(folds, folds)  # pairs combined and put beside each other, while the chunk's results are there
     if direct(job, device):
-        extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.mapped and not o.stacked))
+        extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
     elif accelerated:
         extra += seen.kept  # the chunk before, on its way home
     levels = [level + extra for level in seen.levels]

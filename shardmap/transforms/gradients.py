@@ -1,0 +1,225 @@
+"""Per-sample gradients of a module's parameters, or of a function's first argument."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardmap.api import vmap
+from shardmap.errors import TransformError
+from shardmap.options import MapOptions
+
+
+def per_sample_grad(
+    model_or_fn: nn.Module | Callable[..., Any],
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    params: str | Sequence[str] | None = None,
+    flat: bool = False,
+    batch_of_one: bool = False,
+    has_aux: bool = False,
+    in_dims: Any = 0,
+    **options: Unpack[MapOptions],
+) -> Callable[..., Any]:
+    """The gradient of each sample's loss with respect to the parameters.
+
+    With a module, `per_sample_grad(model, loss)(x, y)` differentiates `loss(model(x[i]), y[i])` for each `i`: the first argument goes to
+    the model (a tuple as its arguments, a dict as its named ones), the others to the loss. Without a loss the module returns it itself.
+    Parameters that are frozen (`requires_grad=False`) and buffers are constants; a parameter that several layers share has one
+    gradient, under its first name.
+
+    With a function of parameters, `per_sample_grad(fn)(params, x, y)` differentiates `fn(params, x[i], y[i])`, as
+    `torch.func.vmap(torch.func.grad(fn), in_dims=(None, 0, 0))`; with a loss, `loss(fn(params, x[i]), y[i])`.
+
+    With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they are computed, and where algebra allows
+    without computing them: see `shardmap.reduce`.
+
+    Args:
+        model_or_fn: A module, written for one sample unless `batch_of_one`, or a function of parameters (a pytree of tensors) and of one
+            sample.
+        loss: Takes the output for one sample and what the batch holds besides; returns one number.
+        params: Which of a module's parameters: a name, a pattern such as "*.weight" or "encoder.*", or several; by default all that
+            require grad.
+        flat: Return all gradients of a sample as one row, in the order of the parameters.
+        batch_of_one: Hand the model its sample as a batch of one, `x[i][None]`, and take its only result: for models that expect batches.
+        has_aux: `loss` (or the function) returns `(loss, aux)`, and the call `(gradients, aux)`, with `aux` stacked.
+        in_dims: Where the samples are in each argument, as for `shardmap.vmap`; not counting a function's parameters, which all share.
+        **options: Those of `shardmap.vmap`.
+
+    Returns:
+        A function of the batch. It returns a dict of gradients by parameter name, `[N, *shape]` each (for a function the structure of
+        its parameters), or `[N, P]` if `flat`.
+
+    Raises:
+        TransformError: There is nothing to differentiate, or a name fits no parameter; at the call, the loss is not one floating-point
+            number.
+        ShardmapError: As `shardmap.vmap`.
+
+    Example:
+        >>> import torch, shardmap
+        >>> model, loss = torch.nn.Linear(3, 1), torch.nn.functional.mse_loss
+        >>> x, y = torch.randn(5, 3), torch.randn(5, 1)
+        >>> gradients = shardmap.per_sample_grad(model, loss)(x, y)
+        >>> {name: tuple(g.shape) for name, g in gradients.items()}
+        {'weight': (5, 1, 3), 'bias': (5, 1)}
+        >>> norms = shardmap.per_sample_grad(model, loss, reduce="norm")(x, y)  # [5], over all parameters
+        >>> torch.allclose(norms[0] ** 2, gradients["weight"][0].square().sum() + gradients["bias"][0].square().sum())
+        True
+    """
+    call = f"shardmap.per_sample_grad({_name(model_or_fn)}{'' if loss is None else f', {_name(loss)}'})"
+    if not callable(model_or_fn):
+        raise TransformError(f"{call}: {model_or_fn!r} is a {type(model_or_fn).__name__}; pass a module or a function of parameters")
+    if loss is not None and not callable(loss):
+        raise TransformError(f"{call}: loss={loss!r} is a {type(loss).__name__}; pass a function of the output and the targets")
+    if isinstance(model_or_fn, nn.Module):
+        chosen = select(model_or_fn, params, call)
+        of_sample = _module_gradient(model_or_fn, loss, chosen, flat, batch_of_one, has_aux, call)
+        return vmap(of_sample, in_dims, **options)
+    if params is not None:
+        raise TransformError(f"{call}: params={params!r} selects a module's parameters by name; of a function, pass those that are meant")
+    of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
+
+    @functools.wraps(model_or_fn, updated=())
+    def mapped(parameters: Any, *batch: Any, **kwargs: Any) -> Any:
+        dims = tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(batch)
+        return over_batch((None, *dims))(parameters, *batch, **kwargs)
+
+    @functools.cache  # with trace="once" the recordings belong to the mapped function
+    def over_batch(dims: Any) -> Callable[..., Any]:
+        return vmap(of_sample, dims, **options)
+
+    return mapped
+
+
+def select(model: nn.Module, params: str | Sequence[str] | None, call: str) -> dict[str, nn.Parameter]:
+    """A module's parameters by name: those that require grad, or those that `params` names.
+
+    Raises:
+        TransformError: There are none, a pattern fits none, or names one that is frozen.
+    """
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            why = "all its parameters are frozen; call requires_grad_() on those that are meant" if named else "it has no parameters"
+            raise TransformError(f"{call}: {type(model).__name__} has nothing to differentiate: {why}")
+        return chosen
+    patterns = [params] if isinstance(params, str) else list(params)
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TransformError(f"{call}: params={params!r}; pass a name, a pattern such as '*.weight', or a list of them")
+    wanted: set[str] = set()
+    aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    first = {id(p): name for name, p in reversed(list(named.items()))}
+    for pattern in patterns:
+        found = [name for name in aliases if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, aliases, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(list(named)[:8])}{', ...' if len(named) > 8 else ''}"
+            raise TransformError(f"{call}: params={pattern!r} fits no parameter of {type(model).__name__}; {hint}")
+        if pattern in aliases and not aliases[pattern].requires_grad:
+            raise TransformError(f"{call}: params={pattern!r} is frozen (requires_grad is False); unfreeze it, or leave it out")
+        wanted.update(first[id(aliases[name])] for name in found if aliases[name].requires_grad)
+    if not wanted:
+        raise TransformError(f"{call}: params={params!r} fits frozen parameters only; unfreeze those that are meant")
+    return {name: p for name, p in named.items() if name in wanted}
+
+
+def _module_gradient(
+    model: nn.Module,
+    loss: Callable[..., Any] | None,
+    chosen: Mapping[str, nn.Parameter],
+    flat: bool,
+    batch_of_one: bool,
+    has_aux: bool,
+    call: str,
+) -> Callable[..., Any]:
+    """A function of one sample: the gradients of the chosen parameters."""
+    names = tuple(chosen)
+
+    @functools.wraps(model.forward, assigned=())
+    def gradient(x: Any, *rest: Any) -> Any:
+        current = dict(model.named_parameters(remove_duplicate=False))  # a parameter may have been replaced since
+        tensors = [current[name] for name in names]
+        with torch.enable_grad():
+            output = _applied(model, x, batch_of_one)
+            value, aux = _value(output if loss is None else loss(output, *rest), has_aux, call)
+            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+        gradients = _row(found) if flat else dict(zip(names, found, strict=True))
+        return (gradients, aux) if has_aux else gradients
+
+    gradient.__name__ = gradient.__qualname__ = f"gradient of {type(model).__name__}"
+    return gradient
+
+
+def _function_gradient(
+    fn: Callable[..., Any], loss: Callable[..., Any] | None, flat: bool, batch_of_one: bool, has_aux: bool, call: str
+) -> Callable[..., Any]:
+    """A function of the parameters and of one sample: the gradients with respect to the former, in their structure."""
+
+    @functools.wraps(fn, updated=())
+    def gradient(parameters: Any, *sample: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(parameters)
+        if not leaves or not all(isinstance(p, Tensor) and (p.is_floating_point() or p.is_complex()) for p in leaves):
+            raise TransformError(f"{call}: its first argument, the parameters, is to be a pytree of floating-point tensors")
+        with torch.enable_grad():
+            tensors = [p.detach().requires_grad_() for p in leaves]
+            handed = pytree.tree_unflatten(tensors, structure)
+            if loss is None:
+                output = fn(handed, *(_one(s) for s in sample), **kwargs) if batch_of_one else fn(handed, *sample, **kwargs)
+            else:
+                output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
+                output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
+            value, aux = _value(output, has_aux, call)
+            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+        gradients = _row(found) if flat else pytree.tree_unflatten(list(found), structure)
+        return (gradients, aux) if has_aux else gradients
+
+    return gradient
+
+
+def _applied(model: nn.Module, x: Any, batch_of_one: bool) -> Any:
+    """The model's output for one sample: a tuple holds its arguments, a dict its named ones."""
+    x = pytree.tree_map(_one, x) if batch_of_one else x
+    if isinstance(x, dict):
+        output = model(**x)
+    else:
+        output = model(*x) if isinstance(x, tuple) else model(x)
+    return pytree.tree_map(_only, output) if batch_of_one else output
+
+
+def _one(value: Any) -> Any:
+    return value.unsqueeze(0) if isinstance(value, Tensor) else value
+
+
+def _only(value: Any) -> Any:
+    return value.squeeze(0) if isinstance(value, Tensor) else value
+
+
+def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
+    """The loss of one sample, and what came with it."""
+    aux = None
+    if has_aux:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TransformError(f"{call}: has_aux=True, and the loss returned a {type(returned).__name__}; return (loss, aux)")
+        returned, aux = returned
+        aux = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux)
+    if not isinstance(returned, Tensor) or returned.numel() != 1 or not returned.is_floating_point():
+        found = f"{returned.dtype} {tuple(returned.shape)}" if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
+        raise TransformError(f"{call}: the loss of one sample is {found}; return one floating-point number, such as the sum or mean of it")
+    return returned.reshape(()), aux
+
+
+def _row(gradients: Sequence[Tensor]) -> Tensor:
+    """All gradients of a sample, one behind the other: `[P]`."""
+    return torch.cat([g.reshape(-1) for g in gradients])
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", None) or type(value).__name__
