@@ -35,7 +35,7 @@ AT_ONCE: list[tuple[str, Any, str]] = [
     *[("progress", value, "'always'") for value in (None, 1, "sometimes", "never", ["always"])],
 ]
 IN_THE_CALL: list[tuple[str, Any, type[Exception], str]] = [
-    *[("reduce", value, errors.OptionError, "'sum', 'mean', 'max' or 'min'") for value in ("product", "SUM", "", 3, True, len, 1.5)],
+    *[("reduce", value, errors.OptionError, "'sum', 'mean', 'max', 'min', 'norm'") for value in ("product", "SUM", "", 3, True, len, 1.5)],
     *[("reduce", value, errors.OptionError, "pass one reduction") for value in (("sum",), ["sum"], {"a": "sum"}, (), (None, None))],
     *[("chunk_size", value, errors.OptionError, "name one of these, or its kind") for value in ({"cuda:3": 1}, {"cuda": None, "cpu": 2})],
     *[("output_device", value, errors.DeviceError, "this machine has cpu") for value in ("abacus", "cuda:77", "", "cpu:3", "abacus:*")],

@@ -286,7 +286,9 @@ def test_the_measured_peak_is_within_the_predicted(name: str, chunk_size: Any, r
     predicted = plan.lanes[0].peak_bytes
     slack = 4096  # scalars, indices, empties
     assert measured.peak <= predicted + slack, f"{measured.peak} measured, {predicted} predicted"
-    assert predicted <= 2.5 * measured.peak + 16 * 1024
+    # A total that one chunk gives needs no more memory; where there might be several, the bound holds one beside the last chunk's.
+    totals = 2 * out.nbytes if reduce is not None and isinstance(out, torch.Tensor) else 0
+    assert predicted <= 2.5 * measured.peak + totals + 16 * 1024
     del out
 
 

@@ -62,8 +62,9 @@ def norm(ghosts: Ghosts, eq: Equation) -> V | None:
     target = summed_square(eq, ghosts)
     root = False
     if target is None and eq.op is aten.linalg_vector_norm.default and not _shape(eq) and not eq.kwargs:
-        order = eq.args[1] if len(eq.args) > 1 else 2
-        target, root = (eq.args[0], True) if type(order) in (int, float) and order == 2 else (None, False)
+        args = list(eq.args)
+        order = args[1] if len(args) > 1 else 2
+        target, root = (args[0], True) if type(order) in (int, float) and order == 2 else (None, False)
     if target is None or not list(eq.results()):
         return None
     out = _of(ghosts, target, eq)

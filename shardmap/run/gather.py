@@ -18,9 +18,15 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }
 """In what the sums of chunks are added up: thousands of additions in float32 would lose two digits."""
+
 _TOGETHER = 16
 """Chunks that are added up in their own width before."""
 _WITHOUT_FLOAT64 = ("mps",)
+
+
+def wider(dtype: torch.dtype) -> int:
+    """How many times as wide as the results totals are."""
+    return 2 if dtype in _WIDER else 1
 
 
 class Gather:

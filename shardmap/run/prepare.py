@@ -18,6 +18,7 @@ from shardmap.planning.split import Collected, Site
 from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
 from shardmap.recording import element
 from shardmap.run.base import Job
+from shardmap.run.gather import wider
 from shardmap.verify import Trial, check
 
 WATCHED_FROM = 4 << 20
@@ -200,7 +201,7 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     held_rows = job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))  # of a store: units being put together
     resident = stacked * held_rows
     resident += sum(o.sample_bytes * (1 if o.dim is None else held_rows + 1) for o in here if not o.mapped and o.reduction is None)
-    resident += sum(3 * o.sample_bytes for o in here if o.reduction is not None)  # the total in twice the width, and a chunk's share
+    resident += sum((1 + wider(o.dtype)) * o.sample_bytes for o in here if o.reduction is not None)  # the total, and a chunk's share
     resident += sum(_bytes(t) for t, there in zip(ready.captured, job.recording.captured, strict=True) if t is not there)
     held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
     fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed or ()}
