@@ -33,7 +33,7 @@ MISTAKES = {
     "unknown key in the file": ["run", "unknown.yaml"],
     "unknown key": ["run", GRADIENTS, "--chunk_sise", "3"],
     "unknown key inside": ["run", GRADIENTS, "--data.pth", "x"],
-    "unknown argument": ["run", GRADIENTS, "--model.args.epoch", "3"],
+    "unknown argument": ["run", GRADIENTS, "--model.init_args.epoch", "3"],
     "no value": ["run", GRADIENTS, "--seed"],
     "a loose word": ["run", GRADIENTS, "extra"],
     "text for a number": ["run", GRADIENTS, "--chunk_size", "many"],
@@ -42,9 +42,9 @@ MISTAKES = {
     "negative chunk": ["run", GRADIENTS, "--chunk_size=-4"],
     "text for yes or no": ["run", GRADIENTS, "--save_outputs", "perhaps"],
     "not a choice": ["run", GRADIENTS, "--randomness", "maybe"],
-    "argument of the wrong type": ["run", GRADIENTS, "--model.args.epochs", "lots"],
-    "argument out of range": ["run", GRADIENTS, "--model.args.epochs=-1"],
-    "argument not a choice": ["run", GRADIENTS, "--report.args.score", "best"],
+    "argument of the wrong type": ["run", GRADIENTS, "--model.init_args.epochs", "lots"],
+    "argument out of range": ["run", GRADIENTS, "--model.init_args.epochs=-1"],
+    "argument not a choice": ["run", GRADIENTS, "--report.init_args.score", "best"],
     "not an import path": ["run", GRADIENTS, "--function", "f"],
     "no such module": ["run", GRADIENTS, "--function", "no_such_package.f"],
     "no such function": ["run", GRADIENTS, "--function", "shardmap.jobs.digits.f"],
@@ -105,7 +105,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "list.yaml").write_text("- data\n- function\n")
     (tmp_path / "no_function.yaml").write_text("data: shardmap.jobs.digits.load\n")
-    (tmp_path / "no_path.yaml").write_text("data: {args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n")
+    (tmp_path / "no_path.yaml").write_text("data: {init_args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n")
     (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
     parts = ("data: shardmap.jobs.digits.load", "function: torch.neg", "columns: [image]", "report: builtins.id")
     (tmp_path / "no_findings.yaml").write_text("\n".join(parts))
@@ -147,7 +147,7 @@ def environment() -> dict[str, str]:
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "shardmap.cli", "run", GRADIENTS, "--model.args.epochs", "100000", "--output", "runs/long"]
+    command = [sys.executable, "-m", "shardmap.cli", "run", GRADIENTS, "--model.init_args.epochs", "100000", "--output", "runs/long"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment())
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any("epoch" in path.read_text() for path in tmp_path.glob("runs/.*/log.jsonl")):

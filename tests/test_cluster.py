@@ -28,7 +28,7 @@ jobs = pytest.importorskip("ray.job_submission")
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/digits_gradients.yaml"
-QUICK = ["--model.args.epochs", "2", "--chunk_size", "300"]
+QUICK = ["--model.init_args.epochs", "2", "--chunk_size", "300"]
 BIN = Path(sys.executable).parent
 
 

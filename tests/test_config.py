@@ -31,7 +31,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
 
 
 def test_overrides_reach_arguments_of_functions():
-    loaded = config.load(CONFIGS / "digits_gradients.yaml", ["--model.args.epochs", "2", "--model.args.learning_rate", "1e-2"])
+    loaded = config.load(CONFIGS / "digits_gradients.yaml", ["--model.init_args.epochs", "2", "--model.init_args.learning_rate", "1e-2"])
     bound = config.bind(loaded)
     assert bound.model is not None
     assert bound.model.args == {"epochs": 2, "batch_size": 64, "learning_rate": 0.01}
@@ -72,9 +72,9 @@ def test_every_key_is_in_the_table_of_the_docs():
     [
         (["--chunk_sise", "3"], "chunk_sise: unknown key, value '3'; did you mean chunk_size?"),
         (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null"),
-        (["--model.args.epoch", "3"], "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.args.epochs?"),
-        (["--report.args.first", "1.5"], "report.args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
-        (["--report.args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),
+        (["--model.init_args.epoch", "3"], "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.init_args.epochs?"),
+        (["--report.init_args.first", "1.5"], "report.init_args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
+        (["--report.init_args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),
         (["--function", "shardmap.jobs.digits.loss_gradent"], "did you mean shardmap.jobs.digits.loss_gradient?"),
         (["--function", "shardmap.jobs.digits.CLASSES"], "which cannot be called; name a function"),
         (["--function", "no_such_package.thing"], "there is no module no_such_package"),
@@ -89,7 +89,7 @@ def test_messages_name_key_value_and_remedy(words, message):
 def test_a_required_argument_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "users_own.py").write_text("def load(*, path: str): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.args\.path: missing; users_own\.load needs a value"):
+    with pytest.raises(ConfigError, match=r"data\.init_args\.path: missing; users_own\.load needs a value"):
         config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_own.load"]))
 
 
@@ -160,7 +160,7 @@ def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
         ["--seed", "1"],
         ["--columns", "[image]"],
         ["--randomness", "same"],
-        ["--data.args.flip_seed", "1"],
+        ["--data.init_args.flip_seed", "1"],
         ["--function", "torch.neg"],
     ]
     assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 6

@@ -54,7 +54,7 @@ def test_the_gradient_run_leaves_a_complete_folder(gradients):
         "suspicious.png",
         "suspicious.txt",
     }
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["args"]["batch_size"] == 64  # defaults filled in
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["batch_size"] == 64  # defaults filled in
     assert json.loads((folder / "environment.json").read_text())["versions"]["torch"]
     assert_is_a_picture(folder / "suspicious.png")
     assert len((folder / "suspicious.txt").read_text().splitlines()) == 1 + 25
@@ -112,7 +112,7 @@ def test_the_log_holds_plan_training_and_every_chunk(gradients):
 
 
 def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
-    assert main(["run", str(CONFIGS / "digits_jacobian.yaml"), "--model.args.epochs", "3", "--output", str(tmp_path / "jacobian")]) == 0
+    assert main(["run", str(CONFIGS / "digits_jacobian.yaml"), "--model.init_args.epochs", "3", "--output", str(tmp_path / "jacobian")]) == 0
     folder = tmp_path / "jacobian"
     jacobian = load_file(folder / "outputs.safetensors")["output"]
     assert jacobian.shape == (1797, 10, 1, 8, 8)
@@ -143,9 +143,9 @@ def test_a_run_with_the_users_own_function_saves_its_outputs(tmp_path, monkeypat
         "def load(*, rows: int = 5):\n    return Dataset({'x': torch.arange(3. * rows).view(rows, 3), 'y': torch.ones(rows, 3)})\n"
         "def both(x, y, *, scale: float = 1.0):\n    return {'dot': torch.dot(x, y) * scale, 'twice': (2 * x,)}\n"
     )
-    (tmp_path / "run.yaml").write_text("data: users_run.load\nfunction: {path: users_run.both, args: {scale: 10}}\noutput: out/mine\n")
+    (tmp_path / "run.yaml").write_text("data: users_run.load\nfunction: {path: users_run.both, init_args: {scale: 10}}\noutput: out/mine\n")
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "run.yaml", "--chunk_size", "2", "--data.args.rows", "4"]) == 0
+    assert main(["run", "run.yaml", "--chunk_size", "2", "--data.init_args.rows", "4"]) == 0
     outputs = load_file("out/mine/outputs.safetensors")
     x = torch.arange(12.0).view(4, 3)
     assert torch.equal(outputs["dot"], 10 * x.sum(1))
@@ -153,7 +153,7 @@ def test_a_run_with_the_users_own_function_saves_its_outputs(tmp_path, monkeypat
 
 
 def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
-    words = ["--function", "operator.call", "--columns", "[image]", "--report", "null", "--model.args.epochs", "0"]
+    words = ["--function", "operator.call", "--columns", "[image]", "--report", "null", "--model.init_args.epochs", "0"]
     words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
     folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
     assert load_file(folder / "outputs.safetensors")["output"].shape == (1797, 10)
@@ -161,7 +161,7 @@ def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
 
 def test_events_reach_the_listener(tmp_path):
     events = []
-    words = ["--chunk_size", "1000", "--model.args.epochs", "0", "--report", "null", "--output", str(tmp_path / "run")]
+    words = ["--chunk_size", "1000", "--model.init_args.epochs", "0", "--report", "null", "--output", str(tmp_path / "run")]
     execute(bind(load(CONFIGS / "digits_gradients.yaml", words)), listener=events.append)
     assert [type(event) for event in events] == [RunStarted, ChunkDone, ChunkDone, RunFinished]
 
@@ -224,6 +224,6 @@ def test_a_run_that_fails_leaves_nothing_and_before_it_ends_nothing_looks_finish
 
 def test_a_run_leaves_torchs_random_state_alone(tmp_path):
     before = torch.get_rng_state()
-    words = ["--model.args.epochs", "1", "--report", "null", "--output", str(tmp_path / "run")]
+    words = ["--model.init_args.epochs", "1", "--report", "null", "--output", str(tmp_path / "run")]
     execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
     assert torch.equal(torch.get_rng_state(), before)

@@ -39,7 +39,7 @@ def report(outcome):
     return Findings(f"{type(outcome.outputs).__name__} of {len(noisy)} rows", {"norm": float(norm.sum())})
 """
 CONFIG = """
-data: {path: users_store.load, args: {rows: 23}}
+data: {path: users_store.load, init_args: {rows: 23}}
 model: users_store.model
 function: users_store.noisy
 report: users_store.report
@@ -93,7 +93,7 @@ def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(k
     header = shardmap.open_store("store").header
     assert [spec.name for spec in header.outputs] == ["noisy", "norm"]
     assert header.attributes["function"] == "users_store.noisy"
-    assert header.attributes["configuration"]["data"]["args"] == {"rows": 23, "shift": 0.0}
+    assert header.attributes["configuration"]["data"]["init_args"] == {"rows": 23, "shift": 0.0}
     assert header.attributes["configuration_hash"] == bind(load("run.yaml")).config.digest()
     assert header.attributes["versions"]["torch"] == torch.__version__
 
@@ -168,8 +168,8 @@ def test_a_store_is_gone_on_with_where_it_has_moved_to(workplace: Path) -> None:
     ("words", "said"),
     [
         (["--seed", "6"], "Keys that differ: seed: 5 is stored, 6 is given"),
-        (["--data.args.rows", "22"], "Keys that differ: data.args.rows: 23 is stored, 22 is given"),
-        (["--data.args.shift", "1"], "data: the samples have changed"),
+        (["--data.init_args.rows", "22"], "Keys that differ: data.init_args.rows: 23 is stored, 22 is given"),
+        (["--data.init_args.shift", "1"], "data: the samples have changed"),
     ],
 )
 def test_another_run_is_refused_with_the_keys_that_differ(words: list[str], said: str, workplace: Path, capsys) -> None:
@@ -201,7 +201,7 @@ def test_reduced_outputs_are_the_mean_and_no_report_of_rows_takes_them(workplace
 
 
 def test_the_digits_report_reads_from_a_store(tmp_path: Path) -> None:
-    words = ["--model.args.epochs", "1", "--report.args.top", "3"]
+    words = ["--model.init_args.epochs", "1", "--report.init_args.top", "3"]
     kept, findings = execute(bind(load(GRADIENTS, [*words, "--output", str(tmp_path / "kept")])))
     _, again = execute(bind(load(GRADIENTS, [*words, "--output", str(tmp_path / "run"), "--store", str(tmp_path / "store")])))
     assert findings is not None
@@ -362,7 +362,7 @@ def test_the_forecast_counts_what_the_run_moves(workplace: Path) -> None:
 def test_a_measurement_replaces_the_guess(tmp_path: Path) -> None:
     from shardmap.jobs.plan import plan
 
-    planned, found = plan(bind(load(GRADIENTS, ["--model.args.epochs", "0"])), workers=2, measure=True)
+    planned, found = plan(bind(load(GRADIENTS, ["--model.init_args.epochs", "0"])), workers=2, measure=True)
     assert found is not None
     assert found.workload.measured
     assert "~" not in str(found)

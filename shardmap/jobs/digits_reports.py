@@ -53,7 +53,7 @@ def suspicious_labels(
     gradients = torch.cat([leaf.reshape(samples, -1) for leaf in outcome.rows()], dim=1)  # [N, parameters]
     scores = score_gradients(gradients, given, score)
     if not bool(torch.isfinite(scores).all()):
-        raise ConfigError("model.args.learning_rate: training diverged, some per-sample gradients are not finite; give a smaller one")
+        raise ConfigError("model.init_args.learning_rate: training diverged, some per-sample gradients are not finite; give a smaller one")
 
     order = scores.argsort(descending=True)
     count = max(1, round(first * samples))

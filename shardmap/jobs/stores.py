@@ -75,7 +75,7 @@ def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig |
     values = store.header.attributes.get("configuration")
     if not isinstance(values, dict):
         return None
-    return from_mapping({**values, "store": store.url}, f"the configuration in {store.url}", overrides)
+    return from_mapping({**values, "store": store.url}, overrides)
 
 
 def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> StoreMismatchError:
@@ -94,7 +94,7 @@ def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> Sto
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as they are written on the command line: `model.args.epochs`."""
+    """Nested keys as they are written on the command line: `model.init_args.epochs`."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
