@@ -1,4 +1,4 @@
-"""The command line: `shardmap run`, `plan`, `resume`, `verify`, `ops`, `devices`."""
+"""The command line: `shardmap run`, `plan`, `resume`, `verify`, `report`, `ops`, `devices`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from shardmap.errors import (
     OptionError,
     OverBudget,
     ShardmapError,
-    StoreError,
     StoreMismatchError,
 )
 from shardmap.extras import require
 from shardmap.run.base import Event
 
 if TYPE_CHECKING:
-    from shardmap import Store
-    from shardmap.config import RunConfig
+    from shardmap.config import BoundRun
+    from shardmap.jobs.folder import RunFolder
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -51,21 +50,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="shardmap", description="Map a PyTorch function over a batch: in chunks, on every device you name.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="carry out the run that a configuration describes", usage="shardmap run CONFIG [--key value ...]")
+    run = commands.add_parser(
+        "run",
+        help="carry out the run that a configuration describes",
+        usage="shardmap run CONFIG [--allow PREFIX] [--key value ...]",
+        allow_abbrev=False,
+    )
     run.add_argument("config", help="a YAML file, such as configs/digits_gradients.yaml; it names functions by import path and so is code")
     plan = commands.add_parser(
         "plan",
         help="print what a run would do, without running it",
-        usage="shardmap plan CONFIG [--workers N] [--measure] [--key value ...]",
+        usage="shardmap plan CONFIG [--workers N] [--measure] [--allow PREFIX] [--key value ...]",
         allow_abbrev=False,
     )
     plan.add_argument("config", help="as for run; data is loaded and the model made, for the plan depends on them")
     plan.add_argument("--workers", metavar="N", help="forecast the run for N workers like this machine: time, bytes, requests, bottleneck")
     plan.add_argument("--measure", action="store_true", help="compute about a second's worth of samples, so that seconds are no guess")
-    resume = commands.add_parser("resume", help="go on with a run whose store is there", usage="shardmap resume STORE [--key value ...]")
-    resume.add_argument("store", help="the path or URL that the run's configuration names as its store; it holds the configuration")
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was killed",
+        usage="shardmap resume RUN_OR_STORE [--allow PREFIX] [--key value ...]",
+        allow_abbrev=False,
+    )
+    resume.add_argument(
+        "run", help="the run folder, or the path or URL of the run's store; it holds the configuration, which is run as code"
+    )
     verify = commands.add_parser("verify", help="hash a store's units, compute some of them again, and compare", allow_abbrev=False)
-    verify.add_argument("store", help="the path or URL of a store; the configuration in it is run as code")
+    verify.add_argument("store", help="a run folder, or the path or URL of a store; the configuration in it is run as code")
     verify.add_argument("--units", type=int, metavar="N", help="how many units to compute again (3)")
     verify.add_argument("--all", action="store_true", help="compute all units again")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of units (0)")
@@ -73,21 +84,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument(
         "--discard", action="store_true", help="take back the commits of units that are wrong: `shardmap resume` makes them anew"
     )
+    for command in (run, plan, resume, verify):
+        command.add_argument(
+            "--allow", action="append", default=[], metavar="PREFIX", help="import only what lies below this package or module; repeatable"
+        )
+    report = commands.add_parser("report", help="make one HTML page of a run folder", allow_abbrev=False)
+    report.add_argument("run", type=Path, help="the run folder")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (report.html in the run folder)")
     ops = commands.add_parser("ops", help="list the operators that have a batching rule, and what the last sweep over PyTorch's found")
     ops.add_argument("--scoreboard", type=Path, default=SCOREBOARD, help="the sweep's stored result")
     commands.add_parser("devices", help="list the devices that a map can run on here")
     try:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "run":
-            return _run(lambda: _load(options.config, rest))
+            return _run(options.config, rest, options.allow)
         if options.command == "plan":
             return _plan(options, rest)
         if options.command == "resume":
-            return _run(lambda: _stored(options.store, rest))
+            return _resume(options.run, rest, options.allow)
         if rest:
             parser.error(f"unknown argument {rest[0]}; see shardmap {options.command} --help")
         if options.command == "verify":
             return _verify(options)
+        if options.command == "report":
+            return _report(options.run, options.output)
         return _ops(options.scoreboard) if options.command == "ops" else _devices()
     except KeyboardInterrupt:
         _complain("interrupted; nothing was left behind")
@@ -110,18 +130,40 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _run(configured: Callable[[], RunConfig]) -> int:
+def _run(path: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
     """Check everything, then carry out the run, with a progress bar if someone watches."""
-    from shardmap.config import bind
+    from shardmap.config import bind, load
 
     _import_from_here()
-    config = configured()
-    bound = bind(config)
-    from shardmap.jobs.run import execute  # after the checks: a wrong key is answered without loading more
+    return _carried_out(bind(load(path, overrides), allow), None)
 
+
+def _resume(place: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
+    """Go on with a run that has stopped."""
+    from shardmap.config import bind
+    from shardmap.jobs.resume import find
+
+    _import_from_here()
+    stopped = find(place, overrides)
+    if stopped.complete:
+        _say(f"{stopped.folder} is complete: there is nothing to go on with")
+        return 0
+    bound = bind(stopped.config, allow)
+    if not stopped.config.stored:
+        _say("its outputs are not in a store: the run starts from the beginning")
+    return _carried_out(bound, stopped.reopen())
+
+
+def _carried_out(bound: BoundRun, folder: RunFolder | None) -> int:
+    from shardmap.jobs.run import RunInterrupted, execute  # after the checks: a wrong key is answered without loading more
+
+    config = bound.config
     try:
         with _progress() as listener:
-            folder, findings = execute(bound, say=_say, listener=listener)
+            written, findings = execute(bound, folder=folder, say=_say, listener=listener)
+    except RunInterrupted as stopped:
+        _complain(f"interrupted; what is in {stopped.folder} stays, and `shardmap resume {stopped.folder}` goes on with it")
+        return INTERRUPTED
     except KeyboardInterrupt:
         if config.store is None or not _is_there(config.store):
             raise
@@ -129,7 +171,15 @@ def _run(configured: Callable[[], RunConfig]) -> int:
         return INTERRUPTED
     if findings is not None:
         _say(findings.headline)
-    _say(f"written to {folder}" + ("" if config.store is None else f", the outputs to {config.store}"))
+    _say(f"written to {written}" + ("" if config.store is None else f", the outputs to {config.store}"))
+    return 0
+
+
+def _report(run: Path, output: Path | None) -> int:
+    """Make a page of a run folder."""
+    from shardmap.report.page import write
+
+    _say(f"written to {write(run, output)}")
     return 0
 
 
@@ -138,34 +188,15 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     workers = options.workers
     if workers is not None and not (workers.isascii() and workers.isdigit() and int(workers)):
         raise ConfigError(f"--workers {workers}: does not fit; give a whole number of at least 1")
-    from shardmap.config import bind
+    from shardmap.config import bind, load
 
     _import_from_here()
-    bound = bind(_load(options.config, overrides))
+    bound = bind(load(options.config, overrides), options.allow)
     from shardmap.jobs.plan import plan
 
     with _progress():
         plan(bound, workers=None if workers is None else int(workers), measure=options.measure, say=_say)
     return 0
-
-
-def _load(path: str, overrides: Sequence[str]) -> RunConfig:
-    from shardmap.config import load
-
-    return load(path, overrides)
-
-
-def _stored(url: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration in a store, to go on with it."""
-    import dataclasses
-
-    from shardmap.jobs.stores import configuration_of
-
-    store = _open(url)
-    config = configuration_of(store, overrides)
-    if config is None:
-        raise ConfigError(f"{store.url} was not written by a configured run; call shardmap.vmap as it was called, with resume=True")
-    return dataclasses.replace(config, resume=True)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -177,12 +208,14 @@ def _verify(options: argparse.Namespace) -> int:
     if options.devices == "ray":
         raise ConfigError("--devices ray: units are computed again on this machine; give auto, cpu or cuda:*")
     _import_from_here()
-    store = _open(options.store)
+    from shardmap.jobs.resume import store_in
     from shardmap.jobs.verify import verify
+
+    store = store_in(options.store)
 
     units = None if options.all else 3 if options.units is None else options.units
     with _progress() as listener:
-        found = verify(store, units=units, seed=options.seed, devices=options.devices, say=_say, listener=listener)
+        found = verify(store, units=units, seed=options.seed, devices=options.devices, allow=options.allow, say=_say, listener=listener)
     if not found.wrong:
         return 0
     if options.discard:
@@ -194,19 +227,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 1
 
 
-def _open(url: str) -> Store:
-    from shardmap import open_store
-
-    try:
-        return open_store(url)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _is_there(url: str) -> bool:
     """Whether there is a store already: it is made when the data is loaded and the function recorded."""
+    from shardmap.jobs.resume import opened
+
     try:
-        _open(url)
+        opened(url)
     except ConfigError:
         return False
     return True

@@ -100,7 +100,7 @@ class RunConfig:
     seed: int = 0
     """Seeds torch before the model is made."""
     store: str | None = None
-    """A path or URL: outputs are written there as they are computed; null for a store in the run folder."""
+    """A path or URL: outputs are written there as they are computed; null for `results.zarr` in the run folder."""
     store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
     """How the store writes them; only `zarr` takes URLs."""
     resume: bool = False
@@ -202,7 +202,7 @@ def _check_places(config: RunConfig) -> None:
     if config.store is None:
         if config.resume:
             raise ConfigError("resume: true, and there is no store; give store: PATH, or go on with a run folder by `shardmap resume RUN`")
-        if config.store_kind != "zarr" and not config.stored:
+        if config.store_kind != "zarr":
             raise ConfigError(f"store_kind: {config.store_kind}, and there is no store; give store: PATH, or leave store_kind out")
         return
     if not config.store.strip():

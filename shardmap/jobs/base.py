@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardmap.errors import ConfigError
-from shardmap.store import Store
+from shardmap.store import Source, Store
+from shardmap.store.columns import Column
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Named columns, each a tensor with one row per sample.
+    """Named columns, each with one row per sample: a tensor, or a column of a `shardmap.Source`, whose rows are read as they are needed.
 
     The run's `columns` say which of them the mapped function receives; the others are there for the report.
     """
 
-    columns: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor | Column]
 
     def __post_init__(self) -> None:
         """Check that all columns have the same number of rows."""
@@ -29,13 +30,19 @@ class Dataset:
         if len(set(sizes.values())) != 1:
             raise ConfigError(f"data: the columns differ in their number of rows, {sizes}; give each one row per sample")
 
+    @staticmethod
+    def of(source: Source) -> Dataset:
+        """The columns of a source, under its names."""
+        return Dataset({spec.name: column for spec, column in zip(source.specs, source.columns, strict=True)})
+
     def __len__(self) -> int:
         """The number of samples."""
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, name: str) -> Tensor:
-        """One column."""
-        return self.columns[name]
+        """One column; of a source, all of its rows are read."""
+        column = self.columns[name]
+        return column if isinstance(column, Tensor) else column.rows_between(0, len(column))
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,23 @@ class Outcome:
 
     dataset: Dataset
     model: Any
-    """What the configuration's `model` returned; None without one."""
+    """What the configuration's `model` made, its weights loaded; None without one."""
     outputs: Any
-    """The mapped function's outputs: its structure, each tensor with one row per sample, or reduced. The `Store`, if they went to one."""
+    """The outputs: the open `Store`, if they went to one; otherwise their structure, each tensor with one row per sample, or reduced."""
     folder: Path
-    """Where the report writes; it becomes the run folder when everything is written."""
+    """The run folder, where the report writes."""
     reduced: bool = False
     """Whether the outputs are combined over all samples."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The outputs by name, in memory, whether they are kept or reduced; from a store all of it is read.
+
+        A single output is called `result`, others by their place: `0`, `loss.1`, `mean.conv.weight`.
+        """
+        if isinstance(self.outputs, Store):
+            header = self.outputs.header
+            return {spec.name: self.outputs.read(index, 0, header.samples) for index, spec in enumerate(header.outputs)}
+        return named(self.outputs)
 
     def rows(self) -> list[Tensor]:
         """Each output with one row per sample, in memory: from a store all of it is read.
@@ -58,13 +75,9 @@ class Outcome:
         Raises:
             ConfigError: There are no such rows: the run has reduced them.
         """
-        if isinstance(self.outputs, Store):
-            header = self.outputs.header
-            return [self.outputs.read(index, 0, header.samples) for index in range(len(header.outputs))]
-        leaves = pytree.tree_leaves(self.outputs)
         if self.reduced:
             raise ConfigError("reduce: the report needs the outputs of each sample, and they were reduced; leave reduce out, or the report")
-        return leaves
+        return list(self.tensors().values())
 
 
 @dataclass(frozen=True)
@@ -75,3 +88,14 @@ class Findings:
     """A sentence or a few, printed at the end of the run."""
     numbers: Mapping[str, float | int | str]
     """Written to `summary.json`."""
+
+
+def named(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a pytree, each named by its place in it: `result` where there is one, `0`, `loss.1`."""
+    tensors = {}
+    for place, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
+            steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
+            tensors[".".join(steps) or "result"] = leaf
+    return tensors

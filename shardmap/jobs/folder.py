@@ -1,4 +1,4 @@
-"""The run folder: written under a temporary name, renamed when it is complete."""
+"""The run folder: there from the beginning, and it says when it is complete."""
 
 from __future__ import annotations
 
@@ -14,54 +14,107 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from shardmap.errors import ConfigError
+from shardmap.errors import ConfigError, StoreError
 from shardmap.extras import require
+from shardmap.jobs.base import named
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted
+from shardmap.store import Store, open_store
+from shardmap.store.manifest import JOURNAL
+
+STATE, UNFINISHED, COMPLETE = "state.json", "unfinished", "complete"
+RESULTS = "results.zarr"
+"""The store in a run folder."""
 
 
 class RunFolder:
-    """A folder that carries its final name only once everything is in it.
+    """A folder that says whether it is complete: `state.json` turns from `unfinished` to `complete` when all else is written.
 
-    Use as a context manager. Leaving it by an exception, Ctrl-C included, removes what was written.
+    Use as a context manager. Leaving it by an exception, Ctrl-C included, removes what was written, unless that can be gone on with.
     """
 
-    def __init__(self, output: str) -> None:
-        """Claim a temporary folder beside `output`.
+    def __init__(self, path: Path, made_parents: list[Path], resumed: bool):
+        """Use `create` or `reopen`."""
+        self.path = path
+        self.resumed = resumed
+        """Whether the run goes on in a folder that was there."""
+        self._made_parents = made_parents
+        self._log: TextIO | None = None
+        self._handler: logging.Handler | None = None
+
+    @staticmethod
+    def create(output: str, configuration: str) -> RunFolder:
+        """Make a run folder, with its state and configuration in it from the beginning.
 
         Args:
-            output: The run folder's path. Its parent is made if it is missing.
+            output: Its path. The next free one (`NAME-2`, ...) is taken if something is there. Its parent is made if it is missing.
+            configuration: The text of `config.yaml`.
 
         Raises:
             ConfigError: `output` cannot be written.
         """
-        self._wanted = Path(output)
-        self._made_parents: list[Path] = []
+        wanted, made, hidden = Path(output), list[Path](), None
         try:
-            for parent in reversed([self._wanted.parent, *self._wanted.parent.parents]):
+            for parent in reversed([wanted.parent, *wanted.parent.parents]):
                 if not parent.exists():
                     parent.mkdir()
-                    self._made_parents.append(parent)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{self._wanted.name}.unfinished-", dir=self._wanted.parent))
-            self.path.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+                    made.append(parent)
+            hidden = Path(tempfile.mkdtemp(prefix=f".{wanted.name}.new-", dir=wanted.parent))
+            hidden.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            (hidden / "config.yaml").write_text(configuration, encoding="utf-8")
+            write_json(hidden / STATE, _running())
+            return RunFolder(_renamed(hidden, wanted), made, resumed=False)
         except OSError as error:
-            self._remove_parents()
+            if hidden is not None:
+                shutil.rmtree(hidden, ignore_errors=True)
+            _remove(made)
             reason = error.strerror or type(error).__name__
             raise ConfigError(f"output: {output!r} cannot be written ({reason}); give a folder that can be made") from None
-        self._log: TextIO | None = None
-        self._handler: logging.Handler | None = None
+
+    @staticmethod
+    def reopen(path: Path) -> RunFolder:
+        """Go on in a folder of a run that has stopped.
+
+        Raises:
+            ConfigError: The run still runs, or the folder cannot be written.
+        """
+        state = state_of(path)
+        assert state is not None, path
+        if _alive(state):
+            raise ConfigError(f"{path}: the run is still running, as process {state['process']}; wait for it, or stop it first")
+        try:
+            write_json(path / STATE, _running())
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror}); make it writable, or start the run anew elsewhere") from None
+        return RunFolder(path, [], resumed=True)
+
+    @property
+    def results(self) -> Path:
+        """Where outputs go that the configuration names no place for."""
+        return self.path / RESULTS
+
+    def found(self) -> Store | None:
+        """The store in the folder. What was killed before it was one is removed: nothing is in it, and it would be in the way."""
+        try:
+            return open_store(self.results)
+        except StoreError:
+            if self.results.is_dir() and not (self.results / JOURNAL).exists():
+                shutil.rmtree(self.results)
+            return None
 
     def __enter__(self) -> RunFolder:
-        """Start the log."""
-        self._log = (self.path / "log.jsonl").open("w", encoding="utf-8")
+        """Start the log, or go on with it."""
+        log = self.path / "log.jsonl"
+        torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")  # killed in the middle of a line
+        self._log = log.open("a", encoding="utf-8")
+        if torn:
+            self._log.write("\n")
         self._handler = _JsonLines(self)
         package = logging.getLogger("shardmap")
         self._level = package.level
@@ -70,16 +123,33 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        """Stop the log; remove the folder unless `finish` gave it its name."""
+        """Stop the log; without `finish`, leave what can be gone on with, and nothing else."""
         if self._handler is not None:
             logging.getLogger("shardmap").removeHandler(self._handler)
             logging.getLogger("shardmap").setLevel(self._level)
+        if kind is not None:
+            self.log("stopped", error=kind.__name__ if isinstance(kind, type) else str(kind))
         if self._log is not None:
             self._log.close()
             self._log = None
-        if kind is not None:
+        if kind is None:
+            return
+        if self.keeps:
+            with contextlib.suppress(OSError):  # a full disk: the state says that a process runs which does not, and that is found out
+                write_json(self.path / STATE, {"state": UNFINISHED})
+        else:
             shutil.rmtree(self.path, ignore_errors=True)
-            self._remove_parents()
+            _remove(self._made_parents)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the folder stays when the run stops: units are committed in it, or it was there before."""
+        if self.resumed:
+            return True
+        try:
+            return bool(open_store(self.results).receipts())
+        except StoreError:
+            return False
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to log.jsonl: the time in seconds since the epoch, the event and its values."""
@@ -99,23 +169,70 @@ class RunFolder:
             self.log("map finished", seconds=round(event.seconds, 4), redone=dict(event.redone))
 
     def finish(self) -> Path:
-        """Give the folder its name, or the next free one (`NAME-2`, ...) if that is taken, and return it."""
+        """Say that everything is there, and return where."""
         self.log("finished")
-        for number in itertools.count(1):
-            final = self._wanted if number == 1 else self._wanted.with_name(f"{self._wanted.name}-{number}")
-            try:
-                self.path.rename(final)  # refused where a file or a folder with something in it stands
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-            else:
-                return final
-        raise AssertionError("itertools.count ends")
+        write_json(self.path / STATE, {"state": COMPLETE})
+        return self.path
 
-    def _remove_parents(self) -> None:
-        for parent in reversed(self._made_parents):
-            with contextlib.suppress(OSError):  # something else is in it by now
-                parent.rmdir()
+
+def state_of(path: Path) -> dict[str, Any] | None:
+    """What `state.json` of a folder says; None if it is no run folder.
+
+    Raises:
+        ConfigError: It cannot be understood.
+    """
+    file = path / STATE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())}); start the run anew") from None
+    if not isinstance(values, dict) or values.get("state") not in (UNFINISHED, COMPLETE):
+        raise ConfigError(f"{file}: says neither {UNFINISHED} nor {COMPLETE}; start the run anew")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a file that is there as a whole or not at all."""
+    hidden = path.with_name(f".{path.name}.new")
+    hidden.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    hidden.replace(path)
+
+
+def _running() -> dict[str, Any]:
+    """The state of a run in this process."""
+    return {"state": UNFINISHED, "host": platform.node(), "process": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _alive(state: Mapping[str, Any]) -> bool:
+    """Whether the process that a state names runs on this machine; of another machine nobody can know."""
+    if state.get("host") != platform.node() or "process" not in state:
+        return False
+    try:
+        return abs(psutil.Process(state["process"]).create_time() - state["started"]) < 1  # another process may have its number by now
+    except psutil.Error:
+        return False
+
+
+def _renamed(hidden: Path, wanted: Path) -> Path:
+    """Give a folder its name, or the next free one if that is taken."""
+    for number in itertools.count(1):
+        final = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            hidden.rename(final)  # refused where a file or a folder with something in it stands
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+        else:
+            return final
+    raise AssertionError("itertools.count ends")
+
+
+def _remove(parents: list[Path]) -> None:
+    for parent in reversed(parents):
+        with contextlib.suppress(OSError):  # something else is in it by now
+            parent.rmdir()
 
 
 class _JsonLines(logging.Handler):
@@ -148,14 +265,9 @@ def environment() -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tree: Any) -> None:
-    """Save a pytree of tensors as safetensors, each named by its place in the tree: `output`, `0`, `loss.1`."""
+    """Save a pytree of tensors as safetensors, each named by its place in the tree: `result` where there is one, `0`, `loss.1`."""
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
-    tensors = {}
-    for place, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, Tensor):
-            # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
-            steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
-            tensors[".".join(steps) or "output"] = leaf.detach().cpu().contiguous()
+    tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named(tree).items()}
     safetensors.save_file(tensors, path)
 
 

@@ -1,40 +1,72 @@
-"""What a run maps: the data and the model, made as the configuration says, and the function of one sample."""
+"""What a run maps: the samples and the model, made as the configuration says, and the function of one sample."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import shardmap
-from shardmap.config import BoundRun, RunConfig
-from shardmap.errors import ConfigError, DeviceError
+from shardmap.config import BoundCall, BoundRun, RunConfig
+from shardmap.errors import ConfigError, DeviceError, SourceError
 from shardmap.extras import require
+from shardmap.jobs import weights
 from shardmap.jobs.base import Dataset
+from shardmap.options import MapOptions
 from shardmap.planning.device import resolve
 from shardmap.planning.memory import parse_bytes
+from shardmap.store import Source
+from shardmap.store.columns import Column
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A run's data, model and function, ready to be mapped."""
+    """A run's samples, model and function, ready to be mapped."""
 
     dataset: Dataset
     model: Any
     """None without one."""
-    columns: list[Tensor]
-    """What the function is mapped over, in the order of its parameters."""
-    one_sample: Callable[..., Any]
-    """The function of one sample's values of the columns."""
+    columns: list[Tensor | Column]
+    """What is mapped, in the order of the function's parameters."""
+    call: Callable[..., Any]
+    """What `function` names with its arguments bound, or what it constructs; the model where there is no function."""
+    leading: tuple[Any, ...]
+    """What `call` gets before a sample's values of the columns: the model, if there is one beside the function."""
+    loss: Callable[..., Any] | None
+    """Of the module's output and the columns that follow the first."""
+    name: str
+    """Of what is called, for errors and warnings."""
+
+    @property
+    def one_sample(self) -> Callable[..., Any]:
+        """The function of one sample's values of the columns."""
+
+        def one_sample(*row: Any) -> Any:
+            return self.call(*self.leading, *row)
+
+        one_sample.__name__ = one_sample.__qualname__ = self.name
+        return one_sample
+
+    @property
+    def detached(self) -> Callable[..., Any]:
+        """The same without a history: outputs end in files, so no chunk needs a graph, and other processes can compute them."""
+        function = self.one_sample
+
+        @functools.wraps(function)
+        def detached(*row: Any) -> Any:
+            return pytree.tree_map_only(Tensor, Tensor.detach, function(*row))
+
+        return detached
 
 
 def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
-    """Call what the configuration names as data and model.
+    """Read or make what the configuration names as samples, model, weights and function.
 
     Torch must be seeded with the run's seed: draws depend on what was drawn before.
 
@@ -42,21 +74,28 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         ConfigError: What they return, or a column, is not what is needed.
     """
     config = run.config
-    dataset = run.data()
-    if not isinstance(dataset, Dataset):
-        raise ConfigError(f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset")
+    state = None if config.weights is None else weights.read(config.weights)  # before what takes longer
+    dataset = _samples(run)
+    names = list(dataset.columns) if config.columns is None else config.columns
     columns = _pick_columns(dataset, config.columns)
-    say(f"{config.function.path} over {len(dataset)} samples of {', '.join(config.columns or dataset.columns)}")
-
-    model = None if run.model is None else run.model(dataset)
-    leading = () if run.model is None else (model,)
-
-    @functools.wraps(run.function.function)  # errors and warnings call it by its name
-    def one_sample(*row: Any) -> Any:
-        # A run's outputs end in files: detached here, no chunk keeps an autograd graph alive, and other processes can compute them.
-        return pytree.tree_map_only(Tensor, Tensor.detach, run.function.function(*leading, *row, **run.function.args))
-
-    return Parts(dataset, model, columns, one_sample)
+    model = None if run.model is None else _made(run.model, dataset)
+    call, leading, name = _callable(run, model)
+    module = model if isinstance(model, nn.Module) else call
+    if state is not None and config.weights is not None:
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"weights: {config.weights!r} is for a torch.nn.Module, and what was made is a {type(module).__name__}; name a module, or "
+                "leave weights out"
+            )
+        weights.load(module, state, config.weights)
+    loss = None if run.loss is None else _loss(run.loss)
+    parts = Parts(dataset, model, columns, call, leading, loss, name)
+    _check_task(config, parts, names)
+    what = "" if config.task == "vmap" else f"{config.task} of "
+    named = config.function or config.model
+    assert named is not None
+    say(f"{what}{named.path} over {len(dataset)} samples of {', '.join(names)}")
+    return parts
 
 
 def check_machine(config: RunConfig) -> None:
@@ -77,22 +116,124 @@ def check_machine(config: RunConfig) -> None:
         raise ConfigError(f"memory_budget: {config.memory_budget!r} is no amount of memory; write for example 6GiB or 512 MiB")
 
 
-def map_options(config: RunConfig) -> dict[str, Any]:
+def map_options(run: BoundRun) -> MapOptions:
     """The options of `shardmap.vmap` that a configuration gives, but for its store."""
+    config = run.config
     devices = shardmap.Ray(workers=config.workers) if config.devices == "ray" and config.workers is not None else config.devices
     return {
         "devices": devices,
         "randomness": config.randomness,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,
-        "reduce": config.reduce,
+        "reduce": run.reduce,
     }
 
 
-def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor]:
+def _samples(run: BoundRun) -> Dataset:
+    config = run.config
+    if config.source is not None:
+        path = config.source.path
+        try:
+            return Dataset.of(shardmap.source(path, names=config.source.columns))
+        except SourceError as error:
+            raise ConfigError(f"source: {error}") from error
+    assert run.data is not None
+    assert config.data is not None
+    dataset = run.data()
+    if isinstance(dataset, Source):
+        return Dataset.of(dataset)
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset or a shardmap.Source"
+        )
+    return dataset
+
+
+def _made(call: BoundCall, *leading: Any) -> Any:
+    """Call a function, or construct a class; a module that is constructed here is put into eval mode, as nobody else can."""
+    if not call.is_class:
+        return call(*leading[: call.leading])
+    made = call()
+    return made.eval() if isinstance(made, nn.Module) else made
+
+
+def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
+    """What is called for each sample, what it gets before the columns, and its name."""
+    if run.function is None:
+        if not callable(model):
+            assert run.config.model is not None
+            path, kind = run.config.model.path, type(model).__name__
+            raise ConfigError(f"model.path: {path!r} returned a {kind}, which cannot be called; name a function for it, function: ...")
+        return model, (), type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
+    leading = () if run.model is None else (model,)
+    if run.function.is_class:
+        made = _made(run.function)
+        if not callable(made):
+            assert run.config.function is not None
+            raise ConfigError(
+                f"function.path: what {run.config.function.path!r} constructs cannot be called; give it a __call__, or a function"
+            )
+        return made, leading, type(made).__name__
+    function = run.function.function
+    call = functools.partial(function, **run.function.args) if run.function.args else function
+    return call, leading, getattr(function, "__name__", type(function).__name__)
+
+
+def _loss(call: BoundCall) -> Callable[..., Any]:
+    if call.is_class:
+        return _made(call)
+    return functools.partial(call.function, **call.args) if call.args else call.function
+
+
+def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor | Column]:
     if names == []:
         raise ConfigError(f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave the key out")
     for name in names or ():
         if name not in dataset.columns:
             raise ConfigError(f"columns: {name!r} is not in the data; known: {', '.join(dataset.columns)}")
-    return [dataset[name] for name in (dataset.columns if names is None else names)]
+    return [dataset.columns[name] for name in (dataset.columns if names is None else names)]
+
+
+def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
+    """Refuse columns and parts that do not fit the task, in the configuration's own words."""
+    count = len(parts.columns)
+    if config.task == "hvp" and count != 2:
+        raise ConfigError(
+            f"columns: {', '.join(names)} are {count}, and task: hvp takes two, where to differentiate and the vector; name two"
+        )
+    if config.task in ("jacobian", "hessian"):
+        for number in config.argnums if isinstance(config.argnums, list) else [config.argnums]:
+            if not 0 <= number < count:
+                raise ConfigError(f"argnums: {number} is out of range; the columns are {', '.join(names)}: give 0 to {count - 1}")
+    if config.task == "per_sample_grad" and parts.loss is not None and not isinstance(parts.call, nn.Module):
+        raise ConfigError(
+            f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and {parts.name} is none; name a torch.nn.Module, or "
+            "a function of parameters without loss"
+        )
+    if config.task == "per_sample_grad" and parts.loss is None and isinstance(parts.model, nn.Module):
+        raise ConfigError(
+            f"function: {parts.name} gets its parameters from model, and that is a module; give loss: package.module.name instead of "
+            "function, or let model return a tensor or a dict of tensors"
+        )
+    if config.task == "per_sample_grad" and parts.loss is not None:
+        _check_call(parts.call, ("columns",), names[:1])
+        _check_call(parts.loss, ("columns", "loss"), ["the output", *names[1:]])
+    else:
+        _check_call(
+            parts.call, ("columns", "function"), [*(["the model"] * len(parts.leading)), *(names[:1] if config.task == "hvp" else names)]
+        )
+
+
+def _check_call(function: Callable[..., Any], keys: tuple[str, ...], given: list[str]) -> None:
+    """Refuse a function that cannot be called with what it would be given."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (ValueError, TypeError):  # written in C: it says itself what it misses
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        name = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", type(function).__name__)
+        raise ConfigError(
+            f"{keys[0]}: {name}{signature} is called with {', '.join(given)}: {error}; name other {' or another '.join(keys)}"
+        ) from None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import shardmap
+from torch import Tensor
+
 from shardmap.config import BoundRun, RunConfig
-from shardmap.jobs.folder import one_seed
+from shardmap.jobs import tasks
+from shardmap.jobs.folder import RESULTS, one_seed
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.options import MapOptions
 from shardmap.planned import Plan
 from shardmap.planning.forecast import Forecast, Workload, forecast
 from shardmap.planning.memory import format_bytes
@@ -38,34 +41,35 @@ def plan(
     """
     workers = workers or run.config.workers
     config = dataclasses.replace(run.config, devices="auto", workers=None) if run.config.devices == "ray" else run.config
+    options = map_options(dataclasses.replace(run, config=config))
     check_machine(config)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        planned = shardmap.plan(parts.one_sample, **map_options(config))(*parts.columns)
+        planned = tasks.planned(parts, config, options)
         if measure and planned.samples:
-            _measure(planned, parts, config)
-            planned = shardmap.plan(parts.one_sample, **map_options(config))(*parts.columns)
+            _measure(planned, parts, config, options)
+            planned = tasks.planned(parts, config, options)
     say(str(planned))
-    if config.store is not None:
+    if run.config.stored:
         say(_to_store(planned, config))
     if run.config.devices == "ray" and workers is None:
         say("The plan is of this machine: how many workers Ray has is known when it runs; --workers N forecasts for N of them.")
     if workers is None:
         return planned, None
-    found = forecast(_workload(planned, config, workers), workers)
+    found = forecast(_workload(planned, config, workers, run.config.store is not None), workers)
     say(f"\n{found}")
     return planned, found
 
 
-def _measure(planned: Plan, parts: Parts, config: RunConfig) -> None:
+def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
     """Compute some samples; a plan that is made after it knows how long they took."""
     most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
     rows = max(2, min(int(MEASURED_SECONDS * planned.samples / max(planned.seconds, 1e-9)), most, planned.samples))
-    first = [column[:rows] for column in parts.columns]
-    shardmap.plan(parts.one_sample, **map_options(config))(*first).run()
+    first = [column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows) for column in parts.columns]
+    tasks.planned(dataclasses.replace(parts, columns=first), config, options).run()
 
 
-def _workload(planned: Plan, config: RunConfig, workers: int) -> Workload:
+def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:
     job, samples = planned._job, planned.samples
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
@@ -78,7 +82,7 @@ def _workload(planned: Plan, config: RunConfig, workers: int) -> Workload:
         measured=all(lane.measured for lane in planned.lanes),
         chunk_size=config.chunk_size,
         reduced=config.reduce is not None,
-        unit_rows=None if config.store is None else unit_of(job, config.chunk_size, None, workers),
+        unit_rows=None if not stored else unit_of(job, config.chunk_size, None, workers),
         unit_objects=1 if config.store_kind == "safetensors" else len(job.outputs),
     )
 
@@ -88,8 +92,9 @@ def _to_store(planned: Plan, config: RunConfig) -> str:
     row = sum(o.sample_bytes for o in planned._job.outputs)
     units = -(-planned.samples // unit)
     held = min(planned.samples, unit * (len(planned.lanes) + 1))
+    place = config.store or f"{RESULTS} in the run folder"
     each, most, whole = (format_bytes(rows * row) for rows in (unit, held, planned.samples))
     return (
-        f"\nOutputs go to {config.store}, {units} units of {unit} rows, {each} each: memory holds {most} of them at most, where the table "
+        f"\nOutputs go to {place}, {units} units of {unit} rows, {each} each: memory holds {most} of them at most, where the table "
         f"counts all {whole}."
     )

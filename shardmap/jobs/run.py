@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import shardmap
-from shardmap import Store
+from shardmap import Plan, Store
 from shardmap.config import BoundRun, to_yaml
 from shardmap.errors import ConfigError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors
+from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors, write_json
+from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
 from shardmap.jobs.stores import check_store, sink_of, with_keys
-from shardmap.run.base import Event, RunFinished, listen
+from shardmap.jobs.tasks import mapped, planned
+from shardmap.run import timeline
+from shardmap.run.base import Event, listen
+
+logger = logging.getLogger(__name__)
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C, in a run that can be gone on with."""
+
+    def __init__(self, folder: Path):
+        """`folder` is the run folder, which stays."""
+        super().__init__(str(folder))
+        self.folder = folder
+
+
+@dataclass(frozen=True)
+class _Map:
+    """What is going to happen, in words and as figures, and what makes it happen."""
+
+    text: str
+    plan: Plan | None
+    run: Callable[[], Any]
 
 
 def execute(
     run: BoundRun,
     *,
+    folder: RunFolder | None = None,
     say: Callable[[str], None] = lambda text: None,
     listener: Callable[[Event], None] = lambda event: None,
 ) -> tuple[Path, Findings | None]:
@@ -29,6 +53,7 @@ def execute(
 
     Args:
         run: The configuration with its import paths resolved, as `shardmap.config.bind` returns it.
+        folder: A folder to go on in; by default a new one is made.
         say: Receives what a person wants to read: the plan, the findings.
         listener: Receives the events of the map while it works, for a progress bar.
 
@@ -36,72 +61,111 @@ def execute(
         The run folder and what the report found; None without a report.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there. Nothing is left behind, but for units in a store.
+        ConfigError: The configuration turned out wrong once the data was there. Nothing is left behind, but for committed units.
         StoreMismatchError: The store that is to be gone on with holds another run.
+        RunInterrupted: Ctrl-C, and committed units are left in the folder.
     """
     config = run.config
     check_machine(config)  # a device that is not there is answered before anything is loaded
     found = check_store(config)
-    with RunFolder(config.output) as folder, one_seed(config.seed):
-        folder.log("started", function=config.function.path, output=config.output)
-        (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        began = time.perf_counter()
-        parts = load_parts(run, say)
-
-        again: dict[str, int] = {}
-
-        def observe(event: Event) -> None:
-            folder.log_event(event)
-            if isinstance(event, RunFinished):
-                again.update(event.redone)
-            listener(event)
-
-        plan, run_map = _planned(run, parts, found)
-        say(plan)
-        folder.log("planned", plan=plan.splitlines())
-        with listen(observe):
-            outputs = run_map()
-        if config.save_outputs:
-            save_tensors(folder.path / "outputs.safetensors", outputs)
-
-        findings = None
-        if run.report is not None:
-            findings = run.report(Outcome(parts.dataset, parts.model, outputs, folder.path, config.reduce is not None))
-            if not isinstance(findings, Findings):
-                name, kind = run.report.function.__name__, type(findings).__name__
-                raise ConfigError(f"report.path: {name} returned a {kind}; return a shardmap.jobs.Findings")
-        summary: dict[str, Any] = {"samples": len(parts.dataset), "seconds": round(time.perf_counter() - began, 3)}
-        if again:
-            summary["redone"] = again
-        if isinstance(outputs, Store):
-            summary |= {"store": outputs.url, "units": outputs.header.units}
-        _write_json(folder.path / "environment.json", environment())
-        _write_json(folder.path / "summary.json", {**summary, **(findings.numbers if findings else {})})
-        return folder.finish(), findings
+    folder = folder or RunFolder.create(config.output, to_yaml(config))
+    try:
+        with folder, one_seed(config.seed):
+            return _carry_out(run, folder, found, say, listener)
+    except KeyboardInterrupt:
+        if folder.path.exists():
+            raise RunInterrupted(folder.path) from None
+        raise
+    except ConfigError as error:
+        if folder.path.exists() and not folder.resumed:
+            raise ConfigError(
+                f"{error}; what is computed stays, and `shardmap resume {folder.path} --key value` goes on with it"
+            ) from error
+        raise
 
 
-def _planned(run: BoundRun, parts: Parts, found: Store | None) -> tuple[str, Callable[[], Any]]:
-    """What is going to happen, in words, and what makes it happen."""
-    config, options = run.config, map_options(run.config)
+def _carry_out(
+    run: BoundRun, folder: RunFolder, found: Store | None, say: Callable[[str], None], listener: Callable[[Event], None]
+) -> tuple[Path, Findings | None]:
+    config, began = run.config, time.perf_counter()
+    named = config.function or config.model
+    assert named is not None
+    folder.log("resumed" if folder.resumed else "started", task=config.task, function=named.path, output=str(folder.path))
+    (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_json(folder.path / "environment.json", environment())
+    parts = load_parts(run, say)
+    work = _map(run, parts, folder, found)
+    say(work.text)
+    folder.log("planned", plan=work.text.splitlines())
+    _write_plan(folder.path, work, len(parts.dataset))
+    outputs, redone = _mapped(folder, work, listener)
+    if config.save_outputs and not isinstance(outputs, Store):
+        save_tensors(folder.path / "outputs.safetensors", outputs)
+    findings = _report(run, Outcome(parts.dataset, parts.model, outputs, folder.path, config.reduce is not None))
+    summary: dict[str, Any] = {"samples": len(parts.dataset), "seconds": round(time.perf_counter() - began, 3)}
+    if redone:
+        summary["redone"] = redone
+    if isinstance(outputs, Store):
+        summary |= {"store": outputs.url, "units": outputs.header.units}
+    write_json(folder.path / "summary.json", {**summary, **(findings.numbers if findings else {})})
+    return folder.finish(), findings
+
+
+def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) -> _Map:
+    """Plan the map, and make it ready."""
+    config, options = run.config, map_options(run)
     samples = len(parts.dataset)
-    if config.store is not None:
-        mapped = shardmap.vmap(parts.one_sample, out=sink_of(config), resume=config.resume, **options)
-        there = "" if found is None else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
+    sink = sink_of(config, folder.path) if config.stored else None
+    if sink is not None and config.store is None:
+        found = folder.found()
+    # On a cluster nobody knows yet how many workers there are; and a batch without samples has nothing to plan.
+    plan = None if config.devices == "ray" else planned(parts, config, options, sink)
+    if sink is None:
+        text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+        return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, **options))
+    again = config.resume or config.store is None
+    work = mapped(parts, config, **options, out=sink, resume=again)
+    there = "" if found is None else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
 
-        def into_store() -> Store:
-            try:
-                return mapped(*parts.columns)
-            except StoreMismatchError as error:
-                raise (error if found is None else with_keys(error, found, config)) from None
+    def into_store() -> Store:
+        try:
+            return work()
+        except StoreMismatchError as error:
+            raise (error if found is None else with_keys(error, found, config)) from None
 
-        return f"{samples} samples, written to {config.store} as they are computed{there}", into_store
-    if config.devices == "ray":
-        mapped = shardmap.vmap(parts.one_sample, **options)
-        workers = "a few chunks per worker, cut when it is known how many workers there are"
-        return f"{samples} samples on Ray, in {workers}", lambda: mapped(*parts.columns)
-    planned = shardmap.plan(parts.one_sample, **options)(*parts.columns)
-    return planned.summary, planned.run
+    text = f"{samples} samples, written to {sink.where} as they are computed{there}"
+    return _Map(text if plan is None else f"{plan.summary}\n{text}", plan, into_store)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _write_plan(folder: Path, work: _Map, samples: int) -> None:
+    values = {"samples": samples, "lanes": [], "explain": work.text} if work.plan is None else predicted(work.plan)
+    (folder / "plan.txt").write_text(values["explain"] + "\n", encoding="utf-8")
+    write_json(folder / "plan.json", values)
+
+
+def _mapped(folder: RunFolder, work: _Map, listener: Callable[[Event], None]) -> tuple[Any, dict[str, int]]:
+    """Run the map; what it took is written down. Its outputs, and how many chunks were handed out again, by cause."""
+    events: list[Event] = []
+
+    def observe(event: Event) -> None:
+        folder.log_event(event)
+        events.append(event)
+        listener(event)
+
+    lanes = {} if work.plan is None else {lane.name: lane.device for lane in work.plan.lanes}
+    with Peaks(lanes.values()) as peaks, listen(observe):
+        outputs = work.run()
+    took = measured(events, peaks.peak_bytes, lanes)
+    write_json(folder.path / "measured.json", took)
+    timeline.write(folder.path / "timeline.json", events)
+    return outputs, took["redone"]
+
+
+def _report(run: BoundRun, outcome: Outcome) -> Findings | None:
+    if run.report is None:
+        return None
+    findings = run.report(outcome)
+    if not isinstance(findings, Findings):
+        name, kind = getattr(run.report.function, "__name__", "it"), type(findings).__name__
+        raise ConfigError(f"report.path: {name} returned a {kind}; return a shardmap.jobs.Findings")
+    return findings

@@ -6,7 +6,8 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,30 @@ import torch
 from shardmap import MemmapSink, SafetensorsSink, Store, ZarrSink
 from shardmap.config import IDENTITY_KEYS, RunConfig, from_mapping
 from shardmap.errors import ConfigError, StoreError, StoreMismatchError
+from shardmap.jobs.folder import RESULTS
 from shardmap.store.sink import PlaceSink
 
 SINKS = {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}
 
 
-def sink_of(config: RunConfig) -> PlaceSink:
-    """The sink that a configuration names; its store keeps the configuration, its hash, and the versions."""
-    assert config.store is not None
+def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
+    """The sink of a run's outputs; its store keeps the configuration, its hash, the versions, and the run folder.
+
+    Args:
+        config: The run; it has a store.
+        folder: The run folder; the store lies in it where the configuration names no place.
+    """
+    named = config.function or config.model
+    place = config.store
+    if place is None:
+        assert folder is not None
+        place = str(folder / RESULTS)
+    assert named is not None
     values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    attributes = {"function": config.function.path, "configuration": values, "configuration_hash": config.digest(), "versions": versions()}
-    return SINKS[config.store_kind](config.store, attributes=attributes)
+    attributes = {"function": named.path, "configuration": values, "configuration_hash": config.digest(), "versions": versions()}
+    if folder is not None:
+        attributes["run"] = str(folder.absolute())
+    return SINKS[config.store_kind](place, attributes=attributes)
 
 
 def versions() -> dict[str, str]:
@@ -38,6 +52,9 @@ def versions() -> dict[str, str]:
 
 def check_store(config: RunConfig) -> Store | None:
     """Refuse a place that cannot take the run's store, before anything is loaded.
+
+    Args:
+        config: The run.
 
     Returns:
         The store that is there and is to be gone on with.
@@ -75,7 +92,7 @@ def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig |
     values = store.header.attributes.get("configuration")
     if not isinstance(values, dict):
         return None
-    return from_mapping({**values, "store": store.url}, overrides)
+    return from_mapping({**values, "store": store.url, "save_outputs": False}, overrides)
 
 
 def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> StoreMismatchError:
@@ -83,14 +100,18 @@ def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> Sto
     stored: Any = store.header.attributes.get("configuration")
     if not isinstance(stored, dict):
         return error
-    then = _flat({key: stored.get(key) for key in IDENTITY_KEYS})
-    now = _flat(json.loads(json.dumps(config.identity(), default=str)))
-    keys = [key for key in dict.fromkeys((*then, *now)) if then.get(key) != now.get(key)]
-    told = "; ".join(f"{key}: {_show(then.get(key))} is stored, {_show(now.get(key))} is given" for key in keys)
+    told = differing({key: stored.get(key) for key in IDENTITY_KEYS}, config.identity())
     before, here = store.header.attributes.get("versions", {}), versions()
     moved = ", ".join(f"{name} {before[name]} then, {here[name]} here" for name in here if name in before and before[name] != here[name])
     reason = f"Keys that differ: {told}" if told else "The configuration is the same: the code or the files that it names have changed"
     return StoreMismatchError(f"{error}. {reason}{f' ({moved})' if moved else ''}")
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys in which two runs differ, with both values; empty if there are none."""
+    before, after = (_flat(json.loads(json.dumps(values, default=str))) for values in (then, now))
+    keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    return "; ".join(f"{key}: {_show(before.get(key))} is stored, {_show(after.get(key))} is given" for key in keys)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import shardmap
 from shardmap import Store
 from shardmap.config import RunConfig, bind
 from shardmap.errors import StoreMismatchError
 from shardmap.jobs.folder import one_seed
 from shardmap.jobs.parts import check_machine, load_parts, map_options
 from shardmap.jobs.stores import configuration_of, with_keys
+from shardmap.jobs.tasks import mapped
 from shardmap.run.base import Event, listen
 from shardmap.store import Comparison, Recompute, Recomputed
 from shardmap.store.recompute import choose
@@ -75,6 +75,7 @@ def verify(
     units: int | None = 3,
     seed: int = 0,
     devices: str | None = None,
+    allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
     listener: Callable[[Event], None] = lambda event: None,
 ) -> Verified:
@@ -87,6 +88,7 @@ def verify(
         units: How many units to compute again; None for all.
         seed: Of the choice.
         devices: Where to compute, on this machine; by default where the run did, if that was no cluster.
+        allow: As for `shardmap.config.bind`.
         say: Receives what was found, as soon as it is known.
         listener: Receives the events of the map, for a progress bar.
 
@@ -101,29 +103,34 @@ def verify(
     config = configuration_of(store, () if devices is None else ("--devices", devices, "--workers", "null"))
     if config is not None:
         chosen = choose(store, len(receipts) if units is None else units, seed, damaged)
-        comparisons = _compared(store, config, chosen, say, listener) if chosen else []
+        comparisons = _compared(store, config, chosen, allow, say, listener) if chosen else []
         found = dataclasses.replace(found, comparisons=tuple(comparisons))
     say(found.recomputed)
     return found
 
 
 def _compared(
-    store: Store, config: RunConfig, chosen: list[int], say: Callable[[str], None], listener: Callable[[Event], None]
+    store: Store,
+    config: RunConfig,
+    chosen: list[int],
+    allow: Sequence[str],
+    say: Callable[[str], None],
+    listener: Callable[[Event], None],
 ) -> list[Comparison]:
     if config.devices == "ray":
         config = dataclasses.replace(config, devices="auto", workers=None)
     check_machine(config)
-    run = bind(config)
+    run = bind(config, allow)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        mapped = shardmap.vmap(parts.one_sample, out=Recompute(store.url, chosen), resume=True, **map_options(config))
+        again = mapped(parts, config, **map_options(run), out=Recompute(store.url, chosen), resume=True)
         try:
             with listen(listener):
-                again = mapped(*parts.columns)
+                compared = again()
         except StoreMismatchError as error:
             raise with_keys(error, store, run.config) from None
-    assert isinstance(again, Recomputed)
-    return again.comparisons
+    assert isinstance(compared, Recomputed)
+    return compared.comparisons
 
 
 def _count(number: int, some: str, none: str) -> str:

@@ -1,0 +1,109 @@
+"""Which run a person means by a path, and what of it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardmap import Store, open_store
+from shardmap.config import IDENTITY_KEYS, RunConfig, load
+from shardmap.errors import ConfigError, StoreError
+from shardmap.jobs.folder import COMPLETE, RESULTS, RunFolder, state_of
+from shardmap.jobs.stores import configuration_of, differing
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """A run that is to be gone on with."""
+
+    config: RunConfig
+    folder: Path | None
+    """Its run folder; None if a new one is to be made."""
+    complete: bool = False
+    """Whether nothing is missing."""
+
+    def reopen(self) -> RunFolder | None:
+        """The folder to go on in."""
+        return None if self.folder is None else RunFolder.reopen(self.folder)
+
+
+def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
+    """The run that a run folder or a store belongs to.
+
+    Args:
+        place: A run folder, complete or not, or the path or URL of a run's store.
+        overrides: As for `shardmap.config.load`.
+
+    Raises:
+        ConfigError: Nothing of a run is there, or the overrides make another run of it.
+    """
+    path = Path(place)
+    if "://" not in place and path.name == RESULTS and state_of(path.parent) is not None:
+        path = path.parent
+    if "://" not in place and state_of(path) is not None:
+        return _in_folder(path, overrides)
+    store = opened(place)
+    config = configuration_of(store, overrides)
+    if config is None:
+        raise ConfigError(f"{store.url} was not written by a configured run; call shardmap.vmap as it was called, with resume=True")
+    return Stopped(dataclasses.replace(config, resume=True), _unfinished_folder(store, config))
+
+
+def store_in(place: str) -> Store:
+    """The store at a path or URL, or the one that a run folder's outputs went to.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path = Path(place)
+    if "://" in place or state_of(path) is None:
+        return opened(place)
+    config = load(path / "config.yaml")
+    if not config.stored:
+        why = "reduced" if config.reduce is not None else "gathered from Ray's workers" if config.save_outputs else "not kept"
+        raise ConfigError(f"{place}: its outputs were {why}, and are in no store, so nothing can be compared; run it again")
+    return opened(config.store or str(path / RESULTS))
+
+
+def opened(url: str) -> Store:
+    """The store at a path or URL.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return open_store(url)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
+    before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
+    told = differing({key: value for key, value in before.identity().items() if key in IDENTITY_KEYS}, config.identity())
+    if told:
+        raise ConfigError(f"{path}: holds another run. Keys that differ: {told}; start that one by `shardmap run {path / 'config.yaml'}`")
+    for key in ("output", "store", "store_kind", "save_outputs"):
+        if getattr(before, key) != getattr(config, key):
+            raise ConfigError(f"{key}: {getattr(config, key)}, and {path} is gone on with as it is; leave {key} out")
+    state = state_of(path)
+    complete = state is not None and state["state"] == COMPLETE
+    if complete and config.stored:
+        complete = not opened(config.store or str(path / RESULTS)).missing()
+    if complete and overrides:
+        raise ConfigError(f"{path}: is complete, so {overrides[0]} changes nothing; start it anew by `shardmap run {path / 'config.yaml'}`")
+    if config.store is not None:
+        config = dataclasses.replace(config, resume=True)
+    return Stopped(config, path, complete)
+
+
+def _unfinished_folder(store: Store, config: RunConfig) -> Path | None:
+    """The folder of the run that began the store, if it has stopped there and is still the one that is meant."""
+    named, begun = store.header.attributes.get("run"), store.header.attributes.get("configuration", {})
+    if not isinstance(named, str) or begun.get("output") != config.output:
+        return None
+    path = Path(named)
+    state = state_of(path)
+    if state is None or state["state"] == COMPLETE:
+        return None
+    return path if load(path / "config.yaml").digest() == config.digest() else None
