@@ -108,7 +108,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "no_path.yaml").write_text("data: {init_args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n")
     (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
     parts = ("data: shardmap.jobs.digits.load", "function: torch.neg", "columns: [image]", "report: builtins.id")
-    (tmp_path / "no_findings.yaml").write_text("\n".join(parts))
+    (tmp_path / "no_findings.yaml").write_text("\n".join((*parts, "save_outputs: false")))
     (tmp_path / "quick.yaml").write_text("\n".join(parts[:3]))
     no_rows = (*parts[:3], "report: shardmap.jobs.digits_reports.sensitivity_maps", "reduce: sum")
     (tmp_path / "no_rows.yaml").write_text("\n".join(no_rows))
@@ -150,7 +150,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "shardmap.cli", "run", GRADIENTS, "--model.init_args.epochs", "100000", "--output", "runs/long"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment())
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any("epoch" in path.read_text() for path in tmp_path.glob("runs/.*/log.jsonl")):
+    while time.monotonic() < deadline and not any("epoch" in path.read_text() for path in tmp_path.glob("runs/long/log.jsonl")):
         assert process.poll() is None, process.stderr
         time.sleep(0.05)  # until training is under way
     process.send_signal(signal.SIGINT)
@@ -173,7 +173,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert done.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"    {name} " in out for name in ("run", "plan", "resume", "verify", "ops", "devices"))
+    assert all(f"    {name} " in out for name in ("run", "plan", "resume", "verify", "report", "ops", "devices"))
 
 
 def test_devices_lists_the_processor(capsys):

@@ -12,12 +12,13 @@ import yaml
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
+import shardmap
 from shardmap.cli import main
 from shardmap.config import bind, load
 from shardmap.errors import ConfigError
 from shardmap.jobs import Dataset, Outcome, digits
 from shardmap.jobs.digits_reports import score_gradients, suspicious_labels
-from shardmap.jobs.folder import RunFolder, save_tensors
+from shardmap.jobs.folder import RunFolder, save_tensors, state_of
 from shardmap.jobs.run import execute
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted
 
@@ -48,11 +49,16 @@ def test_the_gradient_run_leaves_a_complete_folder(gradients):
         "config.yaml",
         "environment.json",
         "log.jsonl",
+        "measured.json",
+        "plan.json",
+        "plan.txt",
         "ranking.csv",
         "scores.safetensors",
+        "state.json",
         "summary.json",
         "suspicious.png",
         "suspicious.txt",
+        "timeline.json",
     }
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["batch_size"] == 64  # defaults filled in
     assert json.loads((folder / "environment.json").read_text())["versions"]["torch"]
@@ -114,7 +120,7 @@ def test_the_log_holds_plan_training_and_every_chunk(gradients):
 def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     assert main(["run", str(CONFIGS / "digits_jacobian.yaml"), "--model.init_args.epochs", "3", "--output", str(tmp_path / "jacobian")]) == 0
     folder = tmp_path / "jacobian"
-    jacobian = load_file(folder / "outputs.safetensors")["output"]
+    (jacobian,) = shardmap.open_store(folder / "results.zarr").read_unit(0)
     assert jacobian.shape == (1797, 10, 1, 8, 8)
     bound = bind(load(folder / "config.yaml"))
     assert bound.model is not None
@@ -146,7 +152,7 @@ def test_a_run_with_the_users_own_function_saves_its_outputs(tmp_path, monkeypat
     (tmp_path / "run.yaml").write_text("data: users_run.load\nfunction: {path: users_run.both, init_args: {scale: 10}}\noutput: out/mine\n")
     monkeypatch.chdir(tmp_path)
     assert main(["run", "run.yaml", "--chunk_size", "2", "--data.init_args.rows", "4"]) == 0
-    outputs = load_file("out/mine/outputs.safetensors")
+    outputs = Outcome(Dataset({"x": torch.zeros(4)}), None, shardmap.open_store("out/mine/results.zarr"), Path()).tensors()
     x = torch.arange(12.0).view(4, 3)
     assert torch.equal(outputs["dot"], 10 * x.sum(1))
     assert torch.equal(outputs["twice.0"], 2 * x)
@@ -156,7 +162,7 @@ def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
     words = ["--function", "operator.call", "--columns", "[image]", "--report", "null", "--model.init_args.epochs", "0"]
     words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
     folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
-    assert load_file(folder / "outputs.safetensors")["output"].shape == (1797, 10)
+    assert shardmap.open_store(folder / "results.zarr").read("result", 0, 1797).shape == (1797, 10)
 
 
 def test_events_reach_the_listener(tmp_path):
@@ -205,16 +211,18 @@ def test_a_run_folder_that_is_taken_is_left_alone(tmp_path):
     (tmp_path / "run" / "precious").write_text("kept")
     (tmp_path / "run-2").write_text("a file")
     for expected in ("run-3", "run-4"):
-        with RunFolder(str(tmp_path / "run")) as folder:
+        with RunFolder.create(str(tmp_path / "run"), "task: vmap\n") as folder:
             assert folder.finish() == tmp_path / expected
     assert (tmp_path / "run" / "precious").read_text() == "kept"
 
 
-def test_a_run_that_fails_leaves_nothing_and_before_it_ends_nothing_looks_finished(tmp_path):
+def test_a_run_that_fails_leaves_nothing_and_before_it_ends_it_is_called_unfinished(tmp_path):
     def fail():
-        with RunFolder(str(tmp_path / "deep" / "run")) as folder:
+        with RunFolder.create(str(tmp_path / "deep" / "run"), "task: vmap\n") as folder:
             save_tensors(folder.path / "outputs.safetensors", {"a": torch.zeros(2)})
-            assert not (tmp_path / "deep" / "run").exists()
+            state = state_of(tmp_path / "deep" / "run")
+            assert state is not None
+            assert state["state"] == "unfinished"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -76,18 +76,17 @@ def rows(url: str = "store") -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["zarr", "safetensors", "memmap"])
 def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(kind: str, workplace: Path, capsys) -> None:
-    from safetensors.torch import load_file
-
     assert main(["run", "run.yaml"]) == 0
     assert main(["run", "run.yaml", "--store", "store", "--store_kind", kind]) == 0
     said = capsys.readouterr().out
-    assert "dict of 23 rows" in said
-    assert "Store of 23 rows" in said
+    assert "ZarrStore of 23 rows" in said
+    assert f"{kind.capitalize()}Store of 23 rows" in said
     assert "written to runs/mine-2, the outputs to store" in said
-    kept, stored = load_file("runs/mine/outputs.safetensors"), rows()
-    assert torch.equal(stored[0], kept["noisy"])
-    assert torch.equal(stored[1], kept["norm"])
-    assert not Path("runs/mine-2/outputs.safetensors").exists()
+    kept, stored = rows("runs/mine/results.zarr"), rows()
+    assert torch.equal(stored[0], kept[0])
+    assert torch.equal(stored[1], kept[1])
+    assert not Path("runs/mine-2/results.zarr").exists()
+    assert not list(Path("runs").glob("*/outputs.safetensors"))
     summary = json.loads(Path("runs/mine-2/summary.json").read_text())
     assert (summary["store"], summary["units"]) == (str(workplace / "store"), 6)
     header = shardmap.open_store("store").header
@@ -117,10 +116,12 @@ def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) ->
     there = shardmap.open_store("store")
     missing = there.missing()
     assert 0 < len(missing) < 6
-    assert not Path("runs/mine").exists()
+    assert json.loads(Path("runs/mine/state.json").read_text())["state"] == "unfinished"
     seen, listening = chunks()
     with listening:
         assert main(["resume", "store"]) == 0
+    assert json.loads(Path("runs/mine/state.json").read_text()) == {"state": "complete"}
+    assert [path.name for path in Path("runs").iterdir()] == ["mine"]
     assert [i for a, b in seen for i in range(a, b)] == [i for unit in missing for i in range(*there.header.rows(unit))]
     main(["run", "run.yaml", "--store", "whole"])
     assert all(torch.equal(a, b) for a, b in zip(rows(), rows("whole"), strict=True))
@@ -191,8 +192,8 @@ def test_reduced_outputs_are_the_mean_and_no_report_of_rows_takes_them(workplace
 
     assert main(["run", "run.yaml", "--reduce", "mean", "--report", "null"]) == 0
     main(["run", "run.yaml"])
-    mean, kept = load_file("runs/mine/outputs.safetensors"), load_file("runs/mine-2/outputs.safetensors")
-    torch.testing.assert_close(mean["noisy"], kept["noisy"].mean(0))
+    mean, kept = load_file("runs/mine/outputs.safetensors"), rows("runs/mine-2/results.zarr")
+    torch.testing.assert_close(mean["noisy"], kept[0].mean(0))
     assert mean["norm"].shape == ()
     capsys.readouterr()
     assert main(["run", "run.yaml", "--reduce", "mean", "--output", "runs/refused"]) == 2

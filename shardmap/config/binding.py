@@ -112,9 +112,8 @@ def _check_allowed(path: str, key: str, allow: Sequence[str]) -> None:
     """Whole components only: `--allow my` does not admit `myself.load`."""
     _check_path(path, key)
     if allow and not any(path == prefix or path.startswith(f"{prefix}.") for prefix in allow):
-        raise ConfigError(
-            f"{key}: {path!r} is not allowed; allowed: {', '.join(allow)}: give --allow {path.partition('.')[0]} if you trust it"
-        )
+        more = f"give --allow {path.partition('.')[0]} if you trust it"
+        raise ConfigError(f"{key}: {path!r} is not allowed, only what lies below {', '.join(allow)}; {more}")
 
 
 def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
@@ -168,10 +167,10 @@ def _bind_call(section: str, call: Call) -> BoundCall:
 
 def _leading(section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call) -> int | None:
     """How many positional arguments the run provides; None where that depends on the data."""
-    if inspect.isclass(function) or section == "data":
-        return 0
     if section == "report":
         return 1
+    if inspect.isclass(function) or section == "data":
+        return 0
     if section == "model":  # a function of the dataset, or one that needs nothing but its arguments
         first = next(iter(parameters or ()), None)
         needs = first is not None and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD, first.VAR_POSITIONAL)

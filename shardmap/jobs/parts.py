@@ -80,8 +80,8 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
     columns = _pick_columns(dataset, config.columns)
     model = None if run.model is None else _made(run.model, dataset)
     call, leading, name = _callable(run, model)
-    module = model if isinstance(model, nn.Module) else call
     if state is not None and config.weights is not None:
+        module = model if run.model is not None else call
         if not isinstance(module, nn.Module):
             raise ConfigError(
                 f"weights: {config.weights!r} is for a torch.nn.Module, and what was made is a {type(module).__name__}; name a module, or "
@@ -207,8 +207,8 @@ def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
                 raise ConfigError(f"argnums: {number} is out of range; the columns are {', '.join(names)}: give 0 to {count - 1}")
     if config.task == "per_sample_grad" and parts.loss is not None and not isinstance(parts.call, nn.Module):
         raise ConfigError(
-            f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and {parts.name} is none; name a torch.nn.Module, or "
-            "a function of parameters without loss"
+            f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and {parts.name} is none; name a torch.nn.Module, "
+            "or a function of parameters without loss"
         )
     if config.task == "per_sample_grad" and parts.loss is None and isinstance(parts.model, nn.Module):
         raise ConfigError(

@@ -170,7 +170,7 @@ def from_npy(path: str) -> Column:
         raise SourceError(f"{path} is a single number: its first dimension has to be that of samples")
     size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if length < offset + size:
-        raise SourceError(f"{path} is cut short: it has {length} bytes of {offset + size}")
+        raise SourceError(f"{path} is cut short: it has {length} bytes of {offset + size}; copy it again")
     strides = np.empty((0,), dtype).strides if not size else _strides(shape, dtype.itemsize, fortran)
     return MappedColumn(os.path.abspath(path), shape, strides, offset, dtype, stored)
 
