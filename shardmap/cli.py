@@ -149,6 +149,7 @@ def _resume(place: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
         _say(f"{stopped.folder} is complete: there is nothing to go on with")
         return 0
     bound = bind(stopped.config, allow)
+    stopped.check(bound.config)
     if not stopped.config.stored:
         _say("its outputs are not in a store: the run starts from the beginning")
     return _carried_out(bound, stopped.reopen())

@@ -68,6 +68,12 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     # the file
     "not there": ("", ["run", "nowhere.yaml"], ["nowhere.yaml", "no such file", "give the path"]),
     "no syntax": ("data: [1, 2\nfunction: }\n", [], ["run.yaml, line 2", "not YAML", "mend the syntax"]),
+    "a key twice": (GOOD + "data: users_bad.unequal\n", [], ["run.yaml, line 5", "data is given twice", "leave one"]),
+    "an argument twice": (
+        GOOD.replace("data: users_bad.load", "data: {path: users_bad.load, init_args: {rows: 3, rows: 4}}"),
+        [],
+        ["line 1", "data.init_args.rows is given twice", "leave one"],
+    ),
     "a tab": ("data:\n\tpath: x\n", [], ["run.yaml, line 2", "not YAML", "mend the syntax"]),
     "an object of python's": ("data: !!python/object/apply:os.mkdir [pwned]\n", [], ["not YAML", "python/object", "mend the syntax"]),
     "not UTF-8": ("\udcff\udcfe", [], ["run.yaml", "not UTF-8 text", "give the path"]),
@@ -83,8 +89,14 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "unknown key of a source": ("source: {path: x.npy, colums: [x]}\n", [], ["source.colums", "['x']", "did you mean source.columns?"]),
     "unknown key of a loss": (GRADIENT, ["--loss.pth", "x"], ["loss.pth", "'x'", "did you mean loss.path?"]),
-    "unknown argument of a function": (GOOD, ["--data.init_args.row", "3"], ["data.init_args.row", "'3'", "did you mean data.init_args.rows?"]),
-    "unknown argument of a class": (NET, ["--model.init_args.widht", "3"], ["model.init_args.widht", "did you mean model.init_args.width?"]),
+    "unknown argument of a function": (
+        GOOD, ["--data.init_args.row", "3"],
+        ["data.init_args.row", "'3'", "did you mean data.init_args.rows?"],
+    ),
+    "unknown argument of a class": (
+        NET, ["--model.init_args.widht", "3"],
+        ["model.init_args.widht", "did you mean model.init_args.width?"],
+    ),
     "unknown argument of a reduction": (
         GOOD,
         ["--reduce", "{name: mean, norm: 3}"],
@@ -110,16 +122,25 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "no such function": (GOOD, ["--function", "users_bad.on"], ["function.path", "'users_bad.on'", "did you mean users_bad.one?"]),
     "no such class": (NET, ["--model", "users_bad.Nett"], ["model.path", "'users_bad.Nett'", "did you mean users_bad.Net?"]),
     "not to be called": (GOOD, ["--function", "users_bad.NUMBER"], ["function.path", "'users_bad.NUMBER' is a int", "name a function"]),
-    "what it makes is not to be called": (GOOD, ["--function", "users_bad.Mute"], ["function.path", "'users_bad.Mute'", "give it a __call__"]),
+    "what it makes is not to be called": (
+        GOOD, ["--function", "users_bad.Mute"],
+        ["function.path", "'users_bad.Mute'", "give it a __call__"],
+    ),
     "a module that breaks": (GOOD, ["--data", "users_broken.load"], ["data.path", "ZeroDivisionError", "mend users_broken"]),
     "data that is none": (GOOD, ["--data", "os.getcwd"], ["data.path", "'os.getcwd' returned a str", "return a shardmap.jobs.Dataset"]),
     "columns of other lengths": (GOOD, ["--data", "users_bad.unequal"], ["data", "'x': 3, 'y': 4", "one row per sample"]),
     "a column that is not there": (GOOD, ["--columns", "[x, z]"], ["columns", "'z'", "known: x, y"]),
     "too many columns": (GOOD, ["--columns", "[x, y]"], ["columns", "x, y", "name other columns"]),
     "too few columns": (GOOD, ["--function", "users_bad.two"], ["columns", "'y'", "name other columns"]),
-    "a report without a parameter": (GOOD + "report: users_bad.Mute\n", [], ["report.path", "'users_bad.Mute' takes no argument", "add a parameter"]),
+    "a report without a parameter": (
+        GOOD + "report: users_bad.Mute\n", [],
+        ["report.path", "'users_bad.Mute' takes no argument", "add a parameter"],
+    ),
     # samples in files
-    "a source that is not there": ("source: nowhere.npy\nfunction: users_bad.one\n", [], ["source", "nowhere.npy is not there", "check the path"]),
+    "a source that is not there": (
+        "source: nowhere.npy\nfunction: users_bad.one\n", [],
+        ["source", "nowhere.npy is not there", "check the path"],
+    ),
     "a source of an unknown kind": ("source: users_bad.py\nfunction: users_bad.one\n", [], ["source", "users_bad.py", "neither a `.npy`"]),
     "a source that is cut short": ("source: short.npy\nfunction: users_bad.one\n", [], ["source", "short.npy", "copy it again"]),
     "a source that is a pickle": ("source: objects.npy\nfunction: users_bad.one\n", [], ["source", "objects.npy", "object"]),
@@ -142,7 +163,10 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "weights that are a list": (NET + "weights: list.pt\n", [], ["weights", "a list", "save module.state_dict()"]),
     "weights that lack some": (NET + "weights: lacking.safetensors\n", [], ["weights", "lacks 'last.bias'", "save the weights"]),
     "weights that are too many": (NET + "weights: more.pt\n", [], ["weights", "has 'extra'", "name the module"]),
-    "weights of another shape": (NET + "weights: good.safetensors\n", ["--model.init_args.width", "5"], ["weights", "'first.bias' of shape [3], the module [5]", "give the init_args"]),
+    "weights of another shape": (
+        NET + "weights: good.safetensors\n", ["--model.init_args.width", "5"],
+        ["weights", "'first.bias' of shape [3], the module [5]", "give the init_args"],
+    ),
     "weights with more digits": (NET + "weights: double.pt\n", [], ["weights", "torch.float64", "convert the file"]),
     "weights for a function": (GOOD + "weights: good.safetensors\n", [], ["weights", "'good.safetensors'", "name a class"]),
     "weights for a tensor": (
@@ -162,7 +186,10 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "no parameter": (GRADIENT + "params: []\n", [], ["params: []", "empty", "give names"]),
     "gradients without a loss": (GRADIENT, ["--loss", "null"], ["function: missing", "per_sample_grad", "give loss"]),
     "gradients without parameters": (GOOD + "task: per_sample_grad\n", [], ["model: missing", "per_sample_grad", "give loss"]),
-    "a function and a loss": (GRADIENT + "function: users_bad.one\n", [], ["function: users_bad.one", "loss", "leave function or loss out"]),
+    "a function and a loss": (
+        GRADIENT + "function: users_bad.one\n", [],
+        ["function: users_bad.one", "loss", "leave function or loss out"],
+    ),
     "a loss of a function": (
         GOOD + "task: per_sample_grad\nloss: users_bad.loss\n",
         [],
@@ -320,7 +347,9 @@ def test_the_pickles_of_these_tests_do_run_code_where_they_are_trusted(workplace
         np.load("objects.npy", allow_pickle=True)
 
 
-@pytest.mark.parametrize("text", [GOOD, NET + "weights: good.safetensors\n", NET + "weights: good.safetensors\nmodel: {path: users_bad.Net}\n"])
+@pytest.mark.parametrize(
+    "text", [GOOD, NET + "weights: good.safetensors\n", NET.replace("users_bad.Net", "{path: users_bad.Net, init_args: {width: 2}}")]
+)
 def test_the_configurations_that_these_are_made_from_run(text: str, workplace: Path) -> None:
     (workplace / "run.yaml").write_text(text)
     assert main(["run", "run.yaml", "--allow", "users_bad"]) == 0

@@ -35,6 +35,7 @@ def test_overrides_reach_arguments_of_functions():
     bound = config.bind(loaded)
     assert bound.model is not None
     assert bound.model.args == {"epochs": 2, "batch_size": 64, "learning_rate": 0.01}
+    assert bound.data is not None
     assert bound.data.args["flipped_fraction"] == 0.05
 
 
@@ -73,7 +74,10 @@ def test_every_key_is_in_the_table_of_the_docs():
     [
         (["--chunk_sise", "3"], "chunk_sise: unknown key, value '3'; did you mean chunk_size?"),
         (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null"),
-        (["--model.init_args.epoch", "3"], "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.init_args.epochs?"),
+        (
+            ["--model.init_args.epoch", "3"],
+            "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.init_args.epochs?",
+        ),
         (["--report.init_args.first", "1.5"], "report.init_args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
         (["--report.init_args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),
         (["--function", "shardmap.jobs.digits.loss_gradent"], "did you mean shardmap.jobs.digits.loss_gradient?"),
@@ -113,7 +117,10 @@ def test_a_module_that_needs_another_one_is_told_apart_from_a_misspelt_one(tmp_p
     [
         (["--workers", "3"], "workers: 3, and devices: auto; workers are Ray's: give devices: ray, or leave them out"),
         (["--workers", "0", "--devices", "ray"], "workers: 0 is out of range; give a whole number of at least 1 or null"),
-        (["--resume", "true"], "resume: true, and there is no store; give store: PATH, or go on with a run folder by `shardmap resume RUN`"),
+        (
+            ["--resume", "true"],
+            "resume: true, and there is no store; give store: PATH, or go on with a run folder by `shardmap resume RUN`",
+        ),
         (["--store_kind", "memmap"], "store_kind: memmap, and there is no store; give store: PATH, or leave store_kind out"),
         (["--store", ""], "store: '' is empty; give a path or URL, or null"),
         (["--store", "s", "--store_kind", "hdf5"], "store_kind: 'hdf5' does not fit; give one of zarr, safetensors, memmap"),

@@ -76,6 +76,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML configuration") from None
     try:
+        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), "", path)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -85,6 +86,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {show(values)}, not keys and values; start from configs/digits_gradients.yaml")
     return values
+
+
+def _refuse_twice(node: Any, prefix: str, path: Path) -> None:
+    """Refuse a key that is given twice: YAML's reader would take the last one without a word."""
+    if node is None or node.id != "mapping":
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {prefix}{name} is given twice; leave one of them")
+        seen.add(name)
+        _refuse_twice(value, f"{prefix}{name}.", path)
 
 
 def _parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardmap import Store, open_store
-from shardmap.config import IDENTITY_KEYS, RunConfig, load
+from shardmap.config import RunConfig, load
 from shardmap.errors import ConfigError, StoreError
 from shardmap.jobs.folder import COMPLETE, RESULTS, RunFolder, state_of
 from shardmap.jobs.stores import configuration_of, differing
+
+PLACES = ("output", "store", "store_kind", "save_outputs")
+"""Keys that a run folder has settled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,23 @@ class Stopped:
     """Its run folder; None if a new one is to be made."""
     complete: bool = False
     """Whether nothing is missing."""
+    before: RunConfig | None = None
+    """As the folder has it."""
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse overrides that make another run of it.
+
+        Args:
+            config: With its import paths resolved: only then arguments have their types.
+
+        Raises:
+            ConfigError: It is another run.
+        """
+        if self.before is None or self.folder is None:
+            return
+        if told := differing(self.before.identity(), config.identity()):
+            again = self.folder / "config.yaml"
+            raise ConfigError(f"{self.folder}: holds another run. Keys that differ: {told}; start that one by `shardmap run {again}`")
 
     def reopen(self) -> RunFolder | None:
         """The folder to go on in."""
@@ -79,22 +99,20 @@ def opened(url: str) -> Store:
 
 
 def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
+    for word in overrides:
+        key = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and key in PLACES:
+            raise ConfigError(f"{word}: {path} is gone on with where it is, and so are its outputs; leave --{key} out")
     before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
-    told = differing({key: value for key, value in before.identity().items() if key in IDENTITY_KEYS}, config.identity())
-    if told:
-        raise ConfigError(f"{path}: holds another run. Keys that differ: {told}; start that one by `shardmap run {path / 'config.yaml'}`")
-    for key in ("output", "store", "store_kind", "save_outputs"):
-        if getattr(before, key) != getattr(config, key):
-            raise ConfigError(f"{key}: {getattr(config, key)}, and {path} is gone on with as it is; leave {key} out")
     state = state_of(path)
     complete = state is not None and state["state"] == COMPLETE
-    if complete and config.stored:
-        complete = not opened(config.store or str(path / RESULTS)).missing()
+    if complete and before.stored:
+        complete = not opened(before.store or str(path / RESULTS)).missing()
     if complete and overrides:
         raise ConfigError(f"{path}: is complete, so {overrides[0]} changes nothing; start it anew by `shardmap run {path / 'config.yaml'}`")
     if config.store is not None:
         config = dataclasses.replace(config, resume=True)
-    return Stopped(config, path, complete)
+    return Stopped(config, path, complete, before)
 
 
 def _unfinished_folder(store: Store, config: RunConfig) -> Path | None:

@@ -82,6 +82,10 @@ def execute(
                 f"{error}; what is computed stays, and `shardmap resume {folder.path} --key value` goes on with it"
             ) from error
         raise
+    except Exception:
+        if folder.path.exists():
+            logger.warning("what is computed stays, and `shardmap resume %s` goes on with it", folder.path)
+        raise
 
 
 def _carry_out(
@@ -122,9 +126,9 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
     plan = None if config.devices == "ray" else planned(parts, config, options, sink)
     if sink is None:
         text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
-        return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, **options))
+        return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
     again = config.resume or config.store is None
-    work = mapped(parts, config, **options, out=sink, resume=again)
+    work = mapped(parts, config, {**options, "out": sink, "resume": again})
     there = "" if found is None else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
 
     def into_store() -> Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from shardmap.run.storing import unit_of
 from shardmap.store import Sink
 
 
-def mapped(parts: Parts, config: RunConfig, **options: Unpack[MapOptions]) -> Callable[[], Any]:
+def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[], Any]:
     """The run's computation over all of its samples, ready to be called.
 
     Args:

@@ -123,7 +123,7 @@ def _compared(
     run = bind(config, allow)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        again = mapped(parts, config, **map_options(run), out=Recompute(store.url, chosen), resume=True)
+        again = mapped(parts, config, {**map_options(run), "out": Recompute(store.url, chosen), "resume": True})
         try:
             with listen(listener):
                 compared = again()
