@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING
 from shardmap.errors import (
     ClusterError,
     ConfigError,
-    DeviceError,
     MissingExtraError,
-    OptionError,
     OverBudget,
     ShardmapError,
     StoreMismatchError,
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from shardmap.jobs.folder import RunFolder
 
 USAGE_ERROR = 2
+MISTAKES = (ValueError, MissingExtraError, OverBudget, StoreMismatchError, ClusterError)
+"""Errors of ours that say what to write otherwise: those of values, of which `ConfigError` is one, and of what is not there."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 SCOREBOARD = Path(__file__).resolve().parent.parent / "tests" / "data" / "op_db_scoreboard.json"  # there in a checkout
 
@@ -112,10 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; nothing was left behind")
         return INTERRUPTED
-    except (ConfigError, MissingExtraError, OptionError, DeviceError, OverBudget, StoreMismatchError, ClusterError) as error:
-        _complain(str(error))
-        return USAGE_ERROR
     except ShardmapError as error:
+        if isinstance(error, MISTAKES):
+            _complain(str(error))
+            return USAGE_ERROR
         print(f"shardmap: {type(error).__name__}: {error}", file=sys.stderr)  # in full: a worker's error brings its traceback
         return 1
     except BrokenPipeError:  # `shardmap ops | head`

@@ -108,7 +108,7 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "a negative chunk": (GOOD + "chunk_size: -1\n", [], ["chunk_size", "-1", "at least 1"]),
     "a list for a seed": (GOOD + "seed: [1, 2]\n", [], ["seed", "[1, 2]", "give a whole number"]),
     "text for yes or no": (GRADIENT + "flat: perhaps\n", [], ["flat", "'perhaps'", "give true or false"]),
-    "numbers for names": (GOOD + "output: [runs]\n", [], ["output", "['runs']", "give text"]),
+    "numbers for names": (GOOD + "memory_budget: [1]\n", [], ["memory_budget", "[1]", "give text"]),
     "a number for a section": (GOOD.replace("users_bad.load", "3"), [], ["data", "3", "is not a section"]),
     "arguments in a list": (GOOD, ["--data.init_args", "[1]"], ["data.init_args", "'[1]'", "give names and values"]),
     "an argument of the wrong type": (GOOD, ["--data.init_args.rows", "lots"], ["data.init_args.rows", "'lots'", "give a whole number"]),

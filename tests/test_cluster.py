@@ -93,8 +93,9 @@ def finished(client: Any, job: str, seconds: float = 120) -> tuple[str, str]:
 
 
 def chunks(folder: Path) -> list[tuple[int, int]]:
-    """The samples of each chunk that a run computed, in their order."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The samples of each chunk that a run computed since it was begun or gone on with, in their order."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    rows = rows[max(i for i, row in enumerate(rows) if row["event"] in ("started", "resumed")) :]
     return sorted((row["start"], row["stop"]) for row in rows if row["event"] == "chunk done")
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import shardmap
 from shardmap.cli import main
+from shardmap.config import bind, load, to_yaml
 from shardmap.jobs.folder import RunFolder, state_of
 from shardmap.run.base import ChunkDone, listen
 
@@ -312,8 +313,7 @@ def test_another_run_is_not_gone_on_with(workplace: Path, capsys) -> None:
 
 
 def test_a_run_that_is_running_is_left_alone(workplace: Path, capsys) -> None:
-    text = (workplace / "run.yaml").read_text()
-    with RunFolder.create("runs/mine", text) as folder:
+    with RunFolder.create("runs/mine", to_yaml(bind(load("run.yaml")).config)) as folder:
         assert main(["resume", "runs/mine"]) == 2
         error = capsys.readouterr().err
         assert error == f"shardmap: runs/mine: the run is still running, as process {os.getpid()}; wait for it, or stop it first\n"
@@ -352,3 +352,31 @@ def test_a_run_folder_is_verified_as_its_store_is(workplace: Path, capsys) -> No
     capsys.readouterr()
     assert main(["verify", "runs/reduced"]) == 2
     assert "runs/reduced: its outputs were reduced, and are in no store, so nothing can be compared" in capsys.readouterr().err
+
+
+def test_a_run_beside_one_that_has_not_ended_says_so(workplace: Path, capsys) -> None:
+    with stopped_after(12):
+        main(["run", "run.yaml"])
+    capsys.readouterr()
+    assert main(["run", "run.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "run folder runs/mine-2: there is runs/mine already, a run that has not ended; `shardmap resume runs/mine` goes on" in out
+    assert (state(), state("runs/mine-2")) == ("unfinished", "complete")
+
+
+def test_a_killed_run_with_a_store_goes_on_in_its_folder_by_run_resume_too(workplace: Path) -> None:
+    words = ["run", "run.yaml", "--store", "store"]
+    script = (
+        "import os, signal\nfrom shardmap.cli import main\nfrom shardmap.run.base import ChunkDone, listen\n"
+        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"with listen(kill):\n    main({words!r})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}", "PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.run([sys.executable, "-c", script], check=False, env=environment).returncode == -signal.SIGKILL
+    assert state() == "unfinished"
+    assert main([*words, "--resume", "true"]) == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["mine"]
+    assert state() == "complete"
+    assert shardmap.open_store("store").missing() == []
+    assert main([*words, "--resume", "true"]) == 0  # that run is complete: this is another one, which finds all units there
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "mine-2"]

@@ -21,7 +21,8 @@ class Peaks:
     """Measures, inside its context, the most memory in use on each device above what was in use before.
 
     The process's own record says it exactly where the map has set it. Where something before has used more, training for example, it is the
-    largest of what was in use every hundredth of a second: a peak that is shorter may be missed.
+    largest of what was in use every hundredth of a second: a peak that is shorter may be missed. Memory that the process had used and freed
+    before, and takes again, is not seen on a CPU.
     """
 
     def __init__(self, devices: Iterable[str]):

@@ -67,7 +67,7 @@ def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
     config = configuration_of(store, overrides)
     if config is None:
         raise ConfigError(f"{store.url} was not written by a configured run; call shardmap.vmap as it was called, with resume=True")
-    return Stopped(dataclasses.replace(config, resume=True), _unfinished_folder(store, config))
+    return Stopped(dataclasses.replace(config, resume=True), unfinished_folder(store, config))
 
 
 def store_in(place: str) -> Store:
@@ -115,13 +115,18 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
     return Stopped(config, path, complete, before)
 
 
-def _unfinished_folder(store: Store, config: RunConfig) -> Path | None:
-    """The folder of the run that began the store, if it has stopped there and is still the one that is meant."""
+def unfinished_folder(store: Store, config: RunConfig) -> Path | None:
+    """The folder of the run that began a store, if it has stopped there and is the one that is meant.
+
+    Args:
+        store: Where its outputs go.
+        config: The run as it is to go on.
+    """
     named, begun = store.header.attributes.get("run"), store.header.attributes.get("configuration", {})
     if not isinstance(named, str) or begun.get("output") != config.output:
         return None
     path = Path(named)
     state = state_of(path)
-    if state is None or state["state"] == COMPLETE:
+    if state is None or state["state"] == COMPLETE or not (path / "config.yaml").is_file():
         return None
     return path if load(path / "config.yaml").digest() == config.digest() else None

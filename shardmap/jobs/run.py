@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from shardmap import Plan, Store
-from shardmap.config import BoundRun, to_yaml
+from shardmap.config import BoundRun, RunConfig, to_yaml
 from shardmap.errors import ConfigError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.folder import RunFolder, environment, one_seed, save_tensors, write_json
+from shardmap.jobs.folder import COMPLETE, RunFolder, environment, one_seed, save_tensors, state_of, write_json
 from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.resume import unfinished_folder
 from shardmap.jobs.stores import check_store, sink_of, with_keys
 from shardmap.jobs.tasks import mapped, planned
 from shardmap.run import timeline
@@ -68,7 +69,7 @@ def execute(
     config = run.config
     check_machine(config)  # a device that is not there is answered before anything is loaded
     found = check_store(config)
-    folder = folder or RunFolder.create(config.output, to_yaml(config))
+    folder = folder or _folder(config, found, say)
     try:
         with folder, one_seed(config.seed):
             return _carry_out(run, folder, found, say, listener)
@@ -86,6 +87,20 @@ def execute(
         if folder.path.exists():
             logger.warning("what is computed stays, and `shardmap resume %s` goes on with it", folder.path)
         raise
+
+
+def _folder(config: RunConfig, found: Store | None, say: Callable[[str], None]) -> RunFolder:
+    """The folder in which the store was begun, if that run has stopped, or a new one."""
+    begun = None if found is None else unfinished_folder(found, config)
+    if begun is not None:
+        return RunFolder.reopen(begun)
+    folder = RunFolder.create(config.output, to_yaml(config))
+    if folder.path != Path(config.output):
+        there = state_of(Path(config.output))
+        stopped = there is not None and there["state"] != COMPLETE
+        hint = f", a run that has not ended; `shardmap resume {config.output}` goes on with it" if stopped else ""
+        say(f"run folder {folder.path}: there is {config.output} already{hint}")
+    return folder
 
 
 def _carry_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -30,10 +31,14 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
         config: Which task, and what goes with it.
         options: As for `shardmap.vmap`.
     """
-    call = _batched(parts, config, options)
+    if config.task == "vmap":
+        call = shardmap.vmap(parts.detached, **options)
+        return lambda: call(*parts.columns)
+    call = _transform(parts, config, options)
 
     def run() -> Any:
-        return call(*parts.columns)
+        with torch.no_grad():  # values only: nobody differentiates what ends in files
+            return call(*_given(parts, config))
 
     return run
 
@@ -47,40 +52,48 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
         options: As for `shardmap.plan`.
         sink: Where the outputs go, if that is a store: memory then holds those that are being put together, and no more.
     """
-    function = parts.detached if config.task == "vmap" else _one(parts, config, options)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        plan = shardmap.plan(function, **options)(*parts.columns)  # pyright: ignore[reportCallIssue]  a plan has no out=
+        plan = _plan(parts, config, options)
         if sink is None or not plan.samples:
             return plan
         job = dataclasses.replace(plan._job, unit=unit_of(plan._job, config.chunk_size, sink))
         on = Devices(job)
-        cut = api._split(job, on, api._names(job, plan._options, False), plan._options, False, always=True)
-    return Plan(job, cut, on, plan._structure, plan._options)
+        stored = copy.copy(plan)
+        stored.split = api._split(job, on, api._names(job, plan._options, False), plan._options, False, always=True)
+        stored._job, stored._on = job, on
+    return stored
 
 
-def _batched(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[..., Any]:
-    """The library's call for the task: a function of the columns."""
+def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:
     if config.task == "vmap":
-        return shardmap.vmap(parts.detached, **options)
+        return shardmap.plan(parts.detached, **options)(*parts.columns)  # pyright: ignore[reportCallIssue]  a plan has no out=
+    call = _transform(parts, config, options)
+    with torch.no_grad():
+        if hasattr(call, "plan"):
+            return call.plan(*_given(parts, config))
+        # Otherwise the plan of the same computation, written as a map of the call for one sample: an inner map is a part of the outer one.
+        inner, shared = _transform(parts, config, {"randomness": config.randomness}), _given(parts, config)[: -len(parts.columns)]
+
+        @functools.wraps(parts.one_sample)
+        def one(*row: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t[0].detach(), inner(*shared, *[value[None] for value in row]))
+
+        return shardmap.plan(one, **options)(*parts.columns)  # pyright: ignore[reportCallIssue]
+
+
+def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
+    """The library's call for a task: a function of the batch, which has a `plan`."""
     if config.task == "per_sample_grad":
-        if parts.loss is not None:
-            return shardmap.per_sample_grad(parts.call, parts.loss, params=config.params, flat=config.flat, **options)
-        gradient = shardmap.per_sample_grad(parts.call, params=config.params, flat=config.flat, **options)
-        return functools.partial(gradient, *parts.leading)
+        return shardmap.per_sample_grad(parts.call, parts.loss, params=config.params, flat=config.flat, **options)
     argnums = tuple(config.argnums) if isinstance(config.argnums, list) else config.argnums
     if config.task == "jacobian":
-        return shardmap.jacobian(parts.one_sample, config.method, argnums=argnums, **options)
+        return shardmap.jacobian(parts.one_sample, argnums, method=config.method, **options)
     if config.task == "hessian":
-        return shardmap.hessian(parts.one_sample, argnums=argnums, **options)
+        return shardmap.hessian(parts.one_sample, argnums, **options)
     return shardmap.hvp(parts.one_sample, **options)
 
 
-def _one(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[..., Any]:
-    """The task for one sample: inside a map its own map is a part of that one."""
-    inner = _batched(parts, config, {"randomness": options.get("randomness", "error")})
-
-    @functools.wraps(parts.one_sample, updated=())
-    def one(*row: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: t[0].detach(), inner(*[value[None] for value in row]))
-
-    return one
+def _given(parts: Parts, config: RunConfig) -> tuple[Any, ...]:
+    """What the call gets: a function of parameters gets them first."""
+    leading = parts.leading if config.task == "per_sample_grad" and parts.loss is None else ()
+    return (*leading, *parts.columns)
