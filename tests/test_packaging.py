@@ -67,7 +67,7 @@ def test_extras_name_what_the_package_imports():
     names = {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in EXTRAS.items()}
     assert {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} == {"torch", "numpy", "psutil"}
     assert names["ray"] == {"ray"}
-    assert names["run"] == {"jsonargparse", "rich", "pyyaml", "zarr", "safetensors", "fsspec", "matplotlib", "scikit-learn"}
+    assert names["run"] == {"jsonargparse", "rich", "pyyaml", "zarr", "safetensors", "fsspec", "matplotlib", "jinja2", "scikit-learn"}
     assert EXTRAS["all"] == ["shardmap[ray,run]"]
     assert {"test", "dev", "bench"} <= set(names)
 
