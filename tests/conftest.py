@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests import browser
+
 
 def pytest_configure() -> None:
     """Test processes run side by side: with more than one thread each they would be slower."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what opens a browser where there is none; not in CI, and not when it is asked for: there it fails and says what to do."""
+    if browser.find() or os.environ.get("CI") == "true" or "browser" in config.option.markexpr:
+        return
+    out = [item for item in items if item.get_closest_marker("browser")]
+    if out:
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=out)
 
 
 @pytest.fixture(autouse=True)

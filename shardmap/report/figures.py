@@ -179,7 +179,7 @@ def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
         edges = [float(low) - 0.5 + i for i in range(bins + 1)]
     else:
         edges = [scale * (first + width * i / bins) for i in range(bins + 1)]
-    return Histogram(counts.tolist(), edges, not single and counts.max() > ONE_BIN * counts.sum(), single)
+    return Histogram(counts.tolist(), edges, not single and bool(counts.max() > ONE_BIN * counts.sum()), single)
 
 
 def looks_like_images(shape: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ from shardmap.planning.memory import format_bytes
 from shardmap.planning.table import format_seconds
 from shardmap.report import figures, lanes, samples
 from shardmap.report.figures import Curve, Histogram, Picture, Sheet, Statistics
-from shardmap.report.record import PAGE, Record, read_folder, started
+from shardmap.report.record import PAGE, Record, read_folder
 from shardmap.report.samples import Output, Sample, Unread
 from shardmap.store import elements
 
@@ -103,12 +103,10 @@ def render(record: Record) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": _bytes, "seconds": _seconds, "number": number, "json": _pretty}
-    moment = started(record)
     cards, sentences = _found(record)
     return environment.get_template("page.html").render(
         record=record,
         name=record.folder.resolve().name,
-        started=moment,
         cards=cards,
         sentences=sentences,
         asked=_asked(record),
@@ -190,7 +188,7 @@ def _asked(record: Record) -> list[tuple[str, str]]:
 def _largest(record: Record) -> dict[str, float]:
     """What the bars of predictions and measurements are drawn against."""
     memory = [value for x in record.lanes for value in (x.predicted_peak_bytes, x.peak_bytes) if value]
-    seconds = [value for x in record.lanes for value in (x.predicted_seconds, x.seconds) if value]
+    seconds = [value for x in (*record.lanes, record) for value in (x.predicted_seconds, x.seconds) if value]
     return {"memory": max(memory, default=1), "seconds": max(seconds, default=1.0)}
 
 

@@ -73,6 +73,9 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     more: bool
+    """Whether the file goes on."""
+    numeric: Sequence[bool]
+    """By column: whether every cell that is shown is a number, or empty."""
 
 
 @dataclass
@@ -87,8 +90,13 @@ class Record:
     call: str = ""
     samples: int | None = None
     explain: str = ""
+    started: datetime | None = None
+    """When the log begins."""
+    finished: bool = True
+    """Whether the run says that it is complete."""
+    predicted_seconds: float | None = None
     seconds: float | None = None
-    """Of the map."""
+    """Of the map, all lanes side by side."""
     lanes: Sequence[Lane] = ()
     planned: bool = False
     measured: bool = False
@@ -125,6 +133,8 @@ def read_folder(folder: Path) -> Record:
         raise ConfigError(f"report {str(folder)!r}: this is no run folder, {there}; name a folder that `shardmap run` has written")
     record = Record(folder)
     _read_config(record, config)
+    state = _mapping(record, "state", "state.json")
+    record.finished = state is None or state.get("state") == "complete"
     record.environment = _mapping(record, "environment", "environment.json")
     record.summary = _mapping(record, "summary", "summary.json")
     _read_lanes(record)
@@ -193,6 +203,7 @@ def _read_lanes(record: Record) -> None:
         try:
             record.call, record.samples = str(plan.get("call", "")), _whole(plan.get("samples"))
             record.explain = str(plan.get("explain") or record.explain)
+            record.predicted_seconds = _number(plan.get("predicted_seconds"))
             planned_lanes = {str(lane["name"]): lane for lane in plan.get("lanes", [])}
             record.planned = True
         except ODD as error:
@@ -286,9 +297,12 @@ def _read_log(record: Record) -> None:
             except (ValueError, TypeError, AttributeError, RecursionError):
                 broken += 1
                 continue
-            first = at if first is None else first
+            if first is None and at is not None:
+                first = at
+                with contextlib.suppress(OSError, ValueError, OverflowError):  # no time that a calendar has
+                    record.started = datetime.fromtimestamp(at, UTC)
             chunks += event == "chunk done"
-            level = str(values.pop("level", "warning" if event == "chunk redone" else "info")).lower()
+            level = str(values.pop("level", "warning" if event in ("chunk redone", "stopped") else "info")).lower()
             if event == "chunk done":
                 continue
             if len(lines) >= MOST_LINES and level not in ("warning", "error", "critical"):
@@ -380,20 +394,20 @@ def _read_tables(record: Record) -> None:
             record.say("tables", f"{path.name} is empty.")
             continue
         width = max(map(len, rows))
-        filled = [[*row, *[""] * (width - len(row))] for row in rows]
-        found.append(Table(path.name, filled[0], filled[1 : MOST_ROWS + 1], len(rows) > MOST_ROWS + 1))
+        header, *shown = [[*row, *[""] * (width - len(row))] for row in rows[: MOST_ROWS + 1]]
+        numeric = [all(_is_number(row[i]) for row in shown) for i in range(width)]
+        found.append(Table(path.name, header, shown, len(rows) > MOST_ROWS + 1, numeric))
     if len(paths) > MOST_TABLES:
         record.say("tables", f"{len(paths) - MOST_TABLES} more tables are only in the folder.")
     record.tables = found
 
 
-def started(record: Record) -> datetime | None:
-    """When the log begins."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError):
-        with (record.folder / "log.jsonl").open(encoding="utf-8", errors="replace") as file:
-            at = json.loads(file.readline()).get("time")
-            return None if at is None else datetime.fromtimestamp(float(at), UTC)
-    return None
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(value: Any) -> int | None:

@@ -1,0 +1,125 @@
+"""Run folders for the tests of reports: maps that really run, with the files that `shardmap run` leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import shardmap
+from shardmap.jobs.folder import RunFolder, environment, save_tensors
+from shardmap.run import lanes
+from shardmap.run.base import ChunkDone, Event, RunFinished, listen
+
+CONFIG = {"task": "vmap", "function": {"path": "mine.mapped", "init_args": {"power": 2}}, "data": {"path": "mine.load", "init_args": {}}}
+SUMMARY = {"headline": "17 of 53 rows stand out.", "samples": 53, "seconds": 1.5, "accuracy": 0.949, "score": "gradient_norm"}
+
+
+def make(
+    folder: Path,
+    fn: Callable[..., Any],
+    batch: Sequence[torch.Tensor],
+    *,
+    config: Mapping[str, Any] = CONFIG,
+    summary: Mapping[str, Any] = SUMMARY,
+    sink: Any = None,
+    devices: Sequence[str] = ("cpu",),
+    chunk_size: int = 7,
+    fails: bool = False,
+) -> Path:
+    """Run a map and leave its folder.
+
+    Args:
+        folder: Its path, which is not there yet.
+        fn: Of one sample.
+        batch: Tensors with a row per sample.
+        config: As config.yaml.
+        summary: As summary.json.
+        sink: Where outputs go; None for outputs.safetensors.
+        devices: One lane each.
+        chunk_size: Samples in a chunk.
+        fails: Whether the third chunk runs out of memory once, and is computed again.
+    """
+    plan = shardmap.plan(fn, devices=list(devices), chunk_size=chunk_size)(*batch)
+    events: list[Event] = []
+    with RunFolder(str(folder)) as run, pytest.MonkeyPatch.context() as patch:
+        (run.path / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+        run.log("started", function="mine.mapped", output=str(folder))
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            run.log_event(event)
+
+        if fails:
+            patch.setattr(lanes.Lane, "compute", _failing_once(lanes.Lane.compute))
+        with listen(hear):
+            outputs = plan.run()
+        if sink is None:
+            save_tensors(run.path / "outputs.safetensors", outputs)
+        else:
+            shardmap.vmap(fn, out=sink, chunk_size=chunk_size)(*batch)
+        logging.getLogger("shardmap.jobs").info("epoch 1 of 3: loss 0.123")
+        logging.getLogger("shardmap.jobs").warning("a loop computes aten::nonzero for each sample")
+        _put(run.path / "plan.json", plan_json(plan))
+        (run.path / "plan.txt").write_text(plan.explain())
+        _put(run.path / "measured.json", measured_json(events))
+        plan.timeline(run.path / "timeline.json")
+        _put(run.path / "environment.json", environment())
+        _put(run.path / "summary.json", summary)
+        return run.finish()
+
+
+def plan_json(plan: shardmap.Plan) -> dict[str, Any]:
+    """A plan as a run folder has it."""
+    return {
+        "call": "vmap(mapped)",
+        "samples": plan.samples,
+        "lanes": [
+            {
+                "name": lane.name,
+                "device": lane.device,
+                "rows": lane.rows,
+                "chunk": lane.chunk,
+                "chunks": lane.chunks,
+                "predicted_peak_bytes": lane.peak_bytes,
+                "budget_bytes": lane.budget_bytes,
+                "predicted_seconds": lane.seconds,
+            }
+            for lane in plan.lanes
+        ],
+        "explain": plan.explain(),
+    }
+
+
+def measured_json(events: Sequence[Event]) -> dict[str, Any]:
+    """What was measured, as a run folder has it."""
+    found: dict[str, Any] = {}
+    for event in events:
+        if isinstance(event, ChunkDone):
+            lane = found.setdefault(event.device, {"chunks": [], "seconds": 0.0, "peak_bytes": None})
+            lane["chunks"].append({"start": event.start, "stop": event.stop, "seconds": event.seconds, "at": event.at})
+            lane["seconds"] += event.seconds
+    (end,) = [event for event in events if isinstance(event, RunFinished)]
+    return {"seconds": end.seconds, "lanes": found, "redone": dict(end.redone)}
+
+
+def _failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    calls = []
+
+    def compute(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("as a test")
+        return original(self, *args)
+
+    return compute
+
+
+def _put(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(values)))
