@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 import yaml
 
 import shardmap
-from shardmap.jobs.folder import RunFolder, environment, save_tensors
+from shardmap.jobs.folder import RunFolder, environment, save_tensors, write_json
+from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.run import lanes
-from shardmap.run.base import ChunkDone, Event, RunFinished, listen
+from shardmap.run.base import Event, listen
 
 CONFIG = {"task": "vmap", "function": {"path": "mine.mapped", "init_args": {"power": 2}}, "data": {"path": "mine.load", "init_args": {}}}
 SUMMARY = {"headline": "17 of 53 rows stand out.", "samples": 53, "seconds": 1.5, "accuracy": 0.949, "score": "gradient_norm"}
@@ -48,9 +48,11 @@ def make(
     """
     plan = shardmap.plan(fn, devices=list(devices), chunk_size=chunk_size)(*batch)
     events: list[Event] = []
-    with RunFolder(str(folder)) as run, pytest.MonkeyPatch.context() as patch:
-        (run.path / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+    with RunFolder.create(str(folder), yaml.safe_dump(dict(config))) as run, pytest.MonkeyPatch.context() as patch:
         run.log("started", function="mine.mapped", output=str(folder))
+        write_json(run.path / "environment.json", environment())
+        write_json(run.path / "plan.json", predicted(plan))
+        (run.path / "plan.txt").write_text(plan.explain())
 
         def hear(event: Event) -> None:
             events.append(event)
@@ -58,55 +60,19 @@ def make(
 
         if fails:
             patch.setattr(lanes.Lane, "compute", _failing_once(lanes.Lane.compute))
-        with listen(hear):
+        names = {lane.name: lane.device for lane in plan.lanes}
+        with Peaks(names.values()) as peaks, listen(hear):
             outputs = plan.run()
+        write_json(run.path / "measured.json", measured(events, peaks.peak_bytes, names))
+        plan.timeline(run.path / "timeline.json")
         if sink is None:
             save_tensors(run.path / "outputs.safetensors", outputs)
         else:
             shardmap.vmap(fn, out=sink, chunk_size=chunk_size)(*batch)
         logging.getLogger("shardmap.jobs").info("epoch 1 of 3: loss 0.123")
         logging.getLogger("shardmap.jobs").warning("a loop computes aten::nonzero for each sample")
-        _put(run.path / "plan.json", plan_json(plan))
-        (run.path / "plan.txt").write_text(plan.explain())
-        _put(run.path / "measured.json", measured_json(events))
-        plan.timeline(run.path / "timeline.json")
-        _put(run.path / "environment.json", environment())
-        _put(run.path / "summary.json", summary)
+        write_json(run.path / "summary.json", summary)
         return run.finish()
-
-
-def plan_json(plan: shardmap.Plan) -> dict[str, Any]:
-    """A plan as a run folder has it."""
-    return {
-        "call": "vmap(mapped)",
-        "samples": plan.samples,
-        "lanes": [
-            {
-                "name": lane.name,
-                "device": lane.device,
-                "rows": lane.rows,
-                "chunk": lane.chunk,
-                "chunks": lane.chunks,
-                "predicted_peak_bytes": lane.peak_bytes,
-                "budget_bytes": lane.budget_bytes,
-                "predicted_seconds": lane.seconds,
-            }
-            for lane in plan.lanes
-        ],
-        "explain": plan.explain(),
-    }
-
-
-def measured_json(events: Sequence[Event]) -> dict[str, Any]:
-    """What was measured, as a run folder has it."""
-    found: dict[str, Any] = {}
-    for event in events:
-        if isinstance(event, ChunkDone):
-            lane = found.setdefault(event.device, {"chunks": [], "seconds": 0.0, "peak_bytes": None})
-            lane["chunks"].append({"start": event.start, "stop": event.stop, "seconds": event.seconds, "at": event.at})
-            lane["seconds"] += event.seconds
-    (end,) = [event for event in events if isinstance(event, RunFinished)]
-    return {"seconds": end.seconds, "lanes": found, "redone": dict(end.redone)}
 
 
 def _failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +85,3 @@ def _failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args)
 
     return compute
-
-
-def _put(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(values)))
