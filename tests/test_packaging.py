@@ -101,6 +101,15 @@ def test_the_entry_point_is_there():
     assert callable(cli.main)
 
 
+def test_what_is_no_python_is_shipped_too():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path for package, patterns in data.items() for pattern in patterns for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    others = {path for path in (ROOT / "shardmap").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert shipped == others
+
+
 def test_the_licence_and_the_type_marker_are_there():
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:100]
     assert (ROOT / "shardmap" / "py.typed").exists()

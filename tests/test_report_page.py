@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import shardmap
+from shardmap import cli
 from shardmap.errors import ConfigError
 from shardmap.report import page
 from shardmap.run import timeline
@@ -224,7 +225,7 @@ def test_what_cannot_be_understood_is_said(folder: Path, name: str, broken: str)
 def test_a_folder_of_the_configuration_alone_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("function: mine.mapped\n")
     text = written(tmp_path).text
-    assert "The run saved no outputs" in text
+    assert "No outputs are kept in the run folder" in text
     assert "mine.mapped" in text
 
 
@@ -401,6 +402,31 @@ def test_a_browser_shows_all_of_it(chromium: browser.Page, folder: Path, options
     assert seen["overflow"] == 0
     assert chromium.errors == []
     assert [url for url in chromium.requests if not url.startswith("data:")] == [(folder / "report.html").as_uri()]
+
+
+@pytest.mark.browser
+def test_from_a_configuration_to_a_page_in_a_browser(
+    chromium: browser.Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    path = tmp_path / "jacobian"
+    assert cli.main(["run", "configs/digits_jacobian.yaml", "--model.init_args.epochs", "1", "--output", str(path)]) == 0
+    assert cli.main(["report", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"written to {path / 'report.html'}\n")
+    chromium.open(path / "report.html")
+    seen = chromium.ask(MEASURE)
+    (sheet, picture) = seen["images"]
+    assert sheet[:2] == [9 * 10 - 1, 9 * 6 - 1], "ten images of 8x8 for each of six samples, a pixel between them"
+    assert min(picture) > 300
+    assert [(name, rows) for name, rows, _ in seen["tables"] if name != "log"] == [("plan", 2), ("overview", 2), ("csv", 21)]
+    shown = chromium.ask("document.querySelector('.output').innerText")
+    jacobian = shardmap.open_store(path / "results.zarr").read(0, 0, 1797)
+    assert "float32 [1797, 10, 1, 8, 8]" in shown or "float32 [1797, 10, 8, 8]" in shown
+    for value in (jacobian.min(), jacobian.max()):
+        assert page.number(value.item()) in shown
+    accuracy = json.loads((path / "summary.json").read_text())["accuracy"]
+    assert page.number(accuracy) in chromium.ask("document.querySelector('.numbers').innerText")
+    assert chromium.errors == []
 
 
 @pytest.mark.browser

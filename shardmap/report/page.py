@@ -29,7 +29,7 @@ SHOWN, MOST_FACTOR = 640, 10
 ASKED = ("task", "function", "loss", "params", "model", "weights", "data", "source", "reduce", "report")
 """Keys of the configuration that say what was computed; all are at the end of the page."""
 CARD_LETTERS = 40
-"""Longest text among the large numbers; longer ones are sentences."""
+"""Longest text among the large numbers; longer ones and paths are lines of their own."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _found(record: Record) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
     for key, value in (record.summary or {}).items():
         if isinstance(value, dict | list):
             sentences.append((_words(key), json.dumps(value, ensure_ascii=False)))
-        elif isinstance(value, str) and len(value) > CARD_LETTERS:
+        elif isinstance(value, str) and (len(value) > CARD_LETTERS or "/" in value):
             sentences.append((_words(key), value))
         else:
             told = format_seconds(value) if key == "seconds" and isinstance(value, int | float) else number(value)

@@ -326,7 +326,7 @@ def _told(event: str, values: Mapping[str, Any]) -> str:
     rest = [
         f"{key} {value}" if isinstance(value, int | float | str) else f"{key} {json.dumps(value)}"
         for key, value in values.items()
-        if key != "plan"  # drawn above
+        if key != "plan" and value not in ({}, [])  # the plan is drawn above
     ]
     return f"{event}: {', '.join(rest)}" if rest else event
 
@@ -344,7 +344,7 @@ def _read_outputs(record: Record) -> None:
     named = [(record.summary or {}).get("store"), record.config.get("store")]
     urls = [str(inside)] if inside.exists() else [url for url in named if isinstance(url, str) and url]
     if not urls:
-        return record.say("outputs", "The run saved no outputs: neither outputs.safetensors nor a store is there.")
+        return record.say("outputs", "No outputs are kept in the run folder, and the run names no store (save_outputs: true keeps them).")
     try:
         record.outputs, store = outputs_of(urls[0])
         record.where = store.url
