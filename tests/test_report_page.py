@@ -17,7 +17,7 @@ import torch
 import shardmap
 from shardmap import cli
 from shardmap.errors import ConfigError
-from shardmap.report import page
+from shardmap.report import files, page
 from shardmap.run import timeline
 from shardmap.run.base import ChunkDone, ChunkRedone, RunFinished, RunStarted
 from tests import browser, run_folders
@@ -287,6 +287,23 @@ def test_only_pngs_are_taken_for_pictures(folder: Path) -> None:
     assert [attributes["alt"] for tag, attributes in elements.found if tag == "img" and "run's picture" in (attributes["alt"] or "")] == [
         "The run's picture curve.png"
     ]
+
+
+def test_what_is_too_much_for_a_page_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (folder / "log.jsonl").open("a") as log:
+        log.writelines(json.dumps({"event": "message", "level": level, "text": "again"}) + "\n" for level in ("info", "error") * 400)
+    (folder / "wide.csv").write_text(",".join(map(str, range(73))) + "\n" + "x" * 5000)
+    (folder / "long.csv").write_text('"' + "y" * 200_000)
+    monkeypatch.setattr(files, "PICTURES_BYTES", 1000)
+    elements = written(folder)
+    text = " ".join(elements.text.split())
+    lines = len((folder / "log.jsonl").read_text().splitlines())
+    chunks = sum("chunk done" in line for line in (folder / "log.jsonl").read_text().splitlines())
+    assert f"{lines - chunks - 2 * files.MOST_LINES} more lines are only in log.jsonl." in text
+    assert "without the last 13 columns" in text
+    assert "x" * 2000 + "…" in text
+    assert "long.csv cannot be read: field larger than field limit" in text
+    assert "1 picture is more than the page can hold, and only in the folder: curve.png." in text
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:

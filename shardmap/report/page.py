@@ -114,8 +114,6 @@ def render(record: Record) -> str:
         most=_largest(record),
         previews=[preview(output, place) for place, output in enumerate(record.outputs[:MOST_PREVIEWS], 1)],
         others=[_unread(output, "", 0) for output in record.outputs[MOST_PREVIEWS:]],
-        warnings=[line for line in record.log if line.level in ("warning", "error", "critical")],
-        messages=[line for line in record.log if line.level not in ("warning", "error", "critical")],
         read_bytes=samples.READ_BYTES,
         show_bytes=_bytes,
         show_seconds=_seconds,

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import csv
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from shardmap.errors import ConfigError, SourceError, StoreError
 from shardmap.extras import require
 from shardmap.planning.memory import MIB, format_bytes
-from shardmap.report.figures import png
+from shardmap.report.files import Image, Log, Table, line, read_images, read_log, read_tables
 from shardmap.report.samples import Output, outputs_in, outputs_of
 from shardmap.run.timeline import Bar, Failure
 
 PAGE = "report.html"
 """The page's own name in the folder."""
-MOST_LINES, MOST_PICTURES, MOST_TABLES, MOST_ROWS, MOST_LETTERS = 400, 40, 40, 20, 2000
-"""Of the log; pictures; tables; rows of each; letters of a cell or message."""
-PICTURE_BYTES = 16 * MIB
-"""Of the largest picture that is put into the page."""
 TEXT_BYTES = 64 * MIB
 """Of the largest JSON or text file that is read; measured.json of a million chunks has about that."""
 
@@ -46,38 +41,6 @@ class Lane:
     """Chunks that were computed."""
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """One thing that happened."""
-
-    seconds: float | None
-    """Since the log's first line."""
-    level: str
-    """`warning` and `error` stand out."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Image:
-    """A picture that the run has written."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """The beginning of a CSV file that the run has written."""
-
-    name: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    more: bool
-    """Whether the file goes on."""
-    numeric: Sequence[bool]
-    """By column: whether every cell that is shown is a number, or empty."""
-
-
 @dataclass
 class Record:
     """What a run folder holds."""
@@ -90,8 +53,6 @@ class Record:
     call: str = ""
     samples: int | None = None
     explain: str = ""
-    started: datetime | None = None
-    """When the log begins."""
     finished: bool = True
     """Whether the run says that it is complete."""
     predicted_seconds: float | None = None
@@ -103,8 +64,7 @@ class Record:
     bars: Sequence[Bar] = ()
     failures: Sequence[Failure] = ()
     redone: Mapping[str, Any] = field(default_factory=dict)
-    log: Sequence[LogLine] = ()
-    log_left_out: int = 0
+    log: Log = Log()
     outputs: Sequence[Output] = ()
     where: str = ""
     """The file or store that the outputs are in."""
@@ -139,10 +99,10 @@ def read_folder(folder: Path) -> Record:
     record.summary = _mapping(record, "summary", "summary.json")
     _read_lanes(record)
     _read_timeline(record)
-    _read_log(record)
     _read_outputs(record)
-    _read_images(record)
-    _read_tables(record)
+    record.log = read_log(folder / "log.jsonl", functools.partial(record.say, "log"))
+    record.images = read_images(folder, functools.partial(record.say, "images"))
+    record.tables = read_tables(folder, functools.partial(record.say, "tables"))
     return record
 
 
@@ -163,7 +123,7 @@ def _read_config(record: Record, path: Path) -> None:
             raise _UnreadableError(f"it holds {type(values).__name__}, not keys and values")
         record.config = values
     except (_UnreadableError, yaml.YAMLError) as error:
-        record.say("config", f"config.yaml cannot be understood: {_line(error)}.")
+        record.say("config", f"config.yaml cannot be understood: {line(error)}.")
 
 
 def _mapping(record: Record, part: str, name: str) -> Mapping[str, Any] | None:
@@ -177,7 +137,7 @@ def _mapping(record: Record, part: str, name: str) -> Mapping[str, Any] | None:
         if not isinstance(values, dict):
             raise _UnreadableError(f"it holds a {type(values).__name__}, not keys and values")
     except (ValueError, RecursionError, _UnreadableError) as error:
-        record.say(part, f"{name} cannot be read: {_line(error)}.")
+        record.say(part, f"{name} cannot be read: {line(error)}.")
         return None
     return values
 
@@ -207,7 +167,7 @@ def _read_lanes(record: Record) -> None:
             planned_lanes = {str(lane["name"]): lane for lane in plan.get("lanes", [])}
             record.planned = True
         except ODD as error:
-            record.say("plan", f"plan.json is not as this version of shardmap writes it: {_line(repr(error))}.")
+            record.say("plan", f"plan.json is not as this version of shardmap writes it: {line(repr(error))}.")
     if measured is not None:
         measured_lanes = measured.get("lanes", {})
         redone = measured.get("redone") or {}
@@ -217,13 +177,13 @@ def _read_lanes(record: Record) -> None:
             record.bars = _bars_of(measured_lanes)
             record.measured = True
         except ODD as error:
-            record.say("measured", f"measured.json is not as this version of shardmap writes it: {_line(repr(error))}.")
+            record.say("measured", f"measured.json is not as this version of shardmap writes it: {line(repr(error))}.")
             measured_lanes = {}
     try:
         names = dict.fromkeys([*planned_lanes, *measured_lanes])
         record.lanes = [_lane(name, planned_lanes.get(name, {}), measured_lanes.get(name, {})) for name in names]
     except ODD as error:
-        record.say("plan", f"The lanes in plan.json and measured.json cannot be understood: {_line(repr(error))}.")
+        record.say("plan", f"The lanes in plan.json and measured.json cannot be understood: {line(repr(error))}.")
 
 
 def _lane(name: str, planned: Mapping[str, Any], measured: Mapping[str, Any]) -> Lane:
@@ -277,58 +237,9 @@ def _read_timeline(record: Record) -> None:
             else:
                 failures.append(Failure(lane, start, stop, began, str(about["reason"])))
     except ODD as error:
-        record.say("timeline", f"timeline.json is not as this version of shardmap writes it: {_line(repr(error))}.")
+        record.say("timeline", f"timeline.json is not as this version of shardmap writes it: {line(repr(error))}.")
         return
     record.bars, record.failures = bars, failures
-
-
-def _read_log(record: Record) -> None:
-    """Everything but the lines of single chunks, which the timeline shows."""
-    path, lines, broken, first, chunks = record.folder / "log.jsonl", list[LogLine](), 0, None, 0
-    if not path.is_file():
-        return record.say("log", "log.jsonl is not in the run folder.")
-    left_out = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                values = json.loads(text)
-                event = str(values.pop("event", ""))
-                at = _number(values.pop("time", values.pop("at", None)))
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                broken += 1
-                continue
-            if first is None and at is not None:
-                first = at
-                with contextlib.suppress(OSError, ValueError, OverflowError):  # no time that a calendar has
-                    record.started = datetime.fromtimestamp(at, UTC)
-            chunks += event == "chunk done"
-            level = str(values.pop("level", "warning" if event in ("chunk redone", "stopped") else "info")).lower()
-            if event == "chunk done":
-                continue
-            if len(lines) >= MOST_LINES and level not in ("warning", "error", "critical"):
-                left_out += 1
-                continue
-            since = None if at is None or first is None else at - first
-            lines.append(LogLine(since, level, _cut(_told(event, values))))
-    if broken:
-        lines_are = "line is no JSON: the run was" if broken == 1 else "lines are no JSON: the run may have been"
-        record.say("log", f"{broken} {lines_are} cut short while writing, or the file was changed.")
-    record.log, record.log_left_out = lines, left_out
-    if chunks:
-        record.say("log", f"{chunks:,} lines about chunks that were computed are left to the lanes above.")
-
-
-def _told(event: str, values: Mapping[str, Any]) -> str:
-    """A line of the log in words."""
-    text = values.get("text", values.get("message"))
-    if text is not None:
-        return str(text)
-    rest = [
-        f"{key} {value}" if isinstance(value, int | float | str) else f"{key} {json.dumps(value)}"
-        for key, value in values.items()
-        if key != "plan" and value not in ({}, [])  # the plan is drawn above
-    ]
-    return f"{event}: {', '.join(rest)}" if rest else event
 
 
 def _read_outputs(record: Record) -> None:
@@ -356,71 +267,9 @@ def _read_outputs(record: Record) -> None:
         record.say("outputs", f"{error}.")
 
 
-def _read_images(record: Record) -> None:
-    found, left_out = [], []
-    for path in sorted(record.folder.glob("*.png")):
-        try:
-            if path.stat().st_size > PICTURE_BYTES or len(found) == MOST_PICTURES:
-                left_out.append(path.name)
-                continue
-            data = path.read_bytes()
-        except OSError as error:
-            record.say("images", f"{path.name} cannot be read: {error.strerror}.")
-            continue
-        if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-            record.say("images", f"{path.name} is no PNG.")
-            continue
-        found.append(Image(path.name, png(data)))
-    if left_out:
-        names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        record.say("images", f"{len(left_out)} pictures are too large for the page, or too many, and only in the folder: {names}.")
-    record.images = found
-
-
-def _read_tables(record: Record) -> None:
-    found, paths = [], sorted(record.folder.glob("*.csv"))
-    for path in paths[:MOST_TABLES]:
-        try:
-            with path.open(encoding="utf-8", errors="replace", newline="") as file:
-                rows: list[list[str]] = []
-                for row in csv.reader(file):
-                    rows.append([_cut(cell) for cell in row])
-                    if len(rows) == MOST_ROWS + 2:
-                        break
-        except (OSError, csv.Error) as error:
-            record.say("tables", f"{path.name} cannot be read: {_line(error)}.")
-            continue
-        if not rows:
-            record.say("tables", f"{path.name} is empty.")
-            continue
-        width = max(map(len, rows))
-        header, *shown = [[*row, *[""] * (width - len(row))] for row in rows[: MOST_ROWS + 1]]
-        numeric = [all(_is_number(row[i]) for row in shown) for i in range(width)]
-        found.append(Table(path.name, header, shown, len(rows) > MOST_ROWS + 1, numeric))
-    if len(paths) > MOST_TABLES:
-        record.say("tables", f"{len(paths) - MOST_TABLES} more tables are only in the folder.")
-    record.tables = found
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell or 0)
-    except ValueError:
-        return False
-    return True
-
-
 def _whole(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _line(error: object) -> str:
-    return _cut(" ".join(str(error).split()))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
