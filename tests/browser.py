@@ -124,7 +124,7 @@ def browse(profile: Path) -> Iterator[Page]:
     if command is None:
         raise RuntimeError(
             f"no browser is installed (looked for {', '.join(NAMES)}), and these tests open reports in one: apt-get install chromium, or "
-            'leave them out with pytest -m "not browser"'
+            'leave them out with pytest -m "not slow and not gpu and not browser"'
         )
     (theirs_read, commands), (answers, theirs_write) = os.pipe(), os.pipe()
     # Chromium reads commands from descriptor 3 and answers on 4: first out of the way, so that neither overwrites the other.
