@@ -4,6 +4,7 @@ from shardmap import errors, reduce
 from shardmap.api import plan, vmap
 from shardmap.engine import SlowLoopWarning
 from shardmap.planned import Plan
+from shardmap.ragged import Ragged
 from shardmap.rules.registry import batching_rule
 from shardmap.run.pool import Ray
 from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source
@@ -12,6 +13,7 @@ from shardmap.transforms.gradients import per_sample_grad
 __all__ = [
     "MemmapSink",
     "Plan",
+    "Ragged",
     "Ray",
     "SafetensorsSink",
     "SlowLoopWarning",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from shardmap import edges, engine, errors, joint
+from shardmap import edges, engine, errors, joint, ragged
 from shardmap import reduce as reductions
 from shardmap.batch import LoweringOptions
 from shardmap.compared import compared
@@ -110,8 +110,11 @@ def vmap(
 
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-        result = _run(of_sample, batch, options, memory)
+        if ragged.among(args, kwargs):
+            result = ragged.run(lambda batch: _run(of_sample, batch, options, memory), args, kwargs, options)
+        else:
+            batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
+            result = _run(of_sample, batch, options, memory)
         return joint.finished(reduce, result, call) if joined and out is None else result
 
     return mapped
@@ -186,6 +189,7 @@ def plan(
     def planned(*args: Any, **kwargs: Any) -> Plan:
         if _under_recording() or functorch.peek_interpreter_stack() is not None:
             raise errors.OptionError(f"{call}: inside another map or transform there is nothing to plan; plan the outermost call")
+        ragged.refuse_plan(args, kwargs, call)
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
         recording, structure = record(of_sample, batch, randomness, False, call)
         prepared = Prepared(recording, structure)
