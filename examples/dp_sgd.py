@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Differentially private training on digits.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--noise", type=float, default=20.0, help="standard deviation, in units of the clipping norm")
-    parser.add_argument("--rate", type=float, default=1.0)
+    parser.add_argument("--rate", type=float, default=0.25)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -100,7 +100,8 @@ def main() -> None:
         model = network()
         train(model, images[:taught], labels[:taught], options.steps, noise, options.rate)
         spent = f"epsilon {epsilon(options.steps, noise, options.delta):.2f} at delta {options.delta:g}" if noise else "no privacy"
-        print(f"{options.steps} clipped sums over {taught:,} digits, noise {noise:g}: {accuracy(model, *test):.1%} of new digits right, {spent}")
+        share = accuracy(model, *test)
+        print(f"{options.steps} clipped sums over {taught:,} digits, noise {noise:g}: {share:.1%} of new digits right, {spent}")
 
 
 if __name__ == "__main__":

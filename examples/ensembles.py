@@ -92,8 +92,10 @@ def main() -> None:
     certain = unsure.argsort()[: len(labels) // 2]
     print(f"{options.networks} networks, {len(labels)} new digits from 0 to 7: one alone reads {sum(alone) / len(alone):.1%} right,")
     print(f"all together {right.double().mean():.1%}, and of the half that they are surest of {right[certain].double().mean():.1%}.")
-    print(f"A digit never taught against one of 0 to 7: one network is less sure of it {sum(single) / len(single):.1%} of the time,")
-    print(f"its members disagree more {separation(split_there, split):.1%}, the ensemble is less sure {separation(unsure_there, unsure):.1%}.")
+    print(f"Of a digit never taught, beside one of 0 to 7: one network is less sure {sum(single) / len(single):.1%} of the time,")
+    print(
+        f"members disagree more {separation(split_there, split):.1%}, and the ensemble is less sure {separation(unsure_there, unsure):.1%}."
+    )
 
 
 if __name__ == "__main__":

@@ -103,8 +103,9 @@ def main() -> None:
     fell = lowered(weights, train, test, 1 - F.one_hot(out, 400).to(features.dtype))  # [left out, test]
     alike = train[1] * test[1].unsqueeze(1) * (test[0] @ train[0].T)  # inner products of the gradients themselves
     print(f"{len(out)} samples left out in turn; rank correlation with what the margins of new samples really do, mean over them:")
-    print(f"{'inner product of gradients':>50}  {rank_correlation(alike[:, out], fell.T):6.3f}")
-    print(f"{f'influence, {options.projections} projections to {options.directions}':>50}  {rank_correlation(predicted[:, out], fell.T):6.3f}")
+    name = f"influence, {options.projections} projections to {options.directions}"
+    print(f"{'inner product of gradients':>40}  {rank_correlation(alike[:, out], fell.T):6.3f}")
+    print(f"{name:>40}  {rank_correlation(predicted[:, out], fell.T):6.3f}")
 
     best = predicted[:20].topk(TAKEN, dim=1).indices  # of twenty new samples
     anyone = torch.stack([torch.randperm(400)[:TAKEN] for _ in range(20)])

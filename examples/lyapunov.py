@@ -5,8 +5,8 @@ Lorenz's 1996 model of the weather along a circle of latitude, 40 places that ea
     dx_i/dt = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + 8,
 
 is chaotic: two states that differ by a hair grow apart. The Lyapunov exponents are the rates at which small differences grow or shrink, one
-for each direction. Here several trajectories run side by side. The Jacobian of the flow over 0.2 time units is taken at each of them, all in
-one call, carries an orthonormal frame along, and a QR decomposition says by how much the frame has grown (Benettin et al. 1980).
+for each direction. Here several trajectories run side by side. The Jacobian of the flow over 0.2 time units, taken at each of them in one
+call, carries an orthonormal frame along, and a QR decomposition says by how much the frame has grown (Benettin et al. 1980).
 
 Karimi and Paul (2010) found a largest exponent of 1.67 and a Kaplan-Yorke dimension of 27.1.
 
@@ -109,7 +109,7 @@ def draw(spectrum: Tensor, spread: Tensor, path: Path) -> None:
             spine.set(color="#d5d8df")
     figure.text(0.07, 0.955, "Lorenz-96: in how many directions do small errors grow?", fontsize=13, color=INK, weight="bold", va="top")
     count = int((spectrum > ZERO).sum())
-    note = f"{count} of 40 Lyapunov exponents are positive (red); from batch Jacobians of the flow along trajectories of 40 places, forcing 8"
+    note = f"{count} of 40 Lyapunov exponents are positive (red); from batch Jacobians of the flow along its trajectories, forcing 8"
     figure.text(0.07, 0.885, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(path, dpi=150)
 
@@ -127,7 +127,8 @@ def main() -> None:
     spectrum = each.mean(0).sort(descending=True).values
     error = each.std(0) / len(each) ** 0.5  # of the mean over trajectories
     draw(spectrum, error, options.picture)
-    print(f"{len(each)} trajectories of {options.units:g} time units; all exponents sum to {float(spectrum.sum()):.3f}, of the exact flow to -40")
+    total = float(spectrum.sum())
+    print(f"{len(each)} trajectories of {options.units:g} time units; all exponents sum to {total:.3f}, of the exact flow to -40")
     print(
         f"Largest Lyapunov exponent {float(spectrum[0]):.3f} +- {float(error[0]):.3f}, {int((spectrum > ZERO).sum())} positive, "
         f"Kaplan-Yorke dimension {kaplan_yorke(spectrum):.2f}. Picture: {options.picture}"

@@ -94,7 +94,7 @@ def main() -> None:
     linear = pixels @ pixels.T
     kernel = tangent_kernel(model, images)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(images):,} digits, {options.labels} of them with a label; a network of {parameters:,} parameters; read right of the others:")
+    print(f"{len(images):,} digits, {options.labels} of them with a label, a network of {parameters:,} parameters; the others read right:")
     for name, share in (
         ("ridge regression on pixels", regression(linear / linear.diagonal().mean(), labels, options.labels)),
         ("the network, trained", trained(model, images, labels, options.labels, options.steps)),
