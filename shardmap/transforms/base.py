@@ -1,0 +1,170 @@
+"""What all transforms share: the call that they return, and how they read the arguments that they differentiate by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import api, errors
+from shardmap.planned import Plan
+
+_OF_RUNS = ("out", "resume")
+"""Options of `shardmap.vmap` that `shardmap.plan` does not take: a plan runs into memory."""
+
+
+class Transformed:
+    """What a transform returns: call it with a batch, or `plan` the call.
+
+    Args:
+        func: The user's function, for its name and docstring.
+        sample: What is mapped: the transform of one sample.
+        in_dims: As for `shardmap.vmap`.
+        options: As for `shardmap.vmap`.
+    """
+
+    def __init__(self, func: Callable[..., Any], sample: Callable[..., Any], in_dims: Any, options: Mapping[str, Any]):
+        self._sample = sample
+        self._in_dims = in_dims
+        self._options = dict(options)
+        self._mapped = api.vmap(sample, in_dims, **self._options)
+        functools.update_wrapper(self, func, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The results of the batch."""
+        return self._mapped(*args, **kwargs)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Plan the call with this batch without running it, as `shardmap.plan` does.
+
+        Args:
+            *args: The batch.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            OptionError: The transform writes to a store.
+            ShardmapError: As `shardmap.plan`.
+        """
+        if self._options.get("out") is not None:
+            raise errors.OptionError(f"{self!r}.plan: out={self._options['out']!r}: a plan runs into memory; leave out= away")
+        options = {name: value for name, value in self._options.items() if name not in _OF_RUNS}
+        return api.plan(self._sample, self._in_dims, **options)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"shardmap.{name_of(self._sample)}"
+
+
+def name_of(func: Any) -> str:
+    """How a function is called in errors."""
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def check_function(func: Any, transform: str) -> None:
+    """Refuse what is no function.
+
+    Raises:
+        OptionError: `func` cannot be called.
+    """
+    if not callable(func):
+        raise errors.OptionError(
+            f"shardmap.{transform}: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
+        )
+
+
+def check_argnums(argnums: Any, call: str) -> None:
+    """Refuse what cannot number arguments, before there are any.
+
+    Raises:
+        TransformError: `argnums` is neither an int nor a tuple of different ints.
+    """
+    numbers = argnums if isinstance(argnums, tuple) and argnums else (argnums,)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise errors.TransformError(f"{call}: argnums={argnums!r}; pass the number of a positional argument, or a tuple of such numbers")
+
+
+class Differentiated:
+    """The arguments of one sample by which a function is differentiated.
+
+    Args:
+        args: The sample's positional arguments.
+        argnums: Which of them.
+        call: The user's call, for errors.
+
+    Raises:
+        TransformError: `argnums` is out of range or names an argument twice, or an argument holds something else than real
+            floating-point tensors.
+    """
+
+    def __init__(self, args: tuple[Any, ...], argnums: int | tuple[int, ...], call: str):
+        numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+        for n in numbers:
+            if not -len(args) <= n < len(args):
+                raise errors.TransformError(
+                    f"{call}: argnums={argnums!r} is out of range: the function was called with {len(args)} positional "
+                    f"argument{'s' if len(args) != 1 else ''}, so that {-len(args)} to {len(args) - 1} can be named"
+                )
+        self.numbers = [n % len(args) for n in numbers]
+        if len(set(self.numbers)) < len(self.numbers):
+            raise errors.TransformError(f"{call}: argnums={argnums!r} names an argument twice; name each once")
+        self._args = args
+        chosen = tuple([args[n] for n in self.numbers])
+        self.leaves, self._structure = pytree.tree_flatten(chosen)
+        self.structure = self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
+        """Of what is differentiated by, as results have it: a tuple only where `argnums` is one."""
+        for n, value in zip(self.numbers, chosen, strict=True):
+            for leaf in pytree.tree_leaves(value):
+                _check_real(leaf, f"{call}: argument {n}", f"leave argument {n} out of argnums")
+
+    def with_leaves(self, leaves: list[torch.Tensor]) -> list[Any]:
+        """The sample's arguments, with others in place of those that are differentiated by."""
+        args = list(self._args)
+        for n, value in zip(self.numbers, pytree.tree_unflatten(leaves, self._structure), strict=True):
+            args[n] = value
+        return args
+
+
+def _check_real(leaf: Any, what: str, otherwise: str) -> None:
+    if not isinstance(leaf, torch.Tensor):
+        raise errors.TransformError(
+            f"{what} holds {leaf!r}, a {type(leaf).__name__}, and derivatives are taken by tensors; pass torch.tensor(...), or {otherwise}"
+        )
+    if leaf.is_complex():
+        raise errors.TransformError(
+            f"{what} is of dtype {leaf.dtype}, and derivatives are those of real numbers; write the function of torch.view_as_real(z)"
+        )
+    if not leaf.is_floating_point():
+        raise errors.TransformError(
+            f"{what} is of dtype {leaf.dtype}, and derivatives need floating-point tensors; pass .float() of it, or {otherwise}"
+        )
+
+
+class Results:
+    """What the function returned for one sample.
+
+    Args:
+        out: The function's result, or the pair of result and aux.
+        has_aux: Whether it is that pair.
+        call: The user's call, for errors.
+
+    Raises:
+        TransformError: It is no pair although `has_aux` says so, or the result holds something else than real floating-point tensors.
+    """
+
+    def __init__(self, out: Any, has_aux: bool, call: str):
+        self.aux: Any = ()
+        if has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise errors.TransformError(
+                    f"{call}: has_aux=True and the function returned a {type(out).__name__}; return a pair of the result and the aux, or "
+                    "pass has_aux=False"
+                )
+            out, self.aux = out
+        self.leaves, self.structure = pytree.tree_flatten(out)
+        for leaf in self.leaves:
+            _check_real(leaf, f"{call}: the function's result", "return it as aux, with has_aux=True")
+        for leaf in pytree.tree_leaves(self.aux):
+            if not isinstance(leaf, torch.Tensor):
+                raise errors.TransformError(f"{call}: the aux holds {leaf!r}, a {type(leaf).__name__}; return tensors, or leave it away")

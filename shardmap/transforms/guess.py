@@ -1,0 +1,56 @@
+"""What a recorded program would cost, guessed from its operations and bytes without running it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+from shardmap.batch import mapped_groups
+from shardmap.planning.cost import machine
+from shardmap.program import Equation, Program, Var
+
+
+def seconds(program: Program, samples: int, device_type: str) -> float:
+    """The guess for that many samples: what they change counts for each, what no sample changes once.
+
+    Args:
+        program: What one sample does.
+        samples: How many.
+        device_type: Kind of device, such as "cuda".
+    """
+    m = machine(device_type)
+    mapped = mapped_groups(program, "error", False)
+    total = 0.0
+    for eq in program.equations:
+        read, made = list(eq.inputs()), list(eq.results())
+        if {v.group for v in made} <= {v.group for v in read}:
+            continue  # a view, or a call that returns nothing
+        moved = sum(math.prod(v.spec.shape) * v.spec.dtype.itemsize for v in (*read, *made))
+        times = samples if any(v.group in mapped for v in (*read, *made)) else 1
+        total += times * max(_flops(eq, made) / m.flops, moved / m.bandwidth)
+    return total
+
+
+def _flops(eq: Equation, made: list[Var]) -> float:
+    formula = flop_registry.get(eq.op._overloadpacket)
+    if formula is None:
+        return sum(math.prod(v.spec.shape) for v in made)
+
+    def real(value: Any) -> Any:
+        if type(value) is Var:
+            return torch.empty(value.spec.shape, device="meta")
+        return [real(v) for v in value] if type(value) is tuple else value
+
+    outs = [real(v) for v in eq.outs]
+    return formula(*[real(a) for a in eq.args], **{k: real(v) for k, v in eq.kwargs}, out_val=outs[0] if len(outs) == 1 else outs)
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What of a sample decides its cost: shapes and dtypes, and everything that is no tensor."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    described = [(tuple(t.shape), str(t.dtype)) if isinstance(t, torch.Tensor) else repr(t) for t in leaves]
+    return str(structure), tuple(described)

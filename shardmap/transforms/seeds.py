@@ -1,0 +1,135 @@
+"""All rows or columns of one sample's Jacobian: a map over unit vectors inside the function that is mapped over samples.
+
+What one unit vector needs is recorded once, lowered by the same rules as everything else, and replayed for some of them at a time inside
+the recording of the sample. So the unit vectors become a dimension of the recorded calls; what does not depend on them (the function's own
+values) is computed once for each sample, and what does not depend on the sample once for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shardmap import api, edges
+from shardmap.batch import mapped_groups
+from shardmap.once import Prepared
+from shardmap.options import Options
+from shardmap.planning import device as devices
+from shardmap.planning.memory import MIB
+from shardmap.program import Program, variables
+from shardmap.record import record
+from shardmap.run import local, prepare
+from shardmap.run.base import unheard
+
+TARGET_BYTES = 8 * MIB
+"""Intermediates of one sample from which its unit vectors are cut: what a chunk of samples is kept at, for the cache."""
+MOST_CHUNKS = 64
+"""Each chunk's calls are recorded: more chunks than this only where memory asks for them."""
+BUDGET_PART = 4
+"""One sample's intermediates take at most this part of the budget: results and what kernels need go beside."""
+
+
+@dataclass(slots=True)
+class Seeding:
+    """How many unit vectors at a time, and what came of it."""
+
+    asked: int | str | None
+    """As the user gave it."""
+    memory: Callable[[torch.device], int | None]
+    """The budget on a device."""
+    call: str
+    most: int | None = None
+    """What a plan that did not fit has left of it."""
+    largest: int = 0
+    """The most that were taken at a time since this was last set to 0."""
+
+    def at_once(self, program: Program, count: int, device: torch.device) -> int:
+        """How many of `count` unit vectors to take at a time."""
+        if isinstance(self.asked, int):
+            size = self.asked
+        elif self.asked is None:
+            size = count
+        else:
+            each = live_bytes(program)
+            size = max(TARGET_BYTES // each, -(-count // MOST_CHUNKS))
+            budget = self.memory(device)
+            if budget is not None:
+                size = min(size, budget // BUDGET_PART // each)
+            if self.most is not None:
+                size = min(size, self.most)
+        size = max(1, min(size, count))
+        size = -(-count // -(-count // size))  # chunks of even size
+        self.largest = max(self.largest, size)
+        return size
+
+
+class UnitVectors:
+    """A function of one unit vector, recorded, to be computed for all unit vectors of a shape.
+
+    Args:
+        core: Takes a tensor of the given shape and returns a tuple of tensors.
+        like: A tensor of that shape, dtype and device, with at least one element.
+        call: The user's call, for errors.
+    """
+
+    def __init__(self, core: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], like: torch.Tensor, call: str):
+        self.count = like.numel()
+        self.like = like
+        # Two, and not one, if there are: a dimension of size one would be a special case to kernels.
+        batch = edges.collect((self._seeds(0, min(2, self.count)),), {}, 0, None, call)
+        recording, structure = record(core, batch, "error", False, call)
+        options = Options(0, 0, "error", None, "auto", None, None, None, 0.9, "each", False, False, None, None, False, False, call)
+        job = api._job(Prepared(recording, structure), batch, options, inlined=True, transformed=False)
+        # What no unit vector changes is not repeated for each.
+        outputs = tuple([o if o.mapped else dataclasses.replace(o, dim=None) for o in job.outputs])
+        self.job = dataclasses.replace(job, outputs=outputs)
+
+    @property
+    def program(self) -> Program:
+        """What one unit vector needs."""
+        return self.job.recording.program
+
+    def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
+        """What `core` returns, for chunk after chunk of unit vectors: for each of its results `[vectors, *shape]`."""
+        step = seeding.at_once(self.program, self.count, self.like.device)
+        on, parts = prepare.Devices(self.job), []
+        for start in range(0, self.count, step):
+            seeds = self._seeds(start, min(start + step, self.count))
+            with unheard():
+                outs = local.run_whole(dataclasses.replace(self.job, inputs=[seeds], samples=len(seeds)), on)
+            spread = [t if o.mapped else t.expand(len(seeds), *t.shape) for t, o in zip(outs, self.job.outputs, strict=True)]
+            parts.append(tuple(spread))
+        return parts
+
+    def _seeds(self, start: int, stop: int) -> torch.Tensor:
+        """The unit vectors `start` to `stop`, `[stop - start, *shape]`."""
+        rows = torch.eye(stop - start, dtype=self.like.dtype, device=self.like.device)
+        if start or stop < self.count:
+            rows = torch.nn.functional.pad(rows, (start, self.count - stop))
+        return rows.view(-1, *self.like.shape)
+
+
+def live_bytes(program: Program) -> int:
+    """The most bytes that are live at a time of what the mapped inputs change, for one of them."""
+    mapped = mapped_groups(program, "error", False)
+    sizes: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, eq in enumerate(program.equations):
+        for v in (*eq.inputs(), *eq.results()):
+            if v.group in mapped:
+                sizes[v.group] = max(sizes.get(v.group, 0), math.prod(v.spec.shape) * v.spec.dtype.itemsize)
+                last[v.group] = i
+    ends = {v.group for v in variables(program.outputs)}
+    now = peak = 0
+    begun: set[int] = set()
+    for i, eq in enumerate(program.equations):
+        used = {v.group for v in (*eq.inputs(), *eq.results()) if v.group in mapped}
+        now += sum(sizes[g] for g in used - begun)
+        begun |= used
+        peak = max(peak, now)
+        now -= sum(sizes[g] for g in used if last[g] == i and g not in ends)
+    return max(peak, 1)
