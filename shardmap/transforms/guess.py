@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from shardmap.batch import mapped_groups
+from shardmap.batch import live_equations, mapped_groups, written
 from shardmap.planning.cost import machine
 from shardmap.program import Equation, Program, Var
 
@@ -24,8 +25,9 @@ def seconds(program: Program, samples: int, device_type: str) -> float:
     """
     m = machine(device_type)
     mapped = mapped_groups(program, "error", False)
+    live = live_equations(program, {v.group for eq in program.equations for v in written(eq)}, set())
     total = 0.0
-    for eq in program.equations:
+    for eq in itertools.compress(program.equations, live):
         read, made = list(eq.inputs()), list(eq.results())
         if {v.group for v in made} <= {v.group for v in read}:
             continue  # a view, or a call that returns nothing

@@ -21,6 +21,9 @@ from shardmap.transforms.seeds import Seeding, UnitVectors
 
 logger = logging.getLogger("shardmap")
 
+LEANING = 1.25
+"""How much cheaper reverse mode must look: it also keeps, and reads again, what each operator of the way there saved."""
+
 Argnums = int | tuple[int, ...]
 Part = tuple[torch.Tensor, ...]
 
@@ -241,7 +244,7 @@ class Jacobians(Transformed):
         budget = options.get("memory_budget")
         allowed = Budget(parse_bytes(budget) if isinstance(budget, str) else budget, options.get("memory_fraction", 0.9))
         seeding = Seeding(seed_chunk_size, allowed.on, call)
-        chosen: dict[Any, str] = {}
+        chosen: dict[Any, str] = {}  # by signature, the last one last
 
         def sample(*args: Any, **kwargs: Any) -> Any:
             one = _Sample(func, Differentiated(args, argnums, call), kwargs, has_aux, seeding, call)
@@ -251,19 +254,25 @@ class Jacobians(Transformed):
             if method == "auto":
                 key = guess.signature(args, kwargs)
                 taken = chosen.get(key) or chosen.setdefault(key, one.cheaper())
-                self.method = taken
             return one.reverse() if taken == "reverse" else one.forward()
 
         sample.__name__ = f"{transform}({name_of(func)})"
         super().__init__(func, sample, in_dims, options)
-        self.method: str | None = None if method == "auto" else method
-        """The mode that the last call took: "reverse" or "forward"; of Hessians "hessian"; None before the first call chooses."""
+        self._method = method
+        self._chosen = chosen
         self._seeding = seeding
+
+    @property
+    def method(self) -> str | None:
+        """The mode that is taken: "reverse" or "forward", of Hessians "hessian"; with "auto", for the shapes that came last.
+
+        None before the first call.
+        """
+        return next(reversed(self._chosen.values()), None) if self._method == "auto" else self._method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The results of the batch."""
         while True:
-            self._seeding.largest = 0
             try:
                 return super().__call__(*args, **kwargs)
             except errors.OverBudget:
@@ -282,7 +291,6 @@ class Jacobians(Transformed):
             ShardmapError: As `shardmap.plan`.
         """
         while True:
-            self._seeding.largest = 0
             planned = super().plan(*args, **kwargs)
             if planned.fits or not self._fewer():
                 return planned
@@ -292,7 +300,7 @@ class Jacobians(Transformed):
         seeding = self._seeding
         if seeding.asked != "auto" or seeding.largest <= 1:
             return False
-        seeding.most = max(1, seeding.largest // 4)
+        seeding.most, seeding.largest = max(1, seeding.largest // 4), 0
         logger.info("%s: the plan does not fit, so that at most %d rows or columns are taken at a time", seeding.call, seeding.most)
         return True
 
@@ -386,7 +394,7 @@ class _Sample:
                 refused[mode] = error
         if not costs:
             raise refused["reverse"]
-        taken = min(costs, key=lambda mode: costs[mode])
+        taken = min(costs, key=lambda mode: costs[mode] * (LEANING if mode == "reverse" else 1))
         for mode, error in refused.items():
             logger.info("%s: takes %s mode, for in %s mode: %s", self.call, taken, mode, str(error).partition("\n")[0])
         if not refused:

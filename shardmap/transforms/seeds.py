@@ -8,6 +8,7 @@ values) is computed once for each sample, and what does not depend on the sample
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from shardmap import api, edges
-from shardmap.batch import mapped_groups
+from shardmap.batch import live_equations, mapped_groups, written
 from shardmap.once import Prepared
 from shardmap.options import Options
 from shardmap.planning import device as devices
@@ -24,6 +25,7 @@ from shardmap.program import Program, variables
 from shardmap.record import record
 from shardmap.run import local, prepare
 from shardmap.run.base import unheard
+from shardmap.transforms.zeros import without_zeros
 
 TARGET_BYTES = 8 * MIB
 """Intermediates of one sample from which its unit vectors are cut: what a chunk of samples is kept at, for the cache."""
@@ -45,7 +47,7 @@ class Seeding:
     most: int | None = None
     """What a plan that did not fit has left of it."""
     largest: int = 0
-    """The most that were taken at a time since this was last set to 0."""
+    """The most that were taken at a time, of the recordings that were made with this `most`."""
 
     def at_once(self, program: Program, count: int, device: torch.device) -> int:
         """How many of `count` unit vectors to take at a time."""
@@ -82,6 +84,7 @@ class UnitVectors:
         # Two, and not one, if there are: a dimension of size one would be a special case to kernels.
         batch = edges.collect((self._seeds(0, min(2, self.count)),), {}, 0, None, call)
         recording, structure = record(core, batch, "error", False, call)
+        recording = dataclasses.replace(recording, program=without_zeros(recording.program))
         options = Options(0, 0, "error", None, "auto", None, None, None, 0.9, "each", False, False, None, None, False, False, call)
         job = api._job(Prepared(recording, structure), batch, options, inlined=True, transformed=False)
         # What no unit vector changes is not repeated for each.
@@ -116,9 +119,11 @@ class UnitVectors:
 def live_bytes(program: Program) -> int:
     """The most bytes that are live at a time of what the mapped inputs change, for one of them."""
     mapped = mapped_groups(program, "error", False)
+    live = live_equations(program, {v.group for eq in program.equations for v in written(eq)}, set())
+    equations = list(itertools.compress(program.equations, live))
     sizes: dict[int, int] = {}
     last: dict[int, int] = {}
-    for i, eq in enumerate(program.equations):
+    for i, eq in enumerate(equations):
         for v in (*eq.inputs(), *eq.results()):
             if v.group in mapped:
                 sizes[v.group] = max(sizes.get(v.group, 0), math.prod(v.spec.shape) * v.spec.dtype.itemsize)
@@ -126,7 +131,7 @@ def live_bytes(program: Program) -> int:
     ends = {v.group for v in variables(program.outputs)}
     now = peak = 0
     begun: set[int] = set()
-    for i, eq in enumerate(program.equations):
+    for i, eq in enumerate(equations):
         used = {v.group for v in (*eq.inputs(), *eq.results()) if v.group in mapped}
         now += sum(sizes[g] for g in used - begun)
         begun |= used
