@@ -221,6 +221,21 @@ def test_options_are_those_of_vmap() -> None:
         shardmap.per_sample_grad(model, F.mse_loss, **{"chunk": 3})  # pyright: ignore[reportArgumentType]
 
 
+def test_calls_can_be_planned() -> None:
+    torch.manual_seed(10)
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(7, 3), torch.randn(7, 2)
+    expected = loop([model.weight], lambda a, b: F.mse_loss(model(a), b), x, y)[0]
+    plan = shardmap.per_sample_grad(model, F.mse_loss, chunk_size=2).plan(x, y)
+    assert plan.lanes[0].chunks == 4
+    close(plan.run()["weight"], expected)
+    clipped = shardmap.per_sample_grad(model, F.mse_loss, reduce="norm", params="weight").plan(x, y)
+    close(clipped.run(), expected.flatten(1).norm(dim=1))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    of_function = shardmap.per_sample_grad(lambda p, x: x @ p["weight"].T + p["bias"], F.mse_loss)
+    close(of_function.plan(weights, x, y).run()["weight"], expected)
+
+
 MODEL = nn.Sequential(nn.Linear(3, 2))
 FROZEN = copy.deepcopy(MODEL).requires_grad_(False)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardmap.api import vmap
 from shardmap.errors import TransformError
 from shardmap.options import MapOptions
+from shardmap.planned import Plan
+from shardmap.transforms.base import Transformed
 
 
 def per_sample_grad(
@@ -54,8 +55,8 @@ def per_sample_grad(
         **options: Those of `shardmap.vmap`.
 
     Returns:
-        A function of the batch. It returns a dict of gradients by parameter name, `[N, *shape]` each (for a function the structure of
-        its parameters), or `[N, P]` if `flat`.
+        A function of the batch, with a method `plan` that takes the same batch and returns the `Plan`. It returns a dict of gradients by
+        parameter name, `[N, *shape]` each (for a function the structure of its parameters), or `[N, P]` if `flat`.
 
     Raises:
         TransformError: There is nothing to differentiate, or a name fits no parameter; at the call, the loss is not one floating-point
@@ -81,21 +82,40 @@ def per_sample_grad(
     if isinstance(model_or_fn, nn.Module):
         chosen = select(model_or_fn, params, call)
         of_sample = _module_gradient(model_or_fn, loss, chosen, flat, batch_of_one, has_aux, call)
-        return vmap(of_sample, in_dims, **options)
+        return Transformed(model_or_fn.forward, of_sample, in_dims, options)
     if params is not None:
         raise TransformError(f"{call}: params={params!r} selects a module's parameters by name; of a function, pass those that are meant")
     of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
 
-    @functools.wraps(model_or_fn, updated=())
-    def mapped(parameters: Any, *batch: Any, **kwargs: Any) -> Any:
-        dims = tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(batch)
-        return over_batch((None, *dims))(parameters, *batch, **kwargs)
+    return OfParameters(model_or_fn, of_sample, in_dims, options)
 
-    @functools.cache  # with trace="once" the recordings belong to the mapped function
-    def over_batch(dims: Any) -> Callable[..., Any]:
-        return vmap(of_sample, dims, **options)
 
-    return mapped
+class OfParameters:
+    """Gradients with respect to a first argument that all samples share."""
+
+    def __init__(self, fn: Callable[..., Any], of_sample: Callable[..., Any], in_dims: Any, options: MapOptions):
+        self._fn = fn
+        self._of_sample = of_sample
+        self._in_dims = in_dims
+        self._options = options
+        self._by_arguments: dict[Any, Transformed] = {}
+        """With `trace="once"` the recordings belong to the mapped function."""
+        functools.update_wrapper(self, fn, updated=())
+
+    def __call__(self, parameters: Any, *batch: Any, **kwargs: Any) -> Any:
+        """The gradients of the batch."""
+        return self._over(len(batch))(parameters, *batch, **kwargs)
+
+    def plan(self, parameters: Any, *batch: Any, **kwargs: Any) -> Plan:
+        """Plan the call without running it, as `shardmap.plan` does."""
+        return self._over(len(batch)).plan(parameters, *batch, **kwargs)
+
+    def _over(self, arguments: int) -> Transformed:
+        made = self._by_arguments.get(arguments)
+        if made is None:
+            dims = tuple(self._in_dims) if isinstance(self._in_dims, tuple | list) else (self._in_dims,) * arguments
+            made = self._by_arguments[arguments] = Transformed(self._fn, self._of_sample, (None, *dims), self._options)
+        return made
 
 
 def select(model: nn.Module, params: str | Sequence[str] | None, call: str) -> dict[str, nn.Parameter]:
