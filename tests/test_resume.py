@@ -163,7 +163,7 @@ def compare(folder: str, whole: str) -> None:
 
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(workplace: Path) -> None:
-    killed_again_and_again(3, seed=1)
+    killed_again_and_again(2, seed=1)
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def _build(values: Mapping[str, Any]) -> RunConfig:
             checked[key] = None
         elif key == "reduce":
             checked[key] = reductions.read(value)
-        elif inner is not None:
+        elif inner is not None and value is not None:
             kinds = typing.get_type_hints(inner)
             converted = {name: convert(name, kinds[name], item, f"{key}.") for name, item in value.items() if item is not None}
             if "init_args" in converted:  # as they were given: only the signature says what they are
