@@ -150,7 +150,7 @@ def _resume(place: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
         return 0
     bound = bind(stopped.config, allow)
     stopped.check(bound.config)
-    if not stopped.config.stored:
+    if not stopped.partly():
         _say("its outputs are not in a store: the run starts from the beginning")
     return _carried_out(bound, stopped.reopen())
 

@@ -384,3 +384,33 @@ def test_tied_weights_may_be_given_once_and_halves_widen(tmp_path):
         weights.load(module, {**state, "head.weight": state["head.weight"] + 1}, "two")
     with pytest.raises(ConfigError, match="lacks 'embed.weight', 'head.weight'; save"):
         weights.load(module, {"head.bias": state["head.bias"]}, "none")
+
+
+def test_samples_of_unequal_shapes_are_gathered(tmp_path, monkeypatch, capsys):
+    (tmp_path / "users_ragged.py").write_text(
+        "import shardmap, torch\nfrom shardmap.jobs import Dataset\n"
+        "def load():\n"
+        "    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]\n"
+        "    return Dataset({'x': shardmap.Ragged(rows), 'y': torch.arange(5.0)})\n"
+        "def both(x, y):\n    return {'sum': x.sum() * y, 'twice': 2 * x}\n"
+    )
+    (tmp_path / "run.yaml").write_text("data: users_ragged.load\nfunction: users_ragged.both\noutput: runs/ragged\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "run.yaml"]) == 0
+    assert "5 samples of unequal shapes, a map for each shape" in capsys.readouterr().out
+    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]
+    found = load_file("runs/ragged/outputs.safetensors")
+    torch.testing.assert_close(found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(rows)]))
+    assert found.keys() == {f"twice.{i}" for i in range(5)}
+    assert all(torch.equal(found[f"twice.{i}"], 2 * row) for i, row in enumerate(rows))
+    assert main(["resume", "runs/ragged"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    for words, said in (
+        (["verify", "runs/ragged"], "its outputs were gathered in memory"),
+        (["run", "run.yaml", "--store", "store"], "store: 'store', and samples are a shardmap.Ragged"),
+        (["plan", "run.yaml"], "plan it for samples of one shape"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error

@@ -11,18 +11,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardmap.errors import ConfigError
+from shardmap.ragged import Ragged
 from shardmap.store import Source, Store
 from shardmap.store.columns import Column
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Named columns, each with one row per sample: a tensor, or a column of a `shardmap.Source`, whose rows are read as they are needed.
+    """Named columns, each with one row per sample.
+
+    A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a `shardmap.Ragged`, whose samples have shapes
+    of their own.
 
     The run's `columns` say which of them the mapped function receives; the others are there for the report.
     """
 
-    columns: Mapping[str, Tensor | Column]
+    columns: Mapping[str, Tensor | Column | Ragged]
 
     def __post_init__(self) -> None:
         """Check that all columns have the same number of rows."""
@@ -39,10 +43,10 @@ class Dataset:
         """The number of samples."""
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, name: str) -> Tensor:
-        """One column; of a source, all of its rows are read."""
+    def __getitem__(self, name: str) -> Any:
+        """One column, a tensor, or a `shardmap.Ragged` if it is one; of a source, all rows are read."""
         column = self.columns[name]
-        return column if isinstance(column, Tensor) else column.rows_between(0, len(column))
+        return column.rows_between(0, len(column)) if isinstance(column, Column) else column
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,14 @@ class Findings:
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a pytree, each named by its place in it: `result` where there is one, `0`, `loss.1`."""
+    """The tensors of a pytree, each named by its place in it: `result` where there is one, `0`, `loss.1`; of a ragged one, each sample."""
     tensors = {}
     for place, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
+        steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
+        name = ".".join(steps) or "result"
         if isinstance(leaf, Tensor):
-            # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
-            steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
-            tensors[".".join(steps) or "result"] = leaf
+            tensors[name] = leaf
+        elif isinstance(leaf, Ragged):
+            tensors |= {f"{name}.{number}": sample for number, sample in enumerate(leaf)}
     return tensors

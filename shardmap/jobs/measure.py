@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -76,16 +77,17 @@ def measured(events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapp
         and the peak of its device, which lanes of one device share.
     """
     chunks: dict[str, list[dict[str, Any]]] = {name: [] for name in lanes}
-    seconds, redone, outermost = 0.0, dict[str, int](), Outermost()
+    seconds, redone, outermost = 0.0, collections.Counter[str](), Outermost()
     for event in filter(outermost, events):
         if isinstance(event, ChunkDone):
             values = {"start": event.start, "stop": event.stop, "seconds": round(event.seconds, 6), "at": round(event.at, 6)}
             chunks.setdefault(event.device, []).append(values)
         elif isinstance(event, RunFinished):
-            seconds, redone = seconds + event.seconds, dict(event.redone)
+            seconds += event.seconds
+            redone.update(event.redone)
     return {
         "seconds": round(seconds, 6),
-        "redone": redone,
+        "redone": dict(redone),
         "samples": sum(chunk["stop"] - chunk["start"] for lane in chunks.values() for chunk in lane),
         "lanes": {
             name: {

@@ -21,6 +21,7 @@ from shardmap.jobs.base import Dataset
 from shardmap.options import MapOptions
 from shardmap.planning.device import resolve
 from shardmap.planning.memory import parse_bytes
+from shardmap.ragged import Ragged
 from shardmap.store import Source
 from shardmap.store.columns import Column
 
@@ -32,7 +33,7 @@ class Parts:
     dataset: Dataset
     model: Any
     """None without one."""
-    columns: list[Tensor | Column]
+    columns: list[Tensor | Column | Ragged]
     """What is mapped, in the order of the function's parameters."""
     call: Callable[..., Any]
     """What `function` names with its arguments bound, or what it constructs; the model where there is no function."""
@@ -42,6 +43,11 @@ class Parts:
     """Of the module's output and the columns that follow the first."""
     name: str
     """Of what is called, for errors and warnings."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether samples have shapes of their own: each shape is a map by itself, so there is no plan, and no store."""
+        return any(isinstance(column, Ragged) for column in self.columns)
 
     @property
     def one_sample(self) -> Callable[..., Any]:
@@ -90,6 +96,8 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         weights.load(module, state, config.weights)
     loss = None if run.loss is None else _loss(run.loss)
     parts = Parts(dataset, model, columns, call, leading, loss, name)
+    if parts.ragged and config.store is not None:
+        raise ConfigError(f"store: {config.store!r}, and samples are a shardmap.Ragged: rows of a store have one shape; leave store out")
     _check_task(config, parts, names)
     what = "" if config.task == "vmap" else f"{config.task} of "
     named = config.function or config.model
@@ -185,7 +193,7 @@ def _loss(call: BoundCall) -> Callable[..., Any]:
     return functools.partial(call.function, **call.args) if call.args else call.function
 
 
-def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor | Column]:
+def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor | Column | Ragged]:
     if names == []:
         raise ConfigError(f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave the key out")
     for name in names or ():

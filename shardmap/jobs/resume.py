@@ -43,6 +43,14 @@ class Stopped:
             again = self.folder / "config.yaml"
             raise ConfigError(f"{self.folder}: holds another run. Keys that differ: {told}; start that one by `shardmap run {again}`")
 
+    def partly(self) -> bool:
+        """Whether there is a store to go on with."""
+        place = self.config.store or (None if self.folder is None else str(self.folder / RESULTS))
+        try:
+            return self.config.stored and place is not None and bool(opened(place).header)
+        except ConfigError:
+            return False
+
     def reopen(self) -> RunFolder | None:
         """The folder to go on in."""
         return None if self.folder is None else RunFolder.reopen(self.folder)
@@ -80,8 +88,8 @@ def store_in(place: str) -> Store:
     if "://" in place or state_of(path) is None:
         return opened(place)
     config = load(path / "config.yaml")
-    if not config.stored:
-        why = "reduced" if config.reduce is not None else "gathered from Ray's workers" if config.save_outputs else "not kept"
+    if not config.stored or _gathered(path):
+        why = "reduced" if config.reduce is not None else "gathered in memory" if config.save_outputs else "not kept"
         raise ConfigError(f"{place}: its outputs were {why}, and are in no store, so nothing can be compared; run it again")
     return opened(config.store or str(path / RESULTS))
 
@@ -106,13 +114,18 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
     before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
     state = state_of(path)
     complete = state is not None and state["state"] == COMPLETE
-    if complete and before.stored:
+    if complete and before.stored and not _gathered(path):
         complete = not opened(before.store or str(path / RESULTS)).missing()
     if complete and overrides:
         raise ConfigError(f"{path}: is complete, so {overrides[0]} changes nothing; start it anew by `shardmap run {path / 'config.yaml'}`")
     if config.store is not None:
         config = dataclasses.replace(config, resume=True)
     return Stopped(config, path, complete, before)
+
+
+def _gathered(path: Path) -> bool:
+    """Whether a folder's outputs were kept in memory, and then saved: those of samples of unequal shapes are."""
+    return (path / "outputs.safetensors").exists()
 
 
 def unfinished_folder(store: Store, config: RunConfig) -> Path | None:

@@ -134,13 +134,14 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
     """Plan the map, and make it ready."""
     config, options = run.config, map_options(run)
     samples = len(parts.dataset)
-    sink = sink_of(config, folder.path) if config.stored else None
+    sink = sink_of(config, folder.path) if config.stored and not parts.ragged else None
     if sink is not None and config.store is None:
         found = folder.found()
-    # On a cluster nobody knows yet how many workers there are; and a batch without samples has nothing to plan.
-    plan = None if config.devices == "ray" else planned(parts, config, options, sink)
+    plan = None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
     if sink is None:
         text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+        if parts.ragged:
+            text = f"{samples} samples of unequal shapes, a map for each shape"
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
     again = config.resume or config.store is None
     work = mapped(parts, config, {**options, "out": sink, "resume": again})
