@@ -20,8 +20,8 @@ from shardmap.store.columns import Column
 class Dataset:
     """Named columns, each with one row per sample.
 
-    A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a `shardmap.Ragged`, whose samples have shapes
-    of their own.
+    A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a `shardmap.Ragged`, whose samples have
+    shapes of their own.
 
     The run's `columns` say which of them the mapped function receives; the others are there for the report.
     """
