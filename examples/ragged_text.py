@@ -3,8 +3,8 @@
 Batches of text are usually padded to the longest sentence, and everything that reads them must then leave the padding out: a network that
 does not know of it silently computes something else. A `shardmap.Ragged` holds the sentences as they are; each is computed as by itself,
 and those of one length together. Here a GRU of about 40,000 parameters, written for one sentence, learns whether it stands in the
-documentation of scikit-learn, of PyTorch or of NumPy. Its gradient norms are then compared with those of a loop over the sentences, and with
-what padding would have made of them.
+documentation of scikit-learn, of PyTorch or of NumPy. Its gradient norms are then compared with those of a loop over the sentences, and
+with what padding would have made of them.
 
     python examples/ragged_text.py
     python examples/ragged_text.py --sentences 300 --steps 10
