@@ -17,8 +17,8 @@ from shardmap.report import FAINT, INK
 def curvature(outcome: Outcome) -> Findings:
     """Compare the learned potential's Hessian with the one that calculus gives.
 
-    The network has seen energies and forces only; its second derivatives are what it makes of them, and decide where a molecule vibrates and
-    at which rate it crosses a pass.
+    The network has seen energies and forces only; its second derivatives are what it makes of them, and decide how a molecule vibrates and at
+    which rate it crosses a pass.
 
     Args:
         outcome: Column `point`; outputs the Hessian of the learned energy, [N, 2, 2].
@@ -48,8 +48,8 @@ def curvature(outcome: Outcome) -> Findings:
         "asymmetry": lopsided,
     }
     headline = (
-        f"The Laplacian of the learned potential is off by {error:.2%} (root mean square, of its own) at {len(place):,} new points; as many "
-        f"directions bend down as should at {same:.1%} of them."
+        f"The Laplacian of the learned potential is off by {error:.2%} (root mean square) at {len(place):,} new points; as many directions "
+        f"bend down as should at {same:.1%} of them."
     )
     return Findings(headline, numbers)
 
@@ -58,7 +58,7 @@ def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> 
     """The Laplacian by calculus, the learned one, and their difference, as maps."""
     figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(figsize=(11.4, 4.5), facecolor="white")
     panels: Any = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.05, right=0.97, top=0.77, bottom=0.09, wspace=0.25)
+    figure.subplots_adjust(left=0.05, right=0.95, top=0.77, bottom=0.09, wspace=0.25)
     place, most, gap = outcome.dataset["point"], float(expected.abs().quantile(0.98)), laplacian - expected
     for axes, values, limit, title in zip(
         panels,

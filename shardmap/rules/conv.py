@@ -124,12 +124,12 @@ def weight_gradient(options: Options, shape: tuple[int, ...], per_sample_call: b
 
     def one_call(grad: Tensor, x: Tensor) -> Tensor:
         size = grad.shape[0]
-        like = grad.new_empty(()).expand(size * shape[0], *shape[1:])  # only its shape is read
+        like = grad.new_zeros(()).expand(size * shape[0], *shape[1:])  # its shape is read only, but an outer map refuses reads of `empty`
         _, out, _ = options.backward(into_channels(grad), into_channels(x), like, size, (False, True))
         return out.view(size, *shape)
 
     def calls(grad: Tensor, x: Tensor) -> Tensor:
-        like = grad.new_empty(()).expand(shape)
+        like = grad.new_zeros(()).expand(shape)
         rows = zip(grad.unbind(0), x.unbind(0), strict=True)
         found = [options.backward(g, s, like, 1, (False, True))[1] for g, s in rows]
         return torch.stack(found) if found else grad.new_empty((0, *shape))
@@ -160,7 +160,7 @@ def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         else:
 
             def shared(grad: Tensor, x: Tensor) -> Tensor:
-                return options.backward(grad, x, grad.new_empty(()).expand(shape), 1, (False, True))[1]
+                return options.backward(grad, x, grad.new_zeros(()).expand(shape), 1, (False, True))[1]
 
             outs.append(b.call(shared, grad, x, shape=shape, dtype=weight.dtype))
     if mask[2]:
@@ -185,7 +185,7 @@ def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, num
     if not grad.mapped:  # the input's values do not matter
 
         def shared(grad: Tensor, weight: Tensor) -> Tensor:
-            return options.backward(grad, grad.new_empty(()).expand(shape), weight, 1, (True, False))[0]
+            return options.backward(grad, grad.new_zeros(()).expand(shape), weight, 1, (True, False))[0]
 
         return b.call(shared, grad, weight, shape=shape, dtype=dtype)
     found = b.calls_several(aten.convolution_backward.default, 3, fold(b, grad), fold(b, x), weight, None, *numbers, mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import shardmap
 from tests.rules.against_loop import check, real
 
 
@@ -102,3 +103,19 @@ def test_single_precision():
         gradient=False,
         tolerance=1e-4,
     )
+
+
+@pytest.mark.parametrize("name", ["2d several", "2d groups", "2d 5x5"])
+def test_inside_another_map(name):
+    """A map over weights of a map over inputs."""
+    func, *makers = CASES[name]
+    once = gradients(func)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (make(generator) for make in makers)
+    xs = torch.randn(3, 2, *x.shape, dtype=x.dtype, generator=generator)
+    weights = torch.randn(3, *weight.shape, dtype=x.dtype, generator=generator)
+    inner = shardmap.vmap(once, in_dims=(0, None))
+    found = shardmap.vmap(inner)(xs, weights)
+    expected = [[once(x, w) for x in row] for row, w in zip(xs, weights, strict=True)]
+    for place, output in enumerate(found):
+        torch.testing.assert_close(output, torch.stack([torch.stack([each[place] for each in row]) for row in expected]))
