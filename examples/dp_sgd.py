@@ -16,7 +16,6 @@ Data: scikit-learn's 1,797 handwritten digits; the last fifth is for testing. Th
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import shardmap
+from shardmap.jobs.private import epsilon
 
 
 def load() -> tuple[Tensor, Tensor]:
@@ -49,31 +49,6 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, noise: f
         for name, parameter in model.named_parameters():
             parameter.grad = total[name] / len(images)
         optimizer.step()
-
-
-def epsilon(steps: int, noise: float, delta: float) -> float:
-    """The epsilon that `steps` sums over all samples spend at `delta`: the root of Dong, Roth and Su's equation, by bisection."""
-
-    def spent(epsilon: float) -> float:
-        """The delta that goes with an epsilon; it falls as epsilon grows."""
-        return normal(-epsilon / mu + mu / 2) - math.exp(epsilon + log_normal(-epsilon / mu - mu / 2))
-
-    mu = math.sqrt(steps) / noise
-    low, high = 0.0, mu * mu / 2 + mu * 40
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > delta else (low, middle)
-    return high
-
-
-def normal(x: float) -> float:
-    """The standard normal distribution function."""
-    return math.erfc(-x / math.sqrt(2)) / 2
-
-
-def log_normal(x: float) -> float:
-    """Its logarithm, where the function itself is too small for a float."""
-    return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -17,8 +17,8 @@ from shardmap.report import FAINT, INK
 def curvature(outcome: Outcome) -> Findings:
     """Compare the learned potential's Hessian with the one that calculus gives.
 
-    The network has seen energies and forces only; its second derivatives are what it makes of them, and decide how a molecule vibrates and at
-    which rate it crosses a pass.
+    The network has seen energies and forces only; its second derivatives are what it makes of them, and decide how a molecule vibrates and
+    at which rate it crosses a pass.
 
     Args:
         outcome: Column `point`; outputs the Hessian of the learned energy, [N, 2, 2].
