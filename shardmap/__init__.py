@@ -9,6 +9,8 @@ from shardmap.rules.registry import batching_rule
 from shardmap.run.pool import Ray
 from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source
 from shardmap.transforms.gradients import per_sample_grad
+from shardmap.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
+from shardmap.transforms.products import hvp, jvp, vjp
 
 __all__ = [
     "MemmapSink",
@@ -22,10 +24,17 @@ __all__ = [
     "ZarrSink",
     "batching_rule",
     "errors",
+    "hessian",
+    "hvp",
+    "jacfwd",
+    "jacobian",
+    "jacrev",
+    "jvp",
     "open_store",
     "per_sample_grad",
     "plan",
     "reduce",
     "source",
+    "vjp",
     "vmap",
 ]

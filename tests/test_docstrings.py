@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["shardmap.api", "shardmap.rules.registry"])
+@pytest.mark.parametrize(
+    "name", ["shardmap.api", "shardmap.transforms.jacobians", "shardmap.transforms.products", "shardmap.rules.registry"]
+)
 def test_examples(name: str) -> None:
     """Every example of the module, of which there is at least one."""
     result = doctest.testmod(importlib.import_module(name))

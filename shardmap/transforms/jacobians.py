@@ -229,7 +229,15 @@ class Jacobians(Transformed):
     """
 
     def __init__(
-        self, transform: str, func: Any, argnums: Any, has_aux: Any, method: str, in_dims: Any, seed_chunk_size: Any, options: Mapping[str, Any]
+        self,
+        transform: str,
+        func: Any,
+        argnums: Any,
+        has_aux: Any,
+        method: str,
+        in_dims: Any,
+        seed_chunk_size: Any,
+        options: Mapping[str, Any],
     ):
         check_function(func, transform)
         call = f"shardmap.{transform}({name_of(func)})"
@@ -308,9 +316,7 @@ class Jacobians(Transformed):
 class _Sample:
     """The derivatives of one sample, as they are recorded."""
 
-    def __init__(
-        self, func: Callable[..., Any], by: Differentiated, kwargs: dict[str, Any], has_aux: bool, seeding: Seeding, call: str
-    ):
+    def __init__(self, func: Callable[..., Any], by: Differentiated, kwargs: dict[str, Any], has_aux: bool, seeding: Seeding, call: str):
         self.func = func
         self.by = by
         self.kwargs = kwargs
@@ -499,5 +505,3 @@ class _Sample:
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-

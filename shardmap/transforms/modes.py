@@ -120,8 +120,8 @@ def pushed_forward(
         outs, aux = func(inputs)
         return tuple(outs), aux
 
-    values, products, aux = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving), has_aux=True)
-    return list(values), list(products), aux
+    found: Any = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving), has_aux=True)
+    return list(found[0]), list(found[1]), found[2]
 
 
 def has_no_formula(error: BaseException) -> bool:

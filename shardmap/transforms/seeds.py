@@ -19,7 +19,6 @@ from shardmap import api, edges
 from shardmap.batch import live_equations, mapped_groups, written
 from shardmap.once import Prepared
 from shardmap.options import Options
-from shardmap.planning import device as devices
 from shardmap.planning.memory import MIB
 from shardmap.program import Program, variables
 from shardmap.record import record

@@ -1,7 +1,7 @@
 """Leave out what forward mode does with tangents that are zero.
 
-Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory, multiply by it, copy and add: a linear layer's
-tangent is one product, and is recorded as two products, a copy and a sum. Measured on the Hessian of a 64-256-256-1 net: a quarter
+Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory, multiply by it, copy and add: a linear
+layer's tangent is one product, and is recorded as two products, a copy and a sum. Measured on the Hessian of a 64-256-256-1 net: a quarter
 of the time; on the Jacobian of a Lorenz-96 flow map: a third.
 """
 
