@@ -23,6 +23,7 @@ from shardmap.program import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, 
 from shardmap.recording import flat_tensors
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
+from shardmap.rules.late import postponed
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
 from shardmap.rules.view import refuse_offsets_of_inputs
@@ -230,7 +231,7 @@ class _Batcher:
                 self._equation(i, eq)
         b.equation, b.grad = len(program.equations), self.options.grad
         outputs = self._outputs()
-        fixed, chunk = drop_dead(b.calls, outputs)
+        fixed, chunk = postponed(*drop_dead(b.calls, outputs), outputs)
         return BatchedProgram(
             fixed,
             chunk,

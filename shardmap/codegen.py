@@ -181,6 +181,7 @@ def _passed(program: BatchedProgram) -> list[V]:
     """What no sample changes and a chunk needs."""
     defined = {v.index for v in (*program.captured, *program.literals)}
     defined |= {o for c in program.fixed for o in c.outs if o is not None}
+    defined -= {o for c in program.chunk for o in c.outs if o is not None}  # made again in each chunk
     needed: dict[int, V] = {}
     for call in program.chunk:
         for v in values((call.args, tuple(v for _, v in call.kwargs))):

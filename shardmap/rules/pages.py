@@ -7,6 +7,7 @@ pages. numpy's allocator asks the kernel for those from 4 MiB on; torch's does o
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -43,6 +44,25 @@ def keep_freed_memory() -> None:
     has freed no large one yet fills fresh pages in each chunk: per-sample gradient norms of a small CNN took 60 us instead of 30.
     """
     np.empty(31 << 20, np.uint8)  # never written to; numpy's, for a torch mode may make fake ones
+
+
+@functools.cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system.
+
+    Torch asks glibc for aligned blocks, and a hole that a block has left is too small for an aligned block of the same size: with
+    anything small kept in between, 40 blocks of 25 MB, one after the other, grew a process by 900 MB instead of 50.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -22,6 +22,7 @@ from shardmap.options import Options
 from shardmap.planning.memory import MIB
 from shardmap.program import Program, variables
 from shardmap.record import record
+from shardmap.rules import pages
 from shardmap.run import local, prepare
 from shardmap.run.base import unheard
 from shardmap.transforms.zeros import without_zeros
@@ -100,6 +101,8 @@ class UnitVectors:
         step = seeding.at_once(self.program, self.count, self.like.device)
         on, parts = prepare.Devices(self.job), []
         for start in range(0, self.count, step):
+            if step < self.count:
+                pages.give_back()
             seeds = self._seeds(start, min(start + step, self.count))
             with unheard():
                 outs = local.run_whole(dataclasses.replace(self.job, inputs=[seeds], samples=len(seeds)), on)
