@@ -204,7 +204,13 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         [],
         ["function: squared", "that is a module", "give loss"],
     ),
-    "a product without a vector": (GOOD + "task: hvp\n", [], ["columns: x are 1", "task: hvp", "name two"]),
+    "a product by two columns": (GOOD + "task: hvp\nargnums: [0, 1]\n", [], ["argnums: [0, 1]", "task: hvp", "give the number"]),
+    "a product by its vectors": (
+        GOOD + "task: hvp\nargnums: 1\n",
+        ["--columns", "[x, y]"],
+        ["argnums: 1", "the function's columns are x", "give 0 to 0"],
+    ),
+    "a product without a vector": (GOOD + "task: hvp\n", [], ["columns: x is one", "task: hvp", "name it"]),
     # reductions
     "no such reduction": (GOOD + "reduce: median\n", [], ["reduce", "'median'", "did you mean mean?"]),
     "a reduction without a name": (GOOD + "reduce: {a: {nam: mean}}\n", [], ["reduce.a.name", "missing", "give one of"]),

@@ -310,7 +310,7 @@ def test_samples_in_files_are_those_in_memory(kind, tmp_path, monkeypatch):
     save_file({"x": x, "y": y}, "both.safetensors")
     save_file({"x": x[:4].clone(), "y": y[:4].clone()}, "a.safetensors")
     save_file({"x": x[4:].clone(), "y": y[4:].clone()}, "b.safetensors")
-    zarr.save_group("group.zarr", x=x.numpy(), y=y.numpy())
+    zarr.save_group("group.zarr", x=x.numpy(), y=y.numpy())  # pyright: ignore[reportArgumentType]
     source = {
         "npy": "{path: x.npy, columns: [x]}",
         "safetensors": "both.safetensors",

@@ -41,6 +41,9 @@ def squared(params, x):
 def well(x):
     return (x.square().sum() - 1) ** 2 + x.prod()
 
+def scaled(factor, x):
+    return factor * well(x)
+
 def two(x, y):
     return x * y.sum() + x.sin()
 """
@@ -170,7 +173,11 @@ def test_hessians_and_their_products(net: Net) -> None:
     close(outputs(), {"result": expected})
     write("hvp", "function: users_tasks.well", "columns: [x, v]")
     assert main(["run", "run.yaml", "--output", "runs/products"]) == 0
-    close(outputs("runs/products"), {"result": (expected @ given["v"].unsqueeze(2)).squeeze(2)})
+    products = (expected @ given["v"].unsqueeze(2)).squeeze(2)
+    close(outputs("runs/products"), {"0": torch.stack([users_tasks.well(x) for x in given["x"]]), "1": products})
+    write("hvp", "function: users_tasks.scaled", "columns: [y, x, v]", "argnums: 1")
+    assert main(["run", "run.yaml", "--output", "runs/scaled"]) == 0
+    torch.testing.assert_close(outputs("runs/scaled")["1"], given["y"].unsqueeze(1) * products, rtol=1e-4, atol=1e-5)
 
 
 def test_reductions_of_gradients_alone_and_together(net: Net) -> None:

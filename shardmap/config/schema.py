@@ -80,7 +80,7 @@ class RunConfig:
     method: Literal["auto", "reverse", "forward"] = "auto"
     """For `task: jacobian`: row by row, column by column, or whichever is cheaper."""
     argnums: int | list[int] = 0
-    """For `task: jacobian` and `hessian`: by which columns, counted from 0, the function is differentiated."""
+    """For `task: jacobian`, `hessian` and, one number, `hvp`: by which columns, counted from 0, the function is differentiated."""
     report: Call | None = None
     """Called with a `shardmap.jobs.Outcome`; writes tables and pictures into the run folder."""
     columns: list[str] | None = None
@@ -164,7 +164,7 @@ def _check_task(config: RunConfig) -> None:
         ("params", config.params is not None, ("per_sample_grad",)),
         ("flat", config.flat, ("per_sample_grad",)),
         ("method", config.method != "auto", ("jacobian",)),
-        ("argnums", config.argnums != 0, ("jacobian", "hessian")),
+        ("argnums", config.argnums != 0, ("jacobian", "hessian", "hvp")),
     )
     for key, given, tasks in homes:
         if given and task not in tasks:
@@ -175,6 +175,8 @@ def _check_task(config: RunConfig) -> None:
         raise ConfigError(f"params: {config.params!r} is empty; give names or patterns of parameters, or null for all of them")
     if config.argnums == []:
         raise ConfigError("argnums: [] is empty; give the number of a column, counted from 0, or a list of them")
+    if task == "hvp" and isinstance(config.argnums, list):
+        raise ConfigError(f"argnums: {config.argnums}, and task: hvp; the vectors are one column: give the number of theirs")
     if task != "per_sample_grad":
         return
     if config.loss is None and (config.function is None or config.model is None):

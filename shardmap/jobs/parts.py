@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -48,6 +49,16 @@ class Parts:
     def ragged(self) -> bool:
         """Whether samples have shapes of their own: each shape is a map by itself, so there is no plan, and no store."""
         return any(isinstance(column, Ragged) for column in self.columns)
+
+    def head(self, rows: int) -> Parts:
+        """The same for the first samples only."""
+        columns: list[Tensor | Column | Ragged] = []
+        for column in self.columns:
+            if isinstance(column, Ragged):
+                columns.append(Ragged(column.samples[:rows]))
+            else:
+                columns.append(column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows))
+        return dataclasses.replace(self, columns=columns)
 
     @property
     def one_sample(self) -> Callable[..., Any]:
@@ -204,15 +215,13 @@ def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor | Co
 
 def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
     """Refuse columns and parts that do not fit the task, in the configuration's own words."""
-    count = len(parts.columns)
-    if config.task == "hvp" and count != 2:
-        raise ConfigError(
-            f"columns: {', '.join(names)} are {count}, and task: hvp takes two, where to differentiate and the vector; name two"
-        )
-    if config.task in ("jacobian", "hessian"):
-        for number in config.argnums if isinstance(config.argnums, list) else [config.argnums]:
-            if not 0 <= number < count:
-                raise ConfigError(f"argnums: {number} is out of range; the columns are {', '.join(names)}: give 0 to {count - 1}")
+    if config.task == "hvp" and len(names) < 2:
+        raise ConfigError(f"columns: {', '.join(names)} is one, and task: hvp takes the vectors as a last one; name it")
+    arguments = names[:-1] if config.task == "hvp" else names
+    for number in config.argnums if isinstance(config.argnums, list) else [config.argnums]:
+        if not 0 <= number < len(arguments):
+            told = f"the function's columns are {', '.join(arguments)}: give 0 to {len(arguments) - 1}"
+            raise ConfigError(f"argnums: {number} is out of range; {told}")
     if config.task == "per_sample_grad" and parts.loss is not None and not isinstance(parts.call, nn.Module):
         raise ConfigError(
             f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and {parts.name} is none; name a torch.nn.Module, "
@@ -227,9 +236,7 @@ def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
         _check_call(parts.call, ("columns",), names[:1])
         _check_call(parts.loss, ("columns", "loss"), ["the output", *names[1:]])
     else:
-        _check_call(
-            parts.call, ("columns", "function"), [*(["the model"] * len(parts.leading)), *(names[:1] if config.task == "hvp" else names)]
-        )
+        _check_call(parts.call, ("columns", "function"), [*["the model"] * len(parts.leading), *arguments])
 
 
 def _check_call(function: Callable[..., Any], keys: tuple[str, ...], given: list[str]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from torch import Tensor
-
 from shardmap.config import BoundRun, RunConfig
 from shardmap.jobs import tasks
 from shardmap.jobs.folder import RESULTS, one_seed
@@ -65,8 +63,7 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
     """Compute some samples; a plan that is made after it knows how long they took."""
     most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
     rows = max(2, min(int(MEASURED_SECONDS * planned.samples / max(planned.seconds, 1e-9)), most, planned.samples))
-    first = [column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows) for column in parts.columns]
-    tasks.planned(dataclasses.replace(parts, columns=first), config, options).run()
+    tasks.planned(parts.head(rows), config, options).run()
 
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import api
@@ -69,16 +66,7 @@ def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:
         return shardmap.plan(parts.detached, **options)(*parts.columns)  # pyright: ignore[reportCallIssue]  a plan has no out=
     call = _transform(parts, config, options)
     with torch.no_grad():
-        if hasattr(call, "plan"):
-            return call.plan(*_given(parts, config))
-        # Otherwise the plan of the same computation, written as a map of the call for one sample: an inner map is a part of the outer one.
-        inner, shared = _transform(parts, config, {"randomness": config.randomness}), _given(parts, config)[: -len(parts.columns)]
-
-        @functools.wraps(parts.one_sample)
-        def one(*row: Any) -> Any:
-            return pytree.tree_map_only(Tensor, lambda t: t[0].detach(), inner(*shared, *[value[None] for value in row]))
-
-        return shardmap.plan(one, **options)(*parts.columns)  # pyright: ignore[reportCallIssue]
+        return call.plan(*_given(parts, config))
 
 
 def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
@@ -90,7 +78,7 @@ def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
         return shardmap.jacobian(parts.one_sample, argnums, method=config.method, **options)
     if config.task == "hessian":
         return shardmap.hessian(parts.one_sample, argnums, **options)
-    return shardmap.hvp(parts.one_sample, **options)
+    return shardmap.hvp(parts.one_sample, argnums, **options)
 
 
 def _given(parts: Parts, config: RunConfig) -> tuple[Any, ...]:
