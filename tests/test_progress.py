@@ -250,7 +250,7 @@ def test_a_run_log_has_a_line_for_each_event(tmp_path: Path) -> None:
         RunStarted(10, 2, ("cpu", "cuda:0")), ChunkRedone("cuda:0", 5, 10, "OutOfMemoryError: [/x]"), ChunkDone("cpu", 0, 5, 0.25),
         RunFinished(1.5),
     ]  # fmt: skip
-    with RunFolder(str(tmp_path / "run")) as folder:
+    with RunFolder.create(str(tmp_path / "run"), "") as folder:
         for event in events:
             folder.log_event(event)
         lines = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
