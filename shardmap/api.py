@@ -193,14 +193,10 @@ def plan(
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
         recording, structure = record(of_sample, batch, randomness, False, call)
         prepared = Prepared(recording, structure)
-        comparison = compared(prepared, options, torch.is_grad_enabled() and any(recording.program.output_flags))
-        job = _job(
-            prepared if comparison is None else comparison.prepared,
-            batch,
-            options if comparison is None else comparison.options,
-            False,
-            False,
-        )
+        grad = torch.is_grad_enabled() and any(recording.program.output_flags)
+        comparison = compared(prepared, options, batch.size, grad, several=False)
+        what = (prepared, options) if comparison is None else comparison.passes[0][1:]
+        job = _job(what[0], batch, what[1], False, False)
         on = prepare.Devices(job)
         if cluster is not None:
             cut = on_ray.planned(job, chunk_size, cluster, options.budget)
@@ -208,11 +204,11 @@ def plan(
             cut = _split(job, on, _names(job, options, False), options, False, always=True)
 
         def finish(outputs: list[torch.Tensor]) -> Any:
-            found = outputs if comparison is None else comparison.outputs(outputs, batch.size)
+            found = outputs if comparison is None else comparison.outputs(lambda _, __: outputs, batch.size)
             result = pytree.tree_unflatten(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
-        return Plan(job, cut, on, options, finish, () if comparison is None else comparison.factors.notes)
+        return Plan(job, cut, on, options, finish, () if comparison is None else comparison.notes)
 
     return planned
 
@@ -239,12 +235,12 @@ def _run(func: Callable[..., Any], batch: edges.Batch, options: Options, memory:
 
 
 def _execute(prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool) -> Any:
-    comparison = compared(
-        prepared, options, inlined or transformed or torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
-    )
+    within = inlined or transformed
+    plain = within or (torch.is_grad_enabled() and any(prepared.recording.program.output_flags))
+    comparison = compared(prepared, options, batch.size, plain, several=not within)
     if comparison is not None:
-        found = _execute(comparison.prepared, batch, comparison.options, inlined, transformed)
-        return pytree.tree_unflatten(comparison.outputs(found, batch.size), prepared.structure)
+        outputs = comparison.outputs(lambda p, o: _execute(p, batch, o, inlined, transformed), batch.size)
+        return pytree.tree_unflatten(outputs, prepared.structure)
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
     if options.out is not None:

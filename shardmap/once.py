@@ -67,7 +67,7 @@ class Prepared:
     lowerings: dict[Any, Lowered] = field(default_factory=dict)
     outputs: dict[Any, Any] = field(default_factory=dict)
     """What is to become of its outputs, by home, outer autograd and size of the batch."""
-    derived: dict[str, Any] = field(default_factory=dict)
+    derived: dict[Any, Any] = field(default_factory=dict)
     """Maps that compute something else from the same recording."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import shardmap
 from shardmap.ghost.project import rows_of_matrix
+from shardmap.run.base import RunStarted, listen
 from tests.test_per_sample_grad import Tied, loop
 
 Problem = tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], Callable[..., Tensor]]
@@ -184,6 +185,20 @@ def test_gram_matrices_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, x, y, gradients = made("attends", 13)
     monkeypatch.setattr("shardmap.ghost.gram.BLOCK_BYTES", 4 * 25 * 9)
     close(shardmap.per_sample_grad(model, loss, reduce="gram")(x, y), flat(gradients) @ flat(gradients).T)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "twice", "attends", "tied", "scaled"])
+def test_gram_matrices_in_several_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each map returns some outputs, or some rows of one; what is stacked beside them comes once."""
+    model, loss, x, y, gradients = made(name, 13)
+    monkeypatch.setattr("shardmap.compared.PASS_BYTES", 13 * 40)
+    monkeypatch.setattr("shardmap.compared.PASSES", 64)
+    runs: list[Any] = []
+    with listen(runs.append):
+        found = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.together(gram="gram", norms="norm"))(x, y)
+    assert sum(isinstance(event, RunStarted) for event in runs) > 2
+    close(found["gram"], flat(gradients) @ flat(gradients).T)
+    close(found["norms"], flat(gradients).norm(dim=1))
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])

@@ -1,12 +1,13 @@
 """Inner products of the outputs of all pairs of samples, from factors where those are smaller.
 
-The map returns the factors of what the function returns (`as_factors`); the matrix is computed from them in blocks (`matrix`). For linear
+The map returns the factors of what the function returns (`passes`); the matrix is computed from them in blocks (`add_to`). For linear
 layers `<A_i B_i, A_j B_j> = <A_i^T A_j, B_i B_j^T>`; over one position the product of two Gram matrices, of cotangents and activations.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from shardmap.batch import mapped_groups, written
-from shardmap.ghost.factors import Factors, Patches, Rows, Term, sizes
+from shardmap.ghost.factors import Factored, Factors, Patches, Rows, Term, sizes
 from shardmap.ghost.norms import channels, patches
-from shardmap.program import NO_GRAD, Param, Program, Var
+from shardmap.program import NO_GRAD, Equation, Param, Program, Var
 from shardmap.recording import Recording
+
+aten = torch.ops.aten
 
 BLOCK_BYTES = 32 << 20
 """What a block's temporaries may take; there are about four of that size."""
@@ -36,57 +39,143 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class AsFactors:
-    """What the map is to return instead."""
+class Pass:
+    """One map of the samples, and what its outputs are for."""
 
-    recording: Recording
+    program: Program
     kept: tuple[int, ...]
-    """Of the outputs that are not compared, where they are now; -1 for the others."""
-    groups: tuple[tuple[tuple[int, ...], tuple[Part, ...]], ...]
-    """For each matrix the outputs that it is of, and the parts that it is made from."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What is compared by factors, in words."""
-        products = [[term for term, _, _ in part.terms] for _, parts in self.groups for part in parts if part.terms]
-        return [f"gram: inner products from factors {sizes(terms)}" for terms in products]
+    """Of the function's outputs that are not compared, where they are now; -1 for the others, and in all passes but the first."""
+    parts: tuple[tuple[Part, ...], ...]
+    """For each matrix, the parts that this pass adds to it."""
 
 
-def as_factors(recording: Recording, groups: Sequence[Sequence[int]], randomness: str, enabled: bool) -> AsFactors:
-    """The same function with factors as outputs.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part before it has a place: what it is of, and how much of it one sample has."""
+
+    group: int
+    output: int
+    factored: Factored | None
+    rows: tuple[int, int] | None
+    """Of an output that is cut, which of its rows."""
+    sample_bytes: int
+
+
+def passes(
+    recording: Recording, groups: Sequence[Sequence[int]], randomness: str, enabled: bool, samples: int, limit_bytes: int | None
+) -> tuple[Pass, ...]:
+    """Maps of the same function that return factors of what is compared.
+
+    Where all of it would be large, each map returns some of it, so that only that much is there at a time.
 
     Args:
         recording: Of the function.
         groups: For each matrix, the positions of the outputs that it compares.
         randomness: As the map has it.
         enabled: Whether to use factors: not under transforms and gradients from outside.
+        samples: N.
+        limit_bytes: What the outputs of one map may take; None for one map, whatever they take.
     """
     program = recording.program
+    writes = {v.group for eq in program.equations for v in written(eq)}
+    factors = Factors(program, writes, mapped_groups(program, randomness, False))
+    pieces = [piece for number, group in enumerate(groups) for k in group for piece in _pieces(program, factors, number, k, enabled)]
+    if limit_bytes is not None and not (recording.random or recording.written_inputs):
+        pieces = [part for piece in pieces for part in _cut(program, piece, max(1, limit_bytes // max(1, samples)))]
+        bins = _binned(pieces, max(1, limit_bytes // max(1, samples)))
+    else:
+        bins = [pieces]
     compared = {k for group in groups for k in group}
+    return tuple([_pass(recording, taken, len(groups), compared, number == 0) for number, taken in enumerate(bins)])
+
+
+def described(made: Sequence[Pass]) -> list[str]:
+    """What is compared by factors, in words."""
+    products = [[term for term, _, _ in part.terms] for one in made for parts in one.parts for part in parts if part.terms]
+    return [f"gram: inner products from factors {sizes(terms)}" for terms in products]
+
+
+def _pieces(program: Program, factors: Factors, number: int, k: int, enabled: bool) -> list[_Piece]:
+    var = program.outputs[k]
+    found = factors.of(var) if enabled else None
+    if found is not None and _smaller(found.terms):
+        held = [v for t in found.terms for v in (t.left, t.right)]
+        return [_Piece(number, k, found, None, sum(_bytes(v) for v in held))]
+    return [_Piece(number, k, None, None, _bytes(var))]
+
+
+def _bytes(var: Var) -> int:
+    return math.prod(var.spec.shape) * var.spec.dtype.itemsize
+
+
+def _cut(program: Program, piece: _Piece, most_bytes: int) -> list[_Piece]:
+    """A piece in rows of its output, where it is larger than a map may return for a sample."""
+    shape = program.outputs[piece.output].spec.shape
+    if piece.factored is not None or piece.sample_bytes <= most_bytes or not shape or shape[0] < 2:
+        return [piece]
+    each = piece.sample_bytes // shape[0]
+    step = max(1, most_bytes // max(1, each))
+    starts = range(0, shape[0], step)
+    return [
+        dataclasses.replace(piece, rows=(i, min(i + step, shape[0])), sample_bytes=each * (min(i + step, shape[0]) - i)) for i in starts
+    ]
+
+
+def _binned(pieces: Sequence[_Piece], most_bytes: int) -> list[list[_Piece]]:
+    """The pieces in as many maps as are needed: the largest first, each where it still fits."""
+    bins: list[list[_Piece]] = []
+    for piece in sorted(pieces, key=lambda p: -p.sample_bytes):
+        for taken in bins:
+            if sum(p.sample_bytes for p in taken) + piece.sample_bytes <= most_bytes:
+                taken.append(piece)
+                break
+        else:
+            bins.append([piece])
+    return bins
+
+
+def _pass(recording: Recording, pieces: Sequence[_Piece], groups: int, compared: set[int], first: bool) -> Pass:
+    program = recording.program
     outputs: list[Var] = []
     flags: list[int] = []
+    equations = list(program.equations)
+    index = itertools.count(1 + max(v.index for v in _variables(program)))
 
     def add(var: Var, flag: int = NO_GRAD) -> int:
         outputs.append(var)
         flags.append(flag)
         return len(outputs) - 1
 
-    kept = tuple([-1 if k in compared else add(v, program.output_flags[k]) for k, v in enumerate(program.outputs)])
-    writes = {v.group for eq in program.equations for v in written(eq)}
-    factors = Factors(program, writes, mapped_groups(program, randomness, False))
-    found = []
-    for group in groups:
-        parts = [_part(program, recording, factors if enabled else None, k, add) for k in group]
-        found.append((tuple(group), tuple(parts)))
-    changed = program._replace(outputs=tuple(outputs), output_flags=tuple(flags))
-    return AsFactors(dataclasses.replace(recording, program=changed, sample=()), kept, tuple(found))
+    kept = tuple([-1 if k in compared or not first else add(v, program.output_flags[k]) for k, v in enumerate(program.outputs)])
+    parts: list[list[Part]] = [[] for _ in range(groups)]
+    for piece in pieces:
+        var, flag = program.outputs[piece.output], program.output_flags[piece.output]
+        if piece.factored is not None:
+            part = _factored(recording, piece.factored, add)
+        elif piece.rows is not None:
+            cut = _rows(var, piece.rows, next(index))
+            equations.append(Equation(aten.slice.Tensor, (var, 0, *piece.rows), (), (cut,), (flag,), False))
+            part = Part(dense=add(cut, flag))
+        else:
+            part = Part(dense=add(var, flag))
+        parts[piece.group].append(part)
+    changed = program._replace(outputs=tuple(outputs), output_flags=tuple(flags), equations=tuple(equations))
+    return Pass(changed, kept, tuple(map(tuple, parts)))
 
 
-def _part(program: Program, recording: Recording, factors: Factors | None, k: int, add: Callable[..., int]) -> Part:
-    var = program.outputs[k]
-    found = factors.of(var) if factors is not None else None
-    if found is None or not _smaller(found.terms):
-        return Part(dense=add(var, program.output_flags[k]))
+def _variables(program: Program) -> list[Var]:
+    made = [v for eq in program.equations for v in eq.results()]
+    return [*program.inputs, *program.captured, *program.literals, *made]
+
+
+def _rows(var: Var, rows: tuple[int, int], index: int) -> Var:
+    """Some rows of a recorded tensor, as a view of it."""
+    start, stop = rows
+    spec = var.spec
+    return Var(index, var.group, spec._replace(shape=(stop - start, *spec.shape[1:]), offset=spec.offset + start * spec.stride[0]))
+
+
+def _factored(recording: Recording, found: Factored, add: Callable[..., int]) -> Part:
     terms, scales = [], []
     for term in found.terms:
         terms.append((term, add(term.left), add(term.right)))
@@ -110,16 +199,19 @@ def _smaller(terms: Sequence[Term]) -> bool:
     return 2 * held <= n * m and positions**2 * (n + m) <= 2 * n * m
 
 
-def matrix(parts: Sequence[Part], outs: Sequence[Tensor], samples: int) -> Tensor:
-    """`[N, N]`, block by block; only blocks on and above the diagonal are computed.
+def add_to(out: Tensor | None, parts: Sequence[Part], outs: Sequence[Tensor], samples: int) -> Tensor | None:
+    """The matrix, `[N, N]`, with what one map gave added, block by block; only blocks on and above the diagonal are computed.
 
     Args:
-        parts: What the matrix is made from.
+        out: What there is so far.
+        parts: What is added.
         outs: The outputs of the map, `[N, ...]` each.
         samples: N.
     """
+    if not parts:
+        return out
     like = outs[_places(parts[0])[0]]
-    out = like.new_zeros((samples, samples))
+    out = like.new_zeros((samples, samples)) if out is None else out
     widest = max([max(t.positions for t, _, _ in p.terms) for p in parts if p.terms], default=1)
     block = max(1, int(math.sqrt(BLOCK_BYTES / like.element_size())) // widest)
     for a in range(0, samples, block):
@@ -210,19 +302,16 @@ def _rows_with_product(
     return _over_positions(met.mul_(grad @ right.t()), term.positions, y[0].positions)
 
 
-def check(parts: Sequence[Part], groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> bool:
+def check(groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> bool:
     """Whether the first entry is the square of the norm of what the function returned for the first sample.
 
     Args:
-        parts: What the matrix was made from.
         groups: The outputs that it compares.
         sample: What the function returned.
         found: The matrix.
     """
-    if not sample or not len(found) or not any(p.terms for p in parts):
+    if not sample or not len(found):
         return True
     expected = torch.stack([sample[k].detach().abs().square().sum().double() for k in groups]).sum()
-    first = found[0, 0].double().cpu()
-    if not torch.isfinite(expected):
-        return True
-    return bool((first - expected.cpu()).abs() <= 1e-2 * expected.cpu())
+    first = found[0, 0].abs().double().cpu()
+    return not torch.isfinite(expected) or bool((first - expected.cpu()).abs() <= 1e-2 * expected.cpu())

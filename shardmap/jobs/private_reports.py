@@ -71,9 +71,9 @@ def private_step(
         "delta": delta,
     }
     headline = (
-        f"{clipped:.1%} of {len(norms):,} gradients are longer than {max_norm:g} and are clipped; the private sum has a cosine of {cosine:.3f} "
-        f"with their mean.\nA step of length {length:g} along it takes {falls[0]:.4f} off a loss of {before:.3f}, along the mean "
-        f"{falls[1]:.4f}; {steps} such steps spend epsilon {spent:.2f} at delta {delta:g}."
+        f"{clipped:.1%} of {len(norms):,} gradients are longer than {max_norm:g} and are clipped; the private sum has a cosine of "
+        f"{cosine:.3f} with their mean.\nA step of length {length:g} along it takes {falls[0]:.4f} off a loss of {before:.3f}, along "
+        f"the mean {falls[1]:.4f}; {steps} such steps spend epsilon {spent:.2f} at delta {delta:g}."
     )
     return Findings(headline, numbers)
 
