@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -15,6 +16,7 @@ from shardmap import edges, errors
 from shardmap.ghost import gram
 from shardmap.once import Prepared
 from shardmap.options import Options
+from shardmap.planning.memory import format_bytes
 from shardmap.program import Program
 from shardmap.reduction import Reduction
 
@@ -97,6 +99,7 @@ def compared(prepared: Prepared, options: Options, samples: int, plain: bool, se
         raise errors.OptionError(f"{options.call}: out= and reduce='gram': the matrix is returned; leave out= away, and save it yourself")
     if options.out_dims != 0:
         raise errors.OptionError(f"{options.call}: out_dims={options.out_dims!r} and reduce='gram'; leave out_dims at 0")
+    _refuse_size(program, len(marks), samples, options)
     found = prepared.derived.get(("gram", samples, several))
     if found is None:
         groups = [tuple(k for k, r in enumerate(reduced) if r is mark) for mark in marks.values()]
@@ -115,6 +118,22 @@ def compared(prepared: Prepared, options: Options, samples: int, plain: bool, se
                 reductions[at] = reduced[k]
         maps.append((one, dataclasses.replace(derived, recording=recording), dataclasses.replace(options, reduce=reductions)))
     return Compared(tuple(maps), tuple(groups), prepared, options.call)
+
+
+def _refuse_size(program: Program, matrices: int, samples: int, options: Options) -> None:
+    """Refuse matrices that do not fit, before anything is computed.
+
+    Raises:
+        OverBudget: They take more than the call may.
+    """
+    spec = program.outputs[0].spec
+    needed = matrices * samples**2 * spec.dtype.itemsize
+    budget = options.budget.on(torch.device(options.output_device or spec.device))
+    if budget is not None and needed > budget:
+        raise errors.OverBudget(
+            f"{options.call}: reduce='gram' of {samples} samples is {matrices} x [{samples}, {samples}], {format_bytes(needed)}, and the "
+            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients (shardmap.reduce.project) and multiply blocks"
+        )
 
 
 def _chunk(program: Program, options: Options, limit: int | None) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import shardmap
 from shardmap.ghost.project import rows_of_matrix
 from shardmap.run.base import RunStarted, listen
+from tests.on_ray import TWO, local_ray
 from tests.test_per_sample_grad import Tied, loop
 
 Problem = tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], Callable[..., Tensor]]
@@ -346,6 +347,53 @@ def test_results_go_to_a_store(tmp_path: Any) -> None:
     model, loss, x, y, gradients = made("mlp", 13)
     store = shardmap.per_sample_grad(model, loss, reduce="norm", out=shardmap.ZarrSink(tmp_path / "norms"), chunk_size=5)(x, y)
     close(store.read("result", 0, 13), flat(gradients).norm(dim=1))
+
+
+def test_samples_of_unequal_shapes() -> None:
+    torch.manual_seed(9)
+    model = Attends()
+    tokens, labels = [torch.randint(40, (n,)) for n in (3, 5, 3, 1, 5)], torch.randint(3, (5,))
+    gradients = loop(list(model.parameters()), lambda i: F.cross_entropy(model(tokens[int(i)]), labels[int(i)]), torch.arange(5))
+    norms = flat(gradients).norm(dim=1)
+    ragged = shardmap.Ragged(tokens)
+    close(shardmap.per_sample_grad(model, F.cross_entropy, reduce="norm")(ragged, labels), norms)
+    limit = float(norms.median())
+    found = shardmap.per_sample_grad(model, F.cross_entropy, reduce=shardmap.reduce.clipped_sum(limit))(ragged, labels)
+    for value, g in zip(found.values(), gradients, strict=True):
+        close(value, torch.tensordot((limit / norms).clamp(max=1), g, 1))
+    with pytest.raises(shardmap.errors.OptionError, match="samples are grouped by shape"):
+        shardmap.per_sample_grad(model, F.cross_entropy, reduce="gram")(ragged, labels)
+
+
+@pytest.mark.ray
+def test_workers_use_factors() -> None:
+    model, loss, x, y, gradients = made("attends", 13)
+    norms = flat(gradients).norm(dim=1)
+    limit = float(norms.median())
+    several = shardmap.reduce.together(
+        norms="norm", clipped=shardmap.reduce.clipped_sum(limit), gram="gram", second="second_moment", sketch=shardmap.reduce.project(7)
+    )
+    mapped = shardmap.per_sample_grad(model, loss, flat=True, reduce=several)
+    with local_ray():
+        found = shardmap.per_sample_grad(model, loss, flat=True, reduce=several, devices=TWO, chunk_size=3)(x, y)
+    close(found["norms"], norms)
+    close(found["clipped"], torch.tensordot((limit / norms).clamp(max=1), flat(gradients), 1))
+    close(found["gram"], flat(gradients) @ flat(gradients).T)
+    close(found["second"], flat(gradients).square().mean(0))
+    close(found["sketch"], mapped(x, y)["sketch"])
+
+
+def test_matrices_that_do_not_fit_are_refused_at_once() -> None:
+    model, loss, x, y, _ = made("mlp", 13)
+    with pytest.raises(shardmap.errors.OverBudget, match=r"1 x \[13, 13\], 676 B, and the budget is 600 B"):
+        shardmap.per_sample_grad(model, loss, reduce="gram", memory_budget=600)(x, y)
+
+
+def test_a_total_lies_in_memory_as_a_stacked_result_does() -> None:
+    for name in ("mlp", "tied", "padded", "scaled", "cnn"):
+        model, loss, x, y, _ = made(name, 5)
+        for value in shardmap.per_sample_grad(model, loss, reduce="sum")(x, y).values():
+            assert value.is_contiguous(), name
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _squared(ghosts: Ghosts, var: Var) -> V:
 
 def _flipped(target: Any) -> Any:
     def flipped(*args: Any) -> Tensor:
-        return target(*args).t()
+        return target(*args).t().contiguous()
 
     return flipped
 
