@@ -132,7 +132,7 @@ def _refuse_size(program: Program, matrices: int, samples: int, options: Options
     if budget is not None and needed > budget:
         raise errors.OverBudget(
             f"{options.call}: reduce='gram' of {samples} samples is {matrices} x [{samples}, {samples}], {format_bytes(needed)}, and the "
-            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients (shardmap.reduce.project) and multiply blocks"
+            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients (shardmap.reduce.project) first"
         )
 
 
