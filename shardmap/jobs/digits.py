@@ -70,7 +70,7 @@ def train(
     )
     images, labels = dataset["image"], dataset["label"]
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    with _one_thread():
+    with one_thread():
         for epoch in range(1, epochs + 1):
             total, correct = 0.0, 0
             for rows in torch.randperm(len(dataset)).split(batch_size):
@@ -87,7 +87,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: steps on 64 images of 8x8 pixels gain nothing from more, and sums keep their order on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -72,8 +72,8 @@ def private_step(
     }
     headline = (
         f"{clipped:.1%} of {len(norms):,} gradients are longer than {max_norm:g} and are clipped; the private sum has a cosine of "
-        f"{cosine:.3f} with their mean.\nA step of length {length:g} along it takes {falls[0]:.4f} off a loss of {before:.3f}, along "
-        f"the mean {falls[1]:.4f}; {steps} such steps spend epsilon {spent:.2f} at delta {delta:g}."
+        f"{cosine:.3f} with their mean.\nA step of length {length:g} along it takes {falls[0]:.4f} off a loss of {before:.3f}, along the "
+        f"mean {falls[1]:.4f}; {steps} such steps spend epsilon {spent:.2f} at delta {delta:g}."
     )
     return Findings(headline, numbers)
 
@@ -99,9 +99,13 @@ def _draw(outcome: Outcome, norms: Tensor, max_norm: float, clipped: float) -> N
     figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(figsize=(8.4, 4.4), facecolor="white")
     axes: Any = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.97, top=0.80, bottom=0.12)
-    _, edges, bars = axes.hist(norms.numpy(), bins=50)
-    for left, bar in zip(edges, bars, strict=False):
-        bar.set_color(WRONG if left >= max_norm else RIGHT)
+    doublings = (norms.clamp_min(1e-3 * max_norm) / max_norm).log2()  # bars are a quarter of one wide, and one begins at max_norm
+    first, last = int(4 * doublings.min()) - 1, int(4 * doublings.max()) + 2
+    edges = [max_norm * 2 ** (quarter / 4) for quarter in range(first, last)]
+    _, _, bars = axes.hist(norms.clamp_min(1e-3 * max_norm).numpy(), bins=edges, rwidth=0.94)
+    for quarter, bar in zip(range(first, last), bars, strict=False):
+        bar.set_color(WRONG if quarter >= 0 else RIGHT)
+    axes.set_xscale("log")
     axes.axvline(max_norm, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlabel("norm of a sample's gradient, all parameters together", color=INK)
     axes.set_ylabel("samples", color=INK)
