@@ -61,8 +61,8 @@ def gradients_by_length(outcome: Outcome) -> Findings:
     }
     headline = (
         f"{numbers['new_read_right']:.1%} of {len(norms) - first} new sentences are read right; they pull {harder:.1f} times as hard as "
-        f"those taught (medians).\nThe gradient norms are those of the sentences without padding, within {difference:.0e} of the largest; if "
-        f"padding were read as words, {changed:.0%} of them would be wrong by more than a tenth."
+        f"those taught (medians).\nThe gradient norms are those of the sentences without padding, within {difference:.0e} of the largest; "
+        f"if padding were read as words, {changed:.0%} of them would be wrong by more than a tenth."
     )
     return Findings(headline, numbers)
 
