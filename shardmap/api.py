@@ -195,6 +195,12 @@ def plan(
         prepared = Prepared(recording, structure)
         grad = torch.is_grad_enabled() and any(recording.program.output_flags)
         comparison = compared(prepared, options, batch.size, grad, several=False)
+        notes = [] if comparison is None else comparison.notes
+        direct = compared(prepared, options, batch.size, grad, several=True)
+        if direct is not None and len(direct.passes) > 1:
+            notes.append(
+                f"gram: this plan keeps all of it at once; a call of the mapped function takes {len(direct.passes)} passes instead"
+            )
         what = (prepared, options) if comparison is None else comparison.passes[0][1:]
         job = _job(what[0], batch, what[1], False, False)
         on = prepare.Devices(job)
@@ -208,7 +214,7 @@ def plan(
             result = pytree.tree_unflatten(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
-        return Plan(job, cut, on, options, finish, () if comparison is None else comparison.notes)
+        return Plan(job, cut, on, options, finish, notes)
 
     return planned
 

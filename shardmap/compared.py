@@ -22,8 +22,8 @@ from shardmap.reduction import Reduction
 
 PASS_BYTES = 4 << 20
 """Results of one map that are not worth a second one."""
-PASSES = 8
-"""Most maps, unless one output of one sample is larger than an eighth of all."""
+PASSES = 6
+"""Most maps, unless one output of one sample is larger than a sixth of all."""
 
 CACHED_BYTES = 16 << 20
 """Above it automatic chunks are the smaller ones."""
