@@ -53,10 +53,13 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
         _lower_again(low, recording)
     try:
         _check_samples(low, recording, trial)
-    finally:
-        if rewritten:
-            low.options = options
+    except Exception:
+        if rewritten:  # whoever catches it calls again, and meets the lowering as it was
+            low.options, low.fixes.plain = options, False
+            _lower_again(low, recording)
+        raise
     if rewritten:
+        low.options = options
         _check_rewritten(low, recording, trial)
     low.checked.add(trial.size > 1)
 

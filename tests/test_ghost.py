@@ -352,6 +352,21 @@ def test_results_go_to_a_store(tmp_path: Any) -> None:
     close(store.read("result", 0, 13), flat(gradients).norm(dim=1))
 
 
+@pytest.mark.parametrize("trace", ["each", "once"])
+def test_after_a_batch_that_cannot_be_computed_comes_one_that_can(trace: str) -> None:
+    """The second sample's token is out of bounds: the check before the first run meets it."""
+    model, loss, x, y, gradients = made("attends", 13)
+    norms = flat(gradients).norm(dim=1)
+    limit = float(norms.median())
+    mapped = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(limit), flat=True, trace=trace, chunk_size=5)
+    bad = x.clone()
+    bad[1, 0] = 1000
+    for _ in range(2):
+        with pytest.raises(IndexError):
+            mapped(bad, y)
+        close(mapped(x, y), torch.tensordot((limit / norms).clamp(max=1), flat(gradients), 1))
+
+
 def test_samples_of_unequal_shapes() -> None:
     torch.manual_seed(9)
     model = Attends()
