@@ -329,6 +329,14 @@ class Recorder(Variables, TorchDispatchMode):
                 return var
         return None
 
+    def made_zero(self, tensor: torch.Tensor) -> Var:
+        """A view of a symbolic zero of forward-mode AD, which no operator call shows, is another such zero."""
+        var, flags = self._define(tensor), []
+        options = {"dtype": tensor.dtype, "layout": tensor.layout, "device": tensor.device}
+        named = tuple([(k, self.encode(v, flags, False)) for k, v in options.items()])
+        self._append(Equation(aten._efficientzerotensor.default, (tuple(tensor.shape),), named, (var,), (), torch.is_grad_enabled()))
+        return var
+
     def _check_writes(self, func: Any, value: Any) -> None:
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, torch.Tensor):

@@ -35,6 +35,8 @@ class Variables:
         self.groups: dict[int, int] = {}
         self.weak_storages: list[int] = []
         self.mapped_groups: set[int] = set()
+        self.groups_with_grad: set[int] = set()
+        """Memory of captured tensors that require grad."""
         self.captured_groups: set[int] = set()
         self.input_groups: dict[int, int] = {}
         self.inputs: list[Var] = []
@@ -116,7 +118,11 @@ class Variables:
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
-            made = self.made_parameter(tensor, group) if isinstance(tensor, torch.nn.Parameter) else None
+            # Autograd saves its own results without their history, and gives it back where a backward unpacks them.
+            unpacked = tensor.requires_grad and tensor.grad_fn is not None
+            made = self.made_parameter(tensor, group) if unpacked or isinstance(tensor, torch.nn.Parameter) else None
+            if made is None and tensor._is_zerotensor():
+                made = self.made_zero(tensor)
             if made is not None:
                 return made
             raise errors.EscapeError(
@@ -127,6 +133,8 @@ class Variables:
         var = self._define(tensor)
         self.captured_groups.add(var.group)
         self.captured[var.index] = (var, tensor)
+        if tensor.requires_grad:
+            self.groups_with_grad.add(var.group)
         if tensor.requires_grad and tensor.is_leaf:
             self.captured_grads.append((tensor, tensor.grad))
         return var
@@ -143,7 +151,13 @@ class Variables:
             else:
                 var = self._capture(value)
             if value.requires_grad:
-                flags.append(FRESH_LEAF if var.index not in self.captured and is_own_leaf(value) else GRAD)
+                if var.index not in self.captured and is_own_leaf(value):
+                    flags.append(FRESH_LEAF)
+                else:
+                    if var.group in self.captured_groups and var.index not in self.captured and var.group not in self.groups_with_grad:
+                        # A view of captured memory that does not require grad, and itself does: what autograd saved, unpacked.
+                        var = self._capture(value)
+                    flags.append(GRAD)
             else:
                 flags.append(NO_GRAD)
             return var
@@ -191,6 +205,10 @@ class Variables:
 
     def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of a parameter made of a recorded tensor's memory, if the recorder can tell which."""
+        return None
+
+    def made_zero(self, tensor: torch.Tensor) -> Var | None:
+        """The variable of a view of a symbolic zero."""
         return None
 
     def captured_var(self, tensor: torch.Tensor) -> Var:

@@ -131,18 +131,12 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         scaled, given = everything[0], weight
         if weight is not None and weight.mapped:
             scaled, given = affine(b, scaled, weight, None, shape), None
-        several = b.calls_several(
-            aten.native_layer_norm_backward.default,
-            3,
-            scaled,
-            everything[1],
-            normalized,
-            *everything[2:],
-            given,
-            None,
-            [True, False, False],
-        )
-        outs.append(several[0])
+
+        def input_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+            mean, rstd = mean.contiguous(), rstd.contiguous()  # the kernel reads others out of bounds, without a word
+            return aten.native_layer_norm_backward(grad, x, normalized, mean, rstd, weight, None, [True, False, False])[0]
+
+        outs.append(b.call(input_backward, scaled, *everything[1:], given, shape=x.shape, dtype=x.dtype))
     wanted = (bool(mask[1]), bool(mask[2]))
     if any(wanted):
         alone = b.device_type == "cpu" and x.numel >= CACHE_ELEMENTS
@@ -228,7 +222,8 @@ def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
         def input_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
             numbers = (x.shape[0], channels, area, groups, [True, False, False])
-            return aten.native_group_norm_backward(grad.contiguous(), x.contiguous(), mean, rstd, weight, *numbers)[0]
+            dense = [t.contiguous() for t in (grad, x, mean, rstd)]  # the kernel reads others out of bounds, without a word
+            return aten.native_group_norm_backward(*dense, weight, *numbers)[0]
 
         folded = [fold(b, v) for v in (scaled, x, mean, rstd)]
         outs.append(unfold(b, b.call(input_backward, *folded, given, shape=x.shape, dtype=x.dtype), x.shape))

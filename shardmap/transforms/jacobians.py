@@ -339,7 +339,7 @@ class _Sample:
             return [y.new_zeros((*y.shape, *t.shape), dtype=t.dtype) for t in self.by.leaves]
         parts = self._reverse_vectors(graph, y).run(self.seeding)
         joined = [_joined([part[i] for part in parts], 0) for i in range(len(self.by.leaves))]
-        return [j.reshape(*y.shape, *t.shape) for j, t in zip(joined, self.by.leaves, strict=True)]
+        return [j.reshape((*y.shape, *t.shape)) for j, t in zip(joined, self.by.leaves, strict=True)]
 
     def _reverse_vectors(self, graph: Graph, y: torch.Tensor) -> UnitVectors:
         return UnitVectors(lambda seed: graph.pulled_back([y], [seed]), y, self.call)
@@ -361,7 +361,7 @@ class _Sample:
             parts = self._forward_vectors(i, seen).run(self.seeding)
             count = len(seen[-1].leaves)
             joined = [_joined([part[k].movedim(0, -1) for part in parts], -1) for k in range(count)]
-            columns.append([j.reshape(*j.shape[:-1], *leaf.shape) for j in joined])
+            columns.append([j.reshape((*j.shape[:-1], *leaf.shape)) for j in joined])
             aux = [t[0] for t in parts[0][count:]]
         results = seen[-1]
         aux_structure = pytree.tree_flatten(results.aux)[1]
@@ -455,10 +455,10 @@ class _Sample:
             for i, other in enumerate(self.by.leaves):
                 pieces = [part[i] for part in parts]  # [vectors, rows, *in]
                 if twice:
-                    whole = _joined([p.movedim(0, 1) for p in pieces], 1).reshape(*y.shape, *leaf.shape, *other.shape)
+                    whole = _joined([p.movedim(0, 1) for p in pieces], 1).reshape((*y.shape, *leaf.shape, *other.shape))
                     found[j][i] = whole
                 else:
-                    whole = _joined([p.movedim(0, -1) for p in pieces], -1).reshape(*y.shape, *other.shape, *leaf.shape)
+                    whole = _joined([p.movedim(0, -1) for p in pieces], -1).reshape((*y.shape, *other.shape, *leaf.shape))
                     found[i][j] = whole
         return found
 
@@ -479,7 +479,8 @@ class _Sample:
 
             with torch.enable_grad():
                 primals = [t.view_as(t) if keep and t.requires_grad else t.detach().requires_grad_() for t in by.leaves]
-                products = pushed_forward(gradients, primals, [seed if i == j else None for i in range(len(primals))])[1]
+                tangents = [seed if i == j else None for i in range(len(primals))]
+                products = pushed_forward(gradients, primals, tangents, nested=False)[1]
             return tuple([t if keep else t.detach() for t in products])
 
         return second

@@ -88,7 +88,10 @@ def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor])
 
 
 def pushed_forward(
-    func: Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], Any]], primals: Sequence[torch.Tensor], tangents: Sequence[Any]
+    func: Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], Any]],
+    primals: Sequence[torch.Tensor],
+    tangents: Sequence[Any],
+    nested: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
     """Results, their tangents, and aux.
 
@@ -99,6 +102,11 @@ def pushed_forward(
         func: Takes the primals, returns a list of tensors and a pytree.
         primals: Tensors.
         tangents: One for each primal; None is zero.
+        nested: Whether `func` may take forward derivatives itself; not where it also goes backward by plain autograd, which sees through
+            dual tensors, but not through the levels of `torch.func`.
+
+    Raises:
+        RuntimeError: `func` takes forward derivatives itself and may not.
     """
     try:
         with forward_ad.dual_level():
@@ -109,7 +117,7 @@ def pushed_forward(
             products = [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
             return values, products, pytree.tree_map(lambda t: forward_ad.unpack_dual(t).primal, aux)
     except RuntimeError as error:
-        if "ested forward mode AD" not in str(error):
+        if not nested or "ested forward mode AD" not in str(error):
             raise
     moving = [i for i, t in enumerate(tangents) if t is not None]
 

@@ -194,7 +194,7 @@ def _tangents_of_gradient(
 
     with torch.enable_grad():
         primals = [t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_() for t in by.leaves]
-        products = pushed_forward(gradient, primals, vectors)[1]
+        products = pushed_forward(gradient, primals, vectors, nested=False)[1]
     return tuple([t if create_graph else t.detach() for t in products])
 
 
