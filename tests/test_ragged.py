@@ -109,6 +109,34 @@ def test_random_draws_differ_by_sample_and_repeat_with_the_seed():
     assert len(set(firsts)) == 5
 
 
+def test_reductions_of_gradients_take_all_parameters_of_all_samples():
+    samples = words()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(model(x).square().sum(), list(model.parameters()))]) for x in samples]
+    gradients = torch.stack(rows)
+    reduce = shardmap.reduce
+
+    def mapped(how):
+        return shardmap.per_sample_grad(model, lambda out: out.square().sum(), flat=True, reduce=how)(Ragged(samples))
+
+    torch.testing.assert_close(mapped("norm"), gradients.norm(dim=1))
+    torch.testing.assert_close(mapped(reduce.second_moment()), gradients.square().mean(0))
+    clipped = (gradients * (2.0 / gradients.norm(dim=1, keepdim=True)).clamp(max=1)).sum(0)
+    torch.testing.assert_close(mapped(reduce.clipped_sum(2.0)), clipped)
+    both = mapped(reduce.together(mean="mean", sketch=reduce.project(50, seed=4)))
+    torch.testing.assert_close(both["mean"], gradients.mean(0))
+    # The same directions whatever the shape of the sample: sketches of two samples can be compared.
+    sketch = shardmap.vmap(lambda x: x.clone(), reduce=reduce.project(50, seed=4))(gradients)
+    torch.testing.assert_close(both["sketch"], sketch)
+
+    # Noise comes once, not once for each shape.
+    torch.manual_seed(6)
+    noise = mapped(reduce.clipped_sum(2.0, noise_multiplier=3.0)) - clipped
+    torch.manual_seed(6)
+    plain = shardmap.vmap(lambda x: x.clone(), reduce=reduce.clipped_sum(2.0, noise_multiplier=3.0))(gradients) - clipped
+    torch.testing.assert_close(noise, plain)
+
+
 def test_under_inference_mode():
     with torch.inference_mode():
         samples = words()
@@ -146,6 +174,7 @@ REFUSED = {
     "other sizes": (errors.InDimsError, "disagree", lambda r: shardmap.vmap(torch.add)(r, torch.ones(3))),
     "out_dims": (errors.OptionError, "out_dims=1", lambda r: shardmap.vmap(torch.neg, out_dims=1)(r)),
     "a fold": (errors.OptionError, "in order", lambda r: shardmap.vmap(torch.sum, reduce=(torch.add, None))(r)),
+    "a kernel": (errors.OptionError, "reduce='gram'", lambda r: shardmap.vmap(torch.sum, reduce="gram")(r)),
     "one draw": (errors.OptionError, "randomness='same'", lambda r: shardmap.vmap(torch.rand_like, randomness="same")(r)),
     "a plan": (errors.OptionError, "plan", lambda r: shardmap.plan(torch.sum)(r)),
     "a store": (errors.OptionError, "out=", lambda r: shardmap.vmap(torch.sum, out=shardmap.MemmapSink("never"))(r)),

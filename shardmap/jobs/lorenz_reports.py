@@ -95,14 +95,15 @@ def _draw(outcome: Outcome, spectrum: Tensor, error: Tensor, dimension: float) -
     figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(figsize=(9.6, 4.8), facecolor="white")
     axes: Any = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.92, top=0.84, bottom=0.11)
-    numbers = torch.arange(1, len(spectrum) + 1)
-    axes.bar(numbers, spectrum, color=[GROWS if v > 0 else SHRINKS for v in spectrum.tolist()], width=0.72, yerr=error)
+    numbers, sums = range(1, len(spectrum) + 1), spectrum.cumsum(0)
+    colors = [GROWS if v > 0 else SHRINKS for v in spectrum.tolist()]
+    axes.bar(numbers, spectrum.numpy(), color=colors, width=0.72, yerr=error.numpy())
     axes.axhline(0, color=INK, linewidth=0.8)
     right = axes.twinx()
-    right.plot(numbers, spectrum.cumsum(0), color=INK, linewidth=1.6)
+    right.plot(numbers, sums.numpy(), color=INK, linewidth=1.6)
     right.axvline(dimension, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     right.text(dimension, 0.93, f" dimension {dimension:.1f}", color=INK, fontsize=9, transform=right.get_xaxis_transform())
-    for side, values, text in ((axes, spectrum, "growth per time unit (bars)"), (right, spectrum.cumsum(0), "sum so far (line)")):
+    for side, values, text in ((axes, spectrum, "growth per time unit (bars)"), (right, sums, "sum so far (line)")):
         most = 1.15 * float(values.abs().max())
         side.set(ylim=(-most, most))  # both zeros at one height
         side.set_ylabel(text, color=INK)

@@ -67,7 +67,9 @@ def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> 
         ("by calculus", "learned from energies and forces", "difference"),
         strict=True,
     ):
-        drawn = axes.scatter(place[:, 0], place[:, 1], c=values, s=5, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0)
+        drawn = axes.scatter(
+            place[:, 0].numpy(), place[:, 1].numpy(), c=values.numpy(), s=5, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0
+        )
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.tick_params(colors=FAINT, labelsize=8)
         for spine in axes.spines.values():

@@ -75,8 +75,8 @@ def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, first: int) -> None:
     length = outcome.dataset["length"]
     shifted = length + 0.6 * (torch.rand(len(length), generator=torch.Generator().manual_seed(0)) - 0.5)  # so that dots do not cover others
     for rows, color, name in ((slice(0, first), RIGHT, "taught"), (slice(first, None), WRONG, "new")):
-        panels[0].scatter(shifted[rows], norms[rows], s=7, color=color, alpha=0.6, linewidths=0, label=name)
-        panels[1].scatter(norms[rows], fooled[rows], s=7, color=color, alpha=0.6, linewidths=0)
+        panels[0].scatter(shifted[rows].numpy(), norms[rows].numpy(), s=7, color=color, alpha=0.6, linewidths=0, label=name)
+        panels[1].scatter(norms[rows].numpy(), fooled[rows].numpy(), s=7, color=color, alpha=0.6, linewidths=0)
     panels[0].set(yscale="log", xlabel="words", ylabel="norm of the gradient")
     panels[0].legend(fontsize=8.5, frameon=False)
     ends = [float(norms.min()), float(norms.max())]
