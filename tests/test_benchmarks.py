@@ -1,4 +1,4 @@
-"""The benchmarks of the planner run, and judge; their numbers are not a test's business."""
+"""The benchmarks of the planner and of Jacobians run, and judge; their numbers are not a test's business."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def test_the_memory_benchmark_measures_in_processes_of_their_own(tmp_path: Path)
     assert [row["chunk"] for row in rows] == [64, 256]
     assert rows[1]["measured"] > 2 * rows[0]["measured"] > 0
     assert 0.5 < rows[1]["predicted"] / rows[1]["measured"] < 1.5
+
+
+def test_the_benchmark_of_jacobians_writes_its_tables(tmp_path: Path) -> None:
+    words = ("--cases", "Hessian", "--rounds", "2", "--threads", "1", "--no-jax", "--output", str(tmp_path / "found"))
+    done = run("benchmarks.jacobians", *words)
+    assert done.returncode in (0, 1), done.stderr
+    (found,) = json.loads((tmp_path / "found.json").read_text())["results"].values()
+    assert found["peaks"]["torch.func"]["result"] == 256 * 64 * 64 * 4
+    assert found["ratio"]["torch.func"]["median"] == 1.0
+    assert done.stdout == (tmp_path / "found.md").read_text()
 
 
 def test_targets_hold_from_512_mib_on() -> None:

@@ -8,6 +8,7 @@ values) is computed once for each sample, and what does not depend on the sample
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -49,14 +50,13 @@ class Seeding:
     largest: int = 0
     """The most that were taken at a time, of the recordings that were made with this `most`."""
 
-    def at_once(self, program: Program, count: int, device: torch.device) -> int:
-        """How many of `count` unit vectors to take at a time."""
+    def at_once(self, each: int, count: int, device: torch.device) -> int:
+        """How many of `count` unit vectors to take at a time, of which each needs so many bytes."""
         if isinstance(self.asked, int):
             size = self.asked
         elif self.asked is None:
             size = count
         else:
-            each = live_bytes(program)
             size = max(TARGET_BYTES // each, -(-count // MOST_CHUNKS))
             budget = self.memory(device)
             if budget is not None:
@@ -84,7 +84,8 @@ class UnitVectors:
         # Two, and not one, if there are: a dimension of size one would be a special case to kernels.
         batch = edges.collect((self._seeds(0, min(2, self.count)),), {}, 0, None, call)
         recording, structure = record(core, batch, "error", False, call)
-        recording = dataclasses.replace(recording, program=without_zeros(recording.program))
+        program, self.each_bytes = _looked_at(recording.program)
+        recording = dataclasses.replace(recording, program=program)
         options = Options(0, 0, "error", None, "auto", None, None, None, 0.9, "each", False, False, None, None, False, False, call)
         job = api._job(Prepared(recording, structure), batch, options, inlined=True, transformed=False)
         # What no unit vector changes is not repeated for each.
@@ -98,7 +99,7 @@ class UnitVectors:
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
         """What `core` returns, for chunk after chunk of unit vectors: for each of its results `[vectors, *shape]`."""
-        step = seeding.at_once(self.program, self.count, self.like.device)
+        step = seeding.at_once(self.each_bytes, self.count, self.like.device)
         on, parts = prepare.Devices(self.job), []
         for start in range(0, self.count, step):
             if step < self.count:
@@ -116,6 +117,13 @@ class UnitVectors:
         if start or stop < self.count:
             rows = torch.nn.functional.pad(rows, (start, self.count - stop))
         return rows.view(-1, *self.like.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _looked_at(program: Program) -> tuple[Program, int]:
+    """The program without symbolic zeros, and the most bytes that are live at a time for one unit vector: found once."""
+    program = without_zeros(program)
+    return program, live_bytes(program)
 
 
 def live_bytes(program: Program) -> int:

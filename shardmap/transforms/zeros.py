@@ -7,7 +7,6 @@ of the time; on the Jacobian of a Lorenz-96 flow map: a third.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ _LINEAR = {aten.tanh_backward.default, aten.sigmoid_backward.default, aten.thres
 """Zero if the first argument is."""
 
 
-@functools.lru_cache(maxsize=64)
 def without_zeros(program: Program) -> Program:
     """`program` without the arithmetic on symbolic zeros of forward-mode AD, and without the copies that it makes.
 
