@@ -268,7 +268,7 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     on = prepare.Devices(job)
     uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
     plain = uncut and len(names) == 1 and options.memory_budget is None and not any(o.reduction for o in job.outputs)
-    if plain and names[0] == str(job.home) and prepare.small(job):
+    if plain and names[0] == str(job.home) and (inlined or prepare.small(job)):
         return local.run_whole(job, on)
     cut = _split(job, on, names, options, inlined)
     refusal = cut.refusal()

@@ -428,3 +428,16 @@ def test_every_sample_is_computed_once(devices: Any, chunk_size: Any, samples: i
     if isinstance(most, int):
         assert max(e.stop - e.start for e in done) <= most
     assert [e.samples for e in events if isinstance(e, RunStarted)] == [samples]
+
+
+def test_a_large_map_inside_another_is_part_of_it() -> None:
+    """It is not planned: the memory that planning looks at is not there while the outer function is recorded."""
+    table = torch.randn(700, 1100)  # its recording exceeds what is worth planning
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return shardmap.vmap(lambda row: (row * x).sin().exp())(table).sum(0)
+
+    x = torch.randn(3, 1100)
+    found = shardmap.vmap(outer)(x)
+    expected = torch.stack([(table * row).sin().exp().sum(0) for row in x])
+    torch.testing.assert_close(found, expected)
