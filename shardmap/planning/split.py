@@ -279,8 +279,7 @@ def _cached(memory: MemoryModel, most: int, enough: int, sharing: int) -> int:
 
     A process's part of half of the last-level cache, and never more than 8 MiB. Per-sample gradient norms of 784-256-256-10 took 659 ms
     on one thread where 16 MiB took 913, their mean on two threads 531 and 755, though norms on two threads 431 and 377; a CNN gained 2 to
-    12%. Where the host's work is paid for by fewer, a quarter of that will do: batch Jacobians of 32-256-2048 and 2048-256-32 nets and
-    the Hessian of 64-256-256-1 took as long (0.95 to 1.03) in chunks of 2 MiB as of 8, and 6 MiB less.
+    12%.
     """
     target = min(devices.cache_bytes() // (2 * sharing), 8 * MIB)
-    return max(memory.largest_chunk(target // 4, most), min(enough, memory.largest_chunk(2 * target, most)), 1)
+    return max(memory.largest_chunk(target, most), min(enough, memory.largest_chunk(2 * target, most)), 1)
