@@ -44,6 +44,20 @@ class Attends(nn.Module):
         return self.head(self.layer(self.embed(tokens)).mean(0))
 
 
+class Recurrent(nn.Module):
+    """One weight, used at each of five steps with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.around, self.out = nn.Linear(6, 20), nn.Linear(20, 20, bias=False), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inward(x))
+        for step in range(5):
+            h = torch.tanh(self.around(h) * (1 + 0.1 * step) + h)
+        return self.out(h)
+
+
 class Scaled(nn.Module):
     """Weights that are not used as they are: transposed, scaled, negated, sliced."""
 
@@ -82,6 +96,7 @@ def problems() -> dict[str, Callable[[], Problem]]:
         "tied once": lambda: (Tied(), lambda n: (torch.randint(11, (n, 1)), torch.randint(11, (n, 1))), F.cross_entropy),
         "attends": lambda: (Attends(), sentences, F.cross_entropy),
         "padded": lambda: (Attends(padding=3), sentences, F.cross_entropy),
+        "recurrent": lambda: (Recurrent(), vectors, F.cross_entropy),
         "scaled": lambda: (Scaled(), vectors, F.cross_entropy),
     }  # fmt: skip
 
@@ -292,6 +307,28 @@ def test_products_that_are_written_to_are_left_alone() -> None:
         return product.square().sum()
 
     close(shardmap.vmap(inplace)(x, y), x[:, 1:].square().sum(1) * y.square().sum(1))
+
+
+def test_long_chains_are_followed() -> None:
+    """Sums of thousands of terms, and of weights that are used thousands of times."""
+    x = torch.randn(3, 4)
+
+    def chain(a: Tensor) -> Tensor:
+        total = a
+        for _ in range(3000):
+            total = total + a
+        return total.square().sum()
+
+    close(shardmap.vmap(chain)(x), (3001 * x).square().sum(1))
+    close(shardmap.vmap(lambda a: chain(a), reduce="sum")(x), (3001 * x).square().sum())
+
+    def products(a: Tensor) -> Tensor:
+        total = a.unsqueeze(1) @ a.unsqueeze(0)
+        for step in range(400):
+            total = total + (a * step).unsqueeze(1) @ a.unsqueeze(0)
+        return total.square().sum()
+
+    close(shardmap.vmap(products)(x), (1 + sum(range(400))) ** 2 * x.square().sum(1) ** 2)
 
 
 def test_nan_and_infinity_come_through() -> None:

@@ -86,6 +86,9 @@ def sizes(terms: Sequence[Term]) -> str:
     return f"[{terms[0].n}, T] x [T, {terms[0].m}], T = {sum(t.positions for t in terms)}"
 
 
+MOST_TERMS = 256
+"""Uses of one weight: beyond, as in long recurrences, factors are no gain."""
+
 REARRANGED = {
     aten.detach.default,
     aten.alias.default,
@@ -118,13 +121,17 @@ class Factors:
         self.mapped = mapped
         self.makers = {v.index: (eq, k) for eq in program.equations for k, v in enumerate(eq.outs) if type(v) is Var}
         self._known: dict[int, Factored | None] = {}
+        self._read = 0
+        """How many calls have been looked at: in their order, so that long chains are no deep recursion."""
 
     def of(self, var: Var) -> Factored | None:
         """`var` as a sum of products; None if it is none that is known, or differs in no way by sample."""
-        if var.index not in self._known:
-            self._known[var.index] = None  # while it is being found out
-            self._known[var.index] = self._find(var)
-        return self._known[var.index]
+        if var.index in self.makers:
+            while var.index not in self._known:
+                for made in self.program.equations[self._read].results():
+                    self._known[made.index] = self._find(made)
+                self._read += 1
+        return self._known.get(var.index)
 
     def maker(self, var: Var) -> Equation | None:
         """The call that made `var`."""
@@ -226,6 +233,8 @@ def _add(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     flipped = {t.flipped for t in (*x.terms, *y.terms)}
     sizes = {(t.n, t.m) for t in (*x.terms, *y.terms)}
     if len(flipped) != 1 or len(sizes) != 1 or any(type(t) is Patches for t in (*x.terms, *y.terms)):
+        return None
+    if len(x.terms) + len(y.terms) > MOST_TERMS:
         return None
     return Factored((*x.terms, *y.terms), x.shape)
 

@@ -121,6 +121,8 @@ def worthwhile(found: Factored, wanted: bool) -> bool:
 
 def _combined(ghosts: Ghosts, found: Factored) -> V:
     terms = found.terms
+    if len(terms) > 1 and all(type(t) is Product for t in terms):
+        return _of_one_product(ghosts, found)
     total: V | None = None
     for i, a in enumerate(terms):
         for j in range(i + 1):
@@ -133,6 +135,21 @@ def _combined(ghosts: Ghosts, found: Factored) -> V:
             total = part if total is None else ghosts.b.call(aten.add.Tensor, total, part, shape=())
     assert total is not None
     return ghosts.b.call(torch.clamp_min, total, 0, shape=()) if any(t.positions > 1 for t in terms) else total
+
+
+def _of_one_product(ghosts: Ghosts, found: Factored) -> V:
+    """The uses of a weight side by side, as one product over all their positions."""
+    positions = sum(t.positions for t in found.terms)
+    n, m = found.terms[0].n, found.terms[0].m
+    rights = []
+    for t in found.terms:
+        right, number = ghosts.batched(t.right), scale_of(ghosts, t)
+        rights.append(right if number is None else ghosts.b.call(weighted, right, number, shape=right.shape))
+    left = ghosts.b.call(torch.cat, [ghosts.batched(t.left) for t in found.terms], 2, shape=(n, positions))
+    right = ghosts.b.call(torch.cat, rights, 1, shape=(positions, m))
+    lefts = ghosts.b.call(columns, left, left, shape=(positions, positions))
+    out = ghosts.b.call(inner_of, lefts, ghosts.b.call(rows_of, right, right, shape=(positions, positions)), shape=())
+    return ghosts.b.call(torch.clamp_min, out, 0, shape=())
 
 
 def inner(ghosts: Ghosts, a: Term, b: Term) -> V:
@@ -172,6 +189,13 @@ def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
 
 
 # -- on whole batches ------------------------------------------------------------------------------------------------------------
+
+
+def weighted(t: Tensor, weight: Tensor | None) -> Tensor:
+    """`[B, ...]` times a number for each sample, `[B]`, or for all."""
+    if weight is None:
+        return t
+    return t * (weight.reshape(-1, *[1] * (t.dim() - 1)) if weight.dim() else weight)
 
 
 def energy(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardmap.ghost.factors import REARRANGED, Factored, Patches, Rows, Term, sizes
-from shardmap.ghost.norms import square
+from shardmap.ghost.norms import square, weighted
 from shardmap.ghost.scales import combined, scale_of
 from shardmap.program import Var
 from shardmap.rules.into_batch import flat_rows
@@ -25,21 +25,26 @@ aten = torch.ops.aten
 Scales = tuple[tuple[str, Any], ...]
 
 
-def summed(ghosts: Ghosts, var: Var, scales: Scales = ()) -> V:
+DEEPEST = 32
+"""Calls between an output and the products that it is of."""
+
+
+def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
     """The sum over a chunk's samples of a recorded value, times its scales: `[*shape]`."""
     found = ghosts.factors.of(var) if ghosts.enabled else None
     if found is not None:
         ghosts.note(ghosts.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}")
         return _of_factors(ghosts, found, scales)
-    maker = ghosts.factors.maker(var) if ghosts.enabled and var.group not in ghosts.factors.written else None
+    through = ghosts.enabled and depth < DEEPEST and var.group not in ghosts.factors.written
+    maker = ghosts.factors.maker(var) if through else None
     shape = tuple(var.spec.shape)
     if maker is not None and var.group in ghosts.factors.mapped:
         op, args = maker.op, list(maker.args)
         if op in REARRANGED:
-            return _part(ghosts, torch.Tensor.reshape, summed(ghosts, args[0], scales), shape, shape=shape)
+            return _part(ghosts, torch.Tensor.reshape, summed(ghosts, args[0], scales, depth + 1), shape, shape=shape)
         if op is aten.cat.default and len(args[0]) > 1:
             d = args[1] if len(args) > 1 else dict(maker.kwargs).get("dim", 0)
-            parts = [summed(ghosts, part, scales) if part.group in ghosts.factors.mapped else None for part in args[0]]
+            parts = [summed(ghosts, part, scales, depth + 1) if part.group in ghosts.factors.mapped else None for part in args[0]]
             if all(part is not None for part in parts):
                 return _part(ghosts, side_by_side, d, *parts, shape=shape)
         if op is aten.mul.Tensor:
@@ -50,7 +55,7 @@ def summed(ghosts: Ghosts, var: Var, scales: Scales = ()) -> V:
                     and value.spec.shape == var.spec.shape
                     and value.group in ghosts.factors.mapped
                 ):
-                    return summed(ghosts, value, (*scales, ("mul", by)))
+                    return summed(ghosts, value, (*scales, ("mul", by)), depth + 1)
         base = square(maker)
         squared = ghosts.factors.of(base) if base is not None else None
         if squared is not None and len(squared.terms) == 1 and squared.terms[0].positions == 1 and type(squared.terms[0]) is not Rows:
@@ -129,13 +134,6 @@ def _flipped(target: Any) -> Any:
 def side_by_side(d: int, *parts: Tensor) -> Tensor:
     """Parts of a sum put side by side."""
     return torch.cat(parts, d)
-
-
-def weighted(t: Tensor, weight: Tensor | None) -> Tensor:
-    """`[B, ...]` times a number for each sample, `[B]`, or for all."""
-    if weight is None:
-        return t
-    return t * (weight.reshape(-1, *[1] * (t.dim() - 1)) if weight.numel() > 1 or weight.dim() else weight)
 
 
 def dense(t: Tensor, weight: Tensor | None) -> Tensor:
