@@ -309,6 +309,20 @@ def test_products_that_are_written_to_are_left_alone() -> None:
     close(shardmap.vmap(inplace)(x, y), x[:, 1:].square().sum(1) * y.square().sum(1))
 
 
+def test_inputs_that_are_written_to() -> None:
+    """The call that writes has the input as its result, and is read by calls before it."""
+    x = torch.randn(7, 5)
+
+    def fn(a: Tensor) -> Tensor:
+        out = (a + 1).square().sum()
+        a.mul_(2)
+        return out + (a.unsqueeze(1) @ a.unsqueeze(0)).square().sum()
+
+    expected = (x + 1).square().sum(1) + (2 * x).square().sum(1) ** 2
+    for reduce, wanted in ((None, expected), ("sum", expected.sum())):
+        close(shardmap.vmap(fn, reduce=reduce)(x.clone()), wanted)
+
+
 def test_long_chains_are_followed() -> None:
     """Sums of thousands of terms, and of weights that are used thousands of times."""
     x = torch.randn(3, 4)

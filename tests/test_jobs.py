@@ -1,6 +1,8 @@
 """Runs end to end: what they compute, what they leave behind, and what they leave alone."""
 
 import csv
+import ctypes
+import gc
 import json
 import math
 import os
@@ -278,11 +280,13 @@ def test_a_peak_is_found_also_where_more_was_in_use_before(after_more):
     size = 256 << 20
     if after_more:
         torch.ones(2 * size // 4)  # sets the process's record, and is freed
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what tests before have freed must not leave while this one looks
     with Peaks(["cpu"]) as peaks:
         block = torch.ones(size // 4)
         time.sleep(0.1)
         del block
-    assert 0.95 * size < peaks.peak_bytes["cpu"] < 1.2 * size
+    assert 0.9 * size < peaks.peak_bytes["cpu"] < 1.2 * size
 
 
 def test_a_run_without_samples_leaves_a_complete_folder(tmp_path, monkeypatch):

@@ -126,12 +126,14 @@ class Factors:
 
     def of(self, var: Var) -> Factored | None:
         """`var` as a sum of products; None if it is none that is known, or differs in no way by sample."""
-        if var.index in self.makers:
-            while var.index not in self._known:
-                for made in self.program.equations[self._read].results():
-                    self._known[made.index] = self._find(made)
-                self._read += 1
-        return self._known.get(var.index)
+        if var.index not in self.makers or var.group in self.written:
+            return None
+        while var.index not in self._known:
+            eq = self.program.equations[self._read]
+            self._read += 1
+            for made in eq.results():
+                self._known[made.index] = self._find(made)
+        return self._known[var.index]
 
     def maker(self, var: Var) -> Equation | None:
         """The call that made `var`."""
