@@ -6,6 +6,7 @@ what is left for the batch is a sum, a mean, or nothing.
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from shardmap.reduction import Reduction
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(abc.ABC):
     """One way to combine all outputs of a sample, and then those of all samples."""
 
     name: ClassVar[str]
@@ -33,9 +34,9 @@ class Joint:
         """What becomes of the results of samples: as `reduce=` takes it, a prefix of what `of_sample` returns."""
         return None
 
+    @abc.abstractmethod
     def of_sample(self, tree: Any) -> Any:
         """Of one sample's outputs."""
-        raise NotImplementedError
 
     def finish(self, result: Any) -> Any:
         """Of the combination of all samples."""
