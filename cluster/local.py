@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 
 import psutil
 
+from shardmap._extras import require
 from shardmap.errors import MissingExtraError
-from shardmap.extras import require
 
 USAGE_ERROR, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 

@@ -2,9 +2,9 @@
 
 from shardmap import errors, reduce
 from shardmap.api import plan, vmap
-from shardmap.engine import SlowLoopWarning
-from shardmap.planned import Plan
-from shardmap.ragged import Ragged
+from shardmap.call.planned import Plan
+from shardmap.call.ragged import Ragged
+from shardmap.lower.cache import SlowLoopWarning
 from shardmap.rules.registry import batching_rule
 from shardmap.run.pool import Ray
 from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source

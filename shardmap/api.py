@@ -10,22 +10,26 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from shardmap import edges, engine, errors, joint, ragged
+from shardmap import errors
 from shardmap import reduce as reductions
-from shardmap.batch import LoweringOptions
-from shardmap.compared import compared
-from shardmap.internals import dispatch_modes, functorch
-from shardmap.once import Memory, Prepared
-from shardmap.options import Options
-from shardmap.planned import Plan
+from shardmap._torch import dispatch_modes, functorch
+from shardmap.call import arguments as edges
+from shardmap.call import ragged
+from shardmap.call.gram_passes import compared
+from shardmap.call.memo import Memory, Prepared
+from shardmap.call.options import Options
+from shardmap.call.planned import Plan
+from shardmap.lower import cache as engine
+from shardmap.lower.batcher import LoweringOptions
 from shardmap.planning import device as device_names
 from shardmap.planning.split import Split, split
-from shardmap.record import record, refuse_shared_writes
+from shardmap.reduce import per_sample as joint
 from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, Output, unheard
 from shardmap.store import Header, OutputSpec, Sink, Store
-from shardmap.trace import Recorder
+from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.recorder import Recorder
 
 
 def vmap(

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import shardmap
-from shardmap import engine, errors, follow
+from shardmap import errors
+from shardmap.lower import cache as engine
 from shardmap.rules import registry
+from shardmap.trace import repeat as follow
 from tests import oracle
 
 x = torch.arange(6.0).view(3, 2) + 1

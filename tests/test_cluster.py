@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import shardmap
-from shardmap.config import bind, load
+from shardmap.jobs.config import bind, load
 from shardmap.jobs.run import execute
 
 pytestmark = pytest.mark.ray

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from cluster import local
-from shardmap.cli import main
-from shardmap.config import RunConfig, load
+from shardmap.jobs.cli import main
+from shardmap.jobs.config import RunConfig, load
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

@@ -11,8 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from shardmap._extras import require
 from shardmap.errors import MissingExtraError
-from shardmap.extras import require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -51,7 +51,7 @@ def test_import_loads_no_extra():
 
 
 def test_the_command_line_names_the_extra_that_is_missing():
-    done = run_without_extras("from shardmap.cli import main; sys.exit(main(['run', 'configs/digits_gradients.yaml']))")
+    done = run_without_extras("from shardmap.jobs.cli import main; sys.exit(main(['run', 'configs/digits_gradients.yaml']))")
     assert done.returncode == 2
     assert done.stderr == 'shardmap: yaml is needed to read configurations and is not installed: pip install "shardmap[run]"\n'
 
@@ -95,9 +95,9 @@ def test_the_readme_gives_two_whole_commands_and_ci_runs_the_second():
 
 
 def test_the_entry_point_is_there():
-    from shardmap import cli
+    from shardmap.jobs import cli
 
-    assert PROJECT["scripts"] == {"shardmap": "shardmap.cli:main"}
+    assert PROJECT["scripts"] == {"shardmap": "shardmap.jobs.cli:main"}
     assert callable(cli.main)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError
-from shardmap.ragged import Ragged
 from shardmap.store import Source, Store
 from shardmap.store.columns import Column
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardmap.config import Bounds
-from shardmap.extras import require
+from shardmap._extras import require
 from shardmap.jobs.base import Dataset
+from shardmap.jobs.config import Bounds
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardmap.config import Bounds
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
+from shardmap.jobs.config import Bounds
 from shardmap.jobs.digits import CLASSES
 from shardmap.jobs.folder import save_tensors
-from shardmap.report import FAINT, INK, Tile, contact_sheet, format_table, write_csv
+from shardmap.jobs.report import FAINT, INK, Tile, contact_sheet, format_table, write_csv
 
 Score = Literal["gradient_norm", "fisher_norm", "class_cosine"]
 

@@ -21,8 +21,8 @@ from typing import Any, TextIO
 import psutil
 import torch
 
+from shardmap._extras import require
 from shardmap.errors import ConfigError, StoreError
-from shardmap.extras import require
 from shardmap.jobs.base import named
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted
 from shardmap.store import Store, open_store

@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from shardmap.config import Bounds
 from shardmap.jobs.base import Dataset
+from shardmap.jobs.config import Bounds
 
 
 def flow(

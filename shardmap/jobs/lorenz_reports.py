@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from shardmap.config import Bounds
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
+from shardmap.jobs.config import Bounds
 from shardmap.jobs.folder import save_tensors
-from shardmap.report import FAINT, INK, write_csv
+from shardmap.jobs.report import FAINT, INK, write_csv
 
 GROWS, SHRINKS = "#c8321f", "#2a6fb0"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardmap.planned import Plan
+from shardmap.call.planned import Plan
 from shardmap.planning.device import Meter
 from shardmap.run.base import ChunkDone, Event, RunFinished
 from shardmap.run.progress import Outermost

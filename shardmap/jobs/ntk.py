@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from shardmap.config import Bounds
+from shardmap.jobs.config import Bounds
 
 
 class Network(nn.Sequential):

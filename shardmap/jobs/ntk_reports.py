@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardmap.config import Bounds
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
+from shardmap.jobs.config import Bounds
 from shardmap.jobs.digits import CLASSES
 from shardmap.jobs.folder import save_tensors
-from shardmap.report import FAINT, INK
+from shardmap.jobs.report import FAINT, INK
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Tried for each regression, in units of the kernel's mean diagonal."""

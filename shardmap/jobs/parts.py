@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import shardmap
-from shardmap.config import BoundCall, BoundRun, RunConfig
+from shardmap._extras import require
+from shardmap.call.options import MapOptions
+from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError, DeviceError, SourceError
-from shardmap.extras import require
 from shardmap.jobs import weights
 from shardmap.jobs.base import Dataset
-from shardmap.options import MapOptions
+from shardmap.jobs.config import BoundCall, BoundRun, RunConfig
 from shardmap.planning.device import resolve
 from shardmap.planning.memory import parse_bytes
-from shardmap.ragged import Ragged
 from shardmap.store import Source
 from shardmap.store.columns import Column
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from shardmap.config import BoundRun, RunConfig
+from shardmap.call.options import MapOptions
+from shardmap.call.planned import Plan
 from shardmap.jobs import tasks
+from shardmap.jobs.config import BoundRun, RunConfig
 from shardmap.jobs.folder import RESULTS, one_seed
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
-from shardmap.options import MapOptions
-from shardmap.planned import Plan
 from shardmap.planning.forecast import Forecast, Workload, forecast
 from shardmap.planning.memory import format_bytes
 from shardmap.run.storing import unit_of

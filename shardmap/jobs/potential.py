@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from shardmap.config import Bounds
 from shardmap.jobs.base import Dataset
+from shardmap.jobs.config import Bounds
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.folder import save_tensors
 from shardmap.jobs.potential import mueller_brown_hessian
-from shardmap.report import FAINT, INK
+from shardmap.jobs.report import FAINT, INK
 
 
 def curvature(outcome: Outcome) -> Findings:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardmap.config import Bounds
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
+from shardmap.jobs.config import Bounds
 from shardmap.jobs.folder import save_tensors
 from shardmap.jobs.private import epsilon
-from shardmap.report import FAINT, INK, RIGHT, WRONG
+from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG
 
 
 def private_step(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardmap import Store, open_store
-from shardmap.config import RunConfig, load
 from shardmap.errors import ConfigError, StoreError
+from shardmap.jobs.config import RunConfig, load
 from shardmap.jobs.folder import COMPLETE, RESULTS, RunFolder, state_of
 from shardmap.jobs.stores import configuration_of, differing
 
@@ -61,7 +61,7 @@ def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
 
     Args:
         place: A run folder, complete or not, or the path or URL of a run's store.
-        overrides: As for `shardmap.config.load`.
+        overrides: As for `shardmap.jobs.config.load`.
 
     Raises:
         ConfigError: Nothing of a run is there, or the overrides make another run of it.

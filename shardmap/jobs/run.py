@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shardmap import Plan, Store
-from shardmap.config import BoundRun, RunConfig, to_yaml
 from shardmap.errors import ConfigError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
+from shardmap.jobs.config import BoundRun, RunConfig, to_yaml
 from shardmap.jobs.folder import COMPLETE, RunFolder, environment, one_seed, save_tensors, state_of, write_json
 from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
@@ -53,7 +53,7 @@ def execute(
     """Carry out a run.
 
     Args:
-        run: The configuration with its import paths resolved, as `shardmap.config.bind` returns it.
+        run: The configuration with its import paths resolved, as `shardmap.jobs.config.bind` returns it.
         folder: A folder to go on in; by default a new one is made.
         say: Receives what a person wants to read: the plan, the findings.
         listener: Receives the events of the map while it works, for a progress bar.

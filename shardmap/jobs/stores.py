@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from shardmap import MemmapSink, SafetensorsSink, Store, ZarrSink
-from shardmap.config import IDENTITY_KEYS, RunConfig, from_mapping
 from shardmap.errors import ConfigError, StoreError, StoreMismatchError
+from shardmap.jobs.config import IDENTITY_KEYS, RunConfig, from_mapping
 from shardmap.jobs.folder import RESULTS
 from shardmap.store.sink import PlaceSink
 
@@ -84,7 +84,7 @@ def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig |
 
     Args:
         store: Where the results are.
-        overrides: As for `shardmap.config.load`.
+        overrides: As for `shardmap.jobs.config.load`.
 
     Raises:
         ConfigError: It cannot be understood any more.

@@ -11,10 +11,10 @@ import torch
 
 import shardmap
 from shardmap import api
-from shardmap.config import RunConfig
+from shardmap.call.options import MapOptions
+from shardmap.call.planned import Plan
+from shardmap.jobs.config import RunConfig
 from shardmap.jobs.parts import Parts
-from shardmap.options import MapOptions
-from shardmap.planned import Plan
 from shardmap.run.prepare import Devices
 from shardmap.run.storing import unit_of
 from shardmap.store import Sink

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardmap.config import Bounds
-from shardmap.extras import require
+from shardmap._extras import require
 from shardmap.jobs.base import Dataset
+from shardmap.jobs.config import Bounds
 from shardmap.jobs.digits import one_thread
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import shardmap
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.folder import save_tensors
+from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG, write_csv
 from shardmap.jobs.text import loss_gradient, taught
-from shardmap.report import FAINT, INK, RIGHT, WRONG, write_csv
 
 
 def gradients_by_length(outcome: Outcome) -> Findings:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardmap import Store
-from shardmap.config import RunConfig, bind
 from shardmap.errors import StoreMismatchError
+from shardmap.jobs.config import RunConfig, bind
 from shardmap.jobs.folder import one_seed
 from shardmap.jobs.parts import check_machine, load_parts, map_options
 from shardmap.jobs.stores import configuration_of, with_keys
@@ -88,7 +88,7 @@ def verify(
         units: How many units to compute again; None for all.
         seed: Of the choice.
         devices: Where to compute, on this machine; by default where the run did, if that was no cluster.
-        allow: As for `shardmap.config.bind`.
+        allow: As for `shardmap.jobs.config.bind`.
         say: Receives what was found, as soon as it is known.
         listener: Receives the events of the map, for a progress bar.
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.extras import require
 
 SHOWN = 4
 """Names that a message lists; of more, their number."""

@@ -18,9 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from shardmap.engine import Lowered
+from shardmap.lower.cache import Lowered
 from shardmap.planning.memory import Level, envelope
-from shardmap.recording import flat_tensors
+from shardmap.trace.recording import flat_tensors
 
 
 @dataclass(frozen=True, slots=True)

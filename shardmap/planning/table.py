@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch._ops import OpOverload
 
-from shardmap.engine import Lowered
+from shardmap.lower.cache import Lowered
 from shardmap.planning.cost import machine
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.observe import Observation, OpCost

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shardmap.rules.into_batch import fold, unfold
+from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._C._functorch import maybe_current_level
 
-from shardmap.rules import pages
+from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
 

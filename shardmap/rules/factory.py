@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardmap.program import SAMPLE_DEVICE, Equation
+from shardmap.program.ir import SAMPLE_DEVICE, Equation
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import overloads, register

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap.program import Equation, Var, variables
+from shardmap.program.ir import Equation, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
 logger = logging.getLogger("shardmap")

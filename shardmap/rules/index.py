@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from shardmap.program import SAMPLE_DEVICE
+from shardmap.program.ir import SAMPLE_DEVICE
 from shardmap.rules.embedding import look_up
-from shardmap.rules.into_batch import flat_rows
+from shardmap.rules.fold import flat_rows
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.registry import overloads, register
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
+from shardmap.program.ir import Equation
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, values
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
+from shardmap.program.ir import Equation
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.promote import aligned, expanded
 from shardmap.rules.registry import overloads, register

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardmap.program import Equation
+from shardmap.program.ir import Equation
 from shardmap.rules.targets import fastest
 
 

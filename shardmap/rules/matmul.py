@@ -1,7 +1,7 @@
 """Rules of the matmul family: matrix, vector and batched products, in every choice of mapped operands.
 
 A product with an unmapped right operand is one product with the map folded into the rows: better kernels than a batched
-product, and the operand is read once. Products of rows and columns work on the vectors behind them (`shardmap.rules.views`),
+product, and the operand is read once. Products of rows and columns work on the vectors behind them (`shardmap.rules.view_folding`),
 so that the views that autograd records around each product cost nothing.
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
-from shardmap.rules import pages, registry
+from shardmap.program.ir import Equation
+from shardmap.rules import huge_pages as pages
+from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V
-from shardmap.rules.views import views
+from shardmap.rules.view_folding import views
 
 aten = torch.ops.aten
 _linear = torch.nn.functional.linear  # the builtin itself

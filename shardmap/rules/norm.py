@@ -15,7 +15,7 @@ import torch
 from torch._C._functorch import maybe_current_level
 
 from shardmap.rules.conv import into_channels, out_of_channels
-from shardmap.rules.into_batch import fold, unfold
+from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
+from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import aligned, expanded, promoted
 from shardmap.rules.registry import Operator, overloads, register

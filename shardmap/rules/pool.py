@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Var
-from shardmap.rules.into_batch import fold, unfold
+from shardmap.program.ir import Var
+from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from shardmap.program import SAMPLE_DEVICE, Equation, Spec, variables
-from shardmap.rules import draws
+from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
+from shardmap.rules import philox as draws
 from shardmap.rules.fallback import _fill, _split
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import SEED, START, B, Lowering, V

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shardmap.program import Equation
+from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import expanded

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from shardmap.rules.fold import flat_rows
 from shardmap.rules.index import look_up_wrapped
-from shardmap.rules.into_batch import flat_rows
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 

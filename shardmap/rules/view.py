@@ -1,7 +1,7 @@
 """Rules of the view family: other ways to see the same memory, and the copies that rearrange it.
 
 The samples' dimensions stand one further back in the batch; that is all there is to most of these. Views that only reorder
-dimensions, put in or leave out ones, or regroup elements in order are remembered by `shardmap.rules.views`, so that what uses them
+dimensions, put in or leave out ones, or regroup elements in order are remembered by `shardmap.rules.view_folding`, so that what uses them
 can often use their base.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap.program import Equation, Program
+from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
-from shardmap.rules.views import views
+from shardmap.rules.view_folding import views
 
 aten = torch.ops.aten
 

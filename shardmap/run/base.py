@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardmap.engine import Lowered
-from shardmap.recording import Recording
+from shardmap.lower.cache import Lowered
 from shardmap.reduce import Reduction
 from shardmap.store.columns import Column
+from shardmap.trace.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)

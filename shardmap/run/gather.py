@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardmap.reduce import Reduction
-from shardmap.rules import pages
+from shardmap.rules import huge_pages as pages
 from shardmap.run.base import Job, Output
 
 _WIDER = {

@@ -16,7 +16,7 @@ from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
-from shardmap.rules import pages
+from shardmap.rules import huge_pages as pages
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.prepare import Devices, Ready, direct, learned, there, to_device

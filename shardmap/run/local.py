@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardmap import engine, errors
+from shardmap import errors
+from shardmap.lower import cache as engine
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shardmap import errors
-from shardmap.program import Program
+from shardmap.program.ir import Program
 from shardmap.run.remote import Worker
 
 _TEXTS = 64

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from shardmap.engine import Lowered
+from shardmap.lower.cache import Lowered
+from shardmap.lower.check import Trial, check
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation, observe
 from shardmap.planning.split import Collected, Site
-from shardmap.record import outer_recordings_suspended, recording_settings, transforms_set_aside
-from shardmap.recording import element
 from shardmap.run.base import Job
 from shardmap.run.gather import wider
-from shardmap.verify import Trial, check
+from shardmap.trace.record import outer_recordings_suspended, recording_settings, transforms_set_aside
+from shardmap.trace.recording import element
 
 WATCHED_FROM = 4 << 20
 """Bytes of recorded results, all samples together, from which a map is worth watching and planning; below, it is one chunk."""

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from shardmap.extras import require
-from shardmap.internals import dispatch_modes
+from shardmap._extras import require
+from shardmap._torch import dispatch_modes
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted, listen
-from shardmap.trace import Recorder
+from shardmap.trace.recorder import Recorder
 
 WIDE = 90
 """Columns of a terminal from which on there is room for words that can be guessed."""

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap.extras import require
+from shardmap._extras import require
 from shardmap.planning.cluster import task_rows
 from shardmap.planning.device import Budget
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Collected, Split, chunks_of, cut, split, unplanned
-from shardmap.recording import element
 from shardmap.run import local, prepare
 from shardmap.run.base import Job
 from shardmap.run.driver import Driver, combined_here, on_worker, read_there
 from shardmap.run.pool import Ray, pool_of
 from shardmap.store import Store
+from shardmap.trace.recording import element
 
 _START_SECONDS = 30.0
 """That a plan waits for workers to say what they have."""

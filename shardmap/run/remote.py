@@ -21,19 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardmap import engine, errors
-from shardmap.batch import LoweringOptions
-from shardmap.engine import Lowered
+from shardmap import errors
+from shardmap.lower import cache as engine
+from shardmap.lower.batcher import LoweringOptions
+from shardmap.lower.cache import Lowered
 from shardmap.planning.device import Budget, free_bytes
 from shardmap.planning.split import Split, split
-from shardmap.program import Program
-from shardmap.recording import Recording
-from shardmap.rules import pages
+from shardmap.program.ir import Program
+from shardmap.rules import huge_pages as pages
 from shardmap.run import local, prepare
 from shardmap.run.base import ChunkRedone, Event, Job, Output, listen, unheard
 from shardmap.run.packing import Packed, pack, unpack
 from shardmap.store import Receipt, Store
 from shardmap.store.columns import Column
+from shardmap.trace.recording import Recording
 
 HOST = torch.device("cpu")
 

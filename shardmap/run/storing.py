@@ -12,11 +12,11 @@ import torch
 
 from shardmap.errors import StoreError
 from shardmap.planning.cluster import task_rows
-from shardmap.recording import element
-from shardmap.rules import pages
+from shardmap.rules import huge_pages as pages
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.store import Sink, Store, open_store, source
+from shardmap.trace.recording import element
 
 UNIT_BYTES = 32 << 20
 """Of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to lose little."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmap._extras import require
 from shardmap.errors import OptionError
-from shardmap.extras import require
+from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG
 from shardmap.planning.split import Split
 from shardmap.planning.table import format_seconds
-from shardmap.report import FAINT, INK, RIGHT, WRONG
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted
 from shardmap.run.progress import Outermost
 

@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from shardmap._extras import require
 from shardmap.errors import ShardmapError, StoreError
-from shardmap.extras import require
 
 logger = logging.getLogger("shardmap")
 

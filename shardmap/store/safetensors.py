@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from shardmap._extras import require
 from shardmap.errors import StoreError
-from shardmap.extras import require
 from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header

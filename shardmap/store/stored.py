@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from shardmap._extras import require
 from shardmap.errors import SourceError, StoreError
-from shardmap.extras import require
 from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.columns import Column, numpy_column_dtype

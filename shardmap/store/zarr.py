@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shardmap.extras import require
+from shardmap._extras import require
 from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import api, errors
-from shardmap.planned import Plan
+from shardmap.call.planned import Plan
 
 _OF_RUNS = ("out", "resume")
 """Options of `shardmap.vmap` that `shardmap.plan` does not take: a plan runs into memory."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardmap.call.options import MapOptions
+from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
-from shardmap.options import MapOptions
-from shardmap.planned import Plan
 from shardmap.transforms.base import Transformed
 
 

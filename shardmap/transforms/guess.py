@@ -10,9 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from shardmap.batch import live_equations, mapped_groups, written
+from shardmap.lower.batcher import live_equations, mapped_groups, written
 from shardmap.planning.cost import machine
-from shardmap.program import Equation, Program, Var
+from shardmap.program.ir import Equation, Program, Var
 
 
 def seconds(program: Program, samples: int, device_type: str) -> float:

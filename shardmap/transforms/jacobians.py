@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import errors
-from shardmap.options import MapOptions
-from shardmap.planned import Plan
+from shardmap.call.options import MapOptions
+from shardmap.call.planned import Plan
 from shardmap.planning.device import Budget
 from shardmap.planning.memory import parse_bytes
 from shardmap.transforms import guess

@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardmap import errors
-from shardmap.options import MapOptions
+from shardmap.call.options import MapOptions
 from shardmap.transforms.base import Differentiated, Results, Transformed, check_argnums, check_function, name_of
 from shardmap.transforms.modes import Graph, has_no_formula, pulled_back, pushed_forward, refuse_inference_mode
 

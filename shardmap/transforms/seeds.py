@@ -16,16 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from shardmap import api, edges
-from shardmap.batch import live_equations, mapped_groups, written
-from shardmap.once import Prepared
-from shardmap.options import Options
+from shardmap import api
+from shardmap.call import arguments as edges
+from shardmap.call.memo import Prepared
+from shardmap.call.options import Options
+from shardmap.lower.batcher import live_equations, mapped_groups, written
 from shardmap.planning.memory import MIB
-from shardmap.program import Program, variables
-from shardmap.record import record
-from shardmap.rules import pages
+from shardmap.program.ir import Program, variables
+from shardmap.rules import huge_pages as pages
 from shardmap.run import local, prepare
 from shardmap.run.base import unheard
+from shardmap.trace.record import record
 from shardmap.transforms.zeros import without_zeros
 
 TARGET_BYTES = 8 * MIB

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from shardmap.batch import written
-from shardmap.program import SAMPLE_DEVICE, Equation, Program, Var
+from shardmap.lower.batcher import written
+from shardmap.program.ir import SAMPLE_DEVICE, Equation, Program, Var
 
 aten = torch.ops.aten
 

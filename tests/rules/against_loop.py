@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import shardmap
-from shardmap import batch, engine
+from shardmap.lower import batcher as batch
+from shardmap.lower import cache as engine
 from shardmap.rules import registry
 
 Make = Callable[[torch.Generator], torch.Tensor]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import shardmap
-from shardmap import engine
+from shardmap.lower import cache as engine
 from shardmap.rules import attention
 from tests.rules.against_loop import assert_close, check, real
 from tests.rules.test_conv import gradients

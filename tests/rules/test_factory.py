@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shardmap
-from shardmap import engine
+from shardmap.lower import cache as engine
 from tests.rules.against_loop import check, real
 
 MAKERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

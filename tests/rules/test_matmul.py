@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import shardmap
-from shardmap import engine
-from shardmap.codegen import generate
+from shardmap.lower import cache as engine
+from shardmap.lower.codegen import generate
 from tests.rules.against_loop import check, real
 
 PAIRS = {

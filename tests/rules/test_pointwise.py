@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardmap
-from shardmap import engine
+from shardmap.lower import cache as engine
 from shardmap.rules import pointwise, registry
 from tests.rules.against_loop import check, real
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import shardmap
-from shardmap import engine, errors
-from shardmap.rules import draws
+from shardmap import errors
+from shardmap.lower import cache as engine
+from shardmap.rules import philox as draws
 
 Func = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,0 +1,163 @@
+"""`reduce=shardmap.reduce.gram()`: maps return factors of the outputs, and the matrices are made of what they returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.call import arguments as edges
+from shardmap.call.memo import Prepared
+from shardmap.call.options import Options
+from shardmap.factors import gram
+from shardmap.planning.memory import format_bytes
+from shardmap.program.ir import Program
+from shardmap.reduce.reduction import Reduction
+
+PASS_BYTES = 4 << 20
+"""Results of one map that are not worth a second one."""
+PASSES = 6
+"""Most maps, unless one output of one sample is larger than a sixth of all."""
+
+CACHED_BYTES = 16 << 20
+"""Above it automatic chunks are the smaller ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Maps whose outputs stand for others."""
+
+    passes: tuple[tuple[gram.Pass, Prepared, Options], ...]
+    groups: tuple[tuple[int, ...], ...]
+    """For each matrix the outputs that it compares."""
+    original: Prepared
+    call: str
+
+    @property
+    def notes(self) -> list[str]:
+        """What is compared by factors, in words."""
+        return gram.described([one for one, _, _ in self.passes])
+
+    def outputs(self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int) -> list[Any]:
+        """What the function's outputs become: the matrix in the place of the first output that it compares, None in that of the others.
+
+        Args:
+            run: Runs a map.
+            samples: N.
+
+        Raises:
+            MismatchError: The factors do not give what the function returned for the first sample.
+        """
+        out: list[Any] = [None] * len(self.passes[0][0].kept)
+        matrices: list[Tensor | None] = [None] * len(self.groups)
+        for one, prepared, options in self.passes:
+            found = run(prepared, options)
+            for k, at in enumerate(one.kept):
+                if at >= 0:
+                    out[k] = found[at]
+            matrices = [gram.add_to(m, parts, found, samples) for m, parts in zip(matrices, one.parts, strict=True)]
+            del found  # before the next map makes its own
+        for positions, matrix in zip(self.groups, matrices, strict=True):
+            assert matrix is not None, "each matrix is of outputs"
+            if not gram.check(positions, self.original.recording.sample, matrix):
+                raise errors.MismatchError(
+                    f"{self.call}: the inner products from factors are not those of what the function returned for the first sample; stack "
+                    "the results (reduce=None) and multiply them, and report the function"
+                )
+            out[positions[0]] = matrix
+        return out
+
+
+def compared(prepared: Prepared, options: Options, samples: int, plain: bool, several: bool) -> Compared | None:
+    """The maps that return factors instead; None where nothing is compared.
+
+    Args:
+        prepared: The recording.
+        options: The call's.
+        samples: N.
+        plain: Whether the outputs are compared as they are: inside transforms and other maps, and where gradients are recorded.
+        several: Whether there may be more than one map.
+
+    Raises:
+        OptionError: An option that the outputs of such a map cannot have.
+    """
+    if options.reduce is None:
+        return None
+    program = prepared.recording.program
+    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
+    reduced = edges.spread_reductions(options.reduce, tree, options.call)
+    marks = {id(r): r for r in reduced if r is not None and r.name == "gram"}
+    if not marks:
+        return None
+    if options.out is not None:
+        raise errors.OptionError(f"{options.call}: out= and reduce='gram': the matrix is returned; leave out= away, and save it yourself")
+    if options.out_dims != 0:
+        raise errors.OptionError(f"{options.call}: out_dims={options.out_dims!r} and reduce='gram'; leave out_dims at 0")
+    _refuse_size(program, len(marks), samples, options)
+    found = prepared.derived.get(("gram", samples, several))
+    if found is None:
+        groups = [tuple(k for k, r in enumerate(reduced) if r is mark) for mark in marks.values()]
+        limit = _limit(program, groups, samples, options) if several else None
+        made = gram.passes(prepared.recording, groups, options.randomness, not plain, samples, limit)
+        maps = [(one, Prepared(prepared.recording, _listed(one))) for one in made]
+        found = prepared.derived["gram", samples, several] = groups, maps, _chunk(program, options, limit)
+    groups, made, chunk = found
+    options = dataclasses.replace(options, chunk_size=chunk)
+    maps = []
+    for one, derived in made:
+        recording = dataclasses.replace(prepared.recording, program=one.program, sample=())
+        reductions: list[Reduction | None] = [None] * len(one.program.outputs)
+        for k, at in enumerate(one.kept):
+            if at >= 0:
+                reductions[at] = reduced[k]
+        maps.append((one, dataclasses.replace(derived, recording=recording), dataclasses.replace(options, reduce=reductions)))
+    return Compared(tuple(maps), tuple(groups), prepared, options.call)
+
+
+def _refuse_size(program: Program, matrices: int, samples: int, options: Options) -> None:
+    """Refuse matrices that do not fit, before anything is computed.
+
+    Raises:
+        OverBudget: They take more than the call may.
+    """
+    spec = program.outputs[0].spec
+    needed = matrices * samples**2 * spec.dtype.itemsize
+    budget = options.budget.on(torch.device(options.output_device or spec.device))
+    if budget is not None and needed > budget:
+        raise errors.OverBudget(
+            f"{options.call}: reduce='gram' of {samples} samples is {matrices} x [{samples}, {samples}], {format_bytes(needed)}, and the "
+            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients (shardmap.reduce.project) first"
+        )
+
+
+def _chunk(program: Program, options: Options, limit: int | None) -> Any:
+    """The chunk size: on a CPU no chunk that is to be planned takes more than what all samples leave.
+
+    Measured for a small CNN on 500 digits, of chunks that the cache would hold: a third of the memory, and half the time.
+    """
+    on_cpu = program.inputs[0].spec.device == "cpu" and options.devices in ("auto", "cpu")
+    if options.chunk_size != "auto" or limit is None or limit > CACHED_BYTES or not on_cpu:
+        return options.chunk_size
+    results = [v.spec for eq in program.equations for v in eq.results()]
+    return max(1, limit // max(1, sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)))
+
+
+def _listed(one: gram.Pass) -> pytree.TreeSpec:
+    """The structure of a map's outputs: a list."""
+    return pytree.tree_structure([0] * len(one.program.outputs))
+
+
+def _limit(program: Program, groups: Sequence[Sequence[int]], samples: int, options: Options) -> int:
+    """Bytes that the outputs of one map may take."""
+    specs = [program.outputs[k].spec for group in groups for k in group]
+    total = samples * sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    limit = max(PASS_BYTES, total // PASSES)
+    budget = options.budget.bytes
+    return limit if budget is None else max(1, min(limit, budget // 4))

@@ -1,0 +1,152 @@
+"""What `shardmap.plan` returns: look at it, run it, look at what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap.call.options import Options
+from shardmap.planning import table
+from shardmap.planning.split import Lane, Split
+from shardmap.run import local, prepare, timeline
+from shardmap.run import ray as on_ray
+from shardmap.run.base import Job, listen
+from shardmap.run.prepare import Devices
+
+
+class Plan:
+    """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
+
+    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan holds the call's tensors.
+
+    Example:
+        >>> import torch, shardmap
+        >>> plan = shardmap.plan(torch.sin, chunk_size=4)(torch.zeros(10))
+        >>> plan.fits, plan.samples, plan.lanes[0].chunks
+        (True, 10, 3)
+    """
+
+    def __init__(self, job: Job, split: Split, on: Devices, options: Options, finish: Callable[[list[Any]], Any], compared: Sequence[str]):
+        self.split = split
+        self._job = job
+        self._on = on
+        self._options = options
+        self._finish = finish
+        self._compared = compared
+        self._events: list[Any] = []
+
+    @property
+    def samples(self) -> int:
+        """N, the size of the batch."""
+        return self.split.samples
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """One per entry of `devices`."""
+        return self.split.lanes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device's predicted peak is within its budget."""
+        return self.split.fits
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the run."""
+        return self.split.seconds
+
+    def __str__(self) -> str:
+        return f"{self.summary}\n\n{self._operators(everything=False)}"
+
+    @property
+    def summary(self) -> str:
+        """The table of devices alone."""
+        return table.overview(self._job.call, self.split)
+
+    def _operators(self, everything: bool) -> str:
+        job, name = self._job, self.lanes[0].device
+        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
+        return table.operators(self.split, job.lower(name.partition(":")[0]), seen, everything)
+
+    def __repr__(self) -> str:
+        lanes = ", ".join(f"{lane.name}: {lane.rows} in chunks of {lane.chunk}" for lane in self.lanes)
+        return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
+
+    def explain(self) -> str:
+        """The plan in full: what `print` shows with every operator, then the memory of each device and how the map runs in words."""
+        job = self._job
+        parts = [self.summary, self._operators(everything=True)]
+        if job.samples:
+            parts.append(table.memory(self.split))
+        if job.remat:
+            parts.append("Gradients are recorded from outside; backward computes each chunk again, so that only one keeps what it saves.")
+        elif job.grad:
+            parts.append(
+                "Gradients are recorded from outside: what backward needs of each chunk stays; remat=True computes it again instead."
+            )
+        reduced = [o.reduction.name for o in job.outputs if o.reduction is not None]
+        if reduced:
+            parts.append(
+                f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs ({', '.join(dict.fromkeys(reduced))})."
+            )
+        parts += self._from_factors()
+        return "\n\n".join(parts)
+
+    def _from_factors(self) -> list[str]:
+        """What is computed without the per-sample values that it is of."""
+        low = self._job.lower(torch.device(self.lanes[0].device).type)
+        found = [f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}" for i, text in sorted(low.batched.ghosts.items())]
+        found += [f"  {text}" for text in self._compared]
+        return ["\n".join(["From factors, without the products themselves:", *found])] if found else []
+
+    def run(self) -> Any:
+        """Run the map and return what `shardmap.vmap` returns.
+
+        Raises:
+            OverBudget: A device's predicted peak exceeds its budget.
+            ShardmapError: As `shardmap.vmap`.
+        """
+        refusal = self.split.refusal()
+        if refusal is not None:
+            raise errors.OverBudget(f"{self._job.call}: {refusal}")
+        events: list[Any] = []
+        cluster = on_ray.asked_for(self._options.devices)
+        with self._options.watching(), listen(events.append):
+            if cluster is not None:
+                outputs = on_ray.run(self._job, self._options.chunk_size, cluster, self._options.budget)
+            else:
+                outputs = local.run(self._job, self.split, self._on)
+        self._events = events
+        return self._finish(outputs)
+
+    def timeline(self, path: str | Path) -> None:
+        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev: one lane per device.
+
+        Args:
+            path: The JSON file to write.
+
+        Raises:
+            OptionError: The plan has not run.
+        """
+        timeline.write(Path(path), self._ran("timeline"))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the last run, one lane per device: chunks as they were computed, predicted against measured.
+
+        Args:
+            path: The picture to write; its ending says which kind.
+
+        Raises:
+            OptionError: The plan has not run.
+            MissingExtraError: matplotlib is not installed.
+        """
+        timeline.draw(Path(path), self.split, self._ran("plot"))
+
+    def _ran(self, what: str) -> list[Any]:
+        if not self._events:
+            raise errors.OptionError(f"{self._job.call}: {what}() shows what happened, and the plan has not run yet; call run() first")
+        return self._events

@@ -1,0 +1,67 @@
+"""What rewriting a program needs of its lowering: the values of recorded tensors, and the factors of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardmap.factors.find import Factored, Factors
+from shardmap.program.ir import Equation, Program, Var
+from shardmap.rules.lowering import Lowering, V
+
+
+class Ghosts:
+    """The factors of one program, and the calls that work on them.
+
+    Args:
+        program: What one sample does.
+        b: Its lowering.
+        env: The values of its variables so far.
+        written: Memory groups that are written in place.
+        mapped: Memory groups that differ by sample.
+        enabled: Whether to use factors at all.
+    """
+
+    def __init__(self, program: Program, b: Lowering, env: Mapping[int, V], written: set[int], mapped: set[int], enabled: bool):
+        self.b = b
+        self.env = env
+        self.enabled = enabled
+        self.factors = Factors(program, written, mapped)
+        self.kept: list[Factored] = []
+        """Products that are computed anyhow: outputs that are not summed."""
+        self.notes: dict[int, str] = {}
+        """What was done, by number of the recorded call."""
+        self._numbers = {id(eq): i for i, eq in enumerate(program.equations)}
+        self._made: dict[Any, V] = {}
+
+    def value(self, var: Var) -> V:
+        """The value of a recorded tensor."""
+        return self.env[var.index]
+
+    def batched(self, var: Var) -> V:
+        """The value of a recorded tensor, with the mapped dimension."""
+        v = self.env[var.index]
+        return v if v.mapped else self.b.batch(v)
+
+    def number(self, var: Var) -> V:
+        """A recorded tensor of one element as a number for each sample, `[B]`, or for all."""
+        return self.b.reshape(self.env[var.index], ())
+
+    def wanted(self, var: Var) -> bool:
+        """Whether the product that `var` is is computed anyhow."""
+        found = self.factors.of(var)
+        factors = {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()
+        return any((t.left.index, t.right.index) in factors for kept in self.kept for t in kept.terms)
+
+    def once(self, name: str, target: Callable[..., Any], *args: Any, shape: tuple[int, ...]) -> V:
+        """A call that several results share."""
+        key = name, *[a.index if type(a) is V else tuple(a) if type(a) is list else a for a in args]
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self.b.call(target, *args, shape=shape)
+        return made
+
+    def note(self, eq: Equation | None, text: str) -> None:
+        """Remember for `plan.explain()` what was done to a recorded call."""
+        if eq is not None:
+            self.notes[self._numbers[id(eq)]] = text

@@ -1,0 +1,250 @@
+"""Sums of squares of products, from the factors.
+
+`|A B|^2 = <A^T A, B B^T>`: two `[T, T]` matrices instead of one of `[n, m]`; over one position the product of two norms. Several terms, the
+uses of a shared weight, are one product over all their positions. (Goodfellow 2015, arXiv:1510.01799; for positions Li et al. 2022,
+arXiv:2110.05679; for convolutions Bu et al. 2022, arXiv:2205.10683.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shardmap.factors.find import Factored, Patches, Product, Rows, Term, sizes
+from shardmap.factors.scales import scale_of
+from shardmap.program.ir import Equation, Var
+from shardmap.rules.lowering import V
+
+if TYPE_CHECKING:
+    from shardmap.factors.builder import Ghosts
+
+aten = torch.ops.aten
+
+PASS = 30
+"""What writing an element and reading it again costs, in operations of a product: an estimate (12 bytes at 10 GB/s against 25 GFLOP/s)."""
+
+
+def square(eq: Equation | None) -> Var | None:
+    """The value of which a call takes the square, entry by entry."""
+    if eq is None:
+        return None
+    if eq.op is aten.pow.Tensor_Scalar and type(eq.args[1]) in (int, float) and eq.args[1] == 2:
+        return eq.args[0]
+    if eq.op is aten.square.default or (eq.op is aten.mul.Tensor and eq.args[0] == eq.args[1]):
+        return eq.args[0]
+    return None
+
+
+def summed_square(eq: Equation, ghosts: Ghosts) -> Var | None:
+    """The value of which a call is the sum of all squares."""
+    named, args = dict(eq.kwargs), list(eq.args)
+    if named.get("dtype") is not None:
+        return None
+    whole = eq.op is aten.sum.dim_IntList and not (len(args) > 2 and args[2]) and not _shape(eq)
+    if eq.op is not aten.sum.default and not whole:
+        return None
+    inner = args[0]
+    if inner.group in ghosts.factors.written:
+        return None
+    return square(ghosts.factors.maker(ghosts.factors.same(inner)))
+
+
+def _shape(eq: Equation) -> tuple[int, ...]:
+    """Of the call's only result."""
+    (out,) = eq.results()
+    return tuple(out.spec.shape)
+
+
+def norm(ghosts: Ghosts, eq: Equation) -> V | None:
+    """A sum of squares, or a 2-norm, computed from factors; None where there are none, or computing it plainly is cheaper."""
+    target = summed_square(eq, ghosts)
+    root = False
+    if target is None and eq.op is aten.linalg_vector_norm.default and not _shape(eq) and not eq.kwargs:
+        args = list(eq.args)
+        order = args[1] if len(args) > 1 else 2
+        target, root = (args[0], True) if type(order) in (int, float) and order == 2 else (None, False)
+    if target is None or not list(eq.results()):
+        return None
+    out = _of(ghosts, target, eq)
+    if out is None:
+        return None
+    return ghosts.b.call(torch.sqrt, out, shape=()) if root else out
+
+
+def _of(ghosts: Ghosts, var: Var, eq: Equation) -> V | None:
+    """`[B]`, the sum of the squares of a value; of parts put side by side the sum over them."""
+    inner = ghosts.factors.same(var)
+    maker = ghosts.factors.maker(inner)
+    if maker is not None and maker.op is aten.cat.default and inner.group not in ghosts.factors.written:
+        parts = [(_of(ghosts, part, eq), part) for part in maker.args[0]]
+        if all(found is None for found, _ in parts):
+            return None
+        totals = [_plain(ghosts, part) if found is None else found for found, part in parts]
+        out = totals[0]
+        for t in totals[1:]:
+            out = ghosts.b.call(aten.add.Tensor, out, t, shape=())
+        return out
+    found = ghosts.factors.of(var)
+    if found is None or not worthwhile(found, ghosts.wanted(var)):
+        return None
+    ghosts.note(eq, f"norm from factors {sizes(found.terms)}")
+    return _combined(ghosts, found)
+
+
+def _plain(ghosts: Ghosts, var: Var) -> V:
+    v = ghosts.value(var)
+    over = list(range(int(v.mapped), v.ndim + int(v.mapped)))
+    squares = ghosts.b.call(aten.square.default, v, shape=v.shape)
+    return ghosts.b.call(aten.sum.dim_IntList, squares, over, shape=()) if over else squares
+
+
+def worthwhile(found: Factored, wanted: bool) -> bool:
+    """Whether the norm from factors is cheaper.
+
+    Args:
+        found: The factors.
+        wanted: Whether the product itself is computed anyhow.
+    """
+    term = found.terms[0]
+    positions = sum(t.positions for t in found.terms)
+    if any(type(t) is Patches and not t.plain for t in found.terms):
+        return False
+    plain = (0 if wanted else sum(t.cost for t in found.terms)) + PASS * term.n * term.m
+    width = sum(t.m if type(t) is Rows else t.n + t.m for t in found.terms) // len(found.terms)
+    ghost = 2 * positions**2 * width + PASS * positions**2 if positions > 1 else PASS * (term.n + term.m)
+    if any(type(t) is Patches for t in found.terms):
+        ghost += PASS * term.m * positions  # the patches, put side by side
+    return ghost < plain
+
+
+def _combined(ghosts: Ghosts, found: Factored) -> V:
+    terms = found.terms
+    if len(terms) > 1 and all(type(t) is Product for t in terms):
+        return _of_one_product(ghosts, found)
+    total: V | None = None
+    for i, a in enumerate(terms):
+        for j in range(i + 1):
+            part = inner(ghosts, a, terms[j])
+            for number in (scale_of(ghosts, a), scale_of(ghosts, terms[j])):
+                if number is not None:
+                    part = ghosts.b.call(aten.mul.Tensor, part, number, shape=())
+            if i != j:
+                part = ghosts.b.call(aten.mul.Tensor, part, 2, shape=())
+            total = part if total is None else ghosts.b.call(aten.add.Tensor, total, part, shape=())
+    assert total is not None
+    return ghosts.b.call(torch.clamp_min, total, 0, shape=()) if any(t.positions > 1 for t in terms) else total
+
+
+def _of_one_product(ghosts: Ghosts, found: Factored) -> V:
+    """The uses of a weight side by side, as one product over all their positions."""
+    positions = sum(t.positions for t in found.terms)
+    n, m = found.terms[0].n, found.terms[0].m
+    rights = []
+    for t in found.terms:
+        right, number = ghosts.batched(t.right), scale_of(ghosts, t)
+        rights.append(right if number is None else ghosts.b.call(weighted, right, number, shape=right.shape))
+    left = ghosts.b.call(torch.cat, [ghosts.batched(t.left) for t in found.terms], 2, shape=(n, positions))
+    right = ghosts.b.call(torch.cat, rights, 1, shape=(positions, m))
+    lefts = ghosts.b.call(columns, left, left, shape=(positions, positions))
+    out = ghosts.b.call(inner_of, lefts, ghosts.b.call(rows_of, right, right, shape=(positions, positions)), shape=())
+    return ghosts.b.call(torch.clamp_min, out, 0, shape=())
+
+
+def inner(ghosts: Ghosts, a: Term, b: Term) -> V:
+    """`[B]`, the inner product of two terms for each sample, without their scales."""
+    call = ghosts.b.call
+    dtype = a.right.spec.dtype
+    if a is b and a.positions == 1 and type(a) is not Rows:
+        left, right = ghosts.batched(a.left), ghosts.batched(a.right)
+        return call(aten.mul.Tensor, _energy(ghosts, left), _energy(ghosts, right), shape=(), dtype=dtype)
+    if type(a) is Rows and type(b) is Rows:
+        return call(rows_rows, ghosts.batched(a.left), ghosts.batched(a.right), ghosts.batched(b.left), ghosts.batched(b.right),
+                    a.padding, b.padding, shape=(), dtype=dtype)  # fmt: skip
+    if type(a) is Rows or type(b) is Rows:
+        rows, product = (a, b) if type(a) is Rows else (b, a)
+        assert type(rows) is Rows
+        left, right = factors_of(ghosts, product)
+        return call(rows_product, ghosts.batched(rows.left), ghosts.batched(rows.right), left, right, rows.padding, product.flipped,
+                    shape=(), dtype=dtype)  # fmt: skip
+    (left, right), (other_left, other_right) = factors_of(ghosts, a), factors_of(ghosts, b)
+    lefts = ghosts.once("columns", columns, left, other_left, shape=(a.positions, b.positions))
+    rights = ghosts.once("rows", rows_of, right, other_right, shape=(a.positions, b.positions))
+    return call(inner_of, lefts, rights, shape=(), dtype=dtype)
+
+
+def _energy(ghosts: Ghosts, v: V) -> V:
+    return ghosts.once("energy", energy, v, shape=())
+
+
+def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
+    """`[B, n, T]` and `[B, T, m]`."""
+    left, right = ghosts.batched(term.left), ghosts.batched(term.right)
+    if type(term) is Product:
+        return left, right
+    assert type(term) is Patches
+    left = ghosts.once("channels", channels, left, shape=(term.n, term.positions))
+    return left, ghosts.once("patches", patches, right, term.weight[2:], *term.numbers[:3], shape=(term.positions, term.m))
+
+
+# -- on whole batches ------------------------------------------------------------------------------------------------------------
+
+
+def weighted(t: Tensor, weight: Tensor | None) -> Tensor:
+    """`[B, ...]` times a number for each sample, `[B]`, or for all."""
+    if weight is None:
+        return t
+    return t * (weight.reshape(-1, *[1] * (t.dim() - 1)) if weight.dim() else weight)
+
+
+def energy(t: Tensor) -> Tensor:
+    """`[B, ...] -> [B]`, the sums of squares."""
+    return torch.linalg.vector_norm(t.flatten(1), dim=1).square_()
+
+
+def columns(left: Tensor, other: Tensor) -> Tensor:
+    """`[B, n, T], [B, n, S] -> [B, T, S]`, inner products of columns."""
+    return torch.bmm(left.transpose(1, 2), other)
+
+
+def rows_of(right: Tensor, other: Tensor) -> Tensor:
+    """`[B, T, m], [B, S, m] -> [B, T, S]`, inner products of rows."""
+    return torch.bmm(right, other.transpose(1, 2))
+
+
+def inner_of(a: Tensor, b: Tensor) -> Tensor:
+    """`[B, T, S], [B, T, S] -> [B]`."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
+def channels(grad: Tensor) -> Tensor:
+    """Cotangents of a convolution, `[B, b, n, h, w] -> [B, n, b*h*w]`."""
+    return grad.transpose(1, 2).flatten(2)
+
+
+def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The patches of a convolution's input, `[B, b, c, h, w] -> [B, b*T, c*kh*kw]`."""
+    size, inner = x.shape[:2]
+    found = torch.nn.functional.unfold(x.flatten(0, 1), kernel, dilation, padding, stride)  # [B*b, c*kh*kw, T]
+    return found.transpose(1, 2).unflatten(0, (size, inner)).flatten(1, 2)
+
+
+def rows_rows(i: Tensor, a: Tensor, j: Tensor, b: Tensor, i_padding: int, j_padding: int) -> Tensor:
+    """Inner products of two sums of rows, `i [B, T], a [B, T, m]`: rows meet where their indices are the same."""
+    i, j = i.flatten(1), j.flatten(1)
+    a, b = a.reshape(*i.shape, a.shape[-1]), b.reshape(*j.shape, b.shape[-1])
+    meet = (i.unsqueeze(2) == j.unsqueeze(1)) & (i != i_padding).unsqueeze(2) & (j != j_padding).unsqueeze(1)
+    products = torch.bmm(a, b.transpose(1, 2))
+    return products.masked_fill_(~meet, 0).sum((1, 2))  # a NaN that meets nothing is no part of it
+
+
+def rows_product(i: Tensor, a: Tensor, left: Tensor, right: Tensor, padding: int, flipped: bool) -> Tensor:
+    """Inner products of a sum of rows with `left [B, n, T] @ right [B, T, m]`, or its transpose."""
+    i = i.flatten(1)
+    a = a.reshape(*i.shape, a.shape[-1])
+    if flipped:
+        left, right = right.transpose(1, 2), left.transpose(1, 2)
+    met = left.gather(1, i.unsqueeze(2).expand(-1, -1, left.shape[2]))  # [B, S, T], the rows of left that the indices name
+    met = torch.where((i != padding).unsqueeze(2), met, 0)
+    return (met * torch.bmm(a, right.transpose(1, 2))).sum((1, 2))

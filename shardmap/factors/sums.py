@@ -1,0 +1,186 @@
+"""Sums over the samples of a chunk, from the factors: one product over all samples and positions, as in an ordinary backward pass.
+
+`sum_i w_i A_i B_i = [w_1 A_1 | w_2 A_2 | ...] [B_1; B_2; ...]`; the weights are those of clipped sums. What has no factors is
+summed as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shardmap.factors.find import REARRANGED, Factored, Patches, Rows, Term, sizes
+from shardmap.factors.norms import square, weighted
+from shardmap.factors.scales import combined, scale_of
+from shardmap.program.ir import Var
+from shardmap.rules.fold import flat_rows
+from shardmap.rules.lowering import V
+
+if TYPE_CHECKING:
+    from shardmap.factors.builder import Ghosts
+
+aten = torch.ops.aten
+Scales = tuple[tuple[str, Any], ...]
+
+
+DEEPEST = 32
+"""Calls between an output and the products that it is of."""
+
+
+def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
+    """The sum over a chunk's samples of a recorded value, times its scales: `[*shape]`."""
+    found = ghosts.factors.of(var) if ghosts.enabled else None
+    if found is not None:
+        ghosts.note(ghosts.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}")
+        return _of_factors(ghosts, found, scales)
+    through = ghosts.enabled and depth < DEEPEST and var.group not in ghosts.factors.written
+    maker = ghosts.factors.maker(var) if through else None
+    shape = tuple(var.spec.shape)
+    if maker is not None and var.group in ghosts.factors.mapped:
+        op, args = maker.op, list(maker.args)
+        if op in REARRANGED:
+            return _part(ghosts, torch.Tensor.reshape, summed(ghosts, args[0], scales, depth + 1), shape, shape=shape)
+        if op is aten.cat.default and len(args[0]) > 1:
+            d = args[1] if len(args) > 1 else dict(maker.kwargs).get("dim", 0)
+            parts = [summed(ghosts, part, scales, depth + 1) if part.group in ghosts.factors.mapped else None for part in args[0]]
+            if all(part is not None for part in parts):
+                return _part(ghosts, side_by_side, d, *parts, shape=shape)
+        if op is aten.mul.Tensor:
+            for value, by in ((args[0], args[1]), (args[1], args[0])):
+                if (
+                    type(value) is Var
+                    and _sample_number(by, var)
+                    and value.spec.shape == var.spec.shape
+                    and value.group in ghosts.factors.mapped
+                ):
+                    return summed(ghosts, value, (*scales, ("mul", by)), depth + 1)
+        base = square(maker)
+        squared = ghosts.factors.of(base) if base is not None else None
+        if squared is not None and len(squared.terms) == 1 and squared.terms[0].positions == 1 and type(squared.terms[0]) is not Rows:
+            ghosts.note(maker, "squares summed over samples from factors")
+            return _of_squares(ghosts, squared, scales)
+    weight = combined(ghosts, scales, var.spec.dtype)
+    return _part(ghosts, dense, ghosts.batched(var), weight, shape=shape)
+
+
+def _sample_number(by: Any, var: Var) -> bool:
+    return type(by) is Var and by.spec.shape == () and by.spec.dtype == var.spec.dtype
+
+
+def _part(ghosts: Ghosts, target: Any, *args: Any, shape: tuple[int, ...]) -> V:
+    """A value of the chunk without the dimension of samples."""
+    return ghosts.b.call(target, *args, shape=shape, mapped=True)
+
+
+def _of_factors(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
+    total: V | None = None
+    for term in found.terms:
+        weight = combined(ghosts, (*term.scales, *scales), term.right.spec.dtype)
+        part = _term(ghosts, term, weight)
+        total = part if total is None else _part(ghosts, torch.Tensor.add, total, part, shape=part.shape)
+    assert total is not None
+    return _part(ghosts, torch.Tensor.reshape, total, found.shape, shape=found.shape) if found.shape != total.shape else total
+
+
+def _term(ghosts: Ghosts, term: Term, weight: V | None) -> V:
+    left, right = ghosts.batched(term.left), ghosts.batched(term.right)
+    n, m = (term.m, term.n) if term.flipped else (term.n, term.m)
+    if type(term) is Rows:
+        target = _flipped(rows) if term.flipped else rows
+        return _part(ghosts, target, left, right, weight, term.n, term.padding, shape=(n, m))
+    if type(term) is Patches:
+        target = _flipped(convolution) if term.flipped else convolution
+        return _part(ghosts, target, left, right, weight, term.weight, (n, m) if not term.flipped else (m, n), *term.numbers, shape=(n, m))
+    if term.flipped:
+        return _part(ghosts, product_flipped, left, right, weight, shape=(n, m))
+    return _part(ghosts, product, left, right, weight, shape=(n, m))
+
+
+def _of_squares(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
+    """The squares of an outer product are the outer product of the squares."""
+    term = found.terms[0]
+    number = scale_of(ghosts, term)
+    weight = combined(ghosts, scales, term.right.spec.dtype)
+    if number is not None:
+        number = ghosts.b.call(aten.square.default, number, shape=())
+        weight = number if weight is None else ghosts.b.call(aten.mul.Tensor, weight, number, shape=())
+    left, right = (_squared(ghosts, v) for v in (term.left, term.right))
+    if type(term) is Patches:  # one position: the kernel is as large as the input
+        out = _part(ghosts, convolution, left, right, weight, term.weight, (term.n, term.m), *term.numbers, shape=(term.n, term.m))
+        return _part(ghosts, torch.Tensor.reshape, out, found.shape, shape=found.shape)
+    target = product_flipped if term.flipped else product
+    return _part(
+        ghosts, torch.Tensor.reshape, _part(ghosts, target, left, right, weight, shape=found.shape), found.shape, shape=found.shape
+    )
+
+
+def _squared(ghosts: Ghosts, var: Var) -> V:
+    v = ghosts.batched(var)
+    return ghosts.b.call(aten.square.default, v, shape=v.shape)
+
+
+def _flipped(target: Any) -> Any:
+    def flipped(*args: Any) -> Tensor:
+        return target(*args).t().contiguous()
+
+    return flipped
+
+
+# -- on whole batches ------------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(d: int, *parts: Tensor) -> Tensor:
+    """Parts of a sum put side by side."""
+    return torch.cat(parts, d)
+
+
+def dense(t: Tensor, weight: Tensor | None) -> Tensor:
+    """`[B, *shape] -> [*shape]`; a weighted sum is a product with the weights."""
+    if weight is None:
+        return t.sum(0)
+    if t.dim() == 1 or weight.dim() == 0:
+        return weighted(t, weight).sum(0)
+    return (weight.reshape(1, -1) @ flat_rows(t)).view(t.shape[1:])
+
+
+def product(left: Tensor, right: Tensor, weight: Tensor | None) -> Tensor:
+    """`[B, n, T], [B, T, m] -> [n, m]`."""
+    lefts, rights = _rows(left, right, weight)
+    return lefts.t() @ rights
+
+
+def product_flipped(left: Tensor, right: Tensor, weight: Tensor | None) -> Tensor:
+    """`[B, n, T], [B, T, m] -> [m, n]`."""
+    lefts, rights = _rows(left, right, weight)
+    return rights.t() @ lefts
+
+
+def _rows(left: Tensor, right: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`[B*T, n], [B*T, m]`, the narrower one weighted."""
+    if left.shape[1] <= right.shape[2]:
+        left = weighted(left, weight)
+    else:
+        right = weighted(right, weight)
+    return left.transpose(1, 2).flatten(0, 1), right.flatten(0, 1)
+
+
+def rows(i: Tensor, grad: Tensor, weight: Tensor | None, count: int, padding: int) -> Tensor:
+    """The gradient of an embedding, `[count, m]`, of all samples' rows."""
+    return aten.embedding_dense_backward(weighted(grad, weight), i, count, padding, False)
+
+
+def convolution(
+    grad: Tensor, x: Tensor, weight: Tensor | None, shape: tuple[int, ...], matrix: tuple[int, int], stride: Any, padding: Any,
+    dilation: Any, transposed: bool, output_padding: Any, groups: int,
+) -> Tensor:  # fmt: skip
+    """The gradient of a convolution's weight, `[n, m]`, of all samples: the ordinary backward pass over the batch."""
+    grad, x = weighted(grad, weight).flatten(0, 1), x.flatten(0, 1)
+    if not grad.shape[0]:
+        return grad.new_zeros(matrix)
+    like = grad.new_empty(()).expand(*shape)  # only its shape is read
+    found = aten.convolution_backward(
+        grad, x, like, None, stride, padding, dilation, transposed, output_padding, groups, [False, True, False]
+    )  # fmt: skip
+    return found[1].reshape(matrix)

@@ -1,0 +1,1 @@
+"""From the program of one sample to functions that run whole batches."""

@@ -1,0 +1,557 @@
+"""Turn the program of one sample into a program for any number of samples.
+
+Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk loop, and applies the
+rules in four tiers: ours, PyTorch's decompositions (at recording), `torch.func.vmap` of the one operator, a loop over the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import functorch
+from shardmap.factors import sums
+from shardmap.factors.builder import Ghosts
+from shardmap.factors.rewrite import from_factors
+from shardmap.lower.rematerialise import postponed
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
+from shardmap.program.operators import deciders, draws, op_info
+from shardmap.rules import registry  # importing the package registers the families
+from shardmap.rules.fallback import functorch_rule, loop_rule
+from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.rules.random import seeded_loop
+from shardmap.rules.view import refuse_offsets_of_inputs
+from shardmap.rules.view_folding import views
+from shardmap.trace.recording import flat_tensors
+
+logger = logging.getLogger("shardmap")
+aten = torch.ops.aten
+
+IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
+"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchedProgram:
+    """What a program does to a chunk of samples, on one kind of device."""
+
+    fixed: tuple[Call, ...]
+    """Calls that no sample changes: once per device."""
+    chunk: tuple[Call, ...]
+    """Calls on whole chunks."""
+    inputs: tuple[V, ...]
+    captured: tuple[V, ...]
+    literals: tuple[V, ...]
+    outputs: tuple[V, ...]
+    tiers: dict[str, str]
+    """For each operator in use, the tier that serves it."""
+    values: int
+    """How many values the calls define."""
+    results: dict[int, tuple[Var, V]]
+    """By value index: the recorded tensor that it is the batch of, for the checks of the first run."""
+    summed: frozenset[int] = frozenset()
+    """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
+    ghosts: dict[int, str] = field(default_factory=dict)
+    """By number of the recorded call: what is computed from factors instead (`shardmap.factors`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoweringOptions:
+    """What besides the program decides how it is lowered."""
+
+    device_type: str
+    randomness: str
+    strict: bool
+    grad: bool
+    """Whether outer autograd records."""
+    transformed: bool
+    """Whether `torch.func` transforms are active around the call."""
+    call: str
+    summed: tuple[bool, ...] = ()
+    """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
+
+
+def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
+    """The memory groups whose values differ by sample, by a fixed point over the calls.
+
+    A tensor made unmapped into which a mapped value is written later is mapped from its creation. One made in the likeness of a
+    mapped tensor is the same for all samples, but under an outer `torch.func.vmap` it must be made from that tensor: only so does
+    it have the outer batch and can be written to.
+    """
+    mapped = {v.group for v in program.inputs}
+    before = -1
+    while len(mapped) != before:
+        before = len(mapped)
+        for eq in program.equations:
+            if op_info(eq.op).shape_only and not transformed:
+                continue
+            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and random_call(eq)):
+                mapped.update(v.group for v in eq.results())
+                mapped.update(v.group for v in written(eq))
+    return mapped
+
+
+def random_call(eq: Equation) -> bool:
+    """Whether a recorded call draws random numbers."""
+    return draws(eq.op, eq.args, dict(eq.kwargs))
+
+
+def written(eq: Equation) -> list[Var]:
+    """The tensors that a recorded call writes in place."""
+    info = op_info(eq.op)
+    if info.hidden_writes is not None:  # what it writes depends on whether it trains, whatever its schema says
+        first, second, training = info.hidden_writes
+        trains = training < len(eq.args) and eq.args[training]
+        return list(variables((eq.args[first], eq.args[second]))) if trains else []
+    out = [v for i in info.writes if i < len(eq.args) for v in variables((eq.args[i],))]
+    if info.writes_named:
+        out += [v for k, a in eq.kwargs if k in info.writes_named for v in variables((a,))]
+    return out
+
+
+def written_through(program: Program) -> set[int]:
+    """The variables that are written in place, themselves or by a view that is made of them."""
+    through: set[int] = set()
+    for eq in reversed(program.equations):
+        through.update(v.index for v in written(eq))
+        inputs = {v.index: v.group for v in eq.inputs()}
+        groups = {v.group for v in eq.results() if v.index in through and v.index not in inputs}
+        through.update(index for index, group in inputs.items() if group in groups)
+    return through
+
+
+def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
+    """Which calls lead to an output, to a caller's tensor, or have an effect."""
+    groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
+    return _leading(program, write_groups, {v.index for v in program.outputs}, groups, effect=lambda eq: not list(eq.results()))
+
+
+def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
+    """Which calls lead, under outer autograd, to an output that requires grad: the others run without it."""
+    required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
+    # The caller's tensor learns of what is written into it.
+    groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
+    carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
+    return _leading(program, write_groups, {v.index for v in required}, groups, carries)
+
+
+def _leading(
+    program: Program,
+    write_groups: set[int],
+    live_vars: set[int],
+    live_groups: set[int],
+    candidates: list[bool] | None = None,
+    effect: Callable[[Equation], bool] = lambda eq: False,
+) -> list[bool]:
+    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
+
+    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so repeat until they settle.
+    """
+    live_vars, live_groups = set(live_vars), set(live_groups)
+    live = [False] * len(program.equations)
+    before = -1
+    while len(live_groups) + sum(live) != before:
+        before = len(live_groups) + sum(live)
+        for i in range(len(program.equations) - 1, -1, -1):
+            eq = program.equations[i]
+            if candidates is not None and not candidates[i]:
+                continue
+            if effect(eq) or any(v.index in live_vars or v.group in live_groups for v in (*eq.results(), *written(eq))):
+                live[i] = True
+                for v in eq.inputs():
+                    live_vars.add(v.index)
+                    if v.group in write_groups:
+                        live_groups.add(v.group)
+    return live
+
+
+@dataclass(slots=True)
+class Fixes:
+    """What trying a program has shown to be needed, by number of the recorded call."""
+
+    tiers: dict[int, str] = field(default_factory=dict)
+    """"functorch" or "loop": a higher tier's result was not the recorded one."""
+    restride: set[int] = field(default_factory=set)
+    """Calls whose results have other strides than the sample's."""
+    plain: bool = False
+    """Whether nothing is computed from factors."""
+
+
+class _Batcher:
+    """One lowering of one program."""
+
+    def __init__(self, program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]):
+        self.program = program
+        self.options = options
+        self.fixes = fixes
+        self.to_loop = to_loop
+        self.b = Lowering(options.device_type, options.randomness)
+        self.b.transformed = options.transformed
+        self.b.sample_device = program.inputs[0].spec.device
+        self.env: dict[int, V] = {}
+        self.mapped = mapped_groups(program, options.randomness, options.transformed)
+        self.last_write: dict[int, int] = {}
+        for i, eq in enumerate(program.equations):
+            for v in written(eq):
+                self.last_write[v.group] = i
+        self.write_groups = set(self.last_write)
+        self.written_through = written_through(program)
+        self.needs: set[int] = set()
+        self.identities: set[int] = set()
+        self.tiers: dict[str, str] = {}
+        self.results: dict[int, tuple[Var, V]] = {}
+        self.summed: set[int] = set()
+        enabled = not (options.grad or options.transformed or fixes.plain)
+        self.ghosts = Ghosts(program, self.b, self.env, self.write_groups, self.mapped, enabled)
+
+    def run(self) -> BatchedProgram:
+        program, b = self.program, self.b
+        inputs = [self._declare(v, True) for v in program.inputs]
+        captured = [self._declare(v, False) for v in program.captured]
+        literals = [self._declare(v, False) for v in program.literals]
+        for var, v in zip(program.literals, literals, strict=True):
+            if var.group in self.mapped:
+                self.env[var.index] = self._materialise(v, var)
+            elif var.group in self.write_groups:
+                self.env[var.index] = b.call(torch.clone, v)
+        kept = {v.group for v in program.inputs if v.group in self.write_groups}
+        live = live_equations(program, self.write_groups, kept)
+        grads = grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
+        if self.options.grad:
+            self.needs = {v.index for v in (*program.inputs, *program.captured)}
+        self.ghosts.kept += [f for f in map(self.ghosts.factors.of, self._kept_outputs()) if f is not None] if self.ghosts.enabled else []
+        for i, eq in enumerate(program.equations):
+            if live[i]:
+                b.equation, b.grad = i, grads[i]
+                self._equation(i, eq)
+        b.equation, b.grad = len(program.equations), self.options.grad
+        outputs = self._outputs()
+        fixed, chunk = postponed(*drop_dead(b.calls, outputs), outputs)
+        return BatchedProgram(
+            fixed,
+            chunk,
+            tuple(inputs),
+            tuple(captured),
+            tuple(literals),
+            outputs,
+            self.tiers,
+            b.count,
+            self.results,
+            frozenset(self.summed),
+            self.ghosts.notes,
+        )
+
+    def _kept_outputs(self) -> list[Var]:
+        """The outputs of which each sample's value is wanted."""
+        wanted = self.options.summed or [False] * len(self.program.outputs)
+        return [var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum]
+
+    def _declare(self, var: Var, mapped: bool) -> V:
+        v = self.b.value(mapped, var.spec.shape, var.spec.dtype)
+        self.env[var.index] = v
+        return v
+
+    def _materialise(self, v: V, var: Var) -> V:
+        """An unmapped value that samples will write to: a copy for each sample, with the sample's strides."""
+        stride = var.spec.stride
+        span = 1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True)) if 0 not in var.spec.shape else 0
+
+        def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
+            if t.is_contiguous() and t.stride() == stride:
+                return t.expand(size, *t.shape).clone(memory_format=torch.contiguous_format)
+            return t.new_empty_strided((size, *t.shape), (span, *stride)).copy_(t)
+
+        return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
+
+    def _argument(self, value: Any, flags: Any, i: int, eq: Equation, mapped: bool) -> Any:
+        kind = type(value)
+        if kind is Var:
+            v = self.env[value.index]
+            flag = next(flags)
+            if mapped and not v.mapped and self.last_write.get(value.group, -1) > i:
+                v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
+            return self._as_consumed(v, value, flag)
+        if kind is tuple:
+            return [self._argument(a, flags, i, eq, mapped) for a in value]
+        return value
+
+    def _as_consumed(self, v: V, var: Var, flag: int) -> V:
+        """`v` with what autograd knew of the sample's tensor when it was consumed."""
+        if flag == GRAD:
+            return v
+        if self.options.transformed:  # tangents of forward mode stop at detach only, whatever the grad mode
+            if var.index not in self.identities:
+                return v
+            # Only what is written must stay a view of its memory; what is read has no tangent, whatever else the memory holds.
+            return self._cut(v, var.group) if var.index in self.written_through else self.b.call(torch.Tensor.detach, v)
+        if not self.b.grad:
+            return v
+        if flag == FRESH_LEAF:
+            return self.b.call(fresh_leaf, v)
+        # Operators that run below autograd consume intermediate results that it does not know yet (zero tensors of forward-mode AD
+        # do): only a detach ends a gradient.
+        return self._cut(v, var.group) if var.index in self.needs and var.index in self.identities else v
+
+    def _cut(self, v: V, group: int) -> V:
+        """`v` unknown to autograd. Outer transforms can carry tangents, which only detach stops."""
+        if self.options.transformed and group not in self.write_groups:
+            return self.b.call(torch.Tensor.detach, v)
+        return self.b.call(cut, v)
+
+    def _equation(self, i: int, eq: Equation) -> None:
+        b = self.b
+        if eq.op in IDENTITIES:
+            source = eq.args[0]
+            for out in eq.results():
+                self.env[out.index] = self.env[source.index]
+                if out.index in self.written_through and (self.options.grad or self.options.transformed):
+                    # A write gives the detached tensor, and its views, a history of their own.
+                    self.env[out.index] = self._cut(self.env[source.index], out.group)
+                    continue
+                self.identities.add(out.index)
+                if source.index in self.needs:
+                    self.needs.add(out.index)
+            return
+        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (self.options.randomness == "different" and random_call(eq))
+        flags = iter(eq.flags)
+        args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
+        kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
+        if eq.answer is not None and eq.answer[0] == "value":
+            b.effect(check_answer, eq.op, eq.answer[1], [v.mapped for v in _vs(args)], self.options.call, args)
+            return
+        out = self._apply(i, eq, args, kwargs, mapped)
+        self._bind(i, eq, out, mapped)
+        if eq.answer is not None:
+            results = [self.env[v.index] for v in eq.results()]
+            b.effect(check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results)
+
+    def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
+        b, name = self.b, eq.op.name()
+        fix = self.fixes.tiers.get(i)
+        if eq.answer is not None and any(self.env[v.index].mapped for v in deciders(eq.op, eq.args)):
+            fix = "loop"  # each sample may have a shape of its own
+        rule = registry.lookup(eq.op)
+        if not mapped and not random_call(eq):
+            return functional_call(b, eq, args, kwargs)
+        if fix is None and self.ghosts.enabled:
+            out = from_factors(self.ghosts, eq)
+            if out is not None:
+                return out
+        if fix != "loop":
+            if rule is not None and fix != "functorch":
+                out = rule(b, eq, args, kwargs)
+                if out is not NotImplemented:
+                    self.tiers[name] = "rule"
+                    return out
+            if registry.has_functorch_kernel(eq.op) and not random_call(eq):
+                out = functorch_rule(b, eq, args, kwargs)
+                if out is not NotImplemented:
+                    self.tiers[name] = "functorch"
+                    return out
+        if random_call(eq) and not mapped:
+            return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
+        self.to_loop(eq)
+        self.tiers[name] = "loop"
+        return seeded_loop(b, eq, args, kwargs) if random_call(eq) else loop_rule(b, eq, args, kwargs, self.options.call)
+
+    def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
+        outs = list(eq.results())
+        if out is None:
+            values: list[Any] = [None] * len(outs)
+        else:
+            values = [out] if isinstance(out, V) else list(_vs_or_none(out))
+        writes = written(eq)
+        reads = self.b.grad and (FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs()))
+        known = {v.index for v in eq.inputs()}
+        read_groups = {v.group for v in eq.inputs()}
+        assert out is None or len(values) == len(outs), f"{eq}: the rule returned {len(values)} results for {len(outs)}"
+        for var, v in zip(outs, values, strict=True):
+            if var.index in known or (var.index in self.env and v is None):
+                continue  # in place: the result is the argument
+            assert v is not None, f"{eq}: the rule returned nothing for {var}"
+            v = V(v.index, v.mapped, var.spec.shape, var.spec.dtype)
+            if i in self.fixes.restride and v.mapped:
+                v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
+            if var.group in self.mapped and not v.mapped:
+                v = self._materialise(v, var)
+            elif v.mapped and var.group in self.write_groups and var.group not in read_groups:
+                v = self.b.call(no_view, v)
+            self.env[var.index] = v
+            if v.mapped:
+                self.results[v.index] = (var, v)
+            if reads:
+                self.needs.add(var.index)
+        if reads and writes:
+            groups = {w.group for w in writes}
+            self.needs.update(v.index for e in self.program.equations[: i + 1] for v in e.results() if v.group in groups)
+
+    def _outputs(self) -> tuple[V, ...]:
+        program, b = self.program, self.b
+        owned = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
+        outputs = []
+        only_sum = self.options.summed or [False] * len(program.outputs)
+        for var, flag, summed in zip(program.outputs, program.output_flags, only_sum, strict=True):
+            v = self.env[var.index]
+            if summed and v.mapped:
+                v = sums.summed(self.ghosts, var)
+                if v in outputs:
+                    v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype)
+                self.summed.add(v.index)
+                outputs.append(v)
+                continue
+            v = self._as_consumed(v, var, flag)
+            if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
+                v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
+            if v.mapped:
+                # Under transforms a view made without grad must not stand for itself: the loop stacks it, which autograd records.
+                bare = self.options.transformed and flag == FRESH_LEAF
+                if var.group in owned or v in outputs or bare:
+                    v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
+                else:
+                    v = views(b).contiguous(v)
+            owned.add(var.group)
+            outputs.append(v)
+        return tuple(outputs)
+
+
+def lower(program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]) -> BatchedProgram:
+    """The batched program.
+
+    Args:
+        program: What one sample does.
+        options: Device, randomness, strictness, outer autograd.
+        fixes: What trying the program has shown to be needed.
+        to_loop: Called with each recorded call that falls to the loop; it may refuse.
+
+    Raises:
+        ShardmapError: `to_loop` refuses.
+    """
+    refuse_offsets_of_inputs(program, options.call)
+    return _Batcher(program, options, fixes, to_loop).run()
+
+
+def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Emit a recorded call as it is."""
+    returns = eq.op._schema.returns
+    if not returns or not list(eq.results()):
+        b.effect(eq.op, *args, **kwargs)
+        return None
+    if len(returns) == 1 and str(returns[0].type) == "Tensor":
+        return b.call(eq.op, *args, named=kwargs)
+    outs: list[Any] = []
+    if any(type(o) is tuple for o in eq.outs):
+
+        def flat(*a: Any, **k: Any) -> Any:
+            return tuple(_flat(eq.op(*a, **k)))
+
+        return b.calls_several(flat, len(list(eq.results())), *args, **kwargs)
+    got = iter(b.calls_several(eq.op, len(eq.outs), *args, **kwargs))
+    outs = [next(got) for _ in eq.outs]
+    return [v for v, o in zip(outs, eq.outs, strict=True) if o is not None]
+
+
+def drop_dead(calls: list[Call], outputs: tuple[V, ...]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+    """The calls that serve an output or have an effect, the fixed ones apart from those of the chunk."""
+    used = {v.index for v in outputs}
+    kept = []
+    for call in reversed(calls):
+        if not call.outs or call.writes or any(o in used for o in call.outs):
+            kept.append(call)
+            used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
+    kept.reverse()
+    return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)
+
+
+def _flat(result: Any) -> Any:
+    for item in result:
+        if isinstance(item, tuple | list):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _vs(args: Any) -> list[V]:
+    return list(values(args))
+
+
+def _vs_or_none(values: Any) -> Any:
+    for value in values:
+        if value is None or type(value) is V:
+            yield value
+        else:
+            yield from _vs_or_none(value)
+
+
+# -- what the emitted calls do at replay -----------------------------------------------------------------------------------
+
+
+def no_view(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own, for writing: a rule may return a view where the sample's call returned a new tensor."""
+    return restride(t.clone(), t.stride()[1:]) if t._is_view() else t  # a clone closes the gaps between elements
+
+
+def cut(t: torch.Tensor) -> torch.Tensor:
+    """`t` as the sample's call saw it: unknown to autograd. One that is unknown already stays itself: its views remain views."""
+    return t.detach() if t.requires_grad else t
+
+
+def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
+    """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
+    return t.detach() if functorch.peek_interpreter_stack() is not None else t.detach().requires_grad_()
+
+
+def copy(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """A batch whose rows have the sample's strides, copied only where they differ."""
+    if _rows_have(t, stride):
+        return t
+    order = sorted(range(len(stride)), key=lambda d: -stride[d])
+    moved = t.permute(0, *[d + 1 for d in order]).clone(memory_format=torch.contiguous_format)
+    out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
+    if _rows_have(out, stride):
+        return out
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))  # rows with gaps
+    return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
+
+
+def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
+    return all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True))
+
+
+def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
+    """Ask again what the function asked about an unmapped value when it was recorded."""
+    tensors = flat_tensors(args)
+    rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
+    for i in range(rows):
+        sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
+        answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
+        if answer != expected and not (answer != answer and expected != expected):
+            if any(mapped):
+                raise errors.VariesError(
+                    f"{call}: python asked for the value of a tensor that differs by sample ({op._schema.name}), and it is {expected} "
+                    f"for the first sample but {answer} for another; use torch.where, masks or comparisons that return tensors"
+                )
+            raise errors.StaleRecordingError(
+                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was "
+                "recorded but is "
+                f"{answer} now; use trace='each', or torch.where"
+            )
+
+
+def check_shapes(expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]) -> None:
+    """Compare a result's shape, which depends on values, with the recorded one."""
+    shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
+    if shapes != expected:
+        raise errors.StaleRecordingError(
+            f"{call}: the shape of a result depends on the values of captured tensors, and they have changed since the recording "
+            f"({expected} then, {shapes} now); use trace='each'"
+        )

@@ -1,0 +1,66 @@
+"""How a call writes its result into memory that is there already.
+
+A chunk's results belong in their slices of one preallocated output. Where the last call of an output can write there itself
+(`out=`), nothing is computed into memory of its own first and copied: for the per-sample gradients of a layer, which are larger
+than anything else in the program, that copy costs as much as computing them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardmap.program.operators import op_info
+from shardmap.rules import huge_pages as pages
+from shardmap.rules.lowering import Call
+
+
+def _mul(column: torch.Tensor, row: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.mul(column, row, out=out)
+
+
+def _bmm(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, y, out=out)
+
+
+def _zeros(like: torch.Tensor, shape: Any, out: torch.Tensor) -> torch.Tensor:
+    return out.zero_()
+
+
+_OURS: dict[Any, Callable[..., torch.Tensor]] = {pages.mul: _mul, pages.bmm: _bmm, pages.zeros: _zeros}
+
+
+def into(call: Call) -> Callable[..., torch.Tensor] | None:
+    """What computes `call` into its argument `out`, which has the result's shape and dtype; None if nothing does.
+
+    Only for memory that no argument shares, and where autograd does not record.
+    """
+    if call.several or len(call.outs) != 1 or call.writes or not call.mapped:
+        return None
+    if call.op is not None:
+        found = _overload(call.op)
+        return None if found is None else found._op
+    return _OURS.get(call.target)
+
+
+@functools.cache
+def _overload(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The variant of `op` with the same arguments and one more, `out`."""
+    schema = op._schema
+    if len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor" or op_info(op).random:
+        return None
+    if any(a.alias_info is not None for a in (*schema.arguments, *schema.returns)):
+        return None  # a view, or a write
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+        return None  # may be a view or a copy, whichever fits: its variant copies
+    wanted = [(a.name, str(a.type)) for a in schema.arguments]
+    for name in op.overloadpacket.overloads():
+        candidate = getattr(op.overloadpacket, name)
+        arguments = candidate._schema.arguments
+        extra = [a for a in arguments if a.is_out]
+        if len(extra) == 1 and extra[0].name == "out" and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return candidate
+    return None

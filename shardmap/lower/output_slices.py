@@ -1,0 +1,117 @@
+"""Where the outputs of a chunk are written: each into its slice of the result, as early and as directly as can be."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardmap.lower.batcher import BatchedProgram
+from shardmap.lower.out_variants import into
+from shardmap.rules.lowering import Call, V, values
+
+aten = torch.ops.aten
+
+_JOINS = (aten.stack.default, aten.cat.default)
+
+
+@dataclass(slots=True)
+class Placement:
+    """The calls of a chunk, and how its outputs get to their places. A place is python text that makes the tensor to write to."""
+
+    calls: list[Call]
+    """Without those that only made an output dense, or put its parts side by side."""
+    writes: dict[int, tuple[Callable[..., Any] | None, list[str]]] = field(default_factory=dict)
+    """By number of a call: what computes its result into the first place, and the places that it is copied to; None: into all."""
+    after: list[tuple[V, str]] = field(default_factory=list)
+    """What is copied at the end, and where."""
+
+
+def place(program: BatchedProgram, outputs: Sequence[V]) -> Placement:
+    """How each output gets into its slice, `d<index>`, a dense tensor.
+
+    Args:
+        program: The batched program.
+        outputs: Its mapped outputs.
+    """
+    uses = collections.Counter(v.index for call in program.chunk for v in _arguments(call))
+    makers = {o: call for call in program.chunk for o in call.outs if o is not None}
+    untouched = not any(call.writes for call in program.chunk)
+    goals: collections.deque[tuple[V, str, bool]] = collections.deque()
+    dropped: set[int] = set()
+    for v in outputs:
+        source, maker = v, makers.get(v.index)
+        if maker is not None and maker.target is torch.Tensor.contiguous and v.index not in uses:
+            (source,) = values(maker.args)
+            dropped.add(id(maker))
+            uses[source.index] -= 1
+        goals.append((source, f"d{v.index}", True))
+    wanted: dict[int, list[tuple[V, str, bool]]] = {}
+    several = collections.Counter(source.index for source, _, _ in goals)
+    while goals:
+        v, where, dense = goals.popleft()
+        parts = _parts(makers.get(v.index), where) if untouched and uses[v.index] == 0 and several[v.index] == 1 else None
+        if parts is None:
+            wanted.setdefault(v.index, []).append((v, where, dense))
+            continue
+        dropped.add(id(makers[v.index]))
+        for part, slot in parts:
+            uses[part.index] -= 1
+            goals.append((part, slot, False))
+            several[part.index] += 1
+    found = Placement([call for call in program.chunk if id(call) not in dropped])
+    number = {o: i for i, call in enumerate(found.calls) for o in call.outs if o is not None}
+    last_write = max((i for i, call in enumerate(found.calls) if call.writes), default=-1)
+    for index, places in wanted.items():
+        i = number.get(index)
+        v, _, dense = places[0]
+        texts = [where for _, where, _ in places]
+        writer = None
+        # Others may take a view of it that only dense memory has.
+        if i is not None and (dense or uses[index] == 0) and _shape_is_known(program, v, dense):
+            writer = into(found.calls[i])
+        if writer is not None and i is not None and (len(texts) == 1 or i > last_write):
+            found.writes[i] = writer, texts
+        elif i is not None and i > last_write and not found.calls[i].several:
+            found.writes[i] = None, texts
+        else:
+            found.after += [(v, text) for text in texts]
+    return found
+
+
+def _arguments(call: Call) -> list[V]:
+    return list(values((call.args, tuple(v for _, v in call.kwargs))))
+
+
+def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
+    """Whether a call's result surely has the slice's shape and dtype: `out=` of another shape would resize, of another dtype cast.
+
+    Results of recorded calls have been compared with the recording before the first run; an output that is no such result was made dense
+    by the rules themselves.
+    """
+    if v.index in program.results:
+        return True
+    return dense and v in program.outputs
+
+
+def _parts(maker: Call | None, where: str) -> list[tuple[V, str]] | None:
+    """The parts that a call puts side by side, each with its slot; None if it does something else."""
+    if maker is None or maker.op not in _JOINS or not maker.mapped:
+        return None
+    tensors, *rest = maker.args
+    d = rest[0] if rest else dict(maker.kwargs).get("dim", 0)
+    if type(d) is not int or d < 1 or not all(type(v) is V and v.mapped for v in tensors):
+        return None
+    if maker.op is aten.stack.default:
+        return [(v, f"{where}.select({d}, {i})") for i, v in enumerate(tensors)]
+    slots, at = [], 0
+    for v in tensors:
+        if d > len(v.shape):
+            return None
+        length = v.shape[d - 1]
+        slots.append((v, f"{where}.narrow({d}, {at}, {length})"))
+        at += length
+    return slots

@@ -1,0 +1,183 @@
+"""What the recorder must know of an operator before it runs, from its schema, its tags, and short lists of what those hide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap.program.ir import Var, variables
+
+aten = torch.ops.aten
+
+_QUESTIONS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.item.default, aten.allclose.default}
+"""Operators that answer python with a value."""
+
+_METADATA = {"is_same_size", "_has_same_storage_numel", "_has_compatible_shallow_copy_type", "is_pinned", "_debug_has_internal_overlap"}
+"""Operators that answer python with metadata, the same for every sample."""
+
+_UNINITIALISED = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.empty_permuted.default,
+}
+
+_SHAPE_ONLY = {
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+"""Operators that look at the shape, strides, dtype and device of their tensor and not at its values."""
+
+OPEN_SCALARS = {
+    getattr(getattr(aten, name), overload)
+    for name in ("add", "sub", "mul", "div", "rsub", "add_", "sub_", "mul_", "div_")
+    for overload in ("Tensor", "Scalar")
+    if overload in getattr(aten, name).overloads()
+}
+"""Operators whose float arguments are bound at each call, so that a changing learning rate does not lower again."""
+
+_TRAINING_WRITES = {
+    "native_batch_norm": (3, 4, 5),
+    "_native_batch_norm_legit": (3, 4, 5),
+    "cudnn_batch_norm": (3, 4, 5),
+    "miopen_batch_norm": (3, 4, 5),
+    "batch_norm": (3, 4, 5),
+    "_batch_norm_impl_index": (3, 4, 5),
+    "instance_norm": (3, 4, 5),
+}
+"""Operators that write running statistics when training, and do not say so: (mean, variance, training) positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """What the recorder must know of an operator before it runs."""
+
+    op: torch._ops.OpOverload
+    writes: tuple[int, ...]
+    """Positions of the arguments that it writes in place."""
+    writes_named: tuple[str, ...]
+    random: bool
+    composite: bool
+    """Reaches the recorder whole although it is defined by other operators."""
+    dynamic: bool
+    """The shape of its result depends on values."""
+    question: bool
+    metadata: bool
+    shape_only: bool
+    """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
+    view_in_place: Any
+    """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
+    resizes: bool
+    """Gives its argument other memory or another size."""
+    hidden_writes: tuple[int, int, int] | None
+    """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
+    open_scalars: bool
+    uninitialised: bool
+    plain: bool
+    """None of the above matters: the call is only recorded."""
+
+
+_infos: dict[int, OpInfo] = {}
+
+
+def op_info(op: torch._ops.OpOverload) -> OpInfo:
+    """The facts about `op`, from its schema and tags, found once."""
+    info = _infos.get(id(op))  # hashing an overload runs python code; its address is as good while `OpInfo.op` keeps it alive
+    if info is None:
+        info = _infos[id(op)] = _op_info(op)
+    return info
+
+
+def _op_info(op: torch._ops.OpOverload) -> OpInfo:
+    schema = op._schema
+    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
+    named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    name = op._schema.name.partition("::")[2]
+    composite = op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    is_random = torch.Tag.nondeterministic_seeded in op.tags
+    info = OpInfo(
+        op=op,
+        writes=writes,
+        writes_named=named,
+        random=is_random,
+        composite=composite and op not in _QUESTIONS and name not in _METADATA,
+        dynamic=torch.Tag.dynamic_output_shape in op.tags,
+        question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
+        metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
+        shape_only=op in _SHAPE_ONLY,
+        hidden_writes=_TRAINING_WRITES.get(name),
+        view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
+        resizes=torch.Tag.inplace_view in op.tags and _functional(op, name) is None,
+        open_scalars=op in OPEN_SCALARS,
+        uninitialised=op in _UNINITIALISED,
+        plain=False,
+    )
+    special = (
+        info.writes
+        or info.writes_named
+        or info.random
+        or info.composite
+        or info.dynamic
+        or info.question
+        or info.metadata
+        or info.hidden_writes
+    )
+    plain = not special and info.view_in_place is None and not info.uninitialised and op is not aten.lift_fresh.default
+    return dataclasses.replace(info, plain=plain)
+
+
+_VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
+
+
+def _functional(op: torch._ops.OpOverload, name: str) -> Any:
+    """The operator that returns the view that `op` makes of its argument in place; None for `resize_` and its kin."""
+    packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
+    kinds = [str(a.type) for a in op._schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, overload)
+        returns = candidate._schema.returns
+        if [str(a.type) for a in candidate._schema.arguments] == kinds and len(returns) == 1 and returns[0].alias_info is not None:
+            return candidate
+    return None
+
+
+def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
+    if not op_info(op).random:
+        return False
+    for i, a in enumerate(op._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+        if a.name in ("dropout_p", "dropout", "p") and "dropout" in (a.name + op._schema.name) and value == 0:
+            return False
+        if a.name in ("train", "training") and value is False:
+            return False
+    return True
+
+
+def shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
+    """Whether this call's result has a shape that depends on values."""
+    if op is aten.index.Tensor:  # dynamic only for masks
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return True
+
+
+def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
+    """The arguments whose values decide the shape of a result: the mask of `x[mask]`, not `x`."""
+    if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
+        return variables(args[1:])
+    if op is aten.linalg_lstsq.default:
+        return iter(())  # residuals are left out where a matrix lacks rank: replay checks that none does
+    return variables(args)

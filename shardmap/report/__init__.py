@@ -1,5 +1,0 @@
-"""Reports: pieces that a run's own report is made of, and `shardmap.report.page`, which makes a page of a run folder."""
-
-from shardmap.report.pieces import FAINT, INK, RIGHT, WRONG, Tile, contact_sheet, format_table, write_csv
-
-__all__ = ["FAINT", "INK", "RIGHT", "WRONG", "Tile", "contact_sheet", "format_table", "write_csv"]

@@ -1,0 +1,1 @@
+"""Run a function on one real sample and record what it does."""

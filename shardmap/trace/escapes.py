@@ -1,0 +1,169 @@
+"""Doors by which a value can leave a recording without an operator call, and what becomes of each.
+
+A dispatch mode sees operators only. Python code can also read a tensor's memory directly (`tolist`, `numpy`), put tensors
+into python data that becomes a tensor again (`torch.tensor([x, 1.0])`) or swap memory underneath (`.data = `). A function mode
+sees these and refuses them for tensors that belong to the recording: for anything else the value is the same for all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from shardmap import errors
+from shardmap._torch import functorch, mkldnn
+from shardmap.trace import scalar_index as positions
+from shardmap.trace.recording import element
+
+if TYPE_CHECKING:
+    from shardmap.trace.recorder import Recorder
+
+Tensor = torch.Tensor
+
+_FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
+"""Functions that make a tensor from python data, and the position of that data."""
+
+_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+
+_READS: dict[Any, tuple[str, str]] = {
+    Tensor.tolist: ("tolist()", "keep the value in a tensor"),
+    Tensor.numpy: ("numpy()", "use torch's operators instead of numpy's"),
+    Tensor.__array__: ("a numpy function on a tensor", "use torch's operators instead of numpy's, such as torch.sin for np.sin"),
+    Tensor.apply_: ("apply_", "use torch's operators on the whole tensor"),
+    Tensor.map_: ("map_", "use torch's operators on the whole tensor"),
+    Tensor.map2_: ("map2_", "use torch's operators on the whole tensor"),
+    Tensor.__deepcopy__: ("copy.deepcopy", "use clone()"),
+    Tensor.__reduce_ex__: ("pickling", "return the tensor instead"),
+    Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
+    Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
+    Tensor.storage: ("storage()", "use torch's operators"),
+    Tensor._typed_storage: ("a Storage", "use torch's operators"),
+    Tensor.set_: ("set_", "build the tensor with torch's operators"),
+    Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
+    _SET_DATA: (".data = ", "use copy_ under torch.no_grad()"),
+    Tensor.__dlpack__: ("DLPack", "use torch's operators"),
+}
+
+_VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+"""Doors by which python gets to know a value; torch itself asks for storages."""
+
+_PRINTS = {Tensor.__repr__, Tensor.__format__}
+
+
+def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
+    """Tensors inside python containers, at any depth."""
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from _tensors_within(item)
+
+
+def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
+    with mkldnn.off():
+        return func(*args, **kwargs)
+
+
+class Doors(TorchFunctionMode):
+    """Refuses the doors for recorded tensors; printing a tensor prints the sample and records nothing."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+        self.hooked: list[Any] = []
+        """Nodes of autograd's graph whose gradients a hook may change."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Look at one call of torch's python interface, then run it."""
+        if self.recorder.depth:
+            args, kwargs = self._peel((args, kwargs or {}))
+        if func is torch.lstm:
+            return _without_mkldnn(func, args, kwargs or {})
+        if func in _READS:
+            for tensor in _tensors_within(args):
+                self._refuse(tensor, *_READS[func], func in _VALUE_READS)
+        elif func in _FROM_DATA:
+            data = args[_FROM_DATA[func] :][:1]
+            if data and not isinstance(data[0], torch.Tensor):
+                for tensor in _tensors_within(data):
+                    self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack", True)
+        elif func is Tensor.__getitem__ or func is Tensor.__setitem__:
+            done, result = self._index(func, args)
+            if done:
+                return result
+        elif func is torch.nn.functional.one_hot:
+            return self._one_hot(*args, **(kwargs or {}))
+        elif func is Tensor.register_hook and args[0].grad_fn is not None:
+            self.hooked.append(args[0].grad_fn)
+        elif func in _PRINTS:
+            paused = self.recorder.paused
+            self.recorder.paused = True
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.recorder.paused = paused
+        return func(*args, **(kwargs or {}))
+
+    def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
+        """Serve indices without dimensions that differ by sample; returns whether it did."""
+        source, indices = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not any(isinstance(i, Tensor) and i.dim() == 0 for i in indices):
+            return False, None
+        at = positions.places(source, indices, self._differs)
+        if not at:
+            return False, None
+        if func is Tensor.__getitem__:
+            copy = positions.taken(source, indices, at)
+            self.recorder.copied(element(source), element(copy), indices)
+            return True, copy
+        value = args[2]
+        if isinstance(value, Tensor):
+            self.recorder.put_back(element(source), element(value), indices, lambda: positions.put(source, indices, at, value))
+        else:
+            positions.put(source, indices, at, value)
+        return True, None
+
+    def _differs(self, index: torch.Tensor) -> bool:
+        return not functorch.is_batchedtensor(index) and self.recorder.belongs(element(index))
+
+    def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        """Torch's own asks python for the smallest and largest index; the write checks them as well, for every sample."""
+        if num_classes <= 0 or index.numel() == 0:
+            return torch.nn.functional.one_hot(index, num_classes)
+        out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
+        return out.scatter_(-1, index.unsqueeze(-1), 1)
+
+    def _peel(self, value: Any) -> Any:
+        """Arguments with the tensors of outer `torch.func` transforms replaced by what stands for them while recording."""
+        if isinstance(value, torch.Tensor):
+            return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
+        if isinstance(value, dict):
+            return {k: self._peel(v) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self._peel(v) for v in value])
+        return value
+
+    def _is_remembered(self) -> bool:
+        """Whether the outermost recording is kept for later calls."""
+        outermost = self.recorder
+        while outermost.outer is not None:
+            outermost = outermost.outer
+        return outermost.value_may_change
+
+    def _refuse(self, tensor: torch.Tensor, door: str, remedy: str, reads_value: bool) -> None:
+        plain = element(tensor)
+        if reads_value and self._is_remembered() and not self.recorder.belongs(plain):
+            raise errors.EscapeError(
+                f"{self.recorder.call}: python reads the value of a captured tensor of shape {tuple(plain.shape)} by {door}, and nothing "
+                f"would notice if it changed later: {remedy}, or pass trace='each'"
+            )
+        if self.recorder.belongs(plain):
+            raise errors.EscapeError(
+                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function "
+                "leaves it through "
+                f"{door}; what becomes of it cannot be recorded: {remedy}"
+            )

@@ -1,0 +1,319 @@
+"""Record a function on the first sample of a batch, and leave no trace of having done so."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+from shardmap import errors
+from shardmap._torch import cudnn, functorch, has_internal_overlap, transformer_fast_paths
+from shardmap.call.arguments import Batch, flatten_outputs
+from shardmap.rules import registry
+from shardmap.trace import repeat as follow
+from shardmap.trace.escapes import Doors
+from shardmap.trace.recorder import Recorder
+from shardmap.trace.recording import Recording, element
+
+
+def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A copy of one row with the row's exact strides: recorded views depend on them.
+
+    A sample that requires grad is not a leaf: a leaf refuses `add_`, a row does not.
+    """
+    shape, stride = tuple(row.shape), row.stride()
+    with torch.no_grad():
+        repeated = [d for d in range(row.ndim) if stride[d] == 0 and shape[d] > 1]
+        compact = row
+        for d in repeated:
+            compact = compact.narrow(d, 0, 1)
+        if has_internal_overlap(compact) == 1:
+            span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            sample = row.as_strided((span,), (1,), row.storage_offset()).clone().as_strided(shape, stride)
+        else:
+            sample = compact.clone()
+            if sample.stride() != compact.stride():
+                sample = torch.empty_strided(compact.shape, compact.stride(), dtype=row.dtype, device=row.device).copy_(compact)
+            if repeated:
+                sample = sample.expand(shape)
+    if not requires_grad:
+        return sample
+    with torch.enable_grad():
+        leaf = sample.requires_grad_()
+        if repeated or has_internal_overlap(sample) == 1:
+            return leaf.view_as(leaf)
+        return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
+
+
+def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
+    """Row 0 of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
+
+    Args:
+        batch: The call's arguments.
+        transformed: Whether `torch.func` transforms are active around the call. What they will differentiate is not known
+            here, so that every floating-point sample requires grad.
+    """
+    rows = []
+    for i, d in batch.mapped:
+        tensor = batch.leaves[i]
+        if batch.size == 0:
+            shape = tensor.shape[:d] + tensor.shape[d + 1 :]
+            row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            row = tensor.select(d, 0)
+        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+        rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
+    return rows
+
+
+@contextlib.contextmanager
+def transforms_set_aside() -> Iterator[int]:
+    """Set the `torch.func` transforms around the call aside; yields how many there are.
+
+    Inert levels take their places, so that the levels of transforms inside the function are numbered above those outside.
+    """
+    top = functorch.peek_interpreter_stack()
+    if top is None:
+        yield 0
+        return
+    depth = top.level()
+    allowed = functorch.get_inplace_requires_grad_allowed()
+    try:
+        with temporarily_clear_interpreter_stack():
+            for _ in range(depth):
+                functorch._vmap_increment_nesting(1, "same")
+            functorch.set_inplace_requires_grad_allowed(True)
+            try:
+                yield depth
+            finally:
+                for _ in range(depth):
+                    functorch._vmap_decrement_nesting()
+    finally:
+        functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+@contextlib.contextmanager
+def recording_settings(device_type: str) -> Iterator[None]:
+    """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
+    with transformer_fast_paths.off(), cudnn.off() if device_type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Recording makes many small tuples at once, and the collector would look at all of them time and again: it cost 40% of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def outer_recordings_suspended() -> Iterator[None]:
+    """Set the modes of outer recordings aside, and leave every other mode where it is.
+
+    An inner map's sample must not be recorded by the outer map: only the inner replay is.
+    """
+    dispatch = list(_get_current_dispatch_mode_stack())
+    function = list(_get_current_function_mode_stack())
+    if not any(isinstance(m, Recorder) for m in dispatch):
+        yield
+        return
+    for _ in dispatch:
+        _pop_dispatch_mode()
+    for _ in function:
+        _pop_function_mode()
+    try:
+        with contextlib.ExitStack() as stack:
+            for mode in (*function, *dispatch):
+                if not isinstance(mode, Recorder | Doors):
+                    stack.enter_context(mode)
+            yield
+    finally:
+        for mode in function:
+            _push_function_mode(mode)
+        for mode in dispatch:
+            _push_dispatch_mode(mode)
+
+
+class _RandomStates:
+    """The global random states, compared and put back."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.torch = torch.default_generator.get_state()
+        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" and torch.cuda.is_available() else None
+        self.python = random.getstate()
+        self.numpy: Any = np.random.get_state()
+
+    def restore(self) -> str | None:
+        """Put the states back; names a python source of random numbers that was drawn from."""
+        torch.default_generator.set_state(self.torch)
+        if self.accelerator is not None:
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        drawn = None
+        if random.getstate() != self.python:
+            random.setstate(self.python)
+            drawn = "random"
+        now: Any = np.random.get_state()
+        if now[2] != self.numpy[2] or not np.array_equal(now[1], self.numpy[1]):
+            np.random.set_state(self.numpy)
+            drawn = "numpy.random"
+        return drawn
+
+
+def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str) -> tuple[Recording, pytree.TreeSpec]:
+    """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
+
+    Raises:
+        ShardmapError: The function does something that cannot be followed; an exception of its own passes through unchanged.
+    """
+    outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
+    with outer_recordings_suspended():
+        rows = rows_of(batch, functorch.peek_interpreter_stack() is not None)
+        with transforms_set_aside() as depth:
+            recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
+            recorder.depth = depth
+            recorder.expected = follow.expected(func)
+            return _record(func, batch, [sample_of(element(row).detach(), grad) for row, grad in rows], recorder)
+
+
+def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor], recorder: Recorder) -> tuple[Recording, pytree.TreeSpec]:
+    call, randomness = recorder.call, recorder.randomness
+    device = samples[0].device
+    states = _RandomStates(device)
+    try:
+        for sample, (i, _) in zip(samples, batch.mapped, strict=True):
+            recorder.add_input(sample)
+            if batch.leaves[i].requires_grad and batch.leaves[i].is_leaf:
+                recorder.groups_of_leaves.add(recorder.inputs[-1].group)
+        args, kwargs = batch.unflatten(samples)
+        doors = Doors(recorder)
+        try:
+            with recording_settings(device.type), _no_garbage_collection(), doors, recorder:
+                out = func(*args, **kwargs)
+        except Exception as error:
+            if batch.size == 0 and not isinstance(error, errors.ShardmapError):
+                raise errors.EmptyBatchError(
+                    f"{call}: the batch is empty, and the function raised {type(error).__name__} on a sample of zeros, so the "
+                    "shape of the result "
+                    "cannot be inferred; skip the call when there are no samples"
+                ) from error
+            raise
+        finally:
+            drawn = states.restore()
+            changed = _restore_grads(recorder)
+        if drawn is not None and randomness != "same":
+            raise errors.RandomnessError(
+                f"{call}: the function draws from python's {drawn}, which would give every sample the same number; use torch's "
+                "random functions with "
+                "randomness='different'"
+            )
+        if changed:
+            raise errors.CapturedWriteError(
+                f"{call}: .backward() inside the function accumulates into the .grad of a tensor of shape {changed[0]} that all "
+                "samples share; use "
+                "torch.autograd.grad(loss, parameters), which returns the gradients"
+            )
+        leaves, structure = flatten_outputs(out, call)
+        if torch.is_grad_enabled():
+            _refuse_own_backwards(leaves, recorder, doors.hooked, call)
+        leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
+        recording = recorder.finish(leaves, batch.size > 0)
+        recording = dataclasses.replace(recording, sources=follow.remember(func, recording.program, recording.sources))
+        refuse_shared_writes(recording, batch, call)
+        return recording, structure
+    finally:
+        recorder.release()
+
+
+def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
+    changed = []
+    for tensor, grad in recorder.captured_grads:
+        if tensor.grad is not grad:
+            tensor.grad = grad
+            changed.append(tuple(tensor.shape))
+    return changed
+
+
+def _refuse_own_backwards(leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str) -> None:
+    """A backward of the user's, or a hook, between the inputs and an output that requires grad would be lost."""
+    stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
+    keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
+    queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen.add(id(node))
+        keep_alive.append(node)
+        if any(node is h for h in hooked):
+            raise errors.AutogradFunctionError(
+                f"{call}: register_hook on a tensor between the inputs and an output that requires grad, and outer gradients would not "
+                "call the hook; take the gradient inside the mapped function (torch.autograd.grad), or change the gradient with torch "
+                "operators"
+            )
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise errors.AutogradFunctionError(
+                f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and "
+                "an output that "
+                "requires grad, and outer gradients would not use its backward; take the gradient inside the mapped function "
+                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch operators"
+            )
+        queue += [n for n, _ in node.next_functions if n is not None]
+
+
+def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
+    """A row that is written in place must not be visible to other samples or through another tensor."""
+    if not recording.written_inputs:
+        return
+    tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
+    for number in recording.written_inputs:
+        tensor = tensors[number]
+        if tensor.is_conj() or tensor.is_neg():
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, which is a lazy conjugate or negative of other memory; "
+                "pass .resolve_conj() or .resolve_neg() of it"
+            )
+        if _may_overlap(tensor):
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, whose samples overlap in memory (shape "
+                f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what earlier ones wrote; pass a clone"
+            )
+        address = tensor.untyped_storage()._cdata
+        others = [t for k, t in enumerate(tensors) if k != number] + [element(t) for t in recording.captured]
+        if any(t.untyped_storage()._cdata == address for t in others):
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured "
+                "tensor shares: later "
+                "samples would read what earlier ones wrote; pass clones"
+            )
+
+
+def _may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: the steps of a tensor without overlap are each larger than all smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

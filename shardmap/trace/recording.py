@@ -1,0 +1,91 @@
+"""What a recording leaves behind, and the questions about tensors that recording asks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap._torch import functorch
+from shardmap.program.ir import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A program and what it was recorded with."""
+
+    program: Program
+    captured: tuple[torch.Tensor, ...]
+    literals: tuple[torch.Tensor, ...]
+    scalars: tuple[float, ...]
+    written_inputs: frozenset[int]
+    """Positions of mapped inputs that the function writes in place."""
+    random: bool
+    sources: dict[str, str]
+    """The user's line for operators that have no rule of ours."""
+    sample: tuple[torch.Tensor, ...]
+    """What the function returned for the sample; none if the sample was made of zeros."""
+
+
+_names: dict[torch.device, str] = {}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a device, made once."""
+    name = _names.get(device)
+    if name is None:
+        name = _names[device] = str(device)
+    return name
+
+
+def element(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner = functorch.get_unwrapped(tensor)
+        tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
+    return tensor
+
+
+def flat_tensors(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments."""
+    flat = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat.append(value)
+        elif isinstance(value, tuple | list):
+            flat += flat_tensors(value)
+    return flat
+
+
+def is_own_leaf(leaf: torch.Tensor) -> bool:
+    """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
+    try:
+        if not leaf.is_leaf:
+            return False
+    except RuntimeError:  # a view made without grad whose base was written to with it: autograd forbids to ask
+        return False
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        node = leaf.view_as(leaf).grad_fn
+    if node is None:
+        return False
+    accumulate = node.next_functions[0][0]  # None for a view made without grad of what requires it: gradients go nowhere from there
+    return accumulate is None or getattr(accumulate, "variable", None) is leaf
+
+
+_OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+
+
+def user_line() -> str:
+    """The innermost line of the stack that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN_CODE) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"

@@ -1,0 +1,130 @@
+"""Record against the last recording of the same code: a call that repeats it is recognised instead of described anew.
+
+A function that is recorded at each call mostly does what it did the last time. Comparing a call with the expected one costs a
+third of describing it. Where they differ, recording goes on as if nothing had been expected.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, variables
+
+if TYPE_CHECKING:
+    from shardmap.trace.recorder import Recorder
+
+DIFFERENT = object()
+"""What `repeat` returns where the call is not the expected one; nothing has been run then."""
+
+_CAPACITY = 256
+_last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
+_lock = threading.Lock()
+
+
+def code_of(func: Callable[..., Any]) -> Any:
+    """What identifies the code of `func`, whatever it closes over; None if nothing does."""
+    inner = getattr(func, "__func__", func)
+    code = getattr(inner, "__code__", None)
+    if code is not None and hasattr(inner, "__wrapped__"):  # wrappers share their code
+        return code, code_of(inner.__wrapped__)
+    return type(func) if code is None and not isinstance(func, type) else code
+
+
+def expected(func: Callable[..., Any]) -> Program | None:
+    """The last recording of this code."""
+    with _lock:
+        return _last.get(code_of(func), (None,))[0]
+
+
+def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
+    """Expect `program` of this code the next time; returns its `sources`, those of calls that were only repeated included."""
+    key = code_of(func)
+    if key is None:
+        return sources
+    with _lock:
+        before = _last.get(key)
+        if before is not None and before[0] is program:
+            sources = before[1] | sources
+        _last[key] = program, sources
+        _last.move_to_end(key)
+        while len(_last) > _CAPACITY:
+            _last.popitem(last=False)
+    return sources
+
+
+def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dict[str, Any], is_own_leaf: Callable[[Any], bool]) -> Any:
+    """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
+
+    This runs for each operator of each recording: it is written for speed.
+    """
+    wanted_args = eq.args
+    if eq.op is not func or len(args) != len(wanted_args) or len(kwargs) != len(eq.kwargs) or eq.grad_mode is not torch.is_grad_enabled():
+        return DIFFERENT
+    marks = len(recorder.types), len(recorder.scalars)
+    groups, entries, eq_flags, mapped, number = recorder.mapped_groups, recorder.entries, eq.flags, False, 0
+    if kwargs:
+        for name, wanted in zip(kwargs, eq.kwargs, strict=True):
+            if name != wanted[0]:
+                return DIFFERENT
+        args_and_wanted = zip((*args, *kwargs.values()), (*wanted_args, *[w for _, w in eq.kwargs]), strict=True)
+    else:
+        args_and_wanted = zip(args, wanted_args, strict=True)
+    for value, wanted in args_and_wanted:
+        kind = type(wanted)
+        if kind is Var:
+            if not isinstance(value, torch.Tensor):
+                return _undo(recorder, marks)
+            entry = entries.get(id(value))
+            var = entry[1] if entry is not None and entry[0]() is value else recorder.captured_var(value)
+            if var is not wanted and var != wanted:
+                return _undo(recorder, marks)
+            flag = eq_flags[number]
+            number += 1
+            if value.requires_grad:
+                if flag == 0 or (flag == FRESH_LEAF) != (var.index not in recorder.captured and is_own_leaf(value)):
+                    return _undo(recorder, marks)
+            elif flag:
+                return _undo(recorder, marks)
+            if var.group in groups:
+                mapped = True
+        elif kind is int or wanted is None:
+            if value != wanted or type(value) is not kind:
+                return _undo(recorder, marks)
+        else:
+            flags: list[int] = []
+            encoded = recorder.encode(value, flags, kind is Param)
+            if not alike(encoded, wanted):
+                recorder.expected = None  # equal to python all the same: nothing of the expected recording may stand for it
+                return _undo(recorder, marks)
+            if tuple(flags) != eq_flags[number : number + len(flags)]:
+                return _undo(recorder, marks)
+            number += len(flags)
+            mapped = mapped or any(v.group in groups for v in variables((encoded,)))
+    out = func._op(*args, **kwargs)
+    recorder.adopt(out, eq, mapped)
+    return out
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two encoded arguments are the same to an operator: to python `1 == 1.0 == True` and `0.0 == -0.0`."""
+    kind = type(a)
+    if kind is not type(b):
+        return False
+    if kind is tuple:
+        return len(a) == len(b) and all(map(alike, a, b))
+    if kind is float:
+        return a.hex() == b.hex()
+    if kind is complex:
+        return alike((a.real, a.imag), (b.real, b.imag))
+    return a == b
+
+
+def _undo(recorder: Recorder, marks: tuple[int, int]) -> Any:
+    del recorder.types[marks[0] :]
+    del recorder.scalars[marks[1] :]
+    return DIFFERENT

@@ -1,0 +1,216 @@
+"""Which variable of the program each tensor is, while a function is being recorded."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from shardmap import errors
+from shardmap._torch import functorch
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.trace.recording import device_name, element, is_own_leaf
+
+
+class Variables:
+    """Tensors known by identity, held weakly: intermediate results die when the function lets go of them.
+
+    Memory is known by the address of its storage; a weak reference keeps the address from being used again.
+    """
+
+    def __init__(self, call: str, outer: Variables | None, once: bool):
+        self.call = call
+        """The user's call, for errors."""
+        self.outer = outer
+        """The recording around this one."""
+        self.value_may_change = once or outer is not None
+        self.depth = 0
+        """How many levels of torch.func transforms are active around the call; their wrappers are peeled while recording."""
+        self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.paused = False
+        self.entries: dict[int, tuple[weakref.ref, Var]] = {}
+        self.groups: dict[int, int] = {}
+        self.weak_storages: list[int] = []
+        self.mapped_groups: set[int] = set()
+        self.groups_with_grad: set[int] = set()
+        """Memory of captured tensors that require grad."""
+        self.captured_groups: set[int] = set()
+        self.input_groups: dict[int, int] = {}
+        self.inputs: list[Var] = []
+        self.captured: dict[int, tuple[Var, torch.Tensor]] = {}
+        self.captured_grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.scalars: list[float] = []
+        self.types: list[Any] = []
+        self.count = 0
+        self.device: torch.device | None = None
+
+    def _define(self, tensor: torch.Tensor) -> Var:
+        if tensor.layout is not torch.strided:
+            raise errors.UnsupportedOperatorError(
+                f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only dense (strided) tensors can be "
+                "mapped: call .to_dense() on it first"
+            )
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        group = self.groups.get(address)
+        if group is None:
+            group = len(self.groups)
+            self.groups[address] = group
+            self.weak_storages.append(cast(int, storage._weak_ref()))
+        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, device_name(tensor.device), int(tensor.storage_offset()))
+        var = Var(self.count, group, spec)
+        self.count += 1
+        self.entries[id(tensor)] = (weakref.ref(tensor), var)
+        return var
+
+    def known(self, tensor: torch.Tensor) -> Var | None:
+        """The variable of a tensor that was recorded, or None."""
+        entry = self.entries.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        return None
+
+    def add_input(self, sample: torch.Tensor) -> None:
+        """Declare `sample` as the next mapped input."""
+        var = self._define(sample)
+        self.mapped_groups.add(var.group)
+        self.input_groups[var.group] = len(self.inputs)
+        self.inputs.append(var)
+        if self.device is None:
+            self.device = sample.device
+
+    def belongs(self, tensor: torch.Tensor) -> bool:
+        """Whether python may not look at the value of `tensor`: it differs by sample, or nothing would notice if it changed."""
+        var = self.known(tensor)
+        if var is not None and (var.group in self.mapped_groups or (self.value_may_change and var.index not in self.captured)):
+            return True
+        return self.outer is not None and self.outer.belongs(tensor)
+
+    def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
+        """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
+        found = self.wrappers.get(id(wrapper))
+        if found is None:
+            allowed = functorch.get_inplace_requires_grad_allowed()
+            self.paused = True
+            with temporarily_clear_interpreter_stack():  # a transform inside the function may be active: it must not see this
+                plain = element(wrapper).detach()
+                functorch.set_inplace_requires_grad_allowed(True)
+                if plain.is_floating_point() or plain.is_complex():
+                    plain.requires_grad_()
+            self.paused = False
+            functorch.set_inplace_requires_grad_allowed(allowed)
+            found = self.wrappers[id(wrapper)] = (wrapper, plain)
+        return found[1]
+
+    def is_outer(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` belongs to a `torch.func` transform around the call."""
+        return 0 < functorch.maybe_get_level(tensor) <= self.depth
+
+    def is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether the value of a tensor differs by sample."""
+        var = self.known(tensor)
+        return var is not None and var.group in self.mapped_groups
+
+    def _capture(self, tensor: torch.Tensor) -> Var:
+        address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+        group = self.groups.get(address) if address is not None else None
+        if group is not None and group not in self.captured_groups:
+            # Autograd saves its own results without their history, and gives it back where a backward unpacks them.
+            unpacked = tensor.requires_grad and tensor.grad_fn is not None
+            made = self.made_parameter(tensor, group) if unpacked or isinstance(tensor, torch.nn.Parameter) else None
+            if made is None and tensor._is_zerotensor():
+                made = self.made_zero(tensor)
+            if made is not None:
+                return made
+            raise errors.EscapeError(
+                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was "
+                "not made by a "
+                "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch operators on the tensor itself"
+            )
+        var = self._define(tensor)
+        self.captured_groups.add(var.group)
+        self.captured[var.index] = (var, tensor)
+        if tensor.requires_grad:
+            self.groups_with_grad.add(var.group)
+        if tensor.requires_grad and tensor.is_leaf:
+            self.captured_grads.append((tensor, tensor.grad))
+        return var
+
+    def encode(self, value: Any, flags: list[int], param: bool) -> Any:
+        """An argument as the program holds it; `flags` takes what autograd knows of the tensors in it."""
+        kind = type(value)
+        if kind is int or value is None or kind is str:
+            return value
+        if isinstance(value, torch.Tensor):
+            entry = self.entries.get(id(value))
+            if entry is not None and entry[0]() is value:
+                var = entry[1]
+            else:
+                var = self._capture(value)
+            if value.requires_grad:
+                if var.index not in self.captured and is_own_leaf(value):
+                    flags.append(FRESH_LEAF)
+                else:
+                    if var.group in self.captured_groups and var.index not in self.captured and var.group not in self.groups_with_grad:
+                        # A view of captured memory that does not require grad, and itself does: what autograd saved, unpacked.
+                        var = self._capture(value)
+                    flags.append(GRAD)
+            else:
+                flags.append(NO_GRAD)
+            return var
+        if kind is list or kind is tuple:
+            return tuple([self.encode(v, flags, False) for v in value])
+        if kind is bool:
+            self.types.append(bool)
+            return value
+        if kind is float:
+            if param:
+                self.scalars.append(value)
+                return Param(len(self.scalars) - 1)
+            self.types.append(value.hex())
+            return value
+        if kind is complex:
+            self.types.append((value.real.hex(), value.imag.hex()))
+            return value
+        if kind is torch.device:
+            return SAMPLE_DEVICE if self._is_sample_device(value) else value
+        if kind is torch.dtype or kind is torch.layout or kind is torch.memory_format:
+            return value
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise errors.EscapeError(f"{self.call}: the function computes with symbolic sizes ({value}), which cannot be recorded")
+        if isinstance(value, torch.Generator):
+            raise errors.RandomnessError(
+                f"{self.call}: the function draws from an explicit torch.Generator, which samples cannot share; drop the generator "
+                "argument and seed torch's own with torch.manual_seed"
+            )
+        if isinstance(value, float | np.floating):
+            return self.encode(float(value), flags, param)
+        if isinstance(value, int | np.integer):
+            return int(value)
+        raise errors.EscapeError(f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot be recorded")
+
+    def _is_sample_device(self, device: torch.device) -> bool:
+        mine = self.device
+        return mine is not None and device.type == mine.type and (device.index is None or mine.index is None or device.index == mine.index)
+
+    def _outputs(self, out: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            return self.known(out) or self._define(out)
+        if isinstance(out, tuple | list):
+            return tuple([self._outputs(o) for o in out])
+        return None
+
+    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of a parameter made of a recorded tensor's memory, if the recorder can tell which."""
+        return None
+
+    def made_zero(self, tensor: torch.Tensor) -> Var | None:
+        """The variable of a view of a symbolic zero."""
+        return None
+
+    def captured_var(self, tensor: torch.Tensor) -> Var:
+        """The variable of a tensor that was not recorded: from now on it is captured."""
+        return self._capture(tensor)

@@ -1,0 +1,151 @@
+"""Recording leaves no trace: whatever the function raises, from however many threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import random
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import shardmap
+from shardmap._torch import Switch
+from tests import oracle
+
+x = torch.arange(12.0).view(3, 4) + 1
+
+
+class OwnError(Exception):
+    """Stands for any exception of the user's."""
+
+
+def state() -> dict[str, Any]:
+    """Everything global that recording touches for a while."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    numpy: Any = np.random.get_state()
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "garbage collection": gc.isenabled(),
+        "fast paths": torch.backends.mha.get_fastpath_enabled(),
+        "mkldnn": torch._C._get_mkldnn_enabled(),
+        "cudnn": torch._C._get_cudnn_enabled(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "transforms": functorch.peek_interpreter_stack() is None,
+        "requires_grad_ allowed": functorch.get_inplace_requires_grad_allowed(),
+        "torch random": torch.random.get_rng_state().tolist(),
+        "python random": random.getstate(),
+        "numpy random": (numpy[1].tolist(), numpy[2]),
+    }
+
+
+def raising(error: BaseException) -> Callable[[torch.Tensor], torch.Tensor]:
+    def function(r: torch.Tensor) -> torch.Tensor:
+        random.random()
+        np.random.rand()
+        with torch.no_grad():
+            torch.rand(2)
+            raise error
+
+    return function
+
+
+PLACES: dict[str, Callable[[Any, Any], Any]] = {
+    "alone": lambda v, f: v(f)(x),
+    "under grad": lambda v, f: torch.func.grad(lambda y: v(f)(y).sum())(x),
+    "under vmap": lambda v, f: torch.func.vmap(v(f), randomness="same")(x[None]),
+    "nested": lambda v, f: v(lambda r: v(f)(x * r.sum()))(x),
+    "inside grad": lambda v, f: v(torch.func.grad(f))(x),
+    "inside vmap": lambda v, f: v(lambda r: torch.func.vmap(f, randomness="same")(x * r.sum()))(x),
+    "chunks": lambda v, f: v(f, chunk_size=1)(x),
+    "once": lambda v, f: v(f, trace="once")(x),
+}
+
+
+@pytest.mark.parametrize("error", [OwnError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_left_behind(place: str, error: BaseException) -> None:
+    """The exception is the function's own, and every mode, switch and random state is as before."""
+
+    def mapped(function: Any, **options: Any) -> Any:
+        return shardmap.vmap(function, randomness="same", **options)
+
+    before = state()
+    with pytest.raises(type(error)) as caught:
+        PLACES[place](mapped, raising(error))
+    assert caught.value is error
+    assert state() == before
+
+
+def test_garbage_collection_stays_off() -> None:
+    gc.disable()
+    try:
+        shardmap.vmap(torch.sin)(x)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_threads() -> None:
+    """Maps in several threads at once do not see each other, and put the global switches back."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    recurrent = nn.LSTM(4, 3)
+    weight = torch.randn(4, 4, requires_grad=True)
+    batch = torch.randn(3, 2, 4)
+    shared = shardmap.vmap(lambda r: r * 2, trace="once")
+    functions: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda r: layer(r),
+        lambda r: recurrent(r)[0],
+        lambda r: torch.autograd.grad((r @ weight).square().sum(), weight)[0],
+        lambda r: (r @ weight).sin(),
+    ]
+    wanted = [oracle.loop(f)(batch) for f in functions]
+    before = state()
+
+    def work(number: int) -> None:
+        function, want = functions[number % 4], wanted[number % 4]
+        for turn in range(6):
+            mapped = shardmap.vmap(function, trace="once" if turn % 2 else "each", chunk_size=None if turn % 3 else 2)
+            oracle.assert_same(mapped(batch), want, f"function {number % 4}")
+            oracle.assert_same(shared(batch), batch * 2, "shared map")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert state() == before
+
+
+def test_a_switch_is_off_while_anyone_needs_it_off() -> None:
+    value = [True]
+    switch = Switch(lambda: value[0], lambda on: value.__setitem__(0, on))
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with switch.off():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with switch.off():
+        thread.start()
+        assert entered.wait(10)
+    assert not value[0], "the other thread still needs it off"
+    leave.set()
+    thread.join()
+    assert value[0]
+    value[0] = False
+    with switch.off():
+        pass
+    assert not value[0]
