@@ -1,9 +1,11 @@
-"""The Ray executor on this machine: `python -m benchmarks.cluster [speed] [driver] [store]`, all three by default.
+"""The Ray executor on this machine.
+
+`python -m benchmarks.cluster [speed] [driver] [store]`, all three by default.
 
 - speed: per-sample gradient norms (small results) on two workers of one core against one worker, and against the local executor on two
-  threads: medians of five interleaved rounds, each run right after two untimed ones with the same workers, so that no start-up is in it;
-  and what two plain processes gain over one, which is what the machine allows.
-  The stacked gradients of a part of the samples stand beside them.
+  threads: medians of five interleaved rounds, each run right after two untimed ones with the same
+  workers, so that no start-up is in it; and what two plain processes gain over one, which is what
+  the machine allows. The stacked gradients of a part of the samples stand beside them.
 - driver: CPU time of the driver's process, all of its threads, per task: with half a megabyte of samples sent for each, and with samples
   that workers read from a file themselves.
 - store: 10 GB of per-sample gradients, written to zarr by two workers: what it adds to the driver's memory at most, and the rate against
@@ -38,14 +40,25 @@ from benchmarks.models import mlp
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
-TARGETS = {"speedup": 1.7, "against local": 0.85, "sent": 4.0, "read": 2.0, "memory": 300.0, "disk": 0.6}
+TARGETS = {
+    "speedup": 1.7,
+    "against local": 0.85,
+    "sent": 4.0,
+    "read": 2.0,
+    "memory": 300.0,
+    "disk": 0.6,
+}
 MIB = 2**20
 
 
 def cnn() -> nn.Module:
     """Build a small network for 28x28 pixels."""
-    features = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
-    return nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), features, nn.Flatten(-3), nn.Linear(32 * 36, 10))
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()
+    )
+    return nn.Sequential(
+        nn.Unflatten(-1, (1, 28, 28)), features, nn.Flatten(-3), nn.Linear(32 * 36, 10)
+    )
 
 
 def gradient(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
@@ -63,11 +76,16 @@ def norm(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 def data(samples: int) -> tuple[Tensor, Tensor]:
     """Pixels and labels."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(samples, 784, generator=generator), torch.randint(10, (samples,), generator=generator)
+    return torch.randn(samples, 784, generator=generator), torch.randint(
+        10, (samples,), generator=generator
+    )
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of a run that follows two untimed ones: workers of the peer before are gone, and the new ones start."""
+    """Seconds of a run that follows two untimed ones.
+
+    Workers of the peer before are gone, and the new ones start.
+    """
     for _ in range(2):
         call()
     began = time.perf_counter()
@@ -98,7 +116,10 @@ def ceiling(name: str, samples: int, rounds: int) -> float:
     for processes in (1, 2):
         barrier, queue = context.Barrier(processes), context.Queue()
         started = [
-            context.Process(target=plain_process, args=(name, samples // processes, rounds, barrier, queue)) for _ in range(processes)
+            context.Process(
+                target=plain_process, args=(name, samples // processes, rounds, barrier, queue)
+            )
+            for _ in range(processes)
         ]
         for process in started:
             process.start()
@@ -111,10 +132,16 @@ def ceiling(name: str, samples: int, rounds: int) -> float:
 def speed(rounds: int) -> list[dict[str, Any]]:
     """Two workers against one, and against two threads."""
     found = []
-    for name, make, samples, stacked in (("MLP 784-256-256-10", mlp, 60_000, 1_200), ("CNN 28x28", cnn, 60_000, 12_000)):
+    for name, make, samples, stacked in (
+        ("MLP 784-256-256-10", mlp, 60_000, 1_200),
+        ("CNN 28x28", cnn, 60_000, 12_000),
+    ):
         torch.manual_seed(0)
         model = make()
-        for what, function, size in (("norms", norm(model), samples), ("gradients, stacked", gradient(model), stacked)):
+        for what, function, size in (
+            ("norms", norm(model), samples),
+            ("gradients, stacked", gradient(model), stacked),
+        ):
             x, y = data(size)
 
             def run(devices: Any, function: Any = function, x: Tensor = x, y: Tensor = y) -> Any:
@@ -131,8 +158,13 @@ def speed(rounds: int) -> list[dict[str, Any]]:
                 for key, call in calls.items():
                     seconds[key].append(timed(call))
             median = {key: statistics.median(values) for key, values in seconds.items()}
-            ratios = [a / b for a, b in zip(seconds["one worker"], seconds["two workers"], strict=True)]
-            locals_ = [a / b for a, b in zip(seconds["local, two threads"], seconds["two workers"], strict=True)]
+            ratios = [
+                a / b for a, b in zip(seconds["one worker"], seconds["two workers"], strict=True)
+            ]
+            locals_ = [
+                a / b
+                for a, b in zip(seconds["local, two threads"], seconds["two workers"], strict=True)
+            ]
             found.append(
                 {
                     "model": name, "what": what, "samples": size, "seconds": median,
@@ -211,11 +243,15 @@ def store(folder: Path, samples: int) -> dict[str, float]:
     model = mlp()
     x, y = data(samples)
     two = shardmap.Ray(workers=2)
-    shardmap.vmap(gradient(model), devices=two, out=shardmap.ZarrSink(folder / "warm"))(x[:100], y[:100])
+    shardmap.vmap(gradient(model), devices=two, out=shardmap.ZarrSink(folder / "warm"))(
+        x[:100], y[:100]
+    )
     before = disk_bytes_per_second(folder)
     peak = Peak()
     began = time.perf_counter()
-    written = shardmap.vmap(gradient(model), devices=two, out=shardmap.ZarrSink(folder / "gradients"))(x, y)
+    written = shardmap.vmap(
+        gradient(model), devices=two, out=shardmap.ZarrSink(folder / "gradients")
+    )(x, y)
     seconds = time.perf_counter() - began
     memory = peak.stop()
     after = disk_bytes_per_second(folder)
@@ -233,12 +269,18 @@ def store(folder: Path, samples: int) -> dict[str, float]:
 
 def report(found: dict[str, Any]) -> str:
     """The results as text."""
-    parts = [f"# The Ray executor on one machine\n\n{machine_line(found['machine'])}. `python -m benchmarks.cluster`."]
+    parts = [
+        f"# The Ray executor on one machine\n\n{machine_line(found['machine'])}. `python -m "
+        "benchmarks.cluster`."
+    ]
     if "speed" in found:
         rows = []
         for row in found["speed"]:
             seconds, small = row["seconds"], row["what"] == "norms"
-            marks = [verdict(-row[key], -TARGETS[key]) if small else "" for key in ("speedup", "against local")]
+            marks = [
+                verdict(-row[key], -TARGETS[key]) if small else ""
+                for key in ("speedup", "against local")
+            ]
             rows.append(
                 [
                     f"{row['model']}, {row['what']}", f"{row['samples']:,}", *(f"{seconds[k]:.2f}" for k in seconds),
@@ -246,10 +288,19 @@ def report(found: dict[str, Any]) -> str:
                     f"{row['against local']:.2f} {marks[1]}",
                 ]
             )  # fmt: skip
-        header = ["", "samples", "two workers, s", "local, two threads, s", "one worker, s", "one / two (>= 1.7)", "plain processes"]
+        header = [
+            "",
+            "samples",
+            "two workers, s",
+            "local, two threads, s",
+            "one worker, s",
+            "one / two (>= 1.7)",
+            "plain processes",
+        ]
         header.append("local / two (>= 0.85)")
         told = (
-            "Medians of interleaved rounds; ratios within one round. Plain processes: the same ratio for processes without Ray, halves of "
+            "Medians of interleaved rounds; ratios within one round. Plain processes: the same "
+            "ratio for processes without Ray, halves of "
             "the samples each: what the cores and the memory of this machine allow."
         )
         parts.append(f"## Speed\n\n{told}\n\n" + markdown(header, rows))
@@ -259,15 +310,28 @@ def report(found: dict[str, Any]) -> str:
              f"{TARGETS[k]:g}", verdict(v["cpu_ms"], TARGETS[k])]
             for k, v in found["driver"].items()
         ]  # fmt: skip
-        parts.append("## Driver, per task\n\n" + markdown(["", "CPU, ms", "wall, ms", "at most", ""], rows))
+        parts.append(
+            "## Driver, per task\n\n" + markdown(["", "CPU, ms", "wall, ms", "at most", ""], rows)
+        )
     if "store" in found:
         s = found["store"]
         rows = [
-            ["driver's memory above idle, MiB", f"{s['driver MiB']:.0f}", "at most 300", verdict(s["driver MiB"], TARGETS["memory"])],
-            ["rate / the disk's own", f"{s['share']:.2f}", "at least 0.60", verdict(-s["share"], -TARGETS["disk"])],
+            [
+                "driver's memory above idle, MiB",
+                f"{s['driver MiB']:.0f}",
+                "at most 300",
+                verdict(s["driver MiB"], TARGETS["memory"]),
+            ],
+            [
+                "rate / the disk's own",
+                f"{s['share']:.2f}",
+                "at least 0.60",
+                verdict(-s["share"], -TARGETS["disk"]),
+            ],
         ]
         told = (
-            f"{s['gigabytes']:.1f} GB in {s['units']:.0f} units, {s['seconds']:.1f} s, {s['rate']:.0f} MB/s; the disk alone "
+            f"{s['gigabytes']:.1f} GB in {s['units']:.0f} units, {s['seconds']:.1f} s, "
+            f"{s['rate']:.0f} MB/s; the disk alone "
             f"{s['disk before']:.0f} MB/s before, {s['disk after']:.0f} MB/s after"
         )
         parts.append(f"## Store\n\n{told}.\n\n" + markdown(["", "", "target", ""], rows))
@@ -275,16 +339,33 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["speed", "driver", "store", []], help="which; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", choices=["speed", "driver", "store", []], help="which; all by default"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--samples", type=int, default=9_400, help="gradients written: 1.08 MB each")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk that is to be measured")
+    parser.add_argument(
+        "--samples", type=int, default=9_400, help="gradients written: 1.08 MB each"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="on the disk that is to be measured",
+    )
     parser.add_argument("--save", action="store_true", help="write results/cluster.md and .json")
     options = parser.parse_args()
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, object_store_memory=1 << 30)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        object_store_memory=1 << 30,
+    )
     parts = options.parts or ["speed", "driver", "store"]
     found: dict[str, Any] = {"machine": machine(("torch", "ray", "zarr"))}
     folder = Path(tempfile.mkdtemp(dir=options.folder))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-# OpenMP's workers spin for some milliseconds after a parallel region, on the cores that the next peer is about to use.
+# OpenMP's workers spin for some milliseconds after a parallel region, on the cores that the next
+# peer is about to use.
 SETTLE_SECONDS = 0.01
 
 
@@ -45,11 +46,13 @@ class Timer:
 
     Attributes:
         rounds: Timed runs of each callable, at least two.
-        warmup: Runs of each callable before those, discarded: first touch of memory, caches, compilation.
+        warmup: Runs of each callable before those, discarded: first touch of memory, caches,
+            compilation.
         settle_seconds: Pause before each run.
-        primed: Whether each timed run comes right after an untimed one of the same callable, so that it meets memory as it left it
-            itself. Where results are gigabytes, what the peer before left (4 KiB pages instead of huge ones, pages gone back to the
-            host of a virtual machine) can cost ten times the work.
+        primed: Whether each timed run comes right after an untimed one of the same callable, so
+            that it meets memory as it left it itself. Where results are gigabytes, what the peer
+            before left (4 KiB pages instead of huge ones, pages gone back to the host of a virtual
+            machine) can cost ten times the work.
     """
 
     rounds: int = 15
@@ -58,7 +61,10 @@ class Timer:
     primed: bool = False
 
     def run(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Return the seconds of each timed run, by name and in order: the i-th values belong to the same round."""
+        """Return the seconds of each timed run, by name and in order.
+
+        The i-th values belong to the same round.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for round_index in range(self.warmup + self.rounds):
             gc.collect()  # between rounds rather than wherever it happens to strike
@@ -81,7 +87,9 @@ class Timer:
         finally:
             if collecting:
                 gc.enable()
-        del result  # freeing the result is not part of the time, and must be over before the next peer allocates
+        # freeing the result is not part of the time, and must be over before the next peer
+        # allocates
+        del result
         return elapsed
 
 
@@ -103,7 +111,10 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def relative_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return per row the largest difference over the largest expected magnitude; infinite for another shape, another dtype or a NaN."""
+    """Return per row the largest difference over the largest expected magnitude.
+
+    Infinite for another shape, another dtype or a NaN.
+    """
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return torch.full((1,), torch.inf)
     scale = expected.reshape(len(expected), -1).abs().amax(1)
@@ -113,7 +124,10 @@ def relative_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 
 
 def use_threads(threads: int) -> None:
-    """Restrict this process to `threads` threads: torch's pool and, by CPU affinity, pools that are made later (JAX's)."""
+    """Restrict this process to `threads` threads.
+
+    Torch's pool and, by CPU affinity, pools that are made later (JAX's).
+    """
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
@@ -147,7 +161,8 @@ def machine_line(description: Mapping[str, Any]) -> str:
     """Write a description made by `machine` as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     return (
-        f"{description['cpu']}, {description['cores']} cores, threads used: {description['threads']}, "
+        f"{description['cpu']}, {description['cores']} cores, threads used: "
+        f"{description['threads']}, "
         f"load before: {description['load']:.1f}; {description['system']}, "
         f"Python {description['python']}, {versions}"
     )
@@ -167,7 +182,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
     rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]

@@ -1,16 +1,21 @@
-"""Norms and clipped sums of per-sample gradients, from factors: `python -m benchmarks.gradient_norms`.
+"""Norms and clipped sums of per-sample gradients, from factors.
 
-A 4-layer MLP 784-256-256-256-10 (batch 4,096) and a transformer of two layers over 32 positions (batch 1,024). Each peer is timed at
-several chunk sizes and its best is taken, interleaved in one run, minimum of the rounds:
+`python -m benchmarks.gradient_norms`.
+
+A 4-layer MLP 784-256-256-256-10 (batch 4,096) and a transformer of two layers over 32 positions
+(batch 1,024). Each peer is timed at several chunk sizes and its best is taken, interleaved in one
+run, minimum of the rounds:
 
 - torch.func: `vmap(grad)`, the gradients materialised, chunk by chunk, then their norms, and the sum weighted by the clipping factors;
 - opacus: ghost clipping (`GradSampleModuleFastGradientClipping`): one backward pass for the norms, a second one for the clipped sum;
 - backward: an ordinary backward pass of the summed loss, which gives no norms; what the others are measured by;
 - shardmap: `per_sample_grad(model, loss, reduce=...)` with automatic chunks, recorded once, and at each call.
 
-The peaks are measured in processes of their own, clipped sums against the ordinary pass over chunks of 1,024. The last part is the mean
-and the norms of the MLP's gradients over a million samples, a slice scaled, against torch.func in a chunk loop written by hand; and the
-Gram matrix of a CNN's gradients on 500 digits (the empirical NTK of the sum of its logits), against the product of the stacked gradients.
+The peaks are measured in processes of their own, clipped sums against the ordinary pass over chunks
+of 1,024. The last part is the mean and the norms of the MLP's gradients over a million samples, a
+slice scaled, against torch.func in a chunk loop written by hand; and the Gram matrix of a CNN's
+gradients on 500 digits (the empirical NTK of the sum of its logits), against the product of the
+stacked gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +35,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardmap
-from benchmarks.common import Timer, machine, machine_line, markdown, use_threads, verdict, write_json
+from benchmarks.common import (
+    Timer,
+    machine,
+    machine_line,
+    markdown,
+    use_threads,
+    verdict,
+    write_json,
+)
 from benchmarks.memory import Watch
 from benchmarks.models import TOKENS, VOCABULARY, Transformer, digits_cnn
 
@@ -56,14 +69,20 @@ def problem(name: str, samples: int) -> Problem:
     if name == "transformer":
         return Transformer(fused=True), torch.randint(VOCABULARY, (samples, TOKENS)), labels
     widths = (784, 256, 256, 256, 10)
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [
+        layer
+        for a, b in zip(widths, widths[1:], strict=False)
+        for layer in (nn.Linear(a, b), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-1]), torch.randn(samples, 784), labels
 
 
 def ours(p: Problem, reduce: Any, trace: str) -> Call:
     """One call of the library."""
     model, x, y = p
-    mapped = shardmap.per_sample_grad(model, F.cross_entropy, reduce=reduce, batch_of_one=True, trace=trace)
+    mapped = shardmap.per_sample_grad(
+        model, F.cross_entropy, reduce=reduce, batch_of_one=True, trace=trace
+    )
     return lambda: mapped(x, y)
 
 
@@ -81,7 +100,9 @@ def by_torch_func(p: Problem, clipped: bool, chunk: int) -> Call:
         norms, total = [], {name: torch.zeros_like(value) for name, value in parameters.items()}
         for a, b in zip(x.split(chunk), y.split(chunk), strict=True):
             gradients = mapped(parameters, a, b)
-            norms.append(torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0))
+            norms.append(
+                torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+            )
             if clipped:
                 weights = (MAX_NORM / norms[-1]).clamp(max=1)
                 for name, g in gradients.items():
@@ -146,27 +167,47 @@ def compared(name: str, samples: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": samples, "seconds": {}, "errors": {}}
     for task, reduce in (("norms", "norm"), ("clipped", shardmap.reduce.clipped_sum(MAX_NORM))):
         clipped = task == "clipped"
-        calls: dict[str, Call] = {"shardmap once": ours(p, reduce, "once"), "shardmap each": ours(p, reduce, "each")}
+        calls: dict[str, Call] = {
+            "shardmap once": ours(p, reduce, "once"),
+            "shardmap each": ours(p, reduce, "each"),
+        }
         calls |= {f"backward {c}": by_backward(p, c) for c in (128, 256, 512, 1024, samples)}
         calls |= {f"opacus {c}": by_opacus(p, clipped, c) for c in (128, 512, 1024)}
         calls |= {f"torch.func {c}": by_torch_func(p, clipped, c) for c in small}
         q = exact(p)
         expected = by_torch_func(q, clipped, small[0])()
-        values = {"shardmap once": ours(q, reduce, "once"), "shardmap each": ours(q, reduce, "each"), "opacus": by_opacus(q, clipped, 128)}
-        found["errors"][task] = {name: difference(call(), expected) for name, call in values.items()}
+        values = {
+            "shardmap once": ours(q, reduce, "once"),
+            "shardmap each": ours(q, reduce, "each"),
+            "opacus": by_opacus(q, clipped, 128),
+        }
+        found["errors"][task] = {
+            name: difference(call(), expected) for name, call in values.items()
+        }
         found["seconds"][task] = Timer(rounds=rounds, warmup=1, primed=True).run(calls)
     return found
 
 
 def exact(p: Problem) -> Problem:
-    """The same in float64, of a few samples: in float32 a unit within rounding of zero may be on for one peer and off for another."""
+    """The same in float64, of a few samples.
+
+    In float32 a unit within rounding of zero may be on for one peer and off for another.
+    """
     model, x, y = p
-    return copy.deepcopy(model).double(), x[:512].double() if x.is_floating_point() else x[:512], y[:512]
+    return (
+        copy.deepcopy(model).double(),
+        x[:512].double() if x.is_floating_point() else x[:512],
+        y[:512],
+    )
 
 
 def difference(found: Any, expected: Any) -> float:
     """The largest difference, over the largest expected value of the same tensor."""
-    pairs = [(found, expected)] if isinstance(found, Tensor) else [(found[name], expected[name]) for name in expected]
+    pairs = (
+        [(found, expected)]
+        if isinstance(found, Tensor)
+        else [(found[name], expected[name]) for name in expected]
+    )
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
@@ -186,7 +227,9 @@ def by_hand(p: Problem, chunk: int) -> Call:
             gradients = mapped(parameters, a, b)
             for name, g in gradients.items():
                 total[name] += g.sum(0)
-            norms.append(torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0))
+            norms.append(
+                torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+            )
         return {name: t / len(x) for name, t in total.items()}, torch.cat(norms)
 
     return run
@@ -196,10 +239,16 @@ def million(samples: int, rounds: int) -> dict[str, Any]:
     """Seconds for the mean and the norms of a slice."""
     p = problem("mlp", samples)
     reduce = shardmap.reduce.together(mean="mean", norms="norm")
-    calls = {"shardmap": ours(p, reduce, "each")} | {f"torch.func {c}": by_hand(p, c) for c in (8, 16, 32, 64)}
+    calls = {"shardmap": ours(p, reduce, "each")} | {
+        f"torch.func {c}": by_hand(p, c) for c in (8, 16, 32, 64)
+    }
     (mean, norms), found = by_hand(exact(p), 16)(), ours(exact(p), reduce, "each")()
     errors = {"mean": difference(found["mean"], mean), "norms": difference(found["norms"], norms)}
-    return {"samples": samples, "errors": errors, "seconds": Timer(rounds=rounds, warmup=1, primed=True).run(calls)}
+    return {
+        "samples": samples,
+        "errors": errors,
+        "seconds": Timer(rounds=rounds, warmup=1, primed=True).run(calls),
+    }
 
 
 def digits(samples: int) -> Problem:
@@ -223,7 +272,10 @@ def explicit_kernel(p: Problem) -> Call:
     """The Gram matrix of the stacked gradients."""
     model, x, _ = p
     parameters = {name: value.detach() for name, value in model.named_parameters()}
-    mapped = torch.func.vmap(torch.func.grad(lambda q, x: torch.func.functional_call(model, q, (x[None],)).sum()), (None, 0))
+    mapped = torch.func.vmap(
+        torch.func.grad(lambda q, x: torch.func.functional_call(model, q, (x[None],)).sum()),
+        (None, 0),
+    )
 
     def run() -> Tensor:
         rows = torch.cat([g.flatten(1) for g in mapped(parameters, x).values()], 1)
@@ -235,7 +287,11 @@ def explicit_kernel(p: Problem) -> Call:
 def peak(which: str, name: str, samples: int) -> dict[str, int]:
     """Peak bytes of one way, in this process, which has done a quarter of it before."""
     p = digits(samples) if name == "digits" else problem(name, samples)
-    few = (p[0], p[1][: samples // 4], p[2][: samples // 4])  # enough to be planned: what planning imports is no part of the map
+    few = (
+        p[0],
+        p[1][: samples // 4],
+        p[2][: samples // 4],
+    )  # enough to be planned: what planning imports is no part of the map
     make: Callable[[Problem], Call] = {
         "shardmap": lambda p: ours(p, shardmap.reduce.clipped_sum(MAX_NORM), "each"),
         "backward": lambda p: by_backward(p, 1024),
@@ -253,10 +309,17 @@ def peak(which: str, name: str, samples: int) -> dict[str, int]:
 def alone(which: str, name: str, samples: int, threads: int) -> int:
     """`peak` in a process of its own."""
     code = (
-        f"import json, torch; torch.set_num_threads({threads}); from benchmarks import gradient_norms as g; "
+        f"import json, torch; torch.set_num_threads({threads}); from benchmarks import "
+        "gradient_norms as g; "
         f"print(json.dumps(g.peak({which!r}, {name!r}, {samples})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
@@ -266,12 +329,21 @@ def kernels(samples: int, rounds: int, threads: int) -> dict[str, Any]:
     calls = {"shardmap": kernel(p), "explicit": explicit_kernel(p)}
     error = difference(calls["shardmap"](), calls["explicit"]())
     peaks = {which: alone(which, "digits", samples, threads) for which in ("kernel", "explicit")}
-    return {"samples": samples, "error": error, "memory": peaks, "seconds": Timer(rounds=rounds, warmup=1, primed=True).run(calls)}
+    return {
+        "samples": samples,
+        "error": error,
+        "memory": peaks,
+        "seconds": Timer(rounds=rounds, warmup=1, primed=True).run(calls),
+    }
 
 
 def best(seconds: dict[str, list[float]], peer: str) -> tuple[float, str]:
     """A peer's least time, and at which chunk size."""
-    return min((min(values), name.removeprefix(peer).strip()) for name, values in seconds.items() if name.startswith(peer))
+    return min(
+        (min(values), name.removeprefix(peer).strip())
+        for name, values in seconds.items()
+        if name.startswith(peer)
+    )
 
 
 def report(results: dict[str, Any]) -> str:
@@ -286,38 +358,62 @@ def report(results: dict[str, Any]) -> str:
             rows = []
             for peer in ("shardmap once", "shardmap each", "backward", "opacus", "torch.func"):
                 time, chunk = best(seconds, peer)
-                error = next((f"{e:.1e}" for k, e in found["errors"][task].items() if k.startswith(peer)), "")
-                rows.append([peer, chunk or "auto", f"{1e3 * time:.1f}", f"{once / time:.2f}", error])
-            parts.append(f"{name}, {task}, {found['samples']} samples; minimum of the rounds, each peer at its best chunk size")
-            parts.append(markdown(["", "chunk", "ms", "shardmap once over it", "largest difference"], rows))
+                error = next(
+                    (f"{e:.1e}" for k, e in found["errors"][task].items() if k.startswith(peer)), ""
+                )
+                rows.append(
+                    [peer, chunk or "auto", f"{1e3 * time:.1f}", f"{once / time:.2f}", error]
+                )
+            parts.append(
+                f"{name}, {task}, {found['samples']} samples; minimum of the rounds, each peer at "
+                "its best chunk size"
+            )
+            parts.append(
+                markdown(["", "chunk", "ms", "shardmap once over it", "largest difference"], rows)
+            )
             for peer, most in MOST[name].items():
                 ratio = once / best(seconds, peer)[0]
-                parts.append(f"time over {peer}: {ratio:.2f} (at most {most}): {verdict(ratio, most)}")
+                parts.append(
+                    f"time over {peer}: {ratio:.2f} (at most {most}): {verdict(ratio, most)}"
+                )
             if name in LEAST_SPEED:
                 speed = best(seconds, "torch.func")[0] / once
-                parts.append(f"speed against torch.func: {speed:.1f} (at least {LEAST_SPEED[name]}): {verdict(LEAST_SPEED[name], speed)}")
+                parts.append(
+                    f"speed against torch.func: {speed:.1f} (at least {LEAST_SPEED[name]}): "
+                    f"{verdict(LEAST_SPEED[name], speed)}"
+                )
         memory = found["memory"]
         ratio = memory["shardmap"] / memory["backward"]
         parts.append(
-            f"{name}: peak of clipped sums {memory['shardmap'] / 2**20:.0f} MiB, of an ordinary pass over chunks of 1,024 "
-            f"{memory['backward'] / 2**20:.0f} MiB: {ratio:.2f} (at most {MOST_MEMORY}): {verdict(ratio, MOST_MEMORY)}"
+            f"{name}: peak of clipped sums {memory['shardmap'] / 2**20:.0f} MiB, of an ordinary "
+            "pass over chunks of 1,024 "
+            f"{memory['backward'] / 2**20:.0f} MiB: {ratio:.2f} (at most {MOST_MEMORY}): "
+            f"{verdict(ratio, MOST_MEMORY)}"
         )
     if "million" in results:
         found = results["million"]
-        mine, (theirs, chunk) = best(found["seconds"], "shardmap")[0], best(found["seconds"], "torch.func")
+        mine, (theirs, chunk) = (
+            best(found["seconds"], "shardmap")[0],
+            best(found["seconds"], "torch.func"),
+        )
         scale = MILLION / found["samples"]
         parts.append(
-            f"mean and norms of {MILLION} MLP gradients, {found['samples']} timed: shardmap {scale * mine:.1f} s, torch.func in chunks of "
-            f"{chunk} {scale * theirs:.1f} s: {theirs / mine:.1f} times as fast (at least {MILLION_SPEED}): "
-            f"{verdict(MILLION_SPEED, theirs / mine)}; largest differences {found['errors']['mean']:.1e}, {found['errors']['norms']:.1e}"
+            f"mean and norms of {MILLION} MLP gradients, {found['samples']} timed: shardmap "
+            f"{scale * mine:.1f} s, torch.func in chunks of "
+            f"{chunk} {scale * theirs:.1f} s: {theirs / mine:.1f} times as fast (at least "
+            f"{MILLION_SPEED}): "
+            f"{verdict(MILLION_SPEED, theirs / mine)}; largest differences "
+            f"{found['errors']['mean']:.1e}, {found['errors']['norms']:.1e}"
         )
     if "ntk" in results:
         found = results["ntk"]
         memory, ratio = found["memory"], found["memory"]["kernel"] / found["memory"]["explicit"]
         slower = best(found["seconds"], "shardmap")[0] / best(found["seconds"], "explicit")[0]
         parts.append(
-            f"Gram matrix of a CNN's gradients on {found['samples']} digits: peak {memory['kernel'] / 2**20:.1f} MiB, explicitly "
-            f"{memory['explicit'] / 2**20:.1f} MiB: {ratio:.2f} (at most {MOST_OF_EXPLICIT}): {verdict(ratio, MOST_OF_EXPLICIT)}; time "
+            f"Gram matrix of a CNN's gradients on {found['samples']} digits: peak "
+            f"{memory['kernel'] / 2**20:.1f} MiB, explicitly "
+            f"{memory['explicit'] / 2**20:.1f} MiB: {ratio:.2f} (at most {MOST_OF_EXPLICIT}): "
+            f"{verdict(ratio, MOST_OF_EXPLICIT)}; time "
             f"over explicitly {slower:.2f}; largest difference {found['error']:.1e}"
         )
     return "\n\n".join(parts) + "\n"
@@ -325,21 +421,39 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run what is asked for and write the tables; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     every = ["mlp", "transformer", "million", "ntk"]
     parser.add_argument("--parts", nargs="+", default=every, choices=every)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--samples", type=int, nargs=3, default=[4096, 1024, 4096], help="of the MLP, the transformer, the slice")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gradient_norms", help="without ending: .md and .json are written")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        nargs=3,
+        default=[4096, 1024, 4096],
+        help="of the MLP, the transformer, the slice",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "gradient_norms",
+        help="without ending: .md and .json are written",
+    )
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # opacus: the input of the first layer needs no gradient
+    warnings.filterwarnings(
+        "ignore", message="Full backward hook is firing"
+    )  # opacus: the input of the first layer needs no gradient
     use_threads(options.threads)
     results: dict[str, Any] = {"machine": machine(("torch", "opacus"))}
     for name, samples in zip(("mlp", "transformer"), options.samples, strict=False):
         if name in options.parts:
             results[name] = compared(name, samples, options.rounds)
-            results[name]["memory"] = {which: alone(which, name, samples, options.threads) for which in ("shardmap", "backward")}
+            results[name]["memory"] = {
+                which: alone(which, name, samples, options.threads)
+                for which in ("shardmap", "backward")
+            }
     if "million" in options.parts:
         results["million"] = million(options.samples[2], max(3, options.rounds // 2))
     if "ntk" in options.parts:

@@ -1,12 +1,13 @@
 """Batch Jacobians and Hessians against torch.func and JAX: `python -m benchmarks.jacobians`.
 
-Four functions: a wide and a narrow two-layer net (32 -> 2048 and 2048 -> 32), the Hessian of a 64-input MLP, and the flow map of Lorenz-96
-(40 variables, 50 Runge-Kutta steps). torch.func runs at its best: both modes, `vmap` unchunked and at several chunk sizes, are tried on
-each function first; the three fastest are timed, and the best of them is the peer. All peers run in turn, and ratios are taken within a
-round.
+Four functions: a wide and a narrow two-layer net (32 -> 2048 and 2048 -> 32), the Hessian of a
+64-input MLP, and the flow map of Lorenz-96 (40 variables, 50 Runge-Kutta steps). torch.func runs at
+its best: both modes, `vmap` unchunked and at several chunk sizes, are tried on each function first;
+the three fastest are timed, and the best of them is the peer. All peers run in turn, and ratios are
+taken within a round.
 
-Peak memory is that of one call in a process of its own, above what the process held, after a first call. torch.func's is that
-of the fastest variant, and, beside it, that of the fastest chunked one.
+Peak memory is that of one call in a process of its own, above what the process held, after a first
+call. torch.func's is that of the fastest variant, and, beside it, that of the fastest chunked one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ import torch
 from torch import Tensor, nn
 
 import shardmap
-from benchmarks.common import Quartiles, Timer, machine, machine_line, markdown, milliseconds, ratio, use_threads, verdict, write_json
+from benchmarks.common import (
+    Quartiles,
+    Timer,
+    machine,
+    machine_line,
+    markdown,
+    milliseconds,
+    ratio,
+    use_threads,
+    verdict,
+    write_json,
+)
 from benchmarks.memory import Watch
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +48,8 @@ STEPS, STEP, FORCING = 50, 0.01, 8.0
 TIME_TARGET = 1.05
 TRACES = ("once", "each")
 FINALISTS = 3
-"""Variants of torch.func that are timed beside us, the fastest of the search; the peer is the one with the lowest median."""
+"""Variants of torch.func that are timed beside us, the fastest of the search; the peer is the
+one with the lowest median."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,11 @@ def dense_jax(net: nn.Sequential, scalar: bool = False) -> Callable[[], Callable
     def make() -> Callable[[Any], Any]:
         import jax.numpy as jnp
 
-        layers = [(jnp.asarray(m.weight.numpy()), jnp.asarray(m.bias.numpy())) for m in net if isinstance(m, nn.Linear)]
+        layers = [
+            (jnp.asarray(m.weight.numpy()), jnp.asarray(m.bias.numpy()))
+            for m in net
+            if isinstance(m, nn.Linear)
+        ]
 
         def function(x: Any) -> Any:
             for weight, bias in layers[:-1]:
@@ -124,18 +141,33 @@ def cases() -> dict[str, Case]:
     wide, narrow, potential = dense(32, 256, 2048), dense(2048, 256, 32), dense(64, 256, 256, 1)
     torch.manual_seed(1)
     return {
-        "32 -> 2048, batch 64": Case(wide, torch.randn(64, 32), dense_jax(wide), False, (4, 16, 32), 0.6),
-        "2048 -> 32, batch 64": Case(narrow, torch.randn(64, 2048), dense_jax(narrow), False, (4, 16, 32), 0.6),
-        "Hessian, 64 inputs, batch 256": Case(
-            lambda x: potential(x)[0], torch.randn(256, 64), dense_jax(potential, scalar=True), True, (8, 16, 32, 64, 128), 0.6
+        "32 -> 2048, batch 64": Case(
+            wide, torch.randn(64, 32), dense_jax(wide), False, (4, 16, 32), 0.6
         ),
-        "Lorenz-96, 50 steps, batch 512": Case(flow, FORCING + torch.randn(512, 40), flow_jax, False, (16, 32, 64, 128, 256), 0.8),
+        "2048 -> 32, batch 64": Case(
+            narrow, torch.randn(64, 2048), dense_jax(narrow), False, (4, 16, 32), 0.6
+        ),
+        "Hessian, 64 inputs, batch 256": Case(
+            lambda x: potential(x)[0],
+            torch.randn(256, 64),
+            dense_jax(potential, scalar=True),
+            True,
+            (8, 16, 32, 64, 128),
+            0.6,
+        ),
+        "Lorenz-96, 50 steps, batch 512": Case(
+            flow, FORCING + torch.randn(512, 40), flow_jax, False, (16, 32, 64, 128, 256), 0.8
+        ),
     }
 
 
 def shardmaps(case: Case, trace: str) -> Callable[[Tensor], Any]:
     """The batch's derivatives with this library, as it is called by default."""
-    return shardmap.hessian(case.function, trace=trace) if case.hessian else shardmap.jacobian(case.function, trace=trace)
+    return (
+        shardmap.hessian(case.function, trace=trace)
+        if case.hessian
+        else shardmap.jacobian(case.function, trace=trace)
+    )
 
 
 def torch_func(case: Case, mode: str, chunk: int | None) -> Callable[[Tensor], Tensor]:
@@ -153,7 +185,10 @@ def jax_peer(case: Case, mode: str) -> Callable[[], Any]:
 
 
 def search(case: Case) -> list[tuple[float, str, int | None]]:
-    """torch.func's variants by time, the fastest first; a mode that is twenty times slower than the best is tried once."""
+    """torch.func's variants by time, the fastest first.
+
+    A mode that is twenty times slower than the best is tried once.
+    """
     found: list[tuple[float, str, int | None]] = []
     for mode in case.modes:
         for chunk in (None, *case.chunks):
@@ -180,14 +215,21 @@ def check(name: str, case: Case, peers: dict[str, Any]) -> None:
     for peer, call in peers.items():
         error = (torch.from_numpy(np.array(call())) - expected).abs().max().item() / scale
         if not error < 1e-4:
-            raise SystemExit(f"{name}: {peer} differs from torch.func by {error:.2g} of the largest entry")
+            raise SystemExit(
+                f"{name}: {peer} differs from torch.func by {error:.2g} of the largest entry"
+            )
 
 
 def measure(name: str, case: Case, timer: Timer, threads: int, with_jax: bool) -> dict[str, Any]:
     """Times and peaks of one case."""
     variants = search(case)
-    tried = {f"torch.func {i}": torch_func(case, mode, chunk) for i, (_, mode, chunk) in enumerate(variants[:FINALISTS])}
-    peers: dict[str, Callable[[], Any]] = {peer: lambda mapped=mapped: mapped(case.batch) for peer, mapped in tried.items()}
+    tried = {
+        f"torch.func {i}": torch_func(case, mode, chunk)
+        for i, (_, mode, chunk) in enumerate(variants[:FINALISTS])
+    }
+    peers: dict[str, Callable[[], Any]] = {
+        peer: lambda mapped=mapped: mapped(case.batch) for peer, mapped in tried.items()
+    }
     for trace in TRACES:
         mapped = shardmaps(case, trace)
         peers[f"shardmap, trace={trace}"] = lambda mapped=mapped: mapped(case.batch)
@@ -197,7 +239,9 @@ def measure(name: str, case: Case, timer: Timer, threads: int, with_jax: bool) -
     seconds = timer.run(peers)
     best = min(tried, key=lambda peer: statistics.median(seconds[peer]))
     _, mode, chunk = variants[int(best.split()[1])]
-    seconds = {"torch.func": seconds[best]} | {peer: s for peer, s in seconds.items() if peer not in tried}
+    seconds = {"torch.func": seconds[best]} | {
+        peer: s for peer, s in seconds.items() if peer not in tried
+    }
     chunked = next((v for v in variants if v[2] is not None), variants[0])
     peaks = {
         **{f"shardmap, trace={trace}": peak(name, trace, None, threads) for trace in TRACES},
@@ -230,7 +274,13 @@ def peak(name: str, which: str, chunk: int | None, threads: int) -> dict[str, in
         f"import json, torch; torch.set_num_threads({threads}); from benchmarks import jacobians; "
         f"print(json.dumps(jacobians.peak_here({name!r}, {which!r}, {chunk!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{name}, {which}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -241,10 +291,15 @@ def report(results: dict[str, Any]) -> str:
     times, memory = [], []
     for name, r in results.items():
         ratios = {peer: Quartiles(**q) for peer, q in r["ratio"].items()}
-        best = f"{r['best']['mode']}, {'whole' if r['best']['chunk'] is None else r['best']['chunk']}"
+        best = (
+            f"{r['best']['mode']}, {'whole' if r['best']['chunk'] is None else r['best']['chunk']}"
+        )
         row = [name, best, f"{r['milliseconds']['torch.func']['median']:.1f} ms"]
         row += [ratios[f"shardmap, trace={trace}"].text() for trace in TRACES]
-        row += [ratios["jax.jit"].text() if "jax.jit" in ratios else "", verdict(ratios["shardmap, trace=once"].median, TIME_TARGET)]
+        row += [
+            ratios["jax.jit"].text() if "jax.jit" in ratios else "",
+            verdict(ratios["shardmap, trace=once"].median, TIME_TARGET),
+        ]
         times.append(row)
         p = r["peaks"]
         ours, each, theirs, chunked = (p[k]["peak"] / MIB for k in p)
@@ -255,7 +310,14 @@ def report(results: dict[str, Any]) -> str:
                 f"{ours / chunked:.2f}", verdict(ours / theirs, cases()[name].memory_target),
             ]
         )  # fmt: skip
-    header = ["", "torch.func at its best: mode, chunk", "its time", *[f"shardmap, trace={t}" for t in TRACES], "jax.jit", "at most 1.05"]
+    header = [
+        "",
+        "torch.func at its best: mode, chunk",
+        "its time",
+        *[f"shardmap, trace={t}" for t in TRACES],
+        "jax.jit",
+        "at most 1.05",
+    ]
     second = [
         "",
         "result",
@@ -278,12 +340,21 @@ def report(results: dict[str, Any]) -> str:
 def main() -> int:
     """Measure what is asked for and write the tables; 1 if a target is missed."""
     names = list(cases())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=names, metavar="PART", help="parts of the cases' names")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="*", default=names, metavar="PART", help="parts of the cases' names"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-jax", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "jacobians", help="without ending: .md and .json are written")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "jacobians",
+        help="without ending: .md and .json are written",
+    )
     options = parser.parse_args()
     use_threads(options.threads)
     description = machine(("torch", "numpy", "jax"))
@@ -291,7 +362,9 @@ def main() -> int:
     for name, case in cases().items():
         if any(part in name for part in options.cases):
             sys.stderr.write(f"{name} ...\n")
-            results[name] = measure(name, case, Timer(options.rounds, warmup=2), options.threads, not options.no_jax)
+            results[name] = measure(
+                name, case, Timer(options.rounds, warmup=2), options.threads, not options.no_jax
+            )
     text = f"{machine_line(description)}\n\n{report(results)}"
     sys.stdout.write(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,14 @@
 """Predicted against measured memory: `python -m benchmarks.memory`.
 
-Each case runs in a process of its own. Measured is the peak resident set of the run (VmHWM) above what the process held when the run
-began (VmRSS, after imports, model, inputs and plan, with malloc's free memory given back); on a machine with CUDA `--device cuda` takes
-the allocator's peak instead. Predicted is `plan.lanes[0].peak_bytes` of a plan made before anything has run, and of one made after
-the run: what the first chunk showed of kernels' workspaces is remembered per program and device.
+Each case runs in a process of its own. Measured is the peak resident set of the run (VmHWM) above
+what the process held when the run began (VmRSS, after imports, model, inputs and plan, with
+malloc's free memory given back); on a machine with CUDA `--device cuda` takes the allocator's peak
+instead. Predicted is `plan.lanes[0].peak_bytes` of a plan made before anything has run, and of one
+made after the run: what the first chunk showed of kernels' workspaces is remembered per program and
+device.
 
-The second table is a map whose result is 600 MiB and which would need more than 6 GiB at once, under `memory_budget="1GiB"`, beside
-torch.func.vmap with the chunk sizes that its user might guess.
+The second table is a map whose result is 600 MiB and which would need more than 6 GiB at once,
+under `memory_budget="1GiB"`, beside torch.func.vmap with the chunk sizes that its user might guess.
 """
 
 from __future__ import annotations
@@ -46,12 +48,16 @@ def _norms(model: torch.nn.Module) -> Callable[..., Any]:
 
     def function(x: Tensor, y: Tensor) -> Any:
         gradients = one(x, y)
-        return gradients, sum((g.square().sum() for g in gradients), torch.zeros((), device=x.device)).sqrt()
+        return gradients, sum(
+            (g.square().sum() for g in gradients), torch.zeros((), device=x.device)
+        ).sqrt()
 
     return function
 
 
-def _classified(model: torch.nn.Module, shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+def _classified(
+    model: torch.nn.Module, shape: tuple[int, ...], device: str
+) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
 
 
@@ -82,12 +88,15 @@ def _jacobian(device: str) -> Any:
 
 def _reduction(device: str) -> Any:
     model = mlp().to(device)
-    # of maxima, which need the gradients themselves: sums and means come from factors, and a chunk of those holds next to nothing
+    # of maxima, which need the gradients themselves: sums and means come from factors, and a chunk
+    # of those holds next to nothing
     return _norms(model), _classified(model, (4000, 784), device), {"reduce": ("max", None)}
 
 
 def _outer(device: str) -> Any:
-    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.GELU()) for _ in range(16)]).to(device)
+    model = torch.nn.Sequential(
+        *[torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.GELU()) for _ in range(16)]
+    ).to(device)
     return model, (torch.randn(8000, 1024, device=device),), {}
 
 
@@ -134,7 +143,9 @@ class Watch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.peak = (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before
+        self.peak = (
+            torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
+        ) - self.before
 
 
 def measure(name: str, chunk: Any, device: str) -> dict[str, Any]:
@@ -168,10 +179,22 @@ def measure_budget(which: str, chunk: Any, device: str) -> dict[str, Any]:
             def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
                 return F.cross_entropy(torch.func.functional_call(model, p, (x[None],)), y[None])
 
-            found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=chunk)(parameters, x, y)
+            found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=chunk)(
+                parameters, x, y
+            )
         size = sum(t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(found))
-    whole = shardmap.plan(_gradient(model), chunk_size=None)(x, y).lanes[0].peak_bytes if which == "shardmap" else None
-    return {"peer": which, "chunk": chunk, "measured": watch.peak, "result": size, "unchunked": whole}
+    whole = (
+        shardmap.plan(_gradient(model), chunk_size=None)(x, y).lanes[0].peak_bytes
+        if which == "shardmap"
+        else None
+    )
+    return {
+        "peer": which,
+        "chunk": chunk,
+        "measured": watch.peak,
+        "result": size,
+        "unchunked": whole,
+    }
 
 
 def alone(function: str, *arguments: Any, threads: int) -> dict[str, Any]:
@@ -180,7 +203,13 @@ def alone(function: str, *arguments: Any, threads: int) -> dict[str, Any]:
         f"import json, torch; torch.set_num_threads({threads}); from benchmarks import memory; "
         f"print(json.dumps(memory.{function}(*{arguments!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{function}{arguments} failed: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -205,31 +234,60 @@ def report(rows: list[dict[str, Any]], budget: list[dict[str, Any]]) -> str:
             ]
             for row in rows
         ]  # fmt: skip
-        header = ["case", "chunk", "measured peak, MiB", "predicted / measured", "after the first chunk", "learned", "from 512 MiB"]
+        header = [
+            "case",
+            "chunk",
+            "measured peak, MiB",
+            "predicted / measured",
+            "after the first chunk",
+            "learned",
+            "from 512 MiB",
+        ]
         parts.append(markdown(header, cells))
     if budget:
         ours = budget[0]
         parts.append(
-            f'memory_budget="1GiB"; in one chunk it would need {ours["unchunked"] / MIB:.0f} MiB (over 6144); with the inputs, above the '
-            f"idle process: {ours['measured'] / MIB:.0f} MiB (at most 1024): {'pass' if ours['measured'] <= 1024 * MIB else 'FAIL'}"
+            f'memory_budget="1GiB"; in one chunk it would need {ours["unchunked"] / MIB:.0f} MiB '
+            "(over 6144); with the inputs, above the "
+            f"idle process: {ours['measured'] / MIB:.0f} MiB (at most 1024): "
+            f"{'pass' if ours['measured'] <= 1024 * MIB else 'FAIL'}"
         )
         cells = [
-            [r["peer"], str(r["chunk"]), f"{r['result'] / MIB:.0f}", f"{r['measured'] / MIB:.0f}", f"{r['measured'] / r['result']:.2f}"]
+            [
+                r["peer"],
+                str(r["chunk"]),
+                f"{r['result'] / MIB:.0f}",
+                f"{r['measured'] / MIB:.0f}",
+                f"{r['measured'] / r['result']:.2f}",
+            ]
             for r in budget
         ]
-        parts.append(markdown(["", "chunk_size", "result, MiB", "peak, MiB", "peak / result"], cells))
+        parts.append(
+            markdown(["", "chunk_size", "result, MiB", "peak, MiB", "peak / result"], cells)
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     """Measure what is asked for and write the tables; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="the two smallest chunk sizes of each case, no torch.func")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the two smallest chunk sizes of each case, no torch.func",
+    )
     parser.add_argument("--no-budget", action="store_true", help="leave the second table out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory", help="without ending: .md and .json are written")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "memory",
+        help="without ending: .md and .json are written",
+    )
     options = parser.parse_args()
     use_threads(options.threads)
     rows = []
@@ -239,16 +297,28 @@ def main() -> int:
             sys.stderr.write(f"{rows[-1]}\n")
     budget = []
     if not options.no_budget:
-        budget.append(alone("measure_budget", "shardmap", "auto", options.device, threads=options.threads))
+        budget.append(
+            alone("measure_budget", "shardmap", "auto", options.device, threads=options.threads)
+        )
         for chunk in () if options.quick else (1, 4, 16, 64, 256, None):
-            budget.append(alone("measure_budget", "torch.func", chunk, options.device, threads=options.threads))
+            budget.append(
+                alone(
+                    "measure_budget", "torch.func", chunk, options.device, threads=options.threads
+                )
+            )
     description = machine(("torch", "numpy"))
     text = f"{machine_line(description)}\n\n{report(rows, budget)}"
     sys.stdout.write(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    write_json(options.output.with_suffix(".json"), {"machine": description, "rows": rows, "budget": budget})
-    return int(any(judge(row) == "FAIL" for row in rows) or any(b["measured"] > 1024 * MIB for b in budget[:1]))
+    write_json(
+        options.output.with_suffix(".json"),
+        {"machine": description, "rows": rows, "budget": budget},
+    )
+    return int(
+        any(judge(row) == "FAIL" for row in rows)
+        or any(b["measured"] > 1024 * MIB for b in budget[:1])
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class Case:
 
 def mlp() -> nn.Module:
     """Build 784-256-256-10 with relu."""
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+    return nn.Sequential(
+        nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES)
+    )
 
 
 def mlp_jax(params: JaxParams, x: Any) -> Any:
@@ -118,10 +120,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small text classifier: embedding, fixed positions, two encoder layers, mean over the tokens."""
+    """A small text classifier.
+
+    Embedding, fixed positions, two encoder layers, mean over the tokens.
+    """
 
     def __init__(self, fused: bool) -> None:
-        """Make the layers; `fused` calls scaled_dot_product_attention, else attention is written out."""
+        """Make the layers.
+
+        `fused` calls scaled_dot_product_attention, else attention is written out.
+        """
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*[Block(fused) for _ in range(LAYERS)])
@@ -151,16 +159,21 @@ def transformer_jax(params: JaxParams, tokens: Any) -> Any:
     for index in range(LAYERS):
         name = f"blocks.{index}."
         qkv = _linear(params, name + "qkv", _layer_norm(params, name + "norm1", x))
-        q, k, v = qkv.reshape(TOKENS, 3, HEADS, WIDTH // HEADS).transpose(1, 0, 2, 3)  # each [T, H, W / H]
+        q, k, v = qkv.reshape(TOKENS, 3, HEADS, WIDTH // HEADS).transpose(
+            1, 0, 2, 3
+        )  # each [T, H, W / H]
         weights = jax.nn.softmax(jnp.einsum("thw,shw->hts", q, k) / (WIDTH // HEADS) ** 0.5)
         mixed = jnp.einsum("hts,shw->thw", weights, v).reshape(TOKENS, WIDTH)
         x = x + _linear(params, name + "out", mixed)
-        hidden = jax.nn.gelu(_linear(params, name + "up", _layer_norm(params, name + "norm2", x)), approximate=False)
+        hidden = jax.nn.gelu(
+            _linear(params, name + "up", _layer_norm(params, name + "norm2", x)), approximate=False
+        )
         x = x + _linear(params, name + "down", hidden)
     return _linear(params, "head", _layer_norm(params, "norm", x).mean(0))
 
 
-# Torch's own layouts, [out, in] and NCHW with OIHW, served JAX best here: its per-sample gradients of 784-256-256-10 took half the time
+# Torch's own layouts, [out, in] and NCHW with OIHW, served JAX best here: its per-sample gradients
+# of 784-256-256-10 took half the time
 # that they took with weights stored [in, out], and convolutions did not care.
 def _linear(params: JaxParams, name: str, x: Any) -> Any:
     return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
@@ -170,7 +183,11 @@ def _conv(params: JaxParams, name: str, x: Any, stride: int = 1) -> Any:
     from jax import lax
 
     convolved = lax.conv_general_dilated(
-        x[None], params[f"{name}.weight"], (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW")
+        x[None],
+        params[f"{name}.weight"],
+        (stride, stride),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
     )
     return convolved[0] + params[f"{name}.bias"][:, None, None]
 
@@ -196,10 +213,14 @@ def _layer_norm(params: JaxParams, name: str, x: Any) -> Any:
 def cases() -> dict[str, Callable[[], Case]]:
     """Return what makes each case, by name; the same weights and data every time."""
 
-    def images(name: str, model: Callable[[], nn.Module], shape: tuple[int, ...], forward: JaxForward) -> Callable[[], Case]:
+    def images(
+        name: str, model: Callable[[], nn.Module], shape: tuple[int, ...], forward: JaxForward
+    ) -> Callable[[], Case]:
         def make() -> Case:
             torch.manual_seed(0)
-            return Case(name, model(), torch.randn(shape), torch.randint(CLASSES, shape[:1]), forward)
+            return Case(
+                name, model(), torch.randn(shape), torch.randint(CLASSES, shape[:1]), forward
+            )
 
         return make
 
@@ -207,7 +228,9 @@ def cases() -> dict[str, Callable[[], Case]]:
         def make() -> Case:
             torch.manual_seed(0)
             tokens = torch.randint(VOCABULARY, (32, TOKENS))
-            return Case(name, Transformer(fused), tokens, torch.randint(CLASSES, (32,)), transformer_jax)
+            return Case(
+                name, Transformer(fused), tokens, torch.randint(CLASSES, (32,)), transformer_jax
+            )
 
         return make
 

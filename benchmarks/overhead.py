@@ -1,7 +1,8 @@
 """What a call costs beyond its arithmetic, against torch.func: `python -m benchmarks.overhead`.
 
-The arithmetic is next to nothing (4x4 matrices, a batch of 8), so the time is that of recording, of replaying and of calling torch.
-One thread; the calls run in turn, many rounds, and are compared within each round.
+The arithmetic is next to nothing (4x4 matrices, a batch of 8), so the time is that of recording, of
+replaying and of calling torch. One thread; the calls run in turn, many rounds, and are compared
+within each round.
 """
 
 from __future__ import annotations
@@ -41,11 +42,19 @@ class Subject:
 
 
 def gradient_of_a_deep_net(dtype: torch.dtype) -> dict[str, Subject]:
-    """Make the per-sample gradient of a 100-layer 4x4 tanh net: about 500 calls forward and 800 backward, most of them views."""
+    """Make the per-sample gradient of a 100-layer 4x4 tanh net.
+
+    About 500 calls forward and 800 backward, most of them views.
+    """
     generator = torch.Generator().manual_seed(0)
-    # 1.4 times an orthogonal matrix: neither saturated nor vanishing after 100 layers, so that wrong values would show.
+    # 1.4 times an orthogonal matrix: neither saturated nor vanishing after 100 layers, so that
+    # wrong values would show.
     weights = tuple(
-        1.4 * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))[0].to(dtype) for _ in range(LAYERS)
+        1.4
+        * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))[
+            0
+        ].to(dtype)
+        for _ in range(LAYERS)
     )
     leaves = tuple(weight.clone().requires_grad_() for weight in weights)
     batch = torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
@@ -64,7 +73,10 @@ def gradient_of_a_deep_net(dtype: torch.dtype) -> dict[str, Subject]:
     return _against_torch_func(
         torch.func.vmap(with_func),
         {
-            "replay, torch.autograd.grad inside": (shardmap.vmap(with_autograd, trace="once"), 0.25),
+            "replay, torch.autograd.grad inside": (
+                shardmap.vmap(with_autograd, trace="once"),
+                0.25,
+            ),
             "replay, torch.func.grad inside": (shardmap.vmap(with_func, trace="once"), 0.25),
             "recorded, torch.autograd.grad inside": (shardmap.vmap(with_autograd), 3.0),
             "recorded, torch.func.grad inside": (shardmap.vmap(with_func), None),
@@ -75,7 +87,9 @@ def gradient_of_a_deep_net(dtype: torch.dtype) -> dict[str, Subject]:
 
 def forward_of_a_deep_chain(dtype: torch.dtype) -> dict[str, Subject]:
     """Make 100 pointwise operators, without any gradient."""
-    batch = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    batch = torch.randn(
+        BATCH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
 
     def chain(x: Tensor) -> tuple[Tensor, ...]:
         for _ in range(LAYERS):
@@ -87,7 +101,9 @@ def forward_of_a_deep_chain(dtype: torch.dtype) -> dict[str, Subject]:
 
 def one_operator(dtype: torch.dtype) -> dict[str, Subject]:
     """Make a batched dot product: what a call costs whatever the function."""
-    batch = torch.randn(2, BATCH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    batch = torch.randn(
+        2, BATCH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
 
     def dot(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return (torch.dot(x, y),)
@@ -96,17 +112,24 @@ def one_operator(dtype: torch.dtype) -> dict[str, Subject]:
 
 
 def _plain(function: Callable[..., Any], *batch: Tensor) -> dict[str, Subject]:
-    ours = {"replay": (shardmap.vmap(function, trace="once"), None), "recorded": (shardmap.vmap(function), None)}
+    ours = {
+        "replay": (shardmap.vmap(function, trace="once"), None),
+        "recorded": (shardmap.vmap(function), None),
+    }
     return _against_torch_func(torch.func.vmap(function), ours, *batch)
 
 
 def _against_torch_func(
-    baseline: Callable[..., Any], ours: Mapping[str, tuple[Callable[..., Any], float | None]], *batch: Tensor
+    baseline: Callable[..., Any],
+    ours: Mapping[str, tuple[Callable[..., Any], float | None]],
+    *batch: Tensor,
 ) -> dict[str, Subject]:
     def bind(mapped: Callable[..., Any]) -> Call:
         return lambda: mapped(*batch)
 
-    return {BASELINE: Subject(bind(baseline))} | {name: Subject(bind(mapped), target) for name, (mapped, target) in ours.items()}
+    return {BASELINE: Subject(bind(baseline))} | {
+        name: Subject(bind(mapped), target) for name, (mapped, target) in ours.items()
+    }
 
 
 GROUPS: dict[str, Callable[[torch.dtype], dict[str, Subject]]] = {
@@ -117,7 +140,9 @@ GROUPS: dict[str, Callable[[torch.dtype], dict[str, Subject]]] = {
 
 
 def check(group: str, subjects: Mapping[str, Subject]) -> None:
-    """Compare every call's values with the baseline's, twice: the second call is the one that replays.
+    """Compare every call's values with the baseline's, twice.
+
+    The second call is the one that replays.
 
     Raises:
         SystemExit: A value is wrong.
@@ -127,10 +152,18 @@ def check(group: str, subjects: Mapping[str, Subject]) -> None:
         for attempt in ("first", "second"):
             found = subject.call()
             if len(found) != len(expected):
-                raise SystemExit(f"{group}, {name}, {attempt} call: {len(found)} values instead of {len(expected)}")
-            worst = max(common.relative_errors(a, b).max().item() for a, b in zip(found, expected, strict=True))
+                raise SystemExit(
+                    f"{group}, {name}, {attempt} call: {len(found)} values instead of "
+                    f"{len(expected)}"
+                )
+            worst = max(
+                common.relative_errors(a, b).max().item()
+                for a, b in zip(found, expected, strict=True)
+            )
             if worst > TOLERANCE:
-                raise SystemExit(f"{group}, {name}, {attempt} call: wrong by up to {worst:.2g} of its size")
+                raise SystemExit(
+                    f"{group}, {name}, {attempt} call: wrong by up to {worst:.2g} of its size"
+                )
 
 
 def measure(group: str, timer: common.Timer) -> dict[str, Any]:
@@ -156,7 +189,15 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             target = row["target"]
             time, over = common.Quartiles(**row["milliseconds"]), common.Quartiles(**row["ratio"])
             limit = "" if target is None else f"<= {target}"
-            rows.append([f"{group}: {name}", time.text(3), over.text(), limit, common.verdict(over.median, target)])
+            rows.append(
+                [
+                    f"{group}: {name}",
+                    time.text(3),
+                    over.text(),
+                    limit,
+                    common.verdict(over.median, target),
+                ]
+            )
     return common.markdown(["call", "ms", f"over {BASELINE}", "target", ""], rows)
 
 
@@ -168,17 +209,30 @@ def missed(results: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; the exit code is 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=101, help="timed runs of each call (default: 101)")
-    parser.add_argument("--warmup", type=int, default=10, help="discarded runs of each call (default: 10)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=101, help="timed runs of each call (default: 101)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=10, help="discarded runs of each call (default: 10)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    timer = common.Timer(options.rounds, options.warmup, settle_seconds=0.0)  # one thread: no pool to settle
+    timer = common.Timer(
+        options.rounds, options.warmup, settle_seconds=0.0
+    )  # one thread: no pool to settle
     description = common.machine()
     results = {group: measure(group, timer) for group in GROUPS}
-    print(f"Medians (quartiles) of {options.rounds} interleaved runs.", table(results), common.machine_line(description), sep="\n\n")
+    print(
+        f"Medians (quartiles) of {options.rounds} interleaved runs.",
+        table(results),
+        common.machine_line(description),
+        sep="\n\n",
+    )
     if options.json:
         common.write_json(options.json, {"machine": description, "results": results})
     return 1 if missed(results) else 0

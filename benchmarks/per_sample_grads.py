@@ -1,7 +1,7 @@
 """Per-sample gradients against torch.func, Opacus and JAX: `python -m benchmarks.per_sample_grads`.
 
-The peers run in turn, several rounds, and are compared within each round; before any timing their values are compared with
-those of `torch.func.vmap(torch.func.grad(...))`.
+The peers run in turn, several rounds, and are compared within each round; before any timing their
+values are compared with those of `torch.func.vmap(torch.func.grad(...))`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ BASELINE = "torch.func"
 TARGET = 1.05
 """Time over torch.func's that both ways of shardmap should keep to, on every model."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Rounding, relative to the largest magnitude of one sample's gradient of one parameter: sums of thousands of terms in another order."""
+"""Rounding, relative to the largest magnitude of one sample's gradient of one parameter: sums of
+thousands of terms in another order."""
 KINKED = 0.1
-"""Fraction of samples that may be further off in float32: rounding moves an activation across the kink of a relu or a pool now and then,
-and the gradient jumps. In float64 that does not happen, and no sample may be."""
+"""Fraction of samples that may be further off in float32: rounding moves an activation across the
+kink of a relu or a pool now and then, and the gradient jumps. In float64 that does not happen, and
+no sample may be."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,23 @@ def _shardmap(case: Case, trace: str) -> Peer:
         return torch.autograd.grad(loss, params)
 
     mapped = shardmap.vmap(gradient, trace=trace)
-    return Peer(lambda: mapped(case.inputs, case.targets), lambda result: dict(zip(names, result, strict=True)))
+    return Peer(
+        lambda: mapped(case.inputs, case.targets),
+        lambda result: dict(zip(names, result, strict=True)),
+    )
 
 
 def opacus(case: Case) -> Peer:
-    """Make Opacus' hooks on modules; they also compute the batch's own gradient, as in any use of them."""
+    """Make Opacus' hooks on modules.
+
+    They also compute the batch's own gradient, as in any use of them.
+    """
     from opacus import GradSampleModule
 
     model = GradSampleModule(copy.deepcopy(case.model), loss_reduction="sum")
-    params: dict[str, Any] = {name.removeprefix("_module."): value for name, value in model.named_parameters()}
+    params: dict[str, Any] = {
+        name.removeprefix("_module."): value for name, value in model.named_parameters()
+    }
 
     def run() -> dict[str, Tensor]:
         F.cross_entropy(model(case.inputs), case.targets, reduction="sum").backward()
@@ -99,7 +109,10 @@ def jax(case: Case) -> Peer:
 
     wide = case.dtype == torch.float64
     with jax.enable_x64(wide):
-        params = {name: jnp.asarray(value.detach().numpy()) for name, value in case.model.named_parameters()}
+        params = {
+            name: jnp.asarray(value.detach().numpy())
+            for name, value in case.model.named_parameters()
+        }
         inputs, targets = jnp.asarray(case.inputs.numpy()), jnp.asarray(case.targets.numpy())
 
     def loss(params: Mapping[str, Any], x: Any, y: Any) -> Any:
@@ -111,7 +124,12 @@ def jax(case: Case) -> Peer:
         with jax.enable_x64(wide):
             return jax.block_until_ready(mapped(params, inputs, targets))
 
-    return Peer(run, lambda result: {name: torch.from_numpy(numpy.array(value)) for name, value in result.items()})
+    return Peer(
+        run,
+        lambda result: {
+            name: torch.from_numpy(numpy.array(value)) for name, value in result.items()
+        },
+    )
 
 
 PEERS: dict[str, Callable[[Case], Peer]] = {
@@ -156,13 +174,16 @@ def check(case: Case, peers: Mapping[str, Peer], outliers: float) -> None:
         found = peer.tensors(peer.run())
         call = f"{case.name}, {peer_name}, {case.dtype}"
         if found.keys() != expected.keys():
-            raise SystemExit(f"{call}: gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
+            raise SystemExit(
+                f"{call}: gradients of other parameters: {sorted(found.keys() ^ expected.keys())}"
+            )
         for name in expected:
             errors = common.relative_errors(found[name].detach(), expected[name].detach())
             wrong = (errors > TOLERANCE[case.dtype]).double().mean().item()
             if wrong > outliers:
                 raise SystemExit(
-                    f"{call}: the gradient of {name} is wrong for {wrong:.1%} of the samples, by up to {errors.max():.2g} of its size"
+                    f"{call}: the gradient of {name} is wrong for {wrong:.1%} of the samples, by "
+                    f"up to {errors.max():.2g} of its size"
                 )
 
 
@@ -183,7 +204,10 @@ def measure(case: Case, names: list[str], timer: common.Timer) -> dict[str, Any]
 
 
 def table(results: Mapping[str, Mapping[str, Any]], names: list[str]) -> str:
-    """Write one row per model: the baseline's time, every other peer's time over it, and whether ours keep to the target."""
+    """Write one row per model.
+
+    The baseline's time, every other peer's time over it, and whether ours keep to the target.
+    """
     others = [name for name in names if name != BASELINE]
     judged = [name for name in OURS if name in names]
     rows = []
@@ -191,7 +215,12 @@ def table(results: Mapping[str, Mapping[str, Any]], names: list[str]) -> str:
         ratios = [common.Quartiles(**result[name]["ratio"]).text() for name in others]
         worst = max((result[name]["ratio"]["median"] for name in judged), default=0.0)
         rows.append(
-            [model, f"{result[BASELINE]['milliseconds']['median']:.1f} ms", *ratios, common.verdict(worst, TARGET if judged else None)]
+            [
+                model,
+                f"{result[BASELINE]['milliseconds']['median']:.1f} ms",
+                *ratios,
+                common.verdict(worst, TARGET if judged else None),
+            ]
         )
     return common.markdown(["model", BASELINE, *others, f"ours <= {TARGET}"], rows)
 
@@ -209,21 +238,36 @@ def missed(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; the exit code is 1 if a target is missed."""
     makers = models.cases()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.per_sample_grads", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.per_sample_grads", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--models", nargs="+", choices=list(makers), default=list(makers))
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help=f"{BASELINE} always runs")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=list(PEERS),
+        default=list(PEERS),
+        help=f"{BASELINE} always runs",
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each peer (default: 15)")
-    parser.add_argument("--warmup", type=int, default=3, help="discarded runs of each peer (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timed runs of each peer (default: 15)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="discarded runs of each peer (default: 3)"
+    )
     parser.add_argument(
         "--results",
         type=Path,
-        help="folder for the table and the numbers (default: benchmarks/results if all models and peers run, else none)",
+        help="folder for the table and the numbers (default: benchmarks/results if all models and "
+        "peers run, else none)",
     )
     options = parser.parse_args(arguments)
 
     common.use_threads(options.threads)
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus on models whose input requires no grad
+    warnings.filterwarnings(
+        "ignore", message="Full backward hook is firing"
+    )  # Opacus on models whose input requires no grad
     names = installed([name for name in PEERS if name == BASELINE or name in options.peers])
     description = common.machine(("torch", *[name for name in OPTIONAL if name in names]))
     timer = common.Timer(options.rounds, options.warmup)
@@ -239,7 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.results or (RESULTS if whole else None)
     if folder is not None:
         stem = f"per_sample_grads_{options.threads}_threads"
-        common.write_json(folder / f"{stem}.json", {"machine": description, "target": TARGET, "results": results})
+        common.write_json(
+            folder / f"{stem}.json", {"machine": description, "target": TARGET, "results": results}
+        )
         (folder / f"{stem}.md").write_text(text + "\n")
     for line in missed(results):
         print(f"missed: {line}", file=sys.stderr)

@@ -1,12 +1,15 @@
 """Large maps with automatic chunks against torch.func: `python -m benchmarks.planner`.
 
-Three questions, each answered in one run, interleaved, minimum of the rounds (identical code varies here by tens of percent when other
-work shares the machine, and the first touch of fresh memory can take 20 times as long, so each run comes right after an untimed one):
+Three questions, each answered in one run, interleaved, minimum of the rounds (identical code varies
+here by tens of percent when other work shares the machine, and the first touch of fresh memory can
+take 20 times as long, so each run comes right after an untimed one):
 
 - stacked: per-sample gradients of a 784-256-256-10 MLP, 4,096 samples, 4.4 GB of results, against `torch.func.vmap(grad)` at its best
-  chunk_size, and against filling the results' memory once on huge pages. The peak is measured in a process of its own.
+  chunk_size, and against filling the results' memory once on huge pages. The peak is measured in a
+  process of its own.
 - reduced: the same gradients reduced to their mean, with the norm of each, against torch.func in a chunk loop written by hand at its
-  best chunk. A slice is timed and scaled to 1,000,000 samples; `--million` runs them all, in a process of its own, for the peak.
+  best chunk. A slice is timed and scaled to 1,000,000 samples; `--million` runs them all, in a
+  process of its own, for the peak.
 - planning: what a plan costs against a run of about a second, and what automatic chunks cost a call that is too small to need any.
 """
 
@@ -28,7 +31,15 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import shardmap
-from benchmarks.common import Timer, machine, machine_line, markdown, use_threads, verdict, write_json
+from benchmarks.common import (
+    Timer,
+    machine,
+    machine_line,
+    markdown,
+    use_threads,
+    verdict,
+    write_json,
+)
 from benchmarks.models import mlp
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +58,9 @@ def gradient(model: torch.nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor,
     return lambda x, y: torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
 
 
-def gradient_and_norm(model: torch.nn.Module) -> Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], Tensor]]:
+def gradient_and_norm(
+    model: torch.nn.Module,
+) -> Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], Tensor]]:
     """One sample's gradient and its norm."""
     one = gradient(model)
 
@@ -64,7 +77,9 @@ def functional(model: torch.nn.Module) -> tuple[dict[str, Tensor], Callable[...,
     return parameters, grad(lambda p, x, y: F.cross_entropy(functional_call(model, p, (x,)), y))
 
 
-def by_hand(model: torch.nn.Module, x: Tensor, y: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor]:
+def by_hand(
+    model: torch.nn.Module, x: Tensor, y: Tensor, chunk: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """Mean gradient and norms with torch.func, chunked by hand."""
     parameters, one = functional(model)
     mapped = vmap(one, (None, 0, 0))
@@ -74,7 +89,9 @@ def by_hand(model: torch.nn.Module, x: Tensor, y: Tensor, chunk: int) -> tuple[d
         gradients = mapped(parameters, x[start : start + chunk], y[start : start + chunk])
         for name, g in gradients.items():
             total[name] += g.sum(0)
-        norms.append(sum((g.square().flatten(1).sum(1) for g in gradients.values()), torch.zeros(())).sqrt())
+        norms.append(
+            sum((g.square().flatten(1).sum(1) for g in gradients.values()), torch.zeros(())).sqrt()
+        )
     return {name: t / len(x) for name, t in total.items()}, torch.cat(norms)
 
 
@@ -92,11 +109,20 @@ def stacked(samples: int, rounds: int, chunks: list[int | None]) -> dict[str, An
     parameters, one = functional(model)
     mapped = shardmap.vmap(gradient(model))
     shapes = [(samples, *p.shape) for p in model.parameters()]
-    calls: dict[str, Callable[[], object]] = {"shardmap": lambda: mapped(x, y), "fill": lambda: filled(shapes)}
+    calls: dict[str, Callable[[], object]] = {
+        "shardmap": lambda: mapped(x, y),
+        "fill": lambda: filled(shapes),
+    }
     for chunk in chunks:
-        calls[f"torch.func {chunk}"] = lambda chunk=chunk: vmap(one, (None, 0, 0), chunk_size=chunk)(parameters, x, y)
+        calls[f"torch.func {chunk}"] = lambda chunk=chunk: vmap(
+            one, (None, 0, 0), chunk_size=chunk
+        )(parameters, x, y)
     seconds = Timer(rounds=rounds, warmup=1, primed=True).run(calls)
-    for ours, theirs in zip(mapped(x[:64], y[:64]), vmap(one, (None, 0, 0))(parameters, x[:64], y[:64]).values(), strict=True):
+    for ours, theirs in zip(
+        mapped(x[:64], y[:64]),
+        vmap(one, (None, 0, 0))(parameters, x[:64], y[:64]).values(),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs)
     return {"samples": samples, "seconds": seconds}
 
@@ -130,8 +156,14 @@ def planning(rounds: int) -> dict[str, Any]:
     for trace in ("each", "once"):
         for size in ("auto", None):
             mapped = shardmap.vmap(lambda row: row.dot(weights), trace=trace, chunk_size=size)
-            calls[f"small, trace={trace}, chunk_size={size}"] = lambda mapped=mapped: [mapped(small) for _ in range(200)]
-    return {"samples": len(x), "first_plan": first, "seconds": Timer(rounds=rounds, warmup=1).run(calls)}
+            calls[f"small, trace={trace}, chunk_size={size}"] = lambda mapped=mapped: [
+                mapped(small) for _ in range(200)
+            ]
+    return {
+        "samples": len(x),
+        "first_plan": first,
+        "seconds": Timer(rounds=rounds, warmup=1).run(calls),
+    }
 
 
 PROBE = """
@@ -155,8 +187,16 @@ print(json.dumps(dict(peak=status("VmHWM") - before, result=size)))
 
 def peak(samples: int, mapped: str, threads: int) -> dict[str, int]:
     """Peak resident bytes of one map above what its process held before, in a process of its own."""
-    code = PROBE.format(samples=samples, mapped=mapped, threads=threads, warm="mapped(x[:8], y[:8])")
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    code = PROBE.format(
+        samples=samples, mapped=mapped, threads=threads, warm="mapped(x[:8], y[:8])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -169,15 +209,24 @@ def report(results: dict[str, Any]) -> str:
 
     def table(title: str, low: dict[str, float], scale: float, unit: str) -> None:
         ours = low["shardmap"]
-        rows = [[name, f"{scale * value:.3g}", f"{value / ours:.2f}"] for name, value in low.items()]
+        rows = [
+            [name, f"{scale * value:.3g}", f"{value / ours:.2f}"] for name, value in low.items()
+        ]
         parts.append(f"{title}\n\n" + markdown(["", unit, "over shardmap"], rows))
 
     if "stacked" in results:
         low, memory = best(results["stacked"]["seconds"]), results["stacked"].get("memory")
-        table(f"Per-sample gradients, stacked, {results['stacked']['samples']} samples; minimum of the rounds", low, 1.0, "seconds")
+        table(
+            f"Per-sample gradients, stacked, {results['stacked']['samples']} samples; minimum of "
+            "the rounds",
+            low,
+            1.0,
+            "seconds",
+        )
         theirs = min(v for k, v in low.items() if k.startswith("torch.func"))
         parts.append(
-            f"speed against torch.func at its best: {theirs / low['shardmap']:.2f} (at least 3): {verdict(3, theirs / low['shardmap'])}"
+            f"speed against torch.func at its best: {theirs / low['shardmap']:.2f} (at least 3): "
+            f"{verdict(3, theirs / low['shardmap'])}"
         )
         parts.append(
             f"time over filling the result once: {low['shardmap'] / low['fill']:.2f} (at most 2): "
@@ -187,47 +236,76 @@ def report(results: dict[str, Any]) -> str:
             limit = 1.05 * memory["result"] + (50 << 20)
             mib = 1 << 20
             parts.append(
-                f"peak: {memory['peak'] / mib:.0f} MiB for a result of {memory['result'] / mib:.0f} MiB (at most {limit / mib:.0f}): "
+                f"peak: {memory['peak'] / mib:.0f} MiB for a result of "
+                f"{memory['result'] / mib:.0f} MiB (at most {limit / mib:.0f}): "
                 f"{verdict(memory['peak'], limit)}"
             )
     if "reduced" in results:
         low = best(results["reduced"]["seconds"])
         scale = MILLION / results["reduced"]["samples"]
-        table(f"Mean gradient and norms, a slice of {results['reduced']['samples']} scaled to a million samples", low, scale, "seconds")
+        table(
+            f"Mean gradient and norms, a slice of {results['reduced']['samples']} scaled to a "
+            "million samples",
+            low,
+            scale,
+            "seconds",
+        )
         theirs = min(v for k, v in low.items() if k.startswith("torch.func"))
         parts.append(
-            f"speed against torch.func at its best: {theirs / low['shardmap']:.2f} (at least 1.5): {verdict(1.5, theirs / low['shardmap'])}"
+            f"speed against torch.func at its best: {theirs / low['shardmap']:.2f} (at least 1.5): "
+            f"{verdict(1.5, theirs / low['shardmap'])}"
         )
         memory = results["reduced"].get("memory")
         if memory:
             parts.append(
-                f"peak above the inputs, {memory['samples']} samples: {memory['peak'] / (1 << 20):.0f} MiB (under 1024): "
+                f"peak above the inputs, {memory['samples']} samples: "
+                f"{memory['peak'] / (1 << 20):.0f} MiB (under 1024): "
                 f"{verdict(memory['peak'], 1 << 30)}"
             )
     if "planning" in results:
         low = best(results["planning"]["seconds"])
         parts.append(
-            f"planning: {low['plan'] * 1e3:.1f} ms, the first time {results['planning']['first_plan'] * 1e3:.1f} ms, for a run of "
-            f"{low['run']:.2f} s: {100 * low['plan'] / low['run']:.1f}% (under 5%): {verdict(low['plan'] / low['run'], 0.05)}"
+            f"planning: {low['plan'] * 1e3:.1f} ms, the first time "
+            f"{results['planning']['first_plan'] * 1e3:.1f} ms, for a run of "
+            f"{low['run']:.2f} s: {100 * low['plan'] / low['run']:.1f}% (under 5%): "
+            f"{verdict(low['plan'] / low['run'], 0.05)}"
         )
         for trace in ("each", "once"):
-            ratio = low[f"small, trace={trace}, chunk_size=auto"] / low[f"small, trace={trace}, chunk_size=None"]
+            ratio = (
+                low[f"small, trace={trace}, chunk_size=auto"]
+                / low[f"small, trace={trace}, chunk_size=None"]
+            )
             parts.append(
-                f"a small call, trace={trace!r}, planned automatically over not: {ratio:.3f} (at most 1.10): {verdict(ratio, 1.1)}"
+                f"a small call, trace={trace!r}, planned automatically over not: {ratio:.3f} (at "
+                f"most 1.10): {verdict(ratio, 1.1)}"
             )
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     """Run what is asked for and write the tables; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["stacked", "reduced", "planning"], choices=["stacked", "reduced", "planning"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["stacked", "reduced", "planning"],
+        choices=["stacked", "reduced", "planning"],
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=4096, help="of the stacked part")
     parser.add_argument("--slice", type=int, default=8192, help="of the reduced part")
-    parser.add_argument("--million", action="store_true", help="run all million samples once, for the peak")
-    parser.add_argument("--output", type=Path, default=RESULTS / "planner", help="without ending: .md and .json are written")
+    parser.add_argument(
+        "--million", action="store_true", help="run all million samples once, for the peak"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "planner",
+        help="without ending: .md and .json are written",
+    )
     options = parser.parse_args()
     use_threads(options.threads)
     results: dict[str, Any] = {"machine": machine(("torch", "numpy"))}
@@ -240,7 +318,9 @@ def main() -> int:
         results["planning"] = planning(options.rounds)
     if "stacked" in options.parts:
         results["stacked"] = stacked(options.samples, options.rounds, [None, 1024, 256, 64, 16])
-        results["stacked"]["memory"] = peak(options.samples, "shardmap.vmap(planner.gradient(model))", options.threads)
+        results["stacked"]["memory"] = peak(
+            options.samples, "shardmap.vmap(planner.gradient(model))", options.threads
+        )
     text = f"{machine_line(results['machine'])}\n\n{report(results)}"
     sys.stdout.write(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """Whether one driver keeps a thousand workers busy: `python -m benchmarks.simulation`.
 
 - schedule: a million chunks on 10, 100, 1,000 and 10,000 simulated workers, some of which die, with the code that hands out chunks on a
-  real cluster (`shardmap.run.schedule`): its own time for each chunk, which must not grow with the workers, and that of the whole run.
+  real cluster (`shardmap.run.schedule`): its own time for each chunk, which must not grow with the
+  workers, and that of the whole run.
 - driver: what the driver spends on a chunk outside of that code (cutting samples, calling Ray, taking results in), measured on a Ray of
   this machine with two workers. `--no-ray` leaves it out.
 - bottleneck: simulated, how much longer a run takes than with a driver that costs nothing, for chunks of different length, and the
-  shortest one for which that is 5%, if the driver takes 2 ms or 4 ms for each chunk, or what its thread took on Ray.
+  shortest one for which that is 5%, if the driver takes 2 ms or 4 ms for each chunk, or what its
+  thread took on Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 MOST_SECONDS = 20.0
 """For a simulated run of a million chunks."""
 MOST_GROWTH = 2.0
-"""Of the schedule's time per chunk from 10 workers to 1,000: what they hold no longer fits the fastest cache, and nothing else grows."""
+"""Of the schedule's time per chunk from 10 workers to 1,000: what they hold no longer fits the
+fastest cache, and nothing else grows."""
 SLOWER = 1.05
 """Than with a driver that costs nothing: from here on it is called a bottleneck."""
 
@@ -67,13 +70,22 @@ def driver(chunks: int) -> list[dict[str, Any]]:
 
 
 def long_run(workers: int, chunk_seconds: float, driver_seconds: float) -> Outcome:
-    """Workers that are there already, and fifty chunks for each: long enough that the first and the last ones weigh little."""
-    return simulate(Cluster(workers, chunk_seconds, driver_seconds=driver_seconds, start_seconds=0), 50 * workers)
+    """Workers that are there already, and fifty chunks for each.
+
+    Long enough that the first and the last ones weigh little.
+    """
+    return simulate(
+        Cluster(workers, chunk_seconds, driver_seconds=driver_seconds, start_seconds=0),
+        50 * workers,
+    )
 
 
 def slowdown(workers: int, chunk_seconds: float, driver_seconds: float) -> float:
     """Time of a run over that with a driver that costs nothing."""
-    return long_run(workers, chunk_seconds, driver_seconds).seconds / long_run(workers, chunk_seconds, 0.0).seconds
+    return (
+        long_run(workers, chunk_seconds, driver_seconds).seconds
+        / long_run(workers, chunk_seconds, 0.0).seconds
+    )
 
 
 def shortest(workers: int, driver_seconds: float) -> float:
@@ -81,11 +93,15 @@ def shortest(workers: int, driver_seconds: float) -> float:
     low, high = 0.0, 4 * workers * driver_seconds
     while high - low > 0.02 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if slowdown(workers, middle, driver_seconds) <= SLOWER else (middle, high)
+        low, high = (
+            (low, middle) if slowdown(workers, middle, driver_seconds) <= SLOWER else (middle, high)
+        )
     return high
 
 
-def bottleneck(workers: int, driver_seconds: Sequence[float], chunk_seconds: Sequence[float]) -> list[dict[str, Any]]:
+def bottleneck(
+    workers: int, driver_seconds: Sequence[float], chunk_seconds: Sequence[float]
+) -> list[dict[str, Any]]:
     """How much longer runs take, and how busy the driver is."""
     return [
         {
@@ -107,10 +123,22 @@ def bottleneck(workers: int, driver_seconds: Sequence[float], chunk_seconds: Seq
 def judged(results: dict[str, Any]) -> list[tuple[str, float, float]]:
     """What is measured against a target, the number, and the most that it may be."""
     rows = results["schedule"]
-    few, many = (next((row["schedule_seconds"] for row in rows if row["workers"] == n), None) for n in (10, 1000))
-    targets = [(f"{row['workers']} workers, seconds for {row['chunks']} chunks", row["real_seconds"], MOST_SECONDS) for row in rows]
+    few, many = (
+        next((row["schedule_seconds"] for row in rows if row["workers"] == n), None)
+        for n in (10, 1000)
+    )
+    targets = [
+        (
+            f"{row['workers']} workers, seconds for {row['chunks']} chunks",
+            row["real_seconds"],
+            MOST_SECONDS,
+        )
+        for row in rows
+    ]
     if few is not None and many is not None:
-        targets.append(("schedule's time per chunk, 1,000 workers over 10", many / few, MOST_GROWTH))
+        targets.append(
+            ("schedule's time per chunk, 1,000 workers over 10", many / few, MOST_GROWTH)
+        )
     return targets
 
 
@@ -126,51 +154,80 @@ def report(results: dict[str, Any]) -> str:
     chunks = results["schedule"][0]["chunks"]
     parts = [
         f"{chunks:,} chunks through the executor's schedule, simulated",
-        markdown(["workers", "schedule, us per chunk", "whole simulation, s", "deaths", "chunks redone"], cells),
+        markdown(
+            ["workers", "schedule, us per chunk", "whole simulation, s", "deaths", "chunks redone"],
+            cells,
+        ),
     ]
     if results["driver"]:
         cells = [
-            [f"{row['bytes']:,}", f"{1e3 * row['thread_seconds']:.2f}", f"{1e3 * row['process_seconds']:.2f}"] for row in results["driver"]
+            [
+                f"{row['bytes']:,}",
+                f"{1e3 * row['thread_seconds']:.2f}",
+                f"{1e3 * row['process_seconds']:.2f}",
+            ]
+            for row in results["driver"]
         ]
         parts += [
-            f"Driver's processor time for each of {results['driver'][0]['chunks']:,} chunks on a Ray of this machine, two workers",
-            markdown(["bytes in and out", "its thread, ms", "with Ray's threads in the process, ms"], cells),
+            f"Driver's processor time for each of {results['driver'][0]['chunks']:,} chunks on a "
+            "Ray of this machine, two workers",
+            markdown(
+                ["bytes in and out", "its thread, ms", "with Ray's threads in the process, ms"],
+                cells,
+            ),
         ]
     rows = results["bottleneck"]
     cells = [
         [
-            f"{1e3 * row['driver_seconds']:.2f} ms", *(f"{run['slowdown']:.2f} ({run['driver_busy']:.0%})" for run in row["runs"]),
+            f"{1e3 * row['driver_seconds']:.2f} ms", *(f"{run['slowdown']:.2f} "
+                f"({run['driver_busy']:.0%})" for run in row["runs"]),
             f"{row['shortest_seconds']:.2f} s",
         ]
         for row in rows
     ]  # fmt: skip
     lengths = [f"{run['chunk_seconds']:g} s" for run in rows[0]["runs"]]
     parts += [
-        f"{results['workers']:,} workers, simulated: time over that with a driver that costs nothing, and how busy the driver is, by the "
+        f"{results['workers']:,} workers, simulated: time over that with a driver that costs "
+        "nothing, and how busy the driver is, by the "
         "length of a chunk",
         markdown(["driver, per chunk", *lengths, f"shortest for {SLOWER:g}"], cells),
-        *(f"{name}: {value:.2f} (at most {most:g}): {verdict(value, most)}" for name, value, most in judged(results)),
+        *(
+            f"{name}: {value:.2f} (at most {most:g}): {verdict(value, most)}"
+            for name, value, most in judged(results)
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     """Measure, and write the tables; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chunks", type=int, default=1_000_000)
     parser.add_argument("--schedule-workers", type=int, nargs="+", default=[10, 100, 1000, 10_000])
     parser.add_argument("--workers", type=int, default=1000, help="of the last table")
     parser.add_argument("--driver-ms", type=float, nargs="+", default=[2.0, 4.0])
-    parser.add_argument("--chunk-seconds", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    parser.add_argument(
+        "--chunk-seconds", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+    )
     parser.add_argument("--driver-chunks", type=int, default=1000, help="measured on Ray")
     parser.add_argument("--no-ray", action="store_true", help="measure nothing on Ray")
-    parser.add_argument("--output", type=Path, default=RESULTS / "simulation", help="without ending: .md and .json are written")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "simulation",
+        help="without ending: .md and .json are written",
+    )
     options = parser.parse_args()
     description = machine(("torch", "numpy") if options.no_ray else ("torch", "numpy", "ray"))
     results: dict[str, Any] = {"machine": description, "workers": options.workers}
     results["schedule"] = schedule(options.schedule_workers, options.chunks)
     results["driver"] = [] if options.no_ray else driver(options.driver_chunks)
-    spent = sorted({each / 1e3 for each in options.driver_ms} | {row["thread_seconds"] for row in results["driver"]})
+    spent = sorted(
+        {each / 1e3 for each in options.driver_ms}
+        | {row["thread_seconds"] for row in results["driver"]}
+    )
     results["bottleneck"] = bottleneck(options.workers, spent, options.chunk_seconds)
     text = f"{machine_line(description)}\n\n{report(results)}"
     sys.stdout.write(text)

@@ -1,9 +1,12 @@
-"""A Ray cluster of several nodes on this machine, for trying things out; with chaos, its workers are killed while they work.
+"""A Ray cluster of several nodes on this machine, for trying things out.
 
-    python -m cluster.local --nodes 3                                         # until Ctrl-C
-    python -m cluster.local --nodes 3 --chaos 5 -- shardmap run configs/digits_gradients.yaml --devices ray
+With chaos, its workers are killed while they work.
 
-Each node has a raylet, an object store and worker processes of its own, as on a machine of its own; what it lacks is the network.
+    python -m cluster.local --nodes 3                                         # until Ctrl-C python
+    -m cluster.local --nodes 3 --chaos 5 -- shardmap run configs/digits_gradients.yaml --devices ray
+
+Each node has a raylet, an object store and worker processes of its own, as on a machine of its own;
+what it lacks is the network.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ STORE_BYTES = 200 * 2**20
 """Object store of each node. It lies in /dev/shm, which containers often keep small."""
 
 WORKER = "ray::Worker"
-"""What Ray calls the processes of shardmap's pool: after the actor's class, `shardmap.run.remote.Worker`."""
+"""What Ray calls the processes of shardmap's pool: after the actor's class,
+`shardmap.run.remote.Worker`."""
 
 _TICK_SECONDS = 0.1
-"""Between looks at the command and at the clock of chaos: Ctrl-C and SIGTERM end the pause, and nothing else has to."""
+"""Between looks at the command and at the clock of chaos: Ctrl-C and SIGTERM end the pause, and
+nothing else has to."""
 _GRACE_SECONDS = 10.0
 """How long a command that is told to end may take."""
 
@@ -48,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `python -m cluster.local`; those of the process by default.
 
     Returns:
-        The command's exit code. Without a command 0 after Ctrl-C; 2 for wrong arguments, 143 after SIGTERM.
+        The command's exit code. Without a command 0 after Ctrl-C; 2 for wrong arguments, 143 after
+        SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
@@ -58,12 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require("ray", extra="ray", purpose="to start a cluster")
         with _cluster(options.nodes, options.cpus_per_node) as cluster:
             chaos = [_WorkerChaos(cluster, options.chaos)] if options.chaos else []
-            chaos += [_NodeChaos(cluster, options.chaos_nodes, options.cpus_per_node)] if options.chaos_nodes else []
-            _tell(f"{options.nodes} nodes with {options.cpus_per_node} cores each at {cluster.address}")
+            chaos += (
+                [_NodeChaos(cluster, options.chaos_nodes, options.cpus_per_node)]
+                if options.chaos_nodes
+                else []
+            )
+            _tell(
+                f"{options.nodes} nodes with {options.cpus_per_node} cores each at "
+                f"{cluster.address}"
+            )
             if command:
                 return _run(command, {"RAY_ADDRESS": cluster.address}, chaos)
             print(f"export RAY_ADDRESS={cluster.address}", flush=True)
-            _tell("with that line in another shell, devices='ray' runs here; Ctrl-C ends the cluster")
+            _tell(
+                "with that line in another shell, devices='ray' runs here; Ctrl-C ends the cluster"
+            )
             while True:
                 _pause(chaos)
     except MissingExtraError as error:
@@ -95,13 +110,34 @@ def parse(words: Sequence[str], command: Sequence[str] | None = None) -> argpars
         prog="python -m cluster.local",
         allow_abbrev=False,
         usage="python -m cluster.local [options] [-- COMMAND ...]",
-        description="A Ray cluster on this machine. COMMAND runs with RAY_ADDRESS set; without one, Ctrl-C ends the cluster.",
+        description="A Ray cluster on this machine. COMMAND runs with RAY_ADDRESS set; without "
+        "one, Ctrl-C ends the cluster.",
     )
-    parser.add_argument("--nodes", type=_positive(int), default=3, help="how many; the first is the head, which works too; %(default)s")
-    parser.add_argument("--cpus-per-node", type=_positive(int), default=1, help="cores that Ray hands out on each; %(default)s")
+    parser.add_argument(
+        "--nodes",
+        type=_positive(int),
+        default=3,
+        help="how many; the first is the head, which works too; %(default)s",
+    )
+    parser.add_argument(
+        "--cpus-per-node",
+        type=_positive(int),
+        default=1,
+        help="cores that Ray hands out on each; %(default)s",
+    )
     seconds = {"type": _positive(float), "nargs": "?", "metavar": "SECONDS"}
-    parser.add_argument("--chaos", const=2.0, help="kill one of shardmap's workers every so often; every %(const)g seconds", **seconds)
-    parser.add_argument("--chaos-nodes", const=20.0, help="replace one node by a new one, every %(const)g seconds", **seconds)
+    parser.add_argument(
+        "--chaos",
+        const=2.0,
+        help="kill one of shardmap's workers every so often; every %(const)g seconds",
+        **seconds,
+    )
+    parser.add_argument(
+        "--chaos-nodes",
+        const=20.0,
+        help="replace one node by a new one, every %(const)g seconds",
+        **seconds,
+    )
     options = parser.parse_args(words)
     if options.chaos_nodes and options.nodes == 1:
         parser.error("--chaos-nodes: needs --nodes 2 or more, since the head stays")
@@ -119,7 +155,9 @@ def _positive(kind: type[int] | type[float]) -> Any:
         except ValueError:
             value = 0
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'whole ' if kind is int else ''}number")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a positive {'whole ' if kind is int else ''}number"
+            )
         return value
 
     return read
@@ -132,7 +170,8 @@ def _cluster(nodes: int, cpus: int) -> Iterator[Any]:
     Should this process be killed, the kernel ends the nodes with it: Ray asks for that on Linux.
     """
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's socket paths have a limit
-    # Ray notes the newest cluster of a machine in its folder, for ray.init(address="auto"): other clusters here keep theirs.
+    # Ray notes the newest cluster of a machine in its folder, for ray.init(address="auto"): other
+    # clusters here keep theirs.
     os.environ["RAY_TMPDIR"] = folder
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
@@ -144,7 +183,9 @@ def _cluster(nodes: int, cpus: int) -> Iterator[Any]:
         yield cluster
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave processes
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # an impatient second Ctrl-C would leave processes
         workers = psutil.Process().children(recursive=True)
         cluster.shutdown()
         for process in psutil.wait_procs(workers, timeout=_GRACE_SECONDS)[1]:
@@ -156,7 +197,9 @@ def _cluster(nodes: int, cpus: int) -> Iterator[Any]:
 def _add_node(cluster: Any, cpus: int) -> None:
     """Add a node, from the main thread: the kernel ends it with the thread that started it."""
     cluster.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES, include_dashboard=False)
-    signal.signal(signal.SIGTERM, _terminate)  # each node installs a handler of its own, which would leave the others' files
+    signal.signal(
+        signal.SIGTERM, _terminate
+    )  # each node installs a handler of its own, which would leave the others' files
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -176,7 +219,9 @@ def _run(command: Sequence[str], variables: Mapping[str, str], chaos: Sequence[_
                 process.wait(_GRACE_SECONDS)
             process.kill()
         process.wait()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode  # ended by a signal: as shells report it
+    return (
+        process.returncode if process.returncode >= 0 else 128 - process.returncode
+    )  # ended by a signal: as shells report it
 
 
 def _pause(chaos: Sequence[_Chaos]) -> None:
@@ -204,7 +249,8 @@ class _Chaos(ABC):
 class _WorkerChaos(_Chaos):
     """Kills a worker process, as the kernel does when memory runs out.
 
-    Workers that are still starting are spared: several in a row that do not start mean a wrong installation, and end the map.
+    Workers that are still starting are spared: several in a row that do not start mean a wrong
+    installation, and end the map.
     """
 
     def strike(self) -> bool:

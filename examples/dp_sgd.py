@@ -1,13 +1,18 @@
-"""A digit classifier that does not betray whose digits it was trained on: gradient descent with clipped, noised sums (DP-SGD).
+"""A digit classifier that does not betray whose digits it was trained on.
 
-Each step sums the per-sample gradients over all of the training data, each clipped to a norm of 1, adds Gaussian noise of `--noise` times
-that norm, and steps along the result (Abadi et al. 2016). Whether a sample was there moves the sum by at most 1, so the whole training is a
-Gaussian mechanism: T steps with noise s are exactly as private as one look at a number that a sample moves by mu = sqrt(T) / s standard
-deviations (Gaussian differential privacy, Dong, Roth and Su 2022, corollaries 1 and 2), and for a given delta
+Gradient descent with clipped, noised sums (DP-SGD).
+
+Each step sums the per-sample gradients over all of the training data, each clipped to a norm of 1,
+adds Gaussian noise of `--noise` times that norm, and steps along the result (Abadi et al. 2016).
+Whether a sample was there moves the sum by at most 1, so the whole training is a Gaussian
+mechanism: T steps with noise s are exactly as private as one look at a number that a sample moves
+by mu = sqrt(T) / s standard deviations (Gaussian differential privacy, Dong, Roth and Su 2022,
+corollaries 1 and 2), and for a given delta
 
     delta = Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2).
 
-Data: scikit-learn's 1,797 handwritten digits; the last fifth is for testing. The sums come without the gradients ever being in memory.
+Data: scikit-learn's 1,797 handwritten digits; the last fifth is for testing. The sums come without
+the gradients ever being in memory.
 
     python examples/dp_sgd.py
     python examples/dp_sgd.py --noise 40     # more private, and worse
@@ -31,15 +36,22 @@ def load() -> tuple[Tensor, Tensor]:
     """Pixels, 0 to 1, [1797, 64], and labels, [1797], in random order."""
     bunch: Any = load_digits()
     order = torch.randperm(len(bunch.target))
-    return torch.tensor(bunch.data, dtype=torch.float32)[order] / 16, torch.tensor(bunch.target)[order]
+    return torch.tensor(bunch.data, dtype=torch.float32)[order] / 16, torch.tensor(bunch.target)[
+        order
+    ]
 
 
 def network() -> nn.Module:
-    """Of 4,810 parameters; tanh, because bounded activations keep gradients short, so that clipping changes them less."""
+    """Of 4,810 parameters.
+
+    Tanh, because bounded activations keep gradients short, so that clipping changes them less.
+    """
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, noise: float, rate: float) -> None:
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int, noise: float, rate: float
+) -> None:
     """Descend along clipped, noised sums; the noise comes from torch's generator, as seeded."""
     reduction = shardmap.reduce.clipped_sum(max_norm=1.0, noise_multiplier=noise)
     sums = shardmap.per_sample_grad(model, F.cross_entropy, reduce=reduction)
@@ -61,7 +73,12 @@ def main() -> None:
     """Train with and without privacy, and say what it costs and what it buys."""
     parser = argparse.ArgumentParser(description="Differentially private training on digits.")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--noise", type=float, default=20.0, help="standard deviation, in units of the clipping norm")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=20.0,
+        help="standard deviation, in units of the clipping norm",
+    )
     parser.add_argument("--rate", type=float, default=0.25)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,9 +91,16 @@ def main() -> None:
         torch.manual_seed(options.seed)
         model = network()
         train(model, images[:taught], labels[:taught], options.steps, noise, options.rate)
-        spent = f"epsilon {epsilon(options.steps, noise, options.delta):.2f} at delta {options.delta:g}" if noise else "no privacy"
+        spent = (
+            f"epsilon {epsilon(options.steps, noise, options.delta):.2f} at delta {options.delta:g}"
+            if noise
+            else "no privacy"
+        )
         share = accuracy(model, *test)
-        print(f"{options.steps} clipped sums over {taught:,} digits, noise {noise:g}: {share:.1%} of new digits right, {spent}")
+        print(
+            f"{options.steps} clipped sums over {taught:,} digits, noise {noise:g}: {share:.1%} of "
+            f"new digits right, {spent}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """When does a network not know? An ensemble of networks, trained in one mapped call, tells it better than one.
 
-Networks are trained on scikit-learn's handwritten digits from 0 to 7, all at once: their parameters are stacked by
-`torch.func.stack_module_state`, and each step maps the gradient over the stack, each network with a bootstrap of the data of its own. Then
-they read digits that they have not seen, among them eights and nines, which nothing has taught them. The uncertainty of a network is the
-entropy of its prediction, that of an ensemble the entropy of the mean prediction (Lakshminarayanan et al. 2017). A part of it is what the
-members disagree about: the entropy of the mean less the mean of the entropies (Smith and Gal 2018).
+Networks are trained on scikit-learn's handwritten digits from 0 to 7, all at once: their parameters
+are stacked by `torch.func.stack_module_state`, and each step maps the gradient over the stack, each
+network with a bootstrap of the data of its own. Then they read digits that they have not seen,
+among them eights and nines, which nothing has taught them. The uncertainty of a network is the
+entropy of its prediction, that of an ensemble the entropy of the mean prediction (Lakshminarayanan
+et al. 2017). A part of it is what the members disagree about: the entropy of the mean less the mean
+of the entropies (Smith and Gal 2018).
 
     python examples/ensembles.py
     python examples/ensembles.py --networks 100
@@ -26,18 +28,37 @@ import shardmap
 
 
 def load() -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    """Of digits from 0 to 7 half to train with, pixels and labels, then the others; and all eights and nines, pixels only."""
+    """Of digits from 0 to 7 half to train with, pixels and labels, then the others.
+
+    And all eights and nines, pixels only.
+    """
     bunch: Any = load_digits()
     order = torch.randperm(len(bunch.target))
-    pixels, labels = torch.tensor(bunch.data, dtype=torch.float32)[order] / 16, torch.tensor(bunch.target)[order]
+    pixels, labels = (
+        torch.tensor(bunch.data, dtype=torch.float32)[order] / 16,
+        torch.tensor(bunch.target)[order],
+    )
     known = labels < 8
     half = int(known.sum()) // 2
-    return (pixels[known][:half], labels[known][:half]), pixels[known][half:], labels[known][half:], pixels[~known]
+    return (
+        (pixels[known][:half], labels[known][:half]),
+        pixels[known][half:],
+        labels[known][half:],
+        pixels[~known],
+    )
 
 
-def train(networks: int, pixels: Tensor, labels: Tensor, steps: int, rate: float = 0.3) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The architecture, and the trained parameters of all networks, stacked: {name: [networks, ...]}."""
-    models = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(networks)]
+def train(
+    networks: int, pixels: Tensor, labels: Tensor, steps: int, rate: float = 0.3
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The architecture, and the trained parameters of all networks, stacked: {name.
+
+    [networks, ...]}.
+    """
+    models = [
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        for _ in range(networks)
+    ]
     skeleton = copy.deepcopy(models[0]).to("meta")
     parameters, _ = stack_module_state(models)  # pyright: ignore[reportArgumentType]  its stub wants a list of exactly nn.Module
     parameters = {name: value.detach() for name, value in parameters.items()}
@@ -68,14 +89,19 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def separation(unknown: Tensor, known: Tensor) -> float:
-    """How often a digit of an unknown kind is less certain than one of a known kind: the area under the ROC curve."""
+    """How often a digit of an unknown kind is less certain than one of a known kind.
+
+    The area under the ROC curve.
+    """
     above = (unknown.unsqueeze(1) > known).double() + (unknown.unsqueeze(1) == known).double() / 2
     return float(above.mean())
 
 
 def main() -> None:
     """Train, read, and tell what was never taught."""
-    parser = argparse.ArgumentParser(description="An ensemble of networks by vmap over stacked parameters.")
+    parser = argparse.ArgumentParser(
+        description="An ensemble of networks by vmap over stacked parameters."
+    )
     parser.add_argument("--networks", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,11 +116,21 @@ def main() -> None:
     split, split_there = unsure - entropy(here).mean(0), unsure_there - entropy(there).mean(0)
     right = here.mean(0).argmax(-1) == labels
     certain = unsure.argsort()[: len(labels) // 2]
-    print(f"{options.networks} networks, {len(labels)} new digits from 0 to 7: one alone reads {sum(alone) / len(alone):.1%} right,")
-    print(f"all together {right.double().mean():.1%}, and of the half that they are surest of {right[certain].double().mean():.1%}.")
-    print(f"Of a digit never taught, beside one of 0 to 7: one network is less sure {sum(single) / len(single):.1%} of the time,")
     print(
-        f"members disagree more {separation(split_there, split):.1%}, and the ensemble is less sure {separation(unsure_there, unsure):.1%}."
+        f"{options.networks} networks, {len(labels)} new digits from 0 to 7: one alone reads "
+        f"{sum(alone) / len(alone):.1%} right,"
+    )
+    print(
+        f"all together {right.double().mean():.1%}, and of the half that they are surest of "
+        f"{right[certain].double().mean():.1%}."
+    )
+    print(
+        "Of a digit never taught, beside one of 0 to 7: one network is less sure "
+        f"{sum(single) / len(single):.1%} of the time,"
+    )
+    print(
+        f"members disagree more {separation(split_there, split):.1%}, and the ensemble is less "
+        f"sure {separation(unsure_there, unsure):.1%}."
     )
 
 

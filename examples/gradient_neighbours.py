@@ -1,18 +1,21 @@
 """Which training sample teaches a network the most about a new one? Its nearest neighbour by gradient.
 
-To first order, a step along the gradient of one sample changes the loss of another by the inner product of their gradients (TracIn,
-Pruthi et al. 2020). So the training samples whose gradients point the way of a new sample's are those that the network would learn it
-from, which need not be those that look like it. Two networks of about 100,000 parameters, each trained on one half of its data:
+To first order, a step along the gradient of one sample changes the loss of another by the inner
+product of their gradients (TracIn, Pruthi et al. 2020). So the training samples whose gradients
+point the way of a new sample's are those that the network would learn it from, which need not be
+those that look like it. Two networks of about 100,000 parameters, each trained on one half of its
+data:
 
 - a convolutional network that tells scikit-learn's 1,797 handwritten digits apart;
 - a transformer that writes the documentation of scikit-learn, a character at a time: sentences of the docstrings of eight subpackages.
 
-All per-sample gradients, 700 MB and 500 MB, go to a zarr store on disk, and are read back block by block. The claim is then put to the
-test: for the new samples with the highest loss, a step is taken along the gradient of one training sample, the neighbour by gradient, the
-neighbour by looks (pixels, or three-letter groups), or any. And a picture shows them.
+All per-sample gradients, 700 MB and 500 MB, go to a zarr store on disk, and are read back block by
+block. The claim is then put to the test: for the new samples with the highest loss, a step is taken
+along the gradient of one training sample, the neighbour by gradient, the neighbour by looks
+(pixels, or three-letter groups), or any. And a picture shows them.
 
-    python examples/gradient_neighbours.py                  # half a minute on two idle cores
-    python examples/gradient_neighbours.py --devices ray    # on two workers, with at most 1 GiB for each
+    python examples/gradient_neighbours.py                  # half a minute on two idle cores python
+    examples/gradient_neighbours.py --devices ray    # on two workers, with at most 1 GiB for each
 """
 
 from __future__ import annotations
@@ -39,7 +42,16 @@ import shardmap
 from shardmap.store import Store
 
 INK, FAINT, SAME, OTHER = "#1f2430", "#8a90a0", "#2a6fb0", "#c8321f"
-PACKAGES = ("cluster", "datasets", "decomposition", "ensemble", "linear_model", "metrics", "neighbors", "preprocessing")
+PACKAGES = (
+    "cluster",
+    "datasets",
+    "decomposition",
+    "ensemble",
+    "linear_model",
+    "metrics",
+    "neighbors",
+    "preprocessing",
+)
 LONGEST = 96  # characters of a sentence
 BLOCK = 128  # gradients in memory at a time, twice: 2 x 51 MB
 
@@ -50,7 +62,8 @@ class Task:
 
     model: nn.Module
     loss: Callable[..., Tensor]
-    """Of one sample, or the mean over a batch: `loss(model, *samples)`, where any function of the inputs may stand for the model."""
+    """Of one sample, or the mean over a batch: `loss(model, *samples)`, where any function of
+    the inputs may stand for the model."""
     batch: tuple[Tensor, ...]
     """What `loss` takes, [N, ...] each."""
     looks: Tensor
@@ -64,14 +77,17 @@ class Task:
         return len(self.labels) // 2
 
 
-# -- two networks ------------------------------------------------------------------------------------------------------
+# -- two networks
+# ------------------------------------------------------------------------------------------------------
 
 
 def digits(samples: int, epochs: int) -> Task:
     """Scikit-learn's digits, and a network of 99,996 parameters that tells them apart."""
     bunch: Any = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))[:samples]
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)[order] / 16  # [N, 1, 8, 8]
+    images = (
+        torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)[order] / 16
+    )  # [N, 1, 8, 8]
     labels = torch.tensor(bunch.target)[order]
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -86,7 +102,10 @@ def digits(samples: int, epochs: int) -> Task:
 
 
 class Writer(nn.Module):
-    """A transformer of two layers that tells the next character: [..., T] codes to [..., T, 96] logits."""
+    """A transformer of two layers that tells the next character.
+
+    [..., T] codes to [..., T, 96] logits.
+    """
 
     def __init__(self, width: int = 64, heads: int = 4):
         super().__init__()
@@ -108,18 +127,31 @@ class Writer(nn.Module):
         """Logits of what follows each character, from it and those before."""
         x = self.characters(codes) + self.places[: codes.shape[-1]]
         for norm, qkv, mix, norm2, wider, back in self.layers:  # pyright: ignore[reportGeneralTypeIssues]  a list of lists of layers
-            q, k, v = qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)  # [..., heads, T, width / heads]
-            x = x + mix(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2))
+            q, k, v = (
+                qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
+            )  # [..., heads, T, width / heads]
+            x = x + mix(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                .transpose(-2, -3)
+                .flatten(-2)
+            )
             x = x + back(F.gelu(wider(norm2(x))))
         return self.out(x)
 
 
 def sentences(samples: int, epochs: int) -> tuple[Task, list[str]]:
-    """Sentences of scikit-learn's documentation, and a network that writes them; the sentences as text."""
+    """Sentences of scikit-learn's documentation, and a network that writes them.
+
+    The sentences as text.
+    """
     found = list(documentation())
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[
+        :samples
+    ].tolist()
     texts, labels = [found[i][0] for i in order], torch.tensor([found[i][1] for i in order])
-    codes = torch.tensor([[ord(c) - 31 for c in text.ljust(LONGEST, "\x1f")] for text in texts])  # [N, 96], 0 after the end
+    codes = torch.tensor(
+        [[ord(c) - 31 for c in text.ljust(LONGEST, "\x1f")] for text in texts]
+    )  # [N, 96], 0 after the end
     groups: dict[str, int] = {}
     looks = torch.zeros(len(texts), 1 << 14)
     for row, text in enumerate(texts):
@@ -136,22 +168,41 @@ def sentences(samples: int, epochs: int) -> tuple[Task, list[str]]:
 
 
 def documentation() -> Iterator[tuple[str, int]]:
-    """Sentences of docstrings, and the number of the subpackage that each is from; those of more than one are left out."""
+    """Sentences of docstrings, and the number of the subpackage that each is from.
+
+    Those of more than one are left out.
+    """
     owners: dict[str, set[int]] = collections.defaultdict(set)
     for number, package in enumerate(PACKAGES):
         module = importlib.import_module(f"sklearn.{package}")
         for name in module.__all__:
-            prose = re.split(r"\n(?:Examples|References|See Also|Notes)\n-+\n", inspect.cleandoc(getattr(module, name).__doc__ or ""))[0]
-            for paragraph in re.split(r"\n\s*\n|\n\S.*\n-+\n|\n\S* :.*", "\n" + prose):  # between headings and names of arguments
-                text = re.sub(r":\w+:`~?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", " ".join(paragraph.split()))
-                for sentence in re.split(r"(?<=\.)\s+(?=[A-Z])", text.replace("`", "").replace("*", "")):
-                    if 32 <= len(sentence) <= LONGEST and sentence.isascii() and re.fullmatch(r"[A-Z][a-z]+ [^_=<>{}|\\]*\.", sentence):
+            prose = re.split(
+                r"\n(?:Examples|References|See Also|Notes)\n-+\n",
+                inspect.cleandoc(getattr(module, name).__doc__ or ""),
+            )[0]
+            for paragraph in re.split(
+                r"\n\s*\n|\n\S.*\n-+\n|\n\S* :.*", "\n" + prose
+            ):  # between headings and names of arguments
+                text = re.sub(
+                    r":\w+:`~?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", " ".join(paragraph.split())
+                )
+                for sentence in re.split(
+                    r"(?<=\.)\s+(?=[A-Z])", text.replace("`", "").replace("*", "")
+                ):
+                    if (
+                        32 <= len(sentence) <= LONGEST
+                        and sentence.isascii()
+                        and re.fullmatch(r"[A-Z][a-z]+ [^_=<>{}|\\]*\.", sentence)
+                    ):
                         owners[sentence].add(number)
     return ((sentence, numbers.pop()) for sentence, numbers in owners.items() if len(numbers) == 1)
 
 
 def trained(task: Task, epochs: int) -> Task:
-    """The same task, its model trained on the first half of the samples: plain PyTorch, one thread, the same everywhere."""
+    """The same task, its model trained on the first half of the samples.
+
+    Plain PyTorch, one thread, the same everywhere.
+    """
     optimizer = torch.optim.Adam(task.model.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -173,9 +224,13 @@ def gradients(task: Task, folder: Path, devices: Any) -> Store:
     parameters = tuple(task.model.parameters())
 
     def gradient(*sample: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(task.loss(task.model, *sample), parameters)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(task.loss(task.model, *sample), parameters)]
+        )
 
-    shardmap.vmap(gradient, devices=devices, memory_budget="1GiB", out=shardmap.ZarrSink(folder))(*task.batch)
+    shardmap.vmap(gradient, devices=devices, memory_budget="1GiB", out=shardmap.ZarrSink(folder))(
+        *task.batch
+    )
     return shardmap.open_store(folder)
 
 
@@ -216,27 +271,43 @@ def neighbours(task: Task, store: Store) -> Neighbours:
     """How near each training sample is to each new one, by gradient and by looks."""
     new = range(task.taught, len(task.labels))
     looks = F.normalize(task.looks, dim=1)
-    losses = shardmap.vmap(lambda *sample: task.loss(task.model, *sample).detach())(*[column[new.start :] for column in task.batch])
+    losses = shardmap.vmap(lambda *sample: task.loss(task.model, *sample).detach())(
+        *[column[new.start :] for column in task.batch]
+    )
     hardest = losses.argsort(descending=True)[: max(1, len(new) // 10)]
-    return Neighbours(losses, cosines(store, new, range(task.taught)), looks[new.start :] @ looks[: new.start].T, hardest)
+    return Neighbours(
+        losses,
+        cosines(store, new, range(task.taught)),
+        looks[new.start :] @ looks[: new.start].T,
+        hardest,
+    )
 
 
-def after_a_step(task: Task, store: Store, samples: Tensor, teachers: Tensor, length: float) -> Tensor:
+def after_a_step(
+    task: Task, store: Store, samples: Tensor, teachers: Tensor, length: float
+) -> Tensor:
     """The loss of each sample after a step of that length down the gradient of its teacher, [samples]."""
     names, parameters = zip(*task.model.named_parameters(), strict=True)
 
     def stepped(direction: Tensor, *sample: Tensor) -> Tensor:
         parts = direction.split([p.numel() for p in parameters])
-        moved = {name: p.detach() - length * part.view_as(p) for name, p, part in zip(names, parameters, parts, strict=True)}
+        moved = {
+            name: p.detach() - length * part.view_as(p)
+            for name, p, part in zip(names, parameters, parts, strict=True)
+        }
         return task.loss(lambda inputs: functional_call(task.model, moved, (inputs,)), *sample)
 
     found = torch.empty(len(samples))
-    for start in range(0, task.taught, BLOCK):  # a block of teachers is read once, whoever learns from it
+    for start in range(
+        0, task.taught, BLOCK
+    ):  # a block of teachers is read once, whoever learns from it
         block = range(start, min(start + BLOCK, task.taught))
         learning = ((teachers >= block.start) & (teachers < block.stop)).nonzero().flatten()
         if len(learning):
             directions = unit(store, block)[teachers[learning] - start]  # [learning, parameters]
-            found[learning] = shardmap.vmap(stepped)(directions, *[column[samples[learning]] for column in task.batch]).detach()
+            found[learning] = shardmap.vmap(stepped)(
+                directions, *[column[samples[learning]] for column in task.batch]
+            ).detach()
     return found
 
 
@@ -271,7 +342,10 @@ def lessons(task: Task, store: Store, near: Neighbours) -> list[Lesson]:
     found = []
     for name, chosen in teachers.items():
         after = after_a_step(task, store, task.taught + near.hardest, chosen[near.hardest], LENGTH)
-        helped, alike = (after < near.losses[near.hardest]).double().mean(), (old[chosen] == new).double().mean()
+        helped, alike = (
+            (after < near.losses[near.hardest]).double().mean(),
+            (old[chosen] == new).double().mean(),
+        )
         found.append(Lesson(name, float(after.mean()), float(helped), float(alike)))
     return found
 
@@ -283,7 +357,10 @@ def table(title: str, near: Neighbours, found: list[Lesson]) -> str:
         f"{title}: the {len(near.hardest)} new samples with the highest loss, mean {before:.2f}; label: of all {len(near.losses)}",
         f"{'a step along the gradient of':>30}  {'loss after':>10}  {'fell for':>8}  {'has its label':>13}",
     ]
-    lines += [f"{lesson.teacher:>30}  {lesson.after:10.2f}  {lesson.helped:8.0%}  {lesson.alike:13.0%}" for lesson in found]
+    lines += [
+        f"{lesson.teacher:>30}  {lesson.after:10.2f}  {lesson.helped:8.0%}  {lesson.alike:13.0%}"
+        for lesson in found
+    ]
     return "\n".join(lines)
 
 
@@ -291,7 +368,10 @@ def table(title: str, near: Neighbours, found: list[Lesson]) -> str:
 
 
 def shown(task: Task, near: Neighbours, count: int) -> list[int]:
-    """New samples for the picture: the hardest of each label, of those that have a neighbour by gradient worth the name."""
+    """New samples for the picture.
+
+    The hardest of each label, of those that have a neighbour by gradient worth the name.
+    """
     first: dict[int, int] = {}
     for row in near.hardest[near.gradient[near.hardest].amax(1) > 0.4].tolist():
         first.setdefault(int(task.labels[task.taught + row]), row)
@@ -301,7 +381,12 @@ def shown(task: Task, near: Neighbours, count: int) -> list[int]:
 def draw_digits(figure: Any, task: Task, near: Neighbours) -> None:
     """Each digit, its neighbours by gradient, and those by pixels."""
     rows, count = shown(task, near, 6), min(5, task.taught)
-    grid = figure.subplots(max(1, len(rows)), 2 * count + 3, squeeze=False, width_ratios=[1, 0.25] + [1] * count + [0.25] + [1] * count)
+    grid = figure.subplots(
+        max(1, len(rows)),
+        2 * count + 3,
+        squeeze=False,
+        width_ratios=[1, 0.25] + [1] * count + [0.25] + [1] * count,
+    )
     figure.subplots_adjust(left=0.03, right=0.985, top=0.85, bottom=0.05, hspace=0.42, wspace=0.1)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -315,17 +400,27 @@ def draw_digits(figure: Any, task: Task, near: Neighbours) -> None:
         axes.set(xticks=[], yticks=[])
         axes.set_xlabel(text, fontsize=8.5, color=color, labelpad=3)
         for spine in axes.spines.values():
-            spine.set(color=color if color != INK else "#d5d8df", linewidth=1.6 if color != INK else 0.8)
+            spine.set(
+                color=color if color != INK else "#d5d8df", linewidth=1.6 if color != INK else 0.8
+            )
 
     for line, row in zip(grid, rows, strict=False):
         sample = task.taught + row
         tile(line[0], sample, f"a {int(labels[sample])}, read as {int(predicted[sample])}", INK)
         for first, near_by in ((2, near.gradient), (3 + count, near.looks)):
             values, teachers = near_by[row].topk(count)
-            for axes, value, teacher in zip(line[first:], values.tolist(), teachers.tolist(), strict=False):
+            for axes, value, teacher in zip(
+                line[first:], values.tolist(), teachers.tolist(), strict=False
+            ):
                 same = labels[teacher] == labels[sample]
-                tile(axes, teacher, f"{int(labels[teacher])}   {value:.2f}", SAME if same else OTHER)
-    for axes, text in ((grid[0, 0], "new"), (grid[0, 2], "nearest training samples by gradient"), (grid[0, 3 + count], "by pixels")):
+                tile(
+                    axes, teacher, f"{int(labels[teacher])}   {value:.2f}", SAME if same else OTHER
+                )
+    for axes, text in (
+        (grid[0, 0], "new"),
+        (grid[0, 2], "nearest training samples by gradient"),
+        (grid[0, 3 + count], "by pixels"),
+    ):
         axes.set_title(text, fontsize=10, color=INK, loc="left", weight="bold", pad=6)
 
 
@@ -336,20 +431,37 @@ def draw_sentences(figure: Any, task: Task, texts: list[str], near: Neighbours) 
     axes.set_axis_off()
     rows, count = shown(task, near, 6), min(3, task.taught)
     axes.set(xlim=(0, 1), ylim=(6 * (count + 1.6), -1))
-    columns = ((0.0, "nearest training samples by gradient", near.gradient), (0.5, "by three-letter groups", near.looks))
+    columns = (
+        (0.0, "nearest training samples by gradient", near.gradient),
+        (0.5, "by three-letter groups", near.looks),
+    )
     for x, title, _ in columns:
         axes.text(x, -1, title, fontsize=10, color=INK, weight="bold", va="center")
     for number, row in enumerate(rows):
         at, sample = number * (count + 1.6) + 0.3, task.taught + row
         axes.axhspan(at - 0.5, at + 0.5, color="#eef0f4")
         axes.text(0.003, at, f"{texts[sample]}", fontsize=8, color=INK, weight="bold", va="center")
-        axes.text(0.997, at, f"{PACKAGES[int(task.labels[sample])]}", fontsize=8, color=FAINT, va="center", ha="right")
+        axes.text(
+            0.997,
+            at,
+            f"{PACKAGES[int(task.labels[sample])]}",
+            fontsize=8,
+            color=FAINT,
+            va="center",
+            ha="right",
+        )
         for x, _, near_by in columns:
             values, teachers = near_by[row].topk(count)
-            for rank, (value, teacher) in enumerate(zip(values.tolist(), teachers.tolist(), strict=True), start=1):
+            for rank, (value, teacher) in enumerate(
+                zip(values.tolist(), teachers.tolist(), strict=True), start=1
+            ):
                 color = SAME if task.labels[teacher] == task.labels[sample] else OTHER
-                axes.text(x + 0.003, at + rank, f"{value:.2f}", fontsize=7.5, color=color, va="center")
-                axes.text(x + 0.032, at + rank, texts[teacher], fontsize=7.5, color=INK, va="center")
+                axes.text(
+                    x + 0.003, at + rank, f"{value:.2f}", fontsize=7.5, color=color, va="center"
+                )
+                axes.text(
+                    x + 0.032, at + rank, texts[teacher], fontsize=7.5, color=INK, va="center"
+                )
 
 
 def headline(figure: Any, title: str, near: Neighbours, found: list[Lesson]) -> None:
@@ -370,14 +482,24 @@ def headline(figure: Any, title: str, near: Neighbours, found: list[Lesson]) -> 
 
 def main() -> None:
     """Train, take all gradients, compare, draw, and say what came out."""
-    parser = argparse.ArgumentParser(description="Nearest neighbours by gradient: digits and sentences.")
-    parser.add_argument("--devices", default="cpu", help="as shardmap.vmap takes them; ray: two workers")
+    parser = argparse.ArgumentParser(
+        description="Nearest neighbours by gradient: digits and sentences."
+    )
+    parser.add_argument(
+        "--devices", default="cpu", help="as shardmap.vmap takes them; ray: two workers"
+    )
     parser.add_argument("--samples", type=int, default=1797, help="at most so many of each kind")
-    parser.add_argument("--folder", type=Path, help="where the gradients are kept, 1.2 GB; a temporary folder if left out")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the gradients are kept, 1.2 GB; a temporary folder if left out",
+    )
     parser.add_argument("--picture", type=Path, default=Path("gradient_neighbours.png"))
     options = parser.parse_args()
     if options.samples < 20:
-        parser.error(f"--samples {options.samples}: give at least 20, of which half are for training")
+        parser.error(
+            f"--samples {options.samples}: give at least 20, of which half are for training"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         try:
             run(options, options.folder or Path(temporary))
@@ -397,7 +519,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     near = neighbours(task, store)
     found = lessons(task, store, near)
     print(table("digits", near, found))
-    headline(upper, "Handwritten digits: which training samples would teach the network to read these?", near, found)
+    headline(
+        upper,
+        "Handwritten digits: which training samples would teach the network to read these?",
+        near,
+        found,
+    )
     draw_digits(upper, task, near)
 
     task, texts = sentences(options.samples, epochs=15)
@@ -405,11 +532,18 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     near = neighbours(task, store)
     found = lessons(task, store, near)
     print("\n" + table("sentences", near, found))
-    headline(lower, "Documentation: which training sentences would teach the network to write these?", near, found)
+    headline(
+        lower,
+        "Documentation: which training sentences would teach the network to write these?",
+        near,
+        found,
+    )
     draw_sentences(lower, task, texts, near)
 
     figure.savefig(options.picture, dpi=130)
-    print(f"\nThe gradient of a digit knows its label, that of a sentence nothing of its subpackage. Picture: {options.picture}")
+    print(
+        f"\nThe gradient of a digit knows its label, that of a sentence nothing of its subpackage. Picture: {options.picture}"
+    )
 
 
 if __name__ == "__main__":

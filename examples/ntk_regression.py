@@ -1,10 +1,12 @@
 """What does a network know before it learns? Kernel regression with the empirical neural tangent kernel of an untrained CNN.
 
-A wide network that is trained by gradient descent behaves like kernel regression with the inner products of its per-sample gradients
-(Jacot, Gabriel and Hongler 2018). The kernel is known before any training: K[i, j] is the inner product of the gradients, with respect to
-all weights, of the sum of the ten logits for image i and for image j (the pseudo-NTK of Mohamadi, Bae and Sutherland 2023). One call
-gives it, [N, N], without the gradients, [N, parameters], ever being in memory. Ridge regression with it reads scikit-learn's handwritten
-digits from few labels; beside it the same with the plain pixels, and the network, trained.
+A wide network that is trained by gradient descent behaves like kernel regression with the inner
+products of its per-sample gradients (Jacot, Gabriel and Hongler 2018). The kernel is known before
+any training: K[i, j] is the inner product of the gradients, with respect to all weights, of the sum
+of the ten logits for image i and for image j (the pseudo-NTK of Mohamadi, Bae and Sutherland 2023).
+One call gives it, [N, N], without the gradients, [N, parameters], ever being in memory. Ridge
+regression with it reads scikit-learn's handwritten digits from few labels; beside it the same with
+the plain pixels, and the network, trained.
 
     python examples/ntk_regression.py
     python examples/ntk_regression.py --labels 50 --width 16
@@ -32,7 +34,10 @@ def load(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def network(width: int) -> nn.Module:
-    """Two convolutions and a linear layer, as PyTorch initialises them; takes one image, or a batch."""
+    """Two convolutions and a linear layer, as PyTorch initialises them.
+
+    Takes one image, or a batch.
+    """
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
         nn.Linear(16 * width, 10),
@@ -48,7 +53,8 @@ def tangent_kernel(model: nn.Module, images: Tensor) -> Tensor:
 def regression(kernel: Tensor, labels: Tensor, taught: int) -> float:
     """Learn the first `taught` labels by kernel ridge regression, and return the share of the others that is right.
 
-    The ridge is the one with the smallest leave-one-out error, which has a closed form (Wahba 1990).
+    The ridge is the one with the smallest leave-one-out error, which has a closed form (Wahba
+    1990).
     """
     targets = F.one_hot(labels[:taught], 10).double() - 0.1
     known, new = kernel[:taught, :taught].double(), kernel[taught:, :taught].double()
@@ -56,7 +62,9 @@ def regression(kernel: Tensor, labels: Tensor, taught: int) -> float:
     for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         inverse = torch.linalg.inv(known + ridge * torch.eye(taught, dtype=torch.float64))
         weights = inverse @ targets
-        missed = weights / inverse.diagonal().unsqueeze(1)  # of each sample, by the regression on the others
+        missed = weights / inverse.diagonal().unsqueeze(
+            1
+        )  # of each sample, by the regression on the others
         tried.append((float(missed.square().mean()), right(new @ weights, labels[taught:])))
     return min(tried)[1]
 
@@ -80,7 +88,9 @@ def right(scores: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     """Three ways to learn from few labels."""
-    parser = argparse.ArgumentParser(description="Kernel regression with the empirical NTK of a CNN, on digits.")
+    parser = argparse.ArgumentParser(
+        description="Kernel regression with the empirical NTK of a CNN, on digits."
+    )
     parser.add_argument("--samples", type=int, default=1797)
     parser.add_argument("--labels", type=int, default=100, help="how many digits come with a label")
     parser.add_argument("--width", type=int, default=32, help="channels of the convolutions")
@@ -94,14 +104,23 @@ def main() -> None:
     linear = pixels @ pixels.T
     kernel = tangent_kernel(model, images)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(images):,} digits, {options.labels} of them with a label, a network of {parameters:,} parameters; the others read right:")
+    print(
+        f"{len(images):,} digits, {options.labels} of them with a label, a network of "
+        f"{parameters:,} parameters; the others read right:"
+    )
     for name, share in (
-        ("ridge regression on pixels", regression(linear / linear.diagonal().mean(), labels, options.labels)),
+        (
+            "ridge regression on pixels",
+            regression(linear / linear.diagonal().mean(), labels, options.labels),
+        ),
         ("the network, trained", trained(model, images, labels, options.labels, options.steps)),
         ("the network's kernel, untrained", regression(kernel, labels, options.labels)),
     ):
         print(f"{name:>34}  {share:6.1%}")
-    print(f"The kernel, {len(kernel):,} x {len(kernel):,}, took no matrix of gradients of {4 * parameters * len(kernel) / 1e6:,.0f} MB.")
+    print(
+        f"The kernel, {len(kernel):,} x {len(kernel):,}, took no matrix of gradients of "
+        f"{4 * parameters * len(kernel) / 1e6:,.0f} MB."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Optional packages: imported where they are used, and named with their extra when they are missing."""
+"""Optional packages.
+
+Imported where they are used, and named with their extra when they are missing.
+"""
 
 from __future__ import annotations
 
@@ -29,5 +32,6 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there; something that it needs is not
         raise MissingExtraError(
-            f'{package} is needed {purpose} and is not installed: pip install "shardmap[{extra}]"', name=package
+            f'{package} is needed {purpose} and is not installed: pip install "shardmap[{extra}]"',
+            name=package,
         ) from error

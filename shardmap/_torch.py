@@ -1,4 +1,7 @@
-"""The private parts of torch that more than one file needs, in one place: they move between versions."""
+"""The private parts of torch that more than one file needs, in one place.
+
+They move between versions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ has_internal_overlap: Any = torch._debug_has_internal_overlap  # type: ignore[re
 
 
 class Switch:
-    """A switch of torch that is the same for all threads: off while any of them needs it off, then as it was before."""
+    """A switch of torch that is the same for all threads.
+
+    Off while any of them needs it off, then as it was before.
+    """
 
     def __init__(self, get: Callable[[], bool], put: Callable[[bool], Any]):
         self.get = get
@@ -42,8 +48,18 @@ class Switch:
                     self.put(self.before)
 
 
-transformer_fast_paths = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+transformer_fast_paths = Switch(
+    torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
+)
 cudnn = Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled)
 mkldnn = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 
-__all__ = ["Switch", "cudnn", "dispatch_modes", "functorch", "has_internal_overlap", "mkldnn", "transformer_fast_paths"]
+__all__ = [
+    "Switch",
+    "cudnn",
+    "dispatch_modes",
+    "functorch",
+    "has_internal_overlap",
+    "mkldnn",
+    "transformer_fast_paths",
+]

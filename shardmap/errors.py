@@ -1,7 +1,8 @@
 """Every error that a user of shardmap can cause, one name each.
 
 Each message carries the call, the argument, its value and the remedy. The classes derive from the
-builtin that `torch.func.vmap` raises in the same situation, so that code written for it keeps working.
+builtin that `torch.func.vmap` raises in the same situation, so that code written for it keeps
+working.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ class ShardmapError(Exception):
 
 
 class InDimsError(ShardmapError, ValueError):
-    """`in_dims` or `kw_in_dims` do not fit the arguments: structure, range, sizes, or nothing mapped."""
+    """`in_dims` or `kw_in_dims` do not fit the arguments.
+
+    Structure, range, sizes, or nothing mapped.
+    """
 
 
 class OutDimsError(ShardmapError, ValueError):
@@ -32,7 +36,10 @@ class OutputError(ShardmapError, ValueError):
 
 
 class TransformError(ShardmapError, ValueError):
-    """A function cannot be differentiated as asked: what it takes or returns, or the parameters that were named, do not fit."""
+    """A function cannot be differentiated as asked.
+
+    What it takes or returns, or the parameters that were named, do not fit.
+    """
 
 
 class EmptyBatchError(ShardmapError, ValueError):
@@ -108,7 +115,10 @@ class WorkerError(ShardmapError, RuntimeError):
 
 
 class StoreError(ShardmapError, RuntimeError):
-    """A store cannot be made, opened, written or read: the message names the place, what failed and the remedy."""
+    """A store cannot be made, opened, written or read.
+
+    The message names the place, what failed and the remedy.
+    """
 
 
 class StoreMismatchError(StoreError):
@@ -120,4 +130,7 @@ class StoreDamagedError(StoreError):
 
 
 class SourceError(ShardmapError, ValueError):
-    """Samples cannot be read from what was given: unknown kind, missing path, columns of unequal length."""
+    """Samples cannot be read from what was given.
+
+    Unknown kind, missing path, columns of unequal length.
+    """

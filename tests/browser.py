@@ -46,28 +46,48 @@ class Page:
         self.requests: list[str] = []
         """URLs, in order."""
         self.errors: list[str] = []
-        """Exceptions, console messages of level error, and what the browser logs: blocked and failed loads, violated policies."""
+        """Exceptions, console messages of level error, and what the browser logs: blocked and
+        failed loads, violated policies."""
         self._loaded = False
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
-    def open(self, path: Path, *, width: int = 1200, dark: bool = False, print_media: bool = False) -> None:
+    def open(
+        self, path: Path, *, width: int = 1200, dark: bool = False, print_media: bool = False
+    ) -> None:
         """Show a file in a window of this width, and wait until all of it is there."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", media="print" if print_media else "screen", features=[scheme])
+        self._call(
+            "Emulation.setEmulatedMedia",
+            media="print" if print_media else "screen",
+            features=[scheme],
+        )
         self.requests, self.errors, self._loaded = [], [], False
         self._call("Page.navigate", url=path.absolute().as_uri())
         ends = time.monotonic() + SECONDS
         while not self._loaded:
             self._receive(ends)
-        self.ask("Promise.all(Array.from(document.images, i => i.decode().catch(() => null))).then(() => true)")
+        self.ask(
+            "Promise.all(Array.from(document.images, i => i.decode().catch(() => null))).then(() "
+            "=> true)"
+        )
 
     def ask(self, expression: str) -> Any:
         """The value of an expression in JavaScript, which runs although the page itself may run none."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self._call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -123,14 +143,26 @@ def browse(profile: Path) -> Iterator[Page]:
     command = find()
     if command is None:
         raise RuntimeError(
-            f"no browser is installed (looked for {', '.join(NAMES)}), and these tests open reports in one: apt-get install chromium, or "
+            f"no browser is installed (looked for {', '.join(NAMES)}), and these tests open "
+            "reports in one: apt-get install chromium, or "
             'leave them out with pytest -m "not slow and not gpu and not browser"'
         )
     (theirs_read, commands), (answers, theirs_write) = os.pipe(), os.pipe()
-    # Chromium reads commands from descriptor 3 and answers on 4: first out of the way, so that neither overwrites the other.
-    high_read, high_write = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_read, theirs_write))
+    # Chromium reads commands from descriptor 3 and answers on 4: first out of the way, so that
+    # neither overwrites the other.
+    high_read, high_write = (
+        fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_read, theirs_write)
+    )
     process = subprocess.Popen(
-        ["bash", "-c", f'exec "$@" 3<&{high_read} 4>&{high_write}', "browser", command, *FLAGS, f"--user-data-dir={profile}"],
+        [
+            "bash",
+            "-c",
+            f'exec "$@" 3<&{high_read} 4>&{high_write}',
+            "browser",
+            command,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+        ],
         pass_fds=(high_read, high_write),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

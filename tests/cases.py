@@ -1,7 +1,8 @@
 """Named cases: what a mapped function may do (`tests.refusals` has what it may not).
 
-A case is a function of a `Kit`. It makes its tensors with the kit, which gives the same values at each call, and returns
-a function of the map under test. So `vmap` can be nested, or stand under another transform, in any way.
+A case is a function of a `Kit`. It makes its tensors with the kit, which gives the same values at
+each call, and returns a function of the map under test. So `vmap` can be nested, or stand under
+another transform, in any way.
 """
 
 from __future__ import annotations
@@ -30,12 +31,18 @@ class Kit:
 
     def values(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Different values for each tensor of a setting, the same in each setting."""
-        generator = torch.Generator().manual_seed(31 * (len(self.inputs) + len(self.captured)) + len(shape))
+        generator = torch.Generator().manual_seed(
+            31 * (len(self.inputs) + len(self.captured)) + len(shape)
+        )
         if dtype.is_floating_point:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        return torch.randint(0, 2 if dtype == torch.bool else 4, shape, generator=generator).to(dtype)
+        return torch.randint(0, 2 if dtype == torch.bool else 4, shape, generator=generator).to(
+            dtype
+        )
 
-    def x(self, *shape: int, dim: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> torch.Tensor:
+    def x(
+        self, *shape: int, dim: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False
+    ) -> torch.Tensor:
         """A mapped input: `shape` is one row's."""
         full = list(shape)
         full.insert(dim if dim >= 0 else len(full) + 1 + dim, self.size)
@@ -44,7 +51,9 @@ class Kit:
 
     def w(self, *shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> torch.Tensor:
         """A captured or unmapped tensor."""
-        self.captured.append(self.values(*shape, dtype=dtype).requires_grad_(grad and dtype.is_floating_point))
+        self.captured.append(
+            self.values(*shape, dtype=dtype).requires_grad_(grad and dtype.is_floating_point)
+        )
         return self.captured[-1]
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -54,7 +63,9 @@ class Kit:
             if tensor.is_floating_point():
                 with torch.no_grad():
                     tensor.copy_(
-                        self.values(*tensor.shape) * 0.5 if isinstance(tensor, nn.Parameter) else self.values(*tensor.shape).abs() + 0.5
+                        self.values(*tensor.shape) * 0.5
+                        if isinstance(tensor, nn.Parameter)
+                        else self.values(*tensor.shape).abs() + 0.5
                     )
             self.captured.append(tensor)
         return module
@@ -90,7 +101,8 @@ def setting(function: Case, size: int = 3, **options: Any) -> Callable[[], oracl
     return build
 
 
-# ---------------------------------------------------------------------------------------------- the plain ones
+# ---------------------------------------------------------------------------------------------- the
+# plain ones
 
 
 @case()
@@ -112,7 +124,9 @@ def jacobian_in_one_call(k: Kit) -> Run:
 
     def run(vmap: oracle.Subject) -> Any:
         y = x**2 * x.sum()
-        return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True, create_graph=True)[0])(basis)
+        return vmap(
+            lambda v: torch.autograd.grad(y, x, v, retain_graph=True, create_graph=True)[0]
+        )(basis)
 
     return run
 
@@ -123,7 +137,9 @@ def hessian_in_one_call(k: Kit) -> Run:
 
     def run(vmap: oracle.Subject) -> Any:
         (g,) = torch.autograd.grad((torch.tanh(x * w) ** 2).sum() * x.prod(), x, create_graph=True)
-        return vmap(lambda v: torch.autograd.grad(g, x, v, retain_graph=True)[0])(torch.eye(4, dtype=torch.float64))
+        return vmap(lambda v: torch.autograd.grad(g, x, v, retain_graph=True)[0])(
+            torch.eye(4, dtype=torch.float64)
+        )
 
     return run
 
@@ -131,24 +147,31 @@ def hessian_in_one_call(k: Kit) -> Run:
 @case()
 def functional_vjp(k: Kit) -> Run:
     x, weight = k.x(5), k.w(5)
-    return lambda vmap: vmap(lambda s: torch.autograd.functional.vjp(lambda w: s.dot(w).relu(), weight)[1])(x)
+    return lambda vmap: vmap(
+        lambda s: torch.autograd.functional.vjp(lambda w: s.dot(w).relu(), weight)[1]
+    )(x)
 
 
 @case()
 def per_sample_gradients_of_a_module(k: Kit) -> Run:
     model = k.module(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
     x, y = k.x(4), k.x(2)
-    return lambda vmap: vmap(lambda a, b: torch.autograd.grad(F.mse_loss(model(a), b), tuple(model.parameters())))(x, y)
+    return lambda vmap: vmap(
+        lambda a, b: torch.autograd.grad(F.mse_loss(model(a), b), tuple(model.parameters()))
+    )(x, y)
 
 
 @case()
 def functional_call(k: Kit) -> Run:
     model = nn.Linear(4, 2).double()
     weight, bias, x = k.x(2, 4, grad=True), k.x(2, grad=True), k.x(4)
-    return lambda vmap: vmap(lambda w, b, a: torch.func.functional_call(model, {"weight": w, "bias": b}, (a,)))(weight, bias, x)
+    return lambda vmap: vmap(
+        lambda w, b, a: torch.func.functional_call(model, {"weight": w, "bias": b}, (a,))
+    )(weight, bias, x)
 
 
-# ---------------------------------------------------------------------------------------------- dims, trees, keywords
+# ----------------------------------------------------------------------------------------------
+# dims, trees, keywords
 
 
 @case()
@@ -176,19 +199,25 @@ def one_dim_for_a_whole_tree(k: Kit) -> Run:
 @case()
 def keywords_unmapped(k: Kit) -> Run:
     x, scale = k.x(3, grad=True), k.w(3)
-    return lambda vmap: vmap(lambda a, *, scale, power: (a * scale) ** power)(x, scale=scale, power=2)
+    return lambda vmap: vmap(lambda a, *, scale, power: (a * scale) ** power)(
+        x, scale=scale, power=2
+    )
 
 
 @case()
 def keywords_mapped(k: Kit) -> Run:
     x, scale = k.x(3, grad=True), k.x(3, dim=1, grad=True)
-    return lambda vmap: vmap(lambda a, scale, shift: a * scale + shift, kw_in_dims={"scale": 1})(x, scale=scale, shift=1.5)
+    return lambda vmap: vmap(lambda a, scale, shift: a * scale + shift, kw_in_dims={"scale": 1})(
+        x, scale=scale, shift=1.5
+    )
 
 
 @case()
 def other_arguments_pass_through(k: Kit) -> Run:
     x = k.x(3, 2, grad=True)
-    return lambda vmap: vmap(lambda a, dim, name, flag: a.sum(dim) if flag and name == "s" else a, (0, None, None, None))(x, 1, "s", True)
+    return lambda vmap: vmap(
+        lambda a, dim, name, flag: a.sum(dim) if flag and name == "s" else a, (0, None, None, None)
+    )(x, 1, "s", True)
 
 
 @case()
@@ -200,7 +229,9 @@ def numbers_under_the_default_in_dims(k: Kit) -> Run:
 @case()
 def unmapped_outputs_are_repeated(k: Kit) -> Run:
     x, w = k.x(3), k.w(3)
-    return lambda vmap: vmap(lambda a: (w, w * 2, a, torch.ones(2), torch.arange(3)[1:]), out_dims=(0, 1, 0, -1, 0))(x)
+    return lambda vmap: vmap(
+        lambda a: (w, w * 2, a, torch.ones(2), torch.arange(3)[1:]), out_dims=(0, 1, 0, -1, 0)
+    )(x)
 
 
 @case()
@@ -223,19 +254,25 @@ def input_returned(k: Kit) -> Run:
 @case()
 def nested(k: Kit) -> Run:
     x, y, w = k.x(4, 3, grad=True), k.x(5, 3, grad=True), k.w(3)
-    return lambda vmap: vmap(lambda a, b: vmap(lambda p: vmap(lambda q: (p * q * w).sum())(b))(a))(x, y)
+    return lambda vmap: vmap(lambda a, b: vmap(lambda p: vmap(lambda q: (p * q * w).sum())(b))(a))(
+        x, y
+    )
 
 
 @case()
 def nested_with_dims(k: Kit) -> Run:
     x, y = k.x(4, 3, grad=True), k.w(3, 2)
-    return lambda vmap: vmap(lambda a: vmap(lambda p, q: p.outer(q), (1, None), 2)(a, y[:, 0]), 0, -1)(x)
+    return lambda vmap: vmap(
+        lambda a: vmap(lambda p, q: p.outer(q), (1, None), 2)(a, y[:, 0]), 0, -1
+    )(x)
 
 
 @case()
 def row_strides_kept(k: Kit) -> Run:
     x = k.x(4, 6, dim=1, grad=True)
-    return lambda vmap: vmap(lambda a: (a.mT.reshape(-1), a[:, ::2].as_strided((2, 2), (a.stride(0), a.stride(1)))), 1)(x)
+    return lambda vmap: vmap(
+        lambda a: (a.mT.reshape(-1), a[:, ::2].as_strided((2, 2), (a.stride(0), a.stride(1)))), 1
+    )(x)
 
 
 @case()
@@ -244,7 +281,8 @@ def expanded_batch(k: Kit) -> Run:
     return lambda vmap: vmap(lambda a: a.sin() + a.sum())(w.expand(3, 4))
 
 
-# ---------------------------------------------------------------------------------------------- writing in place
+# ----------------------------------------------------------------------------------------------
+# writing in place
 
 
 @case()
@@ -353,7 +391,8 @@ def literals_are_fresh(k: Kit) -> Run:
     return lambda vmap: (vmap(function)(x), vmap(function)(x))
 
 
-# ---------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------
+# gradients
 
 
 @case()

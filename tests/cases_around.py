@@ -1,4 +1,7 @@
-"""Cases of transforms and contexts around and inside, and of dtypes; importing this module adds them to `tests.cases`."""
+"""Cases of transforms and contexts around and inside, and of dtypes.
+
+Importing this module adds them to `tests.cases`.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,13 @@ from torch import nn
 from tests import oracle
 from tests.cases import Kit, Run, case
 
-# ---------------------------------------------------------------------------------------------- transforms around
+# ----------------------------------------------------------------------------------------------
+# transforms around
 
 
-def _around(name: str, transform: Callable[[Callable[..., Any], torch.Tensor, torch.Tensor], Any]) -> None:
+def _around(
+    name: str, transform: Callable[[Callable[..., Any], torch.Tensor, torch.Tensor], Any]
+) -> None:
     def build(k: Kit) -> Run:
         x, w = k.x(3), k.w(3, grad=False)
 
@@ -32,35 +38,58 @@ def _around(name: str, transform: Callable[[Callable[..., Any], torch.Tensor, to
     case(gradient=False)(build)
 
 
-_around("under_func_grad", lambda f, x, w: torch.func.grad(lambda a, b: f(a, b).sum(), (0, 1))(x, w))
+_around(
+    "under_func_grad", lambda f, x, w: torch.func.grad(lambda a, b: f(a, b).sum(), (0, 1))(x, w)
+)
 _around("under_func_grad_of_captured", lambda f, x, w: torch.func.grad(lambda b: f(x, b).sum())(w))
 _around("under_func_vjp", lambda f, x, w: torch.func.vjp(f, x, w)[1](x))
 _around("under_func_jvp", lambda f, x, w: torch.func.jvp(f, (x, w), (x.cos(), w.cos())))
 _around("under_func_jacrev", lambda f, x, w: torch.func.jacrev(f, (0, 1))(x, w))
 _around("under_func_jacfwd", lambda f, x, w: torch.func.jacfwd(f, (0, 1))(x, w))
 _around("under_func_hessian", lambda f, x, w: torch.func.hessian(lambda b: f(x, b).sum())(w))
-_around("under_func_vmap", lambda f, x, w: torch.func.vmap(f, (None, 0))(x, torch.stack([w, w + 1])))
-_around("under_func_vmap_of_grad", lambda f, x, w: torch.func.vmap(torch.func.grad(lambda b: f(x, b).sum()))(torch.stack([w, w + 1])))
+_around(
+    "under_func_vmap", lambda f, x, w: torch.func.vmap(f, (None, 0))(x, torch.stack([w, w + 1]))
+)
+_around(
+    "under_func_vmap_of_grad",
+    lambda f, x, w: torch.func.vmap(torch.func.grad(lambda b: f(x, b).sum()))(
+        torch.stack([w, w + 1])
+    ),
+)
 _around("under_functional_jacobian", lambda f, x, w: torch.autograd.functional.jacobian(f, (x, w)))
 
 
 @case(gradient=False)
 def under_func_vmap_without_gradients(k: Kit) -> Run:
     x = k.x(5, 4)
-    return lambda vmap: torch.func.vmap(lambda rows: vmap(lambda a: (a.argmax(-1), a.detach() > 0))(rows))(x)
+    return lambda vmap: torch.func.vmap(
+        lambda rows: vmap(lambda a: (a.argmax(-1), a.detach() > 0))(rows)
+    )(x)
 
 
-# ---------------------------------------------------------------------------------------------- contexts
+# ----------------------------------------------------------------------------------------------
+# contexts
 
 
-def _within(name: str, context: Callable[[], Any], inside: bool, dtype: torch.dtype = torch.float32, **checks: Any) -> None:
+def _within(
+    name: str,
+    context: Callable[[], Any],
+    inside: bool,
+    dtype: torch.dtype = torch.float32,
+    **checks: Any,
+) -> None:
     def build(k: Kit) -> Run:
         x, w = k.x(3, 4, grad=True, dtype=dtype), k.w(4, 4, dtype=dtype)
 
         def function(a: torch.Tensor) -> Any:
             with context() if inside else contextlib.nullcontext():
                 q = (a @ w)[None]
-                return F.scaled_dot_product_attention(q, q, q)[0], F.linear(a, w), torch.zeros(2) + a.sum(), torch.tensor(0.5) * a.float()
+                return (
+                    F.scaled_dot_product_attention(q, q, q)[0],
+                    F.linear(a, w),
+                    torch.zeros(2) + a.sum(),
+                    torch.tensor(0.5) * a.float(),
+                )
 
         def run(vmap: oracle.Subject) -> Any:
             with contextlib.nullcontext() if inside else context():
@@ -84,14 +113,25 @@ def _default_dtype(dtype: torch.dtype) -> Any:
 
 for _inside in (False, True):
     _within("no_grad", torch.no_grad, _inside)
-    _within("inference_mode", torch.inference_mode, _inside, gradient=False, requires_grad=not _inside)
-    _within("autocast", lambda: torch.autocast("cpu", torch.bfloat16), _inside, precision=torch.bfloat16, second_order=False)
+    _within(
+        "inference_mode", torch.inference_mode, _inside, gradient=False, requires_grad=not _inside
+    )
+    _within(
+        "autocast",
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        _inside,
+        precision=torch.bfloat16,
+        second_order=False,
+    )
     _within("default_float64", lambda: _default_dtype(torch.float64), _inside)
-    _within("math_attention", lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), _inside)
+    _within(
+        "math_attention", lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), _inside
+    )
     _within("default_device", lambda: torch.device("cpu"), _inside)
 
 
-# ---------------------------------------------------------------------------------------------- promotion and dtypes
+# ----------------------------------------------------------------------------------------------
+# promotion and dtypes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
@@ -125,7 +165,11 @@ def promotion_of_zero_dimensional_operands(k: Kit) -> Run:
 @case(second_order=False)
 def casts(k: Kit) -> Run:
     x = k.x(3, dtype=torch.float32, grad=True)
-    return lambda vmap: vmap(lambda a: [(a * 3).to(d) for d in DTYPES] + [a.to(torch.bfloat16).float(), a.double().float()])(x)
+    return lambda vmap: vmap(
+        lambda a: (
+            [(a * 3).to(d) for d in DTYPES] + [a.to(torch.bfloat16).float(), a.double().float()]
+        )
+    )(x)
 
 
 @case(gradient=False)
@@ -134,7 +178,13 @@ def questions_about_shape_and_dtype(k: Kit) -> Run:
 
     def function(a: torch.Tensor) -> Any:
         scale = 2.0 if w.sum() > -100 else 3.0  # a question about an unmapped value has one answer
-        return a.reshape(a.numel()) * a.shape[0] * (a.dim() + len(a)) * scale * (1 if a.is_contiguous() and a.dtype == torch.float64 else 0)
+        return (
+            a.reshape(a.numel())
+            * a.shape[0]
+            * (a.dim() + len(a))
+            * scale
+            * (1 if a.is_contiguous() and a.dtype == torch.float64 else 0)
+        )
 
     return lambda vmap: vmap(function)(x)
 
@@ -165,7 +215,9 @@ def parameters_made_inside(k: Kit) -> Run:
 @case()
 def detached_then_written(k: Kit) -> Run:
     x, w = k.x(3, grad=True), k.w(3)
-    return lambda vmap: vmap(lambda a: ((a * w).detach().mul_(a), torch.stack([w, w]).detach().mul_(w)[0].add_(a)))(x)
+    return lambda vmap: vmap(
+        lambda a: ((a * w).detach().mul_(a), torch.stack([w, w]).detach().mul_(w)[0].add_(a))
+    )(x)
 
 
 @case()

@@ -1,4 +1,7 @@
-"""Cases of indices and shapes that depend on values; importing this module adds them to `tests.cases`."""
+"""Cases of indices and shapes that depend on values.
+
+Importing this module adds them to `tests.cases`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,16 @@ def picked_by_a_label(k: Kit) -> Run:
     i, j = _indices(k)
 
     def function(a: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
-        return a[i], a[i, j], a[..., j], a[None, i, 1:], a[j - 4], a[[0, 2], i], a[i].log_softmax(0)[j], w[i] * 2
+        return (
+            a[i],
+            a[i, j],
+            a[..., j],
+            a[None, i, 1:],
+            a[j - 4],
+            a[[0, 2], i],
+            a[i].log_softmax(0)[j],
+            w[i] * 2,
+        )
 
     return lambda vmap: vmap(function)(x, i, j)
 
@@ -58,7 +70,13 @@ def a_copy_taken_at_a_label(k: Kit) -> Run:
 @case()
 def as_many_in_each_sample(k: Kit) -> Run:
     x = k.x(4, grad=True)
-    return lambda vmap: vmap(lambda a: (a[a > a.median()] * 2, torch.masked_select(a, a <= a.median()), (a == a.max()).nonzero()))(x)
+    return lambda vmap: vmap(
+        lambda a: (
+            a[a > a.median()] * 2,
+            torch.masked_select(a, a <= a.median()),
+            (a == a.max()).nonzero(),
+        )
+    )(x)
 
 
 @case()

@@ -17,7 +17,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what opens a browser where there is none; not in CI, and not when it is asked for: there it fails and says what to do."""
+    """Leave out what opens a browser where there is none.
+
+    Not in CI, and not when it is asked for: there it fails and says what to do.
+    """
     if browser.find() or os.environ.get("CI") == "true" or "browser" in config.option.markexpr:
         return
     out = [item for item in items if item.get_closest_marker("browser")]

@@ -1,7 +1,9 @@
-"""Faults in worker processes, on order: Ray runs `install` in each of them, and a file says what is to go wrong.
+"""Faults in worker processes, on order.
 
-A test writes an order, such as `die mid 3`, into the folder that FAULTS names; the first worker that comes to unit 3 takes it, once.
-Each task that is begun adds a line to `computed` there.
+Ray runs `install` in each of them, and a file says what is to go wrong.
+
+A test writes an order, such as `die mid 3`, into the folder that FAULTS names; the first worker
+that comes to unit 3 takes it, once. Each task that is begun adds a line to `computed` there.
 """
 
 from __future__ import annotations
@@ -62,12 +64,16 @@ def install() -> None:
         limit = folder / "address-space"
         if limit.exists():  # what a container's limit does
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + int(limit.read_text()), resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_AS, (used + int(limit.read_text()), resource.RLIM_INFINITY)
+            )
         try:
             return compute(bound, task)
         finally:
             if limit.exists():
-                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                resource.setrlimit(
+                    resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                )
 
     def watched_write(self: base.Store, unit: int, tensors: Any) -> Any:
         if _taken(folder, f"die before {unit}"):
@@ -81,7 +87,9 @@ def install() -> None:
             try:
                 raise ConnectionError("no route to host")
             except ConnectionError as error:
-                raise StoreError(f"{self.url}: writing unit {unit} failed: no route to host") from error
+                raise StoreError(
+                    f"{self.url}: writing unit {unit} failed: no route to host"
+                ) from error
         receipt = write(self, unit, tensors)
         if _taken(folder, f"die after {unit}"):
             _die()
@@ -114,4 +122,8 @@ def install() -> None:
     remote._compute = watched_compute
     base.Store.write = watched_write
     lanes.Lane.compute = limited
-    memmap._write_all, elements.as_numpy, places.sync = half_then_die, second_then_die, die_before_it_has_its_name
+    memmap._write_all, elements.as_numpy, places.sync = (
+        half_then_die,
+        second_then_die,
+        die_before_it_has_its_name,
+    )

@@ -1,7 +1,7 @@
 """The differential fuzzer: random programs, the loop against the map.
 
-A program is python source, grown line by line (`tests.fuzz_steps`, `tests.fuzz_writes`) and run on every row while it
-grows, so that what is left is known to run. Everything follows from the seed.
+A program is python source, grown line by line (`tests.fuzz_steps`, `tests.fuzz_writes`) and run on
+every row while it grows, so that what is left is known to run. Everything follows from the seed.
 
     python -m tests.fuzz --seeds 0:5000 --workers 2
     python -m tests.fuzz --seeds 17:18 --show
@@ -97,10 +97,15 @@ class Input:
             values = torch.rand(shape, generator=generator, dtype=torch.float64) * 3 - 1.5
             if perturbed:
                 values = values * (
-                    1 + 4 * torch.finfo(self.dtype).eps * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
+                    1
+                    + 4
+                    * torch.finfo(self.dtype).eps
+                    * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
                 )
         else:
-            values = torch.randint(0, 2 if self.dtype == torch.bool else 5, shape, generator=generator)
+            values = torch.randint(
+                0, 2 if self.dtype == torch.bool else 5, shape, generator=generator
+            )
         values = values.to(self.dtype)
         if self.layout == "permuted" and values.dim() > 1:
             order = list(range(values.dim()))
@@ -136,7 +141,11 @@ class Program:
         names = ", ".join(f"x{i}" for i in range(len(self.inputs)))
         body = "\n".join(self.steps).splitlines()
         value = self.returns[0] if len(self.returns) == 1 else f"({', '.join(self.returns)},)"
-        return f"def fn({names}):\n" + "".join(f"    {line}\n" for line in body) + f"    return {value}\n"
+        return (
+            f"def fn({names}):\n"
+            + "".join(f"    {line}\n" for line in body)
+            + f"    return {value}\n"
+        )
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the map that say how to compute."""
@@ -145,35 +154,63 @@ class Program:
 
     def text(self) -> str:
         """All that is needed to see what is mapped over what."""
-        lines = [f"# seed {self.seed}, batch of {self.size}, context {self.context}, outer {self.outer}, second order {self.second_order}"]
+        lines = [
+            f"# seed {self.seed}, batch of {self.size}, context {self.context}, outer "
+            f"{self.outer}, second order {self.second_order}"
+        ]
         for prefix, group in (("x", self.inputs), ("c", self.captured)):
             lines += [f"# {prefix}{i}: {dataclasses.asdict(spec)}" for i, spec in enumerate(group)]
-        call = f"vmap(fn, {tuple(s.in_dim for s in self.inputs)}, {self.out_dims}, **{self.options()})"
-        return "\n".join([*lines, self.source() + f"# {call}({', '.join(f'x{i}' for i in range(len(self.inputs)))})"])
+        call = (
+            f"vmap(fn, {tuple(s.in_dim for s in self.inputs)}, {self.out_dims}, **{self.options()})"
+        )
+        return "\n".join(
+            [
+                *lines,
+                self.source() + f"# {call}({', '.join(f'x{i}' for i in range(len(self.inputs)))})",
+            ]
+        )
 
     def setting(self, perturbed: bool = False) -> oracle.Setting:
         """A fresh copy of the inputs and the function over them."""
-        inputs = [spec.make(self.size, 1000 * self.seed + i, perturbed) for i, spec in enumerate(self.inputs)]
-        captured = [spec.make(0, 1000 * self.seed + 500 + i, perturbed) for i, spec in enumerate(self.captured)]
+        inputs = [
+            spec.make(self.size, 1000 * self.seed + i, perturbed)
+            for i, spec in enumerate(self.inputs)
+        ]
+        captured = [
+            spec.make(0, 1000 * self.seed + 500 + i, perturbed)
+            for i, spec in enumerate(self.captured)
+        ]
 
         def run(vmap: oracle.Subject) -> Any:
             function = compiled(self.source(), captured, vmap)
             with CONTEXTS[self.context]():
-                return vmap(function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options())(*inputs)
+                return vmap(
+                    function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options()
+                )(*inputs)
 
-        around = run if self.outer == "none" else lambda vmap: self.transformed(vmap, inputs, captured)
+        around = (
+            run if self.outer == "none" else lambda vmap: self.transformed(vmap, inputs, captured)
+        )
         return oracle.Setting(around, inputs, captured)
 
-    def transformed(self, vmap: oracle.Subject, inputs: list[torch.Tensor], captured: list[torch.Tensor]) -> Any:
+    def transformed(
+        self, vmap: oracle.Subject, inputs: list[torch.Tensor], captured: list[torch.Tensor]
+    ) -> Any:
         """The map under an outer transform, by its floating-point inputs and outputs."""
         function = compiled(self.source(), captured, vmap)
-        mapped = vmap(function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options())
+        mapped = vmap(
+            function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options()
+        )
         at = [i for i, t in enumerate(inputs) if t.is_floating_point()]
 
         def by_floats(*floats: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = dict(zip(at, floats, strict=True))
             outputs = mapped(*(given.get(i, t) for i, t in enumerate(inputs)))
-            return tuple(o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point())
+            return tuple(
+                o
+                for o in (outputs if isinstance(outputs, tuple) else (outputs,))
+                if o.is_floating_point()
+            )
 
         floats = tuple(inputs[i].detach() for i in at)
         if not at:
@@ -200,7 +237,8 @@ def compiled(source: str, captured: list[torch.Tensor], vmap: oracle.Subject) ->
     return scope["fn"]
 
 
-# ---------------------------------------------------------------------------------------------- growing a program
+# ----------------------------------------------------------------------------------------------
+# growing a program
 
 
 class Growth:
@@ -215,17 +253,28 @@ class Growth:
         setting = self.program.setting()
         size, row = oracle.rows(tuple(setting.inputs), tuple(s.in_dim for s in self.program.inputs))
         self.shared = {t.untyped_storage().data_ptr() for t in setting.inputs + setting.captured}
-        self.names = [f"x{i}" for i in range(len(setting.inputs))] + [f"c{i}" for i in range(len(setting.captured))]
-        self.envs = [namespace(setting.captured, oracle.loop) | {f"x{i}": t for i, t in enumerate(row(j))} for j in range(size)]
+        self.names = [f"x{i}" for i in range(len(setting.inputs))] + [
+            f"c{i}" for i in range(len(setting.captured))
+        ]
+        self.envs = [
+            namespace(setting.captured, oracle.loop) | {f"x{i}": t for i, t in enumerate(row(j))}
+            for j in range(size)
+        ]
         for line in self.steps:
             for env in self.envs:
                 exec(line, env)
-        self.names += sorted((n for n in self.envs[0] if re.fullmatch(r"v\d+", n)), key=lambda n: int(n[1:]))
+        self.names += sorted(
+            (n for n in self.envs[0] if re.fullmatch(r"v\d+", n)), key=lambda n: int(n[1:])
+        )
 
     def owned(self, name: str) -> bool:
         """Whether the program made the tensor itself (one in fifty times a mapped input passes for such)."""
         own = self.envs[0][name].untyped_storage().data_ptr() not in self.shared
-        return own or (name.startswith("x") and self.program.inputs[int(name[1:])].in_dim is not None and self.rng.random() < 0.02)
+        return own or (
+            name.startswith("x")
+            and self.program.inputs[int(name[1:])].in_dim is not None
+            and self.rng.random() < 0.02
+        )
 
     def bare(self, name: str) -> bool:
         """Whether a tensor claims to require grad but leads nowhere: a view made under no_grad."""
@@ -240,9 +289,17 @@ class Growth:
             line = self.rng.choices(steps, weights)[0](scope)
         except RuntimeError:  # autograd has given up on a view after a write to its base
             return
-        if line is not None and "nextafter" in line and any(map(self.bare, re.findall(r"\b[xcv]\d+\b", line))):
-            return  # its derivative keeps both arguments, and whether torch notices later writes to them depends on such a view
-        if line is None or re.search(r"\bNone\b(?!\])", line.replace("[None", "[").replace("(0, None)", "")):
+        if (
+            line is not None
+            and "nextafter" in line
+            and any(map(self.bare, re.findall(r"\b[xcv]\d+\b", line)))
+        ):
+            # its derivative keeps both arguments, and whether torch notices later writes to them
+            # depends on such a view
+            return
+        if line is None or re.search(
+            r"\bNone\b(?!\])", line.replace("[None", "[").replace("(0, None)", "")
+        ):
             return
         if self.rng.random() < 0.05:
             line = f"with torch.no_grad():\n    {line}"
@@ -268,7 +325,10 @@ class Growth:
                 or values[0].numel() > LARGEST_TENSOR
             ):
                 raise ValueError(name)
-            if values[0].dtype not in (*FLOATS, torch.int64, torch.int32, torch.bool) or values[0].layout != torch.strided:
+            if (
+                values[0].dtype not in (*FLOATS, torch.int64, torch.int32, torch.bool)
+                or values[0].layout != torch.strided
+            ):
                 raise ValueError(name)
             for t in values:
                 if t.numel() and not (t.detach().double().abs().max() <= LARGEST_MAGNITUDE):
@@ -282,16 +342,30 @@ def generate(seed: int) -> Program:
     size = rng.choice((1, 2, 3, 3, 5, 7))
 
     def spec(mapped: bool) -> Input:
-        dtype = rng.choices((torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool), (55, 18, 4, 14, 4, 5))[0]
-        shape = tuple(rng.choices((1, 2, 3, 4), (1, 2, 5, 3))[0] for _ in range(rng.choices((0, 1, 2, 3), (2, 4, 5, 2))[0]))
-        in_dim = rng.choice((0, 0, 0, rng.randrange(-len(shape) - 1, len(shape) + 1))) if mapped else None
+        dtype = rng.choices(
+            (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool),
+            (55, 18, 4, 14, 4, 5),
+        )[0]
+        shape = tuple(
+            rng.choices((1, 2, 3, 4), (1, 2, 5, 3))[0]
+            for _ in range(rng.choices((0, 1, 2, 3), (2, 4, 5, 2))[0])
+        )
+        in_dim = (
+            rng.choice((0, 0, 0, rng.randrange(-len(shape) - 1, len(shape) + 1)))
+            if mapped
+            else None
+        )
         layout = rng.choices(("contiguous", "permuted", "sliced"), (6, 2, 1))[0]
-        return Input(shape, dtype, in_dim, layout, grad and dtype.is_floating_point and rng.random() < 0.85)
+        return Input(
+            shape, dtype, in_dim, layout, grad and dtype.is_floating_point and rng.random() < 0.85
+        )
 
     inputs = tuple(spec(i == 0 or rng.random() < 0.8) for i in range(rng.randrange(1, 4)))
     captured = tuple(
         dataclasses.replace(
-            spec(False), dtype=rng.choice((torch.float32, torch.float32, torch.float64)), requires_grad=grad and rng.random() < 0.8
+            spec(False),
+            dtype=rng.choice((torch.float32, torch.float32, torch.float64)),
+            requires_grad=grad and rng.random() < 0.8,
         )
         for _ in range(rng.randrange(3))
     )
@@ -308,16 +382,29 @@ def generate(seed: int) -> Program:
             growth.try_line()
         env = growth.envs[0]
         weights = [(1 + i) * (4 if env[n].requires_grad else 1) for i, n in enumerate(growth.names)]
-        returns = tuple(rng.choices(growth.names, weights)[0] for _ in range(rng.choice((1, 2, 2, 3, 4))))
-        dims = tuple(rng.choice((0, 0, 0, rng.randrange(-env[n].dim() - 1, env[n].dim() + 1))) for n in returns)
-        low = [t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()] + [torch.bfloat16] * (
-            context == "autocast"
+        returns = tuple(
+            rng.choices(growth.names, weights)[0] for _ in range(rng.choice((1, 2, 2, 3, 4)))
         )
-    outer = rng.choices(("none", "vjp", "jvp", "vmap"), (94, 3, 2, 1))[0] if context == "plain" else "none"
+        dims = tuple(
+            rng.choice((0, 0, 0, rng.randrange(-env[n].dim() - 1, env[n].dim() + 1)))
+            for n in returns
+        )
+        low = [
+            t.dtype for t in env.values() if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ] + [torch.bfloat16] * (context == "autocast")
+    outer = (
+        rng.choices(("none", "vjp", "jvp", "vmap"), (94, 3, 2, 1))[0]
+        if context == "plain"
+        else "none"
+    )
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     if outer != "none" and any("no_grad" in line for line in growth.steps):
-        # torch.func's levels have a grad mode of their own: no_grad inside does not stop what autograd records below them.
-        program = dataclasses.replace(program, captured=tuple(dataclasses.replace(c, requires_grad=False) for c in program.captured))
+        # torch.func's levels have a grad mode of their own: no_grad inside does not stop what
+        # autograd records below them.
+        program = dataclasses.replace(
+            program,
+            captured=tuple(dataclasses.replace(c, requires_grad=False) for c in program.captured),
+        )
     return dataclasses.replace(
         program,
         outer=outer,
@@ -328,14 +415,22 @@ def generate(seed: int) -> Program:
     )
 
 
-def judge(program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS) -> oracle.Verdict:
+def judge(
+    program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS
+) -> oracle.Verdict:
     """Compares the subject with the loop on one program."""
     aliasing = program.outer != "vmap"  # torch's own map repeats what no sample changes as a view
-    checks = oracle.Checks(second_order=program.second_order, aliasing=aliasing, precision=program.precision, refusals=refusals)
+    checks = oracle.Checks(
+        second_order=program.second_order,
+        aliasing=aliasing,
+        precision=program.precision,
+        refusals=refusals,
+    )
     return oracle.compare(program.setting, subject, checks, lambda: program.setting(perturbed=True))
 
 
-# ---------------------------------------------------------------------------------------------- shrinking
+# ----------------------------------------------------------------------------------------------
+# shrinking
 
 
 def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400) -> Program:
@@ -348,7 +443,9 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
         if len(p.returns) > 1:
             for i in range(len(p.returns)):
                 yield dataclasses.replace(
-                    p, returns=(p.returns[i],), out_dims=p.out_dims[i] if isinstance(p.out_dims, tuple) else p.out_dims
+                    p,
+                    returns=(p.returns[i],),
+                    out_dims=p.out_dims[i] if isinstance(p.out_dims, tuple) else p.out_dims,
                 )
         for plain in (
             {"chunk_size": None},
@@ -365,9 +462,22 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
         for field in ("inputs", "captured"):
             specs = getattr(p, field)
             for i, spec in enumerate(specs):
-                for plain in ({"layout": "contiguous"}, {"requires_grad": False}, {"in_dim": 0} if spec.in_dim is not None else {}):
+                for plain in (
+                    {"layout": "contiguous"},
+                    {"requires_grad": False},
+                    {"in_dim": 0} if spec.in_dim is not None else {},
+                ):
                     if any(getattr(spec, k) != v for k, v in plain.items()):
-                        yield dataclasses.replace(p, **{field: (*specs[:i], dataclasses.replace(spec, **plain), *specs[i + 1 :])})
+                        yield dataclasses.replace(
+                            p,
+                            **{
+                                field: (
+                                    *specs[:i],
+                                    dataclasses.replace(spec, **plain),
+                                    *specs[i + 1 :],
+                                )
+                            },
+                        )
         for field in ("captured", "inputs"):  # the last one only: names count from the front
             specs = getattr(p, field)
             if len(specs) > (field == "inputs"):
@@ -394,7 +504,11 @@ def category(verdict: oracle.Verdict) -> str:
 
 
 def report(
-    program: Program, verdict: oracle.Verdict, subject: oracle.Subject, small: bool = True, refusals: Refusals = oracle.REFUSALS
+    program: Program,
+    verdict: oracle.Verdict,
+    subject: oracle.Subject,
+    small: bool = True,
+    refusals: Refusals = oracle.REFUSALS,
 ) -> str:
     """The shrunk program and what it does."""
     if small and verdict.kind != "right":
@@ -404,7 +518,8 @@ def report(
     return f"{program.text()}\n# {verdict.kind}: {verdict.detail}"
 
 
-# ---------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------- the
+# command
 
 
 def run_seed(seed: str, subject_name: str, shrinking: bool) -> dict[str, Any]:
@@ -426,8 +541,12 @@ def summary(results: list[dict[str, Any]]) -> str:
     kinds = collections.Counter(r["kind"] for r in results)
     counted = sum(kinds[k] for k in ("right", "refused", "wrong", "crashed"))
     served = kinds["right"] / counted if counted else 0.0
-    reasons = collections.Counter(re.sub(r"\d+", "#", r["detail"])[:110] for r in results if r["kind"] == "refused")
-    gradients = collections.Counter(r["gradient"] or "none" for r in results if r["kind"] == "right")
+    reasons = collections.Counter(
+        re.sub(r"\d+", "#", r["detail"])[:110] for r in results if r["kind"] == "refused"
+    )
+    gradients = collections.Counter(
+        r["gradient"] or "none" for r in results if r["kind"] == "right"
+    )
     lines = [
         f"{len(results)} seeds: {dict(kinds)}, served {served:.2%}",
         f"gradients compared: first {gradients['first']}, second {gradients['second']}",
@@ -456,13 +575,23 @@ def main(argv: list[str] | None = None) -> int:
             subject = oracle.subject_named(args.subject)
             print(report(program, judge(program, subject), subject, not args.no_shrink), "\n")
         return 0
-    command = [sys.executable, "-m", "tests.fuzz", "--serve", "--subject", args.subject] + ["--no-shrink"] * args.no_shrink
+    command = [sys.executable, "-m", "tests.fuzz", "--serve", "--subject", args.subject] + [
+        "--no-shrink"
+    ] * args.no_shrink
     results, shown = [], 0
-    for seed, answer in isolate.run(command, [str(s) for s in range(first, last)], args.workers, timeout_s=120):
+    for seed, answer in isolate.run(
+        command, [str(s) for s in range(first, last)], args.workers, timeout_s=120
+    ):
         result = (
             json.loads(answer)
             if answer.startswith("{")
-            else {"seed": int(seed), "kind": "crashed", "detail": answer, "gradient": "", "report": f"# seed {seed}: {answer}"}
+            else {
+                "seed": int(seed),
+                "kind": "crashed",
+                "detail": answer,
+                "gradient": "",
+                "report": f"# seed {seed}: {answer}",
+            }
         )
         results.append(result)
         if result["report"] and shown < args.max_reports:

@@ -1,7 +1,8 @@
 """What the steps of a random program see and how they are registered.
 
-A step is a function of a `Scope`; it returns source text, or None where nothing at hand fits it. It need not be careful:
-the generator runs each line on every row and takes back those that raise, blow up or return something unusable.
+A step is a function of a `Scope`; it returns source text, or None where nothing at hand fits it. It
+need not be careful: the generator runs each line on every row and takes back those that raise, blow
+up or return something unusable.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ STEPS: list[tuple[float, Step]] = []
 class Scope:
     """What a step may look at: the tensors of the first row by name, and the dice."""
 
-    def __init__(self, rng: random.Random, env: dict[str, Any], names: list[str], owned: Callable[[str], bool], serial: int) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        env: dict[str, Any],
+        names: list[str],
+        owned: Callable[[str], bool],
+        serial: int,
+    ) -> None:
         self.rng, self.env, self.names, self.owned, self.serial = rng, env, names, owned, serial
         self.new_names: list[str] = []
 
@@ -38,7 +46,9 @@ class Scope:
     def _passes(self, name: str, test: Callable[[torch.Tensor], bool]) -> bool:
         try:
             return test(self.env[name])
-        except RuntimeError:  # a view that autograd has given up on after a write to its base may not even be asked
+        except (
+            RuntimeError
+        ):  # a view that autograd has given up on after a write to its base may not even be asked
             return False
 
     def float(self, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
@@ -50,7 +60,9 @@ class Scope:
         fits = [n for n in self.names if self.owned(n) and self._passes(n, test)]
         return self.rng.choice(fits) if fits else None
 
-    def like(self, shape: torch.Size, test: Callable[[torch.Tensor], bool] = lambda t: True) -> str | None:
+    def like(
+        self, shape: torch.Size, test: Callable[[torch.Tensor], bool] = lambda t: True
+    ) -> str | None:
         """A tensor that broadcasts to `shape`."""
 
         def fits(t: torch.Tensor) -> bool:

@@ -8,7 +8,8 @@ import torch
 
 from tests.fuzz_scope import Scope, at_least, is_int, step
 
-# ---------------------------------------------------------------------------------------------- views
+# ----------------------------------------------------------------------------------------------
+# views
 
 
 @step(3)
@@ -34,7 +35,14 @@ def reorder(s: Scope) -> str | None:
         return None
     order = list(range(s.tensor(v).dim()))
     s.rng.shuffle(order)
-    call = s.rng.choice((f"transpose({s.dim(v)}, {s.dim(v)})", f"permute({tuple(order)})", f"movedim({s.dim(v)}, {s.dim(v)})", "mT"))
+    call = s.rng.choice(
+        (
+            f"transpose({s.dim(v)}, {s.dim(v)})",
+            f"permute({tuple(order)})",
+            f"movedim({s.dim(v)}, {s.dim(v)})",
+            "mT",
+        )
+    )
     return f"{s.new()} = {v}.{call}"
 
 
@@ -49,7 +57,8 @@ def part(s: Scope) -> str | None:
     i = s.rng.randrange(-size, size)
     start = s.rng.randrange(size)
     call = s.rng.choice((
-        f".select({d}, {i})", f"[{i}]", f"[..., {i}]", "[::2]", "[..., 1:]", f".narrow({d}, {start}, {size - start})",
+        f".select({d}, {i})", f"[{i}]", f"[..., {i}]", "[::2]", "[..., 1:]", f".narrow({d}, "
+            f"{start}, {size - start})",
         "[None]", "[..., None]", f"[..., :{max(size - 1, 1)}]", "[:, 0]", "[1:, ..., ::2]",
     ))  # fmt: skip
     return f"{s.new()} = {v}{call}"
@@ -64,7 +73,8 @@ def several(s: Scope) -> str | None:
     d = s.dim(v)
     size = s.tensor(v).shape[d]
     call, count = s.rng.choice((
-        (f"{v}.unbind({d})", size), (f"{v}.chunk(2, {d})", 2), (f"torch.split({v}, [1, {size - 1}], {d})", 2),
+        (f"{v}.unbind({d})", size), (f"{v}.chunk(2, {d})", 2), (f"torch.split({v}, [1, "
+            f"{size - 1}], {d})", 2),
         (f"torch.broadcast_tensors({v}, {s.pick()})", 2), (f"{v}.split(1, {d})", size),
     ))  # fmt: skip
     return f"{', '.join(s.new() for _ in range(count))}, = {call}" if count <= 4 else None
@@ -95,19 +105,27 @@ def resize(s: Scope) -> str | None:
             "flatten()",
         ]
     if t.dim() >= 2:
-        calls += ["diagonal()", f"diagonal(1, {s.dim(v)}, {s.dim(v)})", "triu()", "tril(-1)", "flatten(0, 1)"]
+        calls += [
+            "diagonal()",
+            f"diagonal(1, {s.dim(v)}, {s.dim(v)})",
+            "triu()",
+            "tril(-1)",
+            "flatten(0, 1)",
+        ]
     call = s.rng.choice(calls)
     if s.rng.random() < 0.05 and t.numel() >= 2 and t.is_contiguous() and t.storage_offset() == 0:
         call = f"as_strided((2,), ({s.rng.choice((0, 1))},))"
     return f"{s.new()} = {v}.{call}"
 
 
-# ---------------------------------------------------------------------------------------------- elementwise
+# ----------------------------------------------------------------------------------------------
+# elementwise
 
 UNARY = [
     "torch.tanh({v})", "{v}.sin()", "{v}.cos()", "{v}.clamp(-2, 2).exp()", "{v}.abs().log1p()", "({v}.abs() + 0.1).sqrt()",
     "torch.sigmoid({v})",
-    "F.relu({v})", "F.gelu({v})", "F.softplus({v})", "{v}.abs()", "-{v}", "{v} ** 2", "1 / ({v}.abs() + 0.5)", "{v}.erf()", "{v}.atan()",
+    "F.relu({v})", "F.gelu({v})", "F.softplus({v})", "{v}.abs()", "-{v}", "{v} ** 2", "1 / "
+        "({v}.abs() + 0.5)", "{v}.erf()", "{v}.atan()",
     "{v}.sign()",
     "{v}.floor()", "{v}.round()", "{v}.clamp(-0.5, 0.5)", "{v}.clamp(min=0)", "F.leaky_relu({v})", "F.silu({v})", "F.elu({v})",
     "{v}.square()",
@@ -121,15 +139,20 @@ BINARY = [
     "torch.atan2({a}, {b} + 3)",
     "{a} < {b}", "{a} >= {b}", "{a} == {b}", "{a} != {b}", "torch.where({a} > {b}, {a}, {b})", "torch.add({a}, {b}, alpha=2)",
     "torch.logical_and({a}, {b})",
-    "torch.logical_xor({a}, {b})", "torch.lerp({a}, {b}, 0.3)", "torch.addcmul({a}, {b}, {b}, value=0.5)", "torch.hypot({a}, {b} + 2)",
+    "torch.logical_xor({a}, {b})", "torch.lerp({a}, {b}, 0.3)", "torch.addcmul({a}, {b}, {b}, "
+        "value=0.5)", "torch.hypot({a}, {b} + 2)",
     "torch.rsub({a}, {b})",
-    "torch.floor_divide({a}, {b}.abs() + 1)", "torch.fmod({a}, {b}.abs() + 1)", "{a} ^ {b}", "{a} & {b}", "{a} | {b}",
+    "torch.floor_divide({a}, {b}.abs() + 1)", "torch.fmod({a}, {b}.abs() + 1)", "{a} ^ {b}", "{a} "
+        "& {b}", "{a} | {b}",
     "{a}.remainder({b}.abs() + 1)",
-    "torch.where({a} > 0, {b}, 0.5)", "torch.where({a} > 0, {b}, {b}.sum())", "torch.where({a} > 0, 1, {b})", "{a}.copysign({b})",
+    "torch.where({a} > 0, {b}, 0.5)", "torch.where({a} > 0, {b}, {b}.sum())", "torch.where({a} > "
+        "0, 1, {b})", "{a}.copysign({b})",
     "torch.xlogy({a}, {b}.abs() + 1)",
-    "torch.true_divide({a}, 2) + {b}", "F.mse_loss({a}, {b})", "F.smooth_l1_loss({a}, {b}, reduction='none')",
+    "torch.true_divide({a}, 2) + {b}", "F.mse_loss({a}, {b})", "F.smooth_l1_loss({a}, {b}, "
+        "reduction='none')",
     "torch.lerp({a}, {b}, torch.sigmoid({b}))",
-    "F.binary_cross_entropy_with_logits({a}, torch.sigmoid({b}))", "torch.addcdiv({a}, {b}, {b}.abs() + 1)", "F.huber_loss({a}, {b})",
+    "F.binary_cross_entropy_with_logits({a}, torch.sigmoid({b}))", "torch.addcdiv({a}, {b}, "
+        "{b}.abs() + 1)", "F.huber_loss({a}, {b})",
     "torch.clamp({a}, max={b})",
     "F.cosine_similarity({a}, {b}, dim=-1)", "torch.heaviside({a}, {b})", "torch.dist({a}, {b})", "torch.nextafter({a}, {b})",
     "torch.fmax({a}, {b})", "F.l1_loss({a}, {b})",
@@ -137,9 +160,11 @@ BINARY = [
 SCALAR = [
     "{v} + 1.5", "2 - {v}", "{v} * True", "{v} // 2", "{v} * 3", "{v} / 4", "{v} % 3", "{v} > 0", "{v} == 1",
     "{v} + torch.tensor(1.5, dtype=torch.float64)",
-    "{v} * torch.tensor(2)", "torch.tensor(0.5) - {v}", "torch.where({v} > 0, {v}, torch.tensor(2.0, dtype=torch.float64))", "{v} + True",
+    "{v} * torch.tensor(2)", "torch.tensor(0.5) - {v}", "torch.where({v} > 0, {v}, "
+        "torch.tensor(2.0, dtype=torch.float64))", "{v} + True",
     "{v} - 0.25",
-    "torch.tensor([1.0, 2.0]).sum() * {v}", "torch.scalar_tensor(2) * {v}", "torch.full((), 0.5) + {v}", "{v} * {v}.sum()",
+    "torch.tensor([1.0, 2.0]).sum() * {v}", "torch.scalar_tensor(2) * {v}", "torch.full((), 0.5) + "
+        "{v}", "{v} * {v}.sum()",
     "{v}.mean() - {v}", "{v}.max() > {v}",
     "torch.maximum({v}, torch.tensor(0.1))", "torch.add({v}, 2, alpha=3)", "torch.pow({v}, 2.0)",
     "torch.clamp({v}, torch.tensor(-1), torch.tensor(1))",
@@ -185,7 +210,8 @@ def cast(s: Scope) -> str | None:
     return f"{s.new()} = {v}.{call}"
 
 
-# ---------------------------------------------------------------------------------------------- reductions and scans
+# ----------------------------------------------------------------------------------------------
+# reductions and scans
 
 
 @step(8)
@@ -225,7 +251,11 @@ def reduce(s: Scope) -> str | None:
         f"norm(1, {d}{keep})", f"count_nonzero({d})", f"nansum({d}{keep})",
     ]  # fmt: skip
     if t.shape[d] > 1:
-        one += [f"var({d}{keep})", f"std({d}, correction=0{keep})", f"var({d}, unbiased=False{keep})"]
+        one += [
+            f"var({d}{keep})",
+            f"std({d}, correction=0{keep})",
+            f"var({d}, unbiased=False{keep})",
+        ]
     scans = [
         f"cumsum({d})",
         f"cumprod({d})",
@@ -238,14 +268,26 @@ def reduce(s: Scope) -> str | None:
     if t.dim() >= 2:
         e = (d + 1) % t.dim() if d >= 0 else (d + 1 + t.dim()) % t.dim()
         pair = (d, e) if (d % t.dim()) != e else (d,)
-        one += [f"sum({pair}{keep})", f"mean({pair}{keep})", f"amax({pair}{keep})", f"logsumexp({pair}{keep})", f"norm(2, {pair}{keep})"]
+        one += [
+            f"sum({pair}{keep})",
+            f"mean({pair}{keep})",
+            f"amax({pair}{keep})",
+            f"logsumexp({pair}{keep})",
+            f"norm(2, {pair}{keep})",
+        ]
     return f"{s.new()} = {v}.{s.rng.choice(s.rng.choice((whole, one, one, scans)))}"
 
 
 @step(1)
 def order(s: Scope) -> str | None:
     """Sorting, where the values are far enough apart for one answer."""
-    v = s.float(lambda t: t.dim() >= 1 and t.numel() > 1 and float(t.detach().flatten().double().sort()[0].diff().min()) > 1e-3)
+    v = s.float(
+        lambda t: (
+            t.dim() >= 1
+            and t.numel() > 1
+            and float(t.detach().flatten().double().sort()[0].diff().min()) > 1e-3
+        )
+    )
     if v is None:
         return None
     d = s.dim(v)
@@ -280,7 +322,10 @@ def normalise(s: Scope) -> str | None:
         f"F.softmin({v}, 0)",
     ]
     if weight:
-        calls += [f"F.layer_norm({v}, ({last},), {weight}, {weight})", f"F.rms_norm({v}, ({last},), {weight})"]
+        calls += [
+            f"F.layer_norm({v}, ({last},), {weight}, {weight})",
+            f"F.rms_norm({v}, ({last},), {weight})",
+        ]
     if s.tensor(v).dim() >= 2:
         calls += [f"F.group_norm({v}[None], 1)[0]", f"F.avg_pool1d({v}.reshape(1, 1, -1), 2)"]
         calls += [f"F.max_pool1d({v}.reshape(1, 1, -1), 2).clone()"]
@@ -289,7 +334,8 @@ def normalise(s: Scope) -> str | None:
     return f"{s.new()} = {s.rng.choice(calls)}"
 
 
-# ---------------------------------------------------------------------------------------------- matrices, joins
+# ----------------------------------------------------------------------------------------------
+# matrices, joins
 
 
 @step(7)
@@ -314,9 +360,20 @@ def matrix(s: Scope) -> str | None:
                 )
             )
         return f"{s.new()} = " + s.rng.choice(
-            (f"{a} @ {b}", f"{b}.mT.mv({a})", f"torch.einsum('i,ij->j', {a}, {b})", f"F.linear({a}, {b}.mT)")
+            (
+                f"{a} @ {b}",
+                f"{b}.mT.mv({a})",
+                f"torch.einsum('i,ij->j', {a}, {b})",
+                f"F.linear({a}, {b}.mT)",
+            )
         )
-    b = s.float(lambda u: u.dim() in (1, 2, 3) and u.shape[-2 if u.dim() > 1 else 0] == t.shape[-1] and u.dtype == t.dtype)
+    b = s.float(
+        lambda u: (
+            u.dim() in (1, 2, 3)
+            and u.shape[-2 if u.dim() > 1 else 0] == t.shape[-1]
+            and u.dtype == t.dtype
+        )
+    )
     if b is None:
         return f"{s.new()} = {a} @ {a}.mT"
     u = s.tensor(b)
@@ -382,7 +439,8 @@ def make(s: Scope) -> str | None:
     return f"{s.new()} = {s.rng.choice(calls)}"
 
 
-# ---------------------------------------------------------------------------------------------- indexing
+# ----------------------------------------------------------------------------------------------
+# indexing
 
 
 @step(6)
@@ -400,10 +458,14 @@ def index(s: Scope) -> str | None:
         if i and s.rng.random() < 0.8
         else f"torch.tensor({[s.rng.randrange(size) for _ in range(s.rng.randrange(1, 4))]})"
     )
-    first, last = f"({i} % {t.shape[0]})" if i else "torch.tensor([0, 0])", f"({i} % {t.shape[-1]})" if i else "torch.tensor([0])"
+    first, last = (
+        f"({i} % {t.shape[0]})" if i else "torch.tensor([0, 0])",
+        f"({i} % {t.shape[-1]})" if i else "torch.tensor([0])",
+    )
     mask = s.like(t.shape, lambda u: u.dtype == torch.bool)
     calls = [
-        f"{v}[{first}]", f"{v}[..., {last}]", f"{v}[[0, 0]]", f"{v}.index_select({d}, {at}.flatten())", f"{v}.take({at} % {t.numel()})",
+        f"{v}[{first}]", f"{v}[..., {last}]", f"{v}[[0, 0]]", f"{v}.index_select({d}, "
+            f"{at}.flatten())", f"{v}.take({at} % {t.numel()})",
         f"{v}[{first}, ..., 0]",
         f"{v}.masked_fill({v} > 0, 0.5)", f"F.embedding({first}.long(), {v})", f"{v}.index_fill({d}, {at}.flatten().long(), 1)",
         f"{v}[None, {first}]",
@@ -428,5 +490,9 @@ def index(s: Scope) -> str | None:
                 f"{v}[torch.arange({t.shape[0]}), ({i}.flatten()[:1] % {t.shape[1]})]",
             ]
     if mask:
-        calls += [f"{v}.masked_fill({mask}, 0)", f"torch.where({mask}, {v}, 0)", f"{v}.masked_fill(~{mask}, {v}.sum())"]
+        calls += [
+            f"{v}.masked_fill({mask}, 0)",
+            f"torch.where({mask}, {v}, 0)",
+            f"{v}.masked_fill(~{mask}, {v}.sum())",
+        ]
     return f"{s.new()} = {s.rng.choice(calls)}"

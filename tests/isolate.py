@@ -29,7 +29,9 @@ def serve(work: Callable[[str], dict[str, Any]]) -> None:
         print(answer, file=answers, flush=True)
 
 
-def run(command: list[str], items: list[str], workers: int, timeout_s: float) -> Iterator[tuple[str, str]]:
+def run(
+    command: list[str], items: list[str], workers: int, timeout_s: float
+) -> Iterator[tuple[str, str]]:
     """Yields each item with its answer: JSON, or a line that says how the worker died.
 
     Args:
@@ -42,7 +44,10 @@ def run(command: list[str], items: list[str], workers: int, timeout_s: float) ->
     done: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
     for item in items:
         todo.put(item)
-    threads = [threading.Thread(target=_drive, args=(command, todo, done, timeout_s), daemon=True) for _ in range(workers)]
+    threads = [
+        threading.Thread(target=_drive, args=(command, todo, done, timeout_s), daemon=True)
+        for _ in range(workers)
+    ]
     for thread in threads:
         thread.start()
     running = workers
@@ -54,7 +59,12 @@ def run(command: list[str], items: list[str], workers: int, timeout_s: float) ->
             yield answer
 
 
-def _drive(command: list[str], todo: queue.SimpleQueue[str], done: queue.SimpleQueue[tuple[str, str] | None], timeout_s: float) -> None:
+def _drive(
+    command: list[str],
+    todo: queue.SimpleQueue[str],
+    done: queue.SimpleQueue[tuple[str, str] | None],
+    timeout_s: float,
+) -> None:
     """Feeds one worker at a time, and starts another where it dies."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     worker: subprocess.Popen[str] | None = None
@@ -66,7 +76,12 @@ def _drive(command: list[str], todo: queue.SimpleQueue[str], done: queue.SimpleQ
                 return
             if worker is None:
                 worker = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=environment,
                 )
             assert worker.stdin is not None
             assert worker.stdout is not None

@@ -22,7 +22,13 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
     if ray.is_initialized():
         pool.release()
         ray.shutdown()
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
     try:
         yield
     finally:

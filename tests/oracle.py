@@ -1,8 +1,9 @@
 """The oracle: the plain loop over rows, and the comparison of any `vmap` with it.
 
-`loop` has the signature of `shardmap.vmap`, so it can stand wherever a map can: nested, under transforms, or as the
-subject of its own comparison. `compare` builds the same setting twice, runs the loop on one and the subject on the
-other, and looks at everything that a caller could see afterwards.
+`loop` has the signature of `shardmap.vmap`, so it can stand wherever a map can: nested, under
+transforms, or as the subject of its own comparison. `compare` builds the same setting twice, runs
+the loop on one and the subject on the other, and looks at everything that a caller could see
+afterwards.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ Subject = Callable[..., Callable[..., Any]]
 
 # What a slow loop over the batch says of itself: PyTorch's own fallback, and ours.
 FALLBACK_WARNING = re.compile(
-    r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time", re.IGNORECASE
+    r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time",
+    re.IGNORECASE,
 )
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------- the
+# loop
 
 
 def flatten_dims(dims: Any, tree: Any) -> list[int | None]:
@@ -46,12 +49,17 @@ def rows(args: tuple[Any, ...], in_dims: Any) -> tuple[int, Callable[[int], tupl
     """The batch size, and a function that takes row `i` of every mapped argument as a view."""
     leaves, spec = pytree.tree_flatten(args)
     dims = flatten_dims(in_dims, args)
-    sizes = {leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None and isinstance(leaf, torch.Tensor)}
+    sizes = {
+        leaf.shape[d]
+        for leaf, d in zip(leaves, dims, strict=True)
+        if d is not None and isinstance(leaf, torch.Tensor)
+    }
     assert len(sizes) == 1, f"batch sizes {sizes}"
 
     def row(i: int) -> tuple[Any, ...]:
         picked = [
-            leaf.select(d, i) if d is not None and isinstance(leaf, torch.Tensor) else leaf for leaf, d in zip(leaves, dims, strict=True)
+            leaf.select(d, i) if d is not None and isinstance(leaf, torch.Tensor) else leaf
+            for leaf, d in zip(leaves, dims, strict=True)
         ]
         return pytree.tree_unflatten(picked, spec)
 
@@ -67,21 +75,28 @@ def loop(
     kw_in_dims: Any = None,
     **options: Any,
 ) -> Callable[..., Any]:
-    """The specification: `func` on every row, results stacked. Options that only say how to compute are ignored.
+    """The specification: `func` on every row, results stacked.
 
-    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros (the sum of no rows, so that
-    gradients reach the batch) and keeps the shapes.
+    Options that only say how to compute are ignored.
+
+    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros (the sum of
+    no rows, so that gradients reach the batch) and keeps the shapes.
     """
     del randomness, options
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
         named = kw_in_dims or {}
-        dims = tuple(flatten_dims(in_dims, args)), tuple(flatten_dims(dict.fromkeys(kwargs) | dict(named), kwargs))
+        dims = (
+            tuple(flatten_dims(in_dims, args)),
+            tuple(flatten_dims(dict.fromkeys(kwargs) | dict(named), kwargs)),
+        )
         flat, spec = pytree.tree_flatten((args, kwargs))
         size, row = rows(tuple(flat), dims[0] + dims[1])
         if size == 0:
             picked = [
-                leaf.movedim(d, 0).sum(0).to(leaf.dtype) if d is not None and isinstance(leaf, torch.Tensor) else leaf
+                leaf.movedim(d, 0).sum(0).to(leaf.dtype)
+                if d is not None and isinstance(leaf, torch.Tensor)
+                else leaf
                 for leaf, d in zip(flat, dims[0] + dims[1], strict=True)
             ]
             results = [pytree.tree_flatten(_call(func, spec, picked))]
@@ -92,7 +107,9 @@ def loop(
         out_flat = flatten_dims(out_dims, pytree.tree_unflatten(list(results[0][0]), out_spec))
         stacked = [torch.stack(column, d or 0) for column, d in zip(columns, out_flat, strict=True)]
         if size == 0:
-            stacked = [leaf.narrow(d or 0, 0, 0).clone() for leaf, d in zip(stacked, out_flat, strict=True)]
+            stacked = [
+                leaf.narrow(d or 0, 0, 0).clone() for leaf, d in zip(stacked, out_flat, strict=True)
+            ]
         return pytree.tree_unflatten(stacked, out_spec)
 
     return mapped
@@ -103,7 +120,8 @@ def _call(func: Callable[..., Any], spec: Any, leaves: Sequence[Any]) -> Any:
     return func(*args, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------------------------------
+# what is compared
 
 
 @dataclass
@@ -141,7 +159,10 @@ EVERYTHING = Checks()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found: `right`, `refused`, `wrong`, or `skipped` where the loop itself fails."""
+    """What a comparison found.
+
+    `right`, `refused`, `wrong`, or `skipped` where the loop itself fails.
+    """
 
     kind: str
     detail: str = ""
@@ -154,7 +175,8 @@ class Verdict:
         return self.kind != "wrong"
 
 
-TOLERANCES = {  # rtol, and atol relative to the largest magnitude: batched kernels sum in another order
+# rtol, and atol relative to the largest magnitude: batched kernels sum in another order
+TOLERANCES = {
     torch.float64: (1e-8, 1e-9),
     torch.complex128: (1e-8, 1e-9),
     torch.float32: (2e-4, 2e-5),
@@ -183,15 +205,18 @@ def assert_same(
         want: the loop's.
         what: names it in errors.
         precision: the least precise dtype computed in, where it is not that of `want`.
-        slack: the loop's tensor from inputs changed by rounding: its distance from `want` is allowed, tenfold.
-        entered: the largest magnitude that entered the computation; where everything cancels, what is left is a few units of
-            rounding of that.
+        slack: the loop's tensor from inputs changed by rounding: its distance from `want` is
+            allowed, tenfold.
+        entered: the largest magnitude that entered the computation; where everything cancels, what
+            is left is a few units of rounding of that.
     """
     if not isinstance(got, torch.Tensor):
         raise Mismatch(f"{what}: {type(got).__name__} instead of a tensor")
     for name in ("shape", "dtype", "device", "layout"):
         if getattr(got, name) != getattr(want, name):
-            raise Mismatch(f"{what}: {name} {getattr(got, name)}, the loop has {getattr(want, name)}")
+            raise Mismatch(
+                f"{what}: {name} {getattr(got, name)}, the loop has {getattr(want, name)}"
+            )
     got, want = got.detach(), want.detach()
     if got.layout != torch.strided:
         got, want = got.to_dense(), want.to_dense()
@@ -202,7 +227,10 @@ def assert_same(
         if slack is not None:
             wrong &= slack == want
     else:
-        rtol, relative_atol = max(TOLERANCES.get(want.dtype, (1e-1, 1e-1)), TOLERANCES.get(precision or want.dtype, (0.0, 0.0)))
+        rtol, relative_atol = max(
+            TOLERANCES.get(want.dtype, (1e-1, 1e-1)),
+            TOLERANCES.get(precision or want.dtype, (0.0, 0.0)),
+        )
         dtype = want.dtype
         wide = torch.complex128 if want.is_complex() else torch.float64
         got, want = got.to(wide), want.to(wide)
@@ -212,14 +240,19 @@ def assert_same(
         bound = rtol * magnitude + relative_atol * scale
         if slack is not None:
             bound = bound + 10 * (slack.detach().to(wide) - want).abs().nan_to_num(float("inf"))
-            rounding = max(torch.finfo(d).eps for d in (dtype, precision) if d is not None) if entered else 0.0
+            rounding = (
+                max(torch.finfo(d).eps for d in (dtype, precision) if d is not None)
+                if entered
+                else 0.0
+            )
             bound = bound + 16 * rounding * entered
         wrong = ~((got - want).abs() <= bound) & ~((got == want) | (got.isnan() & want.isnan()))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         count = int(wrong.sum())
         raise Mismatch(
-            f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, the loop has {want[at].item()!r}"
+            f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, "
+            f"the loop has {want[at].item()!r}"
         )
 
 
@@ -247,13 +280,17 @@ def assert_own_memory(outputs: list[torch.Tensor], others: list[torch.Tensor]) -
             raise Mismatch(f"output {i} shares memory with {owner}")
         mine = offsets(output)
         if len(mine) != output.numel():
-            raise Mismatch(f"output {i} repeats its own memory (strides {output.stride()}, shape {tuple(output.shape)})")
+            raise Mismatch(
+                f"output {i} repeats its own memory (strides {output.stride()}, shape "
+                f"{tuple(output.shape)})"
+            )
         if mine & seen:
             raise Mismatch(f"output {i} shares memory with another output")
         seen |= mine
 
 
-# ---------------------------------------------------------------------------------------------- the comparison
+# ---------------------------------------------------------------------------------------------- the
+# comparison
 
 
 @dataclass
@@ -273,12 +310,19 @@ class Seen:
 def weights_like(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """Fixed random weights, so that every output element reaches the gradient with a factor of its own."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t.dtype) for t in tensors]
+    return [
+        (torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t.dtype)
+        for t in tensors
+    ]
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor | None], seed: int) -> torch.Tensor | None:
     """A scalar that depends on every floating-point element that requires grad."""
-    used = [t for t in tensors if t is not None and t.requires_grad and (t.is_floating_point() or t.is_complex())]
+    used = [
+        t
+        for t in tensors
+        if t is not None and t.requires_grad and (t.is_floating_point() or t.is_complex())
+    ]
     terms = [(w * t).sum() for w, t in zip(weights_like(used, seed), used, strict=True)]
     terms = [term.real if term.is_complex() else term for term in terms]
     return torch.stack([term.to(torch.float64) for term in terms]).sum() if terms else None
@@ -292,7 +336,10 @@ def look(setting: Setting, subject: Subject, checks: Checks) -> Seen:
     outputs, spec = pytree.tree_flatten(result)
     watched = setting.inputs + setting.captured
     seen = Seen(outputs, spec, [t.detach().clone() for t in watched])
-    seen.fallback = any(w.category.__name__ == "SlowLoopWarning" or FALLBACK_WARNING.search(str(w.message)) for w in caught)
+    seen.fallback = any(
+        w.category.__name__ == "SlowLoopWarning" or FALLBACK_WARNING.search(str(w.message))
+        for w in caught
+    )
     if not checks.gradient or not all(isinstance(o, torch.Tensor) for o in outputs):
         return seen
     wrt = [t for t in watched if t.requires_grad]
@@ -302,7 +349,9 @@ def look(setting: Setting, subject: Subject, checks: Checks) -> Seen:
             total = weighted_sum(outputs, 1)
             if total is None or not wrt:
                 return seen
-            seen.first = list(torch.autograd.grad(total, wrt, create_graph=checks.second_order, allow_unused=True))
+            seen.first = list(
+                torch.autograd.grad(total, wrt, create_graph=checks.second_order, allow_unused=True)
+            )
             if checks.second_order:
                 total = weighted_sum(seen.first, 2)
                 if total is not None:
@@ -332,7 +381,8 @@ def compare(
         build: makes the same setting at each call, sharing no tensors between calls.
         subject: a map with the signature of `shardmap.vmap`.
         checks: what is looked at.
-        perturbed: makes the setting with inputs changed by rounding; where the loop's own answer changes with it, so may the subject's.
+        perturbed: makes the setting with inputs changed by rounding; where the loop's own answer
+            changes with it, so may the subject's.
         reference: the loop.
     """
     try:
@@ -347,14 +397,25 @@ def compare(
         got = look(setting, subject, checks)
     except checks.refusals as error:
         changed = _changed_by_refusal(build, setting)
-        return Verdict("wrong", f"{first_line(error)}\n{changed}") if changed else Verdict("refused", first_line(error))
+        return (
+            Verdict("wrong", f"{first_line(error)}\n{changed}")
+            if changed
+            else Verdict("refused", first_line(error))
+        )
     except Exception as error:
         return Verdict("wrong", "crash: " + "".join(traceback.format_exception(error, limit=-6)))
     if not torch.equal(random_state, torch.random.get_rng_state()):
         return Verdict("wrong", "the global random state changed")
-    if modes != (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()):
+    if modes != (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+    ):
         return Verdict("wrong", "a global mode changed")
-    if any(t.grad is not before for t, before in zip(setting.inputs + setting.captured, grads_before, strict=True)):
+    if any(
+        t.grad is not before
+        for t, before in zip(setting.inputs + setting.captured, grads_before, strict=True)
+    ):
         return Verdict("wrong", "a .grad field changed")
     try:
         _judge(setting, got, want, checks, None)
@@ -374,11 +435,22 @@ def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen 
     if got.spec != want.spec:
         raise Mismatch(f"structure {got.spec}, the loop has {want.spec}")
     for i, (mine, theirs) in enumerate(zip(got.outputs, want.outputs, strict=True)):
-        assert_same(mine, theirs, f"output {i}", checks.precision, slack.outputs[i] if slack else None)
+        assert_same(
+            mine, theirs, f"output {i}", checks.precision, slack.outputs[i] if slack else None
+        )
         if checks.requires_grad and mine.requires_grad != theirs.requires_grad:
-            raise Mismatch(f"output {i}: requires_grad {mine.requires_grad}, the loop has {theirs.requires_grad}")
+            raise Mismatch(
+                f"output {i}: requires_grad {mine.requires_grad}, the loop has "
+                f"{theirs.requires_grad}"
+            )
     for i, (mine, theirs) in enumerate(zip(got.changed, want.changed, strict=True)):
-        assert_same(mine, theirs, f"input or captured tensor {i} afterwards", checks.precision, slack.changed[i] if slack else None)
+        assert_same(
+            mine,
+            theirs,
+            f"input or captured tensor {i} afterwards",
+            checks.precision,
+            slack.changed[i] if slack else None,
+        )
     if checks.aliasing:
         assert_own_memory(got.outputs, setting.inputs + setting.captured)
     if want.no_gradient:
@@ -388,16 +460,24 @@ def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen 
     for order in ("first", "second"):
         mine_all, theirs_all = getattr(got, order), getattr(want, order)
         if theirs_all is None or mine_all is None:
-            # None on one side only is a gradient that is zero there: connected on one path, cut on the other.
-            mine_all, theirs_all = mine_all or [None] * len(theirs_all or []), theirs_all or [None] * len(mine_all or [])
+            # None on one side only is a gradient that is zero there: connected on one path, cut on
+            # the other.
+            mine_all, theirs_all = (
+                mine_all or [None] * len(theirs_all or []),
+                theirs_all or [None] * len(mine_all or []),
+            )
         slacks = (getattr(slack, order) if slack else None) or [None] * len(theirs_all)
-        entered = max([1.5, *(_largest(t) for t in (*want.outputs, *want.changed))])  # 1.5: the weights of `weighted_sum`
+        entered = max(
+            [1.5, *(_largest(t) for t in (*want.outputs, *want.changed))]
+        )  # 1.5: the weights of `weighted_sum`
         for i, (mine, theirs, loose) in enumerate(zip(mine_all, theirs_all, slacks, strict=True)):
             present = theirs if mine is None else mine
             if present is None:
                 continue
             mine, theirs = (torch.zeros_like(present) if g is None else g for g in (mine, theirs))
-            assert_same(mine, theirs, f"{order}-order gradient {i}", checks.precision, loose, entered)
+            assert_same(
+                mine, theirs, f"{order}-order gradient {i}", checks.precision, loose, entered
+            )
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -412,7 +492,9 @@ def _changed_by_refusal(build: Callable[[], Setting], setting: Setting) -> str:
     """Says which tensor a refused call has changed, or nothing."""
     before = build()
     try:
-        for i, (now, then) in enumerate(zip(setting.inputs + setting.captured, before.inputs + before.captured, strict=True)):
+        for i, (now, then) in enumerate(
+            zip(setting.inputs + setting.captured, before.inputs + before.captured, strict=True)
+        ):
             assert_same(now, then, f"refused, but input or captured tensor {i}")
     except Mismatch as mismatch:
         return str(mismatch)
@@ -435,23 +517,37 @@ def refusal(build: Callable[[], Setting], subject: Subject, expected: type[BaseE
         assert not changed, changed
         after = [t._version for t in setting.inputs + setting.captured]
         assert versions == after, f"version counters went from {versions} to {after}"
-        assert all(t.grad is None for t in setting.inputs + setting.captured), "a .grad field was filled"
-        assert torch.equal(random_state, torch.random.get_rng_state()), "the global random state changed"
+        assert all(t.grad is None for t in setting.inputs + setting.captured), (
+            "a .grad field was filled"
+        )
+        assert torch.equal(random_state, torch.random.get_rng_state()), (
+            "the global random state changed"
+        )
         return str(error)
     except Exception as error:
         raise AssertionError(f"expected {expected.__name__}, got {first_line(error)}") from error
     raise AssertionError(f"expected {expected.__name__}, nothing was raised")
 
 
-# ---------------------------------------------------------------------------------------------- subjects
+# ----------------------------------------------------------------------------------------------
+# subjects
 
 
 def torch_func(
-    func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    **options: Any,
 ) -> Callable[..., Any]:
-    """`torch.func.vmap` as a subject: the reference that the sweep compares with. Its refusals are of many classes."""
+    """`torch.func.vmap` as a subject: the reference that the sweep compares with.
+
+    Its refusals are of many classes.
+    """
     options.pop("kw_in_dims", None)
-    return torch.func.vmap(func, in_dims, out_dims, randomness, chunk_size=options.get("chunk_size"))
+    return torch.func.vmap(
+        func, in_dims, out_dims, randomness, chunk_size=options.get("chunk_size")
+    )
 
 
 def shardmap_subject() -> Subject:
@@ -467,9 +563,16 @@ def subject_named(name: str) -> Subject:
 
 
 def twin(tensor: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A leaf with the same values, strides and offset over a copied storage; views of one storage stay views of one."""
+    """A leaf with the same values, strides and offset over a copied storage.
+
+    Views of one storage stay views of one.
+    """
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad) if isinstance(tensor, torch.Tensor) else tensor
+        return (
+            tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            if isinstance(tensor, torch.Tensor)
+            else tensor
+        )
     memo = {} if memo is None else memo
     storage = tensor.untyped_storage()
     copy = memo.setdefault(storage._cdata, None)

@@ -72,7 +72,11 @@ def branch_on_a_mapped_value(k: Kit) -> Run:
     return lambda vmap: vmap(lambda a: a * 2 if a.sum() > 0 else a)(x)
 
 
-def _escape(name: str, function: Callable[[torch.Tensor], Any], expected: type[BaseException] = errors.EscapeError) -> None:
+def _escape(
+    name: str,
+    function: Callable[[torch.Tensor], Any],
+    expected: type[BaseException] = errors.EscapeError,
+) -> None:
     def build(k: Kit) -> Run:
         x = k.x(3)
         return lambda vmap: vmap(function)(x)
@@ -103,7 +107,10 @@ _escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
 _escape("as_tensor_of_mapped", lambda a: torch.as_tensor([a[0], a[1]]))
 _escape("set_data", _set_data)
 _escape("data_pointer", _data_pointer)
-_escape("storage", lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storage(), 0, a.shape, a.stride()) * 2)
+_escape(
+    "storage",
+    lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storage(), 0, a.shape, a.stride()) * 2,
+)
 _escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
 _escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
 _escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)

@@ -1,4 +1,7 @@
-"""Run folders for the tests of reports: maps that really run, with the files that `shardmap run` leaves."""
+"""Run folders for the tests of reports.
+
+Maps that really run, with the files that `shardmap run` leaves.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,18 @@ from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.run import lanes
 from shardmap.run.base import Event, listen
 
-CONFIG = {"task": "vmap", "function": {"path": "mine.mapped", "init_args": {"power": 2}}, "data": {"path": "mine.load", "init_args": {}}}
-SUMMARY = {"headline": "17 of 53 rows stand out.", "samples": 53, "seconds": 1.5, "accuracy": 0.949, "score": "gradient_norm"}
+CONFIG = {
+    "task": "vmap",
+    "function": {"path": "mine.mapped", "init_args": {"power": 2}},
+    "data": {"path": "mine.load", "init_args": {}},
+}
+SUMMARY = {
+    "headline": "17 of 53 rows stand out.",
+    "samples": 53,
+    "seconds": 1.5,
+    "accuracy": 0.949,
+    "score": "gradient_norm",
+}
 
 
 def make(
@@ -48,7 +61,10 @@ def make(
     """
     plan = shardmap.plan(fn, devices=list(devices), chunk_size=chunk_size)(*batch)
     events: list[Event] = []
-    with RunFolder.create(str(folder), yaml.safe_dump(dict(config))) as run, pytest.MonkeyPatch.context() as patch:
+    with (
+        RunFolder.create(str(folder), yaml.safe_dump(dict(config))) as run,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         run.log("started", function="mine.mapped", output=str(folder))
         write_json(run.path / "environment.json", environment())
         write_json(run.path / "plan.json", predicted(plan))

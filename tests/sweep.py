@@ -1,10 +1,13 @@
-"""The sweep over PyTorch's operator database: each operator mapped over three distinct samples, against the loop.
+"""The sweep over PyTorch's operator database.
 
-    python -m tests.sweep --subject shardmap --workers 2            # judge, print what differs from the scoreboard
-    python -m tests.sweep --subject torch --update --workers 2      # refresh one column of the scoreboard
-    python -m tests.sweep --only linalg_svd,add --details
+Each operator mapped over three distinct samples, against the loop.
 
-Importing the database needs `expecttest`; some of its operators need `scipy` and `numpy` for samples.
+    python -m tests.sweep --subject shardmap --workers 2            # judge, print what differs from
+    the scoreboard python -m tests.sweep --subject torch --update --workers 2      # refresh one
+    column of the scoreboard python -m tests.sweep --only linalg_svd,add --details
+
+Importing the database needs `expecttest`; some of its operators need `scipy` and `numpy` for
+samples.
 """
 
 from __future__ import annotations
@@ -34,19 +37,39 @@ LARGEST_SAMPLE = 20_000
 """Elements; larger samples show nothing that small ones do not, and take minutes."""
 RANKS = {"refused": 0, "fallback": 1, "right": 2}
 """What a scoreboard entry may become: only more."""
-UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+UNINITIALISED = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}
 DIRECTIONS = ("forward", "gradient")
-PREFERRED = (torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool, torch.bfloat16, torch.float16)
+PREFERRED = (
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.int64,
+    torch.bool,
+    torch.bfloat16,
+    torch.float16,
+)
 
 
 def operators() -> dict[str, Any]:
     """The operators with one right answer, by name and variant."""
     from torch.testing._internal.common_methods_invocations import op_db
 
-    return {op.formatted_name: op for op in op_db if op.name not in UNINITIALISED and not op.has_nondeterministic_output}
+    return {
+        op.formatted_name: op
+        for op in op_db
+        if op.name not in UNINITIALISED and not op.has_nondeterministic_output
+    }
 
 
-# ---------------------------------------------------------------------------------------------- samples
+# ----------------------------------------------------------------------------------------------
+# samples
 
 
 def draw(op: Any, dtype: torch.dtype, seed: int) -> list[tuple[Any, ...]]:
@@ -61,23 +84,35 @@ def draw(op: Any, dtype: torch.dtype, seed: int) -> list[tuple[Any, ...]]:
 
 
 def batches(op: Any, dtype: torch.dtype) -> Iterator[tuple[list[Any], Any, list[int]]]:
-    """Batches of distinct samples: the leaves, stacked where they are tensors, their structure, and which are tensors.
+    """Batches of distinct samples.
 
-    The variants of a sample come from other seeds. Where those differ in more than tensor values, or not at all, the variant is the
-    sample scaled by a number, which keeps symmetry, rank, triangles and ranges; integers and booleans stay as they are.
+    The leaves, stacked where they are tensors, their structure, and which are tensors.
+
+    The variants of a sample come from other seeds. Where those differ in more than tensor values,
+    or not at all, the variant is the sample scaled by a number, which keeps symmetry, rank,
+    triangles and ranges; integers and booleans stay as they are.
     """
     drawn = [draw(op, dtype, seed) for seed in (0, 1, 2)]
     for index, sample in enumerate(drawn[0]):
         leaves, spec = pytree.tree_flatten(sample)
         others = [pytree.tree_flatten(d[index]) for d in drawn[1:] if index < len(d)]
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        if not at or any(leaves[i].layout != torch.strided or leaves[i].numel() > LARGEST_SAMPLE for i in at):
+        if not at or any(
+            leaves[i].layout != torch.strided or leaves[i].numel() > LARGEST_SAMPLE for i in at
+        ):
             continue
         alike = len(others) == BATCH - 1
-        alike = alike and all(s == spec and all(same_kind(a, b) for a, b in zip(leaves, flat, strict=True)) for flat, s in others)
+        alike = alike and all(
+            s == spec and all(same_kind(a, b) for a, b in zip(leaves, flat, strict=True))
+            for flat, s in others
+        )
         for i in at:
-            variants = [leaves[i], *(flat[i] for flat, _ in others)] if alike else [leaves[i]] * BATCH
-            if all(torch.equal(variants[0], v) for v in variants[1:]) and (leaves[i].is_floating_point() or leaves[i].is_complex()):
+            variants = (
+                [leaves[i], *(flat[i] for flat, _ in others)] if alike else [leaves[i]] * BATCH
+            )
+            if all(torch.equal(variants[0], v) for v in variants[1:]) and (
+                leaves[i].is_floating_point() or leaves[i].is_complex()
+            ):
                 variants = [v * (1 - 0.1 * k) for k, v in enumerate(variants)]
             leaves[i] = torch.stack([v.detach() for v in variants])
         yield leaves, spec, at
@@ -86,8 +121,15 @@ def batches(op: Any, dtype: torch.dtype) -> Iterator[tuple[list[Any], Any, list[
 def same_kind(a: Any, b: Any) -> bool:
     """Whether two leaves may stand in one batch."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype and b.layout == torch.strided
-    return type(a) is type(b) and (a == b if isinstance(a, (int, float, str, bool, complex, torch.dtype, type(None))) else True)
+        return (
+            isinstance(b, torch.Tensor)
+            and a.shape == b.shape
+            and a.dtype == b.dtype
+            and b.layout == torch.strided
+        )
+    return type(a) is type(b) and (
+        a == b if isinstance(a, (int, float, str, bool, complex, torch.dtype, type(None))) else True
+    )
 
 
 def choices(at: list[int]) -> list[list[int]]:
@@ -95,7 +137,8 @@ def choices(at: list[int]) -> list[list[int]]:
     return [at, at[:1], at[1:]] if len(at) > 1 else [at]
 
 
-# ---------------------------------------------------------------------------------------------- one operator
+# ---------------------------------------------------------------------------------------------- one
+# operator
 
 
 def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[..., Any]:
@@ -106,7 +149,11 @@ def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[...,
         for i, tensor in zip(at, tensors, strict=True):
             leaves[i] = tensor
         first, args, kwargs = pytree.tree_unflatten(leaves, spec)
-        results = [leaf for leaf in pytree.tree_leaves(op(first, *args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        results = [
+            leaf
+            for leaf in pytree.tree_leaves(op(first, *args, **kwargs))
+            if isinstance(leaf, torch.Tensor)
+        ]
         if not results or any(r.layout != torch.strided for r in results):
             raise TypeError("no dense tensor comes out")
         return results
@@ -115,7 +162,10 @@ def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[...,
 
 
 def scalar(results: list[torch.Tensor]) -> torch.Tensor:
-    """A weighted sum of the differentiable results: plain sums of softmax and the like have no gradient."""
+    """A weighted sum of the differentiable results.
+
+    Plain sums of softmax and the like have no gradient.
+    """
     parts = []
     for r in results:
         if r.is_floating_point() or r.is_complex():
@@ -138,31 +188,55 @@ def gradient(function: Callable[..., Any], wrt: list[int], functional: bool) -> 
 
 
 def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
-    """Compares one operator in both directions; the details name the first sample that is not right."""
+    """Compares one operator in both directions.
+
+    The details name the first sample that is not right.
+    """
     result: dict[str, Any] = {}
     for direction in DIRECTIONS:
         found: dict[str, str] = {}
         counts: collections.Counter[str] = collections.Counter()
         supported = (
-            op.supported_dtypes("cpu") if direction == "forward" else op.supported_backward_dtypes("cpu") if op.supports_autograd else ()
+            op.supported_dtypes("cpu")
+            if direction == "forward"
+            else op.supported_backward_dtypes("cpu")
+            if op.supports_autograd
+            else ()
         )
         dtype = next((d for d in PREFERRED if d in supported), None)
         if dtype is not None:
             for index, (leaves, spec, at) in enumerate(batches(op, dtype)):
                 for mapped in choices(at):
                     verdict = judge_batch(op, leaves, spec, at, mapped, direction, subject)
-                    kind = "fallback" if verdict.kind == "right" and verdict.fallback else verdict.kind
+                    kind = (
+                        "fallback" if verdict.kind == "right" and verdict.fallback else verdict.kind
+                    )
                     counts[kind] += 1
-                    found.setdefault(kind, f"{name} {dtype} sample {index}, mapped {mapped} of {at}: {verdict.detail}")
-        worst = next((k for k in ("wrong", "refused", "fallback", "right") if counts[k]), "uncounted")
+                    found.setdefault(
+                        kind,
+                        f"{name} {dtype} sample {index}, mapped {mapped} of {at}: {verdict.detail}",
+                    )
+        worst = next(
+            (k for k in ("wrong", "refused", "fallback", "right") if counts[k]), "uncounted"
+        )
         result[direction] = worst
         result[f"{direction}_served"] = counts["right"] + counts["fallback"]
-        result[f"{direction}_detail"] = found.get(worst, "") if worst in ("wrong", "refused", "fallback") else found.get("skipped", "")
+        result[f"{direction}_detail"] = (
+            found.get(worst, "")
+            if worst in ("wrong", "refused", "fallback")
+            else found.get("skipped", "")
+        )
     return result
 
 
 def judge_batch(
-    op: Any, leaves: list[Any], spec: Any, at: list[int], mapped: list[int], direction: str, subject: oracle.Subject
+    op: Any,
+    leaves: list[Any],
+    spec: Any,
+    at: list[int],
+    mapped: list[int],
+    direction: str,
+    subject: oracle.Subject,
 ) -> oracle.Verdict:
     """One batch, one choice of mapped tensors."""
     rest = [None if i in at else leaf for i, leaf in enumerate(leaves)]
@@ -171,13 +245,22 @@ def judge_batch(
     def build(noise: float = 0.0) -> oracle.Setting:
         tensors = [oracle.twin(leaves[i]) if i in mapped else leaves[i][0].clone() for i in at]
         if noise:
-            tensors = [t * (1 + noise * torch.finfo(t.dtype).eps) if t.is_floating_point() or t.is_complex() else t for t in tensors]
+            tensors = [
+                t * (1 + noise * torch.finfo(t.dtype).eps)
+                if t.is_floating_point() or t.is_complex()
+                else t
+                for t in tensors
+            ]
         function = forward(op, spec, rest, at)
 
         def run(vmap: oracle.Subject) -> Any:
             if direction == "forward":
                 return vmap(function, in_dims)(*tensors)
-            wrt = [k for k, i in enumerate(at) if i in mapped and (tensors[k].is_floating_point() or tensors[k].is_complex())]
+            wrt = [
+                k
+                for k, i in enumerate(at)
+                if i in mapped and (tensors[k].is_floating_point() or tensors[k].is_complex())
+            ]
             if not wrt:
                 raise TypeError("nothing to differentiate by")
             return vmap(gradient(function, wrt, vmap is oracle.torch_func), in_dims)(*tensors)
@@ -186,13 +269,20 @@ def judge_batch(
 
     reference = subject is oracle.torch_func
     checks = oracle.Checks(
-        gradient=False, aliasing=not reference, requires_grad=False, refusals=(Exception,) if reference else oracle.REFUSALS
+        gradient=False,
+        aliasing=not reference,
+        requires_grad=False,
+        refusals=(Exception,) if reference else oracle.REFUSALS,
     )
     try:
         with RandomCalls() as watch:
             of_views = pytree.tree_leaves(build().run(oracle.loop))
         if "as_strided" in op.name:
-            of_copies = pytree.tree_leaves(build().run(lambda f, dims: oracle.loop(lambda *rows: f(*(r.clone() for r in rows)), dims)))
+            of_copies = pytree.tree_leaves(
+                build().run(
+                    lambda f, dims: oracle.loop(lambda *rows: f(*(r.clone() for r in rows)), dims)
+                )
+            )
             for one, other in zip(of_views, of_copies, strict=True):
                 oracle.assert_same(one, other, "an absolute storage offset reads another row")
     except Exception as error:
@@ -201,13 +291,20 @@ def judge_batch(
         return oracle.Verdict("skipped", "draws random numbers")
     verdict = oracle.compare(build, subject, checks, lambda: build(noise=3.0))
     if verdict.kind == "wrong":
-        # Some derivatives have two formulas in torch, one for when a dispatch mode or a subclass is around (the gradient of a product).
+        # Some derivatives have two formulas in torch, one for when a dispatch mode or a subclass is
+        # around (the gradient of a product).
         other = oracle.compare(build, subject, checks, lambda: build(noise=3.0), loop_under_a_mode)
         return other if other.kind == "right" else verdict
     return verdict
 
 
-def loop_under_a_mode(func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = "error", **options: Any) -> Any:
+def loop_under_a_mode(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    **options: Any,
+) -> Any:
     """The loop while a dispatch mode that does nothing is active."""
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
@@ -225,21 +322,32 @@ class RandomCalls(TorchDispatchMode):
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Attention kernels carry the tag for their dropout, which the samples that count do not use.
-        self.found |= torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+        # Attention kernels carry the tag for their dropout, which the samples that count do not
+        # use.
+        self.found |= (
+            torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+        )
         return func(*args, **(kwargs or {}))
 
 
-# ---------------------------------------------------------------------------------------------- the scoreboard
+# ---------------------------------------------------------------------------------------------- the
+# scoreboard
 
 
 def load() -> dict[str, Any]:
     """The stored scoreboard: operator to direction to what each subject makes of it."""
-    return json.loads(SCOREBOARD.read_text()) if SCOREBOARD.exists() else {"torch_version": torch.__version__, "operators": {}}
+    return (
+        json.loads(SCOREBOARD.read_text())
+        if SCOREBOARD.exists()
+        else {"torch_version": torch.__version__, "operators": {}}
+    )
 
 
 def complaints(name: str, result: dict[str, Any], board: dict[str, Any]) -> list[str]:
-    """What is not allowed of a fresh result of shardmap: wrong, worse than stored, or less than `torch.func.vmap` does."""
+    """What is not allowed of a fresh result of shardmap.
+
+    Wrong, worse than stored, or less than `torch.func.vmap` does.
+    """
     entry = board["operators"].get(name, {})
     found = []
     for direction in DIRECTIONS:
@@ -252,9 +360,15 @@ def complaints(name: str, result: dict[str, Any], board: dict[str, Any]) -> list
                 found.append(f"{name} {direction} was {stored['shardmap']}, is {now}: {detail}")
             served, reference = result[f"{direction}_served"], stored.get("torch_served", 0)
             if served < reference:
-                found.append(f"{name} {direction}: {served} samples served, torch.func.vmap serves {reference}: {detail}")
+                found.append(
+                    f"{name} {direction}: {served} samples served, torch.func.vmap serves "
+                    f"{reference}: {detail}"
+                )
             if served < stored.get("shardmap_served", 0):
-                found.append(f"{name} {direction}: {served} samples served, were {stored['shardmap_served']}: {detail}")
+                found.append(
+                    f"{name} {direction}: {served} samples served, were "
+                    f"{stored['shardmap_served']}: {detail}"
+                )
     return found
 
 
@@ -266,20 +380,34 @@ def store(results: dict[str, dict[str, Any]], subject_name: str) -> None:
         for direction in DIRECTIONS:
             if result.get(direction, "uncounted") != "uncounted":
                 board["operators"].setdefault(name, {}).setdefault(direction, {}).update(
-                    {subject_name: result[direction], f"{subject_name}_served": result.get(f"{direction}_served", 0)}
+                    {
+                        subject_name: result[direction],
+                        f"{subject_name}_served": result.get(f"{direction}_served", 0),
+                    }
                 )
     board["operators"] = dict(sorted(board["operators"].items()))
-    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in board["operators"].items()]
+    lines = [
+        f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in board["operators"].items()
+    ]
     SCOREBOARD.parent.mkdir(exist_ok=True)
-    SCOREBOARD.write_text(f'{{"torch_version": {json.dumps(board["torch_version"])}, "operators": {{\n' + ",\n".join(lines) + "\n}}\n")
+    SCOREBOARD.write_text(
+        f'{{"torch_version": {json.dumps(board["torch_version"])}, "operators": {{\n'
+        + ",\n".join(lines)
+        + "\n}}\n"
+    )
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """Counts per direction."""
-    return "\n".join(f"{d}: {dict(collections.Counter(r.get(d, 'crashed') for r in results.values()))}" for d in DIRECTIONS)
+    return "\n".join(
+        f"{d}: {dict(collections.Counter(r.get(d, 'crashed') for r in results.values()))}"
+        for d in DIRECTIONS
+    )
 
 
-def run(names: list[str], subject_name: str, workers: int, timeout_s: float = 120) -> Iterator[tuple[str, dict[str, Any]]]:
+def run(
+    names: list[str], subject_name: str, workers: int, timeout_s: float = 120
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Judges operators in worker processes."""
     command = [sys.executable, "-m", "tests.sweep", "--serve", "--subject", subject_name]
     for name, answer in isolate.run(command, names, workers, timeout_s):
@@ -294,7 +422,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="store the results in the scoreboard")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="", help="operators, with commas between")
-    parser.add_argument("--details", action="store_true", help="print each result that is not right")
+    parser.add_argument(
+        "--details", action="store_true", help="print each result that is not right"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
@@ -309,7 +439,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.details:
             for direction in DIRECTIONS:
                 if result[direction] not in ("right", "uncounted"):
-                    print(f"{result[direction]:9s} {direction:9s} {result[f'{direction}_detail']}", flush=True)
+                    print(
+                        f"{result[direction]:9s} {direction:9s} {result[f'{direction}_detail']}",
+                        flush=True,
+                    )
         bad += complaints(name, result, board) if args.subject == "shardmap" else []
     print(summary(results))
     print("\n".join(bad))

@@ -50,7 +50,12 @@ def test_a_registered_rule_is_used() -> None:
     @shardmap.batching_rule(OP)
     def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
         seen.append((args[0].mapped, args[1].mapped, args[0].shape, args[2:], kwargs))
-        return b.call(lambda t, by, power: t * by**power, *args, shape=eq.outs[0].spec.shape, dtype=eq.outs[0].spec.dtype)
+        return b.call(
+            lambda t, by, power: t * by**power,
+            *args,
+            shape=eq.outs[0].spec.shape,
+            dtype=eq.outs[0].spec.dtype,
+        )
 
     by = torch.tensor(3.0)
     with warnings.catch_warnings():

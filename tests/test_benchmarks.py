@@ -1,4 +1,7 @@
-"""The benchmarks of the planner and of Jacobians run, and judge; their numbers are not a test's business."""
+"""The benchmarks of the planner and of Jacobians run, and judge.
+
+Their numbers are not a test's business.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,24 @@ ROOT = Path(__file__).parent.parent
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     """A benchmark in a process of its own."""
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_planners_benchmark_writes_its_tables(tmp_path: Path) -> None:
-    small = ("--samples", "64", "--slice", "64", "--rounds", "2", "--threads", "1", "--output", str(tmp_path / "found"))
+    small = (
+        "--samples",
+        "64",
+        "--slice",
+        "64",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        str(tmp_path / "found"),
+    )
     done = run("benchmarks.planner", "--parts", "stacked", "reduced", *small)
     assert done.returncode in (0, 1), done.stderr
     results = json.loads((tmp_path / "found.json").read_text())
@@ -26,11 +42,22 @@ def test_the_planners_benchmark_writes_its_tables(tmp_path: Path) -> None:
     text = (tmp_path / "found.md").read_text()
     assert done.stdout == text
     assert text.count("speed against torch.func at its best") == 2
-    assert results["stacked"]["memory"]["result"] == 64 * 4 * sum(p.numel() for p in models.mlp().parameters())
+    assert results["stacked"]["memory"]["result"] == 64 * 4 * sum(
+        p.numel() for p in models.mlp().parameters()
+    )
 
 
 def test_the_memory_benchmark_measures_in_processes_of_their_own(tmp_path: Path) -> None:
-    words = ("--quick", "--no-budget", "--cases", "reduction", "--threads", "1", "--output", str(tmp_path / "found"))
+    words = (
+        "--quick",
+        "--no-budget",
+        "--cases",
+        "reduction",
+        "--threads",
+        "1",
+        "--output",
+        str(tmp_path / "found"),
+    )
     done = run("benchmarks.memory", *words)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
@@ -40,7 +67,17 @@ def test_the_memory_benchmark_measures_in_processes_of_their_own(tmp_path: Path)
 
 
 def test_the_benchmark_of_jacobians_writes_its_tables(tmp_path: Path) -> None:
-    words = ("--cases", "Hessian", "--rounds", "2", "--threads", "1", "--no-jax", "--output", str(tmp_path / "found"))
+    words = (
+        "--cases",
+        "Hessian",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--no-jax",
+        "--output",
+        str(tmp_path / "found"),
+    )
     done = run("benchmarks.jacobians", *words)
     assert done.returncode in (0, 1), done.stderr
     (found,) = json.loads((tmp_path / "found.json").read_text())["results"].values()

@@ -1,4 +1,7 @@
-"""Every named case against the loop, for every way of computing it; every refusal with its error."""
+"""Every named case against the loop, for every way of computing it.
+
+Every refusal with its error.
+"""
 
 from __future__ import annotations
 

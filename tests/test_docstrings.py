@@ -7,7 +7,13 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["shardmap.api", "shardmap.transforms.jacobians", "shardmap.transforms.products", "shardmap.rules.registry"]
+    "name",
+    [
+        "shardmap.api",
+        "shardmap.transforms.jacobians",
+        "shardmap.transforms.products",
+        "shardmap.rules.registry",
+    ],
 )
 def test_examples(name: str) -> None:
     """Every example of the module, of which there is at least one."""

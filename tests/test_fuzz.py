@@ -1,4 +1,7 @@
-"""Random programs against the loop: a fixed range of seeds at each run, thousands when asked for."""
+"""Random programs against the loop.
+
+A fixed range of seeds at each run, thousands when asked for.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,23 @@ SEEDS = 150
 SERVED = 0.98
 
 
-def verdicts(first: int, last: int, subject: oracle.Subject) -> list[tuple[fuzz.Program, oracle.Verdict]]:
+def verdicts(
+    first: int, last: int, subject: oracle.Subject
+) -> list[tuple[fuzz.Program, oracle.Verdict]]:
     """Each seed's program and what the comparison found."""
     programs = [fuzz.generate(seed) for seed in range(first, last)]
     return [(program, fuzz.judge(program, subject)) for program in programs]
 
 
-def assert_served(found: list[tuple[fuzz.Program, oracle.Verdict]], subject: oracle.Subject) -> None:
+def assert_served(
+    found: list[tuple[fuzz.Program, oracle.Verdict]], subject: oracle.Subject
+) -> None:
     """Not one wrong, and few refused."""
-    wrong = [fuzz.report(program, verdict, subject) for program, verdict in found if verdict.kind == "wrong"]
+    wrong = [
+        fuzz.report(program, verdict, subject)
+        for program, verdict in found
+        if verdict.kind == "wrong"
+    ]
     assert not wrong, "\n\n".join([f"{len(wrong)} wrong", *wrong[:3]])
     counted = [verdict for _, verdict in found if verdict.kind != "skipped"]
     refused = [verdict.detail for verdict in counted if verdict.kind == "refused"]
@@ -35,14 +46,19 @@ def test_fixed_seeds() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 5000, 500))
 def test_thousands_of_seeds(first: int) -> None:
-    """The long run, in parts; `python -m tests.fuzz --seeds 0:5000 --workers 2` is the same in worker processes."""
+    """The long run, in parts.
+
+    `python -m tests.fuzz --seeds 0:5000 --workers 2` is the same in worker processes.
+    """
     subject = oracle.shardmap_subject()
     assert_served(verdicts(first, first + 500, subject), subject)
 
 
 def test_programs_follow_from_their_seed() -> None:
     """Two generations of a seed are one program."""
-    assert [fuzz.generate(seed) for seed in range(20)] == [fuzz.generate(seed) for seed in range(20)]
+    assert [fuzz.generate(seed) for seed in range(20)] == [
+        fuzz.generate(seed) for seed in range(20)
+    ]
 
 
 def test_programs_have_substance() -> None:

@@ -15,8 +15,16 @@ pytestmark = pytest.mark.gpu
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)),
-    "cnn": lambda: nn.Sequential(nn.Unflatten(0, (1, 3, 4)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(0), nn.Linear(48, 3)),
-    "transformer": lambda: nn.Sequential(nn.Unflatten(0, (3, 4)), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), nn.Flatten(0)),
+    "cnn": lambda: nn.Sequential(
+        nn.Unflatten(0, (1, 3, 4)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(0),
+        nn.Linear(48, 3),
+    ),
+    "transformer": lambda: nn.Sequential(
+        nn.Unflatten(0, (3, 4)), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), nn.Flatten(0)
+    ),
     "lstm": lambda: nn.Sequential(nn.Unflatten(0, (3, 4)), nn.LSTM(4, 5)),
 }
 
@@ -32,14 +40,22 @@ def gradients(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], tuple[
     return gradient
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"devices": ["cuda:0", "cuda:0"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 2}, {"devices": ["cuda:0", "cuda:0"]}], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_on_the_gpu(name: str, options: dict) -> None:
     """Model and batch on the GPU: the loop's gradients, to rounding."""
     torch.manual_seed(0)
     model = MODELS[name]().double().cuda()
-    x, y = torch.randn(5, 12, dtype=torch.float64, device="cuda"), torch.randint(3, (5,), device="cuda")
-    loop = [torch.stack(g) for g in zip(*[gradients(model)(a, b) for a, b in zip(x, y, strict=True)], strict=True)]
+    x, y = (
+        torch.randn(5, 12, dtype=torch.float64, device="cuda"),
+        torch.randint(3, (5,), device="cuda"),
+    )
+    loop = [
+        torch.stack(g)
+        for g in zip(*[gradients(model)(a, b) for a, b in zip(x, y, strict=True)], strict=True)
+    ]
     torch.testing.assert_close(list(shardmap.vmap(gradients(model), **options)(x, y)), loop)
 
 
@@ -49,7 +65,10 @@ def test_recorded_on_the_host_and_run_on_the_gpu(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().double()
     x, y = torch.randn(7, 12, dtype=torch.float64), torch.randint(3, (7,))
-    loop = [torch.stack(g) for g in zip(*[gradients(model)(a, b) for a, b in zip(x, y, strict=True)], strict=True)]
+    loop = [
+        torch.stack(g)
+        for g in zip(*[gradients(model)(a, b) for a, b in zip(x, y, strict=True)], strict=True)
+    ]
     there = shardmap.vmap(gradients(model), devices="cuda:*", chunk_size=3)(x, y)
     assert all(g.device.type == "cpu" for g in there)
     torch.testing.assert_close(list(there), loop)
@@ -70,7 +89,9 @@ def test_draws_do_not_depend_on_the_device() -> None:
 
     def drawn(device: str) -> torch.Tensor:
         torch.manual_seed(1)
-        mapped = shardmap.vmap(lambda row: row + torch.rand(3, device=row.device), randomness="different")
+        mapped = shardmap.vmap(
+            lambda row: row + torch.rand(3, device=row.device), randomness="different"
+        )
         return mapped(torch.zeros(4, 3, device=device)).cpu()
 
     torch.testing.assert_close(drawn("cpu"), drawn("cuda"))
@@ -112,7 +133,12 @@ def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
 def test_reductions_on_the_gpu(home: str) -> None:
     """Chunks are combined on the device, in order; samples come from the host meanwhile."""
     x = torch.randn(1009, 64, dtype=torch.float64).to(home)
-    total, norms = shardmap.vmap(lambda r: (torch.outer(r, r), r.norm()), reduce=("sum", None), devices="cuda:*", chunk_size=50)(x)
+    total, norms = shardmap.vmap(
+        lambda r: (torch.outer(r, r), r.norm()),
+        reduce=("sum", None),
+        devices="cuda:*",
+        chunk_size=50,
+    )(x)
     assert total.device.type == norms.device.type == home
     torch.testing.assert_close(total, x.T @ x)
     torch.testing.assert_close(norms, x.norm(dim=1))
@@ -131,11 +157,18 @@ def test_remat_on_the_gpu() -> None:
     x = torch.randn(101, 12, dtype=torch.float64, device="cuda")
     wanted = torch.autograd.grad(model(x).square().sum(), tuple(model.parameters()))
     out = shardmap.vmap(model, remat=True, chunk_size=10)(x)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), tuple(model.parameters())), wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), tuple(model.parameters())), wanted
+    )
 
 
 def test_results_go_where_they_are_asked_for() -> None:
     """`output_device` in both directions."""
     x = torch.randn(31, 5)
-    assert shardmap.vmap(torch.sin, devices="cuda:*", output_device="cuda:0", chunk_size=4)(x).device.type == "cuda"
+    assert (
+        shardmap.vmap(torch.sin, devices="cuda:*", output_device="cuda:0", chunk_size=4)(
+            x
+        ).device.type
+        == "cuda"
+    )
     assert torch.equal(shardmap.vmap(torch.neg, output_device="cpu", chunk_size=4)(x.cuda()), -x)

@@ -13,7 +13,9 @@ from torch import nn
 import shardmap
 from tests import oracle
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[..., torch.Tensor], list[torch.Tensor]]]] = {}
+MODELS: dict[
+    str, Callable[[], tuple[nn.Module, Callable[..., torch.Tensor], list[torch.Tensor]]]
+] = {}
 """Name to a builder of the model, its loss of one sample, and a batch of three samples."""
 
 
@@ -24,8 +26,17 @@ def squared(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((out - y.reshape(-1)[: out.numel()].reshape(out.shape)) ** 2).mean()
 
 
-def model(name: str, make: Callable[[], nn.Module], *shape: int, loss: Callable[..., torch.Tensor] = squared, tokens: int = 0) -> None:
-    """Registers a model; `shape` is one sample's, `tokens` the vocabulary where samples are indices."""
+def model(
+    name: str,
+    make: Callable[[], nn.Module],
+    *shape: int,
+    loss: Callable[..., torch.Tensor] = squared,
+    tokens: int = 0,
+) -> None:
+    """Registers a model.
+
+    `shape` is one sample's, `tokens` the vocabulary where samples are indices.
+    """
 
     def build() -> tuple[nn.Module, Callable[..., torch.Tensor], list[torch.Tensor]]:
         torch.manual_seed(1)
@@ -33,7 +44,11 @@ def model(name: str, make: Callable[[], nn.Module], *shape: int, loss: Callable[
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
-        x = torch.randint(tokens, (3, *shape)) if tokens else torch.randn(3, *shape, dtype=torch.float64)
+        x = (
+            torch.randint(tokens, (3, *shape))
+            if tokens
+            else torch.randn(3, *shape, dtype=torch.float64)
+        )
         return module, loss, [x, torch.randn(3, 512, dtype=torch.float64)]
 
     MODELS[name] = build
@@ -88,49 +103,114 @@ def seq(*modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-model("mlp", lambda: seq(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), 6)
+model(
+    "mlp", lambda: seq(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), 6
+)
 model(
     "cnn",
-    lambda: seq(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.Flatten(0), nn.Linear(12, 3)),
+    lambda: seq(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 3),
+        nn.Flatten(0),
+        nn.Linear(12, 3),
+    ),
     2,
     8,
     8,
 )
-model("cnn_batch_of_one", lambda: seq(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 1, 2, 6, 6)
+model(
+    "cnn_batch_of_one",
+    lambda: seq(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    1,
+    2,
+    6,
+    6,
+)
 model(
     "cnn_strided",
-    lambda: seq(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=(2, 1), dilation=(1, 2))),
+    lambda: seq(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, stride=(2, 1), dilation=(1, 2)),
+    ),
     2,
     9,
     9,
 )
-model("cnn_grouped", lambda: seq(nn.Conv2d(4, 8, 3, groups=2), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)), 4, 7, 7)
+model(
+    "cnn_grouped",
+    lambda: seq(nn.Conv2d(4, 8, 3, groups=2), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)),
+    4,
+    7,
+    7,
+)
 model(
     "cnn_transposed",
-    lambda: seq(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, groups=2)),
+    lambda: seq(
+        nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 2, 2, groups=2),
+    ),
     3,
     4,
     4,
 )
-model("cnn_1d", lambda: seq(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(4, 2, 2)), 3, 10)
+model(
+    "cnn_1d",
+    lambda: seq(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(4, 2, 2)),
+    3,
+    10,
+)
 model("cnn_3d", lambda: seq(nn.Conv3d(2, 3, 2), nn.ReLU(), nn.Conv3d(3, 2, (1, 2, 2))), 2, 4, 4, 4)
 model("layer_norm", lambda: seq(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), 5, 6)
 model("group_norm", lambda: seq(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()), 1, 2, 6, 6)
-model("instance_norm", lambda: seq(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()), 1, 2, 6, 6)
+model(
+    "instance_norm",
+    lambda: seq(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()),
+    1,
+    2,
+    6,
+    6,
+)
 model("instance_norm_unbatched", lambda: nn.InstanceNorm1d(3, affine=True), 3, 6)
-model("batch_norm_eval", lambda: seq(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), 1, 2, 6, 6)
+model(
+    "batch_norm_eval",
+    lambda: seq(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+    1,
+    2,
+    6,
+    6,
+)
 model("batch_norm_1d_eval", lambda: seq(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 2, 6)
 model("rms_norm", lambda: seq(nn.Linear(6, 8), nn.RMSNorm(8)), 5, 6)
 model("lstm", lambda: Last(nn.LSTM(4, 5, batch_first=True)), 6, 4)
-model("lstm_batched_two_layers", lambda: Last(nn.LSTM(4, 5, num_layers=2, batch_first=True)), 1, 6, 4)
+model(
+    "lstm_batched_two_layers", lambda: Last(nn.LSTM(4, 5, num_layers=2, batch_first=True)), 1, 6, 4
+)
 model("gru", lambda: Last(nn.GRU(4, 5, batch_first=True)), 6, 4)
 model("rnn_bidirectional", lambda: Last(nn.RNN(4, 5, bidirectional=True, batch_first=True)), 6, 4)
-model("lstm_bidirectional", lambda: Last(nn.LSTM(4, 3, bidirectional=True, batch_first=True)), 1, 5, 4)
+model(
+    "lstm_bidirectional", lambda: Last(nn.LSTM(4, 3, bidirectional=True, batch_first=True)), 1, 5, 4
+)
 model("lstm_cell", lambda: nn.LSTMCell(4, 5), 4)
 model("embedding", lambda: seq(nn.Embedding(7, 5, padding_idx=0), nn.Linear(5, 2)), 6, tokens=7)
-model("embedding_bag", lambda: seq(nn.EmbeddingBag(7, 5, mode="mean"), nn.Linear(5, 2)), 2, 4, tokens=7)
+model(
+    "embedding_bag",
+    lambda: seq(nn.EmbeddingBag(7, 5, mode="mean"), nn.Linear(5, 2)),
+    2,
+    4,
+    tokens=7,
+)
 model("embedding_bag_sum", lambda: nn.EmbeddingBag(7, 5, mode="sum"), 2, 4, tokens=7)
-model("transformer_layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 1, 5, 8)
+model(
+    "transformer_layer",
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    1,
+    5,
+    8,
+)
 model(
     "transformer_layer_unbatched_norm_first",
     lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, activation="gelu"),
@@ -196,7 +276,11 @@ def setting(name: str, **options: Any) -> Callable[[], oracle.Setting]:
         def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(loss(module, x, y), parameters)
 
-        return oracle.Setting(lambda vmap: vmap(gradient, **options)(*batch), batch, [*module.parameters(), *module.buffers()])
+        return oracle.Setting(
+            lambda vmap: vmap(gradient, **options)(*batch),
+            batch,
+            [*module.parameters(), *module.buffers()],
+        )
 
     return build
 
@@ -213,8 +297,12 @@ def test_per_sample_gradients(name: str) -> None:
     assert_right(name)
 
 
-@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"devices": ["cpu", "cpu"]}], ids=["chunks", "two_shards"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm", "embedding_bag", "transformer_layer", "gpt2"])
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 2}, {"devices": ["cpu", "cpu"]}], ids=["chunks", "two_shards"]
+)
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "lstm", "embedding_bag", "transformer_layer", "gpt2"]
+)
 def test_chunks_and_shards(name: str, options: dict[str, Any]) -> None:
     """The same numbers from pieces."""
     assert_right(name, **options)
@@ -222,7 +310,10 @@ def test_chunks_and_shards(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_that_are_differentiated_again(name: str) -> None:
-    """Per-sample gradient norms as a regulariser: the outer gradient flows through the inner one."""
+    """Per-sample gradient norms as a regulariser.
+
+    The outer gradient flows through the inner one.
+    """
 
     def build() -> oracle.Setting:
         module, loss, batch = MODELS[name]()
@@ -237,4 +328,6 @@ def test_gradients_that_are_differentiated_again(name: str) -> None:
 
     verdict = oracle.compare(build, shardmap.vmap)
     assert verdict.kind == "right", verdict.detail
-    assert verdict.gradient == "first" or "not implemented" in verdict.gradient, "autograd can, so the gradients must have been compared"
+    assert verdict.gradient == "first" or "not implemented" in verdict.gradient, (
+        "autograd can, so the gradients must have been compared"
+    )

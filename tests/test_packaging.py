@@ -33,7 +33,13 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 
 def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK + code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
 
 
 def test_import_and_a_map_need_no_extra():
@@ -46,38 +52,79 @@ def test_import_and_a_map_need_no_extra():
 def test_import_loads_no_extra():
     code = f"import sys, shardmap; print([name for name in {OPTIONAL!r} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.stdout == "[]\n"
 
 
 def test_the_command_line_names_the_extra_that_is_missing():
-    done = run_without_extras("from shardmap.jobs.cli import main; sys.exit(main(['run', 'configs/digits_gradients.yaml']))")
+    done = run_without_extras(
+        "from shardmap.jobs.cli import main; sys.exit(main(['run', "
+        "'configs/digits_gradients.yaml']))"
+    )
     assert done.returncode == 2
-    assert done.stderr == 'shardmap: yaml is needed to read configurations and is not installed: pip install "shardmap[run]"\n'
+    assert (
+        done.stderr
+        == "shardmap: yaml is needed to read configurations and is not installed: pip install "
+        '"shardmap[run]"\n'
+    )
 
 
 def test_a_missing_extra_is_an_import_error_with_the_packages_name():
-    with pytest.raises(MissingExtraError, match=r'no_such_package is needed to test and .*"shardmap\[run\]"') as caught:
+    with pytest.raises(
+        MissingExtraError, match=r'no_such_package is needed to test and .*"shardmap\[run\]"'
+    ) as caught:
         require("no_such_package.part", extra="run", purpose="to test")
     assert isinstance(caught.value, ImportError)
     assert caught.value.name == "no_such_package"
 
 
 def test_extras_name_what_the_package_imports():
-    names = {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in EXTRAS.items()}
-    assert {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} == {"torch", "numpy", "psutil"}
+    names = {
+        extra: {canonicalize_name(Requirement(line).name) for line in lines}
+        for extra, lines in EXTRAS.items()
+    }
+    assert {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} == {
+        "torch",
+        "numpy",
+        "psutil",
+    }
     assert names["ray"] == {"ray"}
-    assert names["run"] == {"jsonargparse", "rich", "pyyaml", "zarr", "safetensors", "fsspec", "matplotlib", "jinja2", "scikit-learn"}
+    assert names["run"] == {
+        "jsonargparse",
+        "rich",
+        "pyyaml",
+        "zarr",
+        "safetensors",
+        "fsspec",
+        "matplotlib",
+        "jinja2",
+        "scikit-learn",
+    }
     assert EXTRAS["all"] == ["shardmap[ray,run]"]
     assert {"test", "dev", "bench"} <= set(names)
 
 
 def test_every_requirement_has_an_exact_pin():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pins = {canonicalize_name(Requirement(line).name): str(Requirement(line).specifier) for line in lines}
-    assert all(re.fullmatch(r"==[\w.]+", pin) for pin in pins.values()), "exact, and without a local version such as +cpu"
-    wanted = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group]
-    missing = {item.name for item in wanted if canonicalize_name(item.name) not in {*pins, "shardmap"}}
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    pins = {
+        canonicalize_name(Requirement(line).name): str(Requirement(line).specifier)
+        for line in lines
+    }
+    assert all(re.fullmatch(r"==[\w.]+", pin) for pin in pins.values()), (
+        "exact, and without a local version such as +cpu"
+    )
+    wanted = [
+        Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group
+    ]
+    missing = {
+        item.name for item in wanted if canonicalize_name(item.name) not in {*pins, "shardmap"}
+    }
     assert missing == set()
     for item in wanted:
         if item.name != "shardmap":
@@ -85,9 +132,14 @@ def test_every_requirement_has_an_exact_pin():
 
 
 def test_the_readme_gives_two_whole_commands_and_ci_runs_the_second():
-    commands = [block for block in re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)]
+    commands = [
+        block
+        for block in re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ]
     start = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
-    assert commands[0] == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients.yaml'
+    assert (
+        commands[0] == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients.yaml'
+    )
     assert commands[1] == f'{start} ".[all,test]" && .venv/bin/pytest'
     script = (ROOT / ".ci" / "run").read_text()
     assert "readme_command" in script
@@ -102,11 +154,20 @@ def test_the_entry_point_is_there():
 
 
 def test_what_is_no_python_is_shipped_too():
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
     shipped = {
-        path for package, patterns in data.items() for pattern in patterns for path in (ROOT / package.replace(".", "/")).glob(pattern)
+        path
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
     }
-    others = {path for path in (ROOT / "shardmap").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    others = {
+        path
+        for path in (ROOT / "shardmap").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
     assert shipped == others
 
 

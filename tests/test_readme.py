@@ -23,7 +23,9 @@ def run_blocks(blocks: list[str]):
     namespace: dict[str, Any] = {}
     torch.manual_seed(0)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)  # as a reader would, one after the other
+        exec(
+            compile(block, "README.md", "exec"), namespace
+        )  # as a reader would, one after the other
 
 
 def test_python_blocks_run():
@@ -76,7 +78,11 @@ def data_dependent(x):
 
 
 ROWS = [
-    Row("`torch.autograd.grad(loss(model(x), y), tuple(model.parameters()))`, a plain module", module_gradient, (X, Y)),
+    Row(
+        "`torch.autograd.grad(loss(model(x), y), tuple(model.parameters()))`, a plain module",
+        module_gradient,
+        (X, Y),
+    ),
     Row(
         "`torch.autograd.functional.vjp`, `jacobian`, `hessian`",
         lambda x: (
@@ -88,7 +94,11 @@ ROWS = [
     ),
     Row("`x.detach().requires_grad_()`", requires_grad, (X,)),
     Row("`out = torch.zeros(3); out[i] = x[i]`", write_inside, (X,)),
-    Row('an argument that is no tensor, such as `"mean"`', lambda x, how: getattr(x, how)(), (X, "mean")),
+    Row(
+        'an argument that is no tensor, such as `"mean"`',
+        lambda x, how: getattr(x, how)(),
+        (X, "mean"),
+    ),
     Row(
         "`torch.where(s > 0, s, v)`, `s` one float64 number, `v` a float32 vector",
         lambda s: torch.where(s > 0, s, torch.ones(2)),
@@ -112,7 +122,10 @@ ROWS = [
 
 def judge(vmap: Callable[..., Any], row: Row) -> str:
     """What `vmap` makes of a row, by the loop."""
-    rows = [row.function(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in row.batch)) for i in range(5)]
+    rows = [
+        row.function(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in row.batch))
+        for i in range(5)
+    ]
     expected = pytree.tree_map(lambda *leaves: torch.stack(leaves), *rows)
     try:
         with warnings.catch_warnings():
@@ -142,5 +155,9 @@ def test_the_table_has_no_other_row():
 def test_links_and_pictures_are_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert targets
-    missing = [target for target in targets if "://" not in target and not (Path(__file__).parent.parent / target).exists()]
+    missing = [
+        target
+        for target in targets
+        if "://" not in target and not (Path(__file__).parent.parent / target).exists()
+    ]
     assert missing == []

@@ -1,4 +1,7 @@
-"""PyTorch's operator database against the loop: no operator gets worse than the stored scoreboard, and none is wrong."""
+"""PyTorch's operator database against the loop.
+
+No operator gets worse than the stored scoreboard, and none is wrong.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,11 @@ def part(names: list[str], index: int) -> list[str]:
 def assert_not_worse(names: list[str]) -> None:
     """Judges operators in worker processes and compares with the scoreboard."""
     board = sweep.load()
-    found = [complaint for name, result in sweep.run(names, "shardmap", workers=1) for complaint in sweep.complaints(name, result, board)]
+    found = [
+        complaint
+        for name, result in sweep.run(names, "shardmap", workers=1)
+        for complaint in sweep.complaints(name, result, board)
+    ]
     assert not found, "\n".join(found)
 
 
@@ -41,7 +48,10 @@ def test_all(index: int) -> None:
 
 
 def test_scoreboard_holds_nothing_wrong() -> None:
-    """What is stored of shardmap is right, served by the slow loop, or refused; and it covers the reference."""
+    """What is stored of shardmap is right, served by the slow loop, or refused.
+
+    And it covers the reference.
+    """
     for name, entry in sweep.load()["operators"].items():
         for direction, stored in entry.items():
             assert stored.get("shardmap", "right") in sweep.RANKS, (name, direction, stored)
@@ -52,13 +62,28 @@ def test_samples_of_a_batch_differ() -> None:
     known = sweep.operators()
     for name in ("add", "softmax", "linalg_cholesky", "nn_functional_conv2d", "gather"):
         for leaves, _, at in sweep.batches(known[name], sweep.PREFERRED[0]):
-            floats = [leaves[i] for i in at if leaves[i].is_floating_point() and leaves[i][0].numel()]
-            assert all(not t[0].equal(t[1]) and not t[1].equal(t[2]) for t in floats if t.abs().sum() > 0)
+            floats = [
+                leaves[i] for i in at if leaves[i].is_floating_point() and leaves[i][0].numel()
+            ]
+            assert all(
+                not t[0].equal(t[1]) and not t[1].equal(t[2]) for t in floats if t.abs().sum() > 0
+            )
 
 
 def test_complaints_of_a_worse_result() -> None:
     """Wrong, crashed, worse than stored, and behind the reference are each said."""
-    board = {"operators": {"add": {"forward": {"shardmap": "right", "shardmap_served": 5, "torch": "right", "torch_served": 5}}}}
+    board = {
+        "operators": {
+            "add": {
+                "forward": {
+                    "shardmap": "right",
+                    "shardmap_served": 5,
+                    "torch": "right",
+                    "torch_served": 5,
+                }
+            }
+        }
+    }
     fine = {"forward": "right", "forward_served": 5, "gradient": "uncounted", "gradient_served": 0}
     assert sweep.complaints("add", fine, board) == []
     assert sweep.complaints("add", fine | {"forward": "wrong"}, board)
@@ -71,7 +96,9 @@ def test_the_sweep_notices_a_wrong_map() -> None:
     """A subject that mixes rows is wrong on what has more than one distinct row."""
 
     def mixing(func, in_dims=0, out_dims=0, **options):
-        return lambda *args: [leaf.roll(1, 0) for leaf in oracle.loop(func, in_dims, out_dims, **options)(*args)]
+        return lambda *args: [
+            leaf.roll(1, 0) for leaf in oracle.loop(func, in_dims, out_dims, **options)(*args)
+        ]
 
     result = sweep.judge("add", sweep.operators()["add"], mixing)
     assert result["forward"] == "wrong"

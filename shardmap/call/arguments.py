@@ -1,4 +1,7 @@
-"""The edges of a mapped call: which arguments are mapped over which dimension, and how results are put together."""
+"""The edges of a mapped call.
+
+Which arguments are mapped over which dimension, and how results are put together.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,13 @@ class Batch:
     """All leaves of `(args, kwargs)`: tensors and anything else."""
     structure: pytree.TreeSpec
     mapped: tuple[tuple[int, int], ...]
-    """`(position among leaves, dimension)` of each mapped tensor; the dimension is never negative."""
+    """`(position among leaves, dimension)` of each mapped tensor; the dimension is never
+    negative."""
     size: int
     """N, the number of samples."""
     columns: dict[int, Column] = field(default_factory=dict)
-    """The mapped arguments that are read from sources, by position among the mapped; their leaf is the first few rows."""
+    """The mapped arguments that are read from sources, by position among the mapped; their leaf
+    is the first few rows."""
 
     def tensors(self) -> list[torch.Tensor]:
         """The mapped tensors, each with the mapped dimension first (a view)."""
@@ -48,18 +53,23 @@ def _is_leaf_dim(x: Any) -> bool:
     return x is None
 
 
-def spread(dims: Any, tree: Any, call: str, name: str, error: type[errors.ShardmapError]) -> list[Any]:
+def spread(
+    dims: Any, tree: Any, call: str, name: str, error: type[errors.ShardmapError]
+) -> list[Any]:
     """A prefix of `dims` over the leaves of `tree`: one entry per leaf."""
     _, spec = pytree.tree_flatten(tree)
     flat = _broadcast(dims, spec)
     if flat is None:
         raise error(
-            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be an int, None, or the same "
+            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be "
+            "an int, None, or the same "
             "structure (or a prefix of it)"
         )
     for d in flat:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
-            raise error(f"{call}: {name}={dims!r} holds {d!r}, a {type(d).__name__}; use an int or None")
+            raise error(
+                f"{call}: {name}={dims!r} holds {d!r}, a {type(d).__name__}; use an int or None"
+            )
     return flat
 
 
@@ -70,10 +80,18 @@ def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
         return [dims] * spec.num_leaves
     node, context = pytree._get_node_type(dims), None
     children, context = pytree.SUPPORTED_NODES[node].flatten_fn(dims)
-    kinds = ({tuple, list} if node in (tuple, list) else {node}) if node is not tuple else {tuple, list}
-    if spec.type is not node and not (spec.type in kinds and node in kinds) and not (isinstance(dims, dict) and spec.type in (dict,)):
+    kinds = (
+        ({tuple, list} if node in (tuple, list) else {node}) if node is not tuple else {tuple, list}
+    )
+    if (
+        spec.type is not node
+        and not (spec.type in kinds and node in kinds)
+        and not (isinstance(dims, dict) and spec.type in (dict,))
+    ):
         return None
-    if len(children) != spec.num_children or (isinstance(dims, dict) and set(dims) != set(spec.context)):
+    if len(children) != spec.num_children or (
+        isinstance(dims, dict) and set(dims) != set(spec.context)
+    ):
         return None
     if isinstance(dims, dict):
         children = [dims[k] for k in spec.context]
@@ -96,7 +114,9 @@ class _Star:
         return "*"
 
 
-def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_dims: Any, call: str) -> Batch:
+def collect(
+    args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_dims: Any, call: str
+) -> Batch:
     """The batch that a call's arguments make.
 
     Raises:
@@ -104,7 +124,8 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
     """
     if not args and kw_in_dims is None:
         raise errors.InDimsError(
-            f"{call}: called without positional arguments, so there is nothing to map over; keyword arguments are shared by all "
+            f"{call}: called without positional arguments, so there is nothing to map over; "
+            "keyword arguments are shared by all "
             "samples unless "
             "kw_in_dims maps them"
         )
@@ -112,11 +133,13 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         in_dims = tuple(in_dims)
     if not (in_dims is None or isinstance(in_dims, int | tuple)):
         raise errors.InDimsError(
-            f"{call}: in_dims={in_dims!r} is a {type(in_dims).__name__}; pass an int, None, or a tuple with one entry per argument"
+            f"{call}: in_dims={in_dims!r} is a {type(in_dims).__name__}; pass an int, None, or a "
+            "tuple with one entry per argument"
         )
     if isinstance(in_dims, tuple) and len(in_dims) != len(args):
         raise errors.InDimsError(
-            f"{call}: in_dims={in_dims!r} has {len(in_dims)} entries for {len(args)} positional arguments; give one entry per "
+            f"{call}: in_dims={in_dims!r} has {len(in_dims)} entries for {len(args)} positional "
+            "arguments; give one entry per "
             "argument, or one int for all"
         )
     dims = spread(in_dims, args, call, "in_dims", errors.InDimsError)
@@ -126,15 +149,19 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         unknown = sorted(set(kw_in_dims) - set(kwargs))
         if unknown:
             raise errors.InDimsError(
-                f"{call}: kw_in_dims={kw_in_dims!r} names {unknown[0]!r}, which was not passed; the keyword arguments are {sorted(kwargs)}"
+                f"{call}: kw_in_dims={kw_in_dims!r} names {unknown[0]!r}, which was not passed; "
+                f"the keyword arguments are {sorted(kwargs)}"
             )
         for key, value in kwargs.items():
-            dims += spread(kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError)
+            dims += spread(
+                kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
+            )
     elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
         dims += [kw_in_dims] * len(pytree.tree_leaves(kwargs))
     else:
         raise errors.InDimsError(
-            f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of name to dims, an int, or None"
+            f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of "
+            "name to dims, an int, or None"
         )
     leaves, structure = pytree.tree_flatten((args, kwargs))
     mapped, size, first = [], None, None
@@ -143,7 +170,13 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
         if isinstance(leaf, Column | Source):
             column = columns[len(mapped)] = _checked(leaf, d, _where(i, args), call)
             if size is not None and len(column) != size:
-                raise _disagree(_where(first or 0, args), size, f"{_where(i, args)}, a column of a source,", len(column), call)
+                raise _disagree(
+                    _where(first or 0, args),
+                    size,
+                    f"{_where(i, args)}, a column of a source,",
+                    len(column),
+                    call,
+                )
             size, first = len(column), i if first is None else first
             leaves[i] = column.rows_between(0, min(HEAD, size))
             mapped.append((i, 0))
@@ -152,12 +185,16 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
             continue
         if leaf.layout is not torch.strided or leaf.is_nested:
             raise errors.UnsupportedOperatorError(
-                f"{call}: {_where(i, args)} is a {'nested tensor' if leaf.is_nested else f'tensor of layout {leaf.layout}'}; only dense "
-                "(strided) tensors can be mapped: call .to_dense() on it, or torch.nested.to_padded_tensor"
+                f"{call}: {_where(i, args)} is a "
+                f"{'nested tensor' if leaf.is_nested else f'tensor of layout {leaf.layout}'}; only "
+                "dense "
+                "(strided) tensors can be mapped: call .to_dense() on it, or "
+                "torch.nested.to_padded_tensor"
             )
         if not -leaf.ndim <= d < leaf.ndim:
             raise errors.InDimsError(
-                f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape {tuple(leaf.shape)}), in_dim {d} is out of range; "
+                f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape "
+                f"{tuple(leaf.shape)}), in_dim {d} is out of range; "
                 + (
                     "a 0-dimensional tensor cannot be mapped: pass None for it"
                     if leaf.ndim == 0
@@ -169,11 +206,14 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
             size, first = leaf.shape[d], i
         elif leaf.shape[d] != size:
             what = f"{_where(i, args)} of shape {tuple(leaf.shape)}"
-            raise _disagree(_where(first or 0, args), size, what, f"{leaf.shape[d]} along dimension {d}", call)
+            raise _disagree(
+                _where(first or 0, args), size, what, f"{leaf.shape[d]} along dimension {d}", call
+            )
         mapped.append((i, d))
     if size is None:
         raise errors.InDimsError(
-            f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples is unknown; give at least one "
+            f"{call}: no tensor argument is mapped (in_dims={in_dims!r}), so the number of samples "
+            "is unknown; give at least one "
             "tensor an int in_dim"
         )
     return Batch(leaves, structure, tuple(mapped), size, columns)
@@ -181,7 +221,8 @@ def collect(args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_d
 
 def _disagree(first: str, size: int, other: str, found: Any, call: str) -> errors.InDimsError:
     return errors.InDimsError(
-        f"{call}: the sizes of the mapped dimensions disagree: {first} has {size} samples, {other} has {found}; all mapped arguments "
+        f"{call}: the sizes of the mapped dimensions disagree: {first} has {size} samples, {other} "
+        f"has {found}; all mapped arguments "
         "need one size"
     )
 
@@ -191,11 +232,13 @@ def _checked(leaf: Column | Source, d: int | None, where: str, call: str) -> Col
     if isinstance(leaf, Source):
         names = ", ".join(spec.name for spec in leaf.specs)
         raise errors.InDimsError(
-            f"{call}: {where} is a source of the columns {names}; pass its columns, an argument each: *source.columns, or source[name]"
+            f"{call}: {where} is a source of the columns {names}; pass its columns, an argument "
+            "each: *source.columns, or source[name]"
         )
     if d not in (0, -1 - len(leaf.shape)):
         raise errors.InDimsError(
-            f"{call}: {where} is a column of a source, and its in_dim is {d}; its samples are its rows, so the in_dim must be 0: read it "
+            f"{call}: {where} is a column of a source, and its in_dim is {d}; its samples are its "
+            "rows, so the in_dim must be 0: read it "
             "yourself (column.read) to share it among samples"
         )
     return leaf
@@ -220,7 +263,8 @@ def flatten_outputs(out: Any, call: str) -> tuple[list[torch.Tensor], pytree.Tre
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
             raise errors.OutputError(
-                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a tensor is expected; return "
+                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a "
+                "tensor is expected; return "
                 "tensors (in tuples, lists "
                 "or dicts): torch.as_tensor makes one of a number"
             )
@@ -255,14 +299,19 @@ def spread_reductions(reduce: Any, tree: Any, call: str) -> list[reductions.Redu
             for key in part:
                 descend(given[key], part[key])
             return
-        if isinstance(given, tuple | list) and isinstance(part, tuple | list) and len(given) == len(part):
+        if (
+            isinstance(given, tuple | list)
+            and isinstance(part, tuple | list)
+            and len(given) == len(part)
+        ):
             for g, p in zip(given, part, strict=True):
                 descend(g, p)
             return
         if not isinstance(given, dict | tuple | list):
             reductions.parse(given, call)
         raise errors.OptionError(
-            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(tree)}; pass one reduction for all, or the same structure "
+            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(tree)}; pass one "
+            "reduction for all, or the same structure "
             "(or a prefix of it)"
         )
 
@@ -278,7 +327,9 @@ def place_outputs(
     call: str,
     reduced: Sequence[reductions.Reduction | None] = (),
 ) -> list[int | None]:
-    """Where the mapped dimension goes in each result: one dimension per output, never negative; None for an unmapped result.
+    """Where the mapped dimension goes in each result: one dimension per output, never negative.
+
+    None for an unmapped result.
 
     Args:
         ndims: Dimensions of each output for one sample.
@@ -286,7 +337,8 @@ def place_outputs(
         structure: Their pytree.
         out_dims: As the user gave it.
         call: The user's call, for errors.
-        reduced: The outputs' reductions: a reduced output has no dimension of samples, whatever `out_dims` says of it.
+        reduced: The outputs' reductions: a reduced output has no dimension of samples, whatever
+            `out_dims` says of it.
 
     Raises:
         OutDimsError: `out_dims` does not fit.
@@ -304,23 +356,33 @@ def place_outputs(
     for ndim, differs, d, reduction in zip(ndims, mapped, dims, reduced, strict=True):
         if d is None or reduction is not None:
             if differs and reduction is None:
-                raise errors.OutDimsError(f"{call}: out_dims={out_dims!r} gives None for an output that differs by sample; give it an int")
+                raise errors.OutDimsError(
+                    f"{call}: out_dims={out_dims!r} gives None for an output that differs by "
+                    "sample; give it an int"
+                )
             placed.append(None)
             continue
         if not -ndim - 1 <= d <= ndim:
             raise errors.OutDimsError(
-                f"{call}: an output has {ndim} dimensions for one sample, out_dim {d} is out of range; use {-ndim - 1} to {ndim}"
+                f"{call}: an output has {ndim} dimensions for one sample, out_dim {d} is out of "
+                f"range; use {-ndim - 1} to {ndim}"
             )
         placed.append(d % (ndim + 1))
     return placed
 
 
 def output_names(structure: pytree.TreeSpec) -> list[str]:
-    """A name for each output: its keys, joined by dots; `result` where the function returns one tensor."""
+    """A name for each output: its keys, joined by dots.
+
+    `result` where the function returns one tensor.
+    """
     tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
     names = []
     for path, _ in pytree.tree_flatten_with_path(tree)[0]:
-        keys = [next(v for v in (getattr(k, a, None) for a in ("key", "idx", "name")) if v is not None) for k in path]
+        keys = [
+            next(v for v in (getattr(k, a, None) for a in ("key", "idx", "name")) if v is not None)
+            for k in path
+        ]
         names.append(".".join(map(str, keys)) or "result")
     return names
 

@@ -1,4 +1,7 @@
-"""`reduce=shardmap.reduce.gram()`: maps return factors of the outputs, and the matrices are made of what they returned."""
+"""`reduce=shardmap.reduce.gram()`.
+
+Maps return factors of the outputs, and the matrices are made of what they returned.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,12 @@ class Compared:
         """What is compared by factors, in words."""
         return gram.described([one for one, _, _ in self.passes])
 
-    def outputs(self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int) -> list[Any]:
-        """What the function's outputs become: the matrix in the place of the first output that it compares, None in that of the others.
+    def outputs(
+        self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int
+    ) -> list[Any]:
+        """What the function's outputs become.
+
+        The matrix in the place of the first output that it compares, None in that of the others.
 
         Args:
             run: Runs a map.
@@ -62,27 +69,34 @@ class Compared:
             for k, at in enumerate(one.kept):
                 if at >= 0:
                     out[k] = found[at]
-            matrices = [gram.add_to(m, parts, found, samples) for m, parts in zip(matrices, one.parts, strict=True)]
+            matrices = [
+                gram.add_to(m, parts, found, samples)
+                for m, parts in zip(matrices, one.parts, strict=True)
+            ]
             del found  # before the next map makes its own
         for positions, matrix in zip(self.groups, matrices, strict=True):
             assert matrix is not None, "each matrix is of outputs"
             if not gram.check(positions, self.original.recording.sample, matrix):
                 raise errors.MismatchError(
-                    f"{self.call}: the inner products from factors are not those of what the function returned for the first sample; stack "
+                    f"{self.call}: the inner products from factors are not those of what the "
+                    "function returned for the first sample; stack "
                     "the results (reduce=None) and multiply them, and report the function"
                 )
             out[positions[0]] = matrix
         return out
 
 
-def compared(prepared: Prepared, options: Options, samples: int, plain: bool, several: bool) -> Compared | None:
+def compared(
+    prepared: Prepared, options: Options, samples: int, plain: bool, several: bool
+) -> Compared | None:
     """The maps that return factors instead; None where nothing is compared.
 
     Args:
         prepared: The recording.
         options: The call's.
         samples: N.
-        plain: Whether the outputs are compared as they are: inside transforms and other maps, and where gradients are recorded.
+        plain: Whether the outputs are compared as they are: inside transforms and other maps, and
+            where gradients are recorded.
         several: Whether there may be more than one map.
 
     Raises:
@@ -97,17 +111,28 @@ def compared(prepared: Prepared, options: Options, samples: int, plain: bool, se
     if not marks:
         return None
     if options.out is not None:
-        raise errors.OptionError(f"{options.call}: out= and reduce='gram': the matrix is returned; leave out= away, and save it yourself")
+        raise errors.OptionError(
+            f"{options.call}: out= and reduce='gram': the matrix is returned; leave out= away, and "
+            "save it yourself"
+        )
     if options.out_dims != 0:
-        raise errors.OptionError(f"{options.call}: out_dims={options.out_dims!r} and reduce='gram'; leave out_dims at 0")
+        raise errors.OptionError(
+            f"{options.call}: out_dims={options.out_dims!r} and reduce='gram'; leave out_dims at 0"
+        )
     _refuse_size(program, len(marks), samples, options)
     found = prepared.derived.get(("gram", samples, several))
     if found is None:
         groups = [tuple(k for k, r in enumerate(reduced) if r is mark) for mark in marks.values()]
         limit = _limit(program, groups, samples, options) if several else None
-        made = gram.passes(prepared.recording, groups, options.randomness, not plain, samples, limit)
+        made = gram.passes(
+            prepared.recording, groups, options.randomness, not plain, samples, limit
+        )
         maps = [(one, Prepared(prepared.recording, _listed(one))) for one in made]
-        found = prepared.derived["gram", samples, several] = groups, maps, _chunk(program, options, limit)
+        found = prepared.derived["gram", samples, several] = (
+            groups,
+            maps,
+            _chunk(program, options, limit),
+        )
     groups, made, chunk = found
     options = dataclasses.replace(options, chunk_size=chunk)
     maps = []
@@ -117,7 +142,13 @@ def compared(prepared: Prepared, options: Options, samples: int, plain: bool, se
         for k, at in enumerate(one.kept):
             if at >= 0:
                 reductions[at] = reduced[k]
-        maps.append((one, dataclasses.replace(derived, recording=recording), dataclasses.replace(options, reduce=reductions)))
+        maps.append(
+            (
+                one,
+                dataclasses.replace(derived, recording=recording),
+                dataclasses.replace(options, reduce=reductions),
+            )
+        )
     return Compared(tuple(maps), tuple(groups), prepared, options.call)
 
 
@@ -132,21 +163,28 @@ def _refuse_size(program: Program, matrices: int, samples: int, options: Options
     budget = options.budget.on(torch.device(options.output_device or spec.device))
     if budget is not None and needed > budget:
         raise errors.OverBudget(
-            f"{options.call}: reduce='gram' of {samples} samples is {matrices} x [{samples}, {samples}], {format_bytes(needed)}, and the "
-            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients (shardmap.reduce.project) first"
+            f"{options.call}: reduce='gram' of {samples} samples is {matrices} x [{samples}, "
+            f"{samples}], {format_bytes(needed)}, and the "
+            f"budget is {format_bytes(budget)}; compare fewer samples, or project the gradients "
+            "(shardmap.reduce.project) first"
         )
 
 
 def _chunk(program: Program, options: Options, limit: int | None) -> Any:
-    """The chunk size: on a CPU no chunk that is to be planned takes more than what all samples leave.
+    """The chunk size.
 
-    Measured for a small CNN on 500 digits, of chunks that the cache would hold: a third of the memory, and half the time.
+    On a CPU no chunk that is to be planned takes more than what all samples leave.
+
+    Measured for a small CNN on 500 digits, of chunks that the cache would hold: a third of the
+    memory, and half the time.
     """
     on_cpu = program.inputs[0].spec.device == "cpu" and options.devices in ("auto", "cpu")
     if options.chunk_size != "auto" or limit is None or limit > CACHED_BYTES or not on_cpu:
         return options.chunk_size
     results = [v.spec for eq in program.equations for v in eq.results()]
-    return max(1, limit // max(1, sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)))
+    return max(
+        1, limit // max(1, sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results))
+    )
 
 
 def _listed(one: gram.Pass) -> pytree.TreeSpec:
@@ -154,7 +192,9 @@ def _listed(one: gram.Pass) -> pytree.TreeSpec:
     return pytree.tree_structure([0] * len(one.program.outputs))
 
 
-def _limit(program: Program, groups: Sequence[Sequence[int]], samples: int, options: Options) -> int:
+def _limit(
+    program: Program, groups: Sequence[Sequence[int]], samples: int, options: Options
+) -> int:
     """Bytes that the outputs of one map may take."""
     specs = [program.outputs[k].spec for group in groups for k in group]
     total = samples * sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)

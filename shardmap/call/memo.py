@@ -1,8 +1,9 @@
 """`trace="once"`: replay a recording while what the function reads is the same.
 
-A recording holds tensors by identity and numbers by value. It goes stale when the caller rebinds what the function reads:
-`W = W - lr * g`, `model.weight = Parameter(...)`, `settings.scale = 2`. So everything that the function can reach by name
-(closure cells, globals, attributes, module parameters, containers) is listed when it is recorded and compared at each call.
+A recording holds tensors by identity and numbers by value. It goes stale when the caller rebinds
+what the function reads: `W = W - lr * g`, `model.weight = Parameter(...)`, `settings.scale = 2`. So
+everything that the function can reach by name (closure cells, globals, attributes, module
+parameters, containers) is listed when it is recorded and compared at each call.
 """
 
 from __future__ import annotations
@@ -31,14 +32,56 @@ from shardmap.trace.recording import Recording
 
 logger = logging.getLogger("shardmap")
 
-_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice, type(Ellipsis))
+_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    range,
+    slice,
+    type(Ellipsis),
+)
 _LIBRARIES = tuple(
-    os.path.join(path, "") for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if path
-) + (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(os.path.dirname(__file__)), ""))
+    os.path.join(path, "")
+    for path in {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
+    if path
+) + (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), ""),
+)
 _COMMON = frozenset((bool, int, float, str, type(None)))
-_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict, collections.defaultdict, collections.deque))
+_CONTAINERS = frozenset(
+    (
+        dict,
+        list,
+        tuple,
+        set,
+        frozenset,
+        collections.OrderedDict,
+        collections.defaultdict,
+        collections.deque,
+    )
+)
 """Kinds without attributes."""
-_PLAIN = (type, property, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch._ops.OpOverload)
+_PLAIN = (
+    type,
+    property,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    torch._ops.OpOverload,
+)
 """Kinds whose attributes are looked at in their own way, or never change."""
 _LIMIT = 200_000
 """Most objects that are listed."""
@@ -79,9 +122,11 @@ class Remembered:
     reads: list[Any]
     """What the function could reach, as `reachable` lists it."""
     arguments: dict[int, int]
-    """Captured tensors that are unmapped arguments: position among the captured -> leaf of the call."""
+    """Captured tensors that are unmapped arguments: position among the captured -> leaf of the
+    call."""
     fixed: dict[int, torch.Tensor]
-    """Unmapped arguments that the function can reach by name too: leaf of the call -> the tensor that it must be."""
+    """Unmapped arguments that the function can reach by name too: leaf of the call -> the tensor
+    that it must be."""
 
     def rebound(self, batch: Batch) -> Prepared:
         """The recording with the unmapped arguments of this call."""
@@ -124,7 +169,11 @@ class Memory:
             return
         known = {id(r) for r in reads if isinstance(r, torch.Tensor)}
         mapped = {i for i, _ in batch.mapped}
-        leaves = {id(t): i for i, t in enumerate(batch.leaves) if isinstance(t, torch.Tensor) and i not in mapped}
+        leaves = {
+            id(t): i
+            for i, t in enumerate(batch.leaves)
+            if isinstance(t, torch.Tensor) and i not in mapped
+        }
         arguments, fixed = {}, {}
         for position, tensor in enumerate(prepared.recording.captured):
             if id(tensor) in known:
@@ -134,19 +183,26 @@ class Memory:
                 arguments[position] = leaves[id(tensor)]
             else:
                 self._say(
-                    f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name (closure, global, "
+                    f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name "
+                    "(closure, global, "
                     "attribute, module parameter)"
                 )
                 return
         if len(self.kept) >= 64:
             self.kept.pop(next(iter(self.kept)), None)
-        # What the function returned is of this call's first sample: a later call's must not be compared with it.
+        # What the function returned is of this call's first sample: a later call's must not be
+        # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())
-        self.kept[signature(batch)] = Remembered(dataclasses.replace(prepared, recording=recording), reads, arguments, fixed)
+        self.kept[signature(batch)] = Remembered(
+            dataclasses.replace(prepared, recording=recording), reads, arguments, fixed
+        )
 
     def _reads(self, batch: Batch) -> list[Any]:
         """What the function can reach by name and through arguments that are neither tensors nor numbers."""
-        return reachable(self.func, *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *_VALUES))])
+        return reachable(
+            self.func,
+            *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *_VALUES))],
+        )
 
     def _say(self, why: str) -> None:
         if not self.said:
@@ -159,7 +215,10 @@ class Memory:
 
 
 def signature(batch: Batch) -> Any:
-    """What of a call decides the recording: arguments but for their values and number of samples, and torch's modes."""
+    """What of a call decides the recording.
+
+    Arguments but for their values and number of samples, and torch's modes.
+    """
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)
     firsts: dict[int, int] = {}
@@ -191,7 +250,12 @@ def modes() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        (
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.math_sdp_enabled(),
+            cuda.cudnn_sdp_enabled(),
+        ),
     )
 
 
@@ -210,7 +274,10 @@ def same(before: list[Any], now: list[Any]) -> bool:
 
 
 def reachable(*roots: Any) -> list[Any]:
-    """Everything that `roots` can read by name, in a fixed order: tensors and objects themselves, numbers and strings by value."""
+    """Everything that `roots` can read by name, in a fixed order.
+
+    Tensors and objects themselves, numbers and strings by value.
+    """
     found: list[Any] = []
     seen: set[int] = set()
     for root in roots:
@@ -228,7 +295,9 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
         strides = value.stride() if value.layout is torch.strided else None
-        found.append(Snapshot((value.requires_grad, value.shape, strides, value.dtype, value.device)))
+        found.append(
+            Snapshot((value.requires_grad, value.shape, strides, value.dtype, value.device))
+        )
         return
     if id(value) in seen:
         return
@@ -259,7 +328,12 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
         for kind in _user_classes(value):
             for name, item in vars(kind).items():
                 if not name.startswith("__") or name in ("__call__", "__init__"):
-                    _walk(item.__func__ if isinstance(item, classmethod | staticmethod) else item, found, seen, names)
+                    _walk(
+                        item.__func__ if isinstance(item, classmethod | staticmethod) else item,
+                        found,
+                        seen,
+                        names,
+                    )
     elif isinstance(value, property):
         for part in (value.fget, value.fset):
             _walk(part, found, seen, names)
@@ -285,7 +359,11 @@ def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -
     names = frozenset(_names(func.__code__))
     for cell in func.__closure__ or ():
         _walk_cell(cell, found, seen, names)
-    for value in (*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values(), *func.__dict__.values()):
+    for value in (
+        *(func.__defaults__ or ()),
+        *(func.__kwdefaults__ or {}).values(),
+        *func.__dict__.values(),
+    ):
         _walk(value, found, seen, names)
     for name in sorted(names):
         if name in func.__globals__:
@@ -294,7 +372,9 @@ def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -
             _walk(sys.modules[name], found, seen, names)
 
 
-def _walk_cell(cell: types.CellType, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
+def _walk_cell(
+    cell: types.CellType, found: list[Any], seen: set[int], names: frozenset[str]
+) -> None:
     try:
         contents = cell.cell_contents
     except ValueError:  # not assigned yet
@@ -324,7 +404,13 @@ def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[
 @functools.lru_cache(maxsize=4096)
 def _user_classes(kind: type) -> tuple[type, ...]:
     """The classes that `kind` inherits from, itself among them, that are no library's."""
-    return tuple([k for k in kind.__mro__ if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))])
+    return tuple(
+        [
+            k
+            for k in kind.__mro__
+            if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
+        ]
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -347,4 +433,8 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.cache
 def _is_library(filename: str | None) -> bool:
-    return filename is None or filename.startswith("<frozen") or os.path.abspath(filename).startswith(_LIBRARIES)
+    return (
+        filename is None
+        or filename.startswith("<frozen")
+        or os.path.abspath(filename).startswith(_LIBRARIES)
+    )

@@ -63,34 +63,56 @@ class Options:
         """
         if not callable(func):
             raise errors.OptionError(
-                f"{self.call.partition('(')[0]}: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
+                f"{self.call.partition('(')[0]}: func={func!r} is a {type(func).__name__}, not a "
+                "function; pass a function of one sample"
             )
-        for name, choices in (("randomness", ("error", "same", "different")), ("trace", ("each", "once"))):
+        for name, choices in (
+            ("randomness", ("error", "same", "different")),
+            ("trace", ("each", "once")),
+        ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 names = [repr(c) for c in choices]
-                raise errors.OptionError(f"{self.call}: {name}={value!r}; choose {', '.join(names[:-1])} or {names[-1]}")
+                raise errors.OptionError(
+                    f"{self.call}: {name}={value!r}; choose {', '.join(names[:-1])} or {names[-1]}"
+                )
         if self.out is not None and not isinstance(self.out, Sink):
             raise errors.OptionError(
-                f"{self.call}: out={self.out!r} is a {type(self.out).__name__}; pass a sink, such as shardmap.ZarrSink(path), or None for "
+                f"{self.call}: out={self.out!r} is a {type(self.out).__name__}; pass a sink, such "
+                "as shardmap.ZarrSink(path), or None for "
                 "tensors"
             )
         if self.resume is True and self.out is None:
-            raise errors.OptionError(f"{self.call}: resume=True without out=: only what is in a store can be gone on with; pass a sink")
+            raise errors.OptionError(
+                f"{self.call}: resume=True without out=: only what is in a store can be gone on "
+                "with; pass a sink"
+            )
         for name in ("strict", "remat", "resume"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise errors.OptionError(f"{self.call}: {name}={value!r} is a {type(value).__name__}; pass True or False")
+                raise errors.OptionError(
+                    f"{self.call}: {name}={value!r} is a {type(value).__name__}; pass True or False"
+                )
         if not isinstance(self.progress, bool) and self.progress != "always":
-            raise errors.OptionError(f"{self.call}: progress={self.progress!r}; pass True, False, or 'always' to draw without a terminal")
+            raise errors.OptionError(
+                f"{self.call}: progress={self.progress!r}; pass True, False, or 'always' to draw "
+                "without a terminal"
+            )
         self._check_chunk_size()
         fraction = self.memory_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise errors.OptionError(f"{self.call}: memory_fraction={fraction!r}; pass a number above 0 and at most 1")
+        if (
+            isinstance(fraction, bool)
+            or not isinstance(fraction, int | float)
+            or not 0 < fraction <= 1
+        ):
+            raise errors.OptionError(
+                f"{self.call}: memory_fraction={fraction!r}; pass a number above 0 and at most 1"
+            )
         budget = self.memory_budget
         if budget is not None and self._budget_bytes() is None:
             raise errors.OptionError(
-                f"{self.call}: memory_budget={budget!r}; pass a positive number of bytes, or text such as '6GiB' or '512 MiB'"
+                f"{self.call}: memory_budget={budget!r}; pass a positive number of bytes, or text "
+                "such as '6GiB' or '512 MiB'"
             )
 
     def _check_chunk_size(self) -> None:
@@ -100,7 +122,8 @@ class Options:
         for device, size in self.chunk_size.items():
             if not isinstance(device, str):
                 raise errors.OptionError(
-                    f"{self.call}: chunk_size={self.chunk_size!r} has the key {device!r}, a {type(device).__name__}; name devices by text, "
+                    f"{self.call}: chunk_size={self.chunk_size!r} has the key {device!r}, a "
+                    f"{type(device).__name__}; name devices by text, "
                     "such as 'cuda:0', or 'cuda' for all of a kind"
                 )
             _check_size(size, f"{self.call}: chunk_size[{device!r}]={size!r}")
@@ -109,7 +132,11 @@ class Options:
         budget = self.memory_budget
         if isinstance(budget, str):
             return parse_bytes(budget)
-        return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
+        return (
+            budget
+            if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
+            else None
+        )
 
     @property
     def budget(self) -> Budget:
@@ -118,7 +145,11 @@ class Options:
 
     def watching(self) -> AbstractContextManager[Any]:
         """Draws the progress bar that was asked for while a map runs inside."""
-        return progress.bar(always=self.progress == "always") if self.progress else contextlib.nullcontext()
+        return (
+            progress.bar(always=self.progress == "always")
+            if self.progress
+            else contextlib.nullcontext()
+        )
 
 
 def _check_size(size: Any, where: str) -> None:

@@ -21,7 +21,8 @@ from shardmap.run.prepare import Devices
 class Plan:
     """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
 
-    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan holds the call's tensors.
+    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan
+    holds the call's tensors.
 
     Example:
         >>> import torch, shardmap
@@ -30,7 +31,15 @@ class Plan:
         (True, 10, 3)
     """
 
-    def __init__(self, job: Job, split: Split, on: Devices, options: Options, finish: Callable[[list[Any]], Any], compared: Sequence[str]):
+    def __init__(
+        self,
+        job: Job,
+        split: Split,
+        on: Devices,
+        options: Options,
+        finish: Callable[[list[Any]], Any],
+        compared: Sequence[str],
+    ):
         self.split = split
         self._job = job
         self._on = on
@@ -73,25 +82,36 @@ class Plan:
         return table.operators(self.split, job.lower(name.partition(":")[0]), seen, everything)
 
     def __repr__(self) -> str:
-        lanes = ", ".join(f"{lane.name}: {lane.rows} in chunks of {lane.chunk}" for lane in self.lanes)
+        lanes = ", ".join(
+            f"{lane.name}: {lane.rows} in chunks of {lane.chunk}" for lane in self.lanes
+        )
         return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
 
     def explain(self) -> str:
-        """The plan in full: what `print` shows with every operator, then the memory of each device and how the map runs in words."""
+        """The plan in full.
+
+        What `print` shows with every operator, then the memory of each device and how the map runs
+        in words.
+        """
         job = self._job
         parts = [self.summary, self._operators(everything=True)]
         if job.samples:
             parts.append(table.memory(self.split))
         if job.remat:
-            parts.append("Gradients are recorded from outside; backward computes each chunk again, so that only one keeps what it saves.")
+            parts.append(
+                "Gradients are recorded from outside; backward computes each chunk again, so that "
+                "only one keeps what it saves."
+            )
         elif job.grad:
             parts.append(
-                "Gradients are recorded from outside: what backward needs of each chunk stays; remat=True computes it again instead."
+                "Gradients are recorded from outside: what backward needs of each chunk stays; "
+                "remat=True computes it again instead."
             )
         reduced = [o.reduction.name for o in job.outputs if o.reduction is not None]
         if reduced:
             parts.append(
-                f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs ({', '.join(dict.fromkeys(reduced))})."
+                f"Reduced as they are computed: {len(reduced)} of {len(job.outputs)} outputs "
+                f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
         return "\n\n".join(parts)
@@ -99,9 +119,14 @@ class Plan:
     def _from_factors(self) -> list[str]:
         """What is computed without the per-sample values that it is of."""
         low = self._job.lower(torch.device(self.lanes[0].device).type)
-        found = [f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}" for i, text in sorted(low.batched.ghosts.items())]
+        found = [
+            f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
+            for i, text in sorted(low.batched.ghosts.items())
+        ]
         found += [f"  {text}" for text in self._compared]
-        return ["\n".join(["From factors, without the products themselves:", *found])] if found else []
+        return (
+            ["\n".join(["From factors, without the products themselves:", *found])] if found else []
+        )
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.
@@ -117,14 +142,18 @@ class Plan:
         cluster = on_ray.asked_for(self._options.devices)
         with self._options.watching(), listen(events.append):
             if cluster is not None:
-                outputs = on_ray.run(self._job, self._options.chunk_size, cluster, self._options.budget)
+                outputs = on_ray.run(
+                    self._job, self._options.chunk_size, cluster, self._options.budget
+                )
             else:
                 outputs = local.run(self._job, self.split, self._on)
         self._events = events
         return self._finish(outputs)
 
     def timeline(self, path: str | Path) -> None:
-        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev: one lane per device.
+        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev.
+
+        One lane per device.
 
         Args:
             path: The JSON file to write.
@@ -135,7 +164,9 @@ class Plan:
         timeline.write(Path(path), self._ran("timeline"))
 
     def plot(self, path: str | Path) -> None:
-        """Draw the last run, one lane per device: chunks as they were computed, predicted against measured.
+        """Draw the last run, one lane per device.
+
+        Chunks as they were computed, predicted against measured.
 
         Args:
             path: The picture to write; its ending says which kind.
@@ -148,5 +179,8 @@ class Plan:
 
     def _ran(self, what: str) -> list[Any]:
         if not self._events:
-            raise errors.OptionError(f"{self._job.call}: {what}() shows what happened, and the plan has not run yet; call run() first")
+            raise errors.OptionError(
+                f"{self._job.call}: {what}() shows what happened, and the plan has not run yet; "
+                "call run() first"
+            )
         return self._events

@@ -1,8 +1,10 @@
-"""Samples of unequal shapes: sentences, graphs, point clouds. A list of tensors that is mapped over, without padding.
+"""Samples of unequal shapes: sentences, graphs, point clouds.
 
-Samples of one shape are stacked and mapped together, group by group, so that each sample is computed as by itself: no padding takes part in
-its numbers, and none is paid for. Results go back in the order of the samples: stacked where their shapes are equal, as a `Ragged` where
-they are not.
+A list of tensors that is mapped over, without padding.
+
+Samples of one shape are stacked and mapped together, group by group, so that each sample is
+computed as by itself: no padding takes part in its numbers, and none is paid for. Results go back
+in the order of the samples: stacked where their shapes are equal, as a `Ragged` where they are not.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ COMBINED = ("sum", "mean", "max", "min")
 class Ragged:
     """A batch whose samples have shapes of their own.
 
-    Pass it to a mapped function as any batch, with in_dim 0. The function is recorded once for each shape among the samples, which takes
-    milliseconds: of a thousand shapes, pad some to a common one. Sums and means of half precision are rounded once for each shape, too.
+    Pass it to a mapped function as any batch, with in_dim 0. The function is recorded once for each
+    shape among the samples, which takes milliseconds: of a thousand shapes, pad some to a common
+    one. Sums and means of half precision are rounded once for each shape, too.
 
     Args:
         samples: One tensor per sample, all of one dtype and on one device.
@@ -48,15 +51,28 @@ class Ragged:
     def __init__(self, samples: Sequence[Tensor]):
         if isinstance(samples, Tensor) or not isinstance(samples, Sequence):
             raise errors.OptionError(
-                f"shardmap.Ragged: samples is a {type(samples).__name__}; pass a list with a tensor for each sample, or a tensor as it is"
+                f"shardmap.Ragged: samples is a {type(samples).__name__}; pass a list with a "
+                "tensor for each sample, or a tensor as it is"
             )
         for number, sample in enumerate(samples):
-            if not isinstance(sample, Tensor) or sample.layout is not torch.strided or sample.is_nested:
-                found = f"a tensor of layout {sample.layout}" if isinstance(sample, Tensor) else f"a {type(sample).__name__}"
-                raise errors.OptionError(f"shardmap.Ragged: sample {number} is {found}; pass a dense tensor for each sample")
+            if (
+                not isinstance(sample, Tensor)
+                or sample.layout is not torch.strided
+                or sample.is_nested
+            ):
+                found = (
+                    f"a tensor of layout {sample.layout}"
+                    if isinstance(sample, Tensor)
+                    else f"a {type(sample).__name__}"
+                )
+                raise errors.OptionError(
+                    f"shardmap.Ragged: sample {number} is {found}; pass a dense tensor for each "
+                    "sample"
+                )
             if (sample.dtype, sample.device) != (samples[0].dtype, samples[0].device):
                 raise errors.OptionError(
-                    f"shardmap.Ragged: sample {number} is of {sample.dtype} on {sample.device}, sample 0 of {samples[0].dtype} on "
+                    f"shardmap.Ragged: sample {number} is of {sample.dtype} on {sample.device}, "
+                    f"sample 0 of {samples[0].dtype} on "
                     f"{samples[0].device}; bring all to one dtype and one device"
                 )
         self.samples: tuple[Tensor, ...] = tuple(samples)
@@ -97,16 +113,23 @@ def refuse_plan(args: tuple[Any, ...], kwargs: dict[str, Any], call: str) -> Non
     """
     if among(args, kwargs):
         raise errors.OptionError(
-            f"{call}: an argument is a shardmap.Ragged, of which each shape is a map with a plan of its own; plan it for samples of one "
+            f"{call}: an argument is a shardmap.Ragged, of which each shape is a map with a plan "
+            "of its own; plan it for samples of one "
             "shape, stacked"
         )
 
 
-def run(map_group: Callable[[edges.Batch], Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
+def run(
+    map_group: Callable[[edges.Batch], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+) -> Any:
     """Map over samples of unequal shapes, group by group.
 
     Args:
-        map_group: Maps over a batch of samples of equal shapes, and returns their results, reduced as `options` say.
+        map_group: Maps over a batch of samples of equal shapes, and returns their results, reduced
+            as `options` say.
         args: The call's arguments, some of them `Ragged`.
         kwargs: Its keyword arguments, likewise.
         options: Those of the call.
@@ -133,13 +156,15 @@ def run(map_group: Callable[[edges.Batch], Any], args: tuple[Any, ...], kwargs: 
         result = map_group(batch)
         if versions != [batch.leaves[leaf]._version for leaf in given]:
             raise errors.CapturedWriteError(
-                f"{options.call}: the function writes in place to a shardmap.Ragged argument, of which it is given copies; clone the "
+                f"{options.call}: the function writes in place to a shardmap.Ragged argument, of "
+                "which it is given copies; clone the "
                 "argument inside the function"
             )
         leaves, shape = pytree.tree_flatten(result)
         if structure is not None and shape != structure:
             raise errors.OutputError(
-                f"{options.call}: the function returns {shape} for samples of one shape and {structure} for those of another; return the "
+                f"{options.call}: the function returns {shape} for samples of one shape and "
+                f"{structure} for those of another; return the "
                 "same structure for all"
             )
         structure = shape
@@ -148,7 +173,10 @@ def run(map_group: Callable[[edges.Batch], Any], args: tuple[Any, ...], kwargs: 
     tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
     how = edges.spread_reductions(options.reduce, tree, options.call)
     order = list(groups.values())
-    outputs = [_joined([leaves[i] for leaves in found], order, how[i], options.call) for i in range(structure.num_leaves)]
+    outputs = [
+        _joined([leaves[i] for leaves in found], order, how[i], options.call)
+        for i in range(structure.num_leaves)
+    ]
     return pytree.tree_unflatten(outputs, structure)
 
 
@@ -156,45 +184,60 @@ def _refuse(options: Options) -> None:
     """Refuse what cannot be had group by group."""
     call = options.call
     if options.out is not None:
-        raise errors.OptionError(f"{call}: out= and a shardmap.Ragged argument: rows of a store have one shape; leave out= away")
+        raise errors.OptionError(
+            f"{call}: out= and a shardmap.Ragged argument: rows of a store have one shape; leave "
+            "out= away"
+        )
     if options.out_dims != 0:
         raise errors.OptionError(
-            f"{call}: out_dims={options.out_dims!r} and a shardmap.Ragged argument, whose results may be ragged too; leave out_dims at 0"
+            f"{call}: out_dims={options.out_dims!r} and a shardmap.Ragged argument, whose results "
+            "may be ragged too; leave out_dims at 0"
         )
     if options.randomness == "same":
         raise errors.OptionError(
-            f"{call}: randomness='same' and a shardmap.Ragged argument: samples of unequal shapes cannot share a draw; draw outside of the "
+            f"{call}: randomness='same' and a shardmap.Ragged argument: samples of unequal shapes "
+            "cannot share a draw; draw outside of the "
             "function and pass it, or use randomness='different'"
         )
     for given in pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one):
         reduction = reductions.parse(given, call)
         if reduction is not None and reduction.name not in COMBINED:
             raise errors.OptionError(
-                f"{call}: reduce={reduction.name!r} and a shardmap.Ragged argument: samples are grouped by shape, and this reduction takes "
+                f"{call}: reduce={reduction.name!r} and a shardmap.Ragged argument: samples are "
+                "grouped by shape, and this reduction takes "
                 f"them all at once, in order; stack the results, or reduce by {', '.join(COMBINED)}"
             )
 
 
-def _whole(args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> tuple[edges.Batch, dict[int, Ragged]]:
+def _whole(
+    args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> tuple[edges.Batch, dict[int, Ragged]]:
     """The batch of all samples, with stand-ins for the ragged arguments, and these by their position among the leaves."""
     call = options.call
     leaves, structure = pytree.tree_flatten((args, kwargs))
     given = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Ragged)}
     for i, samples in given.items():
         if len(samples) == 0:
-            raise errors.EmptyBatchError(f"{call}: a shardmap.Ragged argument has no samples, so the shape of a result cannot be inferred")
-        leaves[i] = samples[0].new_empty(1).expand(len(samples), *[1] * samples[0].ndim)  # sizes and dims are checked with it
+            raise errors.EmptyBatchError(
+                f"{call}: a shardmap.Ragged argument has no samples, so the shape of a result "
+                "cannot be inferred"
+            )
+        leaves[i] = (
+            samples[0].new_empty(1).expand(len(samples), *[1] * samples[0].ndim)
+        )  # sizes and dims are checked with it
     stand_ins, keywords = pytree.tree_unflatten(leaves, structure)
     whole = edges.collect(stand_ins, keywords, options.in_dims, options.kw_in_dims, call)
     dims = dict(whole.mapped)
     for i in given:
         if dims.get(i) != 0:
             raise errors.InDimsError(
-                f"{call}: a shardmap.Ragged argument has in_dim {dims.get(i)}; it can only be mapped over its samples: give it in_dim 0"
+                f"{call}: a shardmap.Ragged argument has in_dim {dims.get(i)}; it can only be "
+                "mapped over its samples: give it in_dim 0"
             )
     if whole.columns:
         raise errors.OptionError(
-            f"{call}: a shardmap.Ragged argument together with a column of a source; read the column first: column.read(0, len(column))"
+            f"{call}: a shardmap.Ragged argument together with a column of a source; read the "
+            "column first: column.read(0, len(column))"
         )
     return whole, given
 
@@ -208,22 +251,31 @@ def _group(whole: edges.Batch, given: dict[int, Ragged], rows: list[int]) -> edg
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 leaves[leaf] = torch.stack([given[leaf][row] for row in rows])
         else:
-            leaves[leaf] = leaves[leaf].index_select(dim, torch.tensor(rows, device=leaves[leaf].device))
+            leaves[leaf] = leaves[leaf].index_select(
+                dim, torch.tensor(rows, device=leaves[leaf].device)
+            )
     return dataclasses.replace(whole, leaves=leaves, size=len(rows))
 
 
-def _joined(parts: list[Tensor], groups: list[list[int]], reduction: reductions.Reduction | None, call: str) -> Tensor | Ragged:
+def _joined(
+    parts: list[Tensor], groups: list[list[int]], reduction: reductions.Reduction | None, call: str
+) -> Tensor | Ragged:
     """One output of all samples, from those of the groups."""
     if reduction is None:
         if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
             rows = torch.tensor([row for rows in groups for row in rows], device=parts[0].device)
             return torch.cat(parts).index_select(0, rows.argsort())
-        by_row = {row: result for rows, part in zip(groups, parts, strict=True) for row, result in zip(rows, part.unbind(0), strict=True)}
+        by_row = {
+            row: result
+            for rows, part in zip(groups, parts, strict=True)
+            for row, result in zip(rows, part.unbind(0), strict=True)
+        }
         return Ragged([by_row[row] for row in range(len(by_row))])
     if any(part.shape != parts[0].shape for part in parts):
         shapes = sorted({tuple(part.shape) for part in parts})
         raise errors.OutputError(
-            f"{call}: reduce={reduction.name!r} of results of shapes {shapes[0]} and {shapes[-1]}; return results of one shape, or reduce "
+            f"{call}: reduce={reduction.name!r} of results of shapes {shapes[0]} and {shapes[-1]}; "
+            "return results of one shape, or reduce "
             "over the unequal dimension inside the function"
         )
     every = torch.stack(parts)
@@ -233,6 +285,8 @@ def _joined(parts: list[Tensor], groups: list[list[int]], reduction: reductions.
         return every.sum(0)
     wide = every.to(torch.complex128 if every.is_complex() else torch.float64)
     if reduction.name == "mean":
-        sizes = torch.tensor([len(rows) for rows in groups], dtype=torch.float64, device=every.device)
+        sizes = torch.tensor(
+            [len(rows) for rows in groups], dtype=torch.float64, device=every.device
+        )
         wide = wide * (sizes / sizes.sum()).view(-1, *[1] * (every.ndim - 1))
     return wide.sum(0).to(every.dtype)

@@ -1,4 +1,7 @@
-"""What rewriting a program needs of its lowering: the values of recorded tensors, and the factors of those."""
+"""What rewriting a program needs of its lowering.
+
+The values of recorded tensors, and the factors of those.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,15 @@ class Ghosts:
         enabled: Whether to use factors at all.
     """
 
-    def __init__(self, program: Program, b: Lowering, env: Mapping[int, V], written: set[int], mapped: set[int], enabled: bool):
+    def __init__(
+        self,
+        program: Program,
+        b: Lowering,
+        env: Mapping[int, V],
+        written: set[int],
+        mapped: set[int],
+        enabled: bool,
+    ):
         self.b = b
         self.env = env
         self.enabled = enabled
@@ -50,8 +61,12 @@ class Ghosts:
     def wanted(self, var: Var) -> bool:
         """Whether the product that `var` is is computed anyhow."""
         found = self.factors.of(var)
-        factors = {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()
-        return any((t.left.index, t.right.index) in factors for kept in self.kept for t in kept.terms)
+        factors = (
+            {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()
+        )
+        return any(
+            (t.left.index, t.right.index) in factors for kept in self.kept for t in kept.terms
+        )
 
     def once(self, name: str, target: Callable[..., Any], *args: Any, shape: tuple[int, ...]) -> V:
         """A call that several results share."""

@@ -1,4 +1,7 @@
-"""Which recorded values are products, and of what: read backwards from a value through the calls that only rearrange or scale it."""
+"""Which recorded values are products, and of what.
+
+Read backwards from a value through the calls that only rearrange or scale it.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +46,20 @@ class Product(Term):
 
 @dataclass(frozen=True, slots=True)
 class Rows(Term):
-    """Rows of cotangents added up where the indices say: the gradient of an embedding. `left` holds T indices, `right [T, m]`."""
+    """Rows of cotangents added up where the indices say: the gradient of an embedding.
+
+    `left` holds T indices, `right [T, m]`.
+    """
 
     padding: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Patches(Term):
-    """The gradient of a convolution's weight: cotangents `left [b, n, ...]` times the patches of the input, `right [b, c, ...]`."""
+    """The gradient of a convolution's weight.
+
+    Cotangents `left [b, n, ...]` times the patches of the input, `right [b, c, ...]`.
+    """
 
     weight: tuple[int, ...] = ()
     """The weight's shape."""
@@ -78,7 +87,9 @@ class Factored:
 
     def scaled(self, how: str, by: Any) -> Factored:
         """All terms times, or divided by, a number."""
-        return replace(self, terms=tuple(replace(t, scales=(*t.scales, (how, by))) for t in self.terms))
+        return replace(
+            self, terms=tuple(replace(t, scales=(*t.scales, (how, by))) for t in self.terms)
+        )
 
 
 def sizes(terms: Sequence[Term]) -> str:
@@ -111,7 +122,8 @@ class Factors:
 
     Args:
         program: What one sample does.
-        written: Memory groups that are written in place: what lies there may be another value later.
+        written: Memory groups that are written in place: what lies there may be another value
+            later.
         mapped: Memory groups that differ by sample.
     """
 
@@ -119,13 +131,22 @@ class Factors:
         self.program = program
         self.written = written
         self.mapped = mapped
-        self.makers = {v.index: (eq, k) for eq in program.equations for k, v in enumerate(eq.outs) if type(v) is Var}
+        self.makers = {
+            v.index: (eq, k)
+            for eq in program.equations
+            for k, v in enumerate(eq.outs)
+            if type(v) is Var
+        }
         self._known: dict[int, Factored | None] = {}
         self._read = 0
-        """How many calls have been looked at: in their order, so that long chains are no deep recursion."""
+        """How many calls have been looked at: in their order, so that long chains are no deep
+        recursion."""
 
     def of(self, var: Var) -> Factored | None:
-        """`var` as a sum of products; None if it is none that is known, or differs in no way by sample."""
+        """`var` as a sum of products.
+
+        None if it is none that is known, or differs in no way by sample.
+        """
         if var.index not in self.makers or var.group in self.written:
             return None
         while var.index not in self._known:
@@ -164,7 +185,11 @@ class Factors:
     def _usable(self, *factors: Var) -> bool:
         """Whether the factors will still be there when the value is asked for, with one dtype."""
         floats = {v.spec.dtype for v in factors if v.spec.dtype.is_floating_point}
-        return len(floats) == 1 and not any(v.group in self.written for v in factors) and any(v.group in self.mapped for v in factors)
+        return (
+            len(floats) == 1
+            and not any(v.group in self.written for v in factors)
+            and any(v.group in self.mapped for v in factors)
+        )
 
 
 def _transposed(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
@@ -181,7 +206,9 @@ def _transposed(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     t = inner.terms[0]
     if inner.shape != ((t.m, t.n) if t.flipped else (t.n, t.m)):
         return None
-    return Factored(tuple(replace(t, flipped=not t.flipped) for t in inner.terms), tuple(var.spec.shape))
+    return Factored(
+        tuple(replace(t, flipped=not t.flipped) for t in inner.terms), tuple(var.spec.shape)
+    )
 
 
 def _mm(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
@@ -189,14 +216,20 @@ def _mm(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     if not f._usable(left, right):
         return None
     n, positions = left.spec.shape
-    return Factored((Product(left, right, n, right.spec.shape[1], positions),), (n, right.spec.shape[1]))
+    return Factored(
+        (Product(left, right, n, right.spec.shape[1], positions),), (n, right.spec.shape[1])
+    )
 
 
 def _mul(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     """A number times a product, either way round."""
     a, b = eq.args
     for value, by in ((a, b), (b, a)):
-        if type(value) is Var and _is_number(by) and tuple(value.spec.shape) == tuple(var.spec.shape):
+        if (
+            type(value) is Var
+            and _is_number(by)
+            and tuple(value.spec.shape) == tuple(var.spec.shape)
+        ):
             inner = f.of(value)
             if inner is not None and _scale_is_there(f, by, var):
                 return inner.scaled("mul", by)
@@ -205,7 +238,11 @@ def _mul(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
 
 def _div(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     value, by = eq.args
-    if type(value) is not Var or not _is_number(by) or tuple(value.spec.shape) != tuple(var.spec.shape):
+    if (
+        type(value) is not Var
+        or not _is_number(by)
+        or tuple(value.spec.shape) != tuple(var.spec.shape)
+    ):
         return None
     inner = f.of(value)
     return inner.scaled("div", by) if inner is not None and _scale_is_there(f, by, var) else None
@@ -217,7 +254,9 @@ def _neg(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float, Param) or (type(value) is Var and math.prod(value.spec.shape) == 1)
+    return type(value) in (int, float, Param) or (
+        type(value) is Var and math.prod(value.spec.shape) == 1
+    )
 
 
 def _scale_is_there(f: Factors, by: Any, var: Var) -> bool:
@@ -234,7 +273,11 @@ def _add(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
         return None
     flipped = {t.flipped for t in (*x.terms, *y.terms)}
     sizes = {(t.n, t.m) for t in (*x.terms, *y.terms)}
-    if len(flipped) != 1 or len(sizes) != 1 or any(type(t) is Patches for t in (*x.terms, *y.terms)):
+    if (
+        len(flipped) != 1
+        or len(sizes) != 1
+        or any(type(t) is Patches for t in (*x.terms, *y.terms))
+    ):
         return None
     if len(x.terms) + len(y.terms) > MOST_TERMS:
         return None
@@ -248,7 +291,9 @@ def _convolution(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
         return None
     n, *rest = weight.spec.shape
     positions = grad.spec.shape[0] * math.prod(grad.spec.shape[2:])
-    term = Patches(grad, x, n, math.prod(rest), positions, (), False, tuple(weight.spec.shape), tuple(numbers))
+    term = Patches(
+        grad, x, n, math.prod(rest), positions, (), False, tuple(weight.spec.shape), tuple(numbers)
+    )
     return Factored((term,), tuple(var.spec.shape))
 
 
@@ -257,7 +302,9 @@ def _embedding(f: Factors, eq: Equation, k: int, var: Var) -> Factored | None:
     if by_frequency or not f._usable(grad, indices):
         return None
     m = grad.spec.shape[-1]
-    return Factored((Rows(indices, grad, count, m, math.prod(indices.spec.shape), padding=padding),), (count, m))
+    return Factored(
+        (Rows(indices, grad, count, m, math.prod(indices.spec.shape), padding=padding),), (count, m)
+    )
 
 
 _RULES = {

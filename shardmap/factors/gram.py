@@ -1,7 +1,8 @@
 """Inner products of the outputs of all pairs of samples, from factors where those are smaller.
 
-The map returns the factors of what the function returns (`passes`); the matrix is computed from them in blocks (`add_to`). For linear
-layers `<A_i B_i, A_j B_j> = <A_i^T A_j, B_i B_j^T>`; over one position the product of two Gram matrices, of cotangents and activations.
+The map returns the factors of what the function returns (`passes`); the matrix is computed from
+them in blocks (`add_to`). For linear layers `<A_i B_i, A_j B_j> = <A_i^T A_j, B_i B_j^T>`; over one
+position the product of two Gram matrices, of cotangents and activations.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ BLOCK_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One output of the function: a sum of terms, or itself. Numbers are positions among the outputs of the map."""
+    """One output of the function: a sum of terms, or itself.
+
+    Numbers are positions among the outputs of the map.
+    """
 
     terms: tuple[tuple[Term, int, int], ...] = ()
     """Each with where its factors are."""
     scales: tuple[tuple[tuple[str, float | int, bool], ...], ...] = ()
-    """For each term how it is scaled: "mul" or "div", a number or where it is, and whether it is the latter."""
+    """For each term how it is scaled: "mul" or "div", a number or where it is, and whether it is
+    the latter."""
     dense: int = -1
 
 
@@ -44,7 +49,8 @@ class Pass:
 
     program: Program
     kept: tuple[int, ...]
-    """Of the function's outputs that are not compared, where they are now; -1 for the others, and in all passes but the first."""
+    """Of the function's outputs that are not compared, where they are now; -1 for the others,
+    and in all passes but the first."""
     parts: tuple[tuple[Part, ...], ...]
     """For each matrix, the parts that this pass adds to it."""
 
@@ -62,11 +68,17 @@ class _Piece:
 
 
 def passes(
-    recording: Recording, groups: Sequence[Sequence[int]], randomness: str, enabled: bool, samples: int, limit_bytes: int | None
+    recording: Recording,
+    groups: Sequence[Sequence[int]],
+    randomness: str,
+    enabled: bool,
+    samples: int,
+    limit_bytes: int | None,
 ) -> tuple[Pass, ...]:
     """Maps of the same function that return factors of what is compared.
 
-    Where all of it would be large, each map returns some of it, so that only that much is there at a time.
+    Where all of it would be large, each map returns some of it, so that only that much is there at
+    a time.
 
     Args:
         recording: Of the function.
@@ -79,19 +91,39 @@ def passes(
     program = recording.program
     writes = {v.group for eq in program.equations for v in written(eq)}
     factors = Factors(program, writes, mapped_groups(program, randomness, False))
-    pieces = [piece for number, group in enumerate(groups) for k in group for piece in _pieces(program, factors, number, k, enabled)]
+    pieces = [
+        piece
+        for number, group in enumerate(groups)
+        for k in group
+        for piece in _pieces(program, factors, number, k, enabled)
+    ]
     if limit_bytes is not None and not (recording.random or recording.written_inputs):
-        pieces = [part for piece in pieces for part in _cut(program, piece, max(1, limit_bytes // max(1, samples)))]
+        pieces = [
+            part
+            for piece in pieces
+            for part in _cut(program, piece, max(1, limit_bytes // max(1, samples)))
+        ]
         bins = _binned(pieces, max(1, limit_bytes // max(1, samples)))
     else:
         bins = [pieces]
     compared = {k for group in groups for k in group}
-    return tuple([_pass(recording, taken, len(groups), compared, number == 0) for number, taken in enumerate(bins)])
+    return tuple(
+        [
+            _pass(recording, taken, len(groups), compared, number == 0)
+            for number, taken in enumerate(bins)
+        ]
+    )
 
 
 def described(made: Sequence[Pass]) -> list[str]:
     """What is compared by factors, in words."""
-    products = [[term for term, _, _ in part.terms] for one in made for parts in one.parts for part in parts if part.terms]
+    products = [
+        [term for term, _, _ in part.terms]
+        for one in made
+        for parts in one.parts
+        for part in parts
+        if part.terms
+    ]
     return [f"gram: inner products from factors {sizes(terms)}" for terms in products]
 
 
@@ -117,7 +149,12 @@ def _cut(program: Program, piece: _Piece, most_bytes: int) -> list[_Piece]:
     step = max(1, most_bytes // max(1, each))
     starts = range(0, shape[0], step)
     return [
-        dataclasses.replace(piece, rows=(i, min(i + step, shape[0])), sample_bytes=each * (min(i + step, shape[0]) - i)) for i in starts
+        dataclasses.replace(
+            piece,
+            rows=(i, min(i + step, shape[0])),
+            sample_bytes=each * (min(i + step, shape[0]) - i),
+        )
+        for i in starts
     ]
 
 
@@ -134,7 +171,9 @@ def _binned(pieces: Sequence[_Piece], most_bytes: int) -> list[list[_Piece]]:
     return bins
 
 
-def _pass(recording: Recording, pieces: Sequence[_Piece], groups: int, compared: set[int], first: bool) -> Pass:
+def _pass(
+    recording: Recording, pieces: Sequence[_Piece], groups: int, compared: set[int], first: bool
+) -> Pass:
     program = recording.program
     outputs: list[Var] = []
     flags: list[int] = []
@@ -146,7 +185,12 @@ def _pass(recording: Recording, pieces: Sequence[_Piece], groups: int, compared:
         flags.append(flag)
         return len(outputs) - 1
 
-    kept = tuple([-1 if k in compared or not first else add(v, program.output_flags[k]) for k, v in enumerate(program.outputs)])
+    kept = tuple(
+        [
+            -1 if k in compared or not first else add(v, program.output_flags[k])
+            for k, v in enumerate(program.outputs)
+        ]
+    )
     parts: list[list[Part]] = [[] for _ in range(groups)]
     for piece in pieces:
         var, flag = program.outputs[piece.output], program.output_flags[piece.output]
@@ -154,12 +198,16 @@ def _pass(recording: Recording, pieces: Sequence[_Piece], groups: int, compared:
             part = _factored(recording, piece.factored, add)
         elif piece.rows is not None:
             cut = _rows(var, piece.rows, next(index))
-            equations.append(Equation(aten.slice.Tensor, (var, 0, *piece.rows), (), (cut,), (flag,), False))
+            equations.append(
+                Equation(aten.slice.Tensor, (var, 0, *piece.rows), (), (cut,), (flag,), False)
+            )
             part = Part(dense=add(cut, flag))
         else:
             part = Part(dense=add(var, flag))
         parts[piece.group].append(part)
-    changed = program._replace(outputs=tuple(outputs), output_flags=tuple(flags), equations=tuple(equations))
+    changed = program._replace(
+        outputs=tuple(outputs), output_flags=tuple(flags), equations=tuple(equations)
+    )
     return Pass(changed, kept, tuple(map(tuple, parts)))
 
 
@@ -172,7 +220,13 @@ def _rows(var: Var, rows: tuple[int, int], index: int) -> Var:
     """Some rows of a recorded tensor, as a view of it."""
     start, stop = rows
     spec = var.spec
-    return Var(index, var.group, spec._replace(shape=(stop - start, *spec.shape[1:]), offset=spec.offset + start * spec.stride[0]))
+    return Var(
+        index,
+        var.group,
+        spec._replace(
+            shape=(stop - start, *spec.shape[1:]), offset=spec.offset + start * spec.stride[0]
+        ),
+    )
 
 
 def _factored(recording: Recording, found: Factored, add: Callable[..., int]) -> Part:
@@ -184,7 +238,9 @@ def _factored(recording: Recording, found: Factored, add: Callable[..., int]) ->
             if type(by) is Var:
                 scaled.append((how, add(by), True))
             else:
-                scaled.append((how, recording.scalars[by.scalar] if type(by) is Param else by, False))
+                scaled.append(
+                    (how, recording.scalars[by.scalar] if type(by) is Param else by, False)
+                )
         scales.append(tuple(scaled))
     return Part(tuple(terms), tuple(scales))
 
@@ -199,8 +255,12 @@ def _smaller(terms: Sequence[Term]) -> bool:
     return 2 * held <= n * m and positions**2 * (n + m) <= 2 * n * m
 
 
-def add_to(out: Tensor | None, parts: Sequence[Part], outs: Sequence[Tensor], samples: int) -> Tensor | None:
-    """The matrix, `[N, N]`, with what one map gave added, block by block; only blocks on and above the diagonal are computed.
+def add_to(
+    out: Tensor | None, parts: Sequence[Part], outs: Sequence[Tensor], samples: int
+) -> Tensor | None:
+    """The matrix, `[N, N]`, with what one map gave added, block by block.
+
+    Only blocks on and above the diagonal are computed.
 
     Args:
         out: What there is so far.
@@ -247,14 +307,26 @@ def _block(part: Part, outs: Sequence[Tensor], rows: slice, columns: slice) -> T
     return total
 
 
-def _scaled(t: Tensor, scales: Sequence[tuple[str, float | int, bool]], outs: Sequence[Tensor], rows: slice, d: int) -> Tensor:
+def _scaled(
+    t: Tensor,
+    scales: Sequence[tuple[str, float | int, bool]],
+    outs: Sequence[Tensor],
+    rows: slice,
+    d: int,
+) -> Tensor:
     for how, by, place in scales:
         number = outs[int(by)][rows].reshape((1, -1) if d else (-1, 1)) if place else by
         t = t * number if how == "mul" else t / number
     return t
 
 
-def _inner(x: tuple[Term, int, int], y: tuple[Term, int, int], outs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+def _inner(
+    x: tuple[Term, int, int],
+    y: tuple[Term, int, int],
+    outs: Sequence[Tensor],
+    rows: slice,
+    columns: slice,
+) -> Tensor:
     """`[I, J]`, inner products of one term of some samples and one term of others."""
     (a, *_), (b, *_) = x, y
     if type(a) is Rows and type(b) is not Rows:
@@ -264,7 +336,11 @@ def _inner(x: tuple[Term, int, int], y: tuple[Term, int, int], outs: Sequence[Te
     left, right = _factors(x, outs, rows)
     other_left, other_right = _factors(y, outs, columns)
     if type(a) is Rows and type(b) is Rows:
-        lefts = (left.unsqueeze(1) == other_left.unsqueeze(0)) & (left != a.padding).unsqueeze(1) & (other_left != b.padding).unsqueeze(0)
+        lefts = (
+            (left.unsqueeze(1) == other_left.unsqueeze(0))
+            & (left != a.padding).unsqueeze(1)
+            & (other_left != b.padding).unsqueeze(0)
+        )
         products = (right @ other_right.t()).masked_fill_(~lefts, 0)
     else:
         products = (left @ other_left.t()).mul_(right @ other_right.t())
@@ -278,7 +354,9 @@ def _over_positions(products: Tensor, mine: int, others: int) -> Tensor:
     return products.unflatten(1, (-1, others)).unflatten(0, (-1, mine)).sum((1, 3))
 
 
-def _factors(x: tuple[Term, int, int], outs: Sequence[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+def _factors(
+    x: tuple[Term, int, int], outs: Sequence[Tensor], rows: slice
+) -> tuple[Tensor, Tensor]:
     """A term's factors of some samples: `[I*T, n]` (indices `[I*T]` of rows) and `[I*T, m]`."""
     term, left_at, right_at = x
     left, right = outs[left_at][rows], outs[right_at][rows]
@@ -314,4 +392,6 @@ def check(groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> boo
         return True
     expected = torch.stack([sample[k].detach().abs().square().sum().double() for k in groups]).sum()
     first = found[0, 0].abs().double().cpu()
-    return not torch.isfinite(expected) or bool((first - expected.cpu()).abs() <= 1e-2 * expected.cpu())
+    return not torch.isfinite(expected) or bool(
+        (first - expected.cpu()).abs() <= 1e-2 * expected.cpu()
+    )

@@ -1,8 +1,9 @@
 """Sums of squares of products, from the factors.
 
-`|A B|^2 = <A^T A, B B^T>`: two `[T, T]` matrices instead of one of `[n, m]`; over one position the product of two norms. Several terms, the
-uses of a shared weight, are one product over all their positions. (Goodfellow 2015, arXiv:1510.01799; for positions Li et al. 2022,
-arXiv:2110.05679; for convolutions Bu et al. 2022, arXiv:2205.10683.)
+`|A B|^2 = <A^T A, B B^T>`: two `[T, T]` matrices instead of one of `[n, m]`; over one position the
+product of two norms. Several terms, the uses of a shared weight, are one product over all their
+positions. (Goodfellow 2015, arXiv:1510.01799; for positions Li et al. 2022, arXiv:2110.05679; for
+convolutions Bu et al. 2022, arXiv:2205.10683.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 PASS = 30
-"""What writing an element and reading it again costs, in operations of a product: an estimate (12 bytes at 10 GB/s against 25 GFLOP/s)."""
+"""What writing an element and reading it again costs, in operations of a product: an estimate
+(12 bytes at 10 GB/s against 25 GFLOP/s)."""
 
 
 def square(eq: Equation | None) -> Var | None:
@@ -58,13 +60,23 @@ def _shape(eq: Equation) -> tuple[int, ...]:
 
 
 def norm(ghosts: Ghosts, eq: Equation) -> V | None:
-    """A sum of squares, or a 2-norm, computed from factors; None where there are none, or computing it plainly is cheaper."""
+    """A sum of squares, or a 2-norm, computed from factors.
+
+    None where there are none, or computing it plainly is cheaper.
+    """
     target = summed_square(eq, ghosts)
     root = False
-    if target is None and eq.op is aten.linalg_vector_norm.default and not _shape(eq) and not eq.kwargs:
+    if (
+        target is None
+        and eq.op is aten.linalg_vector_norm.default
+        and not _shape(eq)
+        and not eq.kwargs
+    ):
         args = list(eq.args)
         order = args[1] if len(args) > 1 else 2
-        target, root = (args[0], True) if type(order) in (int, float) and order == 2 else (None, False)
+        target, root = (
+            (args[0], True) if type(order) in (int, float) and order == 2 else (None, False)
+        )
     if target is None or not list(eq.results()):
         return None
     out = _of(ghosts, target, eq)
@@ -77,7 +89,11 @@ def _of(ghosts: Ghosts, var: Var, eq: Equation) -> V | None:
     """`[B]`, the sum of the squares of a value; of parts put side by side the sum over them."""
     inner = ghosts.factors.same(var)
     maker = ghosts.factors.maker(inner)
-    if maker is not None and maker.op is aten.cat.default and inner.group not in ghosts.factors.written:
+    if (
+        maker is not None
+        and maker.op is aten.cat.default
+        and inner.group not in ghosts.factors.written
+    ):
         parts = [(_of(ghosts, part, eq), part) for part in maker.args[0]]
         if all(found is None for found, _ in parts):
             return None
@@ -113,7 +129,11 @@ def worthwhile(found: Factored, wanted: bool) -> bool:
         return False
     plain = (0 if wanted else sum(t.cost for t in found.terms)) + PASS * term.n * term.m
     width = sum(t.m if type(t) is Rows else t.n + t.m for t in found.terms) // len(found.terms)
-    ghost = 2 * positions**2 * width + PASS * positions**2 if positions > 1 else PASS * (term.n + term.m)
+    ghost = (
+        2 * positions**2 * width + PASS * positions**2
+        if positions > 1
+        else PASS * (term.n + term.m)
+    )
     if any(type(t) is Patches for t in found.terms):
         ghost += PASS * term.m * positions  # the patches, put side by side
     return ghost < plain
@@ -134,7 +154,11 @@ def _combined(ghosts: Ghosts, found: Factored) -> V:
                 part = ghosts.b.call(aten.mul.Tensor, part, 2, shape=())
             total = part if total is None else ghosts.b.call(aten.add.Tensor, total, part, shape=())
     assert total is not None
-    return ghosts.b.call(torch.clamp_min, total, 0, shape=()) if any(t.positions > 1 for t in terms) else total
+    return (
+        ghosts.b.call(torch.clamp_min, total, 0, shape=())
+        if any(t.positions > 1 for t in terms)
+        else total
+    )
 
 
 def _of_one_product(ghosts: Ghosts, found: Factored) -> V:
@@ -144,11 +168,20 @@ def _of_one_product(ghosts: Ghosts, found: Factored) -> V:
     rights = []
     for t in found.terms:
         right, number = ghosts.batched(t.right), scale_of(ghosts, t)
-        rights.append(right if number is None else ghosts.b.call(weighted, right, number, shape=right.shape))
-    left = ghosts.b.call(torch.cat, [ghosts.batched(t.left) for t in found.terms], 2, shape=(n, positions))
+        rights.append(
+            right if number is None else ghosts.b.call(weighted, right, number, shape=right.shape)
+        )
+    left = ghosts.b.call(
+        torch.cat, [ghosts.batched(t.left) for t in found.terms], 2, shape=(n, positions)
+    )
     right = ghosts.b.call(torch.cat, rights, 1, shape=(positions, m))
     lefts = ghosts.b.call(columns, left, left, shape=(positions, positions))
-    out = ghosts.b.call(inner_of, lefts, ghosts.b.call(rows_of, right, right, shape=(positions, positions)), shape=())
+    out = ghosts.b.call(
+        inner_of,
+        lefts,
+        ghosts.b.call(rows_of, right, right, shape=(positions, positions)),
+        shape=(),
+    )
     return ghosts.b.call(torch.clamp_min, out, 0, shape=())
 
 
@@ -158,7 +191,9 @@ def inner(ghosts: Ghosts, a: Term, b: Term) -> V:
     dtype = a.right.spec.dtype
     if a is b and a.positions == 1 and type(a) is not Rows:
         left, right = ghosts.batched(a.left), ghosts.batched(a.right)
-        return call(aten.mul.Tensor, _energy(ghosts, left), _energy(ghosts, right), shape=(), dtype=dtype)
+        return call(
+            aten.mul.Tensor, _energy(ghosts, left), _energy(ghosts, right), shape=(), dtype=dtype
+        )
     if type(a) is Rows and type(b) is Rows:
         return call(rows_rows, ghosts.batched(a.left), ghosts.batched(a.right), ghosts.batched(b.left), ghosts.batched(b.right),
                     a.padding, b.padding, shape=(), dtype=dtype)  # fmt: skip
@@ -185,10 +220,18 @@ def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
         return left, right
     assert type(term) is Patches
     left = ghosts.once("channels", channels, left, shape=(term.n, term.positions))
-    return left, ghosts.once("patches", patches, right, term.weight[2:], *term.numbers[:3], shape=(term.positions, term.m))
+    return left, ghosts.once(
+        "patches",
+        patches,
+        right,
+        term.weight[2:],
+        *term.numbers[:3],
+        shape=(term.positions, term.m),
+    )
 
 
-# -- on whole batches ------------------------------------------------------------------------------------------------------------
+# -- on whole batches
+# ------------------------------------------------------------------------------------------------------------
 
 
 def weighted(t: Tensor, weight: Tensor | None) -> Tensor:
@@ -226,25 +269,38 @@ def channels(grad: Tensor) -> Tensor:
 def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """The patches of a convolution's input, `[B, b, c, h, w] -> [B, b*T, c*kh*kw]`."""
     size, inner = x.shape[:2]
-    found = torch.nn.functional.unfold(x.flatten(0, 1), kernel, dilation, padding, stride)  # [B*b, c*kh*kw, T]
+    found = torch.nn.functional.unfold(
+        x.flatten(0, 1), kernel, dilation, padding, stride
+    )  # [B*b, c*kh*kw, T]
     return found.transpose(1, 2).unflatten(0, (size, inner)).flatten(1, 2)
 
 
 def rows_rows(i: Tensor, a: Tensor, j: Tensor, b: Tensor, i_padding: int, j_padding: int) -> Tensor:
-    """Inner products of two sums of rows, `i [B, T], a [B, T, m]`: rows meet where their indices are the same."""
+    """Inner products of two sums of rows, `i [B, T], a [B, T, m]`.
+
+    Rows meet where their indices are the same.
+    """
     i, j = i.flatten(1), j.flatten(1)
     a, b = a.reshape(*i.shape, a.shape[-1]), b.reshape(*j.shape, b.shape[-1])
-    meet = (i.unsqueeze(2) == j.unsqueeze(1)) & (i != i_padding).unsqueeze(2) & (j != j_padding).unsqueeze(1)
+    meet = (
+        (i.unsqueeze(2) == j.unsqueeze(1))
+        & (i != i_padding).unsqueeze(2)
+        & (j != j_padding).unsqueeze(1)
+    )
     products = torch.bmm(a, b.transpose(1, 2))
     return products.masked_fill_(~meet, 0).sum((1, 2))  # a NaN that meets nothing is no part of it
 
 
-def rows_product(i: Tensor, a: Tensor, left: Tensor, right: Tensor, padding: int, flipped: bool) -> Tensor:
+def rows_product(
+    i: Tensor, a: Tensor, left: Tensor, right: Tensor, padding: int, flipped: bool
+) -> Tensor:
     """Inner products of a sum of rows with `left [B, n, T] @ right [B, T, m]`, or its transpose."""
     i = i.flatten(1)
     a = a.reshape(*i.shape, a.shape[-1])
     if flipped:
         left, right = right.transpose(1, 2), left.transpose(1, 2)
-    met = left.gather(1, i.unsqueeze(2).expand(-1, -1, left.shape[2]))  # [B, S, T], the rows of left that the indices name
+    met = left.gather(
+        1, i.unsqueeze(2).expand(-1, -1, left.shape[2])
+    )  # [B, S, T], the rows of left that the indices name
     met = torch.where((i != padding).unsqueeze(2), met, 0)
     return (met * torch.bmm(a, right.transpose(1, 2))).sum((1, 2))

@@ -1,7 +1,10 @@
-"""Random projections: the matrix is drawn block by block from a counter-based generator, and never stored.
+"""Random projections.
 
-Row r of the matrix belongs to entry r of a sample's outputs, so that it does not matter how these are cut. Where the outputs are products,
-rows of the products are computed from the factors as they are needed.
+The matrix is drawn block by block from a counter-based generator, and never stored.
+
+Row r of the matrix belongs to entry r of a sample's outputs, so that it does not matter how these
+are cut. Where the outputs are products, rows of the products are computed from the factors as they
+are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ aten = torch.ops.aten
 BLOCK_ENTRIES = 1 << 20
 """Entries of the matrix that are there at a time."""
 _STREAM = 0x70726F6A
-"""Number of the generator's stream: the matrix of a seed has nothing to do with draws of mapped functions under it."""
+"""Number of the generator's stream: the matrix of a seed has nothing to do with draws of mapped
+functions under it."""
 
 
 @torch.library.custom_op("shardmap::project", mutates_args=())
@@ -66,38 +70,65 @@ def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
 
 
 def from_factors(ghosts: Ghosts, eq: Equation) -> V | None:
-    """The projection of a product, without all of the product; None where the call is no such projection."""
+    """The projection of a product, without all of the product.
+
+    None where the call is no such projection.
+    """
     if eq.op is not OPERATOR:
         return None
     var, dim, kind, seed, offset = eq.args
     return _of(ghosts, eq, var, (dim, kind, seed), offset)
 
 
-def _of(ghosts: Ghosts, eq: Equation, var: Var, which: tuple[int, str, int], offset: int) -> V | None:
+def _of(
+    ghosts: Ghosts, eq: Equation, var: Var, which: tuple[int, str, int], offset: int
+) -> V | None:
     """Of a value; of parts put side by side the sum over them."""
     inner = ghosts.factors.same(var)
     maker = ghosts.factors.maker(inner)
-    if maker is not None and maker.op is aten.cat.default and len(inner.spec.shape) == 1 and inner.group not in ghosts.factors.written:
+    if (
+        maker is not None
+        and maker.op is aten.cat.default
+        and len(inner.spec.shape) == 1
+        and inner.group not in ghosts.factors.written
+    ):
         return _of_parts(ghosts, eq, maker.args[0], which, offset)
     found = ghosts.factors.of(var)
     if found is None or len(found.terms) != 1 or type(found.terms[0]) is Rows or ghosts.wanted(var):
         return None
     term = found.terms[0]
-    if (type(term) is Patches and not term.plain) or term.positions * (term.n + term.m) > term.n * term.m:
+    if (type(term) is Patches and not term.plain) or term.positions * (
+        term.n + term.m
+    ) > term.n * term.m:
         return None
     ghosts.note(eq, f"projected from factors [{term.n}, T] x [T, {term.m}], T = {term.positions}")
     left, right = factors_of(ghosts, term)
-    out = ghosts.b.call(projected_product, left, right, *which, offset, term.flipped, shape=which[:1], dtype=right.dtype)
+    out = ghosts.b.call(
+        projected_product,
+        left,
+        right,
+        *which,
+        offset,
+        term.flipped,
+        shape=which[:1],
+        dtype=right.dtype,
+    )
     scale = scale_of(ghosts, term)
     return out if scale is None else ghosts.b.call(scaled, out, scale, shape=out.shape)
 
 
-def _of_parts(ghosts: Ghosts, eq: Equation, parts: Sequence[Var], which: tuple[int, str, int], offset: int) -> V | None:
+def _of_parts(
+    ghosts: Ghosts, eq: Equation, parts: Sequence[Var], which: tuple[int, str, int], offset: int
+) -> V | None:
     found, any_factors = [], False
     for part in parts:
         out = _of(ghosts, eq, part, which, offset)
         any_factors = any_factors or out is not None
-        found.append(ghosts.b.call(projected, ghosts.batched(part), *which, offset, shape=which[:1]) if out is None else out)
+        found.append(
+            ghosts.b.call(projected, ghosts.batched(part), *which, offset, shape=which[:1])
+            if out is None
+            else out
+        )
         offset += math.prod(part.spec.shape)
     if not any_factors:
         return None
@@ -107,7 +138,8 @@ def _of_parts(ghosts: Ghosts, eq: Equation, parts: Sequence[Var], which: tuple[i
     return total
 
 
-# -- on whole batches ------------------------------------------------------------------------------------------------------------
+# -- on whole batches
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of_matrix(start: int, count: int, dim: int, kind: str, seed: int, like: Tensor) -> Tensor:
@@ -128,7 +160,9 @@ def projected(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
     return total.div_(math.sqrt(dim))
 
 
-def projected_product(left: Tensor, right: Tensor, dim: int, kind: str, seed: int, offset: int, flipped: bool) -> Tensor:
+def projected_product(
+    left: Tensor, right: Tensor, dim: int, kind: str, seed: int, offset: int, flipped: bool
+) -> Tensor:
     """`[B, n, T], [B, T, m] -> [B, dim]`, as `projected` of their product, some rows of it at a time."""
     if flipped:
         left, right = right.transpose(1, 2), left.transpose(1, 2)
@@ -137,7 +171,9 @@ def projected_product(left: Tensor, right: Tensor, dim: int, kind: str, seed: in
     total = right.new_zeros((count, dim))
     for start in range(0, n, step):
         part = torch.bmm(left[:, start : start + step], right).flatten(1)
-        total.addmm_(part, rows_of_matrix(offset + start * m, part.shape[1], dim, kind, seed, right))
+        total.addmm_(
+            part, rows_of_matrix(offset + start * m, part.shape[1], dim, kind, seed, right)
+        )
     return total.div_(math.sqrt(dim))
 
 

@@ -1,4 +1,7 @@
-"""What a recorded call becomes where its argument is a product: one place that asks each of the ways."""
+"""What a recorded call becomes where its argument is a product.
+
+One place that asks each of the ways.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from shardmap.rules.lowering import V
 
 
 def from_factors(ghosts: Ghosts, eq: Equation) -> V | None:
-    """The result of a recorded call, computed from factors of its argument; None where it has none, or that would not pay."""
+    """The result of a recorded call, computed from factors of its argument.
+
+    None where it has none, or that would not pay.
+    """
     found = norms.norm(ghosts, eq)
     return project.from_factors(ghosts, eq) if found is None else found

@@ -17,7 +17,10 @@ aten = torch.ops.aten
 
 
 def scale_of(ghosts: Ghosts, term: Term) -> Any:
-    """The product of a term's scales: a value of one element for each sample, `[B]`, or for all, or None."""
+    """The product of a term's scales.
+
+    A value of one element for each sample, `[B]`, or for all, or None.
+    """
     return combined(ghosts, term.scales, term.right.spec.dtype)
 
 
@@ -29,7 +32,9 @@ def combined(ghosts: Ghosts, scales: tuple[tuple[str, Any], ...], dtype: torch.d
         if total is None:
             total = _first(ghosts, how, value, dtype)
         else:
-            total = ghosts.b.call(aten.mul.Tensor if how == "mul" else aten.div.Tensor, total, value, shape=())
+            total = ghosts.b.call(
+                aten.mul.Tensor if how == "mul" else aten.div.Tensor, total, value, shape=()
+            )
     return total
 
 

@@ -1,7 +1,9 @@
-"""Sums over the samples of a chunk, from the factors: one product over all samples and positions, as in an ordinary backward pass.
+"""Sums over the samples of a chunk, from the factors.
 
-`sum_i w_i A_i B_i = [w_1 A_1 | w_2 A_2 | ...] [B_1; B_2; ...]`; the weights are those of clipped sums. What has no factors is
-summed as it is.
+One product over all samples and positions, as in an ordinary backward pass.
+
+`sum_i w_i A_i B_i = [w_1 A_1 | w_2 A_2 | ...] [B_1; B_2; ...]`; the weights are those of clipped
+sums. What has no factors is summed as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
     """The sum over a chunk's samples of a recorded value, times its scales: `[*shape]`."""
     found = ghosts.factors.of(var) if ghosts.enabled else None
     if found is not None:
-        ghosts.note(ghosts.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}")
+        ghosts.note(
+            ghosts.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}"
+        )
         return _of_factors(ghosts, found, scales)
     through = ghosts.enabled and depth < DEEPEST and var.group not in ghosts.factors.written
     maker = ghosts.factors.maker(var) if through else None
@@ -41,10 +45,21 @@ def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
     if maker is not None and var.group in ghosts.factors.mapped:
         op, args = maker.op, list(maker.args)
         if op in REARRANGED:
-            return _part(ghosts, torch.Tensor.reshape, summed(ghosts, args[0], scales, depth + 1), shape, shape=shape)
+            return _part(
+                ghosts,
+                torch.Tensor.reshape,
+                summed(ghosts, args[0], scales, depth + 1),
+                shape,
+                shape=shape,
+            )
         if op is aten.cat.default and len(args[0]) > 1:
             d = args[1] if len(args) > 1 else dict(maker.kwargs).get("dim", 0)
-            parts = [summed(ghosts, part, scales, depth + 1) if part.group in ghosts.factors.mapped else None for part in args[0]]
+            parts = [
+                summed(ghosts, part, scales, depth + 1)
+                if part.group in ghosts.factors.mapped
+                else None
+                for part in args[0]
+            ]
             if all(part is not None for part in parts):
                 return _part(ghosts, side_by_side, d, *parts, shape=shape)
         if op is aten.mul.Tensor:
@@ -58,7 +73,12 @@ def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
                     return summed(ghosts, value, (*scales, ("mul", by)), depth + 1)
         base = square(maker)
         squared = ghosts.factors.of(base) if base is not None else None
-        if squared is not None and len(squared.terms) == 1 and squared.terms[0].positions == 1 and type(squared.terms[0]) is not Rows:
+        if (
+            squared is not None
+            and len(squared.terms) == 1
+            and squared.terms[0].positions == 1
+            and type(squared.terms[0]) is not Rows
+        ):
             ghosts.note(maker, "squares summed over samples from factors")
             return _of_squares(ghosts, squared, scales)
     weight = combined(ghosts, scales, var.spec.dtype)
@@ -79,9 +99,17 @@ def _of_factors(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
     for term in found.terms:
         weight = combined(ghosts, (*term.scales, *scales), term.right.spec.dtype)
         part = _term(ghosts, term, weight)
-        total = part if total is None else _part(ghosts, torch.Tensor.add, total, part, shape=part.shape)
+        total = (
+            part
+            if total is None
+            else _part(ghosts, torch.Tensor.add, total, part, shape=part.shape)
+        )
     assert total is not None
-    return _part(ghosts, torch.Tensor.reshape, total, found.shape, shape=found.shape) if found.shape != total.shape else total
+    return (
+        _part(ghosts, torch.Tensor.reshape, total, found.shape, shape=found.shape)
+        if found.shape != total.shape
+        else total
+    )
 
 
 def _term(ghosts: Ghosts, term: Term, weight: V | None) -> V:
@@ -92,7 +120,17 @@ def _term(ghosts: Ghosts, term: Term, weight: V | None) -> V:
         return _part(ghosts, target, left, right, weight, term.n, term.padding, shape=(n, m))
     if type(term) is Patches:
         target = _flipped(convolution) if term.flipped else convolution
-        return _part(ghosts, target, left, right, weight, term.weight, (n, m) if not term.flipped else (m, n), *term.numbers, shape=(n, m))
+        return _part(
+            ghosts,
+            target,
+            left,
+            right,
+            weight,
+            term.weight,
+            (n, m) if not term.flipped else (m, n),
+            *term.numbers,
+            shape=(n, m),
+        )
     if term.flipped:
         return _part(ghosts, product_flipped, left, right, weight, shape=(n, m))
     return _part(ghosts, product, left, right, weight, shape=(n, m))
@@ -105,14 +143,30 @@ def _of_squares(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
     weight = combined(ghosts, scales, term.right.spec.dtype)
     if number is not None:
         number = ghosts.b.call(aten.square.default, number, shape=())
-        weight = number if weight is None else ghosts.b.call(aten.mul.Tensor, weight, number, shape=())
+        weight = (
+            number if weight is None else ghosts.b.call(aten.mul.Tensor, weight, number, shape=())
+        )
     left, right = (_squared(ghosts, v) for v in (term.left, term.right))
     if type(term) is Patches:  # one position: the kernel is as large as the input
-        out = _part(ghosts, convolution, left, right, weight, term.weight, (term.n, term.m), *term.numbers, shape=(term.n, term.m))
+        out = _part(
+            ghosts,
+            convolution,
+            left,
+            right,
+            weight,
+            term.weight,
+            (term.n, term.m),
+            *term.numbers,
+            shape=(term.n, term.m),
+        )
         return _part(ghosts, torch.Tensor.reshape, out, found.shape, shape=found.shape)
     target = product_flipped if term.flipped else product
     return _part(
-        ghosts, torch.Tensor.reshape, _part(ghosts, target, left, right, weight, shape=found.shape), found.shape, shape=found.shape
+        ghosts,
+        torch.Tensor.reshape,
+        _part(ghosts, target, left, right, weight, shape=found.shape),
+        found.shape,
+        shape=found.shape,
     )
 
 
@@ -128,7 +182,8 @@ def _flipped(target: Any) -> Any:
     return flipped
 
 
-# -- on whole batches ------------------------------------------------------------------------------------------------------------
+# -- on whole batches
+# ------------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(d: int, *parts: Tensor) -> Tensor:
@@ -175,7 +230,10 @@ def convolution(
     grad: Tensor, x: Tensor, weight: Tensor | None, shape: tuple[int, ...], matrix: tuple[int, int], stride: Any, padding: Any,
     dilation: Any, transposed: bool, output_padding: Any, groups: int,
 ) -> Tensor:  # fmt: skip
-    """The gradient of a convolution's weight, `[n, m]`, of all samples: the ordinary backward pass over the batch."""
+    """The gradient of a convolution's weight, `[n, m]`, of all samples.
+
+    The ordinary backward pass over the batch.
+    """
     grad, x = weighted(grad, weight).flatten(0, 1), x.flatten(0, 1)
     if not grad.shape[0]:
         return grad.new_zeros(matrix)

@@ -1,4 +1,8 @@
-"""Runs: a dataset, a function mapped over its samples, and a report on the outputs, put together from a configuration."""
+"""Runs.
+
+A dataset, a function mapped over its samples, and a report on the outputs, put together from a
+configuration.
+"""
 
 from shardmap.jobs.base import Dataset, Findings, Outcome
 

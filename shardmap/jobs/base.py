@@ -20,10 +20,11 @@ from shardmap.store.columns import Column
 class Dataset:
     """Named columns, each with one row per sample.
 
-    A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a `shardmap.Ragged`, whose samples have
-    shapes of their own.
+    A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a
+    `shardmap.Ragged`, whose samples have shapes of their own.
 
-    The run's `columns` say which of them the mapped function receives; the others are there for the report.
+    The run's `columns` say which of them the mapped function receives; the others are there for the
+    report.
     """
 
     columns: Mapping[str, Tensor | Column | Ragged]
@@ -32,19 +33,27 @@ class Dataset:
         """Check that all columns have the same number of rows."""
         sizes = {name: len(column) for name, column in self.columns.items()}
         if len(set(sizes.values())) != 1:
-            raise ConfigError(f"data: the columns differ in their number of rows, {sizes}; give each one row per sample")
+            raise ConfigError(
+                f"data: the columns differ in their number of rows, {sizes}; give each one row per "
+                "sample"
+            )
 
     @staticmethod
     def of(source: Source) -> Dataset:
         """The columns of a source, under its names."""
-        return Dataset({spec.name: column for spec, column in zip(source.specs, source.columns, strict=True)})
+        return Dataset(
+            {spec.name: column for spec, column in zip(source.specs, source.columns, strict=True)}
+        )
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, name: str) -> Any:
-        """One column, a tensor, or a `shardmap.Ragged` if it is one; of a source, all rows are read."""
+        """One column, a tensor, or a `shardmap.Ragged` if it is one.
+
+        Of a source, all rows are read.
+        """
         column = self.columns[name]
         return column.rows_between(0, len(column)) if isinstance(column, Column) else column
 
@@ -57,20 +66,27 @@ class Outcome:
     model: Any
     """What the configuration's `model` made, its weights loaded; None without one."""
     outputs: Any
-    """The outputs: the open `Store`, if they went to one; otherwise their structure, each tensor with one row per sample, or reduced."""
+    """The outputs: the open `Store`, if they went to one; otherwise their structure, each tensor
+    with one row per sample, or reduced."""
     folder: Path
     """The run folder, where the report writes."""
     reduced: bool = False
     """Whether the outputs are combined over all samples."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The outputs by name, in memory, whether they are kept or reduced; from a store all of it is read.
+        """The outputs by name, in memory, whether they are kept or reduced.
 
-        A single output is called `result`, others by their place: `0`, `loss.1`, `mean.conv.weight`.
+        From a store all of it is read.
+
+        A single output is called `result`, others by their place: `0`, `loss.1`,
+        `mean.conv.weight`.
         """
         if isinstance(self.outputs, Store):
             header = self.outputs.header
-            return {spec.name: self.outputs.read(index, 0, header.samples) for index, spec in enumerate(header.outputs)}
+            return {
+                spec.name: self.outputs.read(index, 0, header.samples)
+                for index, spec in enumerate(header.outputs)
+            }
         return named(self.outputs)
 
     def rows(self) -> list[Tensor]:
@@ -80,7 +96,10 @@ class Outcome:
             ConfigError: There are no such rows: the run has reduced them.
         """
         if self.reduced:
-            raise ConfigError("reduce: the report needs the outputs of each sample, and they were reduced; leave reduce out, or the report")
+            raise ConfigError(
+                "reduce: the report needs the outputs of each sample, and they were reduced; leave "
+                "reduce out, or the report"
+            )
         return list(self.tensors().values())
 
 
@@ -95,11 +114,17 @@ class Findings:
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a pytree, each named by its place in it: `result` where there is one, `0`, `loss.1`; of a ragged one, each sample."""
+    """The tensors of a pytree, each named by its place in it.
+
+    `result` where there is one, `0`, `loss.1`; of a ragged one, each sample.
+    """
     tensors = {}
     for place, leaf in pytree.tree_flatten_with_path(tree)[0]:
         # a key of a dict, an index of a sequence, or a field: whichever this step of the place is
-        steps = [next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)) for key in place]
+        steps = [
+            next(str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind))
+            for key in place
+        ]
         name = ".".join(steps) or "result"
         if isinstance(leaf, Tensor):
             tensors[name] = leaf

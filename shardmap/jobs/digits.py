@@ -1,4 +1,7 @@
-"""The handwritten digits that scikit-learn bundles: 1,797 images of 8x8 pixels, ten classes, no download."""
+"""The handwritten digits that scikit-learn bundles.
+
+1,797 images of 8x8 pixels, ten classes, no download.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,34 @@ def load(*, flipped_fraction: Annotated[float, Bounds(0, 1)] = 0.0, flip_seed: i
     """Load the digits, with a known share of the labels made wrong.
 
     Args:
-        flipped_fraction: Share of the labels that are replaced by another class, drawn uniformly from the other nine.
+        flipped_fraction: Share of the labels that are replaced by another class, drawn uniformly
+            from the other nine.
         flip_seed: Which labels, and by what; independent of torch's own seed.
 
     Returns:
-        Columns `image` ([N, 1, 8, 8], 0 to 1), `label` (as given, perhaps flipped), `true_label`, `flipped`.
+        Columns `image` ([N, 1, 8, 8], 0 to 1), `label` (as given, perhaps flipped), `true_label`,
+        `flipped`.
     """
     bunch = require("sklearn.datasets", extra="run", purpose="to load the digits").load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0  # [N, 1, 8, 8]
     true_labels = torch.tensor(bunch.target, dtype=torch.int64)
     generator = torch.Generator().manual_seed(flip_seed)
-    chosen = torch.randperm(len(images), generator=generator)[: round(flipped_fraction * len(images))]
-    shift = torch.randint(1, CLASSES, (len(chosen),), generator=generator)  # never 0: a flipped label is a wrong one
+    chosen = torch.randperm(len(images), generator=generator)[
+        : round(flipped_fraction * len(images))
+    ]
+    shift = torch.randint(
+        1, CLASSES, (len(chosen),), generator=generator
+    )  # never 0: a flipped label is a wrong one
     labels = true_labels.clone()
     labels[chosen] = (true_labels[chosen] + shift) % CLASSES
-    return Dataset({"image": images, "label": labels, "true_label": true_labels, "flipped": labels != true_labels})
+    return Dataset(
+        {
+            "image": images,
+            "label": labels,
+            "true_label": true_labels,
+            "flipped": labels != true_labels,
+        }
+    )
 
 
 def train(
@@ -48,11 +64,14 @@ def train(
     batch_size: Annotated[int, Bounds(least=1)] = 64,
     learning_rate: Annotated[float, Bounds(above=0)] = 2e-3,
 ) -> nn.Module:
-    """Train a small convolutional network on the labels as given: plain PyTorch, nothing of shardmap in it.
+    """Train a small convolutional network on the labels as given.
+
+    Plain PyTorch, nothing of shardmap in it.
 
     Args:
         dataset: Columns `image` and `label`.
-        epochs: Passes over the data. Few, so that the network learns the digits before it learns the wrong labels by heart.
+        epochs: Passes over the data. Few, so that the network learns the digits before it learns
+            the wrong labels by heart.
         batch_size: Images per step.
         learning_rate: Of Adam.
 
@@ -81,14 +100,24 @@ def train(
                 optimizer.step()
                 total += loss.item() * len(rows)
                 correct += int((logits.argmax(1) == labels[rows]).sum())
-            logger.info("epoch %d of %d: loss %.3f, %.1f%% right", epoch, epochs, total / len(dataset), 100 * correct / len(dataset))
+            logger.info(
+                "epoch %d of %d: loss %.3f, %.1f%% right",
+                epoch,
+                epochs,
+                total / len(dataset),
+                100 * correct / len(dataset),
+            )
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: steps on 64 images of 8x8 pixels gain nothing from more, and sums keep their order on every machine."""
+    """Compute on one thread.
+
+    Steps on 64 images of 8x8 pixels gain nothing from more, and sums keep their order on every
+    machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

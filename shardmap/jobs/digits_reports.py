@@ -28,32 +28,43 @@ def suspicious_labels(
 ) -> Findings:
     """Rank the samples by how hard their given label pulls at the trained network.
 
-    A network trained for few epochs follows what most labels agree on; a wrong label then asks for a large change of the weights,
-    which is its gradient. The squared norm is the sample's influence on its own loss (TracIn's self-influence, Pruthi et al. 2020).
+    A network trained for few epochs follows what most labels agree on; a wrong label then asks for
+    a large change of the weights, which is its gradient. The squared norm is the sample's influence
+    on its own loss (TracIn's self-influence, Pruthi et al. 2020).
 
     Args:
-        outcome: Columns `image`, `label`, `true_label` and `flipped`; outputs one gradient per parameter.
-        score: `gradient_norm`: Euclidean norm. `fisher_norm`: the same with each parameter in units of its mean square gradient.
-            `class_cosine`: how far the gradient points away from those of the samples with the same given label.
+        outcome: Columns `image`, `label`, `true_label` and `flipped`; outputs one gradient per
+            parameter.
+        score: `gradient_norm`: Euclidean norm. `fisher_norm`: the same with each parameter in units
+            of its mean square gradient. `class_cosine`: how far the gradient points away from those
+            of the samples with the same given label.
         first: The share of the ranking in which the flipped labels are counted.
         top: How many samples the table and the picture show.
 
     Returns:
-        How many of the flipped labels are among the first, against chance and against a ranking by the loss alone.
+        How many of the flipped labels are among the first, against chance and against a ranking by
+        the loss alone.
 
     Raises:
         ConfigError: Some gradients are not finite, or there are none of single samples.
     """
-    images, given, true, flipped = (outcome.dataset[name] for name in ("image", "label", "true_label", "flipped"))
+    images, given, true, flipped = (
+        outcome.dataset[name] for name in ("image", "label", "true_label", "flipped")
+    )
     samples = len(images)
     with torch.no_grad():
         logits = outcome.model(images)
     predicted = logits.argmax(1)
     losses = F.cross_entropy(logits, given, reduction="none")
-    gradients = torch.cat([leaf.reshape(samples, -1) for leaf in outcome.rows()], dim=1)  # [N, parameters]
+    gradients = torch.cat(
+        [leaf.reshape(samples, -1) for leaf in outcome.rows()], dim=1
+    )  # [N, parameters]
     scores = score_gradients(gradients, given, score)
     if not bool(torch.isfinite(scores).all()):
-        raise ConfigError("model.init_args.learning_rate: training diverged, some per-sample gradients are not finite; give a smaller one")
+        raise ConfigError(
+            "model.init_args.learning_rate: training diverged, some per-sample gradients are not "
+            "finite; give a smaller one"
+        )
 
     order = scores.argsort(descending=True)
     count = max(1, round(first * samples))
@@ -74,8 +85,17 @@ def suspicious_labels(
         }
 
     write_csv(outcome.folder / "ranking.csv", table(order))
-    (outcome.folder / "suspicious.txt").write_text(format_table(table(order[:top])) + "\n", encoding="utf-8")
-    columns = {"score": scores, "loss": losses, "given": given, "predicted": predicted, "true": true, "flipped": flipped}
+    (outcome.folder / "suspicious.txt").write_text(
+        format_table(table(order[:top])) + "\n", encoding="utf-8"
+    )
+    columns = {
+        "score": scores,
+        "loss": losses,
+        "given": given,
+        "predicted": predicted,
+        "true": true,
+        "flipped": flipped,
+    }
     save_tensors(outcome.folder / "scores.safetensors", columns)
     in_top = int(flipped[order[:top]].sum())
     contact_sheet(
@@ -92,10 +112,12 @@ def suspicious_labels(
             for row in order[:top].tolist()
         ],
         title=f"The {top} most suspicious labels of {samples:,}",
-        subtitle=f"ranked by {score.replace('_', ' ')}; {in_top} of them were flipped on purpose (framed)",
+        subtitle=f"ranked by {score.replace('_', ' ')}; {in_top} of them were flipped on purpose "
+        "(framed)",
     )
     headline = (
-        f"{found} of the {wrong} flipped labels are among the first {count} ({first:.0%}) of the ranking; "
+        f"{found} of the {wrong} flipped labels are among the first {count} ({first:.0%}) of the "
+        "ranking; "
         f"chance would give {chance:.1f}, a ranking by the loss alone gives {found_by_loss}."
     )
     numbers = {
@@ -134,14 +156,16 @@ def score_gradients(gradients: Tensor, labels: Tensor, score: Score) -> Tensor:
 def sensitivity_maps(outcome: Outcome) -> Findings:
     """Show which pixels the network's decisions hang on, and check the Jacobian by what it predicts.
 
-    To first order, the nearest decision boundary lies `margin / |gradient of the margin|` away, along that gradient (DeepFool's first
-    step, Moosavi-Dezfooli et al. 2016). The check takes that step in every image, a tenth longer, and counts the decisions that change.
+    To first order, the nearest decision boundary lies `margin / |gradient of the margin|` away,
+    along that gradient (DeepFool's first step, Moosavi-Dezfooli et al. 2016). The check takes that
+    step in every image, a tenth longer, and counts the decisions that change.
 
     Args:
         outcome: Columns `image` and `true_label`; outputs the Jacobian, [N, 10, 1, 8, 8].
 
     Returns:
-        The share of decisions that change, the median distance, and the median Frobenius norm of the Jacobian.
+        The share of decisions that change, the median distance, and the median Frobenius norm of
+        the Jacobian.
 
     Raises:
         ConfigError: There are no Jacobians of single samples.
@@ -165,7 +189,14 @@ def sensitivity_maps(outcome: Outcome) -> Findings:
     norms = jacobian.flatten(1).norm(dim=1)
     save_tensors(
         outcome.folder / "scores.safetensors",
-        {"distance": distance, "jacobian_norm": norms, "predicted": predicted, "rival": rival, "true": true, "changed": changed},
+        {
+            "distance": distance,
+            "jacobian_norm": norms,
+            "predicted": predicted,
+            "rival": rival,
+            "true": true,
+            "changed": changed,
+        },
     )
     write_csv(
         outcome.folder / "ranking.csv",
@@ -188,7 +219,8 @@ def sensitivity_maps(outcome: Outcome) -> Findings:
     }
     headline = (
         f"The step that the Jacobian predicts changes {share:.1%} of the {samples:,} decisions; "
-        f"the median distance to the nearest boundary is {float(distance.median()):.2f}, the median norm of an image {size:.2f}."
+        f"the median distance to the nearest boundary is {float(distance.median()):.2f}, the "
+        f"median norm of an image {size:.2f}."
     )
     return Findings(headline, numbers)
 
@@ -198,7 +230,9 @@ def _draw_sensitivity(outcome: Outcome, jacobian: Tensor, predicted: Tensor) -> 
     figure_module = require("matplotlib.figure", extra="run", purpose="to draw pictures")
     images, true = outcome.dataset["image"], outcome.dataset["true_label"]
     figure = figure_module.Figure(figsize=(11.2, 4.5), facecolor="white")
-    figure.text(0.02, 0.965, "What the network looks at", fontsize=14, weight="bold", color=INK, va="top")
+    figure.text(
+        0.02, 0.965, "What the network looks at", fontsize=14, weight="bold", color=INK, va="top"
+    )
     note = f"Jacobian of ten logits with respect to 64 pixels, for each of {len(images):,} digits in one mapped call"
     figure.text(0.02, 0.895, note, fontsize=9, color=FAINT, va="top")
     grid = figure.subplots(3, CLASSES)
@@ -214,7 +248,9 @@ def _draw_sensitivity(outcome: Outcome, jacobian: Tensor, predicted: Tensor) -> 
         limit = float(own.abs().max()) or 1.0
         grid[0, digit].imshow(images[row, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         grid[1, digit].imshow(own.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        grid[2, digit].imshow(means[digit].numpy(), cmap="magma", vmin=0, vmax=float(means.max()) or 1.0)
+        grid[2, digit].imshow(
+            means[digit].numpy(), cmap="magma", vmin=0, vmax=float(means.max()) or 1.0
+        )
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -226,5 +262,7 @@ def _draw_sensitivity(outcome: Outcome, jacobian: Tensor, predicted: Tensor) -> 
         "all logits,\nmean of the class:\nbright is sensitive",
     )
     for axes, label in zip(grid[:, 0], labels, strict=True):
-        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5, color=INK, labelpad=8)
+        axes.set_ylabel(
+            label, rotation=0, ha="right", va="center", fontsize=8.5, color=INK, labelpad=8
+        )
     figure.savefig(outcome.folder / "sensitivity.png", dpi=150)

@@ -34,9 +34,12 @@ RESULTS = "results.zarr"
 
 
 class RunFolder:
-    """A folder that says whether it is complete: `state.json` turns from `unfinished` to `complete` when all else is written.
+    """A folder that says whether it is complete.
 
-    Use as a context manager. Leaving it by an exception, Ctrl-C included, removes what was written, unless that can be gone on with.
+    `state.json` turns from `unfinished` to `complete` when all else is written.
+
+    Use as a context manager. Leaving it by an exception, Ctrl-C included, removes what was written,
+    unless that can be gone on with.
     """
 
     def __init__(self, path: Path, made_parents: list[Path], resumed: bool):
@@ -53,7 +56,8 @@ class RunFolder:
         """Make a run folder, with its state and configuration in it from the beginning.
 
         Args:
-            output: Its path. The next free one (`NAME-2`, ...) is taken if something is there. Its parent is made if it is missing.
+            output: Its path. The next free one (`NAME-2`, ...) is taken if something is there. Its
+                parent is made if it is missing.
             configuration: The text of `config.yaml`.
 
         Raises:
@@ -75,7 +79,9 @@ class RunFolder:
                 shutil.rmtree(hidden, ignore_errors=True)
             _remove(made)
             reason = error.strerror or type(error).__name__
-            raise ConfigError(f"output: {output!r} cannot be written ({reason}); give a folder that can be made") from None
+            raise ConfigError(
+                f"output: {output!r} cannot be written ({reason}); give a folder that can be made"
+            ) from None
 
     @staticmethod
     def reopen(path: Path) -> RunFolder:
@@ -87,11 +93,17 @@ class RunFolder:
         state = state_of(path)
         assert state is not None, path
         if _alive(state):
-            raise ConfigError(f"{path}: the run is still running, as process {state['process']}; wait for it, or stop it first")
+            raise ConfigError(
+                f"{path}: the run is still running, as process {state['process']}; wait for it, or "
+                "stop it first"
+            )
         try:
             write_json(path / STATE, _running())
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); make it writable, or start the run anew elsewhere") from None
+            raise ConfigError(
+                f"{path}: cannot be written ({error.strerror}); make it writable, or start the run "
+                "anew elsewhere"
+            ) from None
         return RunFolder(path, [], resumed=True)
 
     @property
@@ -100,7 +112,10 @@ class RunFolder:
         return self.path / RESULTS
 
     def found(self) -> Store | None:
-        """The store in the folder. What was killed before it was one is removed: nothing is in it, and it would be in the way."""
+        """The store in the folder.
+
+        What was killed before it was one is removed: nothing is in it, and it would be in the way.
+        """
         try:
             return open_store(self.results)
         except StoreError:
@@ -111,7 +126,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         """Start the log, or go on with it."""
         log = self.path / "log.jsonl"
-        torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")  # killed in the middle of a line
+        torn = log.exists() and log.read_bytes()[-1:] not in (
+            b"",
+            b"\n",
+        )  # killed in the middle of a line
         self._log = log.open("a", encoding="utf-8")
         if torn:
             self._log.write("\n")
@@ -135,7 +153,11 @@ class RunFolder:
         if kind is None:
             return
         if self.keeps:
-            with contextlib.suppress(OSError):  # a full disk: the state says that a process runs which does not, and that is found out
+            with contextlib.suppress(
+                OSError
+                # a full disk: the state says that a process runs which does not, and that is found
+                # out
+            ):
                 write_json(self.path / STATE, {"state": UNFINISHED})
         else:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -143,7 +165,10 @@ class RunFolder:
 
     @property
     def keeps(self) -> bool:
-        """Whether the folder stays when the run stops: units are committed in it, or it was there before."""
+        """Whether the folder stays when the run stops.
+
+        Units are committed in it, or it was there before.
+        """
         if self.resumed:
             return True
         try:
@@ -152,19 +177,41 @@ class RunFolder:
             return False
 
     def log(self, event: str, **values: Any) -> None:
-        """Append a line to log.jsonl: the time in seconds since the epoch, the event and its values."""
+        """Append a line to log.jsonl.
+
+        The time in seconds since the epoch, the event and its values.
+        """
         if self._log is not None:
-            self._log.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
+            self._log.write(
+                json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n"
+            )
             self._log.flush()
 
     def log_event(self, event: Event) -> None:
         """Append an executor's event to log.jsonl."""
         if isinstance(event, RunStarted):
-            self.log("map started", samples=event.samples, chunks=event.chunks, devices=list(event.devices))
+            self.log(
+                "map started",
+                samples=event.samples,
+                chunks=event.chunks,
+                devices=list(event.devices),
+            )
         elif isinstance(event, ChunkDone):
-            self.log("chunk done", device=event.device, start=event.start, stop=event.stop, seconds=round(event.seconds, 4))
+            self.log(
+                "chunk done",
+                device=event.device,
+                start=event.start,
+                stop=event.stop,
+                seconds=round(event.seconds, 4),
+            )
         elif isinstance(event, ChunkRedone):
-            self.log("chunk redone", device=event.device, start=event.start, stop=event.stop, reason=event.reason)
+            self.log(
+                "chunk redone",
+                device=event.device,
+                start=event.start,
+                stop=event.stop,
+                reason=event.reason,
+            )
         elif isinstance(event, RunFinished):
             self.log("map finished", seconds=round(event.seconds, 4), redone=dict(event.redone))
 
@@ -187,7 +234,9 @@ def state_of(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())}); start the run anew") from None
+        raise ConfigError(
+            f"{file}: cannot be read ({' '.join(str(error).split())}); start the run anew"
+        ) from None
     if not isinstance(values, dict) or values.get("state") not in (UNFINISHED, COMPLETE):
         raise ConfigError(f"{file}: says neither {UNFINISHED} nor {COMPLETE}; start the run anew")
     return values
@@ -202,15 +251,25 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _running() -> dict[str, Any]:
     """The state of a run in this process."""
-    return {"state": UNFINISHED, "host": platform.node(), "process": os.getpid(), "started": psutil.Process().create_time()}
+    return {
+        "state": UNFINISHED,
+        "host": platform.node(),
+        "process": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
 
 
 def _alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that a state names runs on this machine; of another machine nobody can know."""
+    """Whether the process that a state names runs on this machine.
+
+    Of another machine nobody can know.
+    """
     if state.get("host") != platform.node() or "process" not in state:
         return False
     try:
-        return abs(psutil.Process(state["process"]).create_time() - state["started"]) < 1  # another process may have its number by now
+        return (
+            abs(psutil.Process(state["process"]).create_time() - state["started"]) < 1
+        )  # another process may have its number by now
     except psutil.Error:
         return False
 
@@ -243,13 +302,23 @@ class _JsonLines(logging.Handler):
         self._folder = folder
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._folder.log("message", source=record.name, level=record.levelname.lower(), text=record.getMessage())
+        self._folder.log(
+            "message", source=record.name, level=record.levelname.lower(), text=record.getMessage()
+        )
 
 
 def environment() -> dict[str, Any]:
     """Describe what a run ran on: versions, processor, memory, accelerators."""
     versions = {}
-    for package in ("shardmap", "torch", "numpy", "ray", "scikit-learn", "safetensors", "matplotlib"):
+    for package in (
+        "shardmap",
+        "torch",
+        "numpy",
+        "ray",
+        "scikit-learn",
+        "safetensors",
+        "matplotlib",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
@@ -259,13 +328,18 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda_devices": [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
 def save_tensors(path: Path, tree: Any) -> None:
-    """Save a pytree of tensors as safetensors, each named by its place in the tree: `result` where there is one, `0`, `loss.1`."""
+    """Save a pytree of tensors as safetensors, each named by its place in the tree.
+
+    `result` where there is one, `0`, `loss.1`.
+    """
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named(tree).items()}
     safetensors.save_file(tensors, path)

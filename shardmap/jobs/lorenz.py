@@ -1,4 +1,7 @@
-"""Lorenz's model of weather along a circle of latitude (Lorenz 1996): a flow whose Jacobians say how chaotic it is."""
+"""Lorenz's model of weather along a circle of latitude (Lorenz 1996).
+
+A flow whose Jacobians say how chaotic it is.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,8 @@ def trajectories(
         forcing: As for `flow`.
 
     Returns:
-        Columns `state` ([count * intervals, places], float64, one trajectory behind the other) and `trajectory`.
+        Columns `state` ([count * intervals, places], float64, one trajectory behind the other) and
+        `trajectory`.
     """
     x = forcing + torch.randn(count, places, dtype=torch.float64)
     states = torch.empty(count, intervals, places, dtype=torch.float64)
@@ -72,4 +76,9 @@ def trajectories(
         if interval >= 0:
             states[:, interval] = x
         x = flow(x, steps=steps, step=step, forcing=forcing)
-    return Dataset({"state": states.flatten(0, 1), "trajectory": torch.arange(count).repeat_interleave(intervals)})
+    return Dataset(
+        {
+            "state": states.flatten(0, 1),
+            "trajectory": torch.arange(count).repeat_interleave(intervals),
+        }
+    )

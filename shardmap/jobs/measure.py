@@ -21,9 +21,10 @@ EVERY_SECONDS = 0.01
 class Peaks:
     """Measures, inside its context, the most memory in use on each device above what was in use before.
 
-    The process's own record says it exactly where the map has set it. Where something before has used more, training for example, it is the
-    largest of what was in use every hundredth of a second: a peak that is shorter may be missed. Memory that the process had used and freed
-    before, and takes again, is not seen on a CPU.
+    The process's own record says it exactly where the map has set it. Where something before has
+    used more, training for example, it is the largest of what was in use every hundredth of a
+    second: a peak that is shorter may be missed. Memory that the process had used and freed before,
+    and takes again, is not seen on a CPU.
     """
 
     def __init__(self, devices: Iterable[str]):
@@ -52,7 +53,9 @@ class Peaks:
         for name, (used, most) in self._read().items():
             if name in self._before:
                 before, record = self._before[name]
-                self.peak_bytes[name] = max(0, (most if most > record else max(self._most[name], used)) - before)
+                self.peak_bytes[name] = max(
+                    0, (most if most > record else max(self._most[name], used)) - before
+                )
 
     def _watch(self) -> None:
         while not self._over.wait(EVERY_SECONDS):
@@ -64,7 +67,9 @@ class Peaks:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def measured(events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapping[str, str]) -> dict[str, Any]:
+def measured(
+    events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapping[str, str]
+) -> dict[str, Any]:
     """What `measured.json` holds.
 
     Args:
@@ -73,14 +78,20 @@ def measured(events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapp
         lanes: The device of each lane that was planned.
 
     Returns:
-        Seconds of the map, tasks that were handed out again, and for each lane its chunks as they were completed, their seconds together,
-        and the peak of its device, which lanes of one device share.
+        Seconds of the map, tasks that were handed out again, and for each lane its chunks as they
+        were completed, their seconds together, and the peak of its device, which lanes of one
+        device share.
     """
     chunks: dict[str, list[dict[str, Any]]] = {name: [] for name in lanes}
     seconds, redone, outermost = 0.0, collections.Counter[str](), Outermost()
     for event in filter(outermost, events):
         if isinstance(event, ChunkDone):
-            values = {"start": event.start, "stop": event.stop, "seconds": round(event.seconds, 6), "at": round(event.at, 6)}
+            values = {
+                "start": event.start,
+                "stop": event.stop,
+                "seconds": round(event.seconds, 6),
+                "at": round(event.at, 6),
+            }
             chunks.setdefault(event.device, []).append(values)
         elif isinstance(event, RunFinished):
             seconds += event.seconds
@@ -88,7 +99,9 @@ def measured(events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapp
     return {
         "seconds": round(seconds, 6),
         "redone": dict(redone),
-        "samples": sum(chunk["stop"] - chunk["start"] for lane in chunks.values() for chunk in lane),
+        "samples": sum(
+            chunk["stop"] - chunk["start"] for lane in chunks.values() for chunk in lane
+        ),
         "lanes": {
             name: {
                 "seconds": round(sum(chunk["seconds"] for chunk in done), 6),
@@ -101,7 +114,10 @@ def measured(events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapp
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
-    """What `plan.json` holds: the call, and for each lane what it is expected to do; `explain` is the text of `plan.txt`."""
+    """What `plan.json` holds: the call, and for each lane what it is expected to do.
+
+    `explain` is the text of `plan.txt`.
+    """
     return {
         "call": plan._job.call,
         "samples": plan.samples,

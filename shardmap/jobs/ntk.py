@@ -1,4 +1,7 @@
-"""The empirical neural tangent kernel of a small convolutional network: what it knows before it learns."""
+"""The empirical neural tangent kernel of a small convolutional network.
+
+What it knows before it learns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from shardmap.jobs.config import Bounds
 
 
 class Network(nn.Sequential):
-    """Two convolutions and a linear layer for digits of 8x8 pixels, as PyTorch initialises them; takes one image, or a batch.
+    """Two convolutions and a linear layer for digits of 8x8 pixels, as PyTorch initialises them.
+
+    Takes one image, or a batch.
 
     Args:
         width: Channels of the convolutions.

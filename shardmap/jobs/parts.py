@@ -1,4 +1,7 @@
-"""What a run maps: the samples and the model, made as the configuration says, and the function of one sample."""
+"""What a run maps.
+
+The samples and the model, made as the configuration says, and the function of one sample.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,11 @@ class Parts:
     columns: list[Tensor | Column | Ragged]
     """What is mapped, in the order of the function's parameters."""
     call: Callable[..., Any]
-    """What `function` names with its arguments bound, or what it constructs; the model where there is no function."""
+    """What `function` names with its arguments bound, or what it constructs; the model where
+    there is no function."""
     leading: tuple[Any, ...]
-    """What `call` gets before a sample's values of the columns: the model, if there is one beside the function."""
+    """What `call` gets before a sample's values of the columns: the model, if there is one
+    beside the function."""
     loss: Callable[..., Any] | None
     """Of the module's output and the columns that follow the first."""
     name: str
@@ -47,7 +52,10 @@ class Parts:
 
     @property
     def ragged(self) -> bool:
-        """Whether samples have shapes of their own: each shape is a map by itself, so there is no plan, and no store."""
+        """Whether samples have shapes of their own.
+
+        Each shape is a map by itself, so there is no plan, and no store.
+        """
         return any(isinstance(column, Ragged) for column in self.columns)
 
     def head(self, rows: int) -> Parts:
@@ -57,7 +65,9 @@ class Parts:
             if isinstance(column, Ragged):
                 columns.append(Ragged(column.samples[:rows]))
             else:
-                columns.append(column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows))
+                columns.append(
+                    column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows)
+                )
         return dataclasses.replace(self, columns=columns)
 
     @property
@@ -72,7 +82,10 @@ class Parts:
 
     @property
     def detached(self) -> Callable[..., Any]:
-        """The same without a history: outputs end in files, so no chunk needs a graph, and other processes can compute them."""
+        """The same without a history.
+
+        Outputs end in files, so no chunk needs a graph, and other processes can compute them.
+        """
         function = self.one_sample
 
         @functools.wraps(function)
@@ -91,7 +104,9 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         ConfigError: What they return, or a column, is not what is needed.
     """
     config = run.config
-    state = None if config.weights is None else weights.read(config.weights)  # before what takes longer
+    state = (
+        None if config.weights is None else weights.read(config.weights)
+    )  # before what takes longer
     dataset = _samples(run)
     names = list(dataset.columns) if config.columns is None else config.columns
     columns = _pick_columns(dataset, config.columns)
@@ -101,14 +116,18 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         module = model if run.model is not None else call
         if not isinstance(module, nn.Module):
             raise ConfigError(
-                f"weights: {config.weights!r} is for a torch.nn.Module, and what was made is a {type(module).__name__}; name a module, or "
+                f"weights: {config.weights!r} is for a torch.nn.Module, and what was made is a "
+                f"{type(module).__name__}; name a module, or "
                 "leave weights out"
             )
         weights.load(module, state, config.weights)
     loss = None if run.loss is None else _loss(run.loss)
     parts = Parts(dataset, model, columns, call, leading, loss, name)
     if parts.ragged and config.store is not None:
-        raise ConfigError(f"store: {config.store!r}, and samples are a shardmap.Ragged: rows of a store have one shape; leave store out")
+        raise ConfigError(
+            f"store: {config.store!r}, and samples are a shardmap.Ragged: rows of a store have one "
+            "shape; leave store out"
+        )
     _check_task(config, parts, names)
     what = "" if config.task == "vmap" else f"{config.task} of "
     named = config.function or config.model
@@ -132,13 +151,20 @@ def check_machine(config: RunConfig) -> None:
         except DeviceError as error:
             raise ConfigError(str(error)) from error
     if config.memory_budget is not None and parse_bytes(config.memory_budget) is None:
-        raise ConfigError(f"memory_budget: {config.memory_budget!r} is no amount of memory; write for example 6GiB or 512 MiB")
+        raise ConfigError(
+            f"memory_budget: {config.memory_budget!r} is no amount of memory; write for example "
+            "6GiB or 512 MiB"
+        )
 
 
 def map_options(run: BoundRun) -> MapOptions:
     """The options of `shardmap.vmap` that a configuration gives, but for its store."""
     config = run.config
-    devices = shardmap.Ray(workers=config.workers) if config.devices == "ray" and config.workers is not None else config.devices
+    devices = (
+        shardmap.Ray(workers=config.workers)
+        if config.devices == "ray" and config.workers is not None
+        else config.devices
+    )
     return {
         "devices": devices,
         "randomness": config.randomness,
@@ -163,13 +189,17 @@ def _samples(run: BoundRun) -> Dataset:
         return Dataset.of(dataset)
     if not isinstance(dataset, Dataset):
         raise ConfigError(
-            f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a shardmap.jobs.Dataset or a shardmap.Source"
+            f"data.path: {config.data.path!r} returned a {type(dataset).__name__}; return a "
+            "shardmap.jobs.Dataset or a shardmap.Source"
         )
     return dataset
 
 
 def _made(call: BoundCall, *leading: Any) -> Any:
-    """Call a function, or construct a class; a module that is constructed here is put into eval mode, as nobody else can."""
+    """Call a function, or construct a class.
+
+    A module that is constructed here is put into eval mode, as nobody else can.
+    """
     if not call.is_class:
         return call(*leading[: call.leading])
     made = call()
@@ -182,15 +212,25 @@ def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any,
         if not callable(model):
             assert run.config.model is not None
             path, kind = run.config.model.path, type(model).__name__
-            raise ConfigError(f"model.path: {path!r} returned a {kind}, which cannot be called; name a function for it, function: ...")
-        return model, (), type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
+            raise ConfigError(
+                f"model.path: {path!r} returned a {kind}, which cannot be called; name a function "
+                "for it, function: ..."
+            )
+        return (
+            model,
+            (),
+            type(model).__name__
+            if isinstance(model, nn.Module)
+            else getattr(model, "__name__", type(model).__name__),
+        )
     leading = () if run.model is None else (model,)
     if run.function.is_class:
         made = _made(run.function)
         if not callable(made):
             assert run.config.function is not None
             raise ConfigError(
-                f"function.path: what {run.config.function.path!r} constructs cannot be called; give it a __call__, or a function"
+                f"function.path: what {run.config.function.path!r} constructs cannot be called; "
+                "give it a __call__, or a function"
             )
         return made, leading, type(made).__name__
     function = run.function.function
@@ -206,49 +246,76 @@ def _loss(call: BoundCall) -> Callable[..., Any]:
 
 def _pick_columns(dataset: Dataset, names: list[str] | None) -> list[Tensor | Column | Ragged]:
     if names == []:
-        raise ConfigError(f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave the key out")
+        raise ConfigError(
+            f"columns: [] is empty; name at least one of {', '.join(dataset.columns)}, or leave "
+            "the key out"
+        )
     for name in names or ():
         if name not in dataset.columns:
-            raise ConfigError(f"columns: {name!r} is not in the data; known: {', '.join(dataset.columns)}")
+            raise ConfigError(
+                f"columns: {name!r} is not in the data; known: {', '.join(dataset.columns)}"
+            )
     return [dataset.columns[name] for name in (dataset.columns if names is None else names)]
 
 
 def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
     """Refuse columns and parts that do not fit the task, in the configuration's own words."""
     if config.task == "hvp" and len(names) < 2:
-        raise ConfigError(f"columns: {', '.join(names)} is one, and task: hvp takes the vectors as a last one; name it")
+        raise ConfigError(
+            f"columns: {', '.join(names)} is one, and task: hvp takes the vectors as a last one; "
+            "name it"
+        )
     arguments = names[:-1] if config.task == "hvp" else names
     for number in config.argnums if isinstance(config.argnums, list) else [config.argnums]:
         if not 0 <= number < len(arguments):
-            told = f"the function's columns are {', '.join(arguments)}: give 0 to {len(arguments) - 1}"
+            told = (
+                f"the function's columns are {', '.join(arguments)}: give 0 to {len(arguments) - 1}"
+            )
             raise ConfigError(f"argnums: {number} is out of range; {told}")
-    if config.task == "per_sample_grad" and parts.loss is not None and not isinstance(parts.call, nn.Module):
+    if (
+        config.task == "per_sample_grad"
+        and parts.loss is not None
+        and not isinstance(parts.call, nn.Module)
+    ):
         raise ConfigError(
-            f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and {parts.name} is none; name a torch.nn.Module, "
+            f"loss: {config.loss.path if config.loss else ''!r} is of a module's output, and "
+            f"{parts.name} is none; name a torch.nn.Module, "
             "or a function of parameters without loss"
         )
-    if config.task == "per_sample_grad" and parts.loss is None and isinstance(parts.model, nn.Module):
+    if (
+        config.task == "per_sample_grad"
+        and parts.loss is None
+        and isinstance(parts.model, nn.Module)
+    ):
         raise ConfigError(
-            f"function: {parts.name} gets its parameters from model, and that is a module; give loss: package.module.name instead of "
+            f"function: {parts.name} gets its parameters from model, and that is a module; give "
+            "loss: package.module.name instead of "
             "function, or let model return a tensor or a dict of tensors"
         )
     if config.task == "per_sample_grad" and parts.loss is not None:
         _check_call(parts.call, ("columns",), names[:1])
         _check_call(parts.loss, ("columns", "loss"), ["the output", *names[1:]])
     else:
-        _check_call(parts.call, ("columns", "function"), [*["the model"] * len(parts.leading), *arguments])
+        _check_call(
+            parts.call, ("columns", "function"), [*["the model"] * len(parts.leading), *arguments]
+        )
 
 
 def _check_call(function: Callable[..., Any], keys: tuple[str, ...], given: list[str]) -> None:
     """Refuse a function that cannot be called with what it would be given."""
     try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+        signature = inspect.signature(
+            function.forward if isinstance(function, nn.Module) else function
+        )
     except (ValueError, TypeError):  # written in C: it says itself what it misses
         return
     try:
         signature.bind(*given)
     except TypeError as error:
-        name = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", type(function).__name__)
+        name = getattr(function, "__name__", None) or getattr(
+            getattr(function, "func", None), "__name__", type(function).__name__
+        )
         raise ConfigError(
-            f"{keys[0]}: {name}{signature} is called with {', '.join(given)}: {error}; name other {' or another '.join(keys)}"
+            f"{keys[0]}: {name}{signature} is called with {', '.join(given)}: {error}; name other "
+            f"{' or another '.join(keys)}"
         ) from None

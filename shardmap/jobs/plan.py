@@ -1,4 +1,7 @@
-"""What a run would do, without running it: its plan on this machine, and a forecast for a cluster."""
+"""What a run would do, without running it.
+
+Its plan on this machine, and a forecast for a cluster.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,21 @@ MEASURED_BYTES = 256 << 20
 
 
 def plan(
-    run: BoundRun, *, workers: int | None = None, measure: bool = False, say: Callable[[str], None] = lambda text: None
+    run: BoundRun,
+    *,
+    workers: int | None = None,
+    measure: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, Forecast | None]:
     """Plan a run's map for the devices of this machine, and forecast it for a cluster of such machines.
 
-    Data and model are made as for the run; of the map, at most three samples are computed, or some seconds' worth to measure.
+    Data and model are made as for the run; of the map, at most three samples are computed, or some
+    seconds' worth to measure.
 
     Args:
         run: The configuration with its import paths resolved.
-        workers: How many workers to forecast for; by default the configuration's, if it names Ray's.
+        workers: How many workers to forecast for; by default the configuration's, if it names
+            Ray's.
         measure: Whether to compute some samples, so that seconds are no guess.
         say: Receives the plan and the forecast.
 
@@ -38,7 +47,11 @@ def plan(
         ConfigError: The configuration turned out wrong once the data was there.
     """
     workers = workers or run.config.workers
-    config = dataclasses.replace(run.config, devices="auto", workers=None) if run.config.devices == "ray" else run.config
+    config = (
+        dataclasses.replace(run.config, devices="auto", workers=None)
+        if run.config.devices == "ray"
+        else run.config
+    )
     options = map_options(dataclasses.replace(run, config=config))
     check_machine(config)
     with one_seed(config.seed):
@@ -51,7 +64,10 @@ def plan(
     if run.config.stored:
         say(_to_store(planned, config))
     if run.config.devices == "ray" and workers is None:
-        say("The plan is of this machine: how many workers Ray has is known when it runs; --workers N forecasts for N of them.")
+        say(
+            "The plan is of this machine: how many workers Ray has is known when it runs; "
+            "--workers N forecasts for N of them."
+        )
     if workers is None:
         return planned, None
     found = forecast(_workload(planned, config, workers, run.config.store is not None), workers)
@@ -62,7 +78,14 @@ def plan(
 def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
     """Compute some samples; a plan that is made after it knows how long they took."""
     most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
-    rows = max(2, min(int(MEASURED_SECONDS * planned.samples / max(planned.seconds, 1e-9)), most, planned.samples))
+    rows = max(
+        2,
+        min(
+            int(MEASURED_SECONDS * planned.samples / max(planned.seconds, 1e-9)),
+            most,
+            planned.samples,
+        ),
+    )
     tasks.planned(parts.head(rows), config, options).run()
 
 
@@ -92,6 +115,7 @@ def _to_store(planned: Plan, config: RunConfig) -> str:
     place = config.store or f"{RESULTS} in the run folder"
     each, most, whole = (format_bytes(rows * row) for rows in (unit, held, planned.samples))
     return (
-        f"\nOutputs go to {place}, {units} units of {unit} rows, {each} each: memory holds {most} of them at most, where the table "
+        f"\nOutputs go to {place}, {units} units of {unit} rows, {each} each: memory holds {most} "
+        "of them at most, where the table "
         f"counts all {whole}."
     )

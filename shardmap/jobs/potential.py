@@ -30,7 +30,8 @@ def mueller_brown(point: Tensor) -> Tensor:
         point: [2], or [..., 2] for many.
 
     Returns:
-        A number, or [...]: sum of A exp(a dx^2 + b dx dy + c dy^2) over four terms, dx and dy from the term's centre.
+        A number, or [...]: sum of A exp(a dx^2 + b dx dy + c dy^2) over four terms, dx and dy from
+        the term's centre.
     """
     total = point.new_zeros(point.shape[:-1])
     for strength, (a, b, c), (x, y) in zip(STRENGTHS, BENDS, CENTRES, strict=True):
@@ -75,7 +76,9 @@ def train(
     samples: Annotated[int, Bounds(least=1)] = 1000,
     rounds: Annotated[int, Bounds(least=0)] = 400,
 ) -> nn.Module:
-    """Learn the potential from energies and forces at points that the dataset does not hold: plain PyTorch.
+    """Learn the potential from energies and forces at points that the dataset does not hold.
+
+    Plain PyTorch.
 
     Args:
         dataset: Not looked at: what the network is tried on stays new to it.
@@ -84,13 +87,18 @@ def train(
         rounds: Iterations of L-BFGS.
 
     Returns:
-        The network, in double precision; it takes one point ([2]) or many ([N, 2]) and returns energies with a last dimension of 1.
+        The network, in double precision; it takes one point ([2]) or many ([N, 2]) and returns
+        energies with a last dimension of 1.
     """
-    model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    model = nn.Sequential(
+        nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+    ).double()
     place = points(count=samples)["point"].requires_grad_()
     (slope,) = torch.autograd.grad(mueller_brown(place).sum(), place)
     energy, place = mueller_brown(place).detach(), place.detach().requires_grad_()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=max(1, rounds), history_size=50, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=max(1, rounds), history_size=50, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -104,7 +112,12 @@ def train(
         optimizer.step(closure)  # pyright: ignore[reportArgumentType]  LBFGS takes a closure that returns a tensor; its stub says float
     with torch.no_grad():
         error = (model(place).squeeze(-1) - energy).square().mean().sqrt()
-    logger.info("%d points: energies within %.4f (root mean square), of a spread of %.3f", samples, float(error), float(energy.std()))
+    logger.info(
+        "%d points: energies within %.4f (root mean square), of a spread of %.3f",
+        samples,
+        float(error),
+        float(energy.std()),
+    )
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
 

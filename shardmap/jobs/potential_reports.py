@@ -1,4 +1,7 @@
-"""Report on a learned potential: are its second derivatives those of the potential that it was learned from?"""
+"""Report on a learned potential.
+
+Are its second derivatives those of the potential that it was learned from?
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from shardmap.jobs.report import FAINT, INK
 def curvature(outcome: Outcome) -> Findings:
     """Compare the learned potential's Hessian with the one that calculus gives.
 
-    The network has seen energies and forces only; its second derivatives are what it makes of them, and decide how a molecule vibrates and
-    at which rate it crosses a pass.
+    The network has seen energies and forces only; its second derivatives are what it makes of them,
+    and decide how a molecule vibrates and at which rate it crosses a pass.
 
     Args:
         outcome: Column `point`; outputs the Hessian of the learned energy, [N, 2, 2].
@@ -33,13 +36,19 @@ def curvature(outcome: Outcome) -> Findings:
     place = outcome.dataset["point"]
     exact = mueller_brown_hessian(place)
     if not bool(torch.isfinite(learned).all()):
-        raise ConfigError("model.init_args.rounds: training diverged, some second derivatives are not finite; give fewer")
+        raise ConfigError(
+            "model.init_args.rounds: training diverged, some second derivatives are not finite; "
+            "give fewer"
+        )
     laplacian, expected = (h.diagonal(dim1=1, dim2=2).sum(1) for h in (learned, exact))
     error = float((laplacian - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     down, should = ((torch.linalg.eigvalsh(h) < 0).sum(1) for h in (learned, exact))
     same = float((down == should).double().mean())
     lopsided = float((learned - learned.mT).abs().max() / learned.abs().max())
-    save_tensors(outcome.folder / "curvature.safetensors", {"point": place, "laplacian": laplacian, "expected": expected})
+    save_tensors(
+        outcome.folder / "curvature.safetensors",
+        {"point": place, "laplacian": laplacian, "expected": expected},
+    )
     _draw(outcome, laplacian, expected)
     numbers = {
         "laplacian_relative_error": round(error, 6),
@@ -48,7 +57,8 @@ def curvature(outcome: Outcome) -> Findings:
         "asymmetry": lopsided,
     }
     headline = (
-        f"The Laplacian of the learned potential is off by {error:.2%} (root mean square) at {len(place):,} new points; as many directions "
+        f"The Laplacian of the learned potential is off by {error:.2%} (root mean square) at "
+        f"{len(place):,} new points; as many directions "
         f"bend down as should at {same:.1%} of them."
     )
     return Findings(headline, numbers)
@@ -56,10 +66,16 @@ def curvature(outcome: Outcome) -> Findings:
 
 def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> None:
     """The Laplacian by calculus, the learned one, and their difference, as maps."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(figsize=(11.4, 4.5), facecolor="white")
+    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
+        figsize=(11.4, 4.5), facecolor="white"
+    )
     panels: Any = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.05, right=0.95, top=0.77, bottom=0.09, wspace=0.25)
-    place, most, gap = outcome.dataset["point"], float(expected.abs().quantile(0.98)), laplacian - expected
+    place, most, gap = (
+        outcome.dataset["point"],
+        float(expected.abs().quantile(0.98)),
+        laplacian - expected,
+    )
     for axes, values, limit, title in zip(
         panels,
         (expected, laplacian, gap),
@@ -68,14 +84,31 @@ def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> 
         strict=True,
     ):
         drawn = axes.scatter(
-            place[:, 0].numpy(), place[:, 1].numpy(), c=values.numpy(), s=5, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0
+            place[:, 0].numpy(),
+            place[:, 1].numpy(),
+            c=values.numpy(),
+            s=5,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            linewidths=0,
         )
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.tick_params(colors=FAINT, labelsize=8)
         for spine in axes.spines.values():
             spine.set(color="#d5d8df")
-        figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.02).ax.tick_params(labelsize=8, colors=FAINT)
-    figure.text(0.05, 0.955, "Laplacian of Mueller and Brown's potential", fontsize=13, color=INK, weight="bold", va="top")
+        figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.02).ax.tick_params(
+            labelsize=8, colors=FAINT
+        )
+    figure.text(
+        0.05,
+        0.955,
+        "Laplacian of Mueller and Brown's potential",
+        fontsize=13,
+        color=INK,
+        weight="bold",
+        va="top",
+    )
     note = "red: bends up, a valley; blue: bends down; trace of the Hessian of a network, for all points in one mapped call"
     figure.text(0.05, 0.885, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(outcome.folder / "laplacian.png", dpi=150)

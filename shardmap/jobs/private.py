@@ -10,13 +10,15 @@ import torch
 def epsilon(steps: int, noise: float, delta: float) -> float:
     """The epsilon that `steps` noised sums over all samples spend at `delta`.
 
-    A sum to which each sample adds at most 1, with Gaussian noise of standard deviation `noise`, is 1/noise-GDP; `steps` of them are
-    exactly as private as one with mu = sqrt(steps) / noise (Gaussian differential privacy: Dong, Roth and Su 2022, corollaries 1 and 2):
+    A sum to which each sample adds at most 1, with Gaussian noise of standard deviation `noise`, is
+    1/noise-GDP; `steps` of them are exactly as private as one with mu = sqrt(steps) / noise
+    (Gaussian differential privacy: Dong, Roth and Su 2022, corollaries 1 and 2):
 
         delta = Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2)
 
     Args:
-        steps: How many sums are released, each over all samples: there is no amplification by subsampling in this.
+        steps: How many sums are released, each over all samples: there is no amplification by
+            subsampling in this.
         noise: Standard deviation, in units of the clipping norm.
         delta: With which probability the bound may fail, above 0 and below 1.
 
@@ -27,7 +29,9 @@ def epsilon(steps: int, noise: float, delta: float) -> float:
 
     def spent(epsilon: float) -> float:
         """The delta that goes with an epsilon; it falls as epsilon grows."""
-        tails = torch.special.log_ndtr(torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.float64))
+        tails = torch.special.log_ndtr(
+            torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.float64)
+        )
         return math.exp(float(tails[0])) - math.exp(epsilon + float(tails[1]))
 
     if spent(0.0) <= delta:

@@ -41,7 +41,10 @@ class Stopped:
             return
         if told := differing(self.before.identity(), config.identity()):
             again = self.folder / "config.yaml"
-            raise ConfigError(f"{self.folder}: holds another run. Keys that differ: {told}; start that one by `shardmap run {again}`")
+            raise ConfigError(
+                f"{self.folder}: holds another run. Keys that differ: {told}; start that one by "
+                f"`shardmap run {again}`"
+            )
 
     def partly(self) -> bool:
         """Whether there is a store to go on with."""
@@ -74,7 +77,10 @@ def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
     store = opened(place)
     config = configuration_of(store, overrides)
     if config is None:
-        raise ConfigError(f"{store.url} was not written by a configured run; call shardmap.vmap as it was called, with resume=True")
+        raise ConfigError(
+            f"{store.url} was not written by a configured run; call shardmap.vmap as it was "
+            "called, with resume=True"
+        )
     return Stopped(dataclasses.replace(config, resume=True), unfinished_folder(store, config))
 
 
@@ -89,8 +95,17 @@ def store_in(place: str) -> Store:
         return opened(place)
     config = load(path / "config.yaml")
     if not config.stored or _gathered(path):
-        why = "reduced" if config.reduce is not None else "gathered in memory" if config.save_outputs else "not kept"
-        raise ConfigError(f"{place}: its outputs were {why}, and are in no store, so nothing can be compared; run it again")
+        why = (
+            "reduced"
+            if config.reduce is not None
+            else "gathered in memory"
+            if config.save_outputs
+            else "not kept"
+        )
+        raise ConfigError(
+            f"{place}: its outputs were {why}, and are in no store, so nothing can be compared; "
+            "run it again"
+        )
     return opened(config.store or str(path / RESULTS))
 
 
@@ -110,21 +125,30 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
     for word in overrides:
         key = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and key in PLACES:
-            raise ConfigError(f"{word}: {path} is gone on with where it is, and so are its outputs; leave --{key} out")
+            raise ConfigError(
+                f"{word}: {path} is gone on with where it is, and so are its outputs; leave "
+                f"--{key} out"
+            )
     before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
     state = state_of(path)
     complete = state is not None and state["state"] == COMPLETE
     if complete and before.stored and not _gathered(path):
         complete = not opened(before.store or str(path / RESULTS)).missing()
     if complete and overrides:
-        raise ConfigError(f"{path}: is complete, so {overrides[0]} changes nothing; start it anew by `shardmap run {path / 'config.yaml'}`")
+        raise ConfigError(
+            f"{path}: is complete, so {overrides[0]} changes nothing; start it anew by `shardmap "
+            f"run {path / 'config.yaml'}`"
+        )
     if config.store is not None:
         config = dataclasses.replace(config, resume=True)
     return Stopped(config, path, complete, before)
 
 
 def _gathered(path: Path) -> bool:
-    """Whether a folder's outputs were kept in memory, and then saved: those of samples of unequal shapes are."""
+    """Whether a folder's outputs were kept in memory, and then saved.
+
+    Those of samples of unequal shapes are.
+    """
     return (path / "outputs.safetensors").exists()
 
 
@@ -135,7 +159,10 @@ def unfinished_folder(store: Store, config: RunConfig) -> Path | None:
         store: Where its outputs go.
         config: The run as it is to go on.
     """
-    named, begun = store.header.attributes.get("run"), store.header.attributes.get("configuration", {})
+    named, begun = (
+        store.header.attributes.get("run"),
+        store.header.attributes.get("configuration", {}),
+    )
     if not isinstance(named, str) or begun.get("output") != config.output:
         return None
     path = Path(named)

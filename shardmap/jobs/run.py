@@ -1,4 +1,7 @@
-"""Carry out a run: load the data, make the model, map the function, report, and leave a complete folder."""
+"""Carry out a run.
+
+Load the data, make the model, map the function, report, and leave a complete folder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ from shardmap import Plan, Store
 from shardmap.errors import ConfigError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.config import BoundRun, RunConfig, to_yaml
-from shardmap.jobs.folder import COMPLETE, RunFolder, environment, one_seed, save_tensors, state_of, write_json
+from shardmap.jobs.folder import (
+    COMPLETE,
+    RunFolder,
+    environment,
+    one_seed,
+    save_tensors,
+    state_of,
+    write_json,
+)
 from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
 from shardmap.jobs.resume import unfinished_folder
@@ -53,7 +64,8 @@ def execute(
     """Carry out a run.
 
     Args:
-        run: The configuration with its import paths resolved, as `shardmap.jobs.config.bind` returns it.
+        run: The configuration with its import paths resolved, as `shardmap.jobs.config.bind`
+            returns it.
         folder: A folder to go on in; by default a new one is made.
         say: Receives what a person wants to read: the plan, the findings.
         listener: Receives the events of the map while it works, for a progress bar.
@@ -62,7 +74,8 @@ def execute(
         The run folder and what the report found; None without a report.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there. Nothing is left behind, but for committed units.
+        ConfigError: The configuration turned out wrong once the data was there. Nothing is left
+            behind, but for committed units.
         StoreMismatchError: The store that is to be gone on with holds another run.
         RunInterrupted: Ctrl-C, and committed units are left in the folder.
     """
@@ -80,12 +93,15 @@ def execute(
     except ConfigError as error:
         if folder.path.exists() and not folder.resumed:
             raise ConfigError(
-                f"{error}; what is computed stays, and `shardmap resume {folder.path} --key value` goes on with it"
+                f"{error}; what is computed stays, and `shardmap resume {folder.path} --key value` "
+                "goes on with it"
             ) from error
         raise
     except Exception:
         if folder.path.exists():
-            logger.warning("what is computed stays, and `shardmap resume %s` goes on with it", folder.path)
+            logger.warning(
+                "what is computed stays, and `shardmap resume %s` goes on with it", folder.path
+            )
         raise
 
 
@@ -98,18 +114,31 @@ def _folder(config: RunConfig, found: Store | None, say: Callable[[str], None]) 
     if folder.path != Path(config.output):
         there = state_of(Path(config.output))
         stopped = there is not None and there["state"] != COMPLETE
-        hint = f", a run that has not ended; `shardmap resume {config.output}` goes on with it" if stopped else ""
+        hint = (
+            f", a run that has not ended; `shardmap resume {config.output}` goes on with it"
+            if stopped
+            else ""
+        )
         say(f"run folder {folder.path}: there is {config.output} already{hint}")
     return folder
 
 
 def _carry_out(
-    run: BoundRun, folder: RunFolder, found: Store | None, say: Callable[[str], None], listener: Callable[[Event], None]
+    run: BoundRun,
+    folder: RunFolder,
+    found: Store | None,
+    say: Callable[[str], None],
+    listener: Callable[[Event], None],
 ) -> tuple[Path, Findings | None]:
     config, began = run.config, time.perf_counter()
     named = config.function or config.model
     assert named is not None
-    folder.log("resumed" if folder.resumed else "started", task=config.task, function=named.path, output=str(folder.path))
+    folder.log(
+        "resumed" if folder.resumed else "started",
+        task=config.task,
+        function=named.path,
+        output=str(folder.path),
+    )
     (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     write_json(folder.path / "environment.json", environment())
     parts = load_parts(run, say)
@@ -120,8 +149,13 @@ def _carry_out(
     outputs, redone = _mapped(folder, work, listener)
     if config.save_outputs and not isinstance(outputs, Store):
         save_tensors(folder.path / "outputs.safetensors", outputs)
-    findings = _report(run, Outcome(parts.dataset, parts.model, outputs, folder.path, config.reduce is not None))
-    summary: dict[str, Any] = {"samples": len(parts.dataset), "seconds": round(time.perf_counter() - began, 3)}
+    findings = _report(
+        run, Outcome(parts.dataset, parts.model, outputs, folder.path, config.reduce is not None)
+    )
+    summary: dict[str, Any] = {
+        "samples": len(parts.dataset),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
     if redone:
         summary["redone"] = redone
     if isinstance(outputs, Store):
@@ -137,7 +171,9 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
     sink = sink_of(config, folder.path) if config.stored and not parts.ragged else None
     if sink is not None and config.store is None:
         found = folder.found()
-    plan = None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
+    plan = (
+        None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
+    )
     if sink is None:
         text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
         if parts.ragged:
@@ -145,7 +181,11 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
     again = config.resume or config.store is None
     work = mapped(parts, config, {**options, "out": sink, "resume": again})
-    there = "" if found is None else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
+    there = (
+        ""
+        if found is None
+        else f"; {len(found.receipts())} of {found.header.units} units are there, and stay"
+    )
 
     def into_store() -> Store:
         try:
@@ -158,13 +198,22 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
 
 
 def _write_plan(folder: Path, work: _Map, samples: int) -> None:
-    values = {"samples": samples, "lanes": [], "explain": work.text} if work.plan is None else predicted(work.plan)
+    values = (
+        {"samples": samples, "lanes": [], "explain": work.text}
+        if work.plan is None
+        else predicted(work.plan)
+    )
     (folder / "plan.txt").write_text(values["explain"] + "\n", encoding="utf-8")
     write_json(folder / "plan.json", values)
 
 
-def _mapped(folder: RunFolder, work: _Map, listener: Callable[[Event], None]) -> tuple[Any, dict[str, int]]:
-    """Run the map; what it took is written down. Its outputs, and how many chunks were handed out again, by cause."""
+def _mapped(
+    folder: RunFolder, work: _Map, listener: Callable[[Event], None]
+) -> tuple[Any, dict[str, int]]:
+    """Run the map; what it took is written down.
+
+    Its outputs, and how many chunks were handed out again, by cause.
+    """
     events: list[Event] = []
 
     def observe(event: Event) -> None:

@@ -1,4 +1,8 @@
-"""A run's store: made as its configuration says, with that configuration inside, so that it can be gone on with and verified alone."""
+"""A run's store.
+
+Made as its configuration says, with that configuration inside, so that it can be gone on with and
+verified alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,9 @@ SINKS = {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}
 
 
 def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
-    """The sink of a run's outputs; its store keeps the configuration, its hash, the versions, and the run folder.
+    """The sink of a run's outputs.
+
+    Its store keeps the configuration, its hash, the versions, and the run folder.
 
     Args:
         config: The run; it has a store.
@@ -35,7 +41,12 @@ def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
         place = str(folder / RESULTS)
     assert named is not None
     values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    attributes = {"function": named.path, "configuration": values, "configuration_hash": config.digest(), "versions": versions()}
+    attributes = {
+        "function": named.path,
+        "configuration": values,
+        "configuration_hash": config.digest(),
+        "versions": versions(),
+    }
     if folder is not None:
         attributes["run"] = str(folder.absolute())
     return SINKS[config.store_kind](place, attributes=attributes)
@@ -71,10 +82,14 @@ def check_store(config: RunConfig) -> Store | None:
     if found is None:
         return None
     if not config.resume:
-        raise ConfigError(f"store: {config.store!r} holds a store already; give resume: true to go on with it, or name another place")
+        raise ConfigError(
+            f"store: {config.store!r} holds a store already; give resume: true to go on with it, "
+            "or name another place"
+        )
     if found.kind != config.store_kind:
         raise ConfigError(
-            f"store_kind: {config.store_kind}, and {config.store!r} is a store of kind {found.kind}; give store_kind: {found.kind}"
+            f"store_kind: {config.store_kind}, and {config.store!r} is a store of kind "
+            f"{found.kind}; give store_kind: {found.kind}"
         )
     return found
 
@@ -102,8 +117,16 @@ def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> Sto
         return error
     told = differing({key: stored.get(key) for key in IDENTITY_KEYS}, config.identity())
     before, here = store.header.attributes.get("versions", {}), versions()
-    moved = ", ".join(f"{name} {before[name]} then, {here[name]} here" for name in here if name in before and before[name] != here[name])
-    reason = f"Keys that differ: {told}" if told else "The configuration is the same: the code or the files that it names have changed"
+    moved = ", ".join(
+        f"{name} {before[name]} then, {here[name]} here"
+        for name in here
+        if name in before and before[name] != here[name]
+    )
+    reason = (
+        f"Keys that differ: {told}"
+        if told
+        else "The configuration is the same: the code or the files that it names have changed"
+    )
     return StoreMismatchError(f"{error}. {reason}{f' ({moved})' if moved else ''}")
 
 
@@ -111,7 +134,10 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The keys in which two runs differ, with both values; empty if there are none."""
     before, after = (_flat(json.loads(json.dumps(values, default=str))) for values in (then, now))
     keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
-    return "; ".join(f"{key}: {_show(before.get(key))} is stored, {_show(after.get(key))} is given" for key in keys)
+    return "; ".join(
+        f"{key}: {_show(before.get(key))} is stored, {_show(after.get(key))} is given"
+        for key in keys
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

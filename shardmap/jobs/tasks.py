@@ -1,4 +1,7 @@
-"""What a run computes for each sample: the function itself, or derivatives of it, by the library's own calls."""
+"""What a run computes for each sample.
+
+The function itself, or derivatives of it, by the library's own calls.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,17 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
 
 
 def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | None = None) -> Plan:
-    """The plan of a run's map; torch's random state is left as it is, so that a map made after it draws as if there was no plan.
+    """The plan of a run's map.
+
+    Torch's random state is left as it is, so that a map made after it draws as if there was no
+    plan.
 
     Args:
         parts: What the configuration names, made.
         config: Which task, and what goes with it.
         options: As for `shardmap.plan`.
-        sink: Where the outputs go, if that is a store: memory then holds those that are being put together, and no more.
+        sink: Where the outputs go, if that is a store: memory then holds those that are being put
+            together, and no more.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         plan = _plan(parts, config, options)
@@ -56,7 +63,9 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
         job = dataclasses.replace(plan._job, unit=unit_of(plan._job, config.chunk_size, sink))
         on = Devices(job)
         stored = copy.copy(plan)
-        stored.split = api._split(job, on, api._names(job, plan._options, False), plan._options, False, always=True)
+        stored.split = api._split(
+            job, on, api._names(job, plan._options, False), plan._options, False, always=True
+        )
         stored._job, stored._on = job, on
     return stored
 
@@ -72,7 +81,9 @@ def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:
 def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
     """The library's call for a task: a function of the batch, which has a `plan`."""
     if config.task == "per_sample_grad":
-        return shardmap.per_sample_grad(parts.call, parts.loss, params=config.params, flat=config.flat, **options)
+        return shardmap.per_sample_grad(
+            parts.call, parts.loss, params=config.params, flat=config.flat, **options
+        )
     argnums = tuple(config.argnums) if isinstance(config.argnums, list) else config.argnums
     if config.task == "jacobian":
         return shardmap.jacobian(parts.one_sample, argnums, method=config.method, **options)

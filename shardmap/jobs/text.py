@@ -1,4 +1,7 @@
-"""Sentences of unequal lengths: those of scikit-learn's documentation, and a recurrent network that reads them."""
+"""Sentences of unequal lengths.
+
+Those of scikit-learn's documentation, and a recurrent network that reads them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,16 @@ from shardmap.jobs.digits import one_thread
 
 logger = logging.getLogger(__name__)
 
-TOPICS = ("cluster", "datasets", "decomposition", "ensemble", "linear_model", "metrics", "neighbors", "preprocessing")
+TOPICS = (
+    "cluster",
+    "datasets",
+    "decomposition",
+    "ensemble",
+    "linear_model",
+    "metrics",
+    "neighbors",
+    "preprocessing",
+)
 """Subpackages of scikit-learn."""
 LEAST, MOST = 4, 24
 """Words of a sentence."""
@@ -29,13 +41,16 @@ RARE, END = 1, 0
 
 
 def load(*, sentences: Annotated[int, Bounds(least=1)] = 1000) -> Dataset:
-    """Sentences of scikit-learn's documentation, in random order; those that several subpackages share are left out.
+    """Sentences of scikit-learn's documentation, in random order.
+
+    Those that several subpackages share are left out.
 
     Args:
         sentences: At most how many.
 
     Returns:
-        Columns `words` ([N, 24], numbers of words, 0 behind the last), `length` ([N]) and `topic` ([N], the subpackage).
+        Columns `words` ([N, 24], numbers of words, 0 behind the last), `length` ([N]) and `topic`
+        ([N], the subpackage).
     """
     require("sklearn", extra="run", purpose="to read its documentation")
     owners: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
@@ -45,17 +60,24 @@ def load(*, sentences: Annotated[int, Bounds(least=1)] = 1000) -> Dataset:
             text = " ".join((inspect.getdoc(getattr(module, name)) or "").split())
             for sentence in re.split(r"(?<=\.)\s+(?=[A-Z])", text):
                 words = tuple(re.findall(r"[a-z]+", sentence.lower()))
-                if LEAST <= len(words) <= MOST and re.fullmatch(r"[A-Z][a-z]+(?: [\w,`'()]+(?:-\w+)?)+\.", sentence):
+                if LEAST <= len(words) <= MOST and re.fullmatch(
+                    r"[A-Z][a-z]+(?: [\w,`'()]+(?:-\w+)?)+\.", sentence
+                ):
                     owners[words].add(topic)
     found = [(words, topics.pop()) for words, topics in owners.items() if len(topics) == 1]
     found = [found[i] for i in torch.randperm(len(found))[:sentences].tolist()]
     counts = collections.Counter(word for words, _ in found for word in words)
-    numbers = {word: number for number, word in enumerate(sorted(w for w, n in counts.items() if n > 1), start=RARE + 1)}
+    numbers = {
+        word: number
+        for number, word in enumerate(sorted(w for w, n in counts.items() if n > 1), start=RARE + 1)
+    }
     words = torch.full((len(found), MOST), END)
     for row, (sentence, _) in enumerate(found):
         words[row, : len(sentence)] = torch.tensor([numbers.get(word, RARE) for word in sentence])
     lengths = torch.tensor([len(sentence) for sentence, _ in found])
-    return Dataset({"words": words, "length": lengths, "topic": torch.tensor([topic for _, topic in found])})
+    return Dataset(
+        {"words": words, "length": lengths, "topic": torch.tensor([topic for _, topic in found])}
+    )
 
 
 class Reader(nn.Module):
@@ -124,7 +146,9 @@ def taught(dataset: Dataset) -> int:
     return len(dataset) * 3 // 4
 
 
-def loss_gradient(model: nn.Module, words: Tensor, length: Tensor, topic: Tensor) -> dict[str, Tensor]:
+def loss_gradient(
+    model: nn.Module, words: Tensor, length: Tensor, topic: Tensor
+) -> dict[str, Tensor]:
     """The gradient of one sentence's loss.
 
     Args:

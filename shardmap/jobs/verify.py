@@ -44,10 +44,16 @@ class Verified:
     def checksums(self) -> str:
         """What the checksums say, a line for each damaged unit."""
         total = self.store.header.units
-        lines = [f"{self.committed} of {total} units are committed; checksums: {_count(len(self.damaged), 'damaged', 'all as written')}"]
+        lines = [
+            f"{self.committed} of {total} units are committed; checksums: "
+            f"{_count(len(self.damaged), 'damaged', 'all as written')}"
+        ]
         for unit in self.damaged:
             start, stop = self.store.header.rows(unit)
-            lines.append(f"unit {unit} (rows {start} to {stop - 1}): damaged, its bytes are not those that were written")
+            lines.append(
+                f"unit {unit} (rows {start} to {stop - 1}): damaged, its bytes are not those that "
+                "were written"
+            )
         return "\n".join(lines)
 
     @property
@@ -55,18 +61,28 @@ class Verified:
         """What the comparison says, a line for each unit that differs."""
         if self.comparisons is None:
             return (
-                "not written by a configured run, so nothing was computed again; in a script, make the call as it was made, with "
-                f"out=shardmap.store.Recompute({self.store.url!r}), resume=True, and look at the result's comparisons"
+                "not written by a configured run, so nothing was computed again; in a script, make "
+                "the call as it was made, with "
+                f"out=shardmap.store.Recompute({self.store.url!r}), resume=True, and look at the "
+                "result's comparisons"
             )
         if not self.comparisons:
             return "no unit was computed again"
         told = f"{len(self.comparisons)} of {self.store.header.units} units recomputed: "
         if self.differing:
-            return "\n".join([told + f"{len(self.differing)} differ", *[str(c) for c in self.comparisons if not c.agrees]])
+            return "\n".join(
+                [
+                    told + f"{len(self.differing)} differ",
+                    *[str(c) for c in self.comparisons if not c.agrees],
+                ]
+            )
         if all(c.exact for c in self.comparisons):
             return told + "equal to the last bit"
         worst = max(self.comparisons, key=lambda c: c.difference)
-        return told + f"equal within rounding, largest difference {worst.difference:.3g}, in {worst.output}"
+        return (
+            told
+            + f"equal within rounding, largest difference {worst.difference:.3g}, in {worst.output}"
+        )
 
 
 def verify(
@@ -81,13 +97,15 @@ def verify(
 ) -> Verified:
     """Hash all committed units of a store, and compute a random sample of them again from the configuration that is in it.
 
-    Data and model are made as for the run, all of them; the map computes the chosen rows only. Nothing is written.
+    Data and model are made as for the run, all of them; the map computes the chosen rows only.
+    Nothing is written.
 
     Args:
         store: As `shardmap.open_store` returns it.
         units: How many units to compute again; None for all.
         seed: Of the choice.
-        devices: Where to compute, on this machine; by default where the run did, if that was no cluster.
+        devices: Where to compute, on this machine; by default where the run did, if that was no
+            cluster.
         allow: As for `shardmap.jobs.config.bind`.
         say: Receives what was found, as soon as it is known.
         listener: Receives the events of the map, for a progress bar.
@@ -100,7 +118,9 @@ def verify(
     damaged = tuple(store.corrupt(receipts))
     found = Verified(store, len(receipts), damaged, None)
     say(found.checksums)
-    config = configuration_of(store, () if devices is None else ("--devices", devices, "--workers", "null"))
+    config = configuration_of(
+        store, () if devices is None else ("--devices", devices, "--workers", "null")
+    )
     if config is not None:
         chosen = choose(store, len(receipts) if units is None else units, seed, damaged)
         comparisons = _compared(store, config, chosen, allow, say, listener) if chosen else []
@@ -123,7 +143,9 @@ def _compared(
     run = bind(config, allow)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        again = mapped(parts, config, {**map_options(run), "out": Recompute(store.url, chosen), "resume": True})
+        again = mapped(
+            parts, config, {**map_options(run), "out": Recompute(store.url, chosen), "resume": True}
+        )
         try:
             with listen(listener):
                 compared = again()

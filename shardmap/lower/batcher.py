@@ -1,7 +1,8 @@
 """Turn the program of one sample into a program for any number of samples.
 
-Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk loop, and applies the
-rules in four tiers: ours, PyTorch's decompositions (at recording), `torch.func.vmap` of the one operator, a loop over the batch.
+Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk
+loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording),
+`torch.func.vmap` of the one operator, a loop over the batch.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ class BatchedProgram:
     values: int
     """How many values the calls define."""
     results: dict[int, tuple[Var, V]]
-    """By value index: the recorded tensor that it is the batch of, for the checks of the first run."""
+    """By value index: the recorded tensor that it is the batch of, for the checks of the first
+    run."""
     summed: frozenset[int] = frozenset()
     """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
     ghosts: dict[int, str] = field(default_factory=dict)
-    """By number of the recorded call: what is computed from factors instead (`shardmap.factors`)."""
+    """By number of the recorded call: what is computed from factors instead
+    (`shardmap.factors`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,10 @@ class LoweringOptions:
 def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
     """The memory groups whose values differ by sample, by a fixed point over the calls.
 
-    A tensor made unmapped into which a mapped value is written later is mapped from its creation. One made in the likeness of a
-    mapped tensor is the same for all samples, but under an outer `torch.func.vmap` it must be made from that tensor: only so does
-    it have the outer batch and can be written to.
+    A tensor made unmapped into which a mapped value is written later is mapped from its creation.
+    One made in the likeness of a mapped tensor is the same for all samples, but under an outer
+    `torch.func.vmap` it must be made from that tensor: only so does it have the outer batch and can
+    be written to.
     """
     mapped = {v.group for v in program.inputs}
     before = -1
@@ -90,7 +94,9 @@ def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[i
         for eq in program.equations:
             if op_info(eq.op).shape_only and not transformed:
                 continue
-            if any(v.group in mapped for v in eq.inputs()) or (randomness == "different" and random_call(eq)):
+            if any(v.group in mapped for v in eq.inputs()) or (
+                randomness == "different" and random_call(eq)
+            ):
                 mapped.update(v.group for v in eq.results())
                 mapped.update(v.group for v in written(eq))
     return mapped
@@ -104,7 +110,9 @@ def random_call(eq: Equation) -> bool:
 def written(eq: Equation) -> list[Var]:
     """The tensors that a recorded call writes in place."""
     info = op_info(eq.op)
-    if info.hidden_writes is not None:  # what it writes depends on whether it trains, whatever its schema says
+    if (
+        info.hidden_writes is not None
+    ):  # what it writes depends on whether it trains, whatever its schema says
         first, second, training = info.hidden_writes
         trains = training < len(eq.args) and eq.args[training]
         return list(variables((eq.args[first], eq.args[second]))) if trains else []
@@ -128,11 +136,20 @@ def written_through(program: Program) -> set[int]:
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
     """Which calls lead to an output, to a caller's tensor, or have an effect."""
     groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
-    return _leading(program, write_groups, {v.index for v in program.outputs}, groups, effect=lambda eq: not list(eq.results()))
+    return _leading(
+        program,
+        write_groups,
+        {v.index for v in program.outputs},
+        groups,
+        effect=lambda eq: not list(eq.results()),
+    )
 
 
 def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
-    """Which calls lead, under outer autograd, to an output that requires grad: the others run without it."""
+    """Which calls lead, under outer autograd, to an output that requires grad.
+
+    The others run without it.
+    """
     required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
     # The caller's tensor learns of what is written into it.
     groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
@@ -150,7 +167,8 @@ def _leading(
 ) -> list[bool]:
     """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
 
-    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so repeat until they settle.
+    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so
+    repeat until they settle.
     """
     live_vars, live_groups = set(live_vars), set(live_groups)
     live = [False] * len(program.equations)
@@ -161,7 +179,10 @@ def _leading(
             eq = program.equations[i]
             if candidates is not None and not candidates[i]:
                 continue
-            if effect(eq) or any(v.index in live_vars or v.group in live_groups for v in (*eq.results(), *written(eq))):
+            if effect(eq) or any(
+                v.index in live_vars or v.group in live_groups
+                for v in (*eq.results(), *written(eq))
+            ):
                 live[i] = True
                 for v in eq.inputs():
                     live_vars.add(v.index)
@@ -185,7 +206,13 @@ class Fixes:
 class _Batcher:
     """One lowering of one program."""
 
-    def __init__(self, program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]):
+    def __init__(
+        self,
+        program: Program,
+        options: LoweringOptions,
+        fixes: Fixes,
+        to_loop: Callable[[Equation], None],
+    ):
         self.program = program
         self.options = options
         self.fixes = fixes
@@ -221,10 +248,16 @@ class _Batcher:
                 self.env[var.index] = b.call(torch.clone, v)
         kept = {v.group for v in program.inputs if v.group in self.write_groups}
         live = live_equations(program, self.write_groups, kept)
-        grads = grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
+        grads = (
+            grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
+        )
         if self.options.grad:
             self.needs = {v.index for v in (*program.inputs, *program.captured)}
-        self.ghosts.kept += [f for f in map(self.ghosts.factors.of, self._kept_outputs()) if f is not None] if self.ghosts.enabled else []
+        self.ghosts.kept += (
+            [f for f in map(self.ghosts.factors.of, self._kept_outputs()) if f is not None]
+            if self.ghosts.enabled
+            else []
+        )
         for i, eq in enumerate(program.equations):
             if live[i]:
                 b.equation, b.grad = i, grads[i]
@@ -249,7 +282,9 @@ class _Batcher:
     def _kept_outputs(self) -> list[Var]:
         """The outputs of which each sample's value is wanted."""
         wanted = self.options.summed or [False] * len(self.program.outputs)
-        return [var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum]
+        return [
+            var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum
+        ]
 
     def _declare(self, var: Var, mapped: bool) -> V:
         v = self.b.value(mapped, var.spec.shape, var.spec.dtype)
@@ -257,9 +292,16 @@ class _Batcher:
         return v
 
     def _materialise(self, v: V, var: Var) -> V:
-        """An unmapped value that samples will write to: a copy for each sample, with the sample's strides."""
+        """An unmapped value that samples will write to.
+
+        A copy for each sample, with the sample's strides.
+        """
         stride = var.spec.stride
-        span = 1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True)) if 0 not in var.spec.shape else 0
+        span = (
+            1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True))
+            if 0 not in var.spec.shape
+            else 0
+        )
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
             if t.is_contiguous() and t.stride() == stride:
@@ -274,7 +316,9 @@ class _Batcher:
             v = self.env[value.index]
             flag = next(flags)
             if mapped and not v.mapped and self.last_write.get(value.group, -1) > i:
-                v = self.b.call(torch.clone, v)  # lifted writes that come later must not be seen here
+                v = self.b.call(
+                    torch.clone, v
+                )  # lifted writes that come later must not be seen here
             return self._as_consumed(v, value, flag)
         if kind is tuple:
             return [self._argument(a, flags, i, eq, mapped) for a in value]
@@ -284,18 +328,30 @@ class _Batcher:
         """`v` with what autograd knew of the sample's tensor when it was consumed."""
         if flag == GRAD:
             return v
-        if self.options.transformed:  # tangents of forward mode stop at detach only, whatever the grad mode
+        if (
+            self.options.transformed
+        ):  # tangents of forward mode stop at detach only, whatever the grad mode
             if var.index not in self.identities:
                 return v
-            # Only what is written must stay a view of its memory; what is read has no tangent, whatever else the memory holds.
-            return self._cut(v, var.group) if var.index in self.written_through else self.b.call(torch.Tensor.detach, v)
+            # Only what is written must stay a view of its memory; what is read has no tangent,
+            # whatever else the memory holds.
+            return (
+                self._cut(v, var.group)
+                if var.index in self.written_through
+                else self.b.call(torch.Tensor.detach, v)
+            )
         if not self.b.grad:
             return v
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
-        # Operators that run below autograd consume intermediate results that it does not know yet (zero tensors of forward-mode AD
+        # Operators that run below autograd consume intermediate results that it does not know yet
+        # (zero tensors of forward-mode AD
         # do): only a detach ends a gradient.
-        return self._cut(v, var.group) if var.index in self.needs and var.index in self.identities else v
+        return (
+            self._cut(v, var.group)
+            if var.index in self.needs and var.index in self.identities
+            else v
+        )
 
     def _cut(self, v: V, group: int) -> V:
         """`v` unknown to autograd. Outer transforms can carry tangents, which only detach stops."""
@@ -309,7 +365,9 @@ class _Batcher:
             source = eq.args[0]
             for out in eq.results():
                 self.env[out.index] = self.env[source.index]
-                if out.index in self.written_through and (self.options.grad or self.options.transformed):
+                if out.index in self.written_through and (
+                    self.options.grad or self.options.transformed
+                ):
                     # A write gives the detached tensor, and its views, a history of their own.
                     self.env[out.index] = self._cut(self.env[source.index], out.group)
                     continue
@@ -317,23 +375,38 @@ class _Batcher:
                 if source.index in self.needs:
                     self.needs.add(out.index)
             return
-        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (self.options.randomness == "different" and random_call(eq))
+        mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (
+            self.options.randomness == "different" and random_call(eq)
+        )
         flags = iter(eq.flags)
         args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
         kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
         if eq.answer is not None and eq.answer[0] == "value":
-            b.effect(check_answer, eq.op, eq.answer[1], [v.mapped for v in _vs(args)], self.options.call, args)
+            b.effect(
+                check_answer,
+                eq.op,
+                eq.answer[1],
+                [v.mapped for v in _vs(args)],
+                self.options.call,
+                args,
+            )
             return
         out = self._apply(i, eq, args, kwargs, mapped)
         self._bind(i, eq, out, mapped)
         if eq.answer is not None:
             results = [self.env[v.index] for v in eq.results()]
-            b.effect(check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results)
+            b.effect(
+                check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results
+            )
 
-    def _apply(self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool) -> Any:
+    def _apply(
+        self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool
+    ) -> Any:
         b, name = self.b, eq.op.name()
         fix = self.fixes.tiers.get(i)
-        if eq.answer is not None and any(self.env[v.index].mapped for v in deciders(eq.op, eq.args)):
+        if eq.answer is not None and any(
+            self.env[v.index].mapped for v in deciders(eq.op, eq.args)
+        ):
             fix = "loop"  # each sample may have a shape of its own
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
@@ -357,7 +430,11 @@ class _Batcher:
             return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
         self.to_loop(eq)
         self.tiers[name] = "loop"
-        return seeded_loop(b, eq, args, kwargs) if random_call(eq) else loop_rule(b, eq, args, kwargs, self.options.call)
+        return (
+            seeded_loop(b, eq, args, kwargs)
+            if random_call(eq)
+            else loop_rule(b, eq, args, kwargs, self.options.call)
+        )
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())
@@ -366,10 +443,14 @@ class _Batcher:
         else:
             values = [out] if isinstance(out, V) else list(_vs_or_none(out))
         writes = written(eq)
-        reads = self.b.grad and (FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs()))
+        reads = self.b.grad and (
+            FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs())
+        )
         known = {v.index for v in eq.inputs()}
         read_groups = {v.group for v in eq.inputs()}
-        assert out is None or len(values) == len(outs), f"{eq}: the rule returned {len(values)} results for {len(outs)}"
+        assert out is None or len(values) == len(outs), (
+            f"{eq}: the rule returned {len(values)} results for {len(outs)}"
+        )
         for var, v in zip(outs, values, strict=True):
             if var.index in known or (var.index in self.env and v is None):
                 continue  # in place: the result is the argument
@@ -388,7 +469,12 @@ class _Batcher:
                 self.needs.add(var.index)
         if reads and writes:
             groups = {w.group for w in writes}
-            self.needs.update(v.index for e in self.program.equations[: i + 1] for v in e.results() if v.group in groups)
+            self.needs.update(
+                v.index
+                for e in self.program.equations[: i + 1]
+                for v in e.results()
+                if v.group in groups
+            )
 
     def _outputs(self) -> tuple[V, ...]:
         program, b = self.program, self.b
@@ -406,9 +492,12 @@ class _Batcher:
                 continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
-                v = b.call(cut, v)  # a view made under no_grad of what requires grad claims to require it
+                v = b.call(
+                    cut, v
+                )  # a view made under no_grad of what requires grad claims to require it
             if v.mapped:
-                # Under transforms a view made without grad must not stand for itself: the loop stacks it, which autograd records.
+                # Under transforms a view made without grad must not stand for itself: the loop
+                # stacks it, which autograd records.
                 bare = self.options.transformed and flag == FRESH_LEAF
                 if var.group in owned or v in outputs or bare:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
@@ -419,7 +508,9 @@ class _Batcher:
         return tuple(outputs)
 
 
-def lower(program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]) -> BatchedProgram:
+def lower(
+    program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]
+) -> BatchedProgram:
     """The batched program.
 
     Args:
@@ -455,7 +546,9 @@ def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
     return [v for v, o in zip(outs, eq.outs, strict=True) if o is not None]
 
 
-def drop_dead(calls: list[Call], outputs: tuple[V, ...]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+def drop_dead(
+    calls: list[Call], outputs: tuple[V, ...]
+) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
     """The calls that serve an output or have an effect, the fixed ones apart from those of the chunk."""
     used = {v.index for v in outputs}
     kept = []
@@ -487,22 +580,35 @@ def _vs_or_none(values: Any) -> Any:
             yield from _vs_or_none(value)
 
 
-# -- what the emitted calls do at replay -----------------------------------------------------------------------------------
+# -- what the emitted calls do at replay
+# -----------------------------------------------------------------------------------
 
 
 def no_view(t: torch.Tensor) -> torch.Tensor:
-    """`t` in memory of its own, for writing: a rule may return a view where the sample's call returned a new tensor."""
-    return restride(t.clone(), t.stride()[1:]) if t._is_view() else t  # a clone closes the gaps between elements
+    """`t` in memory of its own, for writing.
+
+    A rule may return a view where the sample's call returned a new tensor.
+    """
+    return (
+        restride(t.clone(), t.stride()[1:]) if t._is_view() else t
+    )  # a clone closes the gaps between elements
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:
-    """`t` as the sample's call saw it: unknown to autograd. One that is unknown already stays itself: its views remain views."""
+    """`t` as the sample's call saw it: unknown to autograd.
+
+    One that is unknown already stays itself: its views remain views.
+    """
     return t.detach() if t.requires_grad else t
 
 
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
     """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
-    return t.detach() if functorch.peek_interpreter_stack() is not None else t.detach().requires_grad_()
+    return (
+        t.detach()
+        if functorch.peek_interpreter_stack() is not None
+        else t.detach().requires_grad_()
+    )
 
 
 def copy(t: torch.Tensor) -> torch.Tensor:
@@ -524,7 +630,9 @@ def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
 
 
 def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
-    return all(n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True))
+    return all(
+        n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)
+    )
 
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
@@ -537,21 +645,27 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
         if answer != expected and not (answer != answer and expected != expected):
             if any(mapped):
                 raise errors.VariesError(
-                    f"{call}: python asked for the value of a tensor that differs by sample ({op._schema.name}), and it is {expected} "
-                    f"for the first sample but {answer} for another; use torch.where, masks or comparisons that return tensors"
+                    f"{call}: python asked for the value of a tensor that differs by sample "
+                    f"({op._schema.name}), and it is {expected} "
+                    f"for the first sample but {answer} for another; use torch.where, masks or "
+                    "comparisons that return tensors"
                 )
             raise errors.StaleRecordingError(
-                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was {expected} when the function was "
+                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was "
+                f"{expected} when the function was "
                 "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"
             )
 
 
-def check_shapes(expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]) -> None:
+def check_shapes(
+    expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]
+) -> None:
     """Compare a result's shape, which depends on values, with the recorded one."""
     shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
     if shapes != expected:
         raise errors.StaleRecordingError(
-            f"{call}: the shape of a result depends on the values of captured tensors, and they have changed since the recording "
+            f"{call}: the shape of a result depends on the values of captured tensors, and they "
+            "have changed since the recording "
             f"({expected} then, {shapes} now); use trace='each'"
         )

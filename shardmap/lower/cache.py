@@ -70,11 +70,14 @@ _cache: collections.OrderedDict[_Key, tuple[_Key, Lowered]] = collections.Ordere
 _notes: collections.OrderedDict[_Key, Notes] = collections.OrderedDict()
 """Kept apart, because a plan and a map are different calls of one program."""
 _by_identity: dict[tuple[int, LoweringOptions, tuple[bool, ...]], Lowered] = {}
-"""The same lowerings by address of their programs: a program that was expected and came is not compared again."""
+"""The same lowerings by address of their programs: a program that was expected and came is not
+compared again."""
 _lock = threading.Lock()
 
 
-def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]) -> Lowered:
+def lowered(
+    program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
+) -> Lowered:
     """The lowering of `program`, made once.
 
     Args:
@@ -112,19 +115,26 @@ def lowered(program: Program, options: LoweringOptions, layout: tuple[bool, ...]
     return made
 
 
-def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources: dict[str, str]) -> tuple[BatchedProgram, Replay]:
-    """The batched program and its functions, with `fixes` applied; warns of each operator that falls to the loop, or refuses it."""
+def lower_with(
+    program: Program, options: LoweringOptions, fixes: Fixes, sources: dict[str, str]
+) -> tuple[BatchedProgram, Replay]:
+    """The batched program and its functions, with `fixes` applied.
+
+    Warns of each operator that falls to the loop, or refuses it.
+    """
 
     def to_loop(eq: Equation) -> None:
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
         if options.strict:
             raise errors.UnsupportedOperatorError(
-                f"{options.call}: no rule batches {name} (called at {line}) and strict=True refuses a loop over the batch; register a rule "
+                f"{options.call}: no rule batches {name} (called at {line}) and strict=True "
+                "refuses a loop over the batch; register a rule "
                 "with shardmap.batching_rule, rewrite the call, or pass strict=False"
             )
         warnings.warn(
-            f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by sample; register one with "
+            f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by "
+            "sample; register one with "
             "shardmap.batching_rule, "
             "or pass strict=True to refuse such calls",
             SlowLoopWarning,
@@ -137,7 +147,10 @@ def lower_with(program: Program, options: LoweringOptions, fixes: Fixes, sources
 
 @contextlib.contextmanager
 def plain_numerics() -> Iterator[None]:
-    """Replay means what was recorded: autocast has been recorded as casts and must not cast again."""
+    """Replay means what was recorded.
+
+    Autocast has been recorded as casts and must not cast again.
+    """
     entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
     if not entered:
         yield
@@ -149,5 +162,8 @@ def plain_numerics() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
+    """A seed from torch's generator.
+
+    One draw per call, whatever the number of samples, chunks and devices.
+    """
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))

@@ -21,12 +21,21 @@ class Replay:
     """A batched program as functions of real tensors.
 
     Attributes:
-        fixed: `fixed(device, seed, scalars, captured, literals)`: what no sample changes, in the order that `chunk` takes it.
-        chunk: `chunk(B, start, device, seed, scalars, fixed, inputs)`: the outputs of one chunk, unmapped ones as they are.
+        fixed: `fixed(device, seed, scalars, captured, literals)`: what no sample changes, in the
+            order that `chunk` takes it.
+        chunk: `chunk(B, start, device, seed, scalars, fixed, inputs)`: the outputs of one chunk,
+            unmapped ones as they are.
         source: The generated text, for reading.
     """
 
-    def __init__(self, program: BatchedProgram, track_grad: bool, fixed: Callable[..., Any], chunk: Callable[..., Any], source: str):
+    def __init__(
+        self,
+        program: BatchedProgram,
+        track_grad: bool,
+        fixed: Callable[..., Any],
+        chunk: Callable[..., Any],
+        source: str,
+    ):
         self.program = program
         self.track_grad = track_grad
         self.fixed = fixed
@@ -35,15 +44,27 @@ class Replay:
 
     @functools.cached_property
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`: as `chunk`, written into memory that is there.
+        """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`.
 
-        `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in their order. Not for outer autograd.
+        As `chunk`, written into memory that is there.
+
+        `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in
+        their order. Not for outer autograd.
         """
         return _function(self.program, "chunk_into", slices=True)[0]
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk`, or `chunk_into`, with one more argument: `mark(number)` is called before each call that serves that recorded call."""
-        return _function(self.program, "marked", track_grad=self.track_grad and not slices, slices=slices, marked=True)[0]
+        """`chunk`, or `chunk_into`, with one more argument.
+
+        `mark(number)` is called before each call that serves that recorded call.
+        """
+        return _function(
+            self.program,
+            "marked",
+            track_grad=self.track_grad and not slices,
+            slices=slices,
+            marked=True,
+        )[0]
 
 
 class _Writer:
@@ -91,7 +112,8 @@ class _Writer:
             returned: Values that outlive the lines.
             keep: Indices of others that do.
             track_grad: Whether to switch grad mode where the calls say so.
-            writes: By number of a call, what computes its result into the first of the places behind it, and those that it is copied to.
+            writes: By number of a call, what computes its result into the first of the places
+                behind it, and those that it is copied to.
             marked: Whether to say, before each call, which recorded call it serves.
         """
         writes = writes or {}
@@ -120,7 +142,9 @@ class _Writer:
             name = targets.get(id(target))
             if name is None:
                 name = targets[id(target)] = self.constant(target, "f")
-            arguments = [self.literal(a) for a in call.args] + [f"{k}={self.literal(v)}" for k, v in call.kwargs]
+            arguments = [self.literal(a) for a in call.args] + [
+                f"{k}={self.literal(v)}" for k, v in call.kwargs
+            ]
             if writer is not None:
                 arguments.append(f"out={places[0]}")
             text = f"{name}({', '.join(arguments)})"
@@ -128,7 +152,10 @@ class _Writer:
                 names = ", ".join("_" if o is None else f"v{o}" for o in call.outs)
                 text = f"({names},) = {text}" if call.several else f"{names} = {text}"
             lines.append(text)
-            lines += [f"{where}.copy_(v{call.outs[0]})" for where in (places if writer is None else places[1:])]
+            lines += [
+                f"{where}.copy_(v{call.outs[0]})"
+                for where in (places if writer is None else places[1:])
+            ]
             if i in ends:
                 lines.append(f"del {', '.join(ends[i])}")
         if track_grad and not grad:
@@ -141,21 +168,36 @@ def generate(program: BatchedProgram, track_grad: bool) -> Replay:
 
     Args:
         program: The batched program.
-        track_grad: Whether outer autograd records: then the calls that lead to no output that requires grad run without it.
-            Otherwise the caller runs the functions under `torch.no_grad()`.
+        track_grad: Whether outer autograd records: then the calls that lead to no output that
+            requires grad run without it. Otherwise the caller runs the functions under
+            `torch.no_grad()`.
     """
     writer = _Writer()
     passed = _passed(program)
     fixed = _unpack(program.captured, "captured") + _unpack(program.literals, "literals")
-    fixed += writer.body(program.fixed, passed, {v.index for v in (*program.captured, *program.literals)}, track_grad)
+    fixed += writer.body(
+        program.fixed, passed, {v.index for v in (*program.captured, *program.literals)}, track_grad
+    )
     fixed.append(_pack(passed))
-    fixed_function, fixed_source = _compiled("fixed(device, seed, scalars, captured, literals)", fixed, writer.constants)
+    fixed_function, fixed_source = _compiled(
+        "fixed(device, seed, scalars, captured, literals)", fixed, writer.constants
+    )
     chunk_function, chunk_source = _function(program, "chunk", track_grad=track_grad)
-    return Replay(program, track_grad, fixed_function, chunk_function, fixed_source + "\n\n" + chunk_source + "\n")
+    return Replay(
+        program,
+        track_grad,
+        fixed_function,
+        chunk_function,
+        fixed_source + "\n\n" + chunk_source + "\n",
+    )
 
 
 def _function(
-    program: BatchedProgram, name: str, track_grad: bool = False, slices: bool = False, marked: bool = False
+    program: BatchedProgram,
+    name: str,
+    track_grad: bool = False,
+    slices: bool = False,
+    marked: bool = False,
 ) -> tuple[Callable[..., Any], str]:
     """The function that runs the calls of a chunk, and its text."""
     writer = _Writer()
@@ -169,11 +211,22 @@ def _function(
         lines += [f"({', '.join(f'd{v.index}' for v in mapped)},) = slices"] if mapped else []
         placement = place(program, mapped)
         calls, writes = placement.calls, placement.writes
-        returned = [v for v in program.outputs if not v.mapped or v.index in program.summed] + [v for v, _ in placement.after]
+        returned = [v for v in program.outputs if not v.mapped or v.index in program.summed] + [
+            v for v, _ in placement.after
+        ]
         rest = [f"{where}.copy_(v{v.index})" for v, where in placement.after]
     lines += writer.body(calls, returned, set(), track_grad, writes, marked) + rest
-    lines.append(_pack(program.outputs, {v.index for v in program.outputs if v.mapped} - program.summed if slices else set()))
-    arguments = "B, start, device, seed, scalars, fixed, inputs" + (", slices" if slices else "") + (", mark" if marked else "")
+    lines.append(
+        _pack(
+            program.outputs,
+            {v.index for v in program.outputs if v.mapped} - program.summed if slices else set(),
+        )
+    )
+    arguments = (
+        "B, start, device, seed, scalars, fixed, inputs"
+        + (", slices" if slices else "")
+        + (", mark" if marked else "")
+    )
     return _compiled(f"{name}({arguments})", lines, writer.constants)
 
 
@@ -181,7 +234,9 @@ def _passed(program: BatchedProgram) -> list[V]:
     """What no sample changes and a chunk needs."""
     defined = {v.index for v in (*program.captured, *program.literals)}
     defined |= {o for c in program.fixed for o in c.outs if o is not None}
-    defined -= {o for c in program.chunk for o in c.outs if o is not None}  # made again in each chunk
+    defined -= {
+        o for c in program.chunk for o in c.outs if o is not None
+    }  # made again in each chunk
     needed: dict[int, V] = {}
     for call in program.chunk:
         for v in values((call.args, tuple(v for _, v in call.kwargs))):
@@ -198,10 +253,16 @@ def _unpack(vs: Sequence[V], name: str) -> list[str]:
 
 
 def _pack(vs: Sequence[V], in_slices: Collection[int] = ()) -> str:
-    return f"return ({', '.join(('d' if v.index in in_slices else 'v') + str(v.index) for v in vs)},)" if vs else "return ()"
+    return (
+        f"return ({', '.join(('d' if v.index in in_slices else 'v') + str(v.index) for v in vs)},)"
+        if vs
+        else "return ()"
+    )
 
 
-def _compiled(signature: str, lines: Sequence[str], constants: dict[str, Any]) -> tuple[Callable[..., Any], str]:
+def _compiled(
+    signature: str, lines: Sequence[str], constants: dict[str, Any]
+) -> tuple[Callable[..., Any], str]:
     source = "\n    ".join([f"def {signature}:", *lines])
     scope: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled, **constants}
     exec(compile(source, "<shardmap program>", "exec"), scope)

@@ -1,8 +1,9 @@
 """How a call writes its result into memory that is there already.
 
-A chunk's results belong in their slices of one preallocated output. Where the last call of an output can write there itself
-(`out=`), nothing is computed into memory of its own first and copied: for the per-sample gradients of a layer, which are larger
-than anything else in the program, that copy costs as much as computing them.
+A chunk's results belong in their slices of one preallocated output. Where the last call of an
+output can write there itself (`out=`), nothing is computed into memory of its own first and copied:
+for the per-sample gradients of a layer, which are larger than anything else in the program, that
+copy costs as much as computing them.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ def _zeros(like: torch.Tensor, shape: Any, out: torch.Tensor) -> torch.Tensor:
     return out.zero_()
 
 
-_OURS: dict[Any, Callable[..., torch.Tensor]] = {pages.mul: _mul, pages.bmm: _bmm, pages.zeros: _zeros}
+_OURS: dict[Any, Callable[..., torch.Tensor]] = {
+    pages.mul: _mul,
+    pages.bmm: _bmm,
+    pages.zeros: _zeros,
+}
 
 
 def into(call: Call) -> Callable[..., torch.Tensor] | None:
-    """What computes `call` into its argument `out`, which has the result's shape and dtype; None if nothing does.
+    """What computes `call` into its argument `out`, which has the result's shape and dtype.
+
+    None if nothing does.
 
     Only for memory that no argument shares, and where autograd does not record.
     """
@@ -61,6 +68,10 @@ def _overload(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
         candidate = getattr(op.overloadpacket, name)
         arguments = candidate._schema.arguments
         extra = [a for a in arguments if a.is_out]
-        if len(extra) == 1 and extra[0].name == "out" and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+        if (
+            len(extra) == 1
+            and extra[0].name == "out"
+            and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted
+        ):
             return candidate
     return None

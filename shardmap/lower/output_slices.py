@@ -1,4 +1,7 @@
-"""Where the outputs of a chunk are written: each into its slice of the result, as early and as directly as can be."""
+"""Where the outputs of a chunk are written.
+
+Each into its slice of the result, as early and as directly as can be.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ _JOINS = (aten.stack.default, aten.cat.default)
 
 @dataclass(slots=True)
 class Placement:
-    """The calls of a chunk, and how its outputs get to their places. A place is python text that makes the tensor to write to."""
+    """The calls of a chunk, and how its outputs get to their places.
+
+    A place is python text that makes the tensor to write to.
+    """
 
     calls: list[Call]
     """Without those that only made an output dense, or put its parts side by side."""
     writes: dict[int, tuple[Callable[..., Any] | None, list[str]]] = field(default_factory=dict)
-    """By number of a call: what computes its result into the first place, and the places that it is copied to; None: into all."""
+    """By number of a call: what computes its result into the first place, and the places that it
+    is copied to; None: into all."""
     after: list[tuple[V, str]] = field(default_factory=list)
     """What is copied at the end, and where."""
 
@@ -53,7 +60,11 @@ def place(program: BatchedProgram, outputs: Sequence[V]) -> Placement:
     several = collections.Counter(source.index for source, _, _ in goals)
     while goals:
         v, where, dense = goals.popleft()
-        parts = _parts(makers.get(v.index), where) if untouched and uses[v.index] == 0 and several[v.index] == 1 else None
+        parts = (
+            _parts(makers.get(v.index), where)
+            if untouched and uses[v.index] == 0 and several[v.index] == 1
+            else None
+        )
         if parts is None:
             wanted.setdefault(v.index, []).append((v, where, dense))
             continue
@@ -87,10 +98,12 @@ def _arguments(call: Call) -> list[V]:
 
 
 def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
-    """Whether a call's result surely has the slice's shape and dtype: `out=` of another shape would resize, of another dtype cast.
+    """Whether a call's result surely has the slice's shape and dtype.
 
-    Results of recorded calls have been compared with the recording before the first run; an output that is no such result was made dense
-    by the rules themselves.
+    `out=` of another shape would resize, of another dtype cast.
+
+    Results of recorded calls have been compared with the recording before the first run; an output
+    that is no such result was made dense by the rules themselves.
     """
     if v.index in program.results:
         return True
@@ -98,7 +111,10 @@ def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
 
 
 def _parts(maker: Call | None, where: str) -> list[tuple[V, str]] | None:
-    """The parts that a call puts side by side, each with its slot; None if it does something else."""
+    """The parts that a call puts side by side, each with its slot.
+
+    None if it does something else.
+    """
     if maker is None or maker.op not in _JOINS or not maker.mapped:
         return None
     tensors, *rest = maker.args

@@ -1,7 +1,8 @@
 """What no sample changes, is large, and is made of nothing is made in each chunk, right before its first use, instead of kept.
 
-Unit vectors, masks and zeros are quick to make and only as large as somebody's shape: the rows of an identity by which an output of 20,000
-numbers is differentiated are 1.6 GB, 313 of them at a time are 25 MB.
+Unit vectors, masks and zeros are quick to make and only as large as somebody's shape: the rows of
+an identity by which an output of 20,000 numbers is differentiated are 1.6 GB, 313 of them at a time
+are 25 MB.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ MANY_BYTES = 64 << 20
 """From so much on, all of them together, what is freed in between is given back to the system."""
 
 
-def postponed(fixed: Sequence[Call], chunk: Sequence[Call], outputs: Iterable[V]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+def postponed(
+    fixed: Sequence[Call], chunk: Sequence[Call], outputs: Iterable[V]
+) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
     """The calls that run once, and those of a chunk, with what is better made in each chunk among the latter.
 
     Args:
@@ -49,10 +52,16 @@ def postponed(fixed: Sequence[Call], chunk: Sequence[Call], outputs: Iterable[V]
         calls.append(call)
     if not moved:
         return _tidied(fixed), tuple(chunk)
-    needed = {v.index for v in outputs} | {v.index for call in calls for v in _arguments(call) if v.index not in moved}
+    needed = {v.index for v in outputs} | {
+        v.index for call in calls for v in _arguments(call) if v.index not in moved
+    }
     kept = []
     for call in reversed(fixed):
-        if call.outs == () or call.writes or not {o for o in call.outs if o is not None}.isdisjoint(needed):
+        if (
+            call.outs == ()
+            or call.writes
+            or not {o for o in call.outs if o is not None}.isdisjoint(needed)
+        ):
             kept.append(call)
             needed.update(v.index for v in _arguments(call))
     return _tidied(kept[::-1]), _tidied(calls)
@@ -61,7 +70,11 @@ def postponed(fixed: Sequence[Call], chunk: Sequence[Call], outputs: Iterable[V]
 def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
     """The calls, with what is free given back before each large value that is made of nothing, where there are many."""
     sizes = {v.index: v.numel * v.dtype.itemsize for call in calls for v in _arguments(call)}
-    makers = [i for i, call in enumerate(calls) if _repeatable(call) and not call.mapped and not _arguments(call)]
+    makers = [
+        i
+        for i, call in enumerate(calls)
+        if _repeatable(call) and not call.mapped and not _arguments(call)
+    ]
     following = {i: 0 for i in makers}
     of_nothing: dict[int, int] = {}
     for i, call in enumerate(calls):
@@ -77,14 +90,25 @@ def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
     out: list[Call] = []
     for i, call in enumerate(calls):
         if following.get(i, 0) >= FROM_BYTES:
-            out.append(Call(pages.give_back, (), (), (), False, call.grad, call.equation, False, False))
+            out.append(
+                Call(pages.give_back, (), (), (), False, call.grad, call.equation, False, False)
+            )
         out.append(call)
     return tuple(out)
 
 
 def _repeatable(call: Call) -> bool:
-    """Whether a call can be made again at any time: an operator with one result, that neither writes nor draws."""
-    return call.op is not None and len(call.outs) == 1 and call.outs[0] is not None and not call.writes and not op_info(call.op).random
+    """Whether a call can be made again at any time.
+
+    An operator with one result, that neither writes nor draws.
+    """
+    return (
+        call.op is not None
+        and len(call.outs) == 1
+        and call.outs[0] is not None
+        and not call.writes
+        and not op_info(call.op).random
+    )
 
 
 def _arguments(call: Call) -> list[V]:

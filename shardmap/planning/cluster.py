@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 TASKS_PER_WORKER = 8
-"""With chunk_size "auto" or None. More would even out workers of different speed better; fewer would batch better. By simulation, of 60
-seconds of work for each of eight workers whose speed varies by a fifth: 77 s with four, 68 s with eight."""
+"""With chunk_size "auto" or None. More would even out workers of different speed better; fewer
+would batch better. By simulation, of 60 seconds of work for each of eight workers whose speed
+varies by a fifth: 77 s with four, 68 s with eight."""
 
 TASK_BYTES = 64 << 20
-"""Of samples and results that one task moves at most: a driver holds a few of them at a time, whatever the size of the batch."""
+"""Of samples and results that one task moves at most: a driver holds a few of them at a time,
+whatever the size of the batch."""
 
 
 def task_rows(samples: int, workers: int, row_bytes: int, chunk_size: Any) -> int:

@@ -1,7 +1,8 @@
 """How long a chunk takes: operations and bytes give a first guess, chunks that have run the rest.
 
-No calibration: the guess only orders devices and operators before anything has run. From the first chunk on, the seconds that it took
-count, and chunks are handed out as devices become free, so that a wrong guess costs nothing but balance in the first moments.
+No calibration: the guess only orders devices and operators before anything has run. From the first
+chunk on, the seconds that it took count, and chunks are handed out as devices become free, so that
+a wrong guess costs nothing but balance in the first moments.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class Machine:
 
 
 def machine(device_type: str) -> Machine:
-    """A typical device of that kind: a core of a server CPU times the threads in use, or a data-centre GPU."""
+    """A typical device of that kind.
+
+    A core of a server CPU times the threads in use, or a data-centre GPU.
+    """
     if device_type == "cpu":
         threads = torch.get_num_threads()
         return Machine(2.5e10 * threads, 8e9 * min(threads, 8), 3e-6, 6e-5)
@@ -36,7 +40,10 @@ def machine(device_type: str) -> Machine:
 
 
 def sample_seconds(observation: Observation, device_type: str) -> float:
-    """The guess for one sample inside a large chunk: each operator is bound by arithmetic or by memory."""
+    """The guess for one sample inside a large chunk.
+
+    Each operator is bound by arithmetic or by memory.
+    """
     m = machine(device_type)
     return max(sum(max(c.flops / m.flops, c.bytes / m.bandwidth) for c in observation.costs), 1e-10)
 

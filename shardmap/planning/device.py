@@ -19,7 +19,9 @@ Devices = str | torch.device | Sequence[str | torch.device]
 def available() -> tuple[str, ...]:
     """The devices of this machine, by name."""
     names = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     if accelerator is not None:
         names += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
     return tuple(names)
@@ -29,7 +31,8 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
     """The devices that `devices` names, one entry per shard.
 
     Args:
-        devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a `torch.device`, or a list of names (repeats allowed).
+        devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a `torch.device`, or a
+            list of names (repeats allowed).
         home: Where the first mapped input lives.
         call: The user's call, for errors.
 
@@ -41,9 +44,15 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
     elif isinstance(devices, list | tuple):
         names = [n for d in devices for n in _expand(_name(d, devices, call), home, devices, call)]
     else:
-        raise DeviceError(f"{call}: devices={devices!r} is a {type(devices).__name__}; pass a name such as 'cpu', or a list of names")
+        raise DeviceError(
+            f"{call}: devices={devices!r} is a {type(devices).__name__}; pass a name such as "
+            "'cpu', or a list of names"
+        )
     if not names:
-        raise DeviceError(f"{call}: devices={devices!r} names no device; this machine has {', '.join(available())}")
+        raise DeviceError(
+            f"{call}: devices={devices!r} names no device; this machine has "
+            f"{', '.join(available())}"
+        )
     return tuple(names)
 
 
@@ -54,22 +63,30 @@ def one(device: Any, call: str) -> torch.device:
         DeviceError: It is malformed, absent, or names several.
     """
     if not isinstance(device, str | torch.device):
-        raise DeviceError(f"{call}: output_device={device!r} is a {type(device).__name__}; pass a name such as 'cpu', or a torch.device")
+        raise DeviceError(
+            f"{call}: output_device={device!r} is a {type(device).__name__}; pass a name such as "
+            "'cpu', or a torch.device"
+        )
     names = _expand(str(device), torch.device("cpu"), device, call, "output_device")
     if len(names) != 1:
-        raise DeviceError(f"{call}: output_device={device!r} names {len(names)} devices; results go to one")
+        raise DeviceError(
+            f"{call}: output_device={device!r} names {len(names)} devices; results go to one"
+        )
     return torch.device(names[0])
 
 
 def _name(device: Any, devices: Any, call: str) -> str:
     if not isinstance(device, str | torch.device):
         raise DeviceError(
-            f"{call}: devices={devices!r} holds a {type(device).__name__}; pass names such as 'cuda:0', or torch.device objects"
+            f"{call}: devices={devices!r} holds a {type(device).__name__}; pass names such as "
+            "'cuda:0', or torch.device objects"
         )
     return str(device)
 
 
-def _expand(name: str, home: torch.device, devices: Any, call: str, argument: str = "devices") -> list[str]:
+def _expand(
+    name: str, home: torch.device, devices: Any, call: str, argument: str = "devices"
+) -> list[str]:
     if name == "auto":
         return [str(home)]
     there = available()
@@ -86,22 +103,33 @@ def _expand(name: str, home: torch.device, devices: Any, call: str, argument: st
     missing = [d for d in found if d not in there]
     if missing or not found:
         raise DeviceError(
-            f"{call}: {argument}={devices!r} names {(missing or [name])[0]}, which is not there; this machine has {', '.join(there)}"
+            f"{call}: {argument}={devices!r} names {(missing or [name])[0]}, which is not there; "
+            f"this machine has {', '.join(there)}"
         )
     return found
 
 
 def _current(kind: str) -> str:
-    return f"{kind}:{torch.accelerator.current_device_index()}" if torch.accelerator.is_available() else ""
+    return (
+        f"{kind}:{torch.accelerator.current_device_index()}"
+        if torch.accelerator.is_available()
+        else ""
+    )
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether `device` is an accelerator that is really there: under fake tensors it may exist in name only."""
+    """Whether `device` is an accelerator that is really there.
+
+    Under fake tensors it may exist in name only.
+    """
     return (
-        device.type != "cpu" and torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device(device.type)
+        device.type != "cpu"
+        and torch.accelerator.is_available()
+        and torch.accelerator.current_accelerator() == torch.device(device.type)
     )
 
 
@@ -112,7 +140,11 @@ def free_bytes(device: torch.device) -> int | None:
     if not accelerated(device):
         return None
     free, _ = torch.accelerator.get_memory_info(device)
-    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return (
+        free
+        + torch.accelerator.memory_reserved(device)
+        - torch.accelerator.memory_allocated(device)
+    )
 
 
 @functools.cache
@@ -149,8 +181,12 @@ def _cgroup_rooms() -> list[int]:
     for limit, usage in _cgroup_limits():
         try:
             used = int(usage.read_text())
-            stat = dict(line.split() for line in (usage.parent / "memory.stat").read_text().splitlines())
-            reclaimable = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))  # page cache goes when memory is asked for
+            stat = dict(
+                line.split() for line in (usage.parent / "memory.stat").read_text().splitlines()
+            )
+            reclaimable = int(
+                stat.get("inactive_file", stat.get("total_inactive_file", 0))
+            )  # page cache goes when memory is asked for
             rooms.append(max(0, limit - max(0, used - reclaimable)))
         except (OSError, ValueError):
             continue
@@ -167,7 +203,10 @@ class Budget:
     """Of what is free."""
 
     def on(self, device: torch.device, peers: int = 1) -> int | None:
-        """Bytes on `device`, of which `peers` processes take equal parts where nothing is given; None where nobody can say."""
+        """Bytes on `device`, of which `peers` processes take equal parts where nothing is given.
+
+        None where nobody can say.
+        """
         return self.of(free_bytes(device) if self.bytes is None else None, peers)
 
     def of(self, free: int | None, peers: int) -> int | None:
@@ -180,7 +219,8 @@ class Budget:
 class Meter:
     """Reads what this process has in use on a device, and the most it ever had, without resetting anything.
 
-    Whoever else measures the process must find its own peaks: so a chunk's peak is known only if it exceeds every one before.
+    Whoever else measures the process must find its own peaks: so a chunk's peak is known only if it
+    exceeds every one before.
     """
 
     def __init__(self, device: torch.device):
@@ -192,13 +232,17 @@ class Meter:
             return _resident()
         if not accelerated(self.device):
             return None
-        return torch.accelerator.memory_allocated(self.device), torch.accelerator.max_memory_allocated(self.device)
+        return torch.accelerator.memory_allocated(
+            self.device
+        ), torch.accelerator.max_memory_allocated(self.device)
 
 
 def _resident() -> tuple[int, int] | None:
     try:
         with open("/proc/self/status", "rb") as file:
-            lines = dict(line.split(b":", 1) for line in file if line.startswith((b"VmHWM", b"VmRSS")))
+            lines = dict(
+                line.split(b":", 1) for line in file if line.startswith((b"VmHWM", b"VmRSS"))
+            )
     except OSError:
         return None
     if len(lines) != 2:

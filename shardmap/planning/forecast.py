@@ -1,4 +1,7 @@
-"""What a map would take on a cluster: time, bytes through the driver, requests to the store. Arithmetic, nothing is run."""
+"""What a map would take on a cluster: time, bytes through the driver, requests to the store.
+
+Arithmetic, nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,19 @@ from shardmap.planning.memory import format_bytes
 from shardmap.planning.table import format_seconds, layout, wrap
 
 TASK_SECONDS = 0.6e-3
-"""Of the driver for each task whose samples or results pass through it: to cut, hand out and gather. As measured on
-two cores (`benchmarks/cluster.py`)."""
+"""Of the driver for each task whose samples or results pass through it: to cut, hand out and
+gather. As measured on two cores (`benchmarks/cluster.py`)."""
 STORE_TASK_SECONDS = 0.8e-3
-"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to commit. As measured."""
+"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to
+commit. As measured."""
 BYTE_SECONDS = 1.0e-9
-"""Of the driver for each byte that passes through it, 1 ms per MB: into and out of Ray's object store. As measured."""
+"""Of the driver for each byte that passes through it, 1 ms per MB: into and out of Ray's object
+store. As measured."""
 WINDOW = 2
 """Tasks that a worker has at a time: one that it computes, one whose samples travel meanwhile."""
 REQUESTS_PER_SECOND = 3500
-"""Writes that an object store takes under one prefix: what Amazon S3 documents (PUT, COPY, POST, DELETE)."""
+"""Writes that an object store takes under one prefix: what Amazon S3 documents (PUT, COPY, POST,
+DELETE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,8 @@ class Workload:
     samples: int
     """N, the size of the batch."""
     sample_bytes: int
-    """Of one sample on its way from the driver to a worker; 0 where workers read samples themselves."""
+    """Of one sample on its way from the driver to a worker; 0 where workers read samples
+    themselves."""
     result_bytes: int
     """Of one sample's results."""
     program_bytes: int
@@ -70,19 +77,27 @@ class Forecast:
     program_bytes: int
     """Program and captured tensors, to all workers that have work."""
     driver_peak_bytes: int
-    """What the driver's machine holds at most beside the batch: results, and samples of tasks that workers have."""
+    """What the driver's machine holds at most beside the batch: results, and samples of tasks
+    that workers have."""
     store_requests: int
     """Objects written: for each unit its files and its entry in the manifest."""
 
     @property
     def seconds(self) -> float:
-        """Predicted for the run: workers, driver and store work side by side, so the slowest of them counts."""
+        """Predicted for the run.
+
+        Workers, driver and store work side by side, so the slowest of them counts.
+        """
         return max(self.compute_seconds, self.driver_seconds, self.store_seconds)
 
     @property
     def bottleneck(self) -> str:
         """Which of them it is: "workers", "driver" or "store"."""
-        named = {"workers": self.compute_seconds, "driver": self.driver_seconds, "store": self.store_seconds}
+        named = {
+            "workers": self.compute_seconds,
+            "driver": self.driver_seconds,
+            "store": self.store_seconds,
+        }
         return max(named, key=lambda name: named[name])
 
     @property
@@ -96,28 +111,66 @@ class Forecast:
         per_task = format_seconds(_task_seconds(load))
         rows = [
             ("tasks", str(self.tasks), f"of {self.task_samples} samples"),
-            ("workers busy", guess + format_seconds(self.compute_seconds), f"{guess}{each} for each task"),
-            ("driver busy", format_seconds(self.driver_seconds), f"{per_task} for each task, and 1 ms for each MB"),
+            (
+                "workers busy",
+                guess + format_seconds(self.compute_seconds),
+                f"{guess}{each} for each task",
+            ),
+            (
+                "driver busy",
+                format_seconds(self.driver_seconds),
+                f"{per_task} for each task, and 1 ms for each MB",
+            ),
         ]
         if load.unit_rows is not None:
-            rate = format_bytes(load.samples * load.result_bytes / self.seconds) if self.seconds else "0 B"
+            rate = (
+                format_bytes(load.samples * load.result_bytes / self.seconds)
+                if self.seconds
+                else "0 B"
+            )
             rows.append(
-                ("store busy", format_seconds(self.store_seconds), f"{REQUESTS_PER_SECOND} requests per second; it has to take {rate}/s")
+                (
+                    "store busy",
+                    format_seconds(self.store_seconds),
+                    f"{REQUESTS_PER_SECOND} requests per second; it has to take {rate}/s",
+                )
             )
         through = f"samples {format_bytes(self.sent_bytes)}, results {format_bytes(self.gathered_bytes)}, program and captured tensors"
         rows += [
-            ("through the driver", format_bytes(self.driver_bytes), f"{through} {format_bytes(self.program_bytes)}"),
+            (
+                "through the driver",
+                format_bytes(self.driver_bytes),
+                f"{through} {format_bytes(self.program_bytes)}",
+            ),
             ("driver's memory", format_bytes(self.driver_peak_bytes), "at most, beside the batch"),
         ]
         if load.unit_rows is not None:
-            rows.append(("store requests", str(self.store_requests), f"{load.unit_objects} and the manifest's entry for each unit"))
-        rows.append(("predicted time", guess + format_seconds(self.seconds), f"the bottleneck: {self.bottleneck}"))
+            rows.append(
+                (
+                    "store requests",
+                    str(self.store_requests),
+                    f"{load.unit_objects} and the manifest's entry for each unit",
+                )
+            )
+        rows.append(
+            (
+                "predicted time",
+                guess + format_seconds(self.seconds),
+                f"the bottleneck: {self.bottleneck}",
+            )
+        )
         lines = [
-            f"{self.workers} workers, each like this machine, once they have started: {load.samples} samples",
+            f"{self.workers} workers, each like this machine, once they have started: "
+            f"{load.samples} samples",
             layout(rows, left=(0, 2)),
         ]
         if self.tasks < self.workers:
-            lines.append(wrap(f"Only {self.tasks} workers have work: give a smaller chunk_size, or fewer workers."))
+            lines.append(
+                wrap(
+                    f"Only {self.tasks} workers have work: give a smaller chunk_size, or fewer "
+                    "workers."
+                )
+            )
         return "\n".join(lines)
 
 
@@ -144,7 +197,8 @@ def forecast(workload: Workload, workers: int) -> Forecast:
         size,
         tasks,
         compute_seconds=rounds * size * workload.sample_seconds,
-        driver_seconds=tasks * _task_seconds(workload) + (sent + results + workload.program_bytes) * BYTE_SECONDS,
+        driver_seconds=tasks * _task_seconds(workload)
+        + (sent + results + workload.program_bytes) * BYTE_SECONDS,
         store_seconds=requests / REQUESTS_PER_SECOND,
         sent_bytes=sent,
         gathered_bytes=results,
@@ -156,4 +210,6 @@ def forecast(workload: Workload, workers: int) -> Forecast:
 
 def _task_seconds(workload: Workload) -> float:
     """Of the driver for one task."""
-    return TASK_SECONDS if workload.sample_bytes or workload.unit_rows is None else STORE_TASK_SECONDS
+    return (
+        TASK_SECONDS if workload.sample_bytes or workload.unit_rows is None else STORE_TASK_SECONDS
+    )

@@ -1,9 +1,12 @@
-"""How much memory a map needs: fixed bytes and bytes per sample, on each device, solved for the largest chunk that fits.
+"""How much memory a map needs.
+
+Fixed bytes and bytes per sample, on each device, solved for the largest chunk that fits.
 
 The words, as they are used everywhere here:
 
 - *resident*: bytes that are there during the whole run whatever the chunk: the stacked result where it is collected, captured tensors
-  copied to the device, what no sample changes, what outer autograd saved of the chunks that are done.
+  copied to the device, what no sample changes, what outer autograd saved of the chunks that are
+  done.
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs on their way.
 - *scale*: what a chunk was measured to need over what its tensors say: kernels' workspaces, the allocator's gaps.
 - *margin*: what a process needs beside: kernels' buffers per thread, the allocator's gaps. A twenty-fifth, at most 32 MiB.
@@ -22,7 +25,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 MARGIN_BYTES, MARGIN_PART = 32 * MIB, 25
-"""Measured with benchmarks/memory.py: up to 26 MiB beside the tensors, whatever the size of the map."""
+"""Measured with benchmarks/memory.py: up to 26 MiB beside the tensors, whatever the size of the
+map."""
 
 
 class Level(NamedTuple):
@@ -40,7 +44,10 @@ class Level(NamedTuple):
 
 
 def envelope(levels: Iterable[Level]) -> tuple[Level, ...]:
-    """The levels that are highest for some number of samples: a peak is piecewise linear in the chunk size."""
+    """The levels that are highest for some number of samples.
+
+    A peak is piecewise linear in the chunk size.
+    """
     best: list[Level] = []
     for level in sorted(set(levels), key=lambda v: (-v.sample_bytes, -v.fixed_bytes)):
         if not best or level.fixed_bytes > best[-1].fixed_bytes:
@@ -71,11 +78,19 @@ class MemoryModel:
         return needed + min(MARGIN_BYTES, needed // MARGIN_PART)
 
     def room_bytes(self, budget_bytes: int) -> int:
-        """What a chunk may need for the peak to stay within the budget; negative if what is resident exceeds it already."""
-        return max(budget_bytes - MARGIN_BYTES, budget_bytes * MARGIN_PART // (MARGIN_PART + 1)) - self.resident_bytes
+        """What a chunk may need for the peak to stay within the budget.
+
+        Negative if what is resident exceeds it already.
+        """
+        return (
+            max(budget_bytes - MARGIN_BYTES, budget_bytes * MARGIN_PART // (MARGIN_PART + 1))
+            - self.resident_bytes
+        )
 
     def largest_chunk(self, bytes_limit: int, most: int) -> int:
-        """The most samples, up to `most`, whose chunk needs at most `bytes_limit`; 0 if not even one fits.
+        """The most samples, up to `most`, whose chunk needs at most `bytes_limit`.
+
+        0 if not even one fits.
 
         Solved: each level is a line, so each gives a bound, and the smallest bound holds.
         """
@@ -106,7 +121,18 @@ def format_bytes(count: float) -> str:
     return f"{int(count)} B"
 
 
-_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": GIB << 10, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": GIB << 10,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 
 
 def parse_bytes(text: str) -> int | None:

@@ -1,8 +1,11 @@
-"""What a chunk costs, found by running two or three samples and watching: live bytes, operations, traffic.
+"""What a chunk costs, found by running two or three samples and watching.
 
-Nothing is guessed from shapes: a dispatch mode sees every tensor that the replay makes, the temporaries inside composite calls
-and what autograd saves among them, and when each dies. Run for two and for three samples, each live byte is either fixed or
-of a sample. The tiny peak tracker after cubed's and `torch.distributed._tools.mem_tracker`; operations after PyTorch's own
+Live bytes, operations, traffic.
+
+Nothing is guessed from shapes: a dispatch mode sees every tensor that the replay makes, the
+temporaries inside composite calls and what autograd saves among them, and when each dies. Run for
+two and for three samples, each live byte is either fixed or of a sample. The tiny peak tracker
+after cubed's and `torch.distributed._tools.mem_tracker`; operations after PyTorch's own
 `torch.utils.flop_counter`.
 """
 
@@ -41,9 +44,11 @@ class Observation:
     """What running a chunk of a program costs."""
 
     levels: tuple[Level, ...]
-    """Live bytes at their peaks, what the chunk makes only: no inputs, no captured tensors, no slices of the result."""
+    """Live bytes at their peaks, what the chunk makes only: no inputs, no captured tensors, no
+    slices of the result."""
     kept: Level
-    """Live bytes when the chunk is done, outputs included: with outer autograd what it saved for backward."""
+    """Live bytes when the chunk is done, outputs included: with outer autograd what it saved for
+    backward."""
     costs: tuple[OpCost, ...]
     """By recorded operator, in the order of first use."""
 
@@ -80,10 +85,16 @@ class _Watch(TorchDispatchMode):
     def mark(self, number: int) -> None:
         self.equation = number
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        made = [t for t in flat_tensors(out if isinstance(out, tuple | list) else (out,)) if t.layout is torch.strided]
+        made = [
+            t
+            for t in flat_tensors(out if isinstance(out, tuple | list) else (out,))
+            if t.layout is torch.strided
+        ]
         given = [t for t in flat_tensors((*args, *kwargs.values())) if t.layout is torch.strided]
         before = {t.untyped_storage()._cdata for t in given}
         fresh = False
@@ -91,11 +102,19 @@ class _Watch(TorchDispatchMode):
             fresh |= self._see(t)
         if fresh:
             self.trail.append(self.now)
-        if fresh or func._schema.is_mutable or not all(t.untyped_storage()._cdata in before for t in made):
+        if (
+            fresh
+            or func._schema.is_mutable
+            or not all(t.untyped_storage()._cdata in before for t in made)
+        ):
             cost = self.costs.setdefault(self.equation, [0, 0.0, 0.0])
             formula = flop_registry.get(func._overloadpacket)
             cost[0] += 1
-            cost[1] += formula(*args, **kwargs, out_val=out) if formula is not None else sum(t.numel() for t in made)
+            cost[1] += (
+                formula(*args, **kwargs, out_val=out)
+                if formula is not None
+                else sum(t.numel() for t in made)
+            )
             cost[2] += sum(_touched(t) for t in (*given, *made))
         return out
 
@@ -119,14 +138,20 @@ def _touched(t: torch.Tensor) -> int:
     return math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) * t.element_size()
 
 
-def observe(low: Lowered, run: Callable[..., Any], sizes: Sequence[int], known: Callable[[int], Sequence[torch.Tensor]]) -> Observation:
+def observe(
+    low: Lowered,
+    run: Callable[..., Any],
+    sizes: Sequence[int],
+    known: Callable[[int], Sequence[torch.Tensor]],
+) -> Observation:
     """Watch chunks of two sizes.
 
     Args:
         low: The lowered program.
         run: `run(size, mark)` computes a chunk of that many samples and returns its outputs.
         sizes: One or two numbers of samples.
-        known: For a size, the tensors that are there before: inputs, captured, slices of the result.
+        known: For a size, the tensors that are there before: inputs, captured, slices of the
+            result.
     """
     watched = []
     for size in sizes:
@@ -138,9 +163,13 @@ def observe(low: Lowered, run: Callable[..., Any], sizes: Sequence[int], known: 
     size, watch, kept = watched[-1]
     first_size, first, first_kept = watched[0]
     if len(watched) == 2 and len(first.trail) == len(watch.trail):
-        points = [_line(first_size, a, size, b) for a, b in zip(first.trail, watch.trail, strict=True)]
+        points = [
+            _line(first_size, a, size, b) for a, b in zip(first.trail, watch.trail, strict=True)
+        ]
         rest = _line(first_size, first_kept, size, kept)
-    else:  # kernels were chosen by the size, or there is one size only: everything counts as growing with the chunk
+    # kernels were chosen by the size, or there is one size only: everything counts as growing with
+    # the chunk
+    else:
         points = [Level(0, -(-a // size)) for a in watch.trail]
         rest = Level(0, -(-kept // size))
     names: dict[str, list[float]] = {}
@@ -155,7 +184,10 @@ def observe(low: Lowered, run: Callable[..., Any], sizes: Sequence[int], known: 
 
 
 def _line(size: int, a: int, larger: int, b: int) -> Level:
-    """The line through two observations; what grows faster than the chunk counts as growing with it."""
+    """The line through two observations.
+
+    What grows faster than the chunk counts as growing with it.
+    """
     per_sample = max(0, -(-(b - a) // (larger - size)))
     fixed = b - larger * per_sample
     return Level(fixed, per_sample) if fixed >= 0 else Level(0, -(-b // larger))

@@ -14,7 +14,8 @@ from shardmap.planning.observe import Observation
 OVERHEAD = 0.1
 """Of a chunk's time may go to the host's work around its kernels, where memory allows."""
 SATURATION = 20
-"""On an accelerator a chunk computes for this many times what its launches cost the host: the host must stay ahead of it."""
+"""On an accelerator a chunk computes for this many times what its launches cost the host: the
+host must stay ahead of it."""
 CHUNKS_PER_LANE = 4
 """With several lanes, so that a slow one can do less."""
 
@@ -34,7 +35,10 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One entry of `devices`: what it is expected to do. Chunks are handed out as lanes become free."""
+    """One entry of `devices`: what it is expected to do.
+
+    Chunks are handed out as lanes become free.
+    """
 
     name: str
     """The device, and a number where it is named more than once: `cpu#2`."""
@@ -49,7 +53,8 @@ class Lane:
     seconds: float
     """Expected for its rows."""
     measured: bool
-    """Whether `seconds` comes from chunks that have run; otherwise it is a guess from operations and bytes."""
+    """Whether `seconds` comes from chunks that have run; otherwise it is a guess from operations
+    and bytes."""
     worker: str = ""
     """The process of a cluster that it stands for; empty in this one."""
 
@@ -99,7 +104,9 @@ class Split:
     @property
     def fits(self) -> bool:
         """Whether every lane's peak is within its budget."""
-        return all(lane.fits for lane in self.lanes) and (self.collected is None or self.collected.fits)
+        return all(lane.fits for lane in self.lanes) and (
+            self.collected is None or self.collected.fits
+        )
 
     @property
     def seconds(self) -> float:
@@ -112,10 +119,15 @@ class Split:
     def refusal(self) -> str | None:
         """Why the split cannot run: the first device over its budget, in words."""
         if self.collected is not None and not self.collected.fits:
-            needed, budget = format_bytes(self.collected.bytes), format_bytes(self.collected.budget_bytes or 0)
+            needed, budget = (
+                format_bytes(self.collected.bytes),
+                format_bytes(self.collected.budget_bytes or 0),
+            )
             return (
-                f"the results need {needed} on {self.collected.device}, where they are collected, budget {budget}; write them to a store "
-                "with out=, keep less of them with reduce=, map fewer samples per call, or name another output_device="
+                f"the results need {needed} on {self.collected.device}, where they are collected, "
+                f"budget {budget}; write them to a store "
+                "with out=, keep less of them with reduce=, map fewer samples per call, or name "
+                "another output_device="
             )
         for lane in self.lanes:
             if lane.fits:
@@ -124,7 +136,8 @@ class Split:
             memory = lane.memory
             one = memory.chunk_bytes(1)
             text = (
-                f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} (fixed {format_bytes(memory.resident_bytes)}, "
+                f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} (fixed "
+                f"{format_bytes(memory.resident_bytes)}, "
                 f"{format_bytes(one)} per sample)"
             )
             room = memory.room_bytes(lane.budget_bytes or 0)
@@ -134,15 +147,22 @@ class Split:
             if one > memory.resident_bytes:
                 return f"{text}; not even one sample fits: allow more with memory_budget=, or use a device with more memory"
             return (
-                f"{text}; what stays during the whole run does not fit: keep less of the result with reduce=, map fewer samples per call, "
-                "pass remat=True if gradients are recorded from outside, or allow more with memory_budget="
+                f"{text}; what stays during the whole run does not fit: keep less of the result "
+                "with reduce=, map fewer samples per call, "
+                "pass remat=True if gradients are recorded from outside, or allow more with "
+                "memory_budget="
             )
         return None
 
 
 def chunks_of(samples: int, step: int) -> tuple[Chunk, ...]:
-    """The batch in chunks of at most `step` samples, in order; an empty batch is one empty chunk."""
-    return tuple(Chunk(at, min(at + step, samples)) for at in range(0, samples, step)) or (Chunk(0, 0),)
+    """The batch in chunks of at most `step` samples, in order.
+
+    An empty batch is one empty chunk.
+    """
+    return tuple(Chunk(at, min(at + step, samples)) for at in range(0, samples, step)) or (
+        Chunk(0, 0),
+    )
 
 
 def cut(samples: int, parts: int) -> list[int]:
@@ -152,7 +172,10 @@ def cut(samples: int, parts: int) -> list[int]:
 
 
 def lane_names(names: Sequence[str]) -> list[str]:
-    """A name for each lane: that of its device, numbered where the device is named more than once."""
+    """A name for each lane.
+
+    That of its device, numbered where the device is named more than once.
+    """
     seen: dict[str, int] = {}
     out = []
     for name in names:
@@ -176,22 +199,30 @@ class Site:
 
 
 def split(
-    samples: int, sites: Sequence[Site], chunk_size: Any, uniform: bool = False, collected: Collected | None = None, sharing: int = 1
+    samples: int,
+    sites: Sequence[Site],
+    chunk_size: Any,
+    uniform: bool = False,
+    collected: Collected | None = None,
+    sharing: int = 1,
 ) -> Split:
     """Cut a batch among devices.
 
     Args:
         samples: N, the size of the batch.
         sites: One per entry of `devices`.
-        chunk_size: "auto", an int, None for all of a device's share, or a mapping from device names to any of these.
-        uniform: Whether all devices take chunks of one size, so that how partial results are combined does not depend on who computes them.
+        chunk_size: "auto", an int, None for all of a device's share, or a mapping from device names
+            to any of these.
+        uniform: Whether all devices take chunks of one size, so that how partial results are
+            combined does not depend on who computes them.
         collected: The results, if they are collected on a device that computes nothing.
         sharing: Processes that compute on this machine side by side, and so share its CPU's cache.
     """
     speeds = [1 / _sample_seconds(site) for site in sites]
     rows = _shares(samples, speeds)
     sizes = [
-        _chunk(samples, share, site, _wanted(chunk_size, site.device), len(sites), sharing) for share, site in zip(rows, sites, strict=True)
+        _chunk(samples, share, site, _wanted(chunk_size, site.device), len(sites), sharing)
+        for share, site in zip(rows, sites, strict=True)
     ]
     if uniform:
         sizes = [min(sizes)] * len(sizes)
@@ -206,7 +237,9 @@ def split(
             _seconds(site, share, size),
             site.learned.sample_seconds is not None,
         )
-        for name, site, share, size in zip(lane_names([s.device for s in sites]), sites, rows, sizes, strict=True)
+        for name, site, share, size in zip(
+            lane_names([s.device for s in sites]), sites, rows, sizes, strict=True
+        )
     ]
     return Split(samples, tuple(lanes), collected)
 
@@ -251,25 +284,37 @@ def _wanted(chunk_size: Any, device: str) -> Any:
 
 def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharing: int) -> int:
     """Most samples at a time on one device."""
-    most = max(1, share) if site.learned.ceiling is None else max(1, min(share, site.learned.ceiling))
+    most = (
+        max(1, share) if site.learned.ceiling is None else max(1, min(share, site.learned.ceiling))
+    )
     if wanted is None:
         return most
     if wanted != "auto":
-        return int(wanted) if site.learned.ceiling is None else min(int(wanted), site.learned.ceiling)
+        return (
+            int(wanted) if site.learned.ceiling is None else min(int(wanted), site.learned.ceiling)
+        )
     if site.observation is None:
         return most
     kind = site.device.partition(":")[0]
-    host, each = host_seconds(site.observation, kind), site.learned.sample_seconds or sample_seconds(site.observation, kind)
+    host, each = (
+        host_seconds(site.observation, kind),
+        site.learned.sample_seconds or sample_seconds(site.observation, kind),
+    )
     if site.whole:
         chunk = most
     elif kind == "cpu":
-        chunk = _cached(site.memory, most, enough=int(host / (OVERHEAD * each)) + 1, sharing=sharing)
+        chunk = _cached(
+            site.memory, most, enough=int(host / (OVERHEAD * each)) + 1, sharing=sharing
+        )
     else:
         chunk = max(1, int(SATURATION * host / each))
     if lanes > 1:
         chunk = min(chunk, max(1, -(-samples // (CHUNKS_PER_LANE * lanes))))
     if site.budget_bytes is not None:
-        chunk = min(chunk, max(1, site.memory.largest_chunk(site.memory.room_bytes(site.budget_bytes), most)))
+        chunk = min(
+            chunk,
+            max(1, site.memory.largest_chunk(site.memory.room_bytes(site.budget_bytes), most)),
+        )
     chunk = max(1, min(chunk, most))
     return -(-share // -(-share // chunk)) if share else chunk  # chunks of even size
 
@@ -277,9 +322,11 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharin
 def _cached(memory: MemoryModel, most: int, enough: int, sharing: int) -> int:
     """The samples whose intermediates stay in the CPU's cache, or more where the host's work per chunk would weigh too much.
 
-    A process's part of half of the last-level cache, and never more than 8 MiB. Per-sample gradient norms of 784-256-256-10 took 659 ms
-    on one thread where 16 MiB took 913, their mean on two threads 531 and 755, though norms on two threads 431 and 377; a CNN gained 2 to
-    12%.
+    A process's part of half of the last-level cache, and never more than 8 MiB. Per-sample gradient
+    norms of 784-256-256-10 took 659 ms on one thread where 16 MiB took 913, their mean on two
+    threads 531 and 755, though norms on two threads 431 and 377; a CNN gained 2 to 12%.
     """
     target = min(devices.cache_bytes() // (2 * sharing), 8 * MIB)
-    return max(memory.largest_chunk(target, most), min(enough, memory.largest_chunk(2 * target, most)), 1)
+    return max(
+        memory.largest_chunk(target, most), min(enough, memory.largest_chunk(2 * target, most)), 1
+    )

@@ -1,7 +1,8 @@
 """What one sample does: a flat list of operator calls, as frozen data.
 
-A `Program` is what recording a function once leaves behind (see `shardmap.trace.recorder`). It knows nothing of batches,
-devices or rules. Equations are small named tuples, after JAX's autodidax; `print(program)` reads like a jaxpr.
+A `Program` is what recording a function once leaves behind (see `shardmap.trace.recorder`). It
+knows nothing of batches, devices or rules. Equations are small named tuples, after JAX's autodidax;
+`print(program)` reads like a jaxpr.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Var(NamedTuple):
 
 
 class Param(NamedTuple):
-    """A float that the recording took from python: an input of the program, so that its value can change."""
+    """A float that the recording took from python.
+
+    An input of the program, so that its value can change.
+    """
 
     scalar: int
 
@@ -66,8 +70,8 @@ class SampleDevice(NamedTuple):
 SAMPLE_DEVICE = SampleDevice()
 
 NO_GRAD, GRAD, FRESH_LEAF = 0, 1, 2
-"""What autograd knew of an argument when it was consumed. `FRESH_LEAF`: a leaf made inside the function, where
-outer gradients end."""
+"""What autograd knew of an argument when it was consumed. `FRESH_LEAF`: a leaf made inside the
+function, where outer gradients end."""
 
 
 class Equation(NamedTuple):
@@ -144,13 +148,17 @@ class Program(NamedTuple):
     output_flags: tuple[int, ...]
     """What autograd knew of each output, as in `Equation.flags`."""
     types: tuple[Any, ...]
-    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two programs equal."""
+    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two
+    programs equal."""
 
     def __str__(self) -> str:
         def declare(variables: tuple[Var, ...]) -> str:
             return ", ".join(f"{v}:{v.spec}" for v in variables)
 
-        lines = [f"program(mapped {declare(self.inputs)}; captured {declare(self.captured)}; literals {declare(self.literals)}):"]
+        lines = [
+            f"program(mapped {declare(self.inputs)}; captured {declare(self.captured)}; literals "
+            f"{declare(self.literals)}):"
+        ]
         lines += [f"  {equation}" for equation in self.equations]
         lines.append(f"  return {', '.join(map(str, self.outputs))}")
         return "\n".join(lines)
@@ -164,15 +172,24 @@ class Program(NamedTuple):
         known: dict[int, Var] = {}
 
         def define(var: Var, where: str) -> None:
-            assert known.setdefault(var.index, var) == var, f"{where}: {var} is defined twice, with different specs\n{self}"
+            assert known.setdefault(var.index, var) == var, (
+                f"{where}: {var} is defined twice, with different specs\n{self}"
+            )
 
         for var in self.inputs + self.captured + self.literals:
             define(var, "inputs")
         for number, equation in enumerate(self.equations):
             for var in equation.inputs():
-                assert var.index in known, f"equation {number} `{equation}` reads {var} before it is defined\n{self}"
-                assert known[var.index] == var, f"equation {number} `{equation}` reads {var}, which was defined with another spec\n{self}"
-            assert len(equation.flags) == sum(1 for _ in equation.inputs()), f"equation {number} `{equation}`: one flag per tensor\n{self}"
+                assert var.index in known, (
+                    f"equation {number} `{equation}` reads {var} before it is defined\n{self}"
+                )
+                assert known[var.index] == var, (
+                    f"equation {number} `{equation}` reads {var}, which was defined with another "
+                    f"spec\n{self}"
+                )
+            assert len(equation.flags) == sum(1 for _ in equation.inputs()), (
+                f"equation {number} `{equation}`: one flag per tensor\n{self}"
+            )
             for var in equation.results():
                 define(var, f"equation {number} `{equation}`")
         for var in self.outputs:

@@ -13,10 +13,22 @@ from shardmap.program.ir import Var, variables
 
 aten = torch.ops.aten
 
-_QUESTIONS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.item.default, aten.allclose.default}
+_QUESTIONS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.item.default,
+    aten.allclose.default,
+}
 """Operators that answer python with a value."""
 
-_METADATA = {"is_same_size", "_has_same_storage_numel", "_has_compatible_shallow_copy_type", "is_pinned", "_debug_has_internal_overlap"}
+_METADATA = {
+    "is_same_size",
+    "_has_same_storage_numel",
+    "_has_compatible_shallow_copy_type",
+    "is_pinned",
+    "_debug_has_internal_overlap",
+}
 """Operators that answer python with metadata, the same for every sample."""
 
 _UNINITIALISED = {
@@ -39,7 +51,8 @@ _SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_full.default,
 }
-"""Operators that look at the shape, strides, dtype and device of their tensor and not at its values."""
+"""Operators that look at the shape, strides, dtype and device of their tensor and not at its
+values."""
 
 OPEN_SCALARS = {
     getattr(getattr(aten, name), overload)
@@ -47,7 +60,8 @@ OPEN_SCALARS = {
     for overload in ("Tensor", "Scalar")
     if overload in getattr(aten, name).overloads()
 }
-"""Operators whose float arguments are bound at each call, so that a changing learning rate does not lower again."""
+"""Operators whose float arguments are bound at each call, so that a changing learning rate does
+not lower again."""
 
 _TRAINING_WRITES = {
     "native_batch_norm": (3, 4, 5),
@@ -58,7 +72,8 @@ _TRAINING_WRITES = {
     "_batch_norm_impl_index": (3, 4, 5),
     "instance_norm": (3, 4, 5),
 }
-"""Operators that write running statistics when training, and do not say so: (mean, variance, training) positions."""
+"""Operators that write running statistics when training, and do not say so: (mean, variance,
+training) positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +92,16 @@ class OpInfo:
     question: bool
     metadata: bool
     shape_only: bool
-    """Makes a tensor by the metadata of another: its result does not differ by sample even where that tensor does."""
+    """Makes a tensor by the metadata of another: its result does not differ by sample even where
+    that tensor does."""
     view_in_place: Any
-    """For an operator that changes its argument's shape or strides in place: the operator that returns such a view."""
+    """For an operator that changes its argument's shape or strides in place: the operator that
+    returns such a view."""
     resizes: bool
     """Gives its argument other memory or another size."""
     hidden_writes: tuple[int, int, int] | None
-    """Positions of running mean, running variance and the training flag, for operators that write without saying so."""
+    """Positions of running mean, running variance and the training flag, for operators that
+    write without saying so."""
     open_scalars: bool
     uninitialised: bool
     plain: bool
@@ -95,7 +113,11 @@ _infos: dict[int, OpInfo] = {}
 
 def op_info(op: torch._ops.OpOverload) -> OpInfo:
     """The facts about `op`, from its schema and tags, found once."""
-    info = _infos.get(id(op))  # hashing an overload runs python code; its address is as good while `OpInfo.op` keeps it alive
+    info = _infos.get(
+        id(op)
+        # hashing an overload runs python code; its address is as good while `OpInfo.op` keeps it
+        # alive
+    )
     if info is None:
         info = _infos[id(op)] = _op_info(op)
     return info
@@ -103,10 +125,18 @@ def op_info(op: torch._ops.OpOverload) -> OpInfo:
 
 def _op_info(op: torch._ops.OpOverload) -> OpInfo:
     schema = op._schema
-    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only)
-    named = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    writes = tuple(
+        i
+        for i, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only
+    )
+    named = tuple(
+        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    )
     name = op._schema.name.partition("::")[2]
-    composite = op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    composite = op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
     is_random = torch.Tag.nondeterministic_seeded in op.tags
     info = OpInfo(
         op=op,
@@ -135,7 +165,12 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         or info.metadata
         or info.hidden_writes
     )
-    plain = not special and info.view_in_place is None and not info.uninitialised and op is not aten.lift_fresh.default
+    plain = (
+        not special
+        and info.view_in_place is None
+        and not info.uninitialised
+        and op is not aten.lift_fresh.default
+    )
     return dataclasses.replace(info, plain=plain)
 
 
@@ -143,13 +178,20 @@ _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
 
 
 def _functional(op: torch._ops.OpOverload, name: str) -> Any:
-    """The operator that returns the view that `op` makes of its argument in place; None for `resize_` and its kin."""
+    """The operator that returns the view that `op` makes of its argument in place.
+
+    None for `resize_` and its kin.
+    """
     packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
     kinds = [str(a.type) for a in op._schema.arguments]
     for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)
         returns = candidate._schema.returns
-        if [str(a.type) for a in candidate._schema.arguments] == kinds and len(returns) == 1 and returns[0].alias_info is not None:
+        if (
+            [str(a.type) for a in candidate._schema.arguments] == kinds
+            and len(returns) == 1
+            and returns[0].alias_info is not None
+        ):
             return candidate
     return None
 
@@ -160,7 +202,11 @@ def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
         return False
     for i, a in enumerate(op._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
-        if a.name in ("dropout_p", "dropout", "p") and "dropout" in (a.name + op._schema.name) and value == 0:
+        if (
+            a.name in ("dropout_p", "dropout", "p")
+            and "dropout" in (a.name + op._schema.name)
+            and value == 0
+        ):
             return False
         if a.name in ("train", "training") and value is False:
             return False
@@ -179,5 +225,7 @@ def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
     if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
         return variables(args[1:])
     if op is aten.linalg_lstsq.default:
-        return iter(())  # residuals are left out where a matrix lacks rank: replay checks that none does
+        return iter(
+            ()
+        )  # residuals are left out where a matrix lacks rank: replay checks that none does
     return variables(args)

@@ -1,14 +1,16 @@
 """What becomes of the samples' results where they are not stacked: `shardmap.vmap(fn, reduce=...)`.
 
-A reduction is given for each output of the mapped function, or for a whole subtree of them, as `out_dims` is. Nothing is stacked: a chunk's
-results are combined as soon as they are computed, in the order of the samples, so that memory does not grow with the batch and the
-numbers do not depend on which device was faster.
+A reduction is given for each output of the mapped function, or for a whole subtree of them, as
+`out_dims` is. Nothing is stacked: a chunk's results are combined as soon as they are computed, in
+the order of the samples, so that memory does not grow with the batch and the numbers do not depend
+on which device was faster.
 
-`sum`, `mean`, `max`, `min` and `fold` treat each output by itself. `norm`, `clipped_sum`, `second_moment`, `gram` and `project` are
-made for gradients: they take all outputs below the place where they stand as one vector, a sample's gradient. Of the weights of linear
-layers, convolutions and embeddings that gradient is a product of activations and cotangents, and is not computed where the products of
-the factors are cheaper (`plan.explain()` says where): "ghost" norms, after Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022
-(arXiv:2110.05679).
+`sum`, `mean`, `max`, `min` and `fold` treat each output by itself. `norm`, `clipped_sum`,
+`second_moment`, `gram` and `project` are made for gradients: they take all outputs below the place
+where they stand as one vector, a sample's gradient. Of the weights of linear layers, convolutions
+and embeddings that gradient is a product of activations and cotangents, and is not computed where
+the products of the factors are cheaper (`plan.explain()` says where): "ghost" norms, after
+Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679).
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ from shardmap.reduce.reduction import Reduction
 
 
 def sum() -> Reduction:
-    """The sum over the samples, as `torch.stack(results).sum(0)`: integers and bools are summed in int64.
+    """The sum over the samples, as `torch.stack(results).sum(0)`.
 
-    Half-precision results are summed in float32, and the sums of chunks in float64, before they are rounded to the result's dtype.
+    Integers and bools are summed in int64.
+
+    Half-precision results are summed in float32, and the sums of chunks in float64, before they are
+    rounded to the result's dtype.
 
     Example:
         >>> import torch, shardmap
@@ -49,7 +54,9 @@ def mean() -> Reduction:
 
 
 def max() -> Reduction:
-    """The largest value over the samples, entry by entry, as `torch.stack(results).amax(0)`. Gradients do not flow through it.
+    """The largest value over the samples, entry by entry, as `torch.stack(results).amax(0)`.
+
+    Gradients do not flow through it.
 
     Example:
         >>> import torch, shardmap
@@ -60,7 +67,9 @@ def max() -> Reduction:
 
 
 def min() -> Reduction:
-    """The smallest value over the samples, entry by entry, as `torch.stack(results).amin(0)`. Gradients do not flow through it.
+    """The smallest value over the samples, entry by entry, as `torch.stack(results).amin(0)`.
+
+    Gradients do not flow through it.
 
     Example:
         >>> import torch, shardmap
@@ -70,13 +79,17 @@ def min() -> Reduction:
     return Reduction("min")
 
 
-def fold(combine: Callable[[Tensor, Tensor], Tensor], finish: Callable[[Tensor], Tensor] | None = None) -> Reduction:
+def fold(
+    combine: Callable[[Tensor, Tensor], Tensor], finish: Callable[[Tensor], Tensor] | None = None
+) -> Reduction:
     """A reduction of one's own; `reduce=(combine, finish)` says the same.
 
     Args:
-        combine: Takes the results of two runs of neighbouring samples, each with the shape of one sample's result, and returns their
-            combination, with the same shape. It must be associative, for samples are combined in pairs; their order is kept, so it need
-            not be commutative. It is mapped over many pairs at once, and follows the rules of mapped functions.
+        combine: Takes the results of two runs of neighbouring samples, each with the shape of one
+            sample's result, and returns their combination, with the same shape. It must be
+            associative, for samples are combined in pairs; their order is kept, so it need not be
+            commutative. It is mapped over many pairs at once, and follows the rules of mapped
+            functions.
         finish: Applied to the combination of all samples; by default nothing is.
 
     Example:
@@ -90,7 +103,9 @@ def fold(combine: Callable[[Tensor, Tensor], Tensor], finish: Callable[[Tensor],
 
 
 def norm() -> joint.Joint:
-    """The 2-norm of each sample's outputs, all together: `[N]`. Of gradients that is the per-sample gradient norm.
+    """The 2-norm of each sample's outputs, all together: `[N]`.
+
+    Of gradients that is the per-sample gradient norm.
 
     Example:
         >>> import torch, shardmap
@@ -105,16 +120,19 @@ def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
 
     Args:
         max_norm: C, the largest norm of all of a sample's outputs together.
-        noise_multiplier: Noise of standard deviation `noise_multiplier * max_norm` is added to each entry of the sum, once, drawn from
-            torch's generator: `torch.manual_seed` fixes it, whatever devices and chunks compute the sum.
+        noise_multiplier: Noise of standard deviation `noise_multiplier * max_norm` is added to each
+            entry of the sum, once, drawn from torch's generator: `torch.manual_seed` fixes it,
+            whatever devices and chunks compute the sum.
 
     Returns:
-        The structure of one sample's outputs. Divide by the batch size yourself; under Poisson sampling by the expected one.
+        The structure of one sample's outputs. Divide by the batch size yourself; under Poisson
+        sampling by the expected one.
 
     Raises:
         OptionError: A number is out of range.
 
-    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv:1607.00133), algorithm 1.
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv:1607.00133),
+        algorithm 1.
 
     Example:
         >>> import torch, shardmap
@@ -122,11 +140,16 @@ def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
         tensor([0.6000, 1.3000])
     """
     call = "shardmap.reduce.clipped_sum"
-    return joint.ClippedSum(joint.number(max_norm, "max_norm", call, zero=False), joint.number(noise_multiplier, "noise_multiplier", call))
+    return joint.ClippedSum(
+        joint.number(max_norm, "max_norm", call, zero=False),
+        joint.number(noise_multiplier, "noise_multiplier", call),
+    )
 
 
 def second_moment() -> joint.Joint:
-    """The mean over the samples of the squares of each entry; of gradients, the diagonal of the empirical Fisher matrix.
+    """The mean over the samples of the squares of each entry.
+
+    Of gradients, the diagonal of the empirical Fisher matrix.
 
     Returns:
         The structure of one sample's outputs.
@@ -140,10 +163,12 @@ def second_moment() -> joint.Joint:
 
 
 def gram() -> joint.Joint:
-    """The inner products of all pairs of samples, of all their outputs together: `[N, N]`; of gradients, the empirical NTK.
+    """The inner products of all pairs of samples, of all their outputs together: `[N, N]`.
 
-    It is computed in blocks, from the factors of the gradients where they are smaller than the gradients. What the blocks are made of is
-    kept for all samples.
+    Of gradients, the empirical NTK.
+
+    It is computed in blocks, from the factors of the gradients where they are smaller than the
+    gradients. What the blocks are made of is kept for all samples.
 
     Source: Jacot et al. 2018, "Neural Tangent Kernel" (arXiv:1806.07572).
 
@@ -157,10 +182,13 @@ def gram() -> joint.Joint:
 
 
 def project(dim: int, kind: str = "rademacher", seed: int = 0) -> joint.Joint:
-    """A random projection of each sample's outputs, all together, to few dimensions: `[N, dim]`. It keeps inner products on average.
+    """A random projection of each sample's outputs, all together, to few dimensions: `[N, dim]`.
 
-    The matrix has independent entries, divided by `sqrt(dim)`. It is never stored: blocks of it are drawn as they are needed, and the same
-    seed draws the same matrix on every device and in every process, so that projections of different batches can be compared.
+    It keeps inner products on average.
+
+    The matrix has independent entries, divided by `sqrt(dim)`. It is never stored: blocks of it are
+    drawn as they are needed, and the same seed draws the same matrix on every device and in every
+    process, so that projections of different batches can be compared.
 
     Args:
         dim: k, the dimensions that are left.
@@ -170,7 +198,8 @@ def project(dim: int, kind: str = "rademacher", seed: int = 0) -> joint.Joint:
     Raises:
         OptionError: An argument is out of range.
 
-    Source: Johnson and Lindenstrauss 1984; Achlioptas 2003 for signs; Park et al. 2023 (TRAK, arXiv:2303.14186) for gradients.
+    Source: Johnson and Lindenstrauss 1984; Achlioptas 2003 for signs; Park et al. 2023 (TRAK,
+        arXiv:2303.14186) for gradients.
 
     Example:
         >>> import torch, shardmap
@@ -181,8 +210,16 @@ def project(dim: int, kind: str = "rademacher", seed: int = 0) -> joint.Joint:
     """
     call = "shardmap.reduce.project"
     for name, value in (("dim", dim), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name == "dim") or value >= 2**63:
-            raise errors.OptionError(f"{call}: {name}={value!r}; pass {'a positive int' if name == 'dim' else 'an int of at least 0'}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < (name == "dim")
+            or value >= 2**63
+        ):
+            raise errors.OptionError(
+                f"{call}: {name}={value!r}; pass "
+                f"{'a positive int' if name == 'dim' else 'an int of at least 0'}"
+            )
     if kind not in ("rademacher", "gaussian"):
         raise errors.OptionError(f"{call}: kind={kind!r}; choose 'rademacher' or 'gaussian'")
     return joint.Project(dim, kind, seed)
@@ -192,7 +229,8 @@ def together(**parts: Any) -> joint.Joint:
     """Several reductions of the same outputs, in one pass over the samples.
 
     Args:
-        **parts: Reductions by the names that they are to have in the result: those of this module, or their names; None stacks.
+        **parts: Reductions by the names that they are to have in the result: those of this module,
+            or their names; None stacks.
 
     Returns:
         A dict of the results.
@@ -208,7 +246,9 @@ def together(**parts: Any) -> joint.Joint:
     """
     call = "shardmap.reduce.together"
     if not parts:
-        raise errors.OptionError(f"{call}(): nothing to compute; name some, such as together(mean='mean', norms='norm')")
+        raise errors.OptionError(
+            f"{call}(): nothing to compute; name some, such as together(mean='mean', norms='norm')"
+        )
     read = {name: joint.parse(part) for name, part in parts.items()}
     for name, part in read.items():
         if not isinstance(part, joint.Joint):
@@ -221,7 +261,12 @@ _NAMED = {"sum": sum, "mean": mean, "max": max, "min": min}
 
 def is_one(value: Any) -> bool:
     """Whether `value` is a reduction itself, and not a structure that holds some."""
-    pair = isinstance(value, tuple) and len(value) == 2 and callable(value[0]) and (value[1] is None or callable(value[1]))
+    pair = (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and callable(value[0])
+        and (value[1] is None or callable(value[1]))
+    )
     return value is None or isinstance(value, str | Reduction) or pair
 
 
@@ -238,27 +283,40 @@ def parse(value: Any, call: str) -> Reduction | None:
     if isinstance(value, str) and value in _NAMED:
         return _NAMED[value]()
     raise errors.OptionError(
-        f"{call}: reduce={value!r} is no reduction; choose 'sum', 'mean', 'max', 'min', 'norm', 'second_moment' or 'gram', a pair "
+        f"{call}: reduce={value!r} is no reduction; choose 'sum', 'mean', 'max', 'min', 'norm', "
+        "'second_moment' or 'gram', a pair "
         "(combine, finish) of functions, one of shardmap.reduce, or None to stack"
     )
 
 
-def refuse(reduction: Reduction, dtype: torch.dtype, samples: int, requires_grad: bool, call: str) -> None:
+def refuse(
+    reduction: Reduction, dtype: torch.dtype, samples: int, requires_grad: bool, call: str
+) -> None:
     """Refuse what a reduction cannot do, before anything runs.
 
     Raises:
-        OptionError: The dtype has no such reduction, or gradients from outside would have to flow through it.
+        OptionError: The dtype has no such reduction, or gradients from outside would have to flow
+            through it.
         EmptyBatchError: There are no samples, and the reduction of nothing is not defined.
     """
     name = reduction.name
     if name == "mean" and not (dtype.is_floating_point or dtype.is_complex):
-        raise errors.OptionError(f"{call}: reduce='mean' of an output of {dtype}; return floating-point numbers, or take the 'sum'")
+        raise errors.OptionError(
+            f"{call}: reduce='mean' of an output of {dtype}; return floating-point numbers, or "
+            "take the 'sum'"
+        )
     if name in ("max", "min") and dtype.is_complex:
-        raise errors.OptionError(f"{call}: reduce={name!r} of an output of {dtype}: complex numbers have no order; reduce their .abs()")
+        raise errors.OptionError(
+            f"{call}: reduce={name!r} of an output of {dtype}: complex numbers have no order; "
+            "reduce their .abs()"
+        )
     if name in ("max", "min") and requires_grad:
         raise errors.OptionError(
-            f"{call}: reduce={name!r} of an output that requires grad: gradients do not flow through it; call it under torch.no_grad(), or "
+            f"{call}: reduce={name!r} of an output that requires grad: gradients do not flow "
+            "through it; call it under torch.no_grad(), or "
             "stack the results and reduce them with torch"
         )
     if samples == 0 and name not in ("sum", "mean"):
-        raise errors.EmptyBatchError(f"{call}: the batch is empty, and reduce={name!r} of no samples is not defined")
+        raise errors.EmptyBatchError(
+            f"{call}: the batch is empty, and reduce={name!r} of no samples is not defined"
+        )

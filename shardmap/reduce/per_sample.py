@@ -1,7 +1,9 @@
-"""Reductions of all of a sample's outputs together: norms of its gradient, clipped sums, Gram matrices, projections.
+"""Reductions of all of a sample's outputs together.
 
-They are written as functions of one sample, recorded with the mapped function, so that the rules (and `shardmap.factors`) see all of it;
-what is left for the batch is a sum, a mean, or nothing.
+Norms of its gradient, clipped sums, Gram matrices, projections.
+
+They are written as functions of one sample, recorded with the mapped function, so that the rules
+(and `shardmap.factors`) see all of it; what is left for the batch is a sum, a mean, or nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ class Joint(abc.ABC):
 
     @property
     def then(self) -> Any:
-        """What becomes of the results of samples: as `reduce=` takes it, a prefix of what `of_sample` returns."""
+        """What becomes of the results of samples.
+
+        As `reduce=` takes it, a prefix of what `of_sample` returns.
+        """
         return None
 
     @abc.abstractmethod
@@ -75,11 +80,16 @@ class ClippedSum(Joint):
         return pytree.tree_map(lambda t: t * factor.to(t.dtype), tree)
 
     def finish(self, result: Any) -> Any:
-        """With noise, drawn from torch's generator: one draw for each entry, whatever the number of samples."""
+        """With noise, drawn from torch's generator.
+
+        One draw for each entry, whatever the number of samples.
+        """
         if not self.noise_multiplier:
             return result
         scale = self.noise_multiplier * self.max_norm
-        return pytree.tree_map(lambda t: t + scale * torch.randn(t.shape, dtype=t.dtype).to(t.device), result)
+        return pytree.tree_map(
+            lambda t: t + scale * torch.randn(t.shape, dtype=t.dtype).to(t.device), result
+        )
 
 
 @dataclass(frozen=True)
@@ -130,10 +140,15 @@ class Project(Joint):
     name = "project"
 
     def of_sample(self, tree: Any) -> Tensor:
-        """`[dim]`: a random matrix times all outputs, one behind the other; rows of the matrix are drawn as they are needed."""
+        """`[dim]`: a random matrix times all outputs, one behind the other.
+
+        Rows of the matrix are drawn as they are needed.
+        """
         total, offset = None, 0
         if any(t.is_complex() for t in pytree.tree_leaves(tree)):
-            raise errors.OptionError("reduce='project' of complex outputs: project torch.view_as_real of them")
+            raise errors.OptionError(
+                "reduce='project' of complex outputs: project torch.view_as_real of them"
+            )
         for t in tensors_of(tree, self.name):
             part = projections.project(t, self.dim, self.kind, self.seed, offset)
             offset += t.numel()
@@ -157,11 +172,17 @@ class Together(Joint):
 
     def of_sample(self, tree: Any) -> dict[str, Any]:
         """A dict of the parts' results."""
-        return {name: part.of_sample(tree) if isinstance(part, Joint) else tree for name, part in self.parts}
+        return {
+            name: part.of_sample(tree) if isinstance(part, Joint) else tree
+            for name, part in self.parts
+        }
 
     def finish(self, result: Any) -> Any:
         """Each by itself."""
-        return {name: part.finish(result[name]) if isinstance(part, Joint) else result[name] for name, part in self.parts}
+        return {
+            name: part.finish(result[name]) if isinstance(part, Joint) else result[name]
+            for name, part in self.parts
+        }
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
@@ -181,12 +202,15 @@ def tensors_of(tree: Any, name: str) -> list[Tensor]:
     """
     leaves = pytree.tree_leaves(tree)
     if not leaves:
-        raise errors.OptionError(f"reduce={name!r} of a function that returns no tensors; return those that are meant")
+        raise errors.OptionError(
+            f"reduce={name!r} of a function that returns no tensors; return those that are meant"
+        )
     for t in leaves:
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
             found = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise errors.OptionError(
-                f"reduce={name!r} of outputs of which one is {found}: it takes all outputs together, as floating-point tensors; give a "
+                f"reduce={name!r} of outputs of which one is {found}: it takes all outputs "
+                "together, as floating-point tensors; give a "
                 "reduction for each output, as a structure, or return the others apart"
             )
     return leaves
@@ -194,7 +218,11 @@ def tensors_of(tree: Any, name: str) -> list[Tensor]:
 
 def parse(value: Any) -> Any:
     """A joint reduction that is named by text, as itself; anything else as it is."""
-    named: Mapping[str, Callable[[], Joint]] = {"norm": Norm, "second_moment": SecondMoment, "gram": Gram}
+    named: Mapping[str, Callable[[], Joint]] = {
+        "norm": Norm,
+        "second_moment": SecondMoment,
+        "gram": Gram,
+    }
     return named[value]() if isinstance(value, str) and value in named else value
 
 
@@ -230,10 +258,17 @@ def _zipped(reduce: Any, tree: Any, of_joint: Callable[[Joint, Any], Any], call:
         return tree
     if isinstance(reduce, dict) and isinstance(tree, dict) and set(reduce) == set(tree):
         return {key: _zipped(reduce[key], tree[key], of_joint, call) for key in tree}
-    if isinstance(reduce, tuple | list) and isinstance(tree, tuple | list) and len(reduce) == len(tree):
-        return type(tree)([_zipped(r, part, of_joint, call) for r, part in zip(reduce, tree, strict=True)])
+    if (
+        isinstance(reduce, tuple | list)
+        and isinstance(tree, tuple | list)
+        and len(reduce) == len(tree)
+    ):
+        return type(tree)(
+            [_zipped(r, part, of_joint, call) for r, part in zip(reduce, tree, strict=True)]
+        )
     raise errors.OptionError(
-        f"{call}: reduce={reduce!r} does not fit what the function returns, {pytree.tree_structure(tree)}; give one reduction for all "
+        f"{call}: reduce={reduce!r} does not fit what the function returns, "
+        f"{pytree.tree_structure(tree)}; give one reduction for all "
         "of it, or the same structure"
     )
 
@@ -244,10 +279,14 @@ def composed(func: Callable[..., Any], reduce: Any, call: str) -> Callable[..., 
     @functools.wraps(func, updated=())
     def reduced(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _zipped(reduce, func(*args, **kwargs), lambda joint, tree: joint.of_sample(tree), call)
+            return _zipped(
+                reduce, func(*args, **kwargs), lambda joint, tree: joint.of_sample(tree), call
+            )
         except errors.OptionError as error:
             text = str(error)
-            raise error if text.startswith(call) else errors.OptionError(f"{call}: {text}") from None
+            raise (
+                error if text.startswith(call) else errors.OptionError(f"{call}: {text}")
+            ) from None
 
     return reduced
 
@@ -265,5 +304,8 @@ def number(value: Any, name: str, call: str, least: float = 0.0, zero: bool = Tr
     """
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value < least or (not zero and value == least):
-        raise errors.OptionError(f"{call}: {name}={value!r}; pass a number {'of at least' if zero else 'above'} {least:g}")
+        raise errors.OptionError(
+            f"{call}: {name}={value!r}; pass a number {'of at least' if zero else 'above'} "
+            f"{least:g}"
+        )
     return float(value)

@@ -1,8 +1,12 @@
-"""Fused attention: the map folded into the batch dimension, `[B, b, heads, length, features] -> [B*b, ...]`, one call for all samples.
+"""Fused attention.
 
-Why rules of ours: `torch.func.vmap` has no kernel for the CPU's fused attention and loops over the samples with a warning. And a
-kernel exists on one kind of device only, while a program recorded on one must run on another: there it is lowered to products and
-a softmax, forward and backward alike, with the log-sum-exp in the place where the recorded backward expects it.
+The map folded into the batch dimension, `[B, b, heads, length, features] -> [B*b, ...]`, one call
+for all samples.
+
+Why rules of ours: `torch.func.vmap` has no kernel for the CPU's fused attention and loops over the
+samples with a warning. And a kernel exists on one kind of device only, while a program recorded on
+one must run on another: there it is lowered to products and a softmax, forward and backward alike,
+with the log-sum-exp in the place where the recorded backward expects it.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ def bind(eq: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
-    """A mask for the folded batch: a shared one of one batch stays as it is, the others get a row for each sample and batch."""
+    """A mask for the folded batch.
+
+    A shared one of one batch stays as it is, the others get a row for each sample and batch.
+    """
     if mask is None:
         return None
     leading = mask.shape[0] if mask.ndim == 4 else 1
@@ -45,11 +52,15 @@ def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
     return fold(b, mask)
 
 
-# -- the same by products, on any device -----------------------------------------------------------------------------------
+# -- the same by products, on any device
+# -----------------------------------------------------------------------------------
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """What the softmax is taken of: `[n, h, l, d], [n, h, s, d] -> [n, h, l, s]`, in the precision of the fused kernels' sums."""
+    """What the softmax is taken of.
+
+    `[n, h, l, d], [n, h, s, d] -> [n, h, l, s]`, in the precision of the fused kernels' sums.
+    """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out = q @ k.transpose(-2, -1) * scale
     if out.dtype in (torch.float16, torch.bfloat16):
@@ -72,19 +83,34 @@ def narrowed(grad: Tensor, heads: int) -> Tensor:
     return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The attention and the log-sum-exp of its scores. Rows without any key attend to nothing, as in the fused kernels."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The attention and the log-sum-exp of its scores.
+
+    Rows without any key attend to nothing, as in the fused kernels.
+    """
     k, v = widened(k, q.shape[1]), widened(v, q.shape[1])
     s = scores(q, k, mask, causal, scale)
     nothing = (s == -math.inf).all(-1)
-    s = s.masked_fill(nothing.unsqueeze(-1), 0.0)  # infinities only would make the softmax and its gradient NaN
+    s = s.masked_fill(
+        nothing.unsqueeze(-1), 0.0
+    )  # infinities only would make the softmax and its gradient NaN
     lse = s.logsumexp(-1)
     p = (s - lse.unsqueeze(-1)).exp().masked_fill(nothing.unsqueeze(-1), 0.0)
     return p.to(v.dtype) @ v, lse.masked_fill(nothing, -math.inf)
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by query, key, value and (float) mask, with the softmax recomputed from its log-sum-exp."""
     heads = k.shape[1]
@@ -112,7 +138,8 @@ def padded(t: Tensor, length: int) -> Tensor:
     return t if t.shape[-1] == length else torch.nn.functional.pad(t, (0, length - t.shape[-1]))
 
 
-# -- forward ---------------------------------------------------------------------------------------------------------------
+# -- forward
+# ---------------------------------------------------------------------------------------------------------------
 
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -138,8 +165,12 @@ def attention(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     outs = list(eq.outs)
     if same_device(b, eq):
         given = {"query": query, "key": key, "value": value, name: mask}
-        positional = [given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if not x.kwarg_only]
-        named = {x.name: given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if x.kwarg_only}
+        positional = [
+            given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if not x.kwarg_only
+        ]
+        named = {
+            x.name: given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if x.kwarg_only
+        }
         op, kinds = eq.op, [type(o) is Var for o in outs]
 
         def fused(*values: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -162,10 +193,19 @@ def attention(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if not mapped:
         return tuple(got)
     specs = [o.spec for o in outs if type(o) is Var]
-    found = [unfold(b, V(v.index, True, s.shape, s.dtype), s.shape) for v, s in zip(got[:2], specs[:2], strict=True)]
+    found = [
+        unfold(b, V(v.index, True, s.shape, s.dtype), s.shape)
+        for v, s in zip(got[:2], specs[:2], strict=True)
+    ]
     # Seeds and the like are the call's, not the samples'.
     shared = [V(v.index, False, s.shape, s.dtype) for v, s in zip(got[2:], specs[2:], strict=True)]
-    return (*found, *(b.call(torch.Tensor.expand, v, [B, *v.shape], shape=v.shape, dtype=v.dtype, mapped=True) for v in shared))
+    return (
+        *found,
+        *(
+            b.call(torch.Tensor.expand, v, [B, *v.shape], shape=v.shape, dtype=v.dtype, mapped=True)
+            for v in shared
+        ),
+    )
 
 
 # -- backward --------------------------------------------------------------------------------------------------------------
@@ -182,7 +222,9 @@ def first_row(b: Lowering, v: Any) -> Any:
     """A value of the call that was expanded over the samples, as the call gave it."""
     if type(v) is not V or not v.mapped:
         return v
-    return V(b.call(aten.select.int, v, 0, 0, shape=v.shape, dtype=v.dtype).index, True, v.shape, v.dtype)
+    return V(
+        b.call(aten.select.int, v, 0, 0, shape=v.shape, dtype=v.dtype).index, True, v.shape, v.dtype
+    )
 
 
 @register("attention", *BACKWARD)
@@ -191,7 +233,14 @@ def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     a = bind(eq, args, kwargs)
     if a.get("dropout_p") or a["query"].ndim != 4:
         return NotImplemented
-    names = ["grad_out_" if "grad_out_" in a else "grad_out", "query", "key", "value", "out", "logsumexp"]
+    names = [
+        "grad_out_" if "grad_out_" in a else "grad_out",
+        "query",
+        "key",
+        "value",
+        "out",
+        "logsumexp",
+    ]
     tensors, batch = [a[n] for n in names], a["query"].shape[0]
     mask_name = "attn_mask" if "attn_mask" in a else "attn_bias"
     mask, causal, scale = a.get(mask_name), a["is_causal"], a["scale"]
@@ -208,8 +257,14 @@ def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         for argument in eq.op._schema.arguments:
             if not argument.kwarg_only:
                 name = argument.name
-                arguments.append(values.get(name, mask if name == mask_name else first_row(b, a[name])))
-        named = {x.name: mask if x.name == mask_name else a[x.name] for x in eq.op._schema.arguments if x.kwarg_only}
+                arguments.append(
+                    values.get(name, mask if name == mask_name else first_row(b, a[name]))
+                )
+        named = {
+            x.name: mask if x.name == mask_name else a[x.name]
+            for x in eq.op._schema.arguments
+            if x.kwarg_only
+        }
         op = eq.op
 
         def fused(*values: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -218,12 +273,25 @@ def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         got = b.calls_several(fused, sum(kept), *arguments, **named, mapped=True)
     else:
 
-        def plain(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-            dq, dk, dv, ds = attend_backward(grad, q, k, v, mask, out, lse.flatten(2)[..., : q.shape[-2]], causal, scale)
+        def plain(
+            grad: Tensor,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            out: Tensor,
+            lse: Tensor,
+            mask: Tensor | None,
+        ) -> tuple[Tensor, ...]:
+            dq, dk, dv, ds = attend_backward(
+                grad, q, k, v, mask, out, lse.flatten(2)[..., : q.shape[-2]], causal, scale
+            )
             found = [dq, dk, dv]
             if by_mask and mask is not None:
                 found.append(ds.sum_to_size(mask.shape).to(mask.dtype))
             return tuple(t for t, k in zip(found, kept, strict=False) if k)
 
         got = b.calls_several(plain, sum(kept), *folded, mask, mapped=True)
-    return tuple(unfold(b, V(v.index, True, s, tensors[1].dtype), s) for v, s in zip(got, shapes, strict=True))
+    return tuple(
+        unfold(b, V(v.index, True, s, tensors[1].dtype), s)
+        for v, s in zip(got, shapes, strict=True)
+    )

@@ -1,10 +1,12 @@
 """Convolutions: the map goes into the batch if the weight is shared, into the groups if it is not.
 
-Hot: the gradient of a weight for each sample. Measured on one CPU core, milliseconds for 32 samples (grouped convolution / one call
-per sample / channels-last im2col in chunks and `bmm`): 16->32 channels 28x28 3x3 1.3 / 3.6 / 3.6; 64->64 14x14 3x3 2.9 / 8.3 / 6.3;
-20->50 12x12 5x5 1.4 / 7.8 / 2.1; 1->20 28x28 5x5 0.6 / 1.5 / 0.8. So it is one grouped convolution, whose groups are the samples.
-Two exceptions: 1x1 is a plain `bmm` (0.6 against 0.75), and for a few input channels under a large kernel the grouped kernel falls
-back to a slow one: 3->32 32x32 5x5 9.8 / 2.3 / 4.2 and 3->64 56x56 7x7 (16 samples) 20 / 10 / 33, so there each sample has its call.
+Hot: the gradient of a weight for each sample. Measured on one CPU core, milliseconds for 32 samples
+(grouped convolution / one call per sample / channels-last im2col in chunks and `bmm`): 16->32
+channels 28x28 3x3 1.3 / 3.6 / 3.6; 64->64 14x14 3x3 2.9 / 8.3 / 6.3; 20->50 12x12 5x5 1.4 / 7.8 /
+2.1; 1->20 28x28 5x5 0.6 / 1.5 / 0.8. So it is one grouped convolution, whose groups are the
+samples. Two exceptions: 1x1 is a plain `bmm` (0.6 against 0.75), and for a few input channels under
+a large kernel the grouped kernel falls back to a slow one: 3->32 32x32 5x5 9.8 / 2.3 / 4.2 and
+3->64 56x56 7x7 (16 samples) 20 / 10 / 33, so there each sample has its call.
 """
 
 from __future__ import annotations
@@ -26,26 +28,55 @@ Tensor = torch.Tensor
 class Options:
     """The numbers of a convolution, as its operators take them."""
 
-    def __init__(self, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int):
+    def __init__(
+        self,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        transposed: bool,
+        output_padding: Any,
+        groups: int,
+    ):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.transposed, self.output_padding, self.groups = transposed, output_padding, groups
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, times: int) -> Tensor:
         """The convolution with `times` as many groups."""
         return aten.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups * times
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups * times,
         )
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, times: int, mask: Sequence[bool]) -> tuple[Any, ...]:
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, times: int, mask: Sequence[bool]
+    ) -> tuple[Any, ...]:
         """The gradients that `mask` asks for, with `times` as many groups; no bias."""
-        numbers = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups * times)
+        numbers = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups * times,
+        )
         return aten.convolution_backward(grad, x, weight, None, *numbers, [*mask, False])
 
     @property
     def pointwise(self) -> bool:
         """Whether input and output positions are the same ones, if the kernel has one element."""
         plain = (self.stride, 1), (self.padding, 0), (self.dilation, 1)
-        return not self.transposed and self.groups == 1 and all(n == wanted for ns, wanted in plain for n in ns)
+        return (
+            not self.transposed
+            and self.groups == 1
+            and all(n == wanted for ns, wanted in plain for n in ns)
+        )
 
 
 def into_channels(t: Tensor) -> Tensor:
@@ -59,14 +90,22 @@ def out_of_channels(t: Tensor, size: int, channels: int) -> Tensor:
 
 
 def of_no_samples(shape: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
-    """The result of an empty batch, `[0, *shape]`: no samples make no groups, which kernels refuse. Gradients lead to both."""
+    """The result of an empty batch, `[0, *shape]`: no samples make no groups, which kernels refuse.
+
+    Gradients lead to both.
+    """
     return (x.sum() * y.sum()).expand(0, *shape)
 
 
 def grouped(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tensor:
-    """Each sample with its own weight: `[B, n, c, ...], [B, o, c/g, ...] -> [B, n, o, ...]`, samples as groups."""
+    """Each sample with its own weight.
+
+    `[B, n, c, ...], [B, o, c/g, ...] -> [B, n, o, ...]`, samples as groups.
+    """
     size = x.shape[0]
-    return out_of_channels(options.forward(into_channels(x), weight.flatten(0, 1), None, size), size, channels)
+    return out_of_channels(
+        options.forward(into_channels(x), weight.flatten(0, 1), None, size), size, channels
+    )
 
 
 def shared_input(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tensor:
@@ -79,12 +118,17 @@ def shared_input(options: Options, x: Tensor, weight: Tensor, channels: int) -> 
     out = options.forward(x, merged, None, 1)
     rest = out.shape[2:]
     out = out.view(out.shape[0], groups, size, channels // groups, *rest)
-    return out.permute(2, 0, 1, 3, *range(4, out.dim())).reshape(size, out.shape[0], channels, *rest)
+    return out.permute(2, 0, 1, 3, *range(4, out.dim())).reshape(
+        size, out.shape[0], channels, *rest
+    )
 
 
 @register("conv", aten.convolution.default)
 def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Shared weight: more samples in the batch. Mapped weight: more groups, or more output channels of one input."""
+    """Shared weight: more samples in the batch.
+
+    Mapped weight: more groups, or more output channels of one input.
+    """
     x, weight, bias, *numbers = args
     options, spec = Options(*numbers), eq.outs[0].spec
     channels = spec.shape[1]
@@ -92,11 +136,25 @@ def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         whole = bias is None or not bias.mapped
         if x.mapped:
             out = b.call(
-                aten.convolution.default, fold(b, x), weight, bias if whole else None, *numbers, shape=spec.shape, dtype=spec.dtype
+                aten.convolution.default,
+                fold(b, x),
+                weight,
+                bias if whole else None,
+                *numbers,
+                shape=spec.shape,
+                dtype=spec.dtype,
             )
             out = unfold(b, out, spec.shape)
         else:
-            out = b.call(aten.convolution.default, x, weight, bias if whole else None, *numbers, shape=spec.shape, dtype=spec.dtype)
+            out = b.call(
+                aten.convolution.default,
+                x,
+                weight,
+                bias if whole else None,
+                *numbers,
+                shape=spec.shape,
+                dtype=spec.dtype,
+            )
         if whole:
             return out
     else:
@@ -114,8 +172,13 @@ def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(aten.add.Tensor, out, bias, shape=spec.shape, dtype=spec.dtype)
 
 
-def weight_gradient(options: Options, shape: tuple[int, ...], per_sample_call: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of the mapped gradient and input: the gradient of each sample's weight, `[B, *shape]`."""
+def weight_gradient(
+    options: Options, shape: tuple[int, ...], per_sample_call: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of the mapped gradient and input.
+
+    The gradient of each sample's weight, `[B, *shape]`.
+    """
     point = options.pointwise and math.prod(shape[2:]) == 1
 
     def matmul(grad: Tensor, x: Tensor) -> Tensor:
@@ -124,8 +187,12 @@ def weight_gradient(options: Options, shape: tuple[int, ...], per_sample_call: b
 
     def one_call(grad: Tensor, x: Tensor) -> Tensor:
         size = grad.shape[0]
-        like = grad.new_zeros(()).expand(size * shape[0], *shape[1:])  # its shape is read only, but an outer map refuses reads of `empty`
-        _, out, _ = options.backward(into_channels(grad), into_channels(x), like, size, (False, True))
+        like = grad.new_zeros(()).expand(
+            size * shape[0], *shape[1:]
+        )  # its shape is read only, but an outer map refuses reads of `empty`
+        _, out, _ = options.backward(
+            into_channels(grad), into_channels(x), like, size, (False, True)
+        )
         return out.view(size, *shape)
 
     def calls(grad: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +213,10 @@ def weight_gradient(options: Options, shape: tuple[int, ...], per_sample_call: b
 
 @register("conv", aten.convolution_backward.default)
 def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The three gradients apart: the input's by folding, the weight's as groups, the bias's as a sum."""
+    """The three gradients apart.
+
+    The input's by folding, the weight's as groups, the bias's as a sum.
+    """
     grad, x, weight, _, *numbers, mask = args
     options, outs = Options(*numbers), []
     if mask[0]:
@@ -154,22 +224,35 @@ def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if mask[1]:
         shape = weight.shape
         if grad.mapped or x.mapped:
-            slow = b.device_type == "cpu" and 1 < shape[1] < 8 and math.prod(shape[2:]) >= 25 and options.groups == 1
+            slow = (
+                b.device_type == "cpu"
+                and 1 < shape[1] < 8
+                and math.prod(shape[2:]) >= 25
+                and options.groups == 1
+            )
             function = weight_gradient(options, shape, slow)
-            outs.append(b.call(function, b.batch(grad), b.batch(x), shape=shape, dtype=weight.dtype))
+            outs.append(
+                b.call(function, b.batch(grad), b.batch(x), shape=shape, dtype=weight.dtype)
+            )
         else:
 
             def shared(grad: Tensor, x: Tensor) -> Tensor:
-                return options.backward(grad, x, grad.new_zeros(()).expand(shape), 1, (False, True))[1]
+                return options.backward(
+                    grad, x, grad.new_zeros(()).expand(shape), 1, (False, True)
+                )[1]
 
             outs.append(b.call(shared, grad, x, shape=shape, dtype=weight.dtype))
     if mask[2]:
         over = [d + int(grad.mapped) for d in range(grad.ndim) if d != 1]
-        outs.append(b.call(aten.sum.dim_IntList, grad, over, shape=(grad.shape[1],), dtype=grad.dtype))
+        outs.append(
+            b.call(aten.sum.dim_IntList, grad, over, shape=(grad.shape[1],), dtype=grad.dtype)
+        )
     return tuple(outs)
 
 
-def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, numbers: Sequence[Any]) -> V:
+def _input_gradient(
+    b: Lowering, options: Options, grad: V, x: V, weight: V, numbers: Sequence[Any]
+) -> V:
     shape, dtype = x.shape, x.dtype
     if weight.mapped:
 
@@ -177,7 +260,9 @@ def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, num
             size = grad.shape[0]
             if not size:
                 return of_no_samples(shape, grad, weight)
-            found = options.backward(into_channels(grad), into_channels(x), weight.flatten(0, 1), size, (True, False))
+            found = options.backward(
+                into_channels(grad), into_channels(x), weight.flatten(0, 1), size, (True, False)
+            )
             return out_of_channels(found[0], size, shape[1])
 
         return b.call(input_backward, b.batch(grad), b.batch(x), weight, shape=shape, dtype=dtype)
@@ -185,8 +270,19 @@ def _input_gradient(b: Lowering, options: Options, grad: V, x: V, weight: V, num
     if not grad.mapped:  # the input's values do not matter
 
         def shared(grad: Tensor, weight: Tensor) -> Tensor:
-            return options.backward(grad, grad.new_zeros(()).expand(shape), weight, 1, (True, False))[0]
+            return options.backward(
+                grad, grad.new_zeros(()).expand(shape), weight, 1, (True, False)
+            )[0]
 
         return b.call(shared, grad, weight, shape=shape, dtype=dtype)
-    found = b.calls_several(aten.convolution_backward.default, 3, fold(b, grad), fold(b, x), weight, None, *numbers, mask)
+    found = b.calls_several(
+        aten.convolution_backward.default,
+        3,
+        fold(b, grad),
+        fold(b, x),
+        weight,
+        None,
+        *numbers,
+        mask,
+    )
     return unfold(b, V(found[0].index, True, shape, dtype), shape)

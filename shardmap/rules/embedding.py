@@ -1,8 +1,9 @@
 """Embedding tables: look-ups and their gradients, one table for all samples or one for each.
 
-Hot: the gradient of a table for each sample, `[B, rows, features]`, is a third to a half of the time of a language model's
-per-sample gradient. Counting samples in the index makes it one `index_add` on `B * rows` rows: 0.9 ms for 32 samples of 512
-tokens where `torch.func.vmap` of the same call took 3.1 (1000 rows of 64; a look-up in 32 such tables 0.12 ms, by indices 2.1).
+Hot: the gradient of a table for each sample, `[B, rows, features]`, is a third to a half of the
+time of a language model's per-sample gradient. Counting samples in the index makes it one
+`index_add` on `B * rows` rows: 0.9 ms for 32 samples of 512 tokens where `torch.func.vmap` of the
+same call took 3.1 (1000 rows of 64; a look-up in 32 such tables 0.12 ms, by indices 2.1).
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ SUM, MEAN, MAX = 0, 1, 2
 def counted(index: torch.Tensor, count: int) -> torch.Tensor:
     """Indices into `[B, count, ...]` as indices into `[B * count, ...]`.
 
-    One that its sample does not have becomes one that nothing has: in the flattened table it would be a neighbour's row.
+    One that its sample does not have becomes one that nothing has: in the flattened table it would
+    be a neighbour's row.
     """
     size = index.shape[0]
-    start = torch.arange(size, device=index.device).mul_(count).view(size, *(1,) * (index.dim() - 1))
+    start = (
+        torch.arange(size, device=index.device).mul_(count).view(size, *(1,) * (index.dim() - 1))
+    )
     return (index + start).masked_fill((index < 0) | (index >= count), -1)
 
 
@@ -45,14 +49,27 @@ def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if b.grad and by_frequency:
         return NotImplemented  # outer gradients count how often an index occurs in its own sample
     if not weight.mapped:
-        return b.call(aten.embedding.default, weight, index, padding, by_frequency, sparse, shape=spec.shape, dtype=spec.dtype)
+        return b.call(
+            aten.embedding.default,
+            weight,
+            index,
+            padding,
+            by_frequency,
+            sparse,
+            shape=spec.shape,
+            dtype=spec.dtype,
+        )
     if index.mapped:
         out = b.call(look_up, weight, index, shape=spec.shape, dtype=spec.dtype)
     else:
         flat = b.call(aten.reshape.default, index, [-1])
         rows = b.call(aten.index_select.default, weight, 1, flat)
         out = b.call(torch.Tensor.view, rows, [B, *spec.shape], shape=spec.shape)
-    return b.call(without_padding, out, index, padding, shape=spec.shape, dtype=spec.dtype) if b.grad and padding >= 0 else out
+    return (
+        b.call(without_padding, out, index, padding, shape=spec.shape, dtype=spec.dtype)
+        if b.grad and padding >= 0
+        else out
+    )
 
 
 def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
@@ -60,25 +77,45 @@ def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> to
     return torch.where((index == padding).unsqueeze(-1), rows.detach(), rows)
 
 
-def summed(like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Zeros with `rows` added at `at`; in place unless an outer transform, which refuses that, is active: half the memory traffic."""
+def summed(
+    like: torch.Tensor, shape: tuple[int, ...], d: int, at: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Zeros with `rows` added at `at`.
+
+    In place unless an outer transform, which refuses that, is active: half the memory traffic.
+    """
     zeros = pages.zeros(like, shape)
     if maybe_current_level() is None:
         return zeros.index_add_(d, at, rows)
     return zeros.index_add(d, at, rows)
 
 
-def scatter_rows(grad: torch.Tensor, index: torch.Tensor, count: int, padding: int, by_frequency: bool) -> torch.Tensor:
-    """The gradient of each sample's table: `[B, *n, features], [B, *n] or [*n] -> [B, count, features]`."""
+def scatter_rows(
+    grad: torch.Tensor, index: torch.Tensor, count: int, padding: int, by_frequency: bool
+) -> torch.Tensor:
+    """The gradient of each sample's table.
+
+    `[B, *n, features], [B, *n] or [*n] -> [B, count, features]`.
+    """
     size, features = grad.shape[0], grad.shape[-1]
     if by_frequency:
         at = counted(index.expand(grad.shape[:-1]), count)
-        out = aten.embedding_dense_backward(grad.flatten(0, -2), at.flatten(), size * count, -1, True).view(size, count, features)
+        out = aten.embedding_dense_backward(
+            grad.flatten(0, -2), at.flatten(), size * count, -1, True
+        ).view(size, count, features)
     elif index.dim() + 2 == grad.dim():
-        out = summed(grad, (size, count, features), 1, index.flatten(), grad.reshape(size, index.numel(), features))
+        out = summed(
+            grad,
+            (size, count, features),
+            1,
+            index.flatten(),
+            grad.reshape(size, index.numel(), features),
+        )
     else:
         at = counted(index, count).flatten()
-        out = summed(grad, (size * count, features), 0, at, grad.flatten(0, -2)).view(size, count, features)
+        out = summed(grad, (size * count, features), 0, at, grad.flatten(0, -2)).view(
+            size, count, features
+        )
     if 0 <= padding < count:
         keep = torch.ones(count, 1, dtype=torch.bool, device=grad.device)
         keep[padding] = False
@@ -88,17 +125,35 @@ def scatter_rows(grad: torch.Tensor, index: torch.Tensor, count: int, padding: i
 
 @register("embedding", aten.embedding_dense_backward.default)
 def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """One `index_add` for all samples; the padding's row, which gets its gradient only from padding, is cleared afterwards."""
+    """One `index_add` for all samples.
+
+    The padding's row, which gets its gradient only from padding, is cleared afterwards.
+    """
     grad, index, count, padding, by_frequency = args
     spec = eq.outs[0].spec
-    return b.call(scatter_rows, b.batch(grad), index, count, padding, by_frequency, shape=spec.shape, dtype=spec.dtype)
+    return b.call(
+        scatter_rows,
+        b.batch(grad),
+        index,
+        count,
+        padding,
+        by_frequency,
+        shape=spec.shape,
+        dtype=spec.dtype,
+    )
 
 
-# -- bags ------------------------------------------------------------------------------------------------------------------
+# -- bags
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
-    defaults: dict[str, Any] = {"scale_grad_by_freq": False, "mode": 0, "sparse": False, "per_sample_weights": None}
+    defaults: dict[str, Any] = {
+        "scale_grad_by_freq": False,
+        "mode": 0,
+        "sparse": False,
+        "per_sample_weights": None,
+    }
     defaults |= {"include_last_offset": False, "padding_idx": -1}
     defaults.update(zip(names, args, strict=False))
     return defaults | kwargs
@@ -123,26 +178,52 @@ def embedding_bag(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     a = _bag_arguments(args, _FORWARD, kwargs)
     if a["include_last_offset"] or a["padding_idx"] >= 0 or a["sparse"]:
         return NotImplemented
-    weight, indices, offsets, scales = a["weight"], a["indices"], a["offsets"], a["per_sample_weights"]
+    weight, indices, offsets, scales = (
+        a["weight"],
+        a["indices"],
+        a["offsets"],
+        a["per_sample_weights"],
+    )
     count, mode, mapped = weight.shape[0], a["mode"], weight.mapped
     sizes = tuple(out.spec.shape for out in eq.outs)
 
-    def bags(weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def bags(
+        weight: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
         size, n = indices.shape
         m = offsets.shape[-1]
         at = (counted(indices, count) if mapped else indices).reshape(-1)
         starts = torch.arange(size, device=offsets.device, dtype=offsets.dtype).view(size, 1)
         scales = None if scales is None else scales.reshape(-1)
         out, of, lengths, largest = aten._embedding_bag(
-            weight.flatten(0, 1) if mapped else weight, at, (offsets + starts * n).view(-1), False, mode, False, scales
+            weight.flatten(0, 1) if mapped else weight,
+            at,
+            (offsets + starts * n).view(-1),
+            False,
+            mode,
+            False,
+            scales,
         )
         out = out.view(size, m, -1)
-        of = of.view(size, n) - starts * m if sizes[1] != (0,) and of.numel() else of.new_zeros(size, *sizes[1])
-        lengths = lengths.view(size, *sizes[2]) if lengths.numel() == size * m else lengths.new_zeros(size, *sizes[2])
+        of = (
+            of.view(size, n) - starts * m
+            if sizes[1] != (0,) and of.numel()
+            else of.new_zeros(size, *sizes[1])
+        )
+        lengths = (
+            lengths.view(size, *sizes[2])
+            if lengths.numel() == size * m
+            else lengths.new_zeros(size, *sizes[2])
+        )
         if mode == MAX:
             largest = largest.view(size, m, -1)
             if mapped:
-                largest = torch.where(lengths.unsqueeze(-1) > 0, largest - starts.unsqueeze(-1) * count, largest)
+                largest = torch.where(
+                    lengths.unsqueeze(-1) > 0, largest - starts.unsqueeze(-1) * count, largest
+                )
         else:
             largest = lengths if sizes[3] == sizes[2] else lengths.new_zeros(size, *sizes[3])
         return out, of, lengths, largest
@@ -155,7 +236,12 @@ def embedding_bag(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def bag_of(offsets: torch.Tensor, n: int) -> torch.Tensor:
     """The bag of each of `n` indices: `[m] or [B, m] -> [n] or [B, n]`."""
     at = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets.contiguous(), at.expand(*offsets.shape[:-1], n).contiguous(), right=True) - 1
+    return (
+        torch.searchsorted(
+            offsets.contiguous(), at.expand(*offsets.shape[:-1], n).contiguous(), right=True
+        )
+        - 1
+    )
 
 
 def bag_rows(values: torch.Tensor, bag: torch.Tensor) -> torch.Tensor:
@@ -181,7 +267,9 @@ _BACKWARD = (
 )
 
 
-@register("embedding", aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default)
+@register(
+    "embedding", aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default
+)
 def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Each index hands its bag's gradient to its row of the table, as for an embedding."""
     names = _BACKWARD
@@ -193,7 +281,14 @@ def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     mode, count, by_frequency = a["mode"], a["num_weights"], a["scale_grad_by_freq"]
     spec = eq.outs[0].spec
 
-    def backward(grad: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, lengths: Any, largest: Any, scales: Any) -> torch.Tensor:
+    def backward(
+        grad: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor,
+        lengths: Any,
+        largest: Any,
+        scales: Any,
+    ) -> torch.Tensor:
         if mode == MAX:
             rows = grad.masked_fill(lengths.unsqueeze(-1) == 0, 0.0)
             at = largest.clamp(min=0).expand(rows.shape)
@@ -205,7 +300,13 @@ def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
             rows = rows * scales.unsqueeze(-1)
         return scatter_rows(rows, indices, count, -1, by_frequency)
 
-    tensors = (a["indices"], a["offsets"], a["bag_size"], a["maximum_indices"], a["per_sample_weights"])
+    tensors = (
+        a["indices"],
+        a["offsets"],
+        a["bag_size"],
+        a["maximum_indices"],
+        a["per_sample_weights"],
+    )
     return b.call(backward, b.batch(a["grad"]), *tensors, shape=spec.shape, dtype=spec.dtype)
 
 
@@ -228,4 +329,8 @@ def embedding_bag_weights_backward(b: Lowering, eq: Any, args: Any, kwargs: Any)
 
 
 def _rows_of(weight: torch.Tensor, indices: torch.Tensor, several: bool) -> torch.Tensor:
-    return weight.index_select(1, indices) if several else torch.nn.functional.embedding(indices, weight)
+    return (
+        weight.index_select(1, indices)
+        if several
+        else torch.nn.functional.embedding(indices, weight)
+    )

@@ -1,8 +1,9 @@
 """Rules of the factory family: tensors made in the likeness of a mapped one.
 
-They depend on its shape, strides, dtype and device, which all samples have in common. So the result is not mapped: it is made
-once, not once per chunk, and so is everything that follows from it alone (the cotangent of every backward starts as
-`ones_like(loss)`). Where samples write to it later, the batcher gives each sample its copy.
+They depend on its shape, strides, dtype and device, which all samples have in common. So the result
+is not mapped: it is made once, not once per chunk, and so is everything that follows from it alone
+(the cotangent of every backward starts as `ones_like(loss)`). Where samples write to it later, the
+batcher gives each sample its copy.
 """
 
 from __future__ import annotations
@@ -16,17 +17,33 @@ from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import overloads, register
 
-_VALUES = {"empty_like": None, "zeros_like": 0, "ones_like": 1, "new_empty": None, "new_empty_strided": None, "new_zeros": 0, "new_ones": 1}
+_VALUES = {
+    "empty_like": None,
+    "zeros_like": 0,
+    "ones_like": 1,
+    "new_empty": None,
+    "new_empty_strided": None,
+    "new_zeros": 0,
+    "new_ones": 1,
+}
 
 
-def filled(shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def filled(
+    shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A tensor with these strides, filled with `value` unless that is None."""
     out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     return out if value is None else out.fill_(value)
 
 
 def filled_rows(
-    like: torch.Tensor, size: int, shape: list[int], stride: list[int], value: Any, dtype: torch.dtype, device: torch.device
+    like: torch.Tensor,
+    size: int,
+    shape: list[int],
+    stride: list[int],
+    value: Any,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
     """A batch of such tensors, made by the tensor that they are in the likeness of."""
     span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
@@ -41,8 +58,30 @@ def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> 
     value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
     spec = eq.outs[0].spec
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
-    if b.transformed:  # an outer torch.func.vmap batches what is made from its tensors, and lets nothing else be written to
+    # an outer torch.func.vmap batches what is made from its tensors, and lets nothing else be
+    # written to
+    if b.transformed:
         like = args[0]
         sizes = [list(spec.shape), list(spec.stride)]
-        return b.call(filled_rows, like, B, *sizes, value, spec.dtype, device, shape=spec.shape, dtype=spec.dtype, mapped=True)
-    return b.call(filled, list(spec.shape), list(spec.stride), value, spec.dtype, device, shape=spec.shape, dtype=spec.dtype)
+        return b.call(
+            filled_rows,
+            like,
+            B,
+            *sizes,
+            value,
+            spec.dtype,
+            device,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            mapped=True,
+        )
+    return b.call(
+        filled,
+        list(spec.shape),
+        list(spec.stride),
+        value,
+        spec.dtype,
+        device,
+        shape=spec.shape,
+        dtype=spec.dtype,
+    )

@@ -1,4 +1,7 @@
-"""The tiers below our own rules: `torch.func.vmap` of a single operator, and a loop over the batch."""
+"""The tiers below our own rules.
+
+`torch.func.vmap` of a single operator, and a loop over the batch.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def _fill(args: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
     return args
 
 
-def _split(b: Lowering, args: tuple, kwargs: dict[str, Any]) -> tuple[list[V], Any, list[str], list[Any], list[Any]]:
+def _split(
+    b: Lowering, args: tuple, kwargs: dict[str, Any]
+) -> tuple[list[V], Any, list[str], list[Any], list[Any]]:
     """The tensors of a call, and its other arguments with symbolic ones (device, floats) to be passed at replay."""
     tensors: list[V] = []
     template = _flatten([list(args), list(kwargs.values())], tensors)
@@ -61,7 +66,8 @@ def _split(b: Lowering, args: tuple, kwargs: dict[str, Any]) -> tuple[list[V], A
 def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch one operator with `torch.func.vmap`; the batch comes first in the results."""
     if b.grad and eq.op is torch.ops.aten.native_layer_norm_backward.default:
-        return NotImplemented  # its decomposition takes the statistics for constants: wrong when differentiated again
+        # its decomposition takes the statistics for constants: wrong when differentiated again
+        return NotImplemented
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     op, count = eq.op, len(tensors)
 
@@ -77,7 +83,10 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
 
 
 def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
-    """Run one operator sample by sample and stack the results; in-place operators write to the batch's rows."""
+    """Run one operator sample by sample and stack the results.
+
+    In-place operators write to the batch's rows.
+    """
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     op, count = eq.op, len(tensors)
     specs = [v.spec for v in variables(eq.outs)]
@@ -90,7 +99,14 @@ def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], ca
             positional, named = _fill(template, (*rows, *values[count:]))
             result = op(*positional, **dict(zip(names, named, strict=True)))
             if eq.answer is not None:
-                _check_shapes(eq, [tuple(t.shape) for t in ([result] if isinstance(result, torch.Tensor) else _flat(result))], call)
+                _check_shapes(
+                    eq,
+                    [
+                        tuple(t.shape)
+                        for t in ([result] if isinstance(result, torch.Tensor) else _flat(result))
+                    ],
+                    call,
+                )
             results.append(result)
         if in_place:
             return None
@@ -115,8 +131,10 @@ def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> Non
     if shapes != expected:
         name = eq.op._schema.name.partition("::")[2]
         raise errors.VariesError(
-            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} for the first sample but "
-            f"{_show(shapes)} for another; use torch.where, masks, or operators whose results have one shape"
+            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} "
+            "for the first sample but "
+            f"{_show(shapes)} for another; use torch.where, masks, or operators whose results have "
+            "one shape"
         )
 
 
@@ -146,7 +164,11 @@ def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) 
     if not outs:
         b.effect(function, *args)
         return None
-    if type(eq.outs[0]) is Var and len(eq.outs) == 1 and str(eq.op._schema.returns[0].type) == "Tensor":
+    if (
+        type(eq.outs[0]) is Var
+        and len(eq.outs) == 1
+        and str(eq.op._schema.returns[0].type) == "Tensor"
+    ):
         return b.call(function, *args, mapped=mapped)
     if len(outs) == len(eq.outs) and None not in eq.outs:
         return b.calls_several(function, len(outs), *args, mapped=mapped)

@@ -1,8 +1,9 @@
 """Large results on huge pages.
 
-The per-sample gradients of a model are far larger than anything else in the program, and on CPU filling fresh memory costs more
-than computing them: an outer product of 128 x 256 x 784 float32 took 39 ms into fresh memory and 6 ms into memory on huge
-pages. numpy's allocator asks the kernel for those from 4 MiB on; torch's does only under an environment variable.
+The per-sample gradients of a model are far larger than anything else in the program, and on CPU
+filling fresh memory costs more than computing them: an outer product of 128 x 256 x 784 float32
+took 39 ms into fresh memory and 6 ms into memory on huge pages. numpy's allocator asks the kernel
+for those from 4 MiB on; torch's does only under an environment variable.
 """
 
 from __future__ import annotations
@@ -21,17 +22,31 @@ from shardmap._torch import functorch
 FROM_BYTES = 4 << 20
 """Where numpy's allocator begins to ask for huge pages."""
 WORTHWHILE_PER_SAMPLE = 1 << 12
-"""In elements: with less for each sample the look at the size costs more than it brings in all but huge batches."""
+"""In elements: with less for each sample the look at the size costs more than it brings in all
+but huge batches."""
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.complex64: np.complex64}
+_NUMPY = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.complex64: np.complex64,
+}
 
 
 def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
     """Memory on huge pages for a result, or None where a plain call is better or another mode has to see it."""
     dtype = _NUMPY.get(like.dtype)
-    if dtype is None or math.prod(shape) * like.element_size() < FROM_BYTES or like.device.type != "cpu":
+    if (
+        dtype is None
+        or math.prod(shape) * like.element_size() < FROM_BYTES
+        or like.device.type != "cpu"
+    ):
         return None
-    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or functorch.maybe_current_level() is not None:
+    if (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or functorch.maybe_current_level() is not None
+    ):
         return None
     return torch.from_numpy(np.empty(tuple(shape), dtype))
 
@@ -40,8 +55,9 @@ def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
 def keep_freed_memory() -> None:
     """Let the C library keep what a chunk frees for the next one, from now on, as far as it does so by itself.
 
-    glibc gives memory back to the system from a size on that it learns from the blocks that a process frees, up to 32 MiB. A process that
-    has freed no large one yet fills fresh pages in each chunk: per-sample gradient norms of a small CNN took 60 us instead of 30.
+    glibc gives memory back to the system from a size on that it learns from the blocks that a
+    process frees, up to 32 MiB. A process that has freed no large one yet fills fresh pages in each
+    chunk: per-sample gradient norms of a small CNN took 60 us instead of 30.
     """
     np.empty(31 << 20, np.uint8)  # never written to; numpy's, for a torch mode may make fake ones
 
@@ -57,8 +73,9 @@ def _trim() -> Any:
 def give_back() -> None:
     """Give memory that is free back to the system.
 
-    Torch asks glibc for aligned blocks, and a hole that a block has left is too small for an aligned block of the same size: with
-    anything small kept in between, 40 blocks of 25 MB, one after the other, grew a process by 900 MB instead of 50.
+    Torch asks glibc for aligned blocks, and a hole that a block has left is too small for an
+    aligned block of the same size: with anything small kept in between, 40 blocks of 25 MB, one
+    after the other, grew a process by 900 MB instead of 50.
     """
     trim = _trim()
     if trim is not None:
@@ -92,5 +109,8 @@ def zeros(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def large(b: Any, *sample: int) -> bool:
-    """Whether a result of this sample shape may be worth it; decided once, when the program is lowered."""
+    """Whether a result of this sample shape may be worth it.
+
+    Decided once, when the program is lowered.
+    """
     return not b.grad and b.device_type == "cpu" and math.prod(sample) >= WORTHWHILE_PER_SAMPLE

@@ -1,10 +1,12 @@
 """Indexing: reads and writes at positions that are tensors.
 
-Why rules of ours: `torch.func.vmap` has no kernel for several of them (`take`, `put`, in-place `index_reduce`, `masked_scatter`), moves
-dimensions through python for `index` and `index_put`, and embeddings and their gradients are among the hottest calls there are.
+Why rules of ours: `torch.func.vmap` has no kernel for several of them (`take`, `put`, in-place
+`index_reduce`, `masked_scatter`), moves dimensions through python for `index` and `index_put`, and
+embeddings and their gradients are among the hottest calls there are.
 
-A mapped index becomes one that counts samples too: `x[i] -> x[arange(B), i]`, or a gather, which checks each sample's bounds.
-A look-up of rows uses offsets into the flattened batch, with bounds checked: they would read a neighbour's row instead of raising.
+A mapped index becomes one that counts samples too: `x[i] -> x[arange(B), i]`, or a gather, which
+checks each sample's bounds. A look-up of rows uses offsets into the flattened batch, with bounds
+checked: they would read a neighbour's row instead of raising.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ MASKS = (torch.bool, torch.uint8)
 
 def positions(b: Lowering, ndim: int) -> V:
     """The number of each sample in the chunk, `[B, 1, ...]` with `ndim` ones."""
-    v = b.call(aten.arange.default, B, device=SAMPLE_DEVICE, shape=(), dtype=torch.int64, mapped=True)
+    v = b.call(
+        aten.arange.default, B, device=SAMPLE_DEVICE, shape=(), dtype=torch.int64, mapped=True
+    )
     return b.view(v, (1,) * ndim)
 
 
@@ -40,24 +44,36 @@ def permute(b: Lowering, v: V, order: Sequence[int]) -> V:
     if list(order) == list(range(v.ndim)):
         return v
     shift = int(v.mapped)
-    return b.call(aten.permute.default, v, [0] * shift + [d + shift for d in order], shape=[v.shape[d] for d in order])
+    return b.call(
+        aten.permute.default,
+        v,
+        [0] * shift + [d + shift for d in order],
+        shape=[v.shape[d] for d in order],
+    )
 
 
-# -- advanced indexing -----------------------------------------------------------------------------------------------------
+# -- advanced indexing
+# -----------------------------------------------------------------------------------------------------
 
 
 class Plan:
-    """How one indexing call is batched: the batched indices, and where the dimensions of its result lie.
+    """How one indexing call is batched.
 
-    The result of `x[..., i, ...]` has the index's dimensions in the place of the indexed ones if these are adjacent, and in front
-    if they are not. An index for the samples added in front is adjacent to the others or not, which moves them.
+    The batched indices, and where the dimensions of its result lie.
+
+    The result of `x[..., i, ...]` has the index's dimensions in the place of the indexed ones if
+    these are adjacent, and in front if they are not. An index for the samples added in front is
+    adjacent to the others or not, which moves them.
     """
 
     def __init__(self, b: Lowering, target: V, indices: Sequence[V | None]):
         self.b = b
         indices = [*_without_masks(b, indices)]
         used = [i for i, index in enumerate(indices) if index is not None]
-        self.lead, self.mapped = used[0], any(index.mapped for index in indices if index is not None)
+        self.lead, self.mapped = (
+            used[0],
+            any(index.mapped for index in indices if index is not None),
+        )
         self.count = max(index.ndim for index in indices if index is not None)
         """Dimensions of the indices, broadcast together."""
         self.adjacent = used == list(range(used[0], used[-1] + 1))
@@ -83,7 +99,11 @@ class Plan:
     def _order(self) -> list[int]:
         """The sample's result dimensions in the order that the batched result has them."""
         place = list(range(self.lead, self.lead + self.count))
-        return place + [d for d in range(self.ndim) if d not in place] if self._rows_in_front() else list(range(self.ndim))
+        return (
+            place + [d for d in range(self.ndim) if d not in place]
+            if self._rows_in_front()
+            else list(range(self.ndim))
+        )
 
     def result(self, v: V) -> V:
         """The batched result as a batch of results."""
@@ -91,7 +111,12 @@ class Plan:
         if at:
             v = self.b.call(aten.movedim.int, v, at, 0, shape=v.shape)
         if self._rows_in_front():
-            v = self.b.call(aten.permute.default, v, [0] + [1 + order.index(d) for d in range(self.ndim)], shape=v.shape)
+            v = self.b.call(
+                aten.permute.default,
+                v,
+                [0] + [1 + order.index(d) for d in range(self.ndim)],
+                shape=v.shape,
+            )
         return v
 
     def source(self, v: V) -> V:
@@ -106,7 +131,10 @@ class Plan:
 
 
 def _without_masks(b: Lowering, indices: Sequence[V | None]) -> list[V | None]:
-    """Masks as the positions where they are true: only unmapped ones have a number of them that all samples share."""
+    """Masks as the positions where they are true.
+
+    Only unmapped ones have a number of them that all samples share.
+    """
     plain: list[V | None] = []
     mapped = any(index is not None and index.mapped for index in indices)
     for index in indices:
@@ -116,7 +144,9 @@ def _without_masks(b: Lowering, indices: Sequence[V | None]) -> list[V | None]:
             found = b.calls_several(true_positions, index.ndim, index, mapped=False)
             plain += [V(v.index, False, (-1,), torch.int64) for v in found]
         else:
-            plain += [V(index.index, False, (-1,), index.dtype)] + [V(-1, False, (-1,), index.dtype)] * (index.ndim - 1)
+            plain += [V(index.index, False, (-1,), index.dtype)] + [
+                V(-1, False, (-1,), index.dtype)
+            ] * (index.ndim - 1)
     return plain
 
 
@@ -138,24 +168,40 @@ def index(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     spec = eq.outs[0].spec
     first = indices[0]
-    if first is not None and first.mapped and target.mapped and first.dtype not in MASKS and not any(indices[1:]):
+    if (
+        first is not None
+        and first.mapped
+        and target.mapped
+        and first.dtype not in MASKS
+        and not any(indices[1:])
+    ):
         return b.call(look_up_wrapped, target, first, shape=spec.shape, dtype=spec.dtype)
     plan = Plan(b, target, indices)
-    return plan.result(b.call(aten.index.Tensor, target, _given(plan.indices), shape=spec.shape, dtype=spec.dtype))
+    return plan.result(
+        b.call(aten.index.Tensor, target, _given(plan.indices), shape=spec.shape, dtype=spec.dtype)
+    )
 
 
 def look_up_wrapped(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`rows[b][index[b]]` for every `b`, negative indices counted from the end: 20 times faster than with a second index."""
+    """`rows[b][index[b]]` for every `b`, negative indices counted from the end.
+
+    20 times faster than with a second index.
+    """
     return look_up(rows, torch.where(index < 0, index + rows.shape[1], index))
 
 
 def _unsupported_mask(indices: Sequence[V | None]) -> bool:
-    """A mapped mask selects another number of elements for each sample; one of no dimensions adds a dimension."""
+    """A mapped mask selects another number of elements for each sample.
+
+    One of no dimensions adds a dimension.
+    """
     return any(i is not None and i.dtype in MASKS and (i.mapped or i.ndim == 0) for i in indices)
 
 
 def _index_put(b: Lowering, args: Any, kwargs: Any, in_place: bool) -> Any:
-    target, indices, source, accumulate = _bind(args, kwargs, ("self", "indices", "values", "accumulate"), (False,))
+    target, indices, source, accumulate = _bind(
+        args, kwargs, ("self", "indices", "values", "accumulate"), (False,)
+    )
     used = [i for i in indices if i is not None]
     if len(used) == 1 and used[0].dtype in MASKS and used[0].mapped:
         return _masked_put(b, target, indices, source, accumulate, in_place)
@@ -166,12 +212,25 @@ def _index_put(b: Lowering, args: Any, kwargs: Any, in_place: bool) -> Any:
     if source.ndim > plan.ndim:
         return NotImplemented
     op = aten.index_put_.default if in_place else aten.index_put.default
-    out = b.call(op, target, _given(plan.indices), plan.source(source), accumulate, shape=target.shape, dtype=target.dtype)
+    out = b.call(
+        op,
+        target,
+        _given(plan.indices),
+        plan.source(source),
+        accumulate,
+        shape=target.shape,
+        dtype=target.dtype,
+    )
     return None if in_place else out
 
 
-def _masked_put(b: Lowering, target: V, indices: Sequence[V | None], source: V, accumulate: bool, in_place: bool) -> Any:
-    """`x[mask] = value` with a mask that differs by sample: the value is the same wherever the mask is true, so it is a `where`."""
+def _masked_put(
+    b: Lowering, target: V, indices: Sequence[V | None], source: V, accumulate: bool, in_place: bool
+) -> Any:
+    """`x[mask] = value` with a mask that differs by sample.
+
+    The value is the same wherever the mask is true, so it is a `where`.
+    """
     lead = next(i for i, index in enumerate(indices) if index is not None)
     mask = indices[lead]
     assert mask is not None
@@ -183,7 +242,9 @@ def _masked_put(b: Lowering, target: V, indices: Sequence[V | None], source: V, 
     mask = b.view(mask, (*mask.shape, *(1,) * trailing))
     if source.ndim > trailing:  # [lead..., 1, rest...]: a one for each dimension of the mask
         cut = source.ndim - trailing - 1
-        source = b.view(source, (*source.shape[:cut], *(1,) * (mask.ndim - trailing), *source.shape[cut + 1 :]))
+        source = b.view(
+            source, (*source.shape[:cut], *(1,) * (mask.ndim - trailing), *source.shape[cut + 1 :])
+        )
     target = target if in_place else b.batch(target)
     mask, source = b.align(mask, target.ndim), b.align(source, target.ndim)
     value = b.call(aten.add.Tensor, target, source, shape=target.shape) if accumulate else source
@@ -194,7 +255,9 @@ def _masked_put(b: Lowering, target: V, indices: Sequence[V | None], source: V, 
     return out
 
 
-def _bind(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+def _bind(
+    args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]
+) -> list[Any]:
     """The arguments by the names of the schema; `defaults` are those of the last names."""
     values = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
     values.update(zip(names, args, strict=False))
@@ -230,7 +293,15 @@ def gather(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     target, d, index = args[:3]
     shape = eq.outs[0].spec.shape
     rows, at = _row(b, target), _row(b, index)
-    out = b.call(aten.gather.default, rows, dim(d, rows.ndim), at, **kwargs, shape=at.shape, dtype=target.dtype)
+    out = b.call(
+        aten.gather.default,
+        rows,
+        dim(d, rows.ndim),
+        at,
+        **kwargs,
+        shape=at.shape,
+        dtype=target.dtype,
+    )
     return b.view(out, shape)
 
 
@@ -244,7 +315,9 @@ def _scatter(op: Any, source_at: int | None) -> Any:
             rest[source_at] = _row(b, rest[source_at])
         elif rest and type(rest[0]) is V:
             return NotImplemented
-        out = b.call(op, rows, dim(d, rows.ndim), at, *rest, **kwargs, shape=rows.shape, dtype=target.dtype)
+        out = b.call(
+            op, rows, dim(d, rows.ndim), at, *rest, **kwargs, shape=rows.shape, dtype=target.dtype
+        )
         return None if in_place else b.view(out, target.shape)
 
     return rule
@@ -267,7 +340,10 @@ for _name, _at in {
 
 
 def along(b: Lowering, index: V, like: Sequence[int], d: int) -> V:
-    """A one-dimensional mapped index as `gather` and `scatter` take it: `[B, n] -> [B, ..., n, ...]`, `n` at sample dimension `d`."""
+    """A one-dimensional mapped index as `gather` and `scatter` take it.
+
+    `[B, n] -> [B, ..., n, ...]`, `n` at sample dimension `d`.
+    """
     count = index.numel
     shape = [1] * len(like)
     shape[d] = count
@@ -287,20 +363,35 @@ def index_select(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         return b.call(aten.clone.default, rows, shape=(), dtype=target.dtype)
     d %= target.ndim
     if not index.mapped:
-        return b.call(aten.index_select.default, target, d + 1, index, shape=shape, dtype=target.dtype)
+        return b.call(
+            aten.index_select.default, target, d + 1, index, shape=shape, dtype=target.dtype
+        )
     if not target.mapped:
         flat = b.call(aten.reshape.default, index, [-1])
         out = b.call(aten.index_select.default, target, d, flat, dtype=target.dtype, mapped=True)
         out = b.call(torch.Tensor.view, out, [*shape[:d], B, *shape[d:]])
-        return b.call(aten.movedim.int, out, d, 0, shape=shape) if d else V(out.index, True, shape, out.dtype)
+        return (
+            b.call(aten.movedim.int, out, d, 0, shape=shape)
+            if d
+            else V(out.index, True, shape, out.dtype)
+        )
     if d == 0:
         flat = b.view(index, (index.numel,))
         return b.call(look_up, target, flat, shape=shape, dtype=target.dtype)
-    return b.call(aten.gather.default, target, d + 1, along(b, index, target.shape, d), shape=shape, dtype=target.dtype)
+    return b.call(
+        aten.gather.default,
+        target,
+        d + 1,
+        along(b, index, target.shape, d),
+        shape=shape,
+        dtype=target.dtype,
+    )
 
 
 def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any:
-    """A rule for `op(self, dim, index, ...)`: `scatter` is its twin with an index of its own for each sample.
+    """A rule for `op(self, dim, index, ...)`.
+
+    `scatter` is its twin with an index of its own for each sample.
 
     Args:
         op: The operator.
@@ -320,14 +411,20 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
         if not index.mapped:
             if source_at is not None:
                 rest[source_at] = _row(b, rest[source_at])
-            out = b.call(op, rows, d + 1, index, *rest, **kwargs, shape=target.shape, dtype=target.dtype)
+            out = b.call(
+                op, rows, d + 1, index, *rest, **kwargs, shape=target.shape, dtype=target.dtype
+            )
             return None if in_place else b.view(out, sample)
         named = dict(kwargs)
         if wraps:
             size = target.shape[d]
             other = b.call(aten.add.Tensor, index, size, shape=index.shape)
             index = b.call(
-                aten.where.self, b.call(aten.lt.Scalar, index, 0, shape=index.shape, dtype=torch.bool), other, index, dtype=index.dtype
+                aten.where.self,
+                b.call(aten.lt.Scalar, index, 0, shape=index.shape, dtype=torch.bool),
+                other,
+                index,
+                dtype=index.dtype,
             )
             index = V(index.index, True, args[2].shape, args[2].dtype)
         wide = list(target.shape)
@@ -339,7 +436,9 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
                 source = b.call(aten.mul.Tensor, source, alpha, shape=source.shape)
             rest[source_at] = source
         at = along(b, b.cast(index, torch.int64), wide, d)
-        out = b.call(scatter, rows, d + 1, at, *rest, **named, shape=target.shape, dtype=target.dtype)
+        out = b.call(
+            scatter, rows, d + 1, at, *rest, **named, shape=target.shape, dtype=target.dtype
+        )
         return None if in_place else b.view(out, sample)
 
     return rule
@@ -361,7 +460,10 @@ for _name, _twin, _at, _wraps in (
 
 @register("index", *overloads("index_fill.int_Tensor", "index_fill_.int_Tensor"))
 def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """A mask of each sample's positions: `torch.func.vmap` gives wrong numbers where index and value are both mapped."""
+    """A mask of each sample's positions.
+
+    `torch.func.vmap` gives wrong numbers where index and value are both mapped.
+    """
     target, d, index, value = args
     in_place = eq.op._schema.is_mutable
     rows = target if in_place else b.batch(target)
@@ -373,7 +475,14 @@ def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     mask = b.call(marks, index, index.mapped, size, shape=(size,), dtype=torch.bool)
     mask = b.view(mask, (size, *(1,) * (target.ndim - d - 1)) if target.ndim else ())
     source = b.view(b.cast(value, target.dtype), (1,) * target.ndim)
-    out = b.call(aten.where.self, b.align(mask, target.ndim), source, rows, shape=target.shape, dtype=target.dtype)
+    out = b.call(
+        aten.where.self,
+        b.align(mask, target.ndim),
+        source,
+        rows,
+        shape=target.shape,
+        dtype=target.dtype,
+    )
     if not in_place:
         return out
     b.call(aten.copy_.default, target, out, shape=target.shape, dtype=target.dtype)
@@ -386,4 +495,6 @@ def marks(index: torch.Tensor, mapped: bool, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
     at = flat_rows(index).to(torch.int64)
     at = torch.where(at < 0, at + size, at)
-    return torch.zeros(index.shape[0], size, dtype=torch.bool, device=index.device).scatter(1, at, True)
+    return torch.zeros(index.shape[0], size, dtype=torch.bool, device=index.device).scatter(
+        1, at, True
+    )

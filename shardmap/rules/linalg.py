@@ -1,6 +1,9 @@
-"""Rules of the linear algebra family: kernels that take any number of leading dimensions, so that the map is one more.
+"""Rules of the linear algebra family.
 
-Only what an operand lacks is put in: an unmapped one is expanded, and ones stand where it has fewer dimensions than another.
+Kernels that take any number of leading dimensions, so that the map is one more.
+
+Only what an operand lacks is put in: an unmapped one is expanded, and ones stand where it has fewer
+dimensions than another.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ def _emit(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def stacks(matrix_dims: int) -> Callable[..., Any]:
-    """The rule for operators on stacks of matrices: every tensor mapped, with as many leading dimensions as the others."""
+    """The rule for operators on stacks of matrices.
+
+    Every tensor mapped, with as many leading dimensions as the others.
+    """
 
     def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         ndim = max([matrix_dims, *[v.ndim for v in values(args)]])
@@ -65,14 +71,19 @@ registry.register("linalg", *registry.overloads(*ONE_OPERAND, *SEVERAL_MATRICES)
 
 
 @registry.register("linalg", *registry.overloads("linalg_householder_product"))
-def householder_product(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def householder_product(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """A stack of matrices and, with one dimension less, of vectors."""
     return _emit(b, eq, [b.batch(v) for v in args], kwargs)
 
 
 @registry.register("linalg", *registry.overloads("_linalg_solve_ex"))
 def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A vector on the right becomes a column: with a map before it, it would be taken for a matrix."""
+    """A vector on the right becomes a column.
+
+    With a map before it, it would be taken for a matrix.
+    """
     matrix, right = args[:2]
     if right.ndim != 1 and right.shape != matrix.shape[:-1]:
         return stacks(2)(b, eq, args, kwargs)
@@ -92,11 +103,18 @@ def check_errors(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[st
 
 @registry.register("linalg", *registry.overloads("lu_unpack"))
 def lu_unpack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What was not asked for is an empty tensor without the mapped dimension; each sample has its own."""
+    """What was not asked for is an empty tensor without the mapped dimension.
+
+    Each sample has its own.
+    """
     factors, *rest = args
-    outs = b.calls_several(eq.op, 3, b.batch(factors), *[b.batch(v) if type(v) is V else v for v in rest], **kwargs)
+    outs = b.calls_several(
+        eq.op, 3, b.batch(factors), *[b.batch(v) if type(v) is V else v for v in rest], **kwargs
+    )
     specs = [out.spec for out in eq.outs]
     return tuple(
-        b.call(torch.Tensor.new_empty, b.batch(factors), [B, 0], shape=(0,), dtype=spec.dtype) if spec.shape == (0,) else v
+        b.call(torch.Tensor.new_empty, b.batch(factors), [B, 0], shape=(0,), dtype=spec.dtype)
+        if spec.shape == (0,)
+        else v
         for v, spec in zip(outs, specs, strict=True)
     )

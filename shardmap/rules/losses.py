@@ -1,4 +1,7 @@
-"""Rules of the elementwise losses: a loss for each element, reduced over the sample and never over the batch."""
+"""Rules of the elementwise losses.
+
+A loss for each element, reduced over the sample and never over the batch.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     tensors = [v for v in named.values() if type(v) is V]
     shape = torch.broadcast_shapes(*(v.shape for v in tensors))
     reduction = named["reduction"]
-    # The kernel of binary_cross_entropy squeezes its operands before it broadcasts them, so that a batch of one-element
+    # The kernel of binary_cross_entropy squeezes its operands before it broadcasts them, so that a
+    # batch of one-element
     # samples would meet a dimension of the other operand: all operands get the full shape.
     full = {k: expanded(b, v, shape) if type(v) is V else v for k, v in named.items()}
     each = b.call(eq.op, named=full | {"reduction": NONE}, shape=shape)
@@ -51,7 +55,10 @@ def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 @register("losses", *overloads(*_BACKWARD.split()))
 def loss_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Gradient of each element. A mean divides by the elements of a sample, so it is taken as a sum of a smaller cotangent."""
+    """Gradient of each element.
+
+    A mean divides by the elements of a sample, so it is taken as a sum of a smaller cotangent.
+    """
     named = arguments(eq, args, kwargs)
     x, target, grad = named["self"], named["target"], named["grad_output"]
     if x.shape != target.shape:

@@ -1,7 +1,8 @@
 """What a rule works with: values of the batched program and the builder that emits calls.
 
-The batched program has two parts. `fixed` holds the calls that no sample changes: they run once per device. `chunk` holds
-the rest and runs once per chunk. A call whose arguments are all unmapped goes to `fixed` by itself.
+The batched program has two parts. `fixed` holds the calls that no sample changes: they run once per
+device. `chunk` holds the rest and runs once per chunk. A call whose arguments are all unmapped goes
+to `fixed` by itself.
 """
 
 from __future__ import annotations
@@ -126,12 +127,14 @@ class Lowering:
         """Emit a call with one result.
 
         Args:
-            target: An operator overload or a function on real tensors; its results must not depend on how samples are grouped.
+            target: An operator overload or a function on real tensors; its results must not depend
+                on how samples are grouped.
             *args: Its arguments: `V` for tensors, `B` for the batch size, anything else as is.
             shape: The result's sample shape, if the rule goes on computing with it.
             dtype: The result's dtype, by default that of the first tensor.
             mapped: Whether the result has the mapped dimension, by default whether an argument has.
-            named: Keyword arguments of the target, whatever their names: `dtype` and `shape` here are about the result.
+            named: Keyword arguments of the target, whatever their names: `dtype` and `shape` here
+                are about the result.
             **kwargs: Its other keyword arguments.
         """
         if named:
@@ -148,12 +151,17 @@ class Lowering:
         self._emit(target, args, kwargs, (out.index,), False, mapped)
         return out
 
-    def calls_several(self, target: Any, count: int, *args: Any, mapped: bool | None = None, **kwargs: Any) -> tuple[V, ...]:
+    def calls_several(
+        self, target: Any, count: int, *args: Any, mapped: bool | None = None, **kwargs: Any
+    ) -> tuple[V, ...]:
         """Emit a call that returns a tuple of `count` tensors."""
         tensors = list(values((args, tuple(kwargs.values()))))
         if mapped is None:
             mapped = any(v.mapped for v in tensors)
-        outs = tuple(self.value(mapped, (), tensors[0].dtype if tensors else torch.float32) for _ in range(count))
+        outs = tuple(
+            self.value(mapped, (), tensors[0].dtype if tensors else torch.float32)
+            for _ in range(count)
+        )
         self._emit(target, args, kwargs, tuple(v.index for v in outs), True, mapped)
         return outs
 
@@ -162,7 +170,15 @@ class Lowering:
         mapped = any(v.mapped for v in values((args, tuple(kwargs.values()))))
         self._emit(target, args, kwargs, (), False, mapped)
 
-    def _emit(self, target: Any, args: tuple, kwargs: dict[str, Any], outs: tuple[int | None, ...], several: bool, mapped: bool) -> None:
+    def _emit(
+        self,
+        target: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        outs: tuple[int | None, ...],
+        several: bool,
+        mapped: bool,
+    ) -> None:
         op = None
         if isinstance(target, torch._ops.OpOverload):
             op, writes = target, target._schema.is_mutable
@@ -170,18 +186,40 @@ class Lowering:
         else:
             name = getattr(target, "__name__", "")
             writes = name.endswith("_") and not name.endswith("__")
-        self.calls.append(Call(target, args, tuple(kwargs.items()), outs, several, self.grad, self.equation, mapped, writes, op))
+        self.calls.append(
+            Call(
+                target,
+                args,
+                tuple(kwargs.items()),
+                outs,
+                several,
+                self.grad,
+                self.equation,
+                mapped,
+                writes,
+                op,
+            )
+        )
 
-    # -- what many rules need ------------------------------------------------------------------------------------------
+    # -- what many rules need
+    # ------------------------------------------------------------------------------------------
 
     def batch(self, v: V) -> V:
-        """`v` with the mapped dimension: as it is, or expanded (a view that must not be written to)."""
+        """`v` with the mapped dimension.
+
+        As it is, or expanded (a view that must not be written to).
+        """
         if v.mapped:
             return v
-        return self.call(torch.Tensor.expand, v, [B, *v.shape], shape=v.shape, dtype=v.dtype, mapped=True)
+        return self.call(
+            torch.Tensor.expand, v, [B, *v.shape], shape=v.shape, dtype=v.dtype, mapped=True
+        )
 
     def align(self, v: V, ndim: int) -> V:
-        """A mapped value viewed with `ndim` sample dimensions, for broadcasting: ones go between batch and sample."""
+        """A mapped value viewed with `ndim` sample dimensions, for broadcasting.
+
+        Ones go between batch and sample.
+        """
         if not v.mapped or v.ndim >= ndim:
             return v
         shape = (1,) * (ndim - v.ndim) + v.shape
@@ -192,14 +230,18 @@ class Lowering:
         shape = tuple(shape)
         if shape == v.shape:
             return v
-        return self.call(torch.Tensor.view, v, [B, *shape] if v.mapped else list(shape), shape=shape)
+        return self.call(
+            torch.Tensor.view, v, [B, *shape] if v.mapped else list(shape), shape=shape
+        )
 
     def reshape(self, v: V, shape: Sequence[int]) -> V:
         """`v` with another sample shape, copied where a view cannot have it."""
         shape = tuple(shape)
         if shape == v.shape:
             return v
-        return self.call(torch.Tensor.reshape, v, [B, *shape] if v.mapped else list(shape), shape=shape)
+        return self.call(
+            torch.Tensor.reshape, v, [B, *shape] if v.mapped else list(shape), shape=shape
+        )
 
     def transpose(self, v: V, first: int, second: int) -> V:
         """`v` with two sample dimensions exchanged; negative ones count from the end."""
@@ -217,7 +259,10 @@ class Lowering:
 
 
 def dim(d: int, ndim: int) -> int:
-    """A sample's dimension as the batched tensor counts it: never negative, behind the mapped one."""
+    """A sample's dimension as the batched tensor counts it.
+
+    Never negative, behind the mapped one.
+    """
     return (d + ndim if d < 0 else d) + 1
 
 

@@ -1,8 +1,11 @@
-"""Rules of the matmul family: matrix, vector and batched products, in every choice of mapped operands.
+"""Rules of the matmul family.
 
-A product with an unmapped right operand is one product with the map folded into the rows: better kernels than a batched
-product, and the operand is read once. Products of rows and columns work on the vectors behind them (`shardmap.rules.view_folding`),
-so that the views that autograd records around each product cost nothing.
+Matrix, vector and batched products, in every choice of mapped operands.
+
+A product with an unmapped right operand is one product with the map folded into the rows: better
+kernels than a batched product, and the operand is read once. Products of rows and columns work on
+the vectors behind them (`shardmap.rules.view_folding`), so that the views that autograd records
+around each product cost nothing.
 """
 
 from __future__ import annotations
@@ -65,10 +68,13 @@ def _bmm(b: Lowering, m: int, n: int) -> Any:
 
 def _stacked(b: Lowering, x: V) -> V:
     """A matrix for each sample, mapped or not: `[B, m, n]` for a batched product."""
-    return x if x.mapped else b.call(torch.Tensor.expand, x, B, *x.shape, shape=x.shape, mapped=True)
+    return (
+        x if x.mapped else b.call(torch.Tensor.expand, x, B, *x.shape, shape=x.shape, mapped=True)
+    )
 
 
-# -- a matrix times a matrix ---------------------------------------------------------------------------------------------------
+# -- a matrix times a matrix
+# ---------------------------------------------------------------------------------------------------
 
 
 @rules("mm")
@@ -101,14 +107,32 @@ def addmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) ->
     if not y.mapped and x.mapped:
         per_column = not bias.mapped and all(s == 1 for s in bias.shape[:-1])
         if m == 1 and (bias.mapped or per_column):
-            return _row(b, b.call(aten.addmm.default, _bias_row(b, bias), _flat(b, x), y, shape=(n,), **weights))
-        if per_column and bias.shape == (n,) and beta == 1 and alpha == 1 and x.dtype.is_floating_point:
+            return _row(
+                b,
+                b.call(
+                    aten.addmm.default, _bias_row(b, bias), _flat(b, x), y, shape=(n,), **weights
+                ),
+            )
+        if (
+            per_column
+            and bias.shape == (n,)
+            and beta == 1
+            and alpha == 1
+            and x.dtype.is_floating_point
+        ):
             whole = views(b).in_order(x)
             if whole.ndim < 2 or whole.shape[-1] != k:
                 whole = x
             out = b.call(_linear, whole, _t(b, y), bias, shape=(*whole.shape[:-1], n))
             return views(b).reshaped(out, (m, n))
-    return b.call(aten.baddbmm.default, _broad(b, bias, 2), _stacked(b, x), _stacked(b, y), shape=(m, n), **weights)
+    return b.call(
+        aten.baddbmm.default,
+        _broad(b, bias, 2),
+        _stacked(b, x),
+        _stacked(b, y),
+        shape=(m, n),
+        **weights,
+    )
 
 
 def _bias_row(b: Lowering, bias: V) -> V:
@@ -135,7 +159,11 @@ def bmm(b: Lowering, x: V, y: V) -> V:
     if x.mapped and y.mapped:
         wide_x, wide_y = views(b).in_order(x), views(b).in_order(y)
         lead = wide_x.shape[:-2]
-        if len(lead) and lead == wide_y.shape[:-2] and (wide_x.shape[-2:], wide_y.shape[-2:]) == ((m, k), (k, n)):
+        if (
+            len(lead)
+            and lead == wide_y.shape[:-2]
+            and (wide_x.shape[-2:], wide_y.shape[-2:]) == ((m, k), (k, n))
+        ):
             out = b.call(torch.matmul, wide_x, wide_y, shape=(*lead, m, n))
             return views(b).reshaped(out, (size, m, n))
         return b.call(torch.matmul, x, y, shape=(size, m, n))
@@ -170,7 +198,14 @@ def baddbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) 
         left, right = x.reshape(count * size, m, k), y.reshape(count * size, k, n)
         return torch.baddbmm(added, left, right, beta=beta, alpha=alpha).view(count, size, m, n)
 
-    return b.call(baddbmm_flat, _broad(b, bias, 3), _stacked(b, x), _stacked(b, y), shape=(size, m, n), dtype=x.dtype)
+    return b.call(
+        baddbmm_flat,
+        _broad(b, bias, 3),
+        _stacked(b, x),
+        _stacked(b, y),
+        shape=(size, m, n),
+        dtype=x.dtype,
+    )
 
 
 @rules("addbmm")
@@ -179,7 +214,9 @@ def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -
     (size, m, k), n = x.shape, y.shape[2]
     shift = int(x.mapped)
     wide = b.call(aten.permute.default, x, [0, 2, 1, 3] if shift else [1, 0, 2], shape=(m, size, k))
-    return addmm(b, bias, b.reshape(wide, (m, size * k)), b.reshape(y, (size * k, n)), beta=beta, alpha=alpha)
+    return addmm(
+        b, bias, b.reshape(wide, (m, size * k)), b.reshape(y, (size * k, n)), beta=beta, alpha=alpha
+    )
 
 
 # -- vectors -------------------------------------------------------------------------------------------------------------------
@@ -216,7 +253,9 @@ def addmv(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) ->
     """`beta * bias + alpha * x @ y`."""
     if not x.mapped and y.mapped:
         added = bias if not bias.mapped else _bias_row(b, bias)
-        return b.call(aten.addmm.default, added, y, _t(b, x), shape=x.shape[:1], beta=beta, alpha=alpha)
+        return b.call(
+            aten.addmm.default, added, y, _t(b, x), shape=x.shape[:1], beta=beta, alpha=alpha
+        )
     column = _column(b, y) if y.mapped else b.view(y, (y.numel, 1))
     if bias.ndim:
         added = _column(b, bias) if bias.mapped else b.view(bias, (*bias.shape, 1))

@@ -1,7 +1,8 @@
 """Losses over classes: every element at once without reduction, then each sample's own sum or mean.
 
-Hot: cross-entropy ends nearly every per-sample gradient. `torch.func.vmap` decomposes `nll_loss` into a dozen calls; here the kernel
-takes all samples' rows in one. The kernels check that each target is a class.
+Hot: cross-entropy ends nearly every per-sample gradient. `torch.func.vmap` decomposes `nll_loss`
+into a dozen calls; here the kernel takes all samples' rows in one. The kernels check that each
+target is a class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ NONE, MEAN = 0, 1
 
 
 def rows(t: Tensor, trailing: int) -> Tensor:
-    """Everything before the last `trailing` dimensions as one: `[B, n, *rest] -> [B*n, *rest]` numbers as rows of one."""
+    """Everything before the last `trailing` dimensions as one.
+
+    `[B, n, *rest] -> [B*n, *rest]` numbers as rows of one.
+    """
     return t.flatten(0, t.dim() - trailing - 1) if t.dim() > trailing else t.unsqueeze(1)
 
 
@@ -43,14 +47,21 @@ class Loss:
         self.backward = aten.nll_loss2d_backward if space else aten.nll_loss_backward
 
     def elements(self, x: Tensor, target: Tensor, ignored: int) -> Tensor:
-        """The loss of each target without weights: `[B, *n, classes, *space], [B, *n, *space] -> [B, *n, *space]`."""
-        got = self.forward(rows(x, 1 + self.space), rows(target, self.space), None, NONE, ignored)[0]
+        """The loss of each target without weights.
+
+        `[B, *n, classes, *space], [B, *n, *space] -> [B, *n, *space]`.
+        """
+        got = self.forward(rows(x, 1 + self.space), rows(target, self.space), None, NONE, ignored)[
+            0
+        ]
         return got.view(target.shape)
 
     def gradient(self, grad: Tensor, x: Tensor, target: Tensor, ignored: int) -> Tensor:
         """The gradient by `x` of `elements`."""
         flat, like = rows(x, 1 + self.space), grad.new_zeros(())
-        got = self.backward(rows(grad, self.space), flat, rows(target, self.space), None, NONE, ignored, like)
+        got = self.backward(
+            rows(grad, self.space), flat, rows(target, self.space), None, NONE, ignored, like
+        )
         return got.view(x.shape)
 
 
@@ -62,7 +73,10 @@ def _forward(loss: Loss) -> Any:
         x, target, weight, reduction, ignored = args
 
         def nll(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-            each, factors = loss.elements(x, target, ignored), target_weights(x, target, weight, ignored)
+            each, factors = (
+                loss.elements(x, target, ignored),
+                target_weights(x, target, weight, ignored),
+            )
             if weight is not None:
                 each = each * factors
             if reduction == NONE:
@@ -80,7 +94,9 @@ def _backward(loss: Loss) -> Any:
     def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         grad, x, target, weight, reduction, ignored, total = args
 
-        def nll(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor) -> Tensor:
+        def nll(
+            grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor
+        ) -> Tensor:
             if reduction == MEAN:
                 grad = grad / total
             if reduction != NONE:
@@ -101,7 +117,8 @@ register("nll", aten.nll_loss2d_forward.default)(_forward(IMAGES))
 register("nll", aten.nll_loss2d_backward.default)(_backward(IMAGES))
 
 
-# -- margins ---------------------------------------------------------------------------------------------------------------
+# -- margins
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) -> Tensor:
@@ -150,9 +167,13 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
     def backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         spread = _spread(grad, reduction, x.shape[0], count)
-        return aten.multi_margin_loss_backward(spread, rows(x, 1), target.flatten(), p, margin, weight, NONE).view(x.shape)
+        return aten.multi_margin_loss_backward(
+            spread, rows(x, 1), target.flatten(), p, margin, weight, NONE
+        ).view(x.shape)
 
-    return b.call(backward, b.batch(grad), b.batch(x), b.batch(target), weight, shape=x.shape, dtype=x.dtype)
+    return b.call(
+        backward, b.batch(grad), b.batch(x), b.batch(target), weight, shape=x.shape, dtype=x.dtype
+    )
 
 
 @register("nll", aten.multilabel_margin_loss_forward.default)
@@ -178,6 +199,10 @@ def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> 
         spread = _spread(grad, reduction, x.shape[0], count)
         flat = (rows(t, 1) for t in (x, target, marked))
         x_rows, target_rows, marked_rows = flat
-        return aten.multilabel_margin_loss_backward(spread, x_rows, target_rows, NONE, marked_rows).view(x.shape)
+        return aten.multilabel_margin_loss_backward(
+            spread, x_rows, target_rows, NONE, marked_rows
+        ).view(x.shape)
 
-    return b.call(backward, *(b.batch(v) for v in (grad, x, target, marked)), shape=x.shape, dtype=x.dtype)
+    return b.call(
+        backward, *(b.batch(v) for v in (grad, x, target, marked)), shape=x.shape, dtype=x.dtype
+    )

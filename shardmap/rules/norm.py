@@ -1,8 +1,11 @@
-"""Normalisation: the map joins the rows that are normalised, or the channels; gradients of weights are sums over a sample.
+"""Normalisation: the map joins the rows that are normalised, or the channels.
 
-Why rules of ours: `torch.func.vmap` decomposes the backward of `layer_norm`. Measured on one CPU core with 32 samples of 128 rows of
-256: 2.2 ms; the kernel for the input's gradient and two products for the weights' take 0.5 (8 samples of 512 rows of 768: 12.8; 1.6).
-Where a sample fills the cache, its own call of the kernel beats any batched form (0.6 ms against 1.7 for these 8).
+Gradients of weights are sums over a sample.
+
+Why rules of ours: `torch.func.vmap` decomposes the backward of `layer_norm`. Measured on one CPU
+core with 32 samples of 128 rows of 256: 2.2 ms; the kernel for the input's gradient and two
+products for the weights' take 0.5 (8 samples of 512 rows of 768: 12.8; 1.6). Where a sample fills
+the cache, its own call of the kernel beats any batched form (0.6 ms against 1.7 for these 8).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 
 CACHE_ELEMENTS = 2**17
-"""From this size of a sample on, one call per sample is faster than sums over a batch of products that has left the cache."""
+"""From this size of a sample on, one call per sample is faster than sums over a batch of
+products that has left the cache."""
 
 
 def affine(b: Lowering, out: V, weight: V | None, bias: V | None, shape: Sequence[int]) -> V:
@@ -36,7 +40,10 @@ def affine(b: Lowering, out: V, weight: V | None, bias: V | None, shape: Sequenc
 
 
 def _mixed(x: V, *others: V | None) -> bool:
-    """Whether a mapped weight or bias has another dtype: the kernel computes in the wider one, which two calls cannot."""
+    """Whether a mapped weight or bias has another dtype.
+
+    The kernel computes in the wider one, which two calls cannot.
+    """
     return any(v is not None and v.dtype != x.dtype for v in others)
 
 
@@ -44,7 +51,8 @@ def _differ(*values: V | None) -> bool:
     return any(v is not None and v.mapped for v in values)
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------------
+# -- layers
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @register("norm", aten.native_layer_norm.default)
@@ -70,7 +78,9 @@ def rms_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     shared = not _differ(weight)
     if not shared and _mixed(x, weight):
         return NotImplemented
-    out, rstd = b.calls_several(aten._fused_rms_norm.default, 2, x, normalized, weight if shared else None, eps)
+    out, rstd = b.calls_several(
+        aten._fused_rms_norm.default, 2, x, normalized, weight if shared else None, eps
+    )
     if shared:
         return out, rstd
     out = V(out.index, out.mapped, x.shape, x.dtype)
@@ -78,7 +88,10 @@ def rms_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 def rows_sum(scale: Tensor | None, rows: Tensor) -> Tensor:
-    """The sum of each sample's rows, scaled or not: `[B, m], [B, m, k] -> [B, k]`. A product is faster than a strided sum."""
+    """The sum of each sample's rows, scaled or not: `[B, m], [B, m, k] -> [B, k]`.
+
+    A product is faster than a strided sum.
+    """
     if rows.shape[1] == 1:
         return rows.squeeze(1) if scale is None else (rows * scale.unsqueeze(-1)).squeeze(1)
     if scale is None:
@@ -87,9 +100,17 @@ def rows_sum(scale: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def layer_weights(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int], mask: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    normalized: Sequence[int],
+    mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of each sample's weight and bias: `[B, *m, *normalized] -> [B, *normalized]`, those that `mask` asks for."""
+    """The gradients of each sample's weight and bias.
+
+    `[B, *m, *normalized] -> [B, *normalized]`, those that `mask` asks for.
+    """
     size, k = grad.shape[0], len(normalized)
     width = math.prod(normalized)
     m = math.prod(grad.shape[1 : grad.dim() - k])
@@ -106,8 +127,12 @@ def layer_weights(
     return tuple(found)
 
 
-def statistics(x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation as functions of `x`, for outer gradients: the kernel's results are constants to autograd.
+def statistics(
+    x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation as functions of `x`, for outer gradients.
+
+    The kernel's results are constants to autograd.
 
     The epsilon that the forward added is what its result leaves over.
     """
@@ -119,7 +144,10 @@ def statistics(x: Tensor, mean: Tensor, rstd: Tensor, normalized: Sequence[int])
 
 @register("norm", aten.native_layer_norm_backward.default)
 def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The input's gradient by the kernel; those of weight and bias as sums over each sample's rows."""
+    """The input's gradient by the kernel.
+
+    Those of weight and bias as sums over each sample's rows.
+    """
     grad, x, normalized, mean, rstd, weight, bias, mask = args
     normalized = list(normalized)
     if _mixed(x, grad, mean, rstd, weight):
@@ -132,11 +160,20 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         if weight is not None and weight.mapped:
             scaled, given = affine(b, scaled, weight, None, shape), None
 
-        def input_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-            mean, rstd = mean.contiguous(), rstd.contiguous()  # the kernel reads others out of bounds, without a word
-            return aten.native_layer_norm_backward(grad, x, normalized, mean, rstd, weight, None, [True, False, False])[0]
+        def input_backward(
+            grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+        ) -> Tensor:
+            mean, rstd = (
+                mean.contiguous(),
+                rstd.contiguous(),
+            )  # the kernel reads others out of bounds, without a word
+            return aten.native_layer_norm_backward(
+                grad, x, normalized, mean, rstd, weight, None, [True, False, False]
+            )[0]
 
-        outs.append(b.call(input_backward, scaled, *everything[1:], given, shape=x.shape, dtype=x.dtype))
+        outs.append(
+            b.call(input_backward, scaled, *everything[1:], given, shape=x.shape, dtype=x.dtype)
+        )
     wanted = (bool(mask[1]), bool(mask[2]))
     if any(wanted):
         alone = b.device_type == "cpu" and x.numel >= CACHE_ELEMENTS
@@ -147,10 +184,21 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
                 mean, rstd = statistics(x, mean, rstd, normalized)
             if not alone or grad.shape[0] == 0:
                 return layer_weights(grad, x, mean, rstd, normalized, wanted)
-            ones = torch.ones((), dtype=x.dtype, device=x.device).expand(normalized)  # only its presence is read
+            ones = torch.ones((), dtype=x.dtype, device=x.device).expand(
+                normalized
+            )  # only its presence is read
             call = aten.native_layer_norm_backward.default
             rows = [
-                call(*(t[i] for t in (grad, x)), normalized, mean[i], rstd[i], ones, ones, [False, *wanted]) for i in range(grad.shape[0])
+                call(
+                    *(t[i] for t in (grad, x)),
+                    normalized,
+                    mean[i],
+                    rstd[i],
+                    ones,
+                    ones,
+                    [False, *wanted],
+                )
+                for i in range(grad.shape[0])
             ]
             return tuple(torch.stack([row[i] for row in rows]) for i in (1, 2) if wanted[i - 1])
 
@@ -172,11 +220,24 @@ def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         scaled, given = grad, weight
         if weight is not None and weight.mapped:
             scaled, given = affine(b, grad, weight, None, shape), None
-        outs.append(b.calls_several(aten._fused_rms_norm_backward.default, 2, scaled, x, normalized, rstd, given, [True, False])[0])
+        outs.append(
+            b.calls_several(
+                aten._fused_rms_norm_backward.default,
+                2,
+                scaled,
+                x,
+                normalized,
+                rstd,
+                given,
+                [True, False],
+            )[0]
+        )
     if mask[1]:
 
         def weights(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-            return layer_weights(grad, x, torch.zeros_like(rstd), rstd, normalized, (True, False))[0]
+            return layer_weights(grad, x, torch.zeros_like(rstd), rstd, normalized, (True, False))[
+                0
+            ]
 
         outs.append(b.call(weights, grad, x, rstd))
     return tuple(outs)
@@ -195,12 +256,16 @@ def group_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     given = (weight, bias) if shared else (None, None)
 
     def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        return aten.native_group_norm(x.contiguous(), weight, bias, x.shape[0], channels, area, groups, eps)
+        return aten.native_group_norm(
+            x.contiguous(), weight, bias, x.shape[0], channels, area, groups, eps
+        )
 
     out, mean, rstd = b.calls_several(normalise, 3, fold(b, x) if x.mapped else x, *given)
     stats = eq.outs[1].spec
     if x.mapped:
-        out, mean, rstd = (unfold(b, v, s) for v, s in ((out, x.shape), (mean, stats.shape), (rstd, stats.shape)))
+        out, mean, rstd = (
+            unfold(b, v, s) for v, s in ((out, x.shape), (mean, stats.shape), (rstd, stats.shape))
+        )
     out = V(out.index, out.mapped, x.shape, x.dtype)
     if not shared:
         out = affine(b, out, weight, bias, (1, channels, *(1,) * (x.ndim - 2)))
@@ -209,7 +274,10 @@ def group_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("norm", aten.native_group_norm_backward.default)
 def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The input's gradient by the kernel on more samples; those of weight and bias from sums over each channel."""
+    """The input's gradient by the kernel on more samples.
+
+    Those of weight and bias from sums over each channel.
+    """
     grad, x, mean, rstd, weight, n, channels, area, groups, mask = args
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
@@ -220,20 +288,30 @@ def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         if weight is not None and weight.mapped:
             scaled, given = affine(b, grad, weight, None, (1, channels, *(1,) * (x.ndim - 2))), None
 
-        def input_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+        def input_backward(
+            grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+        ) -> Tensor:
             numbers = (x.shape[0], channels, area, groups, [True, False, False])
-            dense = [t.contiguous() for t in (grad, x, mean, rstd)]  # the kernel reads others out of bounds, without a word
+            dense = [
+                t.contiguous() for t in (grad, x, mean, rstd)
+            ]  # the kernel reads others out of bounds, without a word
             return aten.native_group_norm_backward(*dense, weight, *numbers)[0]
 
         folded = [fold(b, v) for v in (scaled, x, mean, rstd)]
-        outs.append(unfold(b, b.call(input_backward, *folded, given, shape=x.shape, dtype=x.dtype), x.shape))
+        outs.append(
+            unfold(b, b.call(input_backward, *folded, given, shape=x.shape, dtype=x.dtype), x.shape)
+        )
     if mask[1]:
 
         def weight_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
             size = grad.shape[0]
             grad, x = (t.reshape(size, n, groups, channels // groups, area) for t in (grad, x))
             centred = x - mean.reshape(size, n, groups, 1, 1)
-            return ((grad * centred).sum(-1) * rstd.reshape(size, n, groups, 1)).sum(1).view(size, channels)
+            return (
+                ((grad * centred).sum(-1) * rstd.reshape(size, n, groups, 1))
+                .sum(1)
+                .view(size, channels)
+            )
 
         outs.append(b.call(weight_backward, grad, x, mean, rstd, shape=(channels,), dtype=x.dtype))
     if mask[2]:
@@ -249,8 +327,21 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.flatten()
 
 
-def _batch_norm(b: Lowering, eq: Any, x: V, weight: Any, bias: Any, mean: Any, var: Any, training: bool, numbers: Sequence[float]) -> Any:
-    """`numbers`: momentum and epsilon. Statistics of the sample itself: samples become channels. Shared ones: samples join the batch."""
+def _batch_norm(
+    b: Lowering,
+    eq: Any,
+    x: V,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    numbers: Sequence[float],
+) -> Any:
+    """`numbers`: momentum and epsilon. Statistics of the sample itself: samples become channels.
+
+    Shared ones: samples join the batch.
+    """
     if training and (mean is not None or var is not None):
         return NotImplemented  # it would write to them
     stats, channels = [o.spec.shape for o in eq.outs[1:3]], x.shape[1]
@@ -259,16 +350,31 @@ def _batch_norm(b: Lowering, eq: Any, x: V, weight: Any, bias: Any, mean: Any, v
     shared = not training and x.mapped and not _differ(weight, bias, mean, var)
     if not shared:
         x = b.batch(x)
-        weight, bias, mean, var = (None if v is None else b.batch(v) for v in (weight, bias, mean, var))
+        weight, bias, mean, var = (
+            None if v is None else b.batch(v) for v in (weight, bias, mean, var)
+        )
 
     def normalise(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> tuple[Tensor, ...]:
         size = x.shape[0]
         if shared:
-            out = aten.native_batch_norm(x.flatten(0, 1), weight, bias, mean, var, False, *numbers)[0]
+            out = aten.native_batch_norm(x.flatten(0, 1), weight, bias, mean, var, False, *numbers)[
+                0
+            ]
             out = out.view(x.shape)
             return out, *(x.new_empty((size, 0)) for _ in stats)
-        found = aten.native_batch_norm(into_channels(x), _flat(weight), _flat(bias), _flat(mean), _flat(var), training, *numbers)
-        kept = (t.view(size, -1) if t.numel() else t.new_empty((size, *s)) for t, s in zip(found[1:], stats, strict=True))
+        found = aten.native_batch_norm(
+            into_channels(x),
+            _flat(weight),
+            _flat(bias),
+            _flat(mean),
+            _flat(var),
+            training,
+            *numbers,
+        )
+        kept = (
+            t.view(size, -1) if t.numel() else t.new_empty((size, *s))
+            for t, s in zip(found[1:], stats, strict=True)
+        )
         return out_of_channels(found[0], size, channels), *kept
 
     return b.calls_several(normalise, 3, x, weight, bias, mean, var)
@@ -300,16 +406,23 @@ def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Samples as channels: the kernel's sums over a channel are then those of one sample."""
     grad, x, weight, mean, var, save_mean, save_invstd, train, eps, mask = args
     channels = x.shape[1]
-    tensors = [None if v is None else b.batch(v) for v in (grad, x, weight, mean, var, save_mean, save_invstd)]
+    tensors = [
+        None if v is None else b.batch(v)
+        for v in (grad, x, weight, mean, var, save_mean, save_invstd)
+    ]
 
     def backward(grad: Tensor, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
         size = grad.shape[0]
         flat = [_flat(t) for t in rest]
-        gx, gw, gb = aten.native_batch_norm_backward(into_channels(grad), into_channels(x), *flat, train, eps, list(mask))
+        gx, gw, gb = aten.native_batch_norm_backward(
+            into_channels(grad), into_channels(x), *flat, train, eps, list(mask)
+        )
         found = []
         if mask[0]:
             found.append(out_of_channels(gx, size, channels))
-        return tuple(found + [g.view(size, channels) for g, m in ((gw, mask[1]), (gb, mask[2])) if m])
+        return tuple(
+            found + [g.view(size, channels) for g, m in ((gw, mask[1]), (gb, mask[2])) if m]
+        )
 
     return b.calls_several(backward, sum(map(bool, mask)), *tensors)
 

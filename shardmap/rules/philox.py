@@ -1,8 +1,9 @@
 """Random numbers that depend on the seed, the recorded call and the sample's index, and on nothing else.
 
-A counter-based generator (Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives every sample whole
-blocks of its own. So a chunk is one jump and one fill, and the same sample draws the same numbers under any chunk size, number
-of devices and order of work. Everything is drawn on the host, by numpy: one stream for all kinds of devices.
+A counter-based generator (Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") gives every sample whole blocks of its own. So a chunk is one jump and one fill, and the same
+sample draws the same numbers under any chunk size, number of devices and order of work. Everything
+is drawn on the host, by numpy: one stream for all kinds of devices.
 """
 
 from __future__ import annotations
@@ -37,12 +38,19 @@ class Stream(NamedTuple):
         """Uniform numbers in [0, 1), `[size, count]`; in single precision twice as fast, as a word makes two."""
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
-        stream = np.random.Generator(np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks))
-        drawn = stream.random((self.size, blocks * per_block), dtype=np.float32 if single else np.float64)
+        stream = np.random.Generator(
+            np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
+        )
+        drawn = stream.random(
+            (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
+        )
         return np.ascontiguousarray(drawn[:, :count])
 
     def normal(self, count: int) -> np.ndarray:
-        """Standard normal numbers, `[size, count]`, by Box and Muller: a fixed number of words each, which rejection has not."""
+        """Standard normal numbers, `[size, count]`, by Box and Muller.
+
+        A fixed number of words each, which rejection has not.
+        """
         half = -(-count // 2)
         uniform = self.uniform(2 * half)
         radius = np.sqrt(-2.0 * np.log1p(-np.ascontiguousarray(uniform[:, :half])))
@@ -53,8 +61,15 @@ class Stream(NamedTuple):
         """+1 and -1 with equal chance, `[size, count]` of 8-bit integers: one bit each."""
         blocks = -(-count // (64 * _WORDS_PER_BLOCK))
         bits = np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
-        words = bits.random_raw(self.size * blocks * _WORDS_PER_BLOCK).astype("<u8").view(np.uint8).reshape(self.size, -1)
-        return np.unpackbits(words, axis=1, count=count, bitorder="little").view(np.int8) * np.int8(2) - np.int8(1)
+        words = (
+            bits.random_raw(self.size * blocks * _WORDS_PER_BLOCK)
+            .astype("<u8")
+            .view(np.uint8)
+            .reshape(self.size, -1)
+        )
+        return np.unpackbits(words, axis=1, count=count, bitorder="little").view(np.int8) * np.int8(
+            2
+        ) - np.int8(1)
 
 
 Draw = Callable[..., torch.Tensor]
@@ -66,11 +81,25 @@ def draw(function: Draw, size: int, start: int, seed: int, number: int, *rest: A
     return function(Stream(size, start, seed, number), *rest)
 
 
-def _tensor(values: np.ndarray, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).reshape(len(values), *shape).to(device)
+def _tensor(
+    values: np.ndarray, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return (
+        torch.from_numpy(np.ascontiguousarray(values))
+        .to(dtype)
+        .reshape(len(values), *shape)
+        .to(device)
+    )
 
 
-def uniform(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: float, high: float) -> torch.Tensor:
+def uniform(
+    stream: Stream,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    low: float,
+    high: float,
+) -> torch.Tensor:
     """Uniform in [low, high)."""
     if dtype.is_complex:
         parts = uniform(stream, [*shape, 2], dtype.to_real(), device, low, high)
@@ -84,7 +113,14 @@ def uniform(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.
     return _tensor(values, shape, dtype, device)
 
 
-def normal(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float) -> torch.Tensor:
+def normal(
+    stream: Stream,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mean: float,
+    std: float,
+) -> torch.Tensor:
     """Normal; a complex number has half of the variance in each part."""
     if dtype.is_complex:
         parts = normal(stream, [*shape, 2], dtype.to_real(), device, 0.0, std * math.sqrt(0.5))
@@ -92,42 +128,68 @@ def normal(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.d
     return _tensor(stream.normal(math.prod(shape)) * std + mean, shape, dtype, device)
 
 
-def log_normal(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, mean: float, std: float) -> torch.Tensor:
+def log_normal(
+    stream: Stream,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mean: float,
+    std: float,
+) -> torch.Tensor:
     """The exponential of a normal number."""
     return _tensor(np.exp(stream.normal(math.prod(shape)) * std + mean), shape, dtype, device)
 
 
-def bernoulli(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float) -> torch.Tensor:
+def bernoulli(
+    stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
+) -> torch.Tensor:
     """One with probability `p`, else zero."""
-    single = 1e-3 <= p <= 1.0 - 1e-3  # near 0 and 1 the 24 bits of single precision would change the probability
+    single = (
+        1e-3 <= p <= 1.0 - 1e-3
+    )  # near 0 and 1 the 24 bits of single precision would change the probability
     return _tensor(stream.uniform(math.prod(shape), single) < p, shape, dtype, device)
 
 
-def integers(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: int, high: int) -> torch.Tensor:
+def integers(
+    stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: int, high: int
+) -> torch.Tensor:
     """Integers in [low, high), for a range below 2**48: a 53-bit number favours none of them by more than 2**-5 of a chance."""
     values = np.floor(stream.uniform(math.prod(shape)) * (high - low)).astype(np.int64) + low
     return _tensor(values, shape, dtype, device)
 
 
-def permutation(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def permutation(
+    stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A permutation of 0 to n - 1: the order of n uniform numbers."""
     values = np.argsort(stream.uniform(math.prod(shape)), axis=1, kind="stable")
     return _tensor(values, shape, dtype, device)
 
 
-def exponential(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, rate: float) -> torch.Tensor:
+def exponential(
+    stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, rate: float
+) -> torch.Tensor:
     """Exponential, and never zero: its logarithm is what a Gumbel draw takes."""
     values = -np.log1p(-stream.uniform(math.prod(shape))) / rate
     return _tensor(np.maximum(values, torch.finfo(dtype).tiny), shape, dtype, device)
 
 
-def cauchy(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, median: float, sigma: float) -> torch.Tensor:
+def cauchy(
+    stream: Stream,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    median: float,
+    sigma: float,
+) -> torch.Tensor:
     """Cauchy, by the inverse of its distribution."""
     values = np.tan(math.pi * (stream.uniform(math.prod(shape)) - 0.5))
     return _tensor(median + sigma * values, shape, dtype, device)
 
 
-def geometric(stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float) -> torch.Tensor:
+def geometric(
+    stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
+) -> torch.Tensor:
     """Trials up to the first success: 1, 2, ..."""
     values = np.log1p(-stream.uniform(math.prod(shape))) / math.log1p(-p)
     return _tensor(np.floor(values) + 1, shape, dtype, device)

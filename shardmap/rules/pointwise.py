@@ -1,8 +1,9 @@
 """Rules of the pointwise family: each result element depends on one element of each operand.
 
-A batch of such calls is the same call on batches, once operands have one rank and promote as the sample's did. So the common
-case emits exactly the recorded call. The table is derived: what PyTorch tags as pointwise, the in-place forms of that, and
-the list below of operators that are pointwise without the tag.
+A batch of such calls is the same call on batches, once operands have one rank and promote as the
+sample's did. So the common case emits exactly the recorded call. The table is derived: what PyTorch
+tags as pointwise, the in-place forms of that, and the list below of operators that are pointwise
+without the tag.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ _UNTAGGED = """
 """Operators that are pointwise although PyTorch does not tag them."""
 
 _ELSEWHERE = set(
-    overloads("clone", "equal", "where.self", "masked_fill.Scalar", "masked_fill_.Scalar", "native_dropout_backward", "_conj_physical")
+    overloads(
+        "clone",
+        "equal",
+        "where.self",
+        "masked_fill.Scalar",
+        "masked_fill_.Scalar",
+        "native_dropout_backward",
+        "_conj_physical",
+    )
 )
 """Tagged, but with a rule below or in another family; `equal` is a question."""
 
@@ -42,7 +51,8 @@ def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         return _emit(b, eq, args, kwargs, tensors, {})
     casts = promoted(b, tensors, next(eq.results()).spec.dtype)
     if args[0] in casts and _in_place(eq.op):
-        # The written tensor cannot be cast. It has no dimensions, so no operand has; given one each, all promote as equals again.
+        # The written tensor cannot be cast. It has no dimensions, so no operand has; given one
+        # each, all promote as equals again.
         args = tuple([b.view(a, (1,)) if type(a) is V and not a.mapped else a for a in args])
         b.call(eq.op, *args, named=kwargs)
         return None
@@ -54,7 +64,14 @@ def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -
     return _emit(b, eq, args, kwargs, [a for a in (*args, *kwargs.values()) if type(a) is V], {})
 
 
-def _emit(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], tensors: list[V], casts: dict[V, V]) -> Any:
+def _emit(
+    b: Lowering,
+    eq: Equation,
+    args: tuple,
+    kwargs: dict[str, Any],
+    tensors: list[V],
+    casts: dict[V, V],
+) -> Any:
     ndim = max(v.ndim for v in tensors)
     if casts or any(v.mapped and v.ndim < ndim for v in tensors):
 
@@ -90,17 +107,26 @@ def _derived() -> Iterator[Operator]:
         signature = [(a.name, str(a.type)) for a in op._schema.arguments]
         for overload in packet.overloads() if packet is not None else ():
             form = getattr(packet, overload)
-            if form not in seen and [(a.name, str(a.type)) for a in form._schema.arguments] == signature and _in_place(form):
+            if (
+                form not in seen
+                and [(a.name, str(a.type)) for a in form._schema.arguments] == signature
+                and _in_place(form)
+            ):
                 seen.add(form)
                 tagged.append(form)
     for op in tagged:
-        if op not in _ELSEWHERE and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+        if op not in _ELSEWHERE and not torch._C._dispatch_has_kernel_for_dispatch_key(
+            op.name(), "CompositeImplicitAutograd"
+        ):
             yield op
 
 
 _TABLE = list(dict.fromkeys([*_derived(), *overloads(*_UNTAGGED.split())]))
 register("pointwise", *_TABLE)(pointwise)
-register("pointwise", *overloads("masked_fill.Scalar", "masked_fill_.Scalar", "copy_", "native_dropout_backward"))(unpromoted)
+register(
+    "pointwise",
+    *overloads("masked_fill.Scalar", "masked_fill_.Scalar", "copy_", "native_dropout_backward"),
+)(unpromoted)
 
 
 @register("pointwise", aten.where.self)
@@ -137,12 +163,17 @@ def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | 
     return b.call(aten.copy_.default, empty, aligned(b, value, x.ndim))
 
 
-# -- copies: which strides a result has is asked of one sample, not of the batch -------------------------------------------
+# -- copies: which strides a result has is asked of one sample, not of the batch
+# -------------------------------------------
 
 
 @register("pointwise", aten.clone.default, aten._to_copy.default)
 def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Copies. A batch of channels-last samples has one dimension more than PyTorch's format of that name knows."""
+    """Copies.
+
+    A batch of channels-last samples has one dimension more than PyTorch's format of that name
+    knows.
+    """
     (x,) = args
     memory_format = kwargs.get("memory_format")
     if memory_format not in (torch.channels_last, torch.channels_last_3d):
@@ -152,7 +183,8 @@ def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     return b.call(aten.movedim.int, copied, -1, 2)
 
 
-# -- gates and the two results of log_sigmoid ------------------------------------------------------------------------------
+# -- gates and the two results of log_sigmoid
+# ------------------------------------------------------------------------------
 
 
 @register("pointwise", aten.glu.default)
@@ -170,7 +202,9 @@ def glu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any])
 
 
 @register("pointwise", aten.log_sigmoid_forward.default)
-def log_sigmoid_forward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> tuple[V, V]:
+def log_sigmoid_forward(
+    b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]
+) -> tuple[V, V]:
     """`log_sigmoid` and the buffer `exp(-|x|)`, which only the CPU kernel fills."""
     out, buffer = b.calls_several(eq.op, 2, *args)
     spec = eq.outs[1].spec
@@ -184,9 +218,16 @@ def log_sigmoid_forward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str
 
 @register("pointwise", aten.log_sigmoid_backward.default)
 def log_sigmoid_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Backward of `log_sigmoid`: recorded where no kernel fills the buffer and run where one reads it, it is computed here."""
+    """Backward of `log_sigmoid`.
+
+    Recorded where no kernel fills the buffer and run where one reads it, it is computed here.
+    """
     grad, x, buffer = args
     shape = eq.outs[0].spec.shape
     if buffer.shape != x.shape:
-        buffer = b.call(aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)), shape=x.shape)
-    return b.call(eq.op, expanded(b, grad, shape), expanded(b, x, shape), expanded(b, buffer, shape))
+        buffer = b.call(
+            aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)), shape=x.shape
+        )
+    return b.call(
+        eq.op, expanded(b, grad, shape), expanded(b, x, shape), expanded(b, buffer, shape)
+    )

@@ -1,7 +1,8 @@
 """Operators on `[n, channels, *space]`: pooling, resizing, padding, shuffling. The map joins `n`.
 
-Why rules of ours: half of them have no kernel in `torch.func.vmap` and loop there (3-dimensional max pooling, anti-aliased resizing,
-most backward calls); the others pay its dispatch at each call. All are one table: which arguments have space, and how much.
+Why rules of ours: half of them have no kernel in `torch.func.vmap` and loop there (3-dimensional
+max pooling, anti-aliased resizing, most backward calls); the others pay its dispatch at each call.
+All are one table: which arguments have space, and how much.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
 
     Args:
         ndim: Dimensions besides the one that the map joins.
-        sized: Name of an argument that holds the size of the input, the first of which grows with the map.
+        sized: Name of an argument that holds the size of the input, the first of which grows with
+            the map.
     """
 
     def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
@@ -47,8 +49,14 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
             out = b.call(sized_call, *given[:at], *given[at + 1 :], **kwargs)
             found: Any = (out,)
         else:
-            found = b.calls_several(op, len(outs), *given, **kwargs) if len(outs) > 1 else (b.call(op, *given, **kwargs),)
-        shaped = [unfold(b, v, o.spec.shape) if batched else v for v, o in zip(found, outs, strict=True)]
+            found = (
+                b.calls_several(op, len(outs), *given, **kwargs)
+                if len(outs) > 1
+                else (b.call(op, *given, **kwargs),)
+            )
+        shaped = [
+            unfold(b, v, o.spec.shape) if batched else v for v, o in zip(found, outs, strict=True)
+        ]
         return tuple(shaped) if len(shaped) > 1 else shaped[0]
 
     return rule
@@ -119,7 +127,8 @@ def channel_shuffle(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return unfold(b, b.call(aten.channel_shuffle.default, fold(b, v), args[1]), v.shape)
 
 
-# -- sampling at positions -------------------------------------------------------------------------------------------------
+# -- sampling at positions
+# -------------------------------------------------------------------------------------------------
 
 
 def _grid(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
@@ -139,7 +148,14 @@ def _grid(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 register(
     "pool",
-    *operators(["grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward"]),
+    *operators(
+        [
+            "grid_sampler_2d",
+            "grid_sampler_3d",
+            "grid_sampler_2d_backward",
+            "grid_sampler_3d_backward",
+        ]
+    ),
 )(_grid)
 
 

@@ -1,4 +1,7 @@
-"""Operands of elementwise calls, made ready for the batch: one rank, and the dtype that the sample's call computed in."""
+"""Operands of elementwise calls, made ready for the batch.
+
+One rank, and the dtype that the sample's call computed in.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from shardmap.rules.lowering import B, Lowering, V
 def common_dtype(tensors: Iterable[V]) -> torch.dtype:
     """The dtype to which one sample's call promotes these operands.
 
-    A tensor without dimensions counts only where its kind (bool, integer, real, complex) is above that of all tensors with
-    dimensions; see https://docs.pytorch.org/docs/stable/tensor_attributes.html#type-promotion-doc.
+    A tensor without dimensions counts only where its kind (bool, integer, real, complex) is above
+    that of all tensors with dimensions; see
+    https://docs.pytorch.org/docs/stable/tensor_attributes.html#type-promotion-doc.
     """
     with_dims, without = [], []
     for v in tensors:
@@ -34,7 +38,10 @@ def common_dtype(tensors: Iterable[V]) -> torch.dtype:
 
 
 def aligned(b: Lowering, v: V, ndim: int) -> V:
-    """`v` ready to broadcast against `[B, *(ndim sample dimensions)]`; an unmapped value already is."""
+    """`v` ready to broadcast against `[B, *(ndim sample dimensions)]`.
+
+    An unmapped value already is.
+    """
     return b.align(v, ndim) if v.mapped and v.ndim < ndim else v
 
 

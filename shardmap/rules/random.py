@@ -1,8 +1,9 @@
 """Rules of the random family: each sample draws by its own index, or all share one draw.
 
-`randomness="different"`: the draw of a sample depends on the seed, the recorded call and the sample's index only.
-`randomness="same"`: all samples have the draw that the sample of index 0 would have. Operators without a rule, whose kernels
-draw as they go, run sample by sample, each with a seed of its own.
+`randomness="different"`: the draw of a sample depends on the seed, the recorded call and the
+sample's index only. `randomness="same"`: all samples have the draw that the sample of index 0 would
+have. Operators without a rule, whose kernels draw as they go, run sample by sample, each with a
+seed of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *par
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
     rest = (b.equation, list(spec.shape), dtype, device, *parameters)
     if b.randomness == "different":
-        return b.call(draws.draw, function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True)
-    one = b.call(draws.draw, function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False)
+        return b.call(
+            draws.draw, function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True
+        )
+    one = b.call(
+        draws.draw, function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False
+    )
     return b.call(aten.select.int, one, 0, 0, shape=spec.shape, dtype=dtype)
 
 
@@ -73,7 +78,8 @@ _DRAWS: dict[str, Any] = {
     "cauchy_": lambda a: (draws.cauchy, float(a["median"]), float(a["sigma"])),
     "geometric_": lambda a: (draws.geometric, float(a["p"])),
 }
-"""For each operator with fixed parameters: the draw and its parameters, or None where the loop must serve."""
+"""For each operator with fixed parameters: the draw and its parameters, or None where the loop
+must serve."""
 
 
 @register("random", *overloads(*_DRAWS))
@@ -100,7 +106,13 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     spec = next(eq.results()).spec
     p = args[-1]
     uniform = draw(b, draws.uniform, spec, torch.float64, 0.0, 1.0)
-    below = b.call(aten.lt.Tensor, uniform, aligned(b, b.cast(p, torch.float64), len(spec.shape)), shape=spec.shape, dtype=torch.bool)
+    below = b.call(
+        aten.lt.Tensor,
+        uniform,
+        aligned(b, b.cast(p, torch.float64), len(spec.shape)),
+        shape=spec.shape,
+        dtype=torch.bool,
+    )
     out = b.cast(below, spec.dtype)
     if not eq.op._schema.is_mutable:
         return out
@@ -108,9 +120,14 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     return None
 
 
-@register("random", *overloads("normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor"))
+@register(
+    "random", *overloads("normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor")
+)
 def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Mean or standard deviation in a tensor: a standard normal number for each element, scaled and shifted."""
+    """Mean or standard deviation in a tensor.
+
+    A standard normal number for each element, scaled and shifted.
+    """
     if b.grad:
         return NotImplemented  # its gradient is zero, not missing
     named = arguments(eq, args, kwargs)
@@ -120,7 +137,13 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
     out = draw(b, draws.normal, spec, spec.dtype, 0.0, 1.0)
     for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
         if type(parameter) is V:
-            out = b.call(op.Tensor, out, aligned(b, b.cast(parameter, spec.dtype), len(spec.shape)), shape=spec.shape, dtype=spec.dtype)
+            out = b.call(
+                op.Tensor,
+                out,
+                aligned(b, b.cast(parameter, spec.dtype), len(spec.shape)),
+                shape=spec.shape,
+                dtype=spec.dtype,
+            )
         else:
             out = b.call(op.Scalar, out, parameter, shape=spec.shape, dtype=spec.dtype)
     return out
@@ -132,14 +155,19 @@ def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     x, p, train = args
     spec = eq.outs[1].spec
     if train is False or p == 0:
-        return b.call(aten.clone.default, x), b.call(torch.ones_like, x, named={"dtype": torch.bool})
+        return b.call(aten.clone.default, x), b.call(
+            torch.ones_like, x, named={"dtype": torch.bool}
+        )
     mask = draw(b, draws.bernoulli, spec, spec.dtype, 1.0 - p)
     kept = b.call(aten.mul.Tensor, x, mask, shape=x.shape, dtype=x.dtype)
     return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
 
 
 def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run any random operator sample by sample, torch's generator seeded for each: the tier below the rules."""
+    """Run any random operator sample by sample, torch's generator seeded for each.
+
+    The tier below the rules.
+    """
     tensors, template, names, symbols, _ = _split(b, args, kwargs)
     op, count, number, different = eq.op, len(tensors), b.equation, b.randomness == "different"
     batched = [v.mapped for v in tensors]
@@ -165,7 +193,9 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
             return results[0]
         if not results:
             device = values[0].device
-            empty = [torch.empty((0, *v.spec.shape), dtype=v.spec.dtype, device=device) for v in outs]
+            empty = [
+                torch.empty((0, *v.spec.shape), dtype=v.spec.dtype, device=device) for v in outs
+            ]
             return empty[0] if len(outs) == 1 else tuple(empty)
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results)

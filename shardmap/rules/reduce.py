@@ -1,7 +1,9 @@
-"""Rules of the reduce family: reductions, scans, softmax, sorting and selection along dimensions of a sample.
+"""Rules of the reduce family.
 
-All are one index algebra: a dimension `d` of the sample is `d + 1` of the batch, no dimension means all of the sample's, and
-a sample without dimensions gets one.
+Reductions, scans, softmax, sorting and selection along dimensions of a sample.
+
+All are one index algebra: a dimension `d` of the sample is `d + 1` of the batch, no dimension means
+all of the sample's, and a sample without dimensions gets one.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ _MANY = {
     "count_nonzero": "count_nonzero.dim_IntList",
     "count_nonzero.dim_IntList": None,
 }
-"""Reductions over any number of dimensions: what is recorded, and the form of it that takes dimensions."""
+"""Reductions over any number of dimensions: what is recorded, and the form of it that takes
+dimensions."""
 
 _ONE = {
     "prod": "prod.dim_int",
@@ -92,7 +95,12 @@ def _viewed(b: Lowering, eq: Equation, out: Any) -> Any:
     """The results with the recorded shapes."""
     if isinstance(out, V):
         return b.call(aten.view.default, out, [B, *eq.outs[0].spec.shape])
-    return tuple([b.call(aten.view.default, v, [B, *var.spec.shape]) for v, var in zip(out, eq.outs, strict=True)])
+    return tuple(
+        [
+            b.call(aten.view.default, v, [B, *var.spec.shape])
+            for v, var in zip(out, eq.outs, strict=True)
+        ]
+    )
 
 
 def _form(eq: Equation, table: dict[str, str | None]) -> Operator:
@@ -111,10 +119,19 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     takes_one = type(d) is int and form is eq.op
     ds: Any = [d] if type(d) is int else d
     if not x.ndim:
-        return _send(b, form, named | {"self": b.view(x, (1,)), "dim": 1 if takes_one else [1], "keepdim": False})
+        return _send(
+            b,
+            form,
+            named | {"self": b.view(x, (1,)), "dim": 1 if takes_one else [1], "keepdim": False},
+        )
     if ds is not None and not ds and eq.outs[0].spec.shape == x.shape:
-        # `all` and `any` over an empty list of dimensions keep every element; most reductions take it for all dimensions.
-        return _send(b, form, named | {"self": b.view(x, (*x.shape, 1)), "dim": [x.ndim + 1], "keepdim": False})
+        # `all` and `any` over an empty list of dimensions keep every element; most reductions take
+        # it for all dimensions.
+        return _send(
+            b,
+            form,
+            named | {"self": b.view(x, (*x.shape, 1)), "dim": [x.ndim + 1], "keepdim": False},
+        )
     dims = [dim(d, x.ndim) for d in ds] if ds else list(range(1, x.ndim + 1))
     if form is aten.sum.dim_IntList and len(dims) == x.ndim and not named.get("keepdim"):
         squared = _squared(b, x)
@@ -126,11 +143,17 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
 def _squared(b: Lowering, x: V) -> V | None:
     """The value of which `x` holds the squares, if it is large enough for squaring and summing in one pass to pay.
 
-    Norms of gradients are sums of squares of tensors that are larger than anything else; written out and read again they cost twice
-    the time (12.2 against 6.2 microseconds for each 256 x 784 float32, two threads). Where outer autograd records, its own formulas
-    stay.
+    Norms of gradients are sums of squares of tensors that are larger than anything else; written
+    out and read again they cost twice the time (12.2 against 6.2 microseconds for each 256 x 784
+    float32, two threads). Where outer autograd records, its own formulas stay.
     """
-    if b.grad or b.transformed or not x.mapped or x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
+    if (
+        b.grad
+        or b.transformed
+        or not x.mapped
+        or x.ndim < 2
+        or x.dtype not in (torch.float32, torch.float64)
+    ):
         return None
     if x.numel < _WORTHWHILE or x.shape[-1] > _MOST_IN_ONE_NORM:
         return None
@@ -145,23 +168,35 @@ def _squared(b: Lowering, x: V) -> V | None:
     args = call.args
     square = (
         (call.op is aten.square.default and len(args) == 1)
-        or (call.op is aten.pow.Tensor_Scalar and len(args) == 2 and type(args[1]) in (int, float) and args[1] == 2)
+        or (
+            call.op is aten.pow.Tensor_Scalar
+            and len(args) == 2
+            and type(args[1]) in (int, float)
+            and args[1] == 2
+        )
         or (call.op is aten.mul.Tensor and len(args) == 2 and args[0] == args[1])
     )
     base = args[0] if square else None
-    return base if isinstance(base, V) and base.mapped and base.shape == x.shape and base.dtype == x.dtype else None
+    return (
+        base
+        if isinstance(base, V) and base.mapped and base.shape == x.shape and base.dtype == x.dtype
+        else None
+    )
 
 
 _WORTHWHILE = 1 << 12
 """Elements of one sample."""
 _MOST_IN_ONE_NORM = 1 << 12
-"""Elements: the kernel adds up in order, which over 3 million loses four digits; over rows of 784 it is as exact as a sum of squares."""
+"""Elements: the kernel adds up in order, which over 3 million loses four digits; over rows of
+784 it is as exact as a sum of squares."""
 
 
 def _sum_of_squares(b: Lowering, x: V) -> V:
     """Row by row in one pass, then over the rows."""
     rows = b.call(aten.linalg_vector_norm.default, x, 2, [x.ndim], shape=x.shape[:-1])
-    return b.call(aten.sum.dim_IntList, b.call(aten.square.default, rows), list(range(1, x.ndim)), shape=())
+    return b.call(
+        aten.sum.dim_IntList, b.call(aten.square.default, rows), list(range(1, x.ndim)), shape=()
+    )
 
 
 @register("reduce", *overloads(*_ONE))
@@ -200,7 +235,9 @@ def softmax_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, A
     """Backward of softmax and log_softmax; the kernels do not broadcast."""
     grad, output, d, dtype = args
     shape = output.shape or (1,)
-    out = b.call(eq.op, expanded(b, grad, shape), expanded(b, output, shape), dim(d, len(shape)), dtype)
+    out = b.call(
+        eq.op, expanded(b, grad, shape), expanded(b, output, shape), dim(d, len(shape)), dtype
+    )
     return out if output.ndim else _viewed(b, eq, out)
 
 

@@ -4,8 +4,9 @@ A rule lowers one recorded call to calls on whole batches. It has one shape for 
 
     def rule(b: Lowering, eq: Equation, args: list, kwargs: dict) -> V | tuple of V | None
 
-`args` and `kwargs` are the recorded ones with a `V` for each tensor; inside, the mapped dimension is always first. A rule
-emits calls through `b.call(...)` and returns the `V` (or one for each result) that holds the batch of results.
+`args` and `kwargs` are the recorded ones with a `V` for each tensor; inside, the mapped dimension
+is always first. A rule emits calls through `b.call(...)` and returns the `V` (or one for each
+result) that holds the batch of results.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
     """
     for op in operators:
         if not isinstance(op, Operator):
-            raise ValueError(f"register({family!r}): {op!r} is not an operator overload such as torch.ops.aten.add.Tensor")
+            raise ValueError(
+                f"register({family!r}): {op!r} is not an operator overload such as "
+                "torch.ops.aten.add.Tensor"
+            )
         if op in _rules:
-            raise ValueError(f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}")
+            raise ValueError(
+                f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}"
+            )
 
     def decorate(rule: Rule) -> Rule:
         for op in operators:
@@ -55,9 +61,10 @@ def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
 def batching_rule(*operators: Operator) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule that batches `operators`.
 
-    The rule is called once per program, with a builder, the recorded call and its arguments, and emits calls on whole batches:
-    `rule(b, eq, args, kwargs)`. A tensor argument is a `V`: its value at replay is `[B, *v.shape]` if `v.mapped`, `v.shape` if
-    not. `b.call(function, *args, shape=..., dtype=...)` emits a call and returns the `V` of its result.
+    The rule is called once per program, with a builder, the recorded call and its arguments, and
+    emits calls on whole batches: `rule(b, eq, args, kwargs)`. A tensor argument is a `V`: its value
+    at replay is `[B, *v.shape]` if `v.mapped`, `v.shape` if not. `b.call(function, *args,
+    shape=..., dtype=...)` emits a call and returns the `V` of its result.
 
     Args:
         *operators: Operator overloads, such as `torch.ops.mylib.scale.default`.
@@ -120,7 +127,10 @@ def has_functorch_kernel(op: Operator) -> bool:
 
 
 def tier(op: Operator) -> str:
-    """How `op` is batched: "rule", "decomposition", "functorch" (`torch.func.vmap` of the one operator) or "loop"."""
+    """How `op` is batched.
+
+    "rule", "decomposition", "functorch" (`torch.func.vmap` of the one operator) or "loop".
+    """
     if op in _rules:
         return "rule"
     if op in _decompositions:

@@ -1,7 +1,7 @@
 """Reads and writes by position in the flattened tensor, searches in sorted ones, and distances between rows.
 
-Why rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and `searchsorted` with mapped boundaries, and for the
-backward of distances.
+Why rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and `searchsorted`
+with mapped boundaries, and for the backward of distances.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.put_.default)
 def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """In place, through a flat view: a sample that cannot be viewed flat is written by another tier."""
+    """In place, through a flat view.
+
+    A sample that cannot be viewed flat is written by another tier.
+    """
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
     spec = eq.args[0].spec
@@ -70,7 +73,9 @@ def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     def write_(x: Tensor, index: Tensor, source: Tensor) -> None:
         size = x.shape[0]
         flat = x.view(size, math.prod(x.shape[1:]))
-        aten.index_put_(flat, [numbers_of_samples(x), flat_rows(index)], flat_rows(source), accumulate)
+        aten.index_put_(
+            flat, [numbers_of_samples(x), flat_rows(index)], flat_rows(source), accumulate
+        )
 
     b.effect(write_, x, b.batch(index), b.batch(source))
 
@@ -85,14 +90,20 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     ndim = len(shape)
 
     def write(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-        x, mask = (t.view(t.shape[0], *(1,) * (ndim - t.dim() + 1), *t.shape[1:]).expand(-1, *shape).flatten(1) for t in (x, mask))
+        x, mask = (
+            t.view(t.shape[0], *(1,) * (ndim - t.dim() + 1), *t.shape[1:])
+            .expand(-1, *shape)
+            .flatten(1)
+            for t in (x, mask)
+        )
         rank = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
         return torch.where(mask, flat_rows(source).gather(1, rank), x).view(-1, *shape)
 
     return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
 
 
-# -- sorted sequences ------------------------------------------------------------------------------------------------------
+# -- sorted sequences
+# ------------------------------------------------------------------------------------------------------
 
 
 @register("search", aten.searchsorted.Tensor)
@@ -106,12 +117,22 @@ def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     flat = boundaries.ndim == 1
     dtype = eq.outs[0].spec.dtype
     if flat and not boundaries.mapped and (sorter is None or not sorter.mapped):
-        return b.call(aten.searchsorted.Tensor, boundaries, values, *args[2:], **kwargs, shape=shape, dtype=dtype)
+        return b.call(
+            aten.searchsorted.Tensor,
+            boundaries,
+            values,
+            *args[2:],
+            **kwargs,
+            shape=shape,
+            dtype=dtype,
+        )
 
     def search(boundaries: Tensor, values: Tensor, sorter: Tensor | None) -> Tensor:
         rows = flat_rows(values) if flat else values
         order = None if sorter is None else sorter.contiguous()
-        found = aten.searchsorted.Tensor(boundaries.contiguous(), rows.contiguous(), *args[2:], **options, sorter=order)
+        found = aten.searchsorted.Tensor(
+            boundaries.contiguous(), rows.contiguous(), *args[2:], **options, sorter=order
+        )
         return found.view(values.shape)
 
     tensors = [b.batch(boundaries), b.batch(values), None if sorter is None else b.batch(sorter)]
@@ -124,13 +145,17 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     values, boundaries = args[:2]
     shape, dtype = eq.outs[0].spec.shape, eq.outs[0].spec.dtype
     if not boundaries.mapped:
-        return b.call(aten.bucketize.Tensor, values, boundaries, *args[2:], **kwargs, shape=shape, dtype=dtype)
+        return b.call(
+            aten.bucketize.Tensor, values, boundaries, *args[2:], **kwargs, shape=shape, dtype=dtype
+        )
     if values.dtype != boundaries.dtype:
         return NotImplemented
 
     def search(values: Tensor, boundaries: Tensor) -> Tensor:
         rows = flat_rows(values).contiguous()
-        return aten.searchsorted.Tensor(boundaries.contiguous(), rows, *args[2:], **kwargs).view(values.shape)
+        return aten.searchsorted.Tensor(boundaries.contiguous(), rows, *args[2:], **kwargs).view(
+            values.shape
+        )
 
     return b.call(search, b.batch(values), boundaries, shape=shape, dtype=dtype)
 
@@ -147,8 +172,15 @@ def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if eq.op is aten._cdist_backward.default:
 
         def backward(*values: Any) -> Tensor:
-            return aten._cdist_backward(*(v.contiguous() if isinstance(v, Tensor) else v for v in values))
+            return aten._cdist_backward(
+                *(v.contiguous() if isinstance(v, Tensor) else v for v in values)
+            )
 
-        out = b.call(backward, *given, shape=(*(1,) * (ndim - len(spec.shape)), *spec.shape), dtype=spec.dtype)
+        out = b.call(
+            backward,
+            *given,
+            shape=(*(1,) * (ndim - len(spec.shape)), *spec.shape),
+            dtype=spec.dtype,
+        )
         return b.view(out, spec.shape)
     return b.call(eq.op, *given, **kwargs, shape=spec.shape, dtype=spec.dtype)

@@ -1,8 +1,8 @@
 """Rules of the view family: other ways to see the same memory, and the copies that rearrange it.
 
-The samples' dimensions stand one further back in the batch; that is all there is to most of these. Views that only reorder
-dimensions, put in or leave out ones, or regroup elements in order are remembered by `shardmap.rules.view_folding`, so that what uses them
-can often use their base.
+The samples' dimensions stand one further back in the batch; that is all there is to most of these.
+Views that only reorder dimensions, put in or leave out ones, or regroup elements in order are
+remembered by `shardmap.rules.view_folding`, so that what uses them can often use their base.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V
     return b.call(target or eq.op, x, *args, shape=spec.shape, dtype=spec.dtype, mapped=True)
 
 
-# -- the same elements in the same order ---------------------------------------------------------------------------------------
+# -- the same elements in the same order
+# ---------------------------------------------------------------------------------------
 
 
 @rules("view", "_reshape_alias")
@@ -53,7 +54,10 @@ def view(b: Lowering, eq: Equation, x: V, size: Any, stride: Any = None) -> V:
 
 @rules("_unsafe_view", "view_copy", "_reshape_copy")
 def unsafe_view(b: Lowering, eq: Equation, x: V, size: Any) -> V:
-    """Like `view`, but autograd does not call it one: it may be written to though its base is saved for a backward."""
+    """Like `view`, but autograd does not call it one.
+
+    It may be written to though its base is saved for a backward.
+    """
     shape = eq.outs[0].spec.shape
     return emit(b, eq, x, [B, *shape])
 
@@ -73,7 +77,9 @@ def squeeze(b: Lowering, eq: Equation, x: V, d: int | Sequence[int] | None = Non
         chosen = set(range(x.ndim))
     else:
         chosen = {i % max(x.ndim, 1) for i in ([d] if isinstance(d, int) else d)}
-    return views(b).rearrange(x, tuple(i for i in range(x.ndim) if not (i in chosen and x.shape[i] == 1)))
+    return views(b).rearrange(
+        x, tuple(i for i in range(x.ndim) if not (i in chosen and x.shape[i] == 1))
+    )
 
 
 @rules("t")
@@ -114,10 +120,13 @@ def expand_copy(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: 
 
 def ones_before(b: Lowering, x: V, ndim: int) -> V:
     """A mapped value with `ndim` sample dimensions."""
-    return views(b).rearrange(x, (*[None] * (ndim - x.ndim), *range(x.ndim))) if x.ndim < ndim else x
+    return (
+        views(b).rearrange(x, (*[None] * (ndim - x.ndim), *range(x.ndim))) if x.ndim < ndim else x
+    )
 
 
-# -- parts -------------------------------------------------------------------------------------------------------------------
+# -- parts
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @rules("select.int", "diagonal", "slice.Tensor", "narrow_copy", "unfold", "flip")
@@ -131,7 +140,9 @@ def with_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any
 def at_least_one_dim(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
     """Some operators take a number for a vector of one: `unfold`, `flip`."""
     shape = eq.outs[0].spec.shape
-    out = b.call(eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1, *shape))
+    out = b.call(
+        eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1, *shape)
+    )
     return views(b).rearrange(out, tuple(range(1, out.ndim)))
 
 
@@ -139,32 +150,51 @@ DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
 """Names of the arguments that are dimensions."""
 
 
-def shifted(op: torch._ops.OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1) -> list[Any]:
+def shifted(
+    op: torch._ops.OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
+) -> list[Any]:
     """All arguments behind the first `skip`, defaults filled in, dimensions of an `ndim`-dimensional sample one further back."""
     out = []
     for at, argument in enumerate(op._schema.arguments):
         if at < skip:
             continue
         at -= skip
-        value: Any = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+        value: Any = (
+            args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+        )
         if argument.name in DIMENSIONS:
             value = dim(value, ndim) if isinstance(value, int) else dims(value, ndim)
         out.append(value)
     return out
 
 
-@rules("split.Tensor", "split_with_sizes", "unbind.int", "unsafe_split.Tensor", "unsafe_split_with_sizes", "split_with_sizes_copy")
+@rules(
+    "split.Tensor",
+    "split_with_sizes",
+    "unbind.int",
+    "unsafe_split.Tensor",
+    "unsafe_split_with_sizes",
+    "split_with_sizes_copy",
+)
 def parts(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> tuple[V, ...]:
     """Operators that return a list of parts."""
     return b.calls_several(eq.op, len(list(eq.results())), x, *shifted(eq.op, x.ndim, args, kwargs))
 
 
 @rules("as_strided")
-def as_strided(b: Lowering, eq: Equation, x: V, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> V:
+def as_strided(
+    b: Lowering,
+    eq: Equation,
+    x: V,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> V:
     """The sample's memory through other strides, from where the sample's tensor begins.
 
-    An explicit offset is absolute in the sample's memory: what counts is how far it is from the argument's own. On a mapped
-    input, where it would be absolute in the memory of the whole batch, `refuse_offsets_of_inputs` does.
+    An explicit offset is absolute in the sample's memory: what counts is how far it is from the
+    argument's own. On a mapped input, where it would be absolute in the memory of the whole batch,
+    `refuse_offsets_of_inputs` does.
     """
     step = 0 if storage_offset is None else storage_offset - eq.args[0].spec.offset
 
@@ -178,11 +208,15 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
     """Refuse `as_strided` with an explicit offset on a mapped input.
 
     Raises:
-        EscapeError: In the loop that offset counts from the start of the whole batch, in the recording from that of the sample.
+        EscapeError: In the loop that offset counts from the start of the whole batch, in the
+            recording from that of the sample.
     """
     inputs = {v.group for v in program.inputs}
     for eq in program.equations:
-        if eq.op in (aten.as_strided.default, aten.as_strided_.default) and eq.args[0].group in inputs:
+        if (
+            eq.op in (aten.as_strided.default, aten.as_strided_.default)
+            and eq.args[0].group in inputs
+        ):
             named = dict(eq.kwargs)
             offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
             if offset is not None:
@@ -192,7 +226,16 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
                 )
 
 
-@rules("view.dtype", "view_copy.dtype", "view_as_real", "view_as_complex", "_conj", "_neg_view", "_conj_physical", "lift_fresh_copy")
+@rules(
+    "view.dtype",
+    "view_copy.dtype",
+    "view_as_real",
+    "view_as_complex",
+    "_conj",
+    "_neg_view",
+    "_conj_physical",
+    "lift_fresh_copy",
+)
 def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
     """The last dimension, or each element, seen otherwise."""
     return emit(b, eq, x, *args)
@@ -205,7 +248,11 @@ def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
 def roll(b: Lowering, eq: Equation, x: V, shifts: Any, over: Sequence[int] = ()) -> V:
     """Without dimensions the sample is rolled as if flat."""
     if over:
-        return emit(b, eq, x, shifts, [d % max(x.ndim, 1) + 1 for d in over]) if x.ndim else emit(b, eq, x, target=torch.clone)
+        return (
+            emit(b, eq, x, shifts, [d % max(x.ndim, 1) + 1 for d in over])
+            if x.ndim
+            else emit(b, eq, x, target=torch.clone)
+        )
     flat = b.reshape(x, (x.numel,))
     return b.view(b.call(eq.op, flat, shifts, [1], shape=(x.numel,)), x.shape)
 
@@ -218,7 +265,10 @@ def repeat(b: Lowering, eq: Equation, x: V, repeats: Sequence[int]) -> V:
 
 @rules("cat")
 def cat(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
-    """A vector without elements fits anything, by an old rule of PyTorch's; in the batch it would not."""
+    """A vector without elements fits anything, by an old rule of PyTorch's.
+
+    In the batch it would not.
+    """
     spec = eq.outs[0].spec
     kept = [x for x in tensors if x.shape != (0,) or spec.ndim == 1]
     if not kept:
@@ -240,7 +290,9 @@ def last_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> V:
 
 
 @rules("diag_embed")
-def diag_embed(b: Lowering, eq: Equation, x: V, offset: int = 0, dim1: int = -2, dim2: int = -1) -> V:
+def diag_embed(
+    b: Lowering, eq: Equation, x: V, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> V:
     """Dimensions are the result's."""
     if x.ndim == 0:
         return NotImplemented
@@ -251,7 +303,9 @@ def diag_embed(b: Lowering, eq: Equation, x: V, offset: int = 0, dim1: int = -2,
 
 
 @rules("select_backward", "slice_backward", "diagonal_backward", "unfold_backward")
-def backward_of_part(b: Lowering, eq: Equation, grad: V, size: Sequence[int], *args: Any, **kwargs: Any) -> V:
+def backward_of_part(
+    b: Lowering, eq: Equation, grad: V, size: Sequence[int], *args: Any, **kwargs: Any
+) -> V:
     """Zeros of the whole's size with the gradient in its place."""
     if not size:
         return NotImplemented
@@ -277,4 +331,6 @@ for _name in ("permute", "squeeze", "t", "transpose", "unsqueeze"):
     for _overload in _packet.overloads():
         if "out" not in _overload:
             _view = getattr(getattr(aten, _name), _overload)
-            registry.register_decomposition(getattr(_packet, _overload), functools.partial(_copied, _view))
+            registry.register_decomposition(
+                getattr(_packet, _overload), functools.partial(_copied, _view)
+            )

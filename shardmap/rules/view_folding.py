@@ -1,8 +1,11 @@
-"""Views that cost no call: chains of unsqueeze, squeeze, transpose and view folded into what uses them.
+"""Views that cost no call.
 
-A call costs a microsecond or so whatever it does, and half of what autograd records of a small net is views. So the rules
-remember of which other value a value is a view, and how (`Views`). A rule that can work on the base itself does so, and the
-view that was emitted for the recorded call is dropped as dead. Measured on the gradient of a 100-layer 4x4 net: half the calls.
+Chains of unsqueeze, squeeze, transpose and view folded into what uses them.
+
+A call costs a microsecond or so whatever it does, and half of what autograd records of a small net
+is views. So the rules remember of which other value a value is a view, and how (`Views`). A rule
+that can work on the base itself does so, and the view that was emitted for the recorded call is
+dropped as dead. Measured on the gradient of a 100-layer 4x4 net: half the calls.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from shardmap.rules.lowering import B, Lowering, V
 aten = torch.ops.aten
 
 Dims = tuple[int | None, ...]
-"""Of which dimension of the base each dimension is; None for one of size 1 that the base lacks. What is left out has size 1."""
+"""Of which dimension of the base each dimension is; None for one of size 1 that the base lacks.
+What is left out has size 1."""
 
 
 class Origin(NamedTuple):
@@ -45,8 +49,8 @@ class Views:
     def origin(self, v: V) -> Origin | None:
         """Whose view `v` is, if its place can be taken here.
 
-        A view made under `no_grad` of a value that requires grad does not require it: the base must not take its place
-        where autograd records.
+        A view made under `no_grad` of a value that requires grad does not require it: the base must
+        not take its place where autograd records.
         """
         found = self.origins.get(v.index)
         return None if found is None or (self.b.grad and not found.grad) else found
@@ -73,7 +77,9 @@ class Views:
         if known is not None and known.dims is not None:
             base, dims = known.base, tuple(None if d is None else known.dims[d] for d in dims)
         kept = [d for d in dims if d is not None]
-        if kept == sorted(kept) and base.shape == tuple(1 if d is None else base.shape[d] for d in dims):
+        if kept == sorted(kept) and base.shape == tuple(
+            1 if d is None else base.shape[d] for d in dims
+        ):
             if self.may_stand_for_its_view(base):
                 return base
             return self.remember(view(self.b, base, base.shape), base, tuple(range(base.ndim)))
@@ -104,7 +110,8 @@ class Views:
         kept = [d for d in known.dims if d is not None]
         return known.base if kept == sorted(kept) else v
 
-    # -- outer products ------------------------------------------------------------------------------------------------
+    # -- outer products
+    # ------------------------------------------------------------------------------------------------
 
     def outer(self, x: V, y: V) -> V:
         """`[m] x [n] -> [m, n]` for each sample."""
@@ -117,11 +124,16 @@ class Views:
     def contiguous(self, v: V) -> V:
         """A mapped value without gaps, in memory of its own unless it has none already.
 
-        The transpose of an outer product is the outer product of the same two the other way round, which is what autograd's
-        gradient of `x @ w` with respect to `w` comes to: it is computed so instead of copied.
+        The transpose of an outer product is the outer product of the same two the other way round,
+        which is what autograd's gradient of `x @ w` with respect to `w` comes to: it is computed so
+        instead of copied.
         """
         found = self.dense.get(v.index)
-        if found is not None and not self.b.grad and not any(call.writes for call in self.b.calls[found[1] :]):
+        if (
+            found is not None
+            and not self.b.grad
+            and not any(call.writes for call in self.b.calls[found[1] :])
+        ):
             return found[0]
         return self.b.call(torch.Tensor.contiguous, v, shape=v.shape, dtype=v.dtype)
 
@@ -167,11 +179,16 @@ def views(b: Lowering) -> Views:
 
 def view(b: Lowering, v: V, shape: Sequence[int]) -> V:
     """A mapped value viewed with another sample shape."""
-    return b.call(torch.Tensor.view, v, B, *shape, shape=shape)  # 0.4 microseconds less than a list of sizes
+    return b.call(
+        torch.Tensor.view, v, B, *shape, shape=shape
+    )  # 0.4 microseconds less than a list of sizes
 
 
 def ones_only(old: Sequence[int], new: Sequence[int]) -> Dims | None:
-    """How `new` follows from `old` by putting in and leaving out dimensions of size 1; None if it does not."""
+    """How `new` follows from `old` by putting in and leaving out dimensions of size 1.
+
+    None if it does not.
+    """
     kept = [i for i, n in enumerate(old) if n != 1]
     if [old[i] for i in kept] != [n for n in new if n != 1]:
         return None

@@ -56,7 +56,8 @@ class Job:
 
     recording: Recording
     inputs: list[torch.Tensor]
-    """The mapped tensors, mapped dimension first; of a column that is read from a source, the first few rows."""
+    """The mapped tensors, mapped dimension first; of a column that is read from a source, the
+    first few rows."""
     samples: int
     """N, the size of the batch."""
     home: torch.device
@@ -78,17 +79,24 @@ class Job:
     columns: Mapping[int, Column] = field(default_factory=dict)
     """The inputs, by position, that are read from sources as they are needed."""
     offset: int = 0
-    """The number of the first sample, where this job is a part of a larger one: draws go by a sample's number."""
+    """The number of the first sample, where this job is a part of a larger one: draws go by a
+    sample's number."""
 
     partial: bool = False
-    """Whether reduced outputs are wanted as they are added up, to be added to those of other parts."""
+    """Whether reduced outputs are wanted as they are added up, to be added to those of other
+    parts."""
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
-        """The samples `start` to `stop` of each input, where they are; nobody may write to what is read from a source."""
+        """The samples `start` to `stop` of each input, where they are.
+
+        Nobody may write to what is read from a source.
+        """
         if not self.columns and start == 0 and stop == self.samples:
             return list(self.inputs)
         return [
-            self.columns[i].rows_between(start, stop) if i in self.columns else t.narrow(0, start, stop - start)
+            self.columns[i].rows_between(start, stop)
+            if i in self.columns
+            else t.narrow(0, start, stop - start)
             for i, t in enumerate(self.inputs)
         ]
 
@@ -141,7 +149,9 @@ class RunFinished:
 Event = RunStarted | ChunkDone | ChunkRedone | RunFinished
 Listener = Callable[[Event], None]
 
-_listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVar("shardmap_listeners", default=())
+_listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVar(
+    "shardmap_listeners", default=()
+)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
-"""The driver's side of a map on a Ray cluster: hand out tasks, take what comes back, replace workers that die.
+"""The driver's side of a map on a Ray cluster.
 
-A task is a run of consecutive samples. What comes back are results to gather, sums to add up, or receipts for what workers have written to
-a store. The driver holds a few tasks at a time, whatever the size of the batch.
+Hand out tasks, take what comes back, replace workers that die.
+
+A task is a run of consecutive samples. What comes back are results to gather, sums to add up, or
+receipts for what workers have written to a store. The driver holds a few tasks at a time, whatever
+the size of the batch.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ from shardmap.store import Store
 logger = logging.getLogger("shardmap")
 
 WINDOW = 2
-"""Tasks handed to a worker at a time: one that it computes, and one whose samples travel meanwhile."""
+"""Tasks handed to a worker at a time: one that it computes, and one whose samples travel
+meanwhile."""
 
 RETRIES = 3
-"""How often a task is computed again after the worker that had it died, or a store could not be reached."""
+"""How often a task is computed again after the worker that had it died, or a store could not be
+reached."""
 
 PATIENCE_SECONDS = 1.0
 """Before a store that could not be reached is tried again; twice as long each further time."""
@@ -45,7 +50,8 @@ FAN = 8
 """Tasks whose reduced outputs a worker puts together before the driver gets them."""
 
 APART_BYTES = 1 << 18
-"""Of a task's reduced outputs, from which on they are put together by workers: below, they come with the task's end at no cost."""
+"""Of a task's reduced outputs, from which on they are put together by workers: below, they come
+with the task's end at no cost."""
 
 _WAIT_SECONDS = 30.0
 _GROW_SECONDS = 2.0
@@ -57,21 +63,39 @@ def read_there(job: Job) -> set[int]:
 
 
 def combined_here(out: Output) -> bool:
-    """Whether an output is combined by a function of the user's, which does not travel: then the driver calls it."""
+    """Whether an output is combined by a function of the user's, which does not travel.
+
+    Then the driver calls it.
+    """
     return out.reduction is not None and out.reduction.combine is not None
 
 
 def on_worker(out: Output, *, stored: bool) -> Output:
-    """An output as a worker gives it: on its host, a row per sample, or reduced as far as it can."""
+    """An output as a worker gives it.
+
+    On its host, a row per sample, or reduced as far as it can.
+    """
     if out.reduction is not None and not combined_here(out):
-        return Output(out.shape, out.dtype, HOST, out.mapped, None, Reduction(out.reduction.name), False, out.summed)
-    return Output(out.shape, out.dtype, HOST, out.mapped, 0 if out.mapped or stored else None, None, False)
+        return Output(
+            out.shape,
+            out.dtype,
+            HOST,
+            out.mapped,
+            None,
+            Reduction(out.reduction.name),
+            False,
+            out.summed,
+        )
+    return Output(
+        out.shape, out.dtype, HOST, out.mapped, 0 if out.mapped or stored else None, None, False
+    )
 
 
 class _Arrivals(Gather):
     """Results that come from workers: copied on the one thread that has nothing else to do.
 
-    torch copies on all of them, which then spin for a while on the cores that workers compute on: half a megabyte cost 3.5 ms of CPU.
+    torch copies on all of them, which then spin for a while on the cores that workers compute on:
+    half a megabyte cost 3.5 ms of CPU.
     """
 
     def put(self, slot: torch.Tensor, t: torch.Tensor) -> None:
@@ -103,9 +127,20 @@ class _Group:
 
 
 class Driver:
-    """One mapped call on the pool: hands out tasks, gathers results in whatever order they come, replaces workers that die."""
+    """One mapped call on the pool.
 
-    def __init__(self, pool: Pool, job: Job, chunks: Sequence[Chunk], chunk_size: Any, budget: Budget, store: Store | None):
+    Hands out tasks, gathers results in whatever order they come, replaces workers that die.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        job: Job,
+        chunks: Sequence[Chunk],
+        chunk_size: Any,
+        budget: Budget,
+        store: Store | None,
+    ):
         self.pool, self.ray, self.job, self.store = pool, pool.ray, job, store
         self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: max(1, len(chunks))]
         self.tasks = len(chunks)
@@ -131,7 +166,8 @@ class Driver:
         self.killed: collections.Counter[Chunk] = collections.Counter()
         """How often a worker died of a task and nobody said why: it may have been its memory."""
         self.every = any(combined_here(o) and not o.mapped for o in job.outputs)
-        """Whether each task is to bring the outputs that no sample changes: they are counted once per sample."""
+        """Whether each task is to bring the outputs that no sample changes: they are counted
+        once per sample."""
         self.names = [o.reduction.name if o.reduction is not None else None for o in self.outputs]
         size = sum(2 * o.sample_bytes for o in self.outputs if o.reduction is not None)
         self.groups = list(_grouped(chunks)) if size >= APART_BYTES and len(chunks) > FAN else []
@@ -147,7 +183,9 @@ class Driver:
         captured = tuple([pack(t) for t in recording.captured])
         literals = tuple([(pack(t), t.device == job.home) for t in recording.literals])
         columns = {i: job.columns[i] for i in self.read_there}
-        store = self.store if self.store is not None and self.store.travels else None  # otherwise results come here to be written
+        store = (
+            self.store if self.store is not None and self.store.travels else None
+        )  # otherwise results come here to be written
         return Constants(
             options, captured, literals, recording.scalars, job.seed, recording.sources, Settings.current(), self.outputs, budget,
             columns, store, chunk_size,
@@ -163,7 +201,8 @@ class Driver:
                 self._wait()
             result = self._finish()
         except BaseException as error:
-            # A task that runs cannot be interrupted, and would delay the next call: the worker goes. After Ctrl-C all go.
+            # A task that runs cannot be interrupted, and would delay the next call: the worker
+            # goes. After Ctrl-C all go.
             interrupted = not isinstance(error, Exception)
             busy = {id(flight.worker) for flight in self.flying.values()}
             for worker in self.workers:
@@ -173,7 +212,14 @@ class Driver:
         seconds = time.perf_counter() - started
         causes = ", ".join(f"{cause}: {count}" for cause, count in self.redone.items())
         again = f"; handed out again {sum(self.redone.values())} ({causes})" if causes else ""
-        logger.info("%s: %d tasks on %d workers in %.1f s%s", self.job.call, self.tasks, len(self.workers), seconds, again)
+        logger.info(
+            "%s: %d tasks on %d workers in %.1f s%s",
+            self.job.call,
+            self.tasks,
+            len(self.workers),
+            seconds,
+            again,
+        )
         emit(RunFinished(seconds, dict(self.redone)))
         return result
 
@@ -186,7 +232,8 @@ class Driver:
             return []
         return self.gather.finish()
 
-    # -- handing out -----------------------------------------------------------------------------------------------------
+    # -- handing out
+    # -----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         now = time.perf_counter()
@@ -209,7 +256,14 @@ class Driver:
         inputs = tuple([None if t is None else pack(t) for t in self._rows(chunk)])
         unmapped = self.every or chunk.start == 0
         halvings = self.halvings + max(0, self.killed[chunk] - 1)
-        task = Task(chunk.start, chunk.size, inputs, unmapped, halvings, self.pool.peers(worker, self.crowds))
+        task = Task(
+            chunk.start,
+            chunk.size,
+            inputs,
+            unmapped,
+            halvings,
+            self.pool.peers(worker, self.crowds),
+        )
         arguments = (self.key, self.digest, self.text, self.constants, task)
         if self.groups:
             ref, apart = worker.actor.task_apart.options(num_returns=2).remote(*arguments)
@@ -230,18 +284,25 @@ class Driver:
     # -- what comes back -------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        starting = {self._binding(worker) if worker.ready else worker.start(): worker for worker in self.unbound}
+        starting = {
+            self._binding(worker) if worker.ready else worker.start(): worker
+            for worker in self.unbound
+        }
         refs = [*self.flying, *self.combining, *starting]
         timeout = _GROW_SECONDS if self.pool.options.workers is None else _WAIT_SECONDS
         if self.later:
-            timeout = min(timeout, max(0.0, min(item[0] for item in self.later) - time.perf_counter()))
+            timeout = min(
+                timeout, max(0.0, min(item[0] for item in self.later) - time.perf_counter())
+            )
         if not refs:  # all that is left waits for a place to be reached again
             assert self.later
             time.sleep(timeout)
             return
         done, _ = self.ray.wait(refs, num_returns=1, timeout=timeout)
         if done and len(refs) > 1:
-            done, _ = self.ray.wait(refs, num_returns=len(refs), timeout=0)  # all that are ready: each call looks at every reference
+            done, _ = self.ray.wait(
+                refs, num_returns=len(refs), timeout=0
+            )  # all that are ready: each call looks at every reference
         if not done and timeout == _WAIT_SECONDS and not self.flying and not self.combining:
             text = "%s: no Ray worker has started yet; the cluster may have no free slot, or importing torch takes long"
             logger.warning(text, self.job.call)
@@ -257,7 +318,9 @@ class Driver:
         """The reference that is ready once a worker has the program."""
         ref = self.binding.get(worker)
         if ref is None:
-            ref = self.binding[worker] = worker.actor.bind.remote(self.key, self.digest, self.text, self.constants)
+            ref = self.binding[worker] = worker.actor.bind.remote(
+                self.key, self.digest, self.text, self.constants
+            )
         return ref
 
     def _started(self, worker: RayWorker, ref: Any) -> None:
@@ -273,7 +336,12 @@ class Driver:
                     f"{self.job.call}: worker processes do not start; install one version of shardmap on every machine of the cluster. "
                     f"{error}"
                 ) from error
-            logger.warning("%s: %s did not start and is started again: %s", self.job.call, worker.name, first_line(error))
+            logger.warning(
+                "%s: %s did not start and is started again: %s",
+                self.job.call,
+                worker.name,
+                first_line(error),
+            )
             return
         if worker.ready:
             del self.binding[worker]
@@ -291,7 +359,14 @@ class Driver:
             text = "%s on %s has torch %s, the driver has %s: results may differ"
             logger.warning(text, worker.name, info["node"], info["torch"], torch.__version__)
         free = "unknown" if info["free_bytes"] is None else format_bytes(info["free_bytes"])
-        logger.debug("%s is on %s (%s), %s free, %d threads", worker.place, info["device"], info["name"], free, info["threads"])
+        logger.debug(
+            "%s is on %s (%s), %s free, %d threads",
+            worker.place,
+            info["device"],
+            info["name"],
+            free,
+            info["threads"],
+        )
 
     def _cannot_bind(self, worker: RayWorker, failure: Failure) -> None:
         """A worker cannot make anything of the program, or does not see the store."""
@@ -299,12 +374,16 @@ class Driver:
             self.failed_starts += 1
             worker.stop(self.ray)
             if self.failed_starts <= RETRIES * (2 + len(self.workers)):
-                logger.warning("%s: %s is started again: %s", self.job.call, worker.name, failure.error)
+                logger.warning(
+                    "%s: %s is started again: %s", self.job.call, worker.name, failure.error
+                )
                 return
         if failure.kind:
             text = failure.error.removeprefix(f"{self.job.call}: ")
             raise getattr(errors, failure.kind)(f"{self.job.call}: {text} ({worker.place})")
-        raise errors.WorkerError(f"{self.job.call}: {worker.place}: {failure.error}\n\nOn the worker:\n{failure.traceback}")
+        raise errors.WorkerError(
+            f"{self.job.call}: {worker.place}: {failure.error}\n\nOn the worker:\n{failure.traceback}"
+        )
 
     def _finished(self, ref: Any) -> None:
         flight = self.flying.get(ref)
@@ -314,8 +393,16 @@ class Driver:
         e = self.ray.exceptions
         try:
             outcome = self.ray.get(ref)
-        except (e.RayActorError, e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError) as error:
-            self._lost(worker, "memory ran out" if _of_memory(e, error) else "worker died", str(error))
+        except (
+            e.RayActorError,
+            e.WorkerCrashedError,
+            e.OutOfMemoryError,
+            e.NodeDiedError,
+            e.ObjectLostError,
+        ) as error:
+            self._lost(
+                worker, "memory ran out" if _of_memory(e, error) else "worker died", str(error)
+            )
             return
         except e.RayError as error:
             raise errors.WorkerError(f"{self._where(worker, chunk)}: {error}") from error
@@ -333,7 +420,14 @@ class Driver:
         for event in outcome.redone:  # its clock is another machine's
             self.redone["memory ran out in a task"] += 1
             emit(ChunkRedone(worker.name, event.start, event.stop, event.reason))
-            logger.warning("%s: samples %d to %d on %s: %s", self.job.call, event.start, event.stop - 1, worker.place, event.reason)
+            logger.warning(
+                "%s: samples %d to %d on %s: %s",
+                self.job.call,
+                event.start,
+                event.stop - 1,
+                worker.place,
+                event.reason,
+            )
         emit(ChunkDone(worker.name, chunk.start, chunk.stop, outcome.seconds))
 
     def _take(self, chunk: Chunk, outcome: Done) -> None:
@@ -375,11 +469,21 @@ class Driver:
         e = self.ray.exceptions
         try:
             outcome: Sequence[Packed | None] = self.ray.get(ref)
-        except (e.RayActorError, e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError) as error:
+        except (
+            e.RayActorError,
+            e.WorkerCrashedError,
+            e.OutOfMemoryError,
+            e.NodeDiedError,
+            e.ObjectLostError,
+        ) as error:
             group.tries += 1
             if group.tries > RETRIES:
-                raise errors.WorkerError(f"{self._where(worker, group.chunks[0])}: sums were lost {group.tries} times: {error}") from error
-            if isinstance(error, e.ObjectLostError):  # they were on a machine that is gone: their tasks are computed again
+                raise errors.WorkerError(
+                    f"{self._where(worker, group.chunks[0])}: sums were lost {group.tries} times: {error}"
+                ) from error
+            if isinstance(
+                error, e.ObjectLostError
+            ):  # they were on a machine that is gone: their tasks are computed again
                 group.parts = {}
                 self.schedule.put_back(group.chunks)
                 self._count(worker, group.chunks, "results lost", first_line(error))
@@ -389,14 +493,19 @@ class Driver:
         except e.RayError as error:
             raise errors.WorkerError(f"{self._where(worker, group.chunks[0])}: {error}") from error
         start, stop = group.chunks[0].start, group.chunks[-1].stop
-        self.gather.add(start, stop, [None if p is None else unpack(p, HOST).clone() for p in outcome])
+        self.gather.add(
+            start, stop, [None if p is None else unpack(p, HOST).clone() for p in outcome]
+        )
         group.parts = {}
         self.open_groups -= 1
 
     # -- faults ----------------------------------------------------------------------------------------------------------
 
     def _failed(self, ref: Any, worker: RayWorker, chunk: Chunk, failure: Failure) -> None:
-        """A worker could not compute a task: what may pass is tried again, what is the function's own is not."""
+        """A worker could not compute a task.
+
+        What may pass is tried again, what is the function's own is not.
+        """
         if failure.poisoned:
             self._lost(worker, "device failed", f"{failure.error}\n{failure.traceback}")
             return
@@ -408,12 +517,19 @@ class Driver:
             return
         if failure.kind:
             raise getattr(errors, failure.kind)(self._told(worker, chunk, failure.error))
-        raise errors.WorkerError(f"{self._where(worker, chunk)}: {failure.error}\n\nOn the worker:\n{failure.traceback}")
+        raise errors.WorkerError(
+            f"{self._where(worker, chunk)}: {failure.error}\n\nOn the worker:\n{failure.traceback}"
+        )
 
     def _lost(self, worker: RayWorker, cause: str, text: str) -> None:
-        """Replace a worker, and hand its tasks out again: the first was being computed, the others were waiting for it."""
+        """Replace a worker, and hand its tasks out again.
+
+        The first was being computed, the others were waiting for it.
+        """
         chunks = self.schedule.leave(worker)
-        self.flying = {ref: flight for ref, flight in self.flying.items() if flight.worker is not worker}
+        self.flying = {
+            ref: flight for ref, flight in self.flying.items() if flight.worker is not worker
+        }
         self.later = [item for item in self.later if item[1] is not worker]
         place = worker.place
         worker.stop(self.ray)
@@ -432,12 +548,23 @@ class Driver:
         elif cause == "worker died":
             self.killed[first] += 1
         reason = text.strip().partition("\n")[0]
-        smaller = "; from now on tasks are computed in smaller chunks" if cause == "memory ran out" else ""
+        smaller = (
+            "; from now on tasks are computed in smaller chunks"
+            if cause == "memory ran out"
+            else ""
+        )
         text = "%s: %s died with samples %d to %d and is replaced%s: %s"
         logger.warning(text, self.job.call, place, first.start, first.stop - 1, smaller, reason)
         self._count(worker, chunks, cause, reason, quiet=True)
 
-    def _count(self, worker: RayWorker, chunks: Sequence[Chunk], cause: str, reason: str, quiet: bool = False) -> None:
+    def _count(
+        self,
+        worker: RayWorker,
+        chunks: Sequence[Chunk],
+        cause: str,
+        reason: str,
+        quiet: bool = False,
+    ) -> None:
         """Note that tasks are handed out again."""
         self.redone[cause] += len(chunks)
         for chunk in chunks:
@@ -452,7 +579,9 @@ class Driver:
     def _told(self, worker: RayWorker, chunk: Chunk, message: str) -> str:
         """A worker's own sentence, with the samples that it was about."""
         text = message.removeprefix(f"{self.job.call}: ")
-        return f"{self.job.call}: {text} (samples {chunk.start} to {chunk.stop - 1}, {worker.place})"
+        return (
+            f"{self.job.call}: {text} (samples {chunk.start} to {chunk.stop - 1}, {worker.place})"
+        )
 
 
 def _grouped(chunks: Sequence[Chunk]) -> Iterator[_Group]:
@@ -462,4 +591,8 @@ def _grouped(chunks: Sequence[Chunk]) -> Iterator[_Group]:
 
 def _of_memory(exceptions: Any, error: Exception) -> bool:
     """Whether Ray ended a worker because its machine was short of memory."""
-    return isinstance(error, exceptions.OutOfMemoryError) or "OUT_OF_MEMORY" in str(error) or "memory monitor" in str(error)
+    return (
+        isinstance(error, exceptions.OutOfMemoryError)
+        or "OUT_OF_MEMORY" in str(error)
+        or "memory monitor" in str(error)
+    )

@@ -1,4 +1,7 @@
-"""Put the results of chunks together: stacked in place, concatenated with autograd kept, or reduced."""
+"""Put the results of chunks together.
+
+Stacked in place, concatenated with autograd kept, or reduced.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ _WIDER = {
     torch.float32: torch.float64,
     torch.complex64: torch.complex128,
 }
-"""In what the sums of chunks are added up: thousands of additions in float32 would lose two digits."""
+"""In what the sums of chunks are added up: thousands of additions in float32 would lose two
+digits."""
 
 _TOGETHER = 16
 """Chunks that are added up in their own width before."""
@@ -32,12 +36,14 @@ def wider(dtype: torch.dtype) -> int:
 class Gather:
     """Puts chunks together in the order of the batch, in whatever order they come.
 
-    Without outer autograd each chunk is written into its slice of one preallocated output: concatenating at the end would
-    double the memory. With it, chunks are concatenated so that gradients flow.
+    Without outer autograd each chunk is written into its slice of one preallocated output:
+    concatenating at the end would double the memory. With it, chunks are concatenated so that
+    gradients flow.
 
     Args:
         job: The mapped call.
-        memory: Where stacked outputs go, by position: `[N, *shape]` each; what is not there is allocated.
+        memory: Where stacked outputs go, by position: `[N, *shape]` each; what is not there is
+            allocated.
     """
 
     def __init__(self, job: Job, memory: Mapping[int, torch.Tensor] | None = None):
@@ -58,7 +64,9 @@ class Gather:
         if whole is None:
             out = self.job.outputs[k]
             d = out.dim or 0
-            whole = pages.whole((*out.shape[:d], self.job.samples, *out.shape[d:]), out.dtype, out.device)
+            whole = pages.whole(
+                (*out.shape[:d], self.job.samples, *out.shape[d:]), out.dtype, out.device
+            )
             whole = self.whole[k] = whole.movedim(d, 0) if d else whole
         return whole
 
@@ -77,7 +85,10 @@ class Gather:
         return max((len(t.waiting) for t in self.totals.values()), default=0)
 
     def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
-        """Take the outputs of the samples `start` to `stop`, reduced ones combined; what is in its place already (or not sent) is None."""
+        """Take the outputs of the samples `start` to `stop`, reduced ones combined.
+
+        What is in its place already (or not sent) is None.
+        """
         for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
             if t is None:
                 continue
@@ -99,10 +110,15 @@ class Gather:
         """A chunk's outputs as `add` takes them, on the device that computed them."""
         if not self.totals:
             return list(outs)
-        return [self.totals[k].partial(t, size) if k in self.totals else t for k, t in enumerate(outs)]
+        return [
+            self.totals[k].partial(t, size) if k in self.totals else t for k, t in enumerate(outs)
+        ]
 
     def finish(self) -> list[torch.Tensor]:
-        """The results, each as the loop would stack it, or reduced; of a job that is a part of a larger one, what that one adds up."""
+        """The results, each as the loop would stack it, or reduced.
+
+        Of a job that is a part of a larger one, what that one adds up.
+        """
         return [self._finish(k, out) for k, out in enumerate(self.job.outputs)]
 
     def _finish(self, k: int, out: Output) -> torch.Tensor:
@@ -129,11 +145,18 @@ def placed(t: torch.Tensor, out: Output, samples: int) -> torch.Tensor:
         return t.movedim(0, d).contiguous() if d else t
     if d is None:
         return t.clone()
-    return t.unsqueeze(d).expand(*t.shape[:d], samples, *t.shape[d:]).clone(memory_format=torch.contiguous_format)
+    return (
+        t.unsqueeze(d)
+        .expand(*t.shape[:d], samples, *t.shape[d:])
+        .clone(memory_format=torch.contiguous_format)
+    )
 
 
 class Total:
-    """The running combination of the samples from the first one on; chunks that come before their turn wait."""
+    """The running combination of the samples from the first one on.
+
+    Chunks that come before their turn wait.
+    """
 
     def __init__(self, out: Output, reduction: Reduction, samples: int, grad: bool):
         self.out = out
@@ -141,7 +164,8 @@ class Total:
         self.samples = samples
         self.in_place = not grad
         self.recent: torch.Tensor | None = None
-        """The sum of the last few chunks, in their own width: adding each of them up in twice the width costs four times as much."""
+        """The sum of the last few chunks, in their own width: adding each of them up in twice
+        the width costs four times as much."""
         self.recently = 0
         self.value: torch.Tensor | None = None
         self.next = 0
@@ -158,7 +182,10 @@ class Total:
             self._take(partial)
 
     def partial(self, t: torch.Tensor, size: int) -> torch.Tensor:
-        """A chunk's combination, on its device: of its results, `[n, *shape]`, or of one sample's that is the same for all."""
+        """A chunk's combination, on its device.
+
+        Of its results, `[n, *shape]`, or of one sample's that is the same for all.
+        """
         if self.out.summed:
             return t
         if not self.out.mapped:
@@ -204,7 +231,9 @@ class Total:
         if self.recent is None:
             return
         if self.value is None:
-            wider = _WIDER.get(self.out.dtype) if self.out.device.type not in _WITHOUT_FLOAT64 else None
+            wider = (
+                _WIDER.get(self.out.dtype) if self.out.device.type not in _WITHOUT_FLOAT64 else None
+            )
             self.value = self.recent.to(wider or self.recent.dtype)
         else:
             self.value.add_(self.recent)
@@ -223,9 +252,13 @@ class Total:
         if name in ("sum", "mean"):
             exact = out.dtype.is_floating_point or out.dtype.is_complex
             if total is None:
-                total = torch.zeros(out.shape, dtype=out.dtype if exact else torch.int64, device=out.device)
+                total = torch.zeros(
+                    out.shape, dtype=out.dtype if exact else torch.int64, device=out.device
+                )
             if name == "mean":
-                total = total / self.samples if self.samples else torch.full_like(total, float("nan"))
+                total = (
+                    total / self.samples if self.samples else torch.full_like(total, float("nan"))
+                )
             return total.to(out.dtype) if exact else total
         assert total is not None, "a reduction of no samples has been refused"
         finish = self.reduction.finish
@@ -233,7 +266,10 @@ class Total:
 
 
 def _folded(combine: Callable[[Any, Any], Any], t: torch.Tensor) -> torch.Tensor:
-    """`[n, *shape] -> [*shape]`: neighbours are combined, then neighbouring pairs, in the order of the samples."""
+    """`[n, *shape] -> [*shape]`.
+
+    Neighbours are combined, then neighbouring pairs, in the order of the samples.
+    """
     while t.shape[0] > 1:
         pairs = t.shape[0] // 2
         merged = combine(t[0 : 2 * pairs : 2], t[1 : 2 * pairs : 2])

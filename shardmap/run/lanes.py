@@ -1,4 +1,7 @@
-"""One lane per entry of `devices`: takes a chunk's samples, computes it, and hands its results over."""
+"""One lane per entry of `devices`.
+
+Takes a chunk's samples, computes it, and hands its results over.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,13 @@ from shardmap.run.gather import Gather
 from shardmap.run.prepare import Devices, Ready, direct, learned, there, to_device
 
 LEARN_FROM = 32 << 20
-"""Bytes of a chunk from which its measured peak says more than the noise of the process around it."""
+"""Bytes of a chunk from which its measured peak says more than the noise of the process around
+it."""
 CHUNKS = 4
 """How many of them are measured."""
 MARGIN, LEAST, MOST = 1.05, 0.75, 4.0
-"""A chunk's measured peak over the predicted one: with a margin, and within what other work in the process cannot fake."""
+"""A chunk's measured peak over the predicted one: with a margin, and within what other work in
+the process cannot fake."""
 
 
 @dataclass(slots=True)
@@ -45,12 +50,17 @@ class Flight:
 
 
 class Lane:
-    """Computes chunks on a device that the host waits for: the CPU, and accelerators without streams of their own here."""
+    """Computes chunks on a device that the host waits for.
+
+    The CPU, and accelerators without streams of their own here.
+    """
 
     window = 1
     """Chunks in flight."""
 
-    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool):
+    def __init__(
+        self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool
+    ):
         self.number = number
         self.plan = plan
         self.name = plan.name
@@ -81,11 +91,20 @@ class Lane:
         return self._learned
 
     def _meter(self, alone: bool) -> Meter:
-        """What measures the first chunks; with other lanes, which take memory meanwhile, only the first."""
+        """What measures the first chunks.
+
+        With other lanes, which take memory meanwhile, only the first.
+        """
         job = self.job
-        resident = sum(o.sample_bytes for o in job.outputs if o.stacked) if self.direct and self.device.type == "cpu" else 0
+        resident = (
+            sum(o.sample_bytes for o in job.outputs if o.stacked)
+            if self.direct and self.device.type == "cpu"
+            else 0
+        )
         kept = job.grad and not job.remat  # what outer autograd keeps grows from chunk to chunk
-        return Meter(self.learned, self.plan, self.device, resident, 0 if kept else CHUNKS if alone else 1)
+        return Meter(
+            self.learned, self.plan, self.device, resident, 0 if kept else CHUNKS if alone else 1
+        )
 
     @property
     def full(self) -> bool:
@@ -123,12 +142,21 @@ class Lane:
         """A chunk's outputs, reduced ones combined; None for one that is in its place already."""
         job = self.job
         inputs = self.samples(chunk)
-        arguments = (chunk.size, job.offset + chunk.start, self.device, job.seed, job.recording.scalars, ready.fixed)
+        arguments = (
+            chunk.size,
+            job.offset + chunk.start,
+            self.device,
+            job.seed,
+            job.recording.scalars,
+            ready.fixed,
+        )
         if self.direct:
             return self._compute_into(ready, chunk, arguments, inputs)
         replay = ready.low.replay.chunk
         if job.remat:
-            outs = checkpoint(lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False)
+            outs = checkpoint(
+                lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False
+            )
         else:
             outs = replay(*arguments, inputs)
         return list(self.gather.combined(outs, chunk.size))
@@ -137,7 +165,9 @@ class Lane:
         """The chunk's samples, on the device."""
         return [there(t, self.device) for t in self.job.read(chunk.start, chunk.stop)]
 
-    def _compute_into(self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]) -> list[Any]:
+    def _compute_into(
+        self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]
+    ) -> list[Any]:
         """Compute into the slices of the result, and into scratch memory what is to be reduced."""
         slices = []
         for k, out in enumerate(self.job.outputs):
@@ -148,9 +178,13 @@ class Lane:
                 continue
             scratch = self.scratch.get(k)
             if scratch is None or scratch.shape[0] < chunk.size:
-                scratch = self.scratch[k] = pages.whole((chunk.size, *out.shape), out.dtype, self.device)
+                scratch = self.scratch[k] = pages.whole(
+                    (chunk.size, *out.shape), out.dtype, self.device
+                )
             slices.append(scratch[: chunk.size])
-        outs = self.gather.combined(ready.low.replay.chunk_into(*arguments, inputs, slices), chunk.size)
+        outs = self.gather.combined(
+            ready.low.replay.chunk_into(*arguments, inputs, slices), chunk.size
+        )
         return [None if o.stacked else t for t, o in zip(outs, self.job.outputs, strict=True)]
 
     def collect(self, wait: bool) -> list[Flight]:
@@ -174,11 +208,18 @@ class Lane:
 
 
 def _worth_slices(job: Job, plan: LanePlan) -> bool:
-    """Whether to write into the result's slices: not where one chunk is the result, and copies of it would be lost in the margin.
+    """Whether to write into the result's slices.
 
-    Results that no kernel can write in place cost a copy there: for a batch of a small transformer a twentieth of its time.
+    Not where one chunk is the result, and copies of it would be lost in the margin.
+
+    Results that no kernel can write in place cost a copy there: for a batch of a small transformer
+    a twentieth of its time.
     """
-    if plan.chunk < job.samples or job.unit is not None or any(o.reduction is not None for o in job.outputs):
+    if (
+        plan.chunk < job.samples
+        or job.unit is not None
+        or any(o.reduction is not None for o in job.outputs)
+    ):
         return True
     return job.samples * sum(o.sample_bytes for o in job.outputs if o.stacked) >= MARGIN_BYTES
 
@@ -189,10 +230,16 @@ class Meter:
     Not of the first alone: the allocator's gaps grow for a chunk or two before they are used again.
     """
 
-    def __init__(self, learned: Learned, plan: LanePlan, device: torch.device, result_bytes: int, chunks: int):
+    def __init__(
+        self, learned: Learned, plan: LanePlan, device: torch.device, result_bytes: int, chunks: int
+    ):
         self.learned = learned
         self.predicted = max(level.at(min(plan.chunk, plan.rows)) for level in plan.memory.chunk)
-        self.meter = devices.Meter(device) if chunks and self.predicted >= LEARN_FROM and learned.scale is None else None
+        self.meter = (
+            devices.Meter(device)
+            if chunks and self.predicted >= LEARN_FROM and learned.scale is None
+            else None
+        )
         self.result_bytes = result_bytes
         """Of each sample: pages of the result that become resident as they are written."""
         self.left = chunks
@@ -221,7 +268,9 @@ class Meter:
         self.learned.scale = max(scale, self.learned.scale or 0.0)
 
 
-def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool = True) -> Lane:
+def make_lane(
+    number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool = True
+) -> Lane:
     """The lane for one entry of `devices`."""
     cuda = plan.device.startswith("cuda") and devices.accelerated(torch.device(plan.device))
     return (CudaLane if cuda else Lane)(number, plan, job, on, gather, alone)
@@ -230,12 +279,15 @@ def make_lane(number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather
 class CudaLane(Lane):
     """Computes chunks on a GPU.
 
-    Launches run ahead of it; samples from the host arrive, and results leave for it, on streams of their own while others compute.
+    Launches run ahead of it; samples from the host arrive, and results leave for it, on streams of
+    their own while others compute.
     """
 
     window = 2
 
-    def __init__(self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool):
+    def __init__(
+        self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool
+    ):
         super().__init__(number, plan, job, on, gather, alone)
         self.up, self.down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.free_since = 0.0
@@ -260,7 +312,10 @@ class CudaLane(Lane):
             self.flights.append(Flight(chunk, began, outs, done, keep=self.keep))
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
-        """The chunk's samples, on the device; from the host they are copied out of pinned memory while other chunks compute."""
+        """The chunk's samples, on the device.
+
+        From the host they are copied out of pinned memory while other chunks compute.
+        """
         moved_there = []
         for part in self.job.read(chunk.start, chunk.stop):
             if self.job.grad or part.device.type != "cpu":
@@ -277,7 +332,10 @@ class CudaLane(Lane):
         return moved_there
 
     def _home(self, outs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The outputs on their way to where the result is: to the host through pinned memory, without waiting."""
+        """The outputs on their way to where the result is.
+
+        To the host through pinned memory, without waiting.
+        """
         self.down.wait_stream(torch.cuda.current_stream(self.device))
         sent: list[torch.Tensor | None] = []
         for t, out in zip(outs, self.job.outputs, strict=True):
@@ -303,7 +361,9 @@ class CudaLane(Lane):
                     break
             except RuntimeError:
                 if done:
-                    break  # what was complete before the device failed is kept; the next call meets the error again
+                    # what was complete before the device failed is kept; the next call meets the
+                    # error again
+                    break
                 raise
             wait = False
             flight.ended = time.perf_counter()
@@ -314,7 +374,10 @@ class CudaLane(Lane):
 
 
 def _pinned(t: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory where `t` is dense; other layouts are copied at the speed of pageable memory."""
+    """A copy in page-locked memory where `t` is dense.
+
+    Other layouts are copied at the speed of pageable memory.
+    """
     return _page_locked(t).copy_(t) if t.is_contiguous() else t
 
 

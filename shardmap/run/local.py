@@ -27,14 +27,20 @@ from shardmap.store import Store
 logger = logging.getLogger("shardmap")
 
 AHEAD_PER_LANE = 8
-"""Partial results that may wait for a slower device's: where chunks are reduced in order, the others then wait for it."""
+"""Partial results that may wait for a slower device's: where chunks are reduced in order, the
+others then wait for it."""
 
 LEAST_SHARE = 4
-"""The last chunks are smaller, so that lanes finish together, but not below this part of a full one."""
+"""The last chunks are smaller, so that lanes finish together, but not below this part of a full
+one."""
 
 
 def run(
-    job: Job, split: Split, on: Devices, store: Store | None = None, memory: Mapping[int, torch.Tensor] | None = None
+    job: Job,
+    split: Split,
+    on: Devices,
+    store: Store | None = None,
+    memory: Mapping[int, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """The outputs of all samples, stacked or reduced, on their devices; none if they go to a store.
 
@@ -42,7 +48,8 @@ def run(
         job: The mapped call.
         split: Who is expected to compute how much.
         on: The devices, as far as they are ready.
-        store: Where results go instead of memory; only the units that are missing there are computed.
+        store: Where results go instead of memory; only the units that are missing there are
+            computed.
         memory: Where stacked outputs go, by position; what is not there is allocated.
 
     Raises:
@@ -50,9 +57,17 @@ def run(
         DeviceLostError: A device failed and no other can take over.
     """
     started = time.perf_counter()
-    emit(RunStarted(split.samples, sum(lane.chunks for lane in split.lanes) or 1, tuple(lane.name for lane in split.lanes)))
+    emit(
+        RunStarted(
+            split.samples,
+            sum(lane.chunks for lane in split.lanes) or 1,
+            tuple(lane.name for lane in split.lanes),
+        )
+    )
     previous = torch.is_grad_enabled()
-    executor = _Run(job, split, on, Gather(job, memory) if store is None else StoreGather(job, store), store)
+    executor = _Run(
+        job, split, on, Gather(job, memory) if store is None else StoreGather(job, store), store
+    )
     try:
         with engine.plain_numerics():
             if not job.grad:
@@ -70,7 +85,10 @@ def run(
 
 
 def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
-    """The stacked outputs of a map that is small: one chunk, where the samples are, with nothing in the way."""
+    """The stacked outputs of a map that is small.
+
+    One chunk, where the samples are, with nothing in the way.
+    """
     started = time.perf_counter()
     name = str(job.home)
     emit(RunStarted(job.samples, 1, (name,)))
@@ -82,8 +100,19 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             ready = on.on(name, job.samples > 1)
             began = time.perf_counter()
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
-            outs = ready.low.replay.chunk(job.samples, job.offset, job.home, job.seed, job.recording.scalars, ready.fixed, inputs)
-            result = [placed(t.to(o.device), o, job.samples) for t, o in zip(outs, job.outputs, strict=True)]
+            outs = ready.low.replay.chunk(
+                job.samples,
+                job.offset,
+                job.home,
+                job.seed,
+                job.recording.scalars,
+                ready.fixed,
+                inputs,
+            )
+            result = [
+                placed(t.to(o.device), o, job.samples)
+                for t, o in zip(outs, job.outputs, strict=True)
+            ]
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
@@ -111,7 +140,10 @@ class _Run:
         self.job = job
         self.on = on
         self.gather = gather
-        self.lanes = [make_lane(i, plan, job, on, self.gather, alone=len(split.lanes) == 1) for i, plan in enumerate(split.lanes)]
+        self.lanes = [
+            make_lane(i, plan, job, on, self.gather, alone=len(split.lanes) == 1)
+            for i, plan in enumerate(split.lanes)
+        ]
         self.next = 0
         """The first sample that no lane has had."""
         self.again: collections.deque[Chunk] = collections.deque()
@@ -127,7 +159,9 @@ class _Run:
         self.reduced = any(o.reduction is not None for o in job.outputs)
 
     def run(self) -> None:
-        if self.job.recording.written_inputs:  # checks look at the first samples: before anything is written to them
+        if (
+            self.job.recording.written_inputs
+        ):  # checks look at the first samples: before anything is written to them
             for lane in self.lanes:
                 for several in {False, self.job.samples > 1}:
                     self.on.on(lane.plan.device, several)
@@ -173,7 +207,9 @@ class _Run:
             return chunk
         left = self.job.samples - self.next
         size = min(lane.limit, left)
-        if len(self.lanes) > 1 and not self.reduced:  # a share of what is left, so that lanes finish together
+        if (
+            len(self.lanes) > 1 and not self.reduced
+        ):  # a share of what is left, so that lanes finish together
             size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
         chunk = Chunk(self.next, self.next + size)
         self.next += size
@@ -189,7 +225,8 @@ class _Run:
             fault = _classify(error)
             if fault is None:
                 raise
-        # Out of the except block: the error's traceback held the frames of the chunk, and they its memory.
+        # Out of the except block: the error's traceback held the frames of the chunk, and they its
+        # memory.
         self._restore(chunk, written, fault)
         self._failed(lane, [chunk], fault)
 
@@ -217,7 +254,8 @@ class _Run:
             lane.learned.samples += chunk.size
         emit(ChunkDone(lane.name, chunk.start, chunk.stop, seconds, flight.ended))
 
-    # -- faults --------------------------------------------------------------------------------------------------------
+    # -- faults
+    # --------------------------------------------------------------------------------------------------------
 
     def _failed(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
         if fault.kind == "memory":
@@ -254,7 +292,12 @@ class _Run:
 
     def _move(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
         """Go on without the device, if that can be."""
-        chunks += [c for other in self.lanes if other is not lane and other.device == lane.device for c in other.drop()]
+        chunks += [
+            c
+            for other in self.lanes
+            if other is not lane and other.device == lane.device
+            for c in other.drop()
+        ]
         chunks.sort()
         for other in self.lanes:
             if other.device == lane.device:
@@ -263,7 +306,12 @@ class _Run:
         for chunk in chunks:
             self.failures[chunk.start] += 1
         lost = any(o.device == lane.device for o in self.job.outputs) and lane.device.type != "cpu"
-        if lost or self.job.grad or not any(other.alive for other in self.lanes) or any(self.failures[c.start] > 1 for c in chunks):
+        if (
+            lost
+            or self.job.grad
+            or not any(other.alive for other in self.lanes)
+            or any(self.failures[c.start] > 1 for c in chunks)
+        ):
             why = (
                 "the results are there" if lost
                 else "gradients recorded from outside lead through it" if self.job.grad
@@ -271,7 +319,9 @@ class _Run:
                 if any(other.alive for other in self.lanes)
                 else "no other device is left"
             )  # fmt: skip
-            raise errors.DeviceLostError(f"{self.job.call}: {lane.device} failed with {where}, and {why}: {fault.reason}")
+            raise errors.DeviceLostError(
+                f"{self.job.call}: {lane.device} failed with {where}, and {why}: {fault.reason}"
+            )
         warnings.warn(
             f"{self.job.call}: {lane.device} failed with {where}, and the other devices compute them: {fault.reason}",
             errors.DeviceLostWarning,
@@ -279,13 +329,24 @@ class _Run:
         )
 
     def _backup(self, chunk: Chunk) -> list[tuple[int, torch.Tensor]]:
-        """Copies of the rows that the function writes in place: a chunk that is computed twice must write once."""
+        """Copies of the rows that the function writes in place.
+
+        A chunk that is computed twice must write once.
+        """
         if not self.job.recording.written_inputs or self.job.grad or self.job.transformed:
             return []
-        parts = [(i, self.job.inputs[i][chunk.start : chunk.stop]) for i in self.job.recording.written_inputs]
-        return [(i, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)) for i, t in parts]
+        parts = [
+            (i, self.job.inputs[i][chunk.start : chunk.stop])
+            for i in self.job.recording.written_inputs
+        ]
+        return [
+            (i, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t))
+            for i, t in parts
+        ]
 
-    def _restore(self, chunk: Chunk, written: list[tuple[int, torch.Tensor]], fault: _Fault) -> None:
+    def _restore(
+        self, chunk: Chunk, written: list[tuple[int, torch.Tensor]], fault: _Fault
+    ) -> None:
         if self.job.recording.written_inputs and not written:
             raise errors.OutOfMemory(
                 f"{self.job.call}: a chunk failed ({fault.reason}) after it may have written in place to an argument that requires grad, "

@@ -1,7 +1,7 @@
 """Tensors on their way to other processes: plain bytes with their strides beside them.
 
-Pickling a torch tensor would send its whole storage, copied twice, where numpy's buffers go to shared memory as they are and are read
-there without a copy.
+Pickling a torch tensor would send its whole storage, copied twice, where numpy's buffers go to
+shared memory as they are and are read there without a copy.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Packed(NamedTuple):
     """In elements; recorded views depend on them. Dimensions of stride 0 are sent once."""
     dtype: torch.dtype
     misalignment: int
-    """Bytes from the last multiple of 64 to the first element on the CPU. Kernels add up in another order where it differs,
-    so that without it a chunk would differ in the last bits from the same chunk computed in the driver's process."""
+    """Bytes from the last multiple of 64 to the first element on the CPU. Kernels add up in another
+    order where it differs, so that without it a chunk would differ in the last bits from the same
+    chunk computed in the driver's process."""
 
 
 def _repeated(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
@@ -39,7 +40,8 @@ def pack(t: torch.Tensor) -> Packed:
     """The elements of `t`, and only those: nothing else of the storage that it views.
 
     Args:
-        t: Any strided tensor, on any device. Bytes are shared where it is dense, so send them before `t` changes.
+        t: Any strided tensor, on any device. Bytes are shared where it is dense, so send them
+            before `t` changes.
     """
     t = t.detach()
     shape, stride = tuple(t.shape), t.stride()
@@ -49,7 +51,13 @@ def pack(t: torch.Tensor) -> Packed:
     for d in _repeated(shape, stride):
         t = t.narrow(d, 0, 1)
     dense = t.cpu().resolve_conj().resolve_neg().contiguous()
-    return Packed(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy(), shape, stride, t.dtype, misalignment)
+    return Packed(
+        dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy(),
+        shape,
+        stride,
+        t.dtype,
+        misalignment,
+    )
 
 
 def unpack(p: Packed, device: torch.device) -> torch.Tensor:
@@ -69,12 +77,20 @@ def unpack(p: Packed, device: torch.device) -> torch.Tensor:
     return t.to(device).expand(p.shape)
 
 
-def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, misalignment: int, device: torch.device) -> torch.Tensor:
+def _empty(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    misalignment: int,
+    device: torch.device,
+) -> torch.Tensor:
     span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if device.type != "cpu":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     memory = torch.empty(span + _ALIGNMENT // dtype.itemsize, dtype=dtype)
-    return memory.as_strided(shape, stride, (misalignment - memory.data_ptr()) % _ALIGNMENT // dtype.itemsize)
+    return memory.as_strided(
+        shape, stride, (misalignment - memory.data_ptr()) % _ALIGNMENT // dtype.itemsize
+    )
 
 
 def _tensor_of(data: np.ndarray) -> torch.Tensor:
@@ -85,7 +101,10 @@ def _tensor_of(data: np.ndarray) -> torch.Tensor:
 
 @functools.cache
 def _accept_read_only_memory() -> None:
-    """Torch warns, once per process, when a tensor shares memory that must not be written; we only read it."""
+    """Torch warns, once per process, when a tensor shares memory that must not be written.
+
+    We only read it.
+    """
     data = np.zeros(1, np.uint8)
     data.flags.writeable = False
     with warnings.catch_warnings():

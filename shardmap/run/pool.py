@@ -1,7 +1,8 @@
 """The worker processes of this process on a Ray cluster: joined, started, replaced, and let go.
 
-Starting a worker costs seconds (it imports torch), so the pool outlives the call: it is kept for the process, and its workers are
-let go when they have been idle for a while, so that other work on the same cluster gets their slots.
+Starting a worker costs seconds (it imports torch), so the pool outlives the call: it is kept for
+the process, and its workers are let go when they have been idle for a while, so that other work on
+the same cluster gets their slots.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ _REACH_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Ray:
-    """Run on Ray: on the cluster that this process has joined, on the one that RAY_ADDRESS names, or on this machine.
+    """Run on Ray.
+
+    On the cluster that this process has joined, on the one that RAY_ADDRESS names, or on this
+    machine.
 
     Args:
-        workers: How many worker processes; None for one per GPU, or one per `num_cpus` cores where the cluster has no GPU.
+        workers: How many worker processes; None for one per GPU, or one per `num_cpus` cores where
+            the cluster has no GPU.
         num_cpus: Cores per worker, and its number of torch threads.
-        num_gpus: GPUs per worker, which may be a fraction; None for 1 where the cluster has GPUs, else 0.
-        address: The cluster to join, `host:port`, if this process has not joined one; by default that of RAY_ADDRESS, or a new Ray of this
-            machine alone.
-        runtime_env: Ray's description of what workers need (packages, environment variables), as `ray.init` takes it.
+        num_gpus: GPUs per worker, which may be a fraction; None for 1 where the cluster has GPUs,
+            else 0.
+        address: The cluster to join, `host:port`, if this process has not joined one; by default
+            that of RAY_ADDRESS, or a new Ray of this machine alone.
+        runtime_env: Ray's description of what workers need (packages, environment variables), as
+            `ray.init` takes it.
         idle_seconds: Workers wait this long for the next call before they end.
 
     Raises:
@@ -58,21 +65,34 @@ class Ray:
     idle_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        whole = self.workers is None or (isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers > 0)
+        whole = self.workers is None or (
+            isinstance(self.workers, int)
+            and not isinstance(self.workers, bool)
+            and self.workers > 0
+        )
         if not whole:
-            raise errors.OptionError(f"shardmap.Ray: workers={self.workers!r}; pass a positive int, or None for one per GPU or core")
+            raise errors.OptionError(
+                f"shardmap.Ray: workers={self.workers!r}; pass a positive int, or None for one per "
+                "GPU or core"
+            )
         for name, least in (("num_cpus", 0), ("num_gpus", 0), ("idle_seconds", 0)):
             value = getattr(self, name)
             if value is None and name == "num_gpus":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise errors.OptionError(f"shardmap.Ray: {name}={value!r}; pass a number that is at least {least}")
+                raise errors.OptionError(
+                    f"shardmap.Ray: {name}={value!r}; pass a number that is at least {least}"
+                )
         if self.address is not None and (not isinstance(self.address, str) or not self.address):
             raise errors.OptionError(
-                f"shardmap.Ray: address={self.address!r}; pass 'host:port', or None for RAY_ADDRESS or a Ray of its own"
+                f"shardmap.Ray: address={self.address!r}; pass 'host:port', or None for "
+                "RAY_ADDRESS or a Ray of its own"
             )
         if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
-            raise errors.OptionError(f"shardmap.Ray: runtime_env={self.runtime_env!r}; pass a dict as ray.init takes it, or None")
+            raise errors.OptionError(
+                f"shardmap.Ray: runtime_env={self.runtime_env!r}; pass a dict as ray.init takes "
+                "it, or None"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +119,10 @@ class RayWorker:
         return f"ray:{self.number}"
 
     def start(self) -> Any:
-        """The reference that is ready once the process is; a process is started where there is none."""
+        """The reference that is ready once the process is.
+
+        A process is started where there is none.
+        """
         if self.actor is None:
             self.actor = self.remote()
             self.starting = self.actor.info.remote()
@@ -107,7 +130,12 @@ class RayWorker:
 
     def started(self, info: Mapping[str, Any]) -> None:
         """The process has said what it is."""
-        self.ready, self.pid, self.node, self.device = True, info["pid"], info["node"], info["device"]
+        self.ready, self.pid, self.node, self.device = (
+            True,
+            info["pid"],
+            info["node"],
+            info["device"],
+        )
         self.free_bytes = info["free_bytes"]
 
     def stop(self, ray: Any) -> None:
@@ -119,7 +147,11 @@ class RayWorker:
     @property
     def place(self) -> str:
         """Where it is, for messages."""
-        return f"{self.name} (process {self.pid} on {self.node})" if self.pid is not None else self.name
+        return (
+            f"{self.name} (process {self.pid} on {self.node})"
+            if self.pid is not None
+            else self.name
+        )
 
 
 @dataclass(slots=True)
@@ -130,13 +162,16 @@ class Pool:
     """The ray package."""
     options: Ray
     job_id: str
-    """Ray's id of this process's connection: after a shutdown and a new start the actors are gone."""
+    """Ray's id of this process's connection: after a shutdown and a new start the actors are
+    gone."""
     workers: list[RayWorker]
     make: Any
     """Makes an actor."""
     gpus: float
     """Of each worker."""
-    texts: collections.OrderedDict[Program, tuple[str, Any]] = field(default_factory=collections.OrderedDict)
+    texts: collections.OrderedDict[Program, tuple[str, Any]] = field(
+        default_factory=collections.OrderedDict
+    )
     timer: threading.Timer | None = None
 
     def text(self, program: Program) -> tuple[str, Any]:
@@ -144,7 +179,10 @@ class Pool:
         known = self.texts.get(program)
         if known is None:
             text = program.dumps().encode()
-            known = self.texts[program] = hashlib.sha256(text).hexdigest(), self.ray.put(np.frombuffer(text, np.uint8))
+            known = self.texts[program] = (
+                hashlib.sha256(text).hexdigest(),
+                self.ray.put(np.frombuffer(text, np.uint8)),
+            )
             while len(self.texts) > _TEXTS:
                 self.texts.popitem(last=False)
         self.texts.move_to_end(program)
@@ -154,7 +192,11 @@ class Pool:
         """The workers for slots that have joined the cluster since, where their number was left open."""
         if self.options.workers is not None:
             return []
-        slots = _slots([n["Resources"] for n in self.ray.nodes() if n["Alive"]], self.options.num_cpus, self.gpus)
+        slots = _slots(
+            [n["Resources"] for n in self.ray.nodes() if n["Alive"]],
+            self.options.num_cpus,
+            self.gpus,
+        )
         fresh = [RayWorker(i, self.make) for i in range(len(self.workers), slots)]
         self.workers += fresh
         return fresh
@@ -164,14 +206,19 @@ class Pool:
         return collections.Counter([worker.node for worker in self.workers if worker.ready])
 
     def peers(self, worker: RayWorker, crowds: Mapping[str, int]) -> int:
-        """How many workers share a worker's memory, itself among them: those on its machine, or on its part of a GPU."""
+        """How many workers share a worker's memory, itself among them.
+
+        Those on its machine, or on its part of a GPU.
+        """
         if worker.device.startswith("cuda"):
             return max(1, round(1 / self.gpus)) if 0 < self.gpus < 1 else 1
         return max(1, crowds.get(worker.node, 0))
 
     def is_connected(self) -> bool:
         """Whether this process still belongs to the cluster that the workers run on."""
-        return self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
+        return (
+            self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
+        )
 
     def close(self) -> None:
         """End the workers."""
@@ -189,7 +236,10 @@ _registered = False
 
 @contextlib.contextmanager
 def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
-    """The pool for `options`, for one call at a time; its workers are let go when it has been idle."""
+    """The pool for `options`, for one call at a time.
+
+    Its workers are let go when it has been idle.
+    """
     global _pool, _registered
     with _lock:
         _join(ray, options, call)
@@ -202,7 +252,9 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
                 pool = None
         if pool is None:
             if not _registered:
-                atexit.register(_at_exit)  # after ray's own, which was registered on its import: so it runs before that
+                atexit.register(
+                    _at_exit
+                )  # after ray's own, which was registered on its import: so it runs before that
                 _registered = True
             pool = _pool = _made(ray, options, call)
         try:
@@ -223,30 +275,36 @@ def _join(ray: Any, options: Ray, call: str) -> None:
         joined = ray.get_runtime_context().gcs_address
         if options.address not in (None, "auto", joined):
             raise errors.ClusterError(
-                f"{call}: devices={options!r}, and this process has joined the cluster at {joined} already; call ray.shutdown() first, or "
+                f"{call}: devices={options!r}, and this process has joined the cluster at {joined} "
+                "already; call ray.shutdown() first, or "
                 "leave address= away"
             )
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = options.address or os.environ.get("RAY_ADDRESS")
-    # Ray reports usage unless told otherwise, and says so on the console, which is kept quiet here: nobody would know.
+    # Ray reports usage unless told otherwise, and says so on the console, which is kept quiet here:
+    # nobody would know.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address or address == "local":
         ray.init(address="local", num_cpus=_cores(), include_dashboard=False, **quiet)
         return
     if address.startswith("ray://"):
         raise errors.ClusterError(
-            f"{call}: {address} is an address of Ray Client, through which all samples would pass twice; submit the script to the cluster "
+            f"{call}: {address} is an address of Ray Client, through which all samples would pass "
+            "twice; submit the script to the cluster "
             "(`ray job submit`), or run it on one of its machines and give host:port"
         )
     try:
         if ":" in address:
             host, _, port = address.rpartition(":")
-            socket.create_connection((host or "127.0.0.1", int(port)), timeout=_REACH_SECONDS).close()  # Ray itself tries for minutes
+            socket.create_connection(
+                (host or "127.0.0.1", int(port)), timeout=_REACH_SECONDS
+            ).close()  # Ray itself tries for minutes
         ray.init(address=address, **quiet)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, gRPC's own: by version
         raise errors.ClusterError(
-            f"{call}: no Ray cluster can be reached at {address} ({first_line(error)}); start one there (`ray start --head`), or correct "
+            f"{call}: no Ray cluster can be reached at {address} ({first_line(error)}); start one "
+            "there (`ray start --head`), or correct "
             "address= or RAY_ADDRESS"
         ) from error
 
@@ -262,15 +320,26 @@ def _made(ray: Any, options: Ray, call: str) -> Pool:
         OptionError: No machine of the cluster has what one of them needs.
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    gpus = options.num_gpus if options.num_gpus is not None else (1 if any(n.get("GPU", 0) >= 1 for n in nodes) else 0)
+    gpus = (
+        options.num_gpus
+        if options.num_gpus is not None
+        else (1 if any(n.get("GPU", 0) >= 1 for n in nodes) else 0)
+    )
     slots = _slots(nodes, options.num_cpus, gpus)
     if slots == 0 and options.workers is None:
         there = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
         raise errors.OptionError(
-            f"{call}: devices={options!r} needs {options.num_cpus:g} CPU and {gpus:g} GPU per worker, and no machine of the cluster "
+            f"{call}: devices={options!r} needs {options.num_cpus:g} CPU and {gpus:g} GPU per "
+            "worker, and no machine of the cluster "
             f"has that ({there}); ask for less, or start Ray with more"
         )
-    how = {"num_cpus": options.num_cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+    how = {
+        "num_cpus": options.num_cpus,
+        "num_gpus": gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "scheduling_strategy": "SPREAD",
+    }
     if options.runtime_env is not None:
         how["runtime_env"] = dict(options.runtime_env)
     actor = ray.remote(Worker).options(**how)
@@ -286,7 +355,10 @@ def _made(ray: Any, options: Ray, call: str) -> Pool:
 def _slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
     """How many workers the machines have room for: each lives on one of them."""
     asked = {"CPU": cpus, "GPU": gpus}
-    return sum(min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores()) for n in nodes)
+    return sum(
+        min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores())
+        for n in nodes
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -311,7 +383,9 @@ def release() -> None:
 
 
 def _at_exit() -> None:
-    if _lock.acquire(timeout=1.0):  # a background thread may be in a call: then Ray's own exit ends the workers
+    if _lock.acquire(
+        timeout=1.0
+    ):  # a background thread may be in a call: then Ray's own exit ends the workers
         _release()
 
 

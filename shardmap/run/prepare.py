@@ -1,4 +1,7 @@
-"""What a device needs before its first chunk: the lowering, checked; captured tensors, copied; what no sample changes, computed."""
+"""What a device needs before its first chunk: the lowering, checked; captured tensors, copied.
+
+What no sample changes, computed.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,16 @@ from shardmap.planning.observe import Observation, observe
 from shardmap.planning.split import Collected, Site
 from shardmap.run.base import Job
 from shardmap.run.gather import wider
-from shardmap.trace.record import outer_recordings_suspended, recording_settings, transforms_set_aside
+from shardmap.trace.record import (
+    outer_recordings_suspended,
+    recording_settings,
+    transforms_set_aside,
+)
 from shardmap.trace.recording import element
 
 WATCHED_FROM = 4 << 20
-"""Bytes of recorded results, all samples together, from which a map is worth watching and planning; below, it is one chunk."""
+"""Bytes of recorded results, all samples together, from which a map is worth watching and
+planning; below, it is one chunk."""
 
 
 @dataclass(slots=True)
@@ -57,8 +65,12 @@ class Devices:
         replay = low.replay
         if several not in low.checked and job.samples:
             _check(job, low, ready.device, 2 if several else 1, ready.captured, ready.literals)
-        if ready.fixed is None or low.replay is not replay:  # the check may have mended the lowering
-            ready.fixed = low.replay.fixed(ready.device, job.seed, job.recording.scalars, ready.captured, ready.literals)
+        if (
+            ready.fixed is None or low.replay is not replay
+        ):  # the check may have mended the lowering
+            ready.fixed = low.replay.fixed(
+                ready.device, job.seed, job.recording.scalars, ready.captured, ready.literals
+            )
         return ready
 
     def forget(self) -> None:
@@ -82,7 +94,10 @@ def there(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
-    """A copy of `t` on `device` with its strides behind the first dimension: recorded views depend on them."""
+    """A copy of `t` on `device` with its strides behind the first dimension.
+
+    Recorded views depend on them.
+    """
     repeated = [d for d in range(1, t.dim()) if t.stride(d) == 0 and t.shape[d] > 1]
     compact = t
     for d in repeated:
@@ -91,18 +106,40 @@ def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False)
     if moved.stride()[1:] != compact.stride()[1:]:
         least = min((s for s in compact.stride()[1:] if s), default=1)
         if least >= t.shape[0] and t.stride(0) == 1:
-            # The samples lie side by side (in_dims other than 0): rows keep their strides in a tensor as large as this one.
+            # The samples lie side by side (in_dims other than 0): rows keep their strides in a
+            # tensor as large as this one.
             whole = [1, *compact.stride()[1:]]
         else:
-            whole = [1 + sum((n - 1) * s for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)), *compact.stride()[1:]]
-        moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(compact, non_blocking=non_blocking)
+            whole = [
+                1
+                + sum(
+                    (n - 1) * s
+                    for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)
+                ),
+                *compact.stride()[1:],
+            ]
+        moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(
+            compact, non_blocking=non_blocking
+        )
     return moved.expand(t.shape) if repeated else moved
 
 
-def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: list[torch.Tensor], literals: list[torch.Tensor]) -> None:
+def _check(
+    job: Job,
+    low: Lowered,
+    device: torch.device,
+    size: int,
+    captured: list[torch.Tensor],
+    literals: list[torch.Tensor],
+) -> None:
     """Check the lowering on the first rows, without leaving a trace of it."""
     state = torch.default_generator.get_state()
-    with torch.no_grad(), recording_settings(device.type), outer_recordings_suspended(), transforms_set_aside():
+    with (
+        torch.no_grad(),
+        recording_settings(device.type),
+        outer_recordings_suspended(),
+        transforms_set_aside(),
+    ):
         sample = [element(t).detach().narrow(0, 0, size) for t in job.inputs]
         trial = Trial(
             device,
@@ -118,17 +155,27 @@ def _check(job: Job, low: Lowered, device: torch.device, size: int, captured: li
             torch.default_generator.set_state(state)
 
 
-# -- what a chunk costs ------------------------------------------------------------------------------------------------
+# -- what a chunk costs
+# ------------------------------------------------------------------------------------------------
 
 
 def direct(job: Job, device: torch.device) -> bool:
     """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
-    here = device.type == "cpu" or devices.accelerated(device)  # fake devices have memory in name only
-    return here and not (job.grad or job.transformed) and all(o.device == device and not o.dim for o in job.outputs)
+    here = device.type == "cpu" or devices.accelerated(
+        device
+    )  # fake devices have memory in name only
+    return (
+        here
+        and not (job.grad or job.transformed)
+        and all(o.device == device and not o.dim for o in job.outputs)
+    )
 
 
 def watched(ready: Ready, job: Job) -> Observation:
-    """What a chunk costs on this device: found once per lowering, by running two and three samples."""
+    """What a chunk costs on this device.
+
+    Found once per lowering, by running two and three samples.
+    """
     low, into = ready.low, direct(job, ready.device)
     key = ready.device.type, "into" if into else "remat" if job.remat else "plain"
     found = low.notes.observed.get(key)
@@ -145,14 +192,36 @@ def watched(ready: Ready, job: Job) -> Observation:
         taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
         written = job.recording.written_inputs
         inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
-        slices[size] = [torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device) for o in job.outputs if o.sliced] if into else []
+        slices[size] = (
+            [
+                torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device)
+                for o in job.outputs
+                if o.sliced
+            ]
+            if into
+            else []
+        )
 
     def run(size: int, mark: Callable[[int], None]) -> Any:
-        arguments = (size, 0, ready.device, job.seed, job.recording.scalars, ready.fixed, list(inputs[size]))
+        arguments = (
+            size,
+            0,
+            ready.device,
+            job.seed,
+            job.recording.scalars,
+            ready.fixed,
+            list(inputs[size]),
+        )
         return chunk(*arguments, slices[size], mark) if into else chunk(*arguments, mark)
 
     def known(size: int) -> Sequence[torch.Tensor]:
-        return [*inputs[size], *slices[size], *ready.captured, *ready.literals, *(ready.fixed or ())]
+        return [
+            *inputs[size],
+            *slices[size],
+            *ready.captured,
+            *ready.literals,
+            *(ready.fixed or ()),
+        ]
 
     with torch.set_grad_enabled(job.grad and not job.remat):
         try:
@@ -165,7 +234,11 @@ def watched(ready: Ready, job: Job) -> Observation:
 
 def _copy_of(t: torch.Tensor) -> torch.Tensor:
     """Rows that the program may write to, with their strides."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach()).requires_grad_(t.requires_grad)
+    return (
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        .copy_(t.detach())
+        .requires_grad_(t.requires_grad)
+    )
 
 
 def recorded_bytes(low: Lowered) -> int:
@@ -184,33 +257,59 @@ def small(job: Job) -> bool:
     return (read + recorded_bytes(job.lower(job.home.type))) * job.samples < WATCHED_FROM
 
 
-def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned) -> MemoryModel:
+def memory_model(
+    ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned
+) -> MemoryModel:
     """The memory of the map on one device.
 
     Args:
         ready: The program on the device.
         job: The mapped call.
         seen: What a chunk costs.
-        share: Samples that the device is expected to compute: what outer autograd saves of them stays there.
-        lanes: How often the device is named; on an accelerator their chunks are in flight side by side.
+        share: Samples that the device is expected to compute: what outer autograd saves of them
+            stays there.
+        lanes: How often the device is named; on an accelerator their chunks are in flight side by
+            side.
         known: What earlier chunks have shown.
     """
     device = ready.device
     here = [o for o in job.outputs if o.device == device]
     stacked = sum(o.sample_bytes for o in here if o.stacked)
-    held_rows = job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))  # of a store: units being put together
+    held_rows = (
+        job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))
+    )  # of a store: units being put together
     resident = stacked * held_rows
-    resident += sum(o.sample_bytes * (1 if o.dim is None else held_rows + 1) for o in here if not o.mapped and o.reduction is None)
-    resident += sum((1 + wider(o.dtype)) * o.sample_bytes for o in here if o.reduction is not None)  # the total, and a chunk's share
-    resident += sum(_bytes(t) for t, there in zip(ready.captured, job.recording.captured, strict=True) if t is not there)
+    resident += sum(
+        o.sample_bytes * (1 if o.dim is None else held_rows + 1)
+        for o in here
+        if not o.mapped and o.reduction is None
+    )
+    resident += sum(
+        (1 + wider(o.dtype)) * o.sample_bytes for o in here if o.reduction is not None
+    )  # the total, and a chunk's share
+    resident += sum(
+        _bytes(t)
+        for t, there in zip(ready.captured, job.recording.captured, strict=True)
+        if t is not there
+    )
     held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
     fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed or ()}
     resident += sum(size for key, size in fresh.items() if key not in held)
-    moved = sum(_row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns)
+    moved = sum(
+        _row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns
+    )
     accelerated = devices.accelerated(device)
-    extra = Level(0, moved * (2 if accelerated else 1))  # an accelerator gets the next chunk's samples while it computes
-    folds = sum(o.sample_bytes for o in job.outputs if o.reduction is not None and o.reduction.name == "fold")
-    extra += Level(folds, folds)  # pairs combined and put beside each other, while the chunk's results are there
+    extra = Level(
+        0, moved * (2 if accelerated else 1)
+    )  # an accelerator gets the next chunk's samples while it computes
+    folds = sum(
+        o.sample_bytes
+        for o in job.outputs
+        if o.reduction is not None and o.reduction.name == "fold"
+    )
+    extra += Level(
+        folds, folds
+    )  # pairs combined and put beside each other, while the chunk's results are there
     if direct(job, device):
         extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
     elif accelerated:
@@ -221,7 +320,12 @@ def memory_model(ready: Ready, job: Job, seen: Observation, share: int, lanes: i
     elif job.grad:
         kept = seen.kept
         resident += kept.at(share)
-        levels = [Level(max(0, a.fixed_bytes - kept.fixed_bytes), max(0, a.sample_bytes - kept.sample_bytes)) for a in levels]
+        levels = [
+            Level(
+                max(0, a.fixed_bytes - kept.fixed_bytes), max(0, a.sample_bytes - kept.sample_bytes)
+            )
+            for a in levels
+        ]
     if accelerated and lanes > 1:
         levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
     return MemoryModel(resident, envelope(levels), 1.0 if known.scale is None else known.scale)
@@ -236,7 +340,12 @@ def _row_bytes(t: torch.Tensor) -> int:
 
 
 def sites(
-    job: Job, on: Devices, names: Sequence[str], budget: Callable[[torch.device], int | None], several: bool, always: bool
+    job: Job,
+    on: Devices,
+    names: Sequence[str],
+    budget: Callable[[torch.device], int | None],
+    several: bool,
+    always: bool,
 ) -> list[Site]:
     """What is known of each entry of `devices`.
 
@@ -263,15 +372,24 @@ def sites(
         lanes = names.count(name)
         share = -(-job.samples * lanes // len(names))
         found[name] = Site(
-            name, memory_model(ready, job, seen, share, lanes, known), budget(device), known, job.grad and not job.remat, seen
+            name,
+            memory_model(ready, job, seen, share, lanes, known),
+            budget(device),
+            known,
+            job.grad and not job.remat,
+            seen,
         )
     return [found[name] for name in names]
 
 
-def collected(job: Job, names: Sequence[str], budget: Callable[[torch.device], int | None]) -> Collected | None:
+def collected(
+    job: Job, names: Sequence[str], budget: Callable[[torch.device], int | None]
+) -> Collected | None:
     """The results, where they are collected on a device that is not among `names`."""
     elsewhere = [o for o in job.outputs if str(o.device) not in names]
     if not elsewhere or small(job):
         return None
-    size = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in elsewhere) * (2 if job.grad else 1)
+    size = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in elsewhere) * (
+        2 if job.grad else 1
+    )
     return Collected(str(elsewhere[0].device), size, budget(elsewhere[0].device))

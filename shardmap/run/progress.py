@@ -1,4 +1,7 @@
-"""A progress bar for a map: chunks, samples per second and time left, in all and per device, drawn by rich."""
+"""A progress bar for a map.
+
+Chunks, samples per second and time left, in all and per device, drawn by rich.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ def bar(always: bool = False, console: Any = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bars(always: bool = False, preparing: bool = False, console: Any = None) -> Iterator[Bars]:
-    """What draws events while this context lasts; it draws nothing, and needs no rich, where nobody watches.
+    """What draws events while this context lasts.
+
+    It draws nothing, and needs no rich, where nobody watches.
 
     Args:
         always: Draw where stderr is not a terminal, too.
@@ -68,28 +73,42 @@ def _watched(always: bool, console: Any) -> bool:
 
 
 def _recorded() -> bool:
-    """Whether this map stands in a function that is being recorded: it is replayed as a part of another one.
+    """Whether this map stands in a function that is being recorded.
 
-    Nor may anything be drawn there: the import of rich moves python's random state, and a recording takes that for the function's doing.
+    It is replayed as a part of another one.
+
+    Nor may anything be drawn there: the import of rich moves python's random state, and a recording
+    takes that for the function's doing.
     """
     return any(isinstance(mode, Recorder) for mode in dispatch_modes())
 
 
 def _progress(always: bool, console: Any) -> Any:
-    """A rich progress display: what a line says is plain text, for reasons and paths are full of what rich takes for markup."""
+    """A rich progress display.
+
+    What a line says is plain text, for reasons and paths are full of what rich takes for markup.
+    """
     rich_progress, rich_table, rich_text = [
-        require(f"rich.{name}", extra="run", purpose="to show progress") for name in ("progress", "table", "text")
+        require(f"rich.{name}", extra="run", purpose="to show progress")
+        for name in ("progress", "table", "text")
     ]
     console = console or require("rich.console", extra="run", purpose="to show progress").Console(
         stderr=True, force_terminal=always or None
     )
 
     class Bar(rich_progress.BarColumn):
-        """A bar for the whole map; for a device its share of what is done, since it has no total of its own."""
+        """A bar for the whole map.
+
+        For a device its share of what is done, since it has no total of its own.
+        """
 
         def render(self, task: Any) -> Any:
             share = task.fields["share"]
-            return super().render(task) if share is None else rich_text.Text(share, no_wrap=True, overflow="ellipsis")
+            return (
+                super().render(task)
+                if share is None
+                else rich_text.Text(share, no_wrap=True, overflow="ellipsis")
+            )
 
     class Time(rich_progress.ProgressColumn):
         """The time left, or how long it took."""
@@ -101,13 +120,19 @@ def _progress(always: bool, console: Any) -> Any:
             if task.total is None or task.finished:
                 return rich_text.Text(_clock(task.finished_time if task.finished else task.elapsed))
             left = " left" if console.width >= WIDE else ""
-            return rich_text.Text(f"{_clock(None if ends is None else max(0.0, ends - time.perf_counter()))}{left}")
+            return rich_text.Text(
+                f"{_clock(None if ends is None else max(0.0, ends - time.perf_counter()))}{left}"
+            )
 
-    def column(**how: Any) -> Any:  # on a narrow terminal the bar shrinks first; then lines are cut, never wrapped
+    def column(
+        **how: Any,
+    ) -> Any:  # on a narrow terminal the bar shrinks first; then lines are cut, never wrapped
         return rich_table.Column(no_wrap=True, **how)
 
     def text(field: str, **how: Any) -> Any:
-        return rich_progress.TextColumn("{task." + field + "}", markup=False, table_column=column(**how))
+        return rich_progress.TextColumn(
+            "{task." + field + "}", markup=False, table_column=column(**how)
+        )
 
     facts = [text(f"fields[{name}]") for name in ("samples", "chunks", "speed")]
     columns = (text("description", max_width=40), Bar(), *facts, Time(table_column=column()))
@@ -140,7 +165,13 @@ class _Line:
 
     def __init__(self, progress: Any, description: str, whole: bool = True):
         self.progress = progress
-        self.blank = {"samples": "", "chunks": "", "speed": "", "ends": None, "share": None if whole else ""}
+        self.blank = {
+            "samples": "",
+            "chunks": "",
+            "speed": "",
+            "ends": None,
+            "share": None if whole else "",
+        }
         self.task = progress.add_task(description, total=None, **self.blank)
         self.start(None, 0)
 
@@ -158,7 +189,9 @@ class _Line:
         self.samples += size
         self.chunks += 1
         now = time.perf_counter()
-        speed = self.samples / max(now - self.began, 1e-9)  # by the clock on the wall: what devices do side by side adds up
+        speed = self.samples / max(
+            now - self.began, 1e-9
+        )  # by the clock on the wall: what devices do side by side adds up
         ends = now + (self.total - self.samples) / speed if self.total and speed else None
         total = "" if self.total is None else f"/{self.total:,}"
         self.progress.update(
@@ -176,11 +209,17 @@ class _Line:
         self.progress.update(self.task, chunks=self._chunks())
 
     def _chunks(self) -> str:
-        """Done and planned; after memory ran out, and at the end of a run, chunks are smaller and more than were planned."""
+        """Done and planned.
+
+        After memory ran out, and at the end of a run, chunks are smaller and more than were
+        planned.
+        """
         done = f"{self.chunks:,}"
         if self.total is not None:
             done += f"/{max(self.planned, self.chunks + 1) if self.samples < self.total or not self.chunks else self.chunks:,}"
-        return f"{done} {'chunk' if done == '1' else 'chunks'}" + (f", {self.again:,} again" if self.again else "")
+        return f"{done} {'chunk' if done == '1' else 'chunks'}" + (
+            f", {self.again:,} again" if self.again else ""
+        )
 
 
 class Bars:
@@ -208,7 +247,10 @@ class Bars:
         elif self.whole is not None:
             if self.lanes and event.device not in self.lanes:  # a worker that has joined since
                 self.lanes[event.device] = _Line(self.progress, f"  {event.device}", whole=False)
-            lines = [self.whole, *([self.lanes[event.device]] if event.device in self.lanes else [])]
+            lines = [
+                self.whole,
+                *([self.lanes[event.device]] if event.device in self.lanes else []),
+            ]
             for line in lines:
                 if isinstance(event, ChunkRedone):
                     line.redo()
@@ -222,9 +264,15 @@ class Bars:
         for line in self.lanes.values():
             self.progress.remove_task(line.task)
         several = len(event.devices) > 1
-        self.lanes = {name: _Line(self.progress, f"  {name}", whole=False) for name in event.devices} if several else {}
+        self.lanes = (
+            {name: _Line(self.progress, f"  {name}", whole=False) for name in event.devices}
+            if several
+            else {}
+        )
 
     def _share(self) -> None:
         done = self.whole.samples if self.whole is not None else 0
         for line in self.lanes.values():
-            self.progress.update(line.task, share=f"share {line.samples / done:.0%}" if done else "")
+            self.progress.update(
+                line.task, share=f"share {line.samples / done:.0%}" if done else ""
+            )

@@ -1,6 +1,10 @@
-"""Run a map on a Ray cluster: tasks for a pool of worker processes, which receive the recorded program and never the user's function.
+"""Run a map on a Ray cluster.
 
-What a cluster can do and what not, how a batch is cut for it, and the plan of a map on it; `shardmap.run.driver` hands out the tasks.
+Tasks for a pool of worker processes, which receive the recorded program and never the user's
+function.
+
+What a cluster can do and what not, how a batch is cut for it, and the plan of a map on it;
+`shardmap.run.driver` hands out the tasks.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ def asked_for(devices: Any) -> Ray | None:
 
 
 def worker_count(options: Ray, call: str) -> int:
-    """How many workers a call would have: of the number that was asked for, or one per slot of the cluster.
+    """How many workers a call would have.
+
+    Of the number that was asked for, or one per slot of the cluster.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -49,21 +55,27 @@ def worker_count(options: Ray, call: str) -> int:
         return len(pool.workers)
 
 
-def run(job: Job, chunk_size: Any, options: Ray, budget: Budget, store: Store | None = None) -> list[torch.Tensor]:
+def run(
+    job: Job, chunk_size: Any, options: Ray, budget: Budget, store: Store | None = None
+) -> list[torch.Tensor]:
     """The outputs of all samples, stacked or reduced, on their devices; none if they go to a store.
 
     Args:
         job: The mapped call.
-        chunk_size: Samples per task; "auto" or None for about eight tasks per worker. Of a store, its units are the tasks.
+        chunk_size: Samples per task; "auto" or None for about eight tasks per worker. Of a store,
+            its units are the tasks.
         options: How many workers, and what each of them has.
         budget: What the map may add in this process, and in each worker.
-        store: Where workers write instead of returning; only the units that are missing there are computed.
+        store: Where workers write instead of returning; only the units that are missing there are
+            computed.
 
     Raises:
         MissingExtraError: Ray is not installed.
         ClusterError: The cluster cannot be reached.
-        OptionError: Outer gradients would have to flow through the cluster, or it lacks what `options` asks for.
-        OverBudget: The results do not fit where they are gathered, or not one sample fits on a worker.
+        OptionError: Outer gradients would have to flow through the cluster, or it lacks what
+            `options` asks for.
+        OverBudget: The results do not fit where they are gathered, or not one sample fits on a
+            worker.
         CapturedWriteError: The function writes in place to a mapped input.
         StoreError: The store cannot be written to.
         WorkerError: A task raised an error on its worker, or its workers died again and again.
@@ -76,7 +88,12 @@ def run(job: Job, chunk_size: Any, options: Ray, budget: Budget, store: Store | 
         if store is not None:
             chunks = [Chunk(*store.header.rows(unit)) for unit in store.missing()]
         else:
-            chunks = list(chunks_of(job.samples, task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size)))
+            chunks = list(
+                chunks_of(
+                    job.samples,
+                    task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size),
+                )
+            )
         size = None if isinstance(chunk_size, int) else "auto"
         return Driver(pool, job, chunks, size, budget, store).run()
 
@@ -97,37 +114,53 @@ def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
     Args:
         job: The mapped call.
         chunk_size: As the user gave it.
-        budget: What the map may add in this process, where results are gathered; None where they are not.
+        budget: What the map may add in this process, where results are gathered; None where they
+            are not.
     """
     call = job.call
     if isinstance(chunk_size, Mapping):
-        raise errors.OptionError(f"{call}: chunk_size={chunk_size!r} and devices='ray': workers have no names; pass one int, or 'auto'")
-    if job.grad or any(element(t) is not t for t in (*job.inputs, *job.recording.captured)):
-        # Its place, when it is built: an autograd node whose backward is another map, over the same samples and their cotangents.
         raise errors.OptionError(
-            f"{call}: devices='ray' and an output would require grad: gradients from outside do not flow through other processes; "
-            "take the gradient inside the mapped function (torch.autograd.grad), call it under torch.no_grad(), or use devices='auto'"
+            f"{call}: chunk_size={chunk_size!r} and devices='ray': workers have no names; pass one "
+            "int, or 'auto'"
+        )
+    if job.grad or any(element(t) is not t for t in (*job.inputs, *job.recording.captured)):
+        # Its place, when it is built: an autograd node whose backward is another map, over the same
+        # samples and their cotangents.
+        raise errors.OptionError(
+            f"{call}: devices='ray' and an output would require grad: gradients from outside do "
+            "not flow through other processes; "
+            "take the gradient inside the mapped function (torch.autograd.grad), call it under "
+            "torch.no_grad(), or use devices='auto'"
         )
     if job.recording.written_inputs:
         number = min(job.recording.written_inputs)
         raise errors.CapturedWriteError(
-            f"{call}: devices='ray' and the function writes in place to mapped argument {number}: workers compute on copies, so the "
-            "write would not reach the caller's batch; clone the argument inside the function and return it, or use devices='auto'"
+            f"{call}: devices='ray' and the function writes in place to mapped argument {number}: "
+            "workers compute on copies, so the "
+            "write would not reach the caller's batch; clone the argument inside the function and "
+            "return it, or use devices='auto'"
         )
     for device in {o.device for o in job.outputs} if budget is not None else ():
-        size = sum(o.sample_bytes * job.samples for o in job.outputs if o.stacked and o.device == device)
+        size = sum(
+            o.sample_bytes * job.samples for o in job.outputs if o.stacked and o.device == device
+        )
         room = budget.on(device) if budget is not None else None
         if size >= prepare.WATCHED_FROM and room is not None and size > room:
             raise errors.OverBudget(
-                f"{call}: the results need {format_bytes(size)} on {device}, where they are gathered, budget {format_bytes(room)}; let the "
-                "workers write them to a store, out=shardmap.ZarrSink(path), or keep less of them with reduce="
+                f"{call}: the results need {format_bytes(size)} on {device}, where they are "
+                f"gathered, budget {format_bytes(room)}; let the "
+                "workers write them to a store, out=shardmap.ZarrSink(path), or keep less of them "
+                "with reduce="
             )
 
 
 def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
-    """Who is expected to compute how much, from what the workers report: the memory of one task on each, its chunks, its time.
+    """Who is expected to compute how much, from what the workers report.
 
-    A task is observed in this process; where workers have GPUs and this one has none, its memory there is a guess.
+    The memory of one task on each, its chunks, its time.
+
+    A task is observed in this process; where workers have GPUs and this one has none, its memory
+    there is a guess.
 
     Raises:
         ClusterError: The cluster cannot be reached.
@@ -147,21 +180,40 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
                     worker.stop(ray)
         crowds = pool.crowds()
         rows = cut(job.samples, len(pool.workers))
-        step = max(1, min(task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size), job.samples))
+        step = max(
+            1,
+            min(
+                task_rows(job.samples, len(pool.workers), _travelling_bytes(job), chunk_size),
+                job.samples,
+            ),
+        )
         size = None if isinstance(chunk_size, int) else "auto"
         home = str(job.home)
         outputs = tuple([on_worker(o, stored=False) for o in job.outputs])
         heads = [t.narrow(0, 0, min(step, t.shape[0])) for t in job.inputs]
-        task = dataclasses.replace(job, samples=min(step, job.samples), inputs=heads, outputs=outputs)
-        (site,) = prepare.sites(task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples))
+        task = dataclasses.replace(
+            job, samples=min(step, job.samples), inputs=heads, outputs=outputs
+        )
+        (site,) = prepare.sites(
+            task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples)
+        )
         lanes = []
         for worker, share in zip(pool.workers, rows, strict=True):
             peers = pool.peers(worker, crowds)
             (lane,) = split(
-                task.samples, [dataclasses.replace(site, budget_bytes=budget.of(worker.free_bytes, peers))], size, sharing=peers
+                task.samples,
+                [dataclasses.replace(site, budget_bytes=budget.of(worker.free_bytes, peers))],
+                size,
+                sharing=peers,
             ).lanes
             seconds = lane.seconds * share / max(1, task.samples)
-            lanes.append(dataclasses.replace(lane, name=worker.name, worker=worker.name, rows=share, seconds=seconds))
+            lanes.append(
+                dataclasses.replace(
+                    lane, name=worker.name, worker=worker.name, rows=share, seconds=seconds
+                )
+            )
     gathered = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in job.outputs)
     home_device = job.outputs[0].device if job.outputs else job.home
-    return Split(job.samples, tuple(lanes), Collected(str(home_device), gathered, budget.on(home_device)))
+    return Split(
+        job.samples, tuple(lanes), Collected(str(home_device), gathered, budget.on(home_device))
+    )

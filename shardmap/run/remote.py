@@ -1,7 +1,9 @@
-"""What a worker process does: load the recorded program once, then compute task after task. Knows nothing of Ray.
+"""What a worker process does: load the recorded program once, then compute task after task.
 
-A task is computed as any map on this machine's devices is (`shardmap.run.local`): in chunks that the worker plans by its own memory, and
-halves when that runs out.
+Knows nothing of Ray.
+
+A task is computed as any map on this machine's devices is (`shardmap.run.local`): in chunks that
+the worker plans by its own memory, and halves when that runs out.
 """
 
 from __future__ import annotations
@@ -38,20 +40,26 @@ from shardmap.trace.recording import Recording
 
 HOST = torch.device("cpu")
 
-LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
+LASTING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+)
 """Failures of a disk that trying again does not mend."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Torch's global settings that decide what recorded calls compute: a worker takes over the driver's."""
+    """Torch's global settings that decide what recorded calls compute.
+
+    A worker takes over the driver's.
+    """
 
     default_dtype: torch.dtype
     deterministic: bool
     deterministic_warn_only: bool
     matmul_precision: str
     attention: tuple[bool, bool, bool, bool]
-    """Which kernels scaled_dot_product_attention may choose: flash, memory-efficient, math, cuDNN."""
+    """Which kernels scaled_dot_product_attention may choose: flash, memory-efficient, math,
+    cuDNN."""
 
     @staticmethod
     def current() -> Settings:
@@ -62,13 +70,20 @@ class Settings:
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.get_float32_matmul_precision(),
-            (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+            (
+                cuda.flash_sdp_enabled(),
+                cuda.mem_efficient_sdp_enabled(),
+                cuda.math_sdp_enabled(),
+                cuda.cudnn_sdp_enabled(),
+            ),
         )
 
     def apply(self) -> None:
         """Set them in this process."""
         torch.set_default_dtype(self.default_dtype)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
+        torch.use_deterministic_algorithms(
+            self.deterministic, warn_only=self.deterministic_warn_only
+        )
         torch.set_float32_matmul_precision(self.matmul_precision)
         cuda, (flash, efficient, math, cudnn) = torch.backends.cuda, self.attention
         cuda.enable_flash_sdp(flash)
@@ -149,9 +164,21 @@ class Failure:
     def of(error: Exception) -> Failure:
         """What is to be said of an error that is being handled."""
         message = "\n".join(traceback.format_exception_only(error)).strip()
-        poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
-        known = type(error).__name__ if isinstance(error, errors.ShardmapError) and hasattr(errors, type(error).__name__) else ""
-        return Failure(str(error) if known else message, traceback.format_exc(), poisoned, known, _may_pass(error))
+        poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(
+            error, torch.OutOfMemoryError
+        )
+        known = (
+            type(error).__name__
+            if isinstance(error, errors.ShardmapError) and hasattr(errors, type(error).__name__)
+            else ""
+        )
+        return Failure(
+            str(error) if known else message,
+            traceback.format_exc(),
+            poisoned,
+            known,
+            _may_pass(error),
+        )
 
 
 def _may_pass(error: Exception) -> bool:
@@ -186,7 +213,9 @@ class _Bound:
             found = self.lowered.get(layout)
             if found is None:
                 options = dataclasses.replace(constants.options, device_type=device_type)
-                found = self.lowered[layout] = engine.lowered(self.program, options, layout, constants.sources)
+                found = self.lowered[layout] = engine.lowered(
+                    self.program, options, layout, constants.sources
+                )
             return found
 
         job = Job(
@@ -211,8 +240,8 @@ class _Bound:
 class Worker:
     """Computes tasks of recorded programs in a process of its own.
 
-    Every call brings the program and its constants along by reference, and the worker keeps what it has made of them: a
-    replacement for a worker that died needs nothing told again.
+    Every call brings the program and its constants along by reference, and the worker keeps what it
+    has made of them: a replacement for a worker that died needs nothing told again.
     """
 
     PROGRAMS = 32
@@ -221,7 +250,9 @@ class Worker:
     def __init__(self, threads: int, device_type: str):
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore", engine.SlowLoopWarning)  # the driver has warned
-        on_cuda = device_type == "cuda" and torch.cuda.is_available()  # Ray's GPUs may be logical: numbers without hardware
+        on_cuda = (
+            device_type == "cuda" and torch.cuda.is_available()
+        )  # Ray's GPUs may be logical: numbers without hardware
         self.device = torch.device("cuda", 0) if on_cuda else HOST
         self.programs: collections.OrderedDict[str, Program] = collections.OrderedDict()
         self.bound: _Bound | None = None
@@ -233,7 +264,9 @@ class Worker:
             "node": platform.node(),
             "torch": torch.__version__,
             "device": str(self.device),
-            "name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "name": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else platform.machine(),
             "free_bytes": free_bytes(self.device),
             "threads": torch.get_num_threads(),
             "programs": len(self.programs),
@@ -243,7 +276,9 @@ class Worker:
         """Let go of the last call's tensors."""
         self.bound = None
 
-    def bind(self, call: str, digest: str, text: np.ndarray, constants: Constants) -> Failure | None:
+    def bind(
+        self, call: str, digest: str, text: np.ndarray, constants: Constants
+    ) -> Failure | None:
         """Make ready for a call's tasks: what takes long is done before there is one to lose.
 
         Returns:
@@ -256,7 +291,9 @@ class Worker:
             return Failure.of(error)
         return None
 
-    def task(self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task) -> Done | Failure:
+    def task(
+        self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task
+    ) -> Done | Failure:
         """Compute one task.
 
         Args:
@@ -274,13 +311,17 @@ class Worker:
             with torch.no_grad():
                 return _compute(bound, task)
         except Exception as error:
-            self.bound = None  # the traceback's frames and the bound tensors go: they may be what memory was short of
+            # the traceback's frames and the bound tensors go: they may be what memory was short of
+            self.bound = None
             return Failure.of(error)
 
     def task_apart(
         self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task
     ) -> tuple[Done | Failure, tuple[Packed | None, ...]]:
-        """Compute one task, and return what is reduced as an object of its own: it need not go to the driver."""
+        """Compute one task, and return what is reduced as an object of its own.
+
+        It need not go to the driver.
+        """
         done = self.task(call, digest, text, constants, task)
         if isinstance(done, Failure):
             return done, ()
@@ -289,14 +330,21 @@ class Worker:
         apart = tuple([p if r else None for p, r in zip(done.outputs, reduced, strict=True)])
         return dataclasses.replace(done, outputs=rest), apart
 
-    def combine(self, names: Sequence[str | None], *parts: Sequence[Packed | None]) -> tuple[Packed | None, ...]:
+    def combine(
+        self, names: Sequence[str | None], *parts: Sequence[Packed | None]
+    ) -> tuple[Packed | None, ...]:
         """Neighbouring tasks' reduced outputs, put together in the order of the samples.
 
         Args:
             names: The reduction of each output, None for one that is not reduced.
             parts: What tasks returned apart.
         """
-        return tuple([None if name is None else _combined(name, [p[k] for p in parts]) for k, name in enumerate(names)])
+        return tuple(
+            [
+                None if name is None else _combined(name, [p[k] for p in parts])
+                for k, name in enumerate(names)
+            ]
+        )
 
     def _bind(self, call: str, digest: str, text: np.ndarray, constants: Constants) -> _Bound:
         if self.bound is not None and self.bound.call == call:
@@ -313,9 +361,21 @@ class Worker:
             self.programs[digest] = program
         self.programs.move_to_end(digest)
         captured = tuple([unpack(p, self.device) for p in constants.captured])
-        literals = tuple([unpack(p, self.device if follows else HOST) for p, follows in constants.literals])
-        # Tasks do not begin with the sample that was recorded, so that there is no output to compare with: the driver has done it.
-        recording = Recording(program, captured, literals, constants.scalars, frozenset(), False, constants.sources, ())
+        literals = tuple(
+            [unpack(p, self.device if follows else HOST) for p, follows in constants.literals]
+        )
+        # Tasks do not begin with the sample that was recorded, so that there is no output to
+        # compare with: the driver has done it.
+        recording = Recording(
+            program,
+            captured,
+            literals,
+            constants.scalars,
+            frozenset(),
+            False,
+            constants.sources,
+            (),
+        )
         self.bound = _Bound(call, program, constants, self.device, recording)
         return self.bound
 
@@ -323,19 +383,29 @@ class Worker:
 def _compute(bound: _Bound, task: Task) -> Done:
     began, constants = time.perf_counter(), bound.constants
     stop = task.start + task.size
-    inputs = [constants.columns[i].rows_between(task.start, stop) if p is None else unpack(p, HOST) for i, p in enumerate(task.inputs)]
+    inputs = [
+        constants.columns[i].rows_between(task.start, stop) if p is None else unpack(p, HOST)
+        for i, p in enumerate(task.inputs)
+    ]
     job, on = bound.job(inputs, task)
     _seed(constants, task.start)
     events: list[Event] = []
     with unheard(), listen(events.append):
         outs = _run(bound, job, on, task)
-    redone = [dataclasses.replace(e, start=task.start + e.start, stop=task.start + e.stop) for e in events if isinstance(e, ChunkRedone)]
+    redone = [
+        dataclasses.replace(e, start=task.start + e.start, stop=task.start + e.stop)
+        for e in events
+        if isinstance(e, ChunkRedone)
+    ]
     store, receipt = constants.store, None
     packed: tuple[Packed | None, ...] = (None,) * len(outs)
     if store is not None:
         receipt = store.write(task.start // store.header.unit, outs)
     else:
-        wanted = [o.mapped or o.reduction is not None or o.dim is not None or task.unmapped for o in job.outputs]
+        wanted = [
+            o.mapped or o.reduction is not None or o.dim is not None or task.unmapped
+            for o in job.outputs
+        ]
         packed = tuple([pack(t) if w else None for t, w in zip(outs, wanted, strict=True)])
     return Done(packed, receipt, time.perf_counter() - began, tuple(redone))
 
@@ -344,9 +414,18 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
     """A task's outputs: as one chunk what is small, planned what is not."""
     budget = bound.constants.budget
     always = budget.bytes is not None
-    if not (always or task.halvings or any(o.reduction for o in job.outputs)) and prepare.small(job):
+    if not (always or task.halvings or any(o.reduction for o in job.outputs)) and prepare.small(
+        job
+    ):
         return local.run_whole(job, on)
-    found = prepare.sites(job, on, [str(bound.device)], lambda device: budget.on(device, task.peers), job.samples > 1, always)
+    found = prepare.sites(
+        job,
+        on,
+        [str(bound.device)],
+        lambda device: budget.on(device, task.peers),
+        job.samples > 1,
+        always,
+    )
     cut = split(job.samples, found, bound.constants.chunk_size, sharing=task.peers)
     cut = _halved(cut, task.halvings) if task.halvings else cut
     refusal = cut.refusal()
@@ -377,6 +456,11 @@ def _combined(name: str, parts: Sequence[Packed | None]) -> Packed:
 
 
 def _seed(constants: Constants, start: int) -> None:
-    """Seed torch's generator, for operators that draw from it: one draw for all samples must be one on all workers."""
+    """Seed torch's generator, for operators that draw from it.
+
+    One draw for all samples must be one on all workers.
+    """
     if constants.options.randomness != "error":
-        torch.manual_seed(constants.seed + (start if constants.options.randomness == "different" else 0))
+        torch.manual_seed(
+            constants.seed + (start if constants.options.randomness == "different" else 0)
+        )

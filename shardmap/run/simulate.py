@@ -1,12 +1,15 @@
 """A run on a cluster that is not there: the executor's own schedule under a clock of events.
 
-For what no machine at hand can show: whether one driver keeps a thousand workers busy, what deaths cost, how long a run takes. Chunks,
-starts and deaths take random times from a seeded generator; what is handed out to whom is decided by the code that runs on a real cluster
-(`shardmap.run.schedule`), and its own time is measured beside the time that the model gives the driver for each chunk.
+For what no machine at hand can show: whether one driver keeps a thousand workers busy, what deaths
+cost, how long a run takes. Chunks, starts and deaths take random times from a seeded generator;
+what is handed out to whom is decided by the code that runs on a real cluster
+(`shardmap.run.schedule`), and its own time is measured beside the time that the model gives the
+driver for each chunk.
 
-The model: the driver does one thing at a time. It sends a chunk, which travels, waits until the worker has computed what it was sent
-before, is computed, and travels back; the driver takes the results in and hands out again. A worker that dies takes with it what it has
-not brought back, and another is asked for in its place. The network's bandwidth and the store's are not modelled.
+The model: the driver does one thing at a time. It sends a chunk, which travels, waits until the
+worker has computed what it was sent before, is computed, and travels back; the driver takes the
+results in and hands out again. A worker that dies takes with it what it has not brought back, and
+another is asked for in its place. The network's bandwidth and the store's are not modelled.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class Change:
     seconds: float
     """When, from the run's begin."""
     workers: int
-    """How many are asked for; negative: how many leave, those that came first. Nobody replaces them."""
+    """How many are asked for; negative: how many leave, those that came first. Nobody replaces
+    them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,13 @@ class Cluster:
     start_seconds: float = 5.0
     """Mean time from asking for a worker to its being ready."""
     driver_seconds: float = 0.002
-    """Of the driver for each chunk, half of it before the chunk is sent, half to take in its results."""
+    """Of the driver for each chunk, half of it before the chunk is sent, half to take in its
+    results."""
     lifetime_seconds: float = math.inf
     """Mean time from a worker's being ready to its death."""
     deadly: Mapping[int, int] = field(default_factory=dict)
-    """By a chunk's number: how many workers die of it, one after the other, when they are half through with it."""
+    """By a chunk's number: how many workers die of it, one after the other, when they are half
+    through with it."""
     changes: tuple[Change, ...] = ()
     window: int = 2
     """Chunks that a worker has at a time."""
@@ -74,7 +80,9 @@ class Cluster:
         for entry in fields(self):
             value, least = getattr(self, entry.name), 1 if entry.name == "window" else 0
             if isinstance(value, int | float) and not value >= least:
-                raise OptionError(f"Cluster: {entry.name}={value!r}; pass a number that is at least {least}")
+                raise OptionError(
+                    f"Cluster: {entry.name}={value!r}; pass a number that is at least {least}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,8 @@ class Outcome:
     busy: float
     """Share of the time for which workers were ready that went into results."""
     driver_busy: float
-    """Share of the time since the first worker was ready for which the driver worked; near 1 it is the bottleneck."""
+    """Share of the time since the first worker was ready for which the driver worked; near 1 it
+    is the bottleneck."""
     schedule_seconds: float
     """Real time of the schedule's own code, for each chunk computed."""
 
@@ -111,7 +120,8 @@ def simulate(cluster: Cluster, chunks: int, seed: int = 0) -> Outcome:
         What the run came to.
 
     Raises:
-        WorkerError: The workers of one chunk died more often than it is retried, or all have left for good before the end.
+        WorkerError: The workers of one chunk died more often than it is retried, or all have left
+            for good before the end.
 
     Example:
         >>> from shardmap.run.simulate import Cluster, simulate
@@ -136,7 +146,10 @@ class _Worker:
 
 
 class _Singles(Sequence[Chunk]):
-    """Chunks of one sample, made as they are asked for: a million of them would take longer to make than to hand out."""
+    """Chunks of one sample, made as they are asked for.
+
+    A million of them would take longer to make than to hand out.
+    """
 
     def __init__(self, chunks: int):
         self.chunks = chunks
@@ -188,13 +201,20 @@ class _Run:
         schedule, events = self.schedule, self.events
         while not schedule.finished:
             if not events:
-                raise WorkerError(f"{self.chunks - self.computed} of {self.chunks} chunks are left, and no worker: all have left for good")
+                raise WorkerError(
+                    f"{self.chunks - self.computed} of {self.chunks} chunks are left, and no "
+                    "worker: all have left for good"
+                )
             self.clock, _, happen, arguments = heapq.heappop(events)
             happen(*arguments)
         assert self.computed == self.chunks
-        assert self.sent == self.computed + schedule.redone, "a chunk is handed out once more than it was lost"
+        assert self.sent == self.computed + schedule.redone, (
+            "a chunk is handed out once more than it was lost"
+        )
         end = max(self.clock, self.driver_free)
-        there = self.there + sum(end - worker.ready for worker in self.present if worker.ready <= end)
+        there = self.there + sum(
+            end - worker.ready for worker in self.present if worker.ready <= end
+        )
         driver = (self.sent + self.computed) * self.driver_half
         return Outcome(
             seconds=end,
@@ -211,7 +231,8 @@ class _Run:
         self.number += 1
         heapq.heappush(self.events, (when, self.number, happen, arguments))
 
-    # -- workers -------------------------------------------------------------------------------------------------------
+    # -- workers
+    # -------------------------------------------------------------------------------------------------------
 
     def _ask(self, slowness: float) -> None:
         worker = _Worker(slowness)
@@ -225,7 +246,12 @@ class _Run:
         if math.isnan(self.first_ready):
             self.first_ready = self.clock
         if self.cluster.lifetime_seconds < math.inf:
-            self._at(self.clock + self.rng.exponential(self.cluster.lifetime_seconds), self._die, worker, None)
+            self._at(
+                self.clock + self.rng.exponential(self.cluster.lifetime_seconds),
+                self._die,
+                worker,
+                None,
+            )
         began = time.perf_counter()
         self.schedule.join(worker)
         self.schedule_seconds += time.perf_counter() - began
@@ -261,7 +287,9 @@ class _Run:
         tried = not lost or self.schedule.blame(lost[0])
         self.schedule_seconds += time.perf_counter() - began
         if not tried:
-            raise WorkerError(f"chunk {lost[0].start}: the worker died {self.schedule.deaths(lost[0])} times, so it is not tried again")
+            raise WorkerError(
+                f"chunk {lost[0].start}: the worker died {self.schedule.deaths(lost[0])} times, so it is not tried again"
+            )
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 

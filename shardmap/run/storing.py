@@ -1,4 +1,7 @@
-"""Results that go to a store as they are computed: memory holds the units that are being put together, and nothing else."""
+"""Results that go to a store as they are computed.
+
+Memory holds the units that are being put together, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from shardmap.store import Sink, Store, open_store, source
 from shardmap.trace.recording import element
 
 UNIT_BYTES = 32 << 20
-"""Of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to lose little."""
+"""Of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to
+lose little."""
 
 
 @dataclass(slots=True)
@@ -33,7 +37,10 @@ class _Unit:
 
 
 class StoreGather(Gather):
-    """Puts chunks together to storage units; each is written and committed when it is whole. Chunks lie within one unit."""
+    """Puts chunks together to storage units; each is written and committed when it is whole.
+
+    Chunks lie within one unit.
+    """
 
     def __init__(self, job: Job, store: Store):
         super().__init__(job)
@@ -48,18 +55,25 @@ class StoreGather(Gather):
         return unit.columns[k][start - unit.first : stop - unit.first]
 
     def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
-        """Take the outputs of the samples `start` to `stop`; what is in its place already is None."""
+        """Take the outputs of the samples `start` to `stop`.
+
+        What is in its place already is None.
+        """
         if start == stop:
             return
         unit = self._unit(start)
         for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
             if t is not None:
-                self.slot(k, start, stop).copy_(t if out.mapped else t.expand(stop - start, *t.shape))
+                self.slot(k, start, stop).copy_(
+                    t if out.mapped else t.expand(stop - start, *t.shape)
+                )
         unit.left -= stop - start
         if not unit.left:
             number = unit.first // self.store.header.unit
             first, last = self.store.header.rows(number)
-            self.store.commit(self.store.write(number, [column[: last - first] for column in unit.columns]))
+            self.store.commit(
+                self.store.write(number, [column[: last - first] for column in unit.columns])
+            )
             self.spare.append(self.units.pop(number).columns)
 
     def finish(self) -> list[torch.Tensor]:
@@ -88,7 +102,10 @@ class StoreGather(Gather):
 
 
 def unit_of(job: Job, chunk_size: Any, stored: Sink | None, workers: int = 0) -> int:
-    """Samples per storage unit: those of the store that is to be resumed, the user's chunks, or about 32 MiB; less where workers wait.
+    """Samples per storage unit.
+
+    Those of the store that is to be resumed, the user's chunks, or about 32 MiB; less where workers
+    wait.
 
     Args:
         job: The mapped call.
@@ -97,12 +114,16 @@ def unit_of(job: Job, chunk_size: Any, stored: Sink | None, workers: int = 0) ->
         workers: Of a cluster, where a unit is a task; 0 without one.
     """
     if stored is not None:
-        with contextlib.suppress(StoreError):  # there is none yet, or `create` says what is wrong with it
+        with contextlib.suppress(
+            StoreError
+        ):  # there is none yet, or `create` says what is wrong with it
             return open_store(stored.where).header.unit
     if isinstance(chunk_size, int):
         return chunk_size
     row = sum(o.sample_bytes for o in job.outputs)
-    most = task_rows(job.samples, workers, 0, chunk_size) if workers and job.samples else job.samples
+    most = (
+        task_rows(job.samples, workers, 0, chunk_size) if workers and job.samples else job.samples
+    )
     return max(1, min(most, UNIT_BYTES // max(row, 1)))
 
 
@@ -111,7 +132,9 @@ def identity(job: Job, unit: int) -> dict[str, str]:
     recording = job.recording
     program = hashlib.blake2b(digest_size=16)
     program.update(recording.program.dumps().encode())
-    program.update(repr((recording.scalars, job.seed, [(o.shape, str(o.dtype)) for o in job.outputs])).encode())
+    program.update(
+        repr((recording.scalars, job.seed, [(o.shape, str(o.dtype)) for o in job.outputs])).encode()
+    )
     _update(program, (*recording.captured, *recording.literals))
     plan = hashlib.blake2b(f"{job.samples} {unit}".encode(), digest_size=16)
     return {"program": program.hexdigest(), "data": _digest(job), "plan": plan.hexdigest()}
@@ -121,10 +144,20 @@ def _digest(job: Job) -> str:
     """Of the samples: of columns in a store the checksums that are there, all else is read once."""
     if not job.samples:
         return "no samples"
-    known = {i: checksum for i, column in job.columns.items() if (checksum := column.checksum()) is not None}
+    known = {
+        i: checksum
+        for i, column in job.columns.items()
+        if (checksum := column.checksum()) is not None
+    }
     rest = [job.columns.get(i, t) for i, t in enumerate(job.inputs) if i not in known]
     read = source(tuple(rest)).digest() if rest else ""
-    return read if not known else hashlib.blake2b(repr((sorted(known.items()), read)).encode(), digest_size=16).hexdigest()
+    return (
+        read
+        if not known
+        else hashlib.blake2b(
+            repr((sorted(known.items()), read)).encode(), digest_size=16
+        ).hexdigest()
+    )
 
 
 def _update(digest: hashlib.blake2b, tensors: Iterable[torch.Tensor]) -> None:

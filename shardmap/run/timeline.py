@@ -21,7 +21,8 @@ from shardmap.run.progress import Outermost
 
 DPI = 150
 NARROW = 2.0
-"""Pixels below which a chunk is drawn together with its neighbours: stripes as narrow show the grid of pixels, and no chunks."""
+"""Pixels below which a chunk is drawn together with its neighbours: stripes as narrow show the
+grid of pixels, and no chunks."""
 SECOND, TOGETHER, EXPECTED = "#7fb0dc", "#548fc6", "#c4c9d4"
 """Every other chunk; chunks drawn together; the prediction."""
 
@@ -34,7 +35,8 @@ class Bar:
     start: int
     stop: int
     began: float
-    """When the lane turned to it: a chunk that is handed out while another is computed waits for that."""
+    """When the lane turned to it: a chunk that is handed out while another is computed waits for
+    that."""
     ended: float
     seconds: float
     """Between hand-out and completion."""
@@ -62,13 +64,18 @@ class History:
 
 
 def history(events: Sequence[Event]) -> History:
-    """The events of one run, on a clock that begins with it; events of maps inside it are left out."""
+    """The events of one run, on a clock that begins with it.
+
+    Events of maps inside it are left out.
+    """
     outermost = Outermost()
     events = [e for e in events if outermost(e)]
     done = sorted([e for e in events if isinstance(e, ChunkDone)], key=lambda e: e.at)
     redone = [e for e in events if isinstance(e, ChunkRedone)]
     ends = [e.at for e in events if isinstance(e, RunFinished)] or [e.at for e in (*done, *redone)]
-    begins = [e.at - e.seconds for e in events if isinstance(e, ChunkDone | RunFinished)] or [e.at for e in redone]
+    begins = [e.at - e.seconds for e in events if isinstance(e, ChunkDone | RunFinished)] or [
+        e.at for e in redone
+    ]
     zero = min(begins, default=0.0)
     names = [name for e in events if isinstance(e, RunStarted) for name in e.devices]
     free: dict[str, float] = {}
@@ -83,7 +90,9 @@ def history(events: Sequence[Event]) -> History:
 
 
 def write(path: Path, events: Sequence[Event]) -> None:
-    """Write a run in Chrome's trace format: a thread for each lane, a complete event for each chunk, an instant for each that went back.
+    """Write a run in Chrome's trace format.
+
+    A thread for each lane, a complete event for each chunk, an instant for each that went back.
 
     Args:
         path: The JSON file to write.
@@ -93,14 +102,33 @@ def write(path: Path, events: Sequence[Event]) -> None:
         OptionError: The file cannot be written.
     """
     run = history(events)
-    thread = {name: i for i, name in enumerate(run.lanes, 1)}  # 0 is taken for the idle process by Perfetto
-    trace: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "shardmap"}}]
+    thread = {
+        name: i for i, name in enumerate(run.lanes, 1)
+    }  # 0 is taken for the idle process by Perfetto
+    trace: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "shardmap"}}
+    ]
     for name, tid in thread.items():
-        trace.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}})
-        trace.append({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": tid, "args": {"sort_index": tid}})
+        trace.append(
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}
+        )
+        trace.append(
+            {
+                "ph": "M",
+                "name": "thread_sort_index",
+                "pid": 1,
+                "tid": tid,
+                "args": {"sort_index": tid},
+            }
+        )
     for b in run.bars:
         began, ended = _micro(b.began), _micro(b.ended)
-        about = {"start": b.start, "stop": b.stop, "samples": b.stop - b.start, "seconds": b.seconds}
+        about = {
+            "start": b.start,
+            "stop": b.stop,
+            "samples": b.stop - b.start,
+            "seconds": b.seconds,
+        }
         trace.append(
             {"ph": "X", "name": _samples(b), "cat": "chunk", "pid": 1, "tid": thread[b.lane], "ts": began, "dur": round(ended - began, 3),
              "args": about}
@@ -114,15 +142,21 @@ def write(path: Path, events: Sequence[Event]) -> None:
 
 
 def _micro(seconds: float) -> float:
-    """Microseconds to the nanosecond: viewers drop events of a thread that overlap, be it by a rounding error."""
+    """Microseconds to the nanosecond.
+
+    Viewers drop events of a thread that overlap, be it by a rounding error.
+    """
     return round(1e6 * seconds, 3)
 
 
 def _samples(chunk: Bar | Failure) -> str:
-    return f"samples {chunk.start} to {chunk.stop - 1}" if chunk.stop > chunk.start else "no samples"
+    return (
+        f"samples {chunk.start} to {chunk.stop - 1}" if chunk.stop > chunk.start else "no samples"
+    )
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture
+# -------------------------------------------------------------------------------------------------------
 
 ROW, TOP, BOTTOM = 0.62, 0.72, 0.58
 LEFT, WIDTH, RIGHT_MARGIN = 1.1, 6.6, 1.6
@@ -130,7 +164,9 @@ LEFT, WIDTH, RIGHT_MARGIN = 1.1, 6.6, 1.6
 
 
 def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
-    """Draw a run, one lane per device: its chunks, those that went back, and how long it was expected to take.
+    """Draw a run, one lane per device.
+
+    Its chunks, those that went back, and how long it was expected to take.
 
     Args:
         path: The picture to write; its ending says which kind.
@@ -148,17 +184,23 @@ def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
     figure = figure_module.Figure(figsize=(width, height), facecolor="white")
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in kinds:
-        raise OptionError(f"plan.plot({str(path)!r}): the name's ending says which kind of picture to write; end it in .png, .svg or .pdf")
+        raise OptionError(
+            f"plan.plot({str(path)!r}): the name's ending says which kind of picture to write; end it in .png, .svg or .pdf"
+        )
     axes = figure.add_axes((LEFT / width, BOTTOM / height, WIDTH / width, ROW * lanes / height))
     longest = max(run.seconds, min(split.seconds, 2 * run.seconds), 1e-6)
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("us", 1e6)
     merged = []
     for row, lane in enumerate(split.lanes):
-        expected = sum(other.seconds for other in split.lanes if other.turns == lane.turns)  # lanes of one device take turns
+        expected = sum(
+            other.seconds for other in split.lanes if other.turns == lane.turns
+        )  # lanes of one device take turns
         merged.append(_draw_lane(axes, row, lane.name, run, expected, longest, scale))
     axes.set_xlim(0, scale * longest)
     axes.set_ylim(lanes - 0.5, -0.5)
-    axes.set_yticks([row - 0.11 for row in range(lanes)], [_short(lane.name) for lane in split.lanes])
+    axes.set_yticks(
+        [row - 0.11 for row in range(lanes)], [_short(lane.name) for lane in split.lanes]
+    )
     axes.set_xlabel(unit, color=FAINT)
     axes.tick_params(length=0, colors=INK)
     axes.tick_params(axis="x", colors=FAINT)
@@ -166,7 +208,9 @@ def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     title, subtitle = _titles(split, run, any(merged))
-    figure.text(0.2 / width, 1 - 0.14 / height, title, fontsize=13, color=INK, weight="bold", va="top")
+    figure.text(
+        0.2 / width, 1 - 0.14 / height, title, fontsize=13, color=INK, weight="bold", va="top"
+    )
     figure.text(0.2 / width, 1 - 0.44 / height, subtitle, fontsize=9, color=FAINT, va="top")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI, format=kind)
@@ -174,38 +218,72 @@ def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
 
 
 def _titles(split: Split, run: History, merged: bool) -> tuple[str, str]:
-    speed = f", {split.samples / run.seconds:,.0f} per second" if run.seconds and split.samples else ""
+    speed = (
+        f", {split.samples / run.seconds:,.0f} per second" if run.seconds and split.samples else ""
+    )
     title = f"{split.samples:,} samples in {format_seconds(run.seconds)}{speed}; {format_seconds(split.seconds)} predicted"
-    words = [f"blue: {_count(len(run.bars), 'chunk')}{', the narrow ones together' if merged else ''}"]
+    words = [
+        f"blue: {_count(len(run.bars), 'chunk')}{', the narrow ones together' if merged else ''}"
+    ]
     if run.failures:
         words.append(f"red: {_count(len(run.failures), 'chunk')} went back to be computed again")
-    words.append("grey: predicted from earlier runs" if all(x.measured for x in split.lanes) else "grey: a guess from operations and bytes")
+    words.append(
+        "grey: predicted from earlier runs"
+        if all(x.measured for x in split.lanes)
+        else "grey: a guess from operations and bytes"
+    )
     return title, ";  ".join(words)
 
 
-def _draw_lane(axes: Any, row: int, name: str, run: History, expected: float, longest: float, scale: float) -> bool:
+def _draw_lane(
+    axes: Any, row: int, name: str, run: History, expected: float, longest: float, scale: float
+) -> bool:
     """Draw one lane; whether chunks were drawn together."""
     pixel = longest / (WIDTH * DPI)
     bars = [b for b in run.bars if b.lane == name]
     spans = _merged(bars, NARROW * pixel)
     alone = [(scale * a, scale * max(b - a, pixel)) for a, b, chunks in spans if chunks == 1]
     many = [(scale * a, scale * max(b - a, pixel)) for a, b, chunks in spans if chunks > 1]
-    for colour, which in ((RIGHT, alone[0::2]), (SECOND, alone[1::2]), (TOGETHER, many)):  # neighbours apart
+    for colour, which in (
+        (RIGHT, alone[0::2]),
+        (SECOND, alone[1::2]),
+        (TOGETHER, many),
+    ):  # neighbours apart
         axes.broken_barh(which, (row - 0.34, 0.46), facecolors=colour, linewidth=0)
     marks = [scale * f.at for f in run.failures if f.lane == name]
-    axes.plot(marks, [row - 0.11] * len(marks), linestyle="none", marker="x", color=WRONG, markersize=7, markeredgewidth=2, clip_on=False)
+    axes.plot(
+        marks,
+        [row - 0.11] * len(marks),
+        linestyle="none",
+        marker="x",
+        color=WRONG,
+        markersize=7,
+        markeredgewidth=2,
+        clip_on=False,
+    )
     axes.broken_barh([(0, scale * expected)], (row + 0.19, 0.11), facecolors=EXPECTED, linewidth=0)
     if expected > longest:
-        axes.plot([scale * longest], [row + 0.245], marker=">", color=FAINT, markersize=6, clip_on=False)
+        axes.plot(
+            [scale * longest], [row + 0.245], marker=">", color=FAINT, markersize=6, clip_on=False
+        )
     beside = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
     ended = format_seconds(bars[-1].ended) if bars else "no chunks"
     axes.annotate(ended, (1.015, row - 0.11), fontsize=9, color=INK, **beside)
-    axes.annotate(f"{format_seconds(expected)} predicted", (1.015, row + 0.24), fontsize=8, color=FAINT, **beside)
+    axes.annotate(
+        f"{format_seconds(expected)} predicted",
+        (1.015, row + 0.24),
+        fontsize=8,
+        color=FAINT,
+        **beside,
+    )
     return bool(many)
 
 
 def _merged(bars: Sequence[Bar], narrow: float) -> list[tuple[float, float, int]]:
-    """What is drawn of a lane: when it begins and ends, and how many chunks it stands for. Only chunks too narrow to see are merged."""
+    """What is drawn of a lane: when it begins and ends, and how many chunks it stands for.
+
+    Only chunks too narrow to see are merged.
+    """
     spans: list[tuple[float, float, int]] = []
     mergeable = False
     for b in bars:

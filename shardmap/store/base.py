@@ -1,7 +1,10 @@
-"""Stores: where results larger than memory go, unit by unit, and what every kind of them has in common.
+"""Stores.
 
-The driver creates a store from the user's sink and sends it to workers. A worker writes a unit and returns a receipt; the driver
-commits it. What is not committed does not exist, whatever files are there, so a run that stopped anywhere can be resumed.
+Where results larger than memory go, unit by unit, and what every kind of them has in common.
+
+The driver creates a store from the user's sink and sends it to workers. A worker writes a unit and
+returns a receipt; the driver commits it. What is not committed does not exist, whatever files are
+there, so a run that stopped anywhere can be resumed.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ KINDS: dict[str, type[Store]] = {}
 class Store(ABC):
     """Rows of several outputs at one place, some of them committed.
 
-    Cheap to pickle: only the place and the header travel. Any process may write units, each unit by one at a time; one process
-    commits.
+    Cheap to pickle: only the place and the header travel. Any process may write units, each unit by
+    one at a time; one process commits.
     """
 
     kind: ClassVar[str]
@@ -59,7 +62,10 @@ class Store(ABC):
 
     @property
     def travels(self) -> bool:
-        """Whether other processes find the same store under its URL: all but the memory of this process."""
+        """Whether other processes find the same store under its URL.
+
+        All but the memory of this process.
+        """
         return self._place.travels
 
     # What workers do.
@@ -68,21 +74,26 @@ class Store(ABC):
         """Refuse where this process does not see the store that the driver has made.
 
         Raises:
-            StoreError: It is not there, or another one is: each machine would write to a disk of its own.
+            StoreError: It is not there, or another one is: each machine would write to a disk of
+                its own.
         """
         manifest = find_manifest(self._place)
         if manifest is None or manifest.head().header.identity != self.header.identity:
             raise StoreError(
-                f"{self.url}: the store is not there on {platform.node()}: it must lie on a file system that all machines share, at the "
+                f"{self.url}: the store is not there on {platform.node()}: it must lie on a file "
+                "system that all machines share, at the "
                 "same path, or at a URL"
             )
 
     def write(self, unit: int, tensors: Sequence[torch.Tensor]) -> Receipt:
-        """Write one unit: its files are replaced whole or stay as they were. Writing it again is harmless.
+        """Write one unit: its files are replaced whole or stay as they were.
+
+        Writing it again is harmless.
 
         Args:
             unit: Its number.
-            tensors: One per output, on the CPU, `[rows, *shape]` of the declared dtype. Contiguous ones are not copied.
+            tensors: One per output, on the CPU, `[rows, *shape]` of the declared dtype. Contiguous
+                ones are not copied.
 
         Returns:
             What the driver commits.
@@ -108,15 +119,20 @@ class Store(ABC):
     def _check(self, unit: int, rows: int, tensors: Sequence[torch.Tensor]) -> None:
         specs = self.header.outputs
         if len(tensors) != len(specs):
-            raise StoreError(f"{self.url}: unit {unit} was given {len(tensors)} tensors for {len(specs)} outputs")
+            raise StoreError(
+                f"{self.url}: unit {unit} was given {len(tensors)} tensors for {len(specs)} outputs"
+            )
         for t, spec in zip(tensors, specs, strict=True):
             if t.device.type != "cpu" or t.layout is not torch.strided:
                 raise StoreError(
-                    f"{self.url}: unit {unit}, output {spec.name}: a dense tensor on the CPU is needed, not {t.layout} on {t.device}"
+                    f"{self.url}: unit {unit}, output {spec.name}: a dense tensor on the CPU is "
+                    f"needed, not {t.layout} on {t.device}"
                 )
             if t.dtype != spec.dtype or tuple(t.shape) != (rows, *spec.shape):
                 got, wanted = f"{t.dtype} {list(t.shape)}", f"{spec.dtype} {[rows, *spec.shape]}"
-                raise StoreError(f"{self.url}: unit {unit}, output {spec.name}: got {got}, declared was {wanted}")
+                raise StoreError(
+                    f"{self.url}: unit {unit}, output {spec.name}: got {got}, declared was {wanted}"
+                )
 
     # What the driver does.
 
@@ -130,13 +146,20 @@ class Store(ABC):
         return self._record.receipts()
 
     def commit(self, receipt: Receipt) -> None:
-        """Record that a unit is done, in the driver's process only; on return the record is on the disk.
+        """Record that a unit is done, in the driver's process only.
+
+        On return the record is on the disk.
 
         Raises:
             StoreError: The receipt is not one of this store, or the record cannot be written.
         """
-        if (receipt.start, receipt.stop) != self.header.rows(receipt.unit) or len(receipt.checksums) != len(self.header.outputs):
-            raise StoreError(f"{self.url}: {receipt} is not of this store: its units have {self.header.unit} rows")
+        if (receipt.start, receipt.stop) != self.header.rows(receipt.unit) or len(
+            receipt.checksums
+        ) != len(self.header.outputs):
+            raise StoreError(
+                f"{self.url}: {receipt} is not of this store: its units have {self.header.unit} "
+                "rows"
+            )
         self._record.commit(receipt)
 
     def discard(self, unit: int) -> None:
@@ -157,7 +180,8 @@ class Store(ABC):
         """
         if missing := self.missing():
             raise StoreError(
-                f"{self.url}: {len(missing)} of {self.header.units} units are missing ({_ranges(missing)}): resume the run to compute them"
+                f"{self.url}: {len(missing)} of {self.header.units} units are missing "
+                f"({_ranges(missing)}): resume the run to compute them"
             )
         self._tidy()
 
@@ -176,12 +200,16 @@ class Store(ABC):
 
         Raises:
             StoreError: Rows are out of range or not committed.
-            StoreDamagedError: A file is gone, cut short, or cannot be decoded. Changed bytes are found by `corrupt` only.
+            StoreDamagedError: A file is gone, cut short, or cannot be decoded. Changed bytes are
+                found by `corrupt` only.
         """
         index = self.header.index(output)
         spec = self.header.outputs[index]
         if not 0 <= start <= stop <= self.header.samples:
-            raise StoreError(f"{self.url}: rows {start} to {stop} of {spec.name} are out of range: there are {self.header.samples}")
+            raise StoreError(
+                f"{self.url}: rows {start} to {stop} of {spec.name} are out of range: there are "
+                f"{self.header.samples}"
+            )
         self._check_committed(start, stop)
         if start == stop or not spec.row_bytes:
             return torch.empty((stop - start, *spec.shape), dtype=spec.dtype)
@@ -208,7 +236,10 @@ class Store(ABC):
         receipts = self._record.receipts()
         checked = sorted(receipts) if units is None else sorted(set(units))
         if absent := [unit for unit in checked if unit not in receipts]:
-            raise StoreError(f"{self.url}: units {_ranges(absent)} are not committed, so there is nothing to compare them with")
+            raise StoreError(
+                f"{self.url}: units {_ranges(absent)} are not committed, so there is nothing to "
+                "compare them with"
+            )
         return [unit for unit in checked if not self._intact(receipts[unit])]
 
     def _intact(self, receipt: Receipt) -> bool:
@@ -222,25 +253,39 @@ class Store(ABC):
         return True
 
     def _check_committed(self, start: int, stop: int) -> None:
-        units = range(start // self.header.unit, -(-stop // self.header.unit)) if stop > start else range(0)
+        units = (
+            range(start // self.header.unit, -(-stop // self.header.unit))
+            if stop > start
+            else range(0)
+        )
         if all(unit in self._record.known() for unit in units):
             return
         done = self._record.receipts()
         if absent := [unit for unit in units if unit not in done]:
-            rows = ", ".join(f"{a} to {b - 1}" for a, b in (self.header.rows(unit) for unit in absent[:8]))
+            rows = ", ".join(
+                f"{a} to {b - 1}" for a, b in (self.header.rows(unit) for unit in absent[:8])
+            )
             more = f" and {len(absent) - 8} more units" if len(absent) > 8 else ""
-            raise StoreError(f"{self.url}: rows {rows}{more} are not committed: resume the run that writes them")
+            raise StoreError(
+                f"{self.url}: rows {rows}{more} are not committed: resume the run that writes them"
+            )
 
     @property
     def _record(self) -> Manifest:
         if self._manifest is None:
             self._manifest = find_manifest(self._place)
         if self._manifest is None:
-            raise StoreError(f"{self.url}: there is no manifest: the store was removed, or is not there on this machine")
+            raise StoreError(
+                f"{self.url}: there is no manifest: the store was removed, or is not there on this "
+                "machine"
+            )
         return self._manifest
 
     def _damaged(self, what: str) -> StoreDamagedError:
-        return StoreDamagedError(f"{self.url}: {what}; see corrupt() for what else is damaged, discard those units and resume the run")
+        return StoreDamagedError(
+            f"{self.url}: {what}; see corrupt() for what else is damaged, discard those units and "
+            "resume the run"
+        )
 
     # What each kind does.
 
@@ -271,7 +316,10 @@ def kind_of(head: Head, url: str) -> type[Store]:
         StoreError: This version of shardmap does not know its kind.
     """
     if head.kind not in KINDS:
-        raise StoreError(f"{url}: a store of kind {head.kind!r} is unknown here ({', '.join(KINDS)}): upgrade shardmap")
+        raise StoreError(
+            f"{url}: a store of kind {head.kind!r} is unknown here ({', '.join(KINDS)}): upgrade "
+            "shardmap"
+        )
     return KINDS[head.kind]
 
 

@@ -1,4 +1,7 @@
-"""Columns that samples are read from, in memory or in a `.npy` file: rows by number, without loading the rest."""
+"""Columns that samples are read from, in memory or in a `.npy` file.
+
+Rows by number, without loading the rest.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ class Column(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows that are there, `[stop - start, *shape]`. Nobody may write to them: they may share memory with the data."""
+        """Rows that are there, `[stop - start, *shape]`.
+
+        Nobody may write to them: they may share memory with the data.
+        """
 
     def rows_between(self, start: int, stop: int) -> torch.Tensor:
         """Rows as a dense tensor, also none at all: each row lies in memory as every other."""
@@ -53,16 +59,23 @@ class TensorColumn(Column):
 
     def __init__(self, t: torch.Tensor, what: str):
         if t.layout is not torch.strided or not elements.storable(t.dtype):
-            raise SourceError(f"{what} is a tensor of {t.dtype}, {t.layout}: give a dense one of a plain dtype")
+            raise SourceError(
+                f"{what} is a tensor of {t.dtype}, {t.layout}: give a dense one of a plain dtype"
+            )
         if t.dim() == 0:
-            raise SourceError(f"{what} is a single number: its first dimension has to be that of samples")
+            raise SourceError(
+                f"{what} is a single number: its first dimension has to be that of samples"
+            )
         self.tensor = t.detach()
         self.rows, self.shape, self.dtype = t.shape[0], tuple(t.shape[1:]), t.dtype
 
     def __reduce__(self) -> tuple:
         t = self.tensor
         whole = t.untyped_storage().nbytes() == t.nbytes
-        return TensorColumn, (t if whole else t.clone(), "")  # a view would carry all of what it views
+        return TensorColumn, (
+            t if whole else t.clone(),
+            "",
+        )  # a view would carry all of what it views
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows, as a view."""
@@ -77,7 +90,9 @@ class ArrayColumn(Column):
     def __init__(self, a: np.ndarray, what: str):
         self.dtype = numpy_column_dtype(a.dtype, what)
         if a.ndim == 0:
-            raise SourceError(f"{what} is a single number: its first dimension has to be that of samples")
+            raise SourceError(
+                f"{what} is a single number: its first dimension has to be that of samples"
+            )
         self.array = np.asarray(a)
         self.rows, self.shape = a.shape[0], tuple(a.shape[1:])
 
@@ -91,13 +106,34 @@ class MappedColumn(Column):
 
     travels = True
 
-    def __init__(self, path: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: np.dtype, stored: torch.dtype):
-        self.path, self.offset, self.strides, self.layout, self.dtype = path, offset, strides, dtype, stored
+    def __init__(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int,
+        dtype: np.dtype,
+        stored: torch.dtype,
+    ):
+        self.path, self.offset, self.strides, self.layout, self.dtype = (
+            path,
+            offset,
+            strides,
+            dtype,
+            stored,
+        )
         self.rows, self.shape = shape[0], tuple(shape[1:])
         self._array: np.ndarray | None = None
 
     def __reduce__(self) -> tuple:
-        return MappedColumn, (self.path, (self.rows, *self.shape), self.strides, self.offset, self.layout, self.dtype)
+        return MappedColumn, (
+            self.path,
+            (self.rows, *self.shape),
+            self.strides,
+            self.offset,
+            self.layout,
+            self.dtype,
+        )
 
     @property
     def array(self) -> np.ndarray:
@@ -116,7 +152,10 @@ class MappedColumn(Column):
                         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
                     self._array = np.ndarray(shape, self.layout, memory, self.offset, self.strides)
                 except (OSError, ValueError, TypeError) as error:
-                    raise SourceError(f"{self.path} cannot be read ({error}): it must be there, whole, on every machine") from error
+                    raise SourceError(
+                        f"{self.path} cannot be read ({error}): it must be there, whole, on every "
+                        "machine"
+                    ) from error
         return self._array
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -133,20 +172,28 @@ def numpy_column_dtype(dtype: np.dtype, what: str) -> torch.dtype:
     found = elements.torch_dtype(dtype)
     if found is None:
         why = "Python objects are never loaded" if dtype.hasobject else "torch has no such dtype"
-        raise SourceError(f"{what} has dtype {dtype}, of which no tensor can be made ({why}): convert it first")
+        raise SourceError(
+            f"{what} has dtype {dtype}, of which no tensor can be made ({why}): convert it first"
+        )
     return found
 
 
 def from_array(a: np.ndarray, what: str) -> Column:
-    """The column of an array: a mapped one is mapped again by each process instead of being sent."""
+    """The column of an array.
+
+    A mapped one is mapped again by each process instead of being sent.
+    """
     if not isinstance(a, np.memmap) or not a.ndim or not a.size:
         return ArrayColumn(a, what)
     memory, filename = getattr(a, "_mmap", None), a.filename
-    if memory is None or filename is None or a.mode == "c":  # copy on write: what was written is in this process only
+    if (
+        memory is None or filename is None or a.mode == "c"
+    ):  # copy on write: what was written is in this process only
         return ArrayColumn(a, what)
     dtype = numpy_column_dtype(a.dtype, what)
     a.flush()
-    # A slice keeps the offset of what it is a slice of, so that its place in the file is known from its address only.
+    # A slice keeps the offset of what it is a slice of, so that its place in the file is known from
+    # its address only.
     begin = a.offset - a.offset % mmap.ALLOCATIONGRANULARITY
     mapped: Any = np.frombuffer(memory, np.uint8)
     offset = begin + a.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
@@ -167,11 +214,17 @@ def from_npy(path: str) -> Column:
         raise SourceError(f"{path} is no .npy file that can be read: {error}") from error
     stored = numpy_column_dtype(dtype, path)
     if not shape:
-        raise SourceError(f"{path} is a single number: its first dimension has to be that of samples")
+        raise SourceError(
+            f"{path} is a single number: its first dimension has to be that of samples"
+        )
     size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if length < offset + size:
-        raise SourceError(f"{path} is cut short: it has {length} bytes of {offset + size}; copy it again")
-    strides = np.empty((0,), dtype).strides if not size else _strides(shape, dtype.itemsize, fortran)
+        raise SourceError(
+            f"{path} is cut short: it has {length} bytes of {offset + size}; copy it again"
+        )
+    strides = (
+        np.empty((0,), dtype).strides if not size else _strides(shape, dtype.itemsize, fortran)
+    )
     return MappedColumn(os.path.abspath(path), shape, strides, offset, dtype, stored)
 
 

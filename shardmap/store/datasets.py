@@ -13,7 +13,8 @@ from shardmap.errors import SourceError
 from shardmap.store import elements
 
 _LARGE_BYTES = 16 << 20
-"""A dataset that pickles to more than this has its data in memory: rows are sent rather than all of it to every worker."""
+"""A dataset that pickles to more than this has its data in memory: rows are sent rather than all
+of it to every worker."""
 
 
 class _TooLargeError(Exception):
@@ -35,7 +36,10 @@ class _Counter:
 
 
 def importable(obj: object) -> bool:
-    """Whether a worker can make this object from a small pickle: its class can be imported there, and its data is not in it."""
+    """Whether a worker can make this object from a small pickle.
+
+    Its class can be imported there, and its data is not in it.
+    """
     if type(obj).__module__ == "__main__" or "<locals>" in type(obj).__qualname__:
         return False
     try:
@@ -58,11 +62,15 @@ def _columns(items: Any, what: str) -> dict[str, torch.Tensor]:
     elif isinstance(items, tuple | list):
         named = {str(i): value for i, value in enumerate(items)}
     else:
-        raise SourceError(f"{what} gives {type(items).__name__}: items have to be tensors, numbers, or a tuple or dict of them")
+        raise SourceError(
+            f"{what} gives {type(items).__name__}: items have to be tensors, numbers, or a tuple "
+            "or dict of them"
+        )
     for key, value in named.items():
         if not isinstance(value, torch.Tensor) or not elements.storable(value.dtype):
             raise SourceError(
-                f"{what} gives {type(value).__name__} for {key!r}: items have to be tensors, numbers, or one tuple or dict of them"
+                f"{what} gives {type(value).__name__} for {key!r}: items have to be tensors, "
+                "numbers, or one tuple or dict of them"
             )
     return named
 
@@ -79,5 +87,7 @@ def fetch(dataset: Any, start: int, stop: int, what: str) -> tuple[dict[str, tor
     try:
         batch = default_collate(items)
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
-        raise SourceError(f"{what}: items {start} to {stop - 1} cannot be put side by side: {error}") from error
+        raise SourceError(
+            f"{what}: items {start} to {stop - 1} cannot be put side by side: {error}"
+        ) from error
     return _columns(batch, what), isinstance(batch, Mapping)

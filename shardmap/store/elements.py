@@ -54,7 +54,10 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 
 def storable(dtype: torch.dtype) -> bool:
-    """Whether files can hold this dtype: all but quantized ones and those of fewer than eight bits."""
+    """Whether files can hold this dtype.
+
+    All but quantized ones and those of fewer than eight bits.
+    """
     return dtype in _NUMPY or dtype in _BITS
 
 
@@ -71,23 +74,30 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
 def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
     """What torch calls numpy's dtype, in whichever byte order; None if it has nothing like it.
 
-    Extension types that jax and ml_dtypes register with numpy (`bfloat16`, `float8_e4m3fn`) are known by their names.
+    Extension types that jax and ml_dtypes register with numpy (`bfloat16`, `float8_e4m3fn`) are
+    known by their names.
     """
     known = _FROM_NUMPY.get(dtype.newbyteorder("="))
     return known if known is not None else dtype_named(dtype.name)
 
 
 def as_numpy(t: torch.Tensor) -> np.ndarray:
-    """The tensor's elements without a copy where it is contiguous; bits where numpy lacks the dtype."""
+    """The tensor's elements without a copy where it is contiguous.
+
+    Bits where numpy lacks the dtype.
+    """
     dense = t.detach().resolve_conj().resolve_neg().contiguous()
     return dense.view(bits_of(dense.dtype)).numpy()
 
 
 def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """The array as a tensor of `dtype`; memory is shared where it is writable, aligned, and in the machine's byte order.
+    """The array as a tensor of `dtype`.
+
+    Memory is shared where it is writable, aligned, and in the machine's byte order.
 
     Args:
-        a: Of `numpy_dtype(dtype)`, in any byte order, or of an extension type with the name of `dtype`.
+        a: Of `numpy_dtype(dtype)`, in any byte order, or of an extension type with the name of
+            `dtype`.
         dtype: Of the result.
     """
     native = numpy_dtype(dtype)
@@ -95,7 +105,11 @@ def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         a = np.ascontiguousarray(a).view(native)  # an extension type: the bits are what it holds
     a = np.asarray(a, dtype=native)
     # Torch has no negative strides, and crashes on complex128 that numpy aligned to 8 bytes.
-    if not a.flags.writeable or any(s < 0 for s in a.strides) or a.__array_interface__["data"][0] % native.itemsize:
+    if (
+        not a.flags.writeable
+        or any(s < 0 for s in a.strides)
+        or a.__array_interface__["data"][0] % native.itemsize
+    ):
         a = a.copy()
     return torch.from_numpy(a).view(dtype)
 
@@ -106,21 +120,29 @@ def raw(t: torch.Tensor) -> memoryview:
 
 
 _Hash = Callable[[memoryview], Any]
-_HASHES: dict[str, _Hash] = {"sha256": hashlib.sha256, "blake2b": functools.partial(hashlib.blake2b, digest_size=16)}
+_HASHES: dict[str, _Hash] = {
+    "sha256": hashlib.sha256,
+    "blake2b": functools.partial(hashlib.blake2b, digest_size=16),
+}
 
 
 @functools.cache
 def fastest_hash() -> str:
     """The faster of the two collision-safe hashes on this processor.
 
-    SHA-256 where the processor has instructions for it (2.0 GiB/s against blake2b's 1.4 on an EPYC), otherwise blake2b
-    (about 1 GiB/s against 0.4). A checksum carries the name of its hash, so workers on different processors may differ.
+    SHA-256 where the processor has instructions for it (2.0 GiB/s against blake2b's 1.4 on an
+    EPYC), otherwise blake2b (about 1 GiB/s against 0.4). A checksum carries the name of its hash,
+    so workers on different processors may differ.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text().replace("\n", " ").split(" ")
     except OSError:
         flags = []
-    accelerated = "sha_ni" in flags or "sha2" in flags or (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    accelerated = (
+        "sha_ni" in flags
+        or "sha2" in flags
+        or (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    )
     return "sha256" if accelerated else "blake2b"
 
 

@@ -1,4 +1,7 @@
-"""What a store holds, as frozen data: the header that says so, and the receipt for one unit that was written."""
+"""What a store holds, as frozen data.
+
+The header that says so, and the receipt for one unit that was written.
+"""
 
 from __future__ import annotations
 
@@ -47,30 +50,42 @@ class Header:
     """What a store holds, and of which run it is.
 
     Raises:
-        StoreError: Names are empty or given twice, a dtype cannot be stored, an identity is missing, attributes are no JSON.
+        StoreError: Names are empty or given twice, a dtype cannot be stored, an identity is
+            missing, attributes are no JSON.
     """
 
     samples: int
     """Rows of every output."""
     unit: int
-    """Rows per storage unit: unit k holds the rows from k * unit to (k + 1) * unit, the last one what is left."""
+    """Rows per storage unit: unit k holds the rows from k * unit to (k + 1) * unit, the last one
+    what is left."""
     outputs: tuple[OutputSpec, ...]
     identity: dict[str, str]
     """Hashes named "program", "data" and "plan"."""
     attributes: dict[str, Any]
-    """Anything JSON: versions, names, the configuration's hash. Not compared when a run is resumed."""
+    """Anything JSON: versions, names, the configuration's hash. Not compared when a run is
+    resumed."""
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.unit < 1:
-            raise StoreError(f"a store of {self.samples} samples in units of {self.unit}: at least 0 samples, and 1 per unit")
+            raise StoreError(
+                f"a store of {self.samples} samples in units of {self.unit}: at least 0 samples, "
+                "and 1 per unit"
+            )
         if not self.outputs:
             raise StoreError("a store needs at least one output")
         _check_names([spec.name for spec in self.outputs])
         for spec in self.outputs:
             if not elements.storable(spec.dtype):
-                raise StoreError(f"output {spec}: files cannot hold {spec.dtype}; convert it inside the mapped function")
+                raise StoreError(
+                    f"output {spec}: files cannot hold {spec.dtype}; convert it inside the mapped "
+                    "function"
+                )
         if missing := [key for key in IDENTITY if not isinstance(self.identity.get(key), str)]:
-            raise StoreError(f"identity has no hash for {', '.join(missing)}: it takes one each for {', '.join(IDENTITY)}")
+            raise StoreError(
+                f"identity has no hash for {', '.join(missing)}: it takes one each for "
+                f"{', '.join(IDENTITY)}"
+            )
         try:
             plain = json.loads(json.dumps(self.attributes))
         except (TypeError, ValueError) as error:
@@ -111,7 +126,9 @@ class Header:
         names = [spec.name for spec in self.outputs]
         if isinstance(output, str):
             if output not in names:
-                raise StoreError(f"no output is named {output!r}; there are {', '.join(map(repr, names))}")
+                raise StoreError(
+                    f"no output is named {output!r}; there are {', '.join(map(repr, names))}"
+                )
             return names.index(output)
         if not -len(names) <= output < len(names):
             raise StoreError(f"no output has the position {output}; there are {len(names)}")
@@ -119,7 +136,10 @@ class Header:
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON can hold."""
-        outputs = [{"name": s.name, "shape": list(s.shape), "dtype": elements.dtype_name(s.dtype)} for s in self.outputs]
+        outputs = [
+            {"name": s.name, "shape": list(s.shape), "dtype": elements.dtype_name(s.dtype)}
+            for s in self.outputs
+        ]
         return {
             "samples": self.samples,
             "unit": self.unit,
@@ -142,14 +162,22 @@ class Header:
                 if dtype is None:
                     raise ValueError(f"unknown dtype {o['dtype']!r}")
                 outputs.append(OutputSpec(o["name"], tuple(o["shape"]), dtype))
-            return Header(data["samples"], data["unit"], tuple(outputs), data["identity"], data["attributes"])
+            return Header(
+                data["samples"], data["unit"], tuple(outputs), data["identity"], data["attributes"]
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"the header cannot be understood ({error!r}): it may be of another version of shardmap") from error
+            raise StoreError(
+                f"the header cannot be understood ({error!r}): it may be of another version of "
+                "shardmap"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a worker returns for a unit that it has written; nothing is done until the driver has committed it."""
+    """What a worker returns for a unit that it has written.
+
+    Nothing is done until the driver has committed it.
+    """
 
     unit: int
     start: int
@@ -162,18 +190,31 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON can hold."""
-        return {"unit": self.unit, "start": self.start, "stop": self.stop, "bytes": self.bytes, "checksums": list(self.checksums)}
+        return {
+            "unit": self.unit,
+            "start": self.start,
+            "stop": self.stop,
+            "bytes": self.bytes,
+            "checksums": list(self.checksums),
+        }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Receipt:
         """Back from `to_json`; raises KeyError or TypeError on anything else."""
-        return Receipt(int(data["unit"]), int(data["start"]), int(data["stop"]), int(data["bytes"]), tuple(data["checksums"]))
+        return Receipt(
+            int(data["unit"]),
+            int(data["start"]),
+            int(data["stop"]),
+            int(data["bytes"]),
+            tuple(data["checksums"]),
+        )
 
 
 def differences(stored: Header, wanted: Header) -> list[str]:
     """What tells two runs apart, each in words; nothing if the one can be resumed as the other."""
     out = [
-        f"{key}: {meaning} ({stored.identity[key][:12]} is stored, {wanted.identity[key][:12]} is wanted)"
+        f"{key}: {meaning} ({stored.identity[key][:12]} is stored, {wanted.identity[key][:12]} is "
+        "wanted)"
         for key, meaning in IDENTITY.items()
         if stored.identity[key] != wanted.identity[key]
     ]
@@ -188,20 +229,31 @@ def differences(stored: Header, wanted: Header) -> list[str]:
         if a.shape != b.shape:
             out.append(f"shape of {a.name}: {list(a.shape)} is stored, {list(b.shape)} is wanted")
         if a.dtype != b.dtype:
-            out.append(f"dtype of {a.name}: {elements.dtype_name(a.dtype)} is stored, {elements.dtype_name(b.dtype)} is wanted")
+            out.append(
+                f"dtype of {a.name}: {elements.dtype_name(a.dtype)} is stored, "
+                f"{elements.dtype_name(b.dtype)} is wanted"
+            )
     return out
 
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not name:
-            raise StoreError(f"an output is named {name!r}: names are texts of at least one character")
+            raise StoreError(
+                f"an output is named {name!r}: names are texts of at least one character"
+            )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise StoreError(f"several outputs are named {', '.join(map(repr, twice))}: give each a name of its own")
+        raise StoreError(
+            f"several outputs are named {', '.join(map(repr, twice))}: give each a name of its own"
+        )
 
 
 def file_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names for files: other characters than letters of ASCII, digits, `.`, `-` and `_` become `_`, equal ones get numbers."""
+    """Names for files.
+
+    Other characters than letters of ASCII, digits, `.`, `-` and `_` become `_`, equal ones get
+    numbers.
+    """
     taken = set(_RESERVED)
     out = []
     for name in names:

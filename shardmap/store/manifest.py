@@ -1,8 +1,11 @@
-"""What of a store is done: a header, and an entry for each unit that was committed. Nothing else decides it.
+"""What of a store is done: a header, and an entry for each unit that was committed.
 
-A folder has `manifest.jsonl`, a line per entry, appended and synced to the disk. Where nothing can be appended to a file
-(object stores) each entry is a small object under `manifest/`. Entries carry a CRC-32 of their text: it tells a changed digit
-from a good one at no cost (the data has hashes), and a line that was cut short in a crash from one that is whole.
+Nothing else decides it.
+
+A folder has `manifest.jsonl`, a line per entry, appended and synced to the disk. Where nothing can
+be appended to a file (object stores) each entry is a small object under `manifest/`. Entries carry
+a CRC-32 of their text: it tells a changed digit from a good one at no cost (the data has hashes),
+and a line that was cut short in a crash from one that is whole.
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ class Head:
         if not isinstance(about, dict) or not isinstance(about.get("format"), int):
             raise StoreError(f"{url}: its manifest is none of shardmap's")
         if about["format"] > FORMAT:
-            raise StoreError(f"{url}: written by a later version of shardmap (format {about['format']}, here {FORMAT}): upgrade shardmap")
+            raise StoreError(
+                f"{url}: written by a later version of shardmap (format {about['format']}, here "
+                f"{FORMAT}): upgrade shardmap"
+            )
         return Head(str(about["kind"]), Header.from_json(data))
 
 
@@ -148,7 +154,8 @@ class Journal(Manifest):
     def _local(self) -> LocalPlace:
         if not isinstance(self.place, LocalPlace):
             raise StoreError(
-                f"{self.place.url}: the store was copied there from a folder and can only be read; write to a copy in a folder"
+                f"{self.place.url}: the store was copied there from a folder and can only be read; "
+                "write to a copy in a folder"
             )
         return self.place
 
@@ -184,7 +191,9 @@ def _write_all(handle: int, data: bytes, at: int) -> None:
 
 
 def _parse(data: bytes, signature: Any, url: str) -> _State:
-    *lines, _ = data.split(b"\n")  # after the last line's end there is nothing, or a line that was cut short
+    *lines, _ = data.split(
+        b"\n"
+    )  # after the last line's end there is nothing, or a line that was cut short
     entries = [decode(line) for line in lines]
     if len(entries) > 1 and entries[-1] is None:
         entries.pop()  # the disk may have the length of a line before it has the line
@@ -199,7 +208,12 @@ def _parse(data: bytes, signature: Any, url: str) -> _State:
         if receipt is None:
             raise StoreError(f"{url}: line {number} of {JOURNAL} is damaged; {_REMEDY}")
         receipts[receipt.unit] = receipt
-    return _State(signature, Head.from_json(entries[0], url), receipts, sum(len(line) + 1 for line in lines[: len(entries)]))
+    return _State(
+        signature,
+        Head.from_json(entries[0], url),
+        receipts,
+        sum(len(line) + 1 for line in lines[: len(entries)]),
+    )
 
 
 def _receipt(entry: dict[str, Any] | None) -> Receipt | None:
@@ -229,8 +243,13 @@ class Objects(Manifest):
         names = [name for name in self.place.names(FOLDER) if _ENTRY.fullmatch(name)]
         before = self._seen or {}
         fresh = [name for name in names if name not in before]
-        read = dict(zip(fresh, self.place.read_many([f"{FOLDER}/{name}" for name in fresh]), strict=True))
-        self._seen = {name: before[name] if name in before else self._receipt(name, read[name]) for name in names}
+        read = dict(
+            zip(fresh, self.place.read_many([f"{FOLDER}/{name}" for name in fresh]), strict=True)
+        )
+        self._seen = {
+            name: before[name] if name in before else self._receipt(name, read[name])
+            for name in names
+        }
         return self._by_unit()
 
     def known(self) -> dict[int, Receipt]:
@@ -260,7 +279,10 @@ class Objects(Manifest):
     def _receipt(self, name: str, data: bytes) -> Receipt:
         receipt = _receipt(decode(data))
         if receipt is None:
-            raise StoreError(f"{self.place.url}: {FOLDER}/{name} is damaged; remove it, and its unit is computed again")
+            raise StoreError(
+                f"{self.place.url}: {FOLDER}/{name} is damaged; remove it, and its unit is "
+                "computed again"
+            )
         return receipt
 
     def _by_unit(self) -> dict[int, Receipt]:

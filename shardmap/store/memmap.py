@@ -21,14 +21,17 @@ from shardmap.store.sink import PlaceSink
 class MemmapSink(PlaceSink):
     """Write results to files `<output>.npy` of their final size; rows not written yet take no room.
 
-    `np.load(path, mmap_mode="r")` reads them. What numpy lacks is stored as unsigned integers of the same bits (bfloat16 as
-    uint16). A unit is written in its place, so it is whole only once it is committed.
+    `np.load(path, mmap_mode="r")` reads them. What numpy lacks is stored as unsigned integers of
+    the same bits (bfloat16 as uint16). A unit is written in its place, so it is whole only once it
+    is committed.
 
     Args:
-        folder: Where the files go. Writers on several machines share files: a network file system must let them (Lustre, GPFS and
-            NFS do); prefer ZarrSink where you are not sure.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
-        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
+        folder: Where the files go. Writers on several machines share files: a network file system
+            must let them (Lustre, GPFS and NFS do); prefer ZarrSink where you are not sure.
+        overwrite: Whether a store that is there already may be replaced. Anything else that is
+            there never is.
+        attributes: Names and values that the store keeps with its header; anything that JSON can
+            hold.
     """
 
     folder: str | os.PathLike[str]
@@ -73,7 +76,8 @@ class MemmapStore(Store):
         return os.path.join(self.url, f"{self._names[index]}.npy")
 
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        # Through the file, not the mapping: when a disk is full, a write to a mapping kills the process (SIGBUS).
+        # Through the file, not the mapping: when a disk is full, a write to a mapping kills the
+        # process (SIGBUS).
         start, _ = self.header.rows(unit)
         for index, t in enumerate(tensors):
             offset = self._offset(index) + start * self.header.outputs[index].row_bytes
@@ -106,7 +110,11 @@ class MemmapStore(Store):
             raise self._damaged(f"{name} is gone") from None
         except ValueError as error:
             raise self._damaged(f"{name} is no .npy file ({error})") from error
-        if shape != (self.header.samples, *spec.shape) or fortran or dtype != elements.numpy_dtype(spec.dtype):
+        if (
+            shape != (self.header.samples, *spec.shape)
+            or fortran
+            or dtype != elements.numpy_dtype(spec.dtype)
+        ):
             raise self._damaged(f"{name} has {dtype} {list(shape)}, not what this store declares")
         return offset
 
@@ -115,9 +123,15 @@ class MemmapStore(Store):
 
 
 def _allocate(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A `.npy` file of zeros that takes no room; `np.lib.format.open_memmap` makes no empty ones, and leaves half of one on failure."""
+    """A `.npy` file of zeros that takes no room.
+
+    `np.lib.format.open_memmap` makes no empty ones, and leaves half of one on failure.
+    """
     with replacing(path) as temporary, open(temporary, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            f,
+            {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape},
+        )
         f.truncate(f.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
 
 
@@ -145,7 +159,10 @@ def read_npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         ValueError: It is none, or holds Python objects.
     """
     version = np.lib.format.read_magic(f)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in readers:
         raise ValueError(f"version {version[0]}.{version[1]} of the format is unknown here")
     shape, fortran, dtype = readers[version](f)

@@ -1,4 +1,7 @@
-"""Where files are: a folder of this machine, or a URL that fsspec opens. Failures are put into words here."""
+"""Where files are: a folder of this machine, or a URL that fsspec opens.
+
+Failures are put into words here.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from shardmap.errors import ShardmapError, StoreError
 logger = logging.getLogger("shardmap")
 
 _REMEDIES = {
-    errno.ENOSPC: "free space there, or let a larger disk hold it, then resume: what is committed is kept",
+    errno.ENOSPC: "free space there, or let a larger disk hold it, then resume: what is committed "
+    "is kept",
     errno.EDQUOT: "raise the quota or free space, then resume: what is committed is kept",
-    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger files: lift it, or make the units smaller",
+    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger files: lift it, or "
+    "make the units smaller",
     errno.EACCES: "give this user the right to do so, or choose another place",
     errno.EPERM: "give this user the right to do so, or choose another place",
     errno.EROFS: "the file system is read-only: mount it writable, or choose another place",
@@ -33,8 +38,14 @@ _REMEDIES = {
 def reason(error: BaseException) -> str:
     """An error on one line, with the remedy where there is a known one."""
     number = error.errno if isinstance(error, OSError) else None
-    text = os.strerror(number) if number is not None else f"{type(error).__name__}: {error}".replace("\n", " ")
-    remedy = _REMEDIES.get(number or 0, "check that the place can be reached from this machine, then resume")
+    text = (
+        os.strerror(number)
+        if number is not None
+        else f"{type(error).__name__}: {error}".replace("\n", " ")
+    )
+    remedy = _REMEDIES.get(
+        number or 0, "check that the place can be reached from this machine, then resume"
+    )
     return f"{text} (on {platform.node()}); {remedy}"
 
 
@@ -47,7 +58,8 @@ class Place(ABC):
     """A folder of files by name."""
 
     remote: bool
-    """Whether fsspec opens it: nothing can be appended to a file there, and writing one replaces it whole."""
+    """Whether fsspec opens it: nothing can be appended to a file there, and writing one replaces
+    it whole."""
     travels: bool
     """Whether other processes find the same files under this URL."""
 
@@ -168,7 +180,9 @@ class RemotePlace(Place):
         fsspec = require("fsspec", extra="run", purpose=f"to open {url}")
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
-        except Exception as error:  # an unknown protocol, a client that is not installed, credentials
+        except (
+            Exception
+        ) as error:  # an unknown protocol, a client that is not installed, credentials
             raise StoreError(f"{url}: fsspec cannot open this URL: {reason(error)}") from error
         protocol = self._files.protocol
         self.travels = "memory" not in ((protocol,) if isinstance(protocol, str) else protocol)
@@ -185,12 +199,15 @@ class RemotePlace(Place):
         """What lies directly in a folder, sorted; nothing if it is not there."""
         path = self._path(folder)
         with self.explained("listing"):
-            self._files.invalidate_cache()  # fsspec remembers listings, and workers write behind its back
+            # fsspec remembers listings, and workers write behind its back
+            self._files.invalidate_cache()
             try:
                 found = self._files.ls(path, detail=False)
             except FileNotFoundError:
                 return []
-            names = {p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != path.strip("/")}
+            names = {
+                p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != path.strip("/")
+            }
             return sorted(names - {""})
 
     def read(self, name: str) -> bytes:
@@ -221,7 +238,10 @@ class RemotePlace(Place):
 
 
 def place_of(url: str | os.PathLike[str]) -> Place:
-    """The place that a path or URL names. Paths become absolute: workers have another working directory."""
+    """The place that a path or URL names.
+
+    Paths become absolute: workers have another working directory.
+    """
     text = os.fspath(url)
     if not isinstance(text, str) or not text:
         raise StoreError(f"{url!r} is no place for a store: give a path or a URL")
@@ -240,7 +260,10 @@ def local_only(place: Place, sink: str) -> None:
         StoreError: The place is no folder.
     """
     if not isinstance(place, LocalPlace):
-        raise StoreError(f"{place.url}: {sink} writes to folders only: use ZarrSink for URLs, or a folder where the place is mounted")
+        raise StoreError(
+            f"{place.url}: {sink} writes to folders only: use ZarrSink for URLs, or a folder where "
+            "the place is mounted"
+        )
 
 
 def sync(path: str) -> None:
@@ -261,7 +284,10 @@ TEMPORARY = ".tmp"
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary name beside `path`: what is written to it takes the place of `path` at the end, or is removed on failure."""
+    """A temporary name beside `path`.
+
+    What is written to it takes the place of `path` at the end, or is removed on failure.
+    """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -286,13 +312,17 @@ def sweep(folder: str, ending: str) -> None:
 
 
 def warn_if_full(place: Place, needed: int) -> None:
-    """Say so where the disk has less room than results need: a run of hours should not end there."""
+    """Say so where the disk has less room than results need.
+
+    A run of hours should not end there.
+    """
     if isinstance(place, LocalPlace):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(place.url).free
             if free < needed:
                 logger.warning(
-                    "%s: the results need %.1f MiB, and %.1f MiB are free there; when the disk is full the run stops, and resuming goes on",
+                    "%s: the results need %.1f MiB, and %.1f MiB are free there; when the disk is "
+                    "full the run stops, and resuming goes on",
                     place.url,
                     needed / 2**20,
                     free / 2**20,

@@ -17,8 +17,9 @@ from shardmap.store.opening import open_store
 from shardmap.store.sink import Sink
 
 ROUNDING = {1: 1, 2: 4, 4: 64}
-"""By bytes of a real number: units in the last place of an output's largest value in a storage unit, by which numbers may differ that
-were summed in another order: other chunk sizes take other kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
+"""By bytes of a real number: units in the last place of an output's largest value in a storage
+unit, by which numbers may differ that were summed in another order: other chunk sizes take other
+kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,11 @@ class Comparison:
 
     def __str__(self) -> str:
         where = f"unit {self.unit} (rows {self.start} to {self.stop - 1})"
-        return f"{where}: " + ("equal to the last bit" if self.exact else f"{self.output} differs by up to {self.difference:.3g}")
+        return f"{where}: " + (
+            "equal to the last bit"
+            if self.exact
+            else f"{self.output} differs by up to {self.difference:.3g}"
+        )
 
 
 def choose(store: Store, count: int, seed: int = 0, damaged: Sequence[int] = ()) -> list[int]:
@@ -58,10 +63,12 @@ def choose(store: Store, count: int, seed: int = 0, damaged: Sequence[int] = ())
 
 @dataclass(frozen=True)
 class Recompute(Sink):
-    """Compare a random sample of a store's units with what the same call computes now: `vmap(fn, out=Recompute(url), resume=True)(*batch)`.
+    """Compare a random sample of a store's units with what the same call computes now.
 
-    The call returns a store whose `comparisons` say what was found. Function, captured tensors, samples and seed must be those of the call
-    that was stored.
+    `vmap(fn, out=Recompute(url), resume=True)(*batch)`.
+
+    The call returns a store whose `comparisons` say what was found. Function, captured tensors,
+    samples and seed must be those of the call that was stored.
 
     Args:
         url: The store's folder or URL.
@@ -99,12 +106,20 @@ class Recompute(Sink):
         """
         stored = open_store(self.where)
         if not resume:
-            raise StoreError(f"{stored.url}: pass resume=True with out=Recompute(...): units are compared as they were cut")
+            raise StoreError(
+                f"{stored.url}: pass resume=True with out=Recompute(...): units are compared as "
+                "they were cut"
+            )
         if differing := differences(stored.header, header):
             raise StoreMismatchError(
-                f"{stored.url} cannot be compared, it holds another run: {'; '.join(differing)}. Make the call as it was made before"
+                f"{stored.url} cannot be compared, it holds another run: {'; '.join(differing)}. "
+                "Make the call as it was made before"
             )
-        chosen = choose(stored, self.units, self.seed) if isinstance(self.units, int) else list(self.units)
+        chosen = (
+            choose(stored, self.units, self.seed)
+            if isinstance(self.units, int)
+            else list(self.units)
+        )
         return Recomputed(stored, chosen)
 
 
@@ -191,7 +206,9 @@ def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> Compa
 def _difference(old: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
     """The largest difference between two numbers, and how large rounding may make it."""
     if not (old.is_floating_point() or old.is_complex()):
-        return float((new.to(torch.float64) - old.to(torch.float64)).abs().max()), -1.0  # whole numbers are not rounded
+        return float(
+            (new.to(torch.float64) - old.to(torch.float64)).abs().max()
+        ), -1.0  # whole numbers are not rounded
     wide = torch.complex128 if old.is_complex() else torch.float64
     a, b = old.to(wide).flatten(), new.to(wide).flatten()
     differ = ~((a == b) | (a.isnan() & b.isnan()))
@@ -202,4 +219,6 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
     if not len(finite):
         return difference, 0.0
     size = old.dtype.itemsize // (2 if old.is_complex() else 1)
-    return difference, ROUNDING.get(size, ROUNDING[4]) * torch.finfo(old.dtype).eps * float(finite.max())
+    return difference, ROUNDING.get(size, ROUNDING[4]) * torch.finfo(old.dtype).eps * float(
+        finite.max()
+    )

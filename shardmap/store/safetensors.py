@@ -19,7 +19,11 @@ from shardmap.store.header import Header
 from shardmap.store.places import TEMPORARY, Place, local_only, replacing, sweep
 from shardmap.store.sink import PlaceSink
 
-_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+_REAL = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
 """Complex numbers are stored as pairs: the format has none, or one of them in late versions."""
 _BITS = {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
 """Stored as uint8: only late versions of the format have them."""
@@ -29,12 +33,15 @@ _BITS = {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
 class SafetensorsSink(PlaceSink):
     """Write results to files `unit-00000042.safetensors`, each with all outputs of one unit by name.
 
-    Dtypes are exact. Complex numbers are stored as pairs of reals in a last dimension of 2; the files' metadata says so.
+    Dtypes are exact. Complex numbers are stored as pairs of reals in a last dimension of 2; the
+    files' metadata says so.
 
     Args:
         folder: Where the files go. Several machines need a folder that all of them see.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
-        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
+        overwrite: Whether a store that is there already may be replaced. Anything else that is
+            there never is.
+        attributes: Names and values that the store keeps with its header; anything that JSON can
+            hold.
     """
 
     folder: str | os.PathLike[str]
@@ -53,7 +60,10 @@ class SafetensorsSink(PlaceSink):
         require("safetensors", extra="run", purpose="to write safetensors files")
         local_only(place, "SafetensorsSink")
         if any(spec.name == "__metadata__" for spec in header.outputs):
-            raise StoreError("an output is named '__metadata__', which safetensors keeps to itself: give it another name")
+            raise StoreError(
+                "an output is named '__metadata__', which safetensors keeps to itself: give it "
+                "another name"
+            )
 
     def _lay_out(self, store: Store) -> None:
         pass  # units share no file
@@ -68,17 +78,26 @@ class SafetensorsStore(Store):
         return os.path.join(self.url, _name(unit))
 
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        save = require("safetensors.torch", extra="run", purpose="to write safetensors files").save_file
+        save = require(
+            "safetensors.torch", extra="run", purpose="to write safetensors files"
+        ).save_file
         start, stop = self.header.rows(unit)
         specs = self.header.outputs
         dtypes = {spec.name: elements.dtype_name(spec.dtype) for spec in specs}
-        metadata = {"unit": str(unit), "start": str(start), "stop": str(stop), "torch_dtypes": json.dumps(dtypes)}
+        metadata = {
+            "unit": str(unit),
+            "start": str(start),
+            "stop": str(stop),
+            "torch_dtypes": json.dumps(dtypes),
+        }
         plain: dict[str, torch.Tensor] = {}
         storages: set[int] = set()
         for t, spec in zip(tensors, specs, strict=True):
             t = _as_stored(t)
             storage = t.untyped_storage().data_ptr()
-            plain[spec.name] = t.clone() if storage in storages and t.numel() else t  # the library refuses tensors that share memory
+            plain[spec.name] = (
+                t.clone() if storage in storages and t.numel() else t
+            )  # the library refuses tensors that share memory
             storages.add(storage)
         with replacing(self._path(unit)) as temporary:
             try:
@@ -90,7 +109,12 @@ class SafetensorsStore(Store):
         module = require("safetensors", extra="run", purpose="to read safetensors files")
         spec, size = self.header.outputs[index], self.header.unit
         out = torch.empty((stop - start, *spec.shape), dtype=spec.dtype)
-        into = _as_stored(out)  # the library's slices lie in the file's mapping, where torch crashes on complex128 (8 bytes from 16)
+        into = _as_stored(
+            out
+            # the library's slices lie in the file's mapping, where torch crashes on complex128 (8
+            # bytes
+            # from 16)
+        )
         for unit in range(start // size, -(-stop // size)):
             first, last = self.header.rows(unit)
             a, b = max(start, first), min(stop, last)
@@ -100,14 +124,20 @@ class SafetensorsStore(Store):
             except FileNotFoundError:
                 raise self._damaged(f"{_name(unit)} is gone") from None
             except _error() as error:
-                raise self._damaged(f"{_name(unit)} is no whole safetensors file ({error})") from error
+                raise self._damaged(
+                    f"{_name(unit)} is no whole safetensors file ({error})"
+                ) from error
             if rows.dtype != into.dtype or rows.shape != (b - a, *into.shape[1:]):
-                raise self._damaged(f"{_name(unit)} has other rows of {spec.name} than were written")
+                raise self._damaged(
+                    f"{_name(unit)} has other rows of {spec.name} than were written"
+                )
             into[a - start : b - start] = rows
         return out
 
     def _files(self) -> list[str]:
-        return [name for name in self._place.names() if re.fullmatch(r"unit-\d+\.safetensors", name)]
+        return [
+            name for name in self._place.names() if re.fullmatch(r"unit-\d+\.safetensors", name)
+        ]
 
     def _tidy(self) -> None:
         sweep(self.url, TEMPORARY)
@@ -128,7 +158,10 @@ def _error() -> type[Exception]:
 
 
 def _as_os_error(error: Exception) -> Exception:
-    """The library puts what the system said into a text: `I/O error: No space left on device (os error 28)`."""
+    """The library puts what the system said into a text.
+
+    `I/O error: No space left on device (os error 28)`.
+    """
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))
     if found is None:
         return StoreError(f"safetensors cannot write: {error}")

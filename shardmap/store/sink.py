@@ -1,4 +1,7 @@
-"""Sinks: the user's side of a store. One place is laid out once, found again, or refused in words."""
+"""Sinks: the user's side of a store.
+
+One place is laid out once, found again, or refused in words.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,15 @@ from typing import Any
 from shardmap.errors import StoreError, StoreMismatchError
 from shardmap.store.base import Store, kind_of
 from shardmap.store.header import Header, differences
-from shardmap.store.manifest import FOLDER, JOURNAL, Head, Manifest, Objects, find_manifest, new_manifest
+from shardmap.store.manifest import (
+    FOLDER,
+    JOURNAL,
+    Head,
+    Manifest,
+    Objects,
+    find_manifest,
+    new_manifest,
+)
 from shardmap.store.places import LocalPlace, Place, place_of, warn_if_full
 
 
@@ -70,8 +81,8 @@ class PlaceSink(Sink):
 
         Args:
             header: What it is to hold, and of which run it is.
-            resume: Go on with what is stored there; what is not there is made. Otherwise the place must be empty, or hold a store
-                that `overwrite=True` allows to replace.
+            resume: Go on with what is stored there; what is not there is made. Otherwise the place
+                must be empty, or hold a store that `overwrite=True` allows to replace.
 
         Returns:
             The store, ready for workers.
@@ -116,19 +127,28 @@ class PlaceSink(Sink):
         if self.attributes is None:
             return header
         if not isinstance(self.attributes, Mapping):
-            raise StoreError(f"attributes={self.attributes!r} is a {type(self.attributes).__name__}: pass names and values, such as a dict")
+            raise StoreError(
+                f"attributes={self.attributes!r} is a {type(self.attributes).__name__}: pass names "
+                "and values, such as a dict"
+            )
         return dataclasses.replace(header, attributes={**header.attributes, **self.attributes})
 
     def _found(self, place: Place, resume: bool) -> Manifest | None:
-        """The manifest of the store that is there; refuses what is there and may be neither gone on with nor replaced."""
+        """The manifest of the store that is there.
+
+        Refuses what is there and may be neither gone on with nor replaced.
+        """
         if isinstance(place, LocalPlace) and place.exists("") and not place.is_folder():
-            raise StoreError(f"{place.url} is a file, where a store needs a folder: name another place")
+            raise StoreError(
+                f"{place.url} is a file, where a store needs a folder: name another place"
+            )
         manifest = find_manifest(place)
         if manifest is None:
             self._refuse_foreign(place)
         elif not resume and not self.overwrite:
             raise StoreError(
-                f"{place.url} holds a store already: pass resume=True to go on with it, overwrite=True to the sink to replace it, "
+                f"{place.url} holds a store already: pass resume=True to go on with it, "
+                "overwrite=True to the sink to replace it, "
                 "or name another place"
             )
         return manifest
@@ -137,11 +157,13 @@ class PlaceSink(Sink):
         store = self._store(place.url, stored.header)
         if stored.kind != store.kind:
             raise StoreMismatchError(
-                f"{place.url} holds a store of kind {stored.kind}, not {store.kind}: use its sink, or name another place"
+                f"{place.url} holds a store of kind {stored.kind}, not {store.kind}: use its sink, "
+                "or name another place"
             )
         if differing := differences(stored.header, header):
             raise StoreMismatchError(
-                f"{place.url} holds another run, so it cannot be resumed: {'; '.join(differing)}. Make the call as it was made before, "
+                f"{place.url} holds another run, so it cannot be resumed: {'; '.join(differing)}. "
+                "Make the call as it was made before, "
                 "name another place, or start anew with overwrite=True and without resume"
             )
         store._tidy()
@@ -158,7 +180,8 @@ class PlaceSink(Sink):
         if found := place.names():
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise StoreError(
-                f"{place.url} is not empty and no store of shardmap ({', '.join(found[:3])}{more}; no manifest): nothing of it is touched, "
+                f"{place.url} is not empty and no store of shardmap ({', '.join(found[:3])}{more}; "
+                "no manifest): nothing of it is touched, "
                 "even with overwrite=True; name another place, or remove it yourself"
             )
 

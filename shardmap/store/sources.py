@@ -24,7 +24,10 @@ _BLOCK_BYTES = 16 << 20
 
 
 class Source(ABC):
-    """Samples as columns with one row each. Picklable, and cheap to pickle where `travels` is true."""
+    """Samples as columns with one row each.
+
+    Picklable, and cheap to pickle where `travels` is true.
+    """
 
     specs: tuple[OutputSpec, ...]
     """Name, shape and dtype of a row of each column."""
@@ -43,13 +46,18 @@ class Source(ABC):
         """
         names = [spec.name for spec in self.specs]
         if name not in names:
-            raise SourceError(f"there is no column {name!r}; there are {', '.join(map(repr, names))}")
+            raise SourceError(
+                f"there is no column {name!r}; there are {', '.join(map(repr, names))}"
+            )
         return self.columns[names.index(name)]
 
     @property
     @abstractmethod
     def travels(self) -> bool:
-        """Whether workers can read by themselves what this names; otherwise rows have to be sent. Files must be where they look."""
+        """Whether workers can read by themselves what this names; otherwise rows have to be sent.
+
+        Files must be where they look.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -67,7 +75,8 @@ class Source(ABC):
             stop: One past the last.
 
         Returns:
-            One tensor per column, `[stop - start, *shape]`. Nobody may write to them: they may share memory with the data.
+            One tensor per column, `[stop - start, *shape]`. Nobody may write to them: they may
+            share memory with the data.
 
         Raises:
             SourceError: Rows are out of range, or cannot be read.
@@ -79,19 +88,27 @@ class Source(ABC):
         return self._read(start, stop)
 
     def digest(self) -> str:
-        """Hash of all rows, their shapes and dtypes: equal for equal data, whatever holds it. Reads everything once.
+        """Hash of all rows, their shapes and dtypes: equal for equal data, whatever holds it.
 
-        blake2b on every machine, because runs are told apart by it, also when another machine resumes them.
+        Reads everything once.
+
+        blake2b on every machine, because runs are told apart by it, also when another machine
+        resumes them.
         """
         if self._digest is None:
             hashes = [hashlib.blake2b(digest_size=16) for _ in self.specs]
             step = max(1, _BLOCK_BYTES // max(1, sum(spec.row_bytes for spec in self.specs)))
             for start in range(0, len(self), step):
-                for column, one in zip(self.read(start, min(start + step, len(self))), hashes, strict=True):
+                for column, one in zip(
+                    self.read(start, min(start + step, len(self))), hashes, strict=True
+                ):
                     one.update(elements.raw(column.cpu()))
             whole = hashlib.blake2b(digest_size=16)
             for spec, one in zip(self.specs, hashes, strict=True):
-                whole.update(f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} {one.hexdigest()}\n".encode())
+                whole.update(
+                    f"{elements.dtype_name(spec.dtype)} {len(self)} {list(spec.shape)} "
+                    f"{one.hexdigest()}\n".encode()
+                )
             self._digest = whole.hexdigest()
         return self._digest
 
@@ -109,7 +126,8 @@ class Columns(Source):
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name}: {rows}" for name, rows in lengths.items())
             raise SourceError(
-                f"columns have different numbers of rows ({told}): select those that belong together with names=, or cut them"
+                f"columns have different numbers of rows ({told}): select those that belong "
+                "together with names=, or cut them"
             )
 
     @property
@@ -139,12 +157,18 @@ class DatasetSource(Source):
         self._waiting: dict[int, torch.Tensor] = {}
         """Of the items that were read last: what no column has asked for yet."""
         if not len(dataset):
-            raise SourceError(f"{self._what} is empty, so that nothing tells the shapes of its items: give tensors of no rows instead")
+            raise SourceError(
+                f"{self._what} is empty, so that nothing tells the shapes of its items: give "
+                "tensors of no rows instead"
+            )
         first, named = datasets.fetch(dataset, 0, 1, self._what)
         self._keys = _chosen(tuple(first), named, names)
         """Of the items, by column."""
         shown = self._keys if names is None else tuple(names)
-        self.specs = tuple(OutputSpec(n, tuple(first[k].shape[1:]), first[k].dtype) for n, k in zip(shown, self._keys, strict=True))
+        self.specs = tuple(
+            OutputSpec(n, tuple(first[k].shape[1:]), first[k].dtype)
+            for n, k in zip(shown, self._keys, strict=True)
+        )
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -176,7 +200,10 @@ class DatasetSource(Source):
         out = tuple(batch[key] for key in self._keys)
         for t, spec in zip(out, self.specs, strict=True):
             if (tuple(t.shape[1:]), t.dtype) != (spec.shape, spec.dtype):
-                raise SourceError(f"{self._what}: items {start} to {stop - 1} are {t.dtype} {list(t.shape[1:])}, the first is {spec}")
+                raise SourceError(
+                    f"{self._what}: items {start} to {stop - 1} are {t.dtype} {list(t.shape[1:])}, "
+                    f"the first is {spec}"
+                )
         return out
 
 
@@ -202,18 +229,22 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
     """Whatever holds samples, as columns that can be read row by row.
 
     Args:
-        obj: A tensor or array (a column whose first dimension is that of samples); a tuple, list or dict of them, of `.npy` paths or
-            of zarr arrays; the path of a `.npy` or `.safetensors` file, or a list of `.safetensors` files whose rows follow each other;
-            the path or URL of a zarr array, a zarr group, or a store that shardmap wrote; an open one of these; a map-style
-            `torch.utils.data.Dataset`, whose items are tensors, numbers, or a tuple or dict of them.
-        names: Which columns, and in which order, where they have names (dict, zarr group, safetensors, store, dataset of dicts);
-            otherwise what to call them.
+        obj: A tensor or array (a column whose first dimension is that of samples); a tuple, list or
+            dict of them, of `.npy` paths or of zarr arrays; the path of a `.npy` or `.safetensors`
+            file, or a list of `.safetensors` files whose rows follow each other; the path or URL of
+            a zarr array, a zarr group, or a store that shardmap wrote; an open one of these; a
+            map-style `torch.utils.data.Dataset`, whose items are tensors, numbers, or a tuple or
+            dict of them.
+        names: Which columns, and in which order, where they have names (dict, zarr group,
+            safetensors, store, dataset of dicts); otherwise what to call them.
 
     Returns:
-        The source. `np.memmap` arrays and files are mapped by each process that reads them; no pickle is ever loaded from data.
+        The source. `np.memmap` arrays and files are mapped by each process that reads them; no
+        pickle is ever loaded from data.
 
     Raises:
-        SourceError: The kind is unknown, a path is not there, columns are of unequal length, or of a dtype that tensors cannot have.
+        SourceError: The kind is unknown, a path is not there, columns are of unequal length, or of
+            a dtype that tensors cannot have.
 
     Examples:
         >>> import torch, shardmap
@@ -222,7 +253,8 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
         (3, (tensor([[2., 3.],
                 [4., 5.]]), tensor([1., 1.])))
 
-        Its columns are arguments of mapped functions, read as they are needed, by the workers of a cluster themselves:
+        Its columns are arguments of mapped functions, read as they are needed, by the workers of a
+        cluster themselves:
 
         >>> shardmap.vmap(lambda x, y: x.sum() * y)(*pairs.columns)
         tensor([1., 5., 9.])
@@ -233,12 +265,18 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
         obj = obj.tensors
     if isinstance(obj, IterableDataset):
         raise SourceError(
-            f"{type(obj).__name__} can only be read from its beginning: a map-style dataset is needed, with len() and items by number"
+            f"{type(obj).__name__} can only be read from its beginning: a map-style dataset is "
+            "needed, with len() and items by number"
         )
     found = _columns(obj)
     if found is None:
-        if not (hasattr(obj, "__getitem__") and hasattr(obj, "__len__")) or isinstance(obj, str | bytes | os.PathLike | Mapping | Sequence):
-            raise SourceError(f"samples cannot be read from {_described(obj)}; see shardmap.source for what can be given")
+        if not (hasattr(obj, "__getitem__") and hasattr(obj, "__len__")) or isinstance(
+            obj, str | bytes | os.PathLike | Mapping | Sequence
+        ):
+            raise SourceError(
+                f"samples cannot be read from {_described(obj)}; see shardmap.source for what can "
+                "be given"
+            )
         return DatasetSource(obj, names)
     columns, named = found
     keys = _chosen(tuple(columns), named, names)
@@ -256,7 +294,9 @@ def _columns(obj: Any) -> tuple[dict[str, Column], bool] | None:
     if isinstance(obj, torch.Tensor | np.ndarray | Column):
         return {"0": _one(obj, "what was given")}, False
     if isinstance(obj, Mapping) or (isinstance(obj, tuple | list) and obj):
-        if isinstance(obj, tuple | list) and all(isinstance(p, str | os.PathLike) and os.fspath(p).endswith(".safetensors") for p in obj):
+        if isinstance(obj, tuple | list) and all(
+            isinstance(p, str | os.PathLike) and os.fspath(p).endswith(".safetensors") for p in obj
+        ):
             return stored.from_safetensors([_existing(os.fspath(p)) for p in obj]), True
         pairs = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
         columns = {str(key): _one(value, f"column {key!r}") for key, value in pairs}
@@ -277,13 +317,20 @@ def _one(obj: Any, what: str) -> Column:
         if found is not None and len(found[0]) == 1:
             return next(iter(found[0].values()))
         raise SourceError(f"{what} has several columns: give it alone, and select with names=")
-    raise SourceError(f"{what} is {_described(obj)}, where a tensor, an array, a `.npy` path or a zarr array is needed")
+    raise SourceError(
+        f"{what} is {_described(obj)}, where a tensor, an array, a `.npy` path or a zarr array is "
+        "needed"
+    )
 
 
 def _at_path(text: str) -> tuple[dict[str, Column], bool]:
     if text.endswith((".npy", ".safetensors")):
         path = _existing(text)
-        return ({"0": from_npy(path)}, False) if text.endswith(".npy") else (stored.from_safetensors([path]), True)
+        return (
+            ({"0": from_npy(path)}, False)
+            if text.endswith(".npy")
+            else (stored.from_safetensors([path]), True)
+        )
     store = stored.store_at(text)
     if store is not None:
         return stored.from_store(store), True
@@ -292,7 +339,8 @@ def _at_path(text: str) -> tuple[dict[str, Column], bool]:
         path = _existing(text)
         if not any(place.exists(name) for name in ("zarr.json", ".zarray", ".zgroup")):
             raise SourceError(
-                f"{path} is nothing that samples can be read from: neither a `.npy` or `.safetensors` file, nor a zarr array or group, nor "
+                f"{path} is nothing that samples can be read from: neither a `.npy` or "
+                "`.safetensors` file, nor a zarr array or group, nor "
                 "a store of shardmap (load other files yourself, and give the tensors or arrays)"
             )
     return stored.from_zarr(stored.open_zarr(place.url))
@@ -301,9 +349,13 @@ def _at_path(text: str) -> tuple[dict[str, Column], bool]:
 def _existing(text: str) -> str:
     place = place_of(text)
     if not isinstance(place, LocalPlace):
-        raise SourceError(f"{text}: files of this kind are read from folders only: mount the place, or use zarr")
+        raise SourceError(
+            f"{text}: files of this kind are read from folders only: mount the place, or use zarr"
+        )
     if not place.exists(""):
-        raise SourceError(f"{place.url} is not there: check the path, and that it is mounted on this machine")
+        raise SourceError(
+            f"{place.url} is not there: check the path, and that it is mounted on this machine"
+        )
     return place.url
 
 
@@ -315,7 +367,10 @@ def _chosen(keys: tuple[str, ...], named: bool, names: Sequence[str] | None) -> 
         raise SourceError(f"names={names!r}: a list of different names is needed, of at least one")
     if named:
         if absent := [name for name in names if name not in keys]:
-            raise SourceError(f"there is no column {', '.join(map(repr, absent))}; there are {', '.join(map(repr, keys))}")
+            raise SourceError(
+                f"there is no column {', '.join(map(repr, absent))}; there are "
+                f"{', '.join(map(repr, keys))}"
+            )
         return tuple(names)
     if len(names) != len(keys):
         raise SourceError(f"names={names!r}: there are {len(keys)} columns, and each needs a name")
@@ -323,4 +378,8 @@ def _chosen(keys: tuple[str, ...], named: bool, names: Sequence[str] | None) -> 
 
 
 def _described(obj: Any) -> str:
-    return f"{obj!r:.60}" if isinstance(obj, str | os.PathLike | int | float | bool) or obj is None else f"a {type(obj).__name__}"
+    return (
+        f"{obj!r:.60}"
+        if isinstance(obj, str | os.PathLike | int | float | bool) or obj is None
+        else f"a {type(obj).__name__}"
+    )

@@ -1,4 +1,7 @@
-"""Columns that samples are read from in stores: zarr arrays, safetensors files, what shardmap wrote."""
+"""Columns that samples are read from in stores.
+
+Zarr arrays, safetensors files, what shardmap wrote.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,15 @@ class ZarrColumn(Column):
     def __init__(self, array: Any):
         what = f"the zarr array {array.store_path}"
         if not array.shape:
-            raise SourceError(f"{what} is a single number: its first dimension has to be that of samples")
+            raise SourceError(
+                f"{what} is a single number: its first dimension has to be that of samples"
+            )
         self.array, self.travels = array, _travels(array.store)
         held = numpy_column_dtype(array.dtype, what)
         named = elements.dtype_named(str(array.attrs.get("torch_dtype", "")))
-        bits = named is not None and elements.numpy_dtype(named) == array.dtype  # as ZarrSink stores what numpy lacks
+        bits = (
+            named is not None and elements.numpy_dtype(named) == array.dtype
+        )  # as ZarrSink stores what numpy lacks
         self.dtype = named if named is not None and bits else held
         self.rows, self.shape = array.shape[0], tuple(array.shape[1:])
 
@@ -43,7 +50,9 @@ class ZarrColumn(Column):
         try:
             return elements.as_tensor(self.array[start:stop], self.dtype)
         except Exception as error:  # codecs, clients of object stores: each has errors of its own
-            raise SourceError(f"{self.array.store_path}: rows {start} to {stop} cannot be read: {error}") from error
+            raise SourceError(
+                f"{self.array.store_path}: rows {start} to {stop} cannot be read: {error}"
+            ) from error
 
 
 class SafetensorsColumn(Column):
@@ -51,7 +60,9 @@ class SafetensorsColumn(Column):
 
     travels = True
 
-    def __init__(self, files: Sequence[tuple[str, int]], key: str, shape: tuple[int, ...], dtype: torch.dtype):
+    def __init__(
+        self, files: Sequence[tuple[str, int]], key: str, shape: tuple[int, ...], dtype: torch.dtype
+    ):
         self.files = tuple(files)
         """Paths, and how many rows each has."""
         self.key, self.shape, self.dtype = key, shape, dtype
@@ -59,7 +70,11 @@ class SafetensorsColumn(Column):
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows, copied from as many files as they are in."""
-        out, module, first = torch.empty((stop - start, *self.shape), dtype=self.dtype), _safetensors(), 0
+        out, module, first = (
+            torch.empty((stop - start, *self.shape), dtype=self.dtype),
+            _safetensors(),
+            0,
+        )
         for path, rows in self.files:
             a, b = max(start, first), min(stop, first + rows)
             if a < b:
@@ -67,7 +82,10 @@ class SafetensorsColumn(Column):
                     with module.safe_open(path, framework="pt") as f:
                         out[a - start : b - start] = f.get_slice(self.key)[a - first : b - first]
                 except (OSError, module.SafetensorError) as error:
-                    raise SourceError(f"{path} cannot be read ({error}): it must be there, whole, on every machine") from error
+                    raise SourceError(
+                        f"{path} cannot be read ({error}): it must be there, whole, on every "
+                        "machine"
+                    ) from error
             first += rows
         return out
 
@@ -81,7 +99,10 @@ class StoreColumn(Column):
         self.rows, self.shape, self.dtype = store.header.samples, spec.shape, spec.dtype
 
     def checksum(self) -> str:
-        """Of the checksums that the units were committed with: a store may be larger than one cares to read."""
+        """Of the checksums that the units were committed with.
+
+        A store may be larger than one cares to read.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for unit, receipt in sorted(self.store.receipts().items()):
             digest.update(f"{unit} {receipt.checksums[self.index]}\n".encode())
@@ -99,12 +120,17 @@ def from_store(store: Store) -> dict[str, Column]:
         SourceError: Units are missing.
     """
     if missing := store.missing():
-        raise SourceError(f"{store.url}: {len(missing)} of {store.header.units} units are missing: resume the run that writes them first")
+        raise SourceError(
+            f"{store.url}: {len(missing)} of {store.header.units} units are missing: resume the "
+            "run that writes them first"
+        )
     return {spec.name: StoreColumn(store, i) for i, spec in enumerate(store.header.outputs)}
 
 
 def from_zarr(node: Any) -> tuple[dict[str, Column], bool]:
-    """The columns of a zarr group, by name in order of the alphabet; of an array, itself. And whether the names mean something.
+    """The columns of a zarr group, by name in order of the alphabet; of an array, itself.
+
+    And whether the names mean something.
 
     Args:
         node: A `zarr.Array` or `zarr.Group`.
@@ -112,7 +138,9 @@ def from_zarr(node: Any) -> tuple[dict[str, Column], bool]:
     zarr = _zarr()
     if isinstance(node, zarr.Array):
         return {"0": ZarrColumn(_absolute(node))}, False
-    found: dict[str, Column] = {name: ZarrColumn(_absolute(array)) for name, array in sorted(node.arrays())}
+    found: dict[str, Column] = {
+        name: ZarrColumn(_absolute(array)) for name, array in sorted(node.arrays())
+    }
     if not found:
         raise SourceError(f"the zarr group {node.store_path} has no arrays")
     return found, True
@@ -128,16 +156,23 @@ def open_zarr(url: str) -> Any:
     try:
         return zarr.open(url, mode="r")
     except Exception as error:
-        raise SourceError(f"{url} is no zarr array or group that can be opened: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"{url} is no zarr array or group that can be opened: {type(error).__name__}: {error}"
+        ) from error
 
 
 def is_zarr(node: Any) -> bool:
     """Whether this is an array or group of zarr, which is imported only if it is already."""
-    return type(node).__module__.partition(".")[0] == "zarr" and type(node).__name__ in ("Array", "Group")
+    return type(node).__module__.partition(".")[0] == "zarr" and type(node).__name__ in (
+        "Array",
+        "Group",
+    )
 
 
 def from_safetensors(paths: Sequence[str]) -> dict[str, Column]:
-    """A column for each tensor by name; the rows of several files follow each other in the order of the files.
+    """A column for each tensor by name.
+
+    The rows of several files follow each other in the order of the files.
 
     Raises:
         SourceError: A file cannot be read, or the files do not have the same tensors.
@@ -151,8 +186,13 @@ def from_safetensors(paths: Sequence[str]) -> dict[str, Column]:
                 for key in f.keys():
                     shape = tuple(f.get_slice(key).get_shape())
                     if not shape:
-                        raise SourceError(f"{path}: {key} is a single number: its first dimension has to be that of samples")
-                    found[key] = SafetensorsColumn([(path, shape[0])], key, shape[1:], f.get_slice(key)[0:0].dtype)
+                        raise SourceError(
+                            f"{path}: {key} is a single number: its first dimension has to be that "
+                            "of samples"
+                        )
+                    found[key] = SafetensorsColumn(
+                        [(path, shape[0])], key, shape[1:], f.get_slice(key)[0:0].dtype
+                    )
         except (OSError, module.SafetensorError) as error:
             raise SourceError(f"{path} is no safetensors file that can be read: {error}") from error
         if number == 0:
@@ -161,7 +201,10 @@ def from_safetensors(paths: Sequence[str]) -> dict[str, Column]:
         for key in sorted(columns.keys() | found.keys()):
             a, b = columns.get(key), found.get(key)
             if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-                raise SourceError(f"{path} does not continue {paths[0]}: {key} is in one only, or has another shape or dtype")
+                raise SourceError(
+                    f"{path} does not continue {paths[0]}: {key} is in one only, or has another "
+                    "shape or dtype"
+                )
             columns[key] = SafetensorsColumn([*a.files, *b.files], key, a.shape, a.dtype)
     if not columns:
         raise SourceError(f"{', '.join(paths)}: no tensors are in there")
@@ -181,7 +224,9 @@ def _travels(store: Any) -> bool:
     storage = _zarr().storage
     if isinstance(store, storage.FsspecStore):
         files = getattr(store.fs, "sync_fs", store.fs)
-        return "memory" not in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)
+        return "memory" not in (
+            (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+        )
     return isinstance(store, storage.LocalStore)
 
 

@@ -1,4 +1,7 @@
-"""Results as a zarr group: an array per output, a chunk per unit, so that no two writers share a file."""
+"""Results as a zarr group.
+
+An array per output, a chunk per unit, so that no two writers share a file.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,19 @@ _UNDECODABLE = (ValueError, TypeError, RuntimeError)
 class ZarrSink(PlaceSink):
     """Write results to a zarr group (format 3) in a folder or at a URL.
 
-    Each output is an array `[samples, *shape]` with chunks of one unit, which `zarr.open_group(url)` reads. What numpy lacks is
-    stored as unsigned integers of the same bits: bfloat16 as uint16, float8 as uint8; the attribute `torch_dtype` says so.
+    Each output is an array `[samples, *shape]` with chunks of one unit, which
+    `zarr.open_group(url)` reads. What numpy lacks is stored as unsigned integers of the same bits:
+    bfloat16 as uint16, float8 as uint8; the attribute `torch_dtype` says so.
 
     Args:
-        url: A folder, or a URL that fsspec opens, such as `s3://bucket/run`. Several machines need a folder that all of them see.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is there never is.
-        compressors: What zarr's `create_array` takes; None stores plain bytes. Floats hardly get smaller and take long.
-        attributes: Names and values that the store keeps with its header; anything that JSON can hold.
+        url: A folder, or a URL that fsspec opens, such as `s3://bucket/run`. Several machines need
+            a folder that all of them see.
+        overwrite: Whether a store that is there already may be replaced. Anything else that is
+            there never is.
+        compressors: What zarr's `create_array` takes; None stores plain bytes. Floats hardly get
+            smaller and take long.
+        attributes: Names and values that the store keeps with its header; anything that JSON can
+            hold.
     """
 
     url: str | os.PathLike[str]
@@ -55,8 +63,16 @@ class ZarrSink(PlaceSink):
         assert isinstance(store, ZarrStore)
         zarr = _zarr()
         header, committed = store.header, bool(store.receipts())
-        group = zarr.open_group(store.url, mode="a", zarr_format=3, attributes={"shardmap": header.to_json()}, use_consolidated=False)
-        rows = max(1, min(header.unit, header.samples))  # zarr fills chunks up: one row in a unit of a thousand would take a thousand
+        group = zarr.open_group(
+            store.url,
+            mode="a",
+            zarr_format=3,
+            attributes={"shardmap": header.to_json()},
+            use_consolidated=False,
+        )
+        rows = max(
+            1, min(header.unit, header.samples)
+        )  # zarr fills chunks up: one row in a unit of a thousand would take a thousand
         fresh = False
         for spec, name in zip(header.outputs, header.files, strict=True):
             if name in group:
@@ -70,14 +86,20 @@ class ZarrSink(PlaceSink):
                 dtype=elements.numpy_dtype(spec.dtype),
                 fill_value=0,
                 compressors=self.compressors,
-                chunk_key_encoding={"name": "default", "separator": "."},  # a file per unit in one folder, not a tree
+                chunk_key_encoding={
+                    "name": "default",
+                    "separator": ".",
+                },  # a file per unit in one folder, not a tree
                 attributes={"output": spec.name, "torch_dtype": elements.dtype_name(spec.dtype)},
             )
             fresh = True
         if fresh:
-            with warnings.catch_warnings():  # zarr warns that this is no part of the format yet; readers that do not know it pass over it
+            # zarr warns that this is no part of the format yet; readers that do not know it pass
+            # over it
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # Without it zarr lists the folder, and warns readers of the manifest that it finds there.
+                # Without it zarr lists the folder, and warns readers of the manifest that it finds
+                # there.
                 zarr.consolidate_metadata(store.url)
             store._sync([f"{name}/zarr.json" for name in header.files] + ["zarr.json"])
 
@@ -94,14 +116,19 @@ class ZarrStore(Store):
     def _array(self, index: int, mode: str) -> Any:
         if mode not in self._opened:
             group = _zarr().open_group(self.url, mode=mode)
-            # Otherwise zarr leaves out chunks that are equal to the fill value: it compares all elements, takes -0.0 for 0.0 in
+            # Otherwise zarr leaves out chunks that are equal to the fill value: it compares all
+            # elements, takes -0.0 for 0.0 in
             # complex numbers, and a chunk that was lost could not be told from one of zeros.
-            self._opened[mode] = [group[name].with_config({"write_empty_chunks": True}) for name in self._names]
+            self._opened[mode] = [
+                group[name].with_config({"write_empty_chunks": True}) for name in self._names
+            ]
         return self._opened[mode][index]
 
     def _key(self, index: int, unit: int) -> str:
         """The name of a chunk's file."""
-        return f"{self._names[index]}/c." + ".".join(map(str, (unit, *(0 for _ in self.header.outputs[index].shape))))
+        return f"{self._names[index]}/c." + ".".join(
+            map(str, (unit, *(0 for _ in self.header.outputs[index].shape)))
+        )
 
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
         start, stop = self.header.rows(unit)
@@ -118,7 +145,10 @@ class ZarrStore(Store):
         try:
             rows = self._array(index, "r")[start:stop]
         except _UNDECODABLE as error:
-            raise self._damaged(f"rows {start} to {stop} of {self.header.outputs[index].name} cannot be decoded ({error})") from error
+            raise self._damaged(
+                f"rows {start} to {stop} of {self.header.outputs[index].name} cannot be decoded "
+                f"({error})"
+            ) from error
         return elements.as_tensor(rows, self.header.outputs[index].dtype)
 
     def _sync(self, names: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Doors by which a value can leave a recording without an operator call, and what becomes of each.
 
-A dispatch mode sees operators only. Python code can also read a tensor's memory directly (`tolist`, `numpy`), put tensors
-into python data that becomes a tensor again (`torch.tensor([x, 1.0])`) or swap memory underneath (`.data = `). A function mode
-sees these and refuses them for tensors that belong to the recording: for anything else the value is the same for all samples.
+A dispatch mode sees operators only. Python code can also read a tensor's memory directly (`tolist`,
+`numpy`), put tensors into python data that becomes a tensor again (`torch.tensor([x, 1.0])`) or
+swap memory underneath (`.data = `). A function mode sees these and refuses them for tensors that
+belong to the recording: for anything else the value is the same for all samples.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
     Tensor.numpy: ("numpy()", "use torch's operators instead of numpy's"),
-    Tensor.__array__: ("a numpy function on a tensor", "use torch's operators instead of numpy's, such as torch.sin for np.sin"),
+    Tensor.__array__: (
+        "a numpy function on a tensor",
+        "use torch's operators instead of numpy's, such as torch.sin for np.sin",
+    ),
     Tensor.apply_: ("apply_", "use torch's operators on the whole tensor"),
     Tensor.map_: ("map_", "use torch's operators on the whole tensor"),
     Tensor.map2_: ("map2_", "use torch's operators on the whole tensor"),
@@ -69,7 +73,10 @@ def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 class Doors(TorchFunctionMode):
-    """Refuses the doors for recorded tensors; printing a tensor prints the sample and records nothing."""
+    """Refuses the doors for recorded tensors.
+
+    Printing a tensor prints the sample and records nothing.
+    """
 
     def __init__(self, recorder: Recorder):
         super().__init__()
@@ -77,7 +84,9 @@ class Doors(TorchFunctionMode):
         self.hooked: list[Any] = []
         """Nodes of autograd's graph whose gradients a hook may change."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
@@ -90,7 +99,12 @@ class Doors(TorchFunctionMode):
             data = args[_FROM_DATA[func] :][:1]
             if data and not isinstance(data[0], torch.Tensor):
                 for tensor in _tensors_within(data):
-                    self._refuse(tensor, f"torch.{func.__name__} of python data that holds tensors", "use torch.stack", True)
+                    self._refuse(
+                        tensor,
+                        f"torch.{func.__name__} of python data that holds tensors",
+                        "use torch.stack",
+                        True,
+                    )
         elif func is Tensor.__getitem__ or func is Tensor.__setitem__:
             done, result = self._index(func, args)
             if done:
@@ -122,7 +136,12 @@ class Doors(TorchFunctionMode):
             return True, copy
         value = args[2]
         if isinstance(value, Tensor):
-            self.recorder.put_back(element(source), element(value), indices, lambda: positions.put(source, indices, at, value))
+            self.recorder.put_back(
+                element(source),
+                element(value),
+                indices,
+                lambda: positions.put(source, indices, at, value),
+            )
         else:
             positions.put(source, indices, at, value)
         return True, None
@@ -131,7 +150,10 @@ class Doors(TorchFunctionMode):
         return not functorch.is_batchedtensor(index) and self.recorder.belongs(element(index))
 
     def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-        """Torch's own asks python for the smallest and largest index; the write checks them as well, for every sample."""
+        """Torch's own asks python for the smallest and largest index.
+
+        The write checks them as well, for every sample.
+        """
         if num_classes <= 0 or index.numel() == 0:
             return torch.nn.functional.one_hot(index, num_classes)
         out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
@@ -158,12 +180,14 @@ class Doors(TorchFunctionMode):
         plain = element(tensor)
         if reads_value and self._is_remembered() and not self.recorder.belongs(plain):
             raise errors.EscapeError(
-                f"{self.recorder.call}: python reads the value of a captured tensor of shape {tuple(plain.shape)} by {door}, and nothing "
+                f"{self.recorder.call}: python reads the value of a captured tensor of shape "
+                f"{tuple(plain.shape)} by {door}, and nothing "
                 f"would notice if it changed later: {remedy}, or pass trace='each'"
             )
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
-                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that is computed inside the function "
+                f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that "
+                "is computed inside the function "
                 "leaves it through "
                 f"{door}; what becomes of it cannot be recorded: {remedy}"
             )

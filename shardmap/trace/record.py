@@ -43,11 +43,17 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
             compact = compact.narrow(d, 0, 1)
         if has_internal_overlap(compact) == 1:
             span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-            sample = row.as_strided((span,), (1,), row.storage_offset()).clone().as_strided(shape, stride)
+            sample = (
+                row.as_strided((span,), (1,), row.storage_offset())
+                .clone()
+                .as_strided(shape, stride)
+            )
         else:
             sample = compact.clone()
             if sample.stride() != compact.stride():
-                sample = torch.empty_strided(compact.shape, compact.stride(), dtype=row.dtype, device=row.device).copy_(compact)
+                sample = torch.empty_strided(
+                    compact.shape, compact.stride(), dtype=row.dtype, device=row.device
+                ).copy_(compact)
             if repeated:
                 sample = sample.expand(shape)
     if not requires_grad:
@@ -64,8 +70,8 @@ def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
 
     Args:
         batch: The call's arguments.
-        transformed: Whether `torch.func` transforms are active around the call. What they will differentiate is not known
-            here, so that every floating-point sample requires grad.
+        transformed: Whether `torch.func` transforms are active around the call. What they will
+            differentiate is not known here, so that every floating-point sample requires grad.
     """
     rows = []
     for i, d in batch.mapped:
@@ -84,7 +90,8 @@ def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
 def transforms_set_aside() -> Iterator[int]:
     """Set the `torch.func` transforms around the call aside; yields how many there are.
 
-    Inert levels take their places, so that the levels of transforms inside the function are numbered above those outside.
+    Inert levels take their places, so that the levels of transforms inside the function are
+    numbered above those outside.
     """
     top = functorch.peek_interpreter_stack()
     if top is None:
@@ -108,8 +115,14 @@ def transforms_set_aside() -> Iterator[int]:
 
 @contextlib.contextmanager
 def recording_settings(device_type: str) -> Iterator[None]:
-    """Kernels that exist on one device only are off while recording: recurrent layers and transformer fast paths."""
-    with transformer_fast_paths.off(), cudnn.off() if device_type == "cuda" else contextlib.nullcontext():
+    """Kernels that exist on one device only are off while recording.
+
+    Recurrent layers and transformer fast paths.
+    """
+    with (
+        transformer_fast_paths.off(),
+        cudnn.off() if device_type == "cuda" else contextlib.nullcontext(),
+    ):
         yield
 
 
@@ -159,7 +172,11 @@ class _RandomStates:
     def __init__(self, device: torch.device):
         self.device = device
         self.torch = torch.default_generator.get_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" and torch.cuda.is_available() else None
+        self.accelerator = (
+            torch.cuda.get_rng_state(device)
+            if device.type == "cuda" and torch.cuda.is_available()
+            else None
+        )
         self.python = random.getstate()
         self.numpy: Any = np.random.get_state()
 
@@ -179,23 +196,37 @@ class _RandomStates:
         return drawn
 
 
-def record(func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str) -> tuple[Recording, pytree.TreeSpec]:
+def record(
+    func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str
+) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
 
     Raises:
-        ShardmapError: The function does something that cannot be followed; an exception of its own passes through unchanged.
+        ShardmapError: The function does something that cannot be followed; an exception of its own
+            passes through unchanged.
     """
-    outer = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None)
+    outer = next(
+        (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
+    )
     with outer_recordings_suspended():
         rows = rows_of(batch, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
-            recorder = Recorder(call, randomness, registry.has_rule, registry.decomposition, outer, once)
+            recorder = Recorder(
+                call, randomness, registry.has_rule, registry.decomposition, outer, once
+            )
             recorder.depth = depth
             recorder.expected = follow.expected(func)
-            return _record(func, batch, [sample_of(element(row).detach(), grad) for row, grad in rows], recorder)
+            return _record(
+                func,
+                batch,
+                [sample_of(element(row).detach(), grad) for row, grad in rows],
+                recorder,
+            )
 
 
-def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor], recorder: Recorder) -> tuple[Recording, pytree.TreeSpec]:
+def _record(
+    func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor], recorder: Recorder
+) -> tuple[Recording, pytree.TreeSpec]:
     call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
     states = _RandomStates(device)
@@ -212,7 +243,8 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
-                    f"{call}: the batch is empty, and the function raised {type(error).__name__} on a sample of zeros, so the "
+                    f"{call}: the batch is empty, and the function raised {type(error).__name__} "
+                    "on a sample of zeros, so the "
                     "shape of the result "
                     "cannot be inferred; skip the call when there are no samples"
                 ) from error
@@ -222,13 +254,15 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             changed = _restore_grads(recorder)
         if drawn is not None and randomness != "same":
             raise errors.RandomnessError(
-                f"{call}: the function draws from python's {drawn}, which would give every sample the same number; use torch's "
+                f"{call}: the function draws from python's {drawn}, which would give every sample "
+                "the same number; use torch's "
                 "random functions with "
                 "randomness='different'"
             )
         if changed:
             raise errors.CapturedWriteError(
-                f"{call}: .backward() inside the function accumulates into the .grad of a tensor of shape {changed[0]} that all "
+                f"{call}: .backward() inside the function accumulates into the .grad of a tensor "
+                f"of shape {changed[0]} that all "
                 "samples share; use "
                 "torch.autograd.grad(loss, parameters), which returns the gradients"
             )
@@ -237,7 +271,9 @@ def _record(func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor],
             _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
-        recording = dataclasses.replace(recording, sources=follow.remember(func, recording.program, recording.sources))
+        recording = dataclasses.replace(
+            recording, sources=follow.remember(func, recording.program, recording.sources)
+        )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
     finally:
@@ -253,7 +289,9 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
     return changed
 
 
-def _refuse_own_backwards(leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str) -> None:
+def _refuse_own_backwards(
+    leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str
+) -> None:
     """A backward of the user's, or a hook, between the inputs and an output that requires grad would be lost."""
     stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
     keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
@@ -267,16 +305,21 @@ def _refuse_own_backwards(leaves: list[torch.Tensor], recorder: Recorder, hooked
         keep_alive.append(node)
         if any(node is h for h in hooked):
             raise errors.AutogradFunctionError(
-                f"{call}: register_hook on a tensor between the inputs and an output that requires grad, and outer gradients would not "
-                "call the hook; take the gradient inside the mapped function (torch.autograd.grad), or change the gradient with torch "
+                f"{call}: register_hook on a tensor between the inputs and an output that requires "
+                "grad, and outer gradients would not "
+                "call the hook; take the gradient inside the mapped function "
+                "(torch.autograd.grad), or change the gradient with torch "
                 "operators"
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise errors.AutogradFunctionError(
-                f"{call}: the custom autograd.Function {type(node).__name__.removesuffix('Backward')} lies between the inputs and "
+                f"{call}: the custom autograd.Function "
+                f"{type(node).__name__.removesuffix('Backward')} lies between the inputs and "
                 "an output that "
-                "requires grad, and outer gradients would not use its backward; take the gradient inside the mapped function "
-                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch operators"
+                "requires grad, and outer gradients would not use its backward; take the gradient "
+                "inside the mapped function "
+                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch "
+                "operators"
             )
         queue += [n for n, _ in node.next_functions if n is not None]
 
@@ -290,26 +333,35 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
         tensor = tensors[number]
         if tensor.is_conj() or tensor.is_neg():
             raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, which is a lazy conjugate or negative of other memory; "
+                f"{call}: the function writes in place to mapped argument {number}, which is a "
+                "lazy conjugate or negative of other memory; "
                 "pass .resolve_conj() or .resolve_neg() of it"
             )
         if _may_overlap(tensor):
             raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, whose samples overlap in memory (shape "
-                f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what earlier ones wrote; pass a clone"
+                f"{call}: the function writes in place to mapped argument {number}, whose samples "
+                "overlap in memory (shape "
+                f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what "
+                "earlier ones wrote; pass a clone"
             )
         address = tensor.untyped_storage()._cdata
-        others = [t for k, t in enumerate(tensors) if k != number] + [element(t) for t in recording.captured]
+        others = [t for k, t in enumerate(tensors) if k != number] + [
+            element(t) for t in recording.captured
+        ]
         if any(t.untyped_storage()._cdata == address for t in others):
             raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, whose memory another argument or a captured "
+                f"{call}: the function writes in place to mapped argument {number}, whose memory "
+                "another argument or a captured "
                 "tensor shares: later "
                 "samples would read what earlier ones wrote; pass clones"
             )
 
 
 def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory: the steps of a tensor without overlap are each larger than all smaller ones reach."""
+    """Whether two elements may share memory.
+
+    The steps of a tensor without overlap are each larger than all smaller ones reach.
+    """
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

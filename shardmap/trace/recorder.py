@@ -1,8 +1,9 @@
 """Run a function once on one real sample and record each ATen call that it makes.
 
-The recorder is a dispatch mode below autograd: plain tensors, no wrapper class, so that whatever autograd does inside
-the function (`autograd.grad`, `torch.func`, checkpointing) just runs, and its backward calls are recorded like any others.
-Measured: 11-15 microseconds per operator, against 760-890 for `make_fx` and 90 for meta tensors.
+The recorder is a dispatch mode below autograd: plain tensors, no wrapper class, so that whatever
+autograd does inside the function (`autograd.grad`, `torch.func`, checkpointing) just runs, and its
+backward calls are recorded like any others. Measured: 11-15 microseconds per operator, against
+760-890 for `make_fx` and 90 for meta tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Recorder(Variables, TorchDispatchMode):
         self.equations: list[Equation] = []
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
-        """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while it records."""
+        """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
+        it records."""
         self.literals: list[tuple[Var, torch.Tensor]] = []
         self.served: dict[int, tuple[bool, Any]] = {}
         """By address of the operator: whether it has a rule, and its decomposition."""
@@ -55,10 +57,12 @@ class Recorder(Variables, TorchDispatchMode):
         self.uninitialised: set[int] = set()
         self.copies = Copies()
         self.taken_for_all = ""
-        """What replay must refuse where a sample differs in a shape or an answer: says what it was."""
+        """What replay must refuse where a sample differs in a shape or an answer: says what it
+        was."""
         self.sources: dict[str, str] = {}
         self.expected: Program | None = None
-        """What was recorded of the same code the last time, as long as nothing has differed from it."""
+        """What was recorded of the same code the last time, as long as nothing has differed from
+        it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -69,23 +73,32 @@ class Recorder(Variables, TorchDispatchMode):
         if var.group not in self.captured_groups:
             self.written_groups.add(var.group)
             if var.group in self.groups_of_leaves and torch.is_grad_enabled():
-                raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
+                raise RuntimeError(
+                    "a view of a leaf Variable that requires grad is being used in an in-place "
+                    "operation."
+                )
             return
         name = op._schema.name.partition("::")[2]
         if "norm" in name:
             raise errors.CapturedWriteError(
-                f"{self.call}: {name} in training mode would update running statistics of shape {tuple(tensor.shape)} that all "
+                f"{self.call}: {name} in training mode would update running statistics of shape "
+                f"{tuple(tensor.shape)} that all "
                 "samples share; "
-                "call .eval() on the model, or use track_running_stats=False, or GroupNorm (torch.func.replace_all_batch_norm_modules_)"
+                "call .eval() on the model, or use track_running_stats=False, or GroupNorm "
+                "(torch.func.replace_all_batch_norm_modules_)"
             )
         raise errors.CapturedWriteError(
-            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} that all samples share "
+            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} "
+            "that all samples share "
             "(captured, or an argument "
-            "with in_dim None); the loop would write to it once per sample: return the value instead, or clone the tensor inside "
+            "with in_dim None); the loop would write to it once per sample: return the value "
+            "instead, or clone the tensor inside "
             "the function"
         )
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run one call and record it."""
         kwargs = kwargs or {}
         if self.paused:
@@ -110,7 +123,9 @@ class Recorder(Variables, TorchDispatchMode):
         if func is aten.lift_fresh.default:
             return self._literal(args[0])
         hidden = info.hidden_writes
-        evaluating = hidden is not None and len(args) > hidden[2] and not args[hidden[2]]  # the schema says writes, the kernel only reads
+        evaluating = (
+            hidden is not None and len(args) > hidden[2] and not args[hidden[2]]
+        )  # the schema says writes, the kernel only reads
         for i in info.writes if not evaluating else ():
             if i < len(args):
                 self._check_writes(func, args[i])
@@ -134,7 +149,8 @@ class Recorder(Variables, TorchDispatchMode):
             if done is not None:
                 return done
             raise errors.EscapeError(
-                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a tensor, at {user_line()}; make a "
+                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a "
+                f"tensor, at {user_line()}; make a "
                 "new tensor instead"
             )
         if info.view_in_place is not None:
@@ -144,7 +160,11 @@ class Recorder(Variables, TorchDispatchMode):
     def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.expected is not None
         number = len(self.equations)
-        if number >= len(self.expected.equations) or self.copies.stale or torch.get_default_dtype() is not self.default_dtype:
+        if (
+            number >= len(self.expected.equations)
+            or self.copies.stale
+            or torch.get_default_dtype() is not self.default_dtype
+        ):
             return follow.DIFFERENT
         return follow.repeat(self, self.expected.equations[number], func, args, kwargs, is_own_leaf)
 
@@ -165,11 +185,18 @@ class Recorder(Variables, TorchDispatchMode):
         self.equations.append(eq)
 
     def _adopted(self, tensor: torch.Tensor, var: Any) -> bool:
-        """Whether a result is what `var` says: the next variable, of this shape and dtype, in new memory or known memory."""
+        """Whether a result is what `var` says.
+
+        The next variable, of this shape and dtype, in new memory or known memory.
+        """
         if type(var) is not Var or var.index != self.count:
             return False
         spec = var.spec
-        if tensor.shape != spec.shape or tensor.dtype is not spec.dtype or self.known(tensor) is not None:
+        if (
+            tensor.shape != spec.shape
+            or tensor.dtype is not spec.dtype
+            or self.known(tensor) is not None
+        ):
             return False
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -189,15 +216,25 @@ class Recorder(Variables, TorchDispatchMode):
         """Note what was recorded, and whether it was expected."""
         if self.expected is not None:
             number = len(self.equations)
-            wanted = self.expected.equations[number] if number < len(self.expected.equations) else None
-            if wanted is not None and wanted == eq and follow.alike(wanted.args, eq.args) and follow.alike(wanted.kwargs, eq.kwargs):
+            wanted = (
+                self.expected.equations[number] if number < len(self.expected.equations) else None
+            )
+            if (
+                wanted is not None
+                and wanted == eq
+                and follow.alike(wanted.args, eq.args)
+                and follow.alike(wanted.kwargs, eq.kwargs)
+            ):
                 eq = wanted
             else:
                 self.expected = None
         self.equations.append(eq)
 
     def _record_resize(self, func: Any, args: tuple) -> Any:
-        """A resized tensor that needs no more memory than it has is another view of it; None for anything else."""
+        """A resized tensor that needs no more memory than it has is another view of it.
+
+        None for anything else.
+        """
         tensor = args[0]
         if func is aten.resize_.default:
             size = list(args[1])
@@ -206,7 +243,10 @@ class Recorder(Variables, TorchDispatchMode):
         else:
             return None
         offset = int(tensor.storage_offset())
-        if offset + math.prod(size) > tensor.untyped_storage().nbytes() // tensor.element_size() or math.prod(size) > tensor.numel():
+        if (
+            offset + math.prod(size) > tensor.untyped_storage().nbytes() // tensor.element_size()
+            or math.prod(size) > tensor.numel()
+        ):
             return None
         var = self.known(tensor)
         if var is None or var.group in self.captured_groups:
@@ -214,25 +254,42 @@ class Recorder(Variables, TorchDispatchMode):
         func._op(*args)
         view = (var, tuple(size), tuple(tensor.stride()), offset)
         out = self._define(tensor)
-        self._append(Equation(aten.as_strided.default, view, (), (out,), (NO_GRAD,), torch.is_grad_enabled()))
+        self._append(
+            Equation(aten.as_strided.default, view, (), (out,), (NO_GRAD,), torch.is_grad_enabled())
+        )
         return tensor
 
-    def _record_view_in_place(self, func: Any, functional: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """`t_`, `squeeze_` and their kin change how a tensor looks at its memory: from now on it is the variable of the view."""
+    def _record_view_in_place(
+        self, func: Any, functional: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """`t_`, `squeeze_` and their kin change how a tensor looks at its memory.
+
+        From now on it is the variable of the view.
+        """
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, False) for a in args])
         named = tuple([(k, self.encode(v, flags, False)) for k, v in kwargs.items()])
         out = func(*args, **kwargs)
         mapped = self.is_mapped(args[0])
         var = self._define(args[0])
-        assert not mapped or var.group in self.mapped_groups, f"{func} left the memory of its argument"
-        self._append(Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled()))
+        assert not mapped or var.group in self.mapped_groups, (
+            f"{func} left the memory of its argument"
+        )
+        self._append(
+            Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled())
+        )
         return out
 
-    def _record(self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple) -> Any:
+    def _record(
+        self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple
+    ) -> Any:
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, info.open_scalars) for a in args])
-        named = tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()]) if kwargs else ()
+        named = (
+            tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()])
+            if kwargs
+            else ()
+        )
         read = list(variables((encoded, named)))
         if self.copies.stale:
             now_written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
@@ -245,7 +302,8 @@ class Recorder(Variables, TorchDispatchMode):
         dynamic = info.dynamic and shape_depends_on_values(func, args)
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
         if (mapped and info.question) or varies:
-            # One sample's shape or truth stands for all until replay finds a sample where it is another.
+            # One sample's shape or truth stands for all until replay finds a sample where it is
+            # another.
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
@@ -255,7 +313,11 @@ class Recorder(Variables, TorchDispatchMode):
             mapped = mapped or self.randomness == "different"
         if info.question:
             self.types.append((type(out), repr(out)))
-            self._append(Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)))
+            self._append(
+                Equation(
+                    func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)
+                )
+            )
             return out
         if torch.get_default_dtype() is not self.default_dtype:
             encoded, named = self._pin_dtype(func, encoded, named, out)
@@ -283,7 +345,11 @@ class Recorder(Variables, TorchDispatchMode):
             name = func.name()
             if name not in self.sources:
                 self.sources[name] = user_line()
-        self._append(Equation(func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source))
+        self._append(
+            Equation(
+                func, encoded, named, outs, tuple(flags), torch.is_grad_enabled(), answer, source
+            )
+        )
         return out
 
     def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
@@ -305,7 +371,16 @@ class Recorder(Variables, TorchDispatchMode):
             if value.group in self.mapped_groups:
                 self.mapped_groups.add(var.group)
             grad_mode = torch.is_grad_enabled()
-            self._append(Equation(aten._to_copy.default, (value,), (("dtype", dtype),), (var,), (NO_GRAD,), grad_mode))
+            self._append(
+                Equation(
+                    aten._to_copy.default,
+                    (value,),
+                    (("dtype", dtype),),
+                    (var,),
+                    (NO_GRAD,),
+                    grad_mode,
+                )
+            )
             return var
 
         return tuple([cast(v) for v in encoded]), named
@@ -315,18 +390,37 @@ class Recorder(Variables, TorchDispatchMode):
             var = self.known(tensor)
             if var is not None and tensor.shape != var.spec.shape:
                 raise errors.EscapeError(
-                    f"{self.call}: {func._schema.name.partition('::')[2]} gave its output, of shape {tuple(var.spec.shape)}, the shape "
-                    f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's shape, or none"
+                    f"{self.call}: {func._schema.name.partition('::')[2]} gave its output, of "
+                    f"shape {tuple(var.spec.shape)}, the shape "
+                    f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's "
+                    "shape, or none"
                 )
 
     def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """`nn.Parameter(x)` of a recorded tensor is that tensor, cut from its history; no operator call shows it."""
+        """`nn.Parameter(x)` of a recorded tensor is that tensor, cut from its history.
+
+        No operator call shows it.
+        """
         shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
         for _, source in reversed(self.entries.values()):
             spec = source.spec
-            if source.group == group and (spec.shape, spec.stride, spec.offset, spec.dtype) == (shape, stride, offset, tensor.dtype):
+            if source.group == group and (spec.shape, spec.stride, spec.offset, spec.dtype) == (
+                shape,
+                stride,
+                offset,
+                tensor.dtype,
+            ):
                 var = self._define(tensor)
-                self._append(Equation(aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()))
+                self._append(
+                    Equation(
+                        aten.detach.default,
+                        (source,),
+                        (),
+                        (var,),
+                        (NO_GRAD,),
+                        torch.is_grad_enabled(),
+                    )
+                )
                 return var
         return None
 
@@ -335,7 +429,16 @@ class Recorder(Variables, TorchDispatchMode):
         var, flags = self._define(tensor), []
         options = {"dtype": tensor.dtype, "layout": tensor.layout, "device": tensor.device}
         named = tuple([(k, self.encode(v, flags, False)) for k, v in options.items()])
-        self._append(Equation(aten._efficientzerotensor.default, (tuple(tensor.shape),), named, (var,), (), torch.is_grad_enabled()))
+        self._append(
+            Equation(
+                aten._efficientzerotensor.default,
+                (tuple(tensor.shape),),
+                named,
+                (var,),
+                (),
+                torch.is_grad_enabled(),
+            )
+        )
         return var
 
     def _check_writes(self, func: Any, value: Any) -> None:
@@ -351,7 +454,13 @@ class Recorder(Variables, TorchDispatchMode):
         assert own is not None
         self.copies.add(of.group, own.group, indices)
 
-    def put_back(self, source: torch.Tensor, value: torch.Tensor, indices: tuple[Any, ...], put: Callable[[], None]) -> None:
+    def put_back(
+        self,
+        source: torch.Tensor,
+        value: torch.Tensor,
+        indices: tuple[Any, ...],
+        put: Callable[[], None],
+    ) -> None:
         """Run `put`, which is `source[indices] = value`, where `value` may be a copy that was taken there."""
         of, own = self.known(source), self.known(value)
         if of is None or own is None:
@@ -361,9 +470,12 @@ class Recorder(Variables, TorchDispatchMode):
 
     def _written_beside_copies(self, tensor: torch.Tensor) -> None:
         var = self.known(tensor)
-        if var is not None and any(group in self.captured_groups for group in self.copies.written(var.group)):
+        if var is not None and any(
+            group in self.captured_groups for group in self.copies.written(var.group)
+        ):
             raise errors.CapturedWriteError(
-                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all samples share, at "
+                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all "
+                "samples share, at "
                 f"{user_line()}; clone what "
                 "was indexed first"
             )
@@ -372,22 +484,36 @@ class Recorder(Variables, TorchDispatchMode):
         for var in read:
             if var.group in self.copies.stale:
                 raise errors.DataDependentError(
-                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then one of the two was written in place and "
-                    f"the other is used, at {user_line()}; clone what was indexed, or write with tensor[index] = value"
+                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
+                    "one of the two was written in place and "
+                    f"the other is used, at {user_line()}; clone what was indexed, or write with "
+                    "tensor[index] = value"
                 )
 
-    def _check_uninitialised(self, func: Any, read: list[Var], outs: list[Var], written: set[int]) -> None:
-        """Refuse the value of memory that nothing recorded has written: it was written by a door that was not seen."""
+    def _check_uninitialised(
+        self, func: Any, read: list[Var], outs: list[Var], written: set[int]
+    ) -> None:
+        """Refuse the value of memory that nothing recorded has written.
+
+        It was written by a door that was not seen.
+        """
         name = func._schema.name.partition("::")[2]
         views = {v.group for v in outs}
         for var in read:
-            if var.group not in self.uninitialised or var.group in written or var.group in views or 0 in var.spec.shape:
+            if (
+                var.group not in self.uninitialised
+                or var.group in written
+                or var.group in views
+                or 0 in var.spec.shape
+            ):
                 continue
             if name.endswith("_like") or name.startswith("new_"):
                 continue
             raise errors.EscapeError(
-                f"{self.call}: {name} reads memory that torch.empty made and that no recorded operator has written, at {user_line()}; "
-                "fill it with torch operators (numpy and data_ptr writes cannot be followed), or use torch.zeros"
+                f"{self.call}: {name} reads memory that torch.empty made and that no recorded "
+                f"operator has written, at {user_line()}; "
+                "fill it with torch operators (numpy and data_ptr writes cannot be followed), or "
+                "use torch.zeros"
             )
         self.uninitialised -= written
 
@@ -403,7 +529,8 @@ class Recorder(Variables, TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if self.randomness == "error":
             raise errors.RandomnessError(
-                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass randomness='different' (each sample "
+                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "
+                "randomness='different' (each sample "
                 "its own draw) or "
                 "'same' (one draw for all), or switch the random layer off (model.eval())"
             )
@@ -411,13 +538,15 @@ class Recorder(Variables, TorchDispatchMode):
     def _data_dependent(self, func: Any) -> str:
         name = func._schema.name.partition("::")[2]
         what = {
-            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample (`if x > 0`, `float(x)`, "
+            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "
+            "(`if x > 0`, `float(x)`, "
             "`.item()`, a tensor as index)",
             "equal": "torch.equal compares tensors that differ by sample",
         }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
         return f"{self.call}: {what}, at {user_line()}; use torch.where, masks or comparisons that return tensors"
 
-    # -- the end -----------------------------------------------------------------------------------------------------
+    # -- the end
+    # -----------------------------------------------------------------------------------------------------
 
     def finish(self, outputs: list[torch.Tensor], real: bool) -> Recording:
         """The recording, once the function has returned `outputs`."""
@@ -426,7 +555,9 @@ class Recorder(Variables, TorchDispatchMode):
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
         if self.taken_for_all and not self.written_groups.isdisjoint(self.input_groups):
-            raise errors.DataDependentError(self.taken_for_all)  # a later sample would be refused after earlier ones were written
+            raise errors.DataDependentError(
+                self.taken_for_all
+            )  # a later sample would be refused after earlier ones were written
         program = Program(
             inputs=tuple(self.inputs),
             captured=tuple(var for var, _ in self.captured.values()),
@@ -437,7 +568,11 @@ class Recorder(Variables, TorchDispatchMode):
             output_flags=tuple(flags),
             types=tuple(self.types),
         )
-        if self.expected is not None and len(self.equations) == len(self.expected.equations) and program == self.expected:
+        if (
+            self.expected is not None
+            and len(self.equations) == len(self.expected.equations)
+            and program == self.expected
+        ):
             program = self.expected  # its lowering is found without comparing
         return Recording(
             program,

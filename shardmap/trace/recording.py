@@ -45,7 +45,11 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside functorch's wrappers: element 0 of each batch."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         inner = functorch.get_unwrapped(tensor)
-        tensor = inner.select(functorch.maybe_get_bdim(tensor), 0) if functorch.is_batchedtensor(tensor) else inner
+        tensor = (
+            inner.select(functorch.maybe_get_bdim(tensor), 0)
+            if functorch.is_batchedtensor(tensor)
+            else inner
+        )
     return tensor
 
 
@@ -61,11 +65,16 @@ def flat_tensors(values: Any) -> list[torch.Tensor]:
 
 
 def is_own_leaf(leaf: torch.Tensor) -> bool:
-    """Whether gradients of `leaf` end at itself. A leaf that autograd saved and unpacked again accumulates into the original."""
+    """Whether gradients of `leaf` end at itself.
+
+    A leaf that autograd saved and unpacked again accumulates into the original.
+    """
     try:
         if not leaf.is_leaf:
             return False
-    except RuntimeError:  # a view made without grad whose base was written to with it: autograd forbids to ask
+    except (
+        RuntimeError
+    ):  # a view made without grad whose base was written to with it: autograd forbids to ask
         return False
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
@@ -73,7 +82,9 @@ def is_own_leaf(leaf: torch.Tensor) -> bool:
         node = leaf.view_as(leaf).grad_fn
     if node is None:
         return False
-    accumulate = node.next_functions[0][0]  # None for a view made without grad of what requires it: gradients go nowhere from there
+    accumulate = node.next_functions[0][
+        0
+    ]  # None for a view made without grad of what requires it: gradients go nowhere from there
     return accumulate is None or getattr(accumulate, "variable", None) is leaf
 
 

@@ -1,7 +1,10 @@
-"""Record against the last recording of the same code: a call that repeats it is recognised instead of described anew.
+"""Record against the last recording of the same code.
 
-A function that is recorded at each call mostly does what it did the last time. Comparing a call with the expected one costs a
-third of describing it. Where they differ, recording goes on as if nothing had been expected.
+A call that repeats it is recognised instead of described anew.
+
+A function that is recorded at each call mostly does what it did the last time. Comparing a call
+with the expected one costs a third of describing it. Where they differ, recording goes on as if
+nothing had been expected.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ def expected(func: Callable[..., Any]) -> Program | None:
 
 
 def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
-    """Expect `program` of this code the next time; returns its `sources`, those of calls that were only repeated included."""
+    """Expect `program` of this code the next time.
+
+    Returns its `sources`, those of calls that were only repeated included.
+    """
     key = code_of(func)
     if key is None:
         return sources
@@ -57,21 +63,41 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     return sources
 
 
-def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dict[str, Any], is_own_leaf: Callable[[Any], bool]) -> Any:
+def repeat(
+    recorder: Recorder,
+    eq: Equation,
+    func: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    is_own_leaf: Callable[[Any], bool],
+) -> Any:
     """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
 
     This runs for each operator of each recording: it is written for speed.
     """
     wanted_args = eq.args
-    if eq.op is not func or len(args) != len(wanted_args) or len(kwargs) != len(eq.kwargs) or eq.grad_mode is not torch.is_grad_enabled():
+    if (
+        eq.op is not func
+        or len(args) != len(wanted_args)
+        or len(kwargs) != len(eq.kwargs)
+        or eq.grad_mode is not torch.is_grad_enabled()
+    ):
         return DIFFERENT
     marks = len(recorder.types), len(recorder.scalars)
-    groups, entries, eq_flags, mapped, number = recorder.mapped_groups, recorder.entries, eq.flags, False, 0
+    groups, entries, eq_flags, mapped, number = (
+        recorder.mapped_groups,
+        recorder.entries,
+        eq.flags,
+        False,
+        0,
+    )
     if kwargs:
         for name, wanted in zip(kwargs, eq.kwargs, strict=True):
             if name != wanted[0]:
                 return DIFFERENT
-        args_and_wanted = zip((*args, *kwargs.values()), (*wanted_args, *[w for _, w in eq.kwargs]), strict=True)
+        args_and_wanted = zip(
+            (*args, *kwargs.values()), (*wanted_args, *[w for _, w in eq.kwargs]), strict=True
+        )
     else:
         args_and_wanted = zip(args, wanted_args, strict=True)
     for value, wanted in args_and_wanted:
@@ -80,13 +106,19 @@ def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dic
             if not isinstance(value, torch.Tensor):
                 return _undo(recorder, marks)
             entry = entries.get(id(value))
-            var = entry[1] if entry is not None and entry[0]() is value else recorder.captured_var(value)
+            var = (
+                entry[1]
+                if entry is not None and entry[0]() is value
+                else recorder.captured_var(value)
+            )
             if var is not wanted and var != wanted:
                 return _undo(recorder, marks)
             flag = eq_flags[number]
             number += 1
             if value.requires_grad:
-                if flag == 0 or (flag == FRESH_LEAF) != (var.index not in recorder.captured and is_own_leaf(value)):
+                if flag == 0 or (flag == FRESH_LEAF) != (
+                    var.index not in recorder.captured and is_own_leaf(value)
+                ):
                     return _undo(recorder, marks)
             elif flag:
                 return _undo(recorder, marks)
@@ -99,7 +131,8 @@ def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dic
             flags: list[int] = []
             encoded = recorder.encode(value, flags, kind is Param)
             if not alike(encoded, wanted):
-                recorder.expected = None  # equal to python all the same: nothing of the expected recording may stand for it
+                # equal to python all the same: nothing of the expected recording may stand for it
+                recorder.expected = None
                 return _undo(recorder, marks)
             if tuple(flags) != eq_flags[number : number + len(flags)]:
                 return _undo(recorder, marks)
@@ -111,7 +144,10 @@ def repeat(recorder: Recorder, eq: Equation, func: Any, args: tuple, kwargs: dic
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two encoded arguments are the same to an operator: to python `1 == 1.0 == True` and `0.0 == -0.0`."""
+    """Whether two encoded arguments are the same to an operator.
+
+    To python `1 == 1.0 == True` and `0.0 == -0.0`.
+    """
     kind = type(a)
     if kind is not type(b):
         return False

@@ -1,8 +1,9 @@
 """Indexing with an integer tensor that differs by sample: `logits[label]`, `table[i] += x`.
 
-Python turns a tensor without dimensions into an int and takes a view at that place. Here the place differs by sample, so that it
-is a copy and a write by index (`index_put_`). The recorder is told which copy stands for a view of what: where
-the function could notice the difference, because one was written and the other is read afterwards, the call is refused.
+Python turns a tensor without dimensions into an int and takes a view at that place. Here the place
+differs by sample, so that it is a copy and a write by index (`index_put_`). The recorder is told
+which copy stands for a view of what: where the function could notice the difference, because one
+was written and the other is read afterwards, the call is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Copy(NamedTuple):
     indices: tuple[Any, ...]
 
     def is_at(self, indices: tuple[Any, ...]) -> bool:
-        """Whether it was taken with the same indices: the same objects, or equal ones that are no tensors."""
+        """Whether it was taken with the same indices.
+
+        The same objects, or equal ones that are no tensors.
+        """
         return len(indices) == len(self.indices) and all(
             a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
             for a, b in zip(self.indices, indices, strict=True)
@@ -61,12 +65,19 @@ class Copies:
         self.stale.update(pair.copy for pair in self.pairs if pair.source == group)
         return reached
 
-    def put_back(self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]) -> None:
+    def put_back(
+        self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]
+    ) -> None:
         """Run `put`, which is `source[indices] = copy`.
 
-        If it puts the copy back where it was taken, as `source[i] += 1` does, both agree afterwards whatever was written to the copy.
+        If it puts the copy back where it was taken, as `source[i] += 1` does, both agree afterwards
+        whatever was written to the copy.
         """
-        given = [pair for pair in self.pairs if pair.source == source and pair.copy == copy and pair.is_at(indices)]
+        given = [
+            pair
+            for pair in self.pairs
+            if pair.source == source and pair.copy == copy and pair.is_at(indices)
+        ]
         if given:
             self.pairs = [pair for pair in self.pairs if not any(pair is g for g in given)]
             self.stale.discard(source)
@@ -74,13 +85,23 @@ class Copies:
         self.pairs += given
 
 
-def places(source: Tensor, indices: tuple[Any, ...], differs: Callable[[Tensor], bool]) -> list[Place]:
-    """The indices that differ by sample and have no dimensions; none if the indices cannot be followed."""
+def places(
+    source: Tensor, indices: tuple[Any, ...], differs: Callable[[Tensor], bool]
+) -> list[Place]:
+    """The indices that differ by sample and have no dimensions.
+
+    None if the indices cannot be followed.
+    """
     found, dim, rest = [], 0, 0
     for item in indices:
         rest += _dims_of(item)
     for at, item in enumerate(indices):
-        if isinstance(item, Tensor) and item.dim() == 0 and item.dtype in INTEGERS and differs(item):
+        if (
+            isinstance(item, Tensor)
+            and item.dim() == 0
+            and item.dtype in INTEGERS
+            and differs(item)
+        ):
             found.append(Place(at, dim, item))
         dim += source.dim() - rest if item is Ellipsis else _dims_of(item)
     return found if rest <= source.dim() else []
@@ -99,7 +120,8 @@ def taken(source: Tensor, indices: tuple[Any, ...], at: list[Place]) -> Tensor:
     """`source[indices]` as a copy."""
     left = list(indices)
     for place in at:
-        # Not index_select: batched, it becomes a gather, which keeps its source for the backward, and the source may be written to.
+        # Not index_select: batched, it becomes a gather, which keeps its source for the backward,
+        # and the source may be written to.
         before = (slice(None),) * place.dim
         source = source[(*before, place.index.reshape(1))]
         left[place.at] = 0

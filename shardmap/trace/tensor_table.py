@@ -16,9 +16,12 @@ from shardmap.trace.recording import device_name, element, is_own_leaf
 
 
 class Variables:
-    """Tensors known by identity, held weakly: intermediate results die when the function lets go of them.
+    """Tensors known by identity, held weakly.
 
-    Memory is known by the address of its storage; a weak reference keeps the address from being used again.
+    Intermediate results die when the function lets go of them.
+
+    Memory is known by the address of its storage; a weak reference keeps the address from being
+    used again.
     """
 
     def __init__(self, call: str, outer: Variables | None, once: bool):
@@ -28,7 +31,8 @@ class Variables:
         """The recording around this one."""
         self.value_may_change = once or outer is not None
         self.depth = 0
-        """How many levels of torch.func transforms are active around the call; their wrappers are peeled while recording."""
+        """How many levels of torch.func transforms are active around the call; their wrappers
+        are peeled while recording."""
         self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.paused = False
         self.entries: dict[int, tuple[weakref.ref, Var]] = {}
@@ -50,7 +54,8 @@ class Variables:
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
             raise errors.UnsupportedOperatorError(
-                f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only dense (strided) tensors can be "
+                f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only "
+                "dense (strided) tensors can be "
                 "mapped: call .to_dense() on it first"
             )
         storage = tensor.untyped_storage()
@@ -60,7 +65,13 @@ class Variables:
             group = len(self.groups)
             self.groups[address] = group
             self.weak_storages.append(cast(int, storage._weak_ref()))
-        spec = Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, device_name(tensor.device), int(tensor.storage_offset()))
+        spec = Spec(
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            device_name(tensor.device),
+            int(tensor.storage_offset()),
+        )
         var = Var(self.count, group, spec)
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
@@ -83,19 +94,30 @@ class Variables:
             self.device = sample.device
 
     def belongs(self, tensor: torch.Tensor) -> bool:
-        """Whether python may not look at the value of `tensor`: it differs by sample, or nothing would notice if it changed."""
+        """Whether python may not look at the value of `tensor`.
+
+        It differs by sample, or nothing would notice if it changed.
+        """
         var = self.known(tensor)
-        if var is not None and (var.group in self.mapped_groups or (self.value_may_change and var.index not in self.captured)):
+        if var is not None and (
+            var.group in self.mapped_groups
+            or (self.value_may_change and var.index not in self.captured)
+        ):
             return True
         return self.outer is not None and self.outer.belongs(tensor)
 
     def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of an outer `torch.func` transform while recording; the replay is given the tensor itself."""
+        """What stands for a tensor of an outer `torch.func` transform while recording.
+
+        The replay is given the tensor itself.
+        """
         found = self.wrappers.get(id(wrapper))
         if found is None:
             allowed = functorch.get_inplace_requires_grad_allowed()
             self.paused = True
-            with temporarily_clear_interpreter_stack():  # a transform inside the function may be active: it must not see this
+            with (
+                temporarily_clear_interpreter_stack()
+            ):  # a transform inside the function may be active: it must not see this
                 plain = element(wrapper).detach()
                 functorch.set_inplace_requires_grad_allowed(True)
                 if plain.is_floating_point() or plain.is_complex():
@@ -118,17 +140,24 @@ class Variables:
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
-            # Autograd saves its own results without their history, and gives it back where a backward unpacks them.
+            # Autograd saves its own results without their history, and gives it back where a
+            # backward unpacks them.
             unpacked = tensor.requires_grad and tensor.grad_fn is not None
-            made = self.made_parameter(tensor, group) if unpacked or isinstance(tensor, torch.nn.Parameter) else None
+            made = (
+                self.made_parameter(tensor, group)
+                if unpacked or isinstance(tensor, torch.nn.Parameter)
+                else None
+            )
             if made is None and tensor._is_zerotensor():
                 made = self.made_zero(tensor)
             if made is not None:
                 return made
             raise errors.EscapeError(
-                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made inside the function but was "
+                f"{self.call}: a tensor of shape {tuple(tensor.shape)} shares memory with one made "
+                "inside the function but was "
                 "not made by a "
-                "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch operators on the tensor itself"
+                "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch "
+                "operators on the tensor itself"
             )
         var = self._define(tensor)
         self.captured_groups.add(var.group)
@@ -140,7 +169,10 @@ class Variables:
         return var
 
     def encode(self, value: Any, flags: list[int], param: bool) -> Any:
-        """An argument as the program holds it; `flags` takes what autograd knows of the tensors in it."""
+        """An argument as the program holds it.
+
+        `flags` takes what autograd knows of the tensors in it.
+        """
         kind = type(value)
         if kind is int or value is None or kind is str:
             return value
@@ -154,8 +186,13 @@ class Variables:
                 if var.index not in self.captured and is_own_leaf(value):
                     flags.append(FRESH_LEAF)
                 else:
-                    if var.group in self.captured_groups and var.index not in self.captured and var.group not in self.groups_with_grad:
-                        # A view of captured memory that does not require grad, and itself does: what autograd saved, unpacked.
+                    if (
+                        var.group in self.captured_groups
+                        and var.index not in self.captured
+                        and var.group not in self.groups_with_grad
+                    ):
+                        # A view of captured memory that does not require grad, and itself does:
+                        # what autograd saved, unpacked.
                         var = self._capture(value)
                     flags.append(GRAD)
             else:
@@ -180,21 +217,32 @@ class Variables:
         if kind is torch.dtype or kind is torch.layout or kind is torch.memory_format:
             return value
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise errors.EscapeError(f"{self.call}: the function computes with symbolic sizes ({value}), which cannot be recorded")
+            raise errors.EscapeError(
+                f"{self.call}: the function computes with symbolic sizes ({value}), which cannot "
+                "be recorded"
+            )
         if isinstance(value, torch.Generator):
             raise errors.RandomnessError(
-                f"{self.call}: the function draws from an explicit torch.Generator, which samples cannot share; drop the generator "
+                f"{self.call}: the function draws from an explicit torch.Generator, which samples "
+                "cannot share; drop the generator "
                 "argument and seed torch's own with torch.manual_seed"
             )
         if isinstance(value, float | np.floating):
             return self.encode(float(value), flags, param)
         if isinstance(value, int | np.integer):
             return int(value)
-        raise errors.EscapeError(f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot be recorded")
+        raise errors.EscapeError(
+            f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot "
+            "be recorded"
+        )
 
     def _is_sample_device(self, device: torch.device) -> bool:
         mine = self.device
-        return mine is not None and device.type == mine.type and (device.index is None or mine.index is None or device.index == mine.index)
+        return (
+            mine is not None
+            and device.type == mine.type
+            and (device.index is None or mine.index is None or device.index == mine.index)
+        )
 
     def _outputs(self, out: Any) -> Any:
         if isinstance(out, torch.Tensor):

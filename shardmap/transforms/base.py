@@ -1,4 +1,7 @@
-"""What all transforms share: the call that they return, and how they read the arguments that they differentiate by."""
+"""What all transforms share.
+
+The call that they return, and how they read the arguments that they differentiate by.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,13 @@ class Transformed:
         options: As for `shardmap.vmap`.
     """
 
-    def __init__(self, func: Callable[..., Any], sample: Callable[..., Any], in_dims: Any, options: Mapping[str, Any]):
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        sample: Callable[..., Any],
+        in_dims: Any,
+        options: Mapping[str, Any],
+    ):
         self._sample = sample
         self._in_dims = in_dims
         self._options = dict(options)
@@ -49,7 +58,10 @@ class Transformed:
             ShardmapError: As `shardmap.plan`.
         """
         if self._options.get("out") is not None:
-            raise errors.OptionError(f"{self!r}.plan: out={self._options['out']!r}: a plan runs into memory; leave out= away")
+            raise errors.OptionError(
+                f"{self!r}.plan: out={self._options['out']!r}: a plan runs into memory; leave out= "
+                "away"
+            )
         options = {name: value for name, value in self._options.items() if name not in _OF_RUNS}
         return api.plan(self._sample, self._in_dims, **options)(*args, **kwargs)
 
@@ -70,7 +82,8 @@ def check_function(func: Any, transform: str) -> None:
     """
     if not callable(func):
         raise errors.OptionError(
-            f"shardmap.{transform}: func={func!r} is a {type(func).__name__}, not a function; pass a function of one sample"
+            f"shardmap.{transform}: func={func!r} is a {type(func).__name__}, not a function; pass "
+            "a function of one sample"
         )
 
 
@@ -82,7 +95,10 @@ def check_argnums(argnums: Any, call: str) -> None:
     """
     numbers = argnums if isinstance(argnums, tuple) and argnums else (argnums,)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise errors.TransformError(f"{call}: argnums={argnums!r}; pass the number of a positional argument, or a tuple of such numbers")
+        raise errors.TransformError(
+            f"{call}: argnums={argnums!r}; pass the number of a positional argument, or a tuple of "
+            "such numbers"
+        )
 
 
 class Differentiated:
@@ -94,8 +110,8 @@ class Differentiated:
         call: The user's call, for errors.
 
     Raises:
-        TransformError: `argnums` is out of range or names an argument twice, or an argument holds something else than real
-            floating-point tensors.
+        TransformError: `argnums` is out of range or names an argument twice, or an argument holds
+            something else than real floating-point tensors.
     """
 
     def __init__(self, args: tuple[Any, ...], argnums: int | tuple[int, ...], call: str):
@@ -103,16 +119,22 @@ class Differentiated:
         for n in numbers:
             if not -len(args) <= n < len(args):
                 raise errors.TransformError(
-                    f"{call}: argnums={argnums!r} is out of range: the function was called with {len(args)} positional "
-                    f"argument{'s' if len(args) != 1 else ''}, so that {-len(args)} to {len(args) - 1} can be named"
+                    f"{call}: argnums={argnums!r} is out of range: the function was called with "
+                    f"{len(args)} positional "
+                    f"argument{'s' if len(args) != 1 else ''}, so that {-len(args)} to "
+                    f"{len(args) - 1} can be named"
                 )
         self.numbers = [n % len(args) for n in numbers]
         if len(set(self.numbers)) < len(self.numbers):
-            raise errors.TransformError(f"{call}: argnums={argnums!r} names an argument twice; name each once")
+            raise errors.TransformError(
+                f"{call}: argnums={argnums!r} names an argument twice; name each once"
+            )
         self._args = args
         chosen = tuple([args[n] for n in self.numbers])
         self.leaves, self._structure = pytree.tree_flatten(chosen)
-        self.structure = self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
+        self.structure = (
+            self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
+        )
         """Of what is differentiated by, as results have it: a tuple only where `argnums` is one."""
         for n, value in zip(self.numbers, chosen, strict=True):
             for leaf in pytree.tree_leaves(value):
@@ -121,7 +143,9 @@ class Differentiated:
     def with_leaves(self, leaves: list[torch.Tensor]) -> list[Any]:
         """The sample's arguments, with others in place of those that are differentiated by."""
         args = list(self._args)
-        for n, value in zip(self.numbers, pytree.tree_unflatten(leaves, self._structure), strict=True):
+        for n, value in zip(
+            self.numbers, pytree.tree_unflatten(leaves, self._structure), strict=True
+        ):
             args[n] = value
         return args
 
@@ -129,15 +153,18 @@ class Differentiated:
 def _check_real(leaf: Any, what: str, otherwise: str) -> None:
     if not isinstance(leaf, torch.Tensor):
         raise errors.TransformError(
-            f"{what} holds {leaf!r}, a {type(leaf).__name__}, and derivatives are taken by tensors; pass torch.tensor(...), or {otherwise}"
+            f"{what} holds {leaf!r}, a {type(leaf).__name__}, and derivatives are taken by "
+            f"tensors; pass torch.tensor(...), or {otherwise}"
         )
     if leaf.is_complex():
         raise errors.TransformError(
-            f"{what} is of dtype {leaf.dtype}, and derivatives are those of real numbers; write the function of torch.view_as_real(z)"
+            f"{what} is of dtype {leaf.dtype}, and derivatives are those of real numbers; write "
+            "the function of torch.view_as_real(z)"
         )
     if not leaf.is_floating_point():
         raise errors.TransformError(
-            f"{what} is of dtype {leaf.dtype}, and derivatives need floating-point tensors; pass .float() of it, or {otherwise}"
+            f"{what} is of dtype {leaf.dtype}, and derivatives need floating-point tensors; pass "
+            f".float() of it, or {otherwise}"
         )
 
 
@@ -150,7 +177,8 @@ class Results:
         call: The user's call, for errors.
 
     Raises:
-        TransformError: It is no pair although `has_aux` says so, or the result holds something else than real floating-point tensors.
+        TransformError: It is no pair although `has_aux` says so, or the result holds something else
+            than real floating-point tensors.
     """
 
     def __init__(self, out: Any, has_aux: bool, call: str):
@@ -158,13 +186,19 @@ class Results:
         if has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
                 raise errors.TransformError(
-                    f"{call}: has_aux=True and the function returned a {type(out).__name__}; return a pair of the result and the aux, or "
+                    f"{call}: has_aux=True and the function returned a {type(out).__name__}; "
+                    "return a pair of the result and the aux, or "
                     "pass has_aux=False"
                 )
             out, self.aux = out
         self.leaves, self.structure = pytree.tree_flatten(out)
         for leaf in self.leaves:
-            _check_real(leaf, f"{call}: the function's result", "return it as aux, with has_aux=True")
+            _check_real(
+                leaf, f"{call}: the function's result", "return it as aux, with has_aux=True"
+            )
         for leaf in pytree.tree_leaves(self.aux):
             if not isinstance(leaf, torch.Tensor):
-                raise errors.TransformError(f"{call}: the aux holds {leaf!r}, a {type(leaf).__name__}; return tensors, or leave it away")
+                raise errors.TransformError(
+                    f"{call}: the aux holds {leaf!r}, a {type(leaf).__name__}; return tensors, or "
+                    "leave it away"
+                )

@@ -31,36 +31,42 @@ def per_sample_grad(
 ) -> Callable[..., Any]:
     """The gradient of each sample's loss with respect to the parameters.
 
-    With a module, `per_sample_grad(model, loss)(x, y)` differentiates `loss(model(x[i]), y[i])` for each `i`: the first argument goes to
-    the model (a tuple as its arguments, a dict as its named ones), the others to the loss. Without a loss the module returns it itself.
-    Parameters that are frozen (`requires_grad=False`) and buffers are constants; a parameter that several layers share has one
-    gradient, under its first name.
+    With a module, `per_sample_grad(model, loss)(x, y)` differentiates `loss(model(x[i]), y[i])` for
+    each `i`: the first argument goes to the model (a tuple as its arguments, a dict as its named
+    ones), the others to the loss. Without a loss the module returns it itself. Parameters that are
+    frozen (`requires_grad=False`) and buffers are constants; a parameter that several layers share
+    has one gradient, under its first name.
 
-    With a function of parameters, `per_sample_grad(fn)(params, x, y)` differentiates `fn(params, x[i], y[i])`, as
-    `torch.func.vmap(torch.func.grad(fn), in_dims=(None, 0, 0))`; with a loss, `loss(fn(params, x[i]), y[i])`.
+    With a function of parameters, `per_sample_grad(fn)(params, x, y)` differentiates `fn(params,
+    x[i], y[i])`, as `torch.func.vmap(torch.func.grad(fn), in_dims=(None, 0, 0))`; with a loss,
+    `loss(fn(params, x[i]), y[i])`.
 
-    With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they are computed, and where algebra allows
-    without computing them: see `shardmap.reduce`.
+    With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they
+    are computed, and where algebra allows without computing them: see `shardmap.reduce`.
 
     Args:
-        model_or_fn: A module, written for one sample unless `batch_of_one`, or a function of parameters (a pytree of tensors) and of one
-            sample.
+        model_or_fn: A module, written for one sample unless `batch_of_one`, or a function of
+            parameters (a pytree of tensors) and of one sample.
         loss: Takes the output for one sample and what the batch holds besides; returns one number.
-        params: Which of a module's parameters: a name, a pattern such as "*.weight" or "encoder.*", or several; by default all that
-            require grad.
+        params: Which of a module's parameters: a name, a pattern such as "*.weight" or "encoder.*",
+            or several; by default all that require grad.
         flat: Return all gradients of a sample as one row, in the order of the parameters.
-        batch_of_one: Hand the model its sample as a batch of one, `x[i][None]`, and take its only result: for models that expect batches.
-        has_aux: `loss` (or the function) returns `(loss, aux)`, and the call `(gradients, aux)`, with `aux` stacked.
-        in_dims: Where the samples are in each argument, as for `shardmap.vmap`; not counting a function's parameters, which all share.
+        batch_of_one: Hand the model its sample as a batch of one, `x[i][None]`, and take its only
+            result: for models that expect batches.
+        has_aux: `loss` (or the function) returns `(loss, aux)`, and the call `(gradients, aux)`,
+            with `aux` stacked.
+        in_dims: Where the samples are in each argument, as for `shardmap.vmap`; not counting a
+            function's parameters, which all share.
         **options: Those of `shardmap.vmap`.
 
     Returns:
-        A function of the batch, with a method `plan` that takes the same batch and returns the `Plan`. It returns a dict of gradients by
-        parameter name, `[N, *shape]` each (for a function the structure of its parameters), or `[N, P]` if `flat`.
+        A function of the batch, with a method `plan` that takes the same batch and returns the
+        `Plan`. It returns a dict of gradients by parameter name, `[N, *shape]` each (for a function
+        the structure of its parameters), or `[N, P]` if `flat`.
 
     Raises:
-        TransformError: There is nothing to differentiate, or a name fits no parameter; at the call, the loss is not one floating-point
-            number.
+        TransformError: There is nothing to differentiate, or a name fits no parameter; at the call,
+            the loss is not one floating-point number.
         ShardmapError: As `shardmap.vmap`.
 
     Example:
@@ -76,15 +82,24 @@ def per_sample_grad(
     """
     call = f"shardmap.per_sample_grad({_name(model_or_fn)}{'' if loss is None else f', {_name(loss)}'})"
     if not callable(model_or_fn):
-        raise TransformError(f"{call}: {model_or_fn!r} is a {type(model_or_fn).__name__}; pass a module or a function of parameters")
+        raise TransformError(
+            f"{call}: {model_or_fn!r} is a {type(model_or_fn).__name__}; pass a module or a "
+            "function of parameters"
+        )
     if loss is not None and not callable(loss):
-        raise TransformError(f"{call}: loss={loss!r} is a {type(loss).__name__}; pass a function of the output and the targets")
+        raise TransformError(
+            f"{call}: loss={loss!r} is a {type(loss).__name__}; pass a function of the output and "
+            "the targets"
+        )
     if isinstance(model_or_fn, nn.Module):
         chosen = select(model_or_fn, params, call)
         of_sample = _module_gradient(model_or_fn, loss, chosen, flat, batch_of_one, has_aux, call)
         return Transformed(model_or_fn.forward, of_sample, in_dims, options)
     if params is not None:
-        raise TransformError(f"{call}: params={params!r} selects a module's parameters by name; of a function, pass those that are meant")
+        raise TransformError(
+            f"{call}: params={params!r} selects a module's parameters by name; of a function, pass "
+            "those that are meant"
+        )
     of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
 
     return OfParameters(model_or_fn, of_sample, in_dims, options)
@@ -93,7 +108,13 @@ def per_sample_grad(
 class OfParameters:
     """Gradients with respect to a first argument that all samples share."""
 
-    def __init__(self, fn: Callable[..., Any], of_sample: Callable[..., Any], in_dims: Any, options: MapOptions):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        of_sample: Callable[..., Any],
+        in_dims: Any,
+        options: MapOptions,
+    ):
         self._fn = fn
         self._of_sample = of_sample
         self._in_dims = in_dims
@@ -113,12 +134,20 @@ class OfParameters:
     def _over(self, arguments: int) -> Transformed:
         made = self._by_arguments.get(arguments)
         if made is None:
-            dims = tuple(self._in_dims) if isinstance(self._in_dims, tuple | list) else (self._in_dims,) * arguments
-            made = self._by_arguments[arguments] = Transformed(self._fn, self._of_sample, (None, *dims), self._options)
+            dims = (
+                tuple(self._in_dims)
+                if isinstance(self._in_dims, tuple | list)
+                else (self._in_dims,) * arguments
+            )
+            made = self._by_arguments[arguments] = Transformed(
+                self._fn, self._of_sample, (None, *dims), self._options
+            )
         return made
 
 
-def select(model: nn.Module, params: str | Sequence[str] | None, call: str) -> dict[str, nn.Parameter]:
+def select(
+    model: nn.Module, params: str | Sequence[str] | None, call: str
+) -> dict[str, nn.Parameter]:
     """A module's parameters by name: those that require grad, or those that `params` names.
 
     Raises:
@@ -128,12 +157,21 @@ def select(model: nn.Module, params: str | Sequence[str] | None, call: str) -> d
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
-            why = "all its parameters are frozen; call requires_grad_() on those that are meant" if named else "it has no parameters"
-            raise TransformError(f"{call}: {type(model).__name__} has nothing to differentiate: {why}")
+            why = (
+                "all its parameters are frozen; call requires_grad_() on those that are meant"
+                if named
+                else "it has no parameters"
+            )
+            raise TransformError(
+                f"{call}: {type(model).__name__} has nothing to differentiate: {why}"
+            )
         return chosen
     patterns = [params] if isinstance(params, str) else list(params)
     if not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TransformError(f"{call}: params={params!r}; pass a name, a pattern such as '*.weight', or a list of them")
+        raise TransformError(
+            f"{call}: params={params!r}; pass a name, a pattern such as '*.weight', or a list of "
+            "them"
+        )
     wanted: set[str] = set()
     aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
     first = {id(p): name for name, p in reversed(list(named.items()))}
@@ -141,13 +179,24 @@ def select(model: nn.Module, params: str | Sequence[str] | None, call: str) -> d
         found = [name for name in aliases if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             near = difflib.get_close_matches(pattern, aliases, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(list(named)[:8])}{', ...' if len(named) > 8 else ''}"
-            raise TransformError(f"{call}: params={pattern!r} fits no parameter of {type(model).__name__}; {hint}")
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it has {', '.join(list(named)[:8])}{', ...' if len(named) > 8 else ''}"
+            )
+            raise TransformError(
+                f"{call}: params={pattern!r} fits no parameter of {type(model).__name__}; {hint}"
+            )
         if pattern in aliases and not aliases[pattern].requires_grad:
-            raise TransformError(f"{call}: params={pattern!r} is frozen (requires_grad is False); unfreeze it, or leave it out")
+            raise TransformError(
+                f"{call}: params={pattern!r} is frozen (requires_grad is False); unfreeze it, or "
+                "leave it out"
+            )
         wanted.update(first[id(aliases[name])] for name in found if aliases[name].requires_grad)
     if not wanted:
-        raise TransformError(f"{call}: params={params!r} fits frozen parameters only; unfreeze those that are meant")
+        raise TransformError(
+            f"{call}: params={params!r} fits frozen parameters only; unfreeze those that are meant"
+        )
     return {name: p for name, p in named.items() if name in wanted}
 
 
@@ -165,7 +214,9 @@ def _module_gradient(
 
     @functools.wraps(model.forward, assigned=())
     def gradient(x: Any, *rest: Any) -> Any:
-        current = dict(model.named_parameters(remove_duplicate=False))  # a parameter may have been replaced since
+        current = dict(
+            model.named_parameters(remove_duplicate=False)
+        )  # a parameter may have been replaced since
         tensors = [current[name] for name in names]
         with torch.enable_grad():
             output = _applied(model, x, batch_of_one)
@@ -179,20 +230,37 @@ def _module_gradient(
 
 
 def _function_gradient(
-    fn: Callable[..., Any], loss: Callable[..., Any] | None, flat: bool, batch_of_one: bool, has_aux: bool, call: str
+    fn: Callable[..., Any],
+    loss: Callable[..., Any] | None,
+    flat: bool,
+    batch_of_one: bool,
+    has_aux: bool,
+    call: str,
 ) -> Callable[..., Any]:
-    """A function of the parameters and of one sample: the gradients with respect to the former, in their structure."""
+    """A function of the parameters and of one sample.
+
+    The gradients with respect to the former, in their structure.
+    """
 
     @functools.wraps(fn, updated=())
     def gradient(parameters: Any, *sample: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten(parameters)
-        if not leaves or not all(isinstance(p, Tensor) and (p.is_floating_point() or p.is_complex()) for p in leaves):
-            raise TransformError(f"{call}: its first argument, the parameters, is to be a pytree of floating-point tensors")
+        if not leaves or not all(
+            isinstance(p, Tensor) and (p.is_floating_point() or p.is_complex()) for p in leaves
+        ):
+            raise TransformError(
+                f"{call}: its first argument, the parameters, is to be a pytree of floating-point "
+                "tensors"
+            )
         with torch.enable_grad():
             tensors = [p.detach().requires_grad_() for p in leaves]
             handed = pytree.tree_unflatten(tensors, structure)
             if loss is None:
-                output = fn(handed, *(_one(s) for s in sample), **kwargs) if batch_of_one else fn(handed, *sample, **kwargs)
+                output = (
+                    fn(handed, *(_one(s) for s in sample), **kwargs)
+                    if batch_of_one
+                    else fn(handed, *sample, **kwargs)
+                )
             else:
                 output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
                 output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
@@ -227,12 +295,26 @@ def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
     aux = None
     if has_aux:
         if not isinstance(returned, tuple) or len(returned) != 2:
-            raise TransformError(f"{call}: has_aux=True, and the loss returned a {type(returned).__name__}; return (loss, aux)")
+            raise TransformError(
+                f"{call}: has_aux=True, and the loss returned a {type(returned).__name__}; return "
+                "(loss, aux)"
+            )
         returned, aux = returned
         aux = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux)
-    if not isinstance(returned, Tensor) or returned.numel() != 1 or not returned.is_floating_point():
-        found = f"{returned.dtype} {tuple(returned.shape)}" if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
-        raise TransformError(f"{call}: the loss of one sample is {found}; return one floating-point number, such as the sum or mean of it")
+    if (
+        not isinstance(returned, Tensor)
+        or returned.numel() != 1
+        or not returned.is_floating_point()
+    ):
+        found = (
+            f"{returned.dtype} {tuple(returned.shape)}"
+            if isinstance(returned, Tensor)
+            else f"a {type(returned).__name__}"
+        )
+        raise TransformError(
+            f"{call}: the loss of one sample is {found}; return one floating-point number, such as "
+            "the sum or mean of it"
+        )
     return returned.reshape(()), aux
 
 

@@ -16,7 +16,9 @@ from shardmap.program.ir import Equation, Program, Var
 
 
 def seconds(program: Program, samples: int, device_type: str) -> float:
-    """The guess for that many samples: what they change counts for each, what no sample changes once.
+    """The guess for that many samples.
+
+    What they change counts for each, what no sample changes once.
 
     Args:
         program: What one sample does.
@@ -25,7 +27,9 @@ def seconds(program: Program, samples: int, device_type: str) -> float:
     """
     m = machine(device_type)
     mapped = mapped_groups(program, "error", False)
-    live = live_equations(program, {v.group for eq in program.equations for v in written(eq)}, set())
+    live = live_equations(
+        program, {v.group for eq in program.equations for v in written(eq)}, set()
+    )
     total = 0.0
     for eq in itertools.compress(program.equations, live):
         read, made = list(eq.inputs()), list(eq.results())
@@ -48,11 +52,17 @@ def _flops(eq: Equation, made: list[Var]) -> float:
         return [real(v) for v in value] if type(value) is tuple else value
 
     outs = [real(v) for v in eq.outs]
-    return formula(*[real(a) for a in eq.args], **{k: real(v) for k, v in eq.kwargs}, out_val=outs[0] if len(outs) == 1 else outs)
+    return formula(
+        *[real(a) for a in eq.args],
+        **{k: real(v) for k, v in eq.kwargs},
+        out_val=outs[0] if len(outs) == 1 else outs,
+    )
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What of a sample decides its cost: shapes and dtypes, and everything that is no tensor."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    described = [(tuple(t.shape), str(t.dtype)) if isinstance(t, torch.Tensor) else repr(t) for t in leaves]
+    described = [
+        (tuple(t.shape), str(t.dtype)) if isinstance(t, torch.Tensor) else repr(t) for t in leaves
+    ]
     return str(structure), tuple(described)

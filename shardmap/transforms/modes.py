@@ -1,4 +1,7 @@
-"""Derivatives of one sample's function in reverse and in forward mode, by plain autograd: whatever that supports, they do."""
+"""Derivatives of one sample's function in reverse and in forward mode, by plain autograd.
+
+Whatever that supports, they do.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,17 @@ def refuse_inference_mode(call: str) -> None:
         TransformError: Inference mode is on.
     """
     if torch.is_inference_mode_enabled():
-        raise errors.TransformError(f"{call}: torch.inference_mode() keeps no graph to differentiate; use torch.no_grad() around the call")
+        raise errors.TransformError(
+            f"{call}: torch.inference_mode() keeps no graph to differentiate; use torch.no_grad() "
+            "around the call"
+        )
 
 
 class Graph:
     """One sample's function, run under autograd.
 
-    Gradients flow on to what the function captures, and to the sample, where they do in the loop: where autograd records outside
-    and anything there requires grad.
+    Gradients flow on to what the function captures, and to the sample, where they do in the loop:
+    where autograd records outside and anything there requires grad.
 
     Args:
         func: The function of one sample.
@@ -37,34 +43,63 @@ class Graph:
         call: The user's call, for errors.
     """
 
-    def __init__(self, func: Callable[..., Any], by: Differentiated, kwargs: dict[str, Any], has_aux: bool, call: str):
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        by: Differentiated,
+        kwargs: dict[str, Any],
+        has_aux: bool,
+        call: str,
+    ):
         refuse_inference_mode(call)
         outside = torch.is_grad_enabled()
         with torch.enable_grad():
-            # One view each: the same tensor may be passed twice, and is then differentiated by on its own in each place.
-            self.leaves = [t.view_as(t) if outside and t.requires_grad else t.detach().requires_grad_() for t in by.leaves]
+            # One view each: the same tensor may be passed twice, and is then differentiated by on
+            # its own in each place.
+            self.leaves = [
+                t.view_as(t) if outside and t.requires_grad else t.detach().requires_grad_()
+                for t in by.leaves
+            ]
             self.results = Results(func(*by.with_leaves(self.leaves), **kwargs), has_aux, call)
-        connected = any(t.requires_grad for t in by.leaves) or reaches_others(self.results.leaves, self.leaves)
+        connected = any(t.requires_grad for t in by.leaves) or reaches_others(
+            self.results.leaves, self.leaves
+        )
         self.create_graph = outside and connected
 
-    def pulled_back(self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The products of cotangents with the Jacobian: one for each tensor that is differentiated by."""
+    def pulled_back(
+        self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The products of cotangents with the Jacobian.
+
+        One for each tensor that is differentiated by.
+        """
         return pulled_back(outputs, self.leaves, cotangents, self.create_graph)
 
     def cut(self, value: Any) -> Any:
-        """A value of the forward pass as the caller is to see it: without the graph that is of this transform only."""
+        """A value of the forward pass as the caller is to see it.
+
+        Without the graph that is of this transform only.
+        """
         return value if self.create_graph else pytree.tree_map(lambda t: t.detach(), value)
 
 
 def pulled_back(
-    outputs: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], create_graph: bool
+    outputs: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    create_graph: bool,
 ) -> tuple[torch.Tensor, ...]:
     """`torch.autograd.grad` with zeros for what does not depend on the leaves, and a graph that is kept."""
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not pairs:
         return tuple([torch.zeros_like(t) for t in leaves])
     outs, seeds = zip(*pairs, strict=True)
-    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+    options = {
+        "retain_graph": True,
+        "create_graph": create_graph,
+        "allow_unused": True,
+        "materialize_grads": True,
+    }
     return torch.autograd.grad(outs, tuple(leaves), seeds, **options)
 
 
@@ -95,27 +130,38 @@ def pushed_forward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
     """Results, their tangents, and aux.
 
-    By dual tensors of plain autograd, so that `func` may call `torch.autograd.grad`. Where `func` takes forward derivatives itself,
-    of which plain autograd has one level only, by `torch.func.jvp`, which has several.
+    By dual tensors of plain autograd, so that `func` may call `torch.autograd.grad`. Where `func`
+    takes forward derivatives itself, of which plain autograd has one level only, by
+    `torch.func.jvp`, which has several.
 
     Args:
         func: Takes the primals, returns a list of tensors and a pytree.
         primals: Tensors.
         tangents: One for each primal; None is zero.
-        nested: Whether `func` may take forward derivatives itself; not where it also goes backward by plain autograd, which sees through
-            dual tensors, but not through the levels of `torch.func`.
+        nested: Whether `func` may take forward derivatives itself; not where it also goes backward
+            by plain autograd, which sees through dual tensors, but not through the levels of
+            `torch.func`.
 
     Raises:
         RuntimeError: `func` takes forward derivatives itself and may not.
     """
     try:
         with forward_ad.dual_level():
-            duals = [p if t is None else forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+            duals = [
+                p if t is None else forward_ad.make_dual(p, t)
+                for p, t in zip(primals, tangents, strict=True)
+            ]
             outs, aux = func(duals)
             pairs = [forward_ad.unpack_dual(t) for t in outs]
             values = [p.primal for p in pairs]
-            products = [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
-            return values, products, pytree.tree_map(lambda t: forward_ad.unpack_dual(t).primal, aux)
+            products = [
+                torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs
+            ]
+            return (
+                values,
+                products,
+                pytree.tree_map(lambda t: forward_ad.unpack_dual(t).primal, aux),
+            )
     except RuntimeError as error:
         if not nested or "ested forward mode AD" not in str(error):
             raise
@@ -128,7 +174,12 @@ def pushed_forward(
         outs, aux = func(inputs)
         return tuple(outs), aux
 
-    found: Any = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving), has_aux=True)
+    found: Any = torch.func.jvp(
+        of_moving,
+        tuple(primals[i] for i in moving),
+        tuple(tangents[i] for i in moving),
+        has_aux=True,
+    )
     return list(found[0]), list(found[1]), found[2]
 
 
@@ -136,5 +187,9 @@ def has_no_formula(error: BaseException) -> bool:
     """Whether autograd said that an operator cannot be differentiated in this mode."""
     text = str(error)
     return isinstance(error, NotImplementedError | RuntimeError) and (
-        "forward AD" in text or "forward mode AD" in text or "derivative for" in text or "jvp" in text or "is not differentiable" in text
+        "forward AD" in text
+        or "forward mode AD" in text
+        or "derivative for" in text
+        or "jvp" in text
+        or "is not differentiable" in text
     )

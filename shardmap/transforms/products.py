@@ -1,9 +1,12 @@
-"""Products with Jacobians and Hessians, for each sample of a batch; the matrices themselves are never made.
+"""Products with Jacobians and Hessians, for each sample of a batch.
 
-In `torch.func` and `torch.autograd.functional` these take the point and the vector in one call, or in two. Here they are transforms, as
-everything else in this library: `vjp(func)` is a function of the batch, whose last positional argument holds the vectors, one for each
-sample, or one for all (`in_dims=(0, None)`). All return the pair of the function's value and the product, as `torch.func.jvp` does, and
-`torch.autograd.functional`.
+The matrices themselves are never made.
+
+In `torch.func` and `torch.autograd.functional` these take the point and the vector in one call, or
+in two. Here they are transforms, as everything else in this library: `vjp(func)` is a function of
+the batch, whose last positional argument holds the vectors, one for each sample, or one for all
+(`in_dims=(0, None)`). All return the pair of the function's value and the product, as
+`torch.func.jvp` does, and `torch.autograd.functional`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,21 @@ from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap.call.options import MapOptions
-from shardmap.transforms.base import Differentiated, Results, Transformed, check_argnums, check_function, name_of
-from shardmap.transforms.modes import Graph, has_no_formula, pulled_back, pushed_forward, refuse_inference_mode
+from shardmap.transforms.base import (
+    Differentiated,
+    Results,
+    Transformed,
+    check_argnums,
+    check_function,
+    name_of,
+)
+from shardmap.transforms.modes import (
+    Graph,
+    has_no_formula,
+    pulled_back,
+    pushed_forward,
+    refuse_inference_mode,
+)
 
 logger = logging.getLogger("shardmap")
 
@@ -26,28 +42,40 @@ Argnums = int | tuple[int, ...]
 
 
 def vjp(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, in_dims: Any = 0, **options: Unpack[MapOptions]
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    in_dims: Any = 0,
+    **options: Unpack[MapOptions],
 ) -> Transformed:
-    """The product of a cotangent with the Jacobian of `func`, at each sample of a batch: one backward pass.
+    """The product of a cotangent with the Jacobian of `func`, at each sample of a batch.
 
-    `vjp(func)(x, cotangents)` is for each row what `torch.func.vjp(func, row)` and its function of the cotangent give. Gradients from
-    outside flow as for `shardmap.jacrev`.
+    One backward pass.
+
+    `vjp(func)(x, cotangents)` is for each row what `torch.func.vjp(func, row)` and its function of
+    the cotangent give. Gradients from outside flow as for `shardmap.jacrev`.
 
     Args:
-        func: Takes one sample and returns tensors in any pytree; a function, or a plain `torch.nn.Module`.
-        argnums: The number of the positional argument by which to differentiate, or a tuple of them.
+        func: Takes one sample and returns tensors in any pytree; a function, or a plain
+            `torch.nn.Module`.
+        argnums: The number of the positional argument by which to differentiate, or a tuple of
+            them.
         has_aux: Whether `func` returns a pair `(result, aux)`.
-        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the cotangents behind them: None shares among all samples.
+        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the cotangents behind them:
+            None shares among all samples.
         **options: As for `shardmap.vmap`.
 
     Returns:
-        A function of the batch: `func`'s arguments, and as the last one the cotangents, in the structure and shapes of `func`'s result. It
-        returns `(result, product)`, the product in the structure and shapes of the arguments that are differentiated by; with aux,
-        `(result, product, aux)`. Its `plan(*batch)` returns the `Plan` of the call.
+        A function of the batch: `func`'s arguments, and as the last one the cotangents, in the
+        structure and shapes of `func`'s result. It returns `(result, product)`, the product in the
+        structure and shapes of the arguments that are differentiated by; with aux, `(result,
+        product, aux)`. Its `plan(*batch)` returns the `Plan` of the call.
 
     Raises:
         OptionError: An option has a value that it cannot have.
-        TransformError: `argnums` or the cotangents do not fit, or something else than real floating-point tensors is differentiated.
+        TransformError: `argnums` or the cotangents do not fit, or something else than real
+            floating-point tensors is differentiated.
         ShardmapError: As for `shardmap.vmap`.
 
     Example:
@@ -58,7 +86,8 @@ def vjp(
                 [ 9., 16.]]), tensor([[2., 0.],
                 [6., 8.]]))
 
-    After `torch.func.vjp` and `torch.autograd.functional.vjp`; Griewank and Walther, Evaluating Derivatives, 2008, section 3.2.
+    After `torch.func.vjp` and `torch.autograd.functional.vjp`; Griewank and Walther, Evaluating
+    Derivatives, 2008, section 3.2.
     """
     call = _checked(func, "vjp", argnums, has_aux)
 
@@ -67,8 +96,16 @@ def vjp(
         by = Differentiated(inputs, argnums, call)
         graph = Graph(func, by, kwargs, has_aux, call)
         results = graph.results
-        cotangents = _like(vector, results.leaves, results.structure, f"{call}: the cotangents", "the function's result")
-        product = pytree.tree_unflatten(list(graph.pulled_back(results.leaves, cotangents)), by.structure)
+        cotangents = _like(
+            vector,
+            results.leaves,
+            results.structure,
+            f"{call}: the cotangents",
+            "the function's result",
+        )
+        product = pytree.tree_unflatten(
+            list(graph.pulled_back(results.leaves, cotangents)), by.structure
+        )
         value = pytree.tree_unflatten(graph.cut(results.leaves), results.structure)
         return (value, product, graph.cut(results.aux)) if has_aux else (value, product)
 
@@ -76,9 +113,16 @@ def vjp(
 
 
 def jvp(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, in_dims: Any = 0, **options: Unpack[MapOptions]
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    in_dims: Any = 0,
+    **options: Unpack[MapOptions],
 ) -> Transformed:
-    """The product of the Jacobian of `func` with a tangent, at each sample of a batch: one pass in forward mode.
+    """The product of the Jacobian of `func` with a tangent, at each sample of a batch.
+
+    One pass in forward mode.
 
     `jvp(func)(x, tangents)` is for each row what `torch.func.jvp(func, (row,), (tangent,))` gives.
 
@@ -86,12 +130,14 @@ def jvp(
         func: As for `vjp`.
         argnums: As for `vjp`; the other arguments have no tangent.
         has_aux: As for `vjp`.
-        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the tangents behind them: None shares among all samples.
+        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the tangents behind them: None
+            shares among all samples.
         **options: As for `shardmap.vmap`.
 
     Returns:
-        A function of the batch: `func`'s arguments, and as the last one the tangents, in the structure and shapes of the arguments that are
-        differentiated by. It returns `(result, product)`, both in the structure of `func`'s result; with aux, `(result, product, aux)`. Its
+        A function of the batch: `func`'s arguments, and as the last one the tangents, in the
+        structure and shapes of the arguments that are differentiated by. It returns `(result,
+        product)`, both in the structure of `func`'s result; with aux, `(result, product, aux)`. Its
         `plan(*batch)` returns the `Plan` of the call.
 
     Raises:
@@ -113,7 +159,9 @@ def jvp(
         refuse_inference_mode(call)
         inputs, vector = _with_vector(args, call, "tangents")
         by = Differentiated(inputs, argnums, call)
-        tangents = _like(vector, by.leaves, by.structure, f"{call}: the tangents", "what is differentiated by")
+        tangents = _like(
+            vector, by.leaves, by.structure, f"{call}: the tangents", "what is differentiated by"
+        )
         seen: list[Results] = []
 
         def function(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
@@ -127,22 +175,33 @@ def jvp(
     return _transformed(func, "jvp", sample, in_dims, options)
 
 
-def hvp(func: Callable[..., Any], argnums: Argnums = 0, *, in_dims: Any = 0, **options: Unpack[MapOptions]) -> Transformed:
-    """The product of the Hessian of a scalar function with a vector, at each sample of a batch: the tangent of the gradient.
+def hvp(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    in_dims: Any = 0,
+    **options: Unpack[MapOptions],
+) -> Transformed:
+    """The product of the Hessian of a scalar function with a vector, at each sample of a batch.
 
-    `hvp(func)(x, vectors)` is for each row what `torch.autograd.functional.hvp(func, row, vector)` gives. Forward over reverse, so that it
-    costs a few evaluations of `func`; where an operator has no forward formula, a second backward pass is taken instead, which is logged.
+    The tangent of the gradient.
+
+    `hvp(func)(x, vectors)` is for each row what `torch.autograd.functional.hvp(func, row, vector)`
+    gives. Forward over reverse, so that it costs a few evaluations of `func`; where an operator has
+    no forward formula, a second backward pass is taken instead, which is logged.
 
     Args:
         func: As for `vjp`, with a result of one element.
         argnums: As for `vjp`.
-        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the vectors behind them: None shares among all samples.
+        in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the vectors behind them: None
+            shares among all samples.
         **options: As for `shardmap.vmap`.
 
     Returns:
-        A function of the batch: `func`'s arguments, and as the last one the vectors, in the structure and shapes of the arguments that are
-        differentiated by. It returns `(result, product)`, the product in that structure too. Its `plan(*batch)` returns the `Plan` of
-        the call.
+        A function of the batch: `func`'s arguments, and as the last one the vectors, in the
+        structure and shapes of the arguments that are differentiated by. It returns `(result,
+        product)`, the product in that structure too. Its `plan(*batch)` returns the `Plan` of the
+        call.
 
     Raises:
         OptionError: An option has a value that it cannot have.
@@ -156,14 +215,17 @@ def hvp(func: Callable[..., Any], argnums: Argnums = 0, *, in_dims: Any = 0, **o
         (tensor([ 9., 91.]), tensor([[ 6.,  0.],
                 [ 0., 24.]]))
 
-    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6, 1994; signature after `torch.autograd.functional.hvp`.
+    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6, 1994; signature
+    after `torch.autograd.functional.hvp`.
     """
     call = _checked(func, "hvp", argnums, False)
 
     def sample(*args: Any, **kwargs: Any) -> Any:
         inputs, vector = _with_vector(args, call, "vectors")
         by = Differentiated(inputs, argnums, call)
-        vectors = _like(vector, by.leaves, by.structure, f"{call}: the vectors", "what is differentiated by")
+        vectors = _like(
+            vector, by.leaves, by.structure, f"{call}: the vectors", "what is differentiated by"
+        )
         graph = Graph(func, by, kwargs, False, call)
         (value,) = _one_scalar(graph.results, call)
         try:
@@ -171,7 +233,11 @@ def hvp(func: Callable[..., Any], argnums: Argnums = 0, *, in_dims: Any = 0, **o
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, errors.ShardmapError) or not has_no_formula(error):
                 raise
-            logger.info("%s: takes two backward passes, for in forward mode: %s", call, str(error).partition("\n")[0])
+            logger.info(
+                "%s: takes two backward passes, for in forward mode: %s",
+                call,
+                str(error).partition("\n")[0],
+            )
             with torch.enable_grad():
                 gradients = pulled_back([value], graph.leaves, [torch.ones_like(value)], True)
             products = graph.pulled_back(gradients, vectors)
@@ -184,16 +250,27 @@ def hvp(func: Callable[..., Any], argnums: Argnums = 0, *, in_dims: Any = 0, **o
 
 
 def _tangents_of_gradient(
-    func: Callable[..., Any], by: Differentiated, kwargs: dict[str, Any], create_graph: bool, vectors: list[torch.Tensor], call: str
+    func: Callable[..., Any],
+    by: Differentiated,
+    kwargs: dict[str, Any],
+    create_graph: bool,
+    vectors: list[torch.Tensor],
+    call: str,
 ) -> tuple[torch.Tensor, ...]:
-    """The products of the Hessian with vectors, forward over reverse: one for each tensor that is differentiated by."""
+    """The products of the Hessian with vectors, forward over reverse.
+
+    One for each tensor that is differentiated by.
+    """
 
     def gradient(duals: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         (value,) = _one_scalar(Results(func(*by.with_leaves(duals), **kwargs), False, call), call)
         return list(pulled_back([value], duals, [torch.ones_like(value)], True)), ()
 
     with torch.enable_grad():
-        primals = [t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_() for t in by.leaves]
+        primals = [
+            t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
+            for t in by.leaves
+        ]
         products = pushed_forward(gradient, primals, vectors, nested=False)[1]
     return tuple([t if create_graph else t.detach() for t in products])
 
@@ -204,7 +281,9 @@ def _checked(func: Any, transform: str, argnums: Any, has_aux: Any) -> str:
     call = f"shardmap.{transform}({name_of(func)})"
     check_argnums(argnums, call)
     if not isinstance(has_aux, bool):
-        raise errors.OptionError(f"{call}: has_aux={has_aux!r} is a {type(has_aux).__name__}; pass True or False")
+        raise errors.OptionError(
+            f"{call}: has_aux={has_aux!r} is a {type(has_aux).__name__}; pass True or False"
+        )
     return call
 
 
@@ -217,7 +296,8 @@ def _with_vector(args: tuple[Any, ...], call: str, what: str) -> tuple[tuple[Any
     """The function's arguments, and the vector behind them."""
     if len(args) < 2:
         raise errors.TransformError(
-            f"{call}: was called with {len(args)} positional argument{'s' if len(args) != 1 else ''}; pass the function's arguments, "
+            f"{call}: was called with {len(args)} positional "
+            f"argument{'s' if len(args) != 1 else ''}; pass the function's arguments, "
             f"and the {what} as the last one"
         )
     return args[:-1], args[-1]
@@ -227,23 +307,32 @@ def _one_scalar(results: Results, call: str) -> list[torch.Tensor]:
     shapes = [tuple(t.shape) for t in results.leaves]
     if len(shapes) != 1 or results.leaves[0].numel() != 1:
         raise errors.TransformError(
-            f"{call}: the function's result has the shape{'s' if len(shapes) != 1 else ''} {', '.join(map(str, shapes))}, and a Hessian's "
+            f"{call}: the function's result has the shape{'s' if len(shapes) != 1 else ''} "
+            f"{', '.join(map(str, shapes))}, and a Hessian's "
             "product is that of one number; return a scalar, or take shardmap.jvp of the gradient"
         )
     return results.leaves
 
 
-def _like(vector: Any, leaves: list[torch.Tensor], structure: pytree.TreeSpec, what: str, model: str) -> list[torch.Tensor]:
+def _like(
+    vector: Any, leaves: list[torch.Tensor], structure: pytree.TreeSpec, what: str, model: str
+) -> list[torch.Tensor]:
     """The vector's tensors, one for each of `leaves`, of its shape and dtype."""
     found, found_structure = pytree.tree_flatten(vector)
     if found_structure != structure:
         raise errors.TransformError(
-            f"{what} have the structure {found_structure}, and {model} has {structure}; pass tensors in that structure"
+            f"{what} have the structure {found_structure}, and {model} has {structure}; pass "
+            "tensors in that structure"
         )
     for given, leaf in zip(found, leaves, strict=True):
-        kind = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        kind = (
+            f"{given.dtype} {tuple(given.shape)}"
+            if isinstance(given, torch.Tensor)
+            else type(given).__name__
+        )
         if kind != f"{leaf.dtype} {tuple(leaf.shape)}":
             raise errors.TransformError(
-                f"{what} of one sample hold {kind} where {model} has {leaf.dtype} {tuple(leaf.shape)}; pass tensors like those"
+                f"{what} of one sample hold {kind} where {model} has {leaf.dtype} "
+                f"{tuple(leaf.shape)}; pass tensors like those"
             )
     return found

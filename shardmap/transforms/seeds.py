@@ -1,8 +1,11 @@
-"""All rows or columns of one sample's Jacobian: a map over unit vectors inside the function that is mapped over samples.
+"""All rows or columns of one sample's Jacobian.
 
-What one unit vector needs is recorded once, lowered by the same rules as everything else, and replayed for some of them at a time inside
-the recording of the sample. So the unit vectors become a dimension of the recorded calls; what does not depend on them (the function's own
-values) is computed once for each sample, and what does not depend on the sample once for all.
+A map over unit vectors inside the function that is mapped over samples.
+
+What one unit vector needs is recorded once, lowered by the same rules as everything else, and
+replayed for some of them at a time inside the recording of the sample. So the unit vectors become a
+dimension of the recorded calls; what does not depend on them (the function's own values) is
+computed once for each sample, and what does not depend on the sample once for all.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from shardmap.trace.record import record
 from shardmap.transforms.zeros import without_zeros
 
 TARGET_BYTES = 8 * MIB
-"""Intermediates of one sample from which its unit vectors are cut: what a chunk of samples is kept at, for the cache."""
+"""Intermediates of one sample from which its unit vectors are cut: what a chunk of samples is
+kept at, for the cache."""
 MOST_CHUNKS = 64
 """Each chunk's calls are recorded: more chunks than this only where memory asks for them."""
 BUDGET_PART = 4
-"""One sample's intermediates take at most this part of the budget: results and what kernels need go beside."""
+"""One sample's intermediates take at most this part of the budget: results and what kernels need
+go beside."""
 
 
 @dataclass(slots=True)
@@ -79,16 +84,42 @@ class UnitVectors:
         call: The user's call, for errors.
     """
 
-    def __init__(self, core: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], like: torch.Tensor, call: str):
+    def __init__(
+        self,
+        core: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        like: torch.Tensor,
+        call: str,
+    ):
         self.count = like.numel()
         self.like = like
-        # Two, and not one, if there are: a dimension of size one would be a special case to kernels.
+        # Two, and not one, if there are: a dimension of size one would be a special case to
+        # kernels.
         batch = edges.collect((self._seeds(0, min(2, self.count)),), {}, 0, None, call)
         recording, structure = record(core, batch, "error", False, call)
         program, self.each_bytes = _looked_at(recording.program)
         recording = dataclasses.replace(recording, program=program)
-        options = Options(0, 0, "error", None, "auto", None, None, None, 0.9, "each", False, False, None, None, False, False, call)
-        job = api._job(Prepared(recording, structure), batch, options, inlined=True, transformed=False)
+        options = Options(
+            0,
+            0,
+            "error",
+            None,
+            "auto",
+            None,
+            None,
+            None,
+            0.9,
+            "each",
+            False,
+            False,
+            None,
+            None,
+            False,
+            False,
+            call,
+        )
+        job = api._job(
+            Prepared(recording, structure), batch, options, inlined=True, transformed=False
+        )
         # What no unit vector changes is not repeated for each.
         outputs = tuple([o if o.mapped else dataclasses.replace(o, dim=None) for o in job.outputs])
         self.job = dataclasses.replace(job, outputs=outputs)
@@ -99,7 +130,10 @@ class UnitVectors:
         return self.job.recording.program
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
-        """What `core` returns, for chunk after chunk of unit vectors: for each of its results `[vectors, *shape]`."""
+        """What `core` returns, for chunk after chunk of unit vectors.
+
+        For each of its results `[vectors, *shape]`.
+        """
         step = seeding.at_once(self.each_bytes, self.count, self.like.device)
         on, parts = prepare.Devices(self.job), []
         for start in range(0, self.count, step):
@@ -107,8 +141,13 @@ class UnitVectors:
                 pages.give_back()
             seeds = self._seeds(start, min(start + step, self.count))
             with unheard():
-                outs = local.run_whole(dataclasses.replace(self.job, inputs=[seeds], samples=len(seeds)), on)
-            spread = [t if o.mapped else t.expand(len(seeds), *t.shape) for t, o in zip(outs, self.job.outputs, strict=True)]
+                outs = local.run_whole(
+                    dataclasses.replace(self.job, inputs=[seeds], samples=len(seeds)), on
+                )
+            spread = [
+                t if o.mapped else t.expand(len(seeds), *t.shape)
+                for t, o in zip(outs, self.job.outputs, strict=True)
+            ]
             parts.append(tuple(spread))
         return parts
 
@@ -130,14 +169,18 @@ def _looked_at(program: Program) -> tuple[Program, int]:
 def live_bytes(program: Program) -> int:
     """The most bytes that are live at a time of what the mapped inputs change, for one of them."""
     mapped = mapped_groups(program, "error", False)
-    live = live_equations(program, {v.group for eq in program.equations for v in written(eq)}, set())
+    live = live_equations(
+        program, {v.group for eq in program.equations for v in written(eq)}, set()
+    )
     equations = list(itertools.compress(program.equations, live))
     sizes: dict[int, int] = {}
     last: dict[int, int] = {}
     for i, eq in enumerate(equations):
         for v in (*eq.inputs(), *eq.results()):
             if v.group in mapped:
-                sizes[v.group] = max(sizes.get(v.group, 0), math.prod(v.spec.shape) * v.spec.dtype.itemsize)
+                sizes[v.group] = max(
+                    sizes.get(v.group, 0), math.prod(v.spec.shape) * v.spec.dtype.itemsize
+                )
                 last[v.group] = i
     ends = {v.group for v in variables(program.outputs)}
     now = peak = 0

@@ -1,8 +1,9 @@
 """Leave out what forward mode does with tangents that are zero.
 
-Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory, multiply by it, copy and add: a linear
-layer's tangent is one product, and is recorded as two products, a copy and a sum. Measured on the Hessian of a 64-256-256-1 net: a quarter
-of the time; on the Jacobian of a Lorenz-96 flow map: a third.
+Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory,
+multiply by it, copy and add: a linear layer's tangent is one product, and is recorded as two
+products, a copy and a sum. Measured on the Hessian of a 64-256-256-1 net: a quarter of the time; on
+the Jacobian of a Lorenz-96 flow map: a third.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ _VIEWS = {
 }  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.mul.Tensor}
 """Zero if a factor is."""
-_LINEAR = {aten.tanh_backward.default, aten.sigmoid_backward.default, aten.threshold_backward.default, aten.mul.Scalar, aten.neg.default}
+_LINEAR = {
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+    aten.threshold_backward.default,
+    aten.mul.Scalar,
+    aten.neg.default,
+}
 """Zero if the first argument is."""
 
 
 def without_zeros(program: Program) -> Program:
     """`program` without the arithmetic on symbolic zeros of forward-mode AD, and without the copies that it makes.
 
-    A product with such a zero is left out even where the other factor is infinite: there is no tangent. Zeros of the user's own are
-    multiplied as ever. A program of which gradients are taken from outside stays as it is.
+    A product with such a zero is left out even where the other factor is infinite: there is no
+    tangent. Zeros of the user's own are multiplied as ever. A program of which gradients are taken
+    from outside stays as it is.
     """
     if any(program.output_flags):
         return program
@@ -48,8 +56,14 @@ def without_zeros(program: Program) -> Program:
         return tuple([current(v) for v in value]) if kind is tuple else value
 
     for recorded in program.equations:
-        eq = recorded._replace(args=current(recorded.args), kwargs=tuple([(k, current(v)) for k, v in recorded.kwargs]))
-        out = eq.outs[0] if len(eq.outs) == 1 and type(eq.outs[0]) is Var and eq.answer is None else None
+        eq = recorded._replace(
+            args=current(recorded.args), kwargs=tuple([(k, current(v)) for k, v in recorded.kwargs])
+        )
+        out = (
+            eq.outs[0]
+            if len(eq.outs) == 1 and type(eq.outs[0]) is Var and eq.answer is None
+            else None
+        )
         if out is not None and out.group not in touched:
             if eq.op is aten._efficientzerotensor.default:
                 symbolic.add((out.spec.shape, out.spec.dtype))
@@ -66,7 +80,9 @@ def without_zeros(program: Program) -> Program:
     return program._replace(equations=tuple(kept), outputs=outputs)
 
 
-def _is_zero(eq: Equation, out: Var, zeros: set[int], scalars: set[int], symbolic: set[tuple[Any, ...]]) -> bool:
+def _is_zero(
+    eq: Equation, out: Var, zeros: set[int], scalars: set[int], symbolic: set[tuple[Any, ...]]
+) -> bool:
     operands = [a.index in zeros for a in eq.args if type(a) is Var]
     if eq.op is aten.expand.default and eq.args[0].index in scalars:
         return (out.spec.shape, out.spec.dtype) in symbolic
@@ -85,11 +101,27 @@ def _stands_for(eq: Equation, out: Var, zeros: set[int], touched: set[int]) -> V
         elif eq.op is aten.add.Tensor and first.index in zeros and not eq.kwargs:
             found = second
     elif eq.op is aten._to_copy.default:
-        changes = [v for k, v in eq.kwargs if v != {"dtype": out.spec.dtype, "layout": torch.strided, "device": SAMPLE_DEVICE}.get(k)]
+        changes = [
+            v
+            for k, v in eq.kwargs
+            if v
+            != {"dtype": out.spec.dtype, "layout": torch.strided, "device": SAMPLE_DEVICE}.get(k)
+        ]
         found = eq.args[0] if not changes else None
     elif eq.op is aten.expand.default:
         found = eq.args[0]
     if found is None or found.group in touched or found.index in zeros:
         return None
-    alike = (found.spec.shape, found.spec.stride, found.spec.dtype, found.spec.device, found.spec.offset)
-    return found if alike == (out.spec.shape, out.spec.stride, out.spec.dtype, out.spec.device, out.spec.offset) else None
+    alike = (
+        found.spec.shape,
+        found.spec.stride,
+        found.spec.dtype,
+        found.spec.device,
+        found.spec.offset,
+    )
+    return (
+        found
+        if alike
+        == (out.spec.shape, out.spec.stride, out.spec.dtype, out.spec.device, out.spec.offset)
+        else None
+    )

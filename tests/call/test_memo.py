@@ -172,7 +172,9 @@ def attribute_of_a_function() -> Any:
 @change
 def parameter_replaced() -> Any:
     layer = nn.Linear(2, 2)
-    return lambda r: layer(r).detach(), lambda: setattr(layer, "weight", nn.Parameter(torch.ones(2, 2)))
+    return lambda r: layer(r).detach(), lambda: setattr(
+        layer, "weight", nn.Parameter(torch.ones(2, 2))
+    )
 
 
 @change
@@ -273,7 +275,9 @@ def in_place_update_of_a_number() -> Any:
 @change
 def data_of_another_shape() -> Any:
     weight = torch.ones(2)
-    return lambda r: r * weight.shape[0] * weight.sum(), lambda: setattr(weight, "data", torch.ones(5))
+    return lambda r: r * weight.shape[0] * weight.sum(), lambda: setattr(
+        weight, "data", torch.ones(5)
+    )
 
 
 @change
@@ -302,7 +306,10 @@ def zero_to_negative_zero() -> Any:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen(name: str) -> None:
-    """After a change the result is the loop's, at once and afterwards; fails if the recording goes stale."""
+    """After a change the result is the loop's, at once and afterwards.
+
+    Fails if the recording goes stale.
+    """
     function, rebind = CHANGES[name]()
     mapped = shardmap.vmap(function, trace="once", randomness="same")
     for _ in range(2):
@@ -316,7 +323,10 @@ def test_a_change_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(CHANGES) - {"in_place_update_of_a_number"}))
 def test_nothing_changed_is_the_same(name: str) -> None:
-    """What a function reads compares equal to itself: nothing in the listing is made anew each time."""
+    """What a function reads compares equal to itself.
+
+    Nothing in the listing is made anew each time.
+    """
     function, _ = CHANGES[name]()
     assert same(reachable(function), reachable(function))
 
@@ -348,7 +358,10 @@ def test_modes_are_part_of_the_signature(mode: Callable[[], Any]) -> None:
 
 
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """`function`, and a list that grows with each call of it. Only its method is reached, so that it is no part of what is read."""
+    """`function`, and a list that grows with each call of it.
+
+    Only its method is reached, so that it is no part of what is read.
+    """
     calls: list[int] = []
     note = calls.append
 
@@ -381,7 +394,10 @@ def test_unmapped_arguments_are_bound_at_each_call() -> None:
 
 
 def test_an_argument_that_is_captured_too() -> None:
-    """The same tensor by two ways in: recorded as one, so another argument must not stand for both."""
+    """The same tensor by two ways in.
+
+    Recorded as one, so another argument must not stand for both.
+    """
     weight, other = torch.tensor([2.0, 3.0]), torch.ones(2)
     mapped = shardmap.vmap(lambda r, w: r * w + weight, (0, None), trace="once")
     for w in (weight, other, weight):

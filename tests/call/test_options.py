@@ -1,4 +1,7 @@
-"""Every bad value of an option is refused: the error has the call, the argument, the value, and what to do instead."""
+"""Every bad value of an option is refused.
+
+The error has the call, the argument, the value, and what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,71 @@ def sample(x: torch.Tensor) -> torch.Tensor:
 
 
 AT_ONCE: list[tuple[str, Any, str]] = [
-    *[("chunk_size", value, "pass a positive int, 'auto', or None") for value in (0, -1, 2.0, "large", True, False, "1", [1], (2,))],
-    *[("chunk_size", {"cpu": value}, "pass a positive int, 'auto', or None") for value in (0, -3, 1.5, "some", True)],
+    *[
+        ("chunk_size", value, "pass a positive int, 'auto', or None")
+        for value in (0, -1, 2.0, "large", True, False, "1", [1], (2,))
+    ],
+    *[
+        ("chunk_size", {"cpu": value}, "pass a positive int, 'auto', or None")
+        for value in (0, -3, 1.5, "some", True)
+    ],
     ("chunk_size", {0: 3}, "name devices by text"),
     ("chunk_size", {torch.device("cpu"): 3}, "name devices by text"),
     *[
         ("memory_budget", value, "bytes, or text such as '6GiB'")
         for value in (0, -5, 1.5, "", "6 parsecs", "GiB", "-1GiB", "0", True, [1], "inf")
     ],
-    *[("memory_budget", value, "bytes, or text such as '6GiB'") for value in ("nan", "1e400", "0 KiB", "0.5")],
-    *[("memory_fraction", value, "above 0 and at most 1") for value in (0, -0.1, 1.01, "half", None, True, float("nan"), float("inf"))],
-    *[("randomness", value, "'error', 'same' or 'different'") for value in ("random", None, True, 0, ["same"])],
+    *[
+        ("memory_budget", value, "bytes, or text such as '6GiB'")
+        for value in ("nan", "1e400", "0 KiB", "0.5")
+    ],
+    *[
+        ("memory_fraction", value, "above 0 and at most 1")
+        for value in (0, -0.1, 1.01, "half", None, True, float("nan"), float("inf"))
+    ],
+    *[
+        ("randomness", value, "'error', 'same' or 'different'")
+        for value in ("random", None, True, 0, ["same"])
+    ],
     *[("trace", value, "'each' or 'once'") for value in ("twice", None, True, 1, ["once"])],
     *[("strict", value, "True or False") for value in (None, 1, "yes")],
     *[("remat", value, "True or False") for value in (None, 0, "no")],
     *[("progress", value, "'always'") for value in (None, 1, "sometimes", "never", ["always"])],
 ]
 IN_THE_CALL: list[tuple[str, Any, type[Exception], str]] = [
-    *[("reduce", value, errors.OptionError, "'sum', 'mean', 'max', 'min', 'norm'") for value in ("product", "SUM", "", 3, True, len, 1.5)],
-    *[("reduce", value, errors.OptionError, "pass one reduction") for value in (("sum",), ["sum"], {"a": "sum"}, (), (None, None))],
-    *[("chunk_size", value, errors.OptionError, "name one of these, or its kind") for value in ({"cuda:3": 1}, {"cuda": None, "cpu": 2})],
-    *[("output_device", value, errors.DeviceError, "this machine has cpu") for value in ("abacus", "cuda:77", "", "cpu:3", "abacus:*")],
-    *[("output_device", value, errors.DeviceError, "pass a name such as 'cpu', or a torch.device") for value in (0, ["cpu"], True)],
-    *[("devices", value, errors.DeviceError, "this machine has cpu") for value in ("abacus", "cuda:77", [], "", ["cpu", "abacus"])],
+    *[
+        ("reduce", value, errors.OptionError, "'sum', 'mean', 'max', 'min', 'norm'")
+        for value in ("product", "SUM", "", 3, True, len, 1.5)
+    ],
+    *[
+        ("reduce", value, errors.OptionError, "pass one reduction")
+        for value in (("sum",), ["sum"], {"a": "sum"}, (), (None, None))
+    ],
+    *[
+        ("chunk_size", value, errors.OptionError, "name one of these, or its kind")
+        for value in ({"cuda:3": 1}, {"cuda": None, "cpu": 2})
+    ],
+    *[
+        ("output_device", value, errors.DeviceError, "this machine has cpu")
+        for value in ("abacus", "cuda:77", "", "cpu:3", "abacus:*")
+    ],
+    *[
+        ("output_device", value, errors.DeviceError, "pass a name such as 'cpu', or a torch.device")
+        for value in (0, ["cpu"], True)
+    ],
+    *[
+        ("devices", value, errors.DeviceError, "this machine has cpu")
+        for value in ("abacus", "cuda:77", [], "", ["cpu", "abacus"])
+    ],
     *[("devices", value, errors.DeviceError, "pass") for value in (0, None, [0], {"cpu"}, True)],
-    *[("out_dims", value, errors.OutDimsError, "") for value in (2, -3, "0", None, (0, 0), 1.5, True)],
-    *[("in_dims", value, errors.InDimsError, "") for value in (2, -3, "0", None, (0, 0), (None,), 1.5)],
+    *[
+        ("out_dims", value, errors.OutDimsError, "")
+        for value in (2, -3, "0", None, (0, 0), 1.5, True)
+    ],
+    *[
+        ("in_dims", value, errors.InDimsError, "")
+        for value in (2, -3, "0", None, (0, 0), (None,), 1.5)
+    ],
     *[("kw_in_dims", value, errors.InDimsError, "") for value in ({"y": 0}, "0", True)],
 ]
 PUBLIC = ["vmap", "plan"]
@@ -51,12 +93,18 @@ PUBLIC = ["vmap", "plan"]
 
 @pytest.mark.parametrize("maker", PUBLIC)
 @pytest.mark.parametrize(("name", "value", "remedy"), AT_ONCE)
-def test_a_bad_value_is_refused_when_the_map_is_made(maker: str, name: str, value: Any, remedy: str) -> None:
+def test_a_bad_value_is_refused_when_the_map_is_made(
+    maker: str, name: str, value: Any, remedy: str
+) -> None:
     with pytest.raises(errors.OptionError) as caught:
         getattr(shardmap, maker)(sample, **{name: value})
     text = str(caught.value)
     assert text.startswith(f"shardmap.{maker}(sample, in_dims=0): {name}"), text
-    shown = next(iter(value.values())) if isinstance(value, dict) and isinstance(next(iter(value)), str) else value
+    shown = (
+        next(iter(value.values()))
+        if isinstance(value, dict) and isinstance(next(iter(value)), str)
+        else value
+    )
     assert repr(shown) in text
     assert remedy in text
     assert isinstance(caught.value, ValueError)
@@ -64,7 +112,9 @@ def test_a_bad_value_is_refused_when_the_map_is_made(maker: str, name: str, valu
 
 @pytest.mark.parametrize("maker", PUBLIC)
 @pytest.mark.parametrize(("name", "value", "kind", "remedy"), IN_THE_CALL)
-def test_a_bad_value_is_refused_by_the_call(maker: str, name: str, value: Any, kind: type[Exception], remedy: str) -> None:
+def test_a_bad_value_is_refused_by_the_call(
+    maker: str, name: str, value: Any, kind: type[Exception], remedy: str
+) -> None:
     """Where arguments or outputs decide; nothing has changed then."""
     calls = []
 
@@ -77,7 +127,9 @@ def test_a_bad_value_is_refused_by_the_call(maker: str, name: str, value: Any, k
         getattr(shardmap, maker)(counted, **{name: value})(batch)
     text = str(caught.value)
     assert text.startswith(
-        f"shardmap.{maker}(counted, in_dims={value!r}" if name == "in_dims" else f"shardmap.{maker}(counted, in_dims=0): "
+        f"shardmap.{maker}(counted, in_dims={value!r}"
+        if name == "in_dims"
+        else f"shardmap.{maker}(counted, in_dims=0): "
     )
     assert remedy in text
     assert name in text or (name in ("in_dims", "out_dims") and f"{name[:-1]} {value}" in text)
@@ -89,18 +141,26 @@ def test_a_bad_value_is_refused_by_the_call(maker: str, name: str, value: Any, k
 @pytest.mark.parametrize("maker", PUBLIC)
 @pytest.mark.parametrize("func", [None, 3, "sin", torch.ones(2)])
 def test_what_is_no_function_is_refused(maker: str, func: Any) -> None:
-    with pytest.raises(errors.OptionError, match=rf"shardmap.{maker}.*func=(?s:.*)not a function; pass a function of one sample"):
+    with pytest.raises(
+        errors.OptionError,
+        match=rf"shardmap.{maker}.*func=(?s:.*)not a function; pass a function of one sample",
+    ):
         getattr(shardmap, maker)(func)
 
 
 @pytest.mark.parametrize("name", ["max", "min"])
 def test_an_order_of_complex_numbers_is_refused(name: str) -> None:
-    with pytest.raises(errors.OptionError, match=rf"shardmap.vmap\(sample.*reduce='{name}'.*torch.complex64.*\.abs\(\)"):
+    with pytest.raises(
+        errors.OptionError,
+        match=rf"shardmap.vmap\(sample.*reduce='{name}'.*torch.complex64.*\.abs\(\)",
+    ):
         shardmap.vmap(sample, reduce=name)(BATCH.to(torch.complex64))
 
 
 def test_a_mean_of_whole_numbers_is_refused() -> None:
-    with pytest.raises(errors.OptionError, match=r"shardmap.vmap\(sample.*reduce='mean'.*torch.int64.*'sum'"):
+    with pytest.raises(
+        errors.OptionError, match=r"shardmap.vmap\(sample.*reduce='mean'.*torch.int64.*'sum'"
+    ):
         shardmap.vmap(sample, reduce="mean")(BATCH.long())
 
 
@@ -114,7 +174,10 @@ def test_a_plan_inside_another_map_is_refused() -> None:
 
 def test_remat_and_writes_in_place_exclude_each_other() -> None:
     batch = BATCH.clone().requires_grad_() * 1
-    with pytest.raises(errors.CapturedWriteError, match=r"shardmap.vmap\(.*remat=True.*mapped argument 0.*remat=False"):
+    with pytest.raises(
+        errors.CapturedWriteError,
+        match=r"shardmap.vmap\(.*remat=True.*mapped argument 0.*remat=False",
+    ):
         shardmap.vmap(lambda x: x.mul_(2), remat=True)(batch)
     assert torch.equal(batch, BATCH)
 

@@ -47,13 +47,21 @@ def stored(store: shardmap.Store) -> dict[str, torch.Tensor]:
     store = shardmap.open_store(store.url)
     assert store.missing() == []
     assert store.corrupt() == []
-    return {spec.name: store.read(spec.name, 0, store.header.samples) for spec in store.header.outputs}
+    return {
+        spec.name: store.read(spec.name, 0, store.header.samples) for spec in store.header.outputs
+    }
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"chunk_size": 5}, {"devices": ["cpu"] * 3, "chunk_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_size": 1}, {"chunk_size": 5}, {"devices": ["cpu"] * 3, "chunk_size": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("samples", [0, 1, 3, 13])
 @pytest.mark.parametrize("sink", SINKS)
-def test_the_store_holds_what_the_map_returns(sink: Callable[..., Any], samples: int, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_store_holds_what_the_map_returns(
+    sink: Callable[..., Any], samples: int, options: dict[str, Any], tmp_path: Path
+) -> None:
     x = torch.randn(samples, 3)
     want = shardmap.vmap(function)(x)
     found = stored(shardmap.vmap(function, out=sink(tmp_path / "store"), **options)(x))
@@ -70,7 +78,9 @@ def test_one_output_is_named_result_and_a_user_reads_plain_zarr(tmp_path: Path) 
     assert (zarr.open_group(tmp_path / "store", mode="r")["result"][:] == x.sin().numpy()).all()
 
 
-def test_an_interrupted_run_goes_on_with_exactly_what_is_missing(tmp_path: Path, computed: list[tuple[int, int]]) -> None:
+def test_an_interrupted_run_goes_on_with_exactly_what_is_missing(
+    tmp_path: Path, computed: list[tuple[int, int]]
+) -> None:
     x, sink = torch.randn(23, 3), shardmap.ZarrSink(tmp_path / "store")
 
     def interrupt(event: object) -> None:
@@ -83,14 +93,18 @@ def test_an_interrupted_run_goes_on_with_exactly_what_is_missing(tmp_path: Path,
     assert shardmap.open_store(tmp_path / "store").missing() == [3, 4, 5]
     store = shardmap.vmap(function, out=sink, chunk_size="auto", resume=True)(x)
     again = computed[len(first) :]
-    assert [i for a, b in again for i in range(a, b)] == list(range(12, 23)), "nothing twice, nothing missing"
+    assert [i for a, b in again for i in range(a, b)] == list(range(12, 23)), (
+        "nothing twice, nothing missing"
+    )
     assert torch.equal(stored(store)["outer"], shardmap.vmap(function)(x)["outer"])
     computed.clear()
     shardmap.vmap(function, out=sink, resume=True)(x)
     assert computed == [], "a complete store is left alone"
 
 
-def test_memory_that_runs_out_writes_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_writes_each_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, calls = lanes.Lane.compute, [0]
 
     def fails(self: Any, ready: Any, chunk: Any) -> Any:
@@ -101,7 +115,9 @@ def test_memory_that_runs_out_writes_each_row_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(lanes.Lane, "compute", fails)
     x = torch.randn(23, 3)
-    found = stored(shardmap.vmap(function, out=shardmap.MemmapSink(tmp_path / "store"), chunk_size=8)(x))
+    found = stored(
+        shardmap.vmap(function, out=shardmap.MemmapSink(tmp_path / "store"), chunk_size=8)(x)
+    )
     assert torch.equal(found["rest.0"], x.sum(1))
 
 
@@ -120,7 +136,9 @@ def test_draws_are_those_of_the_seed_and_another_seed_is_refused(tmp_path: Path)
     x, sink = torch.zeros(7, 3), shardmap.ZarrSink(tmp_path / "store")
 
     def mapped(**options: Any) -> Any:
-        return shardmap.vmap(lambda r: r + torch.rand(3), randomness="different", chunk_size=2, **options)(x)
+        return shardmap.vmap(
+            lambda r: r + torch.rand(3), randomness="different", chunk_size=2, **options
+        )(x)
 
     torch.manual_seed(5)
     want = mapped()
@@ -140,7 +158,10 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_made(tmp_path: Path
         (lambda: shardmap.vmap(torch.sin, out=sink)(x.clone().requires_grad_()), "requires grad"),
         (lambda: shardmap.vmap(torch.sin, out=sink, reduce="sum")(x), "reduce="),
         (lambda: shardmap.vmap(torch.sin, out=sink, out_dims=1)(x), "out_dims=1"),
-        (lambda: shardmap.vmap(lambda r: shardmap.vmap(torch.sin, out=sink)(r))(x), "inside another map"),
+        (
+            lambda: shardmap.vmap(lambda r: shardmap.vmap(torch.sin, out=sink)(r))(x),
+            "inside another map",
+        ),
         (lambda: shardmap.vmap(torch.sin, out=str(tmp_path)), "pass a sink"),  # type: ignore[arg-type]
         (lambda: shardmap.vmap(torch.sin, resume=True), "resume=True without out="),
         (lambda: shardmap.vmap(lambda r: r.outer(r), out=sink, memory_budget="10B")(x), "budget"),
@@ -167,7 +188,9 @@ def test_a_killed_process_loses_no_committed_unit(tmp_path: Path) -> None:
         """
     )
     where = str(tmp_path / "store")
-    killed = subprocess.run([sys.executable, "-c", script, where, "kill"], check=False, env=os.environ)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, where, "kill"], check=False, env=os.environ
+    )
     assert killed.returncode == -signal.SIGKILL
     assert shardmap.open_store(where).missing() == [4, 5, 6]
     subprocess.run([sys.executable, "-c", script, where, "go on"], check=True)
@@ -189,5 +212,10 @@ def test_results_larger_than_the_memory_that_may_be_used(tmp_path: Path) -> None
         assert torch.equal(store.read("result", 2490, 2500), x[2490:, :, None] * x[2490:, None, :])
         """
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path) + os.sep], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path) + os.sep],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert int(done.stdout) < 150 << 20

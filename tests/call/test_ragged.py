@@ -38,7 +38,11 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("lengths", [LENGTHS, (4,), (3, 3, 3), (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"], "chunk_size": 1}, {"trace": "once"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"], "chunk_size": 1}, {"trace": "once"}],
+    ids=str,
+)
 def test_results_are_those_of_the_loop_in_its_order(name, lengths, options):
     samples = words(lengths)
     mapped = shardmap.vmap(FUNCTIONS[name], **options)
@@ -48,14 +52,21 @@ def test_results_are_those_of_the_loop_in_its_order(name, lengths, options):
 
 def test_ragged_and_plain_and_shared_arguments_together():
     samples, others = words(), words([n + 1 for n in reversed(LENGTHS)])
-    scale, weights = torch.randn(3, len(samples), dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    scale, weights = (
+        torch.randn(3, len(samples), dtype=torch.float64),
+        torch.randn(3, 3, dtype=torch.float64),
+    )
 
     def f(pair, scale, weights, *, power):
         x, y = pair
         return {"outer": (x @ weights @ y.T) * scale.sum(), "total": (x.sum() + y.sum()) ** power}
 
-    found = shardmap.vmap(f, in_dims=(0, 1, None))((Ragged(samples), Ragged(others)), scale, weights, power=2)
-    expected = [f((x, y), s, weights, power=2) for x, y, s in zip(samples, others, scale.T, strict=True)]
+    found = shardmap.vmap(f, in_dims=(0, 1, None))(
+        (Ragged(samples), Ragged(others)), scale, weights, power=2
+    )
+    expected = [
+        f((x, y), s, weights, power=2) for x, y, s in zip(samples, others, scale.T, strict=True)
+    ]
     assert_same(found["outer"], [e["outer"] for e in expected])
     assert_same(found["total"], [e["total"] for e in expected])
 
@@ -82,15 +93,20 @@ def test_reductions_are_over_all_samples(name, dtype):
     found = shardmap.vmap(lambda x: x.sum(0), reduce=name)(Ragged(samples))
     assert found.dtype == dtype
     # Of half precision, the sum of each of the seven shapes is rounded too.
-    slack = {"rtol": 1e-3, "atol": 7 * 2**-11 * float(rows.abs().sum(0).max())} if dtype == torch.float16 else {}
+    slack = (
+        {"rtol": 1e-3, "atol": 7 * 2**-11 * float(rows.abs().sum(0).max())}
+        if dtype == torch.float16
+        else {}
+    )
     torch.testing.assert_close(found, expected, **slack)
 
 
 def test_one_output_is_reduced_and_another_is_not():
     samples = words()
-    total, rows, count = shardmap.vmap(lambda x: (x.sum(0), x * 2, torch.tensor(x.shape[0])), reduce=(shardmap.reduce.mean(), None, "sum"))(
-        Ragged(samples)
-    )
+    total, rows, count = shardmap.vmap(
+        lambda x: (x.sum(0), x * 2, torch.tensor(x.shape[0])),
+        reduce=(shardmap.reduce.mean(), None, "sum"),
+    )(Ragged(samples))
     torch.testing.assert_close(total, torch.stack([s.sum(0) for s in samples]).mean(0))
     assert_same(rows, [s * 2 for s in samples])
     assert count == sum(LENGTHS)
@@ -112,12 +128,22 @@ def test_random_draws_differ_by_sample_and_repeat_with_the_seed():
 def test_reductions_of_gradients_take_all_parameters_of_all_samples():
     samples = words()
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(model(x).square().sum(), list(model.parameters()))]) for x in samples]
+    rows = [
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+            ]
+        )
+        for x in samples
+    ]
     gradients = torch.stack(rows)
     reduce = shardmap.reduce
 
     def mapped(how):
-        return shardmap.per_sample_grad(model, lambda out: out.square().sum(), flat=True, reduce=how)(Ragged(samples))
+        return shardmap.per_sample_grad(
+            model, lambda out: out.square().sum(), flat=True, reduce=how
+        )(Ragged(samples))
 
     torch.testing.assert_close(mapped("norm"), gradients.norm(dim=1))
     torch.testing.assert_close(mapped(reduce.second_moment()), gradients.square().mean(0))
@@ -133,21 +159,32 @@ def test_reductions_of_gradients_take_all_parameters_of_all_samples():
     torch.manual_seed(6)
     noise = mapped(reduce.clipped_sum(2.0, noise_multiplier=3.0)) - clipped
     torch.manual_seed(6)
-    plain = shardmap.vmap(lambda x: x.clone(), reduce=reduce.clipped_sum(2.0, noise_multiplier=3.0))(gradients) - clipped
+    plain = (
+        shardmap.vmap(lambda x: x.clone(), reduce=reduce.clipped_sum(2.0, noise_multiplier=3.0))(
+            gradients
+        )
+        - clipped
+    )
     torch.testing.assert_close(noise, plain)
 
 
 def test_under_inference_mode():
     with torch.inference_mode():
         samples = words()
-        assert_same(shardmap.vmap(torch.cumsum, in_dims=(0, None))(Ragged(samples), 0), [s.cumsum(0) for s in samples])
+        assert_same(
+            shardmap.vmap(torch.cumsum, in_dims=(0, None))(Ragged(samples), 0),
+            [s.cumsum(0) for s in samples],
+        )
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_write_to_a_sample_is_refused_and_reaches_no_sample(inference):
     samples = words()
     before = [s.clone() for s in samples]
-    with torch.inference_mode(inference), pytest.raises(errors.CapturedWriteError, match="clone the argument"):
+    with (
+        torch.inference_mode(inference),
+        pytest.raises(errors.CapturedWriteError, match="clone the argument"),
+    ):
         shardmap.vmap(lambda x: x.add_(1).sum())(Ragged(samples))
     assert all(torch.equal(a, b) for a, b in zip(samples, before, strict=True))
 
@@ -163,27 +200,77 @@ def test_per_sample_gradients_of_a_recurrent_network_equal_the_loop():
         return torch.autograd.grad(loss, parameters)
 
     found = shardmap.vmap(gradient)(Ragged(samples), labels)
-    for f, *rows in zip(found, *[gradient(x, y) for x, y in zip(samples, labels, strict=True)], strict=True):
+    for f, *rows in zip(
+        found, *[gradient(x, y) for x, y in zip(samples, labels, strict=True)], strict=True
+    ):
         torch.testing.assert_close(f, torch.stack(rows))
 
 
 REFUSED = {
-    "no samples": (errors.EmptyBatchError, "no samples", lambda r: shardmap.vmap(torch.sum)(Ragged([]))),
-    "shared": (errors.InDimsError, "in_dim 0", lambda r: shardmap.vmap(torch.dot, in_dims=(None, 0))(r, torch.ones(11))),
-    "another dimension": (errors.InDimsError, "in_dim 0", lambda r: shardmap.vmap(torch.sum, in_dims=2)(Ragged([torch.ones(2, 1)]))),
-    "other sizes": (errors.InDimsError, "disagree", lambda r: shardmap.vmap(torch.add)(r, torch.ones(3))),
-    "out_dims": (errors.OptionError, "out_dims=1", lambda r: shardmap.vmap(torch.neg, out_dims=1)(r)),
-    "a fold": (errors.OptionError, "in order", lambda r: shardmap.vmap(torch.sum, reduce=(torch.add, None))(r)),
-    "a kernel": (errors.OptionError, "reduce='gram'", lambda r: shardmap.vmap(torch.sum, reduce="gram")(r)),
-    "one draw": (errors.OptionError, "randomness='same'", lambda r: shardmap.vmap(torch.rand_like, randomness="same")(r)),
+    "no samples": (
+        errors.EmptyBatchError,
+        "no samples",
+        lambda r: shardmap.vmap(torch.sum)(Ragged([])),
+    ),
+    "shared": (
+        errors.InDimsError,
+        "in_dim 0",
+        lambda r: shardmap.vmap(torch.dot, in_dims=(None, 0))(r, torch.ones(11)),
+    ),
+    "another dimension": (
+        errors.InDimsError,
+        "in_dim 0",
+        lambda r: shardmap.vmap(torch.sum, in_dims=2)(Ragged([torch.ones(2, 1)])),
+    ),
+    "other sizes": (
+        errors.InDimsError,
+        "disagree",
+        lambda r: shardmap.vmap(torch.add)(r, torch.ones(3)),
+    ),
+    "out_dims": (
+        errors.OptionError,
+        "out_dims=1",
+        lambda r: shardmap.vmap(torch.neg, out_dims=1)(r),
+    ),
+    "a fold": (
+        errors.OptionError,
+        "in order",
+        lambda r: shardmap.vmap(torch.sum, reduce=(torch.add, None))(r),
+    ),
+    "a kernel": (
+        errors.OptionError,
+        "reduce='gram'",
+        lambda r: shardmap.vmap(torch.sum, reduce="gram")(r),
+    ),
+    "one draw": (
+        errors.OptionError,
+        "randomness='same'",
+        lambda r: shardmap.vmap(torch.rand_like, randomness="same")(r),
+    ),
     "a plan": (errors.OptionError, "plan", lambda r: shardmap.plan(torch.sum)(r)),
-    "a store": (errors.OptionError, "out=", lambda r: shardmap.vmap(torch.sum, out=shardmap.MemmapSink("never"))(r)),
-    "ragged sums": (errors.OutputError, "unequal", lambda r: shardmap.vmap(torch.neg, reduce="sum")(r)),
-    "structures": (errors.OutputError, "same structure", lambda r: shardmap.vmap(lambda x: (x.sum(),) * (1 + len(x) % 2))(r)),
+    "a store": (
+        errors.OptionError,
+        "out=",
+        lambda r: shardmap.vmap(torch.sum, out=shardmap.MemmapSink("never"))(r),
+    ),
+    "ragged sums": (
+        errors.OutputError,
+        "unequal",
+        lambda r: shardmap.vmap(torch.neg, reduce="sum")(r),
+    ),
+    "structures": (
+        errors.OutputError,
+        "same structure",
+        lambda r: shardmap.vmap(lambda x: (x.sum(),) * (1 + len(x) % 2))(r),
+    ),
     "a tensor": (errors.OptionError, "pass a list", lambda r: Ragged(torch.ones(3))),
     "no tensors": (errors.OptionError, "sample 1 is a int", lambda r: Ragged([torch.ones(2), 3])),
     "sparse": (errors.OptionError, "dense", lambda r: Ragged([torch.eye(2).to_sparse()])),
-    "two dtypes": (errors.OptionError, "one dtype", lambda r: Ragged([torch.ones(2), torch.ones(2).double()])),
+    "two dtypes": (
+        errors.OptionError,
+        "one dtype",
+        lambda r: Ragged([torch.ones(2), torch.ones(2).double()]),
+    ),
 }
 
 
@@ -197,7 +284,13 @@ def test_what_cannot_be_had_is_refused_with_a_remedy(name, tmp_path, monkeypatch
 
 
 def test_a_ragged_batch_says_what_it_holds():
-    assert repr(Ragged(words((2, 1, 2)))) == "Ragged(3 samples of torch.float64: 1 x [1, 3], 2 x [2, 3])"
-    assert repr(Ragged(words(range(9)))) == "Ragged(9 samples of torch.float64: 1 x [0, 3], 1 x [1, 3], ..., 1 x [8, 3])"
+    assert (
+        repr(Ragged(words((2, 1, 2))))
+        == "Ragged(3 samples of torch.float64: 1 x [1, 3], 2 x [2, 3])"
+    )
+    assert (
+        repr(Ragged(words(range(9))))
+        == "Ragged(9 samples of torch.float64: 1 x [0, 3], 1 x [1, 3], ..., 1 x [8, 3])"
+    )
     assert repr(Ragged([])) == "Ragged(no samples)"
     assert torch.equal(Ragged(words())[3], words()[3])

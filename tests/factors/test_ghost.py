@@ -49,7 +49,11 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inward, self.around, self.out = nn.Linear(6, 20), nn.Linear(20, 20, bias=False), nn.Linear(20, 3)
+        self.inward, self.around, self.out = (
+            nn.Linear(6, 20),
+            nn.Linear(20, 20, bias=False),
+            nn.Linear(20, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.inward(x))
@@ -63,7 +67,11 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.v, self.s = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(()))
+        self.w, self.v, self.s = (
+            nn.Parameter(torch.randn(6, 5)),
+            nn.Parameter(torch.randn(5, 4)),
+            nn.Parameter(torch.randn(())),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(x @ (0.5 * self.w)) / 3.0
@@ -105,7 +113,9 @@ def doubles(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))
 
 
-def made(name: str, size: int) -> tuple[nn.Module, Callable[..., Tensor], Tensor, Tensor, list[Tensor]]:
+def made(
+    name: str, size: int
+) -> tuple[nn.Module, Callable[..., Tensor], Tensor, Tensor, list[Tensor]]:
     """A model, its loss, a batch, and the gradients of the loop."""
     torch.manual_seed(7)
     model, batch, loss = problems()[name]()
@@ -137,7 +147,10 @@ def no_fallback(caplog: pytest.LogCaptureFixture) -> Any:
 @pytest.mark.parametrize("name", problems())
 def test_norms(name: str, chunk_size: Any) -> None:
     model, loss, x, y, gradients = made(name, 13)
-    close(shardmap.per_sample_grad(model, loss, reduce="norm", chunk_size=chunk_size)(x, y), flat(gradients).norm(dim=1))
+    close(
+        shardmap.per_sample_grad(model, loss, reduce="norm", chunk_size=chunk_size)(x, y),
+        flat(gradients).norm(dim=1),
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 13])
@@ -146,7 +159,9 @@ def test_clipped_sums(name: str, size: int) -> None:
     model, loss, x, y, gradients = made(name, size)
     norms = flat(gradients).norm(dim=1)
     limit = float(norms.median())
-    found = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(limit), chunk_size=5)(x, y)
+    found = shardmap.per_sample_grad(
+        model, loss, reduce=shardmap.reduce.clipped_sum(limit), chunk_size=5
+    )(x, y)
     weights = (limit / norms).clamp(max=1)
     for value, g in zip(found.values(), gradients, strict=True):
         close(value, torch.tensordot(weights, g, 1))
@@ -155,7 +170,9 @@ def test_clipped_sums(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", problems())
 def test_several_together(name: str) -> None:
     model, loss, x, y, gradients = made(name, 13)
-    several = shardmap.reduce.together(mean="mean", second="second_moment", norms="norm", all=None, gram="gram")
+    several = shardmap.reduce.together(
+        mean="mean", second="second_moment", norms="norm", all=None, gram="gram"
+    )
     found = shardmap.per_sample_grad(model, loss, reduce=several, chunk_size=5)(x, y)
     close(found["norms"], flat(gradients).norm(dim=1))
     close(found["gram"], flat(gradients) @ flat(gradients).T)
@@ -172,7 +189,9 @@ def test_gram_matrices(name: str) -> None:
     found = shardmap.per_sample_grad(model, loss, reduce="gram")(x, y)
     close(found, expected)
     assert torch.equal(found, found.T)
-    once = shardmap.per_sample_grad(model, loss, reduce="gram", trace="once", devices=["cpu", "cpu"], chunk_size=4)
+    once = shardmap.per_sample_grad(
+        model, loss, reduce="gram", trace="once", devices=["cpu", "cpu"], chunk_size=4
+    )
     close(once(x, y), expected)
     close(once(x[:7], y[:7]), expected[:7, :7])
 
@@ -186,7 +205,10 @@ def test_projections(name: str, kind: str) -> None:
     expected = rows @ matrix / 19**0.5
     reduction = shardmap.reduce.project(19, kind, seed=5)
     close(shardmap.per_sample_grad(model, loss, reduce=reduction)(x, y), expected)
-    close(shardmap.per_sample_grad(model, loss, reduce=reduction, flat=True, chunk_size=5)(x, y), expected)
+    close(
+        shardmap.per_sample_grad(model, loss, reduce=reduction, flat=True, chunk_size=5)(x, y),
+        expected,
+    )
 
 
 def test_projections_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,22 +222,33 @@ def test_projections_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gram_matrices_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, x, y, gradients = made("attends", 13)
     monkeypatch.setattr("shardmap.factors.gram.BLOCK_BYTES", 4 * 25 * 9)
-    close(shardmap.per_sample_grad(model, loss, reduce="gram")(x, y), flat(gradients) @ flat(gradients).T)
+    close(
+        shardmap.per_sample_grad(model, loss, reduce="gram")(x, y),
+        flat(gradients) @ flat(gradients).T,
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "twice", "attends", "tied", "scaled"])
 def test_gram_matrices_in_several_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each map returns some outputs, or some rows of one; what is stacked beside them comes once."""
+    """Each map returns some outputs, or some rows of one.
+
+    What is stacked beside them comes once.
+    """
     model, loss, x, y, gradients = made(name, 13)
     monkeypatch.setattr("shardmap.call.gram_passes.PASS_BYTES", 13 * 40)
     monkeypatch.setattr("shardmap.call.gram_passes.PASSES", 64)
     runs: list[Any] = []
     with listen(runs.append):
-        found = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.together(gram="gram", norms="norm"))(x, y)
+        found = shardmap.per_sample_grad(
+            model, loss, reduce=shardmap.reduce.together(gram="gram", norms="norm")
+        )(x, y)
     started = sum(isinstance(event, RunStarted) for event in runs)
     assert started > 2
     several = shardmap.reduce.together(gram="gram", norms="norm")
-    assert f"takes {started} passes instead" in shardmap.per_sample_grad(model, loss, reduce=several).plan(x, y).explain()
+    assert (
+        f"takes {started} passes instead"
+        in shardmap.per_sample_grad(model, loss, reduce=several).plan(x, y).explain()
+    )
     close(found["gram"], flat(gradients) @ flat(gradients).T)
     close(found["norms"], flat(gradients).norm(dim=1))
 
@@ -239,15 +272,23 @@ def test_of_no_samples(name: str) -> None:
     model, loss, x, y, gradients = made(name, 3)
     assert shardmap.per_sample_grad(model, loss, reduce="norm")(x[:0], y[:0]).shape == (0,)
     assert shardmap.per_sample_grad(model, loss, reduce="gram")(x[:0], y[:0]).shape == (0, 0)
-    clipped = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(1.0))(x[:0], y[:0])
+    clipped = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(1.0))(
+        x[:0], y[:0]
+    )
     for value, g in zip(clipped.values(), gradients, strict=True):
         assert torch.equal(value, torch.zeros_like(g[0]))
-    assert shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.project(5))(x[:0], y[:0]).shape == (0, 5)
+    assert shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.project(5))(
+        x[:0], y[:0]
+    ).shape == (0, 5)
 
 
-def explained(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor, reduce: Any) -> str:
+def explained(
+    model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor, reduce: Any
+) -> str:
     params = tuple(model.parameters())
-    return shardmap.plan(lambda a, b: torch.autograd.grad(loss(model(a), b), params), reduce=reduce)(x, y).explain()
+    return shardmap.plan(
+        lambda a, b: torch.autograd.grad(loss(model(a), b), params), reduce=reduce
+    )(x, y).explain()
 
 
 def test_explain_says_what_is_from_factors() -> None:
@@ -255,8 +296,12 @@ def test_explain_says_what_is_from_factors() -> None:
     text = explained(model, loss, x, y, shardmap.reduce.clipped_sum(1.0))
     assert "sum: norm from factors [20, T] x [T, 6], T = 1" in text
     assert "summed over samples from factors [3, T] x [T, 20], T = 1" in text
-    assert "gram: inner products from factors [20, T] x [T, 6], T = 1" in explained(model, loss, x, y, "gram")
-    assert "project: projected from factors [20, T] x [T, 6], T = 1" in explained(model, loss, x, y, shardmap.reduce.project(4))
+    assert "gram: inner products from factors [20, T] x [T, 6], T = 1" in explained(
+        model, loss, x, y, "gram"
+    )
+    assert "project: projected from factors [20, T] x [T, 6], T = 1" in explained(
+        model, loss, x, y, shardmap.reduce.project(4)
+    )
     assert "factors" not in explained(model, loss, x, y, None)
 
 
@@ -266,7 +311,11 @@ def test_gradients_that_are_summed_are_never_made() -> None:
     x, y = torch.randn(64, 4096), torch.randn(64, 4096)
     params = tuple(model.parameters())
     for reduce in ("norm", "mean", shardmap.reduce.clipped_sum(1.0), "second_moment"):
-        plan = shardmap.plan(lambda a, b: torch.autograd.grad(F.mse_loss(model(a), b), params), reduce=reduce, chunk_size=64)(x, y)
+        plan = shardmap.plan(
+            lambda a, b: torch.autograd.grad(F.mse_loss(model(a), b), params),
+            reduce=reduce,
+            chunk_size=64,
+        )(x, y)
         assert plan.lanes[0].peak_bytes is not None
         assert plan.lanes[0].peak_bytes < 6 * (64 << 20)
 
@@ -283,7 +332,11 @@ def test_user_written_norms_are_found() -> None:
     assert "linalg_vector_norm: norm from factors" in shardmap.plan(by_hand)(x, y).explain()
 
     def of_vector(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(a), b), params)]).square().sum()
+        return (
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(a), b), params)])
+            .square()
+            .sum()
+        )
 
     close(shardmap.vmap(of_vector)(x, y), flat(gradients).square().sum(1))
     assert "norm from factors" in shardmap.plan(of_vector)(x, y).explain()
@@ -364,7 +417,9 @@ def test_gradients_from_outside_flow_through_norms() -> None:
         return g.square().sum()
 
     (found,) = torch.autograd.grad(shardmap.vmap(norm, reduce="sum")(x, y), w)
-    (expected,) = torch.autograd.grad(torch.stack([norm(a, b) for a, b in zip(x, y, strict=True)]).sum(), w)
+    (expected,) = torch.autograd.grad(
+        torch.stack([norm(a, b) for a, b in zip(x, y, strict=True)]).sum(), w
+    )
     close(found, expected)
 
 
@@ -374,13 +429,20 @@ def test_noise_is_drawn_once_from_the_seeded_generator() -> None:
     found = []
     for chunk in (None, 2, 5):
         torch.manual_seed(3)
-        noisy = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(0.5, noise_multiplier=2.0), chunk_size=chunk)(x, y)
+        noisy = shardmap.per_sample_grad(
+            model,
+            loss,
+            reduce=shardmap.reduce.clipped_sum(0.5, noise_multiplier=2.0),
+            chunk_size=chunk,
+        )(x, y)
         found.append(torch.cat([(noisy[k] - plain[k]).flatten() for k in plain]))
     close(found[0], found[1])
     close(found[0], found[2])
     assert 0.75 < float(found[0].std()) < 1.25  # 183 entries
     torch.manual_seed(4)
-    other = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(0.5, noise_multiplier=2.0))(x, y)
+    other = shardmap.per_sample_grad(
+        model, loss, reduce=shardmap.reduce.clipped_sum(0.5, noise_multiplier=2.0)
+    )(x, y)
     assert not torch.allclose(other["0.weight"] - plain["0.weight"], found[0][:120].view(20, 6))
 
 
@@ -399,7 +461,9 @@ def test_each_output_can_have_its_own() -> None:
 
 def test_results_go_to_a_store(tmp_path: Any) -> None:
     model, loss, x, y, gradients = made("mlp", 13)
-    store = shardmap.per_sample_grad(model, loss, reduce="norm", out=shardmap.ZarrSink(tmp_path / "norms"), chunk_size=5)(x, y)
+    store = shardmap.per_sample_grad(
+        model, loss, reduce="norm", out=shardmap.ZarrSink(tmp_path / "norms"), chunk_size=5
+    )(x, y)
     close(store.read("result", 0, 13), flat(gradients).norm(dim=1))
 
 
@@ -409,26 +473,36 @@ def test_after_a_batch_that_cannot_be_computed_comes_one_that_can(trace: str) ->
     model, loss, x, y, gradients = made("attends", 13)
     norms = flat(gradients).norm(dim=1)
     limit = float(norms.median())
-    mapped = shardmap.per_sample_grad(model, loss, reduce=shardmap.reduce.clipped_sum(limit), flat=True, trace=trace, chunk_size=5)
+    mapped = shardmap.per_sample_grad(
+        model, loss, reduce=shardmap.reduce.clipped_sum(limit), flat=True, trace=trace, chunk_size=5
+    )
     bad = x.clone()
     bad[1, 0] = 1000
     for _ in range(2):
         with pytest.raises(IndexError):
             mapped(bad, y)
         close(mapped(x, y), torch.tensordot((limit / norms).clamp(max=1), flat(gradients), 1))
-    assert "summed over samples from factors" in mapped.plan(x, y).explain()  # and factors are still used
+    assert (
+        "summed over samples from factors" in mapped.plan(x, y).explain()
+    )  # and factors are still used
 
 
 def test_samples_of_unequal_shapes() -> None:
     torch.manual_seed(9)
     model = Attends()
     tokens, labels = [torch.randint(40, (n,)) for n in (3, 5, 3, 1, 5)], torch.randint(3, (5,))
-    gradients = loop(list(model.parameters()), lambda i: F.cross_entropy(model(tokens[int(i)]), labels[int(i)]), torch.arange(5))
+    gradients = loop(
+        list(model.parameters()),
+        lambda i: F.cross_entropy(model(tokens[int(i)]), labels[int(i)]),
+        torch.arange(5),
+    )
     norms = flat(gradients).norm(dim=1)
     ragged = shardmap.Ragged(tokens)
     close(shardmap.per_sample_grad(model, F.cross_entropy, reduce="norm")(ragged, labels), norms)
     limit = float(norms.median())
-    found = shardmap.per_sample_grad(model, F.cross_entropy, reduce=shardmap.reduce.clipped_sum(limit))(ragged, labels)
+    found = shardmap.per_sample_grad(
+        model, F.cross_entropy, reduce=shardmap.reduce.clipped_sum(limit)
+    )(ragged, labels)
     for value, g in zip(found.values(), gradients, strict=True):
         close(value, torch.tensordot((limit / norms).clamp(max=1), g, 1))
     with pytest.raises(shardmap.errors.OptionError, match="samples are grouped by shape"):
@@ -441,11 +515,17 @@ def test_workers_use_factors() -> None:
     norms = flat(gradients).norm(dim=1)
     limit = float(norms.median())
     several = shardmap.reduce.together(
-        norms="norm", clipped=shardmap.reduce.clipped_sum(limit), gram="gram", second="second_moment", sketch=shardmap.reduce.project(7)
+        norms="norm",
+        clipped=shardmap.reduce.clipped_sum(limit),
+        gram="gram",
+        second="second_moment",
+        sketch=shardmap.reduce.project(7),
     )
     mapped = shardmap.per_sample_grad(model, loss, flat=True, reduce=several)
     with local_ray():
-        found = shardmap.per_sample_grad(model, loss, flat=True, reduce=several, devices=TWO, chunk_size=3)(x, y)
+        found = shardmap.per_sample_grad(
+            model, loss, flat=True, reduce=several, devices=TWO, chunk_size=3
+        )(x, y)
     close(found["norms"], norms)
     close(found["clipped"], torch.tensordot((limit / norms).clamp(max=1), flat(gradients), 1))
     close(found["gram"], flat(gradients) @ flat(gradients).T)
@@ -455,7 +535,9 @@ def test_workers_use_factors() -> None:
 
 def test_matrices_that_do_not_fit_are_refused_at_once() -> None:
     model, loss, x, y, _ = made("mlp", 13)
-    with pytest.raises(shardmap.errors.OverBudget, match=r"1 x \[13, 13\], 676 B, and the budget is 600 B"):
+    with pytest.raises(
+        shardmap.errors.OverBudget, match=r"1 x \[13, 13\], 676 B, and the budget is 600 B"
+    ):
         shardmap.per_sample_grad(model, loss, reduce="gram", memory_budget=600)(x, y)
 
 
@@ -470,17 +552,36 @@ def test_a_total_lies_in_memory_as_a_stacked_result_does() -> None:
     ("make", "text"),
     [
         (lambda: shardmap.reduce.clipped_sum(0), "max_norm=0; pass a number above 0"),
-        (lambda: shardmap.reduce.clipped_sum(1.0, -1), "noise_multiplier=-1; pass a number of at least 0"),
+        (
+            lambda: shardmap.reduce.clipped_sum(1.0, -1),
+            "noise_multiplier=-1; pass a number of at least 0",
+        ),
         (lambda: shardmap.reduce.project(0), "dim=0; pass a positive int"),
         (lambda: shardmap.reduce.project(3, "sparse"), "kind='sparse'; choose"),
         (lambda: shardmap.reduce.project(3, seed=-1), "seed=-1; pass an int of at least 0"),
         (lambda: shardmap.reduce.together(), "nothing to compute"),
         (lambda: shardmap.reduce.together(a="norms"), "'norms' is no reduction"),
         (lambda: shardmap.vmap(lambda x: x, reduce="norm")(torch.arange(3)), "one is torch.int64"),
-        (lambda: shardmap.vmap(lambda x: (x, x), reduce=("norm",))(torch.ones(3)), "does not fit what the function returns"),
-        (lambda: shardmap.vmap(lambda x: x, reduce="gram", out_dims=1)(torch.ones(3, 2)), "leave out_dims at 0"),
-        (lambda: shardmap.vmap(lambda x: x, reduce="gram", out=shardmap.MemmapSink("never"))(torch.ones(3, 2)), "save it yourself"),
-        (lambda: shardmap.vmap(lambda x: x * 1j, reduce=shardmap.reduce.project(3))(torch.ones(3, 2)), "view_as_real"),
+        (
+            lambda: shardmap.vmap(lambda x: (x, x), reduce=("norm",))(torch.ones(3)),
+            "does not fit what the function returns",
+        ),
+        (
+            lambda: shardmap.vmap(lambda x: x, reduce="gram", out_dims=1)(torch.ones(3, 2)),
+            "leave out_dims at 0",
+        ),
+        (
+            lambda: shardmap.vmap(lambda x: x, reduce="gram", out=shardmap.MemmapSink("never"))(
+                torch.ones(3, 2)
+            ),
+            "save it yourself",
+        ),
+        (
+            lambda: shardmap.vmap(lambda x: x * 1j, reduce=shardmap.reduce.project(3))(
+                torch.ones(3, 2)
+            ),
+            "view_as_real",
+        ),
     ],
 )
 def test_mistakes_are_named(make: Callable[[], Any], text: str) -> None:

@@ -72,7 +72,16 @@ MISTAKES = {
     "a store in a folder of something else": ["run", GRADIENTS, "--store", "."],
     "a store that is there": ["run", GRADIENTS, "--store", "store"],
     "a store of another kind": ["run", GRADIENTS, "--store", "store", "--resume", "true"],
-    "a store of another call": ["run", "quick.yaml", "--store", "store", "--store_kind", "memmap", "--resume", "true"],
+    "a store of another call": [
+        "run",
+        "quick.yaml",
+        "--store",
+        "store",
+        "--store_kind",
+        "memmap",
+        "--resume",
+        "true",
+    ],
     "a reduction that is none": ["run", GRADIENTS, "--reduce", "median"],
     "a reduction of rows that a report needs": ["run", "no_rows.yaml"],
     "workers without Ray": ["run", GRADIENTS, "--workers", "3"],
@@ -110,15 +119,24 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "list.yaml").write_text("- data\n- function\n")
     (tmp_path / "no_function.yaml").write_text("data: shardmap.jobs.digits.load\n")
-    (tmp_path / "no_path.yaml").write_text("data: {init_args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n")
+    (tmp_path / "no_path.yaml").write_text(
+        "data: {init_args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n"
+    )
     (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
-    parts = ("data: shardmap.jobs.digits.load", "function: torch.neg", "columns: [image]", "report: builtins.id")
+    parts = (
+        "data: shardmap.jobs.digits.load",
+        "function: torch.neg",
+        "columns: [image]",
+        "report: builtins.id",
+    )
     (tmp_path / "no_findings.yaml").write_text("\n".join((*parts, "save_outputs: false")))
     (tmp_path / "quick.yaml").write_text("\n".join(parts[:3]))
     no_rows = (*parts[:3], "report: shardmap.jobs.digits_reports.sensitivity_maps", "reduce: sum")
     (tmp_path / "no_rows.yaml").write_text("\n".join(no_rows))
     shardmap.vmap(torch.sin, out=shardmap.MemmapSink(tmp_path / "store"))(torch.ones(3, 2))
-    (tmp_path / "unknown.yaml").write_text("data: shardmap.jobs.digits.load\nfunction: a.b\ndevice: cpu\n")
+    (tmp_path / "unknown.yaml").write_text(
+        "data: shardmap.jobs.digits.load\nfunction: a.b\ndevice: cpu\n"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -143,7 +161,11 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "shardmap: chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null\n"
+    assert (
+        done.stderr
+        == "shardmap: chunk_size: 'many' does not fit; give a whole number of at least 1 or auto "
+        "or null\n"
+    )
     assert listing(tmp_path) == []
 
 
@@ -152,10 +174,29 @@ def environment() -> dict[str, str]:
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "shardmap.jobs.cli", "run", GRADIENTS, "--model.init_args.epochs", "100000", "--output", "runs/long"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment())
+    command = [
+        sys.executable,
+        "-m",
+        "shardmap.jobs.cli",
+        "run",
+        GRADIENTS,
+        "--model.init_args.epochs",
+        "100000",
+        "--output",
+        "runs/long",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any("epoch" in path.read_text() for path in tmp_path.glob("runs/long/log.jsonl")):
+    while time.monotonic() < deadline and not any(
+        "epoch" in path.read_text() for path in tmp_path.glob("runs/long/log.jsonl")
+    ):
         assert process.poll() is None, process.stderr
         time.sleep(0.05)  # until training is under way
     process.send_signal(signal.SIGINT)
@@ -165,12 +206,20 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_an_error_of_the_users_function_keeps_its_traceback_and_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "users_failing.py").write_text("def fail(dataset):\n    raise LookupError('the user has to see this')\n")
+def test_an_error_of_the_users_function_keeps_its_traceback_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "users_failing.py").write_text(
+        "def fail(dataset):\n    raise LookupError('the user has to see this')\n"
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LookupError, match="the user has to see this"):
         main(["run", GRADIENTS, "--model", "users_failing.fail"])
-    assert [name for name in listing(tmp_path) if "users_failing" not in name and "__pycache__" not in name] == []
+    assert [
+        name
+        for name in listing(tmp_path)
+        if "users_failing" not in name and "__pycache__" not in name
+    ] == []
 
 
 def test_help_names_every_command(capsys):
@@ -178,7 +227,10 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert done.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"    {name} " in out for name in ("run", "plan", "resume", "verify", "report", "ops", "devices"))
+    assert all(
+        f"    {name} " in out
+        for name in ("run", "plan", "resume", "verify", "report", "ops", "devices")
+    )
 
 
 def test_devices_lists_the_processor(capsys):
@@ -187,8 +239,17 @@ def test_devices_lists_the_processor(capsys):
 
 
 def test_ops_lists_rules_and_the_scoreboard(tmp_path, capsys):
-    directions = {"forward": {"torch": "refused", "torch_served": 1, "shardmap": "right", "shardmap_served": 2}}
-    (tmp_path / "board.json").write_text(json.dumps({"torch_version": "2.13", "operators": {"add": directions, "sub": directions}}))
+    directions = {
+        "forward": {
+            "torch": "refused",
+            "torch_served": 1,
+            "shardmap": "right",
+            "shardmap_served": 2,
+        }
+    }
+    (tmp_path / "board.json").write_text(
+        json.dumps({"torch_version": "2.13", "operators": {"add": directions, "sub": directions}})
+    )
     assert main(["ops", "--scoreboard", str(tmp_path / "board.json")]) == 0
     out = capsys.readouterr().out
     assert "aten::" in out

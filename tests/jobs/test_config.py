@@ -31,7 +31,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
 
 
 def test_overrides_reach_arguments_of_functions():
-    loaded = config.load(CONFIGS / "digits_gradients.yaml", ["--model.init_args.epochs", "2", "--model.init_args.learning_rate", "1e-2"])
+    loaded = config.load(
+        CONFIGS / "digits_gradients.yaml",
+        ["--model.init_args.epochs", "2", "--model.init_args.learning_rate", "1e-2"],
+    )
     bound = config.bind(loaded)
     assert bound.model is not None
     assert bound.model.args == {"epochs": 2, "batch_size": 64, "learning_rate": 0.01}
@@ -61,26 +64,43 @@ def test_every_key_is_documented():
 
     for kind, methods in ((config.RunConfig, 3), (config.Call, 0), (config.Files, 0)):
         source = inspect.getsource(kind)
-        assert source.count(chr(34) * 3) == 2 * (1 + methods + len(kind.__dataclass_fields__))  # the class, its methods, its fields
+        assert source.count(chr(34) * 3) == 2 * (
+            1 + methods + len(kind.__dataclass_fields__)
+        )  # the class, its methods, its fields
 
 
 def test_every_key_is_in_the_table_of_the_docs():
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
-    assert [key for key in config.RunConfig.__dataclass_fields__ if f"\n| `{key}` |" not in text] == []
+    assert [
+        key for key in config.RunConfig.__dataclass_fields__ if f"\n| `{key}` |" not in text
+    ] == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--chunk_sise", "3"], "chunk_sise: unknown key, value '3'; did you mean chunk_size?"),
-        (["--chunk_size", "many"], "chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null"),
+        (
+            ["--chunk_size", "many"],
+            "chunk_size: 'many' does not fit; give a whole number of at least 1 or auto or null",
+        ),
         (
             ["--model.init_args.epoch", "3"],
-            "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean model.init_args.epochs?",
+            "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean "
+            "model.init_args.epochs?",
         ),
-        (["--report.init_args.first", "1.5"], "report.init_args.first: 1.5 is out of range; give a number above 0 and of at most 1"),
-        (["--report.init_args.score", "best"], "give one of gradient_norm, fisher_norm, class_cosine"),
-        (["--function", "shardmap.jobs.digits.loss_gradent"], "did you mean shardmap.jobs.digits.loss_gradient?"),
+        (
+            ["--report.init_args.first", "1.5"],
+            "report.init_args.first: 1.5 is out of range; give a number above 0 and of at most 1",
+        ),
+        (
+            ["--report.init_args.score", "best"],
+            "give one of gradient_norm, fisher_norm, class_cosine",
+        ),
+        (
+            ["--function", "shardmap.jobs.digits.loss_gradent"],
+            "did you mean shardmap.jobs.digits.loss_gradient?",
+        ),
         (["--function", "shardmap.jobs.digits.CLASSES"], "which cannot be called; name a function"),
         (["--function", "no_such_package.thing"], "there is no module no_such_package"),
     ],
@@ -94,14 +114,20 @@ def test_messages_name_key_value_and_remedy(words, message):
 def test_a_required_argument_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "users_own.py").write_text("def load(*, path: str): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.init_args\.path: missing; users_own\.load needs a value"):
+    with pytest.raises(
+        ConfigError, match=r"data\.init_args\.path: missing; users_own\.load needs a value"
+    ):
         config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_own.load"]))
 
 
 def test_a_module_that_fails_to_import_is_named_with_its_error(tmp_path, monkeypatch):
     (tmp_path / "users_broken.py").write_text("raise RuntimeError('two\\nlines')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"'users_broken\.load' cannot be imported, RuntimeError: two lines; mend users_broken"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'users_broken\.load' cannot be imported, RuntimeError: two lines; mend "
+        r"users_broken",
+    ):
         config.bind(config.load(write(tmp_path, MINIMAL), ["--data", "users_broken.load"]))
 
 
@@ -115,22 +141,47 @@ def test_a_module_that_needs_another_one_is_told_apart_from_a_misspelt_one(tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--workers", "3"], "workers: 3, and devices: auto; workers are Ray's: give devices: ray, or leave them out"),
-        (["--workers", "0", "--devices", "ray"], "workers: 0 is out of range; give a whole number of at least 1 or null"),
+        (
+            ["--workers", "3"],
+            "workers: 3, and devices: auto; workers are Ray's: give devices: ray, or leave them "
+            "out",
+        ),
+        (
+            ["--workers", "0", "--devices", "ray"],
+            "workers: 0 is out of range; give a whole number of at least 1 or null",
+        ),
         (
             ["--resume", "true"],
-            "resume: true, and there is no store; give store: PATH, or go on with a run folder by `shardmap resume RUN`",
+            "resume: true, and there is no store; give store: PATH, or go on with a run folder by "
+            "`shardmap resume RUN`",
         ),
-        (["--store_kind", "memmap"], "store_kind: memmap, and there is no store; give store: PATH, or leave store_kind out"),
+        (
+            ["--store_kind", "memmap"],
+            "store_kind: memmap, and there is no store; give store: PATH, or leave store_kind out",
+        ),
         (["--store", ""], "store: '' is empty; give a path or URL, or null"),
-        (["--store", "s", "--store_kind", "hdf5"], "store_kind: 'hdf5' does not fit; give one of zarr, safetensors, memmap"),
-        (["--store", "s", "--reduce", "sum"], "reduce: sum, and store: s; what is reduced fits in memory: leave one of them out"),
-        (["--store", "s", "--save_outputs", "true"], "save_outputs: true, and store: s; the outputs are in the store"),
-        (["--store", "s3://b/s", "--store_kind", "memmap"], "store_kind: memmap, and store: s3://b/s; only zarr takes URLs"),
+        (
+            ["--store", "s", "--store_kind", "hdf5"],
+            "store_kind: 'hdf5' does not fit; give one of zarr, safetensors, memmap",
+        ),
+        (
+            ["--store", "s", "--reduce", "sum"],
+            "reduce: sum, and store: s; what is reduced fits in memory: leave one of them out",
+        ),
+        (
+            ["--store", "s", "--save_outputs", "true"],
+            "save_outputs: true, and store: s; the outputs are in the store",
+        ),
+        (
+            ["--store", "s3://b/s", "--store_kind", "memmap"],
+            "store_kind: memmap, and store: s3://b/s; only zarr takes URLs",
+        ),
         (["--reduce", "median"], "reduce: 'median' is no reduction; did you mean mean?"),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused_before_anything_is_imported(words, message, tmp_path):
+def test_keys_that_do_not_go_together_are_refused_before_anything_is_imported(
+    words, message, tmp_path
+):
     path = write(tmp_path, "data: no_such_package.load\nfunction: no_such_package.f\n")
     with pytest.raises(ConfigError) as caught:
         config.load(path, words)
@@ -162,7 +213,12 @@ def test_a_configuration_survives_json_and_is_checked_again(tmp_path):
 def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
     path = write(tmp_path, MINIMAL)
     digest = config.load(path).digest()
-    for words in (["--store", "s", "--resume", "true"], ["--devices", "ray", "--workers", "7"], ["--chunk_size", "5"], ["--output", "o"]):
+    for words in (
+        ["--store", "s", "--resume", "true"],
+        ["--devices", "ray", "--workers", "7"],
+        ["--chunk_size", "5"],
+        ["--output", "o"],
+    ):
         assert config.load(path, words).digest() == digest
     changed = [
         ["--seed", "1"],

@@ -37,7 +37,13 @@ def gradients(tmp_path_factory) -> tuple[Path, str]:
     """The first run as it is in the repository: its folder, and what it said."""
     said: list[str] = []
     folder, findings = execute(
-        bind(load(CONFIGS / "digits_gradients.yaml", ["--output", str(tmp_path_factory.mktemp("runs") / "gradients")])), say=said.append
+        bind(
+            load(
+                CONFIGS / "digits_gradients.yaml",
+                ["--output", str(tmp_path_factory.mktemp("runs") / "gradients")],
+            )
+        ),
+        say=said.append,
     )
     assert findings is not None
     return folder, "\n".join([*said, findings.headline])
@@ -67,7 +73,10 @@ def test_the_gradient_run_leaves_a_complete_folder(gradients):
         "suspicious.txt",
         "timeline.json",
     }
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["batch_size"] == 64  # defaults filled in
+    assert (
+        yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["batch_size"]
+        == 64
+    )  # defaults filled in
     assert json.loads((folder / "environment.json").read_text())["versions"]["torch"]
     assert_is_a_picture(folder / "suspicious.png")
     assert len((folder / "suspicious.txt").read_text().splitlines()) == 1 + 25
@@ -127,7 +136,17 @@ def test_the_log_holds_plan_training_and_every_chunk(gradients):
 
 def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     assert (
-        main(["run", str(CONFIGS / "digits_jacobian.yaml"), "--model.init_args.epochs", "3", "--output", str(tmp_path / "jacobian")]) == 0
+        main(
+            [
+                "run",
+                str(CONFIGS / "digits_jacobian.yaml"),
+                "--model.init_args.epochs",
+                "3",
+                "--output",
+                str(tmp_path / "jacobian"),
+            ]
+        )
+        == 0
     )
     folder = tmp_path / "jacobian"
     (jacobian,) = shardmap.open_store(folder / "results.zarr").read_unit(0)
@@ -139,7 +158,9 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     dataset = bound.data()
     model = bound.model(dataset)
     for row in (0, 1796):
-        torch.testing.assert_close(jacobian[row], digits.input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            jacobian[row], digits.input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4
+        )
     assert json.loads((folder / "summary.json").read_text())["changed_by_predicted_step"] > 0.8
     assert_is_a_picture(folder / "sensitivity.png")
     out = capsys.readouterr()
@@ -149,28 +170,54 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
 
 def test_the_same_run_in_two_shards_gives_the_same_numbers(gradients, tmp_path):
     folder, _ = gradients
-    words = ["--devices", '["cpu", "cpu"]', "--chunk_size", "300", "--output", str(tmp_path / "two")]
+    words = [
+        "--devices",
+        '["cpu", "cpu"]',
+        "--chunk_size",
+        "300",
+        "--output",
+        str(tmp_path / "two"),
+    ]
     other, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
-    torch.testing.assert_close(load_file(other / "scores.safetensors")["score"], load_file(folder / "scores.safetensors")["score"])
+    torch.testing.assert_close(
+        load_file(other / "scores.safetensors")["score"],
+        load_file(folder / "scores.safetensors")["score"],
+    )
 
 
 def test_a_run_with_the_users_own_function_saves_its_outputs(tmp_path, monkeypatch):
     (tmp_path / "users_run.py").write_text(
         "import torch\nfrom shardmap.jobs import Dataset\n"
-        "def load(*, rows: int = 5):\n    return Dataset({'x': torch.arange(3. * rows).view(rows, 3), 'y': torch.ones(rows, 3)})\n"
-        "def both(x, y, *, scale: float = 1.0):\n    return {'dot': torch.dot(x, y) * scale, 'twice': (2 * x,)}\n"
+        "def load(*, rows: int = 5):\n    return Dataset({'x': torch.arange(3. * rows).view(rows, "
+        "3), 'y': torch.ones(rows, 3)})\n"
+        "def both(x, y, *, scale: float = 1.0):\n    return {'dot': torch.dot(x, y) * scale, "
+        "'twice': (2 * x,)}\n"
     )
-    (tmp_path / "run.yaml").write_text("data: users_run.load\nfunction: {path: users_run.both, init_args: {scale: 10}}\noutput: out/mine\n")
+    (tmp_path / "run.yaml").write_text(
+        "data: users_run.load\nfunction: {path: users_run.both, init_args: {scale: 10}}\noutput: "
+        "out/mine\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["run", "run.yaml", "--chunk_size", "2", "--data.init_args.rows", "4"]) == 0
-    outputs = Outcome(Dataset({"x": torch.zeros(4)}), None, shardmap.open_store("out/mine/results.zarr"), Path()).tensors()
+    outputs = Outcome(
+        Dataset({"x": torch.zeros(4)}), None, shardmap.open_store("out/mine/results.zarr"), Path()
+    ).tensors()
     x = torch.arange(12.0).view(4, 3)
     assert torch.equal(outputs["dot"], 10 * x.sum(1))
     assert torch.equal(outputs["twice.0"], 2 * x)
 
 
 def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
-    words = ["--function", "operator.call", "--columns", "[image]", "--report", "null", "--model.init_args.epochs", "0"]
+    words = [
+        "--function",
+        "operator.call",
+        "--columns",
+        "[image]",
+        "--report",
+        "null",
+        "--model.init_args.epochs",
+        "0",
+    ]
     words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
     folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
     assert shardmap.open_store(folder / "results.zarr").read("result", 0, 1797).shape == (1797, 10)
@@ -178,7 +225,16 @@ def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
 
 def test_events_reach_the_listener(tmp_path):
     events = []
-    words = ["--chunk_size", "1000", "--model.init_args.epochs", "0", "--report", "null", "--output", str(tmp_path / "run")]
+    words = [
+        "--chunk_size",
+        "1000",
+        "--model.init_args.epochs",
+        "0",
+        "--report",
+        "null",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     execute(bind(load(CONFIGS / "digits_gradients.yaml", words)), listener=events.append)
     assert [type(event) for event in events] == [RunStarted, ChunkDone, ChunkDone, RunFinished]
 
@@ -248,27 +304,55 @@ def test_a_run_leaves_torchs_random_state_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# -- what a run took ---------------------------------------------------------------------------------------------------
+# -- what a run took
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_plan_and_measurement_are_by_lane_and_cover_every_sample(tmp_path):
     # In a process of its own: memory that others have used and freed is taken again without a trace.
-    words = ["--devices", '["cpu", "cpu"]', "--chunk_size", "100", "--model.init_args.epochs", "0", "--report", "null"]
+    words = [
+        "--devices",
+        '["cpu", "cpu"]',
+        "--chunk_size",
+        "100",
+        "--model.init_args.epochs",
+        "0",
+        "--report",
+        "null",
+    ]
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "shardmap.jobs.cli", "run", str(CONFIGS / "digits_gradients.yaml"), *words, "--output", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "shardmap.jobs.cli",
+        "run",
+        str(CONFIGS / "digits_gradients.yaml"),
+        *words,
+        "--output",
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
-    plan, took = (json.loads((folder / name).read_text()) for name in ("plan.json", "measured.json"))
+    plan, took = (
+        json.loads((folder / name).read_text()) for name in ("plan.json", "measured.json")
+    )
     assert [lane["name"] for lane in plan["lanes"]] == list(took["lanes"]) == ["cpu#1", "cpu#2"]
     assert [lane["device"] for lane in plan["lanes"]] == ["cpu", "cpu"]
     assert sum(lane["rows"] for lane in plan["lanes"]) == took["samples"] == plan["samples"] == 1797
-    assert all(lane["predicted_peak_bytes"] > 0 and lane["predicted_seconds"] > 0 for lane in plan["lanes"])
+    assert all(
+        lane["predicted_peak_bytes"] > 0 and lane["predicted_seconds"] > 0 for lane in plan["lanes"]
+    )
     assert "Operators by cost" in plan["explain"]
     assert (folder / "plan.txt").read_text() == plan["explain"] + "\n"
-    chunks = sorted((c["start"], c["stop"]) for lane in took["lanes"].values() for c in lane["chunks"])
+    chunks = sorted(
+        (c["start"], c["stop"]) for lane in took["lanes"].values() for c in lane["chunks"]
+    )
     assert [a for a, _ in chunks] == [0, *[b for _, b in chunks[:-1]]]
     assert chunks[-1][1] == 1797
-    assert all(lane["seconds"] == pytest.approx(sum(c["seconds"] for c in lane["chunks"])) for lane in took["lanes"].values())
+    assert all(
+        lane["seconds"] == pytest.approx(sum(c["seconds"] for c in lane["chunks"]))
+        for lane in took["lanes"].values()
+    )
     results = 1797 * 5050 * 4  # the gradients, float32
     assert all(0.8 * results < lane["peak_bytes"] < 3 * results for lane in took["lanes"].values())
     events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
@@ -281,7 +365,9 @@ def test_a_peak_is_found_also_where_more_was_in_use_before(after_more):
     if after_more:
         torch.ones(2 * size // 4)  # sets the process's record, and is freed
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what tests before have freed must not leave while this one looks
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what tests before have freed must not leave while this one looks
     with Peaks(["cpu"]) as peaks:
         block = torch.ones(size // 4)
         time.sleep(0.1)
@@ -293,7 +379,9 @@ def test_a_run_without_samples_leaves_a_complete_folder(tmp_path, monkeypatch):
     (tmp_path / "users_none.py").write_text(
         "import torch\nfrom shardmap.jobs import Dataset\ndef load():\n    return Dataset({'x': torch.ones(0, 3)})\n"
     )
-    (tmp_path / "run.yaml").write_text("data: users_none.load\nfunction: torch.neg\noutput: runs/none\n")
+    (tmp_path / "run.yaml").write_text(
+        "data: users_none.load\nfunction: torch.neg\noutput: runs/none\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["run", "run.yaml"]) == 0
     assert shardmap.open_store("runs/none/results.zarr").read("result", 0, 0).shape == (0, 3)
@@ -324,12 +412,18 @@ def test_samples_in_files_are_those_in_memory(kind, tmp_path, monkeypatch):
     }[kind]
     if kind == "several":
         source = f"{{path: {source}}}"
-    Path("run.yaml").write_text(f"source: {source}\nfunction: torch.sin\ncolumns: [x]\nchunk_size: 3\noutput: runs/files\n")
+    Path("run.yaml").write_text(
+        f"source: {source}\nfunction: torch.sin\ncolumns: [x]\nchunk_size: 3\noutput: runs/files\n"
+    )
     assert main(["run", "run.yaml"]) == 0
     assert torch.equal(shardmap.open_store("runs/files/results.zarr").read("result", 0, 7), x.sin())
-    Path("next.yaml").write_text("source: runs/files/results.zarr\nfunction: torch.neg\nreduce: sum\noutput: runs/next\n")
+    Path("next.yaml").write_text(
+        "source: runs/files/results.zarr\nfunction: torch.neg\nreduce: sum\noutput: runs/next\n"
+    )
     assert main(["run", "next.yaml"]) == 0
-    torch.testing.assert_close(load_file("runs/next/outputs.safetensors")["result"], -x.sin().sum(0))
+    torch.testing.assert_close(
+        load_file("runs/next/outputs.safetensors")["result"], -x.sin().sum(0)
+    )
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", "pth"])
@@ -343,9 +437,13 @@ def test_a_class_is_constructed_and_its_weights_are_loaded(ending, tmp_path, mon
         torch.save(layer.state_dict(), f"layer.{ending}")
     named = "{path: torch.nn.Linear, init_args: {in_features: 3, out_features: 2}}"
     for key in ("model", "function"):
-        Path("run.yaml").write_text(f"source: x.npy\n{key}: {named}\nweights: layer.{ending}\noutput: runs/{key}\n")
+        Path("run.yaml").write_text(
+            f"source: x.npy\n{key}: {named}\nweights: layer.{ending}\noutput: runs/{key}\n"
+        )
         assert main(["run", "run.yaml"]) == 0
-        torch.testing.assert_close(shardmap.open_store(f"runs/{key}/results.zarr").read("result", 0, 5), layer(x).detach())
+        torch.testing.assert_close(
+            shardmap.open_store(f"runs/{key}/results.zarr").read("result", 0, 5), layer(x).detach()
+        )
 
 
 def test_a_model_that_needs_no_data_and_a_module_in_eval_mode(tmp_path, monkeypatch):
@@ -361,10 +459,14 @@ def test_a_model_that_needs_no_data_and_a_module_in_eval_mode(tmp_path, monkeypa
     np.save("x.npy", x.numpy())
     model = "{path: users_made.scale, init_args: {factor: 3}}"
     function = "{path: users_made.times, init_args: {more: 2}}"
-    Path("run.yaml").write_text(f"source: x.npy\nmodel: {model}\nfunction: {function}\noutput: runs/made\n")
+    Path("run.yaml").write_text(
+        f"source: x.npy\nmodel: {model}\nfunction: {function}\noutput: runs/made\n"
+    )
     assert main(["run", "run.yaml"]) == 0
     assert torch.equal(shardmap.open_store("runs/made/results.zarr").read("result", 0, 5), 6 * x)
-    Path("run.yaml").write_text("source: x.npy\nfunction: users_made.Dropped\noutput: runs/dropped\n")
+    Path("run.yaml").write_text(
+        "source: x.npy\nfunction: users_made.Dropped\noutput: runs/dropped\n"
+    )
     assert main(["run", "run.yaml"]) == 0
     assert torch.equal(shardmap.open_store("runs/dropped/results.zarr").read("result", 0, 5), x)
 
@@ -383,8 +485,13 @@ def test_tied_weights_may_be_given_once_and_halves_widen(tmp_path):
     assert module.head.weight is module.embed.weight
     halves = {name: t.half() for name, t in state.items()}
     weights.load(module, halves, "halves")
-    assert all(torch.equal(t, state[name].half().float()) for name, t in module.state_dict().items())
-    with pytest.raises(ConfigError, match=r"different values for 'embed\.weight' and 'head\.weight', which are one tensor"):
+    assert all(
+        torch.equal(t, state[name].half().float()) for name, t in module.state_dict().items()
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"different values for 'embed\.weight' and 'head\.weight', which are one tensor",
+    ):
         weights.load(module, {**state, "head.weight": state["head.weight"] + 1}, "two")
     with pytest.raises(ConfigError, match="lacks 'embed.weight', 'head.weight'; save"):
         weights.load(module, {"head.bias": state["head.bias"]}, "none")
@@ -398,20 +505,27 @@ def test_samples_of_unequal_shapes_are_gathered(tmp_path, monkeypatch, capsys):
         "    return Dataset({'x': shardmap.Ragged(rows), 'y': torch.arange(5.0)})\n"
         "def both(x, y):\n    return {'sum': x.sum() * y, 'twice': 2 * x}\n"
     )
-    (tmp_path / "run.yaml").write_text("data: users_ragged.load\nfunction: users_ragged.both\noutput: runs/ragged\n")
+    (tmp_path / "run.yaml").write_text(
+        "data: users_ragged.load\nfunction: users_ragged.both\noutput: runs/ragged\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["run", "run.yaml"]) == 0
     assert "5 samples of unequal shapes, a map for each shape" in capsys.readouterr().out
     rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]
     found = load_file("runs/ragged/outputs.safetensors")
-    torch.testing.assert_close(found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(rows)]))
+    torch.testing.assert_close(
+        found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(rows)])
+    )
     assert found.keys() == {f"twice.{i}" for i in range(5)}
     assert all(torch.equal(found[f"twice.{i}"], 2 * row) for i, row in enumerate(rows))
     assert main(["resume", "runs/ragged"]) == 0
     assert "is complete" in capsys.readouterr().out
     for words, said in (
         (["verify", "runs/ragged"], "its outputs were gathered in memory"),
-        (["run", "run.yaml", "--store", "store"], "store: 'store', and samples are a shardmap.Ragged"),
+        (
+            ["run", "run.yaml", "--store", "store"],
+            "store: 'store', and samples are a shardmap.Ragged",
+        ),
         (["plan", "run.yaml"], "plan it for samples of one shape"),
     ):
         assert main(words) == 2

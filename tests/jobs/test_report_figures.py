@@ -1,4 +1,7 @@
-"""What reports show of outputs: numbers as numpy has them, pixels that stand for values, and rows read within a bound."""
+"""What reports show of outputs.
+
+Numbers as numpy has them, pixels that stand for values, and rows read within a bound.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,24 @@ from shardmap.store.columns import TensorColumn
 from tests import run_folders
 
 GENERATOR = np.random.default_rng(5)
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+FLOATS = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+INTEGERS = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
 
 
 def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -32,7 +51,9 @@ def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     if dtype is torch.bool:
         return torch.from_numpy(GENERATOR.random(shape) < 0.3)
     if dtype.is_complex:
-        return torch.from_numpy(GENERATOR.normal(size=shape) + 1j * GENERATOR.normal(size=shape)).to(dtype)
+        return torch.from_numpy(
+            GENERATOR.normal(size=shape) + 1j * GENERATOR.normal(size=shape)
+        ).to(dtype)
     whole = torch.from_numpy(GENERATOR.integers(0, 97, shape))
     return (whole if dtype in INTEGERS else whole / 8 - 5).to(dtype)
 
@@ -42,7 +63,9 @@ def plain(t: torch.Tensor) -> np.ndarray:
     return t.to(torch.complex128).abs().numpy() if t.is_complex() else t.to(torch.float64).numpy()
 
 
-def output(t: torch.Tensor, runs: int = 4, there: tuple[tuple[int, int], ...] | None = None) -> Output:
+def output(
+    t: torch.Tensor, runs: int = 4, there: tuple[tuple[int, int], ...] | None = None
+) -> Output:
     return Output("x", tuple(t.shape), t.dtype, TensorColumn(t, "x"), there or ((0, len(t)),), runs)
 
 
@@ -55,21 +78,27 @@ def pixels(picture: figures.Picture) -> np.ndarray:
     return np.rint(image * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.bool, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [*FLOATS, *INTEGERS, torch.bool, torch.complex64, torch.complex128], ids=str
+)
 def test_statistics_are_those_of_numpy(dtype: torch.dtype) -> None:
     t = values(dtype, 13, 7)
     found, expected = figures.statistics(t), plain(t)
     assert (found.count, found.nan, found.infinite, found.finite) == (91, 0, 0, 91)
     got = [found.least, found.mean, found.largest, found.deviation]
     np.testing.assert_allclose(
-        np.array(got, dtype=np.float64), [expected.min(), expected.mean(), expected.max(), expected.std()], rtol=1e-6
+        np.array(got, dtype=np.float64),
+        [expected.min(), expected.mean(), expected.max(), expected.std()],
+        rtol=1e-6,
     )
     if dtype in INTEGERS:
         assert isinstance(found.least, int)
         assert isinstance(found.largest, int)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64], ids=str
+)
 def test_nan_and_infinity_are_counted_and_left_out(dtype: torch.dtype) -> None:
     t = values(dtype, 11, 5)
     t[2, 1], t[7, 3], t[0, 0], t[10, 4] = math.nan, math.inf, -math.inf, math.nan
@@ -77,7 +106,10 @@ def test_nan_and_infinity_are_counted_and_left_out(dtype: torch.dtype) -> None:
     finite = expected[np.isfinite(expected)]
     found = figures.statistics(t)
     assert (found.count, found.nan, found.infinite, found.finite) == (55, 2, 2, 51)
-    assert (found.least, found.largest) == (pytest.approx(finite.min(), rel=1e-6), pytest.approx(finite.max(), rel=1e-6))
+    assert (found.least, found.largest) == (
+        pytest.approx(finite.min(), rel=1e-6),
+        pytest.approx(finite.max(), rel=1e-6),
+    )
     assert found.mean == pytest.approx(finite.mean(), rel=1e-6)
     drawn = figures.histogram(t, found)
     assert drawn is not None
@@ -108,19 +140,29 @@ def test_nothing_is_found_in_nothing(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128], ids=str)
 def test_histograms_are_those_of_numpy(dtype: torch.dtype) -> None:
-    t = values(torch.complex128, 4001).to(dtype) if dtype.is_complex else torch.from_numpy(GENERATOR.normal(size=4001)).to(dtype)
+    t = (
+        values(torch.complex128, 4001).to(dtype)
+        if dtype.is_complex
+        else torch.from_numpy(GENERATOR.normal(size=4001)).to(dtype)
+    )
     drawn = figures.histogram(t, figures.statistics(t))
     assert drawn is not None
     counts, edges = np.histogram(plain(t), figures.BINS)
     np.testing.assert_allclose(drawn.edges, edges, rtol=1e-9, atol=1e-12)
-    assert np.abs(np.array(drawn.counts) - counts).sum() <= 2, "an element at an edge may fall to either side of it"
+    assert np.abs(np.array(drawn.counts) - counts).sum() <= 2, (
+        "an element at an edge may fall to either side of it"
+    )
     assert sum(drawn.counts) == 4001
     assert not drawn.logarithmic
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, torch.bool], ids=str)
 def test_few_integers_have_a_bar_each(dtype: torch.dtype) -> None:
-    t = values(torch.bool, 301) if dtype is torch.bool else torch.from_numpy(GENERATOR.integers(3, 9, 301)).to(dtype)
+    t = (
+        values(torch.bool, 301)
+        if dtype is torch.bool
+        else torch.from_numpy(GENERATOR.integers(3, 9, 301)).to(dtype)
+    )
     drawn = figures.histogram(t, figures.statistics(t))
     assert drawn is not None
     found, counts = np.unique(plain(t), return_counts=True)
@@ -135,7 +177,9 @@ def test_one_full_bar_does_not_hide_the_others() -> None:
     assert drawn.logarithmic
     assert max(drawn.heights) == 1
     assert min(height for height in drawn.heights if height) > 0.1
-    assert figures.histogram(torch.full((5,), 3.0), figures.statistics(torch.full((5,), 3.0))) is None
+    assert (
+        figures.histogram(torch.full((5,), 3.0), figures.statistics(torch.full((5,), 3.0))) is None
+    )
 
 
 def test_a_heat_map_has_a_pixel_for_each_value() -> None:
@@ -143,11 +187,18 @@ def test_a_heat_map_has_a_pixel_for_each_value() -> None:
     t[3, 1, 2] = math.nan
     picture = figures.heat_map(t)
     assert picture is not None
-    assert (picture.height, picture.width, picture.diverging, picture.not_finite) == (7, 6, True, True)
+    assert (picture.height, picture.width, picture.diverging, picture.not_finite) == (
+        7,
+        6,
+        True,
+        True,
+    )
     image, matrix = pixels(picture), t.reshape(7, 6).numpy()
     assert tuple(image[3, 5, :3]) == figures.NOT_FINITE
     assert (np.all(image[..., :3] == figures.NOT_FINITE, axis=-1)).sum() == 1
-    expected = matplotlib.colormaps["RdBu_r"]((matrix - picture.low) / (picture.high - picture.low), bytes=True)
+    expected = matplotlib.colormaps["RdBu_r"](
+        (matrix - picture.low) / (picture.high - picture.low), bytes=True
+    )
     good = np.isfinite(matrix)
     assert np.array_equal(image[good], expected[good])
     assert picture.high == -picture.low == pytest.approx(np.nanmax(np.abs(matrix)))
@@ -157,13 +208,20 @@ def test_a_large_heat_map_has_means_for_pixels() -> None:
     lines, line = 2 * figures.HEAT_ROWS, 3 * figures.HEAT_COLUMNS
     blocks = GENERATOR.random((figures.HEAT_ROWS, figures.HEAT_COLUMNS)) + 1
     matrix = np.repeat(np.repeat(blocks, 2, axis=0), 3, axis=1)
-    noise = np.tile(np.array([[0.25, 0.0, -0.25], [-0.25, 0.0, 0.25]]), (figures.HEAT_ROWS, figures.HEAT_COLUMNS))  # no mean
+    noise = np.tile(
+        np.array([[0.25, 0.0, -0.25], [-0.25, 0.0, 0.25]]),
+        (figures.HEAT_ROWS, figures.HEAT_COLUMNS),
+    )  # no mean
     picture = figures.heat_map(torch.from_numpy(matrix + noise))
     assert picture is not None
     assert (lines, line) == matrix.shape
     assert (picture.low, picture.high) == (pytest.approx(blocks.min()), pytest.approx(blocks.max()))
-    expected = matplotlib.colormaps["viridis"]((blocks - picture.low) / (picture.high - picture.low), bytes=True)
-    assert np.abs(pixels(picture).astype(int) - expected).max() <= 3, "means round otherwise than the values do"
+    expected = matplotlib.colormaps["viridis"](
+        (blocks - picture.low) / (picture.high - picture.low), bytes=True
+    )
+    assert np.abs(pixels(picture).astype(int) - expected).max() <= 3, (
+        "means round otherwise than the values do"
+    )
 
 
 def test_a_sheet_shows_the_samples_it_names() -> None:
@@ -177,7 +235,9 @@ def test_a_sheet_shows_the_samples_it_names() -> None:
     for line, number in enumerate(drawn.samples):
         for column in range(3):
             part = image[line * 6 : line * 6 + 5, column * 5 : column * 5 + 4]
-            wanted = (rows[number - 100, column].numpy() - picture.low) / (picture.high - picture.low)
+            wanted = (rows[number - 100, column].numpy() - picture.low) / (
+                picture.high - picture.low
+            )
             assert np.array_equal(part, matplotlib.colormaps["viridis"](wanted, bytes=True))
     assert (image[5, :, 3] == 0).all(), "the page is seen between the images"
 
@@ -193,7 +253,10 @@ def test_a_curve_goes_through_the_values_and_stops_at_those_that_are_none() -> N
     drawn = figures.curve(t.reshape(11, 1))
     assert drawn is not None
     assert drawn.marked == [4]
-    assert [[point[1] for point in segment] for segment in drawn.segments] == [t[:4].tolist(), t[5:].tolist()]
+    assert [[point[1] for point in segment] for segment in drawn.segments] == [
+        t[:4].tolist(),
+        t[5:].tolist(),
+    ]
     assert (drawn.height(drawn.least), drawn.height(drawn.largest)) == (97, 3)
     many = figures.curve(torch.arange(1009.0))
     assert many is not None
@@ -241,7 +304,9 @@ def test_memory_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
     def times(s: torch.Tensor) -> torch.Tensor:
         return s * ramp
 
-    store: Any = shardmap.vmap(times, out=shardmap.ZarrSink(tmp_path / "large.zarr"), chunk_size=256)(scale)
+    store: Any = shardmap.vmap(
+        times, out=shardmap.ZarrSink(tmp_path / "large.zarr"), chunk_size=256
+    )(scale)
     assert store.header.samples * store.header.row_bytes == 512 << 20
     config = {**run_folders.CONFIG, "store": str(tmp_path / "large.zarr")}
     large = run_folders.make(tmp_path / "large", torch.sin, [scale[:3]], config=config)
@@ -250,10 +315,15 @@ def test_memory_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom shardmap.jobs.report import page\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "page.write(Path(sys.argv[1]))\nbefore = peak()\npage.write(Path(sys.argv[2]))\nprint(peak() - before)"
+        "page.write(Path(sys.argv[1]))\nbefore = "
+        "peak()\npage.write(Path(sys.argv[2]))\nprint(peak() - before)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, small, large], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, small, large],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
     )
     assert int(done.stdout) << 10 < (256 << 20) + 256 * store.header.row_bytes
     text = (large / "report.html").read_text()

@@ -49,7 +49,13 @@ def batch(samples: int = 53) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with everything in it, on two lanes, with a chunk that was computed again."""
-    folder = run_folders.make(tmp_path_factory.mktemp("runs") / "digits", mapped, batch(), devices=["cpu", "cpu"], fails=True)
+    folder = run_folders.make(
+        tmp_path_factory.mktemp("runs") / "digits",
+        mapped,
+        batch(),
+        devices=["cpu", "cpu"],
+        fails=True,
+    )
     figure = matplotlib.figure.Figure(figsize=(3, 2))
     figure.subplots().plot([1, 3, 2])
     figure.savefig(folder / "curve.png")
@@ -91,14 +97,26 @@ def written(folder: Path) -> Elements:
 
 
 def count(elements: Elements, tag: str, kind: str) -> int:
-    return sum(found == tag and kind in (attributes.get("class") or "").split() for found, attributes in elements.found)
+    return sum(
+        found == tag and kind in (attributes.get("class") or "").split()
+        for found, attributes in elements.found
+    )
 
 
 def test_a_page_says_what_was_planned_measured_and_found(folder: Path) -> None:
     elements = written(folder)
     text = " ".join(elements.text.split())
-    plan, measured = (json.loads((folder / name).read_text()) for name in ("plan.json", "measured.json"))
-    for expected in ("53 samples, mapped in", "17 of 53 rows stand out.", "0.949", "gradient_norm", "mine.mapped(power=2)", plan["call"]):
+    plan, measured = (
+        json.loads((folder / name).read_text()) for name in ("plan.json", "measured.json")
+    )
+    for expected in (
+        "53 samples, mapped in",
+        "17 of 53 rows stand out.",
+        "0.949",
+        "gradient_norm",
+        "mine.mapped(power=2)",
+        plan["call"],
+    ):
         assert expected in text
     for lane in plan["lanes"]:
         assert shardmap.planning.memory.format_bytes(lane["predicted_peak_bytes"]) in text
@@ -127,16 +145,25 @@ def test_what_is_unknown_or_not_over_is_said(folder: Path) -> None:
 
 
 def test_a_peak_above_the_bound_is_red(folder: Path) -> None:
-    measured, plan = (json.loads((folder / name).read_text()) for name in ("measured.json", "plan.json"))
+    measured, plan = (
+        json.loads((folder / name).read_text()) for name in ("measured.json", "plan.json")
+    )
     for over in (0, 1):
         measured["lanes"]["cpu#1"]["peak_bytes"] = plan["lanes"][0]["predicted_peak_bytes"] + over
         measured["lanes"]["cpu#2"]["peak_bytes"] = 1
         (folder / "measured.json").write_text(json.dumps(measured))
-        assert sum(attributes.get("class") == "f-red" for _, attributes in written(folder).found) == over
+        assert (
+            sum(attributes.get("class") == "f-red" for _, attributes in written(folder).found)
+            == over
+        )
 
 
 def test_chunks_are_drawn_when_and_where_they_were_computed(folder: Path) -> None:
-    """Eight seconds on two lanes: samples 2 and 3 go back after three seconds, and are computed again from the fifth to the eighth."""
+    """Eight seconds on two lanes.
+
+    Samples 2 and 3 go back after three seconds, and are computed again from the fifth to the
+    eighth.
+    """
     events = [
         RunStarted(6, 3, ("cpu#1", "cpu#2")),
         ChunkDone("cpu#1", 0, 2, 2.0, at=102.0),
@@ -147,11 +174,21 @@ def test_chunks_are_drawn_when_and_where_they_were_computed(folder: Path) -> Non
     ]
     timeline.write(folder / "timeline.json", events)
     measured = json.loads((folder / "measured.json").read_text())
-    (folder / "measured.json").write_text(json.dumps({**measured, "seconds": 8.0, "redone": {"worker lost": 2}}))
+    (folder / "measured.json").write_text(
+        json.dumps({**measured, "seconds": 8.0, "redone": {"worker lost": 2}})
+    )
     elements = written(folder)
-    blocks = [attributes for tag, attributes in elements.found if tag == "rect" and "chunk" in str(attributes["class"])]
+    blocks = [
+        attributes
+        for tag, attributes in elements.found
+        if tag == "rect" and "chunk" in str(attributes["class"])
+    ]
     got = [(b["x"], b["width"], "again" in str(b["class"])) for b in blocks]
-    assert got == [("0.00", "250.00", False), ("500.00", "125.00", False), ("625.00", "375.00", True)]
+    assert got == [
+        ("0.00", "250.00", False),
+        ("500.00", "125.00", False),
+        ("625.00", "375.00", True),
+    ]
     (mark,) = [attributes for tag, attributes in elements.found if tag == "line"]
     assert mark["x1"] == "375.00"
     text = " ".join(elements.text.split())
@@ -165,7 +202,10 @@ def test_chunks_are_drawn_when_and_where_they_were_computed(folder: Path) -> Non
 def test_chunks_too_short_to_see_are_drawn_together(folder: Path) -> None:
     short = [ChunkDone("cpu#1", i, i + 1, 0.001, at=100 + 0.001 * (i + 1)) for i in range(5003)]
     long = ChunkDone("cpu#1", 5003, 5103, 4.997, at=110.0)
-    timeline.write(folder / "timeline.json", [RunStarted(5103, 5004, ("cpu#1",)), *short, long, RunFinished(10.0, at=110.0)])
+    timeline.write(
+        folder / "timeline.json",
+        [RunStarted(5103, 5004, ("cpu#1",)), *short, long, RunFinished(10.0, at=110.0)],
+    )
     elements = written(folder)
     assert count(elements, "rect", "chunk") == 2
     assert "5,003 chunks, 5.0 s" in elements.text
@@ -190,11 +230,25 @@ def test_every_output_has_its_numbers(folder: Path) -> None:
     assert f"{int(holes.isinf().sum())} infinite" in text
     assert f"{100 * (x > 0).double().mean():.1f}% are true" in text
     assert f"mean {page.number((5 * x).to(torch.int64).double().mean().item())}" in text
-    for expected in ("float32 [53, 0, 8], 0 B", "no values", "all are 3", "complex64 [53, 8, 8]", "bfloat16 [53, 8, 8]", "Magnitudes: min"):
+    for expected in (
+        "float32 [53, 0, 8], 0 B",
+        "no values",
+        "all are 3",
+        "complex64 [53, 8, 8]",
+        "bfloat16 [53, 8, 8]",
+        "Magnitudes: min",
+    ):
         assert expected in text
 
 
-NAMES = ["environment.json", "summary.json", "plan.json", "measured.json", "timeline.json", "log.jsonl"]
+NAMES = [
+    "environment.json",
+    "summary.json",
+    "plan.json",
+    "measured.json",
+    "timeline.json",
+    "log.jsonl",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,19 +261,38 @@ def test_what_is_absent_is_said_and_the_rest_is_there(folder: Path, name: str) -
 
 
 @pytest.mark.parametrize(
-    "broken", ['{"lanes": [1, 2]}', '{"lanes": {"cpu": 7}}', "[]", "{", "\x00", '{"traceEvents": [{"ph": "X"}]}', "[" * 100_000]
+    "broken",
+    [
+        '{"lanes": [1, 2]}',
+        '{"lanes": {"cpu": 7}}',
+        "[]",
+        "{",
+        "\x00",
+        '{"traceEvents": [{"ph": "X"}]}',
+        "[" * 100_000,
+    ],
 )
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_what_cannot_be_understood_is_said(folder: Path, name: str, broken: str) -> None:
     (folder / name).write_text(broken)
     text = " ".join(written(folder).text.split())
     assert "jacobian" in text
-    if name in ("summary.json", "environment.json") and broken.startswith("{") and broken.endswith("}"):
+    if (
+        name in ("summary.json", "environment.json")
+        and broken.startswith("{")
+        and broken.endswith("}")
+    ):
         assert "lanes" in text or "traceEvents" in text, "any keys may be in there"
     elif name == "log.jsonl":
         assert ("1 line is no JSON" in text) == (not broken.startswith("{") or broken == "{")
-    elif (name, broken) not in {("plan.json", '{"traceEvents": [{"ph": "X"}]}'), ("measured.json", '{"traceEvents": [{"ph": "X"}]}')}:
-        assert re.search(rf"({re.escape(name)}|The lanes in plan.json and measured.json) (cannot be|is not)", text)
+    elif (name, broken) not in {
+        ("plan.json", '{"traceEvents": [{"ph": "X"}]}'),
+        ("measured.json", '{"traceEvents": [{"ph": "X"}]}'),
+    }:
+        assert re.search(
+            rf"({re.escape(name)}|The lanes in plan.json and measured.json) (cannot be|is not)",
+            text,
+        )
 
 
 def test_a_folder_of_the_configuration_alone_has_a_page(tmp_path: Path) -> None:
@@ -231,7 +304,9 @@ def test_a_folder_of_the_configuration_alone_has_a_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_few_samples(tmp_path: Path, samples: int) -> None:
-    text = " ".join(written(run_folders.make(tmp_path / "few", mapped, batch(samples))).text.split())
+    text = " ".join(
+        written(run_folders.make(tmp_path / "few", mapped, batch(samples))).text.split()
+    )
     assert f"float32 [{samples}, 10, 8, 8]" in text
 
 
@@ -262,7 +337,10 @@ def test_outputs_come_from_a_store(tmp_path: Path, sink: Callable[..., Any]) -> 
     store = shardmap.open_store(place)
     store.discard(2)
     text = " ".join(written(path).text.split())
-    assert f"1 of {store.header.units} units of the store are not written; `shardmap resume` computes them." in text
+    assert (
+        f"1 of {store.header.units} units of the store are not written; `shardmap resume` computes "
+        "them." in text
+    )
     assert "46 of 53 rows are written" in text
     shutil.rmtree(place)
     assert "nothing there" in written(path).text
@@ -270,7 +348,13 @@ def test_outputs_come_from_a_store(tmp_path: Path, sink: Callable[..., Any]) -> 
 
 def test_damaged_outputs_are_said(tmp_path: Path, folder: Path) -> None:
     place = tmp_path / "results"
-    path = run_folders.make(tmp_path / "run", torch.sin, batch(), config={"store": str(place)}, sink=shardmap.MemmapSink(place))
+    path = run_folders.make(
+        tmp_path / "run",
+        torch.sin,
+        batch(),
+        config={"store": str(place)},
+        sink=shardmap.MemmapSink(place),
+    )
     (file,) = place.glob("*.npy")
     file.write_bytes(file.read_bytes()[:1000])
     assert f"{file.name} ends before row" in written(path).text
@@ -284,14 +368,19 @@ def test_only_pngs_are_taken_for_pictures(folder: Path) -> None:
     elements = written(folder)
     assert "page.png is no PNG." in elements.text
     assert "empty.csv is empty." in elements.text
-    assert [attributes["alt"] for tag, attributes in elements.found if tag == "img" and "run's picture" in (attributes["alt"] or "")] == [
-        "The run's picture curve.png"
-    ]
+    assert [
+        attributes["alt"]
+        for tag, attributes in elements.found
+        if tag == "img" and "run's picture" in (attributes["alt"] or "")
+    ] == ["The run's picture curve.png"]
 
 
 def test_what_is_too_much_for_a_page_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (folder / "log.jsonl").open("a") as log:
-        log.writelines(json.dumps({"event": "message", "level": level, "text": "again"}) + "\n" for level in ("info", "error") * 400)
+        log.writelines(
+            json.dumps({"event": "message", "level": level, "text": "again"}) + "\n"
+            for level in ("info", "error") * 400
+        )
     (folder / "wide.csv").write_text(",".join(map(str, range(73))) + "\n" + "x" * 5000)
     (folder / "long.csv").write_text('"' + "y" * 200_000)
     monkeypatch.setattr(files, "PICTURES_BYTES", 1000)
@@ -314,7 +403,9 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "file").write_text("")
         with pytest.raises(
-            ConfigError, match=rf"^report '{path}': this is no run folder, {why}; name a folder that `shardmap run` has written$"
+            ConfigError,
+            match=rf"^report '{path}': this is no run folder, {why}; name a folder that `shardmap "
+            r"run` has written$",
         ):
             page.write(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing was written"
@@ -326,7 +417,10 @@ def test_the_page_goes_where_it_is_asked_to(folder: Path, tmp_path: Path) -> Non
     assert not (folder / "report.html").exists()
     assert target.read_text().startswith("<!DOCTYPE html>")
     for bad in (tmp_path / "no" / "page.html", folder):
-        with pytest.raises(ConfigError, match="report: .* cannot be written .*name a file in a folder that can be written to"):
+        with pytest.raises(
+            ConfigError,
+            match="report: .* cannot be written .*name a file in a folder that can be written to",
+        ):
             page.write(folder, bad)
     assert not list(tmp_path.glob(".*")) + list(folder.glob(".*"))
 
@@ -335,7 +429,11 @@ def evil(path: Path) -> Path:
     """A run folder in which every string is an attack."""
     config = {"function": {"path": EVIL, "init_args": {EVIL: EVIL}}, "task": EVIL}
     folder = run_folders.make(
-        path, lambda x: {EVIL: x, "</style>": x.sum()}, batch(5), config=config, summary={EVIL: EVIL, "b": {EVIL: [EVIL]}}
+        path,
+        lambda x: {EVIL: x, "</style>": x.sum()},
+        batch(5),
+        config=config,
+        summary={EVIL: EVIL, "b": {EVIL: [EVIL]}},
     )
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps({**plan, "call": EVIL, "explain": EVIL}))
@@ -357,8 +455,10 @@ def test_strings_of_a_run_are_text(tmp_path: Path) -> None:
     elements = written(evil(tmp_path / "<b onclick=alert(1)>"))
     assert elements.text.count(EVIL) >= 12
     assert {tag for tag, _ in elements.found} <= set(
-        "html head meta title link style body header h1 h2 h3 p dl dt dd div nav ul li a main section details summary pre table caption "
-        "thead tbody tr th td svg rect line polygon article figure figcaption img span i footer code".split()
+        "html head meta title link style body header h1 h2 h3 p dl dt dd div nav ul li a main "
+        "section details summary pre table caption "
+        "thead tbody tr th td svg rect line polygon article figure figcaption img span i footer "
+        "code".split()
     )
     for tag, attributes in elements.found:
         assert not [name for name in attributes if name.startswith("on")], tag
@@ -374,8 +474,16 @@ def test_headings_and_alternatives_are_there(folder: Path) -> None:
     assert levels.count(1) == 1
     assert all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
     assert all(attributes.get("alt") for tag, attributes in elements.found if tag == "img")
-    assert all(attributes.get("role") == "img" and attributes.get("aria-label") for tag, attributes in elements.found if tag == "svg")
-    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in elements.found if tag == "th")
+    assert all(
+        attributes.get("role") == "img" and attributes.get("aria-label")
+        for tag, attributes in elements.found
+        if tag == "svg"
+    )
+    assert all(
+        attributes.get("scope") in ("col", "row")
+        for tag, attributes in elements.found
+        if tag == "th"
+    )
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = {str(attributes["href"])[1:] for tag, attributes in elements.found if tag == "a"}
@@ -399,43 +507,77 @@ MEASURE = """
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("options", [{}, {"width": 400}, {"dark": True}], ids=["wide", "narrow", "dark"])
-def test_a_browser_shows_all_of_it(chromium: browser.Page, folder: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"width": 400}, {"dark": True}], ids=["wide", "narrow", "dark"]
+)
+def test_a_browser_shows_all_of_it(
+    chromium: browser.Page, folder: Path, options: dict[str, Any]
+) -> None:
     chromium.open(page.write(folder), **options)
     seen = chromium.ask(MEASURE)
     assert seen["title"] == "digits – shardmap"
     assert len(seen["images"]) == 8, "sheets of six outputs, one heat map, one picture of the run"
     assert all(side > 0 for image in seen["images"] for side in image)
-    assert [300, 200] in [image[:2] for image in seen["images"]], "the run's own picture has its size"
+    assert [300, 200] in [image[:2] for image in seen["images"]], (
+        "the run's own picture has its size"
+    )
     assert all(width > 0 and height > 0 for width, height in seen["charts"])
     assert len(seen["bars"]) == 8
     assert min(seen["bars"]) >= 2
     tables = {name: (rows, height) for name, rows, height in seen["tables"] if name != "log"}
-    assert {name: rows for name, (rows, _) in tables.items()} == {"plan": 3, "failures": 2, "overview": 11, "csv": 21}
+    assert {name: rows for name, (rows, _) in tables.items()} == {
+        "plan": 3,
+        "failures": 2,
+        "overview": 11,
+        "csv": 21,
+    }
     assert all(height > 20 * rows for rows, height in tables.values())
     assert seen["blocks"] > 0
     assert seen["marks"] == 1
     assert set(seen["red"]) == {"rgb(255, 122, 102)" if options.get("dark") else "rgb(192, 48, 29)"}
     assert seen["overflow"] == 0
     assert chromium.errors == []
-    assert [url for url in chromium.requests if not url.startswith("data:")] == [(folder / "report.html").as_uri()]
+    assert [url for url in chromium.requests if not url.startswith("data:")] == [
+        (folder / "report.html").as_uri()
+    ]
 
 
 @pytest.mark.browser
 def test_from_a_configuration_to_a_page_in_a_browser(
-    chromium: browser.Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chromium: browser.Page,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     path = tmp_path / "jacobian"
-    assert cli.main(["run", "configs/digits_jacobian.yaml", "--model.init_args.epochs", "1", "--output", str(path)]) == 0
+    assert (
+        cli.main(
+            [
+                "run",
+                "configs/digits_jacobian.yaml",
+                "--model.init_args.epochs",
+                "1",
+                "--output",
+                str(path),
+            ]
+        )
+        == 0
+    )
     assert cli.main(["report", str(path)]) == 0
     assert capsys.readouterr().out.endswith(f"written to {path / 'report.html'}\n")
     chromium.open(path / "report.html")
     seen = chromium.ask(MEASURE)
     (sheet, picture) = seen["images"]
-    assert sheet[:2] == [9 * 10 - 1, 9 * 6 - 1], "ten images of 8x8 for each of six samples, a pixel between them"
+    assert sheet[:2] == [9 * 10 - 1, 9 * 6 - 1], (
+        "ten images of 8x8 for each of six samples, a pixel between them"
+    )
     assert min(picture) > 300
-    assert [(name, rows) for name, rows, _ in seen["tables"] if name != "log"] == [("plan", 2), ("overview", 2), ("csv", 21)]
+    assert [(name, rows) for name, rows, _ in seen["tables"] if name != "log"] == [
+        ("plan", 2),
+        ("overview", 2),
+        ("csv", 21),
+    ]
     shown = chromium.ask("document.querySelector('.output').innerText")
     jacobian = shardmap.open_store(path / "results.zarr").read(0, 0, 1797)
     assert "float32 [1797, 10, 1, 8, 8]" in shown or "float32 [1797, 10, 8, 8]" in shown
@@ -448,7 +590,9 @@ def test_from_a_configuration_to_a_page_in_a_browser(
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1200, 400])
-def test_a_browser_shows_many_lanes_and_outputs(chromium: browser.Page, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_many_lanes_and_outputs(
+    chromium: browser.Page, tmp_path: Path, width: int
+) -> None:
     def many(x: torch.Tensor) -> list[torch.Tensor]:
         return [(x * i).sin().cumsum(-1) if i % 2 else (x * i).cos().sum(-1) for i in range(1, 31)]
 
@@ -465,7 +609,9 @@ def test_a_browser_shows_many_lanes_and_outputs(chromium: browser.Page, tmp_path
 
 
 @pytest.mark.browser
-def test_a_browser_runs_nothing_that_a_run_has_written(chromium: browser.Page, tmp_path: Path) -> None:
+def test_a_browser_runs_nothing_that_a_run_has_written(
+    chromium: browser.Page, tmp_path: Path
+) -> None:
     chromium.open(page.write(evil(tmp_path / "evil")))
     seen = chromium.ask(MEASURE)
     assert seen["hacked"] is None
@@ -479,7 +625,10 @@ def test_a_browser_runs_nothing_that_a_run_has_written(chromium: browser.Page, t
 def test_the_browser_tells_of_requests_and_errors(chromium: browser.Page, tmp_path: Path) -> None:
     """What the tests above rely on."""
     path = tmp_path / "bad.html"
-    path.write_text("<img src='http://127.0.0.1:9/x.png'><script>window.hacked = 1; console.error('hm'); throw new Error('oh')</script>")
+    path.write_text(
+        "<img src='http://127.0.0.1:9/x.png'><script>window.hacked = 1; console.error('hm'); throw "
+        "new Error('oh')</script>"
+    )
     chromium.open(path)
     assert "http://127.0.0.1:9/x.png" in chromium.requests
     assert [error for error in chromium.errors if "hm" in error]
@@ -492,7 +641,9 @@ def test_the_browser_tells_of_requests_and_errors(chromium: browser.Page, tmp_pa
     assert any("Content Security Policy" in error for error in chromium.errors)
 
 
-def test_without_a_browser_the_tests_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_browser_the_tests_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="apt-get install chromium"), browser.browse(tmp_path):
         pass

@@ -77,9 +77,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def begin(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """A run in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "shardmap.jobs.cli", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "shardmap.jobs.cli", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -117,7 +125,8 @@ def stopped_after(sample: int) -> AbstractContextManager[None]:
     return listen(interrupt)
 
 
-# -- killed ------------------------------------------------------------------------------------------------------------
+# -- killed
+# ------------------------------------------------------------------------------------------------------------
 
 
 LONG = ["--data.init_args.rows", "2003", "--chunk_size", "2", "--function.init_args.steps", "30"]
@@ -127,7 +136,9 @@ def killed_again_and_again(kills: int, seed: int) -> None:
     """A run that is killed at random moments and gone on with ends as one that was left alone, to the last bit."""
     whole = finished(["run", "run.yaml", *LONG, "--output", "runs/whole"])
     moments, killed, number = random.Random(seed), 0, 0
-    while killed < kills:  # a run that is through before it has been killed often enough is followed by another one
+    while (
+        killed < kills
+    ):  # a run that is through before it has been killed often enough is followed by another one
         number += 1
         killed += killed_until_through(f"runs/run{number}", kills - killed, whole, moments)
         compare(f"runs/run{number}", "runs/whole")
@@ -137,7 +148,11 @@ def killed_until_through(folder: str, kills: int, whole: float, moments: random.
     """Kill and go on, so many times unless it ends before; how often it was killed."""
     killed = committed = 0
     while state(folder) != "complete":
-        process = begin(["run", "run.yaml", *LONG, "--output", folder] if state(folder) is None else ["resume", folder])
+        process = begin(
+            ["run", "run.yaml", *LONG, "--output", folder]
+            if state(folder) is None
+            else ["resume", folder]
+        )
         if killed < kills:
             time.sleep(moments.uniform(0, 0.8 * whole))
             process.kill()
@@ -161,7 +176,11 @@ def compare(folder: str, whole: str) -> None:
     assert findings(folder) == findings(whole)
     assert Path(folder, "norms.txt").read_text() == Path(whole, "norms.txt").read_text()
     assert {p.name for p in Path(folder).iterdir()} == {p.name for p in Path(whole).iterdir()}
-    assert all(json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines() if line.endswith("}"))
+    assert all(
+        json.loads(line)
+        for line in Path(folder, "log.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    )
 
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(workplace: Path) -> None:
@@ -176,19 +195,31 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(seed: int, workplace: P
 
 
 @pytest.mark.parametrize("words", [[], ["--reduce", "mean", "--report", "null"]])
-def test_a_run_that_is_killed_in_the_middle_of_its_map_is_unfinished_and_goes_on(words: list[str], workplace: Path, capsys) -> None:
+def test_a_run_that_is_killed_in_the_middle_of_its_map_is_unfinished_and_goes_on(
+    words: list[str], workplace: Path, capsys
+) -> None:
     script = (
         "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base import ChunkDone, listen\n"
         "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
         f"with listen(kill):\n    main(['run', 'run.yaml', *{words!r}])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}", "PYTHONDONTWRITEBYTECODE": "1"}
-    killed = subprocess.run([sys.executable, "-c", script], check=False, env=environment, capture_output=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    killed = subprocess.run(
+        [sys.executable, "-c", script], check=False, env=environment, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL
     assert state() == "unfinished"
     assert not Path("runs/mine/summary.json").exists()
     seen: list[int] = []
-    with listen(lambda event: seen.append(event.stop - event.start) if isinstance(event, ChunkDone) else None):
+    with listen(
+        lambda event: (
+            seen.append(event.stop - event.start) if isinstance(event, ChunkDone) else None
+        )
+    ):
         assert main(["resume", "runs/mine"]) == 0
     said = capsys.readouterr().out
     assert state() == "complete"
@@ -224,7 +255,10 @@ def test_what_was_killed_before_it_was_a_store_is_made_anew(workplace: Path) -> 
 def test_ctrl_c_keeps_the_folder_and_says_how_to_go_on(workplace: Path, capsys) -> None:
     with stopped_after(12):
         assert main(["run", "run.yaml"]) == 130
-    assert capsys.readouterr().err == "shardmap: interrupted; what is in runs/mine stays, and `shardmap resume runs/mine` goes on with it\n"
+    assert (
+        capsys.readouterr().err
+        == "shardmap: interrupted; what is in runs/mine stays, and `shardmap resume runs/mine` goes on with it\n"
+    )
     assert state() == "unfinished"
     assert main(["resume", "runs/mine", "--devices", '["cpu", "cpu"]']) == 0
     assert state() == "complete"
@@ -303,8 +337,14 @@ def test_another_run_is_not_gone_on_with(workplace: Path, capsys) -> None:
         (["--seed", "6"], "Keys that differ: seed: 5 is stored, 6 is given"),
         (["--data.init_args.rows", "22"], "data.init_args.rows: 23 is stored, 22 is given"),
         (["--reduce", "mean"], 'reduce: null is stored, "mean" is given'),
-        (["--output", "runs/other"], "--output: runs/mine is gone on with where it is, and so are its outputs; leave --output out"),
-        (["--store=elsewhere"], "--store=elsewhere: runs/mine is gone on with where it is, and so are its outputs; leave --store out"),
+        (
+            ["--output", "runs/other"],
+            "--output: runs/mine is gone on with where it is, and so are its outputs; leave --output out",
+        ),
+        (
+            ["--store=elsewhere"],
+            "--store=elsewhere: runs/mine is gone on with where it is, and so are its outputs; leave --store out",
+        ),
         (["--allow", "torch"], "data.path: 'users_resume.load' is not allowed"),
     ):
         assert main(["resume", "runs/mine", *words]) == 2
@@ -318,16 +358,30 @@ def test_a_run_that_is_running_is_left_alone(workplace: Path, capsys) -> None:
     with RunFolder.create("runs/mine", to_yaml(bind(load("run.yaml")).config)) as folder:
         assert main(["resume", "runs/mine"]) == 2
         error = capsys.readouterr().err
-        assert error == f"shardmap: runs/mine: the run is still running, as process {os.getpid()}; wait for it, or stop it first\n"
+        assert (
+            error
+            == f"shardmap: runs/mine: the run is still running, as process {os.getpid()}; wait for it, or stop it first\n"
+        )
         folder.finish()
 
 
-def test_a_process_that_is_gone_or_another_one_with_its_number_does_not_keep_a_run(workplace: Path) -> None:
+def test_a_process_that_is_gone_or_another_one_with_its_number_does_not_keep_a_run(
+    workplace: Path,
+) -> None:
     with stopped_after(12):
         main(["run", "run.yaml"])
     path = Path("runs/mine/state.json")
     for process, started in ((2**22 + 1, 0.0), (os.getpid(), 1.0)):
-        path.write_text(json.dumps({"state": "unfinished", "host": os.uname().nodename, "process": process, "started": started}))
+        path.write_text(
+            json.dumps(
+                {
+                    "state": "unfinished",
+                    "host": os.uname().nodename,
+                    "process": process,
+                    "started": started,
+                }
+            )
+        )
         assert RunFolder.reopen(Path("runs/mine")).resumed
 
 
@@ -347,13 +401,18 @@ def test_a_run_folder_is_verified_as_its_store_is(workplace: Path, capsys) -> No
     main(["run", "run.yaml"])
     capsys.readouterr()
     assert main(["verify", "runs/mine", "--all", "--allow", "users_resume"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
+    )
     assert main(["verify", "runs/mine", "--allow", "torch"]) == 2
     assert "'users_resume.load' is not allowed" in capsys.readouterr().err
     main(["run", "run.yaml", "--reduce", "sum", "--report", "null", "--output", "runs/reduced"])
     capsys.readouterr()
     assert main(["verify", "runs/reduced"]) == 2
-    assert "runs/reduced: its outputs were reduced, and are in no store, so nothing can be compared" in capsys.readouterr().err
+    assert (
+        "runs/reduced: its outputs were reduced, and are in no store, so nothing can be compared"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_beside_one_that_has_not_ended_says_so(workplace: Path, capsys) -> None:
@@ -362,7 +421,10 @@ def test_a_run_beside_one_that_has_not_ended_says_so(workplace: Path, capsys) ->
     capsys.readouterr()
     assert main(["run", "run.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "run folder runs/mine-2: there is runs/mine already, a run that has not ended; `shardmap resume runs/mine` goes on" in out
+    assert (
+        "run folder runs/mine-2: there is runs/mine already, a run that has not ended; `shardmap resume runs/mine` goes on"
+        in out
+    )
     assert (state(), state("runs/mine-2")) == ("unfinished", "complete")
 
 
@@ -373,12 +435,21 @@ def test_a_killed_run_with_a_store_goes_on_in_its_folder_by_run_resume_too(workp
         "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
         f"with listen(kill):\n    main({words!r})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}", "PYTHONDONTWRITEBYTECODE": "1"}
-    assert subprocess.run([sys.executable, "-c", script], check=False, env=environment).returncode == -signal.SIGKILL
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    assert (
+        subprocess.run([sys.executable, "-c", script], check=False, env=environment).returncode
+        == -signal.SIGKILL
+    )
     assert state() == "unfinished"
     assert main([*words, "--resume", "true"]) == 0
     assert [path.name for path in Path("runs").iterdir()] == ["mine"]
     assert state() == "complete"
     assert shardmap.open_store("store").missing() == []
-    assert main([*words, "--resume", "true"]) == 0  # that run is complete: this is another one, which finds all units there
+    assert (
+        main([*words, "--resume", "true"]) == 0
+    )  # that run is complete: this is another one, which finds all units there
     assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "mine-2"]

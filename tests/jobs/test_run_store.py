@@ -66,7 +66,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def chunks() -> tuple[list[tuple[int, int]], object]:
     """The chunks that are computed inside the context."""
     seen: list[tuple[int, int]] = []
-    return seen, listen(lambda event: seen.append((event.start, event.stop)) if isinstance(event, ChunkDone) else None)
+    return seen, listen(
+        lambda event: (
+            seen.append((event.start, event.stop)) if isinstance(event, ChunkDone) else None
+        )
+    )
 
 
 def rows(url: str = "store") -> list[torch.Tensor]:
@@ -75,7 +79,9 @@ def rows(url: str = "store") -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["zarr", "safetensors", "memmap"])
-def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(kind: str, workplace: Path, capsys) -> None:
+def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(
+    kind: str, workplace: Path, capsys
+) -> None:
     assert main(["run", "run.yaml"]) == 0
     assert main(["run", "run.yaml", "--store", "store", "--store_kind", kind]) == 0
     said = capsys.readouterr().out
@@ -110,8 +116,14 @@ def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) ->
             main(["run", "run.yaml", "--store", "store"])
         """
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}", "PYTHONDONTWRITEBYTECODE": "1"}
-    killed = subprocess.run([sys.executable, "-c", script], check=False, env=environment, capture_output=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    killed = subprocess.run(
+        [sys.executable, "-c", script], check=False, env=environment, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL
     there = shardmap.open_store("store")
     missing = there.missing()
@@ -122,7 +134,9 @@ def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) ->
         assert main(["resume", "store"]) == 0
     assert json.loads(Path("runs/mine/state.json").read_text()) == {"state": "complete"}
     assert [path.name for path in Path("runs").iterdir()] == ["mine"]
-    assert [i for a, b in seen for i in range(a, b)] == [i for unit in missing for i in range(*there.header.rows(unit))]
+    assert [i for a, b in seen for i in range(a, b)] == [
+        i for unit in missing for i in range(*there.header.rows(unit))
+    ]
     main(["run", "run.yaml", "--store", "whole"])
     assert all(torch.equal(a, b) for a, b in zip(rows(), rows("whole"), strict=True))
 
@@ -149,7 +163,9 @@ def test_ctrl_c_keeps_what_is_committed_and_says_how_to_go_on(workplace: Path, c
 
 
 def test_ctrl_c_before_there_is_a_store_leaves_nothing(workplace: Path, capsys) -> None:
-    (workplace / "users_store.py").write_text(MODULE.replace("return torch.randn(3)", "raise KeyboardInterrupt"))
+    (workplace / "users_store.py").write_text(
+        MODULE.replace("return torch.randn(3)", "raise KeyboardInterrupt")
+    )
     assert main(["run", "run.yaml", "--store", "store"]) == 130
     assert capsys.readouterr().err == "shardmap: interrupted; nothing was left behind\n"
     assert not Path("store").exists()
@@ -169,11 +185,16 @@ def test_a_store_is_gone_on_with_where_it_has_moved_to(workplace: Path) -> None:
     ("words", "said"),
     [
         (["--seed", "6"], "Keys that differ: seed: 5 is stored, 6 is given"),
-        (["--data.init_args.rows", "22"], "Keys that differ: data.init_args.rows: 23 is stored, 22 is given"),
+        (
+            ["--data.init_args.rows", "22"],
+            "Keys that differ: data.init_args.rows: 23 is stored, 22 is given",
+        ),
         (["--data.init_args.shift", "1"], "data: the samples have changed"),
     ],
 )
-def test_another_run_is_refused_with_the_keys_that_differ(words: list[str], said: str, workplace: Path, capsys) -> None:
+def test_another_run_is_refused_with_the_keys_that_differ(
+    words: list[str], said: str, workplace: Path, capsys
+) -> None:
     main(["run", "run.yaml", "--store", "store"])
     before = {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()}
     runs = sorted(Path("runs").iterdir())
@@ -187,7 +208,9 @@ def test_another_run_is_refused_with_the_keys_that_differ(words: list[str], said
     assert sorted(Path("runs").iterdir()) == runs
 
 
-def test_reduced_outputs_are_the_mean_and_no_report_of_rows_takes_them(workplace: Path, capsys) -> None:
+def test_reduced_outputs_are_the_mean_and_no_report_of_rows_takes_them(
+    workplace: Path, capsys
+) -> None:
     from safetensors.torch import load_file
 
     assert main(["run", "run.yaml", "--reduce", "mean", "--report", "null"]) == 0
@@ -204,13 +227,21 @@ def test_reduced_outputs_are_the_mean_and_no_report_of_rows_takes_them(workplace
 def test_the_digits_report_reads_from_a_store(tmp_path: Path) -> None:
     words = ["--model.init_args.epochs", "1", "--report.init_args.top", "3"]
     kept, findings = execute(bind(load(GRADIENTS, [*words, "--output", str(tmp_path / "kept")])))
-    _, again = execute(bind(load(GRADIENTS, [*words, "--output", str(tmp_path / "run"), "--store", str(tmp_path / "store")])))
+    _, again = execute(
+        bind(
+            load(
+                GRADIENTS,
+                [*words, "--output", str(tmp_path / "run"), "--store", str(tmp_path / "store")],
+            )
+        )
+    )
     assert findings is not None
     assert again is not None
     assert again.numbers == findings.numbers
 
 
-# -- shardmap verify ---------------------------------------------------------------------------------------------------
+# -- shardmap verify
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_good_store_is_verified_and_left_alone(workplace: Path, capsys) -> None:
@@ -227,7 +258,9 @@ def test_a_good_store_is_verified_and_left_alone(workplace: Path, capsys) -> Non
         assert main(["verify", "store", "--all", "--devices", '["cpu", "cpu"]']) == 0
     assert sorted(seen)[0] == (0, 4)
     assert sum(b - a for a, b in seen) == 23
-    assert capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
+    )
     assert main(["verify", "store", "--units", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no unit was computed again"
     assert {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()} == before
@@ -246,7 +279,10 @@ def test_a_flipped_byte_is_found_discarded_and_computed_anew(workplace: Path, ca
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "6 of 6 units are committed; checksums: 1 damaged"
     assert out[1] == "unit 5 (rows 20 to 22): damaged, its bytes are not those that were written"
-    assert out[-1] == "`shardmap verify store --discard` takes these units back, `shardmap resume store` computes them anew"
+    assert (
+        out[-1]
+        == "`shardmap verify store --discard` takes these units back, `shardmap resume store` computes them anew"
+    )
     assert shardmap.open_store("store").missing() == []
     assert main(["verify", "store", "--discard"]) == 1
     assert "1 units are discarded" in capsys.readouterr().out
@@ -288,9 +324,15 @@ def test_rounding_is_no_difference_and_is_said(workplace: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("change", ["function", "model", "data"])
-def test_code_that_has_changed_since_is_said_in_words(change: str, workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_has_changed_since_is_said_in_words(
+    change: str, workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(["run", "run.yaml", "--store", "store"])
-    old, new = {"function": (".sin()", ".cos()"), "model": ("randn", "rand"), "data": ("+ shift", "+ shift + 1")}[change]
+    old, new = {
+        "function": (".sin()", ".cos()"),
+        "model": ("randn", "rand"),
+        "data": ("+ shift", "+ shift + 1"),
+    }[change]
     (workplace / "users_store.py").write_text(MODULE.replace(old, new))
     monkeypatch.delitem(sys.modules, "users_store")
     capsys.readouterr()
@@ -298,12 +340,21 @@ def test_code_that_has_changed_since_is_said_in_words(change: str, workplace: Pa
     captured = capsys.readouterr()
     assert captured.out.startswith("6 of 6 units are committed; checksums: all as written\n")
     assert captured.err.count("\n") == 1
-    wanted = "data: the samples have changed" if change == "data" else "program: the function, or a tensor that it captures, has changed"
+    wanted = (
+        "data: the samples have changed"
+        if change == "data"
+        else "program: the function, or a tensor that it captures, has changed"
+    )
     assert f"cannot be compared, it holds another run: {wanted}" in captured.err
-    assert "The configuration is the same: the code or the files that it names have changed" in captured.err
+    assert (
+        "The configuration is the same: the code or the files that it names have changed"
+        in captured.err
+    )
 
 
-def test_a_function_that_is_gone_is_said_in_words(workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_is_gone_is_said_in_words(
+    workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(["run", "run.yaml", "--store", "store"])
     (workplace / "users_store.py").write_text(MODULE.replace("def noisy", "def noise"))
     monkeypatch.delitem(sys.modules, "users_store")
@@ -323,7 +374,10 @@ def test_a_store_of_a_script_is_hashed_and_nothing_else(workplace: Path, capsys)
     assert "not written by a configured run" in out[1]
     assert f"out=shardmap.store.Recompute({str(workplace / 'store')!r}), resume=True" in out[1]
     assert main(["resume", "store"]) == 2
-    assert "was not written by a configured run; call shardmap.vmap as it was called" in capsys.readouterr().err
+    assert (
+        "was not written by a configured run; call shardmap.vmap as it was called"
+        in capsys.readouterr().err
+    )
 
 
 # -- shardmap plan -----------------------------------------------------------------------------------------------------
@@ -363,7 +417,9 @@ def test_the_forecast_counts_what_the_run_moves(workplace: Path) -> None:
 def test_a_measurement_replaces_the_guess(tmp_path: Path) -> None:
     from shardmap.jobs.plan import plan
 
-    planned, found = plan(bind(load(GRADIENTS, ["--model.init_args.epochs", "0"])), workers=2, measure=True)
+    planned, found = plan(
+        bind(load(GRADIENTS, ["--model.init_args.epochs", "0"])), workers=2, measure=True
+    )
     assert found is not None
     assert found.workload.measured
     assert "~" not in str(found)
@@ -375,7 +431,9 @@ def test_a_measurement_replaces_the_guess(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_the_configured_number_of_workers_gathers_and_reduces(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configured_number_of_workers_gathers_and_reduces(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -383,7 +441,9 @@ def test_the_configured_number_of_workers_gathers_and_reduces(workplace: Path, m
     for reduced in ([], ["--reduce", "sum", "--report", "null"]):
         assert main([*words, *reduced, "--output", "runs/ray"]) == 0
         assert main(["run", "run.yaml", *reduced, "--output", "runs/here"]) == 0
-    there = load_file("runs/ray/outputs.safetensors")  # workers may not see the run folder: what they compute is gathered
+    there = load_file(
+        "runs/ray/outputs.safetensors"
+    )  # workers may not see the run folder: what they compute is gathered
     assert torch.allclose(there["noisy"], rows("runs/here/results.zarr")[0])
     assert torch.allclose(there["norm"], rows("runs/here/results.zarr")[1])
     here, there = (load_file(f"runs/{name}-2/outputs.safetensors") for name in ("here", "ray"))
@@ -391,7 +451,9 @@ def test_the_configured_number_of_workers_gathers_and_reduces(workplace: Path, m
 
 
 @pytest.mark.ray
-def test_the_forecast_counts_the_units_that_workers_write(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forecast_counts_the_units_that_workers_write(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shardmap.jobs.plan import plan
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -404,7 +466,9 @@ def test_the_forecast_counts_the_units_that_workers_write(workplace: Path, monke
 
 
 @pytest.mark.ray
-def test_workers_write_to_the_store_of_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_workers_write_to_the_store_of_a_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert main(["run", "run.yaml", "--devices", "ray", "--workers", "1", "--store", "store"]) == 0
     shardmap.open_store("store").discard(2)

@@ -1,4 +1,7 @@
-"""Runs of every task, against torch.func on the same samples: what is written, planned, verified and gone on with."""
+"""Runs of every task, against torch.func on the same samples.
+
+What is written, planned, verified and gone on with.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Net:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     net = Net()
     save_file(net.state_dict(), "net.safetensors")
-    save_file({"x": torch.randn(N, 3), "y": torch.randint(4, (N,)), "v": torch.randn(N, 3)}, "samples.safetensors")
+    save_file(
+        {"x": torch.randn(N, 3), "y": torch.randint(4, (N,)), "v": torch.randn(N, 3)},
+        "samples.safetensors",
+    )
     return net
 
 
@@ -81,7 +87,14 @@ def samples() -> dict[str, Tensor]:
 
 
 def write(task: str, *lines: str) -> None:
-    text = [f"task: {task}", "source: samples.safetensors", "chunk_size: 3", "devices: cpu", "output: runs/task", *lines]
+    text = [
+        f"task: {task}",
+        "source: samples.safetensors",
+        "chunk_size: 3",
+        "devices: cpu",
+        "output: runs/task",
+        *lines,
+    ]
     Path("run.yaml").write_text("\n".join(text) + "\n")
 
 
@@ -93,7 +106,12 @@ def outputs(folder: str = "runs/task") -> dict[str, Tensor]:
     file = Path(folder, "outputs.safetensors")
     if file.exists():
         return load_file(file)
-    return Outcome(Dataset({"x": torch.zeros(1)}), None, shardmap.open_store(f"{folder}/results.zarr"), Path(folder)).tensors()
+    return Outcome(
+        Dataset({"x": torch.zeros(1)}),
+        None,
+        shardmap.open_store(f"{folder}/results.zarr"),
+        Path(folder),
+    ).tensors()
 
 
 def gradients(net: Net) -> dict[str, Tensor]:
@@ -103,7 +121,9 @@ def gradients(net: Net) -> dict[str, Tensor]:
     def loss(params: Any, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
 
-    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, given["x"], given["y"])
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+        params, given["x"], given["y"]
+    )
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -121,28 +141,54 @@ def test_gradients_of_a_module_by_name(net: Net) -> None:
 
 
 def test_chosen_gradients_in_one_row_and_a_class_as_function_and_loss(net: Net) -> None:
-    lines = ("function: users_tasks.Net", "weights: net.safetensors", "columns: [x, y]", "loss: {path: torch.nn.CrossEntropyLoss}")
+    lines = (
+        "function: users_tasks.Net",
+        "weights: net.safetensors",
+        "columns: [x, y]",
+        "loss: {path: torch.nn.CrossEntropyLoss}",
+    )
     write("per_sample_grad", *lines, 'params: "*.weight"', "flat: true")
     assert main(["run", "run.yaml"]) == 0
     expected = gradients(net)
-    close(outputs(), {"result": torch.cat([expected[name].flatten(1) for name in ("first.weight", "last.weight")], dim=1)})
+    close(
+        outputs(),
+        {
+            "result": torch.cat(
+                [expected[name].flatten(1) for name in ("first.weight", "last.weight")], dim=1
+            )
+        },
+    )
 
 
 def test_arguments_reach_the_loss(net: Net) -> None:
-    write("per_sample_grad", *NET, "columns: [x, y]", "loss: {path: torch.nn.functional.cross_entropy, init_args: {label_smoothing: 0.2}}")
+    write(
+        "per_sample_grad",
+        *NET,
+        "columns: [x, y]",
+        "loss: {path: torch.nn.functional.cross_entropy, init_args: {label_smoothing: 0.2}}",
+    )
     assert main(["run", "run.yaml", "--output", "runs/smooth"]) == 0
     given = samples()
     loss = F.cross_entropy(net(given["x"][2]), given["y"][2], label_smoothing=0.2)
     expected = torch.autograd.grad(loss, net.last.bias)[0]
-    torch.testing.assert_close(outputs("runs/smooth")["last.bias"][2], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        outputs("runs/smooth")["last.bias"][2], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_gradients_of_a_function_of_parameters(net: Net) -> None:
-    write("per_sample_grad", "model: users_tasks.parameters", "function: users_tasks.squared", "columns: [x]")
+    write(
+        "per_sample_grad",
+        "model: users_tasks.parameters",
+        "function: users_tasks.squared",
+        "columns: [x]",
+    )
     assert main(["run", "run.yaml"]) == 0
     import users_tasks  # pyright: ignore[reportMissingImports]
 
-    expected = torch.func.vmap(torch.func.grad(users_tasks.squared), in_dims=(None, 0))(users_tasks.parameters(), samples()["x"])
+    expected = torch.func.vmap(torch.func.grad(users_tasks.squared), in_dims=(None, 0))(
+        users_tasks.parameters(), samples()["x"]
+    )
     close(outputs(), expected)
 
 
@@ -159,7 +205,9 @@ def test_jacobians_by_chosen_columns(net: Net) -> None:
     import users_tasks  # pyright: ignore[reportMissingImports]
 
     given = samples()
-    by_v, by_x = torch.func.vmap(torch.func.jacrev(users_tasks.two, argnums=(1, 0)))(given["x"], given["v"])
+    by_v, by_x = torch.func.vmap(torch.func.jacrev(users_tasks.two, argnums=(1, 0)))(
+        given["x"], given["v"]
+    )
     close(outputs(), {"0": by_v, "1": by_x})
 
 
@@ -174,10 +222,15 @@ def test_hessians_and_their_products(net: Net) -> None:
     write("hvp", "function: users_tasks.well", "columns: [x, v]")
     assert main(["run", "run.yaml", "--output", "runs/products"]) == 0
     products = (expected @ given["v"].unsqueeze(2)).squeeze(2)
-    close(outputs("runs/products"), {"0": torch.stack([users_tasks.well(x) for x in given["x"]]), "1": products})
+    close(
+        outputs("runs/products"),
+        {"0": torch.stack([users_tasks.well(x) for x in given["x"]]), "1": products},
+    )
     write("hvp", "function: users_tasks.scaled", "columns: [y, x, v]", "argnums: 1")
     assert main(["run", "run.yaml", "--output", "runs/scaled"]) == 0
-    torch.testing.assert_close(outputs("runs/scaled")["1"], given["y"].unsqueeze(1) * products, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs("runs/scaled")["1"], given["y"].unsqueeze(1) * products, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_reductions_of_gradients_alone_and_together(net: Net) -> None:
@@ -192,19 +245,45 @@ def test_reductions_of_gradients_alone_and_together(net: Net) -> None:
             "norm": {"result": norms},
             "gram": {"result": flat @ flat.T},
             "second_moment": {name: g.square().mean(0) for name, g in expected.items()},
-            "{average: mean, norms: norm}": {f"average.{name}": g.mean(0) for name, g in expected.items()} | {"norms": norms},
-            "[sum, norm]": {f"sum.{name}": g.sum(0) for name, g in expected.items()} | {"norm": norms},
+            "{average: mean, norms: norm}": {
+                f"average.{name}": g.mean(0) for name, g in expected.items()
+            }
+            | {"norms": norms},
+            "[sum, norm]": {f"sum.{name}": g.sum(0) for name, g in expected.items()}
+            | {"norm": norms},
         }.items()
     ):
         assert main(["run", "run.yaml", "--reduce", text, "--output", f"runs/{number}"]) == 0
         close(outputs(f"runs/{number}"), wanted)
-    assert main(["run", "run.yaml", "--reduce", "{name: clipped_sum, max_norm: 0.5}", "--output", "runs/clipped"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "run.yaml",
+                "--reduce",
+                "{name: clipped_sum, max_norm: 0.5}",
+                "--output",
+                "runs/clipped",
+            ]
+        )
+        == 0
+    )
     found = outputs("runs/clipped")
-    torch.testing.assert_close(torch.cat([found[name].flatten() for name in expected]), clipped.sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([found[name].flatten() for name in expected]),
+        clipped.sum(0),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_noise_comes_from_the_runs_seed(net: Net) -> None:
-    write("per_sample_grad", *NET, *LOSS, "reduce: {name: clipped_sum, max_norm: 0.5, noise_multiplier: 2.0}")
+    write(
+        "per_sample_grad",
+        *NET,
+        *LOSS,
+        "reduce: {name: clipped_sum, max_norm: 0.5, noise_multiplier: 2.0}",
+    )
     for seed, name in (("1", "one"), ("1", "again"), ("2", "two")):
         assert main(["run", "run.yaml", "--seed", seed, "--output", f"runs/{name}"]) == 0
     one, again, two = (outputs(f"runs/{name}") for name in ("one", "again", "two"))
@@ -221,7 +300,9 @@ def test_noise_comes_from_the_runs_seed(net: Net) -> None:
         ("hvp", ("function: users_tasks.well", "columns: [x, v]")),
     ],
 )
-def test_every_task_is_planned_verified_and_gone_on_with(task: str, lines: tuple[str, ...], net: Net, capsys: Any) -> None:
+def test_every_task_is_planned_verified_and_gone_on_with(
+    task: str, lines: tuple[str, ...], net: Net, capsys: Any
+) -> None:
     write(task, *lines)
     assert main(["plan", "run.yaml", "--workers", "2"]) == 0
     out = capsys.readouterr().out
@@ -241,7 +322,9 @@ def test_every_task_is_planned_verified_and_gone_on_with(task: str, lines: tuple
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     capsys.readouterr()
     assert main(["verify", "runs/task", "--all"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "3 of 3 units recomputed: equal to the last bit"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "3 of 3 units recomputed: equal to the last bit"
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 1])

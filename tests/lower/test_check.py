@@ -1,4 +1,7 @@
-"""A lowered program is checked before its first run: what a wrong rule gives never reaches the caller."""
+"""A lowered program is checked before its first run.
+
+What a wrong rule gives never reaches the caller.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any
 def answer(batch: torch.Tensor = x, **options: Any) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
-        return shardmap.vmap(lambda r: torch.ops.shardmap_verify_test.twice(r).view(8) + 1, **options)(batch)
+        return shardmap.vmap(
+            lambda r: torch.ops.shardmap_verify_test.twice(r).view(8) + 1, **options
+        )(batch)
 
 
 def _raises(t: torch.Tensor) -> torch.Tensor:
@@ -70,22 +75,35 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"devices": ["cpu", "cpu"]}, {"trace": "once"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 1}, {"devices": ["cpu", "cpu"]}, {"trace": "once"}], ids=str
+)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_is_not_believed(
     name: str, options: dict[str, Any], use: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The result is the loop's, and the log says what was wrong. Alone in its chunk a sample has no order to be wrong in."""
+    """The result is the loop's, and the log says what was wrong.
+
+    Alone in its chunk a sample has no order to be wrong in.
+    """
     use(WRONG[name])
-    harmless = options.get("chunk_size") == 1 and name in ("samples in another order", "one sample for all")
+    harmless = options.get("chunk_size") == 1 and name in (
+        "samples in another order",
+        "one sample for all",
+    )
     with caplog.at_level(logging.INFO, "shardmap"):
         for _ in range(2):
             oracle.assert_same(answer(**options), x.view(3, 8) * 2 + 1, name)
     assert harmless or "next tier" in caplog.text or "slower rules" in caplog.text
 
 
-def test_other_strides_are_put_right(use: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    """The `view` that follows would fail on them; a copy restores them and the rule stays in use."""
+def test_other_strides_are_put_right(
+    use: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The `view` that follows would fail on them.
+
+    A copy restores them and the rule stays in use.
+    """
     calls = []
 
     def batched(t: torch.Tensor) -> torch.Tensor:
@@ -100,7 +118,9 @@ def test_other_strides_are_put_right(use: Callable[..., None], caplog: pytest.Lo
     assert calls[-1] == 3, "the rule itself served the batch"
 
 
-def test_a_right_rule_is_left_alone(use: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_right_rule_is_left_alone(
+    use: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     use(lambda t: t * 2)
     with caplog.at_level(logging.INFO, "shardmap"):
         oracle.assert_same(answer(), x.view(3, 8) * 2 + 1, "output")
@@ -125,7 +145,9 @@ def test_gradients_survive_a_demotion(use: Callable[..., None]) -> None:
     batch = x.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
-        got = shardmap.vmap(lambda r: (torch.ops.shardmap_verify_test.twice(r.detach()) * r).sum())(batch)
+        got = shardmap.vmap(lambda r: (torch.ops.shardmap_verify_test.twice(r.detach()) * r).sum())(
+            batch
+        )
     (gradient,) = torch.autograd.grad(got.sum(), batch)
     oracle.assert_same(gradient, x * 2, "gradient")
 
@@ -138,5 +160,8 @@ def drift(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_is_no_function_of_its_arguments_is_refused() -> None:
-    with pytest.warns(shardmap.SlowLoopWarning), pytest.raises(errors.MismatchError, match="output 0"):
+    with (
+        pytest.warns(shardmap.SlowLoopWarning),
+        pytest.raises(errors.MismatchError, match="output 0"),
+    ):
         shardmap.vmap(lambda r: torch.ops.shardmap_verify_test.drift(r))(x)

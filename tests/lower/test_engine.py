@@ -58,7 +58,9 @@ def test_the_same_program_is_lowered_once(lowerings: list[Any]) -> None:
     assert count(lowerings, lambda: shardmap.vmap(function)(x[:1])) == 0
     assert count(lowerings, lambda: shardmap.vmap(function, chunk_size=2)(x)) == 0
     assert count(lowerings, lambda: shardmap.vmap(function, devices=["cpu", "cpu"])(x)) == 0
-    assert count(lowerings, lambda: shardmap.vmap(lambda r: (r * 0.3).sin(), 0)(x)) <= 1, "another name in errors"
+    assert count(lowerings, lambda: shardmap.vmap(lambda r: (r * 0.3).sin(), 0)(x)) <= 1, (
+        "another name in errors"
+    )
 
 
 def test_a_learning_rate_may_change(lowerings: list[Any]) -> None:
@@ -77,7 +79,9 @@ def test_a_learning_rate_may_change(lowerings: list[Any]) -> None:
             got.append(shardmap.vmap(step, (0, None))(x, rate))
 
         assert count(lowerings, call) == (i == 0)
-        oracle.assert_same(got[0], oracle.loop(lambda r, rate=rate: step(r, rate))(x), f"rate {rate}")
+        oracle.assert_same(
+            got[0], oracle.loop(lambda r, rate=rate: step(r, rate))(x), f"rate {rate}"
+        )
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0, 1, True, 2j])
@@ -133,10 +137,14 @@ def test_the_warning_names_the_line_of_a_repeated_recording() -> None:
 def test_strict_serves_what_needs_no_loop() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        oracle.assert_same(shardmap.vmap(lambda r: (r * 2).sum(), strict=True)(x), (x * 2).sum(1), "output")
+        oracle.assert_same(
+            shardmap.vmap(lambda r: (r * 2).sum(), strict=True)(x), (x * 2).sum(1), "output"
+        )
 
 
-def test_the_cache_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch, lowerings: list[Any]) -> None:
+def test_the_cache_forgets_the_oldest(
+    monkeypatch: pytest.MonkeyPatch, lowerings: list[Any]
+) -> None:
     monkeypatch.setattr(engine, "_CAPACITY", 2)
 
     def call(n: int) -> None:

@@ -24,14 +24,20 @@ ROWS = 5
 def values(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
+        return torch.randn(
+            shape,
+            generator=generator,
+            dtype=torch.complex128 if dtype.is_complex else torch.float64,
+        ).to(dtype)
     return torch.randint(0, 4, shape, generator=generator).to(dtype)
 
 
 def gradient(x: torch.Tensor) -> Any:
     weight = W.detach().requires_grad_()
     bias = W[0].detach().requires_grad_()
-    return torch.autograd.grad((F.linear(x, weight.t(), bias[:3].sum()).tanh() ** 2).sum(), (weight, bias))
+    return torch.autograd.grad(
+        (F.linear(x, weight.t(), bias[:3].sum()).tanh() ** 2).sum(), (weight, bias)
+    )
 
 
 def written_later(x: torch.Tensor) -> Any:
@@ -101,7 +107,16 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "outer": lambda x: x[0].outer(x[1]),
     "whole numbers": lambda x: (x > 0, x.argmax(), x.long(), (x > 0) & (x < 1), x.sort(-1).indices),
     "several results": lambda x: (*x.max(-1), *x.sort(-1), *x.split(1)),
-    "reductions": lambda x: (x.sum(0), x.mean(1), x.amax(0, keepdim=True), x.var(1), x.logsumexp(0), x.norm(), x.prod(), x.cumsum(0)),
+    "reductions": lambda x: (
+        x.sum(0),
+        x.mean(1),
+        x.amax(0, keepdim=True),
+        x.var(1),
+        x.logsumexp(0),
+        x.norm(),
+        x.prod(),
+        x.cumsum(0),
+    ),
     "unchanged by samples": lambda x: (W.exp(), x * 2, W, W.exp() + 1),
     "where": lambda x: torch.where(x > 0, x, -x),
     "cat and stack": lambda x: (torch.cat([x, x]), torch.stack([x, x * 2], 1)),
@@ -113,14 +128,33 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], Any]] = {
         x.gather(0, x.long().abs() % 2),
         torch.zeros(2, 3, dtype=x.dtype).scatter_add(0, x.long().abs() % 2, x),
     ),
-    "index": lambda x: (x[:, [2, 0]], x[[0, 1, 0]], x.index_select(1, torch.tensor([1, 1])), x.flip(0), x.roll(1, 1)),
+    "index": lambda x: (
+        x[:, [2, 0]],
+        x[[0, 1, 0]],
+        x.index_select(1, torch.tensor([1, 1])),
+        x.flip(0),
+        x.roll(1, 1),
+    ),
     "casts": lambda x: (x.to(torch.float32), x.half(), x.bfloat16(), x.to(torch.complex128)),
     "half steps": lambda x: (x.half() * 2).exp(),
-    "promotion": lambda x: (x.float() * torch.tensor(2.0, dtype=torch.float64), x.long() * 0.5, x.sum().float() + x),
-    "complex": lambda x: (torch.complex(x, x + 1), torch.fft.fft(x), torch.complex(x, x).conj(), torch.complex(x, x).imag),
+    "promotion": lambda x: (
+        x.float() * torch.tensor(2.0, dtype=torch.float64),
+        x.long() * 0.5,
+        x.sum().float() + x,
+    ),
+    "complex": lambda x: (
+        torch.complex(x, x + 1),
+        torch.fft.fft(x),
+        torch.complex(x, x).conj(),
+        torch.complex(x, x).imag,
+    ),
     "expanded": lambda x: (x[0].expand(4, 3), x[:1].expand(4, 3) + 0),
     "nothing happens": lambda x: x,
-    "linear algebra": lambda x: (torch.linalg.qr(x.t())[0], torch.linalg.svdvals(x), (x @ x.t()).det()),
+    "linear algebra": lambda x: (
+        torch.linalg.qr(x.t())[0],
+        torch.linalg.svdvals(x),
+        (x @ x.t()).det(),
+    ),
     "bmm": lambda x: x[None].expand(2, 2, 3) @ W,
 }
 
@@ -140,14 +174,19 @@ def chunks(
         for out in job.outputs:
             if out.mapped:
                 whole = torch.empty((stop + 4, *out.shape), dtype=out.dtype)
-                whole.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xAB) if whole.numel() else None
+                whole.view(torch.uint8).fill_(
+                    1 if out.dtype == torch.bool else 0xAB
+                ) if whole.numel() else None
                 slices.append(whole[2 : stop + 2])
         before = [s._base.clone() if s._base is not None else s.clone() for s in slices]
         there = replay.chunk_into(*arguments, [oracle.twin(batch)[:stop]], slices)
     mapped = [k for k, out in enumerate(job.outputs) if out.mapped]
     for s, b in zip(slices, before, strict=True):  # nothing beside the slice has been written
         whole = s._base if s._base is not None else s
-        bits = [t.contiguous().view(torch.uint8) for t in (whole[:2], b[:2], whole[stop + 2 :], b[stop + 2 :])]
+        bits = [
+            t.contiguous().view(torch.uint8)
+            for t in (whole[:2], b[:2], whole[stop + 2 :], b[stop + 2 :])
+        ]
         assert torch.equal(bits[0], bits[1])
         assert torch.equal(bits[2], bits[3])
     for k, s in zip(mapped, slices, strict=True):
@@ -169,10 +208,21 @@ def test_a_chunk_into_slices_equals_a_chunk(name: str, stop: int) -> None:
         oracle.assert_same(s, f, f"{name}, output {i}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.int64]
+)
 @pytest.mark.parametrize(
     "name",
-    ["elementwise", "transposed", "duplicates", "written later", "zeros filled", "views of each other", "reductions", "cat and stack"],
+    [
+        "elementwise",
+        "transposed",
+        "duplicates",
+        "written later",
+        "zeros filled",
+        "views of each other",
+        "reductions",
+        "cat and stack",
+    ],
 )
 def test_a_chunk_into_slices_equals_a_chunk_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
     function = PROGRAMS[name]
@@ -194,7 +244,9 @@ def test_chunks_into_slices_equal_the_loop(name: str) -> None:
     got = torch.utils._pytree.tree_leaves(shardmap.vmap(PROGRAMS[name], chunk_size=2)(batch))
     want = torch.utils._pytree.tree_leaves(oracle.loop(PROGRAMS[name])(expected))
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        oracle.assert_same(g, w, f"{name}, output {i}", precision=torch.float16 if name == "half steps" else None)
+        oracle.assert_same(
+            g, w, f"{name}, output {i}", precision=torch.float16 if name == "half steps" else None
+        )
         assert g.is_contiguous()
     oracle.assert_same(batch, expected, "the batch")
     oracle.assert_own_memory(got, [batch, W])
@@ -213,23 +265,52 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "copies"), [("elementwise", 0), ("outer", 0), ("softmax", 1), ("gradient", 1), ("duplicates", 4), ("transposed input", 1)]
+    ("name", "copies"),
+    [
+        ("elementwise", 0),
+        ("outer", 0),
+        ("softmax", 1),
+        ("gradient", 1),
+        ("duplicates", 4),
+        ("transposed input", 1),
+    ],
 )
 def test_results_are_written_without_a_copy(name: str, copies: int) -> None:
-    """Where the last call of an output can write there itself, it does: few are copied into their slices."""
-    function = {"elementwise": lambda x: x.sin() * 2, "softmax": lambda x: (x.softmax(-1), x.exp())}.get(name, PROGRAMS[name])
+    """Where the last call of an output can write there itself, it does.
+
+    Few are copied into their slices.
+    """
+    function = {
+        "elementwise": lambda x: x.sin() * 2,
+        "softmax": lambda x: (x.softmax(-1), x.exp()),
+    }.get(name, PROGRAMS[name])
     batch = values(ROWS, 2, 3)
     plan = shardmap.plan(function)(batch)
     ready = plan._on.on("cpu", True)
     slices = [torch.empty(ROWS, *out.shape, dtype=out.dtype) for out in plan._job.outputs]
     with torch.no_grad(), Operators() as mode:
-        ready.low.replay.chunk_into(ROWS, 0, torch.device("cpu"), 0, plan._job.recording.scalars, ready.fixed, [batch], slices)
+        ready.low.replay.chunk_into(
+            ROWS,
+            0,
+            torch.device("cpu"),
+            0,
+            plan._job.recording.scalars,
+            ready.fixed,
+            [batch],
+            slices,
+        )
     assert mode.seen["aten::copy_"] <= copies, mode.seen
 
 
-# ---------------------------------------------------------------------------------------------- the operators' own variants
+# ---------------------------------------------------------------------------------------------- the
+# operators' own variants
 
-x, y, w, i = values(4, 2, 3), values(4, 2, 3, seed=5), values(4, 3, 2, seed=6), values(4, 2, 3, dtype=torch.int64)
+x, y, w, i = (
+    values(4, 2, 3),
+    values(4, 2, 3, seed=5),
+    values(4, 3, 2, seed=6),
+    values(4, 2, 3, dtype=torch.int64),
+)
 positive = x.abs() + 0.1
 TABLE: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     *[(op.default, (x,), {}) for op in (aten.sin, aten.cos, aten.exp, aten.tanh, aten.sigmoid, aten.neg, aten.abs, aten.sign, aten.erf)],
@@ -272,12 +353,16 @@ def check_variant(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if variant is None:
         return False
     want = op(*args, **kwargs)
-    if want.layout is not torch.strided or not want.dim():  # a mapped result has a dimension of samples; losses swap a scalar's memory
+    if (
+        want.layout is not torch.strided or not want.dim()
+    ):  # a mapped result has a dimension of samples; losses swap a scalar's memory
         return False
     for garbage in (0x00, 0xAB):
         out = torch.empty(want.shape, dtype=want.dtype)
         if out.numel():
-            out.view(-1).view(torch.uint8).fill_(garbage if out.dtype != torch.bool else garbage & 1)
+            out.view(-1).view(torch.uint8).fill_(
+                garbage if out.dtype != torch.bool else garbage & 1
+            )
         place = out.data_ptr()
         returned = variant._op(*args, **kwargs, out=out)
         assert out.data_ptr() == place, f"{op}: resized"
@@ -322,7 +407,11 @@ class Variants(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in registry._rules and isinstance(result, torch.Tensor) and not any(o.alias_info for o in func._schema.returns):
+        if (
+            func in registry._rules
+            and isinstance(result, torch.Tensor)
+            and not any(o.alias_info for o in func._schema.returns)
+        ):
             if check_variant(func, args, kwargs or {}):
                 self.compared.add(func.name())
         return result

@@ -41,8 +41,12 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "a part and an output": lambda x: (lambda s: (s, torch.stack([s, x])))(x.sin()),
     "the input as a part": lambda x: torch.stack([x, x * 2, x]),
     "a part that no sample changes": lambda x: torch.stack([x.sin(), W.sum(0), torch.ones(3)]),
-    "stacks side by side": lambda x: torch.cat([torch.stack([x.sin(), x]), torch.stack([x.cos(), x * 3, x])]),
-    "two outputs of the same parts": lambda x: (lambda a, b: (torch.stack([a, b]), torch.cat([b, a])))(x.sin(), x.cos()),
+    "stacks side by side": lambda x: torch.cat(
+        [torch.stack([x.sin(), x]), torch.stack([x.cos(), x * 3, x])]
+    ),
+    "two outputs of the same parts": lambda x: (
+        lambda a, b: (torch.stack([a, b]), torch.cat([b, a]))
+    )(x.sin(), x.cos()),
     "other dtypes": lambda x: torch.cat([x.sin(), x.double(), (x > 0).long()]),
     "a part without elements": lambda x: torch.cat([x.sin(), x[:0], x]),
     "numbers": lambda x: torch.stack([x.sum(), x.prod(), x[0]]),
@@ -61,9 +65,16 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
 def test_parts_side_by_side_equal_the_loop(name: str, samples: int) -> None:
     """In chunks, whose results are written in place."""
     x, function = torch.randn(samples, 3), FUNCTIONS[name]
-    for options in ({"chunk_size": 1}, {"chunk_size": 2}, {"chunk_size": 3}, {"chunk_size": 2, "out_dims": -1}):
+    for options in (
+        {"chunk_size": 1},
+        {"chunk_size": 2},
+        {"chunk_size": 3},
+        {"chunk_size": 2, "out_dims": -1},
+    ):
         wanted = pytree.tree_leaves(oracle.loop(function, out_dims=options.get("out_dims", 0))(x))
-        for got, want in zip(pytree.tree_leaves(shardmap.vmap(function, **options)(x)), wanted, strict=True):
+        for got, want in zip(
+            pytree.tree_leaves(shardmap.vmap(function, **options)(x)), wanted, strict=True
+        ):
             oracle.assert_same(got, want, f"{name}, {options}")
 
 
@@ -73,7 +84,9 @@ def test_nothing_is_put_side_by_side_any_more(name: str) -> None:
     plan = shardmap.plan(FUNCTIONS[name])(torch.randn(7, 3))
     program = plan._job.lower("cpu").batched
     joined = [call.op for call in program.chunk].count
-    left = [call.op for call in place(program, [v for v in program.outputs if v.mapped]).calls].count
+    left = [
+        call.op for call in place(program, [v for v in program.outputs if v.mapped]).calls
+    ].count
     joins = torch.ops.aten.stack.default, torch.ops.aten.cat.default
     assert sum(map(joined, joins)) > sum(map(left, joins))
 
@@ -82,6 +95,8 @@ def test_parts_are_not_alive_all_at_once() -> None:
     """A Jacobian of 200 rows needs a few rows beside its result, not all of them again."""
     inner, outer = torch.randn(64, 32), torch.randn(200, 64)
     x = torch.randn(11, 32)
-    plan = shardmap.plan(lambda v: torch.autograd.functional.jacobian(lambda u: outer @ torch.tanh(inner @ u), v))(x)
+    plan = shardmap.plan(
+        lambda v: torch.autograd.functional.jacobian(lambda u: outer @ torch.tanh(inner @ u), v)
+    )(x)
     (lane,) = plan.lanes
     assert lane.memory.chunk_bytes(11) < 11 * 200 * 32 * 4 / 10

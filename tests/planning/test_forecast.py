@@ -16,12 +16,17 @@ LOAD = Workload(
 
 def test_results_that_are_gathered_by_hand() -> None:
     found = forecast(LOAD, 7)
-    assert (found.task_samples, found.tasks) == (179, 56)  # ceil(10007 / 56); 55 * 179 = 9845 < 10007
+    assert (found.task_samples, found.tasks) == (
+        179,
+        56,
+    )  # ceil(10007 / 56); 55 * 179 = 9845 < 10007
     assert found.compute_seconds == pytest.approx(8 * 179 * 0.019)  # 56 tasks, 7 at a time
     assert (found.sent_bytes, found.gathered_bytes, found.program_bytes) == (130091, 170119, 7063)
     assert found.driver_bytes == 307273
     assert found.driver_seconds == pytest.approx(56 * 0.6e-3 + (130091 + 170119 + 1009) * 1e-9)
-    assert found.driver_peak_bytes == 170119 + 14 * 179 * (13 + 17)  # results, and two tasks for each worker
+    assert found.driver_peak_bytes == 170119 + 14 * 179 * (
+        13 + 17
+    )  # results, and two tasks for each worker
     assert (found.store_requests, found.store_seconds) == (0, 0)
     assert (found.bottleneck, found.seconds) == ("workers", found.compute_seconds)
 
@@ -61,7 +66,9 @@ def test_twice_the_workers_take_half_the_time_until_the_driver_is_the_bottleneck
 
 
 def test_many_small_units_make_the_store_the_bottleneck() -> None:
-    load = dataclasses.replace(LOAD, sample_bytes=0, sample_seconds=1e-6, unit_rows=1, unit_objects=29)
+    load = dataclasses.replace(
+        LOAD, sample_bytes=0, sample_seconds=1e-6, unit_rows=1, unit_objects=29
+    )
     found = forecast(load, 1000)
     assert found.bottleneck == "store"
     assert found.seconds == 10007 * 30 / REQUESTS_PER_SECOND
@@ -86,7 +93,12 @@ def test_more_workers_than_tasks_is_said() -> None:
 def test_an_empty_batch_takes_no_time() -> None:
     for load in (LOAD, dataclasses.replace(LOAD, unit_rows=3)):
         found = forecast(dataclasses.replace(load, samples=0), 7)
-        assert (found.tasks, found.compute_seconds, found.driver_peak_bytes, found.program_bytes) == (0, 0, 0, 0)
+        assert (
+            found.tasks,
+            found.compute_seconds,
+            found.driver_peak_bytes,
+            found.program_bytes,
+        ) == (0, 0, 0, 0)
         assert "predicted time" in str(found)
 
 
@@ -101,5 +113,8 @@ through the driver  133.9 KiB  samples 127.0 KiB, results 0 B, program and captu
 driver's memory      18.0 KiB  at most, beside the batch
 store requests            400  3 and the manifest's entry for each unit
 predicted time        ~28.8 s  the bottleneck: workers"""
-    assert str(forecast(dataclasses.replace(LOAD, unit_rows=101, unit_objects=3, measured=False), 7)) == text
+    assert (
+        str(forecast(dataclasses.replace(LOAD, unit_rows=101, unit_objects=3, measured=False), 7))
+        == text
+    )
     assert "~" not in str(forecast(LOAD, 7))

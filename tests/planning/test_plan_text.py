@@ -41,7 +41,9 @@ def test_the_explanation_names_operators_tiers_and_what_is_hoisted() -> None:
     assert rows["special_bessel_j0"].split()[-1] in ("rule", "torch.func.vmap")
     assert "Computed once for all samples:" in text
     hoisted = next(line for line in text.splitlines() if line.startswith("Computed once"))
-    assert hoisted == "Computed once for all samples: permute, mm.", "a rule that shares a weight's view among samples hoists no call"
+    assert hoisted == "Computed once for all samples: permute, mm.", (
+        "a rule that shares a weight's view among samples hoists no call"
+    )
     assert rows["mm"].endswith("once for all samples")
     assert rows["shardmap_engine_test::odd"].split()[1:3] == ["per", "sample"]
     assert "A loop calls its operator for each sample by itself" in text
@@ -70,8 +72,16 @@ def test_a_printed_plan_lists_the_most_costly_operators_and_the_rest_as_one() ->
     assert "Computed once for all samples: nothing." in text
     assert "more" in text
     assert "loop over the samples" in text, "what runs sample by sample is always shown"
-    rows = [line for line in text.splitlines() if line.startswith(("sin ", "cos ", "exp ", "tanh ", "sigmoid ", "sqrt ", "abs ", "neg "))]
-    assert len(rows) < 10 < len([line for line in plan.explain().splitlines() if line.rstrip().endswith("rule")])
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("sin ", "cos ", "exp ", "tanh ", "sigmoid ", "sqrt ", "abs ", "neg "))
+    ]
+    assert (
+        len(rows)
+        < 10
+        < len([line for line in plan.explain().splitlines() if line.rstrip().endswith("rule")])
+    )
 
 
 def test_the_operations_of_a_product_are_counted() -> None:
@@ -103,7 +113,9 @@ def test_an_empty_batch_is_explained() -> None:
 def lane(name: str = "cpu", rows: int = 10, **other: object) -> Lane:
     """A lane of a plan that was not made."""
     memory = MemoryModel(1 << 20, (Level(2048, 512),))
-    return dataclasses.replace(Lane(name, name.partition("#")[0], rows, 4, memory, 1 << 30, 0.5, True), **other)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        Lane(name, name.partition("#")[0], rows, 4, memory, 1 << 30, 0.5, True), **other
+    )  # type: ignore[arg-type]
 
 
 def test_an_operator_that_is_lifted_in_part_says_so() -> None:
@@ -119,10 +131,17 @@ def test_an_operator_that_is_lifted_in_part_says_so() -> None:
 
 
 def test_shares_add_up_to_the_predicted_time() -> None:
-    """What chunks cost beside their operators is a part of it: with one sample at a time, most of it."""
+    """What chunks cost beside their operators is a part of it.
+
+    With one sample at a time, most of it.
+    """
     plan = shardmap.plan(lambda r: r.sin().cos(), chunk_size=1)(torch.randn(500, 3))
     rows = [line.split() for line in plan.explain().splitlines()]
-    shares = {row[0]: row[-2] if row[-1] == "rule" else row[-1] for row in rows if row and row[0] in ("sin", "cos", "around", "all")}
+    shares = {
+        row[0]: row[-2] if row[-1] == "rule" else row[-1]
+        for row in rows
+        if row and row[0] in ("sin", "cos", "around", "all")
+    }
     numbers = {name: int(share.rstrip("%")) for name, share in shares.items()}
     assert numbers["all"] == 100
     assert numbers["sin"] + numbers["cos"] + numbers["around"] == pytest.approx(100, abs=2)
@@ -132,7 +151,10 @@ def test_shares_add_up_to_the_predicted_time() -> None:
 def test_no_line_is_longer_than_a_terminal() -> None:
     """Long operator names are cut in the middle, sentences wrapped."""
 
-    @torch.library.custom_op("shardmap_plan_text_test::an_operator_whose_name_goes_on_and_on_and_on_for_ever", mutates_args=())
+    @torch.library.custom_op(
+        "shardmap_plan_text_test::an_operator_whose_name_goes_on_and_on_and_on_for_ever",
+        mutates_args=(),
+    )
     def long_name(t: torch.Tensor) -> torch.Tensor:
         return t.clone()
 
@@ -153,12 +175,24 @@ def test_no_line_is_longer_than_a_terminal() -> None:
             torch.floor,
         ):
             shared = operator(shared)
-        for operator in (torch.erf, torch.atan, torch.asinh, torch.log1p, torch.expm1, torch.trunc, torch.round, torch.frac, torch.square):
+        for operator in (
+            torch.erf,
+            torch.atan,
+            torch.asinh,
+            torch.log1p,
+            torch.expm1,
+            torch.trunc,
+            torch.round,
+            torch.frac,
+            torch.square,
+        ):
             shared = operator(shared)
         return long_name(r) + shared
 
     with pytest.warns(shardmap.SlowLoopWarning):
-        plan = shardmap.plan(function, devices=["cpu"] * 8, memory_budget=1000)(torch.randn(1000, 3))
+        plan = shardmap.plan(function, devices=["cpu"] * 8, memory_budget=1000)(
+            torch.randn(1000, 3)
+        )
     for text in (str(plan), plan.explain()):
         assert max(map(len, text.splitlines())) <= 120
         assert "over budget: a chunk of" in text
@@ -172,7 +206,8 @@ def test_memory_is_told_once_per_device_and_adds_up_to_the_peak() -> None:
     text = table.memory(Split(30, (lane("cpu#1"), lane("cpu#2"), lane("cuda:0"))))
     first, second = text.replace("\n  ", " ").splitlines()
     assert first.startswith(
-        "Memory on cpu (2 lanes): 1.0 MiB stay during the whole run; a chunk of 4 adds 4.0 KiB (512 B per sample and 2.0 KiB"
+        "Memory on cpu (2 lanes): 1.0 MiB stay during the whole run; a chunk of 4 adds 4.0 KiB "
+        "(512 B per sample and 2.0 KiB"
     )
     assert second.startswith("Memory on cuda:0: 1.0 MiB")
     assert f"at most {format_bytes(one.peak_bytes)}." in first
@@ -183,14 +218,20 @@ def test_what_the_first_chunks_showed_is_told() -> None:
     text = table.memory(Split(10, (lane(memory=memory),))).replace("\n  ", " ")
     assert "a chunk of 4 adds 1.5 MiB (1.5 KiB per sample and 1.5 MiB whatever its size)" in text
     assert "took 1.50 times what their tensors say" in text
-    assert "nothing to that" in table.memory(Split(10, (lane(memory=MemoryModel(1000, (Level(0, 0),))),)))
+    assert "nothing to that" in table.memory(
+        Split(10, (lane(memory=MemoryModel(1000, (Level(0, 0),))),))
+    )
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
 @pytest.mark.parametrize("budget", [None, 1000, 1 << 40])
 def test_the_overview_has_straight_columns(lanes: int, budget: int | None) -> None:
     names = [f"cpu#{i}" if lanes > 1 else "cpu" for i in range(1, lanes + 1)]
-    split = Split(10 * lanes, tuple(lane(name, budget_bytes=budget) for name in names), Collected("cuda:0", 5 << 30, 1 << 30))
+    split = Split(
+        10 * lanes,
+        tuple(lane(name, budget_bytes=budget) for name in names),
+        Collected("cuda:0", 5 << 30, 1 << 30),
+    )
     title, header, *rows = table.overview("plan(f)", split).splitlines()
     assert title == f"plan(f): {10 * lanes} samples"
     table_rows = [row for row in rows if row.split()[0] in (*names, "cuda:0", "all")]

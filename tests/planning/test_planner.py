@@ -18,7 +18,17 @@ from shardmap import errors
 from shardmap.lower import cache as engine
 from shardmap.planning import split as splits
 from shardmap.planning.cost import Learned
-from shardmap.planning.memory import GIB, KIB, MIB, NOTHING, Level, MemoryModel, envelope, format_bytes, parse_bytes
+from shardmap.planning.memory import (
+    GIB,
+    KIB,
+    MIB,
+    NOTHING,
+    Level,
+    MemoryModel,
+    envelope,
+    format_bytes,
+    parse_bytes,
+)
 from shardmap.planning.observe import Observation, OpCost
 from shardmap.planning.split import Site, split
 from shardmap.run import lanes
@@ -44,15 +54,20 @@ def _nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(
+        dtype
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the memory model
+# ---------------------------------------------------------------------------------------------- the
+# memory model
 
 
 @QUICK
 @given(models, counts, st.integers(0, 10**6))
-def test_the_largest_chunk_is_the_inverse_of_the_chunks_bytes(model: MemoryModel, limit: int, most: int) -> None:
+def test_the_largest_chunk_is_the_inverse_of_the_chunks_bytes(
+    model: MemoryModel, limit: int, most: int
+) -> None:
     """It fits, and one sample more does not."""
     largest = model.largest_chunk(limit, most)
     assert 0 <= largest <= most
@@ -90,7 +105,8 @@ def test_levels_are_lines() -> None:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("6GiB", 6 * GIB), ("512 MB", 512 * 10**6), ("1048576", 1 << 20), ("1e3", 1000), (" 2.5 gib ", int(2.5 * GIB)), ("1TiB", 1 << 40),
+        ("6GiB", 6 * GIB), ("512 MB", 512 * 10**6), ("1048576", 1 << 20), ("1e3", 1000), (" 2.5 "
+            "gib ", int(2.5 * GIB)), ("1TiB", 1 << 40),
         ("3kb", 3000), ("3 KiB", 3 * KIB), ("7b", 7), ("0.5MiB", MIB // 2), ("1.5TB", 15 * 10**11),
     ],
 )  # fmt: skip
@@ -99,7 +115,23 @@ def test_bytes_are_read_from_text(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "6 parsecs", "-1", "-1GiB", "0", "inf", "nan", "1e400", "6GiB GiB", "six", "0x10", "0.5", "6 Gi B"]
+    "text",
+    [
+        "",
+        "GiB",
+        "6 parsecs",
+        "-1",
+        "-1GiB",
+        "0",
+        "inf",
+        "nan",
+        "1e400",
+        "6GiB GiB",
+        "six",
+        "0x10",
+        "0.5",
+        "6 Gi B",
+    ],
 )
 def test_what_is_no_number_of_bytes(text: str) -> None:
     assert parse_bytes(text) is None
@@ -129,13 +161,31 @@ def test_bytes_come_back_from_their_text(count: int) -> None:
     assert abs(back - count) <= 0.051 * max(KIB, 1 << (count.bit_length() - 1) // 10 * 10)
 
 
-# ---------------------------------------------------------------------------------------------- the split
+# ---------------------------------------------------------------------------------------------- the
+# split
 
 
-def site(name: str, speed: float, budget: int | None = None, memory: MemoryModel = NOTHING, observed: bool = False) -> Site:
+def site(
+    name: str,
+    speed: float,
+    budget: int | None = None,
+    memory: MemoryModel = NOTHING,
+    observed: bool = False,
+) -> Site:
     """A device of a known speed, in samples per second."""
-    seen = Observation((Level(0, 0),), Level(0, 0), (OpCost("aten::add", 1, 1.0, 8.0),)) if observed else None
-    return Site(name, memory, budget, Learned(seconds=1e9 / speed, samples=10**9), whole=False, observation=seen)
+    seen = (
+        Observation((Level(0, 0),), Level(0, 0), (OpCost("aten::add", 1, 1.0, 8.0),))
+        if observed
+        else None
+    )
+    return Site(
+        name,
+        memory,
+        budget,
+        Learned(seconds=1e9 / speed, samples=10**9),
+        whole=False,
+        observation=seen,
+    )
 
 
 @QUICK
@@ -145,7 +195,9 @@ def site(name: str, speed: float, budget: int | None = None, memory: MemoryModel
     st.sampled_from(["auto", None, 1, 3, 1000, {"cpu": 2}, {"cuda": 5}]),
     st.booleans(),
 )
-def test_shares_make_up_the_batch(samples: int, speeds: list[float], chunk_size: Any, uniform: bool) -> None:
+def test_shares_make_up_the_batch(
+    samples: int, speeds: list[float], chunk_size: Any, uniform: bool
+) -> None:
     """Their sum is the batch, none is negative, and a chunk has a sample at least."""
     cut = split(samples, [site(f"cuda:{i}", s) for i, s in enumerate(speeds)], chunk_size, uniform)
     rows = [lane.rows for lane in cut.lanes]
@@ -162,13 +214,18 @@ def test_shares_make_up_the_batch(samples: int, speeds: list[float], chunk_size:
 @pytest.mark.parametrize("samples", [0, 1, 3, 7, 8, 13, 101])
 def test_equal_devices_take_equal_shares(samples: int) -> None:
     """To one sample, also where there are fewer samples than devices."""
-    rows = [lane.rows for lane in split(samples, [site(f"cuda:{i}", 5.0) for i in range(8)], "auto").lanes]
+    rows = [
+        lane.rows
+        for lane in split(samples, [site(f"cuda:{i}", 5.0) for i in range(8)], "auto").lanes
+    ]
     assert sum(rows) == samples
     assert max(rows) - min(rows) <= 1
 
 
 def test_a_faster_device_takes_more() -> None:
-    rows = [lane.rows for lane in split(1000, [site("cuda:0", 1.0), site("cuda:1", 9.0)], "auto").lanes]
+    rows = [
+        lane.rows for lane in split(1000, [site("cuda:0", 1.0), site("cuda:1", 9.0)], "auto").lanes
+    ]
     assert rows == [100, 900]
 
 
@@ -177,12 +234,18 @@ def test_sizes_by_device() -> None:
     sites = [site(name, 1.0) for name in ("cuda:0", "cuda:1", "cpu")]
     sizes = [lane.chunk for lane in split(300, sites, {"cuda:1": 7, "cuda": 11, "cpu": None}).lanes]
     assert sizes == [11, 7, 100]
-    assert [lane.name for lane in split(3, [site("cpu", 1.0)] * 3, None).lanes] == ["cpu#1", "cpu#2", "cpu#3"]
+    assert [lane.name for lane in split(3, [site("cpu", 1.0)] * 3, None).lanes] == [
+        "cpu#1",
+        "cpu#2",
+        "cpu#3",
+    ]
 
 
 @QUICK
 @given(models, st.integers(1, 10**5), counts, st.sampled_from(["cpu", "cuda:0"]), st.integers(1, 3))
-def test_auto_chunks_fit_the_budget_or_nothing_does(model: MemoryModel, samples: int, budget: int, name: str, devices: int) -> None:
+def test_auto_chunks_fit_the_budget_or_nothing_does(
+    model: MemoryModel, samples: int, budget: int, name: str, devices: int
+) -> None:
     cut = split(samples, [site(name, 1e6, budget, model, observed=True)] * devices, "auto")
     for lane in cut.lanes:
         assert lane.fits or lane.chunk == 1 or model.peak_bytes(1) > budget
@@ -192,11 +255,14 @@ def test_auto_chunks_fit_the_budget_or_nothing_does(model: MemoryModel, samples:
 
 def test_chunks_are_no_larger_than_what_memory_ran_out_with() -> None:
     learned = Learned(seconds=1.0, samples=1000, ceiling=5)
-    lane = split(100, [Site("cpu", NOTHING, None, learned, whole=False, observation=None)], "auto").lanes[0]
+    lane = split(
+        100, [Site("cpu", NOTHING, None, learned, whole=False, observation=None)], "auto"
+    ).lanes[0]
     assert lane.chunk == 5
 
 
-# ---------------------------------------------------------------------------------------------- predictions
+# ----------------------------------------------------------------------------------------------
+# predictions
 
 
 def levels_of(function: Callable[..., Any], *batch: torch.Tensor, **options: Any) -> MemoryModel:
@@ -204,7 +270,10 @@ def levels_of(function: Callable[..., Any], *batch: torch.Tensor, **options: Any
 
 
 def test_the_levels_of_a_chain_are_those_counted_by_hand() -> None:
-    """sin makes 8,000 bytes a sample, cos 8,000 more, then sin's die; the sum goes to its place, 8 bytes of the result."""
+    """sin makes 8,000 bytes a sample, cos 8,000 more, then sin's die.
+
+    The sum goes to its place, 8 bytes of the result.
+    """
     for samples in (3, 7, 13):
         model = levels_of(lambda x: x.sin().cos().sum(), batch_of(samples, 1000))
         assert model.chunk == (Level(0, 16_000),)
@@ -228,7 +297,10 @@ def test_a_reduction_needs_no_memory_for_the_batch() -> None:
 
 
 def test_what_autograd_saves_stays_and_remat_avoids_it() -> None:
-    """Two saved results of 8,000 bytes for each sample; computed again in backward they are a chunk's."""
+    """Two saved results of 8,000 bytes for each sample.
+
+    Computed again in backward they are a chunk's.
+    """
     batch = batch_of(13, 1000).requires_grad_()
     kept, again = (levels_of(lambda x: x.sin().exp().sum(), batch, remat=r) for r in (False, True))
     assert 13 * 8000 <= kept.resident_bytes <= 13 * 24_100
@@ -245,7 +317,9 @@ class Peak(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in flat_tensors((*args, *(kwargs or {}).values()))}
+        given = {
+            t.untyped_storage()._cdata for t in flat_tensors((*args, *(kwargs or {}).values()))
+        }
         out = func(*args, **(kwargs or {}))
         for t in flat_tensors(out if isinstance(out, tuple | list) else (out,)):
             storage = t.untyped_storage()
@@ -269,7 +343,9 @@ MEASURED: dict[str, Callable[[torch.Tensor], Any]] = {
     "several outputs": lambda x: (x.outer(x), x.sin(), WEIGHT.exp() @ x[:100]),
     "transposed": lambda x: x.outer(x.cos()).t(),
     "half": lambda x: x.half().outer(x.half()).float().sum(1),
-    "in place": lambda x: torch.zeros(200, 200, dtype=x.dtype).index_put_((torch.arange(200),), x.outer(x)).mul_(2),
+    "in place": lambda x: (
+        torch.zeros(200, 200, dtype=x.dtype).index_put_((torch.arange(200),), x.outer(x)).mul_(2)
+    ),
     "softmax": lambda x: x.outer(x).softmax(-1) @ x,
 }
 
@@ -287,7 +363,8 @@ def test_the_measured_peak_is_within_the_predicted(name: str, chunk_size: Any, r
     predicted = plan.lanes[0].peak_bytes
     slack = 4096  # scalars, indices, empties
     assert measured.peak <= predicted + slack, f"{measured.peak} measured, {predicted} predicted"
-    # A total that one chunk gives needs no more memory; where there might be several, the bound holds one beside the last chunk's.
+    # A total that one chunk gives needs no more memory; where there might be several, the bound
+    # holds one beside the last chunk's.
     totals = 2 * out.nbytes if reduce is not None and isinstance(out, torch.Tensor) else 0
     assert predicted <= 2.5 * measured.peak + totals + 16 * 1024
     del out
@@ -295,9 +372,13 @@ def test_the_measured_peak_is_within_the_predicted(name: str, chunk_size: Any, r
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("chunk_size", [5, None])
-def test_the_measured_peak_with_autograd_is_within_the_predicted(remat: bool, chunk_size: Any) -> None:
+def test_the_measured_peak_with_autograd_is_within_the_predicted(
+    remat: bool, chunk_size: Any
+) -> None:
     batch = batch_of(37, 200).requires_grad_()
-    plan = shardmap.plan(lambda x: (x.outer(x).sin().exp() @ WEIGHT).sum(), chunk_size=chunk_size, remat=remat)(batch)
+    plan = shardmap.plan(
+        lambda x: (x.outer(x).sin().exp() @ WEIGHT).sum(), chunk_size=chunk_size, remat=remat
+    )(batch)
     plan.run()
     with Peak() as measured:
         out = plan.run()
@@ -305,15 +386,23 @@ def test_the_measured_peak_with_autograd_is_within_the_predicted(remat: bool, ch
     del out
 
 
-# ---------------------------------------------------------------------------------------------- plans
+# ----------------------------------------------------------------------------------------------
+# plans
 
 
 def test_a_plan_does_not_run_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function runs once, on one sample; no chunk is computed; printing and explaining run nothing either."""
+    """The function runs once, on one sample; no chunk is computed.
+
+    Printing and explaining run nothing either.
+    """
     calls: list[torch.Tensor] = []
     computed: list[Any] = []
     original = lanes.Lane.compute
-    monkeypatch.setattr(lanes.Lane, "compute", lambda self, ready, chunk: computed.append(chunk) or original(self, ready, chunk))
+    monkeypatch.setattr(
+        lanes.Lane,
+        "compute",
+        lambda self, ready, chunk: computed.append(chunk) or original(self, ready, chunk),
+    )
 
     def function(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
@@ -371,7 +460,10 @@ def test_a_plan_run_equals_the_map(options: dict[str, Any], samples: int, grad: 
         oracle.assert_same(got, want, "output")
         assert got.requires_grad == want.requires_grad
         if grad and want.requires_grad:
-            oracle.assert_same(*(torch.autograd.grad(t.sum(), batch, retain_graph=True)[0] for t in (got, want)), "gradient")
+            oracle.assert_same(
+                *(torch.autograd.grad(t.sum(), batch, retain_graph=True)[0] for t in (got, want)),
+                "gradient",
+            )
 
 
 def test_a_plan_that_draws_runs_with_the_seed_that_it_drew() -> None:
@@ -384,7 +476,8 @@ def test_a_plan_that_draws_runs_with_the_seed_that_it_drew() -> None:
     assert torch.equal(plan.run(), want)
 
 
-# ---------------------------------------------------------------------------------------------- budgets
+# ----------------------------------------------------------------------------------------------
+# budgets
 
 
 def outer(x: torch.Tensor) -> torch.Tensor:
@@ -412,15 +505,23 @@ def test_chunks_respect_the_budget(budget: str, devices: Any) -> None:
 
 def test_more_memory_gives_chunks_that_are_no_smaller() -> None:
     batch = batch_of(101, 100)
-    sizes = [shardmap.plan(outer, memory_budget=b)(batch).lanes[0].chunk for b in ("300KiB", "500KiB", "1MiB", "2MiB")]
+    sizes = [
+        shardmap.plan(outer, memory_budget=b)(batch).lanes[0].chunk
+        for b in ("300KiB", "500KiB", "1MiB", "2MiB")
+    ]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 2
 
 
 @pytest.mark.parametrize("chunk_size", [50, None])
 @pytest.mark.parametrize("size", [100, 400])
-def test_a_chunk_over_the_budget_is_refused(chunk_size: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By vmap and by plan.run(), before anything is computed: with the numbers and the remedy. The plan itself is returned, marked."""
+def test_a_chunk_over_the_budget_is_refused(
+    chunk_size: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vmap and by plan.run(), before anything is computed: with the numbers and the remedy.
+
+    The plan itself is returned, marked.
+    """
     computed: list[Any] = []
     monkeypatch.setattr(lanes.Lane, "compute", lambda self, ready, chunk: computed.append(chunk))
     batch = batch_of(101, size)
@@ -436,7 +537,9 @@ def test_a_chunk_over_the_budget_is_refused(chunk_size: Any, size: int, monkeypa
             call()
         texts.append(str(caught.value))
         assert isinstance(caught.value, MemoryError)
-    assert texts[0].startswith(f"shardmap.vmap(outer, in_dims=0): a chunk of {plan.lanes[0].chunk} needs ")
+    assert texts[0].startswith(
+        f"shardmap.vmap(outer, in_dims=0): a chunk of {plan.lanes[0].chunk} needs "
+    )
     assert texts[1].startswith("shardmap.plan(outer, in_dims=0): ")
     largest = plan.lanes[0].memory.largest_chunk(budget - plan.lanes[0].memory.resident_bytes, 101)
     for text in texts:
@@ -446,7 +549,10 @@ def test_a_chunk_over_the_budget_is_refused(chunk_size: Any, size: int, monkeypa
     assert 0 < largest < 50
     assert not computed
     monkeypatch.undo()
-    assert shardmap.vmap(outer, chunk_size=largest, memory_budget=budget)(batch).shape == (101, size)
+    assert shardmap.vmap(outer, chunk_size=largest, memory_budget=budget)(batch).shape == (
+        101,
+        size,
+    )
     with pytest.raises(errors.OverBudget):
         shardmap.vmap(outer, chunk_size=largest + 1, memory_budget=budget)(batch)
 
@@ -455,14 +561,20 @@ def test_a_chunk_over_the_budget_is_refused(chunk_size: Any, size: int, monkeypa
 def test_not_even_one_sample_within_the_budget(samples: int) -> None:
     """Also where the map is small."""
     batch = batch_of(samples, 100)
-    with pytest.raises(errors.OverBudget, match=r"not even one sample fits: allow more with memory_budget=, or use a device"):
+    with pytest.raises(
+        errors.OverBudget,
+        match=r"not even one sample fits: allow more with memory_budget=, or use a device",
+    ):
         shardmap.vmap(outer, memory_budget="20KiB")(batch)
 
 
 def test_a_result_over_the_budget() -> None:
     """What stays is the problem, not the chunk; reduced it fits."""
     batch = batch_of(1009, 100)
-    with pytest.raises(errors.OverBudget, match=r"what stays during the whole run does not fit: keep less of the result with reduce="):
+    with pytest.raises(
+        errors.OverBudget,
+        match=r"what stays during the whole run does not fit: keep less of the result with reduce=",
+    ):
         shardmap.vmap(outer, memory_budget="400KiB")(batch)
     assert shardmap.vmap(outer, memory_budget="400KiB", reduce="sum")(batch).shape == (100,)
 

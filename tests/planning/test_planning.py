@@ -18,7 +18,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("samples", "step"), list(itertools.product(SIZES, (1, 2, 3, 100))))
 def test_chunks_partition_the_batch_in_order(samples: int, step: int) -> None:
-    """Every sample exactly once, in order; fails on a gap, an overlap, or a chunk that is too large."""
+    """Every sample exactly once, in order.
+
+    Fails on a gap, an overlap, or a chunk that is too large.
+    """
     chunks = chunks_of(samples, step)
     assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(samples))
     assert all(c.size <= step for c in chunks)
@@ -39,11 +42,16 @@ def test_names_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.resolve("cuda:*", CPU, "call") == ("cuda:0", "cuda:1", "cuda:2")
     assert device.resolve("cuda:2, 0", CPU, "call") == ("cuda:2", "cuda:0")
     assert device.resolve(["cuda:1", "cpu"], CPU, "call") == ("cuda:1", "cpu")
-    with pytest.raises(DeviceError, match="cuda:3, which is not there; this machine has cpu, cuda:0, cuda:1, cuda:2"):
+    with pytest.raises(
+        DeviceError,
+        match="cuda:3, which is not there; this machine has cpu, cuda:0, cuda:1, cuda:2",
+    ):
         device.resolve("cuda:1,3", CPU, "call")
 
 
-@pytest.mark.parametrize("devices", ["abacus", "abacus:*", "cpu:1", "", [], ["cpu", "abacus"], 0, None, [0], "cuda:x"])
+@pytest.mark.parametrize(
+    "devices", ["abacus", "abacus:*", "cpu:1", "", [], ["cpu", "abacus"], 0, None, [0], "cuda:x"]
+)
 def test_what_is_not_there_is_named(devices: Any) -> None:
     """The message carries the call and the value, and lists what is there where that helps."""
     with pytest.raises(DeviceError) as caught:

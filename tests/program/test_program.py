@@ -52,12 +52,16 @@ def test_views_share_a_group() -> None:
     assert len({v.group for e in program.equations for v in e.results()}) == 4
 
 
-@pytest.mark.parametrize(("value", "text"), [([1, (2, None)], "[1, [2, None]]"), (torch.int8, "int8"), (Param(3), "$3"), (True, "True")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [([1, (2, None)], "[1, [2, None]]"), (torch.int8, "int8"), (Param(3), "$3"), (True, "True")],
+)
 def test_arguments_as_text(value: Any, text: str) -> None:
     assert show(value) == text
 
 
-# ---------------------------------------------------------------------------------------------- the checker
+# ---------------------------------------------------------------------------------------------- the
+# checker
 
 SPEC = Spec((2,), (1,), torch.float32, "cpu", 0)
 A, B, C = (Var(i, i, SPEC) for i in range(3))
@@ -76,9 +80,15 @@ GOOD = equation((A, A), B, (0, 0))
 FAULTS = {
     "undefined": (program(equation((A, C), B, (0, 0))), "%2"),
     "undefined among keywords": (program(GOOD._replace(args=(A,), kwargs=(("other", C),))), "%2"),
-    "used before its definition": (program(equation((A, C), B, (0, 0)), equation((A, A), C, (0, 0))), "%2"),
+    "used before its definition": (
+        program(equation((A, C), B, (0, 0)), equation((A, A), C, (0, 0))),
+        "%2",
+    ),
     "defined twice": (program(GOOD, equation((A, A), B._replace(group=7), (0, 0))), "%1"),
-    "another spec": (program(equation((A, A._replace(spec=SPEC._replace(shape=(3,)))), B, (0, 0))), "%0"),
+    "another spec": (
+        program(equation((A, A._replace(spec=SPEC._replace(shape=(3,)))), B, (0, 0))),
+        "%0",
+    ),
     "too few flags": (program(equation((A, A), B, (0,))), "one flag per tensor"),
     "too many flags": (program(equation((A, A), B, (0, 0, 0))), "one flag per tensor"),
     "too few output flags": (program(GOOD)._replace(output_flags=()), "one flag per output"),
@@ -101,7 +111,8 @@ def test_faults_are_found(name: str) -> None:
         Program.loads(faulty.dumps())
 
 
-# ---------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------
+# JSON
 
 
 def _gradient(model: nn.Module) -> Callable[[torch.Tensor], Any]:
@@ -120,27 +131,37 @@ def _attention(r: torch.Tensor) -> torch.Tensor:
 
 
 def _complex(r: torch.Tensor) -> torch.Tensor:
-    return torch.fft.fft(r.to(torch.complex128) * (1 - 2j) + torch.full((2,), complex(math.nan, -0.0))).real.to(torch.bfloat16)
+    return torch.fft.fft(
+        r.to(torch.complex128) * (1 - 2j) + torch.full((2,), complex(math.nan, -0.0))
+    ).real.to(torch.bfloat16)
 
 
 def _dtypes(r: torch.Tensor) -> torch.Tensor:
     like = torch.zeros_like(r, dtype=torch.int8, memory_format=torch.preserve_format)
     return (
-        like + torch.arange(2, dtype=torch.uint8, device=r.device) + torch.empty((2,), device="meta").shape[0] + torch.tensor([True, False])
+        like
+        + torch.arange(2, dtype=torch.uint8, device=r.device)
+        + torch.empty((2,), device="meta").shape[0]
+        + torch.tensor([True, False])
     )
 
 
 PROGRAMS: dict[str, Callable[[], Program]] = {
-    "mlp gradient": lambda: recorded(_gradient(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), torch.ones(2, 3)),
+    "mlp gradient": lambda: recorded(
+        _gradient(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), torch.ones(2, 3)
+    ),
     "cnn gradient": lambda: recorded(
-        _gradient(nn.Sequential(nn.Conv2d(1, 2, 3, 2), nn.Sigmoid(), nn.ReLU(), nn.MaxPool2d(2))), torch.ones(2, 1, 9, 9)
+        _gradient(nn.Sequential(nn.Conv2d(1, 2, 3, 2), nn.Sigmoid(), nn.ReLU(), nn.MaxPool2d(2))),
+        torch.ones(2, 1, 9, 9),
     ),
     "attention": lambda: recorded(_attention, torch.ones(2, 2, 4, 8, requires_grad=True)),
     "writes": lambda: recorded(writes, torch.ones(3, 2, requires_grad=True)),
     "special floats": lambda: recorded(_special, torch.ones(3, 2)),
     "complex": lambda: recorded(_complex, torch.ones(3, 2)),
     "dtypes": lambda: recorded(_dtypes, torch.ones(3, 2)),
-    "several results": lambda: recorded(lambda r: torch.linalg.slogdet(r)[1] + sum(r.unbind())[0], torch.eye(2).expand(3, 2, 2)),
+    "several results": lambda: recorded(
+        lambda r: torch.linalg.slogdet(r)[1] + sum(r.unbind())[0], torch.eye(2).expand(3, 2, 2)
+    ),
     "random": lambda: recorded(lambda r: F.dropout(r, 0.25), torch.ones(3, 2)),
 }
 

@@ -37,7 +37,9 @@ def batch_of(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
 
 def reduced(name: str, stacked: torch.Tensor) -> torch.Tensor:
     """What torch makes of the loop's stack."""
-    return {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax, "min": stacked.amin}[name](0)
+    return {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax, "min": stacked.amin}[
+        name
+    ](0)
 
 
 def exact(name: str, stacked: torch.Tensor) -> torch.Tensor:
@@ -55,7 +57,8 @@ def permitted(name: str, dtype: torch.dtype) -> bool:
     return name == "sum" or not dtype.is_complex
 
 
-# ---------------------------------------------------------------------------------------------- the named ones
+# ---------------------------------------------------------------------------------------------- the
+# named ones
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,13 +69,19 @@ def test_named_reductions_equal_torchs_of_the_stack(name: str, dtype: torch.dtyp
         batch = batch_of(dtype, samples, 2, 3)
         for chunk_size in CHUNKS:
             for devices in DEVICES:
-                mapped = shardmap.vmap(lambda x: x.flip(0), reduce=name, chunk_size=chunk_size, devices=devices)
+                mapped = shardmap.vmap(
+                    lambda x: x.flip(0), reduce=name, chunk_size=chunk_size, devices=devices
+                )
                 if not permitted(name, dtype):
                     with pytest.raises(errors.OptionError, match=f"reduce='{name}'.*{dtype}"):
                         mapped(batch)
                     continue
                 got, stacked = mapped(batch), oracle.loop(lambda x: x.flip(0))(batch)
-                oracle.assert_same(got, reduced(name, stacked), f"{samples} samples, chunk_size={chunk_size}, devices={devices}")
+                oracle.assert_same(
+                    got,
+                    reduced(name, stacked),
+                    f"{samples} samples, chunk_size={chunk_size}, devices={devices}",
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
@@ -84,7 +93,11 @@ def test_sums_of_many_samples_lose_no_digits(name: str, dtype: torch.dtype) -> N
     for chunk_size in (7, 1000, "auto"):
         got = shardmap.vmap(lambda x: x * 1, reduce=name, chunk_size=chunk_size)(batch)
         assert got.dtype == dtype
-        assert ((got - want).abs() <= 2 * torch.finfo(dtype).eps * want.abs()).all(), (chunk_size, got, want)
+        assert ((got - want).abs() <= 2 * torch.finfo(dtype).eps * want.abs()).all(), (
+            chunk_size,
+            got,
+            want,
+        )
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
@@ -99,14 +112,22 @@ def test_a_half_precision_sum_larger_than_its_dtype_overflows_as_torchs(chunk_si
 @pytest.mark.parametrize("chunk_size", [1, 2, None])
 @pytest.mark.parametrize("name", ["sum", "mean", "max", "min"])
 def test_nan_and_infinities_come_through(name: str, chunk_size: Any) -> None:
-    batch = torch.tensor([[1.0, 2.0, 0.0, -1.0], [float("nan"), 5.0, float("inf"), 2.0], [3.0, 4.0, float("-inf"), float("inf")]])
+    batch = torch.tensor(
+        [
+            [1.0, 2.0, 0.0, -1.0],
+            [float("nan"), 5.0, float("inf"), 2.0],
+            [3.0, 4.0, float("-inf"), float("inf")],
+        ]
+    )
     for order in (batch, batch.flip(0), batch[[1, 0, 2]]):
         got = shardmap.vmap(lambda x: x * 1, reduce=name, chunk_size=chunk_size)(order)
         oracle.assert_same(got, reduced(name, order), name)
         assert got[0].isnan()
 
 
-@pytest.mark.parametrize("make", [shardmap.reduce.sum, shardmap.reduce.mean, shardmap.reduce.max, shardmap.reduce.min])
+@pytest.mark.parametrize(
+    "make", [shardmap.reduce.sum, shardmap.reduce.mean, shardmap.reduce.max, shardmap.reduce.min]
+)
 def test_functions_say_the_same_as_names(make: Callable[[], Any]) -> None:
     batch = batch_of(torch.float64, 7, 3)
     by_name = shardmap.vmap(torch.exp, reduce=make.__name__, chunk_size=2)(batch)
@@ -129,7 +150,8 @@ def test_results_without_elements() -> None:
         assert got.shape == (0, 3)
 
 
-# ---------------------------------------------------------------------------------------------- empty batches
+# ----------------------------------------------------------------------------------------------
+# empty batches
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,9 +169,14 @@ def test_the_mean_of_no_samples_is_nan(dtype: torch.dtype) -> None:
     assert got.isnan().all()
 
 
-@pytest.mark.parametrize("reduce", ["max", "min", shardmap.reduce.max(), (torch.add, None), shardmap.reduce.fold(torch.add)])
+@pytest.mark.parametrize(
+    "reduce",
+    ["max", "min", shardmap.reduce.max(), (torch.add, None), shardmap.reduce.fold(torch.add)],
+)
 def test_other_reductions_of_no_samples_are_refused(reduce: Any) -> None:
-    with pytest.raises(errors.EmptyBatchError, match=r"shardmap.vmap\(exp.*reduce=.*no samples is not defined"):
+    with pytest.raises(
+        errors.EmptyBatchError, match=r"shardmap.vmap\(exp.*reduce=.*no samples is not defined"
+    ):
         shardmap.vmap(torch.exp, reduce=reduce)(torch.zeros(0, 2))
 
 
@@ -159,7 +186,8 @@ def test_an_empty_batch_keeps_gradients_defined() -> None:
     assert torch.equal(out, torch.zeros(2))
 
 
-# ---------------------------------------------------------------------------------------------- folds
+# ----------------------------------------------------------------------------------------------
+# folds
 
 
 @pytest.mark.parametrize("samples", SIZES)
@@ -168,7 +196,9 @@ def test_an_empty_batch_keeps_gradients_defined() -> None:
 def test_a_fold_keeps_the_order_of_the_samples(samples: int, chunk_size: Any, devices: Any) -> None:
     """Products of matrices are associative, and no two commute."""
     batch = torch.linalg.qr(batch_of(torch.float64, samples, 3, 3))[0]
-    got = shardmap.vmap(lambda m: m * 1, reduce=(torch.matmul, None), chunk_size=chunk_size, devices=devices)(batch)
+    got = shardmap.vmap(
+        lambda m: m * 1, reduce=(torch.matmul, None), chunk_size=chunk_size, devices=devices
+    )(batch)
     oracle.assert_same(got, functools.reduce(torch.matmul, batch.unbind(0)), "product")
 
 
@@ -192,7 +222,10 @@ def test_a_fold_of_one_sample_is_that_sample_finished() -> None:
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 def test_a_fold_with_a_captured_tensor_and_data_dependent_choice(chunk_size: Any) -> None:
-    """The combination is itself a mapped function: it may capture, branch by torch.where, and run autograd."""
+    """The combination is itself a mapped function.
+
+    It may capture, branch by torch.where, and run autograd.
+    """
     weight = batch_of(torch.float64, 3)
 
     def larger(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -207,15 +240,23 @@ def test_a_fold_reports_no_maps_of_its_own() -> None:
     events: list[Any] = []
     with listen(events.append):
         shardmap.vmap(lambda x: x * 1, reduce=(torch.add, None), chunk_size=4)(torch.ones(13, 2))
-    assert [(e.start, e.stop) for e in events if isinstance(e, ChunkDone)] == [(0, 4), (4, 8), (8, 12), (12, 13)]
+    assert [(e.start, e.stop) for e in events if isinstance(e, ChunkDone)] == [
+        (0, 4),
+        (4, 8),
+        (8, 12),
+        (12, 13),
+    ]
 
 
 def test_a_combination_of_another_shape_is_refused() -> None:
     with pytest.raises(errors.ShardmapError, match=r"(?s)shardmap.vmap\(.*reduce"):
-        shardmap.vmap(lambda x: x * 1, reduce=(lambda a, b: torch.cat([a, b]), None))(torch.ones(5, 2))
+        shardmap.vmap(lambda x: x * 1, reduce=(lambda a, b: torch.cat([a, b]), None))(
+            torch.ones(5, 2)
+        )
 
 
-# ---------------------------------------------------------------------------------------------- which outputs
+# ----------------------------------------------------------------------------------------------
+# which outputs
 
 TREES: tuple[Any, ...] = (
     "sum",
@@ -223,7 +264,11 @@ TREES: tuple[Any, ...] = (
     {"a": "mean", "b": None, "c": "sum"},
     {"a": ("sum", None), "b": "max", "c": None},
     {"a": None, "b": "min", "c": ("sum", (torch.add, None))},
-    {"a": (shardmap.reduce.sum(), shardmap.reduce.max()), "b": shardmap.reduce.fold(torch.maximum), "c": ("mean", "min")},
+    {
+        "a": (shardmap.reduce.sum(), shardmap.reduce.max()),
+        "b": shardmap.reduce.fold(torch.maximum),
+        "c": ("mean", "min"),
+    },
 )
 
 
@@ -238,7 +283,11 @@ def apply(reduction: Any, stacked: torch.Tensor, out_dim: int) -> torch.Tensor:
     if isinstance(reduction, tuple):
         return functools.reduce(reduction[0], stacked.unbind(0))
     if not isinstance(reduction, str):
-        return functools.reduce(reduction.combine, stacked.unbind(0)) if reduction.combine else reduced(reduction.name, stacked)
+        return (
+            functools.reduce(reduction.combine, stacked.unbind(0))
+            if reduction.combine
+            else reduced(reduction.name, stacked)
+        )
     return reduced(reduction, stacked)
 
 
@@ -260,9 +309,16 @@ def test_each_output_has_its_reduction(reduce: Any, out_dims: Any, chunk_size: A
         count = len(pytree.tree_leaves(stacked[key]))
         reductions += [one] * count if leaf(one) else list(one)
     flat, spec = pytree.tree_flatten(stacked)
-    placed = [out_dims if isinstance(out_dims, int) else out_dims["a" if i < 2 else "b" if i == 2 else "c"] for i in range(len(flat))]
+    placed = [
+        out_dims
+        if isinstance(out_dims, int)
+        else out_dims["a" if i < 2 else "b" if i == 2 else "c"]
+        for i in range(len(flat))
+    ]
     assert pytree.tree_structure(got) == spec
-    for i, (g, s, r, d) in enumerate(zip(pytree.tree_leaves(got), flat, reductions, placed, strict=True)):
+    for i, (g, s, r, d) in enumerate(
+        zip(pytree.tree_leaves(got), flat, reductions, placed, strict=True)
+    ):
         want = apply(r, s, d)
         oracle.assert_same(g, want, f"output {i}")
         assert g.is_contiguous()
@@ -270,7 +326,15 @@ def test_each_output_has_its_reduction(reduce: Any, out_dims: Any, chunk_size: A
 
 @pytest.mark.parametrize(
     "reduce",
-    ["product", 3, ("sum",), {"a": "sum"}, {"a": "sum", "b": "sum", "d": "sum"}, ["sum", "sum"], {"a": ("sum",) * 3, "b": 0, "c": 0}],
+    [
+        "product",
+        3,
+        ("sum",),
+        {"a": "sum"},
+        {"a": "sum", "b": "sum", "d": "sum"},
+        ["sum", "sum"],
+        {"a": ("sum",) * 3, "b": 0, "c": 0},
+    ],
 )
 def test_a_reduction_that_does_not_fit_is_refused(reduce: Any) -> None:
     with pytest.raises(errors.OptionError, match=r"shardmap.vmap\(several, in_dims=0\): reduce="):
@@ -295,7 +359,9 @@ def unchanged_outputs_count_for_each_sample(**options: Any) -> None:
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any, devices: Any) -> None:
+def test_an_output_that_no_sample_changes_counts_once_for_each(
+    chunk_size: Any, devices: Any
+) -> None:
     unchanged_outputs_count_for_each_sample(chunk_size=chunk_size, devices=devices)
 
 
@@ -316,18 +382,23 @@ def test_a_reduction_has_memory_of_its_own(reduce: Any, grad: bool) -> None:
     for samples in (1, 3):
         batch = batch_of(torch.float64, samples, 3).requires_grad_(grad)
         for chunk_size in (1, None):
-            got = shardmap.vmap(lambda x: (x, x, x * 1, weight, weight), reduce=reduce, chunk_size=chunk_size)(batch)
+            got = shardmap.vmap(
+                lambda x: (x, x, x * 1, weight, weight), reduce=reduce, chunk_size=chunk_size
+            )(batch)
             oracle.assert_own_memory(list(got), [batch, weight])
 
 
-# ---------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------
+# gradients
 
 
 def stacked_then(name: str) -> oracle.Subject:
     """The loop, its results reduced by torch."""
 
     def subject(func: Callable[..., Any], in_dims: Any = 0, **options: Any) -> Callable[..., Any]:
-        return lambda *batch: pytree.tree_map(lambda t: reduced(name, t), oracle.loop(func, in_dims)(*batch))
+        return lambda *batch: pytree.tree_map(
+            lambda t: reduced(name, t), oracle.loop(func, in_dims)(*batch)
+        )
 
     return subject
 
@@ -336,11 +407,16 @@ def stacked_then(name: str) -> oracle.Subject:
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_gradients_through_sum_and_mean_equal_the_loops(name: str, remat: bool, chunk_size: Any, devices: Any) -> None:
+def test_gradients_through_sum_and_mean_equal_the_loops(
+    name: str, remat: bool, chunk_size: Any, devices: Any
+) -> None:
     """To the inputs and to what is captured, twice differentiated."""
 
     def build() -> oracle.Setting:
-        batch, weight = batch_of(torch.float64, 7, 3).requires_grad_(), batch_of(torch.float64, 3, 2, seed=2).requires_grad_()
+        batch, weight = (
+            batch_of(torch.float64, 7, 3).requires_grad_(),
+            batch_of(torch.float64, 3, 2, seed=2).requires_grad_(),
+        )
 
         def function(x: torch.Tensor) -> Any:
             return (x @ weight).sin(), weight.exp(), x.square().sum()
@@ -348,7 +424,12 @@ def test_gradients_through_sum_and_mean_equal_the_loops(name: str, remat: bool, 
         options = {"reduce": name, "remat": remat, "chunk_size": chunk_size, "devices": devices}
         return oracle.Setting(lambda vmap: vmap(function, **options)(batch), [batch], [weight])
 
-    verdict = oracle.compare(build, shardmap.vmap, oracle.Checks(second_order=True, refusals=()), reference=stacked_then(name))
+    verdict = oracle.compare(
+        build,
+        shardmap.vmap,
+        oracle.Checks(second_order=True, refusals=()),
+        reference=stacked_then(name),
+    )
     assert (verdict.kind, verdict.gradient) == ("right", "second"), verdict.detail
 
 
@@ -359,7 +440,9 @@ def test_gradients_through_a_fold_equal_the_loops(chunk_size: Any) -> None:
 
         def run(vmap: oracle.Subject) -> Any:
             if vmap is shardmap.vmap:
-                return vmap(torch.sin, reduce=(torch.matmul, torch.cos), chunk_size=chunk_size)(batch)
+                return vmap(torch.sin, reduce=(torch.matmul, torch.cos), chunk_size=chunk_size)(
+                    batch
+                )
             return functools.reduce(torch.matmul, vmap(torch.sin)(batch).unbind(0)).cos()
 
         return oracle.Setting(run, [batch])
@@ -383,18 +466,27 @@ def test_gradients_through_max_and_min_are_refused(name: str) -> None:
         shardmap.vmap(torch.exp, reduce=name)(batch)
     with torch.no_grad():
         oracle.assert_same(shardmap.vmap(torch.exp, reduce=name)(batch), batch[0].exp(), name)
-    oracle.assert_same(shardmap.vmap(lambda x: x.detach().exp(), reduce=name)(batch), batch[0].detach().exp(), name)
+    oracle.assert_same(
+        shardmap.vmap(lambda x: x.detach().exp(), reduce=name)(batch), batch[0].detach().exp(), name
+    )
 
 
 def test_reductions_inside_another_map_and_a_transform() -> None:
     batch = batch_of(torch.float64, 5, 4, 3)
     inner = shardmap.vmap(lambda x: x.sin(), reduce="sum")
     oracle.assert_same(shardmap.vmap(inner)(batch), batch.sin().sum(1), "nested")
-    oracle.assert_same(shardmap.vmap(inner, reduce="mean", chunk_size=2)(batch), batch.sin().sum(1).mean(0), "nested and reduced")
-    oracle.assert_same(torch.func.grad(lambda t: inner(t).sum())(batch[0]), batch[0].cos(), "transformed")
+    oracle.assert_same(
+        shardmap.vmap(inner, reduce="mean", chunk_size=2)(batch),
+        batch.sin().sum(1).mean(0),
+        "nested and reduced",
+    )
+    oracle.assert_same(
+        torch.func.grad(lambda t: inner(t).sum())(batch[0]), batch[0].cos(), "transformed"
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the order, and memory
+# ---------------------------------------------------------------------------------------------- the
+# order, and memory
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
@@ -410,7 +502,9 @@ def slowed(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
 
 @pytest.mark.parametrize("seconds", [{}, {0: 0.003}, {1: 0.003}, {0: 0.001, 2: 0.004}])
 @pytest.mark.parametrize("chunk_size", [1, 7])
-def test_numbers_do_not_depend_on_which_lane_is_faster(seconds: dict[int, float], chunk_size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_do_not_depend_on_which_lane_is_faster(
+    seconds: dict[int, float], chunk_size: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: float sums depend on their order."""
     batch = batch_of(torch.float32, 101, 3)
     names = ("sum", "mean", (torch.add, None), (torch.matmul, None))
@@ -424,7 +518,9 @@ def test_numbers_do_not_depend_on_which_lane_is_faster(seconds: dict[int, float]
     assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
 
 
-def test_uneven_chunk_sizes_do_not_change_the_numbers_between_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_chunk_sizes_do_not_change_the_numbers_between_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     batch = batch_of(torch.float32, 101, 3)
     results = []
     for seconds in ({}, {0: 0.003}, {1: 0.003}):
@@ -435,7 +531,10 @@ def test_uneven_chunk_sizes_do_not_change_the_numbers_between_runs(monkeypatch: 
 
 
 def test_partial_results_that_wait_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane that is stuck with the first chunk: the others wait for it, and memory does not grow with the batch."""
+    """A lane that is stuck with the first chunk.
+
+    The others wait for it, and memory does not grow with the batch.
+    """
     most = 0
     computed, collected = lanes.Lane.compute, lanes.Lane.collect
 
@@ -450,7 +549,9 @@ def test_partial_results_that_wait_are_few(monkeypatch: pytest.MonkeyPatch) -> N
         return collected(self, wait)
 
     def expects(self: Any, size: int) -> float:
-        return 1e9 if any(flight.chunk.start == 0 for flight in self.flights) else self.number  # the others are always sooner
+        return (
+            1e9 if any(flight.chunk.start == 0 for flight in self.flights) else self.number
+        )  # the others are always sooner
 
     monkeypatch.setattr(lanes.Lane, "compute", compute)
     monkeypatch.setattr(lanes.Lane, "collect", collect)

@@ -80,13 +80,24 @@ def check(
 
 
 def _compare(
-    func: Callable[..., Any], args: list, dims: tuple, size: int, rules: bool, randomness: str, tolerance: float, gradient: bool, label: str
+    func: Callable[..., Any],
+    args: list,
+    dims: tuple,
+    size: int,
+    rules: bool,
+    randomness: str,
+    tolerance: float,
+    gradient: bool,
+    label: str,
 ) -> None:
     with below_our_rules() as served:
         got = shardmap.vmap(func, dims, randomness=randomness)(*args)
     assert not rules or not served, f"{label}: served by a lower tier: {served}"
     got = got if isinstance(got, tuple) else (got,)
-    results = [func(*[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]) for i in range(size)]
+    results = [
+        func(*[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)])
+        for i in range(size)
+    ]
     columns = zip(*[r if isinstance(r, tuple) else (r,) for r in results], strict=True)
     want = tuple(torch.stack(c) for c in columns)
     assert len(got) == len(want), label
@@ -102,26 +113,42 @@ def _compare(
             other = m if t is None else t
             assert other is not None
             zeros = torch.zeros_like(other)
-            assert_close(zeros if m is None else m, zeros if t is None else t, tolerance, f"{label}, gradient {i}")
+            assert_close(
+                zeros if m is None else m,
+                zeros if t is None else t,
+                tolerance,
+                f"{label}, gradient {i}",
+            )
 
 
-def _gradients(outputs: tuple[torch.Tensor, ...], leaves: list[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+def _gradients(
+    outputs: tuple[torch.Tensor, ...], leaves: list[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
     used = [t for t in outputs if t.requires_grad]
     if not used or not leaves:
         return [None] * len(leaves)
     weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in used]
-    return torch.autograd.grad([(t * w).sum() for t, w in zip(used, weights, strict=True)], leaves, allow_unused=True)
+    return torch.autograd.grad(
+        [(t * w).sum() for t, w in zip(used, weights, strict=True)], leaves, allow_unused=True
+    )
 
 
 def assert_close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, label: str) -> None:
     """Raises unless shape, dtype and values agree, NaN equal to NaN."""
-    assert mine.shape == theirs.shape, f"{label}: shape {tuple(mine.shape)}, the loop has {tuple(theirs.shape)}"
+    assert mine.shape == theirs.shape, (
+        f"{label}: shape {tuple(mine.shape)}, the loop has {tuple(theirs.shape)}"
+    )
     assert mine.dtype == theirs.dtype, f"{label}: {mine.dtype}, the loop has {theirs.dtype}"
     wide = torch.complex128 if theirs.is_complex() else torch.float64
     mine, theirs = mine.detach().to(wide), theirs.detach().to(wide)
     scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
     torch.testing.assert_close(
-        mine, theirs, rtol=tolerance, atol=tolerance * max(scale, 1.0), equal_nan=True, msg=lambda m: f"{label}: {m}"
+        mine,
+        theirs,
+        rtol=tolerance,
+        atol=tolerance * max(scale, 1.0),
+        equal_nan=True,
+        msg=lambda m: f"{label}: {m}",
     )
 
 
@@ -142,5 +169,7 @@ def below_our_rules() -> Iterator[list[str]]:
     names = "functorch_rule", "loop_rule"
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(unittest.mock.patch.object(batch, name, watch(getattr(batch, name))))
+            stack.enter_context(
+                unittest.mock.patch.object(batch, name, watch(getattr(batch, name)))
+            )
         yield served

@@ -26,13 +26,29 @@ CASES = {
     "2d unbatched": (lambda x, w: F.conv2d(x, w, padding=(1, 0)), real(2, 5, 6), real(3, 2, 3, 2)),
     "2d several": (lambda x, w: F.conv2d(x, w, dilation=2), real(2, 2, 6, 5), real(3, 2, 2, 2)),
     "2d groups": (lambda x, w: F.conv2d(x, w, groups=2), real(2, 4, 4, 4), real(6, 2, 2, 2)),
-    "2d depthwise": (lambda x, w: F.conv2d(x, w, groups=3, padding=1), real(1, 3, 4, 4), real(3, 1, 3, 3)),
+    "2d depthwise": (
+        lambda x, w: F.conv2d(x, w, groups=3, padding=1),
+        real(1, 3, 4, 4),
+        real(3, 1, 3, 3),
+    ),
     "2d 1x1": (F.conv2d, real(1, 3, 4, 4), real(2, 3, 1, 1)),
     "2d 5x5": (lambda x, w: F.conv2d(x, w, padding=2), real(1, 3, 6, 6), real(4, 3, 5, 5)),
     "3d": (F.conv3d, real(1, 2, 3, 4, 3), real(2, 2, 2, 2, 2)),
-    "transposed 1d": (lambda x, w: F.conv_transpose1d(x, w, stride=2, output_padding=1), real(1, 2, 4), real(2, 3, 3)),
-    "transposed 2d": (lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1), real(2, 2, 3, 4), real(2, 3, 3, 3)),
-    "transposed groups": (lambda x, w: F.conv_transpose2d(x, w, groups=2), real(1, 4, 3, 3), real(4, 3, 2, 2)),
+    "transposed 1d": (
+        lambda x, w: F.conv_transpose1d(x, w, stride=2, output_padding=1),
+        real(1, 2, 4),
+        real(2, 3, 3),
+    ),
+    "transposed 2d": (
+        lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1),
+        real(2, 2, 3, 4),
+        real(2, 3, 3, 3),
+    ),
+    "transposed groups": (
+        lambda x, w: F.conv_transpose2d(x, w, groups=2),
+        real(1, 4, 3, 3),
+        real(4, 3, 2, 2),
+    ),
 }
 
 
@@ -48,7 +64,14 @@ def test_bias_and_outer_gradients(transposed):
     """A bias, shared or not, with the gradient taken outside."""
     conv = F.conv_transpose2d if transposed else F.conv2d
     check(lambda x, w, c: conv(x, w, c), real(2, 2, 4, 4), real(2, 2, 3, 3), real(2))
-    check(gradients(lambda x, w, c: conv(x, w, c)), real(1, 2, 4, 4), real(2, 2, 3, 3), real(2), gradient=False, strided=False)
+    check(
+        gradients(lambda x, w, c: conv(x, w, c)),
+        real(1, 2, 4, 4),
+        real(2, 2, 3, 3),
+        real(2),
+        gradient=False,
+        strided=False,
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -57,7 +80,9 @@ def test_twice(groups):
 
     def twice(x, w):
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        gx, gw = torch.autograd.grad((F.conv2d(x, w, groups=groups) ** 3).sum(), (x, w), create_graph=True)
+        gx, gw = torch.autograd.grad(
+            (F.conv2d(x, w, groups=groups) ** 3).sum(), (x, w), create_graph=True
+        )
         return torch.autograd.grad((gx**2).sum() + (gw**2).sum(), (x, w))
 
     check(twice, real(2, 2, 4, 3), real(4, 2 // groups, 2, 2), gradient=False)
@@ -75,7 +100,9 @@ def test_linear_in_the_weight_alone():
 
 def test_a_shared_cotangent():
     """Gradients that need the shape of a mapped value alone do not differ by sample."""
-    cotangent = torch.randn(1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cotangent = torch.randn(
+        1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
     def both(x, w):
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
@@ -88,7 +115,9 @@ def test_channels_last():
     """Samples in channels-last layout."""
     check(
         gradients(F.conv2d),
-        lambda g: torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64).to(memory_format=torch.channels_last),
+        lambda g: torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64).to(
+            memory_format=torch.channels_last
+        ),
         real(2, 3, 3, 3),
         gradient=False,
     )
@@ -118,4 +147,6 @@ def test_inside_another_map(name):
     found = shardmap.vmap(inner)(xs, weights)
     expected = [[once(x, w) for x in row] for row, w in zip(xs, weights, strict=True)]
     for place, output in enumerate(found):
-        torch.testing.assert_close(output, torch.stack([torch.stack([each[place] for each in row]) for row in expected]))
+        torch.testing.assert_close(
+            output, torch.stack([torch.stack([each[place] for each in row]) for row in expected])
+        )

@@ -26,20 +26,42 @@ def test_lookup(shape):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"padding_idx": 1}, {"padding_idx": -1}, {"scale_grad_by_freq": True}, {"padding_idx": 0, "scale_grad_by_freq": True}]
+    "options",
+    [
+        {},
+        {"padding_idx": 1},
+        {"padding_idx": -1},
+        {"scale_grad_by_freq": True},
+        {"padding_idx": 0, "scale_grad_by_freq": True},
+    ],
 )
 @pytest.mark.parametrize("shape", [(6,), (2, 3), ()])
 def test_gradient(options, shape):
     """The gradient of a table for each sample."""
-    check(_gradient(lambda i, w: F.embedding(i, w, **options)), below(5, *shape), real(5, 2), gradient=False)
+    check(
+        _gradient(lambda i, w: F.embedding(i, w, **options)),
+        below(5, *shape),
+        real(5, 2),
+        gradient=False,
+    )
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags(mode):
     """Bags of equal and unequal lengths, empty ones among them."""
-    check(_gradient(lambda i, w: F.embedding_bag(i, w, mode=mode)), below(5, 3, 2), real(5, 4), gradient=False)
+    check(
+        _gradient(lambda i, w: F.embedding_bag(i, w, mode=mode)),
+        below(5, 3, 2),
+        real(5, 4),
+        gradient=False,
+    )
     offsets = torch.tensor([0, 2, 2])
-    check(_gradient(lambda i, w: F.embedding_bag(i, w, offsets, mode=mode)), below(5, 6), real(5, 4), gradient=False)
+    check(
+        _gradient(lambda i, w: F.embedding_bag(i, w, offsets, mode=mode)),
+        below(5, 6),
+        real(5, 4),
+        gradient=False,
+    )
     check(lambda i, w: F.embedding_bag(i, w, offsets, mode=mode), below(5, 6), real(5, 4))
 
 
@@ -55,7 +77,11 @@ def test_weighted_bags():
 def test_offsets_of_each_sample():
     """Bags that begin elsewhere in each sample."""
     check(
-        _gradient(lambda i, w: F.embedding_bag(i[1:], w, torch.cat([torch.zeros_like(i[:1]), i[:1]]), mode="mean")),
+        _gradient(
+            lambda i, w: F.embedding_bag(
+                i[1:], w, torch.cat([torch.zeros_like(i[:1]), i[:1]]), mode="mean"
+            )
+        ),
         below(5, 7, low=1),
         real(5, 4),
         gradient=False,

@@ -1,4 +1,7 @@
-"""Tensors made in the likeness of a mapped one: values, dtypes, strides, made once, and each sample's own once written to."""
+"""Tensors made in the likeness of a mapped one.
+
+Values, dtypes, strides, made once, and each sample's own once written to.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,18 @@ MAKERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "ones_like_dtype": lambda x: torch.ones_like(x, dtype=torch.int32),
     "full_like": lambda x: torch.full_like(x, 2.5),
     "full_like_nan": lambda x: torch.full_like(x, float("nan")),
-    "channels_last": lambda x: torch.zeros_like(x.expand(2, 3, 2, 3), memory_format=torch.channels_last).as_strided((36,), (1,)),
+    "channels_last": lambda x: torch.zeros_like(
+        x.expand(2, 3, 2, 3), memory_format=torch.channels_last
+    ).as_strided((36,), (1,)),
     "transposed": lambda x: torch.ones_like(x.t() * 1).as_strided((6,), (1,)),
     "new_zeros": lambda x: x.new_zeros(4, 2),
     "new_ones": lambda x: x.new_ones(4, dtype=torch.bool),
     "new_full": lambda x: x.new_full((2, 1), 7.0),
     "empty_like": lambda x: torch.empty_like(x).zero_(),
     "new_empty": lambda x: x.new_empty(3).fill_(2.0),
-    "new_empty_strided": lambda x: x.new_empty_strided((2, 3), (1, 2)).zero_().as_strided((6,), (1,)),
+    "new_empty_strided": lambda x: (
+        x.new_empty_strided((2, 3), (1, 2)).zero_().as_strided((6,), (1,))
+    ),
 }
 
 

@@ -35,13 +35,48 @@ READS = {
 }
 
 WRITES = {
-    "put i": (lambda x, i, v: torch.index_put(x, (i,), v, True), real(4, 3), below(4, 2), real(2, 3)),
-    "put i row": (lambda x, i, v: torch.index_put(x, (i,), v, True), real(4, 3), below(4, 2), real(3)),
-    "put i scalar": (lambda x, i, v: torch.index_put(x, (i,), v, True), real(4, 3), below(4, 2), real()),
-    "put :, i": (lambda x, i, v: torch.ops.aten.index_put(x, [None, i], v, True), real(2, 4, 3), below(4, 5), real(2, 5, 3)),
-    "put :, i wide": (lambda x, i, v: torch.ops.aten.index_put(x, [None, i], v, True), real(2, 4, 3), below(4, 2, 2), real(2, 1, 3)),
-    "put i, :, i": (lambda x, i, v: torch.ops.aten.index_put(x, [i, None, i], v, True), real(3, 2, 3), below(3, 5), real(5, 2)),
-    "put i, :, i row": (lambda x, i, v: torch.ops.aten.index_put(x, [i, None, i], v, True), real(3, 2, 3), below(3, 5), real(2)),
+    "put i": (
+        lambda x, i, v: torch.index_put(x, (i,), v, True),
+        real(4, 3),
+        below(4, 2),
+        real(2, 3),
+    ),
+    "put i row": (
+        lambda x, i, v: torch.index_put(x, (i,), v, True),
+        real(4, 3),
+        below(4, 2),
+        real(3),
+    ),
+    "put i scalar": (
+        lambda x, i, v: torch.index_put(x, (i,), v, True),
+        real(4, 3),
+        below(4, 2),
+        real(),
+    ),
+    "put :, i": (
+        lambda x, i, v: torch.ops.aten.index_put(x, [None, i], v, True),
+        real(2, 4, 3),
+        below(4, 5),
+        real(2, 5, 3),
+    ),
+    "put :, i wide": (
+        lambda x, i, v: torch.ops.aten.index_put(x, [None, i], v, True),
+        real(2, 4, 3),
+        below(4, 2, 2),
+        real(2, 1, 3),
+    ),
+    "put i, :, i": (
+        lambda x, i, v: torch.ops.aten.index_put(x, [i, None, i], v, True),
+        real(3, 2, 3),
+        below(3, 5),
+        real(5, 2),
+    ),
+    "put i, :, i row": (
+        lambda x, i, v: torch.ops.aten.index_put(x, [i, None, i], v, True),
+        real(3, 2, 3),
+        below(3, 5),
+        real(2),
+    ),
     "put :, i, :, i": (
         lambda x, i, v: torch.ops.aten.index_put(x, [None, i, None, i], v, True),
         real(2, 3, 4, 3),
@@ -49,21 +84,64 @@ WRITES = {
         real(5, 2, 4),
     ),
     "put mask": (lambda x, v: torch.ops.aten.index_put(x, [None, MASK], v), real(2, 3), real(2, 2)),
-    "put i, mask": (lambda x, i, v: torch.ops.aten.index_put(x, [i, MASK], v, True), real(4, 3), below(4, 2), real(2)),
-    "set": (lambda x, i, v: _written(x, lambda y: y.__setitem__(i, v)), real(4, 3), distinct(4, 2), real(2, 3)),
-    "set :, i": (lambda x, i, v: _written(x, lambda y: y.__setitem__((slice(None), i), v)), real(2, 4, 3), distinct(4, 2), real(3)),
+    "put i, mask": (
+        lambda x, i, v: torch.ops.aten.index_put(x, [i, MASK], v, True),
+        real(4, 3),
+        below(4, 2),
+        real(2),
+    ),
+    "set": (
+        lambda x, i, v: _written(x, lambda y: y.__setitem__(i, v)),
+        real(4, 3),
+        distinct(4, 2),
+        real(2, 3),
+    ),
+    "set :, i": (
+        lambda x, i, v: _written(x, lambda y: y.__setitem__((slice(None), i), v)),
+        real(2, 4, 3),
+        distinct(4, 2),
+        real(3),
+    ),
     "set i, :, i": (
         lambda x, i, v: _written(x, lambda y: y.__setitem__((i, slice(None), i), v)),
         real(3, 2, 3),
         distinct(3, 2),
         real(2, 1),
     ),
-    "set number": (lambda x, i: _written(x, lambda y: y.__setitem__(i, 2.0)), real(4, 3), below(4, 2)),
-    "mask set": (lambda x, m: _written(x, lambda y: y.__setitem__(m > 0, 2.0)), real(4, 3), real(4, 3)),
-    "mask set rows": (lambda x, m, v: _written(x, lambda y: y.__setitem__(m > 0, v)), real(4, 3), real(4), real(3)),
-    "mask set columns": (lambda x, m, v: _written(x, lambda y: y.__setitem__((slice(None), m > 0), v)), real(4, 3), real(3), real(4, 1)),
-    "mask add": (lambda x, m, v: torch.index_put(x, (m > 0,), v, True), real(4, 3), real(4), real()),
-    "scatter": (lambda x, i, v: x.scatter(0, i, v), real(4, 3), lambda g: distinct(4, 3)(g)[:, None].expand(3, 2), real(3, 2)),
+    "set number": (
+        lambda x, i: _written(x, lambda y: y.__setitem__(i, 2.0)),
+        real(4, 3),
+        below(4, 2),
+    ),
+    "mask set": (
+        lambda x, m: _written(x, lambda y: y.__setitem__(m > 0, 2.0)),
+        real(4, 3),
+        real(4, 3),
+    ),
+    "mask set rows": (
+        lambda x, m, v: _written(x, lambda y: y.__setitem__(m > 0, v)),
+        real(4, 3),
+        real(4),
+        real(3),
+    ),
+    "mask set columns": (
+        lambda x, m, v: _written(x, lambda y: y.__setitem__((slice(None), m > 0), v)),
+        real(4, 3),
+        real(3),
+        real(4, 1),
+    ),
+    "mask add": (
+        lambda x, m, v: torch.index_put(x, (m > 0,), v, True),
+        real(4, 3),
+        real(4),
+        real(),
+    ),
+    "scatter": (
+        lambda x, i, v: x.scatter(0, i, v),
+        real(4, 3),
+        lambda g: distinct(4, 3)(g)[:, None].expand(3, 2),
+        real(3, 2),
+    ),
     "scatter number": (lambda x, i: x.scatter(1, i, 2.0), real(4, 3), below(3, 4, 2)),
     "scatter scalar": (lambda x, i, v: x.scatter(0, i, v), real(), below(1), real()),
     "scatter_": (
@@ -78,25 +156,81 @@ WRITES = {
         below(3, 2, 3),
         real(4, 3),
     ),
-    "scatter_ times": (lambda x, i: _written(x.detach(), lambda y: y.scatter_(1, i, 2.0, reduce="multiply")), real(4, 3), below(3, 2, 3)),
+    "scatter_ times": (
+        lambda x, i: _written(x.detach(), lambda y: y.scatter_(1, i, 2.0, reduce="multiply")),
+        real(4, 3),
+        below(3, 2, 3),
+    ),
     "scatter_add": (lambda x, i, v: x.scatter_add(0, i, v), real(4, 3), below(4, 5, 2), real(5, 2)),
-    "scatter_add_ scalar": (lambda x, i, v: _written(x, lambda y: y.scatter_add_(0, i, v)), real(), below(1), real()),
-    "index_add": (lambda x, i, v: x.index_add(0, i, v, alpha=2.0), real(4, 3), below(4, 5), real(5, 3)),
+    "scatter_add_ scalar": (
+        lambda x, i, v: _written(x, lambda y: y.scatter_add_(0, i, v)),
+        real(),
+        below(1),
+        real(),
+    ),
+    "index_add": (
+        lambda x, i, v: x.index_add(0, i, v, alpha=2.0),
+        real(4, 3),
+        below(4, 5),
+        real(5, 3),
+    ),
     "index_add 1": (lambda x, i, v: x.index_add(1, i, v), real(4, 3), below(3, 5), real(4, 5)),
-    "index_add_": (lambda x, i, v: _written(x, lambda y: y.index_add_(0, i, v)), real(4, 3), below(4, 5), real(5, 3)),
+    "index_add_": (
+        lambda x, i, v: _written(x, lambda y: y.index_add_(0, i, v)),
+        real(4, 3),
+        below(4, 5),
+        real(5, 3),
+    ),
     "index_add scalar": (lambda x, i, v: x.index_add(0, i, v), real(4), below(4, 1), real(1)),
     "index_add of scalar": (lambda x, i, v: x.index_add(0, i, v), real(), below(1, 1), real()),
-    "index_add_ of scalar": (lambda x, i, v: _written(x, lambda y: y.index_add_(0, i, v)), real(), below(1, 1), real()),
+    "index_add_ of scalar": (
+        lambda x, i, v: _written(x, lambda y: y.index_add_(0, i, v)),
+        real(),
+        below(1, 1),
+        real(),
+    ),
     "index_copy of scalar": (lambda x, i, v: x.index_copy(0, i, v), real(), below(1, 1), real()),
     "index_copy": (lambda x, i, v: x.index_copy(0, i, v), real(4, 3), distinct(4, 2), real(2, 3)),
-    "index_copy_": (lambda x, i, v: _written(x, lambda y: y.index_copy_(1, i, v)), real(4, 3), distinct(3, 2), real(4, 2)),
+    "index_copy_": (
+        lambda x, i, v: _written(x, lambda y: y.index_copy_(1, i, v)),
+        real(4, 3),
+        distinct(3, 2),
+        real(4, 2),
+    ),
     "index_fill": (lambda x, i: x.detach().index_fill(1, i, 2.0), real(4, 3), below(3, 2, low=-3)),
-    "index_fill tensor": (lambda x, v: x.index_fill(1, torch.tensor([0, 2]), v), real(4, 3), real()),
-    "index_fill tensors": (lambda x, i, v: x.detach().index_fill(1, i, v.detach()), real(4, 3), below(3, 2, low=-3), real()),
-    "index_fill row": (lambda x, i, v: x.detach().index_fill(0, i, v.detach()), real(3), below(3), real()),
-    "index_fill scalar": (lambda x, i, v: x.detach().index_fill(0, i, v.detach()), real(), below(1), real()),
-    "index_fill_": (lambda x, i: _written(x, lambda y: y.index_fill_(0, i, 2.0)), real(4, 3), below(4, 2)),
-    "index_fill_ tensor": (lambda x, v: _written(x, lambda y: y.index_fill_(0, torch.tensor([0, 2]), v)), real(4, 3), real()),
+    "index_fill tensor": (
+        lambda x, v: x.index_fill(1, torch.tensor([0, 2]), v),
+        real(4, 3),
+        real(),
+    ),
+    "index_fill tensors": (
+        lambda x, i, v: x.detach().index_fill(1, i, v.detach()),
+        real(4, 3),
+        below(3, 2, low=-3),
+        real(),
+    ),
+    "index_fill row": (
+        lambda x, i, v: x.detach().index_fill(0, i, v.detach()),
+        real(3),
+        below(3),
+        real(),
+    ),
+    "index_fill scalar": (
+        lambda x, i, v: x.detach().index_fill(0, i, v.detach()),
+        real(),
+        below(1),
+        real(),
+    ),
+    "index_fill_": (
+        lambda x, i: _written(x, lambda y: y.index_fill_(0, i, 2.0)),
+        real(4, 3),
+        below(4, 2),
+    ),
+    "index_fill_ tensor": (
+        lambda x, v: _written(x, lambda y: y.index_fill_(0, torch.tensor([0, 2]), v)),
+        real(4, 3),
+        real(),
+    ),
 }
 
 
@@ -145,14 +279,30 @@ def test_dtypes(dtype):
     """Dtypes other than float64."""
     check(lambda x, i: x[i], real(4, 3, dtype=dtype), below(4, 2), gradient=False)
     check(lambda x, i: x.gather(0, i), real(4, 3, dtype=dtype), below(4, 2, 3), gradient=False)
-    check(lambda x, i, v: torch.index_put(x, (i,), v), real(4, 3, dtype=dtype), distinct(4, 2), real(2, 3, dtype=dtype), gradient=False)
-    check(lambda x, i, v: x.index_copy(0, i, v), real(4, 3, dtype=dtype), distinct(4, 2), real(2, 3, dtype=dtype), gradient=False)
+    check(
+        lambda x, i, v: torch.index_put(x, (i,), v),
+        real(4, 3, dtype=dtype),
+        distinct(4, 2),
+        real(2, 3, dtype=dtype),
+        gradient=False,
+    )
+    check(
+        lambda x, i, v: x.index_copy(0, i, v),
+        real(4, 3, dtype=dtype),
+        distinct(4, 2),
+        real(2, 3, dtype=dtype),
+        gradient=False,
+    )
 
 
 @pytest.mark.parametrize("bad", [4, -1])
 def test_a_bad_index_never_reads_another_sample(bad):
     """An index that its sample does not have raises, as in the loop."""
     x, i = torch.randn(3, 4, 2), torch.tensor([[0], [bad], [1]])
-    for func in (lambda x, i: x.index_select(0, i), lambda x, i: torch.gather(x[:, 0], 0, i), lambda x, i: x.index_add(0, i, x[:1])):
+    for func in (
+        lambda x, i: x.index_select(0, i),
+        lambda x, i: torch.gather(x[:, 0], 0, i),
+        lambda x, i: x.index_add(0, i, x[:1]),
+    ):
         with pytest.raises((IndexError, RuntimeError)):
             shardmap.vmap(func)(x, i)

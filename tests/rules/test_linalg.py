@@ -35,12 +35,28 @@ ONE = {
 TWO = {
     "solve": (lambda x, y: linalg.solve(spd(x), y), real(3, 3), real(3, 2)),
     "solve a vector": (lambda x, y: linalg.solve(spd(x), y), real(3, 3), real(3)),
-    "solve from the right": (lambda x, y: linalg.solve(spd(x), y, left=False), real(3, 3), real(2, 3)),
+    "solve from the right": (
+        lambda x, y: linalg.solve(spd(x), y, left=False),
+        real(3, 3),
+        real(2, 3),
+    ),
     "solve stacks": (lambda x, y: linalg.solve(spd(x), y), real(2, 3, 3), real(2, 3, 1)),
     "solve a stack of vectors": (lambda x, y: linalg.solve(spd(x), y), real(2, 3, 3), real(2, 3)),
-    "solve_triangular": (lambda x, y: linalg.solve_triangular(spd(x), y, upper=True), real(3, 3), real(3, 2)),
-    "solve_triangular broadcast": (lambda x, y: linalg.solve_triangular(spd(x), y, upper=False), real(3, 3), real(2, 3, 2)),
-    "cholesky_solve": (lambda x, y: torch.cholesky_solve(y, linalg.cholesky(spd(x))), real(3, 3), real(3, 2)),
+    "solve_triangular": (
+        lambda x, y: linalg.solve_triangular(spd(x), y, upper=True),
+        real(3, 3),
+        real(3, 2),
+    ),
+    "solve_triangular broadcast": (
+        lambda x, y: linalg.solve_triangular(spd(x), y, upper=False),
+        real(3, 3),
+        real(2, 3, 2),
+    ),
+    "cholesky_solve": (
+        lambda x, y: torch.cholesky_solve(y, linalg.cholesky(spd(x))),
+        real(3, 3),
+        real(3, 2),
+    ),
 }
 
 

@@ -1,4 +1,7 @@
-"""The elementwise losses against the loop: reductions over a sample only, forward and the recorded backward."""
+"""The elementwise losses against the loop.
+
+Reductions over a sample only, forward and the recorded backward.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,18 @@ def test_losses(name: str, reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_weights(reduction: str) -> None:
     """Weights that samples share, and weights of each sample."""
-    check(lambda x, y, w: F.binary_cross_entropy(x, y, w, reduction=reduction), unit(2, 3), unit(2, 3), unit(3), sizes=(2,), gradient=False)
     check(
-        lambda x, y, w: F.binary_cross_entropy_with_logits(x, y, pos_weight=w, weight=w + 1, reduction=reduction),
+        lambda x, y, w: F.binary_cross_entropy(x, y, w, reduction=reduction),
+        unit(2, 3),
+        unit(2, 3),
+        unit(3),
+        sizes=(2,),
+        gradient=False,
+    )
+    check(
+        lambda x, y, w: F.binary_cross_entropy_with_logits(
+            x, y, pos_weight=w, weight=w + 1, reduction=reduction
+        ),
         unit(2, 3),
         unit(2, 3),
         unit(3),

@@ -19,13 +19,21 @@ PAIRS = {
     "mm nothing": (torch.mm, real(2, 0), real(0, 4)),
     "mm no rows": (torch.mm, real(0, 3), real(3, 4)),
     "mm transposed": (lambda x, y: x.t() @ y.t(), real(3, 2), real(4, 3)),
-    "mm of vectors' views": (lambda x, y: (x.unsqueeze(0).t() @ y.unsqueeze(0)).t(), real(3), real(4)),
+    "mm of vectors' views": (
+        lambda x, y: (x.unsqueeze(0).t() @ y.unsqueeze(0)).t(),
+        real(3),
+        real(4),
+    ),
     "vector, matrix": (torch.matmul, real(3), real(3, 4)),
     "matrix, vector": (torch.matmul, real(2, 3), real(3)),
     "three by two": (torch.matmul, real(2, 5, 3), real(3, 4)),
     "two by three": (torch.matmul, real(2, 3), real(5, 3, 4)),
     "four by four": (torch.matmul, real(2, 1, 5, 3), real(1, 2, 3, 4)),
-    "transposed view": (lambda x, y: x.transpose(0, 1).reshape(10, 3) @ y, real(2, 5, 3), real(3, 4)),
+    "transposed view": (
+        lambda x, y: x.transpose(0, 1).reshape(10, 3) @ y,
+        real(2, 5, 3),
+        real(3, 4),
+    ),
     "bmm": (torch.bmm, real(2, 5, 3), real(2, 3, 4)),
     "bmm nothing": (torch.bmm, real(0, 5, 3), real(0, 3, 4)),
     "bmm no inner": (torch.bmm, real(2, 5, 0), real(2, 0, 4)),
@@ -45,18 +53,53 @@ SUMS = {
     "addmm one row": (torch.addmm, real(4), real(1, 3), real(3, 4)),
     "addmm column": (torch.addmm, real(2, 1), real(2, 3), real(3, 4)),
     "addmm scalar": (torch.addmm, real(), real(1, 3), real(3, 4)),
-    "addmm weighted": (lambda c, x, y: torch.addmm(c, x, y, beta=0.5, alpha=2), real(4), real(2, 3), real(3, 4)),
-    "addmm one row weighted": (lambda c, x, y: torch.addmm(c, x, y, beta=0.5, alpha=2), real(1), real(1, 3), real(3, 4)),
-    "linear": (lambda c, x, w: torch.nn.functional.linear(x, w, c), real(4), real(2, 5, 3), real(4, 3)),
-    "linear of a vector": (lambda c, x, w: torch.nn.functional.linear(x, w, c), real(4), real(3), real(4, 3)),
-    "addmv": (lambda c, x, y: torch.addmv(c, x, y, beta=0.5, alpha=2), real(2), real(2, 3), real(3)),
+    "addmm weighted": (
+        lambda c, x, y: torch.addmm(c, x, y, beta=0.5, alpha=2),
+        real(4),
+        real(2, 3),
+        real(3, 4),
+    ),
+    "addmm one row weighted": (
+        lambda c, x, y: torch.addmm(c, x, y, beta=0.5, alpha=2),
+        real(1),
+        real(1, 3),
+        real(3, 4),
+    ),
+    "linear": (
+        lambda c, x, w: torch.nn.functional.linear(x, w, c),
+        real(4),
+        real(2, 5, 3),
+        real(4, 3),
+    ),
+    "linear of a vector": (
+        lambda c, x, w: torch.nn.functional.linear(x, w, c),
+        real(4),
+        real(3),
+        real(4, 3),
+    ),
+    "addmv": (
+        lambda c, x, y: torch.addmv(c, x, y, beta=0.5, alpha=2),
+        real(2),
+        real(2, 3),
+        real(3),
+    ),
     "addmv scalar": (torch.addmv, real(), real(2, 3), real(3)),
     "addmv one": (torch.addmv, real(1), real(2, 3), real(3)),
     "addr": (lambda c, x, y: torch.addr(c, x, y, beta=0.5, alpha=2), real(2, 3), real(2), real(3)),
     "addr vector": (torch.addr, real(3), real(2), real(3)),
-    "baddbmm": (lambda c, x, y: torch.baddbmm(c, x, y, beta=0.5, alpha=2), real(2, 5, 4), real(2, 5, 3), real(2, 3, 4)),
+    "baddbmm": (
+        lambda c, x, y: torch.baddbmm(c, x, y, beta=0.5, alpha=2),
+        real(2, 5, 4),
+        real(2, 5, 3),
+        real(2, 3, 4),
+    ),
     "baddbmm vector": (torch.baddbmm, real(4), real(2, 5, 3), real(2, 3, 4)),
-    "addbmm": (lambda c, x, y: torch.addbmm(c, x, y, beta=0.5, alpha=2), real(5, 4), real(2, 5, 3), real(2, 3, 4)),
+    "addbmm": (
+        lambda c, x, y: torch.addbmm(c, x, y, beta=0.5, alpha=2),
+        real(5, 4),
+        real(2, 5, 3),
+        real(2, 3, 4),
+    ),
 }
 
 
@@ -77,9 +120,13 @@ def test_zero_beta_drops_nan(beta):
     nan = torch.full((3, 4), float("nan"))
     x, y, w = torch.randn(3, 2, 5), torch.randn(3, 5, 4), torch.randn(5, 4)
     for right, d in ((y, 0), (w, None)):
-        got = shardmap.vmap(lambda c, a, b: torch.addmm(c, a, b, beta=beta), (0, 0, d))(nan, x, right)
+        got = shardmap.vmap(lambda c, a, b: torch.addmm(c, a, b, beta=beta), (0, 0, d))(
+            nan, x, right
+        )
         torch.testing.assert_close(got, x @ right)
-        got = shardmap.vmap(lambda c, a, b: torch.addmm(c, a, b, beta=beta), (None, 0, d))(nan[0], x, right)
+        got = shardmap.vmap(lambda c, a, b: torch.addmm(c, a, b, beta=beta), (None, 0, d))(
+            nan[0], x, right
+        )
         torch.testing.assert_close(got, x @ right)
 
 
@@ -105,7 +152,12 @@ def test_dtypes(dtype):
         for dims in ((0, 0), (0, None), (None, 0)):
             args = [make(3, *s) if d == 0 else make(*s) for s, d in zip(shapes, dims, strict=True)]
             got = shardmap.vmap(function, dims)(*args)
-            want = torch.stack([function(*[a[i] if d == 0 else a for a, d in zip(args, dims, strict=True)]) for i in range(3)])
+            want = torch.stack(
+                [
+                    function(*[a[i] if d == 0 else a for a, d in zip(args, dims, strict=True)])
+                    for i in range(3)
+                ]
+            )
             assert got.dtype == want.dtype
             torch.testing.assert_close(got, want)
 
@@ -117,7 +169,9 @@ def test_second_derivatives():
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     c = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda *a: shardmap.vmap(function, (0, None, None))(*a), (x, w, c))
+    assert torch.autograd.gradgradcheck(
+        lambda *a: shardmap.vmap(function, (0, None, None))(*a), (x, w, c)
+    )
 
 
 def test_views_around_products_cost_nothing(monkeypatch):
@@ -131,14 +185,22 @@ def test_views_around_products_cost_nothing(monkeypatch):
     x = torch.randn(3, 4)
     engine._cache.clear()
     made = []
-    monkeypatch.setattr(engine, "generate", lambda batched, grad: made.append(batched) or generate(batched, grad))
+    monkeypatch.setattr(
+        engine, "generate", lambda batched, grad: made.append(batched) or generate(batched, grad)
+    )
     got = shardmap.vmap(gradient)(x)
     want = [torch.stack(column) for column in zip(*map(gradient, x), strict=True)]
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
     (batched,) = made
-    views = [c for c in batched.chunk if any(n in str(c.target) for n in ("view", "squeeze", "transpose", "permute"))]
-    assert len(views) <= 2 * len(weights) + 1, "a weight's gradient takes a column and a row; nothing else is left"
+    views = [
+        c
+        for c in batched.chunk
+        if any(n in str(c.target) for n in ("view", "squeeze", "transpose", "permute"))
+    ]
+    assert len(views) <= 2 * len(weights) + 1, (
+        "a weight's gradient takes a column and a row; nothing else is left"
+    )
 
 
 def test_factors_written_after_their_outer_product():

@@ -25,8 +25,15 @@ def test_targets(shape, reduction):
     """Rows, single ones, and images; targets that are ignored."""
     classes = (5,) if not shape else (shape[0], 5, *shape[1:])
     options = {"reduction": reduction, "ignore_index": 2}
-    check(lambda x, t: F.cross_entropy(x, t, **options), real(*classes), below(5, *shape), sizes=(3,))
-    check(_gradient(lambda x, t: F.nll_loss(x, t, **options)), real(*classes), below(5, *shape), gradient=False)
+    check(
+        lambda x, t: F.cross_entropy(x, t, **options), real(*classes), below(5, *shape), sizes=(3,)
+    )
+    check(
+        _gradient(lambda x, t: F.nll_loss(x, t, **options)),
+        real(*classes),
+        below(5, *shape),
+        gradient=False,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -44,7 +51,12 @@ def test_weights(shape, reduction):
 
 def test_smoothing_and_single_precision():
     """The other parts of cross-entropy, in the dtype of most nets."""
-    check(lambda x, t: F.cross_entropy(x, t, label_smoothing=0.1), real(3, 4, dtype=torch.float32), below(4, 3), tolerance=1e-5)
+    check(
+        lambda x, t: F.cross_entropy(x, t, label_smoothing=0.1),
+        real(3, 4, dtype=torch.float32),
+        below(4, 3),
+        tolerance=1e-5,
+    )
 
 
 def test_twice():
@@ -61,11 +73,36 @@ def test_twice():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_margins(reduction):
     """Margin losses."""
-    check(_gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)), real(3, 4), below(4, 3), gradient=False)
-    check(_gradient(lambda x, t: F.multi_margin_loss(x, t, p=2, reduction=reduction)), real(4), below(4), gradient=False)
-    check(_gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)), real(3, 4), below(4, 3, 4, low=-1), gradient=False)
-    check(_gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)), real(), below(1), gradient=False)
-    check(_gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)), real(), below(1), gradient=False)
+    check(
+        _gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)),
+        real(3, 4),
+        below(4, 3),
+        gradient=False,
+    )
+    check(
+        _gradient(lambda x, t: F.multi_margin_loss(x, t, p=2, reduction=reduction)),
+        real(4),
+        below(4),
+        gradient=False,
+    )
+    check(
+        _gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)),
+        real(3, 4),
+        below(4, 3, 4, low=-1),
+        gradient=False,
+    )
+    check(
+        _gradient(lambda x, t: F.multi_margin_loss(x, t, reduction=reduction)),
+        real(),
+        below(1),
+        gradient=False,
+    )
+    check(
+        _gradient(lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction)),
+        real(),
+        below(1),
+        gradient=False,
+    )
 
 
 def test_a_target_that_is_no_class():

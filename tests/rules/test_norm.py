@@ -9,22 +9,55 @@ import torch.nn.functional as F
 from tests.rules.against_loop import check, real
 from tests.rules.test_conv import gradients
 
-MEAN, VAR = torch.tensor([0.5, -0.5, 0.0, 1.0]).double(), torch.tensor([1.0, 2.0, 0.5, 1.0]).double()
+MEAN, VAR = (
+    torch.tensor([0.5, -0.5, 0.0, 1.0]).double(),
+    torch.tensor([1.0, 2.0, 0.5, 1.0]).double(),
+)
 
 CASES = {
     "layer": (lambda x, w, c: F.layer_norm(x, (4,), w, c), real(3, 4), real(4), real(4)),
     "layer row": (lambda x, w, c: F.layer_norm(x, (4,), w, c), real(4), real(4), real(4)),
-    "layer 2": (lambda x, w, c: F.layer_norm(x, (2, 4), w, c), real(3, 2, 2, 4), real(2, 4), real(2, 4)),
+    "layer 2": (
+        lambda x, w, c: F.layer_norm(x, (2, 4), w, c),
+        real(3, 2, 2, 4),
+        real(2, 4),
+        real(2, 4),
+    ),
     "layer plain": (lambda x: F.layer_norm(x, (4,)), real(3, 4)),
     "group": (lambda x, w, c: F.group_norm(x, 2, w, c), real(2, 4, 3, 2), real(4), real(4)),
     "group 1": (lambda x, w, c: F.group_norm(x, 2, w, c), real(1, 4, 3), real(4), real(4)),
     "group plain": (lambda x: F.group_norm(x, 4), real(1, 4, 3)),
-    "batch eval": (lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c), real(2, 4, 3), real(4), real(4)),
-    "batch eval row": (lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c), real(2, 4), real(4), real(4)),
-    "batch eval images": (lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c), real(1, 4, 3, 3), real(4), real(4)),
+    "batch eval": (
+        lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c),
+        real(2, 4, 3),
+        real(4),
+        real(4),
+    ),
+    "batch eval row": (
+        lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c),
+        real(2, 4),
+        real(4),
+        real(4),
+    ),
+    "batch eval images": (
+        lambda x, w, c: F.batch_norm(x, MEAN, VAR, w, c),
+        real(1, 4, 3, 3),
+        real(4),
+        real(4),
+    ),
     "batch eval plain": (lambda x: F.batch_norm(x, MEAN, VAR), real(2, 4, 3)),
-    "batch own": (lambda x, w, c: F.batch_norm(x, None, None, w, c, True), real(3, 4, 3), real(4), real(4)),
-    "instance": (lambda x, w, c: F.instance_norm(x, None, None, w, c), real(2, 4, 5), real(4), real(4)),
+    "batch own": (
+        lambda x, w, c: F.batch_norm(x, None, None, w, c, True),
+        real(3, 4, 3),
+        real(4),
+        real(4),
+    ),
+    "instance": (
+        lambda x, w, c: F.instance_norm(x, None, None, w, c),
+        real(2, 4, 5),
+        real(4),
+        real(4),
+    ),
     "instance plain": (lambda x: F.instance_norm(x), real(2, 4, 5)),
     "rms": (lambda x, w: F.rms_norm(x, (4,), w), real(3, 4), real(4)),
     "local response": (lambda x: F.local_response_norm(x, 2), real(1, 4, 3, 3)),
@@ -37,15 +70,23 @@ CASES = {
 def test_forward_and_backward(name):
     """Each choice of mapped input, weight and bias."""
     func, *makers = CASES[name]
-    # PyTorch 2.13 reads a strided weight as if it were contiguous in the backward of this one (its samples' loop is wrong, not the map).
+    # PyTorch 2.13 reads a strided weight as if it were contiguous in the backward of this one (its
+    # samples' loop is wrong, not the map).
     check(gradients(func), *makers, gradient=False, sizes=(3,), strided=name != "batch eval row")
     check(func, *makers, sizes=(2, 1), strided=False)
 
 
 def test_mapped_statistics():
     """Running statistics that differ by sample."""
-    check(gradients(lambda x, w: F.batch_norm(x, MEAN, VAR, w)), real(2, 4, 3), real(4), gradient=False)
-    check(lambda x, m, v: F.batch_norm(x, m, v.exp()), real(2, 4, 3), real(4), real(4), gradient=False)
+    check(
+        gradients(lambda x, w: F.batch_norm(x, MEAN, VAR, w)),
+        real(2, 4, 3),
+        real(4),
+        gradient=False,
+    )
+    check(
+        lambda x, m, v: F.batch_norm(x, m, v.exp()), real(2, 4, 3), real(4), real(4), gradient=False
+    )
 
 
 @pytest.mark.parametrize("name", ["layer", "group", "instance", "batch eval"])

@@ -1,4 +1,7 @@
-"""The pointwise family against the loop: every operator of the table, promotion, broadcasting, in-place forms, layouts."""
+"""The pointwise family against the loop.
+
+Every operator of the table, promotion, broadcasting, in-place forms, layouts.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return 0.2 + 0.6 * torch.rand(shape, dtype=torch.float64).to(dtype)
 
 
-def arguments(op: Any, shapes: list[tuple[int, ...]]) -> tuple[list[Any], dict[str, Any], list[int]]:
+def arguments(
+    op: Any, shapes: list[tuple[int, ...]]
+) -> tuple[list[Any], dict[str, Any], list[int]]:
     """Arguments of `op` with tensors of these shapes in turn, and the positions of the tensors."""
     name = op._schema.name.partition("::")[2]
     dtype = torch.int64 if name in INTEGERS else torch.float64
@@ -43,7 +48,9 @@ def arguments(op: Any, shapes: list[tuple[int, ...]]) -> tuple[list[Any], dict[s
     for a in op._schema.arguments:
         kind = str(a.type)
         if kind in ("Tensor", "Optional[Tensor]"):
-            value: Any = numbers(shapes[len(tensors) % len(shapes)], torch.bool if a.name == "mask" else dtype)
+            value: Any = numbers(
+                shapes[len(tensors) % len(shapes)], torch.bool if a.name == "mask" else dtype
+            )
             tensors.append(len(args))
         elif a.name in ("rounding_mode",):
             value = "floor"
@@ -62,7 +69,14 @@ def arguments(op: Any, shapes: list[tuple[int, ...]]) -> tuple[list[Any], dict[s
     return args, named, tensors
 
 
-def compare(op: Any, args: list[Any], named: dict[str, Any], tensors: list[int], chosen: tuple[int, ...], size: int) -> None:
+def compare(
+    op: Any,
+    args: list[Any],
+    named: dict[str, Any],
+    tensors: list[int],
+    chosen: tuple[int, ...],
+    size: int,
+) -> None:
     """The operator mapped over the chosen tensors, against the loop."""
     batches = {i: torch.stack([_shuffled(args[i], k) for k in range(size)]) for i in chosen}
     in_place = op._schema.is_mutable
@@ -92,7 +106,13 @@ def _shuffled(t: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "op", [op for op, entry in registry._rules.items() if entry.rule in (pointwise.pointwise, pointwise.unpromoted)], ids=str
+    "op",
+    [
+        op
+        for op, entry in registry._rules.items()
+        if entry.rule in (pointwise.pointwise, pointwise.unpromoted)
+    ],
+    ids=str,
 )
 def test_every_operator(op: Any) -> None:
     """Each choice of mapped operands, equal ranks."""
@@ -105,16 +125,29 @@ def test_every_operator(op: Any) -> None:
 
 
 BINARY = "add.Tensor sub.Tensor mul.Tensor div.Tensor atan2 maximum lt.Tensor eq.Tensor pow.Tensor_Tensor logical_and where.self"
-DTYPES = [torch.bool, torch.int8, torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64]
+DTYPES = [
+    torch.bool,
+    torch.int8,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+]
 
 
 @pytest.mark.parametrize("name", BINARY.split())
 def test_promotion(name: str) -> None:
-    """Operands without dimensions take part in promotion as the sample's did: all dtypes, all choices of mapped operands."""
+    """Operands without dimensions take part in promotion as the sample's did.
+
+    All dtypes, all choices of mapped operands.
+    """
     (op,) = registry.overloads(name)
     compared = 0
     condition = torch.tensor([True, False, True])
-    for left, right, shapes in itertools.product(DTYPES, DTYPES, [((), (3,)), ((3,), ()), ((), ())]):
+    for left, right, shapes in itertools.product(
+        DTYPES, DTYPES, [((), (3,)), ((3,), ()), ((), ())]
+    ):
         torch.manual_seed(0)
         args = [(100 * torch.rand(s)).to(d) for s, d in zip(shapes, (left, right), strict=True)]
         full = (lambda a, b: op(condition, a, b)) if name == "where.self" else op
@@ -123,20 +156,33 @@ def test_promotion(name: str) -> None:
         except RuntimeError:
             continue
         for mapped in ((0,), (1,), (0, 1)):
-            rows = [(100 * torch.rand(2, *a.shape)).to(a.dtype) if i in mapped else a for i, a in enumerate(args)]
+            rows = [
+                (100 * torch.rand(2, *a.shape)).to(a.dtype) if i in mapped else a
+                for i, a in enumerate(args)
+            ]
             dims = tuple(0 if i in mapped else None for i in range(2))
-            want = torch.stack([full(*[r[k] if i in mapped else r for i, r in enumerate(rows)]) for k in range(2)])
+            want = torch.stack(
+                [full(*[r[k] if i in mapped else r for i, r in enumerate(rows)]) for k in range(2)]
+            )
             got = shardmap.vmap(full, dims)(*rows)
-            torch.testing.assert_close(got, want, equal_nan=True, msg=lambda m: f"{left} {right} {shapes} {mapped}: {m}")  # noqa: B023 - used at once
+            torch.testing.assert_close(
+                got, want, equal_nan=True, msg=lambda m: f"{left} {right} {shapes} {mapped}: {m}"
+            )  # noqa: B023 - used at once
             compared += 1
     assert compared > 100, "the operator is defined for most pairs of dtypes"
 
 
-@pytest.mark.parametrize(("left", "right"), [(torch.float32, torch.float64), (torch.int8, torch.int64), (torch.bool, torch.bool)])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [(torch.float32, torch.float64), (torch.int8, torch.int64), (torch.bool, torch.bool)],
+)
 @pytest.mark.parametrize("name", ["add_", "mul_", "clamp_min_", "eq_", "logical_or_"])
 def test_promotion_in_place(name: str, left: torch.dtype, right: torch.dtype) -> None:
     """A tensor without dimensions is written to, in the dtype that both promote to, whichever of them differ by sample."""
-    x, y = torch.tensor([1.3, 7.9, -3.0]).to(left), torch.tensor([300.7, 1.1, 2.0], dtype=torch.float64).to(right)
+    x, y = (
+        torch.tensor([1.3, 7.9, -3.0]).to(left),
+        torch.tensor([300.7, 1.1, 2.0], dtype=torch.float64).to(right),
+    )
     for mapped in ((0,), (1,), (0, 1)):
         args = [t if i in mapped else t[0] for i, t in enumerate((x, y))]
 
@@ -146,7 +192,9 @@ def test_promotion_in_place(name: str, left: torch.dtype, right: torch.dtype) ->
             return out
 
         try:
-            want = torch.stack([write(*[a[k] if i in mapped else a for i, a in enumerate(args)]) for k in range(3)])
+            want = torch.stack(
+                [write(*[a[k] if i in mapped else a for i, a in enumerate(args)]) for k in range(3)]
+            )
         except (RuntimeError, NotImplementedError) as refusal:
             with pytest.raises(type(refusal)):  # what the loop refuses has no result to make up
                 shardmap.vmap(write, tuple(0 if i in mapped else None for i in range(2)))(*args)
@@ -176,7 +224,11 @@ CASES = {
     "masked_fill": (lambda x, v: x.masked_fill(x > 0, v), real(2, 3), real()),
     "masked_fill_number": (lambda x, y: x.masked_fill(y > 0, -1.0), real(3), real(2, 3)),
     "masked_fill_": (lambda x, v: (x * 1).masked_fill_(x > 0, v), real(2, 3), real()),
-    "in_place": (lambda x, y: (x * 1).add_(y, alpha=3).mul_(y).clamp_(-1, 1).exp_(), real(2, 3), real(3)),
+    "in_place": (
+        lambda x, y: (x * 1).add_(y, alpha=3).mul_(y).clamp_(-1, 1).exp_(),
+        real(2, 3),
+        real(3),
+    ),
     "in_place_view": (lambda x, y: _write_a_row(x, y), real(2, 3), real(3)),
     "fill_": (lambda x, y: _fill_a_row(x, y), real(2, 3), real()),
     "unmapped_target": (lambda x: _fill_a_row(torch.zeros(2, 3, dtype=torch.float64), x), real()),
@@ -187,7 +239,9 @@ CASES = {
     "celu": (lambda x: torch.celu(x, 2.0), real(2, 3)),
     "gelu_tanh": (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), real(2, 3)),
     "inner_gradient": (
-        lambda x, y: torch.autograd.grad((x.requires_grad_().tanh() * y).sin().sum(), x, create_graph=True)[0],
+        lambda x, y: torch.autograd.grad(
+            (x.requires_grad_().tanh() * y).sin().sum(), x, create_graph=True
+        )[0],
         real(2, 3),
         real(3),
     ),
@@ -221,12 +275,17 @@ def test_activations(name: str) -> None:
     """Forward, and the backward that is recorded inside the function, with the cotangent mapped or not."""
     function = getattr(torch.nn.functional, name)
     check(
-        lambda x, g: torch.autograd.grad(function(x.requires_grad_() if x.is_leaf else x), x, g)[0], real(2, 3), real(2, 3), gradient=False
+        lambda x, g: torch.autograd.grad(function(x.requires_grad_() if x.is_leaf else x), x, g)[0],
+        real(2, 3),
+        real(2, 3),
+        gradient=False,
     )
     check(function, real(2, 3), gradient=True)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.preserve_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.preserve_format, torch.channels_last]
+)
 def test_copies_have_the_strides_of_the_sample(memory_format: torch.memory_format) -> None:
     """A view recorded after the copy depends on them."""
 

@@ -26,12 +26,18 @@ CASES = {
     "adaptive max 1": (lambda x: F.adaptive_max_pool1d(x, 4), LINE),
     "adaptive max 2": (lambda x: F.adaptive_max_pool2d(x, (4, 5)), IMAGE),
     "adaptive max 3": (lambda x: F.adaptive_max_pool3d(x, 3), VOLUME),
-    "fractional": (lambda x: F.fractional_max_pool2d(x, 2, output_size=3, _random_samples=SAMPLES), IMAGE),
+    "fractional": (
+        lambda x: F.fractional_max_pool2d(x, 2, output_size=3, _random_samples=SAMPLES),
+        IMAGE,
+    ),
     "nearest 1": (lambda x: F.interpolate(x, scale_factor=2), LINE),
     "linear 1": (lambda x: F.interpolate(x, size=9, mode="linear"), LINE),
     "nearest 2": (lambda x: F.interpolate(x, size=(7, 8)), IMAGE),
     "exact 2": (lambda x: F.interpolate(x, size=(7, 8), mode="nearest-exact"), IMAGE),
-    "bilinear 2": (lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear", align_corners=True), IMAGE),
+    "bilinear 2": (
+        lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear", align_corners=True),
+        IMAGE,
+    ),
     "bicubic 2": (lambda x: F.interpolate(x, size=(7, 8), mode="bicubic"), IMAGE),
     "smooth 2": (lambda x: F.interpolate(x, size=(3, 4), mode="bilinear", antialias=True), IMAGE),
     "trilinear 3": (lambda x: F.interpolate(x, size=3, mode="trilinear"), VOLUME),
@@ -47,7 +53,17 @@ CASES = {
     "unfold": (lambda x: F.unfold(x, 3, padding=1), IMAGE),
     "fold": (lambda x: F.fold(x, (3, 3), 2), (2, 8, 4)),
 }
-UNBATCHED = ("max 1", "max 2", "max 3", "average 2", "adaptive average 2", "adaptive max 2", "reflect 2", "replicate 3", "fold")
+UNBATCHED = (
+    "max 1",
+    "max 2",
+    "max 3",
+    "average 2",
+    "adaptive average 2",
+    "adaptive max 2",
+    "reflect 2",
+    "replicate 3",
+    "fold",
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,7 +75,9 @@ def test_forward_and_backward(name):
         check(gradients(func), real(*shape[1:]), gradient=False, sizes=(2,), strided=False)
 
 
-@pytest.mark.parametrize("name", ["max 2", "average 2", "bilinear 2", "adaptive average 2", "unfold"])
+@pytest.mark.parametrize(
+    "name", ["max 2", "average 2", "bilinear 2", "adaptive average 2", "unfold"]
+)
 def test_outer_gradients(name):
     """The gradient taken outside."""
     func, shape = CASES[name]
@@ -70,7 +88,9 @@ def test_channels_last():
     """Samples in channels-last layout."""
 
     def make(generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
+        return torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64).to(
+            memory_format=torch.channels_last
+        )
 
     check(gradients(lambda x: F.max_pool2d(x, 2)), make, gradient=False)
     check(gradients(lambda x: F.interpolate(x, scale_factor=2)), make, gradient=False)

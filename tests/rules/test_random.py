@@ -1,4 +1,7 @@
-"""Random draws: the same for any chunks and devices, one stream for each sample, and distributed as they should be."""
+"""Random draws.
+
+The same for any chunks and devices, one stream for each sample, and distributed as they should be.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,12 @@ def test_independent_of_the_way_it_is_computed(name: str, randomness: str) -> No
         one = func(x[0])
     assert whole.shape == (7, *one.shape)
     assert whole.dtype == one.dtype
-    ways: list[dict[str, Any]] = [{"chunk_size": 2}, {"chunk_size": 1}, {"devices": ["cpu"] * 2}, {"devices": ["cpu"] * 2, "chunk_size": 3}]
+    ways: list[dict[str, Any]] = [
+        {"chunk_size": 2},
+        {"chunk_size": 1},
+        {"devices": ["cpu"] * 2},
+        {"devices": ["cpu"] * 2, "chunk_size": 3},
+    ]
     for options in ways:
         assert torch.equal(run(x, **options), whole), options
     assert torch.equal(run(x[:4]), whole[:4])
@@ -122,14 +130,22 @@ def test_refused_unless_asked_for() -> None:
 
 def test_two_calls_draw_apart() -> None:
     """Two calls of one operator in one sample do not share numbers."""
-    out = shardmap.vmap(lambda x: torch.stack([torch.rand(4), torch.rand(4)]), randomness="different")(torch.zeros(3, 1))
+    out = shardmap.vmap(
+        lambda x: torch.stack([torch.rand(4), torch.rand(4)]), randomness="different"
+    )(torch.zeros(3, 1))
     assert not torch.equal(out[:, 0], out[:, 1])
 
 
 def test_dropout_keeps_its_gradient() -> None:
-    """Elements that are kept have gradient 1 / (1 - p), the others none; inside the function and from outside."""
+    """Elements that are kept have gradient 1 / (1 - p), the others none.
+
+    Inside the function and from outside.
+    """
     x = torch.randn(50, 8, requires_grad=True)
-    for dropout in (lambda v: torch.nn.functional.dropout(v, 0.25), lambda v: torch.ops.aten.native_dropout(v, 0.25, True)[0]):
+    for dropout in (
+        lambda v: torch.nn.functional.dropout(v, 0.25),
+        lambda v: torch.ops.aten.native_dropout(v, 0.25, True)[0],
+    ):
         out = shardmap.vmap(dropout, randomness="different")(x)
         (grad,) = torch.autograd.grad(out.sum(), x)
         torch.testing.assert_close(grad, out.detach() / x.detach(), rtol=1e-5, atol=1e-6)
@@ -143,7 +159,8 @@ def test_dropout_keeps_its_gradient() -> None:
         torch.testing.assert_close(inner, (y / x).detach(), rtol=1e-5, atol=1e-6)
 
 
-# -- distributions: one fixed seed each, bounds far in the tails -----------------------------------------------------------
+# -- distributions: one fixed seed each, bounds far in the tails
+# -----------------------------------------------------------
 
 COUNT = 40_000
 DEVICE = torch.device("cpu")
@@ -154,7 +171,9 @@ def _distance(values: torch.Tensor, cdf: Callable[[np.ndarray], np.ndarray]) -> 
     ordered = np.sort(values.double().numpy().ravel())
     expected = cdf(ordered)
     steps = np.arange(len(ordered) + 1) / len(ordered)
-    return math.sqrt(len(ordered)) * max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
+    return math.sqrt(len(ordered)) * max(
+        np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max()
+    )
 
 
 def _phi(x: np.ndarray) -> np.ndarray:
@@ -175,8 +194,13 @@ CONTINUOUS: dict[str, tuple[Any, tuple[float, ...], Callable[[np.ndarray], np.nd
 def test_continuous(name: str, dtype: torch.dtype) -> None:
     """Against the distribution function, over samples and within a sample."""
     draw, parameters, cdf = CONTINUOUS[name]
-    assert _distance(draw(draws.Stream(COUNT // 5, 0, 11, 2), [5], dtype, DEVICE, *parameters), cdf) < 2.2
-    assert _distance(draw(draws.Stream(1, 4, 11, 2), [COUNT], dtype, DEVICE, *parameters), cdf) < 2.2
+    assert (
+        _distance(draw(draws.Stream(COUNT // 5, 0, 11, 2), [5], dtype, DEVICE, *parameters), cdf)
+        < 2.2
+    )
+    assert (
+        _distance(draw(draws.Stream(1, 4, 11, 2), [COUNT], dtype, DEVICE, *parameters), cdf) < 2.2
+    )
 
 
 def test_normal_numbers_are_independent() -> None:
@@ -196,7 +220,9 @@ def test_discrete() -> None:
         return abs(float(frequency) - p) < 5 * math.sqrt(p * (1 - p) / COUNT)
 
     for p in (0.0001, 0.25, 0.9999):
-        assert near(draws.bernoulli(draws.Stream(COUNT, 0, 1, 1), [1], torch.float64, DEVICE, p).mean(), p)
+        assert near(
+            draws.bernoulli(draws.Stream(COUNT, 0, 1, 1), [1], torch.float64, DEVICE, p).mean(), p
+        )
     integers = draws.integers(draws.Stream(COUNT, 0, 2, 1), [1], torch.int64, DEVICE, -2, 3)
     assert all(near((integers == k).double().mean(), 0.2) for k in range(-2, 3))
     trials = draws.geometric(draws.Stream(COUNT, 0, 3, 1), [1], torch.float64, DEVICE, 0.3)

@@ -1,4 +1,7 @@
-"""The reduce family against the loop: dimensions, keepdim, dtypes, samples without dimensions, empty lists of dimensions."""
+"""The reduce family against the loop.
+
+Dimensions, keepdim, dtypes, samples without dimensions, empty lists of dimensions.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,12 @@ def test_dimensions(name: str) -> None:
     """Positive, negative, several and no dimensions, kept or not."""
     for d in DIMS[name]:
         for keepdim in (False, True):
-            check(_reduce(name, d, keepdim), real(2, 3, 2), sizes=(2,), gradient=d != [] and name not in ("mode", "median", "nanmedian"))
+            check(
+                _reduce(name, d, keepdim),
+                real(2, 3, 2),
+                sizes=(2,),
+                gradient=d != [] and name not in ("mode", "median", "nanmedian"),
+            )
 
 
 WITHOUT = "sum mean prod max min median nanmedian nansum argmax argmin norm var_ logsumexp_ cumsum_ softmax_ sort_ cummax_ topk_ all any"
@@ -82,14 +90,23 @@ def _written(x: torch.Tensor) -> torch.Tensor:
 CASES: dict[str, Any] = {
     "sum_dtype": (lambda x: x.sum(dtype=torch.float32), real(2, 3)),
     "sum_integers": (lambda x: (x > 0).sum(0), real(2, 3)),
-    "mean_dtype": (lambda x: (x * 10).to(torch.int64).float().mean(1, dtype=torch.float64), real(2, 3)),
+    "mean_dtype": (
+        lambda x: (x * 10).to(torch.int64).float().mean(1, dtype=torch.float64),
+        real(2, 3),
+    ),
     "prod_integers": (lambda x: (x > 0).prod(), real(2, 3)),
     "var_correction": (lambda x: torch.var(x, dim=1, correction=2), real(2, 4)),
     "var_mean": (lambda x: torch.var_mean(x, dim=(0, 1), correction=0, keepdim=True), real(2, 4)),
     "std_mean": (lambda x: torch.std_mean(x, dim=1), real(2, 4)),
     "norm_1": (lambda x: torch.linalg.vector_norm(x, 1, dim=(0, 1)), real(2, 3)),
-    "norm_inf": (lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True), real(2, 3)),
-    "norm_dtype": (lambda x: torch.linalg.vector_norm(x.float(), 2, dtype=torch.float64), real(2, 3)),
+    "norm_inf": (
+        lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True),
+        real(2, 3),
+    ),
+    "norm_dtype": (
+        lambda x: torch.linalg.vector_norm(x.float(), 2, dtype=torch.float64),
+        real(2, 3),
+    ),
     "norm_p": (lambda x: torch.norm(x, 3), real(2, 3)),
     "cumsum": (lambda x: x.cumsum(0), real(2, 3)),
     "cumsum_dtype": (lambda x: (x > 0).cumsum(-1, dtype=torch.float64) * x, real(2, 3)),
@@ -101,7 +118,10 @@ CASES: dict[str, Any] = {
     "softmax": (lambda x: x.softmax(0), real(2, 3)),
     "log_softmax": (lambda x: x.log_softmax(-1), real(2, 3)),
     "sort": (lambda x: tuple(x.sort(0)), real(4, 3)),
-    "sort_stable": (lambda x: tuple(x.round().sort(dim=0, stable=True, descending=True)), real(6, 3)),
+    "sort_stable": (
+        lambda x: tuple(x.round().sort(dim=0, stable=True, descending=True)),
+        real(6, 3),
+    ),
     "argsort": (lambda x: x.argsort(dim=-1, stable=True), real(2, 3)),
     "topk": (lambda x: tuple(x.topk(2, 0, largest=False)), real(4, 3)),
     "kthvalue": (lambda x: tuple(x.kthvalue(2, 0, keepdim=True)), real(4, 3)),
@@ -128,7 +148,10 @@ def test_cases(name: str) -> None:
 
 @pytest.mark.parametrize("log", [False, True])
 def test_softmax_backward(log: bool) -> None:
-    """The recorded backward, with only the cotangent, only the input, or both mapped; samples without dimensions too."""
+    """The recorded backward, with only the cotangent, only the input, or both mapped.
+
+    Samples without dimensions too.
+    """
     softmax = torch.log_softmax if log else torch.softmax
 
     def inner(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -141,6 +164,11 @@ def test_softmax_backward(log: bool) -> None:
 
 def test_no_dimension_of_all_and_any() -> None:
     """An empty list of dimensions: each operator means what it means for one sample."""
-    for op in (torch.ops.aten.all.dims, torch.ops.aten.any.dims, torch.ops.aten.sum.dim_IntList, torch.ops.aten.amax.default):
+    for op in (
+        torch.ops.aten.all.dims,
+        torch.ops.aten.any.dims,
+        torch.ops.aten.sum.dim_IntList,
+        torch.ops.aten.amax.default,
+    ):
         check(lambda x, op=op: op(x, []), real(2, 3), gradient=False)
         check(lambda x, op=op: op(x, [], True), real(2, 3), gradient=False)

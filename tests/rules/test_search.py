@@ -27,12 +27,25 @@ CASES = {
     "put shaped": (lambda x, i, v: x.put(i, v), real(2, 3), distinct(6, 4), real(2, 2)),
     "put_": (_put, real(2, 3), below(6, 4), real(4)),
     "masked_scatter": (lambda x, m, v: x.masked_scatter(m > 0, v), real(2, 3), real(2, 3), real(7)),
-    "masked_scatter row": (lambda x, m, v: x.masked_scatter(m > 0, v), real(2, 3), real(3), real(2, 3)),
+    "masked_scatter row": (
+        lambda x, m, v: x.masked_scatter(m > 0, v),
+        real(2, 3),
+        real(3),
+        real(2, 3),
+    ),
     "searchsorted": (torch.searchsorted, _sorted(5), real(3, 2)),
-    "searchsorted right": (lambda s, x: torch.searchsorted(s, x, right=True, out_int32=True), _sorted(5), real(3)),
+    "searchsorted right": (
+        lambda s, x: torch.searchsorted(s, x, right=True, out_int32=True),
+        _sorted(5),
+        real(3),
+    ),
     "searchsorted scalar": (torch.searchsorted, _sorted(5), real()),
     "searchsorted rows": (torch.searchsorted, _sorted(2, 5), real(2, 3)),
-    "searchsorted order": (lambda s, x: torch.searchsorted(s, x, sorter=s.argsort()), real(5), real(3)),
+    "searchsorted order": (
+        lambda s, x: torch.searchsorted(s, x, sorter=s.argsort()),
+        real(5),
+        real(3),
+    ),
     "bucketize": (torch.bucketize, real(2, 3), _sorted(4)),
     "bucketize right": (lambda x, s: torch.bucketize(x, s, right=True), real(2, 3), _sorted(4)),
 }
@@ -49,4 +62,11 @@ def test_positions(name):
 def test_distances(p):
     """Distances and their gradients."""
     check(gradients(lambda x, y: torch.cdist(x, y, p)), real(3, 4), real(2, 4), gradient=False)
-    check(gradients(lambda x, y: torch.cdist(x, y, p)), real(2, 3, 4), real(2, 2, 4), gradient=False, sizes=(2,), strided=False)
+    check(
+        gradients(lambda x, y: torch.cdist(x, y, p)),
+        real(2, 3, 4),
+        real(2, 2, 4),
+        gradient=False,
+        sizes=(2,),
+        strided=False,
+    )

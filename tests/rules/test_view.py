@@ -16,8 +16,14 @@ VIEWS = {
     "view of a scalar": (lambda x: x.view(1, 1) * 2, real()),
     "view to a scalar": (lambda x: x.clone().view(()) * 2, real(1, 1)),
     "view of nothing": (lambda x: x.clone().view(2, 0) * 2, real(0, 3)),
-    "views of views": (lambda x: x.clone().view(6).view(3, 2).view(1, 6).view(2, 3) + 1, real(2, 3)),
-    "view of a transpose": (lambda x: x.clone().transpose(0, 1).view(3, 2, 1).squeeze(-1).t() + 1, real(2, 3)),
+    "views of views": (
+        lambda x: x.clone().view(6).view(3, 2).view(1, 6).view(2, 3) + 1,
+        real(2, 3),
+    ),
+    "view of a transpose": (
+        lambda x: x.clone().transpose(0, 1).view(3, 2, 1).squeeze(-1).t() + 1,
+        real(2, 3),
+    ),
     "unsqueeze": (lambda x: x.unsqueeze(0) + x.unsqueeze(-1) + x.unsqueeze(1), real(3)),
     "unsqueeze scalar": (lambda x: x.unsqueeze(-1) * 2, real()),
     "squeeze": (lambda x: x.squeeze() * 2, real(1, 3, 1)),
@@ -32,7 +38,10 @@ VIEWS = {
     "transpose of a scalar": (lambda x: x.transpose(0, -1) * 2, real()),
     "permute": (lambda x: x.permute(2, 0, -2) * 2, real(2, 3, 4)),
     "permute and back": (lambda x: x.permute(2, 0, 1).permute(1, 2, 0) * 2, real(2, 3, 4)),
-    "ones and order": (lambda x: x.unsqueeze(1).permute(2, 1, 0).squeeze(1).unsqueeze(0).transpose(0, 2) * 2, real(2, 3)),
+    "ones and order": (
+        lambda x: x.unsqueeze(1).permute(2, 1, 0).squeeze(1).unsqueeze(0).transpose(0, 2) * 2,
+        real(2, 3),
+    ),
     "movedim": (lambda x: x.movedim(0, 2) * 2, real(2, 3, 4)),
     "expand": (lambda x: x.expand(2, 3, 4) * 2, real(3, 1)),
     "expand a scalar": (lambda x: x.expand(2, 2) * 2, real()),
@@ -89,7 +98,9 @@ SEVERAL = {
 }
 
 WRITES = {
-    "through a view": lambda x: _after(x.clone(), lambda y: y.view(6)[1:].unsqueeze(0).squeeze(0).mul_(2)),
+    "through a view": lambda x: _after(
+        x.clone(), lambda y: y.view(6)[1:].unsqueeze(0).squeeze(0).mul_(2)
+    ),
     "through a transpose": lambda x: _after(x.clone(), lambda y: y.t().t().t()[0].add_(1)),
     "to the base": lambda x: _view_of_written(x.clone()),
     "t_": lambda x: x.clone().t_() * 2,
@@ -146,10 +157,21 @@ def test_no_grad_view_of_a_value_that_requires_grad():
 
 def test_mixed_dtypes():
     x, y = torch.randn(3, 2), torch.randn(3, 2, dtype=torch.float64)
-    for function in (lambda a, b: torch.cat([a, b]), lambda a, b: torch.stack([a, b]), lambda a, b: torch.stack([a[0], b[0]])):
+    for function in (
+        lambda a, b: torch.cat([a, b]),
+        lambda a, b: torch.stack([a, b]),
+        lambda a, b: torch.stack([a[0], b[0]]),
+    ):
         for dims in ((0, 0), (0, None), (None, 0)):
-            got = shardmap.vmap(function, dims)(x if dims[0] == 0 else x[0], y if dims[1] == 0 else y[0])
-            want = torch.stack([function(x[i if dims[0] == 0 else 0], y[i if dims[1] == 0 else 0]) for i in range(3)])
+            got = shardmap.vmap(function, dims)(
+                x if dims[0] == 0 else x[0], y if dims[1] == 0 else y[0]
+            )
+            want = torch.stack(
+                [
+                    function(x[i if dims[0] == 0 else 0], y[i if dims[1] == 0 else 0])
+                    for i in range(3)
+                ]
+            )
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
 

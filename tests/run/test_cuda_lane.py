@@ -1,6 +1,9 @@
-"""The logic of the GPU's lane, with streams and events that only pretend: what is in flight, what a failing device keeps and loses.
+"""The logic of the GPU's lane, with streams and events that only pretend.
 
-Memory is the CPU's; an event happens some queries after it was recorded. What only a GPU can show is in test_gpu.py.
+What is in flight, what a failing device keeps and loses.
+
+Memory is the CPU's; an event happens some queries after it was recorded. What only a GPU can show
+is in test_gpu.py.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ class Stream:
 
 
 class Event:
-    """Happens after `LATE` queries, or when it is waited for; `broken` fails the n-th event instead."""
+    """Happens after `LATE` queries, or when it is waited for.
+
+    `broken` fails the n-th event instead.
+    """
 
     LATE = 2
     made = 0
@@ -90,10 +96,16 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"out_dims": -1}, {"reduce": "sum"}, {"reduce": (torch.maximum, None)}], ids=lambda o: "".join(o))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"out_dims": -1}, {"reduce": "sum"}, {"reduce": (torch.maximum, None)}],
+    ids=lambda o: "".join(o),
+)
 @pytest.mark.parametrize("samples", [1, 3, 13])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_chunks_in_flight_give_the_loops_result(name: str, samples: int, options: dict[str, Any], pretended: list[lanes.CudaLane]) -> None:
+def test_chunks_in_flight_give_the_loops_result(
+    name: str, samples: int, options: dict[str, Any], pretended: list[lanes.CudaLane]
+) -> None:
     x = torch.randn(samples, 3, dtype=torch.float64)
     got = shardmap.vmap(FUNCTIONS[name], chunk_size=2, devices=["cpu", "cpu"], **options)(x)
     if "reduce" in options:
@@ -101,12 +113,16 @@ def test_chunks_in_flight_give_the_loops_result(name: str, samples: int, options
         want = stacked.sum(0) if options["reduce"] == "sum" else stacked.amax(0)
         torch.testing.assert_close(got, want)
     else:
-        oracle.assert_same(got, oracle.loop(FUNCTIONS[name], out_dims=options.get("out_dims", 0))(x), name)
+        oracle.assert_same(
+            got, oracle.loop(FUNCTIONS[name], out_dims=options.get("out_dims", 0))(x), name
+        )
     assert pretended, "the pretended lanes were used"
     assert not any(lane.flights for lane in pretended)
 
 
-def test_two_chunks_are_in_flight_and_no_more(pretended: list[lanes.CudaLane], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_chunks_are_in_flight_and_no_more(
+    pretended: list[lanes.CudaLane], monkeypatch: pytest.MonkeyPatch
+) -> None:
     most, original = [0], lanes.CudaLane.submit
 
     def counted(self: lanes.CudaLane, chunk: Any) -> None:
@@ -119,8 +135,13 @@ def test_two_chunks_are_in_flight_and_no_more(pretended: list[lanes.CudaLane], m
 
 
 @pytest.mark.parametrize("broken", range(7))
-def test_a_device_that_fails_keeps_what_was_complete(broken: int, pretended: list[lanes.CudaLane], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error comes with an event, after other chunks were complete: only what was in flight is computed again, by the other device."""
+def test_a_device_that_fails_keeps_what_was_complete(
+    broken: int, pretended: list[lanes.CudaLane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes with an event, after other chunks were complete.
+
+    Only what was in flight is computed again, by the other device.
+    """
     original = local.make_lane
     computed: list[tuple[int, int]] = []
 

@@ -1,4 +1,7 @@
-"""Chunks that fail: memory that runs out, devices that die or are slow, interrupts. Results stay right, nothing is written twice."""
+"""Chunks that fail: memory that runs out, devices that die or are slow, interrupts.
+
+Results stay right, nothing is written twice.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ from tests import oracle
 SAMPLES = 13
 OUT_OF_MEMORY: tuple[Callable[[], Exception], ...] = (
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 8 bytes"
+    ),
     lambda: MemoryError(),
     lambda: MemoryError("Unable to allocate 3 GiB for an array"),
 )
@@ -83,7 +89,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
             self.device = shown
         script.computed.update(range(chunk.start, chunk.stop))
         script.by_lane[self.number] += chunk.size
-        script.made += [StorageWeakRef(t.untyped_storage()) for t in (*outs, *self.gather.whole.values()) if t is not None]
+        script.made += [
+            StorageWeakRef(t.untyped_storage())
+            for t in (*outs, *self.gather.whole.values())
+            if t is not None
+        ]
         script.late(self, chunk, number)
         return outs
 
@@ -122,7 +132,9 @@ def taking_turns(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     monkeypatch.setattr(lanes.Lane, "submit", submitted)
 
 
-def at(call: int, make: Callable[[], BaseException], lane: int | None = None) -> Callable[[Any, Chunk, int], None]:
+def at(
+    call: int, make: Callable[[], BaseException], lane: int | None = None
+) -> Callable[[Any, Chunk, int], None]:
     """Raise in the given call, or in the lane's."""
 
     def fail(there: Any, chunk: Chunk, number: int) -> None:
@@ -163,7 +175,11 @@ def function(x: torch.Tensor) -> Any:
 
 
 def same(got: Any, want: Any, what: str = "output") -> None:
-    for i, (g, w) in enumerate(zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True)):
+    for i, (g, w) in enumerate(
+        zip(
+            torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True
+        )
+    ):
         oracle.assert_same(g, w, f"{what} {i}")
 
 
@@ -183,14 +199,17 @@ def done(events: list[Any]) -> list[ChunkDone]:
     return [e for e in events if isinstance(e, ChunkDone)]
 
 
-# ---------------------------------------------------------------------------------------------- memory runs out
+# ----------------------------------------------------------------------------------------------
+# memory runs out
 
 
 @pytest.mark.parametrize("make", OUT_OF_MEMORY)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu"], ["cpu"] * 3])
 @pytest.mark.parametrize("call", range(4))
-def test_memory_runs_out_once(make: Any, late: bool, devices: Any, call: int, script: Script, events: list[Any]) -> None:
+def test_memory_runs_out_once(
+    make: Any, late: bool, devices: Any, call: int, script: Script, events: list[Any]
+) -> None:
     """At any chunk: the chunk is computed again in halves, and nothing else is."""
     setattr(script, "late" if late else "early", once_from(call, make))
     batch = batch_of(SAMPLES + 1, 3)
@@ -202,7 +221,9 @@ def test_memory_runs_out_once(make: Any, late: bool, devices: Any, call: int, sc
     twice = {i for i, count in script.computed.items() if count > 1}
     assert max(script.computed.values()) <= 2
     assert twice == ({i for e in again for i in range(e.start, e.stop)} if late else set())
-    assert sorted(i for e in done(events) for i in range(e.start, e.stop)) == list(range(SAMPLES + 1))
+    assert sorted(i for e in done(events) for i in range(e.start, e.stop)) == list(
+        range(SAMPLES + 1)
+    )
     if again:
         assert type(make()).__name__ in again[0].reason
 
@@ -210,7 +231,9 @@ def test_memory_runs_out_once(make: Any, late: bool, devices: Any, call: int, sc
 @pytest.mark.parametrize("how", ["plain", "grad", "remat", "sum", "fold", "max", "out_dims"])
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("devices", ["cpu", ["cpu"] * 3])
-def test_memory_for_few_samples_only(how: str, most: int, devices: Any, script: Script, events: list[Any]) -> None:
+def test_memory_for_few_samples_only(
+    how: str, most: int, devices: Any, script: Script, events: list[Any]
+) -> None:
     """Chunks are halved until they fit, whatever becomes of the results; gradients included."""
     script.early = larger_than(most)
     batch = batch_of(SAMPLES, 3).requires_grad_(how in ("grad", "remat"))
@@ -227,14 +250,22 @@ def test_memory_for_few_samples_only(how: str, most: int, devices: Any, script: 
         want = tuple(t.amax(0) if how == "max" else t.sum(0) for t in want)
     same(got, want)
     assert max(e.stop - e.start for e in done(events)) <= most
-    assert set(script.computed.values()) == {1}, "a chunk that failed before it computed anything is computed once"
+    assert set(script.computed.values()) == {1}, (
+        "a chunk that failed before it computed anything is computed once"
+    )
     if batch.requires_grad:
-        same(*(torch.autograd.grad(sum(t.sum() for t in out), batch) for out in (got, want)), what="gradient")
+        same(
+            *(torch.autograd.grad(sum(t.sum() for t in out), batch) for out in (got, want)),
+            what="gradient",
+        )
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_memory_runs_out_again_and_again(seed: int, script: Script) -> None:
-    """Before or after a chunk, at random, on three lanes: every sample is there, each as often as its chunks failed, and once more."""
+    """Before or after a chunk, at random, on three lanes.
+
+    Every sample is there, each as often as its chunks failed, and once more.
+    """
     draw = random.Random(seed)
     failed: collections.Counter[int] = collections.Counter()
 
@@ -246,14 +277,18 @@ def test_memory_runs_out_again_and_again(seed: int, script: Script) -> None:
     setattr(script, draw.choice(["early", "late"]), sometimes)
     late = script.late is sometimes
     batch = batch_of(101, 3)
-    got = shardmap.vmap(function, devices=["cpu"] * draw.choice([1, 3]), chunk_size=16, reduce=(None, "sum"))(batch)
+    got = shardmap.vmap(
+        function, devices=["cpu"] * draw.choice([1, 3]), chunk_size=16, reduce=(None, "sum")
+    )(batch)
     want = oracle.loop(function)(batch)
     same(got, (want[0], want[1].sum(0)))
     assert script.computed == {i: 1 + (failed[i] if late else 0) for i in range(101)}
     assert failed, "nothing went wrong"
 
 
-def test_what_fits_is_remembered_for_the_next_call(script: Script, events: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fits_is_remembered_for_the_next_call(
+    script: Script, events: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """The next call of the same program begins with chunks that fit."""
     script.early = larger_than(3)
     batch = batch_of(SAMPLES, 50_000)
@@ -287,7 +322,10 @@ def test_not_even_one_sample_fits(make: Any, devices: Any, script: Script) -> No
     with pytest.raises(errors.OutOfMemory) as caught:
         shardmap.vmap(function, devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
     text = str(caught.value)
-    assert text.startswith("shardmap.vmap(function, in_dims=0): memory ran out on cpu with a chunk of one sample (sample 5;")
+    assert text.startswith(
+        "shardmap.vmap(function, in_dims=0): memory ran out on cpu with a chunk of one sample "
+        "(sample 5;"
+    )
     assert " B" in text
     assert type(make()).__name__ in text
     assert "reduce=" in text
@@ -296,10 +334,19 @@ def test_not_even_one_sample_fits(make: Any, devices: Any, script: Script) -> No
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("mine"), RuntimeError("boom"), IndexError("index 7"), KeyError("k"), errors.MismatchError("m")]
+    "error",
+    [
+        ValueError("mine"),
+        RuntimeError("boom"),
+        IndexError("index 7"),
+        KeyError("k"),
+        errors.MismatchError("m"),
+    ],
 )
 @pytest.mark.parametrize("call", range(4))
-def test_an_error_of_the_functions_own_passes_through(error: Exception, call: int, script: Script, events: list[Any]) -> None:
+def test_an_error_of_the_functions_own_passes_through(
+    error: Exception, call: int, script: Script, events: list[Any]
+) -> None:
     """The very object, at any chunk, and nothing is tried again."""
 
     def fail() -> Exception:
@@ -313,7 +360,8 @@ def test_an_error_of_the_functions_own_passes_through(error: Exception, call: in
     assert script.calls == call + 1
 
 
-# ---------------------------------------------------------------------------------------------- written in place
+# ----------------------------------------------------------------------------------------------
+# written in place
 
 
 def writes(x: torch.Tensor) -> torch.Tensor:
@@ -324,7 +372,9 @@ def writes(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("in_dim", [0, 1])
 @pytest.mark.parametrize("call", range(4))
-def test_a_write_reaches_the_caller_once_when_memory_runs_out(late: bool, in_dim: int, call: int, script: Script) -> None:
+def test_a_write_reaches_the_caller_once_when_memory_runs_out(
+    late: bool, in_dim: int, call: int, script: Script
+) -> None:
     """Rows that a failed chunk may have written are restored before they are computed again."""
     setattr(script, "late" if late else "early", once_from(call, OUT_OF_MEMORY[0]))
     shape = (SAMPLES + 1, 3) if in_dim == 0 else (3, SAMPLES + 1)
@@ -347,11 +397,14 @@ def test_a_write_reaches_the_caller_once_when_a_device_dies(call: int, script: S
 def test_a_write_that_autograd_recorded_cannot_be_taken_back(script: Script) -> None:
     script.late = at(1, OUT_OF_MEMORY[0])
     batch = batch_of(SAMPLES, 3).requires_grad_() * 1
-    with pytest.raises(errors.OutOfMemory, match=r"shardmap.vmap\(writes, in_dims=0\).*in place.*chunk_size"):
+    with pytest.raises(
+        errors.OutOfMemory, match=r"shardmap.vmap\(writes, in_dims=0\).*in place.*chunk_size"
+    ):
         shardmap.vmap(writes, chunk_size=4)(batch)
 
 
-# ---------------------------------------------------------------------------------------------- devices that die
+# ----------------------------------------------------------------------------------------------
+# devices that die
 
 
 @pytest.mark.usefixtures("several_devices", "taking_turns")
@@ -359,7 +412,9 @@ def test_a_write_that_autograd_recorded_cannot_be_taken_back(script: Script) -> 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("lane", range(3))
 @pytest.mark.parametrize("call", range(4))
-def test_the_others_finish_when_a_device_dies(reduce: Any, late: bool, lane: int, call: int, script: Script, events: list[Any]) -> None:
+def test_the_others_finish_when_a_device_dies(
+    reduce: Any, late: bool, lane: int, call: int, script: Script, events: list[Any]
+) -> None:
     """At any chunk of any device: one warning, all results, and the device gets nothing more."""
     died: list[int] = []
 
@@ -378,7 +433,10 @@ def test_the_others_finish_when_a_device_dies(reduce: Any, late: bool, lane: int
     lost = [str(w.message) for w in caught if w.category is errors.DeviceLostWarning]
     (again,) = redone(events)
     assert len(lost) == 1
-    assert lost[0].startswith(f"shardmap.vmap(function, in_dims=0): gpu{lane} failed with samples {again.start} to {again.stop - 1}")
+    assert lost[0].startswith(
+        f"shardmap.vmap(function, in_dims=0): gpu{lane} failed with samples {again.start} to "
+        f"{again.stop - 1}"
+    )
     assert "illegal memory access" in lost[0]
     assert "\n" not in lost[0]
     twice = set(range(again.start, again.stop)) if late else set()
@@ -431,7 +489,10 @@ def test_two_devices_fail_on_the_same_samples(sample: int, chunk_size: int, scri
 def test_the_only_device_dies(devices: Any, script: Script) -> None:
     """A device that is named twice is one."""
     script.early = at(1, lambda: torch.AcceleratorError(DIES))
-    with pytest.raises(errors.DeviceLostError, match=r"shardmap.vmap\(function.*cpu failed with samples .*no other device is left"):
+    with pytest.raises(
+        errors.DeviceLostError,
+        match=r"shardmap.vmap\(function.*cpu failed with samples .*no other device is left",
+    ):
         shardmap.vmap(function, devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
 
 
@@ -439,7 +500,9 @@ def test_the_only_device_dies(devices: Any, script: Script) -> None:
 def test_gradients_lead_through_the_device_that_died(script: Script) -> None:
     script.early = at(2, lambda: torch.AcceleratorError(DIES))
     with pytest.raises(errors.DeviceLostError, match="gradients"):
-        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=4)(batch_of(SAMPLES, 3).requires_grad_())
+        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=4)(
+            batch_of(SAMPLES, 3).requires_grad_()
+        )
 
 
 @pytest.mark.usefixtures("several_devices", "taking_turns")
@@ -459,7 +522,9 @@ def test_memory_runs_out_and_devices_die(seed: int, script: Script) -> None:
     batch = batch_of(101, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.DeviceLostWarning)
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None))(batch)
+        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None))(
+            batch
+        )
     want = oracle.loop(function)(batch)
     same(got, (want[0].sum(0), want[1]))
     assert set(script.computed.values()) == {1}
@@ -481,14 +546,17 @@ def test_a_slow_device_does_less(script: Script) -> None:
     assert slow + sum(fast) == 101
 
 
-# ---------------------------------------------------------------------------------------------- interrupts
+# ----------------------------------------------------------------------------------------------
+# interrupts
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("how", ["plain", "grad", "remat", "sum", "fold"])
 @pytest.mark.parametrize("devices", ["cpu", ["cpu"] * 3])
 @pytest.mark.parametrize("call", range(4))
-def test_an_interrupt_leaves_nothing_behind(error: Any, how: str, devices: Any, call: int, script: Script) -> None:
+def test_an_interrupt_leaves_nothing_behind(
+    error: Any, how: str, devices: Any, call: int, script: Script
+) -> None:
     """No result of the call is alive, even while the traceback is held, and grad mode is as before."""
     script.early = at(call, error)
     batch = batch_of(SAMPLES, 3).requires_grad_(how in ("grad", "remat"))
@@ -522,7 +590,9 @@ def odd(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
 @pytest.mark.parametrize("how", ["plain", "whole", "grad"])
 @pytest.mark.parametrize("call", range(3))
-def test_an_interrupt_inside_a_chunk_leaves_nothing_behind(how: str, call: int, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_inside_a_chunk_leaves_nothing_behind(
+    how: str, call: int, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The chunk's intermediates die too, while the traceback is held."""
 
     def arm(lane: Any, chunk: Chunk, number: int) -> None:
@@ -571,7 +641,9 @@ def test_memory_of_a_failed_chunk_is_free_before_it_is_tried_again(script: Scrip
     assert script.calls > 2
 
 
-def test_the_device_is_made_ready_once_whatever_fails(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_made_ready_once_whatever_fails(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Captured tensors are not copied again for a chunk that is tried again."""
     copied: list[Any] = []
     original = prepare.captured_to
@@ -583,5 +655,8 @@ def test_the_device_is_made_ready_once_whatever_fails(script: Script, monkeypatc
     monkeypatch.setattr(prepare, "captured_to", counted)
     script.early = larger_than(1)
     weight, batch = batch_of(3, 3), batch_of(SAMPLES, 3)
-    same(shardmap.vmap(lambda x: weight @ x, chunk_size=8)(batch), oracle.loop(lambda x: weight @ x)(batch))
+    same(
+        shardmap.vmap(lambda x: weight @ x, chunk_size=8)(batch),
+        oracle.loop(lambda x: weight @ x)(batch),
+    )
     assert len(copied) == 1

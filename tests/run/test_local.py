@@ -1,4 +1,7 @@
-"""The local executor equals the loop, whatever the devices, the chunks and the dimensions: values, dtypes, layout and gradients."""
+"""The local executor equals the loop, whatever the devices, the chunks and the dimensions.
+
+Values, dtypes, layout and gradients.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +199,11 @@ def empty_samples(dtype: torch.dtype) -> Any:
 @st.composite
 def calls(draw: Any, gradients: bool = False) -> dict[str, Any]:
     """A call: what is mapped, over what, and how it is computed."""
-    name = draw(st.sampled_from([n for n, s in SUBJECTS.items() if not gradients or any(map(differentiates, s.dtypes))]))
+    name = draw(
+        st.sampled_from(
+            [n for n, s in SUBJECTS.items() if not gradients or any(map(differentiates, s.dtypes))]
+        )
+    )
     what = SUBJECTS[name]
     dtype = draw(st.sampled_from([d for d in what.dtypes if not gradients or differentiates(d)]))
     return {
@@ -229,7 +236,9 @@ def setting(call: dict[str, Any], grad: bool) -> Callable[[], oracle.Setting]:
         for i, (shape, d) in enumerate(zip(what.shapes, call["in_dims"], strict=True)):
             full = list(shape)
             full.insert(d if d >= 0 else len(full) + 1 + d, call["samples"])
-            inputs.append(values(10 + i, *full, dtype=dtype).requires_grad_(grad and differentiates(dtype)))
+            inputs.append(
+                values(10 + i, *full, dtype=dtype).requires_grad_(grad and differentiates(dtype))
+            )
         captured = [t.requires_grad_(grad and differentiates(t.dtype)) for t in captured]
         options = {k: call[k] for k in ("devices", "chunk_size", "output_device", "remat", "trace")}
 
@@ -248,7 +257,9 @@ PATIENT = settings(deadline=None, max_examples=200, suppress_health_check=list(H
 @given(calls())
 def test_a_map_equals_the_loop(call: dict[str, Any]) -> None:
     """Values, dtypes, structure, memory of its own, and contiguous as torch.stack makes it."""
-    verdict = oracle.compare(setting(call, False), shardmap.vmap, oracle.Checks(gradient=False, refusals=()))
+    verdict = oracle.compare(
+        setting(call, False), shardmap.vmap, oracle.Checks(gradient=False, refusals=())
+    )
     assert verdict.kind == "right", verdict.detail
     built = setting(call, False)()
     assert all(t.is_contiguous() for t in torch.utils._pytree.tree_leaves(built.run(shardmap.vmap)))
@@ -265,24 +276,31 @@ def test_gradients_from_outside_equal_the_loops(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-@pytest.mark.parametrize("name", ["captured_weight", "gradient_inside", "conv_weight_gradient", "unchanged_by_samples"])
+@pytest.mark.parametrize(
+    "name", ["captured_weight", "gradient_inside", "conv_weight_gradient", "unchanged_by_samples"]
+)
 def test_twice_differentiated_through_recomputed_chunks(name: str, chunk_size: Any) -> None:
     call = {
         "name": name, "dtype": torch.float64, "samples": 7, "in_dims": (0,) * len(SUBJECTS[name].shapes), "out_dim": 0, "devices": "auto",
         "chunk_size": chunk_size, "output_device": None, "remat": True, "trace": "each",
     }  # fmt: skip
-    verdict = oracle.compare(setting(call, True), shardmap.vmap, oracle.Checks(second_order=True, refusals=()))
+    verdict = oracle.compare(
+        setting(call, True), shardmap.vmap, oracle.Checks(second_order=True, refusals=())
+    )
     assert (verdict.kind, verdict.gradient) == ("right", "second"), verdict.detail
 
 
-# ---------------------------------------------------------------------------------------------- writes
+# ----------------------------------------------------------------------------------------------
+# writes
 
 
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("in_dim", [0, 1])
 @pytest.mark.parametrize("samples", [1, 13])
-def test_a_write_to_an_input_reaches_the_caller_once(devices: Any, chunk_size: Any, in_dim: int, samples: int) -> None:
+def test_a_write_to_an_input_reaches_the_caller_once(
+    devices: Any, chunk_size: Any, in_dim: int, samples: int
+) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         before = x.clone()
         x[1:].mul_(3)
@@ -324,7 +342,8 @@ def test_a_write_that_outer_autograd_records_reaches_the_caller_once(chunk_size:
     assert verdict.kind == "right", verdict.detail
 
 
-# ---------------------------------------------------------------------------------------------- large results
+# ----------------------------------------------------------------------------------------------
+# large results
 
 LARGE = {
     "elementwise": lambda x: x * 2 + 1,
@@ -337,10 +356,18 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.bool],
+)
 @pytest.mark.parametrize("function", LARGE)
-@pytest.mark.parametrize(("chunk_size", "out_dim", "devices"), [("auto", 0, "cpu"), (None, 1, "cpu"), (5, -1, "auto"), (3, 0, ["cpu"] * 3)])
-def test_results_on_huge_pages(dtype: torch.dtype, function: str, chunk_size: Any, out_dim: int, devices: Any) -> None:
+@pytest.mark.parametrize(
+    ("chunk_size", "out_dim", "devices"),
+    [("auto", 0, "cpu"), (None, 1, "cpu"), (5, -1, "auto"), (3, 0, ["cpu"] * 3)],
+)
+def test_results_on_huge_pages(
+    dtype: torch.dtype, function: str, chunk_size: Any, out_dim: int, devices: Any
+) -> None:
     """Results of more than 4 MiB have memory of another kind, and the same values, dtype and layout."""
     samples = {8: 7, 4: 11, 2: 19, 1: 37}[dtype.itemsize]
     batch = values(1, samples, 300, 400, dtype=dtype)
@@ -349,14 +376,18 @@ def test_results_on_huge_pages(dtype: torch.dtype, function: str, chunk_size: An
         mapped = LARGE["input"]
     got = shardmap.vmap(mapped, 0, out_dim, chunk_size=chunk_size, devices=devices)(batch)
     want = oracle.loop(mapped, 0, out_dim)(batch)
-    for i, (g, w) in enumerate(zip(*map(torch.utils._pytree.tree_leaves, (got, want)), strict=True)):
+    for i, (g, w) in enumerate(
+        zip(*map(torch.utils._pytree.tree_leaves, (got, want)), strict=True)
+    ):
         oracle.assert_same(g, w, f"output {i}")
         assert g.is_contiguous()
         assert g.data_ptr() % g.element_size() == 0
 
 
 def test_a_large_result_is_freed_with_its_last_reference() -> None:
-    result = shardmap.vmap(lambda x: x * 2, chunk_size=3)(values(1, 11, 300, 400, dtype=torch.float32))
+    result = shardmap.vmap(lambda x: x * 2, chunk_size=3)(
+        values(1, 11, 300, 400, dtype=torch.float32)
+    )
     seen = weakref.ref(result)
     storage = weakref.ref(result.untyped_storage())
     del result
@@ -365,7 +396,8 @@ def test_a_large_result_is_freed_with_its_last_reference() -> None:
     assert storage() is None
 
 
-# ---------------------------------------------------------------------------------------------- draws
+# ----------------------------------------------------------------------------------------------
+# draws
 
 
 def gradient_of_dropout(x: torch.Tensor) -> torch.Tensor:
@@ -393,7 +425,13 @@ def test_draws_do_not_depend_on_how_the_map_is_computed(name: str, reduce: Any) 
     for devices in DEVICES:
         for chunk_size in CHUNKS:
             torch.manual_seed(5)
-            mapped = shardmap.vmap(DRAWS[name], randomness="different", devices=devices, chunk_size=chunk_size, reduce=reduce)
+            mapped = shardmap.vmap(
+                DRAWS[name],
+                randomness="different",
+                devices=devices,
+                chunk_size=chunk_size,
+                reduce=reduce,
+            )
             results.append(torch.utils._pytree.tree_leaves(mapped(batch)))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -406,12 +444,15 @@ def test_one_call_draws_one_seed_whatever_its_chunks() -> None:
     after = set()
     for chunk_size in CHUNKS:
         torch.manual_seed(5)
-        shardmap.vmap(torch.rand_like, randomness="different", chunk_size=chunk_size)(torch.ones(7, 2))
+        shardmap.vmap(torch.rand_like, randomness="different", chunk_size=chunk_size)(
+            torch.ones(7, 2)
+        )
         after.add(float(torch.rand(())))
     assert len(after) == 1
 
 
-# ---------------------------------------------------------------------------------------------- events
+# ----------------------------------------------------------------------------------------------
+# events
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -431,7 +472,10 @@ def test_every_sample_is_computed_once(devices: Any, chunk_size: Any, samples: i
 
 
 def test_a_large_map_inside_another_is_part_of_it() -> None:
-    """It is not planned: the memory that planning looks at is not there while the outer function is recorded."""
+    """It is not planned.
+
+    The memory that planning looks at is not there while the outer function is recorded.
+    """
     table = torch.randn(700, 1100)  # its recording exceeds what is worth planning
 
     def outer(x: torch.Tensor) -> torch.Tensor:

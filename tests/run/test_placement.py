@@ -34,7 +34,12 @@ class Attention(nn.Module):
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), (8,)),
-    "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(0), nn.Linear(64, 3)), (1, 4, 4)),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(0), nn.Linear(64, 3)
+        ),
+        (1, 4, 4),
+    ),
     "norms": (lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()), (5, 8)),
     "attention": (Attention, (6, 8)),
     "recurrent": (lambda: nn.GRU(8, 4), (5, 8)),
@@ -54,8 +59,13 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(prepare, "captured_to", counted)
     direct = prepare.direct
-    for module in (prepare, lanes):  # as on GPUs that are there: results are computed into memory of their own
-        monkeypatch.setattr(module, "direct", lambda job, device: device.type == "cpu" and direct(job, device))
+    for module in (
+        prepare,
+        lanes,
+    ):  # as on GPUs that are there: results are computed into memory of their own
+        monkeypatch.setattr(
+            module, "direct", lambda job, device: device.type == "cpu" and direct(job, device)
+        )
     getitem, copy = torch.Tensor.__getitem__, torch.Tensor.copy_
 
     def part(t: torch.Tensor, index: Any) -> Any:
@@ -82,7 +92,9 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 19])
 @pytest.mark.parametrize("name", MODELS)
-def test_recorded_on_the_host_and_run_on_eight_gpus(name: str, samples: int, eight_gpus: Counter[str]) -> None:
+def test_recorded_on_the_host_and_run_on_eight_gpus(
+    name: str, samples: int, eight_gpus: Counter[str]
+) -> None:
     """No call mixes devices, results come home, and each device gets each captured tensor once."""
     make, shape = MODELS[name]
     with FakeTensorMode(), torch.no_grad():
@@ -97,7 +109,9 @@ def test_recorded_on_the_host_and_run_on_eight_gpus(name: str, samples: int, eig
         expected = forward(batch[0]).shape
     assert result.shape == (samples, *expected)
     assert result.device.type == "cpu"
-    assert 1 <= len(eight_gpus) <= min(samples, len(GPUS)), "a device that computes nothing gets nothing; a faster one may do more"
+    assert 1 <= len(eight_gpus) <= min(samples, len(GPUS)), (
+        "a device that computes nothing gets nothing; a faster one may do more"
+    )
     assert set(eight_gpus.values()) == {len(list(model.parameters()))}
 
 
@@ -127,7 +141,8 @@ def test_a_gpu_that_is_not_there() -> None:
         shardmap.vmap(torch.sin, devices="cuda:9")(torch.ones(2))
 
 
-# ---------------------------------------------------------------------------------------------- planned maps
+# ----------------------------------------------------------------------------------------------
+# planned maps
 
 
 def heads(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -135,18 +150,31 @@ def heads(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"wide": x.outer(x), "sum": x.exp().sum(), "narrow": (x > 0).sum()}
 
 
-REDUCTIONS: tuple[Any, ...] = (None, "sum", {"wide": "sum", "sum": "mean", "narrow": None}, {"wide": "max", "sum": None, "narrow": "sum"})
+REDUCTIONS: tuple[Any, ...] = (
+    None,
+    "sum",
+    {"wide": "sum", "sum": "mean", "narrow": None},
+    {"wide": "max", "sum": None, "narrow": "sum"},
+)
 
 
 @pytest.mark.parametrize("output_device", [None, "cuda:3", "cpu"])
 @pytest.mark.parametrize("home", ["cpu", "cuda:0", "cuda:6"])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("chunk_size", ["auto", 7, None, {"cuda:1": 3, "cuda": "auto"}])
-def test_results_come_to_one_device(output_device: Any, home: str, reduce: Any, chunk_size: Any, eight_gpus: Counter[str]) -> None:
+def test_results_come_to_one_device(
+    output_device: Any, home: str, reduce: Any, chunk_size: Any, eight_gpus: Counter[str]
+) -> None:
     """No call mixes devices, whatever the reduction, and results are where they were asked for."""
     with FakeTensorMode(), torch.no_grad():
         batch = torch.randn(101, 600, device=home)  # 146 MiB of results: large enough to be planned
-        mapped = shardmap.vmap(heads, devices="cuda:*", chunk_size=chunk_size, reduce=reduce, output_device=output_device)
+        mapped = shardmap.vmap(
+            heads,
+            devices="cuda:*",
+            chunk_size=chunk_size,
+            reduce=reduce,
+            output_device=output_device,
+        )
         result = mapped(batch)
     shapes = {"wide": (600, 600), "sum": (), "narrow": ()}
     for name, out in result.items():
@@ -159,12 +187,19 @@ def test_results_come_to_one_device(output_device: Any, home: str, reduce: Any, 
 @pytest.mark.parametrize("reduce", [None, "mean", (torch.matmul, None)])
 @pytest.mark.parametrize("chunk_size", ["auto", 5])
 @pytest.mark.parametrize("output_device", [None, "cuda:3"])
-def test_captured_tensors_go_to_each_gpu_once(reduce: Any, chunk_size: Any, output_device: Any, eight_gpus: Counter[str]) -> None:
+def test_captured_tensors_go_to_each_gpu_once(
+    reduce: Any, chunk_size: Any, output_device: Any, eight_gpus: Counter[str]
+) -> None:
     """Also where the map is planned, tried on a few samples, and reduced."""
     with FakeTensorMode(), torch.no_grad():
         weight, bias = torch.randn(128, 128), torch.randn(128)
         batch = torch.randn(101, 128, 128)
-        mapped = shardmap.vmap(lambda x: (x @ weight + bias).exp() @ weight, devices="cuda:*", chunk_size=chunk_size, reduce=reduce)
+        mapped = shardmap.vmap(
+            lambda x: (x @ weight + bias).exp() @ weight,
+            devices="cuda:*",
+            chunk_size=chunk_size,
+            reduce=reduce,
+        )
         if output_device:
             mapped = shardmap.vmap(
                 lambda x: (x @ weight + bias).exp() @ weight,
@@ -181,11 +216,16 @@ def test_captured_tensors_go_to_each_gpu_once(reduce: Any, chunk_size: Any, outp
 
 
 def test_a_plan_for_eight_gpus_shares_the_batch(eight_gpus: Counter[str]) -> None:
-    """Equal devices, equal shares, at least four chunks in all for each; the memory of the result is where it goes."""
+    """Equal devices, equal shares, at least four chunks in all for each.
+
+    The memory of the result is where it goes.
+    """
     with FakeTensorMode(), torch.no_grad():
         weight = torch.randn(500, 500)
         batch = torch.randn(1009, 500)
-        plan = shardmap.plan(lambda x: (x @ weight).exp(), devices="cuda:*", output_device="cuda:3")(batch)
+        plan = shardmap.plan(
+            lambda x: (x @ weight).exp(), devices="cuda:*", output_device="cuda:3"
+        )(batch)
         result = plan.run()
         again = plan.run()
     assert [lane.device for lane in plan.lanes] == GPUS
@@ -196,7 +236,9 @@ def test_a_plan_for_eight_gpus_shares_the_batch(eight_gpus: Counter[str]) -> Non
     assert resident[3] == 500 * 500 * 4 + 1009 * 500 * 4, "the weight and the whole result"
     assert {resident[i] for i in range(8) if i != 3} == {500 * 500 * 4}, "the weight"
     assert plan.fits
-    assert all(lane.budget_bytes is None for lane in plan.lanes), "nobody can say what a fake device has free"
+    assert all(lane.budget_bytes is None for lane in plan.lanes), (
+        "nobody can say what a fake device has free"
+    )
     for out in (result, again):
         assert (tuple(out.shape), out.device) == ((1009, 500), torch.device("cuda:3"))
     assert set(eight_gpus.values()) == {1}
@@ -205,7 +247,11 @@ def test_a_plan_for_eight_gpus_shares_the_batch(eight_gpus: Counter[str]) -> Non
 def test_a_budget_counts_on_each_gpu(eight_gpus: Counter[str]) -> None:
     with FakeTensorMode(), torch.no_grad():
         batch = torch.randn(1009, 500)
-        options = {"devices": ["cuda:0", "cuda:1"], "output_device": "cuda:1", "memory_budget": "3MiB"}
+        options = {
+            "devices": ["cuda:0", "cuda:1"],
+            "output_device": "cuda:1",
+            "memory_budget": "3MiB",
+        }
         plan = shardmap.plan(lambda x: x.outer(x).sum(0).exp(), **options)(batch)
         assert [lane.fits for lane in plan.lanes] == [True, True]
         assert all(lane.peak_bytes <= 3 << 20 for lane in plan.lanes)

@@ -32,7 +32,9 @@ def render(bars: progress.Bars, width: int = 200) -> str:
 
 def drawn(*events: object, says: str | None = None, width: int = 200) -> str:
     """The last state of the bars after these events, as text."""
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    console = rich.console.Console(
+        file=io.StringIO(), force_terminal=True, width=width, color_system=None
+    )
     with progress.bars(console=console, preparing=says is not None) as bars:
         if says is not None:
             bars.say(says)
@@ -64,16 +66,25 @@ def test_it_counts_samples_and_chunks_in_all_and_per_device() -> None:
 
 
 def test_a_worker_that_joins_gets_a_line() -> None:
-    text = drawn(RunStarted(40, 8, ("ray:0", "ray:1")), ChunkDone("ray:0", 0, 10, 0.1), ChunkDone("ray:2", 10, 40, 0.1))
+    text = drawn(
+        RunStarted(40, 8, ("ray:0", "ray:1")),
+        ChunkDone("ray:0", 0, 10, 0.1),
+        ChunkDone("ray:2", 10, 40, 0.1),
+    )
     assert [line.split()[0] for line in text.splitlines()] == ["mapping", "ray:0", "ray:1", "ray:2"]
     assert "share 75%" in text.splitlines()[3]
 
 
 def test_speeds_of_devices_side_by_side_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock on the wall: two devices that took 4 s each for 400 samples did 200 per second together."""
+    """By the clock on the wall.
+
+    Two devices that took 4 s each for 400 samples did 200 per second together.
+    """
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    console = rich.console.Console(
+        file=io.StringIO(), force_terminal=True, width=200, color_system=None
+    )
     with progress.bars(console=console) as bars:
         bars(RunStarted(1000, 10, ("a", "b")))
         now[0] += 4.0
@@ -92,14 +103,18 @@ def test_speeds_of_devices_side_by_side_add_up(monkeypatch: pytest.MonkeyPatch) 
 def test_a_line_fits_its_terminal(width: int) -> None:
     text = drawn(
         RunStarted(1_000_000, 40, ("cuda:0#1", "cuda:0#2")), ChunkDone("cuda:0#1", 0, 300_000, 0.1),
-        ChunkRedone("cuda:0#2", 300_000, 600_000, "RuntimeError: [enforce fail at alloc_cpu.cpp:117] " + 200 * "x"), width=width,
+        ChunkRedone("cuda:0#2", 300_000, 600_000, "RuntimeError: [enforce fail at "
+            "alloc_cpu.cpp:117] " + 200 * "x"), width=width,
     )  # fmt: skip
     assert max(map(len, text.splitlines())) <= width
     assert len(text.splitlines()) == 3
 
 
 def test_what_is_said_is_plain_text() -> None:
-    """Paths and reasons are full of what rich takes for markup: a closing tag without its opening one is an error there."""
+    """Paths and reasons are full of what rich takes for markup.
+
+    A closing tag without its opening one is an error there.
+    """
     for said in ("reading [/tmp/x]", "a [bold] one", "[enforce fail at alloc_cpu.cpp:117]"):
         assert said in drawn(says=said)
     assert "one two" in drawn(says="one\n two")
@@ -115,8 +130,16 @@ def test_chunks_that_were_not_planned() -> None:
 
 
 def test_maps_inside_the_map_are_not_counted() -> None:
-    inside = [RunStarted(3, 1, ("cuda:5", "cuda:6")), ChunkDone("cuda:5", 0, 3, 0.1), RunFinished(0.1)]
-    outside = [ChunkDone("cpu", 0, 250, 0.1), ChunkRedone("cpu", 250, 500, "memory"), ChunkDone("cpu", 250, 500, 0.1)]
+    inside = [
+        RunStarted(3, 1, ("cuda:5", "cuda:6")),
+        ChunkDone("cuda:5", 0, 3, 0.1),
+        RunFinished(0.1),
+    ]
+    outside = [
+        ChunkDone("cpu", 0, 250, 0.1),
+        ChunkRedone("cpu", 250, 500, "memory"),
+        ChunkDone("cpu", 250, 500, 0.1),
+    ]
     text = drawn(RunStarted(1000, 4, ("cpu",)), *inside, outside[0], *inside, *outside[1:], *inside)
     assert len(text.splitlines()) == 1
     assert "500/1,000 samples" in text
@@ -140,7 +163,12 @@ inner = shardmap.vmap(torch.sin, progress="always")
 print(shardmap.vmap(lambda r: inner(r).sum(), chunk_size=2, progress={value!r})(torch.zeros(5, 3)).tolist())
 """
     for value, lines in ((False, 0), ("always", 1)):
-        done = subprocess.run([sys.executable, "-c", script.format(value=value)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(value=value)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == "[0.0, 0.0, 0.0, 0.0, 0.0]"
         assert ("5/5 samples" in done.stderr) == bool(lines)
         assert "3/3 samples" not in done.stderr
@@ -148,7 +176,9 @@ print(shardmap.vmap(lambda r: inner(r).sum(), chunk_size=2, progress={value!r})(
 
 def test_there_is_one_bar_at_a_time() -> None:
     """A map inside another one's bar, however it is asked to show itself, draws nothing of its own."""
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    console = rich.console.Console(
+        file=io.StringIO(), force_terminal=True, width=100, color_system=None
+    )
     other = rich.console.Console(file=(silent := io.StringIO()), force_terminal=True, width=100)
     with progress.bar(console=console):
         with progress.bar(console=other):
@@ -161,7 +191,12 @@ def test_there_is_one_bar_at_a_time() -> None:
 
 
 def test_one_device_is_one_line_and_more_chunks_than_planned_are_no_nonsense() -> None:
-    text = drawn(RunStarted(4, 1, ("cpu",)), ChunkRedone("cpu", 0, 4, "memory"), ChunkDone("cpu", 0, 2, 0.1), ChunkDone("cpu", 2, 4, 0.1))
+    text = drawn(
+        RunStarted(4, 1, ("cpu",)),
+        ChunkRedone("cpu", 0, 4, "memory"),
+        ChunkDone("cpu", 0, 2, 0.1),
+        ChunkDone("cpu", 2, 4, 0.1),
+    )
     assert len(text.splitlines()) == 1
     assert "4/4 samples" in text
     assert "2/2 chunks" in text
@@ -180,13 +215,20 @@ def test_an_empty_batch_and_the_end() -> None:
 
 
 def test_where_nobody_watches_events_and_texts_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the command line uses it: its log messages have somewhere to go, and rich is not asked for."""
+    """As the command line uses it.
+
+    Its log messages have somewhere to go, and rich is not asked for.
+    """
     monkeypatch.setattr(progress, "require", None)
     for stream in (io.StringIO(), None):
         monkeypatch.setattr(sys, "stderr", stream)
         with progress.bars(preparing=True) as bars:
             bars.say("loading")
-            for event in (RunStarted(1, 1, ("cpu",)), ChunkDone("cpu", 0, 1, 0.1), RunFinished(0.1)):
+            for event in (
+                RunStarted(1, 1, ("cpu",)),
+                ChunkDone("cpu", 0, 1, 0.1),
+                RunFinished(0.1),
+            ):
                 bars(event)
         with progress.bar():
             shardmap.vmap(torch.sin, progress=True)(torch.randn(2))
@@ -194,7 +236,10 @@ def test_where_nobody_watches_events_and_texts_go_nowhere(monkeypatch: pytest.Mo
 
 
 def test_it_draws_where_asked_and_is_silent_elsewhere() -> None:
-    """In a process whose stderr is no terminal: only "always" draws, and rich is not even imported otherwise."""
+    """In a process whose stderr is no terminal.
+
+    Only "always" draws, and rich is not even imported otherwise.
+    """
     script = """
 import sys, torch, shardmap
 x = torch.randn(300, 200)
@@ -202,7 +247,12 @@ shardmap.vmap(lambda r: r.outer(r).sum(), chunk_size=20, progress={value!r})(x)
 print("rich" in sys.modules)
 """
     for value, imported in ((True, "False"), ("always", "True"), (False, "False")):
-        done = subprocess.run([sys.executable, "-c", script.format(value=value)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(value=value)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == imported
         assert ("300/300 samples" in done.stderr) == (value == "always")
         if value != "always":
@@ -220,16 +270,25 @@ def test_nothing_is_left_running_after_an_error(error: type[BaseException]) -> N
 
     with pytest.raises(error), listen(interrupt):
         shardmap.vmap(torch.sin, chunk_size=2, progress="always")(torch.randn(10))
-    for thread in set(threading.enumerate()) - before:  # rich tells its thread to end and does not wait for it
+    for thread in (
+        set(threading.enumerate()) - before
+    ):  # rich tells its thread to end and does not wait for it
         thread.join(timeout=5)
         assert not thread.is_alive()
     assert (sys.stdout, sys.stderr) == streams
     assert not progress._drawing.get()
 
 
-def test_the_command_line_shows_what_jobs_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the map's line begins; warnings stay above it, and the engine's own messages are for the log."""
-    console = rich.console.Console(file=(shown := io.StringIO()), force_terminal=True, width=120, color_system=None)
+def test_the_command_line_shows_what_jobs_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the map's line begins.
+
+    Warnings stay above it, and the engine's own messages are for the log.
+    """
+    console = rich.console.Console(
+        file=(shown := io.StringIO()), force_terminal=True, width=120, color_system=None
+    )
     monkeypatch.setattr(progress, "bars", functools.partial(progress.bars, console=console))
     caplog.set_level(logging.INFO, "shardmap")
     with cli._progress() as drawn:
@@ -256,7 +315,13 @@ def test_a_run_log_has_a_line_for_each_event(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
         {"event": "map started", "samples": 10, "chunks": 2, "devices": ["cpu", "cuda:0"]},
-        {"event": "chunk redone", "device": "cuda:0", "start": 5, "stop": 10, "reason": "OutOfMemoryError: [/x]"},
+        {
+            "event": "chunk redone",
+            "device": "cuda:0",
+            "start": 5,
+            "stop": 10,
+            "reason": "OutOfMemoryError: [/x]",
+        },
         {"event": "chunk done", "device": "cpu", "start": 0, "stop": 5, "seconds": 0.25},
         {"event": "map finished", "seconds": 1.5, "redone": {}},
     ]

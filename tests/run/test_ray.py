@@ -1,4 +1,7 @@
-"""devices="ray" against the local executor, on a real Ray of this machine: bit for bit, in any chunks, with workers that die."""
+"""devices="ray" against the local executor, on a real Ray of this machine.
+
+Bit for bit, in any chunks, with workers that die.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    features = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2, padding=1), nn.ReLU())
+    features = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2, padding=1), nn.ReLU()
+    )
     return nn.Sequential(features, nn.Flatten(), nn.Linear(4 * 9, 3))
 
 
@@ -53,7 +58,13 @@ def per_sample_grad(model: nn.Module) -> Callable[..., Any]:
     return gradient
 
 
-def same(func: Callable[..., Any], *batch: torch.Tensor, chunk_size: int | None = 3, devices: Any = TWO, **options: Any) -> None:
+def same(
+    func: Callable[..., Any],
+    *batch: torch.Tensor,
+    chunk_size: int | None = 3,
+    devices: Any = TWO,
+    **options: Any,
+) -> None:
     """Both executors give the same bits, dtypes and strides where they cut the batch alike."""
     torch.manual_seed(7)
     there = shardmap.vmap(func, devices=devices, chunk_size=chunk_size, **options)(*batch)
@@ -64,7 +75,9 @@ def same(func: Callable[..., Any], *batch: torch.Tensor, chunk_size: int | None 
 
 @pytest.mark.parametrize("make", [mlp, cnn])
 @pytest.mark.parametrize("samples", [1, 3, 7, 13])
-def test_per_sample_gradients_are_those_of_the_local_executor(make: Callable[[], nn.Module], samples: int) -> None:
+def test_per_sample_gradients_are_those_of_the_local_executor(
+    make: Callable[[], nn.Module], samples: int
+) -> None:
     x = torch.randn(samples, 6) if make is mlp else torch.randn(samples, 1, 8, 8)
     same(per_sample_grad(make()), x, torch.randn(samples, 3))
 
@@ -83,7 +96,11 @@ def test_without_a_chunk_size_there_are_about_eight_tasks_per_worker() -> None:
     started, *chunks, finished = events
     assert isinstance(started, RunStarted)
     assert isinstance(finished, RunFinished)
-    assert (started.samples, started.chunks, sorted(started.devices)) == (37, 13, ["ray:0", "ray:1"])
+    assert (started.samples, started.chunks, sorted(started.devices)) == (
+        37,
+        13,
+        ["ray:0", "ray:1"],
+    )
     done = [c for c in chunks if isinstance(c, ChunkDone)]
     assert sorted((c.start, c.stop) for c in done) == [(i, min(i + 3, 37)) for i in range(0, 37, 3)]
     assert {c.device for c in done} <= {"ray:0", "ray:1"}
@@ -104,7 +121,18 @@ def test_dimensions_and_strides() -> None:
     same(lambda v: v * 2, torch.randn(7, 2, 3, 3).to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int8, torch.bool, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.complex64,
+        torch.int8,
+        torch.bool,
+        torch.int64,
+    ],
+)
 def test_dtypes(dtype: torch.dtype) -> None:
     same(lambda v: (v == v, v.clone()), (torch.randn(7, 3) * 3).to(dtype))
 
@@ -131,7 +159,9 @@ def test_captured_tensors_and_outputs_that_no_sample_changes() -> None:
 def test_the_result_can_be_written_to() -> None:
     weight = torch.randn(3)
     for size in (3, 100):
-        for out in shardmap.vmap(lambda v: (v * 2, weight), devices=TWO, chunk_size=size)(torch.randn(7, 3)):
+        for out in shardmap.vmap(lambda v: (v * 2, weight), devices=TWO, chunk_size=size)(
+            torch.randn(7, 3)
+        ):
             out.zero_()
     assert weight.abs().sum() > 0
 
@@ -148,7 +178,9 @@ def test_defaults_of_the_driver_hold_on_the_workers() -> None:
 
 def test_draws_follow_torchs_seed_whichever_worker_makes_them() -> None:
     def draw() -> torch.Tensor:
-        return shardmap.vmap(torch.bernoulli, randomness="same", devices=TWO, chunk_size=4)(torch.full((12, 50), 0.5))
+        return shardmap.vmap(torch.bernoulli, randomness="same", devices=TWO, chunk_size=4)(
+            torch.full((12, 50), 0.5)
+        )
 
     torch.manual_seed(3)
     first, second = draw(), draw()
@@ -159,7 +191,12 @@ def test_draws_follow_torchs_seed_whichever_worker_makes_them() -> None:
 
 def test_draws_of_each_sample_are_those_of_the_local_executor() -> None:
     same(lambda v: v + torch.rand(3), torch.randn(7, 3), randomness="different")
-    same(lambda v: torch.nn.functional.dropout(v, 0.4), torch.randn(11, 5), randomness="different", chunk_size=2)
+    same(
+        lambda v: torch.nn.functional.dropout(v, 0.4),
+        torch.randn(11, 5),
+        randomness="different",
+        chunk_size=2,
+    )
 
 
 def test_functions_that_cannot_be_pickled_work() -> None:
@@ -188,12 +225,16 @@ def test_what_travels_holds_no_code_of_the_user(monkeypatch: pytest.MonkeyPatch)
         elif opcode.name == "STACK_GLOBAL":
             names.add(strings[-2] if len(strings) > 1 else "")
     assert names
-    assert not any("test_ray" in s or s.startswith(("tests.", "__main__")) for s in strings), strings
+    assert not any("test_ray" in s or s.startswith(("tests.", "__main__")) for s in strings), (
+        strings
+    )
 
 
 def test_outer_gradients_are_refused() -> None:
     weight = torch.randn(3, requires_grad=True)
-    with pytest.raises(errors.OptionError, match=r"gradients from outside do not flow.*torch\.no_grad"):
+    with pytest.raises(
+        errors.OptionError, match=r"gradients from outside do not flow.*torch\.no_grad"
+    ):
         shardmap.vmap(lambda v: v @ weight, devices="ray")(torch.randn(7, 3))
     with pytest.raises(errors.OptionError, match="gradients from outside"):
         shardmap.vmap(lambda v: v.sin(), devices="ray")(torch.randn(7, 3, requires_grad=True))
@@ -207,7 +248,13 @@ def test_writes_to_the_batch_are_refused() -> None:
 
 
 def test_options() -> None:
-    for bad in ({"workers": 0}, {"workers": 1.5}, {"num_cpus": -1}, {"num_gpus": "1"}, {"idle_seconds": float("nan")}):
+    for bad in (
+        {"workers": 0},
+        {"workers": 1.5},
+        {"num_cpus": -1},
+        {"num_gpus": "1"},
+        {"idle_seconds": float("nan")},
+    ):
         with pytest.raises(errors.OptionError, match=next(iter(bad))):
             shardmap.Ray(**bad)
     with pytest.raises(errors.OptionError, match="no machine of the cluster has that"):
@@ -230,7 +277,9 @@ def test_an_error_names_the_samples_and_brings_the_workers_traceback() -> None:
     same(torch.linalg.inv, x[:7])
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_chunks_are_redone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_its_chunks_are_redone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     x = torch.randn(40, 3, 3)
     killed: list[int] = []
 
@@ -309,7 +358,12 @@ def test_a_script_needs_no_cluster_and_leaves_none() -> None:
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=200, env=env, check=False
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "Ray is quiet"
@@ -319,7 +373,15 @@ def test_a_script_needs_no_cluster_and_leaves_none() -> None:
 def test_packing_sends_elements_once_and_restores_strides() -> None:
     cpu = torch.device("cpu")
     whole = torch.arange(1000.0).view(10, 100)
-    for t in (whole[2:4], whole[:, 3:7], whole.t()[:5], whole[:1].expand(6, 100), whole[0, 0], whole[:0], whole[0].unfold(0, 3, 1)):
+    for t in (
+        whole[2:4],
+        whole[:, 3:7],
+        whole.t()[:5],
+        whole[:1].expand(6, 100),
+        whole[0, 0],
+        whole[:0],
+        whole[0].unfold(0, 3, 1),
+    ):
         packed = packing.pack(t)
         back = packing.unpack(pickle.loads(pickle.dumps(packed)), cpu)
         assert torch.equal(back, t)
@@ -339,9 +401,18 @@ def test_a_worker_forgets_old_programs() -> None:
         patch.setattr(Program, "dumps", lambda self: texts.append(dumps(self)) or texts[-1])
         shardmap.vmap(lambda v: v.sin() * 2, devices=TWO)(x)
     text = np.frombuffer(texts[0].encode(), np.uint8)
-    options = LoweringOptions(device_type="cpu", randomness="error", strict=False, grad=False, transformed=False, call="call")
+    options = LoweringOptions(
+        device_type="cpu",
+        randomness="error",
+        strict=False,
+        grad=False,
+        transformed=False,
+        call="call",
+    )
     outputs = (Output((3,), torch.float32, torch.device("cpu"), True, 0, None, False),)
-    constants = remote.Constants(options, (), (), (2.0,), 0, {}, remote.Settings.current(), outputs, budget=Budget(None, 0.9))
+    constants = remote.Constants(
+        options, (), (), (2.0,), 0, {}, remote.Settings.current(), outputs, budget=Budget(None, 0.9)
+    )
     task = remote.Task(0, 2, (packing.pack(x),), True)
     for i in range(remote.Worker.PROGRAMS + 3):
         done = worker.task(f"call {i}", f"digest {i}", text, constants, task)

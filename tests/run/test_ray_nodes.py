@@ -68,14 +68,21 @@ def test_a_node_is_removed_and_another_one_joins(cluster: Any, tmp_path: Path) -
             node(cluster)
 
     with listen(events.append), listen(change):
-        store = shardmap.vmap(function, devices=shardmap.Ray(num_cpus=1), chunk_size=1, out=shardmap.ZarrSink(tmp_path / "store"))(x)
+        store = shardmap.vmap(
+            function,
+            devices=shardmap.Ray(num_cpus=1),
+            chunk_size=1,
+            out=shardmap.ZarrSink(tmp_path / "store"),
+        )(x)
     assert changes == ["removed", "added"]
     equal(store, x)
     done = sorted((e.start, e.stop) for e in events if isinstance(e, ChunkDone))
     assert done == [(i, i + 1) for i in range(1000)]
     redone = [e for e in events if isinstance(e, ChunkRedone)]
     assert 1 <= len(redone) <= 2
-    assert [e.redone for e in events if isinstance(e, RunFinished)] == [{"worker died": len(redone)}]
+    assert [e.redone for e in events if isinstance(e, RunFinished)] == [
+        {"worker died": len(redone)}
+    ]
     del second
 
 
@@ -105,11 +112,15 @@ def test_sums_that_were_on_a_lost_node_are_computed_again(cluster: Any) -> None:
 
     def change(event: Event) -> None:
         done = [e.device for e in events if isinstance(e, ChunkDone)]
-        if not removed and len(set(done)) == 2 and len(done) % 8 == 7:  # the last group of eight is not complete
+        if (
+            not removed and len(set(done)) == 2 and len(done) % 8 == 7
+        ):  # the last group of eight is not complete
             removed.append(cluster.remove_node(first))
 
     with listen(events.append), listen(change):
-        got = shardmap.vmap(lambda v: torch.outer(v, v), devices="ray", chunk_size=2, reduce="mean")(x)
+        got = shardmap.vmap(
+            lambda v: torch.outer(v, v), devices="ray", chunk_size=2, reduce="mean"
+        )(x)
     torch.testing.assert_close(got, x.T @ x / 512)
     assert removed
     assert [e for e in events if isinstance(e, ChunkRedone)]
@@ -144,11 +155,17 @@ def test_a_killed_driver_is_resumed(cluster: Any, tmp_path: Path) -> None:
     (tmp_path / "orders").mkdir()
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"RAY_ADDRESS": cluster.address, faulty.FOLDER: str(tmp_path / "orders"), "PYTHONPATH": paths}
+    env = os.environ | {
+        "RAY_ADDRESS": cluster.address,
+        faulty.FOLDER: str(tmp_path / "orders"),
+        "PYTHONPATH": paths,
+    }
 
     def drive(what: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path / "store"), what]
-        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            words, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
 
     killed = drive("die")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -191,14 +208,19 @@ def test_ctrl_c_leaves_what_is_committed(cluster: Any, tmp_path: Path) -> None:
 def test_an_address_is_joined_or_refused_in_words(cluster: Any) -> None:
     node(cluster)
     x = batch(7)
-    with pytest.raises(errors.ClusterError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head"):
+    with pytest.raises(
+        errors.ClusterError,
+        match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head",
+    ):
         shardmap.vmap(function, devices=shardmap.Ray(address="127.0.0.1:1"))(x)
     with pytest.raises(errors.ClusterError, match="Ray Client.*ray job submit"):
         shardmap.vmap(function, devices=shardmap.Ray(address="ray://127.0.0.1:10001"))(x)
     here = shardmap.Ray(address=cluster.address)
     got = shardmap.vmap(function, devices=here)(x)
     assert torch.equal(got[0], shardmap.vmap(function)(x)[0])
-    with pytest.raises(errors.ClusterError, match=r"joined the cluster at .* already; call ray.shutdown\(\) first"):
+    with pytest.raises(
+        errors.ClusterError, match=r"joined the cluster at .* already; call ray.shutdown\(\) first"
+    ):
         shardmap.vmap(function, devices=shardmap.Ray(address="10.0.0.1:6379"))(x)
 
 

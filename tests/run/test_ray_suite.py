@@ -1,4 +1,7 @@
-"""What the local executor is tested for, on Ray's workers: the loop's values, draws and reductions, whatever the chunks and dimensions."""
+"""What the local executor is tested for, on Ray's workers.
+
+The loop's values, draws and reductions, whatever the chunks and dimensions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,15 @@ from shardmap.run.base import ChunkDone, RunStarted, listen
 from shardmap.store.stored import StoreColumn
 from tests import oracle
 from tests.on_ray import TWO, local_ray
-from tests.reduce.test_reduce_outputs import DTYPES, TREES, batch_of, exact, permitted, several, unchanged_outputs_count_for_each_sample
+from tests.reduce.test_reduce_outputs import (
+    DTYPES,
+    TREES,
+    batch_of,
+    exact,
+    permitted,
+    several,
+    unchanged_outputs_count_for_each_sample,
+)
 from tests.run.test_local import DRAWS, SUBJECTS, setting, values
 
 pytestmark = pytest.mark.ray
@@ -38,13 +49,23 @@ def _local_ray() -> Iterator[None]:
 def test_a_map_equals_the_loop(name: str) -> None:
     """Values, dtypes, structure, memory of its own, and contiguous as torch.stack makes it."""
     what = SUBJECTS[name]
-    dims = itertools.cycle([tuple(0 for _ in what.shapes), tuple(len(s) for s in what.shapes), tuple(-1 for _ in what.shapes)])
-    for (samples, chunk_size), dtype in zip(itertools.product((0, 1, 3, 13), CHUNKS), itertools.cycle(what.dtypes), strict=False):
+    dims = itertools.cycle(
+        [
+            tuple(0 for _ in what.shapes),
+            tuple(len(s) for s in what.shapes),
+            tuple(-1 for _ in what.shapes),
+        ]
+    )
+    for (samples, chunk_size), dtype in zip(
+        itertools.product((0, 1, 3, 13), CHUNKS), itertools.cycle(what.dtypes), strict=False
+    ):
         call = {
             "name": name, "dtype": dtype, "samples": samples, "in_dims": next(dims), "out_dim": -(samples % 2), "devices": TWO,
             "chunk_size": chunk_size, "output_device": None, "remat": False, "trace": "once" if samples == 3 else "each",
         }  # fmt: skip
-        verdict = oracle.compare(setting(call, False), shardmap.vmap, oracle.Checks(gradient=False, refusals=()))
+        verdict = oracle.compare(
+            setting(call, False), shardmap.vmap, oracle.Checks(gradient=False, refusals=())
+        )
         assert verdict.kind == "right", (call, verdict.detail)
         built = setting(call, False)()
         assert all(t.is_contiguous() for t in pytree.tree_leaves(built.run(shardmap.vmap))), call
@@ -56,12 +77,18 @@ def test_draws_are_those_of_the_local_executor(name: str, reduce: Any) -> None:
     """Bit for bit, whichever worker makes them; sums to rounding."""
     batch = values(1, 13, 5, dtype=torch.float32)
     torch.manual_seed(5)
-    want = pytree.tree_leaves(shardmap.vmap(DRAWS[name], randomness="different", reduce=reduce)(batch))
+    want = pytree.tree_leaves(
+        shardmap.vmap(DRAWS[name], randomness="different", reduce=reduce)(batch)
+    )
     for chunk_size in CHUNKS:
         torch.manual_seed(5)
-        mapped = shardmap.vmap(DRAWS[name], randomness="different", devices=TWO, chunk_size=chunk_size, reduce=reduce)
+        mapped = shardmap.vmap(
+            DRAWS[name], randomness="different", devices=TWO, chunk_size=chunk_size, reduce=reduce
+        )
         for got, one in zip(pytree.tree_leaves(mapped(batch)), want, strict=True):
-            tolerance = {"rtol": 1e-6, "atol": 1e-6} if reduce == "sum" else {"rtol": 0.0, "atol": 0.0}
+            tolerance = (
+                {"rtol": 1e-6, "atol": 1e-6} if reduce == "sum" else {"rtol": 0.0, "atol": 0.0}
+            )
             torch.testing.assert_close(got, one, **tolerance)
 
 
@@ -71,23 +98,38 @@ def test_named_reductions_equal_torchs_of_the_stack(name: str, dtype: torch.dtyp
     for samples in (1, 3, 101):
         batch = batch_of(dtype, samples, 2, 3)
         for chunk_size in CHUNKS:
-            mapped = shardmap.vmap(lambda x: x.flip(0), reduce=name, chunk_size=chunk_size, devices=TWO)
+            mapped = shardmap.vmap(
+                lambda x: x.flip(0), reduce=name, chunk_size=chunk_size, devices=TWO
+            )
             if not permitted(name, dtype):
                 with pytest.raises(errors.OptionError, match=f"reduce='{name}'.*{dtype}"):
                     mapped(batch)
                 continue
-            oracle.assert_same(mapped(batch), exact(name, oracle.loop(lambda x: x.flip(0))(batch)), f"{samples}, {chunk_size}")
+            oracle.assert_same(
+                mapped(batch),
+                exact(name, oracle.loop(lambda x: x.flip(0))(batch)),
+                f"{samples}, {chunk_size}",
+            )
 
 
 @pytest.mark.parametrize("name", ["sum", "mean", "max", "min"])
 @pytest.mark.parametrize("samples", [53, 101])
-def test_large_reduced_outputs_are_put_together_by_workers(name: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of eight tasks, the last one of fewer; the same bits however often, in whatever order tasks end."""
+def test_large_reduced_outputs_are_put_together_by_workers(
+    name: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of eight tasks, the last one of fewer.
+
+    The same bits however often, in whatever order tasks end.
+    """
     combined: list[int] = []
     take = driver.Driver._combined
-    monkeypatch.setattr(driver.Driver, "_combined", lambda self, ref: combined.append(1) or take(self, ref))
+    monkeypatch.setattr(
+        driver.Driver, "_combined", lambda self, ref: combined.append(1) or take(self, ref)
+    )
     batch = batch_of(torch.float32, samples, 200)
-    mapped = shardmap.vmap(lambda x: (torch.outer(x, x), x.sum()), reduce=(name, None), chunk_size=2, devices=TWO)
+    mapped = shardmap.vmap(
+        lambda x: (torch.outer(x, x), x.sum()), reduce=(name, None), chunk_size=2, devices=TWO
+    )
     results = [mapped(batch) for _ in range(3)]
     stacked = torch.stack([torch.outer(x, x) for x in batch])
     torch.testing.assert_close(results[0][0], exact(name, stacked), rtol=1e-5, atol=1e-5)
@@ -117,7 +159,12 @@ def test_an_output_that_no_sample_changes_counts_once_for_each(chunk_size: Any) 
 @pytest.mark.parametrize("chunk_size", ["auto", 1, 3])
 def test_a_fold_keeps_the_order_of_the_samples(samples: int, chunk_size: Any) -> None:
     batch = batch_of(torch.float64, samples, 2, 2)
-    got = shardmap.vmap(lambda m: m / 2, reduce=shardmap.reduce.fold(torch.matmul), chunk_size=chunk_size, devices=TWO)(batch)
+    got = shardmap.vmap(
+        lambda m: m / 2,
+        reduce=shardmap.reduce.fold(torch.matmul),
+        chunk_size=chunk_size,
+        devices=TWO,
+    )(batch)
     torch.testing.assert_close(got, functools.reduce(torch.matmul, (batch / 2).unbind(0)))
 
 
@@ -140,41 +187,63 @@ def test_reductions_of_no_samples_are_refused(reduce: Any) -> None:
         shardmap.vmap(torch.sin, devices=TWO, reduce=reduce)(torch.zeros(0, 3))
 
 
-def test_columns_of_sources_travel_or_are_read_by_the_workers(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_sources_travel_or_are_read_by_the_workers(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of a file are read where they are needed; those in memory are sent."""
     images, labels = values(1, 23, 2, 3, dtype=torch.float32), values(2, 23, dtype=torch.int64)
     np.save(tmp_path / "images.npy", images.numpy())
-    columns = (shardmap.source(str(tmp_path / "images.npy")).columns[0], shardmap.source({"y": labels})["y"])
+    columns = (
+        shardmap.source(str(tmp_path / "images.npy")).columns[0],
+        shardmap.source({"y": labels})["y"],
+    )
     sent: list[tuple[bool, ...]] = []
     task = driver.Task
-    monkeypatch.setattr(driver, "Task", lambda *a: sent.append(tuple(p is None for p in a[2])) or task(*a))
+    monkeypatch.setattr(
+        driver, "Task", lambda *a: sent.append(tuple(p is None for p in a[2])) or task(*a)
+    )
 
     def function(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return x * y + z
 
     for chunk_size in ("auto", 1, 5):
         got = shardmap.vmap(function, devices=TWO, chunk_size=chunk_size)(*columns, labels)
-        oracle.assert_same(got, oracle.loop(function)(images, labels, labels), f"chunk_size={chunk_size}")
+        oracle.assert_same(
+            got, oracle.loop(function)(images, labels, labels), f"chunk_size={chunk_size}"
+        )
     assert set(sent) == {(True, False, False)}
 
 
 def test_results_larger_than_the_budget_are_refused_with_the_remedy() -> None:
     x = torch.ones(600, 100, 100)
-    with pytest.raises(errors.OverBudget, match=r"results need 22\.9 MiB on cpu, where they are gathered.*ZarrSink\(path\).*reduce="):
+    with pytest.raises(
+        errors.OverBudget,
+        match=r"results need 22\.9 MiB on cpu, where they are gathered.*ZarrSink\(path\).*reduce=",
+    ):
         shardmap.vmap(lambda m: m * 2, devices=TWO, memory_budget="16MiB")(x)
     small = shardmap.vmap(lambda m: m * 2, devices=TWO, memory_budget="16MiB", reduce="sum")(x)
     assert torch.equal(small, x.sum(0) * 2)
 
 
 def test_one_sample_that_does_not_fit_on_a_worker_is_refused_in_words() -> None:
-    with pytest.raises(errors.OverBudget, match=r"not even one sample fits.*\(samples \d to \d, ray:\d \(process \d+ on"):
-        shardmap.vmap(lambda v: torch.outer(v, v).sum(), devices=TWO, memory_budget="1MiB")(torch.ones(5, 2000))
+    with pytest.raises(
+        errors.OverBudget,
+        match=r"not even one sample fits.*\(samples \d to \d, ray:\d \(process \d+ on",
+    ):
+        shardmap.vmap(lambda v: torch.outer(v, v).sum(), devices=TWO, memory_budget="1MiB")(
+            torch.ones(5, 2000)
+        )
 
 
 def test_workers_plan_their_own_chunks_within_the_budget() -> None:
     """A task of 40 samples would need 1.2 GiB at once."""
     x = values(3, 80, 2000, dtype=torch.float32)
-    got = shardmap.vmap(lambda v: torch.outer(v, v).cumsum(0).sin().sum(), devices=TWO, memory_budget="128MiB", chunk_size="auto")(x)
+    got = shardmap.vmap(
+        lambda v: torch.outer(v, v).cumsum(0).sin().sum(),
+        devices=TWO,
+        memory_budget="128MiB",
+        chunk_size="auto",
+    )(x)
     want = torch.stack([torch.outer(v, v).cumsum(0).sin().sum() for v in x])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)
 
@@ -193,13 +262,17 @@ def test_plans_have_a_lane_for_each_worker() -> None:
         over.run()
 
 
-def test_what_is_in_a_store_is_told_apart_by_its_checksums(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_a_store_is_told_apart_by_its_checksums(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A large store passes once through the workers, and not through the driver for the sake of a hash."""
     x = values(1, 23, 5, dtype=torch.float32)
     shardmap.vmap(lambda v: v * 2, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled"))(x)
     read: list[tuple[int, int]] = []
     rows = StoreColumn.read
-    monkeypatch.setattr(StoreColumn, "read", lambda self, a, b: read.append((a, b)) or rows(self, a, b))
+    monkeypatch.setattr(
+        StoreColumn, "read", lambda self, a, b: read.append((a, b)) or rows(self, a, b)
+    )
     sink = shardmap.ZarrSink(tmp_path / "sines")
 
     def sines() -> shardmap.Store:
@@ -209,6 +282,8 @@ def test_what_is_in_a_store_is_told_apart_by_its_checksums(tmp_path: Any, monkey
     assert torch.equal(sines().read(0, 0, 23), shardmap.vmap(torch.sin, chunk_size=4)(x * 2))
     assert read == [(0, 3)], "the rows that are recorded and tried"
     assert sines().missing() == []
-    shardmap.vmap(lambda v: v * 3, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled", overwrite=True))(x)
+    shardmap.vmap(
+        lambda v: v * 3, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled", overwrite=True)
+    )(x)
     with pytest.raises(errors.StoreMismatchError, match="the samples have changed"):
         sines()

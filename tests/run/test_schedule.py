@@ -43,7 +43,9 @@ class Interleavings(RuleBasedStateMachine):
         for _, (worker, chunk) in zip(range(most), self.schedule.assignments(), strict=False):
             assert isinstance(worker, int)
             fullness = len(self.held[worker])
-            assert fullness == min(len(chunks) for chunks in self.held.values()), "the emptiest first"
+            assert fullness == min(len(chunks) for chunks in self.held.values()), (
+                "the emptiest first"
+            )
             self.held[worker].append(chunk)
             self.given[chunk.start] += 1
 
@@ -137,11 +139,19 @@ def test_the_first_to_have_room_is_served_first():
     schedule.done("c", Chunk(2, 3))
     schedule.done("a", Chunk(0, 1))
     schedule.join("d")
-    assert [(worker, chunk.start) for worker, chunk in schedule.assignments()] == [("d", 6), ("c", 7), ("a", 8), ("d", 9)]
+    assert [(worker, chunk.start) for worker, chunk in schedule.assignments()] == [
+        ("d", 6),
+        ("c", 7),
+        ("a", 8),
+        ("d", 9),
+    ]
 
 
 def test_what_a_worker_had_is_next():
-    """A lost chunk is handed out before any fresh one; the one that was being computed when each worker has had others."""
+    """A lost chunk is handed out before any fresh one.
+
+    The one that was being computed when each worker has had others.
+    """
     schedule = Schedule(singles(13), 3, 1)
     for worker in "ab":
         schedule.join(worker)
@@ -180,7 +190,10 @@ def test_a_chunk_is_tried_more_often_where_others_are_lost_too():
 
 
 def test_nothing_is_tried_for_ever_while_nothing_gets_done():
-    """Whatever chunks are to blame: losses in a row are bounded, and counted anew when a chunk is done."""
+    """Whatever chunks are to blame.
+
+    Losses in a row are bounded, and counted anew when a chunk is done.
+    """
     schedule = Schedule(singles(100), 1, 2)
     schedule.join("a")
     assert [schedule.blame(Chunk(i, i + 1)) for i in range(7)] == [True] * 6 + [False]

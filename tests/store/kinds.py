@@ -42,19 +42,39 @@ def in_memory(folder: Path, overwrite: bool = False) -> Sink:
     return ZarrSink(f"memory://shardmap-tests{folder}", overwrite=overwrite)
 
 
-SINKS: dict[str, Callable[..., Sink]] = {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink, "memory": in_memory}
+SINKS: dict[str, Callable[..., Sink]] = {
+    "zarr": ZarrSink,
+    "safetensors": SafetensorsSink,
+    "memmap": MemmapSink,
+    "memory": in_memory,
+}
 FOLDERS = ("zarr", "safetensors", "memmap")
 
 
-def header(samples: int = 11, unit: int = 4, outputs: tuple[OutputSpec, ...] | None = None, **identity: str) -> Header:
+def header(
+    samples: int = 11, unit: int = 4, outputs: tuple[OutputSpec, ...] | None = None, **identity: str
+) -> Header:
     """A header of two outputs, one of them of single numbers."""
-    outputs = outputs or (OutputSpec("loss", (), torch.float32), OutputSpec("grad/weight", (3, 5), torch.bfloat16))
-    return Header(samples, unit, outputs, {**IDENTITY, **identity}, {"versions": {"torch": torch.__version__}, "shape": (1, 2)})
+    outputs = outputs or (
+        OutputSpec("loss", (), torch.float32),
+        OutputSpec("grad/weight", (3, 5), torch.bfloat16),
+    )
+    return Header(
+        samples,
+        unit,
+        outputs,
+        {**IDENTITY, **identity},
+        {"versions": {"torch": torch.__version__}, "shape": (1, 2)},
+    )
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
     """All bytes: equality of bits, also for NaN and -0.0."""
-    return t.contiguous().flatten().view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
+    return (
+        t.contiguous().flatten().view(torch.uint8)
+        if t.numel()
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +82,11 @@ def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.bool:
         return torch.rand(shape) < 0.5
     size = torch.Size(shape).numel() * dtype.itemsize
-    return torch.randint(0, 256, (size,), dtype=torch.uint8).view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+    return (
+        torch.randint(0, 256, (size,), dtype=torch.uint8).view(dtype).reshape(shape)
+        if size
+        else torch.empty(shape, dtype=dtype)
+    )
 
 
 def rows_of(h: Header) -> list[torch.Tensor]:
@@ -84,4 +108,8 @@ def fill(store: Store, rows: list[torch.Tensor], units: list[int] | None = None)
 
 def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Equal in shape, dtype and bits."""
-    return got.shape == wanted.shape and got.dtype == wanted.dtype and torch.equal(bits(got), bits(wanted))
+    return (
+        got.shape == wanted.shape
+        and got.dtype == wanted.dtype
+        and torch.equal(bits(got), bits(wanted))
+    )

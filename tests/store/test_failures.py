@@ -26,7 +26,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def temporaries(folder: str | Path) -> list[Path]:
-    return [p for p in Path(folder).rglob("*") if p.name.endswith((".tmp", ".partial")) or p.name.startswith(".")]
+    return [
+        p
+        for p in Path(folder).rglob("*")
+        if p.name.endswith((".tmp", ".partial")) or p.name.startswith(".")
+    ]
 
 
 @pytest.fixture
@@ -64,7 +68,11 @@ def test_a_full_disk(kind: str, tiny_disk: Path) -> None:
     rows = rows_of(h)
     store = SINKS[kind](tiny_disk / "out").create(h)
     fill(store, rows, [0, 1])
-    with pytest.raises(StoreError, match=f"{store.url}: writing unit 2 failed: No space left on device .*; free space there.* then resume"):
+    with pytest.raises(
+        StoreError,
+        match=f"{store.url}: writing unit 2 failed: No space left on device .*; free space there.* "
+        "then resume",
+    ):
         store.write(2, unit_of(h, rows, 2))
     assert not temporaries(store.url)
     assert store.missing() == [2, 3]
@@ -75,7 +83,9 @@ def test_a_full_disk(kind: str, tiny_disk: Path) -> None:
     with pytest.raises(StoreError, match="No space left"):
         commit_often(store, receipt)
     assert (tiny_disk / "out" / "manifest.jsonl").read_bytes().startswith(before)
-    assert not ctypes.CDLL(None).mount(b"", str(tiny_disk).encode(), None, 32, b"size=4m")  # MS_REMOUNT
+    assert not ctypes.CDLL(None).mount(
+        b"", str(tiny_disk).encode(), None, 32, b"size=4m"
+    )  # MS_REMOUNT
     again = SINKS[kind](tiny_disk / "out").create(h, resume=True)
     assert again.missing() == [2, 3]
     fill(again, rows, [2, 3])
@@ -111,7 +121,11 @@ def test_a_limit_on_the_size_of_files(kind: str, tmp_path: Path) -> None:
     store = SINKS[kind](tmp_path / "out").create(h)
     fill(store, rows)
     told = subprocess.run(
-        [sys.executable, "-c", LIMITED], input=pickle.dumps((store, [torch.zeros(1, 100_000)])), capture_output=True, check=True, cwd=ROOT
+        [sys.executable, "-c", LIMITED],
+        input=pickle.dumps((store, [torch.zeros(1, 100_000)])),
+        capture_output=True,
+        check=True,
+        cwd=ROOT,
     ).stdout.decode()
     assert "writing unit 1 failed: File too large" in told
     assert "ulimit -f" in told
@@ -121,7 +135,9 @@ def test_a_limit_on_the_size_of_files(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zarr", "safetensors"])
-def test_a_writer_that_stops_in_the_middle_leaves_the_old_rows(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_stops_in_the_middle_leaves_the_old_rows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h = header(3, 1, (OutputSpec("x", (10,), torch.float32),))
     rows = rows_of(h)
     store = SINKS[kind](tmp_path / "out").create(h)
@@ -132,7 +148,11 @@ def test_a_writer_that_stops_in_the_middle_leaves_the_old_rows(kind: str, tmp_pa
 
     monkeypatch.setattr(os, "replace", stop)
     monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(StoreError, match="writing unit 1 failed: Input/output error .on .*; check that the place can be reached"):
+    with pytest.raises(
+        StoreError,
+        match="writing unit 1 failed: Input/output error .on .*; check that the place can be "
+        "reached",
+    ):
         store.write(1, [torch.zeros(1, 10)])
     monkeypatch.undo()
     assert not temporaries(store.url)
@@ -154,7 +174,9 @@ def test_a_writer_that_is_killed_leaves_whole_rows(kind: str, tmp_path: Path) ->
     rows = rows_of(h)
     store = SINKS[kind](tmp_path / "out").create(h)
     fill(store, rows)
-    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as writer:
         assert writer.stdin is not None
         assert writer.stdout is not None
         writer.stdin.write(pickle.dumps((store, [rows[0][1:2]])))
@@ -177,12 +199,18 @@ def test_a_writer_that_is_killed_leaves_whole_rows(kind: str, tmp_path: Path) ->
         (errno.ESTALE, "can be reached from this machine"),
     ],
 )
-def test_what_the_system_says_comes_with_a_remedy(number: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_says_comes_with_a_remedy(
+    number: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "makedirs", refuse)
-    with pytest.raises(StoreError, match=f"{tmp_path}/out: writing manifest.jsonl failed: {os.strerror(number)} .*; .*{remedy}"):
+    with pytest.raises(
+        StoreError,
+        match=f"{tmp_path}/out: writing manifest.jsonl failed: {os.strerror(number)} .*; "
+        f".*{remedy}",
+    ):
         MemmapSink(tmp_path / "out").create(header())
 
 
@@ -220,7 +248,9 @@ def served(tmp_path: Path) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))
+    ) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"

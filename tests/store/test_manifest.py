@@ -45,18 +45,29 @@ def test_a_manifest_has_a_header_and_a_line_per_commit(store: Store) -> None:
     lines = [json.loads(line) for line in journal(store).read_text().splitlines()]
     assert lines[0]["shardmap"] == {"format": 1, "kind": "memmap"}
     assert [line["unit"] for line in lines[1:]] == [2, 1, 0]
-    assert all(checksum.partition(":")[0] in ("sha256", "blake2b") for line in lines[1:] for checksum in line["checksums"])
+    assert all(
+        checksum.partition(":")[0] in ("sha256", "blake2b")
+        for line in lines[1:]
+        for checksum in line["checksums"]
+    )
 
 
 def test_a_crash_at_any_byte_of_the_last_line_loses_that_line_only(store: Store) -> None:
     path, rows = journal(store), rows_of(store.header)
     whole = path.read_bytes()
     begin = whole.rstrip(b"\n").rindex(b"\n") + 1
-    for cut in (*range(begin, begin + 5), (begin + len(whole)) // 2, len(whole) - 2, len(whole) - 1):
+    for cut in (
+        *range(begin, begin + 5),
+        (begin + len(whole)) // 2,
+        len(whole) - 2,
+        len(whole) - 1,
+    ):
         path.write_bytes(whole[:cut])
         again = open_store(store.url)
         assert again.missing() == [0]
-        assert path.read_bytes() == whole[:cut]  # reading changes nothing: another process may be writing
+        assert (
+            path.read_bytes() == whole[:cut]
+        )  # reading changes nothing: another process may be writing
         fill(again, rows, [0])
         assert path.read_bytes().count(b"\n") == 4
         assert open_store(store.url).missing() == []
@@ -81,7 +92,9 @@ def test_damage_in_the_middle_is_refused(store: Store) -> None:
         damaged = list(lines)
         damaged[number] = lines[number].replace(b"1", b"7", 1)
         path.write_bytes(b"\n".join(damaged))
-        with pytest.raises(StoreError, match=f"{where} of manifest.jsonl is damaged; restore it from a copy"):
+        with pytest.raises(
+            StoreError, match=f"{where} of manifest.jsonl is damaged; restore it from a copy"
+        ):
             open_store(store.url).missing()
         with pytest.raises(StoreError, match="damaged"):
             MemmapSink(store.url).create(store.header, resume=True)
@@ -104,7 +117,9 @@ def test_manifests_of_others_and_of_later_versions_are_refused(store: Store) -> 
             open_store(store.url)
 
 
-def test_a_commit_that_fails_leaves_the_manifest_as_it_was(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_fails_leaves_the_manifest_as_it_was(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, receipt = journal(store), store.receipts()[1]
     store.discard(1)
     whole = path.read_bytes()
@@ -117,7 +132,10 @@ def test_a_commit_that_fails_leaves_the_manifest_as_it_was(store: Store, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(StoreError, match="appending to manifest.jsonl failed: No space left .*; free space there"):
+        with pytest.raises(
+            StoreError,
+            match="appending to manifest.jsonl failed: No space left .*; free space there",
+        ):
             store.commit(receipt)
     assert path.read_bytes() == whole
     assert store.missing() == [1]
@@ -133,7 +151,9 @@ def test_a_store_that_is_removed_is_missed(store: Store) -> None:
         store.missing()
 
 
-def test_many_commits_are_not_read_again_for_each(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_commits_are_not_read_again_for_each(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     place = type(store._place)
     read = place.read
@@ -159,7 +179,11 @@ def test_a_store_in_memory_has_an_object_per_commit(tmp_path: Path) -> None:
     fill(store, rows, [1, 2])
     files = fsspec.filesystem("memory")
     root = f"/objects{tmp_path}/manifest"
-    assert sorted(p.rpartition("/")[2] for p in files.ls(root, detail=False)) == ["header.json", "unit-00000001.json", "unit-00000002.json"]
+    assert sorted(p.rpartition("/")[2] for p in files.ls(root, detail=False)) == [
+        "header.json",
+        "unit-00000001.json",
+        "unit-00000002.json",
+    ]
     store.discard(1)
     assert not files.exists(f"{root}/unit-00000001.json")
     assert open_store(store.url).missing() == [0, 1]
@@ -167,7 +191,10 @@ def test_a_store_in_memory_has_an_object_per_commit(tmp_path: Path) -> None:
     assert open_store(store.url).missing() == store.missing() == []
     data = files.cat_file(f"{root}/unit-00000001.json")
     files.pipe_file(f"{root}/unit-00000001.json", data.replace(b"4", b"5", 1))
-    with pytest.raises(StoreError, match="manifest/unit-00000001.json is damaged; remove it, and its unit is computed again"):
+    with pytest.raises(
+        StoreError,
+        match="manifest/unit-00000001.json is damaged; remove it, and its unit is computed again",
+    ):
         open_store(store.url).missing()
     files.rm_file(f"{root}/unit-00000001.json")
     assert open_store(store.url).missing() == [1]
@@ -203,7 +230,9 @@ def test_stores_are_copied_from_folders_to_urls_and_back(tmp_path: Path) -> None
     assert isinstance(find_manifest(place_of(tmp_path / "back")), Journal)
 
 
-def test_errors_of_remote_clients_are_put_into_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_remote_clients_are_put_into_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h = header()
     store = ZarrSink(f"memory://errors{tmp_path}").create(h)
     receipt = store.write(0, [torch.zeros(4), torch.zeros(4, 3, 5).bfloat16()])
@@ -218,7 +247,9 @@ def test_errors_of_remote_clients_are_put_into_words(tmp_path: Path, monkeypatch
     assert isinstance(place, RemotePlace)
     monkeypatch.setattr(place._files, "pipe_file", refuse)
     with pytest.raises(
-        StoreError, match="writing manifest/unit-00000000.json failed: ClientError: AccessDenied request id 7 .*reached from"
+        StoreError,
+        match="writing manifest/unit-00000000.json failed: ClientError: AccessDenied request id 7 "
+        ".*reached from",
     ):
         store.commit(receipt)
     monkeypatch.undo()
@@ -231,4 +262,9 @@ def test_receipts_are_data(tmp_path: Path) -> None:
     fill(store, rows_of(header()))
     receipt = store.receipts()[2]
     assert Receipt.from_json(json.loads(json.dumps(receipt.to_json()))) == receipt
-    assert (receipt.start, receipt.stop, receipt.bytes, len(receipt.checksums)) == (8, 11, 3 * (4 + 30), 2)
+    assert (receipt.start, receipt.stop, receipt.bytes, len(receipt.checksums)) == (
+        8,
+        11,
+        3 * (4 + 30),
+        2,
+    )

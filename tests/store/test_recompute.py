@@ -1,4 +1,7 @@
-"""Units of a store are computed again and compared; what differs is found, and nothing is written."""
+"""Units of a store are computed again and compared.
+
+What differs is found, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,11 @@ def test_a_number_that_was_changed_with_its_checksum_is_found(tmp_path: Path) ->
     store.commit(store.write(2, rows))
     assert store.corrupt() == []
     found = again(store.url, units=[1, 2, 5]).comparisons
-    assert [(c.unit, c.exact, c.agrees) for c in found] == [(1, True, True), (2, False, False), (5, True, True)]
+    assert [(c.unit, c.exact, c.agrees) for c in found] == [
+        (1, True, True),
+        (2, False, False),
+        (5, True, True),
+    ]
     assert (found[1].output, found[1].difference) == ("sine", pytest.approx(0.5))
 
 
@@ -72,7 +79,9 @@ def test_draws_of_a_part_are_those_of_the_whole(tmp_path: Path) -> None:
             noisy,
             randomness="different",
             chunk_size=4,
-            out=Recompute(tmp_path / "out", [5, 2]) if (tmp_path / "out").exists() else shardmap.MemmapSink(tmp_path / "out"),
+            out=Recompute(tmp_path / "out", [5, 2])
+            if (tmp_path / "out").exists()
+            else shardmap.MemmapSink(tmp_path / "out"),
             resume=True,
         )
         if seed == 4:
@@ -83,10 +92,15 @@ def test_draws_of_a_part_are_those_of_the_whole(tmp_path: Path) -> None:
     assert [c.exact for c in found.comparisons] == [True, True]
 
 
-@pytest.mark.parametrize(("fn", "x", "said"), [(torch.cos, X, "program: the function"), (torch.sin, X + 1, "data: the samples")])
+@pytest.mark.parametrize(
+    ("fn", "x", "said"),
+    [(torch.cos, X, "program: the function"), (torch.sin, X + 1, "data: the samples")],
+)
 def test_another_call_is_refused_in_words(fn, x: torch.Tensor, said: str, tmp_path: Path) -> None:
     stored(shardmap.MemmapSink(tmp_path / "out"), torch.sin)
-    with pytest.raises(StoreMismatchError, match=f"cannot be compared, it holds another run: {said}"):
+    with pytest.raises(
+        StoreMismatchError, match=f"cannot be compared, it holds another run: {said}"
+    ):
         again(tmp_path / "out", fn, x)
 
 
@@ -98,7 +112,9 @@ def test_where_there_is_no_store_and_without_resume_it_is_refused(tmp_path: Path
         shardmap.vmap(function, out=Recompute(tmp_path / "out"))(X)
 
 
-def test_the_choice_depends_on_the_seed_and_leaves_out_what_is_missing_or_damaged(tmp_path: Path) -> None:
+def test_the_choice_depends_on_the_seed_and_leaves_out_what_is_missing_or_damaged(
+    tmp_path: Path,
+) -> None:
     store = stored(shardmap.MemmapSink(tmp_path / "out"))
     store.discard(3)
     store = open_store(store.url)
@@ -110,7 +126,10 @@ def test_the_choice_depends_on_the_seed_and_leaves_out_what_is_missing_or_damage
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_differences_of_every_dtype(dtype: torch.dtype) -> None:
     old = random((5,), dtype)
-    one, two = torch.ones(5).to(dtype), torch.tensor([1, 1, 1, 0 if dtype == torch.bool else 8, 1]).to(dtype)
+    one, two = (
+        torch.ones(5).to(dtype),
+        torch.tensor([1, 1, 1, 0 if dtype == torch.bool else 8, 1]).to(dtype),
+    )
     difference, allowed = _difference(one, two)
     assert difference == (1 if dtype == torch.bool else 7)
     assert difference > allowed

@@ -20,7 +20,15 @@ import zarr
 from safetensors import safe_open
 
 from shardmap.errors import MissingExtraError, StoreDamagedError, StoreError, StoreMismatchError
-from shardmap.store import Header, MemmapSink, OutputSpec, SafetensorsSink, Sink, ZarrSink, open_store
+from shardmap.store import (
+    Header,
+    MemmapSink,
+    OutputSpec,
+    SafetensorsSink,
+    Sink,
+    ZarrSink,
+    open_store,
+)
 from shardmap.store.header import file_names
 from tests.store.kinds import FOLDERS, IDENTITY, SINKS, fill, header, rows_of, same, unit_of
 
@@ -35,7 +43,10 @@ def test_a_store_that_is_there_is_not_touched(kind: str, tmp_path: Path) -> None
     rows = rows_of(h)
     store = SINKS[kind](tmp_path / "out").create(h)
     fill(store, rows)
-    with pytest.raises(StoreError, match="holds a store already: pass resume=True .* overwrite=True .* or name another place"):
+    with pytest.raises(
+        StoreError,
+        match="holds a store already: pass resume=True .* overwrite=True .* or name another place",
+    ):
         SINKS[kind](tmp_path / "out").create(h)
     assert same(open_store(store.url).read(1, 0, 11), rows[1])
 
@@ -74,12 +85,22 @@ def test_overwrite_replaces_a_store_of_another_kind(before: str, now: str, tmp_p
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_store_is_refused(kind: str, tmp_path: Path, resume: bool, overwrite: bool) -> None:
+def test_what_is_no_store_is_refused(
+    kind: str, tmp_path: Path, resume: bool, overwrite: bool
+) -> None:
     sink = SINKS[kind](tmp_path / "out", overwrite=overwrite)
-    place = "memory://" + sink.where.removeprefix("memory://") if kind == "memory" else str(tmp_path / "out")
+    place = (
+        "memory://" + sink.where.removeprefix("memory://")
+        if kind == "memory"
+        else str(tmp_path / "out")
+    )
     with fsspec.open(f"{place}/thesis.tex", "w", auto_mkdir=True) as f:
         f.write("years")
-    with pytest.raises(StoreError, match=r"is not empty and no store of shardmap \(thesis.tex; no manifest\): nothing of it is touched"):
+    with pytest.raises(
+        StoreError,
+        match=r"is not empty and no store of shardmap \(thesis.tex; no manifest\): nothing of it "
+        r"is touched",
+    ):
         sink.create(header(), resume=resume)
     with fsspec.open(f"{place}/thesis.tex", "r") as f:
         assert f.read() == "years"
@@ -128,7 +149,10 @@ def test_resume_goes_on_with_what_is_stored(kind: str, tmp_path: Path) -> None:
         ({"identity": {**IDENTITY, "plan": "beef" * 4}}, "plan: the batch is cut into other units"),
         ({"samples": 12}, "samples: 11 are stored, 12 are wanted"),
         ({"unit": 5}, "unit: 4 rows are stored together, 5 are wanted"),
-        ({"outputs": (OutputSpec("loss", (), torch.float32),)}, "outputs: loss, grad/weight are stored, loss are wanted"),
+        (
+            {"outputs": (OutputSpec("loss", (), torch.float32),)},
+            "outputs: loss, grad/weight are stored, loss are wanted",
+        ),
     ],
 )
 def test_another_run_is_not_resumed(kind: str, tmp_path: Path, change: dict, message: str) -> None:
@@ -137,9 +161,13 @@ def test_another_run_is_not_resumed(kind: str, tmp_path: Path, change: dict, mes
     fill(SINKS[kind](tmp_path / "out").create(h), rows)
     for overwrite in (False, True):
         with pytest.raises(
-            StoreMismatchError, match=f"cannot be resumed: {message}.* name another place, or start anew with overwrite=True"
+            StoreMismatchError,
+            match=f"cannot be resumed: {message}.* name another place, or start anew with "
+            "overwrite=True",
         ):
-            SINKS[kind](tmp_path / "out", overwrite=overwrite).create(dataclasses.replace(h, **change), resume=True)
+            SINKS[kind](tmp_path / "out", overwrite=overwrite).create(
+                dataclasses.replace(h, **change), resume=True
+            )
     assert open_store(SINKS[kind](tmp_path / "out").create(h, resume=True).url).corrupt() == []
 
 
@@ -149,7 +177,9 @@ def test_everything_that_differs_is_told(tmp_path: Path) -> None:
     a, b = h.outputs
     outputs = (dataclasses.replace(a, dtype=torch.float64), dataclasses.replace(b, shape=(5, 3)))
     with pytest.raises(StoreMismatchError) as caught:
-        MemmapSink(tmp_path / "out").create(header(12, 3, outputs, program="b", data="c", plan="d"), resume=True)
+        MemmapSink(tmp_path / "out").create(
+            header(12, 3, outputs, program="b", data="c", plan="d"), resume=True
+        )
     for part in (
         "program",
         "data",
@@ -163,18 +193,24 @@ def test_everything_that_differs_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", ["before files", "between files"])
-def test_a_driver_that_stops_while_it_makes_a_store(kind: str, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_stops_while_it_makes_a_store(
+    kind: str, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = SINKS[kind](tmp_path / "out")
     with monkeypatch.context() as patch:
         if at == "before files":
-            patch.setattr(type(sink), "_lay_out", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                type(sink), "_lay_out", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 sink.create(header())
         else:
             sink.create(header())
             for name in ("loss", "loss.npy"):
                 path = tmp_path / "out" / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                    missing_ok=True
+                )
     store = sink.create(header(), resume=True)
     rows = rows_of(header())
     fill(store, rows)
@@ -207,7 +243,9 @@ def test_nothing_and_something_else_cannot_be_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sink", [SafetensorsSink, MemmapSink])
 def test_files_are_not_written_to_urls(sink: type) -> None:
-    with pytest.raises(StoreError, match=f"{sink.__name__} writes to folders only: use ZarrSink for URLs"):
+    with pytest.raises(
+        StoreError, match=f"{sink.__name__} writes to folders only: use ZarrSink for URLs"
+    ):
         sink("memory://x").create(header())
 
 
@@ -266,27 +304,56 @@ def test_headers_come_back_from_json() -> None:
     h = header()
     assert Header.from_json(h.to_json()) == h
     with pytest.raises(StoreError, match="cannot be understood"):
-        Header.from_json({**h.to_json(), "outputs": [{"name": "x", "shape": [1], "dtype": "float7"}]})
+        Header.from_json(
+            {**h.to_json(), "outputs": [{"name": "x", "shape": [1], "dtype": "float7"}]}
+        )
     with pytest.raises(StoreError, match="cannot be understood"):
         Header.from_json({})
 
 
 def test_names_become_safe_and_stay_different() -> None:
-    names = ["a/b", "a_b", "A_B", "a b", "..", "manifest", "zarr.json", "__init__", "größe", "/etc/passwd", "x" * 300, "x" * 301, "\0"]
+    names = [
+        "a/b",
+        "a_b",
+        "A_B",
+        "a b",
+        "..",
+        "manifest",
+        "zarr.json",
+        "__init__",
+        "größe",
+        "/etc/passwd",
+        "x" * 300,
+        "x" * 301,
+        "\0",
+    ]
     files = file_names(names)
     assert len({f.casefold() for f in files}) == len(names)
-    assert all(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,110}", f) and not f.startswith("__") for f in files)
+    assert all(
+        re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,110}", f) and not f.startswith("__")
+        for f in files
+    )
     assert files[:4] == ("a_b", "a_b-2", "A_B-3", "a_b-4")
     assert not {"manifest", "zarr.json"} & set(files)
     assert file_names(names) == files
 
 
 def test_names_that_look_alike_are_kept_apart(kind: str, tmp_path: Path) -> None:
-    h = header(5, 2, tuple(OutputSpec(n, (), torch.int64) for n in ("a/b", "a_b", "A_B", "manifest", "../../x", "zarr.json")))
+    h = header(
+        5,
+        2,
+        tuple(
+            OutputSpec(n, (), torch.int64)
+            for n in ("a/b", "a_b", "A_B", "manifest", "../../x", "zarr.json")
+        ),
+    )
     rows = rows_of(h)
     store = SINKS[kind](tmp_path / "deep" / "er" / "out").create(h)
     fill(store, rows)
-    assert all(same(open_store(store.url).read(s.name, 0, 5), t) for s, t in zip(h.outputs, rows, strict=True))
+    assert all(
+        same(open_store(store.url).read(s.name, 0, 5), t)
+        for s, t in zip(h.outputs, rows, strict=True)
+    )
     assert kind == "memory" or os.listdir(tmp_path) == ["deep"]
 
 
@@ -295,7 +362,13 @@ def test_names_that_look_alike_are_kept_apart(kind: str, tmp_path: Path) -> None
 
 def test_zarr_is_read_without_us(tmp_path: Path) -> None:
     h = header(
-        7, 3, (OutputSpec("loss", (), torch.float32), OutputSpec("g", (2, 3), torch.bfloat16), OutputSpec("z", (2,), torch.complex64))
+        7,
+        3,
+        (
+            OutputSpec("loss", (), torch.float32),
+            OutputSpec("g", (2, 3), torch.bfloat16),
+            OutputSpec("z", (2,), torch.complex64),
+        ),
     )
     rows = rows_of(h)
     rows[0][:] = torch.arange(7)
@@ -340,24 +413,40 @@ def test_zarr_compresses_when_asked(tmp_path: Path) -> None:
 
 def test_safetensors_are_read_without_us(tmp_path: Path) -> None:
     h = header(
-        7, 3, (OutputSpec("a/b", (2,), torch.bfloat16), OutputSpec("z", (2,), torch.complex128), OutputSpec("e", (), torch.float8_e5m2))
+        7,
+        3,
+        (
+            OutputSpec("a/b", (2,), torch.bfloat16),
+            OutputSpec("z", (2,), torch.complex128),
+            OutputSpec("e", (), torch.float8_e5m2),
+        ),
     )
     rows = rows_of(h)
     fill(SafetensorsSink(tmp_path / "out").create(h), rows)
-    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.jsonl", *(f"unit-0000000{i}.safetensors" for i in range(3))]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "manifest.jsonl",
+        *(f"unit-0000000{i}.safetensors" for i in range(3)),
+    ]
     with safe_open(tmp_path / "out" / "unit-00000001.safetensors", "pt") as f:
         assert same(f.get_tensor("a/b").clone(), rows[0][3:6])
         assert same(f.get_tensor("z").clone(), torch.view_as_real(rows[1][3:6]))
         assert same(f.get_tensor("e").clone(), rows[2][3:6])
-        assert f.metadata()["torch_dtypes"] == '{"a/b": "bfloat16", "z": "complex128", "e": "float8_e5m2"}'
+        assert (
+            f.metadata()["torch_dtypes"]
+            == '{"a/b": "bfloat16", "z": "complex128", "e": "float8_e5m2"}'
+        )
         assert (f.metadata()["start"], f.metadata()["stop"]) == ("3", "6")
     with pytest.raises(StoreError, match="safetensors keeps to itself"):
-        SafetensorsSink(tmp_path / "other").create(header(outputs=(OutputSpec("__metadata__", (), torch.int8),)))
+        SafetensorsSink(tmp_path / "other").create(
+            header(outputs=(OutputSpec("__metadata__", (), torch.int8),))
+        )
     assert not (tmp_path / "other").exists()
 
 
 def test_memmaps_are_read_without_us_and_take_no_room_before(tmp_path: Path) -> None:
-    h = header(1000, 10, (OutputSpec("x", (1000,), torch.float32), OutputSpec("b", (), torch.bfloat16)))
+    h = header(
+        1000, 10, (OutputSpec("x", (1000,), torch.float32), OutputSpec("b", (), torch.bfloat16))
+    )
     store = MemmapSink(tmp_path / "out").create(h)
     info = (tmp_path / "out" / "x.npy").stat()
     assert info.st_size > 4_000_000
@@ -371,12 +460,18 @@ def test_memmaps_are_read_without_us_and_take_no_room_before(tmp_path: Path) -> 
     assert x.ctypes.data % 64 == 0
 
 
-@pytest.mark.parametrize(("kind", "package"), [("zarr", "zarr"), ("safetensors", "safetensors"), ("memory", "fsspec")])
-def test_packages_that_are_missing_are_named(kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "package"), [("zarr", "zarr"), ("safetensors", "safetensors"), ("memory", "fsspec")]
+)
+def test_packages_that_are_missing_are_named(
+    kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])
-    with pytest.raises(MissingExtraError, match=rf'{package} is needed to .*: pip install "shardmap\[run\]"'):
+    with pytest.raises(
+        MissingExtraError, match=rf'{package} is needed to .*: pip install "shardmap\[run\]"'
+    ):
         SINKS[kind](tmp_path / "out").create(header())
     assert not (tmp_path / "out").exists()
 
@@ -402,15 +497,30 @@ def test_sinks_are_data() -> None:
 
 
 def test_attributes_of_a_sink_are_kept_beside_those_of_the_run(tmp_path: Path) -> None:
-    for name, sink in {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}.items():
+    for name, sink in {
+        "zarr": ZarrSink,
+        "safetensors": SafetensorsSink,
+        "memmap": MemmapSink,
+    }.items():
         h = header()
         sink(tmp_path / name, attributes={"shape": [7], "owner": {"name": "me"}}).create(h)
-        assert open_store(tmp_path / name).header.attributes == {**h.attributes, "shape": [7], "owner": {"name": "me"}}
-        assert sink(tmp_path / name, attributes={"owner": "another"}).create(h, resume=True).header.attributes["owner"] == {"name": "me"}
+        assert open_store(tmp_path / name).header.attributes == {
+            **h.attributes,
+            "shape": [7],
+            "owner": {"name": "me"},
+        }
+        assert sink(tmp_path / name, attributes={"owner": "another"}).create(
+            h, resume=True
+        ).header.attributes["owner"] == {"name": "me"}
 
 
-@pytest.mark.parametrize(("attributes", "said"), [([1], r"attributes=\[1\] is a list"), ({"a": Path}, "cannot be written as JSON")])
-def test_attributes_that_are_none_are_refused_before_anything_is_made(attributes: object, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [([1], r"attributes=\[1\] is a list"), ({"a": Path}, "cannot be written as JSON")],
+)
+def test_attributes_that_are_none_are_refused_before_anything_is_made(
+    attributes: object, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(StoreError, match=said):
         MemmapSink(tmp_path / "out", attributes=attributes).create(header())
     assert not (tmp_path / "out").exists()

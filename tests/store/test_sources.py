@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from shardmap.errors import SourceError, StoreError
-from shardmap.store import MemmapSink, OutputSpec, SafetensorsSink, Source, ZarrSink, open_store, source
+from shardmap.store import (
+    MemmapSink,
+    OutputSpec,
+    SafetensorsSink,
+    Source,
+    ZarrSink,
+    open_store,
+    source,
+)
 from tests.store.kinds import DTYPES, fill, header, in_memory, random, rows_of, same
 
 N = 13
@@ -100,7 +108,9 @@ def make_safetensors(folder: Path, t: torch.Tensor) -> list[str]:
     paths = []
     for i, part in enumerate(t.split(5)):
         paths.append(str(folder / f"part-{i}.safetensors"))
-        save_file({"x": part.contiguous(), "other": torch.zeros(len(part), dtype=torch.bool)}, paths[-1])
+        save_file(
+            {"x": part.contiguous(), "other": torch.zeros(len(part), dtype=torch.bool)}, paths[-1]
+        )
     return paths
 
 
@@ -109,27 +119,67 @@ KINDS: dict[str, tuple[bool, Callable[[Path, torch.Tensor], Any], dict]] = {
     "tuple of a tensor": (False, lambda _, t: (t,), {}),
     "dict of a tensor": (False, lambda _, t: {"x": t}, {}),
     "array": (False, lambda _, t: t.numpy(), {}),
-    "array, read-only": (False, lambda _, t: np.frombuffer(t.numpy().tobytes(), np.float32).reshape(t.shape), {}),
+    "array, read-only": (
+        False,
+        lambda _, t: np.frombuffer(t.numpy().tobytes(), np.float32).reshape(t.shape),
+        {},
+    ),
     "array, big-endian": (False, lambda _, t: t.numpy().astype(">f4"), {}),
-    "array, turned round": (False, lambda _, t: np.ascontiguousarray(t.numpy()[::-1, :, ::-1])[::-1, :, ::-1], {}),
+    "array, turned round": (
+        False,
+        lambda _, t: np.ascontiguousarray(t.numpy()[::-1, :, ::-1])[::-1, :, ::-1],
+        {},
+    ),
     "memmap": (True, lambda f, t: make_memmap(f, t.numpy()), {}),
-    "memmap, part of one": (True, lambda f, t: make_memmap(f, torch.cat([t[:3], t, t]).numpy())[3 : 3 + N], {}),
-    "memmap, strided": (True, lambda f, t: make_memmap(f, t.repeat_interleave(2, 0).numpy())[::2], {}),
+    "memmap, part of one": (
+        True,
+        lambda f, t: make_memmap(f, torch.cat([t[:3], t, t]).numpy())[3 : 3 + N],
+        {},
+    ),
+    "memmap, strided": (
+        True,
+        lambda f, t: make_memmap(f, t.repeat_interleave(2, 0).numpy())[::2],
+        {},
+    ),
     "memmap, turned round": (True, lambda f, t: make_memmap(f, t.flip(0).numpy())[::-1], {}),
-    "memmap, transposed": (True, lambda f, t: make_memmap(f, t.mT.contiguous().numpy()).transpose(0, 2, 1), {}),
-    "memmap, copy on write": (False, lambda f, t: np.load(make_npy(f, t.numpy()), mmap_mode="c"), {}),
-    "memmap of a .npy file": (True, lambda f, t: np.load(make_npy(f, t.numpy()), mmap_mode="r"), {}),
+    "memmap, transposed": (
+        True,
+        lambda f, t: make_memmap(f, t.mT.contiguous().numpy()).transpose(0, 2, 1),
+        {},
+    ),
+    "memmap, copy on write": (
+        False,
+        lambda f, t: np.load(make_npy(f, t.numpy()), mmap_mode="c"),
+        {},
+    ),
+    "memmap of a .npy file": (
+        True,
+        lambda f, t: np.load(make_npy(f, t.numpy()), mmap_mode="r"),
+        {},
+    ),
     ".npy path": (True, lambda f, t: make_npy(f, t.numpy()), {}),
     ".npy Path": (True, lambda f, t: Path(make_npy(f, t.numpy())), {}),
-    ".npy path, Fortran's order": (True, lambda f, t: make_npy(f, np.asfortranarray(t.numpy())), {}),
+    ".npy path, Fortran's order": (
+        True,
+        lambda f, t: make_npy(f, np.asfortranarray(t.numpy())),
+        {},
+    ),
     ".npy path, big-endian": (True, lambda f, t: make_npy(f, t.numpy().astype(">f4")), {}),
     "list of a .npy path": (True, lambda f, t: [make_npy(f, t.numpy())], {}),
     "zarr path": (True, lambda f, t: make_zarr(f, t.numpy()), {}),
     "zarr array": (True, lambda f, t: zarr.open_array(make_zarr(f, t.numpy()), mode="r"), {}),
     "zarr array in memory": (False, lambda _, t: zarr.array(t.numpy()), {}),
     "zarr group path": (True, lambda f, t: make_group(f, t.numpy()), {}),
-    "zarr group": (True, lambda f, t: zarr.open_group(make_group(f, t.numpy()), mode="r"), {"names": ["x"]}),
-    "safetensors path": (True, lambda f, t: save_file({"x": t}, f / "x.safetensors") or f / "x.safetensors", {}),
+    "zarr group": (
+        True,
+        lambda f, t: zarr.open_group(make_group(f, t.numpy()), mode="r"),
+        {"names": ["x"]},
+    ),
+    "safetensors path": (
+        True,
+        lambda f, t: save_file({"x": t}, f / "x.safetensors") or f / "x.safetensors",
+        {},
+    ),
     "safetensors paths": (True, lambda f, t: make_safetensors(f, t), {"names": ["x"]}),
     "store in zarr": (True, lambda f, t: make_store(ZarrSink, f, t), {}),
     "store in safetensors": (True, lambda f, t: make_store(SafetensorsSink, f, t), {}),
@@ -187,7 +237,9 @@ sys.stdout.buffer.write(pickle.dumps([s.read(3, 8)[0].clone() for s in sources])
 """
 
 
-def test_what_travels_is_read_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_travels_is_read_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     t = x_of()
     sources = []
@@ -200,9 +252,15 @@ def test_what_travels_is_read_in_another_process(tmp_path: Path, monkeypatch: py
     assert all(s.travels for s in sources)
     data = pickle.dumps(sources)
     root = str(Path(__file__).parents[2])
-    read = pickle.loads(subprocess.run([sys.executable, "-c", READER], input=data, capture_output=True, check=True, cwd=root).stdout)
+    read = pickle.loads(
+        subprocess.run(
+            [sys.executable, "-c", READER], input=data, capture_output=True, check=True, cwd=root
+        ).stdout
+    )
     assert all(same(rows, t[3:8]) for rows in read[:-2])
-    assert all(same(rows, torch.arange(3.0, 8.0)[:, None] * torch.arange(4.0)) for rows in read[-2:])
+    assert all(
+        same(rows, torch.arange(3.0, 8.0)[:, None] * torch.arange(4.0)) for rows in read[-2:]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
@@ -216,7 +274,9 @@ def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
         assert same(source(url).read(1, 9)[0], t[1:9])
         assert source(url).digest() == digest
     array = zarr.open_group(tmp_path / "ZarrSink" / "run", mode="r")["x"]
-    assert same(source(array).read(0, N)[0], t)  # the attribute torch_dtype is honoured without the manifest
+    assert same(
+        source(array).read(0, N)[0], t
+    )  # the attribute torch_dtype is honoured without the manifest
     if dtype not in (torch.complex32, torch.complex128, torch.float8_e8m0fnu):
         save_file({"x": t}, tmp_path / "x.safetensors")
         assert same(source(tmp_path / "x.safetensors").read(0, N)[0], t)
@@ -242,7 +302,13 @@ def test_complex_numbers_that_numpy_aligns_to_eight_bytes(tmp_path: Path) -> Non
 def test_no_rows_and_no_elements(shape: tuple[int, ...], tmp_path: Path) -> None:
     t = torch.empty(shape)
     np.save(tmp_path / "x.npy", t.numpy())
-    zarr.open_array(tmp_path / "x.zarr", mode="w", shape=shape, chunks=tuple(max(1, n) for n in shape), dtype="f4")
+    zarr.open_array(
+        tmp_path / "x.zarr",
+        mode="w",
+        shape=shape,
+        chunks=tuple(max(1, n) for n in shape),
+        dtype="f4",
+    )
     save_file({"x": t}, tmp_path / "x.safetensors")
     for obj in (t, t.numpy(), tmp_path / "x.npy", tmp_path / "x.zarr", tmp_path / "x.safetensors"):
         s = source(obj)
@@ -253,7 +319,13 @@ def test_no_rows_and_no_elements(shape: tuple[int, ...], tmp_path: Path) -> None
 
 def test_columns_of_different_kinds(tmp_path: Path) -> None:
     x, y, z = x_of(), x_of(()), x_of((5,))
-    s = source({"x": make_npy(tmp_path, x.numpy()), "y": y, "z": zarr.open_array(make_zarr(tmp_path, z.numpy()), mode="r")})
+    s = source(
+        {
+            "x": make_npy(tmp_path, x.numpy()),
+            "y": y,
+            "z": zarr.open_array(make_zarr(tmp_path, z.numpy()), mode="r"),
+        }
+    )
     assert [str(spec) for spec in s.specs] == ["x float32[2, 3]", "y float32[]", "z float32[5]"]
     assert not s.travels
     assert all(same(a, b[2:9]) for a, b in zip(s.read(2, 9), (x, y, z), strict=True))
@@ -330,7 +402,9 @@ def test_a_digest_does_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> 
         ("numpy", ["0", "1"], [torch.float32, torch.int32]),
     ],
 )
-def test_datasets_are_read_in_order(kind: type[Squares], form: str, names: list[str], dtypes: list[torch.dtype]) -> None:
+def test_datasets_are_read_in_order(
+    kind: type[Squares], form: str, names: list[str], dtypes: list[torch.dtype]
+) -> None:
     dataset = kind(form)
     s = source(dataset)
     assert len(s) == N
@@ -340,7 +414,13 @@ def test_datasets_are_read_in_order(kind: type[Squares], form: str, names: list[
     columns = s.read(2, 9)
     for i in range(2, 9):
         item = dataset[i]
-        item = list(item.values()) if isinstance(item, dict) else list(item) if isinstance(item, tuple | list) else [item]
+        item = (
+            list(item.values())
+            if isinstance(item, dict)
+            else list(item)
+            if isinstance(item, tuple | list)
+            else [item]
+        )
         for column, value, dtype in zip(columns, item, dtypes, strict=True):
             assert torch.equal(column[i - 2], torch.as_tensor(value, dtype=dtype))
     assert all(len(c) == 0 and c.dtype == d for c, d in zip(s.read(4, 4), dtypes, strict=True))
@@ -362,19 +442,27 @@ def test_which_datasets_travel() -> None:
         pass
 
     assert not source(Local("tensor")).travels
-    assert not source(Squares("tensor", weight=torch.zeros(5 << 20))).travels  # 20 MiB would go to every worker
+    assert not source(
+        Squares("tensor", weight=torch.zeros(5 << 20))
+    ).travels  # 20 MiB would go to every worker
     assert source(Subset(Squares("tensor"), [3, 1, 2])).travels
     assert not source(Subset(Local("tensor"), [1])).travels
     held: Any = Squares("tensor")
     held.weight = (i for i in range(3))  # cannot be pickled
     assert not source(held).travels
-    assert torch.equal(source(Subset(Squares("number"), [3, 1, 2])).read(0, 3)[0], torch.tensor([3, 1, 2]))
+    assert torch.equal(
+        source(Subset(Squares("number"), [3, 1, 2])).read(0, 3)[0], torch.tensor([3, 1, 2])
+    )
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("text", "gives list for '1': items have to be tensors, numbers, or one tuple or dict of them|gives tuple for '1'"),
+        (
+            "text",
+            "gives list for '1': items have to be tensors, numbers, or one tuple or dict of "
+            "them|gives tuple for '1'",
+        ),
         ("nested", "for '1': items have to be tensors"),
         ("none", "items 0 to 0 cannot be put side by side"),
     ],
@@ -387,7 +475,9 @@ def test_datasets_whose_items_are_no_columns(form: str, message: str) -> None:
 def test_datasets_whose_items_differ() -> None:
     with pytest.raises(SourceError, match="items 3 to 5 cannot be put side by side"):
         source(Squares("ragged")).read(3, 6)
-    with pytest.raises(SourceError, match=r"items 6 to 7 are torch.float64 \[2\], the first is 0 float32\[2\]"):
+    with pytest.raises(
+        SourceError, match=r"items 6 to 7 are torch.float64 \[2\], the first is 0 float32\[2\]"
+    ):
         source(Squares("drift")).read(6, 8)
     with pytest.raises(SourceError, match="is empty, so that nothing tells the shapes"):
         source(Squares("tensor", 0))
@@ -417,7 +507,10 @@ class Endless(IterableDataset):
         (np.array(["a", "b"]), "has dtype <U1, of which no tensor can be made"),
         (np.array([None, 1]), "Python objects are never loaded"),
         (np.array(["2020-01-01"], "M8[D]"), "torch has no such dtype"),
-        ({"x": torch.zeros(3), "y": torch.zeros(4)}, "different numbers of rows .x: 3, y: 4.: select those"),
+        (
+            {"x": torch.zeros(3), "y": torch.zeros(4)},
+            "different numbers of rows .x: 3, y: 4.: select those",
+        ),
         ("no/such/place", "/no/such/place is not there: check the path"),
         ("no/such/x.npy", "x.npy is not there"),
         (["a.safetensors", "b.safetensors"], "a.safetensors is not there"),
@@ -459,7 +552,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=message):
             source(tmp_path / obj)
     with pytest.raises(
-        SourceError, match="b.safetensors does not continue .*a.safetensors: x is in one only, or has another shape or dtype"
+        SourceError,
+        match="b.safetensors does not continue .*a.safetensors: x is in one only, or has another "
+        "shape or dtype",
     ):
         source([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     group = zarr.open_group(tmp_path / "group", mode="w")
@@ -474,13 +569,18 @@ def test_stores_that_are_not_finished_are_refused(tmp_path: Path) -> None:
     store = ZarrSink(tmp_path / "out").create(h)
     fill(store, rows_of(h), [1])
     for obj in (store, tmp_path / "out"):
-        with pytest.raises(SourceError, match="2 of 3 units are missing: resume the run that writes them first"):
+        with pytest.raises(
+            SourceError, match="2 of 3 units are missing: resume the run that writes them first"
+        ):
             source(obj)
 
 
 def test_files_that_go_later_are_told(tmp_path: Path) -> None:
     t = x_of()
-    npy, cut = source(make_npy(tmp_path, t.numpy())), source(make_npy(tmp_path, t.numpy(), "cut.npy"))
+    npy, cut = (
+        source(make_npy(tmp_path, t.numpy())),
+        source(make_npy(tmp_path, t.numpy(), "cut.npy")),
+    )
     save_file({"x": t}, tmp_path / "x.safetensors")
     tensors = source(tmp_path / "x.safetensors")
     (tmp_path / "x.npy").unlink()

@@ -1,4 +1,7 @@
-"""What every kind of store does: rows come back bit for bit, and nothing is there that is not committed."""
+"""What every kind of store does.
+
+Rows come back bit for bit, and nothing is there that is not committed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ def test_rows_come_back_bit_for_bit_in_every_dtype(sink: Sink, shape: tuple[int,
         assert same(again.read_unit(2)[i], t[6:7]), spec
 
 
-@pytest.mark.parametrize(("samples", "unit"), [(0, 5), (1, 1), (1, 1000), (13, 13), (13, 1), (29, 7), (31, 30)])
+@pytest.mark.parametrize(
+    ("samples", "unit"), [(0, 5), (1, 1), (1, 1000), (13, 13), (13, 1), (29, 7), (31, 30)]
+)
 def test_sizes(sink: Sink, samples: int, unit: int) -> None:
     h = header(samples, unit)
     rows = rows_of(h)
@@ -130,7 +135,12 @@ def test_tensors_of_any_layout_are_written_as_they_are(sink: Sink) -> None:
     h = header(4, 4, tuple(OutputSpec(n, (2, 3), torch.complex64) for n in "abcd"))
     t = torch.randn(4, 3, 2, dtype=torch.complex64, requires_grad=True)
     turned = t.mT
-    tensors = [turned, turned.conj(), torch.randn(1, 2, 3, dtype=torch.complex64).expand(4, 2, 3), turned]
+    tensors = [
+        turned,
+        turned.conj(),
+        torch.randn(1, 2, 3, dtype=torch.complex64).expand(4, 2, 3),
+        turned,
+    ]
     store = sink.create(h)
     store.commit(store.write(0, tensors))
     for got, wanted in zip(store.read_unit(0), tensors, strict=True):
@@ -153,13 +163,27 @@ def test_negative_zeros_and_nan_payloads_stay(sink: Sink) -> None:
     ("tensors", "message"),
     [
         ([torch.zeros(4)], "given 1 tensors for 2 outputs"),
-        ([torch.zeros(4), torch.zeros(4, 3, 5)], "output grad/weight: got torch.float32 .4, 3, 5., declared was torch.bfloat16"),
-        ([torch.zeros(3), torch.zeros(4, 3, 5).bfloat16()], r"output loss: got torch.float32 \[3\], declared was torch.float32 \[4\]"),
-        ([torch.zeros(4, device="meta"), torch.zeros(4, 3, 5).bfloat16()], "a dense tensor on the CPU is needed"),
-        ([torch.zeros(4).to_sparse(), torch.zeros(4, 3, 5).bfloat16()], "a dense tensor on the CPU is needed"),
+        (
+            [torch.zeros(4), torch.zeros(4, 3, 5)],
+            "output grad/weight: got torch.float32 .4, 3, 5., declared was torch.bfloat16",
+        ),
+        (
+            [torch.zeros(3), torch.zeros(4, 3, 5).bfloat16()],
+            r"output loss: got torch.float32 \[3\], declared was torch.float32 \[4\]",
+        ),
+        (
+            [torch.zeros(4, device="meta"), torch.zeros(4, 3, 5).bfloat16()],
+            "a dense tensor on the CPU is needed",
+        ),
+        (
+            [torch.zeros(4).to_sparse(), torch.zeros(4, 3, 5).bfloat16()],
+            "a dense tensor on the CPU is needed",
+        ),
     ],
 )
-def test_tensors_that_were_not_declared_are_refused(sink: Sink, tensors: list[torch.Tensor], message: str) -> None:
+def test_tensors_that_were_not_declared_are_refused(
+    sink: Sink, tensors: list[torch.Tensor], message: str
+) -> None:
     store = sink.create(header())
     with pytest.raises(StoreError, match=message):
         store.write(0, tensors)
@@ -176,7 +200,9 @@ def test_units_rows_and_names_that_are_not_there_are_refused(sink: Sink) -> None
     for start, stop in ((-1, 2), (3, 2), (0, 12)):
         with pytest.raises(StoreError, match="out of range: there are 11"):
             store.read(0, start, stop)
-    with pytest.raises(StoreError, match="no output is named 'los'; there are 'loss', 'grad/weight'"):
+    with pytest.raises(
+        StoreError, match="no output is named 'los'; there are 'loss', 'grad/weight'"
+    ):
         store.read("los", 0, 1)
     with pytest.raises(StoreError, match="no output has the position 2"):
         store.read(2, 0, 1)
@@ -188,7 +214,11 @@ def test_units_rows_and_names_that_are_not_there_are_refused(sink: Sink) -> None
 def files_of(folder: str, unit: int) -> list[Path]:
     """The files that hold the second output of a unit."""
     root = Path(folder)
-    found = [root / f"unit-{unit:08d}.safetensors", root / "grad_weight" / f"c.{unit}.0.0", root / "grad_weight.npy"]
+    found = [
+        root / f"unit-{unit:08d}.safetensors",
+        root / "grad_weight" / f"c.{unit}.0.0",
+        root / "grad_weight.npy",
+    ]
     return [path for path in found if path.exists()]
 
 
@@ -235,8 +265,13 @@ def test_files_cut_short_or_gone_are_found(in_folder: Sink, harm: str) -> None:
     assert same(again.read(1, 0, 11), rows[1])
 
 
-@pytest.mark.parametrize(("kind", "left"), [("zarr", "loss/c.0123.partial"), ("safetensors", ".unit-00000001.safetensors.7-ab.tmp")])
-def test_writers_that_were_killed_leave_nothing_for_long(kind: str, left: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [("zarr", "loss/c.0123.partial"), ("safetensors", ".unit-00000001.safetensors.7-ab.tmp")],
+)
+def test_writers_that_were_killed_leave_nothing_for_long(
+    kind: str, left: str, tmp_path: Path
+) -> None:
     h = header()
     sink = SINKS[kind](tmp_path / "out")
     store = sink.create(h)
@@ -265,17 +300,25 @@ sys.stdout.buffer.write(pickle.dumps(receipts))
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_three_processes_write_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_processes_write_at_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     h = header(101, 5, (OutputSpec("x", (37,), torch.float32), OutputSpec("y", (), torch.int64)))
     rows = rows_of(h)
-    store = SINKS[kind]("out").create(h)  # a relative path: the writers have another working directory
+    store = SINKS[kind]("out").create(
+        h
+    )  # a relative path: the writers have another working directory
     writers = []
     root = str(Path(__file__).parents[2])
     for i in range(3):
-        process = subprocess.Popen([sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root
+        )
         assert process.stdin is not None
-        process.stdin.write(pickle.dumps((store, rows, list(range(i, h.units, 3)) + [0])))  # all three write unit 0
+        process.stdin.write(
+            pickle.dumps((store, rows, list(range(i, h.units, 3)) + [0]))
+        )  # all three write unit 0
         process.stdin.close()
         writers.append(process)
     for process in writers:
@@ -294,6 +337,8 @@ def test_threads_write_at_once(sink: Sink) -> None:
     rows = rows_of(h)
     store = sink.create(h)
     with ThreadPoolExecutor(4) as pool:
-        for receipt in pool.map(lambda unit: store.write(unit, unit_of(h, rows, unit)), range(h.units)):
+        for receipt in pool.map(
+            lambda unit: store.write(unit, unit_of(h, rows, unit)), range(h.units)
+        ):
             store.commit(receipt)
     assert store.corrupt() == store.missing() == []

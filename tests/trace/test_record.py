@@ -70,7 +70,9 @@ PLACES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("error", [OwnError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [OwnError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_nothing_is_left_behind(place: str, error: BaseException) -> None:
     """The exception is the function's own, and every mode, switch and random state is as before."""
@@ -113,7 +115,9 @@ def test_threads() -> None:
     def work(number: int) -> None:
         function, want = functions[number % 4], wanted[number % 4]
         for turn in range(6):
-            mapped = shardmap.vmap(function, trace="once" if turn % 2 else "each", chunk_size=None if turn % 3 else 2)
+            mapped = shardmap.vmap(
+                function, trace="once" if turn % 2 else "each", chunk_size=None if turn % 3 else 2
+            )
             oracle.assert_same(mapped(batch), want, f"function {number % 4}")
             oracle.assert_same(shared(batch), batch * 2, "shared map")
 

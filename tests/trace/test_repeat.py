@@ -15,7 +15,8 @@ from tests import oracle
 
 x = torch.arange(6.0).view(3, 2) + 1
 VARIANTS: dict[str, tuple[Callable[[torch.Tensor, Any], torch.Tensor], list[Any]]] = {}
-"""A function of a sample and of something that changes from call to call, and what it changes to."""
+"""A function of a sample and of something that changes from call to call, and what it changes
+to."""
 
 
 def variant(*values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -92,7 +93,13 @@ def operator(r: torch.Tensor, name: str) -> torch.Tensor:
     return getattr(r, name)() + r
 
 
-@variant(torch.tensor([1.0, 2.0]), torch.tensor(3.0), torch.ones(2, 2), torch.tensor([1, 2]), torch.tensor([2.0, 1.0], requires_grad=True))
+@variant(
+    torch.tensor([1.0, 2.0]),
+    torch.tensor(3.0),
+    torch.ones(2, 2),
+    torch.tensor([1, 2]),
+    torch.tensor([2.0, 1.0], requires_grad=True),
+)
 def captured(r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return r * w + w
 
@@ -166,7 +173,10 @@ def _orders(values: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("fresh", [False, True], ids=["one_map", "fresh_maps"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_loop_in_any_order(name: str, fresh: bool) -> None:
-    """Values, signs of zeros, dtypes and gradients; fails if anything of the last recording is taken for this one."""
+    """Values, signs of zeros, dtypes and gradients.
+
+    Fails if anything of the last recording is taken for this one.
+    """
     function, values = VARIANTS[name]
     now: list[Any] = [None]
 
@@ -177,14 +187,20 @@ def test_equals_the_loop_in_any_order(name: str, fresh: bool) -> None:
     for value in _orders(values):
         now[0] = value
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-        got, want = (shardmap.vmap(changing) if fresh else mapped)(ours), oracle.loop(changing)(theirs)
+        got, want = (
+            (shardmap.vmap(changing) if fresh else mapped)(ours),
+            oracle.loop(changing)(theirs),
+        )
         oracle.assert_same(got, want, repr(value))
         assert got.requires_grad == want.requires_grad, value
         if got.is_floating_point():
             assert torch.equal(got.signbit(), want.signbit()), value
         if want.requires_grad:
             weights = torch.rand(want.shape)
-            mine, loops = (torch.autograd.grad((t * weights).sum().real, s)[0] for t, s in ((got, ours), (want, theirs)))
+            mine, loops = (
+                torch.autograd.grad((t * weights).sum().real, s)[0]
+                for t, s in ((got, ours), (want, theirs))
+            )
             oracle.assert_same(mine, loops, f"gradient for {value!r}")
 
 
@@ -230,7 +246,10 @@ def test_alike_tells_apart_what_python_calls_equal(a: Any, b: Any) -> None:
 
 
 def test_the_same_recording_is_the_same_object() -> None:
-    """A function that repeats itself is recognised: its program is the remembered one, and is not described again."""
+    """A function that repeats itself is recognised.
+
+    Its program is the remembered one, and is not described again.
+    """
 
     def function(r: torch.Tensor) -> torch.Tensor:
         return (r * 0.25).sin() + r

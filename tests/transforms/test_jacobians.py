@@ -56,7 +56,9 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "constant": lambda x: torch.ones(2, dtype=x.dtype),
     "partly constant": lambda x: (torch.ones(2, dtype=x.dtype), x * x),
     "identity": lambda x: x,
-    "in place inside": lambda x: torch.zeros(3, dtype=x.dtype).index_put_((torch.tensor([0, 2]),), x[:2] * x[2]),
+    "in place inside": lambda x: torch.zeros(3, dtype=x.dtype).index_put_(
+        (torch.tensor([0, 2]),), x[:2] * x[2]
+    ),
     "sorted": lambda x: x.sort().values.cumsum(0) ** 2,
     "an inverse": lambda x: torch.linalg.inv(torch.outer(x, x) + 3 * torch.eye(6, dtype=x.dtype)),
     "gradient inside": torch.func.grad(lambda x: x.sin().prod()),
@@ -109,8 +111,12 @@ def test_several_arguments(transform: str) -> None:
         return (q.sin().sum() * p**2).cumsum(0)
 
     for argnums in (0, 1, (0, 1), (1, 0), (1,)):
-        close(ours(function, argnums, seed_chunk_size=3)(x, y), loop(theirs(function, argnums), x, y))
-    close(ours(function, -1)(x, y), loop(theirs(function, 1), x, y))  # torch.func.jacfwd gives another tangent's for -1
+        close(
+            ours(function, argnums, seed_chunk_size=3)(x, y), loop(theirs(function, argnums), x, y)
+        )
+    close(
+        ours(function, -1)(x, y), loop(theirs(function, 1), x, y)
+    )  # torch.func.jacfwd gives another tangent's for -1
     close(ours(function, (0, 1))(x, x), loop(theirs(function, (0, 1)), x, x))  # one tensor, twice
 
 
@@ -137,7 +143,10 @@ def test_an_argument_for_all_samples(transform: str) -> None:
     rows = list(x)
     for argnums in (0, 1, (0, 1)):
         expected = [theirs(function, argnums)(row, w) for row in rows]
-        close(ours(function, argnums, in_dims=(0, None))(x, w), pytree.tree_map(lambda *t: torch.stack(t), *expected))
+        close(
+            ours(function, argnums, in_dims=(0, None))(x, w),
+            pytree.tree_map(lambda *t: torch.stack(t), *expected),
+        )
     close(ours(lambda p: p**2, in_dims=1)(x.t()), loop(theirs(lambda p: p**2), x))
 
 
@@ -164,7 +173,9 @@ class Net(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Classes of one image [1, 6, 6]."""
-        return self.second(F.avg_pool2d(F.gelu(self.norm(self.first(image[None]))), 2).flatten(1))[0]
+        return self.second(F.avg_pool2d(F.gelu(self.norm(self.first(image[None]))), 2).flatten(1))[
+            0
+        ]
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "jacobian"])
@@ -182,10 +193,19 @@ def test_gradients_flow_on_to_what_is_captured_and_to_the_samples(transform: str
     ours, theirs = PAIRS[transform]
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    wanted = torch.autograd.grad(loop(theirs(net), x).sin().sum(), [x, *net.parameters()], allow_unused=True)
-    several: list[dict[str, Any]] = [{}, {"chunk_size": 2}, {"seed_chunk_size": 1}, {"remat": True, "chunk_size": 2}]
+    wanted = torch.autograd.grad(
+        loop(theirs(net), x).sin().sum(), [x, *net.parameters()], allow_unused=True
+    )
+    several: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 2},
+        {"seed_chunk_size": 1},
+        {"remat": True, "chunk_size": 2},
+    ]
     for options in several:
-        found = torch.autograd.grad(ours(net, **options)(x).sin().sum(), [x, *net.parameters()], allow_unused=True)
+        found = torch.autograd.grad(
+            ours(net, **options)(x).sin().sum(), [x, *net.parameters()], allow_unused=True
+        )
         for f, w in zip(found, wanted, strict=True):
             close(torch.zeros(()) if f is None else f, torch.zeros(()) if w is None else w)
     detached = ours(net.requires_grad_(False))(x.detach())
@@ -267,7 +287,10 @@ class _NoForward(torch.autograd.Function):
 
 
 def test_auto_takes_the_cheaper_mode_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    widening, narrowing = nn.Linear(2, 50).requires_grad_(False), nn.Linear(50, 2).requires_grad_(False)
+    widening, narrowing = (
+        nn.Linear(2, 50).requires_grad_(False),
+        nn.Linear(50, 2).requires_grad_(False),
+    )
     for net, mode, width in ((widening, "forward", 2), (narrowing, "reverse", 50)):
         with caplog.at_level(logging.INFO, "shardmap"):
             mapped = shardmap.jacobian(net)
@@ -290,7 +313,9 @@ def test_auto_takes_the_mode_that_there_is(caplog: pytest.LogCaptureFixture) -> 
     assert "takes reverse mode, for in forward mode" in caplog.text
 
 
-def test_a_hessian_without_forward_formula_takes_two_backward_passes(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hessian_without_forward_formula_takes_two_backward_passes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     x, y = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
 
     def through(sine: Callable[..., Any]) -> Callable[..., Any]:
@@ -318,7 +343,9 @@ def test_a_large_jacobian_of_one_sample_is_cut_into_rows() -> None:
         with Watch("cpu") as watch:
             found = plan.run()
         assert watch.peak < 256 << 20
-        torch.testing.assert_close(found[1], torch.func.jacfwd(function)(x[1]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found[1], torch.func.jacfwd(function)(x[1]), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_plan_that_does_not_fit_takes_fewer_rows() -> None:
@@ -335,7 +362,9 @@ def test_a_plan_that_does_not_fit_takes_fewer_rows() -> None:
     with pytest.raises(errors.OverBudget):
         whole(x)
     mapped = shardmap.jacrev(function, memory_budget="2MiB")
-    torch.testing.assert_close(mapped(x), loop(torch.func.jacrev(function), x), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        mapped(x), loop(torch.func.jacrev(function), x), rtol=1e-3, atol=1e-5
+    )
     assert mapped.plan(x).fits
 
 
@@ -343,7 +372,9 @@ def test_infinite_values_do_not_meet_symbolic_zeros() -> None:
     """What has no tangent is not multiplied; what the user multiplied is."""
     x, weight = torch.randn(3, 4), torch.randn(2, 4)
     x[1, 2] = torch.inf
-    torch.testing.assert_close(shardmap.jacfwd(lambda row: F.linear(row, weight))(x), weight.expand(3, -1, -1))
+    torch.testing.assert_close(
+        shardmap.jacfwd(lambda row: F.linear(row, weight))(x), weight.expand(3, -1, -1)
+    )
     nothing = torch.zeros(4)
     found = shardmap.jacfwd(lambda row: row * torch.inf * nothing)(x)
     assert found.diagonal(dim1=1, dim2=2).isnan().all()
@@ -367,7 +398,12 @@ REFUSED: list[tuple[dict[str, Any], Callable[..., Any], tuple[Any, ...], str]] =
     ({"argnums": -2}, torch.sin, (X,), "argnums=-2 is out of range"),
     ({"argnums": (0, -1)}, torch.sin, (X,), "names an argument twice"),
     ({}, lambda x: x.float(), (X.long(),), r"argument 0 is of dtype torch.int64"),
-    ({}, lambda x: x, (X.to(torch.complex64),), r"argument 0 is of dtype torch.complex64.*view_as_real"),
+    (
+        {},
+        lambda x: x,
+        (X.to(torch.complex64),),
+        r"argument 0 is of dtype torch.complex64.*view_as_real",
+    ),
     ({"argnums": 1}, lambda x, y: x * y, (X, 2.0), "argument 1 holds 2.0, a float"),
     ({}, lambda x: 3.0, (X,), "result holds 3.0, a float"),
     ({}, lambda x: x > 0, (X,), "result is of dtype torch.bool"),
@@ -380,7 +416,11 @@ REFUSED: list[tuple[dict[str, Any], Callable[..., Any], tuple[Any, ...], str]] =
 @pytest.mark.parametrize("transform", PAIRS)
 @pytest.mark.parametrize(("options", "function", "batch", "message"), REFUSED)
 def test_what_cannot_be_differentiated_is_refused(
-    transform: str, options: dict[str, Any], function: Callable[..., Any], batch: tuple[Any, ...], message: str
+    transform: str,
+    options: dict[str, Any],
+    function: Callable[..., Any],
+    batch: tuple[Any, ...],
+    message: str,
 ) -> None:
     if transform == "hessian" and "has_aux" in options:
         options = {"argnums": 7}
@@ -397,7 +437,9 @@ def test_bad_values_are_refused_when_the_transform_is_made(transform: str) -> No
         with pytest.raises(errors.TransformError, match="argnums="):
             ours(torch.sin, argnums)
     for size in (0, -1, 2.5, "some", True):
-        with pytest.raises(errors.OptionError, match=r"seed_chunk_size=.*pass a positive int, 'auto', or None"):
+        with pytest.raises(
+            errors.OptionError, match=r"seed_chunk_size=.*pass a positive int, 'auto', or None"
+        ):
             ours(torch.sin, seed_chunk_size=size)
     with pytest.raises(errors.OptionError, match="not a function"):
         ours(3)
@@ -431,22 +473,33 @@ NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "layer norm": lambda x: F.layer_norm(x, (6,), WEIGHT[0], WEIGHT[1]),
     "group norm": lambda x: F.group_norm(x[None], 1, WEIGHT[0, :3], WEIGHT[1, :3]),
     "instance norm": lambda x: F.instance_norm(x[None]),
-    "batch norm, evaluating": lambda x: F.batch_norm(x[None], WEIGHT[0, :3], WEIGHT[1, :3].exp(), WEIGHT[2, :3], WEIGHT[3, :3]),
+    "batch norm, evaluating": lambda x: F.batch_norm(
+        x[None], WEIGHT[0, :3], WEIGHT[1, :3].exp(), WEIGHT[2, :3], WEIGHT[3, :3]
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd"])
 def test_norms(transform: str, name: str) -> None:
-    """Their kernels read statistics that are not dense out of bounds; in forward mode torch views symbolic zeros unseen."""
+    """Their kernels read statistics that are not dense out of bounds.
+
+    In forward mode torch views symbolic zeros unseen.
+    """
     ours, theirs = PAIRS[transform]
     x = torch.randn(3, 3, 5, 6, dtype=torch.float64)
     close(ours(NORMS[name])(x), loop(theirs(NORMS[name]), x))
 
 
 def test_gradients_through_what_autograd_saved_outside() -> None:
-    """A backward inside the mapped function unpacks results that were saved outside of it: gradients flow on through them."""
-    weight, start = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    """A backward inside the mapped function unpacks results that were saved outside of it.
+
+    Gradients flow on through them.
+    """
+    weight, start = (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+    )
     units = torch.eye(4, dtype=torch.float64)
     y = torch.tanh(weight @ start).exp()
 
@@ -455,5 +508,8 @@ def test_gradients_through_what_autograd_saved_outside() -> None:
 
     found, expected = shardmap.vmap(one)(units), torch.stack([one(v) for v in units])
     close(found, expected)
-    grads = [torch.autograd.grad(t.sin().sum(), [weight, start], retain_graph=True) for t in (found, expected)]
+    grads = [
+        torch.autograd.grad(t.sin().sum(), [weight, start], retain_graph=True)
+        for t in (found, expected)
+    ]
     close(grads[0], grads[1])

@@ -35,7 +35,12 @@ class Normed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.frozen, self.last, self.unused = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3), nn.Linear(2, 2)
+        self.first, self.frozen, self.last, self.unused = (
+            nn.Linear(6, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 3),
+            nn.Linear(2, 2),
+        )
         self.norm = nn.BatchNorm1d(5)
         self.register_buffer("shift", torch.randn(5))
         self.frozen.requires_grad_(False)
@@ -49,15 +54,24 @@ class Normed(nn.Module):
 
 def loop(tensors: Sequence[Tensor], loss: Callable[..., Tensor], *batch: Tensor) -> list[Tensor]:
     """The gradients of each sample, stacked."""
-    rows = [torch.autograd.grad(loss(*row), tensors, allow_unused=True, materialize_grads=True) for row in zip(*batch, strict=True)]
-    return [torch.stack([r[k] for r in rows]) if rows else torch.zeros(0, *t.shape, dtype=t.dtype) for k, t in enumerate(tensors)]
+    rows = [
+        torch.autograd.grad(loss(*row), tensors, allow_unused=True, materialize_grads=True)
+        for row in zip(*batch, strict=True)
+    ]
+    return [
+        torch.stack([r[k] for r in rows]) if rows else torch.zeros(0, *t.shape, dtype=t.dtype)
+        for k, t in enumerate(tensors)
+    ]
 
 
 def close(found: Any, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def models() -> dict[str, Callable[[], tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], Callable[..., Tensor]]]]:
+def models() -> dict[
+    str,
+    Callable[[], tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], Callable[..., Tensor]]],
+]:
     def labels(n: int, k: int) -> Tensor:
         return torch.randint(k, (n,))
 
@@ -68,7 +82,9 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, Callable[[int], tuple[Te
             F.cross_entropy,
         ),
         "cnn": lambda: (
-            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(0), nn.Linear(64, 3)),
+            nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(0), nn.Linear(64, 3)
+            ),
             lambda n: (torch.randn(n, 2, 8, 8), labels(n, 3)),
             F.cross_entropy,
         ),
@@ -77,7 +93,11 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, Callable[[int], tuple[Te
             lambda n: (torch.randn(n, 2, 8), labels(n, 3)),
             F.cross_entropy,
         ),
-        "tied": lambda: (Tied(), lambda n: (torch.randint(11, (n, 4)), torch.randint(11, (n, 4))), F.cross_entropy),
+        "tied": lambda: (
+            Tied(),
+            lambda n: (torch.randint(11, (n, 4)), torch.randint(11, (n, 4))),
+            F.cross_entropy,
+        ),
         "encoder": lambda: (
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0),
             lambda n: (torch.randn(n, 3, 8), torch.randn(n, 3, 8)),
@@ -133,7 +153,11 @@ def test_parameters_are_chosen_by_name(params: Any, names: list[str]) -> None:
     found = shardmap.per_sample_grad(model, F.cross_entropy, params=params)(x, y)
     assert list(found) == names
     named = dict(model.named_parameters())
-    for name, wanted in zip(names, loop([named[n] for n in names], lambda a, b: F.cross_entropy(model(a), b), x, y), strict=True):
+    for name, wanted in zip(
+        names,
+        loop([named[n] for n in names], lambda a, b: F.cross_entropy(model(a), b), x, y),
+        strict=True,
+    ):
         close(found[name], wanted)
 
 
@@ -141,9 +165,14 @@ def test_a_shared_parameter_is_found_under_each_of_its_names() -> None:
     torch.manual_seed(4)
     model = Tied()
     tokens = torch.randint(11, (3, 4))
-    by_second_name = shardmap.per_sample_grad(model, F.cross_entropy, params="out.weight")(tokens, tokens)
+    by_second_name = shardmap.per_sample_grad(model, F.cross_entropy, params="out.weight")(
+        tokens, tokens
+    )
     assert list(by_second_name) == ["embed.weight"]
-    close(by_second_name["embed.weight"], shardmap.per_sample_grad(model, F.cross_entropy)(tokens, tokens)["embed.weight"])
+    close(
+        by_second_name["embed.weight"],
+        shardmap.per_sample_grad(model, F.cross_entropy)(tokens, tokens)["embed.weight"],
+    )
 
 
 def test_a_function_of_parameters_is_as_torch_func() -> None:
@@ -158,7 +187,9 @@ def test_a_function_of_parameters_is_as_torch_func() -> None:
     found = shardmap.per_sample_grad(fn)(params, x, y)
     close(found["w"], expected["w"])
     close(found["b"][0], expected["b"][0])
-    by_loss = shardmap.per_sample_grad(lambda p, x: torch.tanh(x @ p["w"] + p["b"][0]), F.mse_loss)(params, x, y)
+    by_loss = shardmap.per_sample_grad(lambda p, x: torch.tanh(x @ p["w"] + p["b"][0]), F.mse_loss)(
+        params, x, y
+    )
     close(by_loss["w"], expected["w"])
     turned = shardmap.per_sample_grad(fn, in_dims=(1, 0))(params, x.T.contiguous(), y)
     close(turned["w"], expected["w"])
@@ -171,7 +202,10 @@ def test_a_tuple_is_the_models_arguments_and_a_dict_its_named_ones() -> None:
     a, b, y = torch.randn(5, 3), torch.randn(5, 4), torch.randn(5, 2)
     expected = loop(list(model.parameters()), lambda a, b, y: F.mse_loss(model(a, b), y), a, b, y)
     close(shardmap.per_sample_grad(model, F.mse_loss)((a, b), y)["weight"], expected[0])
-    close(shardmap.per_sample_grad(model, F.mse_loss)({"input1": a, "input2": b}, y)["weight"], expected[0])
+    close(
+        shardmap.per_sample_grad(model, F.mse_loss)({"input1": a, "input2": b}, y)["weight"],
+        expected[0],
+    )
 
 
 def test_aux_comes_back_beside_the_gradients() -> None:
@@ -183,7 +217,10 @@ def test_aux_comes_back_beside_the_gradients() -> None:
         return F.cross_entropy(logits, label), {"hit": logits.argmax() == label, "logits": logits}
 
     gradients, aux = shardmap.per_sample_grad(model, loss, has_aux=True)(x, y)
-    close(gradients["weight"], loop([model.weight], lambda a, b: F.cross_entropy(model(a), b), x, y)[0])
+    close(
+        gradients["weight"],
+        loop([model.weight], lambda a, b: F.cross_entropy(model(a), b), x, y)[0],
+    )
     assert torch.equal(aux["hit"], model(x).argmax(1) == y)
     close(aux["logits"], model(x).detach())
     assert not aux["logits"].requires_grad
@@ -213,8 +250,15 @@ def test_options_are_those_of_vmap() -> None:
     model = nn.Linear(3, 2)
     x, y = torch.randn(7, 3), torch.randn(7, 2)
     expected = loop([model.weight], lambda a, b: F.mse_loss(model(a), b), x, y)[0]
-    close(shardmap.per_sample_grad(model, F.mse_loss, devices=["cpu", "cpu"], chunk_size=2)(x, y)["weight"], expected)
-    close(shardmap.per_sample_grad(model, F.mse_loss, reduce="mean")(x, y)["weight"], expected.mean(0))
+    close(
+        shardmap.per_sample_grad(model, F.mse_loss, devices=["cpu", "cpu"], chunk_size=2)(x, y)[
+            "weight"
+        ],
+        expected,
+    )
+    close(
+        shardmap.per_sample_grad(model, F.mse_loss, reduce="mean")(x, y)["weight"], expected.mean(0)
+    )
     with pytest.raises(OptionError, match="chunk_size=0 is not positive"):
         shardmap.per_sample_grad(model, F.mse_loss, chunk_size=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'chunk'"):
@@ -243,7 +287,10 @@ FROZEN = copy.deepcopy(MODEL).requires_grad_(False)
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: shardmap.per_sample_grad(3, F.mse_loss), "3 is a int; pass a module or a function"),
+        (
+            lambda: shardmap.per_sample_grad(3, F.mse_loss),
+            "3 is a int; pass a module or a function",
+        ),
         (lambda: shardmap.per_sample_grad(MODEL, "mse"), "loss='mse' is a str; pass a function"),
         (
             lambda: shardmap.per_sample_grad(MODEL, F.mse_loss, params="0.wieght"),
@@ -251,14 +298,37 @@ FROZEN = copy.deepcopy(MODEL).requires_grad_(False)
         ),
         (lambda: shardmap.per_sample_grad(MODEL, F.mse_loss, params=[]), "params=[]; pass a name"),
         (lambda: shardmap.per_sample_grad(FROZEN, F.mse_loss), "all its parameters are frozen"),
-        (lambda: shardmap.per_sample_grad(FROZEN, F.mse_loss, params="0.weight"), "'0.weight' is frozen"),
-        (lambda: shardmap.per_sample_grad(FROZEN, F.mse_loss, params="*"), "fits frozen parameters only"),
+        (
+            lambda: shardmap.per_sample_grad(FROZEN, F.mse_loss, params="0.weight"),
+            "'0.weight' is frozen",
+        ),
+        (
+            lambda: shardmap.per_sample_grad(FROZEN, F.mse_loss, params="*"),
+            "fits frozen parameters only",
+        ),
         (lambda: shardmap.per_sample_grad(nn.ReLU(), F.mse_loss), "it has no parameters"),
-        (lambda: shardmap.per_sample_grad(F.mse_loss, params="w"), "selects a module's parameters by name"),
-        (lambda: shardmap.per_sample_grad(MODEL)(torch.randn(2, 3)), "the loss of one sample is torch.float32 (2,); return one"),
-        (lambda: shardmap.per_sample_grad(MODEL, lambda o: 1.0)(torch.randn(2, 3)), "the loss of one sample is a float"),
-        (lambda: shardmap.per_sample_grad(MODEL, lambda o: o.sum(), has_aux=True)(torch.randn(2, 3)), "return (loss, aux)"),
-        (lambda: shardmap.per_sample_grad(lambda p, x: x.sum())([1], torch.randn(2, 3)), "pytree of floating-point tensors"),
+        (
+            lambda: shardmap.per_sample_grad(F.mse_loss, params="w"),
+            "selects a module's parameters by name",
+        ),
+        (
+            lambda: shardmap.per_sample_grad(MODEL)(torch.randn(2, 3)),
+            "the loss of one sample is torch.float32 (2,); return one",
+        ),
+        (
+            lambda: shardmap.per_sample_grad(MODEL, lambda o: 1.0)(torch.randn(2, 3)),
+            "the loss of one sample is a float",
+        ),
+        (
+            lambda: shardmap.per_sample_grad(MODEL, lambda o: o.sum(), has_aux=True)(
+                torch.randn(2, 3)
+            ),
+            "return (loss, aux)",
+        ),
+        (
+            lambda: shardmap.per_sample_grad(lambda p, x: x.sum())([1], torch.randn(2, 3)),
+            "pytree of floating-point tensors",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(make: Callable[[], Any], text: str) -> None:

@@ -1,6 +1,9 @@
-"""A run's configuration: typed, merged from defaults, a YAML file and the command line, and checked before anything runs.
+"""A run's configuration.
 
-A configuration names functions by import path, and importing is running code: treat a configuration as you treat a script.
+Typed, merged from defaults, a YAML file and the command line, and checked before anything runs.
+
+A configuration names functions by import path, and importing is running code: treat a configuration
+as you treat a script.
 """
 
 from shardmap.jobs.config.binding import BoundCall, BoundRun, bind, import_object

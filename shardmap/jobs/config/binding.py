@@ -72,8 +72,16 @@ def bind(config: RunConfig, allow: Sequence[str] = ()) -> BoundRun:
         _check_allowed(call.path, f"{section}.path", allow)
     bound = {section: _bind_call(section, call) for section, call in named.items()}
     _check_module(config, bound)
-    full = {section: dataclasses.replace(call, init_args=_written(call, bound[section])) for section, call in named.items()}
-    return BoundRun(dataclasses.replace(config, **full), **bound, reduce=reductions.build(config.reduce), allowed=tuple(allow))
+    full = {
+        section: dataclasses.replace(call, init_args=_written(call, bound[section]))
+        for section, call in named.items()
+    }
+    return BoundRun(
+        dataclasses.replace(config, **full),
+        **bound,
+        reduce=reductions.build(config.reduce),
+        allowed=tuple(allow),
+    )
 
 
 def import_object(path: str, key: str) -> Any:
@@ -89,18 +97,28 @@ def import_object(path: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module_path
         if module_path == missing or module_path.startswith(f"{missing}."):
-            raise ConfigError(f"{key}: {path!r} cannot be imported, there is no module {missing}; check the spelling") from None
-        raise ConfigError(f"{key}: {path!r} cannot be imported, {module_path} needs {missing}; install it") from None
+            raise ConfigError(
+                f"{key}: {path!r} cannot be imported, there is no module {missing}; check the "
+                "spelling"
+            ) from None
+        raise ConfigError(
+            f"{key}: {path!r} cannot be imported, {module_path} needs {missing}; install it"
+        ) from None
     except Exception as error:
         summary = " ".join(str(error).split())
-        raise ConfigError(f"{key}: {path!r} cannot be imported, {type(error).__name__}: {summary}; mend {module_path}") from error
+        raise ConfigError(
+            f"{key}: {path!r} cannot be imported, {type(error).__name__}: {summary}; mend "
+            f"{module_path}"
+        ) from error
     try:
         return getattr(module, name)
     except AttributeError:
         names = [item for item in vars(module) if not item.startswith("_")]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {module_path}.{close[0]}?" if close else "check the spelling"
-        raise ConfigError(f"{key}: {path!r} cannot be imported, {module_path} has no {name}; {hint}") from None
+        raise ConfigError(
+            f"{key}: {path!r} cannot be imported, {module_path} has no {name}; {hint}"
+        ) from None
 
 
 def _check_path(path: str, key: str) -> None:
@@ -113,19 +131,30 @@ def _check_allowed(path: str, key: str, allow: Sequence[str]) -> None:
     _check_path(path, key)
     if allow and not any(path == prefix or path.startswith(f"{prefix}.") for prefix in allow):
         more = f"give --allow {path.partition('.')[0]} if you trust it"
-        raise ConfigError(f"{key}: {path!r} is not allowed, only what lies below {', '.join(allow)}; {more}")
+        raise ConfigError(
+            f"{key}: {path!r} is not allowed, only what lies below {', '.join(allow)}; {more}"
+        )
 
 
 def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
     """Where a module is needed, `model` or a class must make it."""
     function = bound.get("function")
-    if function is None or "model" in bound or function.is_class or isinstance(function.function, nn.Module):
+    if (
+        function is None
+        or "model" in bound
+        or function.is_class
+        or isinstance(function.function, nn.Module)
+    ):
         return
     assert config.function is not None
-    for key, given in (("weights", config.weights), ("loss", None if config.loss is None else config.loss.path)):
+    for key, given in (
+        ("weights", config.weights),
+        ("loss", None if config.loss is None else config.loss.path),
+    ):
         if given is not None:
             raise ConfigError(
-                f"{key}: {given!r} is for a module, and function: {config.function.path} is a function; name a class there, or give model"
+                f"{key}: {given!r} is for a module, and function: {config.function.path} is a "
+                "function; name a class there, or give model"
             )
 
 
@@ -133,39 +162,74 @@ def _bind_call(section: str, call: Call) -> BoundCall:
     """Import `call.path` and check `call.init_args` against its signature."""
     function = import_object(call.path, f"{section}.path")
     if not callable(function):
-        raise ConfigError(f"{section}.path: {call.path!r} is a {type(function).__name__}, which cannot be called; name a function or class")
+        raise ConfigError(
+            f"{section}.path: {call.path!r} is a {type(function).__name__}, which cannot be "
+            "called; name a function or class"
+        )
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # written in C without a signature, such as torch.neg: nothing to check against
+    except (
+        ValueError
+    ):  # written in C without a signature, such as torch.neg: nothing to check against
         return BoundCall(function, dict(call.init_args), _leading(section, function, None, call))
-    by_position = [item for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
+    by_position = [
+        item
+        for item in parameters
+        if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)
+    ]
     variadic = any(item.kind is item.VAR_POSITIONAL for item in parameters)
     leading = _leading(section, function, parameters, call)
     if leading and len(by_position) < leading and not variadic:
-        raise ConfigError(f"{section}.path: {call.path!r} takes no argument, and the run calls it with one; add a parameter")
+        raise ConfigError(
+            f"{section}.path: {call.path!r} takes no argument, and the run calls it with one; add "
+            "a parameter"
+        )
     accepted = [item for item in parameters if item.kind is item.KEYWORD_ONLY]
-    if leading is None:  # the data fills the first ones, and how many is not known yet: none of them is asked for or filled in
-        optional = [item for item in by_position if item.kind is item.POSITIONAL_OR_KEYWORD and item.default is not item.empty]
+    if (
+        leading is None
+        # the data fills the first ones, and how many is not known yet: none of them is asked for or
+        # filled in
+    ):
+        optional = [
+            item
+            for item in by_position
+            if item.kind is item.POSITIONAL_OR_KEYWORD and item.default is not item.empty
+        ]
         accepted += [item for item in optional if item.name in call.init_args]
     else:
-        accepted += [item for item in by_position[leading:] if item.kind is not item.POSITIONAL_ONLY]
+        accepted += [
+            item for item in by_position[leading:] if item.kind is not item.POSITIONAL_ONLY
+        ]
     anything = any(item.kind is item.VAR_KEYWORD for item in parameters)
     names = [item.name for item in accepted]
     for key, value in call.init_args.items():
         if key not in names and not anything:
             hint = suggest(str(key), names, f"{section}.init_args.")
-            raise ConfigError(f"{section}.init_args.{key}: unknown argument of {call.path}, value {show(value)}; {hint}")
+            raise ConfigError(
+                f"{section}.init_args.{key}: unknown argument of {call.path}, value {show(value)}; "
+                f"{hint}"
+            )
     for item in accepted:
         if item.default is item.empty and item.name not in call.init_args:
-            raise ConfigError(f"{section}.init_args.{item.name}: missing; {call.path} needs a value for it")
+            raise ConfigError(
+                f"{section}.init_args.{item.name}: missing; {call.path} needs a value for it"
+            )
     hints = _hints(function) if call.init_args else {}
-    args = {item.name: item.default for item in accepted if item.default is not item.empty and _is_plain(item.default)}
+    args = {
+        item.name: item.default
+        for item in accepted
+        if item.default is not item.empty and _is_plain(item.default)
+    }
     for key, value in call.init_args.items():
-        args[key] = convert(key, hints[key], value, f"{section}.init_args.") if key in hints else value
+        args[key] = (
+            convert(key, hints[key], value, f"{section}.init_args.") if key in hints else value
+        )
     return BoundCall(function, args, leading)
 
 
-def _leading(section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call) -> int | None:
+def _leading(
+    section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call
+) -> int | None:
     """How many positional arguments the run provides; None where that depends on the data."""
     if section == "report":
         return 1
@@ -173,15 +237,26 @@ def _leading(section: str, function: Any, parameters: Sequence[inspect.Parameter
         return 0
     if section == "model":  # a function of the dataset, or one that needs nothing but its arguments
         first = next(iter(parameters or ()), None)
-        needs = first is not None and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD, first.VAR_POSITIONAL)
-        return int(needs and first is not None and first.default is first.empty and first.name not in call.init_args)
+        needs = first is not None and first.kind in (
+            first.POSITIONAL_ONLY,
+            first.POSITIONAL_OR_KEYWORD,
+            first.VAR_POSITIONAL,
+        )
+        return int(
+            needs
+            and first is not None
+            and first.default is first.empty
+            and first.name not in call.init_args
+        )
     return None
 
 
 def _hints(function: Any) -> dict[str, Any]:
     """Types of parameters; those that cannot be looked up are not checked."""
     try:
-        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+        return typing.get_type_hints(
+            function.__init__ if inspect.isclass(function) else function, include_extras=True
+        )
     except (NameError, TypeError, AttributeError):
         return {}
 
@@ -196,6 +271,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _written(call: Call, bound: BoundCall) -> dict[str, Any]:
-    """The arguments with defaults filled in, as YAML can hold them: what a type was made of where it cannot hold the type."""
-    args = {key: value if _is_plain(value) else call.init_args[key] for key, value in bound.args.items()}
+    """The arguments with defaults filled in, as YAML can hold them.
+
+    What a type was made of where it cannot hold the type.
+    """
+    args = {
+        key: value if _is_plain(value) else call.init_args[key] for key, value in bound.args.items()
+    }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}

@@ -21,7 +21,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: The YAML file.
-        overrides: Command line words, `--key value` or `--key=value`; dots reach inside: `--model.init_args.epochs 3`.
+        overrides: Command line words, `--key value` or `--key=value`; dots reach inside:
+            `--model.init_args.epochs 3`.
 
     Returns:
         The configuration; its import paths are not resolved yet (see `bind`).
@@ -61,7 +62,11 @@ def _from_values(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for section in SECTIONS:
         value = values.get(section)
         if isinstance(value, dict) and "path" not in value:
-            needed = "a file, a folder or a URL" if section == "source" else "the import path of a function, package.module.name"
+            needed = (
+                "a file, a folder or a URL"
+                if section == "source"
+                else "the import path of a function, package.module.name"
+            )
             raise ConfigError(f"{section}.path: missing; give {needed}")
     return _build(values)
 
@@ -71,10 +76,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a YAML configuration, such as configs/digits_gradients.yaml") from None
+        raise ConfigError(
+            f"{path}: no such file; give the path of a YAML configuration, such as "
+            "configs/digits_gradients.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML configuration") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}); give the path of a YAML configuration"
+        ) from None
     try:
         _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), "", path)
         values = yaml.safe_load(text)
@@ -84,7 +94,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise ConfigError(f"{path}{where}: not YAML ({problem}); mend the syntax there") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {show(values)}, not keys and values; start from configs/digits_gradients.yaml")
+        raise ConfigError(
+            f"{path}: holds {show(values)}, not keys and values; start from "
+            "configs/digits_gradients.yaml"
+        )
     return values
 
 
@@ -96,7 +109,10 @@ def _refuse_twice(node: Any, prefix: str, path: Path) -> None:
     for key, value in node.value:
         name = str(key.value)
         if name in seen:
-            raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {prefix}{name} is given twice; leave one of them")
+            raise ConfigError(
+                f"{path}, line {key.start_mark.line + 1}: {prefix}{name} is given twice; leave one "
+                "of them"
+            )
         seen.add(name)
         _refuse_twice(value, f"{prefix}{name}.", path)
 
@@ -108,7 +124,9 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"{word}: not an override; write --key value, for example --chunk_size 128")
+            raise ConfigError(
+                f"{word}: not an override; write --key value, for example --chunk_size 128"
+            )
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -142,12 +160,18 @@ def _check_keys(values: Mapping[Any, Any], spec: Any, prefix: str) -> None:
     hints = typing.get_type_hints(spec)
     for key, value in values.items():
         if key not in names:
-            raise ConfigError(f"{prefix}{key}: unknown key, value {show(value)}; {suggest(str(key), names, prefix)}")
+            raise ConfigError(
+                f"{prefix}{key}: unknown key, value {show(value)}; "
+                f"{suggest(str(key), names, prefix)}"
+            )
         inner = _section(hints[key])
         if inner is not None and value is not None:
             if not isinstance(value, Mapping):
                 keys = [item.name for item in dataclasses.fields(inner)]
-                raise ConfigError(f"{prefix}{key}: {show(value)} is not a section; give text, or the keys {' and '.join(keys)}")
+                raise ConfigError(
+                    f"{prefix}{key}: {show(value)} is not a section; give text, or the keys "
+                    f"{' and '.join(keys)}"
+                )
             _check_keys(value, inner, f"{prefix}{key}.")
 
 
@@ -168,8 +192,14 @@ def _build(values: Mapping[str, Any]) -> RunConfig:
             checked[key] = reductions.read(value)
         elif inner is not None and value is not None:
             kinds = typing.get_type_hints(inner)
-            converted = {name: convert(name, kinds[name], item, f"{key}.") for name, item in value.items() if item is not None}
-            if "init_args" in converted:  # as they were given: only the signature says what they are
+            converted = {
+                name: convert(name, kinds[name], item, f"{key}.")
+                for name, item in value.items()
+                if item is not None
+            }
+            if (
+                "init_args" in converted
+            ):  # as they were given: only the signature says what they are
                 converted["init_args"] = dict(value["init_args"])
             checked[key] = inner(**converted)
         else:

@@ -31,7 +31,11 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        parts = ((" of at least ", self.least), (" above ", self.above), (" of at most ", self.most))
+        parts = (
+            (" of at least ", self.least),
+            (" above ", self.above),
+            (" of at most ", self.most),
+        )
         return " and".join(f"{words}{bound}" for words, bound in parts if bound is not None)
 
 
@@ -42,7 +46,8 @@ class Call:
     path: str
     """`package.module.name`; packages in the current directory count."""
     init_args: dict[str, Any] = field(default_factory=dict)
-    """Named arguments, checked against the signature: a class is constructed with them, a function gets them with each call."""
+    """Named arguments, checked against the signature: a class is constructed with them, a
+    function gets them with each call."""
 
 
 @dataclass(frozen=True)
@@ -50,65 +55,85 @@ class Files:
     """Samples in files or at a URL: what `shardmap.source` reads."""
 
     path: dict[str, str] | list[str] | str
-    """A `.npy` or `.safetensors` file, a zarr array or group, a store; several `.safetensors` files; or a file for each column by name."""
+    """A `.npy` or `.safetensors` file, a zarr array or group, a store; several `.safetensors`
+    files; or a file for each column by name."""
     columns: list[str] | None = None
     """Which columns to take; for one that has no name, such as a `.npy` file's, what to call it."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: samples, what to compute for each, where and in which chunks, and what to make of the outputs."""
+    """One run.
+
+    Samples, what to compute for each, where and in which chunks, and what to make of the outputs.
+    """
 
     task: Task = "vmap"
-    """What is computed for each sample: `function` itself, the gradient of `loss`, or derivatives of `function` by its arguments."""
+    """What is computed for each sample: `function` itself, the gradient of `loss`, or
+    derivatives of `function` by its arguments."""
     data: Call | None = None
     """Called first; returns a `shardmap.jobs.Dataset` or a `shardmap.Source`."""
     source: Files | None = None
     """The samples in files, instead of `data`."""
     model: Call | None = None
-    """A class is constructed; a function is called with the dataset. The result is the function's first argument for all samples."""
+    """A class is constructed; a function is called with the dataset. The result is the
+    function's first argument for all samples."""
     weights: str | None = None
-    """Parameters and buffers for the model, or for the module that `function` names: `.safetensors`, or a `.pt` or `.pth` state dict."""
+    """Parameters and buffers for the model, or for the module that `function` names:
+    `.safetensors`, or a `.pt` or `.pth` state dict."""
     function: Call | None = None
-    """Of one sample: called with the model, if there is one, then a value of each column. A class is constructed, then called so."""
+    """Of one sample: called with the model, if there is one, then a value of each column. A
+    class is constructed, then called so."""
     loss: Call | None = None
-    """For `task: per_sample_grad` of a module: `loss(output, *rest)`, where the first column is the module's input."""
+    """For `task: per_sample_grad` of a module: `loss(output, *rest)`, where the first column is
+    the module's input."""
     params: list[str] | str | None = None
-    """For `task: per_sample_grad`: names or patterns of the parameters, such as `"*.weight"`; null for all that require grad."""
+    """For `task: per_sample_grad`: names or patterns of the parameters, such as `"*.weight"`;
+    null for all that require grad."""
     flat: bool = False
-    """For `task: per_sample_grad`: one row of all gradients per sample instead of a tensor for each parameter."""
+    """For `task: per_sample_grad`: one row of all gradients per sample instead of a tensor for
+    each parameter."""
     method: Literal["auto", "reverse", "forward"] = "auto"
     """For `task: jacobian`: row by row, column by column, or whichever is cheaper."""
     argnums: int | list[int] = 0
-    """For `task: jacobian`, `hessian` and, one number, `hvp`: by which columns, counted from 0, the function is differentiated."""
+    """For `task: jacobian`, `hessian` and, one number, `hvp`: by which columns, counted from 0,
+    the function is differentiated."""
     report: Call | None = None
     """Called with a `shardmap.jobs.Outcome`; writes tables and pictures into the run folder."""
     columns: list[str] | None = None
-    """The columns that are mapped, in the order of the function's parameters; null for all of them."""
+    """The columns that are mapped, in the order of the function's parameters; null for all of
+    them."""
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
     workers: Annotated[int, Bounds(least=1)] | None = None
-    """With `devices: ray`: how many worker processes; null for one per GPU, or per core where the cluster has no GPU."""
+    """With `devices: ray`: how many worker processes; null for one per GPU, or per core where
+    the cluster has no GPU."""
     chunk_size: Annotated[int, Bounds(least=1)] | Literal["auto"] | None = "auto"
-    """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes all that fall to the device."""
+    """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes
+    all that fall to the device."""
     memory_budget: str | None = None
-    """What the map may add on each device to what is in use there, such as `6GiB`; null for nine tenths of what is free."""
+    """What the map may add on each device to what is in use there, such as `6GiB`; null for nine
+    tenths of what is free."""
     randomness: Literal["error", "same", "different"] = "error"
     """What random calls inside the function do, as in `torch.func.vmap`."""
     reduce: str | list[Any] | dict[str, Any] | None = None
-    """Combines outputs over all samples: a name, a name with its arguments, or several of them; memory does not grow with the samples."""
+    """Combines outputs over all samples: a name, a name with its arguments, or several of them;
+    memory does not grow with the samples."""
     seed: int = 0
     """Seeds torch before the model is made."""
     store: str | None = None
-    """A path or URL: outputs are written there as they are computed; null for `results.zarr` in the run folder."""
+    """A path or URL: outputs are written there as they are computed; null for `results.zarr` in
+    the run folder."""
     store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
     """How the store writes them; only `zarr` takes URLs."""
     resume: bool = False
     """Whether to go on with what `store` holds of this run; only what is missing is computed."""
     output: str = "runs/run"
-    """The run folder. A folder that exists is left alone: the run goes to `NAME-2`, `NAME-3`, and so on."""
+    """The run folder. A folder that exists is left alone: the run goes to `NAME-2`, `NAME-3`,
+    and so on."""
     save_outputs: bool | None = None
-    """Whether the outputs are kept in the run folder; null for yes, unless `store` names another place."""
+    """Whether the outputs are kept in the run folder; null for yes, unless `store` names another
+    place."""
 
     def __post_init__(self) -> None:
         if self.save_outputs is None:
@@ -119,45 +144,73 @@ class RunConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether outputs go to a store as they are computed: the one that is named, or one in the run folder.
+        """Whether outputs go to a store as they are computed.
 
-        What is reduced is small; and what workers of a cluster compute is gathered, because they may not see the run folder.
+        The one that is named, or one in the run folder.
+
+        What is reduced is small; and what workers of a cluster compute is gathered, because they
+        may not see the run folder.
         """
         inside = bool(self.save_outputs) and self.reduce is None and self.devices != "ray"
         return self.store is not None or inside
 
     def identity(self) -> dict[str, Any]:
-        """The keys that say what is computed of what; the others say where, how, and what becomes of it."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key in IDENTITY_KEYS}
+        """The keys that say what is computed of what.
+
+        The others say where, how, and what becomes of it.
+        """
+        return {
+            key: value for key, value in dataclasses.asdict(self).items() if key in IDENTITY_KEYS
+        }
 
     def digest(self) -> str:
         """Hash of `identity`: equal for two runs that are to give the same outputs."""
-        return hashlib.blake2b(json.dumps(self.identity(), sort_keys=True, default=repr).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            json.dumps(self.identity(), sort_keys=True, default=repr).encode(), digest_size=16
+        ).hexdigest()
 
 
 IDENTITY_KEYS = (
     "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method", "argnums", "columns", "randomness",
     "reduce", "seed",
 )  # fmt: skip
-SECTIONS = tuple(item.name for item in dataclasses.fields(RunConfig) if "Call" in str(item.type) or "Files" in str(item.type))
+SECTIONS = tuple(
+    item.name
+    for item in dataclasses.fields(RunConfig)
+    if "Call" in str(item.type) or "Files" in str(item.type)
+)
 """The keys that have keys of their own; `key: text` is short for `key: {path: text}`."""
 
 
 def _check_parts(config: RunConfig) -> None:
     """Samples, and something to compute of them."""
     if config.data is None and config.source is None:
-        raise ConfigError("data: missing, and so is source; every run names its samples, data: package.module.name or source: FILE")
+        raise ConfigError(
+            "data: missing, and so is source; every run names its samples, data: "
+            "package.module.name or source: FILE"
+        )
     if config.data is not None and config.source is not None:
         given, path = config.data.path, config.source.path
-        raise ConfigError(f"source: {path!r}, and data: {given!r}; samples come from one of them: leave the other out")
+        raise ConfigError(
+            f"source: {path!r}, and data: {given!r}; samples come from one of them: leave the "
+            "other out"
+        )
     if config.source is not None and not config.source.path:
-        raise ConfigError(f"source.path: {config.source.path!r} is empty; give a file, a folder or a URL")
+        raise ConfigError(
+            f"source.path: {config.source.path!r} is empty; give a file, a folder or a URL"
+        )
     if config.function is None and config.model is None:
-        raise ConfigError("function: missing, and so is model; every run names what it maps, for example function: package.module.name")
+        raise ConfigError(
+            "function: missing, and so is model; every run names what it maps, for example "
+            "function: package.module.name"
+        )
 
 
 def _check_task(config: RunConfig) -> None:
-    """What belongs to one task is refused for the others: it would say something that does not happen."""
+    """What belongs to one task is refused for the others.
+
+    It would say something that does not happen.
+    """
     task = config.task
     homes: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
         ("loss", config.loss is not None, ("per_sample_grad",)),
@@ -169,25 +222,44 @@ def _check_task(config: RunConfig) -> None:
     for key, given, tasks in homes:
         if given and task not in tasks:
             value = getattr(config, key)
-            told = value.path if isinstance(value, Call) else str(value).lower() if isinstance(value, bool) else value
-            raise ConfigError(f"{key}: {told}, and task: {task}; it is for task: {' or '.join(tasks)}: give that, or leave {key} out")
+            told = (
+                value.path
+                if isinstance(value, Call)
+                else str(value).lower()
+                if isinstance(value, bool)
+                else value
+            )
+            raise ConfigError(
+                f"{key}: {told}, and task: {task}; it is for task: {' or '.join(tasks)}: give "
+                f"that, or leave {key} out"
+            )
     if config.params is not None and not config.params:
-        raise ConfigError(f"params: {config.params!r} is empty; give names or patterns of parameters, or null for all of them")
+        raise ConfigError(
+            f"params: {config.params!r} is empty; give names or patterns of parameters, or null "
+            "for all of them"
+        )
     if config.argnums == []:
-        raise ConfigError("argnums: [] is empty; give the number of a column, counted from 0, or a list of them")
+        raise ConfigError(
+            "argnums: [] is empty; give the number of a column, counted from 0, or a list of them"
+        )
     if task == "hvp" and isinstance(config.argnums, list):
-        raise ConfigError(f"argnums: {config.argnums}, and task: hvp; the vectors are one column: give the number of theirs")
+        raise ConfigError(
+            f"argnums: {config.argnums}, and task: hvp; the vectors are one column: give the "
+            "number of theirs"
+        )
     if task != "per_sample_grad":
         return
     if config.loss is None and (config.function is None or config.model is None):
         missing = "model" if config.model is None else "function"
         raise ConfigError(
-            f"{missing}: missing, and task: per_sample_grad has no loss; give loss: package.module.name for the gradient of a module, or "
+            f"{missing}: missing, and task: per_sample_grad has no loss; give loss: "
+            "package.module.name for the gradient of a module, or "
             "function and model for one of a function of parameters that model returns"
         )
     if config.loss is not None and config.function is not None and config.model is not None:
         raise ConfigError(
-            f"function: {config.function.path}, with both model and loss; the loss is of the model's output: leave function or loss out"
+            f"function: {config.function.path}, with both model and loss; the loss is of the "
+            "model's output: leave function or loss out"
         )
 
 
@@ -199,21 +271,39 @@ def _check_places(config: RunConfig) -> None:
         raise ConfigError("devices: [] is empty; give auto, or at least one device")
     if config.workers is not None and config.devices != "ray":
         raise ConfigError(
-            f"workers: {config.workers}, and devices: {config.devices}; workers are Ray's: give devices: ray, or leave them out"
+            f"workers: {config.workers}, and devices: {config.devices}; workers are Ray's: give "
+            "devices: ray, or leave them out"
         )
     if config.store is None:
         if config.resume:
-            raise ConfigError("resume: true, and there is no store; give store: PATH, or go on with a run folder by `shardmap resume RUN`")
+            raise ConfigError(
+                "resume: true, and there is no store; give store: PATH, or go on with a run folder "
+                "by `shardmap resume RUN`"
+            )
         if config.store_kind != "zarr":
-            raise ConfigError(f"store_kind: {config.store_kind}, and there is no store; give store: PATH, or leave store_kind out")
+            raise ConfigError(
+                f"store_kind: {config.store_kind}, and there is no store; give store: PATH, or "
+                "leave store_kind out"
+            )
         return
     if not config.store.strip():
         raise ConfigError("store: '' is empty; give a path or URL, or null")
     if config.reduce is not None:
-        raise ConfigError(f"reduce: {config.reduce}, and store: {config.store}; what is reduced fits in memory: leave one of them out")
-    if config.save_outputs:
-        raise ConfigError(f"save_outputs: true, and store: {config.store}; the outputs are in the store: leave save_outputs out")
-    if config.store_kind != "zarr" and "://" in config.store and not config.store.startswith(("file://", "local://")):
         raise ConfigError(
-            f"store_kind: {config.store_kind}, and store: {config.store}; only zarr takes URLs: give store_kind: zarr, or a folder"
+            f"reduce: {config.reduce}, and store: {config.store}; what is reduced fits in memory: "
+            "leave one of them out"
+        )
+    if config.save_outputs:
+        raise ConfigError(
+            f"save_outputs: true, and store: {config.store}; the outputs are in the store: leave "
+            "save_outputs out"
+        )
+    if (
+        config.store_kind != "zarr"
+        and "://" in config.store
+        and not config.store.startswith(("file://", "local://"))
+    ):
+        raise ConfigError(
+            f"store_kind: {config.store_kind}, and store: {config.store}; only zarr takes URLs: "
+            "give store_kind: zarr, or a folder"
         )

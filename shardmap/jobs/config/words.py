@@ -16,7 +16,9 @@ from shardmap.jobs.config.schema import Bounds
 
 
 def convert(name: str, hint: Any, value: Any, prefix: str = "") -> Any:
-    """Let jsonargparse convert a value to a type; its errors of several lines become one, in plain words.
+    """Let jsonargparse convert a value to a type.
+
+    Its errors of several lines become one, in plain words.
 
     Args:
         name: The key.
@@ -31,24 +33,42 @@ def convert(name: str, hint: Any, value: Any, prefix: str = "") -> Any:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument(f"--{name}", type=hint)
-        parsed = getattr(parser.parse_object({name: copy.deepcopy(value)}), name)  # it converts what it is given in place
+        parsed = getattr(
+            parser.parse_object({name: copy.deepcopy(value)}), name
+        )  # it converts what it is given in place
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(f"{prefix}{name}: {show(value)} does not fit; give {plain(hint)}") from error
+        raise ConfigError(
+            f"{prefix}{name}: {show(value)} does not fit; give {plain(hint)}"
+        ) from error
     for member in members(hint):
         for bounds in getattr(member, "__metadata__", ()):
-            if isinstance(bounds, Bounds) and isinstance(parsed, int | float) and not bounds.admits(parsed):
+            if (
+                isinstance(bounds, Bounds)
+                and isinstance(parsed, int | float)
+                and not bounds.admits(parsed)
+            ):
                 raise ConfigError(f"{prefix}{name}: {parsed} is out of range; give {plain(hint)}")
     return parsed
 
 
 def members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union; the type itself otherwise."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
 
 
 def plain(hint: Any) -> str:
     """Describe a type in plain words."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if hint in words:
         return words[hint]
     alternatives = members(hint)
@@ -56,7 +76,9 @@ def plain(hint: Any) -> str:
         return " or ".join(plain(member) for member in alternatives)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return plain(arguments[0]) + "".join(str(item) for item in arguments[1:] if isinstance(item, Bounds))
+        return plain(arguments[0]) + "".join(
+            str(item) for item in arguments[1:] if isinstance(item, Bounds)
+        )
     if origin is Literal:
         names = [str(argument) for argument in arguments]
         return f"one of {', '.join(names)}" if len(names) > 1 else names[0]

@@ -1,5 +1,18 @@
-"""Reports: pieces that a run's own report is made of, and `shardmap.jobs.report.page`, which makes a page of a run folder."""
+"""Reports.
 
-from shardmap.jobs.report.pieces import FAINT, INK, RIGHT, WRONG, Tile, contact_sheet, format_table, write_csv
+Pieces that a run's own report is made of, and `shardmap.jobs.report.page`, which makes a page of a
+run folder.
+"""
+
+from shardmap.jobs.report.pieces import (
+    FAINT,
+    INK,
+    RIGHT,
+    WRONG,
+    Tile,
+    contact_sheet,
+    format_table,
+    write_csv,
+)
 
 __all__ = ["FAINT", "INK", "RIGHT", "WRONG", "Tile", "contact_sheet", "format_table", "write_csv"]

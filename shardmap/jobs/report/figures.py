@@ -1,4 +1,7 @@
-"""What is shown of an output: numbers, a histogram, a heat map, a sheet of images, a curve. All of it data; the page draws it."""
+"""What is shown of an output: numbers, a histogram, a heat map, a sheet of images, a curve.
+
+All of it data; the page draws it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from shardmap.jobs.report.samples import Sample, blocks, real
 
 BINS = 48
 ONE_BIN = 0.4
-"""Part of all elements: where one bin has more, the others would not be seen beside it, and heights go by the logarithm."""
+"""Part of all elements: where one bin has more, the others would not be seen beside it, and
+heights go by the logarithm."""
 HEAT_ROWS, HEAT_COLUMNS = 160, 320
 """Most pixels of a heat map."""
 LEAST_SIDE, LARGEST_SIDE = 4, 256
@@ -114,7 +118,8 @@ class Curve:
 
     points: int
     segments: Sequence[Sequence[tuple[float, float, float]]]
-    """Places from 0 to `points`, lowest and highest values there; in pieces, because at some places no value is finite."""
+    """Places from 0 to `points`, lowest and highest values there; in pieces, because at some
+    places no value is finite."""
     marked: Sequence[int]
     """Places where a value is not finite."""
     least: float
@@ -123,7 +128,13 @@ class Curve:
     def height(self, value: float) -> float:
         """Where a value is drawn, from 97 at the bottom to 3 at the top."""
         scale = max(abs(self.least), abs(self.largest))
-        return round(97 - 94 * (value / scale - self.least / scale) / (self.largest / scale - self.least / scale), 2)
+        return round(
+            97
+            - 94
+            * (value / scale - self.least / scale)
+            / (self.largest / scale - self.least / scale),
+            2,
+        )
 
 
 def statistics(rows: Tensor) -> Statistics:
@@ -153,23 +164,34 @@ def statistics(rows: Tensor) -> Statistics:
             off = (block if whole else block[np.isfinite(block)]).astype(np.float64) - mean
             squares += float(np.square(off).sum())
     deviation = math.sqrt(squares / finite)
-    return Statistics(count, nan, infinite, least, mean, deviation if math.isfinite(deviation) else None, largest)
+    return Statistics(
+        count, nan, infinite, least, mean, deviation if math.isfinite(deviation) else None, largest
+    )
 
 
 def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
-    """Count the finite elements in bins; a bin for each number where these are few integers. None if all are equal, or there are none."""
+    """Count the finite elements in bins; a bin for each number where these are few integers.
+
+    None if all are equal, or there are none.
+    """
     low, high = found.least, found.largest
     if low is None or high is None or float(low) == float(high):
         return None
     whole = isinstance(low, int) and isinstance(high, int)
     single = whole and high - low < BINS
     bins = int(high - low) + 1 if single else BINS
-    scale = max(abs(float(low)), abs(float(high)))  # the range of 1e308 and -1e308 is no number, that of 1 and -1 is
+    scale = max(
+        abs(float(low)), abs(float(high))
+    )  # the range of 1e308 and -1e308 is no number, that of 1 and -1 is
     first, width = float(low) / scale, float(high) / scale - float(low) / scale
     counts = np.zeros(bins, dtype=np.int64)
     for block in blocks(rows):
         if single:
-            index = block.astype(np.int64) - int(low) if block.dtype != np.uint64 else (block - np.uint64(low)).astype(np.int64)
+            index = (
+                block.astype(np.int64) - int(low)
+                if block.dtype != np.uint64
+                else (block - np.uint64(low)).astype(np.int64)
+            )
         else:
             finite = block if whole else block[np.isfinite(block)]
             part = (finite.astype(np.float64) / scale - first) / width
@@ -179,7 +201,9 @@ def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
         edges = [float(low) - 0.5 + i for i in range(bins + 1)]
     else:
         edges = [scale * (first + width * i / bins) for i in range(bins + 1)]
-    return Histogram(counts.tolist(), edges, not single and bool(counts.max() > ONE_BIN * counts.sum()), single)
+    return Histogram(
+        counts.tolist(), edges, not single and bool(counts.max() > ONE_BIN * counts.sum()), single
+    )
 
 
 def looks_like_images(shape: Sequence[int]) -> bool:
@@ -188,7 +212,10 @@ def looks_like_images(shape: Sequence[int]) -> bool:
 
 
 def sheet(sample: Sample) -> Sheet | None:
-    """Images of a few samples: a row for each where each has several, a grid otherwise. None if there are none."""
+    """Images of a few samples: a row for each where each has several, a grid otherwise.
+
+    None if there are none.
+    """
     shape = tuple(sample.rows.shape[1:])
     if not looks_like_images(shape) or not len(sample.rows) or not math.prod(shape):
         return None
@@ -196,9 +223,15 @@ def sheet(sample: Sample) -> Sheet | None:
     most = max(1, min(12, 1024 // width))
     per_sample = min(of, most)
     wanted = 6 if of > 1 else 3 * most
-    chosen = [round(i * (len(sample.rows) - 1) / max(1, wanted - 1)) for i in range(wanted)] if wanted < len(sample.rows) else None
+    chosen = (
+        [round(i * (len(sample.rows) - 1) / max(1, wanted - 1)) for i in range(wanted)]
+        if wanted < len(sample.rows)
+        else None
+    )
     chosen = chosen or list(range(len(sample.rows)))
-    images = np.stack([real(sample.rows[i].reshape(of, height, width)[:per_sample]) for i in chosen]).astype(np.float64)
+    images = np.stack(
+        [real(sample.rows[i].reshape(of, height, width)[:per_sample]) for i in chosen]
+    ).astype(np.float64)
     images = images.reshape(-1, height, width)
     columns = per_sample if of > 1 else min(most, len(images))
     lines = -(-len(images) // columns)
@@ -209,11 +242,21 @@ def sheet(sample: Sample) -> Sheet | None:
         top, left = number // columns * (height + gap), number % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
         empty[top : top + height, left : left + width] = False
-    return Sheet(_picture(canvas, empty), [sample.numbers[i] for i in chosen], per_sample, of, columns, (height, width))
+    return Sheet(
+        _picture(canvas, empty),
+        [sample.numbers[i] for i in chosen],
+        per_sample,
+        of,
+        columns,
+        (height, width),
+    )
 
 
 def heat_map(rows: Tensor) -> Picture | None:
-    """Rows as lines of pixels, each the mean of its neighbourhood where there are more than fit. None if that is no matrix."""
+    """Rows as lines of pixels, each the mean of its neighbourhood where there are more than fit.
+
+    None if that is no matrix.
+    """
     lines, line = len(rows), math.prod(rows.shape[1:])
     if lines < 2 or line < 2:
         return None
@@ -224,7 +267,9 @@ def heat_map(rows: Tensor) -> Picture | None:
     out = np.empty((len(tops), len(lefts)))
     for i, (top, bottom) in enumerate(zip(tops, [*tops[1:], lines], strict=True)):
         total = np.zeros(line)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinity less infinity is drawn as what it is
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # infinity less infinity is drawn as what it is
             for number in range(top, bottom):
                 total += real(matrix[number])
             out[i] = np.add.reduceat(total, lefts) / (widths * (bottom - top))
@@ -232,7 +277,10 @@ def heat_map(rows: Tensor) -> Picture | None:
 
 
 def curve(rows: Tensor) -> Curve | None:
-    """One value per row, in order. None if rows are not that, or fewer than three, or none is finite, or all are equal."""
+    """One value per row, in order.
+
+    None if rows are not that, or fewer than three, or none is finite, or all are equal.
+    """
     if len(rows) < 3 or math.prod(rows.shape[1:]) != 1:
         return None
     values = real(rows.reshape(-1)).astype(np.float64)
@@ -251,7 +299,11 @@ def curve(rows: Tensor) -> Curve | None:
             segments[-1].append((place + 0.5, here.min().item(), here.max().item()))
         elif segments[-1]:
             segments.append([])
-    whole = [s if len(s) > 1 else [(s[0][0] - 0.5, *s[0][1:]), (s[0][0] + 0.5, *s[0][1:])] for s in segments if s]  # a point is a dash
+    whole = [
+        s if len(s) > 1 else [(s[0][0] - 0.5, *s[0][1:]), (s[0][0] + 0.5, *s[0][1:])]
+        for s in segments
+        if s
+    ]  # a point is a dash
     return Curve(points, whole, marked, finite.min().item(), finite.max().item())
 
 
@@ -265,12 +317,20 @@ def _picture(values: np.ndarray, empty: np.ndarray | None) -> Picture:
     diverging = low < 0 < high
     if diverging:
         largest, usual = max(-low, high), float(np.quantile(np.abs(seen), 0.99))
-        end = usual if 0 < 3 * usual < largest else largest  # a few far values would leave all others pale
+        end = (
+            usual if 0 < 3 * usual < largest else largest
+        )  # a few far values would leave all others pale
         low, high = -end, end
     scale = max(abs(low), abs(high)) or 1.0
     width = high / scale - low / scale
-    part = np.clip((values / scale - low / scale) / width, 0, 1) if width else np.full(values.shape, 0.5)
-    colours = colormaps["RdBu_r" if diverging else "viridis"](np.where(finite, part, 0.0), bytes=True)
+    part = (
+        np.clip((values / scale - low / scale) / width, 0, 1)
+        if width
+        else np.full(values.shape, 0.5)
+    )
+    colours = colormaps["RdBu_r" if diverging else "viridis"](
+        np.where(finite, part, 0.0), bytes=True
+    )
     colours[~finite, :3] = NOT_FINITE
     odd = ~finite if empty is None else ~finite & ~empty
     if empty is not None:
@@ -278,7 +338,16 @@ def _picture(values: np.ndarray, empty: np.ndarray | None) -> Picture:
     data = io.BytesIO()
     imsave(data, colours, format="png")
     beyond = bool(seen.size and (seen.min() < low or seen.max() > high))
-    return Picture(png(data.getvalue()), values.shape[1], values.shape[0], low, high, diverging, bool(odd.any()), beyond)
+    return Picture(
+        png(data.getvalue()),
+        values.shape[1],
+        values.shape[0],
+        low,
+        high,
+        diverging,
+        bool(odd.any()),
+        beyond,
+    )
 
 
 def png(data: bytes) -> str:

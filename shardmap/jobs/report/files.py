@@ -1,4 +1,7 @@
-"""What a run has written for people: its log, its pictures, its tables, each as far as a page can hold it."""
+"""What a run has written for people.
+
+Its log, its pictures, its tables, each as far as a page can hold it.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ def read_log(path: Path, say: Say) -> Log:
             if event == "chunk done":
                 chunks += 1
                 continue
-            level = str(values.pop("level", "warning" if event in ("chunk redone", "stopped") else "info")).lower()
+            level = str(
+                values.pop("level", "warning" if event in ("chunk redone", "stopped") else "info")
+            ).lower()
             into = warnings if level in SERIOUS else messages
             if len(into) == MOST_LINES:
                 left_out += 1
@@ -99,7 +104,11 @@ def read_log(path: Path, say: Say) -> Log:
             since = None if at is None or first is None else at - first
             into.append(LogLine(since, cut(level), cut(_told(event, values))))
     if broken:
-        lines = "line is no JSON: the run was" if broken == 1 else "lines are no JSON: the run may have been"
+        lines = (
+            "line is no JSON: the run was"
+            if broken == 1
+            else "lines are no JSON: the run may have been"
+        )
         say(f"{broken:,} {lines} cut short while writing, or the file was changed.")
     if chunks:
         say(f"{chunks:,} lines about chunks that were computed are left to the lanes above.")
@@ -144,7 +153,10 @@ def read_images(folder: Path, say: Say) -> list[Image]:
         found.append(Image(path.name, png(data)))
     if left_out:
         names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        say(f"{_count(left_out, 'picture')} more than the page can hold, and only in the folder: {names}.")
+        say(
+            f"{_count(left_out, 'picture')} more than the page can hold, and only in the folder: "
+            f"{names}."
+        )
     return found
 
 
@@ -167,9 +179,13 @@ def read_tables(folder: Path, say: Say) -> list[Table]:
             continue
         columns = max(map(len, rows))
         width = min(columns, MOST_COLUMNS)
-        header, *shown = [[cut(cell) for cell in [*row, *[""] * width][:width]] for row in rows[: MOST_ROWS + 1]]
+        header, *shown = [
+            [cut(cell) for cell in [*row, *[""] * width][:width]] for row in rows[: MOST_ROWS + 1]
+        ]
         numeric = [all(_is_number(row[i]) for row in shown) for i in range(width)]
-        found.append(Table(path.name, header, shown, len(rows) > MOST_ROWS + 1, columns - width, numeric))
+        found.append(
+            Table(path.name, header, shown, len(rows) > MOST_ROWS + 1, columns - width, numeric)
+        )
     if len(paths) > MOST_TABLES:
         say(f"{_count(paths[MOST_TABLES:], 'table')} only in the folder.")
     return found

@@ -12,7 +12,8 @@ from shardmap.planning.table import format_seconds
 from shardmap.run.timeline import Bar, Failure
 
 NARROW = 1 / 600
-"""Part of the whole time below which chunks are drawn together: blocks as narrow cannot be told apart."""
+"""Part of the whole time below which chunks are drawn together: blocks as narrow cannot be told
+apart."""
 MOST_LANES, MOST_FAILURES = 64, 100
 """That are drawn, and listed."""
 
@@ -62,7 +63,13 @@ def timeline(record: Record) -> Timeline | None:
         return None
     ends = [b.ended for b in record.bars] + [f.at for f in record.failures]
     whole = max(*ends, record.seconds or 0.0, 1e-9)
-    names = dict.fromkeys([*[x.name for x in record.lanes], *[b.lane for b in record.bars], *[f.lane for f in record.failures]])
+    names = dict.fromkeys(
+        [
+            *[x.name for x in record.lanes],
+            *[b.lane for b in record.bars],
+            *[f.lane for f in record.failures],
+        ]
+    )
     again = _again(record.bars, record.failures)
     bars: dict[str, list[tuple[Bar, bool]]] = {name: [] for name in names}
     for bar, redone in sorted(zip(record.bars, again, strict=True), key=lambda pair: pair[0].began):
@@ -71,17 +78,30 @@ def timeline(record: Record) -> Timeline | None:
     for name in list(names)[:MOST_LANES]:
         blocks = _blocks(bars[name], whole)
         together = together or len(blocks) < len(bars[name])
-        marks = [(f.at / whole, f"{_samples(f)} went back: {f.reason}") for f in record.failures if f.lane == name]
+        marks = [
+            (f.at / whole, f"{_samples(f)} went back: {f.reason}")
+            for f in record.failures
+            if f.lane == name
+        ]
         count, last = len(bars[name]), bars[name][-1][0].ended if bars[name] else 0.0
-        told = f"{count:,} chunk{'s' if count != 1 else ''}, {format_seconds(last)}" if count else "no chunks"
+        told = (
+            f"{count:,} chunk{'s' if count != 1 else ''}, {format_seconds(last)}"
+            if count
+            else "no chunks"
+        )
         strips.append(Strip(name, blocks, marks[:MOST_FAILURES], told))
-    ticks = [(part, "0" if not part else format_seconds(part * whole)) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    ticks = [
+        (part, "0" if not part else format_seconds(part * whole))
+        for part in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
     return Timeline(strips, ticks, max(0, len(names) - MOST_LANES), together, any(again))
 
 
 def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
     """Whether a chunk has samples that went back before it was complete."""
-    starts, stops, ends = (np.array([getattr(b, key) for b in bars]) for key in ("start", "stop", "ended"))
+    starts, stops, ends = (
+        np.array([getattr(b, key) for b in bars]) for key in ("start", "stop", "ended")
+    )
     found = np.zeros(len(bars), dtype=bool)
     for f in failures if bars else ():
         found |= (starts < f.stop) & (stops > f.start) & (ends > f.at)
@@ -89,12 +109,21 @@ def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
 
 
 def _blocks(bars: Sequence[tuple[Bar, bool]], whole: float) -> list[Block]:
-    """Blocks in order; a short chunk joins the block of the short one before it unless one of them was computed again."""
+    """Blocks in order.
+
+    A short chunk joins the block of the short one before it unless one of them was computed again.
+    """
     groups: list[list[tuple[Bar, bool]]] = []
     for bar, again in bars:
         last = groups[-1][-1] if groups else None
         near = last is not None and bar.began - last[0].ended < NARROW * whole
-        if near and last is not None and _is_short(bar, whole) and _is_short(last[0], whole) and again == last[1]:
+        if (
+            near
+            and last is not None
+            and _is_short(bar, whole)
+            and _is_short(last[0], whole)
+            and again == last[1]
+        ):
             groups[-1].append((bar, again))
         else:
             groups.append([(bar, again)])
@@ -104,7 +133,11 @@ def _blocks(bars: Sequence[tuple[Bar, bool]], whole: float) -> list[Block]:
         told = _samples(first) if len(group) == 1 else f"{len(group):,} chunks"
         width = max(last.ended - first.began, 0.0)
         told = f"{told}, {format_seconds(width)}{', computed again' if group[0][1] else ''}"
-        out.append(Block(first.began / whole, max(width / whole, 0.0005), group[0][1], number % 2 == 1, told))
+        out.append(
+            Block(
+                first.began / whole, max(width / whole, 0.0005), group[0][1], number % 2 == 1, told
+            )
+        )
     return out
 
 
@@ -113,4 +146,8 @@ def _is_short(bar: Bar, whole: float) -> bool:
 
 
 def _samples(chunk: Bar | Failure) -> str:
-    return f"samples {chunk.start:,} to {chunk.stop - 1:,}" if chunk.stop > chunk.start else "no samples"
+    return (
+        f"samples {chunk.start:,} to {chunk.stop - 1:,}"
+        if chunk.stop > chunk.start
+        else "no samples"
+    )

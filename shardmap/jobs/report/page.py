@@ -1,4 +1,7 @@
-"""`shardmap report RUN`: a run folder as one HTML page that needs nothing else, no network and no scripts."""
+"""`shardmap report RUN`.
+
+A run folder as one HTML page that needs nothing else, no network and no scripts.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,20 @@ from shardmap.store import elements
 MOST_PREVIEWS = 60
 """Outputs that are looked into; of the others name, shape and size are listed."""
 SHOWN, MOST_FACTOR = 640, 10
-"""How wide images are shown, in pixels of the screen, and how many of those for one of theirs at most."""
-ASKED = ("task", "function", "loss", "params", "model", "weights", "data", "source", "reduce", "report")
+"""How wide images are shown, in pixels of the screen, and how many of those for one of theirs at
+most."""
+ASKED = (
+    "task",
+    "function",
+    "loss",
+    "params",
+    "model",
+    "weights",
+    "data",
+    "source",
+    "reduce",
+    "report",
+)
 """Keys of the configuration that say what was computed; all are at the end of the page."""
 CARD_LETTERS = 40
 """Longest text among the large numbers; longer ones and paths are lines of their own."""
@@ -64,7 +79,9 @@ class Preview:
     @property
     def thinned(self) -> bool:
         """Whether a pixel of the heat map stands for several values."""
-        return self.heat_map is not None and self.heat_map.width * self.heat_map.height < self.elements
+        return (
+            self.heat_map is not None and self.heat_map.width * self.heat_map.height < self.elements
+        )
 
     @property
     def square(self) -> bool:
@@ -112,7 +129,9 @@ def render(record: Record) -> str:
         asked=_asked(record),
         timeline=lanes.timeline(record),
         most=_largest(record),
-        previews=[preview(output, place) for place, output in enumerate(record.outputs[:MOST_PREVIEWS], 1)],
+        previews=[
+            preview(output, place) for place, output in enumerate(record.outputs[:MOST_PREVIEWS], 1)
+        ],
         others=[_unread(output, "", 0) for output in record.outputs[MOST_PREVIEWS:]],
         read_bytes=samples.READ_BYTES,
         show_bytes=_bytes,
@@ -152,7 +171,9 @@ def _pictures(sample: Sample) -> tuple[Sheet | None, Picture | None, Curve | Non
 
 def _unread(output: Output, said: str, place: int) -> Preview:
     shape = f"[{', '.join(map(str, output.shape))}]"
-    return Preview(output.name, shape, elements.dtype_name(output.dtype), output.bytes, 0, said, place=place)
+    return Preview(
+        output.name, shape, elements.dtype_name(output.dtype), output.bytes, 0, said, place=place
+    )
 
 
 def _found(record: Record) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -164,7 +185,11 @@ def _found(record: Record) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
         elif isinstance(value, str) and (len(value) > CARD_LETTERS or "/" in value):
             sentences.append((_words(key), value))
         else:
-            told = format_seconds(value) if key == "seconds" and isinstance(value, int | float) else number(value)
+            told = (
+                format_seconds(value)
+                if key == "seconds" and isinstance(value, int | float)
+                else number(value)
+            )
             cards.append((_words(key), told))
     return cards, sentences
 
@@ -176,17 +201,35 @@ def _asked(record: Record) -> list[tuple[str, str]]:
         value = record.config.get(key)
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             given = value.get("init_args", value.get("args"))
-            arguments = ", ".join(f"{name}={argument!r}" for name, argument in given.items()) if isinstance(given, dict) else ""
+            arguments = (
+                ", ".join(f"{name}={argument!r}" for name, argument in given.items())
+                if isinstance(given, dict)
+                else ""
+            )
             value = f"{value['path']}({arguments})" if arguments else value["path"]
         if value is not None:
-            out.append((_words(key), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)))
+            out.append(
+                (
+                    _words(key),
+                    value
+                    if isinstance(value, str)
+                    else json.dumps(value, ensure_ascii=False, default=str),
+                )
+            )
     return out
 
 
 def _largest(record: Record) -> dict[str, float]:
     """What the bars of predictions and measurements are drawn against."""
-    memory = [value for x in record.lanes for value in (x.predicted_peak_bytes, x.peak_bytes) if value]
-    seconds = [value for x in (*record.lanes, record) for value in (x.predicted_seconds, x.seconds) if value]
+    memory = [
+        value for x in record.lanes for value in (x.predicted_peak_bytes, x.peak_bytes) if value
+    ]
+    seconds = [
+        value
+        for x in (*record.lanes, record)
+        for value in (x.predicted_seconds, x.seconds)
+        if value
+    ]
     return {"memory": max(memory, default=1), "seconds": max(seconds, default=1.0)}
 
 
@@ -232,4 +275,7 @@ def _put(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         reason = error.strerror or type(error).__name__
-        raise ConfigError(f"report: {str(path)!r} cannot be written ({reason}); name a file in a folder that can be written to") from error
+        raise ConfigError(
+            f"report: {str(path)!r} cannot be written ({reason}); name a file in a folder that can "
+            "be written to"
+        ) from error

@@ -40,12 +40,20 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 def format_table(columns: Mapping[str, Sequence[Any]]) -> str:
     """Lay out columns of equal length as text, right-aligned under their names."""
-    cells = [[name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in column)] for name, column in columns.items()]
+    cells = [
+        [name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in column)]
+        for name, column in columns.items()
+    ]
     widths = [max(map(len, column)) for column in cells]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*cells, strict=True))
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in zip(*cells, strict=True)
+    )
 
 
-def contact_sheet(path: Path, tiles: Sequence[Tile], *, title: str, subtitle: str, columns: int = 5) -> None:
+def contact_sheet(
+    path: Path, tiles: Sequence[Tile], *, title: str, subtitle: str, columns: int = 5
+) -> None:
     """Draw images in a grid, each with its lines of text.
 
     Args:
@@ -62,7 +70,9 @@ def contact_sheet(path: Path, tiles: Sequence[Tile], *, title: str, subtitle: st
     figure.text(0.035, 1 - 0.2 / height, title, fontsize=14, weight="bold", color=INK, va="top")
     figure.text(0.035, 1 - 0.52 / height, subtitle, fontsize=9, color=FAINT, va="top")
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(left=0.03, right=0.97, top=1 - 0.92 / height, bottom=0.5 / height, hspace=0.5, wspace=0.12)
+    figure.subplots_adjust(
+        left=0.03, right=0.97, top=1 - 0.92 / height, bottom=0.5 / height, hspace=0.5, wspace=0.12
+    )
     for axes in grid.flat[len(tiles) :]:
         axes.set_axis_off()
     for axes, tile in zip(grid.flat, tiles, strict=False):
@@ -70,7 +80,9 @@ def contact_sheet(path: Path, tiles: Sequence[Tile], *, title: str, subtitle: st
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
-            spine.set(color=WRONG if tile.marked else "#d5d8df", linewidth=2.2 if tile.marked else 0.8)
+            spine.set(
+                color=WRONG if tile.marked else "#d5d8df", linewidth=2.2 if tile.marked else 0.8
+            )
         for number, line in enumerate(tile.lines):
             last = number == len(tile.lines) - 1
             axes.text(

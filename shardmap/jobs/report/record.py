@@ -1,4 +1,7 @@
-"""A run folder, read: what was planned, measured, found and logged. What is absent or cannot be read is said, and the rest is there."""
+"""A run folder, read: what was planned, measured, found and logged.
+
+What is absent or cannot be read is said, and the rest is there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from shardmap.run.timeline import Bar, Failure
 PAGE = "report.html"
 """The page's own name in the folder."""
 TEXT_BYTES = 64 * MIB
-"""Of the largest JSON or text file that is read; measured.json of a million chunks has about that."""
+"""Of the largest JSON or text file that is read; measured.json of a million chunks has about
+that."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,17 @@ def read_folder(folder: Path) -> Record:
     """
     config = folder / "config.yaml"
     if not config.is_file():
-        there = "there is no config.yaml in it" if folder.is_dir() else "that is a file" if folder.exists() else "it is not there"
-        raise ConfigError(f"report {str(folder)!r}: this is no run folder, {there}; name a folder that `shardmap run` has written")
+        there = (
+            "there is no config.yaml in it"
+            if folder.is_dir()
+            else "that is a file"
+            if folder.exists()
+            else "it is not there"
+        )
+        raise ConfigError(
+            f"report {str(folder)!r}: this is no run folder, {there}; name a folder that `shardmap "
+            "run` has written"
+        )
     record = Record(folder)
     _read_config(record, config)
     state = _mapping(record, "state", "state.json")
@@ -145,7 +158,10 @@ def _mapping(record: Record, part: str, name: str) -> Mapping[str, Any] | None:
 def _text(path: Path) -> str:
     try:
         if path.stat().st_size > TEXT_BYTES:
-            raise _UnreadableError(f"it has {format_bytes(path.stat().st_size)}, and no more than {format_bytes(TEXT_BYTES)} are read")
+            raise _UnreadableError(
+                f"it has {format_bytes(path.stat().st_size)}, and no more than "
+                f"{format_bytes(TEXT_BYTES)} are read"
+            )
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise _UnreadableError(error.strerror or type(error).__name__) from error
@@ -153,9 +169,14 @@ def _text(path: Path) -> str:
 
 def _read_lanes(record: Record) -> None:
     """Put each lane's plan and measurement together, by name."""
-    plan, measured = _mapping(record, "plan", "plan.json"), _mapping(record, "measured", "measured.json")
+    plan, measured = (
+        _mapping(record, "plan", "plan.json"),
+        _mapping(record, "measured", "measured.json"),
+    )
     text = record.folder / "plan.txt"
-    with contextlib.suppress(_UnreadableError):  # the same words as in plan.json, where that is there
+    with contextlib.suppress(
+        _UnreadableError
+    ):  # the same words as in plan.json, where that is there
         record.explain = _text(text) if text.is_file() else ""
     planned_lanes: dict[str, Mapping[str, Any]] = {}
     measured_lanes: Mapping[str, Any] = {}
@@ -167,7 +188,10 @@ def _read_lanes(record: Record) -> None:
             planned_lanes = {str(lane["name"]): lane for lane in plan.get("lanes", [])}
             record.planned = True
         except ODD as error:
-            record.say("plan", f"plan.json is not as this version of shardmap writes it: {line(repr(error))}.")
+            record.say(
+                "plan",
+                f"plan.json is not as this version of shardmap writes it: {line(repr(error))}.",
+            )
     if measured is not None:
         measured_lanes = measured.get("lanes", {})
         redone = measured.get("redone") or {}
@@ -177,13 +201,21 @@ def _read_lanes(record: Record) -> None:
             record.bars = _bars_of(measured_lanes)
             record.measured = True
         except ODD as error:
-            record.say("measured", f"measured.json is not as this version of shardmap writes it: {line(repr(error))}.")
+            record.say(
+                "measured",
+                f"measured.json is not as this version of shardmap writes it: {line(repr(error))}.",
+            )
             measured_lanes = {}
     try:
         names = dict.fromkeys([*planned_lanes, *measured_lanes])
-        record.lanes = [_lane(name, planned_lanes.get(name, {}), measured_lanes.get(name, {})) for name in names]
+        record.lanes = [
+            _lane(name, planned_lanes.get(name, {}), measured_lanes.get(name, {})) for name in names
+        ]
     except ODD as error:
-        record.say("plan", f"The lanes in plan.json and measured.json cannot be understood: {line(repr(error))}.")
+        record.say(
+            "plan",
+            f"The lanes in plan.json and measured.json cannot be understood: {line(repr(error))}.",
+        )
 
 
 def _lane(name: str, planned: Mapping[str, Any], measured: Mapping[str, Any]) -> Lane:
@@ -210,22 +242,40 @@ def _bars_of(lanes: Mapping[str, Any]) -> list[Bar]:
         free = float("-inf")
         for chunk in sorted(lane.get("chunks", []), key=lambda chunk: float(chunk["at"])):
             at, seconds = float(chunk["at"]), float(chunk["seconds"])
-            found.append(Bar(str(name), int(chunk["start"]), int(chunk["stop"]), max(at - seconds, free), at, seconds))
+            found.append(
+                Bar(
+                    str(name),
+                    int(chunk["start"]),
+                    int(chunk["stop"]),
+                    max(at - seconds, free),
+                    at,
+                    seconds,
+                )
+            )
             free = at
     zero = min((bar.began for bar in found), default=0.0)
     return [Bar(b.lane, b.start, b.stop, b.began - zero, b.ended - zero, b.seconds) for b in found]
 
 
 def _read_timeline(record: Record) -> None:
-    """The chunks as the timeline has them, with those that went back; measured.json's serve where it is absent."""
+    """The chunks as the timeline has them, with those that went back.
+
+    Measured.json's serve where it is absent.
+    """
     trace = _mapping(record, "timeline", "timeline.json")
     if trace is None:
         if record.bars:
-            record.absent["timeline"] += " The chunks are drawn as measured.json has them, without those that went back."
+            record.absent["timeline"] += (
+                " The chunks are drawn as measured.json has them, without those that went back."
+            )
         return
     try:
         events = trace["traceEvents"]
-        lanes = {e["tid"]: str(e["args"]["name"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+        lanes = {
+            e["tid"]: str(e["args"]["name"])
+            for e in events
+            if e["ph"] == "M" and e["name"] == "thread_name"
+        }
         bars, failures = [], []
         for e in events:
             if e["ph"] not in ("X", "i"):
@@ -233,11 +283,23 @@ def _read_timeline(record: Record) -> None:
             lane, began, about = lanes[e["tid"]], float(e["ts"]) / 1e6, e["args"]
             start, stop = int(about["start"]), int(about["stop"])
             if e["ph"] == "X":
-                bars.append(Bar(lane, start, stop, began, began + float(e["dur"]) / 1e6, float(about["seconds"])))
+                bars.append(
+                    Bar(
+                        lane,
+                        start,
+                        stop,
+                        began,
+                        began + float(e["dur"]) / 1e6,
+                        float(about["seconds"]),
+                    )
+                )
             else:
                 failures.append(Failure(lane, start, stop, began, str(about["reason"])))
     except ODD as error:
-        record.say("timeline", f"timeline.json is not as this version of shardmap writes it: {line(repr(error))}.")
+        record.say(
+            "timeline",
+            f"timeline.json is not as this version of shardmap writes it: {line(repr(error))}.",
+        )
         return
     record.bars, record.failures = bars, failures
 
@@ -253,15 +315,23 @@ def _read_outputs(record: Record) -> None:
         return
     inside = record.folder / "results.zarr"
     named = [(record.summary or {}).get("store"), record.config.get("store")]
-    urls = [str(inside)] if inside.exists() else [url for url in named if isinstance(url, str) and url]
+    urls = (
+        [str(inside)] if inside.exists() else [url for url in named if isinstance(url, str) and url]
+    )
     if not urls:
-        return record.say("outputs", "No outputs are kept in the run folder, and the run names no store (save_outputs: true keeps them).")
+        return record.say(
+            "outputs",
+            "No outputs are kept in the run folder, and the run names no store (save_outputs: true "
+            "keeps them).",
+        )
     try:
         record.outputs, store = outputs_of(urls[0])
         record.where = store.url
         if missing := len(store.missing()):
             record.say(
-                "outputs", f"{missing:,} of {store.header.units:,} units of the store are not written; `shardmap resume` computes them."
+                "outputs",
+                f"{missing:,} of {store.header.units:,} units of the store are not written; "
+                "`shardmap resume` computes them.",
             )
     except StoreError as error:
         record.say("outputs", f"{error}.")

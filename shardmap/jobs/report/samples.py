@@ -1,4 +1,7 @@
-"""Outputs of a run, read within a bound: all of them where they are small, rows from all over them where they are not."""
+"""Outputs of a run, read within a bound.
+
+All of them where they are small, rows from all over them where they are not.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ from shardmap.store.columns import Column
 from shardmap.store.stored import SafetensorsColumn, StoreColumn
 
 READ_BYTES = 16 * MIB
-"""Most that is read of one output. Only one is in memory at a time, and looking at it takes less than 256 MiB, beside one unit of a
-compressed store, which can only be decoded whole."""
+"""Most that is read of one output. Only one is in memory at a time, and looking at it takes less
+than 256 MiB, beside one unit of a compressed store, which can only be decoded whole."""
 STORE_RUNS, FILE_RUNS = 16, 64
-"""In how many places rows are read: each place of a store costs the decoding of a unit, one of a file next to nothing."""
+"""In how many places rows are read: each place of a store costs the decoding of a unit, one of a
+file next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,19 @@ def outputs_in(path: Path) -> list[Output]:
                 shape = tuple(f.get_slice(key).get_shape())
                 if shape:
                     dtype = f.get_slice(key)[0:0].dtype
-                    column: Column | Tensor = SafetensorsColumn([(str(path), shape[0])], key, shape[1:], dtype)
+                    column: Column | Tensor = SafetensorsColumn(
+                        [(str(path), shape[0])], key, shape[1:], dtype
+                    )
                 else:
                     column = f.get_tensor(key)
                     dtype = column.dtype
-                found.append(Output(key, shape, dtype, column, ((0, shape[0] if shape else 1),), FILE_RUNS))
+                found.append(
+                    Output(key, shape, dtype, column, ((0, shape[0] if shape else 1),), FILE_RUNS)
+                )
     except (OSError, module.SafetensorError) as error:
-        raise SourceError(f"{path.name} is no safetensors file that can be read: {error}") from error
+        raise SourceError(
+            f"{path.name} is no safetensors file that can be read: {error}"
+        ) from error
     return found
 
 
@@ -102,24 +112,41 @@ def outputs_of(url: str) -> tuple[list[Output], Store]:
         else:
             there.append((start, stop))
     return [
-        Output(spec.name, (header.samples, *spec.shape), spec.dtype, StoreColumn(store, index), tuple(there), STORE_RUNS)
+        Output(
+            spec.name,
+            (header.samples, *spec.shape),
+            spec.dtype,
+            StoreColumn(store, index),
+            tuple(there),
+            STORE_RUNS,
+        )
         for index, spec in enumerate(header.outputs)
     ], store
 
 
 def read(output: Output) -> Sample | Unread:
-    """Rows of an output: all if they fit into `READ_BYTES`, otherwise runs of neighbours, evenly spaced from the first row to the last."""
+    """Rows of an output.
+
+    All if they fit into `READ_BYTES`, otherwise runs of neighbours, evenly spaced from the first
+    row to the last.
+    """
     if isinstance(output.column, Tensor):
         return Sample(output.column.reshape(1), [0], "")
     rows, written = output.shape[0], sum(stop - start for start, stop in output.there)
     each = math.prod(output.shape[1:]) * output.dtype.itemsize
     most = written if not each else READ_BYTES // each
     if not most and written:
-        return Unread(f"One row has {format_bytes(each)}, and no more than {format_bytes(READ_BYTES)} of an output are read for a preview.")
+        return Unread(
+            f"One row has {format_bytes(each)}, and no more than {format_bytes(READ_BYTES)} of an "
+            "output are read for a preview."
+        )
     places = _places(written, min(most, written), output.runs)
     try:
-        # One row after the other into its place: pieces beside their concatenation would be twice the bound.
-        numbers = [number for start, stop in places for number in _numbers(output.there, start, stop)]
+        # One row after the other into its place: pieces beside their concatenation would be twice
+        # the bound.
+        numbers = [
+            number for start, stop in places for number in _numbers(output.there, start, stop)
+        ]
         into = torch.empty((len(numbers), *output.shape[1:]), dtype=output.dtype)
         at = 0
         for start, stop in _stretches(numbers):
@@ -130,20 +157,30 @@ def read(output: Output) -> Sample | Unread:
     absent = "" if written == rows else f"{written:,} of {rows:,} rows are written"
     if len(numbers) == written:
         return Sample(into, numbers, absent)
-    where = f"{len(places)} evenly spaced runs of {places[0][1] - places[0][0]:,}" if len(places) < len(numbers) else "evenly spaced"
+    where = (
+        f"{len(places)} evenly spaced runs of {places[0][1] - places[0][0]:,}"
+        if len(places) < len(numbers)
+        else "evenly spaced"
+    )
     said = f"looked at {len(numbers):,} of {written:,} rows, {where}"
     return Sample(into, numbers, f"{absent}; {said}" if absent else said)
 
 
 def blocks(rows: Tensor) -> Iterator[np.ndarray]:
-    """The elements as real numbers in pieces of at most a million: magnitudes of complex ones, 0 and 1 for booleans."""
+    """The elements as real numbers in pieces of at most a million.
+
+    Magnitudes of complex ones, 0 and 1 for booleans.
+    """
     flat = rows.reshape(-1)
     for start in range(0, len(flat), 1 << 20):
         yield real(flat[start : start + (1 << 20)])
 
 
 def real(t: Tensor) -> np.ndarray:
-    """A tensor as an array of real numbers of a type that numpy computes with; integers stay integers."""
+    """A tensor as an array of real numbers of a type that numpy computes with.
+
+    Integers stay integers.
+    """
     if t.dtype is torch.complex32:
         t = t.to(torch.complex64)
     if t.is_complex():
@@ -157,7 +194,9 @@ def real(t: Tensor) -> np.ndarray:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """`2` before `10`, as the outputs of a function come."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)
+    ]
 
 
 def _places(total: int, most: int, runs: int) -> list[tuple[int, int]]:
