@@ -20,7 +20,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
 from shardmap.lower import cache as engine
-from shardmap.lower.batcher import LoweringOptions
+from shardmap.lower.batched import LoweringOptions
 from shardmap.planning import device as device_names
 from shardmap.planning.split import Split, split
 from shardmap.reduce import per_sample as joint
@@ -28,6 +28,7 @@ from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, Output, unheard
 from shardmap.store import Header, OutputSpec, Sink, Store
+from shardmap.trace.batch import Batch
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recorder import Recorder
 
@@ -247,9 +248,7 @@ def plan(
     return planned
 
 
-def _run(
-    func: Callable[..., Any], batch: edges.Batch, options: Options, memory: Memory | None
-) -> Any:
+def _run(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
     """One call of a mapped function: trace (or recall), batch, plan, run."""
     inlined = _under_recording()
     transformed = functorch.peek_interpreter_stack() is not None
@@ -271,7 +270,7 @@ def _run(
 
 
 def _execute(
-    prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool
+    prepared: Prepared, batch: Batch, options: Options, inlined: bool, transformed: bool
 ) -> Any:
     within = inlined or transformed
     plain = within or (torch.is_grad_enabled() and any(prepared.recording.program.output_flags))
@@ -372,7 +371,7 @@ def _into_store(
 
 
 def _job(
-    prepared: Prepared, batch: edges.Batch, options: Options, inlined: bool, transformed: bool
+    prepared: Prepared, batch: Batch, options: Options, inlined: bool, transformed: bool
 ) -> Job:
     """The call as every executor takes it; refuses what no executor can do."""
     recording, call = prepared.recording, options.call

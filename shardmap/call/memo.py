@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from shardmap.call.arguments import Batch
 from shardmap.lower.cache import Lowered
+from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
 
 logger = logging.getLogger("shardmap")

@@ -21,6 +21,7 @@ from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap.call import arguments as edges
 from shardmap.call.options import Options
+from shardmap.trace.batch import Batch
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -120,7 +121,7 @@ def refuse_plan(args: tuple[Any, ...], kwargs: dict[str, Any], call: str) -> Non
 
 
 def run(
-    map_group: Callable[[edges.Batch], Any],
+    map_group: Callable[[Batch], Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: Options,
@@ -211,7 +212,7 @@ def _refuse(options: Options) -> None:
 
 def _whole(
     args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
-) -> tuple[edges.Batch, dict[int, Ragged]]:
+) -> tuple[Batch, dict[int, Ragged]]:
     """The batch of all samples, with stand-ins for the ragged arguments, and these by their position among the leaves."""
     call = options.call
     leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -242,7 +243,7 @@ def _whole(
     return whole, given
 
 
-def _group(whole: edges.Batch, given: dict[int, Ragged], rows: list[int]) -> edges.Batch:
+def _group(whole: Batch, given: dict[int, Ragged], rows: list[int]) -> Batch:
     """The batch of some samples, whose shapes are equal."""
     leaves = list(whole.leaves)
     for leaf, dim in whole.mapped:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shardmap.factors.find import Factored, Factors, Patches, Rows, Term, sizes
 from shardmap.factors.norms import channels, patches
-from shardmap.lower.batcher import mapped_groups, written
+from shardmap.program.analysis import mapped_groups, written
 from shardmap.program.ir import NO_GRAD, Equation, Param, Program, Var
 from shardmap.trace.recording import Recording
 

@@ -8,199 +8,45 @@ loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from shardmap import errors
-from shardmap._torch import functorch
 from shardmap.factors import sums
 from shardmap.factors.builder import Ghosts
 from shardmap.factors.rewrite import from_factors
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.rematerialise import postponed
-from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
-from shardmap.program.operators import deciders, draws, op_info
+from shardmap.lower.replayed import (
+    check_answer,
+    check_shapes,
+    copy,
+    cut,
+    fresh_leaf,
+    no_view,
+    restride,
+)
+from shardmap.program.analysis import (
+    IDENTITIES,
+    grad_equations,
+    live_equations,
+    mapped_groups,
+    random_call,
+    written,
+    written_through,
+)
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
+from shardmap.program.operators import deciders
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
 from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.view_folding import views
-from shardmap.trace.recording import flat_tensors
 
 logger = logging.getLogger("shardmap")
 aten = torch.ops.aten
-
-IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
-"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchedProgram:
-    """What a program does to a chunk of samples, on one kind of device."""
-
-    fixed: tuple[Call, ...]
-    """Calls that no sample changes: once per device."""
-    chunk: tuple[Call, ...]
-    """Calls on whole chunks."""
-    inputs: tuple[V, ...]
-    captured: tuple[V, ...]
-    literals: tuple[V, ...]
-    outputs: tuple[V, ...]
-    tiers: dict[str, str]
-    """For each operator in use, the tier that serves it."""
-    values: int
-    """How many values the calls define."""
-    results: dict[int, tuple[Var, V]]
-    """By value index: the recorded tensor that it is the batch of, for the checks of the first
-    run."""
-    summed: frozenset[int] = frozenset()
-    """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
-    ghosts: dict[int, str] = field(default_factory=dict)
-    """By number of the recorded call: what is computed from factors instead
-    (`shardmap.factors`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoweringOptions:
-    """What besides the program decides how it is lowered."""
-
-    device_type: str
-    randomness: str
-    strict: bool
-    grad: bool
-    """Whether outer autograd records."""
-    transformed: bool
-    """Whether `torch.func` transforms are active around the call."""
-    call: str
-    summed: tuple[bool, ...] = ()
-    """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
-
-
-def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
-    """The memory groups whose values differ by sample, by a fixed point over the calls.
-
-    A tensor made unmapped into which a mapped value is written later is mapped from its creation.
-    One made in the likeness of a mapped tensor is the same for all samples, but under an outer
-    `torch.func.vmap` it must be made from that tensor: only so does it have the outer batch and can
-    be written to.
-    """
-    mapped = {v.group for v in program.inputs}
-    before = -1
-    while len(mapped) != before:
-        before = len(mapped)
-        for eq in program.equations:
-            if op_info(eq.op).shape_only and not transformed:
-                continue
-            if any(v.group in mapped for v in eq.inputs()) or (
-                randomness == "different" and random_call(eq)
-            ):
-                mapped.update(v.group for v in eq.results())
-                mapped.update(v.group for v in written(eq))
-    return mapped
-
-
-def random_call(eq: Equation) -> bool:
-    """Whether a recorded call draws random numbers."""
-    return draws(eq.op, eq.args, dict(eq.kwargs))
-
-
-def written(eq: Equation) -> list[Var]:
-    """The tensors that a recorded call writes in place."""
-    info = op_info(eq.op)
-    if (
-        info.hidden_writes is not None
-    ):  # what it writes depends on whether it trains, whatever its schema says
-        first, second, training = info.hidden_writes
-        trains = training < len(eq.args) and eq.args[training]
-        return list(variables((eq.args[first], eq.args[second]))) if trains else []
-    out = [v for i in info.writes if i < len(eq.args) for v in variables((eq.args[i],))]
-    if info.writes_named:
-        out += [v for k, a in eq.kwargs if k in info.writes_named for v in variables((a,))]
-    return out
-
-
-def written_through(program: Program) -> set[int]:
-    """The variables that are written in place, themselves or by a view that is made of them."""
-    through: set[int] = set()
-    for eq in reversed(program.equations):
-        through.update(v.index for v in written(eq))
-        inputs = {v.index: v.group for v in eq.inputs()}
-        groups = {v.group for v in eq.results() if v.index in through and v.index not in inputs}
-        through.update(index for index, group in inputs.items() if group in groups)
-    return through
-
-
-def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
-    """Which calls lead to an output, to a caller's tensor, or have an effect."""
-    groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
-    return _leading(
-        program,
-        write_groups,
-        {v.index for v in program.outputs},
-        groups,
-        effect=lambda eq: not list(eq.results()),
-    )
-
-
-def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
-    """Which calls lead, under outer autograd, to an output that requires grad.
-
-    The others run without it.
-    """
-    required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
-    # The caller's tensor learns of what is written into it.
-    groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
-    carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
-    return _leading(program, write_groups, {v.index for v in required}, groups, carries)
-
-
-def _leading(
-    program: Program,
-    write_groups: set[int],
-    live_vars: set[int],
-    live_groups: set[int],
-    candidates: list[bool] | None = None,
-    effect: Callable[[Equation], bool] = lambda eq: False,
-) -> list[bool]:
-    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
-
-    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so
-    repeat until they settle.
-    """
-    live_vars, live_groups = set(live_vars), set(live_groups)
-    live = [False] * len(program.equations)
-    before = -1
-    while len(live_groups) + sum(live) != before:
-        before = len(live_groups) + sum(live)
-        for i in range(len(program.equations) - 1, -1, -1):
-            eq = program.equations[i]
-            if candidates is not None and not candidates[i]:
-                continue
-            if effect(eq) or any(
-                v.index in live_vars or v.group in live_groups
-                for v in (*eq.results(), *written(eq))
-            ):
-                live[i] = True
-                for v in eq.inputs():
-                    live_vars.add(v.index)
-                    if v.group in write_groups:
-                        live_groups.add(v.group)
-    return live
-
-
-@dataclass(slots=True)
-class Fixes:
-    """What trying a program has shown to be needed, by number of the recorded call."""
-
-    tiers: dict[int, str] = field(default_factory=dict)
-    """"functorch" or "loop": a higher tier's result was not the recorded one."""
-    restride: set[int] = field(default_factory=set)
-    """Calls whose results have other strides than the sample's."""
-    plain: bool = False
-    """Whether nothing is computed from factors."""
 
 
 class _Batcher:
@@ -582,90 +428,3 @@ def _vs_or_none(values: Any) -> Any:
 
 # -- what the emitted calls do at replay
 # -----------------------------------------------------------------------------------
-
-
-def no_view(t: torch.Tensor) -> torch.Tensor:
-    """`t` in memory of its own, for writing.
-
-    A rule may return a view where the sample's call returned a new tensor.
-    """
-    return (
-        restride(t.clone(), t.stride()[1:]) if t._is_view() else t
-    )  # a clone closes the gaps between elements
-
-
-def cut(t: torch.Tensor) -> torch.Tensor:
-    """`t` as the sample's call saw it: unknown to autograd.
-
-    One that is unknown already stays itself: its views remain views.
-    """
-    return t.detach() if t.requires_grad else t
-
-
-def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
-    """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
-    return (
-        t.detach()
-        if functorch.peek_interpreter_stack() is not None
-        else t.detach().requires_grad_()
-    )
-
-
-def copy(t: torch.Tensor) -> torch.Tensor:
-    """`t` in memory of its own."""
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
-    """A batch whose rows have the sample's strides, copied only where they differ."""
-    if _rows_have(t, stride):
-        return t
-    order = sorted(range(len(stride)), key=lambda d: -stride[d])
-    moved = t.permute(0, *[d + 1 for d in order]).clone(memory_format=torch.contiguous_format)
-    out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
-    if _rows_have(out, stride):
-        return out
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))  # rows with gaps
-    return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
-
-
-def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
-    return all(
-        n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)
-    )
-
-
-def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
-    """Ask again what the function asked about an unmapped value when it was recorded."""
-    tensors = flat_tensors(args)
-    rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
-    for i in range(rows):
-        sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
-        answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
-        if answer != expected and not (answer != answer and expected != expected):
-            if any(mapped):
-                raise errors.VariesError(
-                    f"{call}: python asked for the value of a tensor that differs by sample "
-                    f"({op._schema.name}), and it is {expected} "
-                    f"for the first sample but {answer} for another; use torch.where, masks or "
-                    "comparisons that return tensors"
-                )
-            raise errors.StaleRecordingError(
-                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was "
-                f"{expected} when the function was "
-                "recorded but is "
-                f"{answer} now; use trace='each', or torch.where"
-            )
-
-
-def check_shapes(
-    expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]
-) -> None:
-    """Compare a result's shape, which depends on values, with the recorded one."""
-    shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
-    if shapes != expected:
-        raise errors.StaleRecordingError(
-            f"{call}: the shape of a result depends on the values of captured tensors, and they "
-            "have changed since the recording "
-            f"({expected} then, {shapes} now); use trace='each'"
-        )

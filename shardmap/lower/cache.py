@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap.lower.batcher import BatchedProgram, Fixes, LoweringOptions, lower
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.batcher import lower
 from shardmap.lower.codegen import Replay, generate
 from shardmap.program.ir import Equation, Program
 

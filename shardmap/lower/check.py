@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
 from shardmap.lower import cache as engine
-from shardmap.lower.batcher import Fixes, restride
+from shardmap.lower.batched import Fixes
 from shardmap.lower.cache import Lowered
+from shardmap.lower.replayed import restride
 from shardmap.program.operators import op_info
 from shardmap.rules.lowering import V, values
 from shardmap.trace.recording import Recording

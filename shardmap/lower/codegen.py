@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardmap.lower.batcher import BatchedProgram
+from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
 from shardmap.program.ir import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap.lower.batcher import BatchedProgram
+from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.out_variants import into
 from shardmap.rules.lowering import Call, V, values
 

@@ -25,7 +25,7 @@ import torch
 
 from shardmap import errors
 from shardmap.lower import cache as engine
-from shardmap.lower.batcher import LoweringOptions
+from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.planning.device import Budget, free_bytes
 from shardmap.planning.split import Split, split

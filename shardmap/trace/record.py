@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 from shardmap import errors
-from shardmap._torch import cudnn, functorch, has_internal_overlap, transformer_fast_paths
-from shardmap.call.arguments import Batch, flatten_outputs
+from shardmap._torch import functorch, has_internal_overlap
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
+from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.surroundings import (
+    RandomStates,
+    no_garbage_collection,
+    outer_recordings_suspended,
+    recording_settings,
+    transforms_set_aside,
+)
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -65,11 +62,12 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
 
 
-def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
-    """Row 0 of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
+def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
+    """Row `number` of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
 
     Args:
         batch: The call's arguments.
+        number: Which sample.
         transformed: Whether `torch.func` transforms are active around the call. What they will
             differentiate is not known here, so that every floating-point sample requires grad.
     """
@@ -80,124 +78,14 @@ def rows_of(batch: Batch, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
             shape = tensor.shape[:d] + tensor.shape[d + 1 :]
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            row = tensor.select(d, 0)
+            row = tensor.select(d, number)
         grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
         rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
     return rows
 
 
-@contextlib.contextmanager
-def transforms_set_aside() -> Iterator[int]:
-    """Set the `torch.func` transforms around the call aside; yields how many there are.
-
-    Inert levels take their places, so that the levels of transforms inside the function are
-    numbered above those outside.
-    """
-    top = functorch.peek_interpreter_stack()
-    if top is None:
-        yield 0
-        return
-    depth = top.level()
-    allowed = functorch.get_inplace_requires_grad_allowed()
-    try:
-        with temporarily_clear_interpreter_stack():
-            for _ in range(depth):
-                functorch._vmap_increment_nesting(1, "same")
-            functorch.set_inplace_requires_grad_allowed(True)
-            try:
-                yield depth
-            finally:
-                for _ in range(depth):
-                    functorch._vmap_decrement_nesting()
-    finally:
-        functorch.set_inplace_requires_grad_allowed(allowed)
-
-
-@contextlib.contextmanager
-def recording_settings(device_type: str) -> Iterator[None]:
-    """Kernels that exist on one device only are off while recording.
-
-    Recurrent layers and transformer fast paths.
-    """
-    with (
-        transformer_fast_paths.off(),
-        cudnn.off() if device_type == "cuda" else contextlib.nullcontext(),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Recording makes many small tuples at once, and the collector would look at all of them time and again: it cost 40% of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def outer_recordings_suspended() -> Iterator[None]:
-    """Set the modes of outer recordings aside, and leave every other mode where it is.
-
-    An inner map's sample must not be recorded by the outer map: only the inner replay is.
-    """
-    dispatch = list(_get_current_dispatch_mode_stack())
-    function = list(_get_current_function_mode_stack())
-    if not any(isinstance(m, Recorder) for m in dispatch):
-        yield
-        return
-    for _ in dispatch:
-        _pop_dispatch_mode()
-    for _ in function:
-        _pop_function_mode()
-    try:
-        with contextlib.ExitStack() as stack:
-            for mode in (*function, *dispatch):
-                if not isinstance(mode, Recorder | Doors):
-                    stack.enter_context(mode)
-            yield
-    finally:
-        for mode in function:
-            _push_function_mode(mode)
-        for mode in dispatch:
-            _push_dispatch_mode(mode)
-
-
-class _RandomStates:
-    """The global random states, compared and put back."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.torch = torch.default_generator.get_state()
-        self.accelerator = (
-            torch.cuda.get_rng_state(device)
-            if device.type == "cuda" and torch.cuda.is_available()
-            else None
-        )
-        self.python = random.getstate()
-        self.numpy: Any = np.random.get_state()
-
-    def restore(self) -> str | None:
-        """Put the states back; names a python source of random numbers that was drawn from."""
-        torch.default_generator.set_state(self.torch)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        drawn = None
-        if random.getstate() != self.python:
-            random.setstate(self.python)
-            drawn = "random"
-        now: Any = np.random.get_state()
-        if now[2] != self.numpy[2] or not np.array_equal(now[1], self.numpy[1]):
-            np.random.set_state(self.numpy)
-            drawn = "numpy.random"
-        return drawn
-
-
 def record(
-    func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str
+    func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, number: int = 0
 ) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
 
@@ -209,7 +97,7 @@ def record(
         (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
     )
     with outer_recordings_suspended():
-        rows = rows_of(batch, functorch.peek_interpreter_stack() is not None)
+        rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
             recorder = Recorder(
                 call, randomness, registry.has_rule, registry.decomposition, outer, once
@@ -229,7 +117,7 @@ def _record(
 ) -> tuple[Recording, pytree.TreeSpec]:
     call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
-    states = _RandomStates(device)
+    states = RandomStates(device)
     try:
         for sample, (i, _) in zip(samples, batch.mapped, strict=True):
             recorder.add_input(sample)
@@ -238,7 +126,7 @@ def _record(
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
-            with recording_settings(device.type), _no_garbage_collection(), doors, recorder:
+            with recording_settings(device.type), no_garbage_collection(), doors, recorder:
                 out = func(*args, **kwargs)
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):

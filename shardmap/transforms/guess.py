@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from shardmap.lower.batcher import live_equations, mapped_groups, written
 from shardmap.planning.cost import machine
+from shardmap.program.analysis import live_equations, mapped_groups, written
 from shardmap.program.ir import Equation, Program, Var
 
 

@@ -23,8 +23,8 @@ from shardmap import api
 from shardmap.call import arguments as edges
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
-from shardmap.lower.batcher import live_equations, mapped_groups, written
 from shardmap.planning.memory import MIB
+from shardmap.program.analysis import live_equations, mapped_groups, written
 from shardmap.program.ir import Program, variables
 from shardmap.rules import huge_pages as pages
 from shardmap.run import local, prepare

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap.lower.batcher import written
+from shardmap.program.analysis import written
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Program, Var
 
 aten = torch.ops.aten

@@ -165,9 +165,8 @@ def test_promotion(name: str) -> None:
                 [full(*[r[k] if i in mapped else r for i, r in enumerate(rows)]) for k in range(2)]
             )
             got = shardmap.vmap(full, dims)(*rows)
-            torch.testing.assert_close(
-                got, want, equal_nan=True, msg=lambda m: f"{left} {right} {shapes} {mapped}: {m}"
-            )  # noqa: B023 - used at once
+            case = f"{left} {right} {shapes} {mapped}: "
+            torch.testing.assert_close(got, want, equal_nan=True, msg=case.__add__)
             compared += 1
     assert compared > 100, "the operator is defined for most pairs of dtypes"
 

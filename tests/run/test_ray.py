@@ -23,7 +23,7 @@ from torch import nn
 
 import shardmap
 from shardmap import errors
-from shardmap.lower.batcher import LoweringOptions
+from shardmap.lower.batched import LoweringOptions
 from shardmap.planning.device import Budget
 from shardmap.program.ir import Program
 from shardmap.run import driver, packing, pool, remote

@@ -1,0 +1,99 @@
+"""What the calls that a lowering emits do at replay, besides operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import functorch
+from shardmap.trace.recording import flat_tensors
+
+
+def no_view(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own, for writing.
+
+    A rule may return a view where the sample's call returned a new tensor.
+    """
+    return (
+        restride(t.clone(), t.stride()[1:]) if t._is_view() else t
+    )  # a clone closes the gaps between elements
+
+
+def cut(t: torch.Tensor) -> torch.Tensor:
+    """`t` as the sample's call saw it: unknown to autograd.
+
+    One that is unknown already stays itself: its views remain views.
+    """
+    return t.detach() if t.requires_grad else t
+
+
+def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
+    """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
+    return (
+        t.detach()
+        if functorch.peek_interpreter_stack() is not None
+        else t.detach().requires_grad_()
+    )
+
+
+def copy(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory of its own."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """A batch whose rows have the sample's strides, copied only where they differ."""
+    if _rows_have(t, stride):
+        return t
+    order = sorted(range(len(stride)), key=lambda d: -stride[d])
+    moved = t.permute(0, *[d + 1 for d in order]).clone(memory_format=torch.contiguous_format)
+    out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
+    if _rows_have(out, stride):
+        return out
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))  # rows with gaps
+    return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
+
+
+def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
+    return all(
+        n <= 1 or a == s for n, a, s in zip(t.shape[1:], t.stride()[1:], stride, strict=True)
+    )
+
+
+def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
+    """Ask again what the function asked about an unmapped value when it was recorded."""
+    tensors = flat_tensors(args)
+    rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
+    for i in range(rows):
+        sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
+        answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
+        if answer != expected and not (answer != answer and expected != expected):
+            if any(mapped):
+                raise errors.VariesError(
+                    f"{call}: python asked for the value of a tensor that differs by sample "
+                    f"({op._schema.name}), and it is {expected} "
+                    f"for the first sample but {answer} for another; use torch.where, masks or "
+                    "comparisons that return tensors"
+                )
+            raise errors.StaleRecordingError(
+                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was "
+                f"{expected} when the function was "
+                "recorded but is "
+                f"{answer} now; use trace='each', or torch.where"
+            )
+
+
+def check_shapes(
+    expected: list[list[int]], call: str, mapped: list[bool], tensors: list[torch.Tensor]
+) -> None:
+    """Compare a result's shape, which depends on values, with the recorded one."""
+    shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
+    if shapes != expected:
+        raise errors.StaleRecordingError(
+            f"{call}: the shape of a result depends on the values of captured tensors, and they "
+            "have changed since the recording "
+            f"({expected} then, {shapes} now); use trace='each'"
+        )

@@ -1,0 +1,127 @@
+"""Facts about a program: what differs by sample, what is written, what leads to an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from shardmap.program.ir import Equation, Program, Var, variables
+from shardmap.program.operators import draws, op_info
+
+aten = torch.ops.aten
+
+IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
+"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
+
+
+def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
+    """The memory groups whose values differ by sample, by a fixed point over the calls.
+
+    A tensor made unmapped into which a mapped value is written later is mapped from its creation.
+    One made in the likeness of a mapped tensor is the same for all samples, but under an outer
+    `torch.func.vmap` it must be made from that tensor: only so does it have the outer batch and can
+    be written to.
+    """
+    mapped = {v.group for v in program.inputs}
+    before = -1
+    while len(mapped) != before:
+        before = len(mapped)
+        for eq in program.equations:
+            if op_info(eq.op).shape_only and not transformed:
+                continue
+            if any(v.group in mapped for v in eq.inputs()) or (
+                randomness == "different" and random_call(eq)
+            ):
+                mapped.update(v.group for v in eq.results())
+                mapped.update(v.group for v in written(eq))
+    return mapped
+
+
+def random_call(eq: Equation) -> bool:
+    """Whether a recorded call draws random numbers."""
+    return draws(eq.op, eq.args, dict(eq.kwargs))
+
+
+def written(eq: Equation) -> list[Var]:
+    """The tensors that a recorded call writes in place."""
+    info = op_info(eq.op)
+    if (
+        info.hidden_writes is not None
+    ):  # what it writes depends on whether it trains, whatever its schema says
+        first, second, training = info.hidden_writes
+        trains = training < len(eq.args) and eq.args[training]
+        return list(variables((eq.args[first], eq.args[second]))) if trains else []
+    out = [v for i in info.writes if i < len(eq.args) for v in variables((eq.args[i],))]
+    if info.writes_named:
+        out += [v for k, a in eq.kwargs if k in info.writes_named for v in variables((a,))]
+    return out
+
+
+def written_through(program: Program) -> set[int]:
+    """The variables that are written in place, themselves or by a view that is made of them."""
+    through: set[int] = set()
+    for eq in reversed(program.equations):
+        through.update(v.index for v in written(eq))
+        inputs = {v.index: v.group for v in eq.inputs()}
+        groups = {v.group for v in eq.results() if v.index in through and v.index not in inputs}
+        through.update(index for index, group in inputs.items() if group in groups)
+    return through
+
+
+def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
+    """Which calls lead to an output, to a caller's tensor, or have an effect."""
+    groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
+    return _leading(
+        program,
+        write_groups,
+        {v.index for v in program.outputs},
+        groups,
+        effect=lambda eq: not list(eq.results()),
+    )
+
+
+def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
+    """Which calls lead, under outer autograd, to an output that requires grad.
+
+    The others run without it.
+    """
+    required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
+    # The caller's tensor learns of what is written into it.
+    groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
+    carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
+    return _leading(program, write_groups, {v.index for v in required}, groups, carries)
+
+
+def _leading(
+    program: Program,
+    write_groups: set[int],
+    live_vars: set[int],
+    live_groups: set[int],
+    candidates: list[bool] | None = None,
+    effect: Callable[[Equation], bool] = lambda eq: False,
+) -> list[bool]:
+    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
+
+    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so
+    repeat until they settle.
+    """
+    live_vars, live_groups = set(live_vars), set(live_groups)
+    live = [False] * len(program.equations)
+    before = -1
+    while len(live_groups) + sum(live) != before:
+        before = len(live_groups) + sum(live)
+        for i in range(len(program.equations) - 1, -1, -1):
+            eq = program.equations[i]
+            if candidates is not None and not candidates[i]:
+                continue
+            if effect(eq) or any(
+                v.index in live_vars or v.group in live_groups
+                for v in (*eq.results(), *written(eq))
+            ):
+                live[i] = True
+                for v in eq.inputs():
+                    live_vars.add(v.index)
+                    if v.group in write_groups:
+                        live_groups.add(v.group)
+    return live
