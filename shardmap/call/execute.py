@@ -341,7 +341,7 @@ def _into_store(
     refusal = None if cut is None else cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
-    names = edges.outputnames_of(structure)
+    names = edges.output_names(structure)
     specs = tuple(
         [OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)]
     )

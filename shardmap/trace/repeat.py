@@ -63,6 +63,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     return sources
 
 
+def clear() -> None:
+    """Forget what was recorded: nothing is expected."""
+    with _lock:
+        _last.clear()
+
+
 def repeat(
     recorder: Recorder,
     eq: Equation,
