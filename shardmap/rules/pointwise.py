@@ -15,7 +15,7 @@ import torch
 
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V, dim
-from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted
+from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted, whole
 from shardmap.rules.registry import Operator, overloads, register
 
 aten = torch.ops.aten
@@ -39,6 +39,7 @@ _ELSEWHERE = set(
         "masked_fill_.Scalar",
         "native_dropout_backward",
         "_conj_physical",
+        "gelu_backward",
     )
 )
 """Tagged, but with a rule below or in another family; `equal` is a question."""
@@ -231,7 +232,15 @@ def glu(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 def glu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """Backward of `glu`: its kernel does not broadcast."""
     grad, x, d = args
-    return b.call(eq.op, b.batch(grad), b.batch(x), dim(d, x.ndim))
+    return b.call(eq.op, whole(b, grad, grad.shape), whole(b, x, x.shape), dim(d, x.ndim))
+
+
+@register("pointwise", aten.gelu_backward.default)
+def gelu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Backward of `gelu`: the kernel of oneDNN reads past an operand that must be broadcast."""
+    shape = torch.broadcast_shapes(*(v.shape for v in args if type(v) is V))
+    given = [whole(b, v, shape) if type(v) is V else v for v in args]
+    return b.call(eq.op, *given, named=kwargs)
 
 
 @register("pointwise", aten.log_sigmoid_forward.default)

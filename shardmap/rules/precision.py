@@ -42,8 +42,12 @@ class Operand(NamedTuple):
 
 
 def computation_dtype(
-    op: Operator, operands: tuple[Operand, ...], arguments: tuple[Any, ...],
-    named: tuple[tuple[str, Any], ...], common: torch.dtype, device: str,
+    op: Operator,
+    operands: tuple[Operand, ...],
+    arguments: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+    common: torch.dtype,
+    device: str,
 ) -> torch.dtype | None:
     """The dtype to cast operands to, so that a batched call computes what the sample's call does.
 
@@ -70,8 +74,12 @@ class Slot(NamedTuple):
 
 @functools.lru_cache(4096)
 def _probe(
-    op: Operator, operands: tuple[Operand, ...], arguments: tuple[Any, ...],
-    named: tuple[tuple[str, Any], ...], common: torch.dtype, device: str,
+    op: Operator,
+    operands: tuple[Operand, ...],
+    arguments: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+    common: torch.dtype,
+    device: str,
 ) -> torch.dtype | None:
     candidates = [common, *([_WIDER[common]] if common in _WIDER else [])]
     exact, close, asked = set(candidates), set(candidates), 0
@@ -100,7 +108,9 @@ def _probe(
 
 
 def _answer(
-    op: Operator, tensors: list[torch.Tensor], arguments: tuple[Any, ...],
+    op: Operator,
+    tensors: list[torch.Tensor],
+    arguments: tuple[Any, ...],
     named: tuple[tuple[str, Any], ...],
 ) -> torch.Tensor | None:
     """What the kernel gives for `tensors`, or None if it refuses them."""

@@ -57,6 +57,19 @@ def expanded(b: Lowering, v: V, shape: tuple[int, ...]) -> V:
     return b.call(torch.Tensor.expand, v, [B, *shape], shape=shape, mapped=True)
 
 
+def dense_expand(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`t` broadcast to `shape`, with memory of its own for each element."""
+    t = t.expand(*shape)
+    repeats = any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.contiguous() if repeats else t
+
+
+def whole(b: Lowering, v: V, shape: tuple[int, ...]) -> V:
+    """`v` as a dense `[B, *shape]`, for kernels that read past operands that must be broadcast."""
+    v = aligned(b, v, len(shape))
+    return b.call(dense_expand, v, [B, *shape], shape=shape, mapped=True)
+
+
 class Casts(NamedTuple):
     """How the operands of a batched call are cast so that it computes what the sample's does."""
 
@@ -70,7 +83,11 @@ NO_CASTS = Casts({})
 
 
 def promoted(
-    b: Lowering, eq: Equation, op: Operator, args: Sequence[Any], kwargs: dict[str, Any],
+    b: Lowering,
+    eq: Equation,
+    op: Operator,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
     tensors: Iterable[V],
 ) -> Casts | None:
     """Casts for operands that the batch would promote differently than the sample did.
@@ -111,7 +128,11 @@ def _exact(source: torch.dtype, target: torch.dtype) -> bool:
 
 
 def _asked(
-    b: Lowering, op: Operator, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[V],
+    b: Lowering,
+    op: Operator,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: list[V],
     common: torch.dtype,
 ) -> torch.dtype | None:
     """What the kernel itself says of the dtype that it computes in."""

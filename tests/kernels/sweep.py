@@ -68,11 +68,11 @@ class Case:
     def mapped(self) -> list[int]:
         """Positions among the tensors that are mapped: all, one, all but one."""
         count = len(self.at)
-        other = (self.turn // 3) % count
+        other = (self.turn // 4) % count
         every = list(range(count))
-        if count == 1 or self.turn % 3 == 0:
+        if count == 1 or self.turn % 4 in (0, 3):
             return every
-        return [other] if self.turn % 3 == 1 else [k for k in every if k != other]
+        return [other] if self.turn % 4 == 1 else [k for k in every if k != other]
 
     def batches(self, noise: float = 0.0) -> list[torch.Tensor]:
         """The operands: mapped ones with the samples in front, the others as one sample."""
@@ -110,7 +110,7 @@ class Case:
         return stacked
 
     def loss(self, function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-        """A scalar of the results: weighted, or a plain sum, whose cotangent is one number."""
+        """A scalar of the results, whose cotangent is dense, one number, or one of each sample."""
 
         def weighted(*tensors: torch.Tensor) -> torch.Tensor:
             return sweep.scalar(function(*tensors))
@@ -121,7 +121,11 @@ class Case:
                 raise TypeError("nothing to differentiate")
             return torch.stack([p.real.sum() if p.is_complex() else p.sum() for p in parts]).sum()
 
-        return summed if self.turn % 2 else weighted
+        def scaled(*tensors: torch.Tensor) -> torch.Tensor:
+            factor = tensors[differentiable(tensors)[0]].detach().abs().sum()
+            return summed(*tensors) * (factor + 0.5)
+
+        return (weighted, summed, scaled)[self.turn % 3]
 
 
 def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -154,9 +158,7 @@ def subject_of(case: Case) -> Callable[..., Any]:
 
             def all_of_one(t: torch.Tensor) -> Any:
                 given = [t if j == k else other for j, other in enumerate(tensors)]
-                return [
-                    r for r in function(*given) if r.is_floating_point() or r.is_complex()
-                ]
+                return [r for r in function(*given) if r.is_floating_point() or r.is_complex()]
 
             return transform(of_one, all_of_one, tensors[k])
 
@@ -202,7 +204,7 @@ def cases(name: str, op: Any, group: str, samples: int, seeds: int) -> Iterator[
                     continue
                 for seed in range(seeds):
                     for j, layout in enumerate(names_of_layouts(mode, len(at))):
-                        turn = number + j + 5 * seed
+                        turn = 3 * number + j + 5 * seed
                         yield Case(name, op, leaves, spec, at, mode, layout, turn)
 
 
