@@ -70,6 +70,10 @@ class UnsupportedOperatorError(ShardmapError, NotImplementedError):
     """No rule batches an operator that the mapped function calls."""
 
 
+class RuleError(ShardmapError, RuntimeError):
+    """A batching rule returned something else than the batch of results of its operator."""
+
+
 class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 

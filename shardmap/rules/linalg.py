@@ -132,6 +132,8 @@ def lu_unpack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
     Each sample has its own.
     """
     factors, *rest = args
+    if any(type(v) is V and v.ndim != factors.ndim - 1 for v in rest):
+        return NotImplemented
     outs = b.calls_several(
         eq.op,
         3,

@@ -1,4 +1,4 @@
-"""The precision in which a kernel takes a number of another dtype than that of the tensor beside it.
+"""The precision in which a kernel takes a number of another dtype than the tensor beside it has.
 
 A tensor without dimensions takes part in promotion less than others do: `float16 [n] / float32 []`
 is float16. Some kernels round the number to float16 first, others compute in float32 and round the
