@@ -8,6 +8,7 @@ backward calls are recorded like any others. Measured: 11-15 microseconds per op
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from shardmap import errors
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.trace import repeat as follow
+from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
@@ -38,6 +40,7 @@ class Recorder(Variables, TorchDispatchMode):
         decompose: Callable[[Any], Any],
         outer: Recorder | None,
         once: bool,
+        zeros_have_memory: bool = False,
     ):
         TorchDispatchMode.__init__(self)
         Variables.__init__(self, call, outer, once)
@@ -52,6 +55,8 @@ class Recorder(Variables, TorchDispatchMode):
         self.literals: list[tuple[Var, torch.Tensor]] = []
         self.served: dict[int, tuple[bool, Any]] = {}
         """By address of the operator: whether it has a rule, and its decomposition."""
+        if zeros_have_memory:
+            self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
         self.uninitialised: set[int] = set()
@@ -102,7 +107,12 @@ class Recorder(Variables, TorchDispatchMode):
         """Run one call and record it."""
         kwargs = kwargs or {}
         if self.paused:
-            return func(*args, **kwargs)
+            return self.kernel(func, args, kwargs)
+        if self.lazy and func is aten.expand.default and not isinstance(args[0], torch.Tensor):
+            # A symbolic zero and a number: torch gives modes a number where a kernel has a tensor.
+            dtype = {float: torch.float64, complex: torch.complex128}.get(type(args[0]))
+            with self:
+                return torch.full(args[1], args[0], dtype=dtype, device=self.device)
         info = op_info(func)
         served = self.served.get(id(func))
         if served is None:
@@ -114,12 +124,11 @@ class Recorder(Variables, TorchDispatchMode):
                     return out
             return self._record(func, info, args, kwargs, ())
         if info.composite:
-            with self:
-                out = func.decompose(*args, **kwargs)
+            out = self._taken_apart(func.decompose, args, kwargs)
             if out is not NotImplemented:
                 return out
         if info.metadata:
-            return func(*args, **kwargs)
+            return self.kernel(func, args, kwargs)
         if func is aten.lift_fresh.default:
             return self._literal(args[0])
         hidden = info.hidden_writes
@@ -142,8 +151,7 @@ class Recorder(Variables, TorchDispatchMode):
         if info.random and draws(func, args, kwargs):
             self._check_random(func)
         if served[1] is not None:
-            with self:
-                return served[1](*args, **kwargs)
+            return self._taken_apart(served[1], args, kwargs)
         if info.resizes:
             done = self._record_resize(func, args)
             if done is not None:
@@ -156,6 +164,22 @@ class Recorder(Variables, TorchDispatchMode):
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
+
+    def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run an operator below the recording."""
+        if self.lazy:
+            with lazy_tensors_resolved():
+                return func._op(*args, **kwargs)
+        self.lazy = id(func) in MAKES_LAZY
+        return func._op(*args, **kwargs)
+
+    def _taken_apart(
+        self, decomposition: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Record what `decomposition` calls in place of one composite call."""
+        lazy = self.lazy or any(map(is_lazy, flat_tensors((*args, *kwargs.values()))))
+        with lazy_tensors_resolved() if lazy else contextlib.nullcontext(), self:
+            return decomposition(*args, **kwargs)
 
     def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.expected is not None
@@ -251,7 +275,7 @@ class Recorder(Variables, TorchDispatchMode):
         var = self.known(tensor)
         if var is None or var.group in self.captured_groups:
             return None
-        func._op(*args)
+        self.kernel(func, args, {})
         view = (var, tuple(size), tuple(tensor.stride()), offset)
         out = self._define(tensor)
         self._append(
@@ -307,7 +331,7 @@ class Recorder(Variables, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
-        out = func._op(*args, **kwargs)
+        out = self.kernel(func, args, kwargs)
         if info.random and draws(func, args, kwargs):
             self.random = True
             mapped = mapped or self.randomness == "different"
@@ -551,6 +575,9 @@ class Recorder(Variables, TorchDispatchMode):
     def finish(self, outputs: list[torch.Tensor], real: bool) -> Recording:
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
+        if self.lazy:
+            with self:  # the loop stacks what it returns: its zeros have memory
+                outputs = [o.clone() if o._is_zerotensor() else o for o in outputs]
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))

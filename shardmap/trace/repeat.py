@@ -138,7 +138,7 @@ def repeat(
                 return _undo(recorder, marks)
             number += len(flags)
             mapped = mapped or any(v.group in groups for v in variables((encoded,)))
-    out = func._op(*args, **kwargs)
+    out = recorder.kernel(func, args, kwargs)
     recorder.adopt(out, eq, mapped)
     return out
 

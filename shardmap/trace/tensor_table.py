@@ -12,6 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from shardmap import errors
 from shardmap._torch import functorch
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
 
 
@@ -50,6 +51,8 @@ class Variables:
         self.types: list[Any] = []
         self.count = 0
         self.device: torch.device | None = None
+        self.lazy = False
+        """Whether a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
@@ -137,6 +140,7 @@ class Variables:
         return var is not None and var.group in self.mapped_groups
 
     def _capture(self, tensor: torch.Tensor) -> Var:
+        self.lazy = self.lazy or is_lazy(tensor)
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
