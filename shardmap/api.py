@@ -28,7 +28,7 @@ from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, Output, unheard
 from shardmap.store import Header, OutputSpec, Sink, Store
-from shardmap.trace.batch import Batch
+from shardmap.trace.batch import Batch, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recorder import Recorder
 
@@ -240,7 +240,7 @@ def plan(
                 if comparison is None
                 else comparison.outputs(lambda _, __: outputs, batch.size)
             )
-            result = pytree.tree_unflatten(found, structure)
+            result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
         return Plan(job, cut, on, options, finish, notes)
@@ -279,7 +279,7 @@ def _execute(
         outputs = comparison.outputs(
             lambda p, o: _execute(p, batch, o, inlined, transformed), batch.size
         )
-        return pytree.tree_unflatten(outputs, prepared.structure)
+        return unflatten_outputs(outputs, prepared.structure)
     job = _job(prepared, batch, options, inlined, transformed)
     cluster = None if inlined else on_ray.asked_for(options.devices)
     if options.out is not None:
@@ -291,7 +291,7 @@ def _execute(
             outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
         else:
             outputs = _locally(job, options, inlined)
-    return pytree.tree_unflatten(outputs, prepared.structure)
+    return unflatten_outputs(outputs, prepared.structure)
 
 
 def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:

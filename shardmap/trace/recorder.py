@@ -9,7 +9,9 @@ backward calls are recorded like any others. Measured: 11-15 microseconds per op
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -24,7 +26,7 @@ from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
-from shardmap.trace.tensor_table import Variables
+from shardmap.trace.tensor_table import Variables, spec_of
 
 aten = torch.ops.aten
 
@@ -325,6 +327,8 @@ class Recorder(Variables, TorchDispatchMode):
                 mapped = True
         dynamic = info.dynamic and shape_depends_on_values(func, args)
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
+        if mapped and info.question and _looks_for_anomalies():
+            return self._anomaly(func, args)
         if (mapped and info.question) or varies:
             # One sample's shape or truth stands for all until replay finds a sample where it is
             # another.
@@ -376,6 +380,17 @@ class Recorder(Variables, TorchDispatchMode):
         )
         return out
 
+    def _anomaly(self, func: Any, args: tuple) -> Any:
+        """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
+        found = self.kernel(func, args, {})
+        if not found:
+            with self:
+                torch._assert_async(
+                    args[0].logical_not(),
+                    "autograd's anomaly detection: a gradient of some sample holds nan values",
+                )
+        return found
+
     def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
         """Arguments that give the recorded dtype although the default dtype, changed inside the function, is not what replay will see."""
         dtype = torch.get_default_dtype()
@@ -420,33 +435,33 @@ class Recorder(Variables, TorchDispatchMode):
                     "shape, or none"
                 )
 
-    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """`nn.Parameter(x)` of a recorded tensor is that tensor, cut from its history.
+    def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of another object with the memory and the metadata of a recorded tensor.
 
-        No operator call shows it.
+        `nn.Parameter(x)`, `x.as_subclass(...)` and `x.data` make one without an operator call, and
+        autograd does where a backward unpacks its own result, saved without its history. The object
+        of `x` itself may be gone: what was recorded is searched, latest first.
         """
-        shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        for _, source in reversed(self.entries.values()):
-            spec = source.spec
-            if source.group == group and (spec.shape, spec.stride, spec.offset, spec.dtype) == (
-                shape,
-                stride,
-                offset,
-                tensor.dtype,
-            ):
-                var = self._define(tensor)
-                self._append(
-                    Equation(
-                        aten.detach.default,
-                        (source,),
-                        (),
-                        (var,),
-                        (NO_GRAD,),
-                        torch.is_grad_enabled(),
-                    )
-                )
-                return var
-        return None
+        spec = spec_of(tensor)
+        recorded = (eq.results() for eq in reversed(self.equations))
+        given = (*self.inputs, *[var for var, _ in self.literals])
+        source = next(
+            (
+                var
+                for var in itertools.chain(itertools.chain.from_iterable(recorded), given)
+                if var.group == group and var.spec == spec
+            ),
+            None,
+        )
+        if source is None or (self.lazy and (tensor.is_complex() or is_lazy(tensor))):
+            return None
+        var = self._define(tensor)
+        self._append(
+            Equation(
+                aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()
+            )
+        )
+        return var
 
     def made_zero(self, tensor: torch.Tensor) -> Var:
         """A view of a symbolic zero of forward-mode AD, which no operator call shows, is another such zero."""
@@ -618,3 +633,11 @@ class Recorder(Variables, TorchDispatchMode):
             torch.UntypedStorage._free_weak_ref(address)
         self.weak_storages.clear()
         self.entries.clear()
+
+
+def _looks_for_anomalies() -> bool:
+    """Whether autograd's engine itself, and not python, is asking for a value."""
+    if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
+        return False
+    caller = sys._getframe(3)  # above this function, `_record` and `__torch_dispatch__`
+    return caller.f_code is torch.autograd.graph._engine_run_backward.__code__

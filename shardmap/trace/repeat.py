@@ -125,7 +125,7 @@ def repeat(
             if var.group in groups:
                 mapped = True
         elif kind is int or wanted is None:
-            if value != wanted or type(value) is not kind:
+            if type(value) is not kind or value != wanted:  # a tensor has no truth
                 return _undo(recorder, marks)
         else:
             flags: list[int] = []
