@@ -233,6 +233,10 @@ def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
     """The arguments whose values decide the shape of a result: the mask of `x[mask]`, not `x`."""
     if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
         return variables(args[1:])
+    if op is aten._ctc_loss.default:  # whose lengths are numbers
+        return iter(())
+    if op is aten._ctc_loss.Tensor:
+        return variables(args[2:4])
     if op is aten.linalg_lstsq.default:
         return iter(
             ()

@@ -88,6 +88,7 @@ class Doors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
+        self.recorder.serial += 1
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
         if func is torch.lstm:

@@ -27,6 +27,7 @@ from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables, spec_of
+from shardmap.trace.unwritten import Unwritten, python_place
 
 aten = torch.ops.aten
 
@@ -61,7 +62,9 @@ class Recorder(Variables, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
-        self.uninitialised: set[int] = set()
+        self.unwritten = Unwritten()
+        self.serial = 0
+        """How many calls of torch's python interface have been seen."""
         self.copies = Copies()
         self.taken_for_all = ""
         """What replay must refuse where a sample differs in a shape or an answer: says what it
@@ -120,7 +123,7 @@ class Recorder(Variables, TorchDispatchMode):
         if served is None:
             served = self.served[id(func)] = (self.has_rule(func), self.decompose(func))
         if info.plain and served[1] is None:
-            if self.expected is not None and not self.copies.stale and not self.uninitialised:
+            if self.expected is not None and not self.copies.stale:
                 out = self._repeat(func, args, kwargs)
                 if out is not follow.DIFFERENT:
                     return out
@@ -320,6 +323,7 @@ class Recorder(Variables, TorchDispatchMode):
         if self.copies.stale:
             now_written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
             self._check_stale(v for v in read if v.group not in now_written)
+        unwritten, overwritten = self._unwritten(info, args, kwargs, encoded, named, writes)
         groups = self.mapped_groups
         mapped = False
         for var in read:
@@ -359,14 +363,12 @@ class Recorder(Variables, TorchDispatchMode):
             groups.update([v.group for v in results])
         if writes:
             self._refuse_growth(func, writes)
-        if writes or self.uninitialised:
-            written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
-            if mapped:
-                self.mapped_groups |= written
-            if self.uninitialised:
-                self._check_uninitialised(func, read, results, written)
+        if writes and mapped:
+            self.mapped_groups |= overwritten
+        if unwritten or overwritten:
+            self.unwritten.follow(info, encoded, outs, unwritten, overwritten)
         if info.uninitialised:
-            self.uninitialised.update([v.group for v in results])
+            self.unwritten.make(results, python_place(self.serial, 3))
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
         if varies or not self.served[id(func)][0]:
@@ -529,32 +531,49 @@ class Recorder(Variables, TorchDispatchMode):
                     "tensor[index] = value"
                 )
 
-    def _check_uninitialised(
-        self, func: Any, read: list[Var], outs: list[Var], written: set[int]
-    ) -> None:
-        """Refuse the value of memory that nothing recorded has written.
-
-        It was written by a door that was not seen.
-        """
-        name = func._schema.name.partition("::")[2]
-        views = {v.group for v in outs}
-        for var in read:
-            if (
-                var.group not in self.uninitialised
-                or var.group in written
-                or var.group in views
-                or 0 in var.spec.shape
-            ):
-                continue
-            if name.endswith("_like") or name.startswith("new_"):
-                continue
-            raise errors.EscapeError(
-                f"{self.call}: {name} reads memory that torch.empty made and that no recorded "
-                f"operator has written, at {user_line()}; "
-                "fill it with torch operators (numpy and data_ptr writes cannot be followed), or "
-                "use torch.zeros"
+    def _unwritten(
+        self,
+        info: OpInfo,
+        args: tuple,
+        kwargs: dict[str, Any],
+        encoded: Any,
+        named: Any,
+        writes: Any,
+    ) -> tuple[list[Var], set[int]]:
+        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
+        if not self.unwritten.groups:
+            return [], overwritten
+        read = self.unwritten.read(info, encoded, named, overwritten)
+        for var in self.unwritten.constants(read, python_place(self.serial, 4)) if read else ():
+            tensor = next(
+                t for t in flat_tensors((*args, *kwargs.values())) if self.known(t) is var
             )
-        self.uninitialised -= written
+            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                literal = self._constant(tensor)
+                write = (var, literal)
+                flags = (NO_GRAD, NO_GRAD)
+                self._append(Equation(aten.copy_.default, write, (), (var,), flags, False))
+                self.unwritten.written((var.group,))
+        read = [v for v in read if v.group in self.unwritten.groups]
+        if read and (info.question or not info.op._schema.returns):
+            raise errors.EscapeError(self._unwritten_text(info.op._schema.name))
+        return read, overwritten
+
+    def _unwritten_text(self, name: str) -> str:
+        return (
+            f"{self.call}: {name.partition('::')[2]} reads memory that torch.empty made and that no "
+            f"recorded operator has written, at {user_line()}; fill it with torch operators (numpy "
+            "and data_ptr writes cannot be followed), or use torch.zeros"
+        )
+
+    def _constant(self, tensor: torch.Tensor) -> Var:
+        """The variable of what torch's C++ code has written into new memory."""
+        with torch._C._DisableTorchDispatch():
+            copy = tensor.detach().clone()
+        var = self._define(copy)
+        self.literals.append((var, copy))
+        return var
 
     def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor made from python data inside the function: owned by the program."""
@@ -596,6 +615,7 @@ class Recorder(Variables, TorchDispatchMode):
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
+        self._refuse_unwritten(out_vars)
         if self.taken_for_all and not self.written_groups.isdisjoint(self.input_groups):
             raise errors.DataDependentError(
                 self.taken_for_all
@@ -626,6 +646,17 @@ class Recorder(Variables, TorchDispatchMode):
             self.sources,
             tuple(o.detach() for o in outputs) if real else (),
         )
+
+    def _refuse_unwritten(self, outputs: tuple[Var, ...]) -> None:
+        kept = {v.group for v in (*outputs, *self.inputs) if 0 not in v.spec.shape}
+        for group in kept & self.unwritten.groups.keys():
+            by = self.unwritten.groups[group]
+            raise errors.EscapeError(
+                f"{self.call}: a result depends on memory that torch.empty made and that no "
+                f"recorded operator has written{f' (read by {by})' if by else ''}; fill it with "
+                "torch operators (numpy and data_ptr writes cannot be followed), or use "
+                "torch.zeros"
+            )
 
     def release(self) -> None:
         """Let go of the storages' addresses."""

@@ -91,6 +91,7 @@ def repeat(
         False,
         0,
     )
+    unwritten = recorder.unwritten.groups
     if kwargs:
         for name, wanted in zip(kwargs, eq.kwargs, strict=True):
             if name != wanted[0]:
@@ -124,6 +125,8 @@ def repeat(
                 return _undo(recorder, marks)
             if var.group in groups:
                 mapped = True
+            if unwritten and var.group in unwritten:
+                return _undo(recorder, marks)
         elif kind is int or wanted is None:
             if type(value) is not kind or value != wanted:  # a tensor has no truth
                 return _undo(recorder, marks)
@@ -138,6 +141,8 @@ def repeat(
                 return _undo(recorder, marks)
             number += len(flags)
             mapped = mapped or any(v.group in groups for v in variables((encoded,)))
+            if unwritten and any(v.group in unwritten for v in variables((encoded,))):
+                return _undo(recorder, marks)
     out = recorder.kernel(func, args, kwargs)
     recorder.adopt(out, eq, mapped)
     return out
