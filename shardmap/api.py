@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap.call import arguments as edges
@@ -23,6 +22,7 @@ from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray
 from shardmap.store import Sink
+from shardmap.trace.batch import unflatten_outputs
 from shardmap.trace.record import record
 
 
@@ -245,7 +245,7 @@ def plan(
                 if comparison is None
                 else comparison.outputs(lambda _, __: outputs, batch.size)
             )
-            result = pytree.tree_unflatten(found, structure)
+            result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
         return Plan(job, cut, on, options, finish, notes)
