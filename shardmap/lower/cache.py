@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap._torch import fork_safe_lock
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.batcher import lower
 from shardmap.lower.codegen import Replay, generate
@@ -73,7 +73,7 @@ _notes: collections.OrderedDict[_Key, Notes] = collections.OrderedDict()
 _by_identity: dict[tuple[int, LoweringOptions, tuple[bool, ...]], Lowered] = {}
 """The same lowerings by address of their programs: a program that was expected and came is not
 compared again."""
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 
 
 def lowered(

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
+from shardmap._torch import default_generator_states, restore_default_generators
 from shardmap.lower import cache as engine
 from shardmap.lower.batched import Fixes
 from shardmap.lower.cache import Lowered
@@ -81,7 +82,7 @@ def check(low: Lowered, recording: Recording, trial: Trial) -> None:
 def _check_rewritten(low: Lowered, recording: Recording, trial: Trial) -> None:
     """Compare what is computed from factors, or summed over samples, with the values of samples one by one; else use no factors."""
     wanted = low.options.summed
-    with_state = torch.default_generator.get_state()
+    states = default_generator_states(trial.device)
     _, plain = _try(low, recording, trial)
     low.fixes.plain = False
     _lower_again(low, recording)
@@ -90,7 +91,7 @@ def _check_rewritten(low: Lowered, recording: Recording, trial: Trial) -> None:
         for only_sum, v in zip(wanted or [False] * len(plain), low.batched.outputs, strict=True)
     ]
     expected = tuple([t.sum(0) if s else t for t, s in zip(plain, sums, strict=True)])
-    torch.default_generator.set_state(with_state)
+    restore_default_generators(states)
     try:
         _, outputs = _try(low, recording, trial)
         entered = max([_largest(t) for t in (*expected, *trial.inputs)], default=0.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import default_generator_states, restore_default_generators
 from shardmap.lower.cache import Lowered
 from shardmap.lower.check import Trial, check
 from shardmap.planning import device as devices
@@ -23,7 +24,6 @@ from shardmap.run.base import Job
 from shardmap.run.gather import wider
 from shardmap.trace.record import (
     outer_recordings_suspended,
-    recording_settings,
     transforms_set_aside,
 )
 from shardmap.trace.recording import element
@@ -133,10 +133,9 @@ def _check(
     literals: list[torch.Tensor],
 ) -> None:
     """Check the lowering on the first rows, without leaving a trace of it."""
-    state = torch.default_generator.get_state()
+    states = default_generator_states(device)
     with (
         torch.no_grad(),
-        recording_settings(device.type),
         outer_recordings_suspended(),
         transforms_set_aside(),
     ):
@@ -152,7 +151,7 @@ def _check(
         try:
             check(low, job.recording, trial)
         finally:
-            torch.default_generator.set_state(state)
+            restore_default_generators(states)
 
 
 # -- what a chunk costs
@@ -181,7 +180,7 @@ def watched(ready: Ready, job: Job) -> Observation:
     found = low.notes.observed.get(key)
     if found is not None:
         return found
-    state = torch.default_generator.get_state()
+    states = default_generator_states(ready.device)
     sizes = [min(2, job.samples), min(3, job.samples)]
     chunk = low.replay.marked(slices=into)
     if into:
@@ -227,7 +226,7 @@ def watched(ready: Ready, job: Job) -> Observation:
         try:
             found = observe(low, run, sorted(set(sizes)), known)
         finally:
-            torch.default_generator.set_state(state)
+            restore_default_generators(states)
     low.notes.observed[key] = found
     return found
 

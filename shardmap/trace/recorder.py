@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardmap import errors
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
+from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
@@ -54,6 +55,7 @@ class Recorder(Variables, TorchDispatchMode):
         """By address of the operator: whether it has a rule, and its decomposition."""
         self.default_dtype = torch.get_default_dtype()
         self.random = False
+        self.generators = PrivateGenerators()
         self.uninitialised: set[int] = set()
         self.copies = Copies()
         self.taken_for_all = ""
@@ -307,10 +309,12 @@ class Recorder(Variables, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
-        out = func._op(*args, **kwargs)
         if info.random and draws(func, args, kwargs):
+            out = self.generators.run(func, args, kwargs)
             self.random = True
             mapped = mapped or self.randomness == "different"
+        else:
+            out = func._op(*args, **kwargs)
         if info.question:
             self.types.append((type(out), repr(out)))
             self._append(
