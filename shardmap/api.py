@@ -31,6 +31,7 @@ from shardmap.store import Header, OutputSpec, Sink, Store
 from shardmap.trace.batch import Batch
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.thread_state import thread_state_kept
 
 
 def vmap(
@@ -126,6 +127,10 @@ def vmap(
 
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        with thread_state_kept() as kept, kept.twice:
+            return call_mapped(args, kwargs)
+
+    def call_mapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ragged.among(args, kwargs):
             result = ragged.run(
                 lambda batch: _run(of_sample, batch, options, memory), args, kwargs, options
@@ -208,6 +213,10 @@ def plan(
 
     @functools.wraps(func, updated=())
     def planned(*args: Any, **kwargs: Any) -> Plan:
+        with thread_state_kept() as kept, kept.twice:
+            return call_planned(args, kwargs)
+
+    def call_planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if _under_recording() or functorch.peek_interpreter_stack() is not None:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
