@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.random  # here, for numpy imports it lazily: a signal handler may come in between
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack

@@ -13,6 +13,8 @@ import contextlib
 import contextvars
 import itertools
 import operator
+import os
+import sys
 import threading
 import traceback
 import weakref
@@ -84,6 +86,7 @@ class _Kept:
         self.jvps: int = eager_transforms.JVP_NESTING
         self.level: int = forward_ad._current_level
         self.variables = [v.get() for v in _variables]
+        self.handled = sys.exc_info()[1]
         self.thread = threading.get_ident()
         with _flags:
             around = _active.get(self.thread)
@@ -106,6 +109,10 @@ class _Kept:
                 break
             except KeyboardInterrupt as again:
                 interrupted = again
+        if interrupted is None and isinstance(error, Exception):
+            interrupted = _interrupt_behind(error)
+            if interrupted is self.handled:
+                return
         if interrupted is not None:
             raise interrupted
 
@@ -281,6 +288,24 @@ def _nesting() -> int:
     finally:
         torch.autocast_decrement_nesting()
     return nesting
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt that an error hides, which a context manager of torch's raised on its way out.
+
+    Interrupted while it is entered or left, torch raises "trying to pop from empty mode stack", for
+    example, in the manager around it.
+    """
+    while isinstance(error, Exception) and error.__traceback__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_UNWINDING):
+            return None  # somebody's own error, about the interrupt or not
+        error = error.__context__
+    return None if error is None or isinstance(error, Exception) else error
+
+
+_UNWINDING = (os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__)
+"""Where the code lies that raises on its way out."""
 
 
 def _let_go(error: BaseException | None) -> None:
