@@ -60,10 +60,9 @@ def default_generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     """
     if not alone():
         return {}
-    with torch._C._DisableTorchDispatch():  # type: ignore[reportAttributeAccessIssue]
-        states = {"cpu": torch.default_generator.get_state()}
-        if device.type == "cuda" and torch.cuda.is_available():
-            states[str(device)] = torch.cuda.get_rng_state(device)
+    states = {"cpu": torch.default_generator.get_state()}
+    if device.type == "cuda" and torch.cuda.is_available():
+        states[str(device)] = torch.cuda.get_rng_state(device)
     return states
 
 
@@ -71,12 +70,11 @@ def restore_default_generators(states: dict[str, torch.Tensor]) -> None:
     """Restore what `default_generator_states` returned, unless other threads have started."""
     if not states or not alone():
         return
-    with torch._C._DisableTorchDispatch():  # type: ignore[reportAttributeAccessIssue]
-        for device, state in states.items():
-            if device == "cpu":
-                torch.default_generator.set_state(state)
-            else:
-                torch.cuda.set_rng_state(state, device)
+    for device, state in states.items():
+        if device == "cpu":
+            torch.default_generator.set_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
 
 
 __all__ = [

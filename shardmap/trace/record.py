@@ -21,6 +21,7 @@ from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
     RandomStates,
     outer_recordings_suspended,
+    overrides_enabled,
     transforms_set_aside,
 )
 
@@ -94,7 +95,7 @@ def record(
     outer = next(
         (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
     )
-    with outer_recordings_suspended():
+    with outer_recordings_suspended(), overrides_enabled():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
             tries = _TRIES

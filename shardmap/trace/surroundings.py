@@ -84,6 +84,34 @@ def outer_recordings_suspended() -> Iterator[None]:
             _push_dispatch_mode(mode)
 
 
+_PYTHON_KEYS = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)
+
+
+@contextlib.contextmanager
+def overrides_enabled() -> Iterator[None]:
+    """Let modes see calls, where the code around has switched them off for this thread.
+
+    A map called by a signal handler may find itself between two lines of torch, or of ours, that
+    run without modes: nothing would be recorded, and the sample's results taken for constants.
+    """
+    hidden = [k for k in _PYTHON_KEYS if torch._C._dispatch_tls_is_dispatch_key_excluded(k)]
+    functions = torch._C._get_torch_function_state()
+    off = functions == torch._C._TorchFunctionState.ALL_DISABLED
+    if not hidden and not off:
+        yield
+        return
+    try:
+        for key in hidden:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        if off:  # modes are on then; subclasses of tensors stay as they are
+            torch._C._set_torch_function_state(torch._C._TorchFunctionState.SUBCLASSES_DISABLED)
+        yield
+    finally:
+        for key in hidden:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        torch._C._set_torch_function_state(functions)
+
+
 class RandomStates:
     """The global random states around a recording, compared and restored.
 

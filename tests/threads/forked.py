@@ -6,8 +6,10 @@ held.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,7 +40,6 @@ def by_fork() -> None:
         if not child:
             code = 1
             try:
-                process.limit()  # the parent's watchdog is a thread, and stayed there
                 check(turn + 0.25)
                 code = 0
             finally:
@@ -49,6 +50,8 @@ def by_fork() -> None:
             if done:
                 break
             if time.monotonic() > until:
+                os.kill(child, signal.SIGUSR1)  # shows where
+                time.sleep(1)
                 os.kill(child, 9)
                 raise AssertionError(f"child {turn} hangs")
             time.sleep(0.01)
@@ -85,6 +88,7 @@ HOW: dict[str, Callable[[], None]] = {
 
 def main(how: str) -> None:
     process.limit()
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
     check(0.5)
     over = threading.Event()
