@@ -24,6 +24,7 @@ from shardmap.run import ray as on_ray
 from shardmap.store import Sink
 from shardmap.trace.batch import unflatten_outputs
 from shardmap.trace.record import record
+from shardmap.trace.thread_state import thread_state_kept
 
 
 def vmap(
@@ -123,6 +124,10 @@ def vmap(
 
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        with thread_state_kept() as kept, kept.twice:
+            return call_mapped(args, kwargs)
+
+    def call_mapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ragged.among(args, kwargs):
             result = ragged.run(
                 lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
@@ -207,6 +212,10 @@ def plan(
 
     @functools.wraps(func, updated=())
     def planned(*args: Any, **kwargs: Any) -> Plan:
+        with thread_state_kept() as kept, kept.twice:
+            return call_planned(args, kwargs)
+
+    def call_planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "

@@ -15,7 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import functorch, mkldnn
+from shardmap._torch import functorch
+from shardmap.trace import recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.recording import element
 
@@ -57,6 +58,16 @@ _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
+_CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
+"""Functions that are told whether they may use cuDNN's kernel, and the position of that."""
+
+
+def _without_cudnn(func: Any, args: tuple) -> tuple:
+    """The arguments of a call, such that it is recorded as a kernel that every device has."""
+    position = _CUDNN_FLAGS[func]
+    return (*args[:position], False, *args[position + 1 :])
+
+
 def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
     """Tensors inside python containers, at any depth."""
     if isinstance(data, torch.Tensor):
@@ -64,12 +75,6 @@ def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
     elif isinstance(data, list | tuple):
         for item in data:
             yield from _tensors_within(item)
-
-
-def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
-    with mkldnn.off():
-        return func(*args, **kwargs)
 
 
 class Doors(TorchFunctionMode):
@@ -91,8 +96,10 @@ class Doors(TorchFunctionMode):
         self.recorder.serial += 1
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
-        if func is torch.lstm:
-            return _without_mkldnn(func, args, kwargs or {})
+        if recurrent.served(func, args):
+            return recurrent.recurrent(func, args, kwargs or {})
+        if func in _CUDNN_FLAGS and args:
+            args = _without_cudnn(func, args)
         if func is Tensor.__deepcopy__ and type(args[0]) is Tensor and args[0].is_leaf:
             copied = self._deepcopy(args[0], args[1])
             if copied is not None:

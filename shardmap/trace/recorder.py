@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardmap import errors
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
+from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
@@ -62,6 +63,7 @@ class Recorder(Variables, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
+        self.generators = PrivateGenerators()
         self.unwritten = Unwritten()
         self.serial = 0
         """How many calls of torch's python interface have been seen."""
@@ -339,10 +341,12 @@ class Recorder(Variables, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
-        out = self.kernel(func, args, kwargs)
         if info.random and draws(func, args, kwargs):
+            out = self.generators.run(func, args, kwargs)
             self.random = True
             mapped = mapped or self.randomness == "different"
+        else:
+            out = self.kernel(func, args, kwargs)
         if info.question:
             self.types.append((type(out), repr(out)))
             self._append(

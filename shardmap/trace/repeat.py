@@ -10,12 +10,12 @@ nothing had been expected.
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardmap._torch import fork_safe_lock
 from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, variables
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DIFFERENT = object()
 
 _CAPACITY = 256
 _last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 
 
 def code_of(func: Callable[..., Any]) -> Any:
@@ -40,8 +40,9 @@ def code_of(func: Callable[..., Any]) -> Any:
 
 def expected(func: Callable[..., Any]) -> Program | None:
     """The last recording of this code."""
+    key = code_of(func)
     with _lock:
-        return _last.get(code_of(func), (None,))[0]
+        return _last.get(key, (None,))[0]
 
 
 def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
