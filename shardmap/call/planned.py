@@ -78,7 +78,9 @@ class Plan:
 
     def _operators(self, everything: bool) -> str:
         job, name = self._job, self.lanes[0].device
-        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
+        seen = None
+        if job.samples and not self.lanes[0].memory.bound:  # else running it would break the budget
+            seen = prepare.watched(self._on.on(name, job.samples > 1), job)
         return table.operators(self.split, job.lower(name.partition(":")[0]), seen, everything)
 
     def __repr__(self) -> str:
