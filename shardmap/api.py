@@ -242,7 +242,7 @@ def plan(
         what = (prepared, options) if comparison is None else comparison.passes[0][1:]
         call_of = Call(what[0], batch, what[1], surroundings(), use if alone else None)
         job = call_of.job(call_of.by_sample())
-        on = prepare.Devices(job)
+        on = prepare.Devices(job, options.budget.on)
         if cluster is not None:
             cut = on_ray.planned(job, chunk_size, cluster, options.budget)
         else:

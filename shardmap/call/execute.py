@@ -279,7 +279,7 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     """Run on this machine: as one chunk what is small, planned what is not."""
     names = names_of(job, options, inlined)
     size = None if inlined else options.chunk_size
-    on = prepare.Devices(job)
+    on = prepare.Devices(job, options.budget.on)
     uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
     plain = (
         uncut
@@ -326,24 +326,25 @@ def _into_store(
     job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
 ) -> Store:
     """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
-    sink, on = options.out, prepare.Devices(job)
+    sink, on = options.out, prepare.Devices(job, options.budget.on)
     assert sink is not None
     if cluster is not None:
         on_ray.refuse(job, options.chunk_size, None)
     workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
-    unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None, workers)
+    names = names_of(job, options, False) if cluster is None else ()
+    room = options.budget.on(torch.device("cpu")) if cluster is None else None
+    if room is not None:  # half of it for the units in the making: one for each lane, and one more
+        room //= 2 * (len(names) + 1)
+    resumed = sink if options.resume else None
+    unit = storing.unit_of(job, options.chunk_size, resumed, workers, room)
     job = on.job = dataclasses.replace(job, unit=unit)
-    cut = (
-        split_of(job, on, names_of(job, options, False), options, False)
-        if cluster is None
-        else None
-    )
+    cut = split_of(job, on, names, options, False) if cluster is None else None
     refusal = None if cut is None else cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
-    names = edges.output_names(structure)
+    columns = edges.output_names(structure)
     specs = tuple(
-        [OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)]
+        [OutputSpec(name, o.shape, o.dtype) for name, o in zip(columns, job.outputs, strict=True)]
     )
     attributes = {"call": options.call, "torch": torch.__version__}
     header = Header(job.samples, unit, specs, storing.identity(job, unit), attributes)

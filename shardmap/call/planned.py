@@ -79,8 +79,10 @@ class Plan:
 
     def _operators(self, everything: bool) -> str:
         job, name = self._job, self.lanes[0].device
-        seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
         ready = self._on.on(name, job.samples > 1)
+        seen = None
+        if job.samples and not self.lanes[0].memory.bound:  # else running it would break the budget
+            seen = prepare.watched(ready, job)
         return table.operators(self.split, ready.low, seen, everything)
 
     def __repr__(self) -> str:
@@ -140,7 +142,8 @@ class Plan:
             chunk_size: As the user gave it.
         """
         job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
-        on, options = Devices(job), self._options
+        options = self._options
+        on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
         return Plan(job, cut, on, options, self._finish, self._compared)
 

@@ -16,6 +16,7 @@ The words, as they are used everywhere here:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ class MemoryModel:
     """One chunk's bytes at each of its peaks, by its number of samples."""
     scale: float = 1.0
     """Measured over predicted bytes of the first chunk."""
+    bound: bool = False
+    """Whether nothing has run, and these are the least bytes that it can take."""
+    result_bytes: int = 0
+    """One sample's row of the stacked results."""
+    stacked_bytes: int = 0
+    """Of the resident bytes, the stacked results."""
+    stored_bytes: int | None = None
+    """What stays of the stacked results if `out=` writes them to a store; None where it cannot."""
+    reduced_bytes: int | None = None
+    """What stays of the stacked results if `reduce=` combines them; None where it cannot."""
 
     def chunk_bytes(self, samples: int) -> int:
         """Upper bound of what a chunk of that many samples adds while it is computed."""
@@ -86,6 +97,13 @@ class MemoryModel:
             max(budget_bytes - MARGIN_BYTES, budget_bytes * MARGIN_PART // (MARGIN_PART + 1))
             - self.resident_bytes
         )
+
+    def instead(self, results_bytes: int | None) -> MemoryModel | None:
+        """The same map where its stacked results take other bytes; None where they cannot."""
+        if results_bytes is None or results_bytes >= self.stacked_bytes:
+            return None
+        resident = self.resident_bytes - self.stacked_bytes + results_bytes
+        return dataclasses.replace(self, resident_bytes=resident)
 
     def largest_chunk(self, bytes_limit: int, most: int) -> int:
         """The most samples, up to `most`, whose chunk needs at most `bytes_limit`.

@@ -135,24 +135,55 @@ class Split:
             needed, budget = format_bytes(lane.peak_bytes), format_bytes(lane.budget_bytes or 0)
             memory = lane.memory
             one = memory.chunk_bytes(1)
-            text = (
-                f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} (fixed "
-                f"{format_bytes(memory.resident_bytes)}, "
-                f"{format_bytes(one)} per sample)"
-            )
+            if memory.bound:
+                text = (
+                    f"the map needs at least {needed} on {lane.device}, budget {budget} (fixed "
+                    f"{format_bytes(memory.resident_bytes)}, {format_bytes(one)} more for a chunk "
+                    "of one sample)"
+                )
+            else:
+                text = (
+                    f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} "
+                    f"(fixed {format_bytes(memory.resident_bytes)}, "
+                    f"{format_bytes(one)} per sample)"
+                )
             room = memory.room_bytes(lane.budget_bytes or 0)
             largest = memory.largest_chunk(room, lane.chunk) if room > 0 else 0
-            if largest:
+            if largest and not memory.bound:
                 return f"{text}; pass chunk_size='auto', or at most {largest}"
-            if one > memory.resident_bytes:
-                return f"{text}; not even one sample fits: allow more with memory_budget=, or use a device with more memory"
-            return (
-                f"{text}; what stays during the whole run does not fit: keep less of the result "
-                "with reduce=, map fewer samples per call, "
-                "pass remat=True if gradients are recorded from outside, or allow more with "
-                "memory_budget="
-            )
+            return f"{text}; {_remedy(lane)}"
         return None
+
+
+def _remedy(lane: Lane) -> str:
+    """What would make the map of a lane that is over its budget fit, in words."""
+    memory, budget = lane.memory, lane.budget_bytes or 0
+    ways = [
+        way
+        for way, less in (
+            ("write them to a store, out=shardmap.ZarrSink(path)", memory.stored_bytes),
+            ("combine them as they are computed, reduce='sum' for example", memory.reduced_bytes),
+        )
+        if (other := memory.instead(less)) is not None and other.peak_bytes(1) <= budget
+    ]
+    if memory.stacked_bytes > memory.resident_bytes // 2:
+        stay = (
+            f"the results take {format_bytes(memory.stacked_bytes)} of it, "
+            f"{format_bytes(memory.result_bytes)} for each sample"
+        )
+    else:
+        stay = "what stays during the whole run does not fit"
+    if ways:
+        return f"{stay}: {', or '.join(ways)}; or map fewer samples per call"
+    if memory.chunk_bytes(1) > memory.resident_bytes or memory.result_bytes > budget:
+        return (
+            f"{stay if memory.result_bytes > budget else 'not even one sample fits'}: allow more "
+            "with memory_budget=, or use a device with more memory"
+        )
+    return (
+        f"{stay}: map fewer samples per call, pass remat=True if gradients are recorded from "
+        "outside, or allow more with memory_budget="
+    )
 
 
 def chunks_of(samples: int, step: int) -> tuple[Chunk, ...]:

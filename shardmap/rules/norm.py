@@ -178,10 +178,10 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     wanted = (bool(mask[1]), bool(mask[2]))
     if any(wanted):
         alone = b.device_type == "cpu" and x.numel >= CACHE_ELEMENTS
-        recorded = b.grad
+        tracked = b.grad
 
         def weights(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-            if recorded:
+            if tracked:
                 mean, rstd = statistics(x, mean, rstd, normalized)
             if not alone or grad.shape[0] == 0:
                 return layer_weights(grad, x, mean, rstd, normalized, wanted)

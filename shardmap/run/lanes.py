@@ -20,9 +20,10 @@ from shardmap.planning.memory import MARGIN_BYTES
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
 from shardmap.rules import huge_pages as pages
+from shardmap.run.affordable import direct
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
-from shardmap.run.prepare import Devices, Ready, direct, learned, there, to_device
+from shardmap.run.prepare import Devices, Ready, learned, there, to_device
 
 LEARN_FROM = 32 << 20
 """Bytes of a chunk from which its measured peak says more than the noise of the process around

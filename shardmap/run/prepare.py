@@ -21,8 +21,17 @@ from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation, observe
 from shardmap.planning.split import Collected, Site
 from shardmap.program.ir import Program
+from shardmap.run.affordable import (
+    direct,
+    hopeless,
+    least_memory,
+    observed_sizes,
+    results_bytes,
+    stacked_bytes,
+    stacked_results,
+    trial_affordable,
+)
 from shardmap.run.base import Job
-from shardmap.run.gather import wider
 from shardmap.trace.record import (
     outer_recordings_suspended,
     transforms_set_aside,
@@ -49,8 +58,12 @@ class Ready:
 class Devices:
     """The devices of one call, each made ready once for chunks of one sample and once for several."""
 
-    def __init__(self, job: Job):
+    def __init__(
+        self, job: Job, budget: Callable[[torch.device], int | None] = lambda device: None
+    ):
         self.job = job
+        self.budget = budget
+        """What the call may add on a device: trying the lowering stays within it."""
         self._ready: dict[tuple[str, bool], Ready] = {}
         self._held: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         """Captured tensors and literals, by device."""
@@ -62,7 +75,7 @@ class Devices:
             return found
         job, device = self.job, torch.device(name)
         captured, literals = self._tensors(name)
-        low = _lowered(job, device, several, captured, literals)
+        low = _lowered(job, device, several, captured, literals, self.budget(device))
         fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
         found = Ready(low, device, captured, literals, fixed)
         self._ready[name, several] = found
@@ -89,6 +102,7 @@ def _lowered(
     several: bool,
     captured: list[torch.Tensor],
     literals: list[torch.Tensor],
+    budget_bytes: int | None,
 ) -> Lowered:
     """The lowering for chunks on a device, tried on the first and the last sample if it is new.
 
@@ -97,6 +111,8 @@ def _lowered(
     found = known(job, device, several)
     if found is not None:
         return found
+    if several and not trial_affordable(job, device, 2, budget_bytes):
+        return _lowered(job, device, False, captured, literals, None)
     size = min(2 if several else 1, job.samples)
 
     def ends() -> list[torch.Tensor]:
@@ -205,36 +221,32 @@ def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False)
 # ------------------------------------------------------------------------------------------------
 
 
-def direct(job: Job, device: torch.device) -> bool:
-    """Whether chunks on `device` write their results where they are to be, instead of into memory of their own."""
-    here = device.type == "cpu" or devices.accelerated(
-        device
-    )  # fake devices have memory in name only
-    return (
-        here
-        and not (job.grad or job.transformed)
-        and all(o.device == device and not o.dim for o in job.outputs)
-    )
-
-
-def watched(ready: Ready, job: Job) -> Observation:
+def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
     """What a chunk costs on this device.
 
-    Found once per lowering, by running two and three samples.
+    Found once per lowering, by running two and three samples, or fewer where the budget is small.
     """
     low, into = ready.low, direct(job, ready.device)
-    key = ready.device.type, "into" if into else "remat" if job.remat else "plain"
+    how = ready.device.type, "into" if into else "remat" if job.remat else "plain"
+    found = low.notes.observed.get((*how, 2))
+    if found is not None:
+        return found
+    sizes = observed_sizes(job, ready.device, budget_bytes)
+    key = (*how, len(sizes))
     found = low.notes.observed.get(key)
     if found is not None:
         return found
     states = default_generator_states(ready.device)
-    sizes = [min(2, job.samples), min(3, job.samples)]
     chunk = low.replay.marked(slices=into)
     if into:
         _ = low.replay.chunk_into  # compiled now, so that the run's memory is the run's
     inputs: dict[int, list[torch.Tensor]] = {}
     slices: dict[int, list[torch.Tensor]] = {}
-    for size in sizes:
+
+    def take(size: int) -> None:
+        """Make ready a chunk of that many samples, and let go of the one before."""
+        inputs.clear()
+        slices.clear()
         taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
         written = job.recording.written_inputs
         inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
@@ -261,6 +273,7 @@ def watched(ready: Ready, job: Job) -> Observation:
         return chunk(*arguments, slices[size], mark) if into else chunk(*arguments, mark)
 
     def known(size: int) -> Sequence[torch.Tensor]:
+        take(size)
         return [
             *inputs[size],
             *slices[size],
@@ -271,7 +284,7 @@ def watched(ready: Ready, job: Job) -> Observation:
 
     with torch.set_grad_enabled(job.grad and not job.remat):
         try:
-            found = observe(low, run, sorted(set(sizes)), known)
+            found = observe(low, run, sizes, known)
         finally:
             restore_default_generators(states)
     low.notes.observed[key] = found
@@ -317,20 +330,8 @@ def memory_model(
         known: What earlier chunks have shown.
     """
     device = ready.device
-    here = [o for o in job.outputs if o.device == device]
-    stacked = sum(o.sample_bytes for o in here if o.stacked)
-    held_rows = (
-        job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))
-    )  # of a store: units being put together
-    resident = stacked * held_rows
-    resident += sum(
-        o.sample_bytes * (1 if o.dim is None else held_rows + 1)
-        for o in here
-        if not o.mapped and o.reduction is None
-    )
-    resident += sum(
-        (1 + wider(o.dtype)) * o.sample_bytes for o in here if o.reduction is not None
-    )  # the total, and a chunk's share
+    stacked = stacked_bytes(job, device)
+    resident = results_bytes(job, device, lanes)
     resident += sum(
         _bytes(t)
         for t, there in zip(ready.captured, job.recording.captured, strict=True)
@@ -372,7 +373,12 @@ def memory_model(
         ]
     if accelerated and lanes > 1:
         levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
-    return MemoryModel(resident, envelope(levels), 1.0 if known.scale is None else known.scale)
+    return MemoryModel(
+        resident,
+        envelope(levels),
+        1.0 if known.scale is None else known.scale,
+        **stacked_results(job, device, lanes),
+    )
 
 
 def _bytes(t: torch.Tensor) -> int:
@@ -410,14 +416,19 @@ def sites(
         if job.transformed or not job.samples or (small(job) and not always):
             found[name] = Site(name, NOTHING, None, known, False, None)
             continue
+        lanes, room = names.count(name), budget(device)
+        least = least_memory(job, device, lanes, known.scale)
+        if hopeless(job, device, least, room):
+            # trying it, or watching a chunk, would break the budget by itself
+            found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
+            continue
         ready = on.on(name, several)
-        seen = watched(ready, job)
-        lanes = names.count(name)
+        seen = watched(ready, job, room)
         share = -(-job.samples * lanes // len(names))
         found[name] = Site(
             name,
             memory_model(ready, job, seen, share, lanes, known),
-            budget(device),
+            room,
             known,
             job.grad and not job.remat,
             seen,

@@ -216,7 +216,9 @@ class _Bound:
         )  # fmt: skip
         on = self.devices.get(layout)
         if on is None:
-            on = self.devices[layout] = prepare.Devices(job)
+            on = self.devices[layout] = prepare.Devices(
+                job, lambda device: constants.budget.on(device, task.peers)
+            )
         on.job = job
         return job, on
 

@@ -101,17 +101,24 @@ class StoreGather(Gather):
         return [pages.whole((rows, *out.shape), out.dtype, host) for out in self.job.outputs]
 
 
-def unit_of(job: Job, chunk_size: Any, stored: Sink | None, workers: int = 0) -> int:
+def unit_of(
+    job: Job,
+    chunk_size: Any,
+    stored: Sink | None,
+    workers: int = 0,
+    room_bytes: int | None = None,
+) -> int:
     """Samples per storage unit.
 
     Those of the store that is to be resumed, the user's chunks, or about 32 MiB; less where workers
-    wait.
+    wait, or where memory is short.
 
     Args:
         job: The mapped call.
         chunk_size: As the user gave it.
         stored: The sink that is to be resumed, if one is.
         workers: Of a cluster, where a unit is a task; 0 without one.
+        room_bytes: What one unit that is being put together may take; None where nothing limits it.
     """
     if stored is not None:
         with contextlib.suppress(
@@ -124,7 +131,8 @@ def unit_of(job: Job, chunk_size: Any, stored: Sink | None, workers: int = 0) ->
     most = (
         task_rows(job.samples, workers, 0, chunk_size) if workers and job.samples else job.samples
     )
-    return max(1, min(most, UNIT_BYTES // max(row, 1)))
+    size = UNIT_BYTES if room_bytes is None else min(UNIT_BYTES, room_bytes)
+    return max(1, min(most, size // max(row, 1)))
 
 
 def identity(job: Job, unit: int) -> dict[str, str]:

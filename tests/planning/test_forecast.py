@@ -10,8 +10,14 @@ from shardmap.planning.cluster import TASK_BYTES, task_rows
 from shardmap.planning.forecast import REQUESTS_PER_SECOND, Workload, forecast
 
 LOAD = Workload(
-    samples=10007, sample_bytes=13, result_bytes=17, program_bytes=1009, sample_seconds=0.019, measured=True, chunk_size="auto"
-)  # fmt: skip
+    samples=10007,
+    sample_bytes=13,
+    result_bytes=17,
+    program_bytes=1009,
+    sample_seconds=0.019,
+    measured=True,
+    chunk_size="auto",
+)
 
 
 def test_results_that_are_gathered_by_hand() -> None:
