@@ -1,21 +1,248 @@
-"""The private parts of torch that more than one file needs, in one place.
+"""Every private name of torch that shardmap uses, in one place, each with what it is for.
 
-They move between versions.
+Private names move between versions. One that this torch lacks is bound to a stand-in that refuses
+in words when it is used, and `missing()` lists it; an operator that it lacks is left out of the
+tables that name it, and `absent_operators()` lists it. So `import shardmap` goes through with any
+torch, and what does not work is said where it is asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import operator
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
-functorch: Any = torch._C._functorch  # type: ignore[reportAttributeAccessIssue] - a C extension without stubs
+from shardmap.errors import TorchVersionError
 
-has_internal_overlap: Any = torch._debug_has_internal_overlap  # type: ignore[reportPrivateImportUsage] - 1: two elements share memory
+_missing: dict[str, str] = {}
+
+
+def missing() -> dict[str, str]:
+    """The private names that this torch lacks, each with what then does not work."""
+    return dict(_missing)
+
+
+def _stand_in(path: str, purpose: str) -> Any:
+    """A class that can be tested against and derived from, and that refuses to be called."""
+    _missing[path] = purpose
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no {path}, which shardmap needs for this: {purpose}; "
+            "install a version of torch that pyproject.toml allows"
+        )
+
+    return type(path.rpartition(".")[2], (), {"__new__": refuse})
+
+
+def _private(path: str, purpose: str) -> Any:
+    """Find `torch.<path>`, importing the modules on the way."""
+    found: Any = torch
+    module = "torch"
+    for part in path.split("."):
+        module = f"{module}.{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(module)
+            except ImportError:
+                return _stand_in(f"torch.{path}", purpose)
+    return found
+
+
+def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], Any]:
+    """The function that reads attribute `name`, which `of` must have, of objects of this kind."""
+    if hasattr(of, name):
+        return operator.attrgetter(name)
+    return _stand_in(f"{kind}.{name}", purpose)
+
+
+# -- classes and modules, known to the type checker -------------------------------------------------
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    OpOverload = _private("_ops.OpOverload", "telling operators from other functions")
+    FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", "maps inside torch.compile")
+    pytree = _private("utils._pytree", "arguments and results that are nested containers")
+    TorchDispatchMode = _private("utils._python_dispatch.TorchDispatchMode", "recording a function")
+
+# -- operators ---------------------------------------------------------------------------------------
+
+_example = torch.ops.aten.add.Tensor
+schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
+kernel_of = _attribute(_example, "OpOverload", "_op", "calling an operator without its wrapper")
+packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's other overloads")
+has_kernel = _private(
+    "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
+)
+operator_names = _private(
+    "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
+)
+
+# -- modes and settings of the thread ------------------------------------------------------------------
+
+dispatch_modes = _private(
+    "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
+)
+push_dispatch_mode = _private(
+    "utils._python_dispatch._push_mode", "putting back the modes around a map"
+)
+pop_dispatch_mode = _private(
+    "utils._python_dispatch._pop_mode", "setting the modes around a map aside"
+)
+dispatch_depth = _private(
+    "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
+)
+function_modes = _private(
+    "overrides._get_current_function_mode_stack", "maps inside function modes"
+)
+push_function_mode = _private("overrides._push_mode", "putting back function modes around a map")
+pop_function_mode = _private("overrides._pop_mode", "setting function modes around a map aside")
+without_dispatch = _private(
+    "_C._DisableTorchDispatch", "copying a tensor unseen by an outer recording"
+)
+set_grad = _private("_C._set_grad_enabled", "switching gradients within a replay without a context")
+included_keys = _private(
+    "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
+)
+key_set = _private("_C.DispatchKeySet", "asking for a leaf's gradient node while recording")
+undefined_key = _private(
+    "_C.DispatchKey.Undefined", "asking for a leaf's gradient node while recording"
+)
+force_keys = _private(
+    "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
+)
+
+# -- torch.func ----------------------------------------------------------------------------------------
+
+functorch = _private("_C._functorch", "maps inside torch.func transforms")
+enter_vmap_level = _private(
+    "_C._functorch._vmap_increment_nesting", "numbering the levels of transforms inside a map"
+)
+leave_vmap_level = _private(
+    "_C._functorch._vmap_decrement_nesting", "numbering the levels of transforms inside a map"
+)
+current_level = _private(
+    "_C._functorch.maybe_current_level", "rules that are called inside torch.func transforms"
+)
+interpreters_aside = _private(
+    "_functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "setting the torch.func transforms around a map aside",
+)
+for _name in (
+    "TransformType get_inplace_requires_grad_allowed get_interpreter_stack get_unwrapped "
+    "is_batchedtensor is_functorch_wrapped_tensor maybe_get_bdim maybe_get_level "
+    "peek_interpreter_stack set_inplace_requires_grad_allowed"
+).split():
+    _private(f"_C._functorch.{_name}", "maps inside torch.func transforms")
+
+# -- tensors and their memory --------------------------------------------------------------------------
+
+_storage, _tensor = torch.UntypedStorage, torch.Tensor
+storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
+weak_reference = _private(
+    "UntypedStorage._weak_ref", "keeping a storage's address from being used again"
+)
+free_weak_reference = _private(
+    "UntypedStorage._free_weak_ref", "letting a storage's address be used again"
+)
+version_of = _attribute(_tensor, "Tensor", "_version", "seeing that a batch was written to")
+is_view = _private("Tensor._is_view", "results that share memory with a captured tensor")
+is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
+typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorded tensor's memory")
+set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"].__set__
+has_internal_overlap = _private(
+    "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"
+)
+node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
+
+# -- operators that a version may lack -----------------------------------------------------------------
+
+_absent: set[str] = set()
+
+
+class AbsentOperator:
+    """An operator that this torch lacks: equal to none that is recorded, and refuses to be called."""
+
+    def __init__(self, name: str):
+        self.missing_name = name
+        _absent.add(name)
+
+    def __getattr__(self, form: str) -> AbsentOperator:
+        """Return itself for any overload; python's own names are not answered."""
+        if form.startswith("__"):
+            raise AttributeError(form)
+        return self
+
+    def overloads(self) -> list[str]:
+        """No overloads."""
+        return []
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no operator aten.{self.missing_name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<no aten.{self.missing_name} in torch {torch.__version__}>"
+
+
+class _Aten:
+    """`torch.ops.aten`, with an `AbsentOperator` in the place of what this torch lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = packet(name)
+        if found is None:
+            return AbsentOperator(name)  # not kept: an operator may be registered later
+        setattr(self, name, found)  # found by python itself from now on
+        return found
+
+
+aten: Any = _Aten()
+
+
+def packet(name: str) -> Any:
+    """The overloads of `aten.<name>`, or None where this torch has no such operator."""
+    return getattr(torch.ops.aten, name, None)
+
+
+def overload(name: str) -> OpOverload | None:
+    """The operator `aten.<name>`, written `name` (its default overload) or `name.Overload`, or None."""
+    base, _, form = name.partition(".")
+    return getattr(packet(base), form or "default", None)
+
+
+def overloads(*names: str) -> Iterator[OpOverload]:
+    """The operators `aten.<name>`, each written `name` (its default overload) or `name.Overload`.
+
+    One that this torch lacks is left out, and `absent_operators` lists it.
+    """
+    for name in names:
+        found = overload(name)
+        if found is None:
+            _absent.add(name)
+        else:
+            yield found
+
+
+def absent_operators() -> list[str]:
+    """The operators that shardmap knows and this torch lacks."""
+    return sorted(_absent)
+
+
+# -- switches of the process ---------------------------------------------------------------------------
 
 
 class Switch:
@@ -51,15 +278,11 @@ class Switch:
 transformer_fast_paths = Switch(
     torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
 )
-cudnn = Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled)
-mkldnn = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
-
-__all__ = [
-    "Switch",
-    "cudnn",
-    "dispatch_modes",
-    "functorch",
-    "has_internal_overlap",
-    "mkldnn",
-    "transformer_fast_paths",
-]
+cudnn = Switch(
+    _private("_C._get_cudnn_enabled", "recording recurrent layers as they are made of others"),
+    _private("_C._set_cudnn_enabled", "recording recurrent layers as they are made of others"),
+)
+mkldnn = Switch(
+    _private("_C._get_mkldnn_enabled", "recording recurrent layers as they are made of others"),
+    _private("_C._set_mkldnn_enabled", "recording recurrent layers as they are made of others"),
+)

@@ -358,6 +358,17 @@ def _ops(scoreboard: Path) -> int:
         f"\nbatched: {known}; every other operator by torch.func.vmap of it alone, or by a loop "
         "with a warning"
     )
+    import torch
+
+    from shardmap._torch import absent_operators, missing
+
+    absent = absent_operators()
+    if absent:
+        _say(
+            f"\ntorch {torch.__version__} lacks, and so no rule is registered for: {', '.join(absent)}"
+        )
+    for name, purpose in missing().items():
+        _say(f"torch {torch.__version__} has no {name}; what fails without it: {purpose}")
     if not scoreboard.is_file():
         _say(
             f"no scoreboard at {scoreboard}: it belongs to the source repository, "

@@ -11,12 +11,28 @@ result) that holds the batch of results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from shardmap._torch import AbsentOperator, overloads
 from shardmap.errors import OptionError
+
+__all__ = [
+    "Entry",
+    "Operator",
+    "batching_rule",
+    "decomposition",
+    "has_functorch_kernel",
+    "has_rule",
+    "lookup",
+    "overloads",
+    "register",
+    "register_decomposition",
+    "table",
+    "tier",
+]
 
 Operator = torch._ops.OpOverload
 Rule = Callable[..., Any]
@@ -34,12 +50,13 @@ _decompositions: dict[Operator, Callable[..., Any]] = {}
 
 
 def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
-    """Register the decorated rule for `operators`.
+    """Register the decorated rule for `operators`, but for those that this torch lacks.
 
     Raises:
         ValueError: An operator has a rule already, or is not an operator overload.
     """
-    for op in operators:
+    present = [op for op in operators if not isinstance(op, AbsentOperator)]
+    for op in present:
         if not isinstance(op, Operator):
             raise ValueError(
                 f"register({family!r}): {op!r} is not an operator overload such as "
@@ -51,7 +68,7 @@ def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
             )
 
     def decorate(rule: Rule) -> Rule:
-        for op in operators:
+        for op in present:
             _rules[op] = Entry(rule, family)
         return rule
 
@@ -99,6 +116,8 @@ def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:
     Raises:
         ValueError: The operator has a rule or a decomposition already.
     """
+    if isinstance(op, AbsentOperator):
+        return
     if op in _rules or op in _decompositions:
         raise ValueError(f"register_decomposition: {op} is registered already")
     _decompositions[op] = function
@@ -143,10 +162,3 @@ def table() -> list[tuple[str, str, str]]:
     rows = [(op.name(), "rule", entry.family) for op, entry in _rules.items()]
     rows += [(op.name(), "decomposition", "torch") for op in _decompositions]
     return sorted(rows)
-
-
-def overloads(*names: str) -> Iterable[Operator]:
-    """The operators `aten.<name>`, each written `name` (its default overload) or `name.Overload`."""
-    for name in names:
-        packet, _, overload = name.partition(".")
-        yield getattr(getattr(torch.ops.aten, packet), overload or "default")
