@@ -63,7 +63,7 @@ def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], A
     return _stand_in(f"{kind}.{name}", purpose)
 
 
-# -- classes and modules, known to the type checker -------------------------------------------------
+# -- classes and modules, known to the type checker ------------------------------------------------
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -76,7 +76,12 @@ else:
     pytree = _private("utils._pytree", "arguments and results that are nested containers")
     TorchDispatchMode = _private("utils._python_dispatch.TorchDispatchMode", "recording a function")
 
-# -- operators ---------------------------------------------------------------------------------------
+_private(
+    "utils._python_dispatch.TorchDispatchMode._should_skip_dynamo",
+    "recording without importing torch._dynamo (seconds)",
+)
+
+# -- operators -------------------------------------------------------------------------------------
 
 _example = torch.ops.aten.add.Tensor
 schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
@@ -89,7 +94,7 @@ operator_names = _private(
     "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
 )
 
-# -- modes and settings of the thread ------------------------------------------------------------------
+# -- modes and settings of the thread --------------------------------------------------------------
 
 dispatch_modes = _private(
     "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
@@ -123,7 +128,7 @@ force_keys = _private(
     "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
 )
 
-# -- torch.func ----------------------------------------------------------------------------------------
+# -- torch.func ------------------------------------------------------------------------------------
 
 functorch = _private("_C._functorch", "maps inside torch.func transforms")
 enter_vmap_level = _private(
@@ -146,7 +151,7 @@ for _name in (
 ).split():
     _private(f"_C._functorch.{_name}", "maps inside torch.func transforms")
 
-# -- tensors and their memory --------------------------------------------------------------------------
+# -- tensors and their memory ----------------------------------------------------------------------
 
 _storage, _tensor = torch.UntypedStorage, torch.Tensor
 storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
@@ -166,13 +171,13 @@ has_internal_overlap = _private(
 )
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 
-# -- operators that a version may lack -----------------------------------------------------------------
+# -- operators that a version may lack -------------------------------------------------------------
 
 _absent: set[str] = set()
 
 
 class AbsentOperator:
-    """An operator that this torch lacks: equal to none that is recorded, and refuses to be called."""
+    """Stands in for an operator that this torch lacks: no recorded one equals it, no call works."""
 
     def __init__(self, name: str):
         self.missing_name = name
@@ -219,7 +224,7 @@ def packet(name: str) -> Any:
 
 
 def overload(name: str) -> OpOverload | None:
-    """The operator `aten.<name>`, written `name` (its default overload) or `name.Overload`, or None."""
+    """The operator `aten.<name>` (the default overload) or `aten.<name.Overload>`, or None."""
     base, _, form = name.partition(".")
     return getattr(packet(base), form or "default", None)
 
@@ -242,7 +247,7 @@ def absent_operators() -> list[str]:
     return sorted(_absent)
 
 
-# -- switches of the process ---------------------------------------------------------------------------
+# -- switches of the process -----------------------------------------------------------------------
 
 
 class Switch:

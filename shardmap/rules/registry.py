@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardmap._torch import AbsentOperator, overloads
+from shardmap._torch import AbsentOperator, absent_operators, missing, overloads
 from shardmap.errors import OptionError
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "decomposition",
     "has_functorch_kernel",
     "has_rule",
+    "lacking",
     "lookup",
     "overloads",
     "register",
@@ -162,3 +163,11 @@ def table() -> list[tuple[str, str, str]]:
     rows = [(op.name(), "rule", entry.family) for op, entry in _rules.items()]
     rows += [(op.name(), "decomposition", "torch") for op in _decompositions]
     return sorted(rows)
+
+
+def lacking() -> list[str]:
+    """What this torch lacks, a sentence each: operators without a rule, and private names."""
+    absent, torchs = absent_operators(), f"torch {torch.__version__}"
+    found = [f"{torchs} lacks, and so no rule is registered for: {', '.join(absent)}"]
+    names = [f"{torchs} has no {name}: {purpose} fails" for name, purpose in missing().items()]
+    return (found if absent else []) + names
