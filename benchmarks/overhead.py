@@ -220,8 +220,10 @@ def timed(tree: Path, rounds: int, warmup: int) -> dict[str, list[float]]:
     """The seconds of this benchmark's own calls in a process with the shardmap of `tree`."""
     code = (
         "import json, sys, pathlib, torch, shardmap\n"
+        f"found, wanted = pathlib.Path(shardmap.__file__).parents[1], pathlib.Path({str(tree)!r})\n"
+        "assert found == wanted, found\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"  # the same calls for both
         "from benchmarks import common, overhead\n"
-        f"assert str(pathlib.Path(shardmap.__file__).parents[1]) == {str(tree)!r}, shardmap.__file__\n"
         "torch.set_num_threads(1)\n"
         f"timer = common.Timer({rounds}, {warmup}, settle_seconds=0.0)\n"
         "found = {}\n"
@@ -231,10 +233,9 @@ def timed(tree: Path, rounds: int, warmup: int) -> dict[str, list[float]]:
         "    found |= {f'{group}: {name}': values for name, values in seconds.items()}\n"
         "print(json.dumps(found))\n"
     )
-    path = os.pathsep.join([str(tree), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
         check=False,
