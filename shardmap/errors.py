@@ -74,6 +74,10 @@ class TorchVersionError(ShardmapError, NotImplementedError):
     """This version of torch lacks a part of torch that shardmap needs for what was asked."""
 
 
+class RuleError(ShardmapError, RuntimeError):
+    """A batching rule returned something else than the batch of results of its operator."""
+
+
 class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
@@ -104,6 +108,10 @@ class OutOfMemory(ShardmapError, MemoryError):
 
 class DeviceLostError(ShardmapError, RuntimeError):
     """A device failed, and no other could take over its chunks."""
+
+
+class SlowLoopWarning(UserWarning):
+    """An operator, or the whole function, runs sample by sample because nothing batches it."""
 
 
 class DeviceLostWarning(UserWarning):
