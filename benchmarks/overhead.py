@@ -8,6 +8,10 @@ within each round.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +24,7 @@ from torch import Tensor
 import shardmap
 from benchmarks import common
 
+ROOT = Path(__file__).parent.parent
 LAYERS, WIDTH, BATCH = 100, 4, 8
 BASELINE = "torch.func"
 TOLERANCE = 1e-9
@@ -207,6 +212,75 @@ def missed(results: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(row["target"] is not None and row["ratio"]["median"] > row["target"] for row in rows)
 
 
+MOST_OVER_OTHER = 1.05
+"""The most that a later call may cost over the other checkout's: the spread of the medians."""
+
+
+def timed(tree: Path, rounds: int, warmup: int) -> dict[str, list[float]]:
+    """The seconds of this benchmark's own calls in a process with the shardmap of `tree`."""
+    code = (
+        "import json, sys, pathlib, torch, shardmap\n"
+        f"found, wanted = pathlib.Path(shardmap.__file__).parents[1], pathlib.Path({str(tree)!r})\n"
+        "assert found == wanted, found\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"  # the same calls for both
+        "from benchmarks import common, overhead\n"
+        "torch.set_num_threads(1)\n"
+        f"timer = common.Timer({rounds}, {warmup}, settle_seconds=0.0)\n"
+        "found = {}\n"
+        "for group, make in overhead.GROUPS.items():\n"
+        "    subjects = make(torch.float32)\n"
+        "    seconds = timer.run({name: s.call for name, s in subjects.items()})\n"
+        "    found |= {f'{group}: {name}': values for name, values in seconds.items()}\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"shardmap in {tree}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def against(other: Path, rounds: int, warmup: int, output: Path | None) -> int:
+    """Compare the calls of this tree with those of another checkout, in processes that take turns.
+
+    Each process's calls are measured by what torch.func takes in the same process, so that a slow
+    spell of the machine falls on both.
+    """
+    trees, processes = {"here": ROOT, "there": other}, 9
+    over: dict[str, dict[str, list[float]]] = {tree: {} for tree in trees}
+    for index in range(processes):
+        for tree in list(trees) if index % 2 else list(reversed(trees)):
+            found = timed(trees[tree], max(2, rounds // processes), warmup)
+            for name, seconds in found.items():
+                baseline = found[f"{name.split(': ')[0]}: {BASELINE}"]
+                value = statistics.median(seconds) / statistics.median(baseline)
+                over[tree].setdefault(name, []).append(value)
+    names = [name for name in over["here"] if not name.endswith(BASELINE)]
+    ratios = {
+        name: common.ratio({t: over[t][name] for t in over}, "here", "there") for name in names
+    }
+    rows = [
+        [
+            name,
+            ratio.text(3),
+            f"<= {MOST_OVER_OTHER}",
+            common.verdict(ratio.median, MOST_OVER_OTHER),
+        ]
+        for name, ratio in ratios.items()
+    ]
+    print(f"Medians (quartiles) of {processes} pairs of processes, each call over {BASELINE}.\n")
+    print(common.markdown(["call", "over the other checkout", "target", ""], rows))
+    print(f"\n{common.machine_line(common.machine())}")
+    if output:
+        common.write_json(output, {name: asdict(ratio) for name, ratio in ratios.items()})
+    return 1 if any(ratio.median > MOST_OVER_OTHER for ratio in ratios.values()) else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; the exit code is 1 if a target is missed."""
     parser = argparse.ArgumentParser(
@@ -219,8 +293,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--warmup", type=int, default=10, help="discarded runs of each call (default: 10)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    parser.add_argument(
+        "--against", type=Path, metavar="PATH", help="compare with another checkout of shardmap"
+    )
     options = parser.parse_args(arguments)
 
+    if options.against:
+        return against(options.against.absolute(), options.rounds, options.warmup, options.json)
     torch.set_num_threads(1)
     timer = common.Timer(
         options.rounds, options.warmup, settle_seconds=0.0

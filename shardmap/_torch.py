@@ -1,88 +1,245 @@
-"""The private parts of torch that more than one file needs, in one place.
+"""Every private name of torch that shardmap uses, in one place, each with what it is for.
 
-They move between versions.
+Private names move between versions. One that this torch lacks is bound to a stand-in that refuses
+in words when it is used, and `missing()` lists it; an operator that it lacks is left out of the
+tables that name it, and `absent_operators()` lists it. So `import shardmap` goes through with any
+torch, and what does not work is said where it is asked for.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
-from typing import Any
+import importlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
-functorch: Any = torch._C._functorch  # type: ignore[reportAttributeAccessIssue] - a C extension without stubs
+from shardmap.errors import TorchVersionError
 
-has_internal_overlap: Any = torch._debug_has_internal_overlap  # type: ignore[reportPrivateImportUsage] - 1: two elements share memory
-
-
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_missing: dict[str, str] = {}
 
 
-def fork_safe_lock() -> Any:
-    """A reentrant lock that is free in a forked child, whoever held it in the parent.
+def missing() -> dict[str, str]:
+    """The private names that this torch lacks, each with what then does not work."""
+    return dict(_missing)
 
-    Reentrant, because a signal handler, a finalizer or a callback may call a map in the thread that
-    holds the lock. It is python's own C object: a class of ours around it could be interrupted
-    between taking the lock and saying so.
+
+def _stand_in(path: str, purpose: str) -> Any:
+    """A class that can be tested against and derived from, and that refuses to be called."""
+    _missing[path] = purpose
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no {path}, which shardmap needs for this: {purpose}; "
+            "install a version of torch that pyproject.toml allows"
+        )
+
+    return type(path.rpartition(".")[2], (), {"__new__": refuse})
+
+
+def _private(path: str, purpose: str) -> Any:
+    """Find `torch.<path>`, importing the modules on the way."""
+    found: Any = torch
+    module = "torch"
+    for part in path.split("."):
+        module = f"{module}.{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(module)
+            except ImportError:
+                return _stand_in(f"torch.{path}", purpose)
+    return found
+
+
+def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], Any]:
+    """The function that reads attribute `name`, which `of` must have, of objects of this kind."""
+    if hasattr(of, name):
+        return operator.attrgetter(name)
+    return _stand_in(f"{kind}.{name}", purpose)
+
+
+# -- classes and modules, known to the type checker ------------------------------------------------
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    OpOverload = _private("_ops.OpOverload", "telling operators from other functions")
+    FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", "maps inside torch.compile")
+    pytree = _private("utils._pytree", "arguments and results that are nested containers")
+    TorchDispatchMode = _private("utils._python_dispatch.TorchDispatchMode", "recording a function")
+
+_private(
+    "utils._python_dispatch.TorchDispatchMode._should_skip_dynamo",
+    "recording without importing torch._dynamo (seconds)",
+)
+
+# -- operators -------------------------------------------------------------------------------------
+
+_example = torch.ops.aten.add.Tensor
+schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
+kernel_of = _attribute(_example, "OpOverload", "_op", "calling an operator without its wrapper")
+packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's other overloads")
+has_kernel = _private(
+    "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
+)
+operator_names = _private(
+    "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
+)
+
+# -- modes and settings of the thread --------------------------------------------------------------
+
+dispatch_modes = _private(
+    "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
+)
+push_dispatch_mode = _private(
+    "utils._python_dispatch._push_mode", "putting back the modes around a map"
+)
+pop_dispatch_mode = _private(
+    "utils._python_dispatch._pop_mode", "setting the modes around a map aside"
+)
+dispatch_depth = _private(
+    "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
+)
+function_modes = _private(
+    "overrides._get_current_function_mode_stack", "maps inside function modes"
+)
+push_function_mode = _private("overrides._push_mode", "putting back function modes around a map")
+pop_function_mode = _private("overrides._pop_mode", "setting function modes around a map aside")
+without_dispatch = _private(
+    "_C._DisableTorchDispatch", "copying a tensor unseen by an outer recording"
+)
+set_grad = _private("_C._set_grad_enabled", "switching gradients within a replay without a context")
+included_keys = _private(
+    "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
+)
+key_set = _private("_C.DispatchKeySet", "asking for a leaf's gradient node while recording")
+undefined_key = _private(
+    "_C.DispatchKey.Undefined", "asking for a leaf's gradient node while recording"
+)
+force_keys = _private(
+    "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
+)
+
+# -- torch.func ------------------------------------------------------------------------------------
+
+functorch = _private("_C._functorch", "maps inside torch.func transforms")
+enter_vmap_level = _private(
+    "_C._functorch._vmap_increment_nesting", "numbering the levels of transforms inside a map"
+)
+leave_vmap_level = _private(
+    "_C._functorch._vmap_decrement_nesting", "numbering the levels of transforms inside a map"
+)
+current_level = _private(
+    "_C._functorch.maybe_current_level", "rules that are called inside torch.func transforms"
+)
+interpreters_aside = _private(
+    "_functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "setting the torch.func transforms around a map aside",
+)
+for _name in (
+    "TransformType get_inplace_requires_grad_allowed get_interpreter_stack get_unwrapped "
+    "is_batchedtensor is_functorch_wrapped_tensor maybe_get_bdim maybe_get_level "
+    "peek_interpreter_stack set_inplace_requires_grad_allowed"
+).split():
+    _private(f"_C._functorch.{_name}", "maps inside torch.func transforms")
+
+# -- tensors and their memory ----------------------------------------------------------------------
+
+_storage, _tensor = torch.UntypedStorage, torch.Tensor
+storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
+weak_reference = _private(
+    "UntypedStorage._weak_ref", "keeping a storage's address from being used again"
+)
+free_weak_reference = _private(
+    "UntypedStorage._free_weak_ref", "letting a storage's address be used again"
+)
+version_of = _attribute(_tensor, "Tensor", "_version", "seeing that a batch was written to")
+is_view = _private("Tensor._is_view", "results that share memory with a captured tensor")
+is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
+typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorded tensor's memory")
+set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"].__set__
+has_internal_overlap = _private(
+    "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"
+)
+node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
+
+# -- operators that a version may lack -------------------------------------------------------------
+
+_absent: set[str] = set()
+
+
+class AbsentOperator:
+    """Stands in for an operator that this torch lacks: no recorded one equals it, no call works."""
+
+    def __init__(self, name: str):
+        self.missing_name = name
+        _absent.add(name)
+
+    def __getattr__(self, form: str) -> AbsentOperator:
+        """Return itself for any overload; python's own names are not answered."""
+        if form.startswith("__"):
+            raise AttributeError(form)
+        return self
+
+    def overloads(self) -> list[str]:
+        """No overloads."""
+        return []
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no operator aten.{self.missing_name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<no aten.{self.missing_name} in torch {torch.__version__}>"
+
+
+class _Aten:
+    """`torch.ops.aten`, with an `AbsentOperator` in the place of what this torch lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = packet(name)
+        if found is None:
+            return AbsentOperator(name)  # not kept: an operator may be registered later
+        setattr(self, name, found)  # found by python itself from now on
+        return found
+
+
+aten: Any = _Aten()
+
+
+def packet(name: str) -> Any:
+    """The overloads of `aten.<name>`, or None where this torch has no such operator."""
+    return getattr(torch.ops.aten, name, None)
+
+
+def overload(name: str) -> OpOverload | None:
+    """The operator `aten.<name>` (the default overload) or `aten.<name.Overload>`, or None."""
+    base, _, form = name.partition(".")
+    return getattr(packet(base), form or "default", None)
+
+
+def overloads(*names: str) -> Iterator[OpOverload]:
+    """The operators `aten.<name>`, each written `name` (its default overload) or `name.Overload`.
+
+    One that this torch lacks is left out, and `absent_operators` lists it.
     """
-    lock = threading.RLock()
-    _locks.add(lock)
-    return lock
-
-
-def _free_locks() -> None:
-    for lock in _locks:
-        if not lock._is_owned():  # the thread that forked goes on, and releases what it holds
-            lock._at_fork_reinit()  # what threading itself does with its locks
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_locks)
-
-
-def alone() -> bool:
-    """Whether this is the only python thread.
-
-    Only then may the state of a default generator be read: torch does so while it holds the
-    generator's mutex, and a garbage collection at that moment (its finalizers hand the GIL to
-    other threads) stops the process for good if another thread wants the mutex meanwhile.
-    """
-    return threading.active_count() == 1
-
-
-def default_generator_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the default generators of the host and of `device`; none under other threads.
-
-    Other threads draw from the same generators: to restore them would rewind those draws.
-    """
-    if not alone():
-        return {}
-    states = {"cpu": torch.default_generator.get_state()}
-    if device.type == "cuda" and torch.cuda.is_available():
-        states[str(device)] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_default_generators(states: dict[str, torch.Tensor]) -> None:
-    """Restore what `default_generator_states` returned, unless other threads have started."""
-    if not states or not alone():
-        return
-    for device, state in states.items():
-        if device == "cpu":
-            torch.default_generator.set_state(state)
+    for name in names:
+        found = overload(name)
+        if found is None:
+            _absent.add(name)
         else:
-            torch.cuda.set_rng_state(state, device)
+            yield found
 
 
-__all__ = [
-    "alone",
-    "default_generator_states",
-    "dispatch_modes",
-    "fork_safe_lock",
-    "functorch",
-    "has_internal_overlap",
-    "restore_default_generators",
-]
+def absent_operators() -> list[str]:
+    """The operators that shardmap knows and this torch lacks."""
+    return sorted(_absent)

@@ -70,6 +70,10 @@ class UnsupportedOperatorError(ShardmapError, NotImplementedError):
     """No rule batches an operator that the mapped function calls."""
 
 
+class TorchVersionError(ShardmapError, NotImplementedError):
+    """This version of torch lacks a part of torch that shardmap needs for what was asked."""
+
+
 class RuleError(ShardmapError, RuntimeError):
     """A batching rule returned something else than the batch of results of its operator."""
 

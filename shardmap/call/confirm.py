@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
-from shardmap._torch import default_generator_states, restore_default_generators
+from shardmap._threads import default_generator_states, restore_default_generators
 from shardmap.lower.closeness import close, largest
 from shardmap.planning.split import split
 from shardmap.program.analysis import never_written

@@ -340,7 +340,7 @@ def _import_from_here() -> None:
 def _ops(scoreboard: Path) -> int:
     """Print the registry of rules, and what the stored sweep over PyTorch's operator database found."""
     from shardmap.jobs.report import format_table
-    from shardmap.rules.registry import table
+    from shardmap.rules.registry import lacking, table
 
     rows = sorted(table(), key=lambda row: (row[2], row[0]))
     _say(
@@ -358,6 +358,8 @@ def _ops(scoreboard: Path) -> int:
         f"\nbatched: {known}; every other operator by torch.func.vmap of it alone, or by a loop "
         "with a warning"
     )
+    for line in lacking():
+        _say(f"\n{line}")
     if not scoreboard.is_file():
         _say(
             f"no scoreboard at {scoreboard}: it belongs to the source repository, "

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
+from shardmap._torch import packet as find_packet
 from shardmap.program.ir import Var, variables
-
-aten = torch.ops.aten
 
 _QUESTIONS = {
     aten._local_scalar_dense.default,
@@ -193,7 +193,7 @@ def _functional(op: torch._ops.OpOverload, name: str) -> Any:
 
     None for `resize_` and its kin.
     """
-    packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
+    packet = find_packet(_VIEWS_IN_PLACE.get(name, name.removesuffix("_")))
     kinds = [str(a.type) for a in op._schema.arguments]
     for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)

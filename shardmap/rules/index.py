@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.ir import SAMPLE_DEVICE
 from shardmap.rules.embedding import look_up
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.registry import overloads, register
 
-aten = torch.ops.aten
 MASKS = (torch.bool, torch.uint8)
 
 
@@ -450,12 +450,13 @@ for _name, _twin, _at, _wraps in (
     ("index_fill.int_Scalar", "scatter.value", None, True),
     ("index_reduce", "scatter_reduce.two", 0, False),
 ):
-    for _op, _scatter_op in zip(
-        overloads(_name, "_.".join(_name.split(".")) if "." in _name else _name + "_"),
-        overloads(_twin, "_.".join(_twin.split(".")) if "." in _twin else _twin + "_"),
-        strict=True,
+    for _pair in (
+        (_name, _twin),
+        tuple("_.".join(n.split(".")) if "." in n else n + "_" for n in (_name, _twin)),
     ):
-        register("index", _op)(_along_dim(_op, _scatter_op, _at, _wraps))
+        _both = tuple(overloads(*_pair))
+        if len(_both) == 2:
+            register("index", _both[0])(_along_dim(*_both, _at, _wraps))
 
 
 @register("index", *overloads("index_fill.int_Tensor", "index_fill_.int_Tensor"))

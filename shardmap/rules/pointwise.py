@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten, overload, packet
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted, whole
 from shardmap.rules.registry import Operator, overloads, register
-
-aten = torch.ops.aten
 
 _UNTAGGED = """
     rsub.Tensor floor_divide floor_divide.Scalar floor_divide_.Tensor floor_divide_.Scalar
@@ -133,22 +132,24 @@ def _derived() -> Iterator[Operator]:
         namespace, _, name = full.partition("::")
         if namespace != "aten" or name.endswith("out") or "_out" in name.partition(".")[2]:
             continue
-        (op,) = overloads(name)
-        if torch.Tag.pointwise in op.tags and not any(a.is_out for a in op._schema.arguments):
+        op = overload(name)
+        if op is None or torch.Tag.pointwise not in op.tags:
+            continue
+        if not any(a.is_out for a in op._schema.arguments):
             tagged.append(op)
     seen = set(tagged)
     for op in list(tagged):
-        packet = getattr(aten, op._schema.name.partition("::")[2] + "_", None)
+        form = packet(op._schema.name.partition("::")[2] + "_")
         signature = [(a.name, str(a.type)) for a in op._schema.arguments]
-        for overload in packet.overloads() if packet is not None else ():
-            form = getattr(packet, overload)
+        for kind in form.overloads() if form is not None else ():
+            found = getattr(form, kind)
             if (
-                form not in seen
-                and [(a.name, str(a.type)) for a in form._schema.arguments] == signature
-                and _in_place(form)
+                found not in seen
+                and [(a.name, str(a.type)) for a in found._schema.arguments] == signature
+                and _in_place(found)
             ):
-                seen.add(form)
-                tagged.append(form)
+                seen.add(found)
+                tagged.append(found)
     for op in tagged:
         if op not in _ELSEWHERE and not torch._C._dispatch_has_kernel_for_dispatch_key(
             op.name(), "CompositeImplicitAutograd"

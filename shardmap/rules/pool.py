@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.ir import Var
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V
-from shardmap.rules.registry import register
-
-aten = torch.ops.aten
+from shardmap.rules.registry import overloads, register
 
 
 def over_space(ndim: int, sized: str | None = None) -> Any:
@@ -64,9 +63,7 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
 
 def operators(names: Sequence[str]) -> Iterator[Any]:
     """The operators of these names, those with a dot as overloads."""
-    for name in names:
-        packet, _, overload = name.partition(".")
-        yield getattr(getattr(aten, packet), overload or "default")
+    return overloads(*names)
 
 
 WITH_BACKWARD = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import fork_safe_lock
+from shardmap._threads import fork_safe_lock
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
 from shardmap.program.private_generators import PrivateGenerators, takes_generator
 from shardmap.rules import philox as draws

@@ -12,12 +12,29 @@ result) that holds the batch of results.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from shardmap._torch import AbsentOperator, absent_operators, missing, overloads
 from shardmap.errors import OptionError
+
+__all__ = [
+    "Entry",
+    "Operator",
+    "batching_rule",
+    "decomposition",
+    "has_functorch_kernel",
+    "has_rule",
+    "lacking",
+    "lookup",
+    "overloads",
+    "register",
+    "register_decomposition",
+    "table",
+    "tier",
+]
 
 Operator = torch._ops.OpOverload
 Rule = Callable[..., Any]
@@ -50,13 +67,14 @@ def _changed() -> None:
 
 
 def register(family: str, *operators: Operator, replace: bool = False) -> Callable[[Rule], Rule]:
-    """Register the decorated rule for `operators`.
+    """Register the decorated rule for `operators`, but for those that this torch lacks.
 
     Raises:
         ValueError: An operator has a rule already and `replace` is false, or is not an operator
             overload.
     """
-    for op in operators:
+    present = [op for op in operators if not isinstance(op, AbsentOperator)]
+    for op in present:
         if not isinstance(op, Operator):
             raise ValueError(
                 f"register({family!r}): {op!r} is not an operator overload such as "
@@ -74,7 +92,7 @@ def register(family: str, *operators: Operator, replace: bool = False) -> Callab
                 f"register({family!r}): the rule of {', '.join(map(str, operators))} is {rule!r}, "
                 "not a function rule(b, eq, args, kwargs)"
             )
-        for op in operators:
+        for op in present:
             _decompositions.pop(op, None)
             _rules[op] = Entry(rule, family)
         _changed()
@@ -160,6 +178,8 @@ def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:
     Raises:
         ValueError: The operator has a rule or a decomposition already.
     """
+    if isinstance(op, AbsentOperator):
+        return
     if op in _rules or op in _decompositions:
         raise ValueError(f"register_decomposition: {op} is registered already")
     _decompositions[op] = function
@@ -207,8 +227,9 @@ def table() -> list[tuple[str, str, str]]:
     return sorted(rows)
 
 
-def overloads(*names: str) -> Iterable[Operator]:
-    """The operators `aten.<name>`, each written `name` (default overload) or `name.Overload`."""
-    for name in names:
-        packet, _, overload = name.partition(".")
-        yield getattr(getattr(torch.ops.aten, packet), overload or "default")
+def lacking() -> list[str]:
+    """What this torch lacks, a sentence each: operators without a rule, and private names."""
+    absent, torchs = absent_operators(), f"torch {torch.__version__}"
+    found = [f"{torchs} lacks, and so no rule is registered for: {', '.join(absent)}"]
+    names = [f"{torchs} has no {name}: {purpose} fails" for name, purpose in missing().items()]
+    return (found if absent else []) + names

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import default_generator_states, restore_default_generators
+from shardmap._threads import default_generator_states, restore_default_generators
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
 from shardmap.planning import device as devices

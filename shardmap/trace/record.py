@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from shardmap import errors
-from shardmap._torch import alone, functorch, has_internal_overlap
+from shardmap._threads import alone
+from shardmap._torch import functorch, has_internal_overlap
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs

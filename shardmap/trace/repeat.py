@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardmap._torch import fork_safe_lock
+from shardmap._threads import fork_safe_lock
 from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, variables
 
 if TYPE_CHECKING:

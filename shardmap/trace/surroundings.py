@@ -19,12 +19,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
-from shardmap._torch import (
-    alone,
-    default_generator_states,
-    functorch,
-    restore_default_generators,
-)
+from shardmap._threads import alone, default_generator_states, restore_default_generators
+from shardmap._torch import functorch
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
 

@@ -29,7 +29,8 @@ from torch.overrides import _pop_mode as _pop_function_mode
 from torch.overrides import _push_mode as _push_function_mode
 from torch.utils import _python_dispatch as dispatch
 
-from shardmap._torch import alone, fork_safe_lock, functorch
+from shardmap._threads import alone, fork_safe_lock
+from shardmap._torch import functorch
 
 _C: Any = torch._C
 _hooks: Any = _C._autograd
