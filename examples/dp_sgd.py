@@ -21,6 +21,8 @@ the gradients ever being in memory.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import shardmap
-from shardmap.jobs.private import epsilon
+
+# The accountant belongs to the run configs/dp_sgd_sums.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "configs" / "dp_sgd_sums"))
+from private import epsilon  # noqa: E402
 
 
 def load() -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -343,14 +343,6 @@ def save_tensors(path: Path, tree: Any) -> None:
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named(tree).items()}
     safetensors.save_file(tensors, path)
-
-
-@contextlib.contextmanager
-def one_seed(seed: int) -> Iterator[None]:
-    """Seed torch for a run, and leave the caller's random state as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _umask() -> int:

@@ -12,8 +12,9 @@ from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.jobs import tasks
 from shardmap.jobs.config import BoundRun, RunConfig
-from shardmap.jobs.folder import RESULTS, one_seed
+from shardmap.jobs.folder import RESULTS
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.planning.forecast import Forecast, Workload, forecast
 from shardmap.planning.memory import format_bytes
 from shardmap.run.storing import unit_of

@@ -20,13 +20,13 @@ from shardmap.jobs.folder import (
     COMPLETE,
     RunFolder,
     environment,
-    one_seed,
     save_tensors,
     state_of,
     write_json,
 )
 from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.jobs.resume import unfinished_folder
 from shardmap.jobs.stores import check_store, sink_of, with_keys
 from shardmap.jobs.tasks import mapped, planned

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from shardmap import Store
 from shardmap.errors import StoreMismatchError
 from shardmap.jobs.config import RunConfig, bind
-from shardmap.jobs.folder import one_seed
 from shardmap.jobs.parts import check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.jobs.stores import configuration_of, with_keys
 from shardmap.jobs.tasks import mapped
 from shardmap.run.base import Event, listen

@@ -20,16 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import shardmap
 from shardmap.errors import ConfigError
-from shardmap.jobs import Dataset, Outcome, digits, weights
+from shardmap.jobs import Dataset, Outcome, weights
 from shardmap.jobs.cli import main
 from shardmap.jobs.config import bind, load
-from shardmap.jobs.digits_reports import score_gradients, suspicious_labels
 from shardmap.jobs.folder import RunFolder, save_tensors, state_of
 from shardmap.jobs.measure import Peaks
 from shardmap.jobs.run import execute
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.jobs.demos import CONFIGS, digits, digits_reports, input_jacobian
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def gradients(tmp_path_factory) -> tuple[Path, str]:
     folder, findings = execute(
         bind(
             load(
-                CONFIGS / "digits_gradients.yaml",
+                CONFIGS / "digits_gradients",
                 ["--output", str(tmp_path_factory.mktemp("runs") / "gradients")],
             )
         ),
@@ -139,7 +137,7 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
         main(
             [
                 "run",
-                str(CONFIGS / "digits_jacobian.yaml"),
+                str(CONFIGS / "digits_jacobian"),
                 "--model.init_args.epochs",
                 "3",
                 "--output",
@@ -159,7 +157,7 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     model = bound.model(dataset)
     for row in (0, 1796):
         torch.testing.assert_close(
-            jacobian[row], digits.input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4
+            jacobian[row], input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4
         )
     assert json.loads((folder / "summary.json").read_text())["changed_by_predicted_step"] > 0.8
     assert_is_a_picture(folder / "sensitivity.png")
@@ -178,7 +176,7 @@ def test_the_same_run_in_two_shards_gives_the_same_numbers(gradients, tmp_path):
         "--output",
         str(tmp_path / "two"),
     ]
-    other, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    other, _ = execute(bind(load(CONFIGS / "digits_gradients", words)))
     torch.testing.assert_close(
         load_file(other / "scores.safetensors")["score"],
         load_file(folder / "scores.safetensors")["score"],
@@ -219,7 +217,7 @@ def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
         "0",
     ]
     words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
-    folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    folder, _ = execute(bind(load(CONFIGS / "digits_gradients", words)))
     assert shardmap.open_store(folder / "results.zarr").read("result", 0, 1797).shape == (1797, 10)
 
 
@@ -235,7 +233,7 @@ def test_events_reach_the_listener(tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    execute(bind(load(CONFIGS / "digits_gradients.yaml", words)), listener=events.append)
+    execute(bind(load(CONFIGS / "digits_gradients", words)), listener=events.append)
     assert [type(event) for event in events] == [RunStarted, ChunkDone, ChunkDone, RunFinished]
 
 
@@ -258,14 +256,23 @@ def test_the_network_takes_one_image_or_a_batch():
 def test_every_score_ranks_a_lone_opposite_gradient_first(score):
     gradients = torch.ones(20, 6) + 0.01 * torch.randn(20, 6)
     gradients[7] = -5.0
-    assert int(score_gradients(gradients, torch.zeros(20, dtype=torch.int64), score).argmax()) == 7
+    assert (
+        int(
+            digits_reports.score_gradients(
+                gradients, torch.zeros(20, dtype=torch.int64), score
+            ).argmax()
+        )
+        == 7
+    )
 
 
 def test_gradients_that_are_not_finite_are_refused(tmp_path):
     dataset = digits.load()
     outputs = (torch.full((len(dataset), 3), torch.nan),)
     with pytest.raises(ConfigError, match="not finite"):
-        suspicious_labels(Outcome(dataset, digits.train(dataset, epochs=0), outputs, tmp_path))
+        digits_reports.suspicious_labels(
+            Outcome(dataset, digits.train(dataset, epochs=0), outputs, tmp_path)
+        )
 
 
 def test_columns_of_different_length_are_refused():
@@ -300,7 +307,7 @@ def test_a_run_that_fails_leaves_nothing_and_before_it_ends_it_is_called_unfinis
 def test_a_run_leaves_torchs_random_state_alone(tmp_path):
     before = torch.get_rng_state()
     words = ["--model.init_args.epochs", "1", "--report", "null", "--output", str(tmp_path / "run")]
-    execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    execute(bind(load(CONFIGS / "digits_gradients", words)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -326,7 +333,7 @@ def test_plan_and_measurement_are_by_lane_and_cover_every_sample(tmp_path):
         "-m",
         "shardmap.jobs.cli",
         "run",
-        str(CONFIGS / "digits_gradients.yaml"),
+        str(CONFIGS / "digits_gradients"),
         *words,
         "--output",
         str(folder),

@@ -555,7 +555,7 @@ def test_from_a_configuration_to_a_page_in_a_browser(
         cli.main(
             [
                 "run",
-                "configs/digits_jacobian.yaml",
+                "configs/digits_jacobian/run.yaml",
                 "--model.init_args.epochs",
                 "1",
                 "--output",

@@ -20,7 +20,7 @@ from shardmap.jobs.run import execute
 from shardmap.run.base import ChunkDone, listen
 
 ROOT = Path(__file__).parents[2]
-GRADIENTS = str(ROOT / "configs" / "digits_gradients.yaml")
+GRADIENTS = str(ROOT / "configs" / "digits_gradients")
 MODULE = """
 import torch
 from shardmap.jobs import Dataset, Findings

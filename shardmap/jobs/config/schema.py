@@ -44,7 +44,8 @@ class Call:
     """A function or class named by its import path, and the named arguments that the run gives it."""
 
     path: str
-    """`package.module.name`; packages in the current directory count."""
+    """`module.name` of a module in the configuration's folders (`python`), or
+    `package.module.name` of anything in the current directory or installed."""
     init_args: dict[str, Any] = field(default_factory=dict)
     """Named arguments, checked against the signature: a class is constructed with them, a
     function gets them with each call."""
@@ -68,6 +69,9 @@ class RunConfig:
     Samples, what to compute for each, where and in which chunks, and what to make of the outputs.
     """
 
+    python: list[str] | str = "."
+    """Folders whose modules import paths may name, before what is installed; relative to the
+    file, whose own folder is the default."""
     task: Task = "vmap"
     """What is computed for each sample: `function` itself, the gradient of `loss`, or
     derivatives of `function` by its arguments."""

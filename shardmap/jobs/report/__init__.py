@@ -4,15 +4,7 @@ Pieces that a run's own report is made of, and `shardmap.jobs.report.page`, whic
 run folder.
 """
 
-from shardmap.jobs.report.pieces import (
-    FAINT,
-    INK,
-    RIGHT,
-    WRONG,
-    Tile,
-    contact_sheet,
-    format_table,
-    write_csv,
-)
+from shardmap.jobs.report.pieces import Tile, contact_sheet, format_table, write_csv
+from shardmap.run.colours import FAINT, INK, RIGHT, WRONG
 
 __all__ = ["FAINT", "INK", "RIGHT", "WRONG", "Tile", "contact_sheet", "format_table", "write_csv"]

@@ -10,8 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from shardmap.jobs.base import Dataset
-from shardmap.jobs.config import Bounds
+from shardmap.jobs import Bounds, Dataset
 
 
 def flow(

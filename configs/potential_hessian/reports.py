@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from potential import mueller_brown_hessian
 
-from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.folder import save_tensors
-from shardmap.jobs.potential import mueller_brown_hessian
+from shardmap.jobs import Findings, Outcome, save_tensors
 from shardmap.jobs.report import FAINT, INK
 
 
@@ -66,9 +65,7 @@ def curvature(outcome: Outcome) -> Findings:
 
 def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> None:
     """The Laplacian by calculus, the learned one, and their difference, as maps."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
-        figsize=(11.4, 4.5), facecolor="white"
-    )
+    figure = Figure(figsize=(11.4, 4.5), facecolor="white")
     panels: Any = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.05, right=0.95, top=0.77, bottom=0.09, wspace=0.25)
     place, most, gap = (

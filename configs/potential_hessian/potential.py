@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from shardmap.jobs.base import Dataset
-from shardmap.jobs.config import Bounds
+from shardmap.jobs import Bounds, Dataset
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from shardmap._extras import require
-from shardmap.jobs.base import Dataset
-from shardmap.jobs.config import Bounds
+from shardmap.jobs import Bounds, Dataset, one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def load(*, flipped_fraction: Annotated[float, Bounds(0, 1)] = 0.0, flip_seed: i
         Columns `image` ([N, 1, 8, 8], 0 to 1), `label` (as given, perhaps flipped), `true_label`,
         `flipped`.
     """
-    bunch = require("sklearn.datasets", extra="run", purpose="to load the digits").load_digits()
+    bunch: Any = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0  # [N, 1, 8, 8]
     true_labels = torch.tensor(bunch.target, dtype=torch.int64)
     generator = torch.Generator().manual_seed(flip_seed)
@@ -111,21 +108,6 @@ def train(
     return model.eval()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread.
-
-    Steps on 64 images of 8x8 pixels gain nothing from more, and sums keep their order on every
-    machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def loss_gradient(model: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
     """The gradient of one sample's loss with respect to every parameter, written as for one sample.
 
@@ -139,18 +121,3 @@ def loss_gradient(model: nn.Module, image: Tensor, label: Tensor) -> tuple[Tenso
     """
     loss = F.cross_entropy(model(image), label)
     return torch.autograd.grad(loss, tuple(model.parameters()))
-
-
-def input_jacobian(model: nn.Module, image: Tensor) -> Tensor:
-    """The Jacobian of one sample's logits with respect to its pixels.
-
-    Args:
-        model: Takes one image.
-        image: [1, 8, 8].
-
-    Returns:
-        [10, 1, 8, 8]: how each logit changes with each pixel.
-    """
-    jacobian = torch.autograd.functional.jacobian(model, image)
-    assert isinstance(jacobian, Tensor)  # one tensor in, one tensor out
-    return jacobian

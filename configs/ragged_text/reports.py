@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from text import loss_gradient, taught
 from torch import Tensor
 
 import shardmap
-from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.folder import save_tensors
+from shardmap.jobs import Findings, Outcome, save_tensors
 from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG, write_csv
-from shardmap.jobs.text import loss_gradient, taught
 
 
 def gradients_by_length(outcome: Outcome) -> Findings:
@@ -87,9 +86,7 @@ def gradients_by_length(outcome: Outcome) -> Findings:
 
 def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, first: int) -> None:
     """Norms by length, of sentences taught and new, and what padding would make of each."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
-        figsize=(10.4, 4.6), facecolor="white"
-    )
+    figure = Figure(figsize=(10.4, 4.6), facecolor="white")
     panels: Any = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.78, bottom=0.12, wspace=0.2)
     length = outcome.dataset["length"]

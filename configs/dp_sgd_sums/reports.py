@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from private import epsilon
 from torch import Tensor, nn
 
-from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.config import Bounds
-from shardmap.jobs.folder import save_tensors
-from shardmap.jobs.private import epsilon
+from shardmap.jobs import Bounds, Findings, Outcome, save_tensors
 from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG
 
 
@@ -120,9 +118,7 @@ def _moved(model: nn.Module, direction: Tensor, length: float) -> nn.Module:
 
 def _draw(outcome: Outcome, norms: Tensor, max_norm: float, clipped: float) -> None:
     """A histogram of the gradients' norms, and where they are clipped."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
-        figsize=(8.4, 4.4), facecolor="white"
-    )
+    figure = Figure(figsize=(8.4, 4.4), facecolor="white")
     axes: Any = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.97, top=0.80, bottom=0.12)
     doublings = (

@@ -6,14 +6,12 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from digits import CLASSES
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.config import Bounds
-from shardmap.jobs.digits import CLASSES
-from shardmap.jobs.folder import save_tensors
+from shardmap.jobs import Bounds, Findings, Outcome, save_tensors
 from shardmap.jobs.report import FAINT, INK
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -108,9 +106,7 @@ def _kernel(outcome: Outcome, samples: int) -> Tensor:
 
 def _draw(outcome: Outcome, kernel: Tensor) -> None:
     """The kernel's cosines, digits sorted by label."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
-        figsize=(7.4, 7.4), facecolor="white"
-    )
+    figure = Figure(figsize=(7.4, 7.4), facecolor="white")
     axes: Any = figure.subplots()
     figure.subplots_adjust(left=0.07, right=0.90, top=0.86, bottom=0.05)
     labels = outcome.dataset["true_label"]

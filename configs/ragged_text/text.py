@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardmap._extras import require
-from shardmap.jobs.base import Dataset
-from shardmap.jobs.config import Bounds
-from shardmap.jobs.digits import one_thread
+from shardmap.jobs import Bounds, Dataset, one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +49,6 @@ def load(*, sentences: Annotated[int, Bounds(least=1)] = 1000) -> Dataset:
         Columns `words` ([N, 24], numbers of words, 0 behind the last), `length` ([N]) and `topic`
         ([N], the subpackage).
     """
-    require("sklearn", extra="run", purpose="to read its documentation")
     owners: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
     for topic, package in enumerate(TOPICS):
         module = importlib.import_module(f"sklearn.{package}")

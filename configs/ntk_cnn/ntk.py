@@ -9,7 +9,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from shardmap.jobs.config import Bounds
+from shardmap.jobs import Bounds
 
 
 class Network(nn.Sequential):

@@ -6,13 +6,11 @@ import math
 from typing import Annotated, Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from shardmap._extras import require
 from shardmap.errors import ConfigError
-from shardmap.jobs.base import Findings, Outcome
-from shardmap.jobs.config import Bounds
-from shardmap.jobs.folder import save_tensors
+from shardmap.jobs import Bounds, Findings, Outcome, save_tensors
 from shardmap.jobs.report import FAINT, INK, write_csv
 
 GROWS, SHRINKS = "#c8321f", "#2a6fb0"
@@ -112,9 +110,7 @@ def kaplan_yorke(spectrum: Tensor) -> float:
 
 def _draw(outcome: Outcome, spectrum: Tensor, error: Tensor, dimension: float) -> None:
     """The exponents as bars, and their running sum."""
-    figure = require("matplotlib.figure", extra="run", purpose="to draw pictures").Figure(
-        figsize=(9.6, 4.8), facecolor="white"
-    )
+    figure = Figure(figsize=(9.6, 4.8), facecolor="white")
     axes: Any = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.92, top=0.84, bottom=0.11)
     numbers, sums = range(1, len(spectrum) + 1), spectrum.cumsum(0)
