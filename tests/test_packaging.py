@@ -138,7 +138,8 @@ def test_the_readme_gives_two_whole_commands_and_ci_runs_the_second():
     ]
     start = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
     assert (
-        commands[0] == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients/run.yaml'
+        commands[0]
+        == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients/run.yaml'
     )
     assert commands[1] == f'{start} ".[all,test]" && .venv/bin/pytest'
     script = (ROOT / ".ci" / "run").read_text()

@@ -133,7 +133,9 @@ def workplace(tmp_path, monkeypatch):
     )
     (tmp_path / "no_findings.yaml").write_text("\n".join((*parts, "save_outputs: false")))
     (tmp_path / "quick.yaml").write_text("\n".join(parts[:3]))
-    no_rows = (*parts[:3], "report: reports.suspicious_labels", "reduce: sum")
+    folders = [str(ROOT / "configs" / name) for name in ("digits_jacobian", "digits_gradients")]
+    no_rows = (f"python: {folders}", "data: digits.load", *parts[1:3])
+    no_rows = (*no_rows, "report: reports.sensitivity_maps", "reduce: sum")
     (tmp_path / "no_rows.yaml").write_text("\n".join(no_rows))
     shardmap.vmap(torch.sin, out=shardmap.MemmapSink(tmp_path / "store"))(torch.ones(3, 2))
     (tmp_path / "unknown.yaml").write_text(
