@@ -1,4 +1,4 @@
-"""When does a network not know? An ensemble of networks, trained in one mapped call, tells it better than one.
+"""An ensemble of networks, trained in one mapped call, that says when it does not know.
 
 Networks are trained on scikit-learn's handwritten digits from 0 to 7, all at once: their parameters
 are stacked by `torch.func.stack_module_state`, and each step maps the gradient over the stack, each

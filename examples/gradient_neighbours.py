@@ -61,7 +61,10 @@ def gradients(task: Task, folder: Path, devices: Any) -> Store:
 
 
 def cosines(store: Store, rows: range, columns: range) -> Tensor:
-    """Cosines between the gradients of two ranges of samples, [rows, columns], two blocks in memory at a time."""
+    """Cosines between the gradients of two ranges of samples, [rows, columns].
+
+    Two blocks of gradients are in memory at a time.
+    """
     found = torch.empty(len(rows), len(columns))
     for i in range(0, len(rows), BLOCK):
         here = unit(store, rows[i : i + BLOCK])
@@ -109,7 +112,7 @@ def neighbours(task: Task, store: Store) -> Neighbours:
 def after_a_step(
     task: Task, store: Store, samples: Tensor, teachers: Tensor, length: float
 ) -> Tensor:
-    """The loss of each sample after a step of that length down the gradient of its teacher, [samples]."""
+    """The loss of each sample after a step down the gradient of its teacher, [samples]."""
     names, parameters = zip(*task.model.named_parameters(), strict=True)
 
     def stepped(direction: Tensor, *sample: Tensor) -> Tensor:
@@ -152,7 +155,10 @@ class Lesson:
 
 
 def lessons(task: Task, store: Store, near: Neighbours) -> list[Lesson]:
-    """A step along one training sample's gradient for each of the hardest new samples, chosen in four ways."""
+    """Take a step for each of the hardest new samples, along one training sample's gradient.
+
+    The training sample is chosen in four ways.
+    """
     old, new = task.labels[: task.taught], task.labels[task.taught :]
     own = near.looks.masked_fill(old != new.unsqueeze(1), -torch.inf)
     anyone = torch.randint(task.taught, (len(new),), generator=torch.Generator().manual_seed(0))
@@ -177,8 +183,10 @@ def table(title: str, near: Neighbours, found: list[Lesson]) -> str:
     """The lessons as text."""
     before = float(near.losses[near.hardest].mean())
     lines = [
-        f"{title}: the {len(near.hardest)} new samples with the highest loss, mean {before:.2f}; label: of all {len(near.losses)}",
-        f"{'a step along the gradient of':>30}  {'loss after':>10}  {'fell for':>8}  {'has its label':>13}",
+        f"{title}: the {len(near.hardest)} new samples with the highest loss, mean {before:.2f}; "
+        f"label: of all {len(near.losses)}",
+        f"{'a step along the gradient of':>30}  {'loss after':>10}  {'fell for':>8}  "
+        f"{'has its label':>13}",
     ]
     lines += [
         f"{lesson.teacher:>30}  {lesson.after:10.2f}  {lesson.helped:8.0%}  {lesson.alike:13.0%}"

@@ -1,6 +1,6 @@
-"""The handwritten digits that scikit-learn bundles.
+"""The handwritten digits that scikit-learn bundles, and a small network that reads them.
 
-1,797 images of 8x8 pixels, ten classes, no download.
+There are 1,797 images of 8x8 pixels in ten classes; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def train(
 
 
 def loss_gradient(model: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of one sample's loss with respect to every parameter, written as for one sample.
+    """The gradient of one sample's loss with respect to every parameter.
 
     Args:
         model: Takes one image.

@@ -1,4 +1,4 @@
-"""Report on the gradients of the digits: which labels look wrong."""
+"""Report on the gradients of the digits: a ranking of the labels that look wrong."""
 
 from __future__ import annotations
 

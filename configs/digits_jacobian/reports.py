@@ -1,4 +1,4 @@
-"""Report on the Jacobians of the digits: what the network looks at."""
+"""Report on the Jacobians of the digits: the pixels that the network looks at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardmap.jobs.report import FAINT, INK, write_csv
 
 
 def sensitivity_maps(outcome: Outcome) -> Findings:
-    """Show which pixels the network's decisions hang on, and check the Jacobian by what it predicts.
+    """Show the pixels that the network's decisions depend on, and test what the Jacobian predicts.
 
     To first order, the nearest decision boundary lies `margin / |gradient of the margin|` away,
     along that gradient (DeepFool's first step, Moosavi-Dezfooli et al. 2016). The check takes that
@@ -85,13 +85,16 @@ def sensitivity_maps(outcome: Outcome) -> Findings:
 
 
 def _draw_sensitivity(outcome: Outcome, jacobian: Tensor, predicted: Tensor) -> None:
-    """Per class: one digit, its signed gradient, and the mean sensitivity of the class."""
+    """Draw for each class one digit, its signed gradient, and the class's mean sensitivity."""
     images, true = outcome.dataset["image"], outcome.dataset["true_label"]
     figure = Figure(figsize=(11.2, 4.5), facecolor="white")
     figure.text(
         0.02, 0.965, "What the network looks at", fontsize=14, weight="bold", color=INK, va="top"
     )
-    note = f"Jacobian of ten logits with respect to 64 pixels, for each of {len(images):,} digits in one mapped call"
+    note = (
+        "Jacobian of ten logits with respect to 64 pixels, "
+        f"for each of {len(images):,} digits in one mapped call"
+    )
     figure.text(0.02, 0.895, note, fontsize=9, color=FAINT, va="top")
     grid = figure.subplots(3, CLASSES)
     figure.subplots_adjust(left=0.135, right=0.985, top=0.83, bottom=0.03, hspace=0.1, wspace=0.1)

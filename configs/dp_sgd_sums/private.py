@@ -1,4 +1,4 @@
-"""What clipped, noised sums of gradients spend of privacy."""
+"""The privacy budget that clipped, noised sums of gradients spend."""
 
 from __future__ import annotations
 

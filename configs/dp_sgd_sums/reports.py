@@ -1,7 +1,4 @@
-"""Report on a private step.
-
-What clipping and noise leave of the gradient, and what the step spends.
-"""
+"""Report on a private step: its direction, its effect on the loss, and its privacy budget."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def private_step(
 ) -> Findings:
     """Compare a clipped, noised sum of gradients with their mean.
 
-    By direction, and by what a step of one length does to the loss.
+    Compared are the directions, and the fall of the loss after a step of the same length.
 
     Args:
         outcome: Columns `image` and `label`; the run's reductions are named `private`

@@ -1,7 +1,4 @@
-"""Lorenz's model of weather along a circle of latitude (Lorenz 1996).
-
-A flow whose Jacobians say how chaotic it is.
-"""
+"""Lorenz's model of weather along a circle of latitude (Lorenz 1996), a chaotic flow."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ def lyapunov(
     interval: Annotated[float, Bounds(above=0)] = 0.2,
     discarded: Annotated[int, Bounds(least=0)] = 100,
 ) -> Findings:
-    """The Lyapunov exponents of a flow.
+    """Find the Lyapunov exponents of a flow by QR (Benettin et al. 1980).
 
-    How fast small differences grow in each direction, by QR (Benettin et al. 1980).
+    They say how fast small differences grow in each direction.
 
     Args:
         outcome: Columns `state` and `trajectory`, each trajectory's states in order; outputs the
@@ -94,9 +94,9 @@ def lyapunov(
 
 
 def kaplan_yorke(spectrum: Tensor) -> float:
-    """How many exponents, from the largest, sum to zero; interpolated.
+    """The Kaplan-Yorke dimension: the interpolated number of largest exponents that sum to zero.
 
-    All of them, if their sum is not negative.
+    It is the number of all exponents if their sum is not negative.
 
     Args:
         spectrum: [n], the largest first.

@@ -1,7 +1,4 @@
-"""The empirical neural tangent kernel of a small convolutional network.
-
-What it knows before it learns.
-"""
+"""A small convolutional network whose tangent kernel is taken before it is trained."""
 
 from __future__ import annotations
 
@@ -23,11 +20,19 @@ class Network(nn.Sequential):
 
     def __init__(self, *, width: Annotated[int, Bounds(least=1)] = 32):
         super().__init__(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(-3), nn.Linear(16 * width, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(-3),
+            nn.Linear(16 * width, 10),
+        )
 
 
 def total(logits: Tensor) -> Tensor:
-    """The sum of the logits, whose gradients' inner products are the pseudo-NTK (Mohamadi, Bae and Sutherland 2023)."""
+    """The sum of the logits.
+
+    The inner products of its gradients are the pseudo-NTK (Mohamadi, Bae and Sutherland 2023).
+    """
     return logits.sum()

@@ -1,4 +1,4 @@
-"""Report on a kernel: how well does regression with it read digits?"""
+"""Report on a kernel: the share of digits that regression with it reads right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def kernel_regression(
     outcome: Outcome, *, labels: Annotated[int, Bounds(least=2)] = 100
 ) -> Findings:
-    """Learn a few labels by kernel ridge regression, with the network's kernel and with that of the pixels, and read the other digits.
+    """Learn a few labels by kernel ridge regression and read the other digits.
+
+    The regression is made twice: with the network's kernel, and with that of the pixels.
 
     Args:
         outcome: Columns `image` and `true_label`; one output, the kernel, [N, N], or gradients of
@@ -134,6 +136,9 @@ def _draw(outcome: Outcome, kernel: Tensor) -> None:
         weight="bold",
         va="top",
     )
-    note = "cosines of the gradients of all pairs of digits, sorted by label: the empirical tangent kernel"
+    note = (
+        "cosines of the gradients of all pairs of digits, sorted by label: "
+        "the empirical tangent kernel"
+    )
     figure.text(0.07, 0.915, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(outcome.folder / "kernel.png", dpi=130)

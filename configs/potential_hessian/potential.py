@@ -1,4 +1,4 @@
-"""A potential energy that a network has learned from energies and forces, beside the one it was learned from."""
+"""Mueller and Brown's potential, and a network that learns it from energies and forces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CEILING = 0.0
 
 
 def mueller_brown(point: Tensor) -> Tensor:
-    """Mueller and Brown's potential (Theor. Chim. Acta 53, 1979), a test of methods that look for reaction paths.
+    """Mueller and Brown's potential (Theor. Chim. Acta 53, 1979), a test for reaction paths.
 
     Args:
         point: [2], or [..., 2] for many.

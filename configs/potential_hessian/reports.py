@@ -1,7 +1,4 @@
-"""Report on a learned potential.
-
-Are its second derivatives those of the potential that it was learned from?
-"""
+"""Report on a learned potential: its second derivatives beside those of the real one."""
 
 from __future__ import annotations
 
@@ -106,6 +103,9 @@ def _draw(outcome: Outcome, laplacian: torch.Tensor, expected: torch.Tensor) -> 
         weight="bold",
         va="top",
     )
-    note = "red: bends up, a valley; blue: bends down; trace of the Hessian of a network, for all points in one mapped call"
+    note = (
+        "red: bends up, a valley; blue: bends down; trace of the Hessian of a network, "
+        "for all points in one mapped call"
+    )
     figure.text(0.05, 0.885, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(outcome.folder / "laplacian.png", dpi=150)

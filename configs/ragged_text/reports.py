@@ -1,7 +1,4 @@
-"""Report on gradients of sentences of unequal lengths.
-
-Which pull hardest, and does the padding take part?
-"""
+"""Report on gradients of sentences of unequal lengths, with and without padding."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG, write_csv
 
 
 def gradients_by_length(outcome: Outcome) -> Findings:
-    """Compare the gradient norms of padded sentences with those of the same sentences without any padding.
+    """Compare the gradient norms of padded sentences with those of the sentences alone.
 
     Args:
         outcome: Columns `words`, `length` and `topic`; one output, the norm of each sentence's
@@ -132,6 +129,9 @@ def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, first: int) -> None:
         weight="bold",
         va="top",
     )
-    note = f"gradients of {len(norms):,} sentences of unequal lengths, padded; what stands behind the last word takes no part in them"
+    note = (
+        f"gradients of {len(norms):,} sentences of unequal lengths, padded; "
+        "the padding behind the last word takes no part in them"
+    )
     figure.text(0.07, 0.87, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(outcome.folder / "norms.png", dpi=140)

@@ -1,7 +1,4 @@
-"""Sentences of unequal lengths.
-
-Those of scikit-learn's documentation, and a recurrent network that reads them.
-"""
+"""Sentences of scikit-learn's documentation, and a recurrent network that reads them."""
 
 from __future__ import annotations
 

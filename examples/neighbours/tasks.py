@@ -61,7 +61,8 @@ def digits(samples: int, epochs: int) -> Task:
     labels = torch.tensor(bunch.target)[order]
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(-3),
         nn.Linear(512, 182), nn.ReLU(), nn.Linear(182, 10),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the parts of a run hand to each other."""
+"""Values that the parts of a run hand to each other: dataset, outcome, findings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a report is made from."""
+    """The results of a run, from which a report is made."""
 
     dataset: Dataset
     model: Any
@@ -76,10 +76,8 @@ class Outcome:
     def tensors(self) -> dict[str, Tensor]:
         """The outputs by name, in memory, whether they are kept or reduced.
 
-        From a store all of it is read.
-
-        A single output is called `result`, others by their place: `0`, `loss.1`,
-        `mean.conv.weight`.
+        All of a store is read. A single output is called `result`, others by their place: `0`,
+        `loss.1`, `mean.conv.weight`.
         """
         if isinstance(self.outputs, Store):
             header = self.outputs.header
@@ -105,7 +103,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report found, for people and for machines."""
+    """The findings of a report, for people and for machines."""
 
     headline: str
     """A sentence or a few, printed at the end of the run."""
@@ -114,9 +112,10 @@ class Findings:
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a pytree, each named by its place in it.
+    """The tensors of a pytree, each named by its place in the tree.
 
-    `result` where there is one, `0`, `loss.1`; of a ragged one, each sample.
+    A single tensor is called `result`, others `0` or `loss.1`; each sample of a `Ragged` has a
+    name of its own.
     """
     tensors = {}
     for place, leaf in pytree.tree_flatten_with_path(tree)[0]:

@@ -174,7 +174,7 @@ def _import_from_here() -> None:
 
 
 def ops(scoreboard: Path) -> int:
-    """Print the registry of rules, and what the stored sweep over PyTorch's operator database found."""
+    """Print the registry of rules, and the results of the stored sweep over PyTorch's operators."""
     from shardmap.jobs.report import format_table
     from shardmap.rules.registry import table
 
@@ -216,7 +216,7 @@ def ops(scoreboard: Path) -> int:
     }
     columns |= {verdict: [results[(*pair, verdict)] for pair in pairs] for verdict in verdicts}
     say(
-        f"\nPyTorch's operator database, torch {board.get('torchversion', 'unknown')}, number of "
+        f"\nPyTorch's operator database, torch {board.get('torch_version', 'unknown')}, number of "
         "operators:"
     )
     say(format_table(columns))
@@ -242,7 +242,7 @@ def devices() -> int:
         say("cuda    none")
     try:
         say(
-            f"ray     {require('ray', extra='ray', purpose='for devices=ray')._version__} installed"
+            f"ray     {require('ray', extra='ray', purpose='for devices=ray').__version__} installed"
         )
     except MissingExtraError as error:
         say(f"ray     {error}")

@@ -1,4 +1,4 @@
-"""The run folder: there from the beginning, and it says when it is complete."""
+"""The run folder: made when the run begins, marked when it is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a map took: memory by device while it ran, and its chunks by lane."""
+"""Measurements of a map: the peak memory of each device, and the chunks of each lane."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_SECONDS = 0.01
 
 
 class Peaks:
-    """Measures, inside its context, the most memory in use on each device above what was in use before.
+    """A context that measures the peak memory of each device above what was in use before.
 
     The process's own record says it exactly where the map has set it. Where something before has
     used more, training for example, it is the largest of what was in use every hundredth of a

@@ -1,7 +1,4 @@
-"""What a run maps.
-
-The samples and the model, made as the configuration says, and the function of one sample.
-"""
+"""The parts of a run: its samples, its model, and the function of one sample."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ class Parts:
         return any(isinstance(column, Ragged) for column in self.columns)
 
     def head(self, rows: int) -> Parts:
-        """The same for the first samples only."""
+        """These parts with the first samples only."""
         columns: list[Tensor | Column | Ragged] = []
         for column in self.columns:
             if isinstance(column, Ragged):
@@ -82,9 +79,9 @@ class Parts:
 
     @property
     def detached(self) -> Callable[..., Any]:
-        """The same without a history.
+        """The function with detached outputs.
 
-        Outputs end in files, so no chunk needs a graph, and other processes can compute them.
+        Outputs are written to files, so no chunk needs an autograd graph.
         """
         function = self.one_sample
 
@@ -207,7 +204,7 @@ def _made(call: BoundCall, *leading: Any) -> Any:
 
 
 def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
-    """What is called for each sample, what it gets before the columns, and its name."""
+    """The callable that is mapped, its arguments before the columns, and its name."""
     if run.function is None:
         if not callable(model):
             assert run.config.model is not None

@@ -1,7 +1,4 @@
-"""What a run would do, without running it.
-
-Its plan on this machine, and a forecast for a cluster.
-"""
+"""The plan of a run on this machine, and a forecast for a cluster, without running it."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from shardmap.planning.memory import format_bytes
 from shardmap.run.storing import unit_of
 
 MEASURED_SECONDS = 1.0
-"""About as long a measurement computes, by the guess that it replaces."""
+"""About how long a measurement computes, by the guess that it replaces."""
 MEASURED_BYTES = 256 << 20
-"""Of results that a measurement keeps at most."""
+"""The most bytes of results that a measurement keeps."""
 
 
 def plan(
@@ -32,7 +29,7 @@ def plan(
     measure: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, Forecast | None]:
-    """Plan a run's map for the devices of this machine, and forecast it for a cluster of such machines.
+    """Plan a run's map for this machine's devices, and forecast it for a cluster of such machines.
 
     Data and model are made as for the run; of the map, at most three samples are computed, or some
     seconds' worth to measure.

@@ -1,7 +1,4 @@
-"""Carry out a run.
-
-Load the data, make the model, map the function, report, and leave a complete folder.
-"""
+"""Carry out a run: load the data, make the model, map the function, report."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C, in a run that can be gone on with."""
+    """Ctrl-C stopped a run that can be resumed."""
 
     def __init__(self, folder: Path):
         """`folder` is the run folder, which stays."""
@@ -47,7 +44,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class _Map:
-    """What is going to happen, in words and as figures, and what makes it happen."""
+    """A map that is ready to run, with its description and its plan."""
 
     text: str
     plan: Plan | None
@@ -175,7 +172,10 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
         None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
     )
     if sink is None:
-        text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+        text = (
+            f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many "
+            "workers there are"
+        )
         if parts.ragged:
             text = f"{samples} samples of unequal shapes, a map for each shape"
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
@@ -210,9 +210,10 @@ def _write_plan(folder: Path, work: _Map, samples: int) -> None:
 def _mapped(
     folder: RunFolder, work: _Map, listener: Callable[[Event], None]
 ) -> tuple[Any, dict[str, int]]:
-    """Run the map; what it took is written down.
+    """Run the map and write its measurements into the folder.
 
-    Its outputs, and how many chunks were handed out again, by cause.
+    Returns:
+        The outputs, and how many chunks were computed again, by cause.
     """
     events: list[Event] = []
 

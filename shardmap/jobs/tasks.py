@@ -1,7 +1,4 @@
-"""What a run computes for each sample.
-
-The function itself, or derivatives of it, by the library's own calls.
-"""
+"""The library's call that a run makes: a map of the function, or one of its derivatives."""
 
 from __future__ import annotations
 
@@ -93,6 +90,6 @@ def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
 
 
 def _given(parts: Parts, config: RunConfig) -> tuple[Any, ...]:
-    """What the call gets: a function of parameters gets them first."""
+    """The arguments of the call; a function of parameters gets those first."""
     leading = parts.leading if config.task == "per_sample_grad" and parts.loss is None else ()
     return (*leading, *parts.columns)

@@ -76,11 +76,13 @@ def per_sample_grad(
         >>> gradients = shardmap.per_sample_grad(model, loss)(x, y)
         >>> {name: tuple(g.shape) for name, g in gradients.items()}
         {'weight': (5, 1, 3), 'bias': (5, 1)}
-        >>> norms = shardmap.per_sample_grad(model, loss, reduce="norm")(x, y)  # [5], over all parameters
-        >>> torch.allclose(norms[0] ** 2, gradients["weight"][0].square().sum() + gradients["bias"][0].square().sum())
+        >>> norms = shardmap.per_sample_grad(model, loss, reduce="norm")(x, y)  # [5]
+        >>> squares = sum(g[0].square().sum() for g in gradients.values())
+        >>> torch.allclose(norms[0] ** 2, squares)
         True
     """
-    call = f"shardmap.per_sample_grad({_name(model_or_fn)}{'' if loss is None else f', {_name(loss)}'})"
+    given = [model_or_fn] if loss is None else [model_or_fn, loss]
+    call = f"shardmap.per_sample_grad({', '.join(map(_name, given))})"
     if not callable(model_or_fn):
         raise TransformError(
             f"{call}: {model_or_fn!r} is a {type(model_or_fn).__name__}; pass a module or a "

@@ -89,7 +89,7 @@ def pulled_back(
     cotangents: Sequence[torch.Tensor],
     create_graph: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`torch.autograd.grad` with zeros for what does not depend on the leaves, and a graph that is kept."""
+    """Call `torch.autograd.grad` and keep the graph; unused leaves get zeros."""
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not pairs:
         return tuple([torch.zeros_like(t) for t in leaves])

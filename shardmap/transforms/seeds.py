@@ -161,7 +161,7 @@ class UnitVectors:
 
 @functools.lru_cache(maxsize=64)
 def _looked_at(program: Program) -> tuple[Program, int]:
-    """The program without symbolic zeros, and the most bytes that are live at a time for one unit vector: found once."""
+    """The program without symbolic zeros, and its peak of live bytes for one unit vector."""
     program = without_zeros(program)
     return program, live_bytes(program)
 

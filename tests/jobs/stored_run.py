@@ -58,10 +58,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "users_store.py").write_text(MODULE)
     (tmp_path / "run.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "users_store", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return tmp_path
+
+
+def forget_modules() -> None:
+    """Forget the run's modules, as a new process would: their files have changed."""
+    for name in [name for name in sys.modules if name.endswith(".users_store")]:
+        del sys.modules[name]
 
 
 def chunks() -> tuple[list[tuple[int, int]], object]:

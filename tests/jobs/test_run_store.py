@@ -26,7 +26,7 @@ def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) ->
     script = textwrap.dedent(
         """
         import os, signal
-        from shardmap.cli import main
+        from shardmap.jobs.cli import main
         from shardmap.run.base import ChunkDone, listen
         def kill(event):
             if isinstance(event, ChunkDone) and event.stop == 12:

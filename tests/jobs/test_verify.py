@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 import shardmap
 from shardmap.jobs.cli import main
-from tests.jobs.stored_run import MODULE, chunks, rows
+from tests.jobs.stored_run import MODULE, chunks, forget_modules, rows
 from tests.jobs.stored_run import workplace as workplace
 
 
@@ -94,9 +93,7 @@ def test_rounding_is_no_difference_and_is_said(workplace: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("change", ["function", "model", "data"])
-def test_code_that_has_changed_since_is_said_in_words(
-    change: str, workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_has_changed_since_is_said_in_words(change: str, workplace: Path, capsys) -> None:
     main(["run", "run.yaml", "--store", "store"])
     old, new = {
         "function": (".sin()", ".cos()"),
@@ -104,7 +101,7 @@ def test_code_that_has_changed_since_is_said_in_words(
         "data": ("+ shift", "+ shift + 1"),
     }[change]
     (workplace / "users_store.py").write_text(MODULE.replace(old, new))
-    monkeypatch.delitem(sys.modules, "users_store")
+    forget_modules()
     capsys.readouterr()
     assert main(["verify", "store"]) == 2
     captured = capsys.readouterr()
@@ -122,12 +119,10 @@ def test_code_that_has_changed_since_is_said_in_words(
     )
 
 
-def test_a_function_that_is_gone_is_said_in_words(
-    workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_function_that_is_gone_is_said_in_words(workplace: Path, capsys) -> None:
     main(["run", "run.yaml", "--store", "store"])
     (workplace / "users_store.py").write_text(MODULE.replace("def noisy", "def noise"))
-    monkeypatch.delitem(sys.modules, "users_store")
+    forget_modules()
     capsys.readouterr()
     assert main(["verify", "store"]) == 2
     error = capsys.readouterr().err

@@ -41,7 +41,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Call:
-    """A function or class named by its import path, and the named arguments that the run gives it."""
+    """A function or class, named by its import path, with the named arguments it gets."""
 
     path: str
     """`module.name` of a module in the configuration's folders (`python`), or
@@ -64,9 +64,9 @@ class Files:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """One run: its samples, the function to map, devices and chunks, and the report.
 
-    Samples, what to compute for each, where and in which chunks, and what to make of the outputs.
+    Each field is a key of the configuration.
     """
 
     python: list[str] | str = "."
@@ -148,20 +148,19 @@ class RunConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether outputs go to a store as they are computed.
+        """Whether outputs are written to a store as they are computed.
 
-        The one that is named, or one in the run folder.
-
-        What is reduced is small; and what workers of a cluster compute is gathered, because they
+        The store is the one that `store` names, or one in the run folder. Reduced outputs are
+        small and stay in memory; outputs of a cluster's workers are gathered, because the workers
         may not see the run folder.
         """
         inside = bool(self.save_outputs) and self.reduce is None and self.devices != "ray"
         return self.store is not None or inside
 
     def identity(self) -> dict[str, Any]:
-        """The keys that say what is computed of what.
+        """The keys that decide what is computed, with their values.
 
-        The others say where, how, and what becomes of it.
+        The other keys say where and how it is computed, and where the outputs go.
         """
         return {
             key: value for key, value in dataclasses.asdict(self).items() if key in IDENTITY_KEYS
@@ -175,9 +174,10 @@ class RunConfig:
 
 
 IDENTITY_KEYS = (
-    "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method", "argnums", "columns", "randomness",
-    "reduce", "seed",
+    "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method",
+    "argnums", "columns", "randomness", "reduce", "seed",
 )  # fmt: skip
+"""The keys that decide what is computed."""
 SECTIONS = tuple(
     item.name
     for item in dataclasses.fields(RunConfig)
@@ -187,7 +187,7 @@ SECTIONS = tuple(
 
 
 def _check_parts(config: RunConfig) -> None:
-    """Samples, and something to compute of them."""
+    """Refuse a run without samples, or without a function to map."""
     if config.data is None and config.source is None:
         raise ConfigError(
             "data: missing, and so is source; every run names its samples, data: "
@@ -211,10 +211,7 @@ def _check_parts(config: RunConfig) -> None:
 
 
 def _check_task(config: RunConfig) -> None:
-    """What belongs to one task is refused for the others.
-
-    It would say something that does not happen.
-    """
+    """Refuse keys that belong to another task: they would have no effect."""
     task = config.task
     homes: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
         ("loss", config.loss is not None, ("per_sample_grad",)),
@@ -268,7 +265,7 @@ def _check_task(config: RunConfig) -> None:
 
 
 def _check_places(config: RunConfig) -> None:
-    """Devices, the store and the run folder."""
+    """Refuse devices, stores and run folders that do not go together."""
     if not config.output.strip():
         raise ConfigError("output: '' is empty; give the path of the run folder")
     if config.devices == []:

@@ -85,7 +85,7 @@ class Preview:
 
     @property
     def square(self) -> bool:
-        """Whether rows and columns of the heat map are the same things, as in a Gram matrix or a Hessian."""
+        """Whether the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
         return self.heat_map is not None and self.heat_map.square
 
 
@@ -244,7 +244,8 @@ def number(value: Any, digits: int = 5) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}" if 1e4 <= abs(value) < 1e9 else f"{value:.{digits}g}"
     if isinstance(value, complex):
-        return f"{number(value.real, digits)} {'-' if value.imag < 0 else '+'} {number(abs(value.imag), digits)}i"
+        sign = "-" if value.imag < 0 else "+"
+        return f"{number(value.real, digits)} {sign} {number(abs(value.imag), digits)}i"
     return str(value)
 
 
