@@ -78,6 +78,10 @@ class VariesError(DataDependentError, StaleRecordingError):
     """A shape or an answer that was taken from the first sample is another for a later one."""
 
 
+class RuleError(ShardmapError, TypeError):
+    """A batching rule returned something that is no batched result of its operator."""
+
+
 class MismatchError(ShardmapError, RuntimeError):
     """The replay does not give what the function returned for the sample that was recorded."""
 
@@ -100,6 +104,10 @@ class OutOfMemory(ShardmapError, MemoryError):
 
 class DeviceLostError(ShardmapError, RuntimeError):
     """A device failed, and no other could take over its chunks."""
+
+
+class SlowLoopWarning(UserWarning):
+    """An operator, or the whole function, runs sample by sample because nothing batches it."""
 
 
 class DeviceLostWarning(UserWarning):

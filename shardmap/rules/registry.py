@@ -150,3 +150,8 @@ def overloads(*names: str) -> Iterable[Operator]:
     for name in names:
         packet, _, overload = name.partition(".")
         yield getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def version() -> int:
+    """A number that changes whenever a rule is registered or replaced: what was lowered before may be another now."""
+    return len(_rules) + len(_decompositions)
