@@ -119,7 +119,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
     `explain` is the text of `plan.txt`.
     """
     return {
-        "call": plan._job.call,
+        "call": plan.job.call,
         "samples": plan.samples,
         "fits": plan.fits,
         "predicted_seconds": plan.seconds,

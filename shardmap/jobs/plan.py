@@ -75,7 +75,7 @@ def plan(
 
 def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
     """Compute some samples; a plan that is made after it knows how long they took."""
-    most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
+    most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned.job.outputs))
     rows = max(
         2,
         min(
@@ -88,7 +88,7 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
 
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:
-    job, samples = planned._job, planned.samples
+    job, samples = planned.job, planned.samples
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
     return Workload(
@@ -106,8 +106,8 @@ def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> W
 
 
 def _to_store(planned: Plan, config: RunConfig) -> str:
-    unit = unit_of(planned._job, config.chunk_size, None)
-    row = sum(o.sample_bytes for o in planned._job.outputs)
+    unit = unit_of(planned.job, config.chunk_size, None)
+    row = sum(o.sample_bytes for o in planned.job.outputs)
     units = -(-planned.samples // unit)
     held = min(planned.samples, unit * (len(planned.lanes) + 1))
     place = config.store or f"{RESULTS} in the run folder"

@@ -1,11 +1,15 @@
 """Configurations: what wins over what, what is refused, and in which words."""
 
+import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from shardmap.errors import ConfigError
 from shardmap.jobs import config
+from shardmap.jobs.parts import load_parts, map_options
+from shardmap.jobs.tasks import mapped
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = (
@@ -17,6 +21,17 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text)
     return path
+
+
+CALLS: list[int] = []
+
+
+def counted(x, *, times: int):
+    """Notes each call; its program has as many operators as it is told."""
+    CALLS.append(times)
+    for _ in range(times):
+        x = x.sin()
+    return x
 
 
 def constant():
@@ -229,3 +244,23 @@ def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
         ["--function", "torch.neg"],
     ]
     assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 6
+
+
+def test_the_check_is_handed_to_the_map_and_runs_the_function_so_often(tmp_path, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(sys.modules[__name__], "CALLS", calls)
+    text = f"source: {tmp_path / 'x.npy'}\nfunction: tests.jobs.test_config.counted\n"
+    numpy.save(tmp_path / "x.npy", numpy.arange(15.0).reshape(5, 3))
+    seen = {}
+    for times, check in enumerate(("off", "first", "always"), start=41):  # a program for each
+        words = ["--check", check, "--function.init_args.times", str(times)]
+        bound = config.bind(config.load(write(tmp_path, text), words))
+        assert map_options(bound)["check"] == check
+        parts = load_parts(bound, lambda told: None)
+        for _ in range(2):
+            calls.clear()
+            mapped(parts, bound.config, map_options(bound))()
+            seen.setdefault(check, []).append(len(calls))
+    assert seen == {"off": [1, 1], "first": [2, 1], "always": [2, 2]}
+    with pytest.raises(ConfigError, match="check: 'never' does not fit; give one of first, always"):
+        config.load(write(tmp_path, text), ["--check", "never"])

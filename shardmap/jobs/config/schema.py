@@ -120,6 +120,9 @@ class RunConfig:
     tenths of what is free."""
     randomness: Literal["error", "same", "different"] = "error"
     """What random calls inside the function do, as in `torch.func.vmap`."""
+    check: Literal["first", "always", "off"] = "first"
+    """When results are compared with what the function itself returns: at the first use of its
+    program, at every call, or never."""
     reduce: str | list[Any] | dict[str, Any] | None = None
     """Combines outputs over all samples: a name, a name with its arguments, or several of them;
     memory does not grow with the samples."""
