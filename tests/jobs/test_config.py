@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 
 from shardmap.errors import ConfigError
@@ -249,8 +248,11 @@ def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
 def test_the_check_is_handed_to_the_map_and_runs_the_function_so_often(tmp_path, monkeypatch):
     calls: list[int] = []
     monkeypatch.setattr(sys.modules[__name__], "CALLS", calls)
-    text = f"source: {tmp_path / 'x.npy'}\nfunction: tests.jobs.test_config.counted\n"
-    numpy.save(tmp_path / "x.npy", numpy.arange(15.0).reshape(5, 3))
+    (tmp_path / "samples.py").write_text(
+        "import torch\nfrom shardmap.jobs import Dataset\n"
+        "def load(): return Dataset({'x': torch.arange(15.0).view(5, 3)})\n"
+    )
+    text = "data: samples.load\nfunction: tests.jobs.test_config.counted\n"
     seen = {}
     for times, check in enumerate(("off", "first", "always"), start=41):  # a program for each
         words = ["--check", check, "--function.init_args.times", str(times)]
