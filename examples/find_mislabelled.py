@@ -41,7 +41,7 @@ def load(samples: int, flipped: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def network() -> nn.Module:
-    """Of 5,050 parameters; it takes one image, or a batch."""
+    """A network of 5,050 parameters for one image or a batch."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(-3),

@@ -81,7 +81,7 @@ def unit(store: Store, rows: range) -> Tensor:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of each new sample, among those that the network was trained on."""
+    """The neighbours of each new sample among those that the network was trained on."""
 
     losses: Tensor
     """[new]."""
@@ -94,7 +94,7 @@ class Neighbours:
 
 
 def neighbours(task: Task, store: Store) -> Neighbours:
-    """How near each training sample is to each new one, by gradient and by looks."""
+    """The similarity of each training sample to each new one, by gradient and by looks."""
     new = range(task.taught, len(task.labels))
     looks = F.normalize(task.looks, dim=1)
     losses = shardmap.vmap(lambda *sample: task.loss(task.model, *sample).detach())(
@@ -138,12 +138,12 @@ def after_a_step(
 
 
 LENGTH = 0.1
-"""Of the step; all parameters together have a length of 14 for the digits, 84 for the sentences."""
+"""The step's length; that of all parameters is 14 for the digits, 84 for the sentences."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one choice of a teacher comes to."""
+    """The effect of one way to choose a teacher."""
 
     teacher: str
     after: float
@@ -293,7 +293,7 @@ def draw_sentences(figure: Any, task: Task, texts: list[str], near: Neighbours) 
 
 
 def headline(figure: Any, title: str, near: Neighbours, found: list[Lesson]) -> None:
-    """What is shown, and what came out."""
+    """Write the title and the result above the pictures."""
     gradient, looks, own, anyone = found
     before = float(near.losses[near.hardest].mean())
     text = (
@@ -335,7 +335,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
-    """With the gradients in `folder`."""
+    """Do all of it, with the gradients in `folder`."""
     devices = shardmap.Ray(workers=2) if options.devices == "ray" else options.devices
     figure = Figure(figsize=(12.5, 14.2), facecolor="white")
     panels: Any = figure.subfigures(2, 1, height_ratios=[7.4, 6.8])

@@ -36,7 +36,7 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def loss(weights: Tensor, features: Tensor, malignant: Tensor) -> Tensor:
-    """Of one sample, or the sum over a batch."""
+    """The loss of one sample, or the sum over a batch."""
     return F.binary_cross_entropy_with_logits(features @ weights, malignant, reduction="sum")
 
 

@@ -13,7 +13,7 @@ from shardmap.jobs import Bounds, Dataset
 logger = logging.getLogger(__name__)
 
 STRENGTHS = (-2.0, -1.0, -1.7, 0.15)
-"""Of the four terms, in units of 100 of Mueller and Brown's."""
+"""The strengths of the four terms, in units of 100 of Mueller and Brown's."""
 BENDS = ((-1.0, 0.0, -10.0), (-1.0, 0.0, -10.0), (-6.5, 11.0, -6.5), (0.7, 0.6, 0.7))
 CENTRES = ((1.0, 0.0), (0.0, 0.5), (-0.5, 1.5), (-1.0, 1.0))
 LEAST, MOST = (-1.4, -0.3), (1.1, 1.9)

@@ -135,7 +135,7 @@ def train(
 
 
 def taught(dataset: Dataset) -> int:
-    """How many sentences, from the first, the network is trained on."""
+    """The number of sentences, from the first, that the network is trained on."""
     return len(dataset) * 3 // 4
 
 

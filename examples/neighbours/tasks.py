@@ -36,10 +36,10 @@ class Task:
 
     model: nn.Module
     loss: Callable[..., Tensor]
-    """Of one sample, or the mean over a batch: `loss(model, *samples)`, where any function of
+    """The loss of one sample, or the mean over a batch: `loss(model, *samples)`; any function of
     the inputs may stand for the model."""
     batch: tuple[Tensor, ...]
-    """What `loss` takes, [N, ...] each."""
+    """The arguments of `loss`, [N, ...] each."""
     looks: Tensor
     """[N, features]: what samples are compared by that knows nothing of the network."""
     labels: Tensor
@@ -47,7 +47,7 @@ class Task:
 
     @property
     def taught(self) -> int:
-        """How many samples it was trained on."""
+        """The number of samples that it was trained on."""
         return len(self.labels) // 2
 
 

@@ -50,9 +50,9 @@ class Dataset:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, name: str) -> Any:
-        """One column, a tensor, or a `shardmap.Ragged` if it is one.
+        """One column in memory: a tensor, or a `shardmap.Ragged`.
 
-        Of a source, all rows are read.
+        All rows of a source's column are read.
         """
         column = self.columns[name]
         return column.rows_between(0, len(column)) if isinstance(column, Column) else column
@@ -64,7 +64,7 @@ class Outcome:
 
     dataset: Dataset
     model: Any
-    """What the configuration's `model` made, its weights loaded; None without one."""
+    """The object that the configuration's `model` made, its weights loaded; None without one."""
     outputs: Any
     """The outputs: the open `Store`, if they went to one; otherwise their structure, each tensor
     with one row per sample, or reduced."""

@@ -23,8 +23,8 @@ from shardmap.jobs.printing import complain
 
 USAGE_ERROR = 2
 MISTAKES = (ValueError, MissingExtraError, OverBudget, StoreMismatchError, ClusterError)
-"""Errors of ours that say what to write otherwise: those of values, of which `ConfigError` is
-one, and of what is not there."""
+"""Errors that the user can mend: wrong values (`ConfigError` is a ValueError), and missing
+packages, memory, stores or clusters."""
 SCOREBOARD = Path(__file__).resolve().parents[2] / "tests" / "data" / "op_db_scoreboard.json"
 """The stored sweep over PyTorch's operator database; it is there in a checkout."""
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The commands and their options; a configuration's own keys are what is left over."""
+    """The parser of all commands; it leaves the keys of a configuration over."""
     parser = _Parser(
         prog="shardmap",
         description="Map a PyTorch function over a batch: in chunks, on every device you name.",
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument errors in one line, like every other error here."""
+    """A parser that raises its errors as `ConfigError`, so that they are one line."""
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  argparse declares NoReturn, and this raises
         raise ConfigError(message)

@@ -31,7 +31,7 @@ def run(path: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
 
 
 def resume(place: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Go on with a run that has stopped."""
+    """Resume a run that has stopped."""
     from shardmap.jobs.config import bind
     from shardmap.jobs.resume import find
 
@@ -108,7 +108,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Check a store; what is wrong is listed."""
+    """Check a store, and list the units that are wrong."""
     if options.all and options.units is not None:
         raise ConfigError(f"--all and --units {options.units}: give one of them")
     if options.units is not None and options.units < 0:
@@ -154,10 +154,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _is_there(url: str) -> bool:
-    """Whether there is a store already.
-
-    It is made when the data is loaded and the function recorded.
-    """
+    """Whether the store exists; a run makes it after it has recorded the function."""
     from shardmap.jobs.resume import opened
 
     try:
@@ -168,7 +165,7 @@ def _is_there(url: str) -> bool:
 
 
 def _import_from_here() -> None:
-    """Import paths in a configuration may name the user's own files."""
+    """Let import paths name modules in the current directory."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -224,7 +221,7 @@ def ops(scoreboard: Path) -> int:
 
 
 def devices() -> int:
-    """Print what a map can run on."""
+    """Print the devices that a map can run on."""
     import psutil
     import torch
 
@@ -241,9 +238,8 @@ def devices() -> int:
     if torch.cuda.device_count() == 0:
         say("cuda    none")
     try:
-        say(
-            f"ray     {require('ray', extra='ray', purpose='for devices=ray').__version__} installed"
-        )
+        ray = require("ray", extra="ray", purpose="for devices=ray")
+        say(f"ray     {ray.__version__} installed")
     except MissingExtraError as error:
         say(f"ray     {error}")
     return 0

@@ -74,7 +74,7 @@ def plan(
 
 
 def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
-    """Compute some samples; a plan that is made after it knows how long they took."""
+    """Compute some samples, so that the next plan knows how long they take."""
     most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned.job.outputs))
     rows = max(
         2,

@@ -1,4 +1,4 @@
-"""What the command line says: lines on stdout, complaints and progress on stderr."""
+"""Output of the command line: results on stdout, complaints and progress on stderr."""
 
 from __future__ import annotations
 

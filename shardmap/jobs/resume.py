@@ -145,10 +145,7 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
 
 
 def _gathered(path: Path) -> bool:
-    """Whether a folder's outputs were kept in memory, and then saved.
-
-    Those of samples of unequal shapes are.
-    """
+    """Whether a folder's outputs were gathered in memory and saved, not written to a store."""
     return (path / "outputs.safetensors").exists()
 
 

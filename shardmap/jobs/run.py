@@ -103,7 +103,7 @@ def execute(
 
 
 def _folder(config: RunConfig, found: Store | None, say: Callable[[str], None]) -> RunFolder:
-    """The folder in which the store was begun, if that run has stopped, or a new one."""
+    """Reopen the folder of the stopped run that began the store, or make a new folder."""
     begun = None if found is None else unfinished_folder(found, config)
     if begun is not None:
         return RunFolder.reopen(begun)

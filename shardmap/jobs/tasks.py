@@ -38,7 +38,7 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
 def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | None = None) -> Plan:
     """The plan of a run's map.
 
-    Torch's random state is left as it is, so that a map made after it draws as if there was no
+    Torch's random state does not change, so that a later map draws the same numbers as without a
     plan.
 
     Args:

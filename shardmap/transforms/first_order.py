@@ -18,8 +18,8 @@ from shardmap.transforms.seeds import UnitVectors
 logger = logging.getLogger("shardmap")
 
 LEANING = 1.25
-"""How much cheaper reverse mode must look: it also keeps, and reads again, what each operator of
-the way there saved."""
+"""The factor by which reverse mode must look cheaper: it also keeps and reads again the values
+that each forward operator saved."""
 
 
 class FirstOrder(OneSample):
@@ -75,7 +75,7 @@ class FirstOrder(OneSample):
     def _forward_vectors(self, i: int, seen: list[Results]) -> UnitVectors:
         """The tangents of all outputs for unit vectors of one input, and aux.
 
-        What the function returned goes to `seen`.
+        The function's results are appended to `seen`.
         """
         leaf = self.by.leaves[i]
 
@@ -96,7 +96,7 @@ class FirstOrder(OneSample):
     def cheaper(self) -> str:
         """The mode that costs less by the recorded operations.
 
-        The other one where that has no formula.
+        If autograd has no formula for one mode, the other is taken.
         """
         costs: dict[str, float] = {}
         refused: dict[str, Exception] = {}

@@ -39,7 +39,7 @@ def jacrev(
 ) -> Jacobians:
     """The Jacobian of `func` at each sample of a batch, in reverse mode.
 
-    A backward pass for each element of the output.
+    Reverse mode takes a backward pass for each element of the output.
 
     `jacrev(func)(x)` is `torch.stack([torch.func.jacrev(func)(row) for row in x])`. Good where
     outputs are fewer than inputs. `func` may use whatever autograd can differentiate backward.
@@ -96,7 +96,7 @@ def jacfwd(
 ) -> Jacobians:
     """The Jacobian of `func` at each sample of a batch, in forward mode.
 
-    A tangent for each element of the input.
+    Forward mode takes a tangent for each element of the input.
 
     `jacfwd(func)(x)` is `torch.stack([torch.func.jacfwd(func)(row) for row in x])`. Good where
     inputs are fewer than outputs, and for long computations: nothing is kept for a way back.
@@ -235,9 +235,9 @@ def hessian(
 
 
 class Jacobians(Transformed):
-    """What `jacrev`, `jacfwd`, `jacobian` and `hessian` return.
+    """The derivatives of a function at each sample of a batch: call it, or `plan` the call.
 
-    Call it with a batch, or `plan` the call.
+    `jacrev`, `jacfwd`, `jacobian` and `hessian` return it.
 
     Args:
         transform: The public name.
@@ -309,11 +309,9 @@ class Jacobians(Transformed):
 
     @property
     def method(self) -> str | None:
-        """The mode that is taken: "reverse" or "forward", of Hessians "hessian".
+        """The mode that is taken: "reverse", "forward", or "hessian" for Hessians.
 
-        With "auto", for the shapes that came last.
-
-        None before the first call.
+        With "auto" it is the mode for the latest shapes; None before the first call.
         """
         return (
             next(reversed(self._chosen.values()), None) if self._method == "auto" else self._method
@@ -345,7 +343,7 @@ class Jacobians(Transformed):
                 return planned
 
     def _fewer(self) -> bool:
-        """Take fewer rows or columns at a time from now on; says whether that can be."""
+        """Take fewer rows or columns at a time from now on; False if that is not possible."""
         seeding = self._seeding
         if seeding.asked != "auto" or seeding.largest <= 1:
             return False

@@ -1,4 +1,4 @@
-"""One sample of a function that is differentiated, with what all its derivatives share."""
+"""One call of a function that is differentiated, and helpers that all derivatives share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Part = tuple[torch.Tensor, ...]
 
 
 class OneSample:
-    """One sample's call of the user's function, and by what it is differentiated."""
+    """One sample's call of the user's function, with the arguments to differentiate by."""
 
     def __init__(
         self,

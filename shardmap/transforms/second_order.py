@@ -22,9 +22,9 @@ class SecondOrder(OneSample):
     """The second derivatives of one sample, as they are recorded."""
 
     def hessian(self) -> Any:
-        """Second derivatives: forward over reverse.
+        """The second derivatives, forward over reverse.
 
-        Twice reverse where there is no forward formula.
+        Where an operator has no forward formula, two backward passes are taken.
         """
         graph = Graph(self.func, self.by, self.kwargs, False, self.call)
         try:
@@ -87,9 +87,9 @@ class SecondOrder(OneSample):
     def _all_rows(
         self, y: torch.Tensor, k: int, second: Callable[..., Part], j: int, seed: torch.Tensor
     ) -> Part:
-        """For each input `[rows, *in]`.
+        """The results of `second` for one unit vector of an input and all rows of the output.
 
-        What `second` gives for one unit vector of an input and all of the output.
+        For each input: `[rows, *in]`.
         """
         if y.numel() == 1:
             return tuple([t.unsqueeze(0) for t in second(k, y.new_ones(y.shape), j, seed)])

@@ -1,4 +1,4 @@
-"""Leave out what forward mode does with tangents that are zero.
+"""Removes forward mode's arithmetic with tangents that are zero.
 
 Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory,
 multiply by it, copy and add: a linear layer's tangent is one product, and is recorded as two

@@ -1,4 +1,4 @@
-"""Import paths resolved, and arguments checked against the signatures of what is behind them."""
+"""Resolves import paths, and checks arguments against the signatures of what they name."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class BoundCall:
     function: Callable[..., Any]
     args: dict[str, Any]
     leading: int | None = None
-    """How many positional arguments the run gives it; None where the data decides."""
+    """The number of positional arguments that the run gives it; None where the data decides."""
 
     @property
     def is_class(self) -> bool:
-        """Whether it is constructed, and what that makes is called."""
+        """Whether it is a class: it is constructed, and the instance is called."""
         return inspect.isclass(self.function)
 
     def __call__(self, *leading: Any) -> Any:
-        """Call it with what the run provides, then the arguments from the configuration."""
+        """Call it with the run's arguments, then with those of the configuration."""
         return self.function(*leading, **self.args)
 
 
@@ -53,7 +53,7 @@ class BoundRun:
     loss: BoundCall | None = None
     report: BoundCall | None = None
     reduce: Any = None
-    """As `shardmap.vmap` takes it."""
+    """The reductions, in the form that `shardmap.vmap` takes."""
     allowed: tuple[str, ...] = field(default=())
     """Prefixes that limited the import paths; none if anything may be named."""
 
@@ -161,7 +161,7 @@ def _check_allowed(path: str, key: str, allow: Sequence[str], folders: Sequence[
 
 
 def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
-    """Where a module is needed, `model` or a class must make it."""
+    """Refuse weights or a loss where neither `model` nor a class makes a module."""
     function = bound.get("function")
     if (
         function is None
@@ -254,7 +254,7 @@ def _bind_call(section: str, call: Call, folders: Sequence[Path]) -> BoundCall:
 def _leading(
     section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call
 ) -> int | None:
-    """How many positional arguments the run provides; None where that depends on the data."""
+    """The number of positional arguments that the run provides; None if the data decides."""
     if section == "report":
         return 1
     if inspect.isclass(function) or section == "data":
@@ -286,7 +286,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold it."""
+    """Whether YAML can hold a value."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -297,7 +297,7 @@ def _is_plain(value: Any) -> bool:
 def _written(call: Call, bound: BoundCall) -> dict[str, Any]:
     """The arguments with defaults filled in, as YAML can hold them.
 
-    What a type was made of where it cannot hold the type.
+    Where YAML cannot hold a converted value, the text that it was made from stands for it.
     """
     args = {
         key: value if _is_plain(value) else call.init_args[key] for key, value in bound.args.items()

@@ -1,4 +1,4 @@
-"""Defaults, then a YAML file, then the command line: put together, and checked key by key."""
+"""Merges defaults, a YAML file and the command line, and checks them key by key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """A configuration from keys and values, checked as one from a file is.
+    """Make a configuration from keys and values, with the checks of one from a file.
 
     Args:
         values: As in the YAML file; folders of `python` are relative to the current directory.
@@ -122,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_twice(node: Any, prefix: str, path: Path) -> None:
-    """Refuse a key that is given twice: YAML's reader would take the last one without a word."""
+    """Refuse a key that is given twice; YAML's reader would silently take the last one."""
     if node is None or node.id != "mapping":
         return
     seen: set[str] = set()

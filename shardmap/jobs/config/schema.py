@@ -1,4 +1,4 @@
-"""The keys of a run, with their types, and which of them go together."""
+"""The keys of a run with their types, and the checks of keys that exclude each other."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Files:
-    """Samples in files or at a URL: what `shardmap.source` reads."""
+    """Samples in files or at a URL, read by `shardmap.source`."""
 
     path: dict[str, str] | list[str] | str
     """A `.npy` or `.safetensors` file, a zarr array or group, a store; several `.safetensors`
     files; or a file for each column by name."""
     columns: list[str] | None = None
-    """Which columns to take; for one that has no name, such as a `.npy` file's, what to call it."""
+    """The columns to take; a file without column names, such as `.npy`, gets these names."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RunConfig:
     """Folders whose modules import paths may name, before what is installed; relative to the
     file, whose own folder is the default."""
     task: Task = "vmap"
-    """What is computed for each sample: `function` itself, the gradient of `loss`, or
-    derivatives of `function` by its arguments."""
+    """The computation for each sample: `function` itself, the gradient of `loss`, or derivatives
+    of `function` with respect to its arguments."""
     data: Call | None = None
     """Called first; returns a `shardmap.jobs.Dataset` or a `shardmap.Source`."""
     source: Files | None = None
@@ -86,8 +86,8 @@ class RunConfig:
     """Parameters and buffers for the model, or for the module that `function` names:
     `.safetensors`, or a `.pt` or `.pth` state dict."""
     function: Call | None = None
-    """Of one sample: called with the model, if there is one, then a value of each column. A
-    class is constructed, then called so."""
+    """A function of one sample: it gets the model, if there is one, then a value of each column.
+    A class is constructed, and the instance is called so."""
     loss: Call | None = None
     """For `task: per_sample_grad` of a module: `loss(output, *rest)`, where the first column is
     the module's input."""
@@ -110,18 +110,18 @@ class RunConfig:
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
     workers: Annotated[int, Bounds(least=1)] | None = None
-    """With `devices: ray`: how many worker processes; null for one per GPU, or per core where
+    """With `devices: ray`: the number of worker processes; null for one per GPU, or per core where
     the cluster has no GPU."""
     chunk_size: Annotated[int, Bounds(least=1)] | Literal["auto"] | None = "auto"
     """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes
     all that fall to the device."""
     memory_budget: str | None = None
-    """What the map may add on each device to what is in use there, such as `6GiB`; null for nine
-    tenths of what is free."""
+    """The memory that the map may take on each device, such as `6GiB`; null for nine tenths of the
+    free memory."""
     randomness: Literal["error", "same", "different"] = "error"
-    """What random calls inside the function do, as in `torch.func.vmap`."""
+    """The treatment of random calls inside the function, as in `torch.func.vmap`."""
     check: Literal["first", "always", "off"] = "first"
-    """When results are compared with what the function itself returns: at the first use of its
+    """The time at which results are compared with the function's own: at the first use of its
     program, at every call, or never."""
     reduce: str | list[Any] | dict[str, Any] | None = None
     """Combines outputs over all samples: a name, a name with its arguments, or several of them;
@@ -132,7 +132,7 @@ class RunConfig:
     """A path or URL: outputs are written there as they are computed; null for `results.zarr` in
     the run folder."""
     store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
-    """How the store writes them; only `zarr` takes URLs."""
+    """The format of the store; only `zarr` takes URLs."""
     resume: bool = False
     """Whether to go on with what `store` holds of this run; only what is missing is computed."""
     output: str = "runs/run"

@@ -1,8 +1,4 @@
-"""Reports.
-
-Pieces that a run's own report is made of, and `shardmap.jobs.report.page`, which makes a page of a
-run folder.
-"""
+"""Tables and pictures for a run's own report; `shardmap.jobs.report.page` makes the HTML page."""
 
 from shardmap.jobs.report.pieces import Tile, contact_sheet, format_table, write_csv
 from shardmap.run.colours import FAINT, INK, RIGHT, WRONG
