@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap.call import arguments as edges
@@ -23,7 +22,9 @@ from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray
 from shardmap.store import Sink
+from shardmap.trace.batch import unflatten_outputs
 from shardmap.trace.record import record
+from shardmap.trace.thread_state import thread_state_kept
 
 
 def vmap(
@@ -123,6 +124,10 @@ def vmap(
 
     @functools.wraps(func, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        with thread_state_kept() as kept, kept.twice:
+            return call_mapped(args, kwargs)
+
+    def call_mapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ragged.among(args, kwargs):
             result = ragged.run(
                 lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
@@ -207,6 +212,10 @@ def plan(
 
     @functools.wraps(func, updated=())
     def planned(*args: Any, **kwargs: Any) -> Plan:
+        with thread_state_kept() as kept, kept.twice:
+            return call_planned(args, kwargs)
+
+    def call_planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
@@ -245,7 +254,7 @@ def plan(
                 if comparison is None
                 else comparison.outputs(lambda _, __: outputs, batch.size)
             )
-            result = pytree.tree_unflatten(found, structure)
+            result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
         return Plan(job, cut, on, options, finish, notes)

@@ -70,16 +70,16 @@ class UnsupportedOperatorError(ShardmapError, NotImplementedError):
     """No rule batches an operator that the mapped function calls."""
 
 
+class RuleError(ShardmapError, RuntimeError):
+    """A batching rule returned something else than the batch of results of its operator."""
+
+
 class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
 
 class VariesError(DataDependentError, StaleRecordingError):
     """A shape or an answer that was taken from the first sample is another for a later one."""
-
-
-class RuleError(ShardmapError, TypeError):
-    """A batching rule returned something that is no batched result of its operator."""
 
 
 class MismatchError(ShardmapError, RuntimeError):

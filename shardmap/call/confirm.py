@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
+from shardmap._torch import default_generator_states, restore_default_generators
 from shardmap.lower.closeness import close, largest
 from shardmap.planning.split import split
 from shardmap.program.analysis import never_written
@@ -77,13 +78,13 @@ def reductions(job: Job, expected: Samples) -> None:
         job, inputs=prepare.samples_at_the_ends(job, 2), samples=2, columns={}, offset=0
     )
     on, name = prepare.Devices(pair), str(job.home)
-    state = torch.random.get_rng_state()
+    states = default_generator_states(job.home)
     with unheard(), torch.no_grad():
         cut = split(
             2, prepare.sites(pair, on, (name,), lambda _: None, False, False), 1, False, None
         )
         found = local.run(pair, cut, on)
-    torch.random.set_rng_state(state)
+    restore_default_generators(states)
     for k in reduced:
         wanted = _reduced(job.outputs[k], expected[0][k], expected[1][k])
         if _comparable(job, k, found[k], wanted):

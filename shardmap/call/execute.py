@@ -26,7 +26,7 @@ from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
 from shardmap.store import Header, OutputSpec, Store
-from shardmap.trace.batch import Batch
+from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recorder import Recorder
 
@@ -138,7 +138,7 @@ class Call:
             outputs = comparison.outputs(
                 lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
             )
-            return pytree.tree_unflatten(outputs, prepared.structure)
+            return unflatten_outputs(outputs, prepared.structure)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
         if by_sample is not None:
@@ -156,11 +156,11 @@ class Call:
             else:
                 outputs = _locally(job, options, around.inlined)
         self._confirm(job, outputs, None, by_sample is not None)
-        return pytree.tree_unflatten(outputs, prepared.structure)
+        return unflatten_outputs(outputs, prepared.structure)
 
     def run_flat(self) -> Sequence[torch.Tensor]:
         """The results, flat."""
-        return pytree.tree_leaves(self._run(None))
+        return flatten_outputs(self._run(None), self.options.call)[0]
 
     def job(self, by_sample: Callable[[LoweringOptions], Lowered] | None = None) -> Job:
         """The call as executors take it."""
@@ -341,7 +341,7 @@ def _into_store(
     refusal = None if cut is None else cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
-    names = edges.outputnames_of(structure)
+    names = edges.output_names(structure)
     specs = tuple(
         [OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)]
     )

@@ -119,13 +119,6 @@ class FirstUse:
                 rows.append(self._last[0].sample)
         return tuple(rows)
 
-    def samples(self) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """What the function has returned so far: nothing is run for it."""
-        if self.options.check == "off" or self._first is None or not self.batch.size:
-            return ()
-        rows = [self._first[0].sample]
-        return (*rows, self._last[0].sample) if self._last is not None else tuple(rows)
-
     def verdict(self) -> Verdict:
         """What a second sample shows of this function and this recording; looked at once.
 

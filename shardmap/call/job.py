@@ -277,10 +277,9 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
     """
     several = job.samples > 1
     if all(prepare.known(job, torch.device(name), several) for name in set(names)):
-        samples = use.samples()
-    else:
-        samples = use.expected()
-    return dataclasses.replace(job, lowerings=dataclasses.replace(job.lowerings, expected=samples))
+        return job
+    lowerings = dataclasses.replace(job.lowerings, expected=use.expected())
+    return dataclasses.replace(job, lowerings=lowerings)
 
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:

@@ -43,6 +43,7 @@ from shardmap.rules import registry  # importing the package registers the famil
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
+from shardmap.rules.results import bound
 from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.view_folding import views
 
@@ -309,19 +310,13 @@ class _Batcher:
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())
-        if out is None:
-            found: list[Any] = [None] * len(outs)
-        else:
-            found = [out] if isinstance(out, V) else list(_vs_or_none(out))
+        found = bound(eq, out)
         writes = written(eq)
         reads = self.b.grad and (
             FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs())
         )
         known = {v.index for v in eq.inputs()}
         read_groups = {v.group for v in eq.inputs()}
-        assert out is None or len(found) == len(outs), (
-            f"{eq}: the rule returned {len(found)} results for {len(outs)}"
-        )
         for var, v in zip(outs, found, strict=True):
             if var.index in known or (var.index in self.env and v is None):
                 continue  # in place: the result is the argument
@@ -444,15 +439,3 @@ def _flat(result: Any) -> Any:
 
 def _vs(args: Any) -> list[V]:
     return list(values(args))
-
-
-def _vs_or_none(values: Any) -> Any:
-    for value in values:
-        if value is None or type(value) is V:
-            yield value
-        else:
-            yield from _vs_or_none(value)
-
-
-# -- what the emitted calls do at replay
-# -----------------------------------------------------------------------------------

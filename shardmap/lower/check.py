@@ -143,9 +143,13 @@ class _Attempt:
 
     def _next_tier(self, number: int, reason: str) -> None:
         previous = self.fixes.tiers.get(number)
-        assert previous != "loop", (
-            f"{self.options.call}: a loop over samples gave a wrong result: {reason}"
-        )
+        if previous == "loop":
+            name = self.program.equations[number].op.name()
+            raise errors.MismatchError(
+                f"{self.options.call}: {name} gives something else when it is called again with the "
+                f"same arguments ({reason}); does it keep a state, or draw numbers by itself? Pass "
+                "what it depends on as an argument, or use the plain loop"
+            )
         tier = "loop" if previous == "functorch" else "functorch"
         self.fixes = self.fixes.demoted(number, tier, reason)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import fork_safe_lock
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
+from shardmap.program.private_generators import PrivateGenerators, takes_generator
 from shardmap.rules import philox as draws
 from shardmap.rules.fallback import _fill, _split
 from shardmap.rules.losses import arguments
@@ -163,8 +165,16 @@ def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
 
 
+_seeding = fork_safe_lock()
+"""Held while an operator runs that only torch's default generators can seed."""
+
+
+def _on_cuda(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
+
+
 def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run any random operator sample by sample, torch's generator seeded for each.
+    """Run any random operator sample by sample, each with a seeded generator of its own.
 
     The tier below the rules.
     """
@@ -176,17 +186,22 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
     in_place = {v.index for v in eq.inputs()} >= {v.index for v in outs}
 
     def one(seed: int, sample: int, rows: Sequence[Any]) -> Any:
-        torch.manual_seed(draws.sample_seed(seed, number, sample if different else 0))
-        positional, named = _fill(template, tuple(rows))
-        return op(*positional, **dict(zip(names, named, strict=True)))
+        own = draws.sample_seed(seed, number, sample if different else 0)
+        positional, values = _fill(template, tuple(rows))
+        named = dict(zip(names, values, strict=True))
+        if takes_generator(op):
+            return PrivateGenerators(own).run(op, tuple(positional), named)
+        # Only torch's default generators can seed it, and they belong to all threads: for one call.
+        cuda = {t.device.index for t in rows if _on_cuda(t)}
+        with _seeding, torch.random.fork_rng(devices=sorted(cuda)):
+            torch.manual_seed(own)
+            return op(*positional, **named)
 
     def random_loop(size: int, start: int, seed: int, *values: Any) -> Any:
-        cuda = {t.device.index for t in values[:count] if t.device.type == "cuda"}
         results = []
-        with torch.random.fork_rng(devices=sorted(cuda)):
-            for i in range(size):
-                rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
-                results.append(one(seed, start + i, [*rows, *values[count:]]))
+        for i in range(size):
+            rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
+            results.append(one(seed, start + i, [*rows, *values[count:]]))
         if in_place:
             return None
         if not mapped:

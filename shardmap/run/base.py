@@ -14,6 +14,7 @@ from shardmap.reduce import Reduction
 from shardmap.run.lowerings import Lowerings
 from shardmap.store.columns import Column
 from shardmap.trace.recording import Recording
+from shardmap.trace.thread_state import keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ Listener = Callable[[Event], None]
 _listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVar(
     "shardmap_listeners", default=()
 )
+keep(_listeners)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import default_generator_states, restore_default_generators
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
 from shardmap.planning import device as devices
@@ -24,7 +25,6 @@ from shardmap.run.base import Job
 from shardmap.run.gather import wider
 from shardmap.trace.record import (
     outer_recordings_suspended,
-    recording_settings,
     transforms_set_aside,
 )
 from shardmap.trace.recording import element
@@ -103,10 +103,9 @@ def _lowered(
         rows = samples_at_the_ends(job, size)
         return [r if r.device == device else to_device(r, device) for r in rows]
 
-    state = torch.default_generator.get_state()
+    states = default_generator_states(device)
     with (
         torch.no_grad(),
-        recording_settings(device.type),
         outer_recordings_suspended(),
         transforms_set_aside(),
     ):
@@ -121,7 +120,7 @@ def _lowered(
                 job.seed,
             )
         finally:
-            torch.default_generator.set_state(state)
+            restore_default_generators(states)
 
 
 def known(job: Job, device: torch.device, several: bool) -> Lowered | None:
@@ -228,7 +227,7 @@ def watched(ready: Ready, job: Job) -> Observation:
     found = low.notes.observed.get(key)
     if found is not None:
         return found
-    state = torch.default_generator.get_state()
+    states = default_generator_states(ready.device)
     sizes = [min(2, job.samples), min(3, job.samples)]
     chunk = low.replay.marked(slices=into)
     if into:
@@ -274,7 +273,7 @@ def watched(ready: Ready, job: Job) -> Observation:
         try:
             found = observe(low, run, sorted(set(sizes)), known)
         finally:
-            torch.default_generator.set_state(state)
+            restore_default_generators(states)
     low.notes.observed[key] = found
     return found
 

@@ -17,12 +17,14 @@ from shardmap._extras import require
 from shardmap._torch import dispatch_modes
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted, listen
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.thread_state import keep
 
 WIDE = 90
 """Columns of a terminal from which on there is room for words that can be guessed."""
 
 _drawing: contextvars.ContextVar[bool] = contextvars.ContextVar("shardmap_drawing", default=False)
 """Whether something draws already: a terminal has room for one."""
+keep(_drawing)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import functorch, mkldnn
+from shardmap._torch import functorch
+from shardmap.trace import recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.recording import element
 
@@ -57,6 +58,16 @@ _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
+_CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
+"""Functions that are told whether they may use cuDNN's kernel, and the position of that."""
+
+
+def _without_cudnn(func: Any, args: tuple) -> tuple:
+    """The arguments of a call, such that it is recorded as a kernel that every device has."""
+    position = _CUDNN_FLAGS[func]
+    return (*args[:position], False, *args[position + 1 :])
+
+
 def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
     """Tensors inside python containers, at any depth."""
     if isinstance(data, torch.Tensor):
@@ -64,12 +75,6 @@ def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
     elif isinstance(data, list | tuple):
         for item in data:
             yield from _tensors_within(item)
-
-
-def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
-    with mkldnn.off():
-        return func(*args, **kwargs)
 
 
 class Doors(TorchFunctionMode):
@@ -88,10 +93,17 @@ class Doors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
+        self.recorder.serial += 1
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
-        if func is torch.lstm:
-            return _without_mkldnn(func, args, kwargs or {})
+        if recurrent.served(func, args):
+            return recurrent.recurrent(func, args, kwargs or {})
+        if func in _CUDNN_FLAGS and args:
+            args = _without_cudnn(func, args)
+        if func is Tensor.__deepcopy__ and type(args[0]) is Tensor and args[0].is_leaf:
+            copied = self._deepcopy(args[0], args[1])
+            if copied is not None:
+                return copied
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func], func in _VALUE_READS)
@@ -121,6 +133,24 @@ class Doors(TorchFunctionMode):
             finally:
                 self.recorder.paused = paused
         return func(*args, **(kwargs or {}))
+
+    def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
+        """`copy.deepcopy(tensor)` by a clone; None where a clone is not the same.
+
+        So it is where the clone has other strides, or where another tensor of the same memory has
+        been copied: the copies would share memory as well.
+        """
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        with torch.no_grad():
+            clone = tensor.clone()
+        memory = f"memory {element(tensor).untyped_storage()._cdata}"
+        if clone.stride() != tensor.stride() or memory in memo:
+            return None
+        memo[id(tensor)] = memo[memory] = clone.requires_grad_(tensor.requires_grad)
+        if tensor.grad is not None:
+            clone.grad = self._deepcopy(tensor.grad, memo)
+        return clone
 
     def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
         """Serve indices without dimensions that differ by sample; returns whether it did."""

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from shardmap import errors
-from shardmap._torch import functorch, has_internal_overlap
+from shardmap._torch import alone, functorch, has_internal_overlap
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
@@ -20,9 +20,8 @@ from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
     RandomStates,
-    no_garbage_collection,
     outer_recordings_suspended,
-    recording_settings,
+    overrides_enabled,
     transforms_set_aside,
 )
 
@@ -93,28 +92,64 @@ def record(
         ShardmapError: The function does something that cannot be followed; an exception of its own
             passes through unchanged.
     """
+    try:
+        return _recorded(func, batch, randomness, once, call, number, False)
+    except RuntimeError as error:
+        # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic zero of
+        # forward mode, which torch forbids.
+        if isinstance(error, errors.ShardmapError) or "ZeroTensors are immutable" not in str(error):
+            raise
+    return _recorded(func, batch, randomness, once, call, number, True)
+
+
+def _recorded(
+    func: Callable[..., Any],
+    batch: Batch,
+    randomness: str,
+    once: bool,
+    call: str,
+    number: int,
+    zeros_have_memory: bool,
+) -> tuple[Recording, pytree.TreeSpec]:
     outer = next(
         (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
     )
-    with outer_recordings_suspended():
+    with outer_recordings_suspended(), overrides_enabled():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
-            recorder = Recorder(
-                call, randomness, registry.has_rule, registry.decomposition, outer, once
-            )
-            recorder.depth = depth
-            recorder.expected = follow.expected(func)
-            return _record(
-                func,
-                batch,
-                [sample_of(element(row).detach(), grad) for row, grad in rows],
-                recorder,
-            )
+            tries = _TRIES
+            while True:
+                recorder = Recorder(
+                    call,
+                    randomness,
+                    registry.has_rule,
+                    registry.decomposition,
+                    outer,
+                    once,
+                    zeros_have_memory,
+                )
+                recorder.depth = depth
+                recorder.expected = follow.expected(func)
+                samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
+                tries -= 1
+                found = _record(func, batch, samples, recorder, tries == 0)
+                if found is not None:
+                    return found
+
+
+_TRIES = 3
+"""Recordings of which each must find python's random numbers changed, before the function is said
+to draw them: other threads may."""
 
 
 def _record(
-    func: Callable[..., Any], batch: Batch, samples: list[torch.Tensor], recorder: Recorder
-) -> tuple[Recording, pytree.TreeSpec]:
+    func: Callable[..., Any],
+    batch: Batch,
+    samples: list[torch.Tensor],
+    recorder: Recorder,
+    last: bool,
+) -> tuple[Recording, pytree.TreeSpec] | None:
+    """Record `func` once; None if python's random numbers changed and another thread may be why."""
     call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
     states = RandomStates(device)
@@ -126,7 +161,7 @@ def _record(
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
-            with recording_settings(device.type), no_garbage_collection(), doors, recorder:
+            with doors, recorder:
                 out = func(*args, **kwargs)
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
@@ -141,11 +176,18 @@ def _record(
             drawn = states.restore()
             changed = _restore_grads(recorder)
         if drawn is not None and randomness != "same":
+            if not last and not alone():
+                return None
+            own = "random.Random()" if drawn == "random" else "numpy.random.default_rng()"
             raise errors.RandomnessError(
                 f"{call}: the function draws from python's {drawn}, which would give every sample "
-                "the same number; use torch's "
-                "random functions with "
-                "randomness='different'"
+                "the same number; use torch's random functions with randomness='different'"
+                + (
+                    ""
+                    if alone()
+                    else " (if it does not, another thread draws all the time: give that one a "
+                    f"generator of its own, {own})"
+                )
             )
         if changed:
             raise errors.CapturedWriteError(

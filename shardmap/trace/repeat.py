@@ -10,12 +10,12 @@ nothing had been expected.
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardmap._torch import fork_safe_lock
 from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, variables
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DIFFERENT = object()
 
 _CAPACITY = 256
 _last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 
 
 def code_of(func: Callable[..., Any]) -> Any:
@@ -40,8 +40,9 @@ def code_of(func: Callable[..., Any]) -> Any:
 
 def expected(func: Callable[..., Any]) -> Program | None:
     """The last recording of this code."""
+    key = code_of(func)
     with _lock:
-        return _last.get(code_of(func), (None,))[0]
+        return _last.get(key, (None,))[0]
 
 
 def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
@@ -61,6 +62,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
         while len(_last) > _CAPACITY:
             _last.popitem(last=False)
     return sources
+
+
+def clear() -> None:
+    """Forget what was recorded: nothing is expected."""
+    with _lock:
+        _last.clear()
 
 
 def repeat(
@@ -91,6 +98,7 @@ def repeat(
         False,
         0,
     )
+    unwritten = recorder.unwritten.groups
     if kwargs:
         for name, wanted in zip(kwargs, eq.kwargs, strict=True):
             if name != wanted[0]:
@@ -124,8 +132,10 @@ def repeat(
                 return _undo(recorder, marks)
             if var.group in groups:
                 mapped = True
+            if unwritten and var.group in unwritten:
+                return _undo(recorder, marks)
         elif kind is int or wanted is None:
-            if value != wanted or type(value) is not kind:
+            if type(value) is not kind or value != wanted:  # a tensor has no truth
                 return _undo(recorder, marks)
         else:
             flags: list[int] = []
@@ -138,7 +148,9 @@ def repeat(
                 return _undo(recorder, marks)
             number += len(flags)
             mapped = mapped or any(v.group in groups for v in variables((encoded,)))
-    out = func._op(*args, **kwargs)
+            if unwritten and any(v.group in unwritten for v in variables((encoded,))):
+                return _undo(recorder, marks)
+    out = recorder.kernel(func, args, kwargs)
     recorder.adopt(out, eq, mapped)
     return out
 

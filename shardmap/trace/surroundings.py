@@ -1,14 +1,15 @@
-"""The state of the process around a recording: what is set aside while it runs, and put back afterwards."""
+"""The state around a recording: what is set aside while it runs, and restored afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
+import ctypes
+import pickle
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+import numpy.random  # here, for numpy imports it lazily: a signal handler may come in between
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack
@@ -18,7 +19,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
-from shardmap._torch import cudnn, functorch, transformer_fast_paths
+from shardmap._torch import (
+    alone,
+    default_generator_states,
+    functorch,
+    restore_default_generators,
+)
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
 
@@ -51,31 +57,6 @@ def transforms_set_aside() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def recording_settings(device_type: str) -> Iterator[None]:
-    """Kernels that exist on one device only are off while recording.
-
-    Recurrent layers and transformer fast paths.
-    """
-    with (
-        transformer_fast_paths.off(),
-        cudnn.off() if device_type == "cuda" else contextlib.nullcontext(),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Recording makes many small tuples at once, and the collector would look at all of them time and again: it cost 40% of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
 def outer_recordings_suspended() -> Iterator[None]:
     """Set the modes of outer recordings aside, and leave every other mode where it is.
 
@@ -103,31 +84,79 @@ def outer_recordings_suspended() -> Iterator[None]:
             _push_dispatch_mode(mode)
 
 
+_PYTHON_KEYS = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)
+
+
+@contextlib.contextmanager
+def overrides_enabled() -> Iterator[None]:
+    """Let modes see calls, where the code around has switched them off for this thread.
+
+    A map called by a signal handler may find itself between two lines of torch, or of ours, that
+    run without modes: nothing would be recorded, and the sample's results taken for constants.
+    """
+    hidden = [k for k in _PYTHON_KEYS if torch._C._dispatch_tls_is_dispatch_key_excluded(k)]
+    functions = torch._C._get_torch_function_state()
+    off = functions == torch._C._TorchFunctionState.ALL_DISABLED
+    if not hidden and not off:
+        yield
+        return
+    try:
+        for key in hidden:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        if off:  # modes are on then; subclasses of tensors stay as they are
+            torch._C._set_torch_function_state(torch._C._TorchFunctionState.SUBCLASSES_DISABLED)
+        yield
+    finally:
+        for key in hidden:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        torch._C._set_torch_function_state(functions)
+
+
 class RandomStates:
-    """The global random states, compared and put back."""
+    """The global random states around a recording, compared and restored.
+
+    What a recording draws itself comes from generators of its own (`PrivateGenerators`), so that
+    these states change only where the function seeds or draws by another door. With other threads
+    about, nobody can say who changed them: then nothing is restored, which would rewind what the
+    others drew.
+    """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.torch = torch.default_generator.get_state()
-        self.accelerator = (
-            torch.cuda.get_rng_state(device)
-            if device.type == "cuda" and torch.cuda.is_available()
-            else None
-        )
+        self.torch = default_generator_states(device)
         self.python = random.getstate()
-        self.numpy: Any = np.random.get_state()
+        self.numpy = _numpy_state()
 
     def restore(self) -> str | None:
-        """Put the states back; names a python source of random numbers that was drawn from."""
-        torch.default_generator.set_state(self.torch)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
+        """Restore the states; names a python source of random numbers that was drawn from."""
+        restore_default_generators(self.torch)
         drawn = None
         if random.getstate() != self.python:
-            random.setstate(self.python)
             drawn = "random"
-        now: Any = np.random.get_state()
-        if now[2] != self.numpy[2] or not np.array_equal(now[1], self.numpy[1]):
-            np.random.set_state(self.numpy)
+            if alone():
+                random.setstate(self.python)
+        if _numpy_state() != self.numpy:
             drawn = "numpy.random"
+            if alone():
+                _restore_numpy(self.numpy)
         return drawn
+
+
+def _numpy_state() -> bytes:
+    """The memory of numpy's global generator: 60 times cheaper to read than `get_state`."""
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        return pickle.dumps(generator.state)
+    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+
+
+def _restore_numpy(state: bytes) -> None:
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        generator.state = pickle.loads(state)
+        return
+    with generator.lock:
+        ctypes.memmove(generator.ctypes.state_address, state, len(state))
+
+
+_MT19937_BYTES = 4 * 624 + 4
+"""The state is 624 words and the position of the next one, by numpy's documented C interface."""

@@ -1,0 +1,320 @@
+"""The state that torch keeps per thread, as it was before a call, whatever ends the call.
+
+Context managers restore what they change, but not if an exception strikes between a change and the
+bookkeeping for it: Ctrl-C, or a time limit that raises from a signal handler, may do so at any
+bytecode, also inside torch's own managers. So the outermost frame remembers everything and restores
+it all.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import itertools
+import operator
+import os
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
+from torch.utils import _python_dispatch as dispatch
+
+from shardmap._torch import alone, fork_safe_lock, functorch
+
+_C: Any = torch._C
+_hooks: Any = _C._autograd
+
+_active: dict[int, weakref.ref[_Kept]] = {}
+"""By thread: its outermost call, as long as that is alive."""
+_flags = fork_safe_lock()
+"""Held while `_active` or torch's flags that a dispatch mode is on are looked at or changed."""
+_variables: list[contextvars.ContextVar[Any]] = []
+_guards: list[Any] = []
+"""Inference mode guards that must not be left: see `_restore_inference`."""
+
+
+def keep(variable: contextvars.ContextVar[Any]) -> None:
+    """Restore a context variable of ours, which has a default, along with torch's state."""
+    _variables.append(variable)
+
+
+def thread_state_kept() -> _Kept:
+    """Restore the state of this thread if the body raises.
+
+    Written `with thread_state_kept() as kept, kept.twice:`, because an interrupt may strike where
+    the inner one begins to restore; then the outer one does it.
+    """
+    return _Kept()
+
+
+class _Kept:
+    """Restores the state of this thread if the body raises.
+
+    Reading the state takes some microseconds, and so that is all a call costs that raises nothing.
+    """
+
+    def __init__(self) -> None:
+        self.twice = _Twice(self)
+        self.done = False
+        self.left_jvp = False
+
+    def __enter__(self) -> _Kept:
+        self.grad: bool = torch.is_grad_enabled()
+        self.inference: bool = torch.is_inference_mode_enabled()
+        self.forward: bool = _C._is_fwd_grad_enabled()
+        self.multithreading: bool = _C._is_multithreading_enabled()
+        self.in_place: bool = functorch.get_inplace_requires_grad_allowed()
+        self.own_functions: bool = functorch.get_single_level_autograd_function_allowed()
+        self.functions = _get_current_function_mode_stack() if _functions() else []
+        self.dispatch = dispatch._get_current_dispatch_mode_stack() if _dispatched() else []
+        self.layers = _layers()
+        self.autocast = [_autocast("cpu"), _autocast("cuda")]
+        self.cache: bool = torch.is_autocast_cache_enabled()
+        self.nesting = _nesting()
+        self.hooks = _hooks._top_saved_tensors_default_hooks(True)
+        self.hooks_refused = _hooks._saved_tensors_hooks_get_disabled_error_message()
+        self.jvps: int = eager_transforms.JVP_NESTING
+        self.level: int = forward_ad._current_level
+        self.variables = [v.get() for v in _variables]
+        self.handled = sys.exc_info()[1]
+        self.thread = threading.get_ident()
+        with _flags:
+            around = _active.get(self.thread)
+            self.outermost = around is None or around() is None
+            if self.outermost:
+                _active[self.thread] = weakref.ref(self)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.done:
+            return
+        interrupted = None
+        while True:  # a second interrupt must not leave half of it: every step can be repeated
+            try:
+                if error is not None:
+                    self._restore(error)
+                if self.outermost:
+                    self._leave()
+                self.done = True
+                break
+            except KeyboardInterrupt as again:
+                interrupted = again
+        if interrupted is None and isinstance(error, Exception):
+            interrupted = _interrupt_behind(error)
+            if interrupted is self.handled:
+                return
+        if interrupted is not None:
+            raise interrupted
+
+    def _leave(self) -> None:
+        """Say that no dispatch mode is on, where the last one of ours is gone.
+
+        Torch notes that per process, not per thread: when two threads leave their modes in turn,
+        the note may stay, and `torch.compile` would not compile any more.
+        """
+        with _flags:
+            _active.pop(self.thread, None)
+            if self.dispatch or not dispatch.is_in_torch_dispatch_mode():
+                return
+            if not any(call() is not None for call in _active.values()):
+                dispatch._is_in_torch_dispatch_mode = False
+                dispatch._is_in_non_infra_torch_dispatch_mode = False
+                dispatch._is_in_any_mode_without_ignore_compile_internals = False
+                dispatch.set_is_in_mode_without_ignore_compile_internals(False)
+
+    def _changed(self) -> bool:
+        """Whether anything that a generator may still restore later is not as it was."""
+        return (
+            self.grad is not torch.is_grad_enabled()
+            or self.inference is not torch.is_inference_mode_enabled()
+            or len(self.functions) != _functions()
+            or len(self.dispatch) != _dispatched()
+            or len(self.layers) != functorch.get_dynamic_layer_stack_depth()
+            or self.nesting != _nesting()
+            or self.hooks != _hooks._top_saved_tensors_default_hooks(True)
+            or self.jvps != eager_transforms.JVP_NESTING
+        )
+
+    def _restore(self, error: BaseException) -> None:
+        if not isinstance(error, Exception) or self._changed():
+            # A context manager that was interrupted while it was entered is held by the frames of
+            # the traceback, and undoes what it did when they die: it must do so now, not later.
+            _let_go(error)
+        self._restore_inference()
+        self._restore_transforms()
+        self._restore_modes()
+        self._restore_autocast()
+        self._restore_hooks()
+        functorch.set_inplace_requires_grad_allowed(self.in_place)
+        functorch.set_single_level_autograd_function_allowed(self.own_functions)
+        _C._set_multithreading_enabled(self.multithreading)
+        _C._set_fwd_grad_enabled(self.forward)
+        _C._set_grad_enabled(self.grad)
+        for variable, value in zip(_variables, self.variables, strict=True):
+            if variable.get() is not value:
+                variable.set(value)
+
+    def _restore_inference(self) -> None:
+        if torch.is_inference_mode_enabled() is self.inference:
+            return
+        # Torch has no way to set it but a guard, which is kept: to leave it would undo it.
+        guard = _C._InferenceMode(self.inference)
+        _guards.append(guard)
+        guard.__enter__()
+
+    def _restore_transforms(self) -> None:
+        """The levels of `torch.func`, and what it counts beside them."""
+        jvp = functorch.TransformType.Jvp
+        left = (functorch.get_interpreter_stack() or [])[len(self.layers) :]
+        self.left_jvp = self.left_jvp or any(level.key() == jvp for level in left)
+        if self.layers or left:
+            _pop_layers()
+            _push_layers(self.layers)
+        if eager_transforms.JVP_NESTING > self.jvps and (self.left_jvp or alone()):
+            eager_transforms.JVP_NESTING = self.jvps
+        if self.level < 0 and (forward_ad._current_level > self.level or self.left_jvp or alone()):
+            with contextlib.suppress(RuntimeError):  # there may be none to leave: torch cannot say
+                _C._exit_dual_level(level=0)
+            forward_ad._current_level = self.level
+
+    def _restore_modes(self) -> None:
+        if not _same(_get_current_function_mode_stack(), self.functions):
+            while _functions():
+                _pop_function_mode()
+            for mode in self.functions:
+                _push_function_mode(mode)
+        if not _same(dispatch._get_current_dispatch_mode_stack(), self.dispatch):
+            while _dispatched():
+                dispatch._pop_mode()
+            for mode in self.dispatch:
+                dispatch._push_mode(mode)
+
+    def _restore_autocast(self) -> None:
+        for device, (on, dtype) in zip(("cpu", "cuda"), self.autocast, strict=True):
+            torch.set_autocast_enabled(device, on)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.cache)
+        if _nesting() != self.nesting:
+            while _nesting() > self.nesting:
+                torch.autocast_decrement_nesting()
+            while _nesting() < self.nesting:
+                torch.autocast_increment_nesting()
+            torch.clear_autocast_cache()  # weights as they were cast inside
+
+    def _restore_hooks(self) -> None:
+        top = _hooks._top_saved_tensors_default_hooks
+        if top(True) != self.hooks:
+            _hooks._saved_tensors_hooks_enable()
+            while top(True) is not None and top(True) != self.hooks:
+                _hooks._pop_saved_tensors_default_hooks()
+            if top(True) is None and self.hooks is not None:
+                _hooks._push_saved_tensors_default_hooks(*self.hooks)
+        if _hooks._saved_tensors_hooks_get_disabled_error_message() != self.hooks_refused:
+            if self.hooks_refused is None:
+                _hooks._saved_tensors_hooks_enable()
+            else:
+                _hooks._saved_tensors_hooks_disable(self.hooks_refused, self.hooks is None)
+
+
+class _Twice:
+    """Does again what the manager around it does, first."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, kept: _Kept):
+        self._kept = weakref.ref(kept)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        kept = self._kept()
+        assert kept is not None
+        kept.__exit__(kind, error, trace)
+
+
+_functions: Callable[[], int] = _C._len_torch_function_stack
+_dispatched: Callable[[], int] = _C._len_torch_dispatch_stack
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _layers() -> list[Any]:
+    """The levels of `torch.func`, outermost first."""
+    found: list[Any] = []
+    if functorch.get_dynamic_layer_stack_depth():
+        try:
+            _pop_layers(found)
+        finally:
+            _push_layers(found[::-1])
+    return found[::-1]
+
+
+def _pop_layers(into: list[Any] | None = None) -> None:
+    """Take all levels off, innermost first.
+
+    Not a line of python runs between two of them, where an interrupt could strike; nor in
+    `_push_layers`.
+    """
+    depth = functorch.get_dynamic_layer_stack_depth()
+    popped = itertools.starmap(functorch.pop_dynamic_layer_stack, itertools.repeat((), depth))
+    ([] if into is None else into).extend(popped)
+
+
+def _push_layers(layers: Sequence[Any]) -> None:
+    collections.deque(map(functorch.push_dynamic_layer_stack, layers), maxlen=0)
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _nesting() -> int:
+    """How many autocast contexts this thread is in."""
+    try:
+        nesting = torch.autocast_increment_nesting() - 1
+    finally:
+        torch.autocast_decrement_nesting()
+    return nesting
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt that an error hides, which a context manager of torch's raised on its way out.
+
+    Interrupted while it is entered or left, torch raises "trying to pop from empty mode stack", for
+    example, in the manager around it.
+    """
+    while isinstance(error, Exception) and error.__traceback__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_UNWINDING):
+            return None  # somebody's own error, about the interrupt or not
+        error = error.__context__
+    return None if error is None or isinstance(error, Exception) else error
+
+
+_UNWINDING = (os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__)
+"""Where the code lies that raises on its way out."""
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that an exception, and those that it was raised from, passed through."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        at = waiting.pop()
+        if at is not None and id(at) not in seen:
+            seen.add(id(at))
+            traceback.clear_frames(at.__traceback__)
+            waiting += [at.__context__, at.__cause__]

@@ -1,0 +1,121 @@
+"""Ctrl-C at any moment leaves no trace: a sender interrupts a process that maps in a loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+
+import shardmap
+from tests.threads import process
+from tests.threads.interrupted import state
+
+functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+x = torch.arange(12.0).view(3, 4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_interrupts(seed: int) -> None:
+    assert process.run("interrupted", 25, seed, seconds=150) == "25 interrupts\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_three_hundred_interrupts(seed: int) -> None:
+    assert process.run("interrupted", 300, seed, seconds=1000) == "300 interrupts\n"
+
+
+@contextlib.contextmanager
+def entered_by_halves() -> Iterator[None]:
+    """What an interrupt leaves of torch's own managers, all at once."""
+    try:
+        functorch._grad_increment_nesting()
+        functorch._jvp_increment_nesting()
+        eager_transforms.JVP_NESTING += 1
+        forward_ad.enter_dual_level()
+        torch.autocast_increment_nesting()
+        torch.set_autocast_enabled("cpu", True)
+        torch._C._autograd._push_saved_tensors_default_hooks(id, id)  # type: ignore[attr-defined]
+        torch._C._InferenceMode(True).__enter__()  # type: ignore[attr-defined]
+        torch._C._set_grad_enabled(False)
+        functorch.set_inplace_requires_grad_allowed(True)
+        raise KeyboardInterrupt
+        yield
+    finally:
+        pass
+
+
+def broken(r: torch.Tensor) -> torch.Tensor:
+    torch.overrides._pop_mode()
+    with entered_by_halves():
+        return r
+
+
+PLACES: dict[str, Any] = {
+    "alone": lambda: shardmap.vmap(broken)(x),
+    "once": lambda: shardmap.vmap(broken, trace="once")(x),
+    "chunks": lambda: shardmap.vmap(broken, chunk_size=1)(x),
+    "nested": lambda: shardmap.vmap(lambda r: shardmap.vmap(broken)(x * r.sum()))(x),
+    "under grad": lambda: torch.func.grad(lambda y: shardmap.vmap(broken)(y).sum())(x),
+    "under vmap": lambda: torch.func.vmap(shardmap.vmap(broken))(x[None]),
+    "in a plan": lambda: shardmap.plan(broken)(x),
+    "under no_grad": lambda: torch.no_grad()(shardmap.vmap(broken))(x),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_left_by_halves_is_restored(place: str) -> None:
+    """The error is the interrupt, although the mode around it finds an empty stack to pop from."""
+    before = state(), eager_transforms.JVP_NESTING
+    with pytest.raises(KeyboardInterrupt):
+        PLACES[place]()
+    assert (state(), eager_transforms.JVP_NESTING) == before
+    want = torch.stack([torch.func.jvp(torch.sin, (r,), (r,))[1] for r in x])
+    found = shardmap.vmap(lambda r: torch.func.jvp(torch.sin, (r,), (r,))[1])(x)
+    torch.testing.assert_close(found, want)
+
+
+def test_an_error_about_an_interrupt_is_the_users_own() -> None:
+    def function(r: torch.Tensor) -> torch.Tensor:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ValueError("mine") from error
+
+    with pytest.raises(ValueError, match="mine"):
+        shardmap.vmap(function)(x)
+
+
+def test_an_error_while_an_older_interrupt_is_handled() -> None:
+    """It is the function's: the interrupt came before the call."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(RuntimeError):
+            shardmap.vmap(lambda r: torch.nn.functional.interpolate(r))(x)
+
+
+def test_an_error_of_the_function_changes_nothing() -> None:
+    """Modes that are on around the call stay on, the same objects in the same order."""
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        raise ValueError("mine")
+
+    with Mode() as outer, Mode() as inner, torch.autocast("cpu"), torch.no_grad():
+        before = state()
+        with pytest.raises(ValueError, match="mine"):
+            shardmap.vmap(function)(x)
+        assert state() == before
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert modes[0] is outer
+        assert modes[1] is inner
