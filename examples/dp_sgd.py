@@ -1,6 +1,4 @@
-"""A digit classifier that does not betray whose digits it was trained on.
-
-Gradient descent with clipped, noised sums (DP-SGD).
+"""A digit classifier with differential privacy: descent along clipped, noised sums (DP-SGD).
 
 Each step sums the per-sample gradients over all of the training data, each clipped to a norm of 1,
 adds Gaussian noise of `--noise` times that norm, and steps along the result (Abadi et al. 2016).
@@ -21,6 +19,8 @@ the gradients ever being in memory.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import shardmap
-from shardmap.jobs.private import epsilon
+
+# The accountant belongs to the run configs/dp_sgd_sums.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "configs" / "dp_sgd_sums"))
+from private import epsilon  # noqa: E402
 
 
 def load() -> tuple[Tensor, Tensor]:
@@ -42,9 +45,10 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def network() -> nn.Module:
-    """Of 4,810 parameters.
+    """A network of 4,810 parameters.
 
-    Tanh, because bounded activations keep gradients short, so that clipping changes them less.
+    Its activation is tanh: bounded activations keep gradients short, so that clipping changes them
+    less.
     """
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 

@@ -1,4 +1,4 @@
-"""When does a network not know? An ensemble of networks, trained in one mapped call, tells it better than one.
+"""An ensemble of networks, trained in one mapped call, that says when it does not know.
 
 Networks are trained on scikit-learn's handwritten digits from 0 to 7, all at once: their parameters
 are stacked by `torch.func.stack_module_state`, and each step maps the gradient over the stack, each
@@ -28,7 +28,7 @@ import shardmap
 
 
 def load() -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    """Of digits from 0 to 7 half to train with, pixels and labels, then the others.
+    """Half of the digits from 0 to 7 to train with, pixels and labels, then the others.
 
     And all eights and nines, pixels only.
     """
@@ -64,7 +64,7 @@ def train(
     parameters = {name: value.detach() for name, value in parameters.items()}
 
     def loss(parameters: dict[str, Tensor], pixels: Tensor, labels: Tensor) -> Tensor:
-        """Of one network on its own batch."""
+        """The loss of one network on its own batch."""
         return F.cross_entropy(functional_call(skeleton, parameters, (pixels,)), labels)
 
     slopes = shardmap.vmap(grad(loss), trace="once")
@@ -89,7 +89,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def separation(unknown: Tensor, known: Tensor) -> float:
-    """How often a digit of an unknown kind is less certain than one of a known kind.
+    """The share of pairs in which an unknown digit is less certain than a known one.
 
     The area under the ROC curve.
     """

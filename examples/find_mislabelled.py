@@ -1,4 +1,4 @@
-"""Which labels are wrong? Those whose samples pull hardest at the network, again and again, while it learns.
+"""Wrong labels, found by the gradient norms of their samples while a network learns.
 
 A sample's influence on its own loss is the sum over training of the learning rate times its squared
 gradient norm (TracIn's self-influence, Pruthi et al. 2020). A network learns what most labels agree
@@ -41,9 +41,10 @@ def load(samples: int, flipped: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def network() -> nn.Module:
-    """Of 5,050 parameters; it takes one image, or a batch."""
+    """A network of 5,050 parameters for one image or a batch."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(-3),
         nn.Linear(256, 10),
     )  # fmt: skip
 

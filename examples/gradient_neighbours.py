@@ -1,4 +1,6 @@
-"""Which training sample teaches a network the most about a new one? Its nearest neighbour by gradient.
+"""Find the training sample that teaches a network the most about a new one.
+
+It is the nearest neighbour by gradient.
 
 To first order, a step along the gradient of one sample changes the loss of another by the inner
 product of their gradients (TracIn, Pruthi et al. 2020). So the training samples whose gradients
@@ -7,26 +9,22 @@ those that look like it. Two networks of about 100,000 parameters, each trained 
 data:
 
 - a convolutional network that tells scikit-learn's 1,797 handwritten digits apart;
-- a transformer that writes the documentation of scikit-learn, a character at a time: sentences of the docstrings of eight subpackages.
+- a transformer that writes the documentation of scikit-learn, a character at a time: sentences of
+  the docstrings of eight subpackages.
 
 All per-sample gradients, 700 MB and 500 MB, go to a zarr store on disk, and are read back block by
 block. The claim is then put to the test: for the new samples with the highest loss, a step is taken
 along the gradient of one training sample, the neighbour by gradient, the neighbour by looks
 (pixels, or three-letter groups), or any. And a picture shows them.
 
-    python examples/gradient_neighbours.py                  # half a minute on two idle cores python
-    examples/gradient_neighbours.py --devices ray    # on two workers, with at most 1 GiB for each
+    python examples/gradient_neighbours.py                  # half a minute on two idle cores
+    python examples/gradient_neighbours.py --devices ray    # on two workers, at most 1 GiB each
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import importlib
-import inspect
-import re
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,189 +32,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from neighbours.tasks import PACKAGES, Task, digits, sentences
+from torch import Tensor
 from torch.func import functional_call
 
 import shardmap
 from shardmap.store import Store
 
 INK, FAINT, SAME, OTHER = "#1f2430", "#8a90a0", "#2a6fb0", "#c8321f"
-PACKAGES = (
-    "cluster",
-    "datasets",
-    "decomposition",
-    "ensemble",
-    "linear_model",
-    "metrics",
-    "neighbors",
-    "preprocessing",
-)
-LONGEST = 96  # characters of a sentence
+
+
 BLOCK = 128  # gradients in memory at a time, twice: 2 x 51 MB
-
-
-@dataclass(frozen=True)
-class Task:
-    """A trained network and its data; the first half of the samples is what it was trained on."""
-
-    model: nn.Module
-    loss: Callable[..., Tensor]
-    """Of one sample, or the mean over a batch: `loss(model, *samples)`, where any function of
-    the inputs may stand for the model."""
-    batch: tuple[Tensor, ...]
-    """What `loss` takes, [N, ...] each."""
-    looks: Tensor
-    """[N, features]: what samples are compared by that knows nothing of the network."""
-    labels: Tensor
-    """[N], which class or which subpackage."""
-
-    @property
-    def taught(self) -> int:
-        """How many samples it was trained on."""
-        return len(self.labels) // 2
-
-
-# -- two networks
-# ------------------------------------------------------------------------------------------------------
-
-
-def digits(samples: int, epochs: int) -> Task:
-    """Scikit-learn's digits, and a network of 99,996 parameters that tells them apart."""
-    bunch: Any = load_digits()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))[:samples]
-    images = (
-        torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)[order] / 16
-    )  # [N, 1, 8, 8]
-    labels = torch.tensor(bunch.target)[order]
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
-        nn.Linear(512, 182), nn.ReLU(), nn.Linear(182, 10),
-    )  # fmt: skip
-
-    def loss(predict: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(predict(image), label)
-
-    return trained(Task(model, loss, (images, labels), images.flatten(1), labels), epochs)
-
-
-class Writer(nn.Module):
-    """A transformer of two layers that tells the next character.
-
-    [..., T] codes to [..., T, 96] logits.
-    """
-
-    def __init__(self, width: int = 64, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.characters = nn.Embedding(96, width)
-        self.places = nn.Parameter(0.02 * torch.randn(LONGEST, width))
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width),
-                    nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width),
-                ]
-            )
-            for _ in range(2)
-        )  # fmt: skip
-        self.out = nn.Linear(width, 96)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Logits of what follows each character, from it and those before."""
-        x = self.characters(codes) + self.places[: codes.shape[-1]]
-        for norm, qkv, mix, norm2, wider, back in self.layers:  # pyright: ignore[reportGeneralTypeIssues]  a list of lists of layers
-            q, k, v = (
-                qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
-            )  # [..., heads, T, width / heads]
-            x = x + mix(
-                F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                .transpose(-2, -3)
-                .flatten(-2)
-            )
-            x = x + back(F.gelu(wider(norm2(x))))
-        return self.out(x)
-
-
-def sentences(samples: int, epochs: int) -> tuple[Task, list[str]]:
-    """Sentences of scikit-learn's documentation, and a network that writes them.
-
-    The sentences as text.
-    """
-    found = list(documentation())
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[
-        :samples
-    ].tolist()
-    texts, labels = [found[i][0] for i in order], torch.tensor([found[i][1] for i in order])
-    codes = torch.tensor(
-        [[ord(c) - 31 for c in text.ljust(LONGEST, "\x1f")] for text in texts]
-    )  # [N, 96], 0 after the end
-    groups: dict[str, int] = {}
-    looks = torch.zeros(len(texts), 1 << 14)
-    for row, text in enumerate(texts):
-        for at in range(len(text) - 2):
-            looks[row, groups.setdefault(text[at : at + 3].lower(), len(groups))] += 1
-    torch.manual_seed(0)
-
-    def loss(predict: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
-        """Nats per character."""
-        logits = predict(codes)[..., :-1, :]
-        return F.cross_entropy(logits.flatten(0, -2), codes[..., 1:].flatten(), ignore_index=0)
-
-    return trained(Task(Writer(), loss, (codes,), looks, labels), epochs), texts
-
-
-def documentation() -> Iterator[tuple[str, int]]:
-    """Sentences of docstrings, and the number of the subpackage that each is from.
-
-    Those of more than one are left out.
-    """
-    owners: dict[str, set[int]] = collections.defaultdict(set)
-    for number, package in enumerate(PACKAGES):
-        module = importlib.import_module(f"sklearn.{package}")
-        for name in module.__all__:
-            prose = re.split(
-                r"\n(?:Examples|References|See Also|Notes)\n-+\n",
-                inspect.cleandoc(getattr(module, name).__doc__ or ""),
-            )[0]
-            for paragraph in re.split(
-                r"\n\s*\n|\n\S.*\n-+\n|\n\S* :.*", "\n" + prose
-            ):  # between headings and names of arguments
-                text = re.sub(
-                    r":\w+:`~?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", " ".join(paragraph.split())
-                )
-                for sentence in re.split(
-                    r"(?<=\.)\s+(?=[A-Z])", text.replace("`", "").replace("*", "")
-                ):
-                    if (
-                        32 <= len(sentence) <= LONGEST
-                        and sentence.isascii()
-                        and re.fullmatch(r"[A-Z][a-z]+ [^_=<>{}|\\]*\.", sentence)
-                    ):
-                        owners[sentence].add(number)
-    return ((sentence, numbers.pop()) for sentence, numbers in owners.items() if len(numbers) == 1)
-
-
-def trained(task: Task, epochs: int) -> Task:
-    """The same task, its model trained on the first half of the samples.
-
-    Plain PyTorch, one thread, the same everywhere.
-    """
-    optimizer = torch.optim.Adam(task.model.parameters(), lr=2e-3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(epochs):
-        for rows in torch.randperm(task.taught).split(32):
-            optimizer.zero_grad()
-            task.loss(task.model, *[column[rows] for column in task.batch]).backward()
-            optimizer.step()
-    torch.set_num_threads(threads)
-    optimizer.zero_grad(set_to_none=True)
-    return task
-
-
-# -- gradients, on disk ------------------------------------------------------------------------------------------------
 
 
 def gradients(task: Task, folder: Path, devices: Any) -> Store:
@@ -235,7 +61,10 @@ def gradients(task: Task, folder: Path, devices: Any) -> Store:
 
 
 def cosines(store: Store, rows: range, columns: range) -> Tensor:
-    """Cosines between the gradients of two ranges of samples, [rows, columns], two blocks in memory at a time."""
+    """Cosines between the gradients of two ranges of samples, [rows, columns].
+
+    Two blocks of gradients are in memory at a time.
+    """
     found = torch.empty(len(rows), len(columns))
     for i in range(0, len(rows), BLOCK):
         here = unit(store, rows[i : i + BLOCK])
@@ -250,12 +79,9 @@ def unit(store: Store, rows: range) -> Tensor:
     return F.normalize(store.read(0, rows.start, rows.stop), dim=1)
 
 
-# -- neighbours --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Neighbours:
-    """Of each new sample, among those that the network was trained on."""
+    """The neighbours of each new sample among those that the network was trained on."""
 
     losses: Tensor
     """[new]."""
@@ -268,7 +94,7 @@ class Neighbours:
 
 
 def neighbours(task: Task, store: Store) -> Neighbours:
-    """How near each training sample is to each new one, by gradient and by looks."""
+    """The similarity of each training sample to each new one, by gradient and by looks."""
     new = range(task.taught, len(task.labels))
     looks = F.normalize(task.looks, dim=1)
     losses = shardmap.vmap(lambda *sample: task.loss(task.model, *sample).detach())(
@@ -286,7 +112,7 @@ def neighbours(task: Task, store: Store) -> Neighbours:
 def after_a_step(
     task: Task, store: Store, samples: Tensor, teachers: Tensor, length: float
 ) -> Tensor:
-    """The loss of each sample after a step of that length down the gradient of its teacher, [samples]."""
+    """The loss of each sample after a step down the gradient of its teacher, [samples]."""
     names, parameters = zip(*task.model.named_parameters(), strict=True)
 
     def stepped(direction: Tensor, *sample: Tensor) -> Tensor:
@@ -312,12 +138,12 @@ def after_a_step(
 
 
 LENGTH = 0.1
-"""Of the step; all parameters together have a length of 14 for the digits, 84 for the sentences."""
+"""The step's length; that of all parameters is 14 for the digits, 84 for the sentences."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one choice of a teacher comes to."""
+    """The effect of one way to choose a teacher."""
 
     teacher: str
     after: float
@@ -329,7 +155,10 @@ class Lesson:
 
 
 def lessons(task: Task, store: Store, near: Neighbours) -> list[Lesson]:
-    """A step along one training sample's gradient for each of the hardest new samples, chosen in four ways."""
+    """Take a step for each of the hardest new samples, along one training sample's gradient.
+
+    The training sample is chosen in four ways.
+    """
     old, new = task.labels[: task.taught], task.labels[task.taught :]
     own = near.looks.masked_fill(old != new.unsqueeze(1), -torch.inf)
     anyone = torch.randint(task.taught, (len(new),), generator=torch.Generator().manual_seed(0))
@@ -354,17 +183,16 @@ def table(title: str, near: Neighbours, found: list[Lesson]) -> str:
     """The lessons as text."""
     before = float(near.losses[near.hardest].mean())
     lines = [
-        f"{title}: the {len(near.hardest)} new samples with the highest loss, mean {before:.2f}; label: of all {len(near.losses)}",
-        f"{'a step along the gradient of':>30}  {'loss after':>10}  {'fell for':>8}  {'has its label':>13}",
+        f"{title}: the {len(near.hardest)} new samples with the highest loss, mean {before:.2f}; "
+        f"label: of all {len(near.losses)}",
+        f"{'a step along the gradient of':>30}  {'loss after':>10}  {'fell for':>8}  "
+        f"{'has its label':>13}",
     ]
     lines += [
         f"{lesson.teacher:>30}  {lesson.after:10.2f}  {lesson.helped:8.0%}  {lesson.alike:13.0%}"
         for lesson in found
     ]
     return "\n".join(lines)
-
-
-# -- the picture -------------------------------------------------------------------------------------------------------
 
 
 def shown(task: Task, near: Neighbours, count: int) -> list[int]:
@@ -465,19 +293,18 @@ def draw_sentences(figure: Any, task: Task, texts: list[str], near: Neighbours) 
 
 
 def headline(figure: Any, title: str, near: Neighbours, found: list[Lesson]) -> None:
-    """What is shown, and what came out."""
+    """Write the title and the result above the pictures."""
     gradient, looks, own, anyone = found
     before = float(near.losses[near.hardest].mean())
     text = (
-        f"One small step along the gradient of one training sample takes the mean loss of the {len(near.hardest)} hardest new samples from "
-        f"{before:.2f} to\n{gradient.after:.2f} (its neighbour by gradient), {looks.after:.2f} (by looks), {own.after:.2f} (by looks, of "
-        f"its own label), {anyone.after:.2f} (any).   Numbers below are cosines; blue: the same label, red: another."
+        "One small step along the gradient of one training sample takes the mean loss of the "
+        f"{len(near.hardest)} hardest new samples from {before:.2f} to\n{gradient.after:.2f} (its "
+        f"neighbour by gradient), {looks.after:.2f} (by looks), {own.after:.2f} (by looks, of its "
+        f"own label), {anyone.after:.2f} (any).   Numbers below are cosines; blue: the same label, "
+        "red: another."
     )
     figure.text(0.03, 0.985, title, fontsize=13, color=INK, weight="bold", va="top")
     figure.text(0.03, 0.95, text, fontsize=8.5, color=FAINT, va="top", linespacing=1.4)
-
-
-# -- all of it ---------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -508,7 +335,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
-    """With the gradients in `folder`."""
+    """Do all of it, with the gradients in `folder`."""
     devices = shardmap.Ray(workers=2) if options.devices == "ray" else options.devices
     figure = Figure(figsize=(12.5, 14.2), facecolor="white")
     panels: Any = figure.subfigures(2, 1, height_ratios=[7.4, 6.8])
@@ -542,7 +369,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 
     figure.savefig(options.picture, dpi=130)
     print(
-        f"\nThe gradient of a digit knows its label, that of a sentence nothing of its subpackage. Picture: {options.picture}"
+        "\nThe gradient of a digit knows its label, that of a sentence nothing of its subpackage. "
+        f"Picture: {options.picture}"
     )
 
 

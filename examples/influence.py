@@ -1,4 +1,6 @@
-"""Which training samples is a prediction due to? Influence by projected gradients, checked against models trained without them.
+"""The influence of each training sample on a prediction, by projected gradients (TRAK).
+
+It is checked against models that are trained without the sample.
 
 TRAK (Park et al. 2023) linearises a trained classifier. With z_i the gradient of sample i's margin
 log(p_i / (1 - p_i)), p_i the probability of its own label, leaving training sample i out is
@@ -35,7 +37,10 @@ TAKEN = 20
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """A constant, 30 standardised features and their products, [569, 496], and the labels, 1 or -1, [569]; in random order."""
+    """The features, [569, 496], and the labels, 1 or -1, [569], in random order.
+
+    Features are a constant, 30 standardised ones and their products.
+    """
     bunch: Any = load_breast_cancer()
     x = torch.tensor(bunch.data)
     x = (x - x.mean(0)) / x.std(0)
@@ -51,7 +56,10 @@ def margin(weights: Tensor, row: Tensor, label: Tensor) -> Tensor:
 
 
 def fit(start: Tensor, features: Tensor, labels: Tensor, kept: Tensor, steps: int) -> Tensor:
-    """The weights that minimise the loss over the samples that are kept (1, not 0), by Newton's method from `start`, [features]."""
+    """The weights [features] that minimise the loss over the samples that are kept (1, not 0).
+
+    They are found by Newton's method from `start`.
+    """
     weights = start
     for _ in range(steps):
         p = torch.sigmoid(features @ weights)
@@ -70,7 +78,7 @@ def influence(
     directions: int,
     projections: int,
 ) -> Tensor:
-    """How far leaving out each training sample is predicted to lower each test sample's margin, [test, train]."""
+    """The predicted fall of each test margin without each training sample, [test, train]."""
     p = torch.sigmoid(train[1] * (train[0] @ weights))
     total = torch.zeros(len(test[0]), len(train[0]), dtype=weights.dtype)
     for seed in range(projections):
@@ -86,7 +94,10 @@ def influence(
 def lowered(
     weights: Tensor, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], kept: Tensor
 ) -> Tensor:
-    """How far the margins of the test samples really fall for models trained on what each row of `kept` keeps, [models, test]."""
+    """The real fall of the test samples' margins, [models, test].
+
+    Each model is trained on the samples that its row of `kept` keeps.
+    """
     fewer = shardmap.vmap(lambda row: fit(weights, *train, row, steps=4))(
         kept
     )  # [models, features]

@@ -1,4 +1,4 @@
-"""How chaotic is weather? All 40 Lyapunov exponents of the Lorenz-96 model, from the Jacobians of its flow.
+"""All 40 Lyapunov exponents of the Lorenz-96 model of weather, from the Jacobians of its flow.
 
 Lorenz's 1996 model of the weather along a circle of latitude, 40 places that each blow on the next,
 
@@ -56,7 +56,7 @@ def flow(x: Tensor) -> Tensor:
 
 
 def exponents(trajectories: int, units: float, discarded: float = 20.0) -> Tensor:
-    """Growth rates of the frame along each trajectory, per time unit, [trajectories, 40], not sorted.
+    """Growth rates of the frame along each trajectory, [trajectories, 40], per time unit, unsorted.
 
     Args:
         trajectories: How many, from random states near rest.
@@ -123,8 +123,12 @@ def draw(spectrum: Tensor, spread: Tensor, path: Path) -> None:
     axes.annotate(
         f"{float(spectrum[0]):.2f}: errors double in {0.6931 / float(spectrum[0]):.2f} "
         "units,\nabout two days of weather",
-        (1.4, float(spectrum[0])), (3.2, 3.4), fontsize=9, color=INK, arrowprops={"arrowstyle": "-", "color": FAINT},
-    )  # fmt: skip
+        (1.4, float(spectrum[0])),
+        (3.2, 3.4),
+        fontsize=9,
+        color=INK,
+        arrowprops={"arrowstyle": "-", "color": FAINT},
+    )
     for side in (axes, right):
         side.tick_params(colors=INK, labelsize=8.5)
         for spine in side.spines.values():
@@ -139,7 +143,10 @@ def draw(spectrum: Tensor, spread: Tensor, path: Path) -> None:
         va="top",
     )
     count = int((spectrum > ZERO).sum())
-    note = f"{count} of 40 Lyapunov exponents are positive (red); from batch Jacobians of the flow along its trajectories, forcing 8"
+    note = (
+        f"{count} of 40 Lyapunov exponents are positive (red); "
+        "from batch Jacobians of the flow along its trajectories, forcing 8"
+    )
     figure.text(0.07, 0.885, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(path, dpi=150)
 

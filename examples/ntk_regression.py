@@ -1,4 +1,4 @@
-"""What does a network know before it learns? Kernel regression with the empirical neural tangent kernel of an untrained CNN.
+"""Kernel regression with the empirical neural tangent kernel of an untrained CNN.
 
 A wide network that is trained by gradient descent behaves like kernel regression with the inner
 products of its per-sample gradients (Jacot, Gabriel and Hongler 2018). The kernel is known before
@@ -39,7 +39,8 @@ def network(width: int) -> nn.Module:
     Takes one image, or a batch.
     """
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
+        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(-3),
         nn.Linear(16 * width, 10),
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ def tangent_kernel(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def regression(kernel: Tensor, labels: Tensor, taught: int) -> float:
-    """Learn the first `taught` labels by kernel ridge regression, and return the share of the others that is right.
+    """Learn the first `taught` labels by kernel ridge regression; return the others' accuracy.
 
     The ridge is the one with the smallest leave-one-out error, which has a closed form (Wahba
     1990).
@@ -70,7 +71,7 @@ def regression(kernel: Tensor, labels: Tensor, taught: int) -> float:
 
 
 def trained(model: nn.Module, images: Tensor, labels: Tensor, taught: int, steps: int) -> float:
-    """Train the network on the first `taught` images, and return the share of the others that is right."""
+    """Train the network on the first `taught` images; return the accuracy on the others."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(taught, (min(taught, 64),))

@@ -1,4 +1,4 @@
-"""Whose documentation is this? A recurrent network learns from sentences of unequal lengths, without padding.
+"""A recurrent network that learns from sentences of unequal lengths, without padding.
 
 Batches of text are usually padded to the longest sentence, and everything that reads them must then
 leave the padding out: a network that does not know of it silently computes something else. A

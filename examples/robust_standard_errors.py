@@ -1,6 +1,6 @@
 """Standard errors of a logistic regression that hold when the model is wrong.
 
-The sandwich estimator, from per-sample gradients.
+They come from the sandwich estimator, which is made of per-sample gradients.
 
 The usual standard errors trust the model: they are the roots of the diagonal of H^-1, H the Hessian
 of the total loss. The robust ones (Huber 1967, White 1982) are those of H^-1 (G^T G) H^-1, where
@@ -25,7 +25,7 @@ FEATURES = ("mean radius", "mean texture", "mean smoothness", "mean symmetry")
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """Four standardised features and a constant, [569, 5], and whether the tumour is malignant, [569]."""
+    """Four standardised features and a constant, [569, 5], and 1 for a malignant tumour, [569]."""
     bunch: Any = load_breast_cancer()
     columns = [list(bunch.feature_names).index(name) for name in FEATURES]
     features = torch.tensor(bunch.data[:, columns], dtype=torch.float64)
@@ -36,7 +36,7 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def loss(weights: Tensor, features: Tensor, malignant: Tensor) -> Tensor:
-    """Of one sample, or the sum over a batch."""
+    """The loss of one sample, or the sum over a batch."""
     return F.binary_cross_entropy_with_logits(features @ weights, malignant, reduction="sum")
 
 

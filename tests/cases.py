@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tests import oracle
 
@@ -72,6 +71,8 @@ class Kit:
 
 
 Case = Callable[[Kit], Run]
+
+
 CASES: dict[str, tuple[Case, oracle.Checks]] = {}
 
 
@@ -99,10 +100,6 @@ def setting(function: Case, size: int = 3, **options: Any) -> Callable[[], oracl
         return oracle.Setting(run_with, kit.inputs, kit.captured)
 
     return build
-
-
-# ---------------------------------------------------------------------------------------------- the
-# plain ones
 
 
 @case()
@@ -168,10 +165,6 @@ def functional_call(k: Kit) -> Run:
     return lambda vmap: vmap(
         lambda w, b, a: torch.func.functional_call(model, {"weight": w, "bias": b}, (a,))
     )(weight, bias, x)
-
-
-# ----------------------------------------------------------------------------------------------
-# dims, trees, keywords
 
 
 @case()
@@ -281,10 +274,6 @@ def expanded_batch(k: Kit) -> Run:
     return lambda vmap: vmap(lambda a: a.sin() + a.sum())(w.expand(3, 4))
 
 
-# ----------------------------------------------------------------------------------------------
-# writing in place
-
-
 @case()
 def lazy_conjugates_and_negatives(k: Kit) -> Run:
     x = k.x(3, grad=True)
@@ -389,134 +378,3 @@ def literals_are_fresh(k: Kit) -> Run:
         return t
 
     return lambda vmap: (vmap(function)(x), vmap(function)(x))
-
-
-# ----------------------------------------------------------------------------------------------
-# gradients
-
-
-@case()
-def detach_and_no_grad(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3)
-
-    def function(a: torch.Tensor) -> Any:
-        with torch.no_grad():
-            c = a * w
-        return a.detach() * a * w, c * a, c, (a * w).detach(), a.exp()
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def straight_through_estimator(k: Kit) -> Run:
-    x = k.x(4, grad=True)
-    return lambda vmap: vmap(lambda a: (a.round() - a).detach() + a.tanh())(x)
-
-
-@case()
-def inner_gradient_without_graph(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3)
-
-    def function(a: torch.Tensor) -> Any:
-        (g,) = torch.autograd.grad((a * w).sin().sum(), a, retain_graph=True)
-        return g * a * w
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def inner_gradient_with_graph(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3)
-
-    def function(a: torch.Tensor) -> Any:
-        (g,) = torch.autograd.grad((a * w).sin().sum(), a, create_graph=True)
-        return (g**2).sum() + (g * a).sum().detach()
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def requires_grad_inside(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3)
-
-    def function(a: torch.Tensor) -> Any:
-        b = a.clone().requires_grad_()
-        (g,) = torch.autograd.grad((b**3 * w).sum(), b, create_graph=True)
-        return g
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def functional_of_autograd(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3)
-    f = torch.autograd.functional
-
-    def function(a: torch.Tensor) -> Any:
-        def y(t: torch.Tensor) -> torch.Tensor:
-            return (t * w).sin()
-
-        def s(t: torch.Tensor) -> torch.Tensor:
-            return (t**3 * w).sum()
-
-        return (
-            f.vjp(y, a, a, create_graph=True)[1],
-            f.jvp(y, a, a)[1],
-            f.jacobian(y, a, create_graph=True),
-            f.hessian(s, a),
-            f.hvp(s, a, a)[1],
-        )
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def transforms_inside(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3)
-
-    def function(a: torch.Tensor) -> Any:
-        def s(t: torch.Tensor) -> torch.Tensor:
-            return (t**3 * w).sum()
-
-        def y(t: torch.Tensor) -> torch.Tensor:
-            return (t * w).tanh()
-
-        return (
-            torch.func.grad(s)(a),
-            torch.func.vjp(y, a)[1](a)[0],
-            torch.func.jvp(y, (a,), (w.detach(),))[1],
-            torch.func.jacrev(y)(a),
-            torch.func.jacfwd(y)(a),
-            torch.func.hessian(s)(a),
-            torch.func.vmap(lambda t: t * w.sum())(a),
-        )
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def checkpointed(k: Kit) -> Run:
-    x, w = k.x(3, grad=True), k.w(3, 3)
-
-    def function(a: torch.Tensor) -> Any:
-        b = a.clone().requires_grad_() if not a.requires_grad else a
-        y = checkpoint(lambda t: torch.tanh(w @ t), b, use_reentrant=False)
-        return y, torch.autograd.grad(y.sum(), b, create_graph=True)[0]
-
-    return lambda vmap: vmap(function)(x)
-
-
-@case()
-def gradient_under_enable_grad_only(k: Kit) -> Run:
-    x, w = k.x(3), k.w(3)
-
-    def run(vmap: oracle.Subject) -> Any:
-        with torch.no_grad():
-
-            def function(a: torch.Tensor) -> torch.Tensor:
-                with torch.enable_grad():
-                    return torch.autograd.grad((a * w).cos().sum(), w)[0]
-
-            return vmap(function)(x)
-
-    return run

@@ -19,109 +19,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from shardmap.errors import ShardmapError
+from tests.loop import loop as loop
+from tests.loop import rows as rows
+from tests.same import Mismatch, assert_own_memory, assert_same
 
 Subject = Callable[..., Callable[..., Any]]
+
 
 # What a slow loop over the batch says of itself: PyTorch's own fallback, and ours.
 FALLBACK_WARNING = re.compile(
     r"performance drop|batching rule|loop(s|ed|ing)? over the (batch|samples)|one sample at a time",
     re.IGNORECASE,
 )
-
-
-# ---------------------------------------------------------------------------------------------- the
-# loop
-
-
-def flatten_dims(dims: Any, tree: Any) -> list[int | None]:
-    """Repeats the prefix tree `dims` over the leaves of `tree`."""
-    leaves, spec = pytree.tree_flatten(tree)
-    if dims is None or isinstance(dims, int):
-        return [dims] * len(leaves)
-    if isinstance(dims, list):
-        dims = tuple(dims)
-    flat = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
-    assert flat is not None, f"in_dims {dims} do not fit {spec}"
-    return flat
-
-
-def rows(args: tuple[Any, ...], in_dims: Any) -> tuple[int, Callable[[int], tuple[Any, ...]]]:
-    """The batch size, and a function that takes row `i` of every mapped argument as a view."""
-    leaves, spec = pytree.tree_flatten(args)
-    dims = flatten_dims(in_dims, args)
-    sizes = {
-        leaf.shape[d]
-        for leaf, d in zip(leaves, dims, strict=True)
-        if d is not None and isinstance(leaf, torch.Tensor)
-    }
-    assert len(sizes) == 1, f"batch sizes {sizes}"
-
-    def row(i: int) -> tuple[Any, ...]:
-        picked = [
-            leaf.select(d, i) if d is not None and isinstance(leaf, torch.Tensor) else leaf
-            for leaf, d in zip(leaves, dims, strict=True)
-        ]
-        return pytree.tree_unflatten(picked, spec)
-
-    return sizes.pop(), row
-
-
-def loop(
-    func: Callable[..., Any],
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    randomness: str = "error",
-    *,
-    kw_in_dims: Any = None,
-    **options: Any,
-) -> Callable[..., Any]:
-    """The specification: `func` on every row, results stacked.
-
-    Options that only say how to compute are ignored.
-
-    Of an empty batch the loop has no row to learn shapes from: it runs `func` on zeros (the sum of
-    no rows, so that gradients reach the batch) and keeps the shapes.
-    """
-    del randomness, options
-
-    def mapped(*args: Any, **kwargs: Any) -> Any:
-        named = kw_in_dims or {}
-        dims = (
-            tuple(flatten_dims(in_dims, args)),
-            tuple(flatten_dims(dict.fromkeys(kwargs) | dict(named), kwargs)),
-        )
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        size, row = rows(tuple(flat), dims[0] + dims[1])
-        if size == 0:
-            picked = [
-                leaf.movedim(d, 0).sum(0).to(leaf.dtype)
-                if d is not None and isinstance(leaf, torch.Tensor)
-                else leaf
-                for leaf, d in zip(flat, dims[0] + dims[1], strict=True)
-            ]
-            results = [pytree.tree_flatten(_call(func, spec, picked))]
-        else:
-            results = [pytree.tree_flatten(_call(func, spec, row(i))) for i in range(size)]
-        out_spec = results[0][1]
-        columns = list(zip(*(leaves for leaves, _ in results), strict=True))
-        out_flat = flatten_dims(out_dims, pytree.tree_unflatten(list(results[0][0]), out_spec))
-        stacked = [torch.stack(column, d or 0) for column, d in zip(columns, out_flat, strict=True)]
-        if size == 0:
-            stacked = [
-                leaf.narrow(d or 0, 0, 0).clone() for leaf, d in zip(stacked, out_flat, strict=True)
-            ]
-        return pytree.tree_unflatten(stacked, out_spec)
-
-    return mapped
-
-
-def _call(func: Callable[..., Any], spec: Any, leaves: Sequence[Any]) -> Any:
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-    return func(*args, **kwargs)
-
-
-# ----------------------------------------------------------------------------------------------
-# what is compared
 
 
 @dataclass
@@ -173,124 +82,6 @@ class Verdict:
     def __bool__(self) -> bool:
         """Whether the subject did nothing wrong."""
         return self.kind != "wrong"
-
-
-# rtol, and atol relative to the largest magnitude: batched kernels sum in another order
-TOLERANCES = {
-    torch.float64: (1e-8, 1e-9),
-    torch.complex128: (1e-8, 1e-9),
-    torch.float32: (2e-4, 2e-5),
-    torch.complex64: (2e-4, 2e-5),
-    torch.float16: (1e-2, 4e-3),
-    torch.bfloat16: (5e-2, 3e-2),
-}
-
-
-class Mismatch(AssertionError):
-    """The subject's result differs from the loop's."""
-
-
-def assert_same(
-    got: torch.Tensor,
-    want: torch.Tensor,
-    what: str,
-    precision: torch.dtype | None = None,
-    slack: torch.Tensor | None = None,
-    entered: float = 0.0,
-) -> None:
-    """Raises `Mismatch` unless shape, dtype, device and values (to rounding, NaN equal) agree.
-
-    Args:
-        got: the subject's tensor.
-        want: the loop's.
-        what: names it in errors.
-        precision: the least precise dtype computed in, where it is not that of `want`.
-        slack: the loop's tensor from inputs changed by rounding: its distance from `want` is
-            allowed, tenfold.
-        entered: the largest magnitude that entered the computation; where everything cancels, what
-            is left is a few units of rounding of that.
-    """
-    if not isinstance(got, torch.Tensor):
-        raise Mismatch(f"{what}: {type(got).__name__} instead of a tensor")
-    for name in ("shape", "dtype", "device", "layout"):
-        if getattr(got, name) != getattr(want, name):
-            raise Mismatch(
-                f"{what}: {name} {getattr(got, name)}, the loop has {getattr(want, name)}"
-            )
-    got, want = got.detach(), want.detach()
-    if got.layout != torch.strided:
-        got, want = got.to_dense(), want.to_dense()
-    if got.numel() == 0:
-        return
-    if not (want.is_floating_point() or want.is_complex()):
-        wrong = got != want
-        if slack is not None:
-            wrong &= slack == want
-    else:
-        rtol, relative_atol = max(
-            TOLERANCES.get(want.dtype, (1e-1, 1e-1)),
-            TOLERANCES.get(precision or want.dtype, (0.0, 0.0)),
-        )
-        dtype = want.dtype
-        wide = torch.complex128 if want.is_complex() else torch.float64
-        got, want = got.to(wide), want.to(wide)
-        magnitude = want.abs()
-        finite = magnitude[magnitude.isfinite()]
-        scale = max(float(finite.max()) if finite.numel() else 0.0, 1e-3)
-        bound = rtol * magnitude + relative_atol * scale
-        if slack is not None:
-            bound = bound + 10 * (slack.detach().to(wide) - want).abs().nan_to_num(float("inf"))
-            rounding = (
-                max(torch.finfo(d).eps for d in (dtype, precision) if d is not None)
-                if entered
-                else 0.0
-            )
-            bound = bound + 16 * rounding * entered
-        wrong = ~((got - want).abs() <= bound) & ~((got == want) | (got.isnan() & want.isnan()))
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        count = int(wrong.sum())
-        raise Mismatch(
-            f"{what}: {count} of {wrong.numel()} values differ, first at {at}: {got[at].item()!r}, "
-            f"the loop has {want[at].item()!r}"
-        )
-
-
-def offsets(tensor: torch.Tensor) -> set[int]:
-    """The element addresses that a small dense tensor covers."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
-        return set()
-    addresses = torch.tensor(tensor.data_ptr())
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        addresses = addresses.unsqueeze(-1) + torch.arange(size) * stride * tensor.element_size()
-    return set(addresses.flatten().tolist())
-
-
-def assert_own_memory(outputs: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    """Raises `Mismatch` if an output shares memory with an input, a captured tensor, another output or itself."""
-    taken: dict[int, str] = {}
-    for i, other in enumerate(others):
-        if other.layout == torch.strided and other.numel():
-            taken[other.untyped_storage().data_ptr()] = f"input or captured tensor {i}"
-    seen: set[int] = set()
-    for i, output in enumerate(outputs):
-        if output.layout != torch.strided or not output.numel():
-            continue
-        if (owner := taken.get(output.untyped_storage().data_ptr())) is not None:
-            raise Mismatch(f"output {i} shares memory with {owner}")
-        mine = offsets(output)
-        if len(mine) != output.numel():
-            raise Mismatch(
-                f"output {i} repeats its own memory (strides {output.stride()}, shape "
-                f"{tuple(output.shape)})"
-            )
-        if mine & seen:
-            raise Mismatch(f"output {i} shares memory with another output")
-        seen |= mine
-
-
-# ---------------------------------------------------------------------------------------------- the
-# comparison
 
 
 @dataclass
@@ -527,10 +318,6 @@ def refusal(build: Callable[[], Setting], subject: Subject, expected: type[BaseE
     except Exception as error:
         raise AssertionError(f"expected {expected.__name__}, got {first_line(error)}") from error
     raise AssertionError(f"expected {expected.__name__}, nothing was raised")
-
-
-# ----------------------------------------------------------------------------------------------
-# subjects
 
 
 def torch_func(

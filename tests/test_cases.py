@@ -13,6 +13,7 @@ from shardmap import errors
 from tests import (
     cases,
     cases_around,  # noqa: F401  (adds cases)
+    cases_gradients,  # noqa: F401  (adds cases)
     cases_indexing,  # noqa: F401  (adds cases)
     oracle,
     refusals,

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 jobs = pytest.importorskip("ray.job_submission")
 
 ROOT = Path(__file__).parent.parent
-CONFIG = "configs/digits_gradients.yaml"
+CONFIG = "configs/digits_gradients/run.yaml"
 QUICK = ["--model.init_args.epochs", "2", "--chunk_size", "300"]
 BIN = Path(sys.executable).parent
 

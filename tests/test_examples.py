@@ -30,6 +30,12 @@ SMALL = {
 """Arguments, where a run without any takes long."""
 
 
+@pytest.fixture(autouse=True)
+def beside_the_examples(monkeypatch):
+    """As for a script: modules beside it can be imported."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
 def test_robust_standard_errors_equal_their_closed_form():
     example = runpy.run_path(str(EXAMPLES / "robust_standard_errors.py"))
     features, malignant = example["load"]()

@@ -61,7 +61,7 @@ def test_import_loads_no_extra():
 def test_the_command_line_names_the_extra_that_is_missing():
     done = run_without_extras(
         "from shardmap.jobs.cli import main; sys.exit(main(['run', "
-        "'configs/digits_gradients.yaml']))"
+        "'configs/digits_gradients/run.yaml']))"
     )
     assert done.returncode == 2
     assert (
@@ -138,7 +138,8 @@ def test_the_readme_gives_two_whole_commands_and_ci_runs_the_second():
     ]
     start = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
     assert (
-        commands[0] == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients.yaml'
+        commands[0]
+        == f'{start} ".[all]" && .venv/bin/shardmap run configs/digits_gradients/run.yaml'
     )
     assert commands[1] == f'{start} ".[all,test]" && .venv/bin/pytest'
     script = (ROOT / ".ci" / "run").read_text()

@@ -55,6 +55,11 @@ class Plan:
         return self.split.samples
 
     @property
+    def job(self) -> Job:
+        """The call that is planned: its recording, its inputs, and what becomes of its outputs."""
+        return self._job
+
+    @property
     def lanes(self) -> tuple[Lane, ...]:
         """One per entry of `devices`."""
         return self.split.lanes

@@ -1,9 +1,11 @@
-"""Runs.
+"""Runs: samples, a function that is mapped over them, and a report, named by a configuration.
 
-A dataset, a function mapped over its samples, and a report on the outputs, put together from a
-configuration.
+What the python beside a configuration needs is here, and in `shardmap.jobs.report`.
 """
 
 from shardmap.jobs.base import Dataset, Findings, Outcome
+from shardmap.jobs.config import Bounds
+from shardmap.jobs.folder import save_tensors
+from shardmap.jobs.reproducible import one_thread
 
-__all__ = ["Dataset", "Findings", "Outcome"]
+__all__ = ["Bounds", "Dataset", "Findings", "Outcome", "one_thread", "save_tensors"]

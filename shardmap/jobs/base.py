@@ -1,4 +1,4 @@
-"""What the parts of a run hand to each other."""
+"""Values that the parts of a run hand to each other: dataset, outcome, findings."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Dataset:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, name: str) -> Any:
-        """One column, a tensor, or a `shardmap.Ragged` if it is one.
+        """One column in memory: a tensor, or a `shardmap.Ragged`.
 
-        Of a source, all rows are read.
+        All rows of a source's column are read.
         """
         column = self.columns[name]
         return column.rows_between(0, len(column)) if isinstance(column, Column) else column
@@ -60,11 +60,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a report is made from."""
+    """The results of a run, from which a report is made."""
 
     dataset: Dataset
     model: Any
-    """What the configuration's `model` made, its weights loaded; None without one."""
+    """The object that the configuration's `model` made, its weights loaded; None without one."""
     outputs: Any
     """The outputs: the open `Store`, if they went to one; otherwise their structure, each tensor
     with one row per sample, or reduced."""
@@ -76,10 +76,8 @@ class Outcome:
     def tensors(self) -> dict[str, Tensor]:
         """The outputs by name, in memory, whether they are kept or reduced.
 
-        From a store all of it is read.
-
-        A single output is called `result`, others by their place: `0`, `loss.1`,
-        `mean.conv.weight`.
+        All of a store is read. A single output is called `result`, others by their place: `0`,
+        `loss.1`, `mean.conv.weight`.
         """
         if isinstance(self.outputs, Store):
             header = self.outputs.header
@@ -105,7 +103,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report found, for people and for machines."""
+    """The findings of a report, for people and for machines."""
 
     headline: str
     """A sentence or a few, printed at the end of the run."""
@@ -114,9 +112,10 @@ class Findings:
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a pytree, each named by its place in it.
+    """The tensors of a pytree, each named by its place in the tree.
 
-    `result` where there is one, `0`, `loss.1`; of a ragged one, each sample.
+    A single tensor is called `result`, others `0` or `loss.1`; each sample of a `Ragged` has a
+    name of its own.
     """
     tensors = {}
     for place, leaf in pytree.tree_flatten_with_path(tree)[0]:

@@ -1,4 +1,4 @@
-"""The run folder: there from the beginning, and it says when it is complete."""
+"""The run folder: made when the run begins, marked when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,8 +38,8 @@ class RunFolder:
 
     `state.json` turns from `unfinished` to `complete` when all else is written.
 
-    Use as a context manager. Leaving it by an exception, Ctrl-C included, removes what was written,
-    unless that can be gone on with.
+    Use it as a context manager. An exception, Ctrl-C included, removes the folder, unless the run
+    can be resumed.
     """
 
     def __init__(self, path: Path, made_parents: list[Path], resumed: bool):
@@ -85,7 +85,7 @@ class RunFolder:
 
     @staticmethod
     def reopen(path: Path) -> RunFolder:
-        """Go on in a folder of a run that has stopped.
+        """Open the folder of a run that has stopped, to resume it.
 
         Raises:
             ConfigError: The run still runs, or the folder cannot be written.
@@ -108,13 +108,13 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """Where outputs go that the configuration names no place for."""
+        """The path of the store for outputs that the configuration names no place for."""
         return self.path / RESULTS
 
     def found(self) -> Store | None:
-        """The store in the folder.
+        """The store in the folder; None if there is none.
 
-        What was killed before it was one is removed: nothing is in it, and it would be in the way.
+        A folder that a run was killed in before its store was complete is removed: it is empty.
         """
         try:
             return open_store(self.results)
@@ -141,7 +141,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        """Stop the log; without `finish`, leave what can be gone on with, and nothing else."""
+        """Stop the log; after an error, keep the folder only if the run can be resumed."""
         if self._handler is not None:
             logging.getLogger("shardmap").removeHandler(self._handler)
             logging.getLogger("shardmap").setLevel(self._level)
@@ -177,10 +177,7 @@ class RunFolder:
             return False
 
     def log(self, event: str, **values: Any) -> None:
-        """Append a line to log.jsonl.
-
-        The time in seconds since the epoch, the event and its values.
-        """
+        """Append a line to log.jsonl: the time in seconds since the epoch, an event, its values."""
         if self._log is not None:
             self._log.write(
                 json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n"
@@ -216,14 +213,14 @@ class RunFolder:
             self.log("map finished", seconds=round(event.seconds, 4), redone=dict(event.redone))
 
     def finish(self) -> Path:
-        """Say that everything is there, and return where."""
+        """Mark the folder as complete, and return its path."""
         self.log("finished")
         write_json(self.path / STATE, {"state": COMPLETE})
         return self.path
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
-    """What `state.json` of a folder says; None if it is no run folder.
+    """Read `state.json` of a folder; None if it is no run folder.
 
     Raises:
         ConfigError: It cannot be understood.
@@ -243,7 +240,7 @@ def state_of(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a JSON file so that it is there as a whole or not at all."""
     hidden = path.with_name(f".{path.name}.new")
     hidden.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     hidden.replace(path)
@@ -260,9 +257,9 @@ def _running() -> dict[str, Any]:
 
 
 def _alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that a state names runs on this machine.
+    """Whether the process that a state names still runs on this machine.
 
-    Of another machine nobody can know.
+    Of a process on another machine nothing is known: the answer is no.
     """
     if state.get("host") != platform.node() or "process" not in state:
         return False
@@ -343,14 +340,6 @@ def save_tensors(path: Path, tree: Any) -> None:
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named(tree).items()}
     safetensors.save_file(tensors, path)
-
-
-@contextlib.contextmanager
-def one_seed(seed: int) -> Iterator[None]:
-    """Seed torch for a run, and leave the caller's random state as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""What a map took: memory by device while it ran, and its chunks by lane."""
+"""Measurements of a map: the peak memory of each device, and the chunks of each lane."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_SECONDS = 0.01
 
 
 class Peaks:
-    """Measures, inside its context, the most memory in use on each device above what was in use before.
+    """A context that measures the peak memory of each device above what was in use before.
 
     The process's own record says it exactly where the map has set it. Where something before has
     used more, training for example, it is the largest of what was in use every hundredth of a
@@ -35,10 +35,10 @@ class Peaks:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.peak_bytes: dict[str, int] = {}
-        """By device; those that nobody can measure are not in it."""
+        """The peak by device; devices that cannot be measured are left out."""
 
     def __enter__(self) -> Peaks:
-        """Note what is in use, and begin to look."""
+        """Note the memory in use, and start to watch it."""
         self._before = self._read()
         self._most = {name: used for name, (used, _) in self._before.items()}
         self._thread = threading.Thread(target=self._watch, name="shardmap peaks", daemon=True)
@@ -46,7 +46,7 @@ class Peaks:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop, and say what was found."""
+        """Stop watching, and fill in `peak_bytes`."""
         assert self._thread is not None
         self._over.set()
         self._thread.join()
@@ -70,7 +70,7 @@ class Peaks:
 def measured(
     events: Sequence[Event], peak_bytes: Mapping[str, int], lanes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What `measured.json` holds.
+    """Make the contents of `measured.json`.
 
     Args:
         events: What the executor reported.
@@ -114,12 +114,12 @@ def measured(
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
-    """What `plan.json` holds: the call, and for each lane what it is expected to do.
+    """Make the contents of `plan.json`: the call, and the expectations for each lane.
 
     `explain` is the text of `plan.txt`.
     """
     return {
-        "call": plan._job.call,
+        "call": plan.job.call,
         "samples": plan.samples,
         "fits": plan.fits,
         "predicted_seconds": plan.seconds,

@@ -1,7 +1,4 @@
-"""What a run maps.
-
-The samples and the model, made as the configuration says, and the function of one sample.
-"""
+"""The parts of a run: its samples, its model, and the function of one sample."""
 
 from __future__ import annotations
 
@@ -38,17 +35,17 @@ class Parts:
     model: Any
     """None without one."""
     columns: list[Tensor | Column | Ragged]
-    """What is mapped, in the order of the function's parameters."""
+    """The columns that are mapped, in the order of the function's parameters."""
     call: Callable[..., Any]
-    """What `function` names with its arguments bound, or what it constructs; the model where
+    """The function with its arguments bound, or the object that the class makes; the model where
     there is no function."""
     leading: tuple[Any, ...]
-    """What `call` gets before a sample's values of the columns: the model, if there is one
+    """The arguments of `call` before a sample's values of the columns: the model, if there is one
     beside the function."""
     loss: Callable[..., Any] | None
-    """Of the module's output and the columns that follow the first."""
+    """A function of the module's output and of the columns that follow the first."""
     name: str
-    """Of what is called, for errors and warnings."""
+    """The name of `call`, for errors and warnings."""
 
     @property
     def ragged(self) -> bool:
@@ -59,7 +56,7 @@ class Parts:
         return any(isinstance(column, Ragged) for column in self.columns)
 
     def head(self, rows: int) -> Parts:
-        """The same for the first samples only."""
+        """These parts with the first samples only."""
         columns: list[Tensor | Column | Ragged] = []
         for column in self.columns:
             if isinstance(column, Ragged):
@@ -82,9 +79,9 @@ class Parts:
 
     @property
     def detached(self) -> Callable[..., Any]:
-        """The same without a history.
+        """The function with detached outputs.
 
-        Outputs end in files, so no chunk needs a graph, and other processes can compute them.
+        Outputs are written to files, so no chunk needs an autograd graph.
         """
         function = self.one_sample
 
@@ -96,7 +93,7 @@ class Parts:
 
 
 def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
-    """Read or make what the configuration names as samples, model, weights and function.
+    """Make the samples, the model with its weights, and the function of a configuration.
 
     Torch must be seeded with the run's seed: draws depend on what was drawn before.
 
@@ -158,7 +155,7 @@ def check_machine(config: RunConfig) -> None:
 
 
 def map_options(run: BoundRun) -> MapOptions:
-    """The options of `shardmap.vmap` that a configuration gives, but for its store."""
+    """The options of `shardmap.vmap` that a configuration gives, without its store."""
     config = run.config
     devices = (
         shardmap.Ray(workers=config.workers)
@@ -168,6 +165,7 @@ def map_options(run: BoundRun) -> MapOptions:
     return {
         "devices": devices,
         "randomness": config.randomness,
+        "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,
         "reduce": run.reduce,
@@ -198,7 +196,7 @@ def _samples(run: BoundRun) -> Dataset:
 def _made(call: BoundCall, *leading: Any) -> Any:
     """Call a function, or construct a class.
 
-    A module that is constructed here is put into eval mode, as nobody else can.
+    A module that is constructed here is put into eval mode.
     """
     if not call.is_class:
         return call(*leading[: call.leading])
@@ -207,7 +205,7 @@ def _made(call: BoundCall, *leading: Any) -> Any:
 
 
 def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
-    """What is called for each sample, what it gets before the columns, and its name."""
+    """The callable that is mapped, its arguments before the columns, and its name."""
     if run.function is None:
         if not callable(model):
             assert run.config.model is not None
@@ -302,7 +300,7 @@ def _check_task(config: RunConfig, parts: Parts, names: list[str]) -> None:
 
 
 def _check_call(function: Callable[..., Any], keys: tuple[str, ...], given: list[str]) -> None:
-    """Refuse a function that cannot be called with what it would be given."""
+    """Refuse a function whose signature does not take the arguments that it would get."""
     try:
         signature = inspect.signature(
             function.forward if isinstance(function, nn.Module) else function

@@ -1,7 +1,4 @@
-"""What a run would do, without running it.
-
-Its plan on this machine, and a forecast for a cluster.
-"""
+"""The plan of a run on this machine, and a forecast for a cluster, without running it."""
 
 from __future__ import annotations
 
@@ -12,16 +9,17 @@ from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.jobs import tasks
 from shardmap.jobs.config import BoundRun, RunConfig
-from shardmap.jobs.folder import RESULTS, one_seed
+from shardmap.jobs.folder import RESULTS
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.planning.forecast import Forecast, Workload, forecast
 from shardmap.planning.memory import format_bytes
 from shardmap.run.storing import unit_of
 
 MEASURED_SECONDS = 1.0
-"""About as long a measurement computes, by the guess that it replaces."""
+"""About how long a measurement computes, by the guess that it replaces."""
 MEASURED_BYTES = 256 << 20
-"""Of results that a measurement keeps at most."""
+"""The most bytes of results that a measurement keeps."""
 
 
 def plan(
@@ -31,7 +29,7 @@ def plan(
     measure: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, Forecast | None]:
-    """Plan a run's map for the devices of this machine, and forecast it for a cluster of such machines.
+    """Plan a run's map for this machine's devices, and forecast it for a cluster of such machines.
 
     Data and model are made as for the run; of the map, at most three samples are computed, or some
     seconds' worth to measure.
@@ -76,8 +74,8 @@ def plan(
 
 
 def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
-    """Compute some samples; a plan that is made after it knows how long they took."""
-    most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned._job.outputs))
+    """Compute some samples, so that the next plan knows how long they take."""
+    most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned.job.outputs))
     rows = max(
         2,
         min(
@@ -90,7 +88,7 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
 
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:
-    job, samples = planned._job, planned.samples
+    job, samples = planned.job, planned.samples
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
     return Workload(
@@ -108,8 +106,8 @@ def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> W
 
 
 def _to_store(planned: Plan, config: RunConfig) -> str:
-    unit = unit_of(planned._job, config.chunk_size, None)
-    row = sum(o.sample_bytes for o in planned._job.outputs)
+    unit = unit_of(planned.job, config.chunk_size, None)
+    row = sum(o.sample_bytes for o in planned.job.outputs)
     units = -(-planned.samples // unit)
     held = min(planned.samples, unit * (len(planned.lanes) + 1))
     place = config.store or f"{RESULTS} in the run folder"

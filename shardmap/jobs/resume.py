@@ -1,4 +1,4 @@
-"""Which run a person means by a path, and what of it is there."""
+"""The run that a path or URL stands for, and how much of it is complete."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shardmap.jobs.folder import COMPLETE, RESULTS, RunFolder, state_of
 from shardmap.jobs.stores import configuration_of, differing
 
 PLACES = ("output", "store", "store_kind", "save_outputs")
-"""Keys that a run folder has settled."""
+"""Keys that cannot change any more once a run has its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stopped:
-    """A run that is to be gone on with."""
+    """A run that has stopped and can be resumed."""
 
     config: RunConfig
     folder: Path | None
@@ -26,7 +26,7 @@ class Stopped:
     complete: bool = False
     """Whether nothing is missing."""
     before: RunConfig | None = None
-    """As the folder has it."""
+    """The configuration as the folder holds it."""
 
     def check(self, config: RunConfig) -> None:
         """Refuse overrides that make another run of it.
@@ -145,15 +145,12 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
 
 
 def _gathered(path: Path) -> bool:
-    """Whether a folder's outputs were kept in memory, and then saved.
-
-    Those of samples of unequal shapes are.
-    """
+    """Whether a folder's outputs were gathered in memory and saved, not written to a store."""
     return (path / "outputs.safetensors").exists()
 
 
 def unfinished_folder(store: Store, config: RunConfig) -> Path | None:
-    """The folder of the run that began a store, if it has stopped there and is the one that is meant.
+    """The folder of the run that began a store, if that run has stopped and is the one given.
 
     Args:
         store: Where its outputs go.

@@ -1,7 +1,4 @@
-"""Carry out a run.
-
-Load the data, make the model, map the function, report, and leave a complete folder.
-"""
+"""Carry out a run: load the data, make the model, map the function, report."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from shardmap.jobs.folder import (
     COMPLETE,
     RunFolder,
     environment,
-    one_seed,
     save_tensors,
     state_of,
     write_json,
 )
 from shardmap.jobs.measure import Peaks, measured, predicted
 from shardmap.jobs.parts import Parts, check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.jobs.resume import unfinished_folder
 from shardmap.jobs.stores import check_store, sink_of, with_keys
 from shardmap.jobs.tasks import mapped, planned
@@ -37,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C, in a run that can be gone on with."""
+    """Ctrl-C stopped a run that can be resumed."""
 
     def __init__(self, folder: Path):
         """`folder` is the run folder, which stays."""
@@ -47,7 +44,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class _Map:
-    """What is going to happen, in words and as figures, and what makes it happen."""
+    """A map that is ready to run, with its description and its plan."""
 
     text: str
     plan: Plan | None
@@ -106,7 +103,7 @@ def execute(
 
 
 def _folder(config: RunConfig, found: Store | None, say: Callable[[str], None]) -> RunFolder:
-    """The folder in which the store was begun, if that run has stopped, or a new one."""
+    """Reopen the folder of the stopped run that began the store, or make a new folder."""
     begun = None if found is None else unfinished_folder(found, config)
     if begun is not None:
         return RunFolder.reopen(begun)
@@ -175,7 +172,10 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
         None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
     )
     if sink is None:
-        text = f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many workers there are"
+        text = (
+            f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many "
+            "workers there are"
+        )
         if parts.ragged:
             text = f"{samples} samples of unequal shapes, a map for each shape"
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
@@ -210,9 +210,10 @@ def _write_plan(folder: Path, work: _Map, samples: int) -> None:
 def _mapped(
     folder: RunFolder, work: _Map, listener: Callable[[Event], None]
 ) -> tuple[Any, dict[str, int]]:
-    """Run the map; what it took is written down.
+    """Run the map and write its measurements into the folder.
 
-    Its outputs, and how many chunks were handed out again, by cause.
+    Returns:
+        The outputs, and how many chunks were computed again, by cause.
     """
     events: list[Event] = []
 

@@ -1,7 +1,6 @@
-"""A run's store.
+"""A run's store, which holds the run's configuration.
 
-Made as its configuration says, with that configuration inside, so that it can be gone on with and
-verified alone.
+So it can be resumed and verified without the run folder.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SINKS = {"zarr": ZarrSink, "safetensors": SafetensorsSink, "memmap": MemmapSink}
 def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
     """The sink of a run's outputs.
 
-    Its store keeps the configuration, its hash, the versions, and the run folder.
+    Its store keeps the configuration and its hash, the versions, and the path of the run folder.
 
     Args:
         config: The run; it has a store.
@@ -53,7 +52,7 @@ def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on."""
+    """The versions of the packages that results depend on."""
     try:
         own = importlib.metadata.version("shardmap")
     except importlib.metadata.PackageNotFoundError:
@@ -111,7 +110,7 @@ def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig |
 
 
 def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> StoreMismatchError:
-    """The same error with the keys of the configuration that differ from those of the stored run."""
+    """Extend an error with the configuration's keys that differ from the stored run's."""
     stored: Any = store.header.attributes.get("configuration")
     if not isinstance(stored, dict):
         return error
@@ -131,7 +130,7 @@ def with_keys(error: StoreMismatchError, store: Store, config: RunConfig) -> Sto
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The keys in which two runs differ, with both values; empty if there are none."""
+    """Describe the keys in which two runs differ, with both values; empty if there are none."""
     before, after = (_flat(json.loads(json.dumps(values, default=str))) for values in (then, now))
     keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
     return "; ".join(

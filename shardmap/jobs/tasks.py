@@ -1,7 +1,4 @@
-"""What a run computes for each sample.
-
-The function itself, or derivatives of it, by the library's own calls.
-"""
+"""The library's call that a run makes: a map of the function, or one of its derivatives."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
 def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | None = None) -> Plan:
     """The plan of a run's map.
 
-    Torch's random state is left as it is, so that a map made after it draws as if there was no
+    Torch's random state does not change, so that a later map draws the same numbers as without a
     plan.
 
     Args:
@@ -81,6 +78,6 @@ def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
 
 
 def _given(parts: Parts, config: RunConfig) -> tuple[Any, ...]:
-    """What the call gets: a function of parameters gets them first."""
+    """The arguments of the call; a function of parameters gets those first."""
     leading = parts.leading if config.task == "per_sample_grad" and parts.loss is None else ()
     return (*leading, *parts.columns)

@@ -1,4 +1,4 @@
-"""Is a store what its run computes? First checksums of everything, then a sample of units computed again and compared."""
+"""Verification of a store: checksums of all units, then some units computed again and compared."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from shardmap import Store
 from shardmap.errors import StoreMismatchError
 from shardmap.jobs.config import RunConfig, bind
-from shardmap.jobs.folder import one_seed
 from shardmap.jobs.parts import check_machine, load_parts, map_options
+from shardmap.jobs.reproducible import one_seed
 from shardmap.jobs.stores import configuration_of, with_keys
 from shardmap.jobs.tasks import mapped
 from shardmap.run.base import Event, listen
@@ -20,7 +20,7 @@ from shardmap.store.recompute import choose
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in a store."""
+    """The findings about a store."""
 
     store: Store
     committed: int
@@ -42,7 +42,7 @@ class Verified:
 
     @property
     def checksums(self) -> str:
-        """What the checksums say, a line for each damaged unit."""
+        """The result of the checksums, with a line for each damaged unit."""
         total = self.store.header.units
         lines = [
             f"{self.committed} of {total} units are committed; checksums: "
@@ -58,7 +58,7 @@ class Verified:
 
     @property
     def recomputed(self) -> str:
-        """What the comparison says, a line for each unit that differs."""
+        """The result of the comparison, with a line for each unit that differs."""
         if self.comparisons is None:
             return (
                 "not written by a configured run, so nothing was computed again; in a script, make "
@@ -95,7 +95,9 @@ def verify(
     say: Callable[[str], None] = lambda text: None,
     listener: Callable[[Event], None] = lambda event: None,
 ) -> Verified:
-    """Hash all committed units of a store, and compute a random sample of them again from the configuration that is in it.
+    """Hash all committed units of a store, and compute some of them again and compare.
+
+    The units are chosen at random, and computed from the configuration that the store holds.
 
     Data and model are made as for the run, all of them; the map computes the chosen rows only.
     Nothing is written.

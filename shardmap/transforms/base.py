@@ -1,7 +1,4 @@
-"""What all transforms share.
-
-The call that they return, and how they read the arguments that they differentiate by.
-"""
+"""The parts that all transforms share: the call they return, and the arguments they read."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _OF_RUNS = ("out", "resume")
 
 
 class Transformed:
-    """What a transform returns: call it with a batch, or `plan` the call.
+    """A transformed function of the batch: call it, or `plan` the call.
 
     Args:
         func: The user's function, for its name and docstring.
@@ -70,12 +67,12 @@ class Transformed:
 
 
 def name_of(func: Any) -> str:
-    """How a function is called in errors."""
+    """The name of a function in error messages."""
     return getattr(func, "__name__", None) or type(func).__name__
 
 
 def check_function(func: Any, transform: str) -> None:
-    """Refuse what is no function.
+    """Refuse a `func` that is no function.
 
     Raises:
         OptionError: `func` cannot be called.
@@ -88,7 +85,7 @@ def check_function(func: Any, transform: str) -> None:
 
 
 def check_argnums(argnums: Any, call: str) -> None:
-    """Refuse what cannot number arguments, before there are any.
+    """Refuse an `argnums` that is no argument number, before there are arguments.
 
     Raises:
         TransformError: `argnums` is neither an int nor a tuple of different ints.
@@ -135,13 +132,13 @@ class Differentiated:
         self.structure = (
             self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
         )
-        """Of what is differentiated by, as results have it: a tuple only where `argnums` is one."""
+        """The structure of derivatives by argument: a tuple only where `argnums` is one."""
         for n, value in zip(self.numbers, chosen, strict=True):
             for leaf in pytree.tree_leaves(value):
                 _check_real(leaf, f"{call}: argument {n}", f"leave argument {n} out of argnums")
 
     def with_leaves(self, leaves: list[torch.Tensor]) -> list[Any]:
-        """The sample's arguments, with others in place of those that are differentiated by."""
+        """The sample's arguments, with `leaves` in place of the differentiated tensors."""
         args = list(self._args)
         for n, value in zip(
             self.numbers, pytree.tree_unflatten(leaves, self._structure), strict=True
@@ -169,7 +166,7 @@ def _check_real(leaf: Any, what: str, otherwise: str) -> None:
 
 
 class Results:
-    """What the function returned for one sample.
+    """The values that the function returned for one sample.
 
     Args:
         out: The function's result, or the pair of result and aux.

@@ -76,11 +76,13 @@ def per_sample_grad(
         >>> gradients = shardmap.per_sample_grad(model, loss)(x, y)
         >>> {name: tuple(g.shape) for name, g in gradients.items()}
         {'weight': (5, 1, 3), 'bias': (5, 1)}
-        >>> norms = shardmap.per_sample_grad(model, loss, reduce="norm")(x, y)  # [5], over all parameters
-        >>> torch.allclose(norms[0] ** 2, gradients["weight"][0].square().sum() + gradients["bias"][0].square().sum())
+        >>> norms = shardmap.per_sample_grad(model, loss, reduce="norm")(x, y)  # [5]
+        >>> squares = sum(g[0].square().sum() for g in gradients.values())
+        >>> torch.allclose(norms[0] ** 2, squares)
         True
     """
-    call = f"shardmap.per_sample_grad({_name(model_or_fn)}{'' if loss is None else f', {_name(loss)}'})"
+    given = [model_or_fn] if loss is None else [model_or_fn, loss]
+    call = f"shardmap.per_sample_grad({', '.join(map(_name, given))})"
     if not callable(model_or_fn):
         raise TransformError(
             f"{call}: {model_or_fn!r} is a {type(model_or_fn).__name__}; pass a module or a "
@@ -120,7 +122,7 @@ class OfParameters:
         self._in_dims = in_dims
         self._options = options
         self._by_arguments: dict[Any, Transformed] = {}
-        """With `trace="once"` the recordings belong to the mapped function."""
+        """The mapped function, which holds the recordings of `trace="once"`."""
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, parameters: Any, *batch: Any, **kwargs: Any) -> Any:
@@ -237,10 +239,7 @@ def _function_gradient(
     has_aux: bool,
     call: str,
 ) -> Callable[..., Any]:
-    """A function of the parameters and of one sample.
-
-    The gradients with respect to the former, in their structure.
-    """
+    """A function of the parameters and one sample that returns the parameters' gradients."""
 
     @functools.wraps(fn, updated=())
     def gradient(parameters: Any, *sample: Any, **kwargs: Any) -> Any:
@@ -291,7 +290,7 @@ def _only(value: Any) -> Any:
 
 
 def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
-    """The loss of one sample, and what came with it."""
+    """The loss of one sample, and its aux."""
     aux = None
     if has_aux:
         if not isinstance(returned, tuple) or len(returned) != 2:
@@ -319,7 +318,7 @@ def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
 
 
 def _row(gradients: Sequence[Tensor]) -> Tensor:
-    """All gradients of a sample, one behind the other: `[P]`."""
+    """All gradients of a sample, concatenated: `[P]`."""
     return torch.cat([g.reshape(-1) for g in gradients])
 
 

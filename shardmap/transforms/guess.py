@@ -1,4 +1,4 @@
-"""What a recorded program would cost, guessed from its operations and bytes without running it."""
+"""Guesses the seconds of a recorded program from its operations and bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from shardmap.program.ir import Equation, Program, Var
 
 
 def seconds(program: Program, samples: int, device_type: str) -> float:
-    """The guess for that many samples.
+    """Guess the seconds of a program for some samples.
 
-    What they change counts for each, what no sample changes once.
+    An operation that depends on the sample counts for each of them, any other once.
 
     Args:
         program: What one sample does.
@@ -60,7 +60,7 @@ def _flops(eq: Equation, made: list[Var]) -> float:
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What of a sample decides its cost: shapes and dtypes, and everything that is no tensor."""
+    """The part of a sample that decides its cost: shapes, dtypes, and all other values."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     described = [
         (tuple(t.shape), str(t.dtype)) if isinstance(t, torch.Tensor) else repr(t) for t in leaves

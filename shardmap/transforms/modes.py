@@ -1,6 +1,6 @@
 """Derivatives of one sample's function in reverse and in forward mode, by plain autograd.
 
-Whatever that supports, they do.
+They support everything that autograd supports.
 """
 
 from __future__ import annotations
@@ -69,17 +69,11 @@ class Graph:
     def pulled_back(
         self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The products of cotangents with the Jacobian.
-
-        One for each tensor that is differentiated by.
-        """
+        """The product of cotangents with the Jacobian for each differentiated tensor."""
         return pulled_back(outputs, self.leaves, cotangents, self.create_graph)
 
     def cut(self, value: Any) -> Any:
-        """A value of the forward pass as the caller is to see it.
-
-        Without the graph that is of this transform only.
-        """
+        """A value of the forward pass without the graph that belongs to this transform only."""
         return value if self.create_graph else pytree.tree_map(lambda t: t.detach(), value)
 
 
@@ -89,7 +83,7 @@ def pulled_back(
     cotangents: Sequence[torch.Tensor],
     create_graph: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`torch.autograd.grad` with zeros for what does not depend on the leaves, and a graph that is kept."""
+    """Call `torch.autograd.grad` and keep the graph; unused leaves get zeros."""
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not pairs:
         return tuple([torch.zeros_like(t) for t in leaves])
@@ -128,11 +122,11 @@ def pushed_forward(
     tangents: Sequence[Any],
     nested: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-    """Results, their tangents, and aux.
+    """The results of a function, their tangents, and aux.
 
-    By dual tensors of plain autograd, so that `func` may call `torch.autograd.grad`. Where `func`
-    takes forward derivatives itself, of which plain autograd has one level only, by
-    `torch.func.jvp`, which has several.
+    They are computed by dual tensors of plain autograd, so that `func` may call
+    `torch.autograd.grad`. Where `func` takes forward derivatives itself, `torch.func.jvp` computes
+    them: it has several levels, plain autograd one.
 
     Args:
         func: Takes the primals, returns a list of tensors and a pytree.

@@ -1,6 +1,4 @@
-"""Products with Jacobians and Hessians, for each sample of a batch.
-
-The matrices themselves are never made.
+"""Products with Jacobians and Hessians, for each sample of a batch, without the matrices.
 
 In `torch.func` and `torch.autograd.functional` these take the point and the vector in one call, or
 in two. Here they are transforms, as everything else in this library: `vjp(func)` is a function of
@@ -51,7 +49,7 @@ def vjp(
 ) -> Transformed:
     """The product of a cotangent with the Jacobian of `func`, at each sample of a batch.
 
-    One backward pass.
+    It takes one backward pass.
 
     `vjp(func)(x, cotangents)` is for each row what `torch.func.vjp(func, row)` and its function of
     the cotangent give. Gradients from outside flow as for `shardmap.jacrev`.
@@ -122,7 +120,7 @@ def jvp(
 ) -> Transformed:
     """The product of the Jacobian of `func` with a tangent, at each sample of a batch.
 
-    One pass in forward mode.
+    It takes one pass in forward mode.
 
     `jvp(func)(x, tangents)` is for each row what `torch.func.jvp(func, (row,), (tangent,))` gives.
 
@@ -184,7 +182,7 @@ def hvp(
 ) -> Transformed:
     """The product of the Hessian of a scalar function with a vector, at each sample of a batch.
 
-    The tangent of the gradient.
+    It is the tangent of the gradient.
 
     `hvp(func)(x, vectors)` is for each row what `torch.autograd.functional.hvp(func, row, vector)`
     gives. Forward over reverse, so that it costs a few evaluations of `func`; where an operator has
@@ -257,10 +255,7 @@ def _tangents_of_gradient(
     vectors: list[torch.Tensor],
     call: str,
 ) -> tuple[torch.Tensor, ...]:
-    """The products of the Hessian with vectors, forward over reverse.
-
-    One for each tensor that is differentiated by.
-    """
+    """The product of the Hessian with a vector for each differentiated tensor."""
 
     def gradient(duals: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         (value,) = _one_scalar(Results(func(*by.with_leaves(duals), **kwargs), False, call), call)
@@ -276,7 +271,7 @@ def _tangents_of_gradient(
 
 
 def _checked(func: Any, transform: str, argnums: Any, has_aux: Any) -> str:
-    """The call's name for errors, once what it was given has been looked at."""
+    """Check the arguments of a transform, and return its call's name for errors."""
     check_function(func, transform)
     call = f"shardmap.{transform}({name_of(func)})"
     check_argnums(argnums, call)

@@ -1,6 +1,6 @@
-"""All rows or columns of one sample's Jacobian.
+"""All rows or columns of one sample's Jacobian, by a map over unit vectors.
 
-A map over unit vectors inside the function that is mapped over samples.
+This map stands inside the function that is mapped over the samples.
 
 What one unit vector needs is recorded once, lowered by the same rules as everything else, and
 replayed for some of them at a time inside the recording of the sample. So the unit vectors become a
@@ -45,20 +45,20 @@ go beside."""
 
 @dataclass(slots=True)
 class Seeding:
-    """How many unit vectors at a time, and what came of it."""
+    """The number of unit vectors at a time, as asked for and as taken."""
 
     asked: int | str | None
-    """As the user gave it."""
+    """The value that the user gave."""
     memory: Callable[[torch.device], int | None]
     """The budget on a device."""
     call: str
     most: int | None = None
-    """What a plan that did not fit has left of it."""
+    """The limit that a plan which did not fit has set."""
     largest: int = 0
     """The most that were taken at a time, of the recordings that were made with this `most`."""
 
     def at_once(self, each: int, count: int, device: torch.device) -> int:
-        """How many of `count` unit vectors to take at a time, of which each needs so many bytes."""
+        """Choose how many of `count` unit vectors to take at a time, by the bytes of each."""
         if isinstance(self.asked, int):
             size = self.asked
         elif self.asked is None:
@@ -119,19 +119,19 @@ class UnitVectors:
             call,
         )
         job = job_of(Prepared(recording, structure), batch, options, True, False, pairs_of)
-        # What no unit vector changes is not repeated for each.
+        # An output that does not depend on the unit vector is not repeated for each of them.
         outputs = tuple([o if o.mapped else dataclasses.replace(o, dim=None) for o in job.outputs])
         self.job = dataclasses.replace(job, outputs=outputs)
 
     @property
     def program(self) -> Program:
-        """What one unit vector needs."""
+        """The recorded program of one unit vector."""
         return self.job.recording.program
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
-        """What `core` returns, for chunk after chunk of unit vectors.
+        """Compute the results of `core` for chunk after chunk of unit vectors.
 
-        For each of its results `[vectors, *shape]`.
+        Each result has the shape `[vectors, *shape]`.
         """
         step = seeding.at_once(self.each_bytes, self.count, self.like.device)
         on, parts = prepare.Devices(self.job), []
@@ -160,13 +160,13 @@ class UnitVectors:
 
 @functools.lru_cache(maxsize=64)
 def _looked_at(program: Program) -> tuple[Program, int]:
-    """The program without symbolic zeros, and the most bytes that are live at a time for one unit vector: found once."""
+    """The program without symbolic zeros, and its peak of live bytes for one unit vector."""
     program = without_zeros(program)
     return program, live_bytes(program)
 
 
 def live_bytes(program: Program) -> int:
-    """The most bytes that are live at a time of what the mapped inputs change, for one of them."""
+    """The peak of live bytes of one sample, counting only values that depend on it."""
     mapped = mapped_groups(program, "error", False)
     live = live_equations(
         program, {v.group for eq in program.equations for v in written(eq)}, set()

@@ -1,4 +1,4 @@
-"""Leave out what forward mode does with tangents that are zero.
+"""Removes forward mode's arithmetic with tangents that are zero.
 
 Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory,
 multiply by it, copy and add: a linear layer's tangent is one product, and is recorded as two
@@ -18,8 +18,9 @@ from shardmap.program.ir import SAMPLE_DEVICE, Equation, Program, Var
 aten = torch.ops.aten
 
 _VIEWS = {
-    aten.alias.default, aten.detach.default, aten.expand.default, aten.view.default, aten.t.default, aten.transpose.int,
-    aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
+    aten.alias.default, aten.detach.default, aten.expand.default, aten.view.default,
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.mul.Tensor}
 """Zero if a factor is."""
@@ -34,7 +35,7 @@ _LINEAR = {
 
 
 def without_zeros(program: Program) -> Program:
-    """`program` without the arithmetic on symbolic zeros of forward-mode AD, and without the copies that it makes.
+    """Remove forward-mode AD's arithmetic on symbolic zeros, and its copies, from a program.
 
     A product with such a zero is left out even where the other factor is infinite: there is no
     tangent. Zeros of the user's own are multiplied as ever. A program of which gradients are taken

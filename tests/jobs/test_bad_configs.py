@@ -340,10 +340,7 @@ def workplace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = tmp_path / "work"
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("users_bad", "users_broken"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     return folder
 
 

@@ -15,7 +15,8 @@ import shardmap
 from shardmap.jobs.cli import main
 
 ROOT = Path(__file__).parents[2]
-GRADIENTS = str(ROOT / "configs" / "digits_gradients.yaml")
+GRADIENTS = str(ROOT / "configs" / "digits_gradients" / "run.yaml")
+DIGITS = f"python: {ROOT / 'configs' / 'digits_gradients'}\n"
 
 MISTAKES = {
     "no command": [],
@@ -23,6 +24,7 @@ MISTAKES = {
     "no configuration": ["run"],
     "missing file": ["run", "nowhere.yaml"],
     "a folder": ["run", "."],
+    "a run folder": ["run", "finished"],
     "not YAML": ["run", "broken.yaml"],
     "not text": ["run", "binary.yaml"],
     "an empty file": ["run", "empty.yaml"],
@@ -47,8 +49,8 @@ MISTAKES = {
     "argument not a choice": ["run", GRADIENTS, "--report.init_args.score", "best"],
     "not an import path": ["run", GRADIENTS, "--function", "f"],
     "no such module": ["run", GRADIENTS, "--function", "no_such_package.f"],
-    "no such function": ["run", GRADIENTS, "--function", "shardmap.jobs.digits.f"],
-    "not a function": ["run", GRADIENTS, "--function", "shardmap.jobs.digits.CLASSES"],
+    "no such function": ["run", GRADIENTS, "--function", "digits.f"],
+    "not a function": ["run", GRADIENTS, "--function", "digits.CLASSES"],
     "data that is no dataset": ["run", GRADIENTS, "--data", "os.getcwd"],
     "unknown column": ["run", GRADIENTS, "--columns", "[image, labl]"],
     "no column": ["run", GRADIENTS, "--columns", "[]"],
@@ -118,25 +120,29 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "list.yaml").write_text("- data\n- function\n")
-    (tmp_path / "no_function.yaml").write_text("data: shardmap.jobs.digits.load\n")
+    (tmp_path / "no_function.yaml").write_text(f"{DIGITS}data: digits.load\n")
     (tmp_path / "no_path.yaml").write_text(
-        "data: {init_args: {flip_seed: 1}}\nfunction: shardmap.jobs.digits.loss_gradient\n"
+        f"{DIGITS}data: {{init_args: {{flip_seed: 1}}}}\nfunction: digits.loss_gradient\n"
     )
-    (tmp_path / "number.yaml").write_text("data: 3\nfunction: shardmap.jobs.digits.loss_gradient\n")
+    (tmp_path / "number.yaml").write_text(f"{DIGITS}data: 3\nfunction: digits.loss_gradient\n")
     parts = (
-        "data: shardmap.jobs.digits.load",
+        f"{DIGITS}data: digits.load",
         "function: torch.neg",
         "columns: [image]",
         "report: builtins.id",
     )
     (tmp_path / "no_findings.yaml").write_text("\n".join((*parts, "save_outputs: false")))
     (tmp_path / "quick.yaml").write_text("\n".join(parts[:3]))
-    no_rows = (*parts[:3], "report: shardmap.jobs.digits_reports.sensitivity_maps", "reduce: sum")
+    folders = [str(ROOT / "configs" / name) for name in ("digits_jacobian", "digits_gradients")]
+    no_rows = (f"python: {folders}", "data: digits.load", *parts[1:3])
+    no_rows = (*no_rows, "report: reports.sensitivity_maps", "reduce: sum")
     (tmp_path / "no_rows.yaml").write_text("\n".join(no_rows))
     shardmap.vmap(torch.sin, out=shardmap.MemmapSink(tmp_path / "store"))(torch.ones(3, 2))
     (tmp_path / "unknown.yaml").write_text(
-        "data: shardmap.jobs.digits.load\nfunction: a.b\ndevice: cpu\n"
+        f"{DIGITS}data: digits.load\nfunction: a.b\ndevice: cpu\n"
     )
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "config.yaml").write_text("data: a.b\nfunction: a.b\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,20 +1,36 @@
 """Configurations: what wins over what, what is refused, and in which words."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from shardmap.errors import ConfigError
 from shardmap.jobs import config
+from shardmap.jobs.parts import load_parts, map_options
+from shardmap.jobs.tasks import mapped
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MINIMAL = "data: shardmap.jobs.digits.load\nfunction: shardmap.jobs.digits.loss_gradient\n"
+MINIMAL = (
+    f"python: {CONFIGS / 'digits_gradients'}\ndata: digits.load\nfunction: digits.loss_gradient\n"
+)
 
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text)
     return path
+
+
+CALLS: list[int] = []
+
+
+def counted(x, *, times: int):
+    """Notes each call; its program has as many operators as it is told."""
+    CALLS.append(times)
+    for _ in range(times):
+        x = x.sin()
+    return x
 
 
 def constant():
@@ -32,7 +48,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
 
 def test_overrides_reach_arguments_of_functions():
     loaded = config.load(
-        CONFIGS / "digits_gradients.yaml",
+        CONFIGS / "digits_gradients",
         ["--model.init_args.epochs", "2", "--model.init_args.learning_rate", "1e-2"],
     )
     bound = config.bind(loaded)
@@ -49,10 +65,10 @@ def test_a_list_of_devices_can_be_given_as_text(tmp_path):
 
 
 def test_a_section_can_be_left_out_from_the_command_line():
-    assert config.load(CONFIGS / "digits_gradients.yaml", ["--report", "null"]).report is None
+    assert config.load(CONFIGS / "digits_gradients", ["--report", "null"]).report is None
 
 
-@pytest.mark.parametrize("name", ["digits_gradients.yaml", "digits_jacobian.yaml"])
+@pytest.mark.parametrize("name", ["digits_gradients", "digits_jacobian"])
 def test_a_resolved_configuration_reads_back_as_itself(name, tmp_path):
     resolved = config.bind(config.load(CONFIGS / name)).config
     again = config.bind(config.load(write(tmp_path, config.to_yaml(resolved)))).config
@@ -86,8 +102,7 @@ def test_every_key_is_in_the_table_of_the_docs():
         ),
         (
             ["--model.init_args.epoch", "3"],
-            "unknown argument of shardmap.jobs.digits.train, value '3'; did you mean "
-            "model.init_args.epochs?",
+            "unknown argument of digits.train, value '3'; did you mean model.init_args.epochs?",
         ),
         (
             ["--report.init_args.first", "1.5"],
@@ -98,16 +113,16 @@ def test_every_key_is_in_the_table_of_the_docs():
             "give one of gradient_norm, fisher_norm, class_cosine",
         ),
         (
-            ["--function", "shardmap.jobs.digits.loss_gradent"],
-            "did you mean shardmap.jobs.digits.loss_gradient?",
+            ["--function", "digits.loss_gradent"],
+            "did you mean digits.loss_gradient?",
         ),
-        (["--function", "shardmap.jobs.digits.CLASSES"], "which cannot be called; name a function"),
+        (["--function", "digits.CLASSES"], "which cannot be called; name a function"),
         (["--function", "no_such_package.thing"], "there is no module no_such_package"),
     ],
 )
 def test_messages_name_key_value_and_remedy(words, message):
     with pytest.raises(ConfigError) as caught:
-        config.bind(config.load(CONFIGS / "digits_gradients.yaml", words))
+        config.bind(config.load(CONFIGS / "digits_gradients", words))
     assert message in str(caught.value)
 
 
@@ -201,7 +216,7 @@ def test_a_configuration_survives_json_and_is_checked_again(tmp_path):
     import dataclasses
     import json
 
-    resolved = config.bind(config.load(CONFIGS / "digits_gradients.yaml", ["--store", "s"])).config
+    resolved = config.bind(config.load(CONFIGS / "digits_gradients", ["--store", "s"])).config
     values = json.loads(json.dumps(dataclasses.asdict(resolved)))
     assert config.bind(config.from_mapping(values)).config == resolved
     with pytest.raises(ConfigError, match="chunk_sise: unknown key"):
@@ -228,3 +243,26 @@ def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
         ["--function", "torch.neg"],
     ]
     assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 6
+
+
+def test_the_check_is_handed_to_the_map_and_runs_the_function_so_often(tmp_path, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(sys.modules[__name__], "CALLS", calls)
+    (tmp_path / "samples.py").write_text(
+        "import torch\nfrom shardmap.jobs import Dataset\n"
+        "def load(): return Dataset({'x': torch.arange(15.0).view(5, 3)})\n"
+    )
+    text = "data: samples.load\nfunction: tests.jobs.test_config.counted\n"
+    seen = {}
+    for times, check in enumerate(("off", "first", "always"), start=41):  # a program for each
+        words = ["--check", check, "--function.init_args.times", str(times)]
+        bound = config.bind(config.load(write(tmp_path, text), words))
+        assert map_options(bound)["check"] == check
+        parts = load_parts(bound, lambda told: None)
+        for _ in range(2):
+            calls.clear()
+            mapped(parts, bound.config, map_options(bound))()
+            seen.setdefault(check, []).append(len(calls))
+    assert seen == {"off": [1, 1], "first": [2, 1], "always": [2, 2]}
+    with pytest.raises(ConfigError, match="check: 'never' does not fit; give one of first, always"):
+        config.load(write(tmp_path, text), ["--check", "never"])

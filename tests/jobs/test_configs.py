@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from sklearn.kernel_ridge import KernelRidge
 
 from shardmap.errors import ConfigError
-from shardmap.jobs import (
-    Dataset,
-    Outcome,
+from shardmap.jobs import Dataset, Outcome
+from shardmap.jobs.config import bind, load
+from shardmap.jobs.run import execute
+from shardmap.store import open_store
+from tests.jobs.demos import (
+    CONFIGS,
     digits,
     lorenz,
     lorenz_reports,
@@ -25,11 +28,6 @@ from shardmap.jobs import (
     text,
     text_reports,
 )
-from shardmap.jobs.config import bind, load
-from shardmap.jobs.run import execute
-from shardmap.store import open_store
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run(name: str, folder: Path, *overrides: str):
@@ -46,12 +44,16 @@ def assert_is_a_picture(path: Path):
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_folder_is_a_run():
+    assert all((folder / "run.yaml").is_file() for folder in CONFIGS.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
 def test_every_configuration_can_be_bound_and_says_how_to_run_it(path):
     config = load(path, [])
     bind(config)
-    assert config.output == f"runs/{path.stem}"
-    assert f"shardmap run configs/{path.name}\n" in path.read_text()
+    assert config.output == f"runs/{path.name}"
+    assert f"shardmap run configs/{path.name}/run.yaml\n" in (path / "run.yaml").read_text()
 
 
 # -- Lyapunov exponents
@@ -59,7 +61,7 @@ def test_every_configuration_can_be_bound_and_says_how_to_run_it(path):
 
 
 def test_lyapunov_exponents_of_lorenz_96_are_the_published_ones(tmp_path):
-    folder, findings = run("lorenz96_lyapunov.yaml", tmp_path)
+    folder, findings = run("lorenz96_lyapunov", tmp_path)
     numbers = findings.numbers
     # 1.67 is what is commonly quoted for 40 places and forcing 8; 13 and 27.1 are those of Lorenz
     # and Emanuel 1998.
@@ -166,7 +168,7 @@ def laplacian_by_differences(function, point, step=1e-3):
 
 
 def test_the_learned_potential_bends_as_the_one_it_was_learned_from(tmp_path):
-    folder, findings = run("potential_hessian.yaml", tmp_path, "--data.init_args.count", "601")
+    folder, findings = run("potential_hessian", tmp_path, "--data.init_args.count", "601")
     torch.manual_seed(0)  # what the run did
     dataset = potential.points(count=601)
     model = potential.train(dataset, rounds=400)
@@ -191,7 +193,7 @@ def test_the_learned_potential_bends_as_the_one_it_was_learned_from(tmp_path):
 
 def test_the_tangent_kernel_is_the_gram_matrix_of_all_gradients(tmp_path):
     folder, findings = run(
-        "ntk_cnn.yaml", tmp_path, "--model.init_args.width", "4", "--report.init_args.labels", "60"
+        "ntk_cnn", tmp_path, "--model.init_args.width", "4", "--report.init_args.labels", "60"
     )
     torch.manual_seed(0)
     model = ntk.Network(width=4)
@@ -268,7 +270,7 @@ def test_the_report_on_a_kernel_takes_gradients_too_and_refuses_means(tmp_path):
 
 
 def test_the_private_sum_is_the_clipped_sum_and_noise_of_the_size_that_was_asked_for(tmp_path):
-    folder, findings = run("dp_sgd_sums.yaml", tmp_path)
+    folder, findings = run("dp_sgd_sums", tmp_path)
     torch.manual_seed(0)
     dataset = digits.load()
     model = digits.train(dataset, epochs=2)
@@ -313,7 +315,7 @@ def test_the_report_on_a_private_step_says_which_reductions_it_needs(tmp_path):
 
 def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themselves(tmp_path):
     folder, findings = run(
-        "ragged_text.yaml",
+        "ragged_text",
         tmp_path,
         "--data.init_args.sentences",
         "61",

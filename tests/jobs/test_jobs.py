@@ -1,14 +1,8 @@
 """Runs end to end: what they compute, what they leave behind, and what they leave alone."""
 
 import csv
-import ctypes
-import gc
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +10,17 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imread
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import shardmap
 from shardmap.errors import ConfigError
-from shardmap.jobs import Dataset, Outcome, digits, weights
+from shardmap.jobs import Dataset, Outcome
 from shardmap.jobs.cli import main
 from shardmap.jobs.config import bind, load
-from shardmap.jobs.digits_reports import score_gradients, suspicious_labels
 from shardmap.jobs.folder import RunFolder, save_tensors, state_of
-from shardmap.jobs.measure import Peaks
 from shardmap.jobs.run import execute
 from shardmap.run.base import ChunkDone, RunFinished, RunStarted
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.jobs.demos import CONFIGS, digits, digits_reports, input_jacobian
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def gradients(tmp_path_factory) -> tuple[Path, str]:
     folder, findings = execute(
         bind(
             load(
-                CONFIGS / "digits_gradients.yaml",
+                CONFIGS / "digits_gradients",
                 ["--output", str(tmp_path_factory.mktemp("runs") / "gradients")],
             )
         ),
@@ -139,7 +130,7 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
         main(
             [
                 "run",
-                str(CONFIGS / "digits_jacobian.yaml"),
+                str(CONFIGS / "digits_jacobian"),
                 "--model.init_args.epochs",
                 "3",
                 "--output",
@@ -159,7 +150,7 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     model = bound.model(dataset)
     for row in (0, 1796):
         torch.testing.assert_close(
-            jacobian[row], digits.input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4
+            jacobian[row], input_jacobian(model, dataset["image"][row]), rtol=1e-3, atol=1e-4
         )
     assert json.loads((folder / "summary.json").read_text())["changed_by_predicted_step"] > 0.8
     assert_is_a_picture(folder / "sensitivity.png")
@@ -178,7 +169,7 @@ def test_the_same_run_in_two_shards_gives_the_same_numbers(gradients, tmp_path):
         "--output",
         str(tmp_path / "two"),
     ]
-    other, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    other, _ = execute(bind(load(CONFIGS / "digits_gradients", words)))
     torch.testing.assert_close(
         load_file(other / "scores.safetensors")["score"],
         load_file(folder / "scores.safetensors")["score"],
@@ -219,7 +210,7 @@ def test_outputs_of_a_model_are_saved_without_its_graph(tmp_path):
         "0",
     ]
     words += ["--save_outputs", "true", "--output", str(tmp_path / "run")]
-    folder, _ = execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    folder, _ = execute(bind(load(CONFIGS / "digits_gradients", words)))
     assert shardmap.open_store(folder / "results.zarr").read("result", 0, 1797).shape == (1797, 10)
 
 
@@ -235,7 +226,7 @@ def test_events_reach_the_listener(tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    execute(bind(load(CONFIGS / "digits_gradients.yaml", words)), listener=events.append)
+    execute(bind(load(CONFIGS / "digits_gradients", words)), listener=events.append)
     assert [type(event) for event in events] == [RunStarted, ChunkDone, ChunkDone, RunFinished]
 
 
@@ -258,14 +249,23 @@ def test_the_network_takes_one_image_or_a_batch():
 def test_every_score_ranks_a_lone_opposite_gradient_first(score):
     gradients = torch.ones(20, 6) + 0.01 * torch.randn(20, 6)
     gradients[7] = -5.0
-    assert int(score_gradients(gradients, torch.zeros(20, dtype=torch.int64), score).argmax()) == 7
+    assert (
+        int(
+            digits_reports.score_gradients(
+                gradients, torch.zeros(20, dtype=torch.int64), score
+            ).argmax()
+        )
+        == 7
+    )
 
 
 def test_gradients_that_are_not_finite_are_refused(tmp_path):
     dataset = digits.load()
     outputs = (torch.full((len(dataset), 3), torch.nan),)
     with pytest.raises(ConfigError, match="not finite"):
-        suspicious_labels(Outcome(dataset, digits.train(dataset, epochs=0), outputs, tmp_path))
+        digits_reports.suspicious_labels(
+            Outcome(dataset, digits.train(dataset, epochs=0), outputs, tmp_path)
+        )
 
 
 def test_columns_of_different_length_are_refused():
@@ -300,79 +300,8 @@ def test_a_run_that_fails_leaves_nothing_and_before_it_ends_it_is_called_unfinis
 def test_a_run_leaves_torchs_random_state_alone(tmp_path):
     before = torch.get_rng_state()
     words = ["--model.init_args.epochs", "1", "--report", "null", "--output", str(tmp_path / "run")]
-    execute(bind(load(CONFIGS / "digits_gradients.yaml", words)))
+    execute(bind(load(CONFIGS / "digits_gradients", words)))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# -- what a run took
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_plan_and_measurement_are_by_lane_and_cover_every_sample(tmp_path):
-    # In a process of its own: memory that others have used and freed is taken again without a trace.
-    words = [
-        "--devices",
-        '["cpu", "cpu"]',
-        "--chunk_size",
-        "100",
-        "--model.init_args.epochs",
-        "0",
-        "--report",
-        "null",
-    ]
-    folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "shardmap.jobs.cli",
-        "run",
-        str(CONFIGS / "digits_gradients.yaml"),
-        *words,
-        "--output",
-        str(folder),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
-    plan, took = (
-        json.loads((folder / name).read_text()) for name in ("plan.json", "measured.json")
-    )
-    assert [lane["name"] for lane in plan["lanes"]] == list(took["lanes"]) == ["cpu#1", "cpu#2"]
-    assert [lane["device"] for lane in plan["lanes"]] == ["cpu", "cpu"]
-    assert sum(lane["rows"] for lane in plan["lanes"]) == took["samples"] == plan["samples"] == 1797
-    assert all(
-        lane["predicted_peak_bytes"] > 0 and lane["predicted_seconds"] > 0 for lane in plan["lanes"]
-    )
-    assert "Operators by cost" in plan["explain"]
-    assert (folder / "plan.txt").read_text() == plan["explain"] + "\n"
-    chunks = sorted(
-        (c["start"], c["stop"]) for lane in took["lanes"].values() for c in lane["chunks"]
-    )
-    assert [a for a, _ in chunks] == [0, *[b for _, b in chunks[:-1]]]
-    assert chunks[-1][1] == 1797
-    assert all(
-        lane["seconds"] == pytest.approx(sum(c["seconds"] for c in lane["chunks"]))
-        for lane in took["lanes"].values()
-    )
-    results = 1797 * 5050 * 4  # the gradients, float32
-    assert all(0.8 * results < lane["peak_bytes"] < 3 * results for lane in took["lanes"].values())
-    events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    assert sum(event["ph"] == "X" for event in events) == len(chunks)
-
-
-@pytest.mark.parametrize("after_more", [False, True])
-def test_a_peak_is_found_also_where_more_was_in_use_before(after_more):
-    size = 256 << 20
-    if after_more:
-        torch.ones(2 * size // 4)  # sets the process's record, and is freed
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what tests before have freed must not leave while this one looks
-    with Peaks(["cpu"]) as peaks:
-        block = torch.ones(size // 4)
-        time.sleep(0.1)
-        del block
-    assert 0.9 * size < peaks.peak_bytes["cpu"] < 1.2 * size
 
 
 def test_a_run_without_samples_leaves_a_complete_folder(tmp_path, monkeypatch):
@@ -386,149 +315,3 @@ def test_a_run_without_samples_leaves_a_complete_folder(tmp_path, monkeypatch):
     assert main(["run", "run.yaml"]) == 0
     assert shardmap.open_store("runs/none/results.zarr").read("result", 0, 0).shape == (0, 3)
     assert main(["resume", "runs/none"]) == 0
-
-
-# -- samples in files, classes, weights --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["npy", "safetensors", "several", "zarr", "named"])
-def test_samples_in_files_are_those_in_memory(kind, tmp_path, monkeypatch):
-    import zarr
-
-    monkeypatch.chdir(tmp_path)
-    x, y = torch.randn(7, 3), torch.randn(7)
-    np.save("x.npy", x.numpy())
-    np.save("y.npy", y.numpy())
-    save_file({"x": x, "y": y}, "both.safetensors")
-    save_file({"x": x[:4].clone(), "y": y[:4].clone()}, "a.safetensors")
-    save_file({"x": x[4:].clone(), "y": y[4:].clone()}, "b.safetensors")
-    zarr.save_group("group.zarr", x=x.numpy(), y=y.numpy())  # pyright: ignore[reportArgumentType]
-    source = {
-        "npy": "{path: x.npy, columns: [x]}",
-        "safetensors": "both.safetensors",
-        "several": "[a.safetensors, b.safetensors]",
-        "zarr": "group.zarr",
-        "named": "{path: {x: x.npy, y: y.npy}}",
-    }[kind]
-    if kind == "several":
-        source = f"{{path: {source}}}"
-    Path("run.yaml").write_text(
-        f"source: {source}\nfunction: torch.sin\ncolumns: [x]\nchunk_size: 3\noutput: runs/files\n"
-    )
-    assert main(["run", "run.yaml"]) == 0
-    assert torch.equal(shardmap.open_store("runs/files/results.zarr").read("result", 0, 7), x.sin())
-    Path("next.yaml").write_text(
-        "source: runs/files/results.zarr\nfunction: torch.neg\nreduce: sum\noutput: runs/next\n"
-    )
-    assert main(["run", "next.yaml"]) == 0
-    torch.testing.assert_close(
-        load_file("runs/next/outputs.safetensors")["result"], -x.sin().sum(0)
-    )
-
-
-@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth"])
-def test_a_class_is_constructed_and_its_weights_are_loaded(ending, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    x, layer = torch.randn(5, 3), torch.nn.Linear(3, 2)
-    np.save("x.npy", x.numpy())
-    if ending == "safetensors":
-        save_file(layer.state_dict(), "layer.safetensors")
-    else:
-        torch.save(layer.state_dict(), f"layer.{ending}")
-    named = "{path: torch.nn.Linear, init_args: {in_features: 3, out_features: 2}}"
-    for key in ("model", "function"):
-        Path("run.yaml").write_text(
-            f"source: x.npy\n{key}: {named}\nweights: layer.{ending}\noutput: runs/{key}\n"
-        )
-        assert main(["run", "run.yaml"]) == 0
-        torch.testing.assert_close(
-            shardmap.open_store(f"runs/{key}/results.zarr").read("result", 0, 5), layer(x).detach()
-        )
-
-
-def test_a_model_that_needs_no_data_and_a_module_in_eval_mode(tmp_path, monkeypatch):
-    (tmp_path / "users_made.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "def scale(factor: float = 2.0):\n    return factor\n"
-        "def times(factor, x, *, more: float = 1.0):\n    return factor * more * x\n"
-        "class Dropped(nn.Module):\n"
-        "    def forward(self, x):\n        return nn.functional.dropout(x, 0.5, self.training)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    x = torch.randn(5, 3)
-    np.save("x.npy", x.numpy())
-    model = "{path: users_made.scale, init_args: {factor: 3}}"
-    function = "{path: users_made.times, init_args: {more: 2}}"
-    Path("run.yaml").write_text(
-        f"source: x.npy\nmodel: {model}\nfunction: {function}\noutput: runs/made\n"
-    )
-    assert main(["run", "run.yaml"]) == 0
-    assert torch.equal(shardmap.open_store("runs/made/results.zarr").read("result", 0, 5), 6 * x)
-    Path("run.yaml").write_text(
-        "source: x.npy\nfunction: users_made.Dropped\noutput: runs/dropped\n"
-    )
-    assert main(["run", "run.yaml"]) == 0
-    assert torch.equal(shardmap.open_store("runs/dropped/results.zarr").read("result", 0, 5), x)
-
-
-def test_tied_weights_may_be_given_once_and_halves_widen(tmp_path):
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4)
-            self.head.weight = self.embed.weight
-
-    state, module = Tied().state_dict(), Tied()
-    once = {name: t for name, t in state.items() if name != "head.weight"}
-    weights.load(module, once, "once")
-    assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
-    assert module.head.weight is module.embed.weight
-    halves = {name: t.half() for name, t in state.items()}
-    weights.load(module, halves, "halves")
-    assert all(
-        torch.equal(t, state[name].half().float()) for name, t in module.state_dict().items()
-    )
-    with pytest.raises(
-        ConfigError,
-        match=r"different values for 'embed\.weight' and 'head\.weight', which are one tensor",
-    ):
-        weights.load(module, {**state, "head.weight": state["head.weight"] + 1}, "two")
-    with pytest.raises(ConfigError, match="lacks 'embed.weight', 'head.weight'; save"):
-        weights.load(module, {"head.bias": state["head.bias"]}, "none")
-
-
-def test_samples_of_unequal_shapes_are_gathered(tmp_path, monkeypatch, capsys):
-    (tmp_path / "users_ragged.py").write_text(
-        "import shardmap, torch\nfrom shardmap.jobs import Dataset\n"
-        "def load():\n"
-        "    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]\n"
-        "    return Dataset({'x': shardmap.Ragged(rows), 'y': torch.arange(5.0)})\n"
-        "def both(x, y):\n    return {'sum': x.sum() * y, 'twice': 2 * x}\n"
-    )
-    (tmp_path / "run.yaml").write_text(
-        "data: users_ragged.load\nfunction: users_ragged.both\noutput: runs/ragged\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert main(["run", "run.yaml"]) == 0
-    assert "5 samples of unequal shapes, a map for each shape" in capsys.readouterr().out
-    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]
-    found = load_file("runs/ragged/outputs.safetensors")
-    torch.testing.assert_close(
-        found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(rows)])
-    )
-    assert found.keys() == {f"twice.{i}" for i in range(5)}
-    assert all(torch.equal(found[f"twice.{i}"], 2 * row) for i, row in enumerate(rows))
-    assert main(["resume", "runs/ragged"]) == 0
-    assert "is complete" in capsys.readouterr().out
-    for words, said in (
-        (["verify", "runs/ragged"], "its outputs were gathered in memory"),
-        (
-            ["run", "run.yaml", "--store", "store"],
-            "store: 'store', and samples are a shardmap.Ragged",
-        ),
-        (["plan", "run.yaml"], "plan it for samples of one shape"),
-    ):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert said in error

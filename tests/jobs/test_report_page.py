@@ -5,102 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import pytest
 import torch
 
 import shardmap
 from shardmap.errors import ConfigError
-from shardmap.jobs import cli
 from shardmap.jobs.report import files, page
 from shardmap.run import timeline
 from shardmap.run.base import ChunkDone, ChunkRedone, RunFinished, RunStarted
-from tests import browser, run_folders
-
-GENERATOR = torch.Generator().manual_seed(7)
-EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&"
-
-
-def mapped(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs of every sort from one sample, [8, 8]."""
-    return {
-        "total": x.sum(),
-        "vector": x.mean(-1),
-        "jacobian": torch.stack([x * i for i in range(10)]),
-        "mask": x > 0,
-        "count": (5 * x).to(torch.int64),
-        "half": x.bfloat16(),
-        "wave": torch.complex(x, x * x),
-        "holes": torch.where(x > 1, x / 0, torch.where(x < -1, (x - x) / 0, x)),
-        "empty": x[:0],
-        "constant": 0 * x.sum() + 3,
-    }
-
-
-def batch(samples: int = 53) -> list[torch.Tensor]:
-    return [torch.randn(samples, 8, 8, generator=GENERATOR)]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with everything in it, on two lanes, with a chunk that was computed again."""
-    folder = run_folders.make(
-        tmp_path_factory.mktemp("runs") / "digits",
-        mapped,
-        batch(),
-        devices=["cpu", "cpu"],
-        fails=True,
-    )
-    figure = matplotlib.figure.Figure(figsize=(3, 2))
-    figure.subplots().plot([1, 3, 2])
-    figure.savefig(folder / "curve.png")
-    rows = "".join(f"{i},{7 * i % 53},name {i}\n" for i in range(40))
-    (folder / "ranking.csv").write_text(f"rank,sample,name\n{rows}")
-    return folder
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy, to take things away from."""
-    return shutil.copytree(finished, tmp_path / "digits")
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
-    with browser.browse(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-class Elements(HTMLParser):
-    """The elements of a page with their attributes, and its text."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def written(folder: Path) -> Elements:
-    return Elements(page.write(folder).read_text(encoding="utf-8"))
-
-
-def count(elements: Elements, tag: str, kind: str) -> int:
-    return sum(
-        found == tag and kind in (attributes.get("class") or "").split()
-        for found, attributes in elements.found
-    )
+from tests import run_folders
+from tests.jobs.pages import EVIL, batch, count, evil, mapped, written
+from tests.jobs.pages import finished as finished
+from tests.jobs.pages import folder as folder
 
 
 def test_a_page_says_what_was_planned_measured_and_found(folder: Path) -> None:
@@ -425,32 +345,6 @@ def test_the_page_goes_where_it_is_asked_to(folder: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".*")) + list(folder.glob(".*"))
 
 
-def evil(path: Path) -> Path:
-    """A run folder in which every string is an attack."""
-    config = {"function": {"path": EVIL, "init_args": {EVIL: EVIL}}, "task": EVIL}
-    folder = run_folders.make(
-        path,
-        lambda x: {EVIL: x, "</style>": x.sum()},
-        batch(5),
-        config=config,
-        summary={EVIL: EVIL, "b": {EVIL: [EVIL]}},
-    )
-    plan = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps({**plan, "call": EVIL, "explain": EVIL}))
-    for name in ("plan.json", "measured.json", "timeline.json"):
-        text = (folder / name).read_text().replace('"cpu"', json.dumps(EVIL))
-        (folder / name).write_text(text)
-    (folder / "environment.json").write_text(json.dumps({EVIL: EVIL}))
-    with (folder / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"event": EVIL, "time": 1e9, "level": "warning", "text": EVIL}) + "\n")
-        log.write(json.dumps({"event": EVIL, "time": 1e9, "level": EVIL, EVIL: EVIL}) + "\n")
-    (folder / "table.csv").write_text(f'"{EVIL}"\n{EVIL}\n')
-    shutil.copy(folder / "table.csv", folder / "<img src=x onerror=alert(1)>.csv")
-    figure = matplotlib.figure.Figure(figsize=(1, 1))
-    figure.savefig(folder / "x\" onerror='alert(1)'.png")
-    return folder
-
-
 def test_strings_of_a_run_are_text(tmp_path: Path) -> None:
     elements = written(evil(tmp_path / "<b onclick=alert(1)>"))
     assert elements.text.count(EVIL) >= 12
@@ -488,162 +382,3 @@ def test_headings_and_alternatives_are_there(folder: Path) -> None:
     assert len(ids) == len(set(ids))
     links = {str(attributes["href"])[1:] for tag, attributes in elements.found if tag == "a"}
     assert links <= set(ids)
-
-
-MEASURE = """
-({
-  images: Array.from(document.images, i => [i.naturalWidth, i.naturalHeight, i.width, i.height]),
-  charts: Array.from(document.querySelectorAll('svg'), s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
-  bars: Array.from(document.querySelectorAll('.histogram svg'), s => s.querySelectorAll('rect').length),
-  tables: Array.from(document.querySelectorAll('table'), t => [t.className, t.rows.length, t.getBoundingClientRect().height]),
-  blocks: document.querySelectorAll('rect.chunk').length,
-  marks: document.querySelectorAll('line.back').length,
-  red: Array.from(document.querySelectorAll('.bad'), e => getComputedStyle(e).color),
-  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-  title: document.title,
-  hacked: window.hacked ?? null,
-})
-"""
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize(
-    "options", [{}, {"width": 400}, {"dark": True}], ids=["wide", "narrow", "dark"]
-)
-def test_a_browser_shows_all_of_it(
-    chromium: browser.Page, folder: Path, options: dict[str, Any]
-) -> None:
-    chromium.open(page.write(folder), **options)
-    seen = chromium.ask(MEASURE)
-    assert seen["title"] == "digits – shardmap"
-    assert len(seen["images"]) == 8, "sheets of six outputs, one heat map, one picture of the run"
-    assert all(side > 0 for image in seen["images"] for side in image)
-    assert [300, 200] in [image[:2] for image in seen["images"]], (
-        "the run's own picture has its size"
-    )
-    assert all(width > 0 and height > 0 for width, height in seen["charts"])
-    assert len(seen["bars"]) == 8
-    assert min(seen["bars"]) >= 2
-    tables = {name: (rows, height) for name, rows, height in seen["tables"] if name != "log"}
-    assert {name: rows for name, (rows, _) in tables.items()} == {
-        "plan": 3,
-        "failures": 2,
-        "overview": 11,
-        "csv": 21,
-    }
-    assert all(height > 20 * rows for rows, height in tables.values())
-    assert seen["blocks"] > 0
-    assert seen["marks"] == 1
-    assert set(seen["red"]) == {"rgb(255, 122, 102)" if options.get("dark") else "rgb(192, 48, 29)"}
-    assert seen["overflow"] == 0
-    assert chromium.errors == []
-    assert [url for url in chromium.requests if not url.startswith("data:")] == [
-        (folder / "report.html").as_uri()
-    ]
-
-
-@pytest.mark.browser
-def test_from_a_configuration_to_a_page_in_a_browser(
-    chromium: browser.Page,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    path = tmp_path / "jacobian"
-    assert (
-        cli.main(
-            [
-                "run",
-                "configs/digits_jacobian.yaml",
-                "--model.init_args.epochs",
-                "1",
-                "--output",
-                str(path),
-            ]
-        )
-        == 0
-    )
-    assert cli.main(["report", str(path)]) == 0
-    assert capsys.readouterr().out.endswith(f"written to {path / 'report.html'}\n")
-    chromium.open(path / "report.html")
-    seen = chromium.ask(MEASURE)
-    (sheet, picture) = seen["images"]
-    assert sheet[:2] == [9 * 10 - 1, 9 * 6 - 1], (
-        "ten images of 8x8 for each of six samples, a pixel between them"
-    )
-    assert min(picture) > 300
-    assert [(name, rows) for name, rows, _ in seen["tables"] if name != "log"] == [
-        ("plan", 2),
-        ("overview", 2),
-        ("csv", 21),
-    ]
-    shown = chromium.ask("document.querySelector('.output').innerText")
-    jacobian = shardmap.open_store(path / "results.zarr").read(0, 0, 1797)
-    assert "float32 [1797, 10, 1, 8, 8]" in shown or "float32 [1797, 10, 8, 8]" in shown
-    for value in (jacobian.min(), jacobian.max()):
-        assert page.number(value.item()) in shown
-    accuracy = json.loads((path / "summary.json").read_text())["accuracy"]
-    assert page.number(accuracy) in chromium.ask("document.querySelector('.numbers').innerText")
-    assert chromium.errors == []
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [1200, 400])
-def test_a_browser_shows_many_lanes_and_outputs(
-    chromium: browser.Page, tmp_path: Path, width: int
-) -> None:
-    def many(x: torch.Tensor) -> list[torch.Tensor]:
-        return [(x * i).sin().cumsum(-1) if i % 2 else (x * i).cos().sum(-1) for i in range(1, 31)]
-
-    path = run_folders.make(tmp_path / "many", many, batch(211), devices=["cpu"] * 8)
-    chromium.open(page.write(path), width=width)
-    seen = chromium.ask(MEASURE)
-    assert len(seen["images"]) == len(seen["bars"]) == 30
-    assert all(side > 0 for image in seen["images"] for side in image)
-    assert chromium.ask("document.querySelectorAll('.lanes .who').length") == 8
-    names = chromium.ask("Array.from(document.querySelectorAll('.output h3'), h => h.textContent)")
-    assert names == [str(i) for i in range(30)]
-    assert seen["overflow"] == 0
-    assert chromium.errors == []
-
-
-@pytest.mark.browser
-def test_a_browser_runs_nothing_that_a_run_has_written(
-    chromium: browser.Page, tmp_path: Path
-) -> None:
-    chromium.open(page.write(evil(tmp_path / "evil")))
-    seen = chromium.ask(MEASURE)
-    assert seen["hacked"] is None
-    assert chromium.errors == []
-    assert all(url.startswith(("data:", "file:///")) for url in chromium.requests)
-    assert sum(url.startswith("file:") for url in chromium.requests) == 1
-    assert chromium.ask("document.body.innerText").count("window.hacked") >= 12
-
-
-@pytest.mark.browser
-def test_the_browser_tells_of_requests_and_errors(chromium: browser.Page, tmp_path: Path) -> None:
-    """What the tests above rely on."""
-    path = tmp_path / "bad.html"
-    path.write_text(
-        "<img src='http://127.0.0.1:9/x.png'><script>window.hacked = 1; console.error('hm'); throw "
-        "new Error('oh')</script>"
-    )
-    chromium.open(path)
-    assert "http://127.0.0.1:9/x.png" in chromium.requests
-    assert [error for error in chromium.errors if "hm" in error]
-    assert [error for error in chromium.errors if "Uncaught" in error]
-    assert chromium.ask(MEASURE)["hacked"] == 1
-    policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
-    path.write_text(policy + path.read_text())
-    chromium.open(path)
-    assert chromium.ask(MEASURE)["hacked"] is None
-    assert any("Content Security Policy" in error for error in chromium.errors)
-
-
-def test_without_a_browser_the_tests_say_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="apt-get install chromium"), browser.browse(tmp_path):
-        pass

@@ -4,252 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import shardmap
 from shardmap.jobs.cli import main
 from shardmap.jobs.config import bind, load, to_yaml
-from shardmap.jobs.folder import RunFolder, state_of
+from shardmap.jobs.folder import RunFolder
 from shardmap.run.base import ChunkDone, listen
-
-ROOT = Path(__file__).parents[2]
-MODULE = """
-import torch
-from shardmap.jobs import Dataset, Findings
-
-def load(*, rows: int = 23):
-    return Dataset({"x": torch.arange(3.0 * rows).view(rows, 3).remainder(7.0)})
-
-def model(dataset):
-    return torch.randn(3, 3)
-
-def noisy(weight, x, *, steps: int = 1):
-    for _ in range(steps):
-        x = (weight @ x).sin() + 0.1 * x
-    return {"noisy": x + torch.rand(3), "norm": x.norm()}
-
-def report(outcome):
-    rows = outcome.tensors()
-    (outcome.folder / "norms.txt").write_text(str(rows["norm"].tolist()))
-    return Findings("found", {"norm": float(rows["norm"].sum())})
-
-def nothing(outcome):
-    return None
-
-def broken(outcome):
-    raise LookupError("the user has to see this")
-"""
-CONFIG = """
-data: {path: users_resume.load, init_args: {rows: 23}}
-model: users_resume.model
-function: users_resume.noisy
-report: users_resume.report
-randomness: different
-devices: cpu
-chunk_size: 4
-seed: 5
-output: runs/mine
-"""
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run of the user's own, as the current directory."""
-    (tmp_path / "users_resume.py").write_text(MODULE)
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "users_resume", raising=False)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    return tmp_path
-
-
-def begin(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A run in a process of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "shardmap.jobs.cli", *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finished(words: Sequence[str]) -> float:
-    """Let a run end; its seconds."""
-    began = time.monotonic()
-    process = begin(words)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error.decode()
-    return time.monotonic() - began
-
-
-def state(folder: str = "runs/mine") -> str | None:
-    found = state_of(Path(folder))
-    return None if found is None else found["state"]
-
-
-def rows(folder: str = "runs/mine") -> list[torch.Tensor]:
-    store = shardmap.open_store(f"{folder}/results.zarr")
-    return [store.read(k, 0, store.header.samples) for k in range(len(store.header.outputs))]
-
-
-def findings(folder: str = "runs/mine") -> dict[str, object]:
-    summary = json.loads(Path(folder, "summary.json").read_text())
-    return {key: value for key, value in summary.items() if key not in ("seconds", "store")}
-
-
-def stopped_after(sample: int) -> AbstractContextManager[None]:
-    """A Ctrl-C when the chunk that ends there is computed."""
-
-    def interrupt(event: object) -> None:
-        if isinstance(event, ChunkDone) and event.stop == sample:
-            raise KeyboardInterrupt
-
-    return listen(interrupt)
-
-
-# -- killed
-# ------------------------------------------------------------------------------------------------------------
-
-
-LONG = ["--data.init_args.rows", "2003", "--chunk_size", "2", "--function.init_args.steps", "30"]
-
-
-def killed_again_and_again(kills: int, seed: int) -> None:
-    """A run that is killed at random moments and gone on with ends as one that was left alone, to the last bit."""
-    whole = finished(["run", "run.yaml", *LONG, "--output", "runs/whole"])
-    moments, killed, number = random.Random(seed), 0, 0
-    while (
-        killed < kills
-    ):  # a run that is through before it has been killed often enough is followed by another one
-        number += 1
-        killed += killed_until_through(f"runs/run{number}", kills - killed, whole, moments)
-        compare(f"runs/run{number}", "runs/whole")
-
-
-def killed_until_through(folder: str, kills: int, whole: float, moments: random.Random) -> int:
-    """Kill and go on, so many times unless it ends before; how often it was killed."""
-    killed = committed = 0
-    while state(folder) != "complete":
-        process = begin(
-            ["run", "run.yaml", *LONG, "--output", folder]
-            if state(folder) is None
-            else ["resume", folder]
-        )
-        if killed < kills:
-            time.sleep(moments.uniform(0, 0.8 * whole))
-            process.kill()
-        _, error = process.communicate(timeout=120)
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, error.decode()
-            assert state(folder) == "complete"
-            break
-        killed += 1
-        if Path(folder, "results.zarr/manifest.jsonl").exists():
-            there = len(shardmap.open_store(f"{folder}/results.zarr").receipts())
-            assert there >= committed  # nothing that was committed is lost
-            committed = there
-            if there < 1002:
-                assert state(folder) == "unfinished"
-    return killed
-
-
-def compare(folder: str, whole: str) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(rows(folder), rows(whole), strict=True))
-    assert findings(folder) == findings(whole)
-    assert Path(folder, "norms.txt").read_text() == Path(whole, "norms.txt").read_text()
-    assert {p.name for p in Path(folder).iterdir()} == {p.name for p in Path(whole).iterdir()}
-    assert all(
-        json.loads(line)
-        for line in Path(folder, "log.jsonl").read_text().splitlines()
-        if line.endswith("}")
-    )
-
-
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(workplace: Path) -> None:
-    killed_again_and_again(2, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [2, 3])
-def test_a_run_killed_ten_times_ends_as_one_that_was_not(seed: int, workplace: Path) -> None:
-    killed_again_and_again(10, seed)
-
-
-@pytest.mark.parametrize("words", [[], ["--reduce", "mean", "--report", "null"]])
-def test_a_run_that_is_killed_in_the_middle_of_its_map_is_unfinished_and_goes_on(
-    words: list[str], workplace: Path, capsys
-) -> None:
-    script = (
-        "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base import ChunkDone, listen\n"
-        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"with listen(kill):\n    main(['run', 'run.yaml', *{words!r}])\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{workplace}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    killed = subprocess.run(
-        [sys.executable, "-c", script], check=False, env=environment, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert state() == "unfinished"
-    assert not Path("runs/mine/summary.json").exists()
-    seen: list[int] = []
-    with listen(
-        lambda event: (
-            seen.append(event.stop - event.start) if isinstance(event, ChunkDone) else None
-        )
-    ):
-        assert main(["resume", "runs/mine"]) == 0
-    said = capsys.readouterr().out
-    assert state() == "complete"
-    assert main(["run", "run.yaml", *words, "--output", "runs/whole"]) == 0
-    if words:
-        assert sum(seen) == 23
-        assert "the run starts from the beginning" in said
-        one, other = (load_file(f"runs/{name}/outputs.safetensors") for name in ("mine", "whole"))
-        assert one.keys() == other.keys() == {"noisy", "norm"}
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    else:
-        assert 0 < sum(seen) < 23
-        assert " of 6 units are there, and stay" in said
-        assert all(torch.equal(a, b) for a, b in zip(rows(), rows("runs/whole"), strict=True))
-
-
-def test_what_was_killed_before_it_was_a_store_is_made_anew(workplace: Path) -> None:
-    with stopped_after(12):
-        assert main(["run", "run.yaml"]) == 130
-    Path("runs/mine/results.zarr/manifest.jsonl").unlink()
-    with Path("runs/mine/log.jsonl").open("a") as log:
-        log.write('{"time": 1, "ev')
-    assert main(["resume", "runs/mine"]) == 0
-    assert len(rows()[0]) == 23
-    lines = Path("runs/mine/log.jsonl").read_text().splitlines()
-    assert sum(line.startswith('{"time": 1, "ev') and not line.endswith("}") for line in lines) == 1
-    assert json.loads(lines[-1])["event"] == "finished"
-
-
-# -- stopped -----------------------------------------------------------------------------------------------------------
+from tests.jobs.noisy_run import ROOT, rows, state, stopped_after
+from tests.jobs.noisy_run import workplace as workplace
 
 
 def test_ctrl_c_keeps_the_folder_and_says_how_to_go_on(workplace: Path, capsys) -> None:
@@ -392,9 +161,6 @@ def test_a_state_that_cannot_be_understood_is_said(text: str, workplace: Path, c
     capsys.readouterr()
     assert main(["resume", "runs/mine"]) == 2
     assert capsys.readouterr().err.startswith("shardmap: runs/mine/state.json: ")
-
-
-# -- verified ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_is_verified_as_its_store_is(workplace: Path, capsys) -> None:

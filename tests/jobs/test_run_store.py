@@ -18,96 +18,15 @@ from shardmap.jobs.cli import main
 from shardmap.jobs.config import bind, load
 from shardmap.jobs.run import execute
 from shardmap.run.base import ChunkDone, listen
-
-ROOT = Path(__file__).parents[2]
-GRADIENTS = str(ROOT / "configs" / "digits_gradients.yaml")
-MODULE = """
-import torch
-from shardmap.jobs import Dataset, Findings
-
-def load(*, rows: int = 23, shift: float = 0.0):
-    return Dataset({"x": torch.arange(3.0 * rows).view(rows, 3) + shift})
-
-def model(dataset):
-    return torch.randn(3)
-
-def noisy(weight, x):
-    return {"noisy": (x * weight).sin() + torch.rand(3), "norm": x.norm()}
-
-def report(outcome):
-    noisy, norm = outcome.rows()
-    return Findings(f"{type(outcome.outputs).__name__} of {len(noisy)} rows", {"norm": float(norm.sum())})
-"""
-CONFIG = """
-data: {path: users_store.load, init_args: {rows: 23}}
-model: users_store.model
-function: users_store.noisy
-report: users_store.report
-randomness: different
-devices: cpu
-chunk_size: 4
-seed: 5
-output: runs/mine
-"""
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run of the user's own, as the current directory."""
-    (tmp_path / "users_store.py").write_text(MODULE)
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "users_store", raising=False)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    return tmp_path
-
-
-def chunks() -> tuple[list[tuple[int, int]], object]:
-    """The chunks that are computed inside the context."""
-    seen: list[tuple[int, int]] = []
-    return seen, listen(
-        lambda event: (
-            seen.append((event.start, event.stop)) if isinstance(event, ChunkDone) else None
-        )
-    )
-
-
-def rows(url: str = "store") -> list[torch.Tensor]:
-    store = shardmap.open_store(url)
-    return [store.read(k, 0, store.header.samples) for k in range(len(store.header.outputs))]
-
-
-@pytest.mark.parametrize("kind", ["zarr", "safetensors", "memmap"])
-def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(
-    kind: str, workplace: Path, capsys
-) -> None:
-    assert main(["run", "run.yaml"]) == 0
-    assert main(["run", "run.yaml", "--store", "store", "--store_kind", kind]) == 0
-    said = capsys.readouterr().out
-    assert "ZarrStore of 23 rows" in said
-    assert f"{kind.capitalize()}Store of 23 rows" in said
-    assert "written to runs/mine-2, the outputs to store" in said
-    kept, stored = rows("runs/mine/results.zarr"), rows()
-    assert torch.equal(stored[0], kept[0])
-    assert torch.equal(stored[1], kept[1])
-    assert not Path("runs/mine-2/results.zarr").exists()
-    assert not list(Path("runs").glob("*/outputs.safetensors"))
-    summary = json.loads(Path("runs/mine-2/summary.json").read_text())
-    assert (summary["store"], summary["units"]) == (str(workplace / "store"), 6)
-    header = shardmap.open_store("store").header
-    assert [spec.name for spec in header.outputs] == ["noisy", "norm"]
-    assert header.attributes["function"] == "users_store.noisy"
-    assert header.attributes["configuration"]["data"]["init_args"] == {"rows": 23, "shift": 0.0}
-    assert header.attributes["configuration_hash"] == bind(load("run.yaml")).config.digest()
-    assert header.attributes["versions"]["torch"] == torch.__version__
+from tests.jobs.stored_run import GRADIENTS, MODULE, ROOT, chunks, rows
+from tests.jobs.stored_run import workplace as workplace
 
 
 def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) -> None:
     script = textwrap.dedent(
         """
         import os, signal
-        from shardmap.cli import main
+        from shardmap.jobs.cli import main
         from shardmap.run.base import ChunkDone, listen
         def kill(event):
             if isinstance(event, ChunkDone) and event.stop == 12:
@@ -240,149 +159,6 @@ def test_the_digits_report_reads_from_a_store(tmp_path: Path) -> None:
     assert again.numbers == findings.numbers
 
 
-# -- shardmap verify
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_a_good_store_is_verified_and_left_alone(workplace: Path, capsys) -> None:
-    main(["run", "run.yaml", "--store", "store"])
-    before = {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()}
-    runs = sorted(Path("runs").iterdir())
-    capsys.readouterr()
-    assert main(["verify", "store"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "6 of 6 units are committed; checksums: all as written"
-    assert out[-1] == "3 of 6 units recomputed: equal to the last bit"
-    seen, listening = chunks()
-    with listening:
-        assert main(["verify", "store", "--all", "--devices", '["cpu", "cpu"]']) == 0
-    assert sorted(seen)[0] == (0, 4)
-    assert sum(b - a for a, b in seen) == 23
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
-    )
-    assert main(["verify", "store", "--units", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "no unit was computed again"
-    assert {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()} == before
-    assert sorted(Path("runs").iterdir()) == runs
-
-
-def test_a_flipped_byte_is_found_discarded_and_computed_anew(workplace: Path, capsys) -> None:
-    main(["run", "run.yaml", "--store", "store", "--store_kind", "memmap"])
-    whole = rows()
-    path = Path("store/noisy.npy")
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1  # in the last unit
-    path.write_bytes(data)
-    capsys.readouterr()
-    assert main(["verify", "store"]) == 1
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "6 of 6 units are committed; checksums: 1 damaged"
-    assert out[1] == "unit 5 (rows 20 to 22): damaged, its bytes are not those that were written"
-    assert (
-        out[-1]
-        == "`shardmap verify store --discard` takes these units back, `shardmap resume store` computes them anew"
-    )
-    assert shardmap.open_store("store").missing() == []
-    assert main(["verify", "store", "--discard"]) == 1
-    assert "1 units are discarded" in capsys.readouterr().out
-    assert shardmap.open_store("store").missing() == [5]
-    assert main(["resume", "store"]) == 0
-    assert main(["verify", "store", "--all"]) == 0
-    assert all(torch.equal(a, b) for a, b in zip(rows(), whole, strict=True))
-
-
-def test_a_changed_number_with_a_right_checksum_is_found(workplace: Path, capsys) -> None:
-    main(["run", "run.yaml", "--store", "store"])
-    store = shardmap.open_store("store")
-    changed = store.read_unit(1)
-    changed[0][2, 1] += 0.25
-    store.commit(store.write(1, changed))
-    capsys.readouterr()
-    assert main(["verify", "store", "--all"]) == 1
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "6 of 6 units are committed; checksums: all as written"
-    assert out[-3] == "6 of 6 units recomputed: 1 differ"
-    assert out[-2] == "unit 1 (rows 4 to 7): noisy differs by up to 0.25"
-    assert main(["verify", "store", "--all", "--discard"]) == 1
-    assert shardmap.open_store("store").missing() == [1]
-    assert main(["verify", "store"]) == 0
-    assert "5 of 6 units are committed" in capsys.readouterr().out
-
-
-def test_rounding_is_no_difference_and_is_said(workplace: Path, capsys) -> None:
-    main(["run", "run.yaml", "--store", "store"])
-    store = shardmap.open_store("store")
-    changed = store.read_unit(1)
-    changed[1][:] = torch.nextafter(changed[1], torch.tensor(torch.inf))
-    store.commit(store.write(1, changed))
-    capsys.readouterr()
-    assert main(["verify", "store", "--all"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("6 of 6 units recomputed: equal within rounding, largest difference ")
-    assert last.endswith(", in norm")
-
-
-@pytest.mark.parametrize("change", ["function", "model", "data"])
-def test_code_that_has_changed_since_is_said_in_words(
-    change: str, workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main(["run", "run.yaml", "--store", "store"])
-    old, new = {
-        "function": (".sin()", ".cos()"),
-        "model": ("randn", "rand"),
-        "data": ("+ shift", "+ shift + 1"),
-    }[change]
-    (workplace / "users_store.py").write_text(MODULE.replace(old, new))
-    monkeypatch.delitem(sys.modules, "users_store")
-    capsys.readouterr()
-    assert main(["verify", "store"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out.startswith("6 of 6 units are committed; checksums: all as written\n")
-    assert captured.err.count("\n") == 1
-    wanted = (
-        "data: the samples have changed"
-        if change == "data"
-        else "program: the function, or a tensor that it captures, has changed"
-    )
-    assert f"cannot be compared, it holds another run: {wanted}" in captured.err
-    assert (
-        "The configuration is the same: the code or the files that it names have changed"
-        in captured.err
-    )
-
-
-def test_a_function_that_is_gone_is_said_in_words(
-    workplace: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main(["run", "run.yaml", "--store", "store"])
-    (workplace / "users_store.py").write_text(MODULE.replace("def noisy", "def noise"))
-    monkeypatch.delitem(sys.modules, "users_store")
-    capsys.readouterr()
-    assert main(["verify", "store"]) == 2
-    error = capsys.readouterr().err
-    assert error == (
-        "shardmap: function.path: 'users_store.noisy' cannot be imported, users_store has no noisy; did you mean users_store.noise?\n"
-    )
-
-
-def test_a_store_of_a_script_is_hashed_and_nothing_else(workplace: Path, capsys) -> None:
-    shardmap.vmap(torch.sin, out=shardmap.MemmapSink("store"), chunk_size=3)(torch.ones(7, 2))
-    assert main(["verify", "store"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "3 of 3 units are committed; checksums: all as written"
-    assert "not written by a configured run" in out[1]
-    assert f"out=shardmap.store.Recompute({str(workplace / 'store')!r}), resume=True" in out[1]
-    assert main(["resume", "store"]) == 2
-    assert (
-        "was not written by a configured run; call shardmap.vmap as it was called"
-        in capsys.readouterr().err
-    )
-
-
-# -- shardmap plan -----------------------------------------------------------------------------------------------------
-
-
 def test_a_plan_is_printed_and_nothing_is_written(workplace: Path, capsys) -> None:
     before = sorted(workplace.rglob("*"))
     seen, listening = chunks()
@@ -425,9 +201,6 @@ def test_a_measurement_replaces_the_guess(tmp_path: Path) -> None:
     assert "~" not in str(found)
     assert found.compute_seconds > 0
     assert planned.seconds == pytest.approx(1797 * found.workload.sample_seconds)
-
-
-# -- on Ray ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray

@@ -70,8 +70,6 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Net:
     """The network whose weights lie in the current directory, beside samples."""
     (tmp_path / "users_tasks.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "users_tasks", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     net = Net()
     save_file(net.state_dict(), "net.safetensors")

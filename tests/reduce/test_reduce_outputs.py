@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,52 +12,18 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
-from shardmap.run import lanes, local
 from shardmap.run.base import ChunkDone, listen
 from tests import oracle
-
-SIZES = (1, 2, 3, 7, 13, 101)
-CHUNKS: tuple[Any, ...] = ("auto", None, 1, 3, 1000)
-DEVICES: tuple[Any, ...] = ("auto", ["cpu", "cpu"], ["cpu"] * 3)
-DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64, torch.int32, torch.uint8,
-    torch.bool,
-)  # fmt: skip
-
-
-def batch_of(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
-    """Different samples."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point or dtype.is_complex:
-        wide = torch.complex128 if dtype.is_complex else torch.float64
-        return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
-    return torch.randint(0, 2 if dtype == torch.bool else 200, shape, generator=generator).to(dtype)
-
-
-def reduced(name: str, stacked: torch.Tensor) -> torch.Tensor:
-    """What torch makes of the loop's stack."""
-    return {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax, "min": stacked.amin}[
-        name
-    ](0)
-
-
-def exact(name: str, stacked: torch.Tensor) -> torch.Tensor:
-    """The same in the widest dtype, rounded once."""
-    if not (stacked.is_floating_point() or stacked.is_complex()):
-        return reduced(name, stacked)
-    wide = torch.complex128 if stacked.is_complex() else torch.float64
-    return reduced(name, stacked.to(wide)).to(stacked.dtype)
-
-
-def permitted(name: str, dtype: torch.dtype) -> bool:
-    """Whether the reduction is defined for the dtype."""
-    if name == "mean":
-        return dtype.is_floating_point or dtype.is_complex
-    return name == "sum" or not dtype.is_complex
-
-
-# ---------------------------------------------------------------------------------------------- the
-# named ones
+from tests.reduce.expected import (
+    CHUNKS,
+    DEVICES,
+    DTYPES,
+    SIZES,
+    batch_of,
+    exact,
+    permitted,
+    reduced,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,10 +115,6 @@ def test_results_without_elements() -> None:
         assert got.shape == (0, 3)
 
 
-# ----------------------------------------------------------------------------------------------
-# empty batches
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("devices", DEVICES)
 def test_the_sum_of_no_samples_is_zero(dtype: torch.dtype, devices: Any) -> None:
@@ -184,10 +145,6 @@ def test_an_empty_batch_keeps_gradients_defined() -> None:
     batch = torch.zeros(0, 2, requires_grad=True)
     out = shardmap.vmap(torch.exp, reduce="sum")(batch)
     assert torch.equal(out, torch.zeros(2))
-
-
-# ----------------------------------------------------------------------------------------------
-# folds
 
 
 @pytest.mark.parametrize("samples", SIZES)
@@ -254,9 +211,6 @@ def test_a_combination_of_another_shape_is_refused() -> None:
             torch.ones(5, 2)
         )
 
-
-# ----------------------------------------------------------------------------------------------
-# which outputs
 
 TREES: tuple[Any, ...] = (
     "sum",
@@ -386,186 +340,3 @@ def test_a_reduction_has_memory_of_its_own(reduce: Any, grad: bool) -> None:
                 lambda x: (x, x, x * 1, weight, weight), reduce=reduce, chunk_size=chunk_size
             )(batch)
             oracle.assert_own_memory(list(got), [batch, weight])
-
-
-# ----------------------------------------------------------------------------------------------
-# gradients
-
-
-def stacked_then(name: str) -> oracle.Subject:
-    """The loop, its results reduced by torch."""
-
-    def subject(func: Callable[..., Any], in_dims: Any = 0, **options: Any) -> Callable[..., Any]:
-        return lambda *batch: pytree.tree_map(
-            lambda t: reduced(name, t), oracle.loop(func, in_dims)(*batch)
-        )
-
-    return subject
-
-
-@pytest.mark.parametrize("name", ["sum", "mean"])
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("devices", DEVICES)
-def test_gradients_through_sum_and_mean_equal_the_loops(
-    name: str, remat: bool, chunk_size: Any, devices: Any
-) -> None:
-    """To the inputs and to what is captured, twice differentiated."""
-
-    def build() -> oracle.Setting:
-        batch, weight = (
-            batch_of(torch.float64, 7, 3).requires_grad_(),
-            batch_of(torch.float64, 3, 2, seed=2).requires_grad_(),
-        )
-
-        def function(x: torch.Tensor) -> Any:
-            return (x @ weight).sin(), weight.exp(), x.square().sum()
-
-        options = {"reduce": name, "remat": remat, "chunk_size": chunk_size, "devices": devices}
-        return oracle.Setting(lambda vmap: vmap(function, **options)(batch), [batch], [weight])
-
-    verdict = oracle.compare(
-        build,
-        shardmap.vmap,
-        oracle.Checks(second_order=True, refusals=()),
-        reference=stacked_then(name),
-    )
-    assert (verdict.kind, verdict.gradient) == ("right", "second"), verdict.detail
-
-
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_gradients_through_a_fold_equal_the_loops(chunk_size: Any) -> None:
-    def build() -> oracle.Setting:
-        batch = batch_of(torch.float64, 7, 3, 3).requires_grad_()
-
-        def run(vmap: oracle.Subject) -> Any:
-            if vmap is shardmap.vmap:
-                return vmap(torch.sin, reduce=(torch.matmul, torch.cos), chunk_size=chunk_size)(
-                    batch
-                )
-            return functools.reduce(torch.matmul, vmap(torch.sin)(batch).unbind(0)).cos()
-
-        return oracle.Setting(run, [batch])
-
-    verdict = oracle.compare(build, shardmap.vmap, oracle.Checks(refusals=()))
-    assert (verdict.kind, verdict.gradient) == ("right", "first"), verdict.detail
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_gradients_through_narrow_sums(dtype: torch.dtype) -> None:
-    batch = batch_of(dtype, 101, 3).requires_grad_()
-    out = shardmap.vmap(torch.square, reduce="sum", chunk_size=10)(batch)
-    assert out.dtype == dtype
-    oracle.assert_same(torch.autograd.grad(out.sum(), batch)[0], (2 * batch).detach(), "gradient")
-
-
-@pytest.mark.parametrize("name", ["max", "min"])
-def test_gradients_through_max_and_min_are_refused(name: str) -> None:
-    batch = torch.ones(3, 2, requires_grad=True)
-    with pytest.raises(errors.OptionError, match=rf"shardmap.vmap\(exp.*reduce='{name}'.*no_grad"):
-        shardmap.vmap(torch.exp, reduce=name)(batch)
-    with torch.no_grad():
-        oracle.assert_same(shardmap.vmap(torch.exp, reduce=name)(batch), batch[0].exp(), name)
-    oracle.assert_same(
-        shardmap.vmap(lambda x: x.detach().exp(), reduce=name)(batch), batch[0].detach().exp(), name
-    )
-
-
-def test_reductions_inside_another_map_and_a_transform() -> None:
-    batch = batch_of(torch.float64, 5, 4, 3)
-    inner = shardmap.vmap(lambda x: x.sin(), reduce="sum")
-    oracle.assert_same(shardmap.vmap(inner)(batch), batch.sin().sum(1), "nested")
-    oracle.assert_same(
-        shardmap.vmap(inner, reduce="mean", chunk_size=2)(batch),
-        batch.sin().sum(1).mean(0),
-        "nested and reduced",
-    )
-    oracle.assert_same(
-        torch.func.grad(lambda t: inner(t).sum())(batch[0]), batch[0].cos(), "transformed"
-    )
-
-
-# ---------------------------------------------------------------------------------------------- the
-# order, and memory
-
-
-def slowed(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
-    """Lanes that take longer than they would, by number."""
-    original = lanes.Lane.compute
-
-    def compute(self: Any, ready: Any, chunk: Any) -> Any:
-        time.sleep(seconds.get(self.number, 0.0))
-        return original(self, ready, chunk)
-
-    monkeypatch.setattr(lanes.Lane, "compute", compute)
-
-
-@pytest.mark.parametrize("seconds", [{}, {0: 0.003}, {1: 0.003}, {0: 0.001, 2: 0.004}])
-@pytest.mark.parametrize("chunk_size", [1, 7])
-def test_numbers_do_not_depend_on_which_lane_is_faster(
-    seconds: dict[int, float], chunk_size: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit: float sums depend on their order."""
-    batch = batch_of(torch.float32, 101, 3)
-    names = ("sum", "mean", (torch.add, None), (torch.matmul, None))
-
-    def function(x: torch.Tensor) -> Any:
-        return x.exp(), x.exp(), x.exp(), x.outer(x).exp() / 10
-
-    alone = shardmap.vmap(function, reduce=names, chunk_size=chunk_size)(batch)
-    slowed(monkeypatch, seconds)
-    got = shardmap.vmap(function, reduce=names, chunk_size=chunk_size, devices=["cpu"] * 3)(batch)
-    assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
-
-
-def test_uneven_chunk_sizes_do_not_change_the_numbers_between_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batch = batch_of(torch.float32, 101, 3)
-    results = []
-    for seconds in ({}, {0: 0.003}, {1: 0.003}):
-        with monkeypatch.context() as patched:
-            slowed(patched, seconds)
-            results.append(shardmap.vmap(torch.exp, reduce="sum", devices=["cpu", "cpu"])(batch))
-    assert all(torch.equal(results[0], r) for r in results)
-
-
-def test_partial_results_that_wait_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane that is stuck with the first chunk.
-
-    The others wait for it, and memory does not grow with the batch.
-    """
-    most = 0
-    computed, collected = lanes.Lane.compute, lanes.Lane.collect
-
-    def compute(self: Any, ready: Any, chunk: Any) -> Any:
-        nonlocal most
-        most = max(most, self.gather.waiting)
-        return computed(self, ready, chunk)
-
-    def collect(self: Any, wait: bool) -> Any:
-        if not wait and any(flight.chunk.start == 0 for flight in self.flights):
-            return []  # a device that has not come to an end
-        return collected(self, wait)
-
-    def expects(self: Any, size: int) -> float:
-        return (
-            1e9 if any(flight.chunk.start == 0 for flight in self.flights) else self.number
-        )  # the others are always sooner
-
-    monkeypatch.setattr(lanes.Lane, "compute", compute)
-    monkeypatch.setattr(lanes.Lane, "collect", collect)
-    monkeypatch.setattr(lanes.Lane, "expects", expects)
-    batch = batch_of(torch.float64, 1009, 2)
-    got = shardmap.vmap(torch.exp, reduce="sum", chunk_size=1, devices=["cpu", "cpu"])(batch)
-    oracle.assert_same(got, batch.exp().sum(0), "sum")
-    assert most <= local.AHEAD_PER_LANE * 2 + 2, f"{most} partial results waited"
-    assert most >= local.AHEAD_PER_LANE, "the lane was not slow enough for anything to wait"
-
-
-def test_the_results_of_all_samples_are_never_there_at_once() -> None:
-    """The stack would take 101 MiB; the reduction's memory is that of a chunk."""
-    batch = torch.ones(101, 1)
-    plan = shardmap.plan(lambda x: x.expand(1 << 17) * 2.0, reduce="sum", chunk_size=2)(batch)
-    assert plan.lanes[0].peak_bytes < 8 << 20
-    oracle.assert_same(plan.run(), torch.full((1 << 17,), 202.0), "sum")

@@ -17,7 +17,7 @@ import rich.console
 import torch
 
 import shardmap
-from shardmap.jobs import cli
+from shardmap.jobs import printing
 from shardmap.jobs.folder import RunFolder
 from shardmap.run import progress
 from shardmap.run.base import ChunkDone, ChunkRedone, RunFinished, RunStarted, listen
@@ -291,7 +291,7 @@ def test_the_command_line_shows_what_jobs_log(
     )
     monkeypatch.setattr(progress, "bars", functools.partial(progress.bars, console=console))
     caplog.set_level(logging.INFO, "shardmap")
-    with cli._progress() as drawn:
+    with printing.progress() as drawn:
         (task,) = drawn.progress.tasks  # type: ignore[attr-defined]
         assert task.description == "preparing"
         logging.getLogger("shardmap.jobs.digits").info("epoch 1 of [/15]")

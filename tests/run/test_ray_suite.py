@@ -23,12 +23,9 @@ from shardmap.run.base import ChunkDone, RunStarted, listen
 from shardmap.store.stored import StoreColumn
 from tests import oracle
 from tests.on_ray import TWO, local_ray
+from tests.reduce.expected import DTYPES, batch_of, exact, permitted
 from tests.reduce.test_reduce_outputs import (
-    DTYPES,
     TREES,
-    batch_of,
-    exact,
-    permitted,
     several,
     unchanged_outputs_count_for_each_sample,
 )

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
-from tests.transforms.test_jacobians import FUNCTIONS, _NoForward, close, mlp
+from tests.transforms.functions import FUNCTIONS, NoForward, close, mlp
 
 N = 3
 
@@ -109,7 +109,7 @@ def test_hvp_without_forward_formula(caplog: pytest.LogCaptureFixture) -> None:
         ]
     )
     with caplog.at_level(logging.INFO, "shardmap"):
-        close(shardmap.hvp(lambda p: _NoForward.apply(p).prod())(x, v), expected)
+        close(shardmap.hvp(lambda p: NoForward.apply(p).prod())(x, v), expected)
     assert "two backward passes" in caplog.text
 
 

@@ -1,6 +1,4 @@
-"""A run's configuration.
-
-Typed, merged from defaults, a YAML file and the command line, and checked before anything runs.
+"""A run's configuration: merged from defaults, a YAML file and the command line, and checked.
 
 A configuration names functions by import path, and importing is running code: treat a configuration
 as you treat a script.

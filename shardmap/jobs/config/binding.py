@@ -1,20 +1,21 @@
-"""Import paths resolved, and arguments checked against the signatures of what is behind them."""
+"""Resolves import paths, and checks arguments against the signatures of what they name."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from shardmap.errors import ConfigError
+from shardmap.jobs import modules
 from shardmap.jobs.config import reductions
 from shardmap.jobs.config.schema import Call, RunConfig
 from shardmap.jobs.config.words import convert, show, suggest
@@ -29,15 +30,15 @@ class BoundCall:
     function: Callable[..., Any]
     args: dict[str, Any]
     leading: int | None = None
-    """How many positional arguments the run gives it; None where the data decides."""
+    """The number of positional arguments that the run gives it; None where the data decides."""
 
     @property
     def is_class(self) -> bool:
-        """Whether it is constructed, and what that makes is called."""
+        """Whether it is a class: it is constructed, and the instance is called."""
         return inspect.isclass(self.function)
 
     def __call__(self, *leading: Any) -> Any:
-        """Call it with what the run provides, then the arguments from the configuration."""
+        """Call it with the run's arguments, then with those of the configuration."""
         return self.function(*leading, **self.args)
 
 
@@ -52,7 +53,7 @@ class BoundRun:
     loss: BoundCall | None = None
     report: BoundCall | None = None
     reduce: Any = None
-    """As `shardmap.vmap` takes it."""
+    """The reductions, in the form that `shardmap.vmap` takes."""
     allowed: tuple[str, ...] = field(default=())
     """Prefixes that limited the import paths; none if anything may be named."""
 
@@ -62,15 +63,17 @@ def bind(config: RunConfig, allow: Sequence[str] = ()) -> BoundRun:
 
     Args:
         config: As `load` returns it.
-        allow: Import paths must be one of these or lie below one; anything, if there is none.
+        allow: Import paths must be one of these or lie below one; those in the configuration's own
+            folders must lie in a folder that is given here. Anything goes if there is none.
 
     Raises:
         ConfigError: An import path, or an argument for what is behind it, is wrong.
     """
     named = {section: call for section in CALLS if (call := getattr(config, section)) is not None}
+    folders = [Path(folder) for folder in config.python]
     for section, call in named.items():  # all of them before the first is imported
-        _check_allowed(call.path, f"{section}.path", allow)
-    bound = {section: _bind_call(section, call) for section, call in named.items()}
+        _check_allowed(call.path, f"{section}.path", allow, folders)
+    bound = {section: _bind_call(section, call, folders) for section, call in named.items()}
     _check_module(config, bound)
     full = {
         section: dataclasses.replace(call, init_args=_written(call, bound[section]))
@@ -84,8 +87,13 @@ def bind(config: RunConfig, allow: Sequence[str] = ()) -> BoundRun:
     )
 
 
-def import_object(path: str, key: str) -> Any:
+def import_object(path: str, key: str, folders: Sequence[Path] = ()) -> Any:
     """Import `package.module.name`.
+
+    Args:
+        path: The import path.
+        key: The configuration's key that names it, for errors.
+        folders: Where its module is looked for first (`RunConfig.python`).
 
     Raises:
         ConfigError: It cannot be imported; the message says at which part.
@@ -93,13 +101,15 @@ def import_object(path: str, key: str) -> Any:
     _check_path(path, key)
     module_path, _, name = path.rpartition(".")
     try:
-        module = importlib.import_module(module_path)
+        module = modules.import_module(module_path, folders)
     except ModuleNotFoundError as error:
         missing = error.name or module_path
         if module_path == missing or module_path.startswith(f"{missing}."):
+            looked = "".join(f"{folder}, " for folder in folders)
             raise ConfigError(
-                f"{key}: {path!r} cannot be imported, there is no module {missing}; check the "
-                "spelling"
+                f"{key}: {path!r} cannot be imported, there is no module {missing} in {looked}"
+                "the current directory, or among what is installed; check the spelling, or name "
+                "its folder by --python FOLDER"
             ) from None
         raise ConfigError(
             f"{key}: {path!r} cannot be imported, {module_path} needs {missing}; install it"
@@ -126,18 +136,32 @@ def _check_path(path: str, key: str) -> None:
         raise ConfigError(f"{key}: {path!r} is not an import path; write package.module.name")
 
 
-def _check_allowed(path: str, key: str, allow: Sequence[str]) -> None:
-    """Whole components only: `--allow my` does not admit `myself.load`."""
+def _check_allowed(path: str, key: str, allow: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse an import path that `--allow` does not admit.
+
+    Whole components only: `--allow my` does not admit `myself.load`. A module in one of the
+    configuration's own folders is admitted by its folder, not by its name: the configuration that
+    brings a `torch.py` must not pass for `--allow torch`. In the current directory a name suffices.
+    """
     _check_path(path, key)
-    if allow and not any(path == prefix or path.startswith(f"{prefix}.") for prefix in allow):
-        more = f"give --allow {path.partition('.')[0]} if you trust it"
-        raise ConfigError(
-            f"{key}: {path!r} is not allowed, only what lies below {', '.join(allow)}; {more}"
-        )
+    if not allow:
+        return
+    folder = modules.folder_of(path.partition(".")[0], folders)
+    given = [Path(prefix).resolve() for prefix in allow if "/" in prefix or prefix in (".", "..")]
+    if folder is not None and any(folder.is_relative_to(trusted) for trusted in given):
+        return
+    by_name = folder is None or folder == Path.cwd()
+    if by_name and any(path == prefix or path.startswith(f"{prefix}.") for prefix in allow):
+        return
+    trusted = path.partition(".")[0] if by_name else folder
+    raise ConfigError(
+        f"{key}: {path!r} is not allowed, only what lies below {', '.join(allow)}; give --allow "
+        f"{trusted} if you trust it"
+    )
 
 
 def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
-    """Where a module is needed, `model` or a class must make it."""
+    """Refuse weights or a loss where neither `model` nor a class makes a module."""
     function = bound.get("function")
     if (
         function is None
@@ -158,9 +182,9 @@ def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
             )
 
 
-def _bind_call(section: str, call: Call) -> BoundCall:
+def _bind_call(section: str, call: Call, folders: Sequence[Path]) -> BoundCall:
     """Import `call.path` and check `call.init_args` against its signature."""
-    function = import_object(call.path, f"{section}.path")
+    function = import_object(call.path, f"{section}.path", folders)
     if not callable(function):
         raise ConfigError(
             f"{section}.path: {call.path!r} is a {type(function).__name__}, which cannot be "
@@ -230,7 +254,7 @@ def _bind_call(section: str, call: Call) -> BoundCall:
 def _leading(
     section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call
 ) -> int | None:
-    """How many positional arguments the run provides; None where that depends on the data."""
+    """The number of positional arguments that the run provides; None if the data decides."""
     if section == "report":
         return 1
     if inspect.isclass(function) or section == "data":
@@ -262,7 +286,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold it."""
+    """Whether YAML can hold a value."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -273,7 +297,7 @@ def _is_plain(value: Any) -> bool:
 def _written(call: Call, bound: BoundCall) -> dict[str, Any]:
     """The arguments with defaults filled in, as YAML can hold them.
 
-    What a type was made of where it cannot hold the type.
+    Where YAML cannot hold a converted value, the text that it was made from stands for it.
     """
     args = {
         key: value if _is_plain(value) else call.init_args[key] for key, value in bound.args.items()

@@ -1,4 +1,4 @@
-"""Defaults, then a YAML file, then the command line: put together, and checked key by key."""
+"""Merges defaults, a YAML file and the command line, and checks them key by key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration: defaults, then the YAML file, then the overrides.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or a folder with a `run.yaml` in it.
         overrides: Command line words, `--key value` or `--key=value`; dots reach inside:
             `--model.init_args.epochs 3`.
 
@@ -30,20 +30,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: The file or a key is wrong; the message is one line.
     """
-    return _from_values(_read_yaml(Path(path)), overrides)
+    file = Path(path)
+    if file.is_dir():
+        file = _in_folder(file)
+    return _from_values(_read_yaml(file), overrides, file.parent)
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """A configuration from keys and values, checked as one from a file is.
+    """Make a configuration from keys and values, with the checks of one from a file.
 
     Args:
-        values: As in the YAML file.
+        values: As in the YAML file; folders of `python` are relative to the current directory.
         overrides: As for `load`.
 
     Raises:
         ConfigError: A key is wrong.
     """
-    return _from_values(copy.deepcopy(dict(values)), overrides)
+    return _from_values(copy.deepcopy(dict(values)), overrides, Path())
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -52,13 +55,15 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _from_values(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def _from_values(values: dict[str, Any], overrides: Sequence[str], folder: Path) -> RunConfig:
     for section in SECTIONS:
         if isinstance(values.get(section), str):  # the short form: `function: package.module.name`
             values[section] = {"path": values[section]}
     _check_keys(values, RunConfig, "")
     for key, text in _parse_overrides(overrides):
         _override(values, key, text)
+        if key == "python":
+            folder = Path()  # a word of the command line is relative to the current directory
     for section in SECTIONS:
         value = values.get(section)
         if isinstance(value, dict) and "path" not in value:
@@ -68,7 +73,22 @@ def _from_values(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
                 else "the import path of a function, package.module.name"
             )
             raise ConfigError(f"{section}.path: missing; give {needed}")
-    return _build(values)
+    config = _build(values)
+    named = [config.python] if isinstance(config.python, str) else config.python
+    return dataclasses.replace(config, python=[str((folder / each).resolve()) for each in named])
+
+
+def _in_folder(folder: Path) -> Path:
+    """The configuration in a folder."""
+    file = folder / "run.yaml"
+    if file.is_file():
+        return file
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder}: is a run folder; go on with it by `shardmap resume {folder}`, or start the "
+            f"run anew by `shardmap run {folder / 'config.yaml'}`"
+        )
+    raise ConfigError(f"{folder}: holds no run.yaml; give the path of a YAML configuration")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -78,7 +98,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; give the path of a YAML configuration, such as "
-            "configs/digits_gradients.yaml"
+            "configs/digits_gradients/run.yaml"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
@@ -96,13 +116,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: holds {show(values)}, not keys and values; start from "
-            "configs/digits_gradients.yaml"
+            "configs/digits_gradients/run.yaml"
         )
     return values
 
 
 def _refuse_twice(node: Any, prefix: str, path: Path) -> None:
-    """Refuse a key that is given twice: YAML's reader would take the last one without a word."""
+    """Refuse a key that is given twice; YAML's reader would silently take the last one."""
     if node is None or node.id != "mapping":
         return
     seen: set[str] = set()

@@ -1,7 +1,4 @@
-"""Reductions as a configuration writes them.
-
-A name, a name with its arguments, or several of them under names of their own.
-"""
+"""Reductions of a configuration: a name, a name with arguments, or several with own names."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from shardmap.errors import ConfigError, OptionError
 from shardmap.jobs.config.words import convert, show, suggest
 
 NAMES = ("sum", "mean", "max", "min", "norm", "clipped_sum", "second_moment", "gram", "project")
-"""Those of `shardmap.reduce` that need no function of the user's."""
+"""The reductions of `shardmap.reduce` that need no function of the user's."""
 
 
 def read(value: Any) -> str | dict[str, Any]:
-    """Check what `reduce:` says, and write it in one way.
+    """Check the value of `reduce:`, and bring it into one form.
 
     Args:
         value: `mean`; `{name: clipped_sum, max_norm: 1.0}`; `[mean, norm]`; or `{average: mean,
@@ -60,7 +57,7 @@ def read(value: Any) -> str | dict[str, Any]:
 
 
 def build(value: str | list[Any] | dict[str, Any] | None) -> Any:
-    """What `shardmap.vmap(reduce=...)` takes, from what `read` returned.
+    """Make the argument `reduce` of `shardmap.vmap` from the value that `read` returned.
 
     Raises:
         ConfigError: An argument has a value that the reduction refuses.

@@ -1,4 +1,4 @@
-"""The keys of a run, with their types, and which of them go together."""
+"""The keys of a run with their types, and the checks of keys that exclude each other."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Call:
-    """A function or class named by its import path, and the named arguments that the run gives it."""
+    """A function or class, named by its import path, with the named arguments it gets."""
 
     path: str
-    """`package.module.name`; packages in the current directory count."""
+    """`module.name` of a module in the configuration's folders (`python`), or
+    `package.module.name` of anything in the current directory or installed."""
     init_args: dict[str, Any] = field(default_factory=dict)
     """Named arguments, checked against the signature: a class is constructed with them, a
     function gets them with each call."""
@@ -52,25 +53,28 @@ class Call:
 
 @dataclass(frozen=True)
 class Files:
-    """Samples in files or at a URL: what `shardmap.source` reads."""
+    """Samples in files or at a URL, read by `shardmap.source`."""
 
     path: dict[str, str] | list[str] | str
     """A `.npy` or `.safetensors` file, a zarr array or group, a store; several `.safetensors`
     files; or a file for each column by name."""
     columns: list[str] | None = None
-    """Which columns to take; for one that has no name, such as a `.npy` file's, what to call it."""
+    """The columns to take; a file without column names, such as `.npy`, gets these names."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """One run: its samples, the function to map, devices and chunks, and the report.
 
-    Samples, what to compute for each, where and in which chunks, and what to make of the outputs.
+    Each field is a key of the configuration.
     """
 
+    python: list[str] | str = "."
+    """Folders whose modules import paths may name, before what is installed; relative to the
+    file, whose own folder is the default."""
     task: Task = "vmap"
-    """What is computed for each sample: `function` itself, the gradient of `loss`, or
-    derivatives of `function` by its arguments."""
+    """The computation for each sample: `function` itself, the gradient of `loss`, or derivatives
+    of `function` with respect to its arguments."""
     data: Call | None = None
     """Called first; returns a `shardmap.jobs.Dataset` or a `shardmap.Source`."""
     source: Files | None = None
@@ -82,8 +86,8 @@ class RunConfig:
     """Parameters and buffers for the model, or for the module that `function` names:
     `.safetensors`, or a `.pt` or `.pth` state dict."""
     function: Call | None = None
-    """Of one sample: called with the model, if there is one, then a value of each column. A
-    class is constructed, then called so."""
+    """A function of one sample: it gets the model, if there is one, then a value of each column.
+    A class is constructed, and the instance is called so."""
     loss: Call | None = None
     """For `task: per_sample_grad` of a module: `loss(output, *rest)`, where the first column is
     the module's input."""
@@ -106,16 +110,19 @@ class RunConfig:
     devices: list[str] | str = "auto"
     """`auto`, `cpu`, `cuda:*`, `ray`, or a list of devices."""
     workers: Annotated[int, Bounds(least=1)] | None = None
-    """With `devices: ray`: how many worker processes; null for one per GPU, or per core where
+    """With `devices: ray`: the number of worker processes; null for one per GPU, or per core where
     the cluster has no GPU."""
     chunk_size: Annotated[int, Bounds(least=1)] | Literal["auto"] | None = "auto"
     """Most samples computed at once on a device; `auto` plans it by memory and cache, null takes
     all that fall to the device."""
     memory_budget: str | None = None
-    """What the map may add on each device to what is in use there, such as `6GiB`; null for nine
-    tenths of what is free."""
+    """The memory that the map may take on each device, such as `6GiB`; null for nine tenths of the
+    free memory."""
     randomness: Literal["error", "same", "different"] = "error"
-    """What random calls inside the function do, as in `torch.func.vmap`."""
+    """The treatment of random calls inside the function, as in `torch.func.vmap`."""
+    check: Literal["first", "always", "off"] = "first"
+    """The time at which results are compared with the function's own: at the first use of its
+    program, at every call, or never."""
     reduce: str | list[Any] | dict[str, Any] | None = None
     """Combines outputs over all samples: a name, a name with its arguments, or several of them;
     memory does not grow with the samples."""
@@ -125,7 +132,7 @@ class RunConfig:
     """A path or URL: outputs are written there as they are computed; null for `results.zarr` in
     the run folder."""
     store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
-    """How the store writes them; only `zarr` takes URLs."""
+    """The format of the store; only `zarr` takes URLs."""
     resume: bool = False
     """Whether to go on with what `store` holds of this run; only what is missing is computed."""
     output: str = "runs/run"
@@ -144,20 +151,19 @@ class RunConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether outputs go to a store as they are computed.
+        """Whether outputs are written to a store as they are computed.
 
-        The one that is named, or one in the run folder.
-
-        What is reduced is small; and what workers of a cluster compute is gathered, because they
+        The store is the one that `store` names, or one in the run folder. Reduced outputs are
+        small and stay in memory; outputs of a cluster's workers are gathered, because the workers
         may not see the run folder.
         """
         inside = bool(self.save_outputs) and self.reduce is None and self.devices != "ray"
         return self.store is not None or inside
 
     def identity(self) -> dict[str, Any]:
-        """The keys that say what is computed of what.
+        """The keys that decide what is computed, with their values.
 
-        The others say where, how, and what becomes of it.
+        The other keys say where and how it is computed, and where the outputs go.
         """
         return {
             key: value for key, value in dataclasses.asdict(self).items() if key in IDENTITY_KEYS
@@ -171,9 +177,10 @@ class RunConfig:
 
 
 IDENTITY_KEYS = (
-    "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method", "argnums", "columns", "randomness",
-    "reduce", "seed",
+    "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method",
+    "argnums", "columns", "randomness", "reduce", "seed",
 )  # fmt: skip
+"""The keys that decide what is computed."""
 SECTIONS = tuple(
     item.name
     for item in dataclasses.fields(RunConfig)
@@ -183,7 +190,7 @@ SECTIONS = tuple(
 
 
 def _check_parts(config: RunConfig) -> None:
-    """Samples, and something to compute of them."""
+    """Refuse a run without samples, or without a function to map."""
     if config.data is None and config.source is None:
         raise ConfigError(
             "data: missing, and so is source; every run names its samples, data: "
@@ -207,10 +214,7 @@ def _check_parts(config: RunConfig) -> None:
 
 
 def _check_task(config: RunConfig) -> None:
-    """What belongs to one task is refused for the others.
-
-    It would say something that does not happen.
-    """
+    """Refuse keys that belong to another task: they would have no effect."""
     task = config.task
     homes: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
         ("loss", config.loss is not None, ("per_sample_grad",)),
@@ -264,7 +268,7 @@ def _check_task(config: RunConfig) -> None:
 
 
 def _check_places(config: RunConfig) -> None:
-    """Devices, the store and the run folder."""
+    """Refuse devices, stores and run folders that do not go together."""
     if not config.output.strip():
         raise ConfigError("output: '' is empty; give the path of the run folder")
     if config.devices == []:

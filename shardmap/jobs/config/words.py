@@ -90,7 +90,7 @@ def plain(hint: Any) -> str:
 
 
 def suggest(key: str, names: Sequence[str], prefix: str = "") -> str:
-    """What was probably meant, or what there is."""
+    """A hint for an unknown key: the closest name, or all of them."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {prefix}{close[0]}?"

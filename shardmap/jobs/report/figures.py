@@ -1,6 +1,6 @@
-"""What is shown of an output: numbers, a histogram, a heat map, a sheet of images, a curve.
+"""Figures of an output: statistics, a histogram, a heat map, a sheet of images, a curve.
 
-All of it data; the page draws it.
+They are data; the page draws them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOT_FINITE = (245, 190, 0)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the elements that were read; least, mean, largest and deviation of the finite ones."""
+    """The least, mean and largest finite element, their deviation, and counts of the others."""
 
     count: int
     nan: int
@@ -47,7 +47,7 @@ class Statistics:
 
     @property
     def finite(self) -> int:
-        """How many are."""
+        """The number of finite elements."""
         return self.count - self.nan - self.infinite
 
 
@@ -64,13 +64,13 @@ class Histogram:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """What is written under the first bin and the last."""
+        """The labels under the first bin and the last."""
         off = 0.5 if self.single else 0.0
         return self.edges[0] + off, self.edges[-1] - off
 
     @property
     def heights(self) -> list[float]:
-        """Of each bar, 0 to 1."""
+        """The height of each bar, 0 to 1."""
         most = max(self.counts)
         scale = math.log1p(most) if self.logarithmic else most
         return [(math.log1p(count) if self.logarithmic else count) / scale for count in self.counts]
@@ -86,7 +86,7 @@ class Picture:
     height: int
     low: float
     high: float
-    """What the ends of the colour scale stand for."""
+    """The values at the ends of the colour scale."""
     diverging: bool
     """Whether zero is in the middle of the scale."""
     not_finite: bool
@@ -103,7 +103,7 @@ class Sheet:
 
     picture: Picture
     samples: Sequence[int]
-    """Which rows of the output."""
+    """The rows of the output that are shown."""
     per_sample: int
     """Images of each that are shown."""
     of: int
@@ -126,7 +126,7 @@ class Curve:
     largest: float
 
     def height(self, value: float) -> float:
-        """Where a value is drawn, from 97 at the bottom to 3 at the top."""
+        """The height at which a value is drawn, from 97 at the bottom to 3 at the top."""
         scale = max(abs(self.least), abs(self.largest))
         return round(
             97

@@ -1,7 +1,4 @@
-"""What a run has written for people.
-
-Its log, its pictures, its tables, each as far as a page can hold it.
-"""
+"""Reads a run's log, pictures and tables, each up to the size that a page can hold."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from shardmap.jobs.report.figures import png
 from shardmap.planning.memory import MIB
 
 MOST_LINES, MOST_LETTERS = 400, 2000
-"""Of the log, warnings and others each; letters of a message or a cell."""
+"""The most warnings and other lines of the log; the most letters of a message or a cell."""
 MOST_PICTURES, PICTURES_BYTES = 40, 32 * MIB
-"""All pictures together."""
+"""The most bytes of all pictures together."""
 MOST_TABLES, MOST_ROWS, MOST_COLUMNS = 40, 20, 60
-"""Tables, and of each."""
+"""The most tables, and the most rows and columns of each."""
 SERIOUS = ("warning", "error", "critical")
 """Levels that stand out."""
 
@@ -32,7 +29,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LogLine:
-    """One thing that happened."""
+    """One line of the log."""
 
     seconds: float | None
     """Since the log's first line."""
@@ -42,12 +39,12 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Log:
-    """What happened, but for single chunks, which the timeline shows."""
+    """The log without its chunks, which the timeline shows."""
 
     warnings: Sequence[LogLine] = ()
     messages: Sequence[LogLine] = ()
     started: datetime | None = None
-    """When its first line was written."""
+    """The time of its first line."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Table:
     """Whether the file has more rows."""
     columns_left_out: int
     numeric: Sequence[bool]
-    """By column: whether every cell that is shown is a number, or empty."""
+    """For each column: whether every shown cell is a number or empty."""
 
 
 def read_log(path: Path, say: Say) -> Log:

@@ -15,7 +15,7 @@ NARROW = 1 / 600
 """Part of the whole time below which chunks are drawn together: blocks as narrow cannot be told
 apart."""
 MOST_LANES, MOST_FAILURES = 64, 100
-"""That are drawn, and listed."""
+"""The most lanes that are drawn, and that are listed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Strip:
     name: str
     blocks: Sequence[Block]
     marks: Sequence[tuple[float, str]]
-    """Where chunks went back, and why."""
+    """The places where chunks were handed out again, with the reasons."""
     told: str
 
 
@@ -98,7 +98,7 @@ def timeline(record: Record) -> Timeline | None:
 
 
 def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
-    """Whether a chunk has samples that went back before it was complete."""
+    """Whether some of a chunk's samples were handed out a second time."""
     starts, stops, ends = (
         np.array([getattr(b, key) for b in bars]) for key in ("start", "stop", "ended")
     )

@@ -1,7 +1,4 @@
-"""`shardmap report RUN`.
-
-A run folder as one HTML page that needs nothing else, no network and no scripts.
-"""
+"""`shardmap report RUN`: a run folder as one HTML page, without network or scripts."""
 
 from __future__ import annotations
 
@@ -26,10 +23,9 @@ from shardmap.planning.table import format_seconds
 from shardmap.store import elements
 
 MOST_PREVIEWS = 60
-"""Outputs that are looked into; of the others name, shape and size are listed."""
+"""The most outputs that are read; the others are listed by name, shape and size."""
 SHOWN, MOST_FACTOR = 640, 10
-"""How wide images are shown, in pixels of the screen, and how many of those for one of theirs at
-most."""
+"""The width of images in pixels of the screen, and the most screen pixels for one of theirs."""
 ASKED = (
     "task",
     "function",
@@ -42,23 +38,23 @@ ASKED = (
     "reduce",
     "report",
 )
-"""Keys of the configuration that say what was computed; all are at the end of the page."""
+"""Keys of the configuration that describe the computation; all keys are at the page's end."""
 CARD_LETTERS = 40
-"""Longest text among the large numbers; longer ones and paths are lines of their own."""
+"""The longest text that is shown as a card; longer texts and paths get lines of their own."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What the page shows of an output."""
+    """The part of an output that the page shows."""
 
     name: str
     shape: str
     dtype: str
     bytes: int
     elements: int
-    """That were looked at."""
+    """The number of elements that were read."""
     said: str
-    """Which rows were looked at, or why none was."""
+    """The rows that were read, in words, or the reason why none was."""
     statistics: Statistics | None = None
     histogram: Histogram | None = None
     sheet: Sheet | None = None
@@ -69,11 +65,11 @@ class Preview:
     single: str = ""
     """The value, if there is only one."""
     place: int = 0
-    """On the page, from 1."""
+    """The output's place on the page, from 1."""
 
     @property
     def shown_width(self) -> int:
-        """Of the images, in pixels of the screen, if there is room."""
+        """The width of the images in pixels of the screen, if there is room."""
         return 0 if self.sheet is None else min(SHOWN, MOST_FACTOR * self.sheet.picture.width)
 
     @property
@@ -85,7 +81,7 @@ class Preview:
 
     @property
     def square(self) -> bool:
-        """Whether rows and columns of the heat map are the same things, as in a Gram matrix or a Hessian."""
+        """Whether the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
         return self.heat_map is not None and self.heat_map.square
 
 
@@ -140,7 +136,7 @@ def render(record: Record) -> str:
 
 
 def preview(output: Output, place: int) -> Preview:
-    """Look into one output; nothing of it is kept but what is drawn."""
+    """Read one output, and keep only its numbers and pictures."""
     found = samples.read(output)
     if isinstance(found, Unread):
         return _unread(output, found.reason, place)
@@ -162,7 +158,7 @@ def preview(output: Output, place: int) -> Preview:
 
 
 def _pictures(sample: Sample) -> tuple[Sheet | None, Picture | None, Curve | None]:
-    """Samples as images where they look like some, otherwise rows as lines or as points."""
+    """Draw samples as images where they look like images, otherwise rows as lines or points."""
     drawn = figures.sheet(sample)
     if drawn is not None:
         return drawn, None, None
@@ -195,7 +191,7 @@ def _found(record: Record) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
 
 
 def _asked(record: Record) -> list[tuple[str, str]]:
-    """What was run, as the configuration names it."""
+    """The configuration's keys that describe the computation, with their values."""
     out = []
     for key in ASKED:
         value = record.config.get(key)
@@ -220,7 +216,7 @@ def _asked(record: Record) -> list[tuple[str, str]]:
 
 
 def _largest(record: Record) -> dict[str, float]:
-    """What the bars of predictions and measurements are drawn against."""
+    """The largest prediction or measurement, which fills a whole bar."""
     memory = [
         value for x in record.lanes for value in (x.predicted_peak_bytes, x.peak_bytes) if value
     ]
@@ -244,7 +240,8 @@ def number(value: Any, digits: int = 5) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}" if 1e4 <= abs(value) < 1e9 else f"{value:.{digits}g}"
     if isinstance(value, complex):
-        return f"{number(value.real, digits)} {'-' if value.imag < 0 else '+'} {number(abs(value.imag), digits)}i"
+        sign = "-" if value.imag < 0 else "+"
+        return f"{number(value.real, digits)} {sign} {number(abs(value.imag), digits)}i"
     return str(value)
 
 
@@ -265,7 +262,7 @@ def _words(key: str) -> str:
 
 
 def _put(path: Path, text: str) -> None:
-    """Write the page under another name first: what has the name is complete."""
+    """Write the page under another name, then rename it, so that it is never half a page."""
     temporary = path.parent / f".{uuid.uuid4().hex}.unfinished"
     try:
         with temporary.open("x", encoding="utf-8", errors="replace") as file:

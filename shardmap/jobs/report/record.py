@@ -1,6 +1,6 @@
-"""A run folder, read: what was planned, measured, found and logged.
+"""Reads a run folder: its plan, measurements, findings and log.
 
-What is absent or cannot be read is said, and the rest is there.
+For each file that is absent or cannot be read there is a sentence that says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ that."""
 
 @dataclass(frozen=True)
 class Lane:
-    """A lane as planned and as measured; None for what nobody knows."""
+    """A lane as planned and as measured; a field is None if its value is unknown."""
 
     name: str
     device: str
@@ -47,7 +47,7 @@ class Lane:
 
 @dataclass
 class Record:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     folder: Path
     config_text: str = ""
@@ -61,7 +61,7 @@ class Record:
     """Whether the run says that it is complete."""
     predicted_seconds: float | None = None
     seconds: float | None = None
-    """Of the map, all lanes side by side."""
+    """The seconds of the map, all lanes side by side."""
     lanes: Sequence[Lane] = ()
     planned: bool = False
     measured: bool = False
@@ -75,7 +75,7 @@ class Record:
     images: Sequence[Image] = ()
     tables: Sequence[Table] = ()
     absent: dict[str, str] = field(default_factory=dict)
-    """By part of the page: a sentence for each that has nothing to show."""
+    """For each part of the page that is empty: a sentence that says why."""
 
     def say(self, part: str, sentence: str) -> None:
         """Keep a sentence about what a part of the page lacks."""
@@ -120,11 +120,11 @@ def read_folder(folder: Path) -> Record:
 
 
 ODD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
-"""What comes of JSON that is well-formed and not what was expected."""
+"""The errors of reading JSON that is well-formed but has an unexpected structure."""
 
 
 class _UnreadableError(Exception):
-    """A file is not what it should be, in words."""
+    """A file that cannot be understood, with the reason in words."""
 
 
 def _read_config(record: Record, path: Path) -> None:
@@ -140,7 +140,7 @@ def _read_config(record: Record, path: Path) -> None:
 
 
 def _mapping(record: Record, part: str, name: str) -> Mapping[str, Any] | None:
-    """A JSON object from a file; None, and a sentence, without one."""
+    """A JSON object from a file; without one, None, and a sentence is kept."""
     path = record.folder / name
     if not path.is_file():
         record.say(part, f"{name} is not in the run folder.")
@@ -258,7 +258,7 @@ def _bars_of(lanes: Mapping[str, Any]) -> list[Bar]:
 
 
 def _read_timeline(record: Record) -> None:
-    """The chunks as the timeline has them, with those that went back.
+    """The chunks of timeline.json, with those that were handed out again.
 
     Measured.json's serve where it is absent.
     """

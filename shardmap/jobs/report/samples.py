@@ -1,6 +1,6 @@
-"""Outputs of a run, read within a bound.
+"""Reads the outputs of a run within a bound on memory.
 
-All of them where they are small, rows from all over them where they are not.
+Small outputs are read whole; of large ones rows are read that are spread over all of them.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ file next to nothing."""
 
 @dataclass(frozen=True)
 class Output:
-    """One output, before anything of it is read."""
+    """One output, before any of its rows is read."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     column: Column | Tensor
-    """Where its rows are; the value, if it is a single number."""
+    """The source of its rows; the value, if it is a single number."""
     there: tuple[tuple[int, int], ...]
     """The rows that are written, as ranges in order."""
     runs: int
 
     @property
     def bytes(self) -> int:
-        """Of all rows, written or not."""
+        """The size of all rows, written or not."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was read of an output."""
+    """The rows that were read of an output."""
 
     rows: Tensor
     """[rows, *shape of one], on the CPU."""
     numbers: Sequence[int]
-    """Which rows these are."""
+    """The numbers of these rows."""
     said: str
-    """How many of how many, in words; empty if these are all."""
+    """The share of all rows, in words; empty if these are all."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Why nothing was read of an output."""
+    """The reason why an output could not be read."""
 
     reason: str
 
 
 def outputs_in(path: Path) -> list[Output]:
-    """The tensors of a safetensors file, by name in the order of the alphabet.
+    """The tensors of a safetensors file by name, in alphabetical order.
 
     Raises:
         SourceError: The file cannot be read.
@@ -193,14 +193,14 @@ def real(t: Tensor) -> np.ndarray:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """`2` before `10`, as the outputs of a function come."""
+    """A sorting key that puts `2` before `10`."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)
     ]
 
 
 def _places(total: int, most: int, runs: int) -> list[tuple[int, int]]:
-    """Ranges of together at most `most` of `total` rows."""
+    """Ranges that hold at most `most` of `total` rows together."""
     if most >= total:
         return [(0, total)]
     runs = min(runs, most)
@@ -220,7 +220,7 @@ def _numbers(there: Sequence[tuple[int, int]], start: int, stop: int) -> Iterato
 
 
 def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows that follow each other, as ranges."""
+    """Consecutive rows joined into ranges."""
     out: list[tuple[int, int]] = []
     for number in numbers:
         if out and out[-1][1] == number:

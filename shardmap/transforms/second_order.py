@@ -1,0 +1,126 @@
+"""The Hessian of one sample, as blocks for each pair of inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.transforms.base import Results
+from shardmap.transforms.modes import Graph, has_no_formula, pulled_back, pushed_forward
+from shardmap.transforms.one_sample import OneSample, Part, joined
+from shardmap.transforms.seeds import UnitVectors
+
+logger = logging.getLogger("shardmap")
+
+
+class SecondOrder(OneSample):
+    """The second derivatives of one sample, as they are recorded."""
+
+    def hessian(self) -> Any:
+        """The second derivatives, forward over reverse.
+
+        Where an operator has no forward formula, two backward passes are taken.
+        """
+        graph = Graph(self.func, self.by, self.kwargs, False, self.call)
+        try:
+            blocks = [
+                self._blocks(y, k, self._tangents_of_gradients(graph))
+                for k, y in enumerate(graph.results.leaves)
+            ]
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, errors.ShardmapError) or not has_no_formula(error):
+                raise
+            logger.info(
+                "%s: takes two backward passes, for in forward mode: %s",
+                self.call,
+                str(error).partition("\n")[0],
+            )
+            blocks = [
+                self._blocks(y, k, self._gradients_of_gradients(graph), twice=True)
+                for k, y in enumerate(graph.results.leaves)
+            ]
+        by_result = [self.by_argument([self.by_argument(row) for row in block]) for block in blocks]
+        return pytree.tree_unflatten(by_result, graph.results.structure)
+
+    def _blocks(
+        self, y: torch.Tensor, k: int, second: Callable[..., Part], twice: bool = False
+    ) -> list[list[torch.Tensor]]:
+        """`[*out, *in_i, *in_j]` of one output for each pair of inputs.
+
+        Args:
+            y: The output.
+            k: Its number.
+            second: Takes k, the unit vector of the output, the number of an input and a unit vector
+                of that; returns for each input the second derivatives along both.
+            twice: Whether that unit vector belongs to the first of the two derivatives, which is
+                then the outer dimension.
+        """
+        count = len(self.by.leaves)
+        found: list[list[Any]] = [[None] * count for _ in range(count)]
+        for j, leaf in enumerate(self.by.leaves):
+            if not y.numel() or not leaf.numel() or not y.requires_grad:
+                for i, other in enumerate(self.by.leaves):
+                    found[i][j] = y.new_zeros((*y.shape, *other.shape, *leaf.shape))
+                continue
+            parts = UnitVectors(
+                lambda seed, j=j, leaf=leaf: self._all_rows(y, k, second, j, seed), leaf, self.call
+            ).run(self.seeding)
+            for i, other in enumerate(self.by.leaves):
+                pieces = [part[i] for part in parts]  # [vectors, rows, *in]
+                if twice:
+                    whole = joined([p.movedim(0, 1) for p in pieces], 1).reshape(
+                        (*y.shape, *leaf.shape, *other.shape)
+                    )
+                    found[j][i] = whole
+                else:
+                    whole = joined([p.movedim(0, -1) for p in pieces], -1).reshape(
+                        (*y.shape, *other.shape, *leaf.shape)
+                    )
+                    found[i][j] = whole
+        return found
+
+    def _all_rows(
+        self, y: torch.Tensor, k: int, second: Callable[..., Part], j: int, seed: torch.Tensor
+    ) -> Part:
+        """The results of `second` for one unit vector of an input and all rows of the output.
+
+        For each input: `[rows, *in]`.
+        """
+        if y.numel() == 1:
+            return tuple([t.unsqueeze(0) for t in second(k, y.new_ones(y.shape), j, seed)])
+        parts = UnitVectors(lambda row: second(k, row, j, seed), y, self.call).run(self.seeding)
+        return tuple([joined([part[i] for part in parts], 0) for i in range(len(self.by.leaves))])
+
+    def _tangents_of_gradients(self, graph: Graph) -> Callable[..., Part]:
+        by, keep = self.by, graph.create_graph
+
+        def second(k: int, row: torch.Tensor, j: int, seed: torch.Tensor) -> Part:
+            def gradients(duals: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+                results = Results(
+                    self.func(*by.with_leaves(duals), **self.kwargs), False, self.call
+                )
+                return list(pulled_back([results.leaves[k]], duals, [row], True)), ()
+
+            with torch.enable_grad():
+                primals = [
+                    t.view_as(t) if keep and t.requires_grad else t.detach().requires_grad_()
+                    for t in by.leaves
+                ]
+                tangents = [seed if i == j else None for i in range(len(primals))]
+                products = pushed_forward(gradients, primals, tangents, nested=False)[1]
+            return tuple([t if keep else t.detach() for t in products])
+
+        return second
+
+    def _gradients_of_gradients(self, graph: Graph) -> Callable[..., Part]:
+        def second(k: int, row: torch.Tensor, j: int, seed: torch.Tensor) -> Part:
+            with torch.enable_grad():
+                gradients = pulled_back([graph.results.leaves[k]], graph.leaves, [row], True)
+            return pulled_back([gradients[j]], graph.leaves, [seed], graph.create_graph)
+
+        return second
