@@ -119,7 +119,7 @@ def _comparable(job: Job, k: int, t: torch.Tensor, wanted: torch.Tensor) -> bool
         return False
     if job.recording.program.outputs[k].group in never_written(job.recording.program):
         return False
-    low = prepare.known(job, job.home, several=job.samples > 1)
+    low = prepare.tried(job, job.home, several=job.samples > 1)
     return low is None or k not in low.loose
 
 

@@ -276,7 +276,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
         use: The function on the call's samples.
     """
     several = job.samples > 1
-    if all(prepare.known(job, torch.device(name), several) for name in set(names)):
+    if all(prepare.tried(job, torch.device(name), several) for name in set(names)):
         return job
     lowerings = dataclasses.replace(job.lowerings, expected=use.expected())
     return dataclasses.replace(job, lowerings=lowerings)

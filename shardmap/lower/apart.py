@@ -66,8 +66,8 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
                     difference = _settle(eq, *batched.results[index], t, samples)
                     if difference is not None:
                         wrong.setdefault(call.equation, difference)
-        if call.writes and call.equation < len(program.equations):
-            _copy_written(program.equations[call.equation], call, env, samples, batched)
+        if call.writes:
+            _copy_written(batched, call.equation, env, samples)
         for v in arguments(call):
             if last[v.index] == i:
                 env.pop(v.index, None)
@@ -101,15 +101,14 @@ def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample
 
 
 def _copy_written(
-    eq: Equation, call: Any, env: dict[int, Any], samples: list[_Sample], batched: BatchedProgram
+    batched: BatchedProgram, number: int, env: dict[int, Any], samples: list[_Sample]
 ) -> None:
-    """Put the samples' own values into memory that a call has written."""
-    known = {v.index: var for var, v in batched.results.values()}
-    for v in arguments(call):
-        var, t = known.get(v.index), env.get(v.index)
-        if var is None or t is None or has_internal_overlap(t) == 1:
-            continue
+    """Put the samples' own values into memory that a recorded call has written."""
+    for var, v in batched.written.get(number, ()):
+        t = env.get(v.index)
         own = [sample.env.get(var.index) for sample in samples]
+        if t is None or not v.mapped or has_internal_overlap(t) == 1:
+            continue
         if all(s is not None and s.shape == t.shape[1:] for s in own):
             with torch.no_grad():
                 for row, s in enumerate(own):

@@ -81,6 +81,7 @@ class _Batcher:
         self.tiers: dict[str, str] = {}
         self.results: dict[int, tuple[Var, V]] = {}
         self.summed: set[int] = set()
+        self.written: dict[int, tuple[tuple[Var, V], ...]] = {}
         enabled = not (options.grad or options.transformed or fixes.plain)
         self.ghosts = Ghosts(program, self.b, self.env, self.write_groups, self.mapped, enabled)
 
@@ -124,6 +125,7 @@ class _Batcher:
             b.count,
             self.results,
             frozenset(self.summed),
+            self.written,
             self.ghosts.notes,
         )
 
@@ -241,7 +243,7 @@ class _Batcher:
             return
         first = len(b.calls)
         out = self._apply(i, eq, args, kwargs, mapped)
-        self._mark_writes(eq, first)
+        self._mark_writes(i, eq, first)
         self._bind(i, eq, out, mapped)
         if eq.answer is not None:
             results = [self.env[v.index] for v in eq.results()]
@@ -249,16 +251,18 @@ class _Batcher:
                 check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results
             )
 
-    def _mark_writes(self, eq: Equation, first: int) -> None:
+    def _mark_writes(self, number: int, eq: Equation, first: int) -> None:
         """Mark the calls by which a recorded write reaches the written memory.
 
         An operator's schema says that it writes, a function of ours that stands for one does not:
         unmarked, its write would be taken for no use of the memory at all, and an output would be
         copied out before it.
         """
-        reach = {self.env[v.index].index for v in written(eq)}
+        pairs = tuple([(v, self.env[v.index]) for v in written(eq)])
+        reach = {v.index for _, v in pairs}
         if not reach:
             return
+        self.written[number] = pairs
         calls = self.b.calls
         for k in range(first, len(calls)):
             call = calls[k]

@@ -145,7 +145,9 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         random=is_random,
         composite=composite and op not in _QUESTIONS and name not in _METADATA,
         dynamic=torch.Tag.dynamic_output_shape in op.tags,
-        question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
+        question=op in _QUESTIONS
+        or torch.Tag.data_dependent_output in op.tags
+        or _answers_python(op, name),
         metadata=name in _METADATA
         or op.namespace in ("prim", "profiler")
         or name.startswith("sym_")
@@ -175,6 +177,12 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         and op is not aten.lift_fresh.default
     )
     return dataclasses.replace(info, plain=plain)
+
+
+def _answers_python(op: torch._ops.OpOverload, name: str) -> bool:
+    """Whether an operator looks at tensors and gives python a number or a truth value."""
+    kinds = {str(r.type) for r in op._schema.returns}
+    return bool(kinds) and kinds <= {"bool", "int", "float", "number"} and name not in _METADATA
 
 
 def _without_tensors(schema: Any) -> bool:

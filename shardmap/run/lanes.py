@@ -136,7 +136,7 @@ class Lane:
         several = chunk.size > 1
         ready = self.ready.get(several)
         if ready is None:
-            ready = self.ready[several] = self.on.on(self.plan.device, several)
+            ready = self.ready[several] = self.on.on(self.plan.device, several, self.direct)
         return ready
 
     def compute(self, ready: Ready, chunk: Chunk) -> list[torch.Tensor | None]:

@@ -97,7 +97,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
         with engine.plain_numerics():
             if not job.grad:
                 torch._C._set_grad_enabled(False)
-            ready = on.on(name, job.samples > 1)
+            ready = on.on(name, job.samples > 1, slices=False)
             began = time.perf_counter()
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
             outs = ready.low.replay.chunk(
@@ -164,7 +164,7 @@ class _Run:
         ):  # checks look at the first samples: before anything is written to them
             for lane in self.lanes:
                 for several in {False, self.job.samples > 1}:
-                    self.on.on(lane.plan.device, several)
+                    self.on.on(lane.plan.device, several, lane.direct)
         while True:
             for lane in self.lanes:
                 self._collect(lane, wait=False)

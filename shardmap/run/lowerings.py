@@ -66,6 +66,7 @@ class Lowerings:
         captured: Sequence[torch.Tensor],
         literals: Sequence[torch.Tensor],
         seed: int,
+        fixes: Fixes | None = None,
     ) -> Lowered:
         """The lowering for chunks on `device`, tried there on the call's samples if it is new.
 
@@ -77,6 +78,7 @@ class Lowerings:
             captured: The captured tensors, there.
             literals: The literals, there.
             seed: For random draws.
+            fixes: What is known to be needed.
         """
         if self.instead is not None:
             return self.instead
@@ -104,5 +106,5 @@ class Lowerings:
             recording.sources,
             tried,
             slices,
-            self.fixes,
+            fixes or self.fixes,
         )

@@ -64,21 +64,30 @@ class Devices:
         self.job = job
         self.budget = budget
         """What the call may add on a device: trying the lowering stays within it."""
-        self._ready: dict[tuple[str, bool], Ready] = {}
+        self._ready: dict[tuple[str, bool, bool], Ready] = {}
         self._held: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         """Captured tensors and literals, by device."""
 
-    def on(self, name: str, several: bool) -> Ready:
-        """The device by its name, ready for chunks of one sample, or of several."""
-        found = self._ready.get((name, several))
+    def on(self, name: str, several: bool, slices: bool | None = None) -> Ready:
+        """The device by its name, ready for chunks of one sample, or of several.
+
+        Args:
+            name: The device.
+            several: Whether chunks have more than one sample.
+            slices: Whether their results may be computed into slices of the whole; by default where
+                that can be.
+        """
+        job, device = self.job, torch.device(name)
+        if slices is None:
+            slices = direct(job, device)
+        key = name, several, slices
+        found = self._ready.get(key)
         if found is not None:
             return found
-        job, device = self.job, torch.device(name)
         captured, literals = self._tensors(name)
-        low = _lowered(job, device, several, captured, literals, self.budget(device))
+        low = _lowered(job, device, several, slices, captured, literals, self.budget(device))
         fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
-        found = Ready(low, device, captured, literals, fixed)
-        self._ready[name, several] = found
+        found = self._ready[key] = Ready(low, device, captured, literals, fixed)
         return found
 
     def _tensors(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -100,6 +109,7 @@ def _lowered(
     job: Job,
     device: torch.device,
     several: bool,
+    slices: bool,
     captured: list[torch.Tensor],
     literals: list[torch.Tensor],
     budget_bytes: int | None,
@@ -108,11 +118,12 @@ def _lowered(
 
     Leaves no trace of having been tried.
     """
-    found = known(job, device, several)
+    found = known(job, device, several, slices)
     if found is not None:
         return found
     if several and not trial_affordable(job, device, 2, budget_bytes):
-        return _lowered(job, device, False, captured, literals, None)
+        return _lowered(job, device, False, slices, captured, literals, None)
+    other = known(job, device, several, not slices)  # found what is needed to give the right values
     size = min(2 if several else 1, job.samples)
 
     def ends() -> list[torch.Tensor]:
@@ -129,25 +140,33 @@ def _lowered(
             return job.lowerings.on(
                 device,
                 size,
-                direct(job, device),
+                slices,
                 ends,
                 [element(t).detach() for t in captured],
                 [element(t) for t in literals],
                 job.seed,
+                None if other is None else other.fixes,
             )
         finally:
             restore_default_generators(states)
 
 
-def known(job: Job, device: torch.device, several: bool) -> Lowered | None:
+def known(job: Job, device: torch.device, several: bool, slices: bool) -> Lowered | None:
     """The lowering for chunks on a device, if there is one already."""
     lowerings = job.lowerings
     if lowerings.instead is not None:
         return lowerings.instead
     size = min(2 if several else 1, job.samples)
     how = lowerings.how(device.type)
-    program = job.recording.program
-    return cache.known(program, how, lowerings.layout, size, direct(job, device))
+    program, layout = job.recording.program, lowerings.layout
+    found = cache.known(program, how, layout, size, slices)
+    # One that was tried on slices too serves where none are.
+    return found if found is not None or slices else cache.known(program, how, layout, size, True)
+
+
+def tried(job: Job, device: torch.device, several: bool) -> Lowered | None:
+    """A lowering for chunks on a device whose values have been compared, if there is one."""
+    return known(job, device, several, False) or known(job, device, several, True)
 
 
 def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
-from shardmap.program.ir import Equation, Program
+from shardmap.program.analysis import written
+from shardmap.program.ir import Equation, Program, Var
+from shardmap.program.operators import op_info
 from shardmap.trace.recording import Recording
 from shardmap.trace.repeat import alike
+from shardmap.trace.unwritten import valued
 
 
 def difference(first: Recording, second: Recording) -> str | None:
@@ -26,8 +29,8 @@ def difference(first: Recording, second: Recording) -> str | None:
         if a.hex() != b.hex():
             where = _where(first.program, number)
             return f"a number that python computed is {a:g} for one sample and {b:g} for another{where}"
-    for a, b in zip(first.literals, second.literals, strict=True):
-        if not same_values(a, b):
+    for var, a, b in zip(first.program.literals, first.literals, second.literals, strict=True):
+        if not same_values(a, b) and _matters(first.program, var):
             return (
                 f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for one "
                 f"sample and {_shown(b)} for another"
@@ -39,6 +42,22 @@ def difference(first: Recording, second: Recording) -> str | None:
                 f"a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for another"
             )
     return None
+
+
+def _matters(program: Program, literal: Var) -> bool:
+    """Whether the values of a literal reach an output, or an answer that python was given.
+
+    Those of memory that was never written often do not: only its shape is used.
+    """
+    reached = {literal.group}
+    for eq in program.equations:
+        info = op_info(eq.op)
+        if not any(v.group in reached for v in valued(info, eq.args, eq.kwargs)):
+            continue
+        if eq.answer is not None or not list(eq.results()):
+            return True
+        reached.update(v.group for v in (*eq.results(), *written(eq)))
+    return any(v.group in reached for v in program.outputs)
 
 
 def _program_difference(first: Program, second: Program) -> str | None:

@@ -70,7 +70,7 @@ class Unwritten:
         """
         return [
             var
-            for var in _valued(info, args, named)
+            for var in valued(info, args, named)
             if var.group in self.groups and var.group not in written
         ]
 
@@ -98,7 +98,7 @@ class Unwritten:
             self.groups.setdefault(group, name)
 
 
-def _valued(info: OpInfo, args: tuple[Any, ...], named: Any) -> Iterator[Var]:
+def valued(info: OpInfo, args: tuple[Any, ...], named: Any) -> Iterator[Var]:
     """The tensor arguments whose values a result depends on."""
     name = info.op._schema.name.partition("::")[2]
     if info.shape_only or name.endswith("_like") or name.startswith("new_"):
