@@ -194,7 +194,7 @@ class FirstUse:
             raise
         except Exception as error:
             text = str(error).partition("\n")[0]
-            if not _consumed(error):
+            if not consumed(error):
                 self._record(0)  # an error of the last sample's own is the user's to see
                 raise
             self._alone = (
@@ -204,7 +204,8 @@ class FirstUse:
             logger.debug("%s: %s", self.options.call, self._alone)
 
 
-def _consumed(error: Exception) -> bool:
+def consumed(error: Exception) -> bool:
+    """Whether an error says that a function has freed the graph that it differentiates."""
     return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
         error
     )

@@ -72,8 +72,11 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
             differentiate is not known here, so that every floating-point sample requires grad.
     """
     rows = []
-    for i, d in batch.mapped:
+    for position, (i, d) in enumerate(batch.mapped):
         tensor = batch.leaves[i]
+        if position in batch.columns and batch.size:
+            rows.append((batch.columns[position].rows_between(number, number + 1)[0], False))
+            continue
         if batch.size == 0:
             shape = tensor.shape[:d] + tensor.shape[d + 1 :]
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
