@@ -2,9 +2,10 @@
 
 from shardmap import errors, reduce
 from shardmap.api import plan, vmap
+from shardmap.call.caches import clear_caches
 from shardmap.call.planned import Plan
 from shardmap.call.ragged import Ragged
-from shardmap.lower.cache import SlowLoopWarning
+from shardmap.errors import SlowLoopWarning
 from shardmap.rules.registry import batching_rule
 from shardmap.run.pool import Ray
 from shardmap.store import MemmapSink, SafetensorsSink, Source, Store, ZarrSink, open_store, source
@@ -23,6 +24,7 @@ __all__ = [
     "Store",
     "ZarrSink",
     "batching_rule",
+    "clear_caches",
     "errors",
     "hessian",
     "hvp",

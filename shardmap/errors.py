@@ -70,6 +70,10 @@ class UnsupportedOperatorError(ShardmapError, NotImplementedError):
     """No rule batches an operator that the mapped function calls."""
 
 
+class RuleError(ShardmapError, RuntimeError):
+    """A batching rule returned something else than the batch of results of its operator."""
+
+
 class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
@@ -100,6 +104,10 @@ class OutOfMemory(ShardmapError, MemoryError):
 
 class DeviceLostError(ShardmapError, RuntimeError):
     """A device failed, and no other could take over its chunks."""
+
+
+class SlowLoopWarning(UserWarning):
+    """An operator, or the whole function, runs sample by sample because nothing batches it."""
 
 
 class DeviceLostWarning(UserWarning):

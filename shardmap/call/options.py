@@ -25,6 +25,7 @@ class MapOptions(TypedDict, total=False):
     memory_budget: int | str | None
     memory_fraction: float
     trace: str
+    check: str
     strict: bool
     remat: bool
     reduce: Any
@@ -54,8 +55,9 @@ class Options:
     resume: bool
     progress: bool | str
     call: str
+    check: str = "first"
 
-    def check(self, func: Any) -> None:
+    def refuse_wrong(self, func: Any) -> None:
         """Refuse values that an option cannot have.
 
         Raises:
@@ -69,6 +71,7 @@ class Options:
         for name, choices in (
             ("randomness", ("error", "same", "different")),
             ("trace", ("each", "once")),
+            ("check", ("first", "always", "off")),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:

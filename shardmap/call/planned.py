@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shardmap import errors
+from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.planning import table
 from shardmap.planning.split import Lane, Split
-from shardmap.run import local, prepare, timeline
+from shardmap.run import local, prepare, storing, timeline
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
+from shardmap.store import Sink
 
 
 class Plan:
@@ -79,7 +80,8 @@ class Plan:
     def _operators(self, everything: bool) -> str:
         job, name = self._job, self.lanes[0].device
         seen = prepare.watched(self._on.on(name, job.samples > 1), job) if job.samples else None
-        return table.operators(self.split, job.lower(name.partition(":")[0]), seen, everything)
+        ready = self._on.on(name, job.samples > 1)
+        return table.operators(self.split, ready.low, seen, everything)
 
     def __repr__(self) -> str:
         lanes = ", ".join(
@@ -118,7 +120,7 @@ class Plan:
 
     def _from_factors(self) -> list[str]:
         """What is computed without the per-sample values that it is of."""
-        low = self._job.lower(torch.device(self.lanes[0].device).type)
+        low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
             f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
             for i, text in sorted(low.batched.ghosts.items())
@@ -127,6 +129,20 @@ class Plan:
         return (
             ["\n".join(["From factors, without the products themselves:", *found])] if found else []
         )
+
+    def into(self, sink: Sink, chunk_size: Any) -> Plan:
+        """The plan of the same map whose results go to a store.
+
+        Memory then holds the units that are being put together, and no more.
+
+        Args:
+            sink: Where the results go.
+            chunk_size: As the user gave it.
+        """
+        job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
+        on, options = Devices(job), self._options
+        cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
+        return Plan(job, cut, on, options, self._finish, self._compared)
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.

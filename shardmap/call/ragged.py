@@ -21,7 +21,7 @@ from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap.call import arguments as edges
 from shardmap.call.options import Options
-from shardmap.trace.batch import Batch
+from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -161,7 +161,7 @@ def run(
                 "which it is given copies; clone the "
                 "argument inside the function"
             )
-        leaves, shape = pytree.tree_flatten(result)
+        leaves, shape = flatten_outputs(result, options.call)
         if structure is not None and shape != structure:
             raise errors.OutputError(
                 f"{options.call}: the function returns {shape} for samples of one shape and "
@@ -178,7 +178,7 @@ def run(
         _joined([leaves[i] for leaves in found], order, how[i], options.call)
         for i in range(structure.num_leaves)
     ]
-    return pytree.tree_unflatten(outputs, structure)
+    return unflatten_outputs(outputs, structure)
 
 
 def _refuse(options: Options) -> None:

@@ -5,21 +5,16 @@ The function itself, or derivatives of it, by the library's own calls.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import shardmap
-from shardmap import api
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.jobs.config import RunConfig
 from shardmap.jobs.parts import Parts
-from shardmap.run.prepare import Devices
-from shardmap.run.storing import unit_of
 from shardmap.store import Sink
 
 
@@ -60,14 +55,7 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
         plan = _plan(parts, config, options)
         if sink is None or not plan.samples:
             return plan
-        job = dataclasses.replace(plan._job, unit=unit_of(plan._job, config.chunk_size, sink))
-        on = Devices(job)
-        stored = copy.copy(plan)
-        stored.split = api._split(
-            job, on, api._names(job, plan._options, False), plan._options, False, always=True
-        )
-        stored._job, stored._on = job, on
-    return stored
+        return plan.into(sink, config.chunk_size)
 
 
 def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from shardmap.program.ir import Var
 from shardmap.rules.lowering import Call, V
@@ -20,16 +21,16 @@ class BatchedProgram:
     captured: tuple[V, ...]
     literals: tuple[V, ...]
     outputs: tuple[V, ...]
-    tiers: dict[str, str]
+    tiers: Mapping[str, str]
     """For each operator in use, the tier that serves it."""
     values: int
     """How many values the calls define."""
-    results: dict[int, tuple[Var, V]]
+    results: Mapping[int, tuple[Var, V]]
     """By value index: the recorded tensor that it is the batch of, for the checks of the first
     run."""
     summed: frozenset[int] = frozenset()
     """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
-    ghosts: dict[int, str] = field(default_factory=dict)
+    ghosts: Mapping[int, str] = field(default_factory=dict)
     """By number of the recorded call: what is computed from factors instead
     (`shardmap.factors`)."""
 
@@ -50,13 +51,26 @@ class LoweringOptions:
     """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Fixes:
     """What trying a program has shown to be needed, by number of the recorded call."""
 
-    tiers: dict[int, str] = field(default_factory=dict)
-    """"functorch" or "loop": a higher tier's result was not the recorded one."""
-    restride: set[int] = field(default_factory=set)
+    tiers: Mapping[int, str] = field(default_factory=dict)
+    """"functorch" or "loop": the result of a higher tier was not the recorded one."""
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    """For each entry of `tiers`, what the higher tier did wrong."""
+    restride: frozenset[int] = frozenset()
     """Calls whose results have other strides than the sample's."""
     plain: bool = False
     """Whether nothing is computed from factors."""
+    copied: bool = False
+    """Whether outputs are copied into their slices instead of being computed there."""
+
+    def demoted(self, number: int, tier: str, reason: str) -> Fixes:
+        """These fixes, with a recorded call served by a lower tier."""
+        tiers = {**self.tiers, number: tier}
+        return replace(self, tiers=tiers, reasons={**self.reasons, number: reason})
+
+    def restrided(self, numbers: Iterable[int]) -> Fixes:
+        """These fixes, with the strides of some calls' results put right by a copy."""
+        return replace(self, restride=self.restride.union(numbers))

@@ -17,6 +17,7 @@ from shardmap.factors import sums
 from shardmap.factors.builder import Ghosts
 from shardmap.factors.rewrite import from_factors
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.out_calls import out_rule
 from shardmap.lower.rematerialise import postponed
 from shardmap.lower.replayed import (
     check_answer,
@@ -37,11 +38,12 @@ from shardmap.program.analysis import (
     written_through,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
-from shardmap.program.operators import deciders
+from shardmap.program.operators import deciders, op_info
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
+from shardmap.rules.results import bound
 from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.view_folding import views
 
@@ -57,7 +59,7 @@ class _Batcher:
         program: Program,
         options: LoweringOptions,
         fixes: Fixes,
-        to_loop: Callable[[Equation], None],
+        to_loop: Callable[[int, Equation], None],
     ):
         self.program = program
         self.options = options
@@ -237,7 +239,9 @@ class _Batcher:
                 args,
             )
             return
+        first = len(b.calls)
         out = self._apply(i, eq, args, kwargs, mapped)
+        self._mark_writes(eq, first)
         self._bind(i, eq, out, mapped)
         if eq.answer is not None:
             results = [self.env[v.index] for v in eq.results()]
@@ -245,11 +249,31 @@ class _Batcher:
                 check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results
             )
 
+    def _mark_writes(self, eq: Equation, first: int) -> None:
+        """Mark the calls by which a recorded write reaches the written memory.
+
+        An operator's schema says that it writes, a function of ours that stands for one does not:
+        unmarked, its write would be taken for no use of the memory at all, and an output would be
+        copied out before it.
+        """
+        reach = {self.env[v.index].index for v in written(eq)}
+        if not reach:
+            return
+        calls = self.b.calls
+        for k in range(first, len(calls)):
+            call = calls[k]
+            if any(
+                v.index in reach for v in values((call.args, tuple([a for _, a in call.kwargs])))
+            ):
+                reach.update(o for o in call.outs if o is not None)
+                if call.op is None and not call.writes:
+                    calls[k] = call._replace(writes=True)
+
     def _apply(
         self, i: int, eq: Equation, args: tuple, kwargs: dict[str, Any], mapped: bool
     ) -> Any:
         b, name = self.b, eq.op.name()
-        fix = self.fixes.tiers.get(i)
+        fix = None if op_info(eq.op).shape_only else self.fixes.tiers.get(i)
         if eq.answer is not None and any(
             self.env[v.index].mapped for v in deciders(eq.op, eq.args)
         ):
@@ -262,6 +286,8 @@ class _Batcher:
             if out is not None:
                 return out
         if fix != "loop":
+            if rule is None and fix is None:
+                rule = out_rule(eq)
             if rule is not None and fix != "functorch":
                 out = rule(b, eq, args, kwargs)
                 if out is not NotImplemented:
@@ -274,7 +300,7 @@ class _Batcher:
                     return out
         if random_call(eq) and not mapped:
             return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
-        self.to_loop(eq)
+        self.to_loop(i, eq)
         self.tiers[name] = "loop"
         return (
             seeded_loop(b, eq, args, kwargs)
@@ -284,20 +310,14 @@ class _Batcher:
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())
-        if out is None:
-            values: list[Any] = [None] * len(outs)
-        else:
-            values = [out] if isinstance(out, V) else list(_vs_or_none(out))
+        found = bound(eq, out)
         writes = written(eq)
         reads = self.b.grad and (
             FRESH_LEAF in eq.flags or any(v.index in self.needs for v in eq.inputs())
         )
         known = {v.index for v in eq.inputs()}
         read_groups = {v.group for v in eq.inputs()}
-        assert out is None or len(values) == len(outs), (
-            f"{eq}: the rule returned {len(values)} results for {len(outs)}"
-        )
-        for var, v in zip(outs, values, strict=True):
+        for var, v in zip(outs, found, strict=True):
             if var.index in known or (var.index in self.env and v is None):
                 continue  # in place: the result is the argument
             assert v is not None, f"{eq}: the rule returned nothing for {var}"
@@ -355,7 +375,10 @@ class _Batcher:
 
 
 def lower(
-    program: Program, options: LoweringOptions, fixes: Fixes, to_loop: Callable[[Equation], None]
+    program: Program,
+    options: LoweringOptions,
+    fixes: Fixes,
+    to_loop: Callable[[int, Equation], None],
 ) -> BatchedProgram:
     """The batched program.
 
@@ -416,15 +439,3 @@ def _flat(result: Any) -> Any:
 
 def _vs(args: Any) -> list[V]:
     return list(values(args))
-
-
-def _vs_or_none(values: Any) -> Any:
-    for value in values:
-        if value is None or type(value) is V:
-            yield value
-        else:
-            yield from _vs_or_none(value)
-
-
-# -- what the emitted calls do at replay
-# -----------------------------------------------------------------------------------

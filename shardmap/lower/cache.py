@@ -1,31 +1,36 @@
-"""From a recording to functions that run: lower once per program and remember."""
+"""Lowerings, each made and checked once, and kept: finished values only."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import math
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from shardmap import errors
-from shardmap._torch import fork_safe_lock
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.batcher import lower
+from shardmap.lower.check import verified
 from shardmap.lower.codegen import Replay, generate
+from shardmap.lower.trial import Trial
 from shardmap.program.ir import Equation, Program
+from shardmap.rules import registry
 
-
-class SlowLoopWarning(UserWarning):
-    """An operator runs sample by sample because nothing batches it."""
+SlowLoopWarning = errors.SlowLoopWarning
 
 
 @dataclass(slots=True)
 class Notes:
-    """What the planner knows of a program, whoever lowered it."""
+    """What the planner has learned of a program, whoever lowered it.
+
+    The one part of a lowering that changes: it grows as chunks run.
+    """
 
     observed: dict[Any, Any] = field(default_factory=dict)
     """What a chunk has been seen to cost, by device and the way that it runs."""
@@ -33,7 +38,7 @@ class Notes:
     """What running chunks has shown, by device."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Lowered:
     """A program, ready to run on one kind of device."""
 
@@ -41,13 +46,13 @@ class Lowered:
     options: LoweringOptions
     batched: BatchedProgram
     replay: Replay
-    fixes: Fixes = field(default_factory=Fixes)
-    """What the checks of the first runs found."""
-    checked: set[bool] = field(default_factory=set)
-    """Whether chunks of one sample (False) and of several (True) have been checked."""
-    notes: Notes = field(default_factory=Notes)
-    sample_bytes: int | None = None
-    """Bytes of all recorded results of one sample, once somebody has asked."""
+    fixes: Fixes
+    """What trying it has shown to be needed."""
+    loose: frozenset[int]
+    """Outputs, by position, whose values cannot be compared: rounding grows along the program."""
+    notes: Notes
+    sample_bytes: int
+    """Bytes of all recorded results of one sample."""
 
 
 class _Key:
@@ -55,7 +60,7 @@ class _Key:
 
     __slots__ = ("code", "parts")
 
-    def __init__(self, *parts: Any):
+    def __init__(self, *parts: Hashable):
         self.parts = parts
         self.code = hash(parts)
 
@@ -63,57 +68,219 @@ class _Key:
         return self.code
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Key) and self.parts == other.parts)
+        return self is other or (
+            isinstance(other, _Key) and self.code == other.code and self.parts == other.parts
+        )
 
 
-_CAPACITY = 256
-_cache: collections.OrderedDict[_Key, tuple[_Key, Lowered]] = collections.OrderedDict()
-_notes: collections.OrderedDict[_Key, Notes] = collections.OrderedDict()
+class Kept:
+    """The last few values that were made, each under a lock of its own.
+
+    Two threads that ask for the same value wait for the one that makes it; others are not held up.
+    The locks are reentrant: a signal handler may call a map while its thread is making one.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._values: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._making: dict[Hashable, list[Any]] = {}
+        self._lock = threading.RLock()
+
+    def get(self, key: Hashable) -> Any:
+        """The value, or None."""
+        with self._lock:
+            found = self._values.get(key)
+            if found is not None:
+                self._values.move_to_end(key)
+            return found
+
+    def made(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value, made now if there is none; an error leaves nothing behind."""
+        found = self.get(key)
+        if found is not None:
+            return found
+        with self._lock:
+            making = self._making.setdefault(key, [threading.RLock(), 0])
+            making[1] += 1
+        try:
+            with making[0]:
+                found = self.get(key)
+                if found is None:
+                    found = make()
+                    with self._lock:
+                        self._values[key] = found
+                        while len(self._values) > self.capacity:
+                            self._values.popitem(last=False)
+                return found
+        finally:
+            with self._lock:
+                making[1] -= 1
+                if not making[1]:
+                    self._making.pop(key, None)
+
+    def replace(self, key: Hashable, value: Any) -> None:
+        """Put another value in the place of what is kept."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self.capacity:
+                self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._lock:
+            self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def after_fork(self) -> None:
+        """Make new locks: in a forked child nobody would release those that were held."""
+        self._lock = threading.RLock()
+        self._making = {}
+
+
+CAPACITY = 256
+_drafts = Kept(CAPACITY)
+_lowered = Kept(CAPACITY)
+_notes = Kept(CAPACITY)
 """Kept apart, because a plan and a map are different calls of one program."""
-_by_identity: dict[tuple[int, LoweringOptions, tuple[bool, ...]], Lowered] = {}
+_by_identity = Kept(4 * CAPACITY)
 """The same lowerings by address of their programs: a program that was expected and came is not
-compared again."""
-_lock = fork_safe_lock()
+compared again. The values hold their programs, so that no address is used twice."""
+
+
+def clear() -> None:
+    """Forget all lowerings."""
+    for kept in (_by_identity, _lowered, _drafts, _notes):
+        kept.clear()
+
+
+def after_fork() -> None:
+    """Make the locks of this module new."""
+    for kept in (_by_identity, _lowered, _drafts, _notes):
+        kept.after_fork()
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A program lowered without having been tried."""
+
+    program: Program
+    batched: BatchedProgram
+    replay: Replay
+
+
+def draft(
+    program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
+) -> BatchedProgram:
+    """The batched program as the rules give it, not tried: for what values do not decide."""
+    quick = "draft", id(program), options, layout, registry.version()
+    found = _by_identity.get(quick)
+    if found is None or found.program is not program:
+        found = _draft(_key(program, options, layout), program, options, sources)
+        if found.program is program:
+            _by_identity.replace(quick, found)
+    return found.batched
+
+
+def notes(program: Program, options: LoweringOptions, layout: tuple[bool, ...]) -> Notes:
+    """What has been learned of a program, whoever lowered it."""
+    quick = "notes", id(program), options, layout
+    found = _by_identity.get(quick)
+    if found is not None and found[0] is program:
+        return found[1]
+    made = _notes.made(_Key(program, replace(options, call=""), layout), Notes)
+    _by_identity.replace(quick, (program, made))
+    return made
+
+
+def _draft(
+    key: _Key, program: Program, options: LoweringOptions, sources: dict[str, str]
+) -> _Draft:
+    def make() -> _Draft:
+        program.check()
+        return _Draft(program, *lower_with(program, options, Fixes(), sources))
+
+    return _drafts.made(key, make)
+
+
+def _key(program: Program, options: LoweringOptions, layout: tuple[bool, ...]) -> _Key:
+    return _Key(program, options, layout, registry.version())
+
+
+def known(
+    program: Program, options: LoweringOptions, layout: tuple[bool, ...], size: int, slices: bool
+) -> Lowered | None:
+    """The lowering of this very program object, if it was asked for before."""
+    found = _by_identity.get((id(program), options, layout, size, slices, registry.version()))
+    return found if found is not None and found.program is program else None
 
 
 def lowered(
-    program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
+    program: Program,
+    options: LoweringOptions,
+    layout: tuple[bool, ...],
+    size: int,
+    sources: dict[str, str],
+    tried: Callable[[], Trial] | None,
+    slices: bool = True,
+    fixes: Fixes | None = None,
 ) -> Lowered:
-    """The lowering of `program`, made once.
+    """The lowering of `program`, tried on samples and frozen; made once.
 
     Args:
         program: What one sample does.
         options: What else decides how it is lowered.
         layout: For each mapped input, whether samples lie one after another in memory.
+        size: For how many samples at a time it is tried: 1 or 2; 0 for an empty batch.
         sources: The user's line for operators without a rule of ours, for warnings.
+        tried: Makes the samples that it is tried on; None to take it as the rules give it.
+        slices: Whether its outputs may be computed into slices of a result.
+        fixes: What is known to be needed, from another process that has tried it.
     """
-    shortcut = (id(program), options, layout)
-    with _lock:
-        same = _by_identity.get(shortcut)
-        if same is not None and same.program is program:
-            return same
-        key = _Key(program, options, layout)
-        found = _cache.get(key)
-        if found is not None:
-            _cache.move_to_end(found[0])
-            if found[1].program is program:
-                _by_identity[shortcut] = found[1]
-            return found[1]
-    program.check()
-    made = Lowered(program, options, *lower_with(program, options, Fixes(), sources))
-    anyone = _Key(program, replace(options, call=""), layout)
-    with _lock:
-        made.notes = _notes.setdefault(anyone, made.notes)
-        _notes.move_to_end(anyone)
-        while len(_notes) > _CAPACITY:
-            _notes.popitem(last=False)
-        _cache[key] = key, made
-        _by_identity[shortcut] = made
-        while len(_cache) > _CAPACITY:
-            dropped = _cache.popitem(last=False)[1][1]
-            for known in [k for k, low in _by_identity.items() if low is dropped]:
-                del _by_identity[known]
-    return made
+    found = known(program, options, layout, size, slices)
+    if found is not None:
+        return found
+    key = _key(program, options, layout)
+
+    def make() -> Lowered:
+        first = _draft(key, program, options, sources)
+        learned = notes(program, options, layout)
+        results = [v.spec for eq in program.equations for v in eq.results()]
+        sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+        if tried is None or not size:
+            return Lowered(
+                program, options, first.batched, first.replay, Fixes(), frozenset(), learned,
+                sample_bytes,
+            )  # fmt: skip
+
+        def again(how: LoweringOptions, fixed: Fixes) -> tuple[BatchedProgram, Replay]:
+            if how == options and fixed == Fixes():
+                return first.batched, first.replay
+            return lower_with(program, how, fixed, sources)
+
+        done = verified(program, options, again, tried(), fixes or Fixes(), slices)
+        flags = [v.mapped for v in first.batched.outputs]
+        assert [v.mapped for v in done.batched.outputs] == flags, (
+            f"{options.call}: a lower tier changes which outputs differ by sample"
+        )
+        return Lowered(
+            program,
+            options,
+            done.batched,
+            done.replay,
+            done.fixes,
+            done.loose,
+            learned,
+            sample_bytes,
+        )
+
+    found = _lowered.made(_Key(key, size, tried is None, slices), make)
+    if found.program is program:
+        quick = id(program), options, layout, size, slices, registry.version()
+        _by_identity.replace(quick, found)
+    return found
 
 
 def lower_with(
@@ -124,34 +291,36 @@ def lower_with(
     Warns of each operator that falls to the loop, or refuses it.
     """
 
-    def to_loop(eq: Equation) -> None:
+    def to_loop(number: int, eq: Equation) -> None:
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
+        if registry.lookup(eq.op) is not None and number in fixes.reasons:
+            why = (
+                f"the rule that batches {name} (called at {line}) is wrong: {fixes.reasons[number]}"
+            )
+            remedy = "mend the rule (shardmap.batching_rule(..., replace=True))"
+        else:
+            why = f"no rule batches {name} (called at {line})"
+            remedy = "register one with shardmap.batching_rule"
         if options.strict:
             raise errors.UnsupportedOperatorError(
-                f"{options.call}: no rule batches {name} (called at {line}) and strict=True "
-                "refuses a loop over the batch; register a rule "
-                "with shardmap.batching_rule, rewrite the call, or pass strict=False"
+                f"{options.call}: {why}, and strict=True refuses a loop over the batch; {remedy}, "
+                "rewrite the call, or pass strict=False"
             )
         warnings.warn(
-            f"{options.call}: no rule batches {name} (called at {line}), so it runs sample by "
-            "sample; register one with "
-            "shardmap.batching_rule, "
-            "or pass strict=True to refuse such calls",
+            f"{options.call}: {why}, so it runs sample by sample; {remedy}, or pass strict=True to "
+            "refuse such calls",
             SlowLoopWarning,
             stacklevel=2,
         )
 
     batched = lower(program, options, fixes, to_loop)
-    return batched, generate(batched, options.grad)
+    return batched, generate(batched, options.grad, fixes.copied)
 
 
 @contextlib.contextmanager
 def plain_numerics() -> Iterator[None]:
-    """Replay means what was recorded.
-
-    Autocast has been recorded as casts and must not cast again.
-    """
+    """Replay means what was recorded: autocast has been recorded as casts and must not cast again."""
     entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
     if not entered:
         yield
@@ -163,8 +332,5 @@ def plain_numerics() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator.
-
-    One draw per call, whatever the number of samples, chunks and devices.
-    """
+    """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))

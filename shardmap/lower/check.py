@@ -1,398 +1,344 @@
-"""Check a lowered program before its first run.
+"""Try a lowering on real samples before anybody sees it, and return one that gives what the function gave.
 
-On at most two samples, call by call, against the recording.
-
-Kernels choose the strides of their results by their inputs, so that no rule can promise them for
-every layout, and a rule may be wrong. What differs is mended: other strides are put right by a copy
-after the call; another shape or dtype, or an output that is not what the function itself returned
-for the sample that was recorded, moves calls one tier down.
+Kernels choose the strides of their results by their inputs, so that no rule can promise them for every layout, and a rule may be
+wrong. What is found leads to a new lowering: other strides are put right by a copy after the call; a call of
+another shape, dtype or value is served by the next tier. Nothing that was handed on is changed.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
-from shardmap._torch import default_generator_states, restore_default_generators
-from shardmap.lower import cache as engine
-from shardmap.lower.batched import Fixes
-from shardmap.lower.cache import Lowered
-from shardmap.lower.replayed import restride
-from shardmap.program.operators import op_info
-from shardmap.rules.lowering import V, values
-from shardmap.trace.recording import Recording
+from shardmap.lower import apart, trial
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.closeness import close, largest
+from shardmap.lower.codegen import Replay
+from shardmap.lower.trial import Trial
+from shardmap.program.analysis import never_written
+from shardmap.program.ir import Program
 
 logger = logging.getLogger("shardmap")
 
-_TOLERANCE = {
-    torch.float64: 1e-6,
-    torch.complex128: 1e-6,
-    torch.float32: 1e-2,
-    torch.complex64: 1e-2,
-}
-"""Of the largest entry of an output. Wide: batched kernels round differently, and what is looked
-for is wrong altogether."""
+Lower = Callable[[LoweringOptions, Fixes], tuple[BatchedProgram, Replay]]
+"""Lowers one program."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """What a program is tried on."""
+class Verified:
+    """A lowering that gives what the function gave for the samples that it was tried on."""
 
-    device: torch.device
-    seed: int
-    size: int
-    """1 or 2 samples."""
-    inputs: list[torch.Tensor]
-    captured: list[torch.Tensor]
-    literals: list[torch.Tensor]
+    batched: BatchedProgram
+    replay: Replay
+    fixes: Fixes
+    loose: frozenset[int]
+    """Outputs, by position, whose rounding grows so far along the program that values cannot be
+    compared: each operator by itself was right."""
 
 
-def check(low: Lowered, recording: Recording, trial: Trial) -> None:
-    """Try `low` and mend what differs from the recording.
+def verified(
+    program: Program,
+    options: LoweringOptions,
+    lower: Lower,
+    tried: Trial,
+    fixes: Fixes,
+    slices: bool,
+) -> Verified:
+    """The lowering of `program`, tried on samples.
+
+    Args:
+        program: What one sample does.
+        options: How it is to be lowered.
+        lower: Lowers it, with fixes.
+        tried: The samples.
+        fixes: What is known to be needed.
+        slices: Whether outputs may be computed into slices of a result.
 
     Raises:
-        MismatchError: Even a loop over the samples does not give what the function returned: it is
-            not a function of its arguments.
+        MismatchError: Not even a loop over the samples gives what the function returned: it is not
+            a function of its arguments.
     """
-    options, rewritten = low.options, bool(low.batched.summed or low.batched.ghosts)
-    # first as each sample's values would be computed one by one: those can be compared with the
-    # recording
-    if rewritten:
-        low.fixes.plain, low.options = True, replace(options, summed=())
-        _lower_again(low, recording)
-    try:
-        _check_samples(low, recording, trial)
-    except Exception:
-        if rewritten:  # whoever catches it calls again, and meets the lowering as it was
-            low.options, low.fixes.plain = options, False
-            _lower_again(low, recording)
-        raise
-    if rewritten:
-        low.options = options
-        _check_rewritten(low, recording, trial)
-    low.checked.add(trial.size > 1)
-
-
-def _check_rewritten(low: Lowered, recording: Recording, trial: Trial) -> None:
-    """Compare what is computed from factors, or summed over samples, with the values of samples one by one; else use no factors."""
-    wanted = low.options.summed
-    states = default_generator_states(trial.device)
-    _, plain = _try(low, recording, trial)
-    low.fixes.plain = False
-    _lower_again(low, recording)
-    sums = [
-        only_sum and v.index in low.batched.summed
-        for only_sum, v in zip(wanted or [False] * len(plain), low.batched.outputs, strict=True)
-    ]
-    expected = tuple([t.sum(0) if s else t for t, s in zip(plain, sums, strict=True)])
-    restore_default_generators(states)
-    try:
-        _, outputs = _try(low, recording, trial)
-        entered = max([_largest(t) for t in (*expected, *trial.inputs)], default=0.0)
-        pairs = zip(expected, outputs, strict=True)
-        agree = all(
-            a.shape == b.shape
-            and (a.device.type == "meta" or not a.numel() or _close(a, b, entered))
-            for a, b in pairs
-        )
-    except errors.ShardmapError:
-        raise
-    except Exception as error:
-        logger.info(
-            "%s: computing from factors raised %s: %s",
-            low.options.call,
-            type(error).__name__,
-            error,
-        )
-        agree = False
-    if not agree:
-        logger.warning(
-            "%s: results from factors differ from those of samples one by one; factors are not "
-            "used",
-            low.options.call,
-        )
-        low.fixes.plain = True
-        _lower_again(low, recording)
-
-
-def _check_samples(low: Lowered, recording: Recording, trial: Trial) -> None:
-    try:
-        outputs = _mend(low, recording, trial)
-    except Exception:
-        # A sample that no tier can compute (a singular matrix, an index out of bounds) says nothing
-        # about the rules.
-        low.fixes = Fixes(plain=low.fixes.plain)
-        _lower_again(low, recording)
-        raise
-    expected = recording.sample
-    if (
-        expected
-        and not any(isinstance(t, FakeTensor) for t in expected)
-        and not recording.random
-        and low.program.inputs
-    ):
-        for tier in ("functorch", "loop"):
-            wrong = _first_wrong(low, expected, outputs, trial)
-            if wrong is None:
-                break
-            logger.warning(
-                "%s: the batched result of the first sample differs from the function's own (%s); "
-                "using slower rules",
-                low.options.call,
-                wrong,
-            )
-            low.fixes.tiers = {i: tier for i, eq in enumerate(low.program.equations) if eq.outs}
-            _lower_again(low, recording)
-            outputs = _mend(low, recording, trial)
-        else:
-            wrong = _first_wrong(low, expected, outputs, trial)
-        if wrong is not None:
-            low.fixes = Fixes(plain=low.fixes.plain)
-            _lower_again(low, recording)
-            raise errors.MismatchError(
-                f"{low.options.call}: replaying the recorded calls does not give what the function "
-                "returned for the first sample "
-                f"({wrong}); "
-                "does it read memory that changes meanwhile? Clone what it reads, or use the plain "
-                "loop"
-            )
-
-
-def _lower_again(low: Lowered, recording: Recording) -> None:
-    low.batched, low.replay = engine.lower_with(
-        low.program, low.options, low.fixes, recording.sources
-    )
-
-
-def _mend(low: Lowered, recording: Recording, trial: Trial) -> list[torch.Tensor]:
-    """Try until every result has the recorded shape, dtype and strides; returns the outputs."""
-    while True:
-        found, outputs = _try(low, recording, trial)
-        if not found:
-            return outputs
-        for number, fault in found.items():
-            if fault.tier is None:
-                assert number not in low.fixes.restride, (
-                    f"{low.options.call}: strides cannot be restored: {fault.text}"
-                )
-                low.fixes.restride.add(number)
-            else:
-                previous = low.fixes.tiers.get(number)
-                assert previous != "loop", (
-                    f"{low.options.call}: a loop over samples gave a wrong result: {fault.text}"
-                )
-                if fault.raised:
-                    _blame_the_data(low, recording, trial, number)
-                low.fixes.tiers[number] = "loop" if previous == "functorch" else "functorch"
-            logger.info(
-                "%s: %s; %s",
-                low.options.call,
-                fault.text,
-                "restored by a copy" if fault.tier is None else "served by the next tier",
-            )
-        _lower_again(low, recording)
-
-
-def _blame_the_data(low: Lowered, recording: Recording, trial: Trial, number: int) -> None:
-    """Let an error pass that the loop over the samples raises too.
-
-    `torch.func.vmap`, the next tier, may overlook it.
-
-    It reads another sample's row, for example, where an index is out of bounds.
-    """
-    before = low.fixes.tiers.get(number)
-    low.fixes.tiers[number] = "loop"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", engine.SlowLoopWarning)
-        lenient = replace(low.options, strict=False)
-        low.batched, low.replay = engine.lower_with(
-            low.program, lenient, low.fixes, recording.sources
-        )
-    _try(low, recording, trial)
-    if before is None:
-        del low.fixes.tiers[number]
+    batched, replay = lower(options, fixes)
+    rewritten = bool(batched.summed or batched.ghosts)
+    if not rewritten:
+        attempt = _Attempt(program, options, lower, tried)
+        attempt.settle(fixes, (batched, replay))
+        found = attempt.found
+        outputs = attempt.outputs
     else:
-        low.fixes.tiers[number] = before
+        # First as each sample's values would be computed one by one: those can be compared with
+        # what the function returned.
+        attempt = _Attempt(program, replace(options, summed=()), lower, tried)
+        attempt.settle(replace(fixes, plain=True), None)
+        found, outputs = _rewritten(program, options, lower, tried, attempt)
+    if slices and not (options.grad or options.transformed) and tried.size:
+        found = _into_slices(program, options, lower, tried, found, outputs)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    tier: str | None
-    """None: only the strides differ."""
-    text: str
-    raised: bool = False
-    """Whether the call raised an error."""
+class _Attempt:
+    """Lower, try, and lower again until the outputs are those of the function."""
 
+    def __init__(self, program: Program, options: LoweringOptions, lower: Lower, tried: Trial):
+        self.program = program
+        self.options = options
+        self.lower = lower
+        self.tried = tried
+        self.outputs: list[torch.Tensor] = []
+        self.fixes = Fixes()
+        self.pair: tuple[BatchedProgram, Replay] | None = None
+        self.loose: frozenset[int] = frozenset()
 
-def _try(
-    low: Lowered, recording: Recording, trial: Trial
-) -> tuple[dict[int, _Fault], list[torch.Tensor]]:
-    """Run the calls one by one.
+    @property
+    def found(self) -> Verified:
+        assert self.pair is not None
+        return Verified(*self.pair, self.fixes, self.loose)
 
-    What differs from the recording, by number of the recorded call, and the outputs.
-    """
-    batched = low.batched
-    env: dict[int, Any] = {}
-    literals = [t.clone() for t in trial.literals]
-    inputs = [
-        _private(t) if i in recording.written_inputs else t for i, t in enumerate(trial.inputs)
-    ]
-    for v, t in zip(
-        (*batched.inputs, *batched.captured, *batched.literals),
-        (*inputs, *trial.captured, *literals),
-        strict=True,
-    ):
-        env[v.index] = t
-    symbols = {
-        "BatchSize": trial.size,
-        "ChunkStart": 0,
-        "Seed": trial.seed,
-        "SampleDevice": trial.device,
-    }
+    def settle(self, fixes: Fixes, pair: tuple[BatchedProgram, Replay] | None) -> None:
+        """Find the fixes by which the program gives what the function returned."""
+        self.fixes = fixes
+        self.pair = pair or self.lower(self.options, fixes)
+        self._mend()
+        if not self.tried.comparable or not self.program.inputs:
+            return
+        for _ in range(2 * len(self.program.equations) + 2):
+            wrong = self._wrong_outputs(self.outputs)
+            # Draws are given to the operators, so that a program which draws can be compared call by
+            # call; one draw for all samples is made once, and cannot be given.
+            draws = self.tried.random and self.options.randomness == "different"
+            if not wrong and not draws:
+                return
+            if not self._demote(wrong):
+                return
+            self._mend()
+        raise AssertionError(f"{self.options.call}: the lowering of the program does not settle")
 
-    def value(arg: Any) -> Any:
-        kind = type(arg)
-        if kind is V:
-            return env[arg.index]
-        if kind is list or kind is tuple:
-            return [value(a) for a in arg]
-        if kind.__name__ in symbols:
-            return symbols[kind.__name__]
-        return recording.scalars[arg.scalar] if kind.__name__ == "Param" else arg
+    def _mend(self) -> None:
+        """Try until every result has the recorded shape, dtype and strides."""
+        while True:
+            assert self.pair is not None
+            faults, self.outputs = trial.run(self.program, self.pair[0], self.fixes, self.tried)
+            if not faults:
+                return
+            for number, fault in faults.items():
+                self._answer(number, fault)
+            self.pair = self.lower(self.options, self.fixes)
 
-    calls = (*batched.fixed, *batched.chunk)
-    last: dict[int, int] = {v.index: len(calls) for v in batched.outputs}
-    for i, call in enumerate(calls):
-        for v in values((call.args, tuple(v for _, v in call.kwargs))):
-            last[v.index] = max(i, last.get(v.index, 0))
-    found: dict[int, _Fault] = {}
-    for i, call in enumerate(calls):
-        number = call.equation
-        try:
-            out = call.target(
-                *[value(a) for a in call.args], **{k: value(v) for k, v in call.kwargs}
+    def _answer(self, number: int, fault: trial.Fault) -> None:
+        call = self.options.call
+        if fault.restride:
+            assert number not in self.fixes.restride, f"{call}: strides cannot be restored: {fault}"
+            self.fixes = self.fixes.restrided([number])
+            logger.info("%s: %s; restored by a copy", call, fault.text)
+            return
+        if fault.raised:
+            self._blame_the_data(number)
+        self._next_tier(number, fault.text)
+        logger.info("%s: %s; served by the next tier", call, fault.text)
+
+    def _next_tier(self, number: int, reason: str) -> None:
+        previous = self.fixes.tiers.get(number)
+        if previous == "loop":
+            name = self.program.equations[number].op.name()
+            raise errors.MismatchError(
+                f"{self.options.call}: {name} gives something else when it is called again with the "
+                f"same arguments ({reason}); does it keep a state, or draw numbers by itself? Pass "
+                "what it depends on as an argument, or use the plain loop"
             )
+        tier = "loop" if previous == "functorch" else "functorch"
+        self.fixes = self.fixes.demoted(number, tier, reason)
+
+    def _blame_the_data(self, number: int) -> None:
+        """Let an error pass that the loop over the samples raises too.
+
+        `torch.func.vmap`, the next tier, may overlook it: it reads another sample's row, for
+        example, where an index is out of bounds.
+        """
+        fixes = self.fixes.demoted(number, "loop", "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", errors.SlowLoopWarning)
+            batched, _ = self.lower(replace(self.options, strict=False), fixes)
+        trial.run(self.program, batched, fixes, self.tried)
+
+    def _wrong_outputs(self, outputs: list[torch.Tensor]) -> dict[int, str]:
+        """The outputs that are not what the function returned, each with a sample that shows it."""
+        assert self.pair is not None
+        if self.tried.random:
+            return {}
+        return differences(self.program, self.pair[0], self.tried, outputs)
+
+    def _demote(self, wrong: dict[int, str]) -> bool:
+        """Find which operators are wrong and serve them by lower tiers; False if none is."""
+        assert self.pair is not None
+        found = apart.compare(self.program, self.pair[0], self.tried)
+        for number, text in found.wrong.items():
+            logger.warning(
+                "%s: %s from the function's own result; served by the next tier",
+                self.options.call,
+                text,
+            )
+            self._next_tier(number, text)
+        if found.wrong:
+            self.pair = self.lower(self.options, self.fixes)
+            return True
+        if not self.tried.random:
+            self._refuse_other_samples(found, wrong)
+            self.loose |= wrong.keys()
+            logger.info(
+                "%s: %s, but every operator by itself gives what the recorded call gave: rounding "
+                "grows along the program",
+                self.options.call,
+                "; ".join(wrong.values()),
+            )
+        return False
+
+    def _refuse_other_samples(self, found: apart.Apart, wrong: dict[int, str]) -> None:
+        """Refuse a program that does not give again what the function returned.
+
+        Raises:
+            MismatchError: The recorded calls, one sample at a time, give something else; or an
+                output is put together wrongly.
+        """
+        assert self.pair is not None
+        own = [torch.stack(column) for column in zip(*found.samples, strict=True)]
+        mapped = [v.mapped for v in self.pair[0].outputs]
+        own = [t if m else t[0] for t, m in zip(own, mapped, strict=True)]
+        for outputs in (own, found.outputs):
+            still = self._wrong_outputs(outputs)
+            if still:
+                raise errors.MismatchError(
+                    f"{self.options.call}: replaying the recorded calls does not give what the "
+                    f"function returned ({next(iter(still.values()))}); does it read memory that "
+                    "changes meanwhile, or draw numbers by itself? Clone what it reads, or use the "
+                    "plain loop"
+                )
+
+
+def differences(
+    program: Program, batched: BatchedProgram, tried: Trial, outputs: list[torch.Tensor]
+) -> dict[int, str]:
+    """The outputs whose rows are not what the function returned for their samples.
+
+    Args:
+        program: What one sample does.
+        batched: The same for a batch.
+        tried: The samples.
+        outputs: What the batch gave: `[size, *shape]` each, or `shape` where no sample changes it.
+    """
+    empty = never_written(program)
+    tensors = [t for row in tried.expected for t in row]
+    entered = max([largest(t) for t in (*tensors, *tried.inputs)], default=0.0)
+    found: dict[int, str] = {}
+    for row, expected in enumerate(tried.expected):
+        pairs = zip(program.outputs, batched.outputs, expected, outputs, strict=True)
+        for number, (var, v, wanted, out) in enumerate(pairs):
+            if var.group in empty or out.device.type == "meta":
+                continue
+            got = out[row] if v.mapped else out
+            if not close(wanted, got.to(wanted.device), entered):
+                sample = "first" if row == 0 else "last"
+                found.setdefault(number, f"output {number} of the {sample} sample differs")
+    return found
+
+
+def _rewritten(
+    program: Program, options: LoweringOptions, lower: Lower, tried: Trial, attempt: _Attempt
+) -> tuple[Verified, list[torch.Tensor]]:
+    """Compare what is computed from factors, or summed, with the values of samples one by one.
+
+    Where they differ no factors are used.
+    """
+    plain = attempt.outputs
+    for fixes in (replace(attempt.fixes, plain=False), attempt.fixes):
+        batched, replay = lower(options, fixes)
+        wanted = options.summed or [False] * len(plain)
+        sums = [
+            s and v.index in batched.summed for s, v in zip(wanted, batched.outputs, strict=True)
+        ]
+        expected = [t.sum(0) if s else t for t, s in zip(plain, sums, strict=True)]
+        try:
+            faults, outputs = trial.run(program, batched, fixes, tried)
         except errors.ShardmapError:
             raise
         except Exception as error:
-            if (
-                low.fixes.tiers.get(number) == "loop"
-                or number >= len(low.program.equations)
-                or not call.mapped
-            ):
-                raise
-            return found | {
-                number: _Fault(
-                    "next",
-                    f"{low.program.equations[number]} raised {type(error).__name__}: {error}",
-                    True,
-                )
-            }, []
-        if call.outs:
-            for index, t in zip(call.outs, out if call.several else (out,), strict=True):
-                if index is None:
-                    continue
-                env[index] = t
-                fault = (
-                    _compare(batched.results[index], t, trial.size)
-                    if index in batched.results
-                    else None
-                )
-                if fault is not None:
-                    found[number] = fault
-                    if fault.tier is not None:
-                        return found, []
-                    env[index] = restride(t, batched.results[index][0].spec.stride)
-        for v in values((call.args, tuple(v for _, v in call.kwargs))):
-            if last.get(v.index) == i:
-                env.pop(v.index, None)
-    return found, [env[v.index] for v in batched.outputs]
-
-
-def _private(rows: torch.Tensor) -> torch.Tensor:
-    """A copy of rows that the program writes to."""
-    return torch.empty_strided(
-        rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device
-    ).copy_(rows)
-
-
-def _compare(expected: tuple[Any, V], t: torch.Tensor, size: int) -> _Fault | None:
-    var, v = expected
-    wanted = f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}"
-    text = f"{wanted}; got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
-    if tuple(t.shape) != ((size, *v.shape) if v.mapped else v.shape) or t.dtype != var.spec.dtype:
-        return _Fault("next", text)
-    if v.mapped and t.numel():
-        if any(
-            n > 1 and a != s
-            for n, a, s in zip(var.spec.shape, t.stride()[1:], var.spec.stride, strict=True)
-        ):
-            return _Fault(None, text)
-    return None
-
-
-def _first_wrong(
-    low: Lowered, expected: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], trial: Trial
-) -> str | None:
-    """The first output whose row for the recorded sample is not what the function returned for it."""
-    never_written = _never_written(low)
-    entered = max([_largest(t) for t in (*expected, *trial.inputs)], default=0.0)
-    for number, (var, v, sample, out) in enumerate(
-        zip(low.program.outputs, low.batched.outputs, expected, outputs, strict=True)
-    ):
-        row = out[0] if v.mapped else out
-        if var.group in never_written or sample.numel() == 0 or row.device.type == "meta":
-            continue
-        if not _close(sample.detach(), row.detach().to(sample.device), entered):
-            return f"output {number}"
-    return None
-
-
-def _never_written(low: Lowered) -> set[int]:
-    """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
-    made = {
-        v.group
-        for eq in low.program.equations
-        if op_info(eq.op).uninitialised
-        for v in eq.results()
-    }
-    writing = [
-        eq for eq in low.program.equations if op_info(eq.op).writes or op_info(eq.op).writes_named
-    ]
-    return made - {v.group for eq in writing for v in eq.inputs()}
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.device.type == "meta":
-        return 0.0
-    magnitudes = tensor.detach().abs()
-    return float(magnitudes.where(magnitudes.isfinite(), 0).max())
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, entered: float) -> bool:
-    """Whether two results agree.
-
-    Where everything cancels (the gradient of a bias before a normalisation, of a key's bias before
-    a softmax), what is left is rounding of the magnitudes that `entered`, not of the result.
-    """
-    if a.is_conj() or b.is_conj() or a.is_neg() or b.is_neg():
-        a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    if a.dtype not in _TOLERANCE:
-        a, b, tolerance = a.float(), b.float(), 0.1
-    else:
-        tolerance = _TOLERANCE[a.dtype]
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
-        return False
-    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
-    return bool(
-        (a - b).abs().max() <= tolerance * a.abs().max() + 100 * torch.finfo(a.dtype).eps * entered
+            logger.info("%s: factors raised %s: %s", options.call, type(error).__name__, error)
+            faults, outputs = {0: trial.Fault(False, str(error), True)}, []
+        if not faults and _all_close(expected, outputs, tried):
+            return Verified(batched, replay, fixes, attempt.loose), outputs
+        if fixes.plain:
+            break
+        logger.warning(
+            "%s: results from factors differ from those of samples one by one; factors are not used",
+            options.call,
+        )
+    raise errors.MismatchError(
+        f"{options.call}: sums over samples differ from the sum of the samples' own results; use "
+        "reduce=None and sum the results, and report the function"
     )
+
+
+def _all_close(expected: list[torch.Tensor], outputs: list[torch.Tensor], tried: Trial) -> bool:
+    entered = max([largest(t) for t in (*expected, *tried.inputs)], default=0.0)
+    return all(
+        a.shape == b.shape and (a.device.type == "meta" or close(a, b, entered))
+        for a, b in zip(expected, outputs, strict=True)
+    )
+
+
+def _into_slices(
+    program: Program,
+    options: LoweringOptions,
+    lower: Lower,
+    tried: Trial,
+    found: Verified,
+    outputs: list[torch.Tensor],
+) -> Verified:
+    """Try the form that computes into slices of a result; copy into them where that differs."""
+    for fixes in (found.fixes, replace(found.fixes, copied=True)):
+        if fixes is not found.fixes:
+            batched, replay = lower(options, fixes)
+            found = replace(found, batched=batched, replay=replay, fixes=fixes)
+        sliced = [v.mapped and v.index not in found.batched.summed for v in found.batched.outputs]
+        slices = [_filled(t) for t, s in zip(outputs, sliced, strict=True) if s]
+        if not slices:
+            return found
+        fixed = found.replay.fixed(
+            tried.device, tried.seed, tried.scalars, list(tried.captured), tried.own_literals()
+        )
+        got = found.replay.chunk_into(
+            tried.size,
+            0,
+            tried.device,
+            tried.seed,
+            tried.scalars,
+            fixed,
+            tried.own_inputs(),
+            slices,
+        )
+        never = never_written(program)
+        kept = [var.group not in never for var in program.outputs]
+        expected = [t for t, k in zip(outputs, kept, strict=True) if k]
+        if _all_close(expected, [t for t, k in zip(got, kept, strict=True) if k], tried):
+            return found
+        logger.warning(
+            "%s: results computed into slices differ from those that are copied there; they are "
+            "copied",
+            options.call,
+        )
+    raise errors.MismatchError(
+        f"{options.call}: the batch's results depend on the memory that they are written to; use "
+        "chunk_size=None, and report the function"
+    )
+
+
+def _filled(like: torch.Tensor) -> torch.Tensor:
+    """Dense memory that holds nothing which could be taken for a result."""
+    memory = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if like.is_floating_point() or like.is_complex():
+        return memory.fill_(float("nan"))
+    return memory.fill_(True) if like.dtype is torch.bool else memory.fill_(77)

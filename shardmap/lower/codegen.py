@@ -35,7 +35,9 @@ class Replay:
         fixed: Callable[..., Any],
         chunk: Callable[..., Any],
         source: str,
+        copied: bool = False,
     ):
+        self.copied = copied
         self.program = program
         self.track_grad = track_grad
         self.fixed = fixed
@@ -51,7 +53,7 @@ class Replay:
         `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in
         their order. Not for outer autograd.
         """
-        return _function(self.program, "chunk_into", slices=True)[0]
+        return _function(self.program, "chunk_into", slices=True, copied=self.copied)[0]
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk`, or `chunk_into`, with one more argument.
@@ -64,6 +66,7 @@ class Replay:
             track_grad=self.track_grad and not slices,
             slices=slices,
             marked=True,
+            copied=self.copied,
         )[0]
 
 
@@ -163,7 +166,7 @@ class _Writer:
         return lines
 
 
-def generate(program: BatchedProgram, track_grad: bool) -> Replay:
+def generate(program: BatchedProgram, track_grad: bool, copied: bool = False) -> Replay:
     """The functions that run `program`.
 
     Args:
@@ -171,6 +174,7 @@ def generate(program: BatchedProgram, track_grad: bool) -> Replay:
         track_grad: Whether outer autograd records: then the calls that lead to no output that
             requires grad run without it. Otherwise the caller runs the functions under
             `torch.no_grad()`.
+        copied: Whether results are copied into slices instead of being computed there.
     """
     writer = _Writer()
     passed = _passed(program)
@@ -189,6 +193,7 @@ def generate(program: BatchedProgram, track_grad: bool) -> Replay:
         fixed_function,
         chunk_function,
         fixed_source + "\n\n" + chunk_source + "\n",
+        copied,
     )
 
 
@@ -198,6 +203,7 @@ def _function(
     track_grad: bool = False,
     slices: bool = False,
     marked: bool = False,
+    copied: bool = False,
 ) -> tuple[Callable[..., Any], str]:
     """The function that runs the calls of a chunk, and its text."""
     writer = _Writer()
@@ -209,7 +215,7 @@ def _function(
     if slices:
         mapped = [v for v in program.outputs if v.mapped and v.index not in program.summed]
         lines += [f"({', '.join(f'd{v.index}' for v in mapped)},) = slices"] if mapped else []
-        placement = place(program, mapped)
+        placement = place(program, mapped, copied)
         calls, writes = placement.calls, placement.writes
         returned = [v for v in program.outputs if not v.mapped or v.index in program.summed] + [
             v for v, _ in placement.after

@@ -37,13 +37,16 @@ class Placement:
     """What is copied at the end, and where."""
 
 
-def place(program: BatchedProgram, outputs: Sequence[V]) -> Placement:
+def place(program: BatchedProgram, outputs: Sequence[V], copied: bool = False) -> Placement:
     """How each output gets into its slice, `d<index>`, a dense tensor.
 
     Args:
         program: The batched program.
         outputs: Its mapped outputs.
+        copied: Whether every output is computed into memory of its own and copied at the end.
     """
+    if copied:
+        return Placement(list(program.chunk), after=[(v, f"d{v.index}") for v in outputs])
     uses = collections.Counter(v.index for call in program.chunk for v in _arguments(call))
     makers = {o: call for call in program.chunk for o in call.outs if o is not None}
     untouched = not any(call.writes for call in program.chunk)

@@ -77,8 +77,17 @@ def live_equations(program: Program, write_groups: set[int], kept_groups: set[in
         write_groups,
         {v.index for v in program.outputs},
         groups,
-        effect=lambda eq: not list(eq.results()),
+        effect=is_effect,
     )
+
+
+def is_effect(eq: Equation) -> bool:
+    """Whether a call matters although nothing uses its result.
+
+    It returns nothing (an assertion), or python has relied on its answer or its shape: every sample must give the same, also
+    where the tensor itself is not used (`x / len(x[x > 0])`).
+    """
+    return eq.answer is not None or not list(eq.results())
 
 
 def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
@@ -125,3 +134,14 @@ def _leading(
                     if v.group in write_groups:
                         live_groups.add(v.group)
     return live
+
+
+def never_written(program: Program) -> set[int]:
+    """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
+    made = {
+        v.group for eq in program.equations if op_info(eq.op).uninitialised for v in eq.results()
+    }
+    writing = [
+        eq for eq in program.equations if op_info(eq.op).writes or op_info(eq.op).writes_named
+    ]
+    return made - {v.group for eq in writing for v in eq.inputs()}

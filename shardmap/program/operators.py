@@ -146,7 +146,10 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         composite=composite and op not in _QUESTIONS and name not in _METADATA,
         dynamic=torch.Tag.dynamic_output_shape in op.tags,
         question=op in _QUESTIONS or torch.Tag.data_dependent_output in op.tags,
-        metadata=name in _METADATA or op.namespace == "prim" or name.startswith("sym_"),
+        metadata=name in _METADATA
+        or op.namespace in ("prim", "profiler")
+        or name.startswith("sym_")
+        or _without_tensors(schema),
         shape_only=op in _SHAPE_ONLY,
         hidden_writes=_TRAINING_WRITES.get(name),
         view_in_place=_functional(op, name) if torch.Tag.inplace_view in op.tags else None,
@@ -172,6 +175,12 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
         and op is not aten.lift_fresh.default
     )
     return dataclasses.replace(info, plain=plain)
+
+
+def _without_tensors(schema: Any) -> bool:
+    """Whether an operator takes or returns objects, such as a profiler's range, and no tensors."""
+    kinds = [v.type for v in (*schema.arguments, *schema.returns)]
+    return any(k.kind() == "ClassType" for k in kinds) and not any("Tensor" in str(k) for k in kinds)
 
 
 _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
@@ -224,6 +233,10 @@ def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
     """The arguments whose values decide the shape of a result: the mask of `x[mask]`, not `x`."""
     if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
         return variables(args[1:])
+    if op is aten._ctc_loss.default:  # whose lengths are numbers
+        return iter(())
+    if op is aten._ctc_loss.Tensor:
+        return variables(args[2:4])
     if op is aten.linalg_lstsq.default:
         return iter(
             ()

@@ -16,6 +16,7 @@ import torch
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, values
+from shardmap.rules.promote import whole
 
 aten = torch.ops.aten
 
@@ -32,21 +33,37 @@ def _emit(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
     return tuple(v for v, o in zip(outs, eq.outs, strict=True) if o is not None)
 
 
-def stacks(matrix_dims: int) -> Callable[..., Any]:
-    """The rule for operators on stacks of matrices.
+def together(*matrix_dims: int) -> Callable[..., Any]:
+    """The rule for operators on several stacks, whose kernels are not to be trusted to broadcast.
 
-    Every tensor mapped, with as many leading dimensions as the others.
+    On CPU `linalg_lu_solve` solves with the first factors only where one factorisation meets
+    several right-hand sides in a batch of such pairs, and `linalg_ldl_solve` reads out of bounds.
+    So every operand gets the leading dimensions of all of them, and memory of its own.
+
+    Args:
+        *matrix_dims: Dimensions of one matrix (2) or vector (1), for each tensor operand.
     """
 
     def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        ndim = max([matrix_dims, *[v.ndim for v in values(args)]])
+        tensors = list(values(args))
+        known = dict(zip(tensors, matrix_dims, strict=True))
+        if any(v.ndim < n for v, n in known.items()):
+            return NotImplemented
+        leading = torch.broadcast_shapes(*(v.shape[: v.ndim - n] for v, n in known.items()))
 
-        def whole(arg: Any) -> Any:
-            return b.align(b.batch(arg), ndim) if type(arg) is V else arg
+        def complete(arg: Any) -> Any:
+            if type(arg) is not V:
+                return arg
+            return whole(b, arg, (*leading, *arg.shape[arg.ndim - known[arg] :]))
 
-        return _emit(b, eq, [whole(a) for a in args], kwargs)
+        return _emit(b, eq, [complete(a) for a in args], kwargs)
 
     return rule
+
+
+def one_stack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The rule for operators on one stack of matrices: the map is one more leading dimension."""
+    return _emit(b, eq, args, kwargs)
 
 
 ONE_OPERAND = (
@@ -64,18 +81,22 @@ ONE_OPERAND = (
     "linalg_lu_factor_ex",
     "linalg_ldl_factor_ex",
     "linalg_matrix_exp",
+    "geqrf",
 )
-SEVERAL_MATRICES = ("linalg_solve_triangular", "triangular_solve", "cholesky_solve")
+SEVERAL = {
+    "linalg_solve_triangular": (2, 2),
+    "triangular_solve": (2, 2),
+    "cholesky_solve": (2, 2),
+    "linalg_lu_solve": (2, 1, 2),
+    "linalg_ldl_solve": (2, 1, 2),
+    "linalg_householder_product": (2, 1),
+    "ormqr": (2, 1, 2),
+}
+"""Dimensions of a matrix or vector by operand."""
 
-registry.register("linalg", *registry.overloads(*ONE_OPERAND, *SEVERAL_MATRICES))(stacks(2))
-
-
-@registry.register("linalg", *registry.overloads("linalg_householder_product"))
-def householder_product(
-    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
-    """A stack of matrices and, with one dimension less, of vectors."""
-    return _emit(b, eq, [b.batch(v) for v in args], kwargs)
+registry.register("linalg", *registry.overloads(*ONE_OPERAND))(one_stack)
+for _name, _dims in SEVERAL.items():
+    registry.register("linalg", *registry.overloads(_name))(together(*_dims))
 
 
 @registry.register("linalg", *registry.overloads("_linalg_solve_ex"))
@@ -86,10 +107,13 @@ def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
     """
     matrix, right = args[:2]
     if right.ndim != 1 and right.shape != matrix.shape[:-1]:
-        return stacks(2)(b, eq, args, kwargs)
-    column = b.batch(right)
-    column = b.align(b.view(column, (*right.shape, 1)), matrix.ndim)
-    solution, *rest = b.calls_several(eq.op, 4, b.batch(matrix), column, *args[2:], **kwargs)
+        return together(2, 2)(b, eq, args, kwargs)
+    leading = matrix.shape[:-2]
+    column = b.view(right, (*right.shape, 1))
+    column = whole(b, column, (*leading, *column.shape[-2:]))
+    solution, *rest = b.calls_several(
+        eq.op, 4, whole(b, matrix, matrix.shape), column, *args[2:], **kwargs
+    )
     solution = solution._replace(shape=(*eq.outs[0].spec.shape, 1))
     return (b.view(solution, eq.outs[0].spec.shape), *rest)
 
@@ -108,8 +132,14 @@ def lu_unpack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
     Each sample has its own.
     """
     factors, *rest = args
+    if any(type(v) is V and v.ndim != factors.ndim - 1 for v in rest):
+        return NotImplemented
     outs = b.calls_several(
-        eq.op, 3, b.batch(factors), *[b.batch(v) if type(v) is V else v for v in rest], **kwargs
+        eq.op,
+        3,
+        whole(b, factors, factors.shape),
+        *[whole(b, v, v.shape) if type(v) is V else v for v in rest],
+        **kwargs,
     )
     specs = [out.spec for out in eq.outs]
     return tuple(

@@ -271,6 +271,15 @@ def dims(ds: Sequence[int], ndim: int) -> list[int]:
     return [dim(d, ndim) for d in ds]
 
 
+def recorded(eq: Equation) -> list[bool]:
+    """For each result that the operator declares: whether the recorded call gave it.
+
+    Backward operators take a mask of the gradients that are asked for, but some kernels give more
+    than that: the bias's alone comes with the weight's.
+    """
+    return [out is not None for out in eq.outs]
+
+
 def spec_of(eq: Equation, number: int = 0) -> Any:
     """The recorded metadata of a call's result."""
     out = eq.outs[number]

@@ -19,7 +19,7 @@ from torch._C._functorch import maybe_current_level
 
 from shardmap.rules.conv import into_channels, out_of_channels
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Lowering, V, recorded
 from shardmap.rules.registry import register
 
 aten = torch.ops.aten
@@ -148,7 +148,8 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
     Those of weight and bias as sums over each sample's rows.
     """
-    grad, x, normalized, mean, rstd, weight, bias, mask = args
+    grad, x, normalized, mean, rstd, weight, bias, _ = args
+    mask = recorded(eq)
     normalized = list(normalized)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
@@ -209,7 +210,8 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 @register("norm", aten._fused_rms_norm_backward.default)
 def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """As for `layer_norm`, without a mean."""
-    grad, x, normalized, rstd, weight, mask = args
+    grad, x, normalized, rstd, weight, _ = args
+    mask = recorded(eq)
     normalized = list(normalized)
     if _mixed(x, grad, rstd, weight):
         return NotImplemented
@@ -278,7 +280,8 @@ def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
     Those of weight and bias from sums over each channel.
     """
-    grad, x, mean, rstd, weight, n, channels, area, groups, mask = args
+    grad, x, mean, rstd, weight, n, channels, area, groups, _ = args
+    mask = recorded(eq)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
     outs: list[V] = []
@@ -342,8 +345,9 @@ def _batch_norm(
 
     Shared ones: samples join the batch.
     """
-    if training and (mean is not None or var is not None):
-        return NotImplemented  # it would write to them
+    updated = training and mean is not None
+    if updated and not (mean.mapped and var.mapped):
+        return NotImplemented  # statistics that all samples share cannot be written to
     stats, channels = [o.spec.shape for o in eq.outs[1:3]], x.shape[1]
     if not training and any(shape != (0,) for shape in stats):
         return NotImplemented
@@ -377,10 +381,18 @@ def _batch_norm(
         )
         return out_of_channels(found[0], size, channels), *kept
 
-    return b.calls_several(normalise, 3, x, weight, bias, mean, var)
+    def normalise_(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor) -> Any:
+        # The flat statistics may be copies of those that the function wrote to.
+        flat = mean.flatten().clone(), var.flatten().clone()
+        results = normalise(x, weight, bias, *flat)
+        for t, now in zip((mean, var), flat, strict=True):
+            t.copy_(now.view(t.shape))
+        return results
+
+    return b.calls_several(normalise_ if updated else normalise, 3, x, weight, bias, mean, var)
 
 
-@register("norm", aten.native_batch_norm.default)
+@register("norm", aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
 def batch_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """With shared statistics (eval mode) or the sample's own (instance norm)."""
     x, weight, bias, mean, var, training, *numbers = args
@@ -404,7 +416,8 @@ def batch_norm_without_stats(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
 @register("norm", aten.native_batch_norm_backward.default)
 def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Samples as channels: the kernel's sums over a channel are then those of one sample."""
-    grad, x, weight, mean, var, save_mean, save_invstd, train, eps, mask = args
+    grad, x, weight, mean, var, save_mean, save_invstd, train, eps, _ = args
+    mask = recorded(eq)
     channels = x.shape[1]
     tensors = [
         None if v is None else b.batch(v)

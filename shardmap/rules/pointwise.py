@@ -15,7 +15,7 @@ import torch
 
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V, dim
-from shardmap.rules.promote import aligned, expanded, promoted
+from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted, whole
 from shardmap.rules.registry import Operator, overloads, register
 
 aten = torch.ops.aten
@@ -39,6 +39,7 @@ _ELSEWHERE = set(
         "masked_fill_.Scalar",
         "native_dropout_backward",
         "_conj_physical",
+        "gelu_backward",
     )
 )
 """Tagged, but with a rule below or in another family; `equal` is a question."""
@@ -48,9 +49,31 @@ def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     """The recorded call on batches, operands aligned and promoted as the sample's were."""
     tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
     if len(tensors) == 1:
-        return _emit(b, eq, args, kwargs, tensors, {})
-    casts = promoted(b, tensors, next(eq.results()).spec.dtype)
-    if args[0] in casts and _in_place(eq.op):
+        return _emit(b, eq, args, kwargs, tensors, NO_CASTS)
+    return _promoting(b, eq, args, kwargs, tensors, tensors)
+
+
+def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The recorded call on batches, for operators whose result has the dtype of their first operand."""
+    tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
+    return _emit(b, eq, args, kwargs, tensors, NO_CASTS)
+
+
+def _promoting(
+    b: Lowering,
+    eq: Equation,
+    args: tuple,
+    kwargs: dict[str, Any],
+    tensors: list[V],
+    promoting: list[V],
+) -> Any:
+    """The call with those operands cast that would be promoted differently in a batch."""
+    in_place = _in_place(eq.op)
+    op = _functional(eq.op) if in_place else eq.op
+    casts = promoted(b, eq, op or eq.op, args, kwargs, promoting)
+    if casts is None or (casts.wider is not None and (op is None or len(eq.outs) > 1)):
+        return NotImplemented
+    if in_place and casts.wider is None and args[0] in casts.of:
         # The written tensor cannot be cast. It has no dimensions, so no operand has; given one
         # each, all promote as equals again.
         args = tuple([b.view(a, (1,)) if type(a) is V and not a.mapped else a for a in args])
@@ -59,31 +82,43 @@ def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     return _emit(b, eq, args, kwargs, tensors, casts)
 
 
-def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The recorded call on batches, for operators whose result has the dtype of their first operand."""
-    return _emit(b, eq, args, kwargs, [a for a in (*args, *kwargs.values()) if type(a) is V], {})
-
-
 def _emit(
     b: Lowering,
     eq: Equation,
     args: tuple,
     kwargs: dict[str, Any],
     tensors: list[V],
-    casts: dict[V, V],
+    casts: Casts,
 ) -> Any:
+    written, op, in_place = args[0], eq.op, _in_place(eq.op)
     ndim = max(v.ndim for v in tensors)
-    if casts or any(v.mapped and v.ndim < ndim for v in tensors):
+    if casts.of or any(v.mapped and v.ndim < ndim for v in tensors):
 
         def ready(a: Any) -> Any:
-            return aligned(b, casts.get(a, a), ndim) if type(a) is V else a
+            return aligned(b, casts.of.get(a, a), ndim) if type(a) is V else a
 
         args = tuple([ready(a) for a in args])
         kwargs = {k: ready(a) for k, a in kwargs.items()}
+    if casts.wider is not None:
+        spec = next(eq.results()).spec
+        dtype = casts.wider if spec.dtype.is_floating_point or spec.dtype.is_complex else spec.dtype
+        op = (_functional(op) or op) if in_place else op
+        out = b.call(op, *args, named=kwargs, shape=spec.shape, dtype=dtype)
+        out = b.cast(out, spec.dtype)
+        if in_place:
+            b.call(aten.copy_.default, written, out)
+        return None if in_place else out
     if len(eq.outs) > 1:
         return b.calls_several(eq.op, len(eq.outs), *args, **kwargs)
     out = b.call(eq.op, *args, named=kwargs)
-    return None if _in_place(eq.op) else out
+    return None if in_place else out
+
+
+def _functional(op: Operator) -> Operator | None:
+    """The form of an in-place operator that writes to no operand."""
+    name = op._schema.name.partition("::")[2].removesuffix("_")
+    packet = getattr(aten, name, None)
+    return getattr(packet, op._overloadname, None)
 
 
 def _in_place(op: Operator) -> bool:
@@ -130,11 +165,10 @@ register(
 
 
 @register("pointwise", aten.where.self)
-def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`where`: the condition takes no part in promotion."""
     condition, first, second = args
-    casts = promoted(b, (first, second), next(eq.results()).spec.dtype)
-    return _emit(b, eq, args, kwargs, [condition, first, second], casts)
+    return _promoting(b, eq, args, kwargs, [condition, first, second], [first, second])
 
 
 @register("pointwise", aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
@@ -142,7 +176,7 @@ def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
     """`masked_fill` whose value is a tensor: a value for each sample is picked by `where`."""
     x, mask, value = args
     if not value.mapped:
-        return _emit(b, eq, args, kwargs, [x, mask], {})
+        return _emit(b, eq, args, kwargs, [x, mask], NO_CASTS)
     ndim = max(x.ndim, mask.ndim)
     value = aligned(b, b.cast(value, x.dtype), ndim)
     out = b.call(aten.where.self, aligned(b, mask, ndim), value, aligned(b, x, ndim), mapped=True)
@@ -198,7 +232,15 @@ def glu(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 def glu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """Backward of `glu`: its kernel does not broadcast."""
     grad, x, d = args
-    return b.call(eq.op, b.batch(grad), b.batch(x), dim(d, x.ndim))
+    return b.call(eq.op, whole(b, grad, grad.shape), whole(b, x, x.shape), dim(d, x.ndim))
+
+
+@register("pointwise", aten.gelu_backward.default)
+def gelu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Backward of `gelu`: the kernel of oneDNN reads past an operand that must be broadcast."""
+    shape = torch.broadcast_shapes(*(v.shape for v in args if type(v) is V))
+    given = [whole(b, v, shape) if type(v) is V else v for v in args]
+    return b.call(eq.op, *given, named=kwargs)
 
 
 @register("pointwise", aten.log_sigmoid_forward.default)

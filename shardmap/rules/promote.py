@@ -6,11 +6,15 @@ One rank, and the dtype that the sample's call computed in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.precision import Operand, Slot, computation_dtype
+from shardmap.rules.registry import Operator
 
 
 def common_dtype(tensors: Iterable[V]) -> torch.dtype:
@@ -53,22 +57,95 @@ def expanded(b: Lowering, v: V, shape: tuple[int, ...]) -> V:
     return b.call(torch.Tensor.expand, v, [B, *shape], shape=shape, mapped=True)
 
 
-def promoted(b: Lowering, tensors: Iterable[V], result: torch.dtype) -> dict[V, V]:
+def dense_expand(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`t` broadcast to `shape`, with memory of its own for each element."""
+    t = t.expand(*shape)
+    repeats = any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.contiguous() if repeats else t
+
+
+def whole(b: Lowering, v: V, shape: tuple[int, ...]) -> V:
+    """`v` as a dense `[B, *shape]`, for kernels that read past operands that must be broadcast."""
+    v = aligned(b, v, len(shape))
+    return b.call(dense_expand, v, [B, *shape], shape=shape, mapped=True)
+
+
+class Casts(NamedTuple):
+    """How the operands of a batched call are cast so that it computes what the sample's does."""
+
+    of: dict[V, V]
+    """For each operand that needs a cast, the cast one."""
+    wider: torch.dtype | None = None
+    """The dtype that the call computes in, if its result is to be rounded to the recorded one."""
+
+
+NO_CASTS = Casts({})
+
+
+def promoted(
+    b: Lowering,
+    eq: Equation,
+    op: Operator,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: Iterable[V],
+) -> Casts | None:
     """Casts for operands that the batch would promote differently than the sample did.
 
     Args:
         b: Where the casts are emitted.
+        eq: The recorded call.
+        op: Its operator, or the form of it that writes to no operand.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         tensors: The operands that take part in promotion.
-        result: The recorded dtype of the result.
 
     Returns:
-        For each operand that needs a cast, the cast one.
+        The casts, or None if no dtype gives what the sample's kernel computes.
     """
     tensors = list(tensors)
     first = tensors[0].dtype
     if all(v.dtype == first for v in tensors) or all(v.ndim or not v.mapped for v in tensors):
-        return {}
-    dtype = common_dtype(tensors)
+        return NO_CASTS
+    dtype, result = common_dtype(tensors), next(eq.results()).spec.dtype
     if result.is_floating_point and not (dtype.is_floating_point or dtype.is_complex):
         dtype = result  # division and its like compute integers in the real dtype
-    return {v: b.cast(v, dtype) for v in tensors if v.mapped and not v.ndim and v.dtype != dtype}
+    odd = [v for v in tensors if v.mapped and not v.ndim and v.dtype != dtype]
+    if all(_exact(v.dtype, dtype) for v in odd):
+        return Casts({v: b.cast(v, dtype) for v in odd})
+    wanted = _asked(b, op, args, kwargs, tensors, dtype)
+    if wanted is None:
+        return None
+    if wanted == dtype:
+        return Casts({v: b.cast(v, dtype) for v in odd})
+    return Casts({v: b.cast(v, wanted) for v in tensors if v.dtype != wanted}, wanted)
+
+
+def _exact(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether `target` holds every number of `source`."""
+    real = source.is_floating_point or source.is_complex
+    return source is torch.bool or (real and torch.promote_types(source, target) == target)
+
+
+def _asked(
+    b: Lowering,
+    op: Operator,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: list[V],
+    common: torch.dtype,
+) -> torch.dtype | None:
+    """What the kernel itself says of the dtype that it computes in."""
+    operands: list[Operand] = []
+
+    def described(a: Any) -> Any:
+        if type(a) is not V:
+            return a
+        wide = a in tensors
+        operands.append(Operand(a.dtype, wide and not a.ndim, wide))
+        return Slot(len(operands) - 1)
+
+    positional = tuple([described(a) for a in args])
+    named = tuple([(k, described(a)) for k, a in kwargs.items()])
+    device = b.sample_device.partition(":")[0]
+    return computation_dtype(op, tuple(operands), positional, named, common, device)

@@ -11,6 +11,7 @@ result) that holds the batch of results.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -31,13 +32,29 @@ class Entry(NamedTuple):
 
 _rules: dict[Operator, Entry] = {}
 _decompositions: dict[Operator, Callable[..., Any]] = {}
+_changes = itertools.count(1)
+_version = 0
 
 
-def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
+def version() -> int:
+    """A number that grows whenever a rule is registered or replaced.
+
+    What was lowered under another version may be lowered differently now.
+    """
+    return _version
+
+
+def _changed() -> None:
+    global _version
+    _version = next(_changes)
+
+
+def register(family: str, *operators: Operator, replace: bool = False) -> Callable[[Rule], Rule]:
     """Register the decorated rule for `operators`.
 
     Raises:
-        ValueError: An operator has a rule already, or is not an operator overload.
+        ValueError: An operator has a rule already and `replace` is false, or is not an operator
+            overload.
     """
     for op in operators:
         if not isinstance(op, Operator):
@@ -45,35 +62,47 @@ def register(family: str, *operators: Operator) -> Callable[[Rule], Rule]:
                 f"register({family!r}): {op!r} is not an operator overload such as "
                 "torch.ops.aten.add.Tensor"
             )
-        if op in _rules:
+        if op in _rules and not replace:
             raise ValueError(
-                f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}"
+                f"register({family!r}): {op} has a rule already, in family {_rules[op].family!r}; "
+                "pass replace=True to put another in its place"
             )
 
     def decorate(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise ValueError(
+                f"register({family!r}): the rule of {', '.join(map(str, operators))} is {rule!r}, "
+                "not a function rule(b, eq, args, kwargs)"
+            )
         for op in operators:
+            _decompositions.pop(op, None)
             _rules[op] = Entry(rule, family)
+        _changed()
         return rule
 
     return decorate
 
 
-def batching_rule(*operators: Operator) -> Callable[[Rule], Rule]:
+def batching_rule(*operators: Operator, replace: bool = False) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule that batches `operators`.
 
     The rule is called once per program, with a builder, the recorded call and its arguments, and
     emits calls on whole batches: `rule(b, eq, args, kwargs)`. A tensor argument is a `V`: its value
     at replay is `[B, *v.shape]` if `v.mapped`, `v.shape` if not. `b.call(function, *args,
-    shape=..., dtype=...)` emits a call and returns the `V` of its result.
+    shape=..., dtype=...)` emits a call and returns the `V` of its result. `docs/rules.md` is a
+    guide.
 
     Args:
         *operators: Operator overloads, such as `torch.ops.mylib.scale.default`.
+        replace: Whether to put the rule in the place of one that an operator has already.
 
     Returns:
         A decorator that returns the rule as it is.
 
     Raises:
-        OptionError: An operator has a rule already, or is not an operator overload.
+        OptionError: An operator has a rule already and `replace` is false, is not an operator
+            overload, or is recorded as the operators that it calls; or what is decorated is no
+            function.
 
     Example:
         >>> import torch, shardmap
@@ -87,10 +116,42 @@ def batching_rule(*operators: Operator) -> Callable[[Rule], Rule]:
         tensor([[2.],
                 [2.]])
     """
+    call = "shardmap.batching_rule"
+    if not operators:
+        raise OptionError(
+            f"{call}(): no operator is given; write @{call}(torch.ops.mylib.scale.default)"
+        )
+    if type(replace) is not bool:
+        raise OptionError(f"{call}(..., replace={replace!r}): replace is True or False")
+    for op in operators:
+        if isinstance(op, Operator) and _is_composite(op):
+            raise OptionError(
+                f"{call}({op}): {op} is made of other operators, which are what is recorded of a "
+                "call of it, so that its rule would never be used; register rules of those"
+            )
+        if op in _decompositions and not replace:
+            raise OptionError(
+                f"{call}({op}): {op} is recorded as the operators of its decomposition; pass "
+                "replace=True to have it recorded whole and batched by your rule"
+            )
     try:
-        return register("user", *operators)
+        decorate = register("user", *operators, replace=replace)
     except ValueError as error:
-        raise OptionError(f"shardmap.batching_rule: {error}") from None
+        raise OptionError(f"{call}: {error}") from None
+
+    def decorated(rule: Rule) -> Rule:
+        try:
+            return decorate(rule)
+        except ValueError as error:
+            raise OptionError(f"{call}: {error}") from None
+
+    return decorated
+
+
+def _is_composite(op: Operator) -> bool:
+    """Whether a call of `op` is always taken apart before it reaches a recording."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(op.name(), "CompositeImplicitAutograd") and op not in _rules
 
 
 def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:
@@ -102,6 +163,7 @@ def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:
     if op in _rules or op in _decompositions:
         raise ValueError(f"register_decomposition: {op} is registered already")
     _decompositions[op] = function
+    _changed()
 
 
 def lookup(op: Operator) -> Rule | None:
@@ -146,7 +208,7 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def overloads(*names: str) -> Iterable[Operator]:
-    """The operators `aten.<name>`, each written `name` (its default overload) or `name.Overload`."""
+    """The operators `aten.<name>`, each written `name` (default overload) or `name.Overload`."""
     for name in names:
         packet, _, overload = name.partition(".")
         yield getattr(getattr(torch.ops.aten, packet), overload or "default")

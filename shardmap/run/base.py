@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardmap.lower.cache import Lowered
 from shardmap.reduce import Reduction
+from shardmap.run.lowerings import Lowerings
 from shardmap.store.columns import Column
 from shardmap.trace.recording import Recording
 from shardmap.trace.thread_state import keep
@@ -64,8 +64,8 @@ class Job:
     home: torch.device
     """Where the samples are."""
     outputs: tuple[Output, ...]
-    lower: Callable[[str], Lowered]
-    """The lowering for a kind of device."""
+    lowerings: Lowerings
+    """How it is lowered for each kind of device."""
     seed: int
     grad: bool
     """Whether outer autograd records."""

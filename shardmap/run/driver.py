@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from shardmap import errors
+from shardmap.lower.cache import Lowered
 from shardmap.planning.device import Budget
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk
@@ -29,6 +30,7 @@ from shardmap.run.base import ChunkDone, ChunkRedone, Job, Output, RunFinished, 
 from shardmap.run.gather import Gather
 from shardmap.run.packing import Packed, pack, unpack
 from shardmap.run.pool import Pool, RayWorker, first_line
+from shardmap.run.prepare import Devices
 from shardmap.run.remote import HOST, Constants, Done, Failure, Settings, Task
 from shardmap.run.schedule import Schedule
 from shardmap.store import Store
@@ -145,11 +147,12 @@ class Driver:
         self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: max(1, len(chunks))]
         self.tasks = len(chunks)
         self.key = uuid.uuid4().hex
-        low = job.lower("cpu")  # refusals and warnings of the lowering come from here
-        self.digest, self.text = pool.text(low.program)
+        # Refusals and warnings of the lowering come from here, and what trying it shows.
+        low = Devices(job).on(str(job.home), job.samples > 1).low
+        self.digest, self.text = pool.text(job.recording.program)
         self.read_there = read_there(job)
         self.outputs = tuple([on_worker(o, stored=store is not None) for o in job.outputs])
-        self.constants = self.ray.put(self._constants(low.options, chunk_size, budget))
+        self.constants = self.ray.put(self._constants(low, chunk_size, budget))
         self.gather = _Arrivals(job)
         self.schedule = Schedule(chunks, WINDOW, RETRIES, expected=len(self.workers))
         self.flying: dict[Any, _Flight] = {}
@@ -178,7 +181,7 @@ class Driver:
         self.combining: dict[Any, tuple[_Group, RayWorker]] = {}
         self.grown = time.perf_counter()
 
-    def _constants(self, options: Any, chunk_size: Any, budget: Budget) -> Constants:
+    def _constants(self, low: Lowered, chunk_size: Any, budget: Budget) -> Constants:
         job, recording = self.job, self.job.recording
         captured = tuple([pack(t) for t in recording.captured])
         literals = tuple([(pack(t), t.device == job.home) for t in recording.literals])
@@ -187,8 +190,8 @@ class Driver:
             self.store if self.store is not None and self.store.travels else None
         )  # otherwise results come here to be written
         return Constants(
-            options, captured, literals, recording.scalars, job.seed, recording.sources, Settings.current(), self.outputs, budget,
-            columns, store, chunk_size,
+            low.options, captured, literals, recording.scalars, job.seed, recording.sources,
+            Settings.current(), self.outputs, budget, columns, store, chunk_size, low.fixes,
         )  # fmt: skip
 
     def run(self) -> list[torch.Tensor]:

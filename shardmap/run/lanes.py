@@ -87,7 +87,7 @@ class Lane:
     def learned(self) -> Learned:
         """What chunks of this program on this device have shown."""
         if self._learned is None:
-            self._learned = learned(self.job.lower(self.device.type), self.plan.device)
+            self._learned = learned(self.job, self.plan.device)
         return self._learned
 
     def _meter(self, alone: bool) -> Meter:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from shardmap._torch import default_generator_states, restore_default_generators
+from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
-from shardmap.lower.check import Trial, check
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation, observe
 from shardmap.planning.split import Collected, Site
+from shardmap.program.ir import Program
 from shardmap.run.base import Job
 from shardmap.run.gather import wider
 from shardmap.trace.record import (
@@ -33,7 +34,7 @@ WATCHED_FROM = 4 << 20
 planning; below, it is one chunk."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A program on one device, ready for chunks."""
 
@@ -41,46 +42,122 @@ class Ready:
     device: torch.device
     captured: list[torch.Tensor]
     literals: list[torch.Tensor]
-    fixed: tuple[torch.Tensor, ...] | None = None
-    """What no sample changes; None until the lowering has been checked."""
+    fixed: tuple[torch.Tensor, ...]
+    """What no sample changes."""
 
 
 class Devices:
-    """The devices of one call, each made ready once."""
+    """The devices of one call, each made ready once for chunks of one sample and once for several."""
 
     def __init__(self, job: Job):
         self.job = job
-        self._ready: dict[str, Ready] = {}
+        self._ready: dict[tuple[str, bool], Ready] = {}
+        self._held: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        """Captured tensors and literals, by device."""
 
     def on(self, name: str, several: bool) -> Ready:
         """The device by its name, ready for chunks of one sample, or of several."""
-        job, ready = self.job, self._ready.get(name)
-        if ready is None:
-            device = torch.device(name)
-            low = job.lower(device.type)
+        found = self._ready.get((name, several))
+        if found is not None:
+            return found
+        job, device = self.job, torch.device(name)
+        captured, literals = self._tensors(name)
+        low = _lowered(job, device, several, captured, literals)
+        fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
+        found = Ready(low, device, captured, literals, fixed)
+        self._ready[name, several] = found
+        return found
+
+    def _tensors(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        held = self._held.get(name)
+        if held is None:
+            job, device = self.job, torch.device(name)
             captured = [captured_to(t, device) for t in job.recording.captured]
             literals = [t.to(device) if t.device == job.home else t for t in job.recording.literals]
-            ready = self._ready[name] = Ready(low, device, captured, literals)
-        low = ready.low
-        replay = low.replay
-        if several not in low.checked and job.samples:
-            _check(job, low, ready.device, 2 if several else 1, ready.captured, ready.literals)
-        if (
-            ready.fixed is None or low.replay is not replay
-        ):  # the check may have mended the lowering
-            ready.fixed = low.replay.fixed(
-                ready.device, job.seed, job.recording.scalars, ready.captured, ready.literals
-            )
-        return ready
+            held = self._held[name] = captured, literals
+        return held
 
     def forget(self) -> None:
         """Let go of all tensors."""
         self._ready.clear()
+        self._held.clear()
 
 
-def learned(low: Lowered, name: str) -> Learned:
+def _lowered(
+    job: Job,
+    device: torch.device,
+    several: bool,
+    captured: list[torch.Tensor],
+    literals: list[torch.Tensor],
+) -> Lowered:
+    """The lowering for chunks on a device, tried on the first and the last sample if it is new.
+
+    Leaves no trace of having been tried.
+    """
+    found = known(job, device, several)
+    if found is not None:
+        return found
+    size = min(2 if several else 1, job.samples)
+
+    def ends() -> list[torch.Tensor]:
+        rows = samples_at_the_ends(job, size)
+        return [r if r.device == device else to_device(r, device) for r in rows]
+
+    states = default_generator_states(device)
+    with (
+        torch.no_grad(),
+        outer_recordings_suspended(),
+        transforms_set_aside(),
+    ):
+        try:
+            return job.lowerings.on(
+                device,
+                size,
+                direct(job, device),
+                ends,
+                [element(t).detach() for t in captured],
+                [element(t) for t in literals],
+                job.seed,
+            )
+        finally:
+            restore_default_generators(states)
+
+
+def known(job: Job, device: torch.device, several: bool) -> Lowered | None:
+    """The lowering for chunks on a device, if there is one already."""
+    lowerings = job.lowerings
+    if lowerings.instead is not None:
+        return lowerings.instead
+    size = min(2 if several else 1, job.samples)
+    how = lowerings.how(device.type)
+    program = job.recording.program
+    return cache.known(program, how, lowerings.layout, size, direct(job, device))
+
+
+def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:
+    """The first sample of each input, and of two also the last, with the rows' strides: `[size, *shape]`."""
+    last = job.samples - 1
+    found = []
+    for i, t in enumerate(job.inputs):
+        if i in job.columns:
+            parts = [job.columns[i].rows_between(0, 1)]
+            if size == 2:
+                parts.append(job.columns[i].rows_between(last, job.samples))
+            found.append(torch.cat(parts))
+            continue
+        rows = element(t).detach()
+        if size == 2:
+            strides = (last * rows.stride(0), *rows.stride()[1:])
+            found.append(rows.as_strided((2, *rows.shape[1:]), strides, rows.storage_offset()))
+        else:
+            found.append(rows.narrow(0, 0, size))
+    return found
+
+
+def learned(job: Job, name: str) -> Learned:
     """What earlier chunks of the program have shown on a device."""
-    return low.notes.learned.setdefault(name, Learned())
+    notes = job.lowerings.notes(torch.device(name).type)
+    return notes.learned.setdefault(name, Learned())
 
 
 def captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -122,36 +199,6 @@ def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False)
             compact, non_blocking=non_blocking
         )
     return moved.expand(t.shape) if repeated else moved
-
-
-def _check(
-    job: Job,
-    low: Lowered,
-    device: torch.device,
-    size: int,
-    captured: list[torch.Tensor],
-    literals: list[torch.Tensor],
-) -> None:
-    """Check the lowering on the first rows, without leaving a trace of it."""
-    states = default_generator_states(device)
-    with (
-        torch.no_grad(),
-        outer_recordings_suspended(),
-        transforms_set_aside(),
-    ):
-        sample = [element(t).detach().narrow(0, 0, size) for t in job.inputs]
-        trial = Trial(
-            device,
-            job.seed,
-            size,
-            [r if r.device == device else to_device(r, device) for r in sample],
-            [element(t).detach() for t in captured],
-            [element(t) for t in literals],
-        )
-        try:
-            check(low, job.recording, trial)
-        finally:
-            restore_default_generators(states)
 
 
 # -- what a chunk costs
@@ -219,7 +266,7 @@ def watched(ready: Ready, job: Job) -> Observation:
             *slices[size],
             *ready.captured,
             *ready.literals,
-            *(ready.fixed or ()),
+            *ready.fixed,
         ]
 
     with torch.set_grad_enabled(job.grad and not job.remat):
@@ -240,12 +287,10 @@ def _copy_of(t: torch.Tensor) -> torch.Tensor:
     )
 
 
-def recorded_bytes(low: Lowered) -> int:
+def recorded_bytes(program: Program) -> int:
     """Bytes of all recorded results of one sample: found without running anything."""
-    if low.sample_bytes is None:
-        results = [v.spec for eq in low.program.equations for v in eq.results()]
-        low.sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
-    return low.sample_bytes
+    results = [v.spec for eq in program.equations for v in eq.results()]
+    return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
 
 
 def small(job: Job) -> bool:
@@ -253,7 +298,7 @@ def small(job: Job) -> bool:
     if job.transformed or not job.samples:
         return True
     read = sum(_row_bytes(job.inputs[i]) for i in job.columns)
-    return (read + recorded_bytes(job.lower(job.home.type))) * job.samples < WATCHED_FROM
+    return (read + recorded_bytes(job.recording.program)) * job.samples < WATCHED_FROM
 
 
 def memory_model(
@@ -292,7 +337,7 @@ def memory_model(
         if t is not there
     )
     held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
-    fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed or ()}
+    fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed}
     resident += sum(size for key, size in fresh.items() if key not in held)
     moved = sum(
         _row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns
@@ -361,8 +406,7 @@ def sites(
         if name in found:
             continue
         device = torch.device(name)
-        low = job.lower(device.type)
-        known = learned(low, name)
+        known = learned(job, name)
         if job.transformed or not job.samples or (small(job) and not always):
             found[name] = Site(name, NOTHING, None, known, False, None)
             continue

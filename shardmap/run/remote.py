@@ -25,14 +25,14 @@ import torch
 
 from shardmap import errors
 from shardmap.lower import cache as engine
-from shardmap.lower.batched import LoweringOptions
-from shardmap.lower.cache import Lowered
+from shardmap.lower.batched import Fixes, LoweringOptions
 from shardmap.planning.device import Budget, free_bytes
 from shardmap.planning.split import Split, split
 from shardmap.program.ir import Program
 from shardmap.rules import huge_pages as pages
 from shardmap.run import local, prepare
 from shardmap.run.base import ChunkRedone, Event, Job, Output, listen, unheard
+from shardmap.run.lowerings import Lowerings
 from shardmap.run.packing import Packed, pack, unpack
 from shardmap.store import Receipt, Store
 from shardmap.store.columns import Column
@@ -115,6 +115,8 @@ class Constants:
     """Where workers write their results; without one they return them."""
     chunk_size: Any = None
     """Most samples at a time: "auto", or None for all of a task."""
+    fixes: Fixes = field(default_factory=Fixes)
+    """What the driver found to be needed when it tried the program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +199,8 @@ class _Bound:
     constants: Constants
     device: torch.device
     recording: Recording
-    lowered: dict[tuple[bool, ...], Lowered] = field(default_factory=dict)
-    """By layout of the inputs."""
     devices: dict[tuple[bool, ...], prepare.Devices] = field(default_factory=dict)
+    """By layout of the inputs."""
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
     """Of stacked outputs: filling fresh pages for each task would cost more than computing."""
 
@@ -208,18 +209,9 @@ class _Bound:
         layout = tuple([t.is_contiguous() for t in inputs])
         constants = self.constants
 
-        def lower(device_type: str) -> Lowered:
-            assert device_type == self.device.type
-            found = self.lowered.get(layout)
-            if found is None:
-                options = dataclasses.replace(constants.options, device_type=device_type)
-                found = self.lowered[layout] = engine.lowered(
-                    self.program, options, layout, constants.sources
-                )
-            return found
-
+        lowerings = Lowerings(self.recording, constants.options, layout, fixes=constants.fixes)
         job = Job(
-            self.recording, inputs, task.size, self.device, constants.outputs, lower, constants.seed, False, False, False,
+            self.recording, inputs, task.size, self.device, constants.outputs, lowerings, constants.seed, False, False, False,
             constants.options.call, offset=task.start, partial=True,
         )  # fmt: skip
         on = self.devices.get(layout)

@@ -93,12 +93,17 @@ class Doors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
+        self.recorder.serial += 1
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in _CUDNN_FLAGS and args:
             args = _without_cudnn(func, args)
+        if func is Tensor.__deepcopy__ and type(args[0]) is Tensor and args[0].is_leaf:
+            copied = self._deepcopy(args[0], args[1])
+            if copied is not None:
+                return copied
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func], func in _VALUE_READS)
@@ -128,6 +133,24 @@ class Doors(TorchFunctionMode):
             finally:
                 self.recorder.paused = paused
         return func(*args, **(kwargs or {}))
+
+    def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
+        """`copy.deepcopy(tensor)` by a clone; None where a clone is not the same.
+
+        So it is where the clone has other strides, or where another tensor of the same memory has
+        been copied: the copies would share memory as well.
+        """
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        with torch.no_grad():
+            clone = tensor.clone()
+        memory = f"memory {element(tensor).untyped_storage()._cdata}"
+        if clone.stride() != tensor.stride() or memory in memo:
+            return None
+        memo[id(tensor)] = memo[memory] = clone.requires_grad_(tensor.requires_grad)
+        if tensor.grad is not None:
+            clone.grad = self._deepcopy(tensor.grad, memo)
+        return clone
 
     def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
         """Serve indices without dimensions that differ by sample; returns whether it did."""

@@ -92,6 +92,25 @@ def record(
         ShardmapError: The function does something that cannot be followed; an exception of its own
             passes through unchanged.
     """
+    try:
+        return _recorded(func, batch, randomness, once, call, number, False)
+    except RuntimeError as error:
+        # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic zero of
+        # forward mode, which torch forbids.
+        if isinstance(error, errors.ShardmapError) or "ZeroTensors are immutable" not in str(error):
+            raise
+    return _recorded(func, batch, randomness, once, call, number, True)
+
+
+def _recorded(
+    func: Callable[..., Any],
+    batch: Batch,
+    randomness: str,
+    once: bool,
+    call: str,
+    number: int,
+    zeros_have_memory: bool,
+) -> tuple[Recording, pytree.TreeSpec]:
     outer = next(
         (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
     )
@@ -101,7 +120,13 @@ def record(
             tries = _TRIES
             while True:
                 recorder = Recorder(
-                    call, randomness, registry.has_rule, registry.decomposition, outer, once
+                    call,
+                    randomness,
+                    registry.has_rule,
+                    registry.decomposition,
+                    outer,
+                    once,
+                    zeros_have_memory,
                 )
                 recorder.depth = depth
                 recorder.expected = follow.expected(func)

@@ -8,7 +8,10 @@ backward calls are recorded like any others. Measured: 11-15 microseconds per op
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -21,9 +24,11 @@ from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
+from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
-from shardmap.trace.tensor_table import Variables
+from shardmap.trace.tensor_table import Variables, spec_of
+from shardmap.trace.unwritten import Unwritten, python_place
 
 aten = torch.ops.aten
 
@@ -39,6 +44,7 @@ class Recorder(Variables, TorchDispatchMode):
         decompose: Callable[[Any], Any],
         outer: Recorder | None,
         once: bool,
+        zeros_have_memory: bool = False,
     ):
         TorchDispatchMode.__init__(self)
         Variables.__init__(self, call, outer, once)
@@ -53,10 +59,14 @@ class Recorder(Variables, TorchDispatchMode):
         self.literals: list[tuple[Var, torch.Tensor]] = []
         self.served: dict[int, tuple[bool, Any]] = {}
         """By address of the operator: whether it has a rule, and its decomposition."""
+        if zeros_have_memory:
+            self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
         self.generators = PrivateGenerators()
-        self.uninitialised: set[int] = set()
+        self.unwritten = Unwritten()
+        self.serial = 0
+        """How many calls of torch's python interface have been seen."""
         self.copies = Copies()
         self.taken_for_all = ""
         """What replay must refuse where a sample differs in a shape or an answer: says what it
@@ -104,24 +114,28 @@ class Recorder(Variables, TorchDispatchMode):
         """Run one call and record it."""
         kwargs = kwargs or {}
         if self.paused:
-            return func(*args, **kwargs)
+            return self.kernel(func, args, kwargs)
+        if self.lazy and func is aten.expand.default and not isinstance(args[0], torch.Tensor):
+            # A symbolic zero and a number: torch gives modes a number where a kernel has a tensor.
+            dtype = {float: torch.float64, complex: torch.complex128}.get(type(args[0]))
+            with self:
+                return torch.full(args[1], args[0], dtype=dtype, device=self.device)
         info = op_info(func)
         served = self.served.get(id(func))
         if served is None:
             served = self.served[id(func)] = (self.has_rule(func), self.decompose(func))
         if info.plain and served[1] is None:
-            if self.expected is not None and not self.copies.stale and not self.uninitialised:
+            if self.expected is not None and not self.copies.stale:
                 out = self._repeat(func, args, kwargs)
                 if out is not follow.DIFFERENT:
                     return out
             return self._record(func, info, args, kwargs, ())
         if info.composite:
-            with self:
-                out = func.decompose(*args, **kwargs)
+            out = self._taken_apart(func.decompose, args, kwargs)
             if out is not NotImplemented:
                 return out
         if info.metadata:
-            return func(*args, **kwargs)
+            return self.kernel(func, args, kwargs)
         if func is aten.lift_fresh.default:
             return self._literal(args[0])
         hidden = info.hidden_writes
@@ -144,8 +158,7 @@ class Recorder(Variables, TorchDispatchMode):
         if info.random and draws(func, args, kwargs):
             self._check_random(func)
         if served[1] is not None:
-            with self:
-                return served[1](*args, **kwargs)
+            return self._taken_apart(served[1], args, kwargs)
         if info.resizes:
             done = self._record_resize(func, args)
             if done is not None:
@@ -158,6 +171,22 @@ class Recorder(Variables, TorchDispatchMode):
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
+
+    def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run an operator below the recording."""
+        if self.lazy:
+            with lazy_tensors_resolved():
+                return func._op(*args, **kwargs)
+        self.lazy = id(func) in MAKES_LAZY
+        return func._op(*args, **kwargs)
+
+    def _taken_apart(
+        self, decomposition: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Record what `decomposition` calls in place of one composite call."""
+        lazy = self.lazy or any(map(is_lazy, flat_tensors((*args, *kwargs.values()))))
+        with lazy_tensors_resolved() if lazy else contextlib.nullcontext(), self:
+            return decomposition(*args, **kwargs)
 
     def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.expected is not None
@@ -253,7 +282,7 @@ class Recorder(Variables, TorchDispatchMode):
         var = self.known(tensor)
         if var is None or var.group in self.captured_groups:
             return None
-        func._op(*args)
+        self.kernel(func, args, {})
         view = (var, tuple(size), tuple(tensor.stride()), offset)
         out = self._define(tensor)
         self._append(
@@ -296,6 +325,7 @@ class Recorder(Variables, TorchDispatchMode):
         if self.copies.stale:
             now_written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
             self._check_stale(v for v in read if v.group not in now_written)
+        unwritten, overwritten = self._unwritten(info, args, kwargs, encoded, named, writes)
         groups = self.mapped_groups
         mapped = False
         for var in read:
@@ -303,6 +333,8 @@ class Recorder(Variables, TorchDispatchMode):
                 mapped = True
         dynamic = info.dynamic and shape_depends_on_values(func, args)
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
+        if mapped and info.question and _looks_for_anomalies():
+            return self._anomaly(func, args)
         if (mapped and info.question) or varies:
             # One sample's shape or truth stands for all until replay finds a sample where it is
             # another.
@@ -314,7 +346,7 @@ class Recorder(Variables, TorchDispatchMode):
             self.random = True
             mapped = mapped or self.randomness == "different"
         else:
-            out = func._op(*args, **kwargs)
+            out = self.kernel(func, args, kwargs)
         if info.question:
             self.types.append((type(out), repr(out)))
             self._append(
@@ -335,14 +367,12 @@ class Recorder(Variables, TorchDispatchMode):
             groups.update([v.group for v in results])
         if writes:
             self._refuse_growth(func, writes)
-        if writes or self.uninitialised:
-            written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
-            if mapped:
-                self.mapped_groups |= written
-            if self.uninitialised:
-                self._check_uninitialised(func, read, results, written)
+        if writes and mapped:
+            self.mapped_groups |= overwritten
+        if unwritten or overwritten:
+            self.unwritten.follow(info, encoded, outs, unwritten, overwritten)
         if info.uninitialised:
-            self.uninitialised.update([v.group for v in results])
+            self.unwritten.make(results, python_place(self.serial, 3))
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
         if varies or not self.served[id(func)][0]:
@@ -355,6 +385,17 @@ class Recorder(Variables, TorchDispatchMode):
             )
         )
         return out
+
+    def _anomaly(self, func: Any, args: tuple) -> Any:
+        """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
+        found = self.kernel(func, args, {})
+        if not found:
+            with self:
+                torch._assert_async(
+                    args[0].logical_not(),
+                    "autograd's anomaly detection: a gradient of some sample holds nan values",
+                )
+        return found
 
     def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
         """Arguments that give the recorded dtype although the default dtype, changed inside the function, is not what replay will see."""
@@ -400,33 +441,33 @@ class Recorder(Variables, TorchDispatchMode):
                     "shape, or none"
                 )
 
-    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """`nn.Parameter(x)` of a recorded tensor is that tensor, cut from its history.
+    def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of another object with the memory and the metadata of a recorded tensor.
 
-        No operator call shows it.
+        `nn.Parameter(x)`, `x.as_subclass(...)` and `x.data` make one without an operator call, and
+        autograd does where a backward unpacks its own result, saved without its history. The object
+        of `x` itself may be gone: what was recorded is searched, latest first.
         """
-        shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        for _, source in reversed(self.entries.values()):
-            spec = source.spec
-            if source.group == group and (spec.shape, spec.stride, spec.offset, spec.dtype) == (
-                shape,
-                stride,
-                offset,
-                tensor.dtype,
-            ):
-                var = self._define(tensor)
-                self._append(
-                    Equation(
-                        aten.detach.default,
-                        (source,),
-                        (),
-                        (var,),
-                        (NO_GRAD,),
-                        torch.is_grad_enabled(),
-                    )
-                )
-                return var
-        return None
+        spec = spec_of(tensor)
+        recorded = (eq.results() for eq in reversed(self.equations))
+        given = (*self.inputs, *[var for var, _ in self.literals])
+        source = next(
+            (
+                var
+                for var in itertools.chain(itertools.chain.from_iterable(recorded), given)
+                if var.group == group and var.spec == spec
+            ),
+            None,
+        )
+        if source is None or (self.lazy and (tensor.is_complex() or is_lazy(tensor))):
+            return None
+        var = self._define(tensor)
+        self._append(
+            Equation(
+                aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()
+            )
+        )
+        return var
 
     def made_zero(self, tensor: torch.Tensor) -> Var:
         """A view of a symbolic zero of forward-mode AD, which no operator call shows, is another such zero."""
@@ -494,32 +535,49 @@ class Recorder(Variables, TorchDispatchMode):
                     "tensor[index] = value"
                 )
 
-    def _check_uninitialised(
-        self, func: Any, read: list[Var], outs: list[Var], written: set[int]
-    ) -> None:
-        """Refuse the value of memory that nothing recorded has written.
-
-        It was written by a door that was not seen.
-        """
-        name = func._schema.name.partition("::")[2]
-        views = {v.group for v in outs}
-        for var in read:
-            if (
-                var.group not in self.uninitialised
-                or var.group in written
-                or var.group in views
-                or 0 in var.spec.shape
-            ):
-                continue
-            if name.endswith("_like") or name.startswith("new_"):
-                continue
-            raise errors.EscapeError(
-                f"{self.call}: {name} reads memory that torch.empty made and that no recorded "
-                f"operator has written, at {user_line()}; "
-                "fill it with torch operators (numpy and data_ptr writes cannot be followed), or "
-                "use torch.zeros"
+    def _unwritten(
+        self,
+        info: OpInfo,
+        args: tuple,
+        kwargs: dict[str, Any],
+        encoded: Any,
+        named: Any,
+        writes: Any,
+    ) -> tuple[list[Var], set[int]]:
+        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
+        if not self.unwritten.groups:
+            return [], overwritten
+        read = self.unwritten.read(info, encoded, named, overwritten)
+        for var in self.unwritten.constants(read, python_place(self.serial, 4)) if read else ():
+            tensor = next(
+                t for t in flat_tensors((*args, *kwargs.values())) if self.known(t) is var
             )
-        self.uninitialised -= written
+            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                literal = self._constant(tensor)
+                write = (var, literal)
+                flags = (NO_GRAD, NO_GRAD)
+                self._append(Equation(aten.copy_.default, write, (), (var,), flags, False))
+                self.unwritten.written((var.group,))
+        read = [v for v in read if v.group in self.unwritten.groups]
+        if read and (info.question or not info.op._schema.returns):
+            raise errors.EscapeError(self._unwritten_text(info.op._schema.name))
+        return read, overwritten
+
+    def _unwritten_text(self, name: str) -> str:
+        return (
+            f"{self.call}: {name.partition('::')[2]} reads memory that torch.empty made and that no "
+            f"recorded operator has written, at {user_line()}; fill it with torch operators (numpy "
+            "and data_ptr writes cannot be followed), or use torch.zeros"
+        )
+
+    def _constant(self, tensor: torch.Tensor) -> Var:
+        """The variable of what torch's C++ code has written into new memory."""
+        with torch._C._DisableTorchDispatch():
+            copy = tensor.detach().clone()
+        var = self._define(copy)
+        self.literals.append((var, copy))
+        return var
 
     def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor made from python data inside the function: owned by the program."""
@@ -555,9 +613,13 @@ class Recorder(Variables, TorchDispatchMode):
     def finish(self, outputs: list[torch.Tensor], real: bool) -> Recording:
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
+        if self.lazy:
+            with self:  # the loop stacks what it returns: its zeros have memory
+                outputs = [o.clone() if o._is_zerotensor() else o for o in outputs]
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
+        self._refuse_unwritten(out_vars)
         if self.taken_for_all and not self.written_groups.isdisjoint(self.input_groups):
             raise errors.DataDependentError(
                 self.taken_for_all
@@ -589,9 +651,28 @@ class Recorder(Variables, TorchDispatchMode):
             tuple(o.detach() for o in outputs) if real else (),
         )
 
+    def _refuse_unwritten(self, outputs: tuple[Var, ...]) -> None:
+        kept = {v.group for v in (*outputs, *self.inputs) if 0 not in v.spec.shape}
+        for group in kept & self.unwritten.groups.keys():
+            by = self.unwritten.groups[group]
+            raise errors.EscapeError(
+                f"{self.call}: a result depends on memory that torch.empty made and that no "
+                f"recorded operator has written{f' (read by {by})' if by else ''}; fill it with "
+                "torch operators (numpy and data_ptr writes cannot be followed), or use "
+                "torch.zeros"
+            )
+
     def release(self) -> None:
         """Let go of the storages' addresses."""
         for address in self.weak_storages:
             torch.UntypedStorage._free_weak_ref(address)
         self.weak_storages.clear()
         self.entries.clear()
+
+
+def _looks_for_anomalies() -> bool:
+    """Whether autograd's engine itself, and not python, is asking for a value."""
+    if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
+        return False
+    caller = sys._getframe(3)  # above this function, `_record` and `__torch_dispatch__`
+    return caller.f_code is torch.autograd.graph._engine_run_backward.__code__

@@ -64,6 +64,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     return sources
 
 
+def clear() -> None:
+    """Forget what was recorded: nothing is expected."""
+    with _lock:
+        _last.clear()
+
+
 def repeat(
     recorder: Recorder,
     eq: Equation,
@@ -92,6 +98,7 @@ def repeat(
         False,
         0,
     )
+    unwritten = recorder.unwritten.groups
     if kwargs:
         for name, wanted in zip(kwargs, eq.kwargs, strict=True):
             if name != wanted[0]:
@@ -125,8 +132,10 @@ def repeat(
                 return _undo(recorder, marks)
             if var.group in groups:
                 mapped = True
+            if unwritten and var.group in unwritten:
+                return _undo(recorder, marks)
         elif kind is int or wanted is None:
-            if value != wanted or type(value) is not kind:
+            if type(value) is not kind or value != wanted:  # a tensor has no truth
                 return _undo(recorder, marks)
         else:
             flags: list[int] = []
@@ -139,7 +148,9 @@ def repeat(
                 return _undo(recorder, marks)
             number += len(flags)
             mapped = mapped or any(v.group in groups for v in variables((encoded,)))
-    out = func._op(*args, **kwargs)
+            if unwritten and any(v.group in unwritten for v in variables((encoded,))):
+                return _undo(recorder, marks)
+    out = recorder.kernel(func, args, kwargs)
     recorder.adopt(out, eq, mapped)
     return out
 

@@ -12,7 +12,19 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from shardmap import errors
 from shardmap._torch import functorch
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    """The metadata of a tensor."""
+    return Spec(
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        device_name(tensor.device),
+        int(tensor.storage_offset()),
+    )
 
 
 class Variables:
@@ -50,6 +62,8 @@ class Variables:
         self.types: list[Any] = []
         self.count = 0
         self.device: torch.device | None = None
+        self.lazy = False
+        """Whether a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
@@ -65,14 +79,7 @@ class Variables:
             group = len(self.groups)
             self.groups[address] = group
             self.weak_storages.append(cast(int, storage._weak_ref()))
-        spec = Spec(
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-            device_name(tensor.device),
-            int(tensor.storage_offset()),
-        )
-        var = Var(self.count, group, spec)
+        var = Var(self.count, group, spec_of(tensor))
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
         return var
@@ -137,17 +144,11 @@ class Variables:
         return var is not None and var.group in self.mapped_groups
 
     def _capture(self, tensor: torch.Tensor) -> Var:
+        self.lazy = self.lazy or is_lazy(tensor)
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
-            # Autograd saves its own results without their history, and gives it back where a
-            # backward unpacks them.
-            unpacked = tensor.requires_grad and tensor.grad_fn is not None
-            made = (
-                self.made_parameter(tensor, group)
-                if unpacked or isinstance(tensor, torch.nn.Parameter)
-                else None
-            )
+            made = self.made_again(tensor, group)
             if made is None and tensor._is_zerotensor():
                 made = self.made_zero(tensor)
             if made is not None:
@@ -251,8 +252,8 @@ class Variables:
             return tuple([self._outputs(o) for o in out])
         return None
 
-    def made_parameter(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """The variable of a parameter made of a recorded tensor's memory, if the recorder can tell which."""
+    def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of another object with a recorded tensor's memory."""
         return None
 
     def made_zero(self, tensor: torch.Tensor) -> Var | None:

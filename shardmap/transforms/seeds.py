@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shardmap import api
 from shardmap.call import arguments as edges
+from shardmap.call.execute import pairs_of
+from shardmap.call.job import job_of
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.planning.memory import MIB
@@ -117,9 +118,7 @@ class UnitVectors:
             False,
             call,
         )
-        job = api._job(
-            Prepared(recording, structure), batch, options, inlined=True, transformed=False
-        )
+        job = job_of(Prepared(recording, structure), batch, options, True, False, pairs_of)
         # What no unit vector changes is not repeated for each.
         outputs = tuple([o if o.mapped else dataclasses.replace(o, dim=None) for o in job.outputs])
         self.job = dataclasses.replace(job, outputs=outputs)

@@ -378,11 +378,14 @@ def test_the_function_is_not_run_again() -> None:
     mapped = shardmap.vmap(function, trace="once")
     for size in (3, 2, 3, 1):
         oracle.assert_same(mapped(x[:size]), x[:size] * weight, "output")
-    assert len(calls) == 1
+    assert len(calls) == 3, "first and last sample, and once for batches of one sample"
     mapped(x.double())
-    assert len(calls) == 2
+    assert len(calls) == 5
     mapped(x.t().contiguous().t())
-    assert len(calls) == 3, "rows with other strides"
+    assert len(calls) == 7, "rows with other strides"
+    for _ in range(3):
+        mapped(x)
+    assert len(calls) == 7
 
 
 def test_unmapped_arguments_are_bound_at_each_call() -> None:
@@ -390,7 +393,7 @@ def test_unmapped_arguments_are_bound_at_each_call() -> None:
     mapped = shardmap.vmap(function, (0, None), trace="once")
     for k in range(3):
         oracle.assert_same(mapped(x, torch.full((2,), float(k))), x * k, "output")
-    assert len(calls) == 1
+    assert len(calls) == 2, "the first and the last sample"
 
 
 def test_an_argument_that_is_captured_too() -> None:
@@ -425,7 +428,7 @@ def test_a_module_as_argument() -> None:
     mapped = shardmap.vmap(function, (0, None), trace="once")
     oracle.assert_same(mapped(x, layer), layer(x), "before")
     mapped(x, layer)
-    assert len(calls) == 1
+    assert len(calls) == 2, "the first and the last sample"
     layer.weight = nn.Parameter(torch.ones(2, 2))
     oracle.assert_same(mapped(x, layer), layer(x), "after")
 
@@ -446,17 +449,27 @@ def test_what_cannot_be_found_is_recorded_each_time(caplog: pytest.LogCaptureFix
     oracle.assert_same(mapped(x), x * 3, "after")
 
 
+def test_an_iterator_is_refused() -> None:
+    """The loop takes a number for each sample, a recording one for all: seen on the second sample."""
+    for trace in ("each", "once"):
+        numbers = itertools.count(1)
+        mapped = shardmap.vmap(lambda r, numbers=numbers: r * next(numbers), trace=trace)
+        with pytest.raises(errors.EscapeError, match="something else each time"):
+            mapped(x)
+        assert mapped(x[:1]).shape == (1, 2), "one sample takes one number"
+
+
 def test_an_iterator_is_recorded_each_time(caplog: pytest.LogCaptureFixture) -> None:
     numbers = itertools.count(1)
 
     def function(r: torch.Tensor) -> torch.Tensor:
         return r * next(numbers)
 
-    mapped = shardmap.vmap(function, trace="once")
+    mapped = shardmap.vmap(function, trace="once", check="off")
     with caplog.at_level(logging.WARNING, "shardmap"):
-        oracle.assert_same(mapped(x), x, "first")
+        oracle.assert_same(mapped(x[:1]), x[:1], "first")
     assert "iterator" in caplog.text
-    oracle.assert_same(mapped(x), x * 2, "second")
+    oracle.assert_same(mapped(x[:1]), x[:1] * 2, "second")
 
 
 def test_more_than_can_be_listed_is_recorded_each_time() -> None:

@@ -36,8 +36,7 @@ def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return original(program, *rest)
 
     monkeypatch.setattr(engine, "lower_with", counting)
-    monkeypatch.setattr(engine, "_cache", type(engine._cache)())
-    monkeypatch.setattr(engine, "_by_identity", {})
+    shardmap.clear_caches()
     return done
 
 
@@ -145,11 +144,12 @@ def test_strict_serves_what_needs_no_loop() -> None:
 def test_the_cache_forgets_the_oldest(
     monkeypatch: pytest.MonkeyPatch, lowerings: list[Any]
 ) -> None:
-    monkeypatch.setattr(engine, "_CAPACITY", 2)
+    for kept in (engine._drafts, engine._lowered, engine._by_identity):
+        monkeypatch.setattr(kept, "capacity", 2)
 
     def call(n: int) -> None:
         shardmap.vmap(lambda r: r.repeat(n))(x)
 
     assert [count(lowerings, lambda n=n: call(n)) for n in (1, 2, 1, 3, 1, 2)] == [1, 1, 0, 1, 0, 1]
-    assert len(engine._cache) == 2
-    assert len(engine._by_identity) <= 4
+    assert len(engine._lowered) == 2
+    assert len(engine._by_identity) <= 2

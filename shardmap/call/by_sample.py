@@ -1,0 +1,211 @@
+"""The function itself, one sample after another, for what no recording can stand for.
+
+Where python reads a value that differs by sample through a door that is not an operator (numpy, a
+printed number, the length of a selection), the recording of one sample says nothing of the others.
+Then the loop over the samples is run, in the same chunks and to the same places as any replay: it is
+what the map promises, only not faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.cache import Lowered, Notes
+from shardmap.program.ir import Program, Spec
+from shardmap.rules.lowering import V
+from shardmap.trace.batch import Batch, flatten_outputs
+
+CHUNK_BYTES = 32 << 20
+"""Results of one chunk, unless the user says how many samples."""
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Sets the seeds of neighbouring samples far apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Autocast:
+    """Autocast as it was where the map was called: a replay runs without it, the function with it."""
+
+    device_type: str
+    dtype: torch.dtype
+
+    @staticmethod
+    def current() -> tuple[_Autocast, ...]:
+        return tuple(
+            [
+                _Autocast(kind, torch.get_autocast_dtype(kind))
+                for kind in ("cpu", "cuda")
+                if torch.is_autocast_enabled(kind)
+            ]
+        )
+
+
+class SampleLoop:
+    """Runs a function sample by sample, in the form of a replay (`shardmap.lower.codegen.Replay`).
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments; those that are not mapped are passed as they are.
+        structure: Of what the function returned for the first sample.
+        specs: The outputs' metadata for the first sample.
+        randomness: As for `shardmap.vmap`.
+        draws: Whether the function draws random numbers.
+        tracked: Whether autograd records from outside.
+        call: The user's call, for errors.
+    """
+
+    source = "the function itself, sample by sample"
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        batch: Batch,
+        structure: pytree.TreeSpec,
+        specs: Sequence[Spec],
+        randomness: str,
+        draws: bool,
+        tracked: bool,
+        call: str,
+    ):
+        self.func = func
+        self.batch = batch
+        self.structure = structure
+        self.specs = specs
+        self.randomness = randomness
+        self.draws = draws
+        self.tracked = tracked
+        self.call = call
+        self.grad_mode = torch.is_grad_enabled()
+        self.autocast = _Autocast.current()
+
+    def fixed(self, *_: Any) -> tuple[()]:
+        """Nothing is computed once for all samples."""
+        return ()
+
+    def chunk(
+        self,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: int,
+        scalars: Any,
+        fixed: Any,
+        inputs: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of one chunk, `[size, *shape]` each.
+
+        Raises:
+            VariesError: Two samples' outputs differ in shape, dtype or structure.
+        """
+        rows = []
+        with self._as_called():
+            for i in range(size):
+                with self._drawing(seed, start + i):
+                    rows.append(self._one([t[i] for t in inputs], start + i))
+            return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
+
+    def chunk_into(
+        self,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: int,
+        scalars: Any,
+        fixed: Any,
+        inputs: list[torch.Tensor],
+        slices: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """As `chunk`, written into memory that is there."""
+        with self._as_called():
+            for i in range(size):
+                with self._drawing(seed, start + i):
+                    found = self._one([t[i] for t in inputs], start + i)
+                with torch.no_grad():
+                    for t, where in zip(found, slices, strict=True):
+                        where[i].copy_(t)
+        return tuple(slices)
+
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`chunk`, or `chunk_into`, with one more argument that is told nothing."""
+        run = self.chunk_into if slices else self.chunk
+        return lambda *arguments: run(*arguments[:-1])
+
+    @contextlib.contextmanager
+    def _as_called(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad_mode))
+            for how in self.autocast:
+                stack.enter_context(torch.autocast(how.device_type, how.dtype))
+            yield
+
+    @contextlib.contextmanager
+    def _drawing(self, seed: int, number: int) -> Iterator[None]:
+        """Draws that depend on the call's seed and the sample's number only."""
+        if not self.draws:
+            yield
+            return
+        own = seed if self.randomness == "same" else seed + (number + 1) * _SEED_STEP
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(own % (1 << 63))
+            python, numbers = random.getstate(), np.random.get_state()
+            random.seed(own)
+            np.random.seed(own % (1 << 32))
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                np.random.set_state(numbers)
+
+    def _one(self, row: list[torch.Tensor], number: int) -> list[torch.Tensor]:
+        args, kwargs = self.batch.unflatten(row)
+        leaves, structure = flatten_outputs(self.func(*args, **kwargs), self.call)
+        if structure != self.structure:
+            raise errors.VariesError(
+                f"{self.call}: the function returns another structure for sample {number} than for "
+                f"the first ({structure} and {self.structure}), so the results cannot be stacked; "
+                "return one structure for all samples"
+            )
+        for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
+            if tuple(t.shape) != spec.shape or t.dtype != spec.dtype:
+                raise errors.VariesError(
+                    f"{self.call}: output {k} of sample {number} is {t.dtype} {tuple(t.shape)}, that "
+                    f"of the first sample {spec.dtype} {spec.shape}, so they cannot be stacked; pad "
+                    "them to one shape, or call the function in a loop"
+                )
+        return leaves if self.tracked else [t.detach() for t in leaves]
+
+
+def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
+    """The loop in the form in which executors take a lowering."""
+    count = len(program.inputs)
+    inputs = [V(i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.inputs)]
+    outputs = [
+        V(count + i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.outputs)
+    ]
+    batched = BatchedProgram(
+        fixed=(),
+        chunk=(),
+        inputs=tuple(inputs),
+        captured=(),
+        literals=(),
+        outputs=tuple(outputs),
+        tiers={"the function itself": "loop"},
+        values=count + len(outputs),
+        results={},
+    )
+    size = sum(
+        v.spec.dtype.itemsize * math.prod(v.spec.shape)
+        for eq in program.equations
+        for v in eq.results()
+    )
+    return Lowered(program, options, batched, loop, Fixes(), frozenset(), Notes(), size)

@@ -1,0 +1,35 @@
+"""What the process remembers of the functions that it has mapped, forgotten at one call."""
+
+from __future__ import annotations
+
+import os
+
+from shardmap.call import first_use
+from shardmap.lower import cache
+from shardmap.trace import repeat
+
+
+def clear_caches() -> None:
+    """Forget every lowering, and what was seen when functions were mapped for the first time.
+
+    The next call of each map records, lowers and checks as if it were the first of the process. What a
+    map with `trace="once"` keeps is its own and stays.
+
+    Example:
+        >>> import torch, shardmap
+        >>> shardmap.vmap(torch.sin)(torch.zeros(3))
+        tensor([0., 0., 0.])
+        >>> shardmap.clear_caches()
+    """
+    first_use.clear()
+    cache.clear()
+    repeat.clear()
+
+
+def _after_fork() -> None:
+    first_use.after_fork()
+    cache.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,137 @@
+"""Compare what a map returned, put together as it is, with what the function returned for two samples.
+
+The lowering has been tried before; what is seen here is the way that really ran: slices, chunks, lanes, workers,
+stores, reductions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from shardmap import errors
+from shardmap._torch import default_generator_states, restore_default_generators
+from shardmap.lower.closeness import close, largest
+from shardmap.planning.split import split
+from shardmap.program.analysis import never_written
+from shardmap.run import local, prepare
+from shardmap.run.base import Job, Output, unheard
+from shardmap.run.lowerings import Samples
+from shardmap.store import Store
+
+
+def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
+    """Compare the rows of stacked results.
+
+    Args:
+        job: The call.
+        found: Its results.
+        expected: What the function returned for the first sample, and the last.
+
+    Raises:
+        MismatchError: A row differs.
+    """
+    for row, sample in _rows(job, expected):
+        for k, (out, t, wanted) in enumerate(zip(job.outputs, found, sample, strict=True)):
+            if out.reduction is None and _comparable(job, k, t, wanted):
+                got = t if out.dim is None else t.select(out.dim, row)
+                _refuse_other(job, k, row, wanted, got)
+
+
+def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> None:
+    """Compare rows that are read back from a store.
+
+    Args:
+        job: The call.
+        store: Where its results are.
+        names: The outputs' names there.
+        expected: What the function returned for the first sample, and the last.
+
+    Raises:
+        MismatchError: A row differs.
+    """
+    for row, sample in _rows(job, expected):
+        for k, (name, wanted) in enumerate(zip(names, sample, strict=True)):
+            if _comparable(job, k, wanted, wanted):
+                _refuse_other(job, k, row, wanted, store.read(name, row, row + 1)[0])
+
+
+def reductions(job: Job, expected: Samples) -> None:
+    """Reduce two samples in two chunks, as all are reduced, and compare with their own results.
+
+    Args:
+        job: The call.
+        expected: What the function returned for the first sample, and the last.
+
+    Raises:
+        MismatchError: The reduction of the two is not that of what the function returned.
+    """
+    reduced = [k for k, out in enumerate(job.outputs) if out.reduction is not None]
+    if not reduced or len(expected) < 2 or job.recording.random or job.grad:
+        return
+    if job.recording.written_inputs:
+        return
+    pair = dataclasses.replace(
+        job, inputs=prepare.samples_at_the_ends(job, 2), samples=2, columns={}, offset=0
+    )
+    on, name = prepare.Devices(pair), str(job.home)
+    states = default_generator_states(job.home)
+    with unheard(), torch.no_grad():
+        cut = split(
+            2, prepare.sites(pair, on, (name,), lambda _: None, False, False), 1, False, None
+        )
+        found = local.run(pair, cut, on)
+    restore_default_generators(states)
+    for k in reduced:
+        wanted = _reduced(job.outputs[k], expected[0][k], expected[1][k])
+        if _comparable(job, k, found[k], wanted):
+            _refuse_other(job, k, None, wanted, found[k])
+
+
+def _reduced(out: Output, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What the reduction of two samples is, computed plainly."""
+    reduction = out.reduction
+    assert reduction is not None
+    first, last = first.detach(), last.detach()
+    if reduction.name in ("max", "min"):
+        return (torch.maximum if reduction.name == "max" else torch.minimum)(first, last)
+    if reduction.name in ("sum", "mean"):
+        total = torch.stack([first, last]).sum(0)
+        return (total / 2).to(out.dtype) if reduction.name == "mean" else total
+    assert reduction.combine is not None
+    total = reduction.combine(first[None], last[None])[0]
+    return total if reduction.finish is None else reduction.finish(total)
+
+
+def _rows(job: Job, expected: Samples) -> list[tuple[int, tuple[torch.Tensor, ...]]]:
+    """The numbers of the samples that the function was run on, each with what it returned."""
+    if job.recording.random:
+        return []
+    return list(zip((0, job.samples - 1), expected, strict=False))
+
+
+def _comparable(job: Job, k: int, t: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether an output holds numbers that must be those of the function."""
+    if isinstance(t, FakeTensor) or isinstance(wanted, FakeTensor) or t.device.type == "meta":
+        return False
+    if job.recording.program.outputs[k].group in never_written(job.recording.program):
+        return False
+    low = prepare.known(job, job.home, several=job.samples > 1)
+    return low is None or k not in low.loose
+
+
+def _refuse_other(
+    job: Job, k: int, row: int | None, wanted: torch.Tensor, got: torch.Tensor
+) -> None:
+    entered = max([largest(wanted), *[largest(t) for t in prepare.samples_at_the_ends(job, 1)]])
+    same = got.shape == wanted.shape and close(wanted, got.to(wanted.device), entered)
+    if not same:
+        what = "the reduction of two samples" if row is None else f"sample {row}"
+        raise errors.MismatchError(
+            f"{job.call}: output {k} of the map is not what the function returned for {what}, although "
+            "its lowering was right when it was tried; use chunk_size=None on one device, or the plain "
+            "loop, and report the function"
+        )

@@ -1,0 +1,355 @@
+"""One call of a mapped function: record or recall, look at it if it is new, plan, run, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap._torch import dispatch_modes, functorch
+from shardmap.call import arguments as edges
+from shardmap.call import confirm
+from shardmap.call.by_sample import SampleLoop, lowering
+from shardmap.call.first_use import FirstUse
+from shardmap.call.gram_passes import compared
+from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
+from shardmap.call.memo import Memory, Prepared
+from shardmap.call.options import Options
+from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.cache import Lowered
+from shardmap.run import local, prepare, storing
+from shardmap.run import ray as on_ray
+from shardmap.run.base import Job, unheard
+from shardmap.store import Header, OutputSpec, Store
+from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.recorder import Recorder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a call stands in."""
+
+    inlined: bool
+    """Whether it is a part of a function that is being recorded: then it has no plan of its own."""
+    transformed: bool
+    """Whether `torch.func` transforms, or forward-mode AD, are active around it."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is around it."""
+        return not (self.inlined or self.transformed)
+
+
+def surroundings() -> Surroundings:
+    """What a call that is made now stands in."""
+    return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
+
+
+def under_recording() -> bool:
+    """Whether the call is made inside a function that is being recorded."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(isinstance(m, Recorder) for m in dispatch_modes())
+
+
+def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
+    """One call of a mapped function."""
+    around = surroundings()
+    if memory is not None and around.plain:
+        remembered = memory.recall(batch)
+        if remembered is not None:
+            prepared = remembered.rebound(batch)
+            refuse_shared_writes(prepared.recording, batch, options.call)
+            use = FirstUse(func, batch, None, options, True, prepared.recording.program)
+            try:
+                return Call(prepared, batch, options, around, use).run()
+            except errors.StaleRecordingError:
+                memory.forget(batch)
+    once = memory is not None and around.plain
+    pair = record(func, batch, options.randomness, once, options.call)
+    use = FirstUse(func, batch, pair, options, once)
+    use.verdict()  # may take another recording for the first one
+    prepared = Prepared(*use.first())
+    if once and memory is not None:
+        memory.keep(batch, prepared)
+    return Call(prepared, batch, options, around, use).run()
+
+
+class Call:
+    """One call that has been recorded.
+
+    Args:
+        prepared: The recording.
+        batch: The call's arguments.
+        options: The call's options.
+        around: What it stands in.
+        use: The function on the call's samples; None for a map whose outputs the function does not
+            return (factors of what it returns).
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        batch: Batch,
+        options: Options,
+        around: Surroundings,
+        use: FirstUse | None,
+    ):
+        self.prepared = prepared
+        self.batch = batch
+        self.options = options
+        self.use = use
+        tangents = has_tangents(batch, prepared.recording.captured)
+        self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
+
+    def run(self) -> Any:
+        """The results, or the store that holds them."""
+        varies = "" if self.use is None else self.use.verdict().varies
+        if varies:
+            return self._run_by_sample(varies)
+        try:
+            return self._run(None)
+        except errors.VariesError as error:
+            if self.use is None or self.around.inlined or self.prepared.recording.written_inputs:
+                raise
+            why = str(error).removeprefix(f"{self.options.call}: ").partition(";")[0]
+            if self.options.strict:
+                raise
+            return self._run_by_sample(self.use.varies(why).varies)
+
+    def _run(self, by_sample: Callable[[LoweringOptions], Lowered] | None) -> Any:
+        prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
+        plain = not around.plain or (
+            torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
+        )
+        comparison = compared(prepared, options, batch.size, plain, several=around.plain)
+        if comparison is not None:
+            if by_sample is not None:
+                raise errors.VariesError(
+                    f"{options.call}: reduce='gram' of a function that is run sample by sample; stack "
+                    "the results (reduce=None) and multiply them"
+                )
+            outputs = comparison.outputs(
+                lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
+            )
+            return unflatten_outputs(outputs, prepared.structure)
+        job = self.job(by_sample)
+        cluster = None if around.inlined else on_ray.asked_for(options.devices)
+        if by_sample is not None:
+            _refuse_elsewhere(job, options, around.inlined, cluster is not None)
+        if options.out is not None:
+            _refuse_store(job, options, around.inlined)
+            with options.watching():
+                store = _into_store(job, options, prepared.structure, cluster)
+            self._confirm(job, None, store, by_sample is not None)
+            return store
+        # Inside another map it is a part of that one, and nobody hears of it.
+        with unheard() if around.inlined else options.watching():
+            if cluster is not None:
+                outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
+            else:
+                outputs = _locally(job, options, around.inlined)
+        self._confirm(job, outputs, None, by_sample is not None)
+        return unflatten_outputs(outputs, prepared.structure)
+
+    def run_flat(self) -> Sequence[torch.Tensor]:
+        """The results, flat."""
+        return flatten_outputs(self._run(None), self.options.call)[0]
+
+    def job(self, by_sample: Callable[[LoweringOptions], Lowered] | None = None) -> Job:
+        """The call as executors take it."""
+        around = self.around
+        job = job_of(
+            self.prepared,
+            self.batch,
+            self.options,
+            around.inlined,
+            around.transformed,
+            pairs_of,
+            by_sample=by_sample,
+        )
+        if self.use is None or by_sample is not None:
+            return job
+        return with_expected(job, self._names(job), self.use)
+
+    def _names(self, job: Job) -> tuple[str, ...]:
+        """The devices on which a new lowering is tried: of a cluster, the one that the samples are on."""
+        inlined = self.around.inlined
+        if not inlined and on_ray.asked_for(self.options.devices) is not None:
+            return (str(job.home),)
+        return names_of(job, self.options, inlined)
+
+    def by_sample(self) -> Callable[[LoweringOptions], Lowered] | None:
+        """What runs the function itself, where samples are known to differ in more than operators."""
+        varies = "" if self.use is None else self.use.verdict().varies
+        return self._loop(varies) if varies else None
+
+    def _run_by_sample(self, why: str) -> Any:
+        return self._run(self._loop(why))
+
+    def _loop(self, why: str) -> Callable[[LoweringOptions], Lowered]:
+        """What runs the function itself, sample by sample.
+
+        Raises:
+            VariesError: `strict=True` refuses it.
+        """
+        options, use = self.options, self.use
+        assert use is not None
+        text = f"{options.call}: {why}"
+        if options.strict:
+            raise errors.VariesError(
+                f"{text}; only a loop over the samples serves such a function, and strict=True refuses "
+                "that: use torch's operators for it, or pass strict=False"
+            )
+        warnings.warn(
+            f"{text}, so the function itself is run sample by sample; use torch's operators for it, "
+            "or pass strict=True to refuse such functions",
+            errors.SlowLoopWarning,
+            stacklevel=2,
+        )
+        program = self.prepared.recording.program
+
+        def instead(how: LoweringOptions) -> Lowered:
+            loop = SampleLoop(
+                use.func,
+                self.batch,
+                self.prepared.structure,
+                [v.spec for v in program.outputs],
+                options.randomness,
+                self.prepared.recording.random,
+                how.grad or how.transformed,
+                options.call,
+            )
+            return lowering(program, how, loop)
+
+        return instead
+
+    def _confirm(
+        self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
+    ) -> None:
+        """Compare what the map gives with what the function returned, where it has been run for that."""
+        use = self.use
+        if use is None or looped or not use.looked or not self.around.plain:
+            return
+        expected = use.expected()
+        if store is not None:
+            confirm.stored(job, store, edges.output_names(self.prepared.structure), expected)
+        elif outputs is not None:
+            confirm.outputs(job, outputs, expected)
+            confirm.reductions(job, expected)
+
+
+def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of two tensors, mapped over many pairs of them in one chunk."""
+    call = edges.call_name(combine, 0)
+    options = Options(
+        0, 0, "error", None, "auto", None, None, None, 0.9, "once", False, False, None, None, False,
+        False, call,
+    )  # fmt: skip
+    memory = Memory(combine, call)
+
+    def pairs(a: torch.Tensor, b: torch.Tensor) -> Any:
+        return run_map(combine, edges.collect((a, b), {}, 0, None, call), options, memory)
+
+    return pairs
+
+
+def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
+    """Refuse to run the function itself where it, and what it reads, are not.
+
+    Raises:
+        VariesError: Other devices, or a cluster, are asked for.
+    """
+    names = [] if cluster else names_of(job, options, inlined)
+    if cluster or any(torch.device(name) != job.home for name in names):
+        raise errors.VariesError(
+            f"{options.call}: the function has to be run sample by sample, where its samples are, and "
+            f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
+            "devices='auto'"
+        )
+
+
+def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
+    """Run on this machine: as one chunk what is small, planned what is not."""
+    names = names_of(job, options, inlined)
+    size = None if inlined else options.chunk_size
+    on = prepare.Devices(job)
+    uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
+    plain = (
+        uncut
+        and len(names) == 1
+        and options.memory_budget is None
+        and not any(o.reduction for o in job.outputs)
+    )
+    if plain and names[0] == str(job.home) and (inlined or prepare.small(job)):
+        return local.run_whole(job, on)
+    cut = split_of(job, on, names, options, inlined)
+    refusal = cut.refusal()
+    if refusal is not None:
+        raise errors.OverBudget(f"{options.call}: {refusal}")
+    return local.run(job, cut, on)
+
+
+def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
+    """Refuse what cannot be written to a store, before anything is made."""
+    call = options.call
+    if inlined or job.transformed:
+        raise errors.OptionError(
+            f"{call}: out= and the call stands inside another map or transform, of which it is a "
+            "part; leave out= away there"
+        )
+    if any(o.requires_grad for o in job.outputs):
+        raise errors.OptionError(
+            f"{call}: out= and an output that requires grad: what is in a store has no history; "
+            "call it under torch.no_grad(), or detach "
+            "what the function returns"
+        )
+    if any(o.reduction is not None for o in job.outputs):
+        raise errors.OptionError(
+            f"{call}: out= and reduce=: what is reduced fits in memory; leave out= away, or map "
+            "twice"
+        )
+    if any(o.dim != 0 for o in job.outputs):
+        raise errors.OptionError(
+            f"{call}: out= and out_dims={options.out_dims!r}: a store holds a row for each sample; "
+            "leave out_dims at 0"
+        )
+
+
+def _into_store(
+    job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
+) -> Store:
+    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
+    sink, on = options.out, prepare.Devices(job)
+    assert sink is not None
+    if cluster is not None:
+        on_ray.refuse(job, options.chunk_size, None)
+    workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
+    unit = storing.unit_of(job, options.chunk_size, sink if options.resume else None, workers)
+    job = on.job = dataclasses.replace(job, unit=unit)
+    cut = (
+        split_of(job, on, names_of(job, options, False), options, False)
+        if cluster is None
+        else None
+    )
+    refusal = None if cut is None else cut.refusal()
+    if refusal is not None:
+        raise errors.OverBudget(f"{options.call}: {refusal}")
+    names = edges.output_names(structure)
+    specs = tuple(
+        [OutputSpec(name, o.shape, o.dtype) for name, o in zip(names, job.outputs, strict=True)]
+    )
+    attributes = {"call": options.call, "torch": torch.__version__}
+    header = Header(job.samples, unit, specs, storing.identity(job, unit), attributes)
+    store = sink.create(header, resume=options.resume)
+    if cut is not None:
+        local.run(job, cut, on, store)
+    elif cluster is not None:
+        on_ray.run(job, options.chunk_size, cluster, options.budget, store)
+    return store

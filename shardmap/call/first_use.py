@@ -1,0 +1,279 @@
+"""What is looked at when a function is mapped for the first time: it is run on a second sample.
+
+The recording of one sample stands for all others. Whether it may is seen by running the function on the
+last sample as well: both recordings must be the same program with the same constants. What varies came
+to python by a door that is no operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardmap import errors
+from shardmap.call.options import Options
+from shardmap.lower.cache import Kept
+from shardmap.program.ir import Program
+from shardmap.trace.batch import Batch
+from shardmap.trace.compare import difference
+from shardmap.trace.record import record
+from shardmap.trace.recording import Recording
+
+logger = logging.getLogger("shardmap")
+
+Pair = tuple[Recording, pytree.TreeSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What running a function on a second sample has shown."""
+
+    varies: str = ""
+    """What differs by sample although no operator shows it; empty if nothing does."""
+    alone: str = ""
+    """Why the function was run on one sample only."""
+
+
+_verdicts = Kept(512)
+_quick = Kept(512)
+"""The same verdicts by address of their programs, which the values hold: a program that was expected
+and came is not hashed again."""
+
+
+def clear() -> None:
+    """Forget what was seen."""
+    _verdicts.clear()
+    _quick.clear()
+
+
+def after_fork() -> None:
+    """Make the locks of this module new."""
+    _verdicts.after_fork()
+    _quick.after_fork()
+
+
+class FirstUse:
+    """One call's samples, run as far as somebody asks for them.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        pair: The recording of the first sample, and the structure of what was returned; None if
+            the recording is one of an earlier call.
+        options: The call's.
+        once: Whether the recording is kept for later calls.
+        program: Of the recording of an earlier call.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        batch: Batch,
+        pair: Pair | None,
+        options: Options,
+        once: bool,
+        program: Program | None = None,
+    ):
+        self.looked = False
+        """Whether the function has been run to be compared."""
+        self._program = program
+        self.func = func
+        self.batch = batch
+        self.options = options
+        self.once = once
+        self._first = pair
+        self._last: Pair | None = None
+        self._alone = ""
+
+    def _record(self, number: int) -> Pair:
+        options = self.options
+        return record(
+            self.func, self.batch, options.randomness, self.once, options.call, number=number
+        )
+
+    def first(self) -> Pair:
+        """The recording of the first sample."""
+        if self._first is None:
+            self.looked = True
+            self._first = self._record(0)
+        return self._first
+
+    def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """What the function returns for the first sample, and for the last if it can be run on it."""
+        if self.options.check == "off" or not self.batch.size:
+            return ()
+        self.looked = True
+        first, _ = self.first()
+        rows = [first.sample]
+        if self.batch.size > 1:
+            self._run_last()
+            if self._last is not None:
+                rows.append(self._last[0].sample)
+        return tuple(rows)
+
+    def verdict(self) -> Verdict:
+        """What a second sample shows of this function and this recording; looked at once.
+
+        Raises:
+            EscapeError: The function does something else each time that it is called.
+        """
+        check, size = self.options.check, self.batch.size
+        if check == "off" or size < 2:
+            return Verdict()
+        program = self._program or self.first()[0].program
+        key = identity(self.func)
+        if check == "always" or key is None:
+            return self._look()
+        quick = key, id(program), self.options.randomness
+        known = _quick.get(quick)
+        if known is not None and known[0] is program:
+            return known[1]
+        # No lock is held while the user's function runs: two threads may both look.
+        whole = key, program, self.options.randomness
+        found = _verdicts.get(whole)
+        if found is None:
+            found = self._look()
+            _verdicts.replace(whole, found)
+        _quick.replace(quick, (program, found))
+        return found
+
+    def varies(self, why: str) -> Verdict:
+        """Remember that samples differ where the recordings of the first and the last did not."""
+        key, found = identity(self.func), Verdict(varies=why)
+        program = self._program if self._first is None else self._first[0].program
+        if key is not None and program is not None:
+            _verdicts.replace((key, program, self.options.randomness), found)
+            _quick.replace((key, id(program), self.options.randomness), (program, found))
+        return found
+
+    def _look(self) -> Verdict:
+        self._run_last()
+        if self._last is None:
+            return Verdict(alone=self._alone)
+        first, structure = self.first()
+        found = self._difference((first, structure), self._last)
+        if found is None:
+            return Verdict()
+        again = self._record(0)
+        if self._difference((first, structure), again) is None:
+            return Verdict(varies=found)
+        if self._difference(again, self._last) is None:
+            self._first = (
+                again  # the first run made something that later ones find: caches, lazy modules
+            )
+            return Verdict()
+        raise errors.EscapeError(
+            f"{self.options.call}: the function does something else each time that it is called ("
+            f"{found}): it reads what an earlier call has changed, such as a counter, an iterator or "
+            "the clock; pass what changes as an argument, one for each sample"
+        )
+
+    def _difference(self, first: Pair, second: Pair) -> str | None:
+        if first[1] != second[1]:
+            return "it returns another structure for one sample than for another"
+        return difference(first[0], second[0])
+
+    def _run_last(self) -> None:
+        """Run the function on the last sample, unless it cannot be run twice."""
+        if self._last is not None or self._alone:
+            return
+        self.looked = True
+        self.first()
+        number = self.batch.size - 1
+        try:
+            self._last = self._record(number)
+        except errors.ShardmapError:
+            raise
+        except Exception as error:
+            text = str(error).partition("\n")[0]
+            if not _consumed(error):
+                self._record(0)  # an error of the last sample's own is the user's to see
+                raise
+            self._alone = (
+                "The function was compared on the first sample alone: it frees the graph that it "
+                f"differentiates, so it cannot be run twice ({text[:60]})."
+            )
+            logger.debug("%s: %s", self.options.call, self._alone)
+
+
+def _consumed(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
+        error
+    )
+
+
+def identity(func: Callable[..., Any]) -> Hashable | None:
+    """What tells the code of a function from that of others; None if nothing does.
+
+    Two closures of one code are the same function to us unless they close over different code: what
+    else they close over is in their recordings.
+    """
+    return _identity(func, frozenset())
+
+
+def _identity(value: Any, seen: frozenset[int]) -> Hashable | None:
+    if id(value) in seen:
+        return "itself"
+    seen = seen | {id(value)}
+    if isinstance(value, types.MethodType):
+        return "method", _identity(value.__func__, seen), _identity(value.__self__, seen)
+    if isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        return ("partial", *[_part(part, seen) for part in parts])
+    if isinstance(value, types.FunctionType):
+        parts = [*(value.__defaults__ or ()), *_cells(value)]
+        wrapped = getattr(value, "__wrapped__", None)
+        return (value.__code__, *[_part(part, seen) for part in parts], _part(wrapped, seen))
+    if isinstance(value, types.BuiltinFunctionType | torch._ops.OpOverload | type):
+        return value
+    try:
+        return _Token.of(value)
+    except TypeError:  # no weak references: nobody would know when it is another
+        return None
+
+
+def _part(value: Any, seen: frozenset[int]) -> Hashable | None:
+    """What a part of a function adds to its identity: its code, if it has any."""
+    if callable(value) and not isinstance(value, torch.Tensor):
+        return _identity(value, seen)
+    return None
+
+
+def _cells(func: types.FunctionType) -> list[Any]:
+    found = []
+    for cell in func.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            found.append(None)
+    return found
+
+
+class _Token:
+    """Stands for one object: equal to no other, nor to what comes after it at its address."""
+
+    _by_id: dict[int, tuple[weakref.ref[Any], _Token]] = {}
+
+    @staticmethod
+    def of(value: Any) -> _Token:
+        """The token of an object."""
+        entry = _Token._by_id.get(id(value))
+        if entry is not None and entry[0]() is value:
+            return entry[1]
+        key, token = id(value), _Token()
+
+        def forget(reference: weakref.ref[Any]) -> None:
+            held = _Token._by_id.get(key)
+            if held is not None and held[0] is reference:
+                _Token._by_id.pop(key, None)
+
+        _Token._by_id[key] = weakref.ref(value, forget), token
+        return token

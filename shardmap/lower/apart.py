@@ -1,0 +1,191 @@
+"""Where a replay and the recording part: operator by operator, each from the recorded operands.
+
+Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not show a
+wrong rule. Here every batched call is given the operands that the samples' own calls had. Then each
+result differs by the rounding of one operator only, and what differs by more is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap._torch import has_internal_overlap
+from shardmap.lower.batched import BatchedProgram
+from shardmap.lower.closeness import OPERATOR_TOLERANCE, close, largest
+from shardmap.lower.trial import Trial, arguments
+from shardmap.program.analysis import random_call
+from shardmap.program.ir import Equation, Param, Program, SampleDevice, Var, variables
+from shardmap.program.operators import op_info
+from shardmap.rules.lowering import V
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What comparing operator by operator found."""
+
+    wrong: dict[int, str]
+    """By number of the recorded call: how its batched result differs."""
+    outputs: list[torch.Tensor]
+    """The outputs of the batched program, computed from the recorded operands."""
+    samples: list[list[torch.Tensor]]
+    """The outputs of each sample, computed by the recorded calls."""
+
+
+def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
+    """Compare each batched call with the recorded one, both given the samples' own operands.
+
+    Args:
+        program: What one sample does.
+        batched: The same for a batch, each sample's values kept (nothing summed or from factors).
+        trial: The samples.
+    """
+    samples = [_Sample(program, trial, row) for row in range(trial.size)]
+    env = trial.bound(batched)
+    value = trial.values(env)
+    calls = sorted((*batched.fixed, *batched.chunk), key=lambda call: call.equation)
+    last: dict[int, int] = {v.index: len(calls) for v in batched.outputs}
+    for i, call in enumerate(calls):
+        for v in arguments(call):
+            last[v.index] = i
+    wrong: dict[int, str] = {}
+    for i, call in enumerate(calls):
+        for sample in samples:
+            sample.advance(min(call.equation, len(program.equations) - 1))
+        out = call.target(*[value(a) for a in call.args], **{k: value(v) for k, v in call.kwargs})
+        if call.outs:
+            for index, t in zip(call.outs, out if call.several else (out,), strict=True):
+                if index is None:
+                    continue
+                env[index] = t
+                if index in batched.results:
+                    eq = program.equations[call.equation]
+                    difference = _settle(eq, *batched.results[index], t, samples)
+                    if difference is not None:
+                        wrong.setdefault(call.equation, difference)
+        if call.writes and call.equation < len(program.equations):
+            _copy_written(program.equations[call.equation], call, env, samples, batched)
+        for v in arguments(call):
+            if last[v.index] == i:
+                env.pop(v.index, None)
+    for sample in samples:
+        sample.advance(len(program.equations) - 1)
+    outputs = [env[v.index] for v in batched.outputs]
+    return Apart(wrong, outputs, [sample.outputs() for sample in samples])
+
+
+def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample]) -> str | None:
+    """Compare a batched result with the samples' own, then put those in its place."""
+    own = [sample.env.get(var.index) for sample in samples]
+    if any(s is None for s in own):
+        return None  # dead in the recording by now: made again where it is used
+    found: str | None = None
+    entered = max((largest(s) for sample in samples for s in sample.operands), default=0.0)
+    entered = max([entered, *[largest(s) for s in own if s is not None]])
+    if not random_call(eq) and not op_info(eq.op).uninitialised:
+        for row, s in enumerate(own):
+            assert s is not None
+            if not close(s, t[row].to(s.device), entered, OPERATOR_TOLERANCE):
+                name = eq.op.name().removeprefix("aten::")
+                found = f"{name}: sample {'first' if row == 0 else 'last'} of the trial differs"
+                break
+    if t.shape[0] and has_internal_overlap(t) != 1:
+        with torch.no_grad():
+            for row, s in enumerate(own):
+                assert s is not None
+                t[row].copy_(s)
+    return found
+
+
+def _copy_written(
+    eq: Equation, call: Any, env: dict[int, Any], samples: list[_Sample], batched: BatchedProgram
+) -> None:
+    """Put the samples' own values into memory that a call has written."""
+    known = {v.index: var for var, v in batched.results.values()}
+    for v in arguments(call):
+        var, t = known.get(v.index), env.get(v.index)
+        if var is None or t is None or has_internal_overlap(t) == 1:
+            continue
+        own = [sample.env.get(var.index) for sample in samples]
+        if all(s is not None and s.shape == t.shape[1:] for s in own):
+            with torch.no_grad():
+                for row, s in enumerate(own):
+                    t[row].copy_(s)
+
+
+class _Sample:
+    """One sample, computed by the recorded calls themselves."""
+
+    def __init__(self, program: Program, trial: Trial, row: int):
+        self.program = program
+        self.trial = trial
+        self.env: dict[int, Any] = {}
+        self.operands: list[torch.Tensor] = []
+        """The tensors that the last call was given."""
+        self.next = 0
+        inputs = [t[row] for t in trial.own_inputs()]
+        names = (*program.inputs, *program.captured, *program.literals)
+        for var, t in zip(names, (*inputs, *trial.captured, *trial.own_literals()), strict=True):
+            self.env[var.index] = t
+        self.last: dict[int, int] = {}
+        for i, eq in enumerate(program.equations):
+            for var in eq.inputs():
+                self.last[var.index] = i
+            for var in eq.results():
+                self.last.setdefault(var.index, i)
+        for var in program.outputs:
+            self.last[var.index] = len(program.equations)
+
+    def advance(self, number: int) -> None:
+        """Run the recorded calls up to this one."""
+        while self.next <= number:
+            eq = self.program.equations[self.next]
+            for var in self._ended(self.next - 1):
+                self.env.pop(var, None)
+            self._run(eq)
+            self.next += 1
+
+    def _ended(self, number: int) -> Iterable[int]:
+        if number < 0:
+            return ()
+        eq = self.program.equations[number]
+        used = {var.index for var in (*eq.inputs(), *eq.results())}
+        return [index for index in used if self.last[index] <= number]
+
+    def _run(self, eq: Equation) -> None:
+        if eq.answer is not None and eq.answer[0] == "value":
+            return
+        args = [self._value(a) for a in eq.args]
+        kwargs = {k: self._value(a) for k, a in eq.kwargs}
+        self.operands = [self.env[var.index] for var in eq.inputs()]
+        out = eq.op(*args, **kwargs)
+        results = list(_tensors(out))
+        names = list(variables(eq.outs))
+        if len(results) == len(names):
+            for var, t in zip(names, results, strict=True):
+                self.env[var.index] = t
+
+    def _value(self, arg: Any) -> Any:
+        kind = type(arg)
+        if kind is Var:
+            return self.env[arg.index]
+        if kind is tuple or kind is list:
+            return [self._value(a) for a in arg]
+        if kind is Param:
+            return self.trial.scalars[arg.scalar]
+        return self.trial.device if kind is SampleDevice else arg
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What the program returns for this sample."""
+        return [self.env[var.index] for var in self.program.outputs]
+
+
+def _tensors(out: Any) -> Iterable[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, tuple | list):
+        for item in out:
+            yield from _tensors(item)

@@ -1,0 +1,75 @@
+"""When two results count as the same: kernels for batches round differently than those for one sample."""
+
+from __future__ import annotations
+
+import torch
+
+OUTPUT_TOLERANCE = {
+    torch.float64: 1e-7,
+    torch.complex128: 1e-7,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Of the largest entry of an output. Wide, because rounding adds up along a program; where outputs
+differ by more, the operators are compared one by one before anything is called wrong."""
+
+OPERATOR_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+"""Of the largest entry of one operator's result, computed from the same operands."""
+
+ROUNDINGS = 100
+"""Times the rounding error of the largest magnitude that entered: what is left where all cancels."""
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest finite magnitude in a floating-point tensor; 0 for any other."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return 0.0
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    magnitudes = tensor.detach().resolve_conj().resolve_neg().abs()
+    return float(magnitudes.where(magnitudes.isfinite(), 0).max())
+
+
+def close(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    entered: float,
+    tolerances: dict[torch.dtype, float] = OUTPUT_TOLERANCE,
+) -> bool:
+    """Whether two results of one shape and dtype agree.
+
+    Args:
+        a: The result that is known to be right.
+        b: The other one.
+        entered: The largest magnitude of the operands. Where everything cancels (the gradient of a
+            bias before a normalisation), what is left is rounding of the magnitudes that entered,
+            not of the result.
+        tolerances: By dtype, as part of the largest entry of `a`.
+    """
+    a, b = (t.detach().resolve_conj().resolve_neg() for t in (a, b))
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    if not a.numel():
+        return True
+    tolerance = tolerances.get(a.dtype)
+    eps = torch.finfo(a.dtype).eps
+    if tolerance is None or a.dtype in (torch.float16, torch.bfloat16):
+        tolerance = 0.1 if tolerance is None else tolerance  # 8-bit floats
+        a, b = a.float(), b.float()
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return False
+    if not torch.equal(torch.isnan(a), torch.isnan(b)):
+        return False
+    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+    limit = tolerance * float(a.abs().max()) + ROUNDINGS * eps * entered
+    return bool((a - b).abs().max() <= limit)

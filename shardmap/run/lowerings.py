@@ -1,0 +1,108 @@
+"""The lowerings of one call: for each kind of device, and for chunks of one sample and of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from shardmap.lower import cache
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.cache import Lowered, Notes
+from shardmap.lower.trial import Trial
+from shardmap.trace.recording import Recording
+
+Samples = tuple[tuple[torch.Tensor, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowerings:
+    """How one call's program is lowered; each lowering is asked of the cache when it is needed.
+
+    A program that is found by its identity costs nothing; one that is new is tried on samples.
+    """
+
+    recording: Recording
+    options: LoweringOptions
+    """For any device; the kind is put in."""
+    layout: tuple[bool, ...]
+    """For each input, whether samples lie one after another in memory."""
+    expected: Samples = ()
+    """What the function returns for the first sample, and the last; empty if it was not run."""
+    fixes: Fixes = field(default_factory=Fixes)
+    """What another process has found to be needed."""
+    instead: Lowered | None = None
+    """What runs in the place of any lowering: the function itself, sample by sample."""
+
+    def how(self, device_type: str) -> LoweringOptions:
+        """The options for a kind of device."""
+        options = self.options
+        return (
+            options
+            if options.device_type == device_type
+            else replace(options, device_type=device_type)
+        )
+
+    def outline(self, device_type: str) -> BatchedProgram:
+        """The batched program as the rules give it: which outputs differ by sample, what is summed."""
+        if self.instead is not None:
+            return self.instead.batched
+        recording = self.recording
+        return cache.draft(recording.program, self.how(device_type), self.layout, recording.sources)
+
+    def notes(self, device_type: str) -> Notes:
+        """What has been learned of the program on this kind of device."""
+        if self.instead is not None:
+            return self.instead.notes
+        return cache.notes(self.recording.program, self.how(device_type), self.layout)
+
+    def on(
+        self,
+        device: torch.device,
+        size: int,
+        slices: bool,
+        inputs: Callable[[], Sequence[torch.Tensor]],
+        captured: Sequence[torch.Tensor],
+        literals: Sequence[torch.Tensor],
+        seed: int,
+    ) -> Lowered:
+        """The lowering for chunks on `device`, tried there on the call's samples if it is new.
+
+        Args:
+            device: Where the chunks run.
+            size: How many samples it is tried on: 0, 1 or 2.
+            slices: Whether outputs may be computed into slices of a result.
+            inputs: Makes the samples, `[size, *shape]` each, on the device.
+            captured: The captured tensors, there.
+            literals: The literals, there.
+            seed: For random draws.
+        """
+        if self.instead is not None:
+            return self.instead
+        recording = self.recording
+
+        def tried() -> Trial:
+            return Trial(
+                device,
+                seed,
+                size,
+                tuple(inputs()),
+                tuple(captured),
+                tuple(literals),
+                recording.scalars,
+                recording.written_inputs,
+                self.expected[:size],
+                recording.random,
+            )
+
+        return cache.lowered(
+            recording.program,
+            self.how(device.type),
+            self.layout,
+            size,
+            recording.sources,
+            tried,
+            slices,
+            self.fixes,
+        )

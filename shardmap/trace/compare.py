@@ -1,0 +1,112 @@
+"""Whether two recordings of a function, on different samples, are the same program with the same constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardmap.program.ir import Equation, Program
+from shardmap.trace.recording import Recording
+from shardmap.trace.repeat import alike
+
+
+def difference(first: Recording, second: Recording) -> str | None:
+    """What the function did otherwise for the second sample, in words; None if nothing.
+
+    Everything that the function took from python counts: operators and their arguments, shapes,
+    numbers, tensors made of python data, and the values of tensors that were made where the recorder
+    does not look (numpy, threads, files).
+    """
+    found = _program_difference(first.program, second.program)
+    if found is not None:
+        return found
+    for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
+        if a.hex() != b.hex():
+            where = _where(first.program, number)
+            return f"a number that python computed is {a:g} for one sample and {b:g} for another{where}"
+    for a, b in zip(first.literals, second.literals, strict=True):
+        if not same_values(a, b):
+            return (
+                f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for one "
+                f"sample and {_shown(b)} for another"
+            )
+    for a, b in zip(first.captured, second.captured, strict=True):
+        if a is not b and not same_values(a, b):
+            return (
+                f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators (numpy, "
+                f"a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for another"
+            )
+    return None
+
+
+def _program_difference(first: Program, second: Program) -> str | None:
+    if first is second:
+        return None
+    for a, b in zip(first.equations, second.equations, strict=False):
+        if a.op is not b.op:
+            return f"it calls {_name(a)} for one sample where it calls {_name(b)} for another"
+        if not _same(a, b):
+            return f"{_name(a)} is called as `{a}` for one sample and as `{b}` for another"
+    if len(first.equations) != len(second.equations):
+        longer = max(first.equations, second.equations, key=len)
+        shorter = min(len(first.equations), len(second.equations))
+        return f"it calls {_name(longer[shorter])} for one sample and stops before for another"
+    for name in ("inputs", "captured", "literals", "outputs"):
+        if getattr(first, name) != getattr(second, name):
+            return f"its {name} are {_specs(getattr(first, name))} for one sample and {_specs(getattr(second, name))} for another"
+    if not alike(first.types, second.types) or first.scalars != second.scalars:
+        return "it takes other numbers from python for one sample than for another"
+    if first.output_flags != second.output_flags:
+        return "other outputs require grad for one sample than for another"
+    return None
+
+
+def _same(a: Equation, b: Equation) -> bool:
+    return (
+        a[3:] == b[3:]
+        and alike(a.args, b.args)
+        and alike(a.kwargs, b.kwargs)
+        and alike(a.answer, b.answer)
+    )
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaNs included."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
+        return False
+    if a.device.type == "meta":
+        return True
+    a, b = a.detach(), b.detach()
+    if a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
+    if torch.equal(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    equal = (a == b) | (a.isnan() & b.isnan())
+    return bool(equal.all())
+
+
+def _name(eq: Equation) -> str:
+    return eq.op.name().removeprefix("aten::")
+
+
+def _where(program: Program, scalar: int) -> str:
+    for eq in program.equations:
+        for value in (*eq.args, *[v for _, v in eq.kwargs]):
+            if getattr(value, "scalar", None) == scalar:
+                return f", in a call of {_name(eq)}"
+    return ""
+
+
+def _specs(values: Sequence[Any]) -> str:
+    return ", ".join(str(v.spec) for v in values) or "none"
+
+
+def _shown(t: torch.Tensor) -> str:
+    flat = t.detach().flatten()[:3].tolist()
+    more = ", ..." if t.numel() > 3 else ""
+    return f"[{', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in flat)}{more}]"
