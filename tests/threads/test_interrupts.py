@@ -41,7 +41,9 @@ def entered_by_halves() -> Iterator[None]:
         forward_ad.enter_dual_level()
         torch.autocast_increment_nesting()
         torch.set_autocast_enabled("cpu", True)
-        torch._C._autograd._push_saved_tensors_default_hooks(id, id)  # type: ignore[attr-defined]
+        hooks: Any = torch._C._autograd  # type: ignore[attr-defined]
+        hooks._saved_tensors_hooks_enable()  # torch.func.grad refuses them
+        hooks._push_saved_tensors_default_hooks(id, id)
         torch._C._InferenceMode(True).__enter__()  # type: ignore[attr-defined]
         torch._C._set_grad_enabled(False)
         functorch.set_inplace_requires_grad_allowed(True)
