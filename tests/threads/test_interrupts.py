@@ -19,9 +19,8 @@ functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 x = torch.arange(12.0).view(3, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_interrupts(seed: int) -> None:
-    assert process.run("interrupted", 25, seed, seconds=150) == "25 interrupts\n"
+def test_interrupts() -> None:
+    assert process.run("interrupted", 30, 0, seconds=200) == "30 interrupts\n"
 
 
 @pytest.mark.slow
