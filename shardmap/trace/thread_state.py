@@ -305,9 +305,9 @@ def _interrupt_behind(error: BaseException | None) -> BaseException | None:
 
 
 _UNWINDING = (
-    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(str(torch.__file__)), ""),
     os.path.join(os.path.dirname(__file__), "surroundings.py"),
-    contextlib.__file__,
+    str(contextlib.__file__),
 )
 """Where the code lies that raises on its way out."""
 
