@@ -13,10 +13,10 @@ from typing import Any
 
 from shardmap._extras import require
 from shardmap.errors import OptionError
-from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG
 from shardmap.planning.split import Split
 from shardmap.planning.table import format_seconds
 from shardmap.run.base import ChunkDone, ChunkRedone, Event, RunFinished, RunStarted
+from shardmap.run.palette import FAINT, INK, RIGHT, WRONG
 from shardmap.run.progress import Outermost
 
 DPI = 150

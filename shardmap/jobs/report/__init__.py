@@ -5,14 +5,11 @@ run folder.
 """
 
 from shardmap.jobs.report.pieces import (
-    FAINT,
-    INK,
-    RIGHT,
-    WRONG,
     Tile,
     contact_sheet,
     format_table,
     write_csv,
 )
+from shardmap.run.palette import FAINT, INK, RIGHT, WRONG
 
 __all__ = ["FAINT", "INK", "RIGHT", "WRONG", "Tile", "contact_sheet", "format_table", "write_csv"]

@@ -11,11 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from shardmap._extras import require
-
-INK = "#1f2430"
-FAINT = "#8a90a0"
-WRONG = "#c8321f"
-RIGHT = "#2a6fb0"
+from shardmap.run.palette import FAINT, INK, WRONG
 
 
 @dataclass(frozen=True)
