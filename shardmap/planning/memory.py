@@ -4,14 +4,14 @@ Fixed bytes and bytes per sample, on each device, solved for the largest chunk t
 
 The words, as they are used everywhere here:
 
-- *resident*: bytes that are there during the whole run, whatever the chunk: the stacked result where
-  it is collected, captured tensors copied to the device, values that do not depend on the sample,
+- *resident*: bytes that are there during the whole run, whatever the chunk: the stacked result
+  where it is collected, captured tensors copied to the device, values that do not depend on the sample,
   and the activations that outer autograd saved of finished chunks.
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs
   before they are moved.
 - *scale*: measured over predicted bytes of a chunk: kernels' workspaces and the allocator's gaps.
-- *margin*: bytes that a process needs besides: kernels' buffers per thread and the allocator's gaps.
-  A twenty-fifth, at most 32 MiB.
+- *margin*: bytes that a process needs besides: kernels' buffers per thread and the allocator's
+  gaps. A twenty-fifth, at most 32 MiB.
 - *peak*: resident + scale * chunk + margin, an upper bound.
 - *budget*: bytes that the map may add to those in use on the device when it begins.
 """

@@ -222,13 +222,13 @@ class Receipt:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Receipt:
         """Back from `to_json`; raises KeyError or TypeError on anything else."""
-        numbers = [data[key] for key in ("unit", "start", "stop", "bytes")]
+        unit, start, stop, size = (data[key] for key in ("unit", "start", "stop", "bytes"))
         checksums = data["checksums"]
-        if not all(map(_is_count, numbers)) or not isinstance(checksums, list):
+        if not all(map(_is_count, (unit, start, stop, size))) or not isinstance(checksums, list):
             raise TypeError("a receipt holds four whole numbers and a list of checksums")
         if not all(isinstance(text, str) for text in checksums):
             raise TypeError("a checksum is a text")
-        return Receipt(*numbers, tuple(checksums))
+        return Receipt(unit, start, stop, size, tuple(checksums))
 
     def misfit(self, header: Header) -> str | None:
         """The first field that no unit of a store with this header has, in words."""
