@@ -51,6 +51,8 @@ class Observation:
     backward."""
     costs: tuple[OpCost, ...]
     """By recorded operator, in the order of first use."""
+    backward: tuple[Level, ...] = ()
+    """As `levels`, of a chunk whose gradients are computed at once; none without outer autograd."""
 
     @property
     def calls(self) -> int:
