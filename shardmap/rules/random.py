@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
 from shardmap.rules import philox as draws
 from shardmap.rules.fallback import _fill, _split
@@ -20,8 +21,6 @@ from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import SEED, START, B, Lowering, V
 from shardmap.rules.promote import aligned
 from shardmap.rules.registry import overloads, register
-
-aten = torch.ops.aten
 
 
 def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *parameters: Any) -> V:
@@ -92,7 +91,7 @@ def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     function, *parameters = chosen
     spec = next(eq.results()).spec
     out = draw(b, function, spec, spec.dtype, *parameters)
-    if not eq.op._schema.is_mutable:
+    if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
     return None
@@ -114,7 +113,7 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         dtype=torch.bool,
     )
     out = b.cast(below, spec.dtype)
-    if not eq.op._schema.is_mutable:
+    if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
     return None

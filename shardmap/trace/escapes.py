@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import functorch, mkldnn
+from shardmap._torch import functorch, mkldnn, set_data, storage_id, typed_storage
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.recording import element
 
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
 """Functions that make a tensor from python data, and the position of that data."""
 
-_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+_SET_DATA: Any = set_data
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -44,7 +44,7 @@ _READS: dict[Any, tuple[str, str]] = {
     Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
     Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
     Tensor.storage: ("storage()", "use torch's operators"),
-    Tensor._typed_storage: ("a Storage", "use torch's operators"),
+    typed_storage: ("a Storage", "use torch's operators"),
     Tensor.set_: ("set_", "build the tensor with torch's operators"),
     Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
     _SET_DATA: (".data = ", "use copy_ under torch.no_grad()"),
@@ -137,7 +137,7 @@ class Doors(TorchFunctionMode):
             return memo[id(tensor)]
         with torch.no_grad():
             clone = tensor.clone()
-        memory = f"memory {element(tensor).untyped_storage()._cdata}"
+        memory = f"memory {storage_id(element(tensor).untyped_storage())}"
         if clone.stride() != tensor.stride() or memory in memo:
             return None
         memo[id(tensor)] = memo[memory] = clone.requires_grad_(tensor.requires_grad)

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from shardmap import errors
-from shardmap._torch import functorch, has_internal_overlap
+from shardmap._torch import dispatch_modes, functorch, has_internal_overlap, pytree, storage_id
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
@@ -112,9 +110,7 @@ def _recorded(
     number: int,
     zeros_have_memory: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
-    outer = next(
-        (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
-    )
+    outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
@@ -257,11 +253,11 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
                 f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what "
                 "earlier ones wrote; pass a clone"
             )
-        address = tensor.untyped_storage()._cdata
+        address = storage_id(tensor.untyped_storage())
         others = [t for k, t in enumerate(tensors) if k != number] + [
             element(t) for t in recording.captured
         ]
-        if any(t.untyped_storage()._cdata == address for t in others):
+        if any(storage_id(t.untyped_storage()) == address for t in others):
             raise errors.CapturedWriteError(
                 f"{call}: the function writes in place to mapped argument {number}, whose memory "
                 "another argument or a captured "

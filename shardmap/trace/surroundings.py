@@ -10,15 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
-from shardmap._torch import cudnn, functorch, transformer_fast_paths
+from shardmap._torch import (
+    cudnn,
+    dispatch_modes,
+    enter_vmap_level,
+    function_modes,
+    functorch,
+    interpreters_aside,
+    leave_vmap_level,
+    pop_dispatch_mode,
+    pop_function_mode,
+    push_dispatch_mode,
+    push_function_mode,
+    transformer_fast_paths,
+)
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
 
@@ -37,15 +43,15 @@ def transforms_set_aside() -> Iterator[int]:
     depth = top.level()
     allowed = functorch.get_inplace_requires_grad_allowed()
     try:
-        with temporarily_clear_interpreter_stack():
+        with interpreters_aside():
             for _ in range(depth):
-                functorch._vmap_increment_nesting(1, "same")
+                enter_vmap_level(1, "same")
             functorch.set_inplace_requires_grad_allowed(True)
             try:
                 yield depth
             finally:
                 for _ in range(depth):
-                    functorch._vmap_decrement_nesting()
+                    leave_vmap_level()
     finally:
         functorch.set_inplace_requires_grad_allowed(allowed)
 
@@ -81,15 +87,15 @@ def outer_recordings_suspended() -> Iterator[None]:
 
     An inner map's sample must not be recorded by the outer map: only the inner replay is.
     """
-    dispatch = list(_get_current_dispatch_mode_stack())
-    function = list(_get_current_function_mode_stack())
+    dispatch = list(dispatch_modes())
+    function = list(function_modes())
     if not any(isinstance(m, Recorder) for m in dispatch):
         yield
         return
     for _ in dispatch:
-        _pop_dispatch_mode()
+        pop_dispatch_mode()
     for _ in function:
-        _pop_function_mode()
+        pop_function_mode()
     try:
         with contextlib.ExitStack() as stack:
             for mode in (*function, *dispatch):
@@ -98,9 +104,9 @@ def outer_recordings_suspended() -> Iterator[None]:
             yield
     finally:
         for mode in function:
-            _push_function_mode(mode)
+            push_function_mode(mode)
         for mode in dispatch:
-            _push_dispatch_mode(mode)
+            push_dispatch_mode(mode)
 
 
 class RandomStates:

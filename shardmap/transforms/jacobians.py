@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.planning.device import Budget
