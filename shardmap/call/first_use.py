@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
 from shardmap.program.ir import Program
@@ -233,7 +233,7 @@ def _identity(value: Any, seen: frozenset[int]) -> Hashable | None:
         parts = [*(value.__defaults__ or ()), *_cells(value)]
         wrapped = getattr(value, "__wrapped__", None)
         return (value.__code__, *[_part(part, seen) for part in parts], _part(wrapped, seen))
-    if isinstance(value, types.BuiltinFunctionType | torch._ops.OpOverload | type):
+    if isinstance(value, types.BuiltinFunctionType | OpOverload | type):
         return value
     try:
         return _Token.of(value)

@@ -327,7 +327,7 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation 
     low, recording = ready.low, job.recording
     captured = [t.detach().requires_grad_(t.requires_grad) for t in ready.captured]
     chunk = low.replay.marked(slices=False)
-    state = torch.default_generator.get_state()
+    states = default_generator_states(ready.device)
     inputs: list[torch.Tensor] = []
 
     def known(size: int) -> Sequence[torch.Tensor]:
@@ -359,7 +359,7 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation 
             logger.info("%s: the backward pass cannot be watched: %s", job.call, error)
             return None
         finally:
-            torch.default_generator.set_state(state)
+            restore_default_generators(states)
 
 
 def _copy_of(t: torch.Tensor) -> torch.Tensor:
