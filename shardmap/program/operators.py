@@ -191,6 +191,8 @@ def _functional(op: torch._ops.OpOverload, name: str) -> Any:
 
     None for `resize_` and its kin.
     """
+    if name == "set_":  # other memory, not a view
+        return None
     packet = getattr(aten, _VIEWS_IN_PLACE.get(name, name.removesuffix("_")), None)
     kinds = [str(a.type) for a in op._schema.arguments]
     for overload in packet.overloads() if packet is not None else ():

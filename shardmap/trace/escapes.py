@@ -8,15 +8,19 @@ belong to the recording: for anything else the value is the same for all samples
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch._ops import HigherOrderOperator, _compute_keyset
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
 
 from shardmap import errors
 from shardmap._torch import functorch, mkldnn
 from shardmap.trace import scalar_index as positions
+from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 
 if TYPE_CHECKING:
@@ -72,6 +76,26 @@ def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
 
+_CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+"""Functions that run a backward pass, and with it hooks and backwards of the user's."""
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
+
+_saved_tensors_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+
+
+class _Watched:
+    """A function of the user's that torch calls, with the doors watched while it runs."""
+
+    def __init__(self, doors: Doors, function: Any):
+        self.doors = doors
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.doors:
+            return self.function(*args, **kwargs)
+
+
 class Doors(TorchFunctionMode):
     """Refuses the doors for recorded tensors.
 
@@ -83,12 +107,17 @@ class Doors(TorchFunctionMode):
         self.recorder = recorder
         self.hooked: list[Any] = []
         """Nodes of autograd's graph whose gradients a hook may change."""
+        self.encoder: PaddedEncoder | None = None
+        """An encoder with padding whose last layer is running."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
+        if self.encoder is not None and self.encoder.is_last_call(func, args, kwargs or {}):
+            encoder, self.encoder = self.encoder, None
+            return encoder.zeroed(func(*args, **(kwargs or {})))
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
         if func is torch.lstm:
@@ -114,6 +143,8 @@ class Doors(TorchFunctionMode):
             done, result = self._index(func, args)
             if done:
                 return result
+        elif func is torch.nn.functional.multi_head_attention_forward:
+            self.encoder = padded_encoder(self.recorder.call) or self.encoder
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and args[0].grad_fn is not None:
@@ -125,7 +156,56 @@ class Doors(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
             finally:
                 self.recorder.paused = paused
-        return func(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a call so that python which it calls back is watched, too.
+
+        While a function mode looks at a call, torch has taken the mode away.
+        """
+        if isinstance(func, HigherOrderOperator):
+            keys = _compute_keyset(args, kwargs, func.non_fallthrough_keys)
+            with self:
+                return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+        if func in _CALLS_BACK:
+            return self._call_back(func, args, kwargs)
+        if getattr(func, "__module__", "") == torch.nn.functional.__name__:
+            args = tuple([self._watched(a) for a in args])
+            kwargs = {k: self._watched(v) for k, v in kwargs.items()}
+        hooks = _saved_tensors_hooks()
+        if hooks is None or isinstance(hooks[0], _Watched):
+            return func(*args, **kwargs)
+        torch._C._autograd._push_saved_tensors_default_hooks(_Watched(self, hooks[0]), hooks[1])
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a backward pass: hooks and backwards of the user's run in it.
+
+        `func` itself looks for function modes before it starts, so that this one is entered at the
+        first operator inside, which `func` calls before anything of the user's.
+        """
+        recorder, before = self.recorder, _len_torch_function_stack()
+
+        def enter() -> None:
+            recorder.enter_doors = None
+            recorder.doors_open += 1
+            _push_mode(self)
+
+        recorder.enter_doors = enter
+        try:
+            return func(*args, **kwargs)
+        finally:
+            recorder.enter_doors = None
+            if _len_torch_function_stack() > before:
+                recorder.doors_open -= 1
+                _pop_mode()
+
+    def _watched(self, value: Any) -> Any:
+        """A function of the user's that is called with the doors watched."""
+        return _Watched(self, value) if isinstance(value, _FUNCTIONS) else value
 
     def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
         """`copy.deepcopy(tensor)` by a clone; None where a clone is not the same.

@@ -16,6 +16,8 @@ from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.escapes import Doors
+from shardmap.trace.generator import Generator
+from shardmap.trace.kept import kept_tensors
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
@@ -152,7 +154,9 @@ def _record(
         doors = Doors(recorder)
         try:
             with recording_settings(device.type), no_garbage_collection(), doors, recorder:
+                recorder.generator = Generator()
                 out = func(*args, **kwargs)
+                recorder.refuse_seeds()
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
@@ -185,7 +189,9 @@ def _record(
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         recording = dataclasses.replace(
-            recording, sources=follow.remember(func, recording.program, recording.sources)
+            recording,
+            sources=follow.remember(func, recording.program, recording.sources),
+            kept=kept_tensors(recorder, leaves),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

@@ -23,6 +23,7 @@ from shardmap import errors
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.trace import repeat as follow
+from shardmap.trace.generator import Generator
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
 from shardmap.trace.scalar_index import Copies
@@ -62,6 +63,12 @@ class Recorder(Variables, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
+        self.generator: Generator | None = None
+        """Torch's generator, while the function runs."""
+        self.enter_doors: Callable[[], None] | None = None
+        """Called once, at the next operator: python may be called back from there on."""
+        self.doors_open = 0
+        """How many calls are active in which python may be called back, with the doors watched."""
         self.unwritten = Unwritten()
         self.serial = 0
         """How many calls of torch's python interface have been seen."""
@@ -111,6 +118,14 @@ class Recorder(Variables, TorchDispatchMode):
     ) -> Any:
         """Run one call and record it."""
         kwargs = kwargs or {}
+        if self.enter_doors is not None:
+            self.enter_doors()
+        if self.doors_open:
+            with torch._C.DisableTorchFunction():  # the recorder's own questions are no doors
+                return self._dispatch(func, args, kwargs)
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.paused:
             return self.kernel(func, args, kwargs)
         if self.lazy and func is aten.expand.default and not isinstance(args[0], torch.Tensor):
@@ -339,7 +354,11 @@ class Recorder(Variables, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
+        if info.random and self.generator is not None and not self.generator.is_as_left():
+            raise errors.RandomnessError(self._seeded())
         out = self.kernel(func, args, kwargs)
+        if info.random and self.generator is not None:
+            self.generator.draw()
         if info.random and draws(func, args, kwargs):
             self.random = True
             mapped = mapped or self.randomness == "different"
@@ -368,7 +387,7 @@ class Recorder(Variables, TorchDispatchMode):
         if unwritten or overwritten:
             self.unwritten.follow(info, encoded, outs, unwritten, overwritten)
         if info.uninitialised:
-            self.unwritten.make(results, python_place(self.serial, 3))
+            self.unwritten.make(results, python_place(self.serial, 4))
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
         if varies or not self.served[id(func)][0]:
@@ -545,7 +564,7 @@ class Recorder(Variables, TorchDispatchMode):
         if not self.unwritten.groups:
             return [], overwritten
         read = self.unwritten.read(info, encoded, named, overwritten)
-        for var in self.unwritten.constants(read, python_place(self.serial, 4)) if read else ():
+        for var in self.unwritten.constants(read, python_place(self.serial, 5)) if read else ():
             tensor = next(
                 t for t in flat_tensors((*args, *kwargs.values())) if self.known(t) is var
             )
@@ -592,6 +611,22 @@ class Recorder(Variables, TorchDispatchMode):
                 "its own draw) or "
                 "'same' (one draw for all), or switch the random layer off (model.eval())"
             )
+
+    def refuse_seeds(self) -> None:
+        """Refuse a seed set after the last draw: the next sample's draws would start from it."""
+        generator, self.generator = self.generator, None
+        if generator is not None and generator.drawn and not generator.is_as_left():
+            raise errors.RandomnessError(self._seeded())
+
+    def _seeded(self) -> str:
+        return (
+            f"{self.call}: the function sets the state of torch's generator (torch.manual_seed, "
+            "torch.random.fork_rng, or a checkpoint that draws random numbers), which would give "
+            f"every sample the same numbers, at {user_line()}; set the seed before the call, and "
+            "pass randomness='same' (one draw for all samples) or 'different' (each its own); for "
+            "checkpoints, leave dropout out of the checkpointed part, or do not checkpoint inside "
+            "the map"
+        )
 
     def _data_dependent(self, func: Any) -> str:
         name = func._schema.name.partition("::")[2]
@@ -670,5 +705,5 @@ def _looks_for_anomalies() -> bool:
     """Whether autograd's engine itself, and not python, is asking for a value."""
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
         return False
-    caller = sys._getframe(3)  # above this function, `_record` and `__torch_dispatch__`
+    caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`
     return caller.f_code is torch.autograd.graph._engine_run_backward.__code__
