@@ -1,4 +1,7 @@
-"""What the recorder must know of an operator before it runs, from its schema, its tags, and short lists of what those hide."""
+"""What the recorder must know of an operator before it runs.
+
+It follows from the schema, the tags, and short lists of what those hide.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,9 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
 def _without_tensors(schema: Any) -> bool:
     """Whether an operator takes or returns objects, such as a profiler's range, and no tensors."""
     kinds = [v.type for v in (*schema.arguments, *schema.returns)]
-    return any(k.kind() == "ClassType" for k in kinds) and not any("Tensor" in str(k) for k in kinds)
+    return any(k.kind() == "ClassType" for k in kinds) and not any(
+        "Tensor" in str(k) for k in kinds
+    )
 
 
 _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}

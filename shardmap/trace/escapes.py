@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _len_torch_function_stack
 from torch._ops import HigherOrderOperator, _compute_keyset
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from shardmap import errors
 from shardmap._torch import functorch, mkldnn
@@ -71,7 +72,10 @@ def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
 
 
 def _without_mkldnn(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a recurrent layer so that it is recorded as products and pointwise operators, not as one kernel of this device."""
+    """Call a recurrent layer so that it is recorded as products and pointwise operators.
+
+    Else it would be one kernel of this device.
+    """
     with mkldnn.off():
         return func(*args, **kwargs)
 
@@ -81,7 +85,8 @@ _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
 
-_saved_tensors_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+_autograd: Any = torch._C._autograd  # type: ignore[reportAttributeAccessIssue] - a C extension without stubs
+_saved_tensors_hooks = functools.partial(_autograd._top_saved_tensors_default_hooks, False)
 
 
 class _Watched:
@@ -175,11 +180,11 @@ class Doors(TorchFunctionMode):
         hooks = _saved_tensors_hooks()
         if hooks is None or isinstance(hooks[0], _Watched):
             return func(*args, **kwargs)
-        torch._C._autograd._push_saved_tensors_default_hooks(_Watched(self, hooks[0]), hooks[1])
+        _autograd._push_saved_tensors_default_hooks(_Watched(self, hooks[0]), hooks[1])
         try:
             return func(*args, **kwargs)
         finally:
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            _autograd._pop_saved_tensors_default_hooks()
 
     def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: hooks and backwards of the user's run in it.
@@ -191,7 +196,6 @@ class Doors(TorchFunctionMode):
 
         def enter() -> None:
             recorder.enter_doors = None
-            recorder.doors_open += 1
             _push_mode(self)
 
         recorder.enter_doors = enter
@@ -200,7 +204,6 @@ class Doors(TorchFunctionMode):
         finally:
             recorder.enter_doors = None
             if _len_torch_function_stack() > before:
-                recorder.doors_open -= 1
                 _pop_mode()
 
     def _watched(self, value: Any) -> Any:
@@ -263,7 +266,10 @@ class Doors(TorchFunctionMode):
         return out.scatter_(-1, index.unsqueeze(-1), 1)
 
     def _peel(self, value: Any) -> Any:
-        """Arguments with the tensors of outer `torch.func` transforms replaced by what stands for them while recording."""
+        """Arguments without the tensors of outer `torch.func` transforms.
+
+        They are replaced by what stands for them while recording.
+        """
         if isinstance(value, torch.Tensor):
             return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
         if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Seeds that a recorded function sets: found by the state of torch's generator between its draws."""
+"""Seeds that a recorded function sets, found by the state of torch's generator between draws."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import zlib
 
 import torch
@@ -26,13 +27,20 @@ class Generator:
 
     def __init__(self) -> None:
         """Give the generator a state that no seed of the function's gives by chance."""
-        torch.default_generator.manual_seed(zlib.crc32(generator_state()) + 2**40)
+        self.alone = threading.active_count() == 1
+        if self.alone:
+            torch.default_generator.manual_seed(zlib.crc32(generator_state()) + 2**40)
         self.state = generator_state()
         self.drawn = False
 
     def is_as_left(self) -> bool:
-        """Whether nothing but recorded draws has changed the state."""
-        return _within_a_program() or generator_state() == self.state
+        """Whether nothing but recorded draws has changed the state.
+
+        All threads share torch's generator: where there are others, their draws change it as well,
+        and nothing can be said.
+        """
+        self.alone = self.alone and threading.active_count() == 1
+        return not self.alone or _within_a_program() or generator_state() == self.state
 
     def draw(self) -> None:
         """Note the state after a recorded draw."""

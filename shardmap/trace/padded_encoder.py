@@ -53,7 +53,7 @@ def padded_encoder(call: str) -> PaddedEncoder | None:
         UnsupportedOperatorError: Its last layer has a forward of its own.
     """
     frame: FrameType | None = sys._getframe(2)
-    layer = None
+    layer: Any = None
     for _ in range(_REACH):
         if frame is None:
             return None

@@ -65,7 +65,9 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 
 def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
-    """Row `number` of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
+    """Row `number` of each mapped tensor, and whether its sample requires grad.
+
+    If the batch is empty, the rows are zeros.
 
     Args:
         batch: The call's arguments.
@@ -89,7 +91,7 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
 def record(
     func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, number: int = 0
 ) -> tuple[Recording, pytree.TreeSpec]:
-    """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
+    """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
@@ -211,7 +213,10 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
 def _refuse_own_backwards(
     leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str
 ) -> None:
-    """A backward of the user's, or a hook, between the inputs and an output that requires grad would be lost."""
+    """Refuse a backward of the user's, or a hook, before an output that requires grad.
+
+    Gradients from outside would not call it.
+    """
     stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
     keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
     queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
@@ -244,7 +249,7 @@ def _refuse_own_backwards(
 
 
 def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
-    """A row that is written in place must not be visible to other samples or through another tensor."""
+    """Refuse writes to a row that other samples or another tensor would see."""
     if not recording.written_inputs:
         return
     tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.utils.dlpack
 from torch.utils.checkpoint import checkpoint
 
 import shardmap
 from shardmap import errors
 from tests import oracle
 
+to_dlpack: Any = torch._C._to_dlpack  # type: ignore[attr-defined]
+set_: Any = torch.Tensor.set_
 Door = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -65,12 +66,12 @@ def by_branch(t: torch.Tensor) -> torch.Tensor:
 
 
 def aliased(t: torch.Tensor) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t)) * 2
+    return torch.from_dlpack(to_dlpack(t)) * 2
 
 
 def written_by_dlpack(t: torch.Tensor) -> torch.Tensor:
     out = t.clone()
-    torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(out)).mul_(2)
+    torch.from_dlpack(to_dlpack(out)).mul_(2)
     return out
 
 
@@ -96,7 +97,9 @@ DOORS: dict[str, Door] = {
     "to_dlpack": aliased,
     "written by to_dlpack": written_by_dlpack,
     "from_dlpack": lambda t: torch.from_dlpack(t) * 2,
-    "numpy's from_dlpack": lambda t: torch.from_numpy(2 * np.from_dlpack(t)),
+    "numpy's from_dlpack": lambda t: torch.from_numpy(
+        np.from_dlpack(t) + np.asarray(np.from_dlpack(t))
+    ),
     "storage bytes": bytes_of,
     "a typed storage": lambda t: torch.tensor(t.storage().tolist()[:3]) * 2,
     "data_ptr": from_memory,
@@ -107,7 +110,7 @@ DOORS: dict[str, Door] = {
     "map_": mapped,
     ".data =": new_data,
     ".data": lambda t: t.data.mul(2),
-    "set_": lambda t: torch.zeros(3).set_(t) * 2,
+    "set_": lambda t: set_(torch.zeros(3), t) * 2,
     "share_memory_": lambda t: t.clone().share_memory_() * 2,
     "nonzero": lambda t: t * t.nonzero().shape[0],
     "equal": lambda t: t * (2 if torch.equal(t, t.abs()) else 3),
@@ -163,7 +166,7 @@ def func_vjp(door: Door) -> Door:
     through = around(door)
 
     def function(r: torch.Tensor) -> torch.Tensor:
-        _, pull = torch.func.vjp(lambda q: through.apply(q * 1.5) * q, r)
+        pull: Any = torch.func.vjp(lambda q: through.apply(q * 1.5) * q, r)[1]
         return pull(r)[0]
 
     return function
@@ -288,6 +291,7 @@ PLACES = [
     recomputed,
     given_to_torch,
 ]
+WAYS: list[dict[str, Any]] = [{}, {"chunk_size": 2}, {"trace": "once"}]
 x = torch.tensor([[0.5, 1.5, -0.25], [-1.0, 2.0, 3.0], [0.1, -0.2, -0.3], [4.0, 0.5, 0.25]])
 
 
@@ -302,7 +306,7 @@ def test_right_or_refused(name: str, place: Callable[[Door], Door]) -> None:
         with pytest.raises((RuntimeError, TypeError, BufferError, errors.ShardmapError)):
             shardmap.vmap(function)(x)
         return
-    for way in ({}, {"chunk_size": 2}, {"trace": "once"}):
+    for way in WAYS:
         try:
             got = shardmap.vmap(function, **way)(x)
         except errors.ShardmapError:
@@ -329,7 +333,7 @@ def test_hooks_without_doors_are_followed() -> None:
     for place in PLACES:
         function = place(twice)
         want = torch.stack([function(r) for r in x])
-        for way in ({}, {"chunk_size": 2}, {"trace": "once"}):
+        for way in WAYS:
             oracle.assert_same(shardmap.vmap(function, **way)(x), want, place.__name__)
 
 
