@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
 from shardmap._threads import default_generator_states, restore_default_generators
+from shardmap._torch import FakeTensor
 from shardmap.lower.closeness import close, largest
 from shardmap.planning.split import split
 from shardmap.program.analysis import never_written

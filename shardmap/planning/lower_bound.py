@@ -12,14 +12,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-import torch
-
+from shardmap._torch import aten, schema_of
 from shardmap.lower.batched import BatchedProgram
 from shardmap.program.ir import Equation, Program, Spec
 from shardmap.program.operators import op_info
 from shardmap.rules.lowering import Call, V, values
-
-aten = torch.ops.aten
 
 _FRESH_COMPOSITES = {aten.matmul.default, aten.linear.default, aten.outer.default}
 """Composite operators whose result is never a view of an argument."""
@@ -120,7 +117,7 @@ def _fresh(call: Call, v: V, program: Program, batched: BatchedProgram) -> bool:
             return False
         if op_info(call.op).composite and call.op not in _FRESH_COMPOSITES:
             return False
-        return all(r.alias_info is None for r in call.op._schema.returns)
+        return all(r.alias_info is None for r in schema_of(call.op).returns)
     number = call.equation
     return (
         v.index in batched.results
@@ -133,7 +130,7 @@ def _from_slow_tier(equation: Equation, batched: BatchedProgram) -> bool:
     """Whether `torch.func.vmap` or a loop serves a recorded call whose results are no views."""
     if batched.tiers.get(equation.op.name()) not in ("functorch", "loop"):
         return False
-    aliases = any(r.alias_info is not None for r in equation.op._schema.returns)
+    aliases = any(r.alias_info is not None for r in schema_of(equation.op).returns)
     return not aliases and not op_info(equation.op).composite
 
 

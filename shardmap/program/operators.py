@@ -1,4 +1,7 @@
-"""What the recorder must know of an operator before it runs, from its schema, its tags, and short lists of what those hide."""
+"""What the recorder must know of an operator before it runs.
+
+It follows from the schema, the tags, and short lists of what those hide.
+"""
 
 from __future__ import annotations
 
@@ -177,9 +180,9 @@ def _op_info(op: OpOverload) -> OpInfo:
     return dataclasses.replace(info, plain=plain)
 
 
-def _answers_python(op: torch._ops.OpOverload, name: str) -> bool:
+def _answers_python(op: OpOverload, name: str) -> bool:
     """Whether an operator looks at tensors and gives python a number or a truth value."""
-    kinds = {str(r.type) for r in op._schema.returns}
+    kinds = {str(r.type) for r in schema_of(op).returns}
     return bool(kinds) and kinds <= {"bool", "int", "float", "number"} and name not in _METADATA
 
 
@@ -199,6 +202,8 @@ def _functional(op: OpOverload, name: str) -> Any:
 
     None for `resize_` and its kin.
     """
+    if name == "set_":  # other memory, not a view
+        return None
     packet = find_packet(_VIEWS_IN_PLACE.get(name, name.removesuffix("_")))
     kinds = [str(a.type) for a in schema_of(op).arguments]
     for overload in packet.overloads() if packet is not None else ():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-aten = torch.ops.aten
+from shardmap._torch import OpOverload, aten, kernel_of, overload_name, schema_of
 
 _OVERLOADS = {
     "default": "generator",
@@ -30,7 +30,7 @@ class PrivateGenerators:
         self.seed = seed
         self._made: dict[torch.device, torch.Generator] = {}
 
-    def run(self, op: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(self, op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a random operator.
 
         An operator that takes no generator (a fused attention kernel with dropout, a custom
@@ -38,18 +38,18 @@ class PrivateGenerators:
         """
         generator = self._on(_device_of(op, args, kwargs)) if takes_generator(op) else None
         if generator is None:
-            return op._op(*args, **kwargs)
+            return kernel_of(op)(*args, **kwargs)
         if op is aten.native_dropout.default:
             return _native_dropout(generator, *args, **kwargs)
         seeded = _with_generator(op)
         assert seeded is not None
         if seeded is op:
-            position = [a.name for a in op._schema.arguments].index("generator")
+            position = [a.name for a in schema_of(op).arguments].index("generator")
             if position < len(args):  # given by position, as None
                 args = (*args[:position], generator, *args[position + 1 :])
-                return op._op(*args, **kwargs)
-            return op._op(*args, **{**kwargs, "generator": generator})
-        return seeded._op(*args, generator=generator, **kwargs)
+                return kernel_of(op)(*args, **kwargs)
+            return kernel_of(op)(*args, **{**kwargs, "generator": generator})
+        return kernel_of(seeded)(*args, generator=generator, **kwargs)
 
     def _on(self, device: torch.device) -> torch.Generator | None:
         """The generator of a device, or None where torch cannot make one."""
@@ -63,26 +63,26 @@ class PrivateGenerators:
         return found
 
 
-def takes_generator(op: torch._ops.OpOverload) -> bool:
+def takes_generator(op: OpOverload) -> bool:
     """Whether `PrivateGenerators` can serve a random operator."""
     return op is aten.native_dropout.default or _with_generator(op) is not None
 
 
-def _with_generator(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def _with_generator(op: OpOverload) -> OpOverload | None:
     """The overload of `op` that takes a generator, or None if there is none."""
-    if any(a.name == "generator" for a in op._schema.arguments):
+    if any(a.name == "generator" for a in schema_of(op).arguments):
         return op
-    if op.namespace != "aten" or not op._schema.name.removeprefix("aten::").startswith("rand"):
+    if op.namespace != "aten" or not schema_of(op).name.removeprefix("aten::").startswith("rand"):
         return None
-    name = _OVERLOADS.get(op._overloadname)
+    name = _OVERLOADS.get(overload_name(op))
     return None if name is None else getattr(op.overloadpacket, name, None)
 
 
-def _device_of(op: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> torch.device:
+def _device_of(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> torch.device:
     """Where `op` draws: the device that it is given, that of its first tensor, or the default."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
-    for a, value in zip(op._schema.arguments, args, strict=False):
+    for a, value in zip(schema_of(op).arguments, args, strict=False):
         if isinstance(value, torch.Tensor):
             return value.device
         if a.name == "device" and value is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shardmap._threads import fork_safe_lock
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
 from shardmap.program.private_generators import PrivateGenerators, takes_generator
 from shardmap.rules import philox as draws
@@ -22,8 +23,6 @@ from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import SEED, START, B, Lowering, V
 from shardmap.rules.promote import aligned
 from shardmap.rules.registry import overloads, register
-
-aten = torch.ops.aten
 
 
 def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *parameters: Any) -> V:
@@ -94,7 +93,7 @@ def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     function, *parameters = chosen
     spec = next(eq.results()).spec
     out = draw(b, function, spec, spec.dtype, *parameters)
-    if not eq.op._schema.is_mutable:
+    if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
     return None
@@ -116,7 +115,7 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         dtype=torch.bool,
     )
     out = b.cast(below, spec.dtype)
-    if not eq.op._schema.is_mutable:
+    if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
     return None

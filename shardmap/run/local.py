@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from shardmap import errors
+from shardmap._torch import set_grad
 from shardmap.lower import cache as engine
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
@@ -71,7 +72,7 @@ def run(
     try:
         with engine.plain_numerics():
             if not job.grad:
-                torch._C._set_grad_enabled(False)
+                set_grad(False)
             executor.run()
             result = executor.gather.finish()
     except BaseException as error:
@@ -79,7 +80,7 @@ def run(
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        torch._C._set_grad_enabled(previous)
+        set_grad(previous)
     emit(RunFinished(time.perf_counter() - started, executor.redone))
     return result
 
@@ -96,7 +97,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
     try:
         with engine.plain_numerics():
             if not job.grad:
-                torch._C._set_grad_enabled(False)
+                set_grad(False)
             ready = on.on(name, job.samples > 1, slices=False)
             began = time.perf_counter()
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
@@ -117,7 +118,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        torch._C._set_grad_enabled(previous)
+        set_grad(previous)
     ended = time.perf_counter()
     emit(ChunkDone(name, 0, job.samples, ended - began, ended))
     emit(RunFinished(ended - started))

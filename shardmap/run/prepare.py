@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shardmap._threads import default_generator_states, restore_default_generators
+from shardmap._torch import storage_id
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
 from shardmap.planning import device as devices
@@ -408,8 +409,8 @@ def memory_model(
         for t, there in zip(ready.captured, job.recording.captured, strict=True)
         if t is not there
     )
-    held = {t.untyped_storage()._cdata for t in (*ready.captured, *ready.literals)}
-    fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ready.fixed}
+    held = {storage_id(t.untyped_storage()) for t in (*ready.captured, *ready.literals)}
+    fresh = {storage_id(t.untyped_storage()): t.untyped_storage().nbytes() for t in ready.fixed}
     resident += sum(size for key, size in fresh.items() if key not in held)
     moved = sum(
         _row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns

@@ -8,16 +8,28 @@ belong to the recording: for anything else the value is the same for all samples
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _len_torch_function_stack
+from torch._ops import HigherOrderOperator, _compute_keyset
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import functorch
+from shardmap._torch import (
+    functorch,
+    pop_function_mode,
+    push_function_mode,
+    set_data,
+    storage_id,
+    typed_storage,
+)
 from shardmap.trace import recurrent
 from shardmap.trace import scalar_index as positions
+from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 
 if TYPE_CHECKING:
@@ -28,7 +40,7 @@ Tensor = torch.Tensor
 _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
 """Functions that make a tensor from python data, and the position of that data."""
 
-_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+_SET_DATA: Any = set_data
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -45,7 +57,7 @@ _READS: dict[Any, tuple[str, str]] = {
     Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
     Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
     Tensor.storage: ("storage()", "use torch's operators"),
-    Tensor._typed_storage: ("a Storage", "use torch's operators"),
+    typed_storage: ("a Storage", "use torch's operators"),
     Tensor.set_: ("set_", "build the tensor with torch's operators"),
     Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
     _SET_DATA: (".data = ", "use copy_ under torch.no_grad()"),
@@ -58,6 +70,15 @@ _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
+def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
+    """Tensors inside python containers, at any depth."""
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from _tensors_within(item)
+
+
 _CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
 """Functions that are told whether they may use cuDNN's kernel, and the position of that."""
 
@@ -68,13 +89,25 @@ def _without_cudnn(func: Any, args: tuple) -> tuple:
     return (*args[:position], False, *args[position + 1 :])
 
 
-def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
-    """Tensors inside python containers, at any depth."""
-    if isinstance(data, torch.Tensor):
-        yield data
-    elif isinstance(data, list | tuple):
-        for item in data:
-            yield from _tensors_within(item)
+_CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+"""Functions that run a backward pass, and with it hooks and backwards of the user's."""
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
+
+_autograd: Any = torch._C._autograd  # type: ignore[reportAttributeAccessIssue] - a C extension without stubs
+_saved_tensors_hooks = functools.partial(_autograd._top_saved_tensors_default_hooks, False)
+
+
+class _Watched:
+    """A function of the user's that torch calls, with the doors watched while it runs."""
+
+    def __init__(self, doors: Doors, function: Any):
+        self.doors = doors
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.doors:
+            return self.function(*args, **kwargs)
 
 
 class Doors(TorchFunctionMode):
@@ -88,12 +121,17 @@ class Doors(TorchFunctionMode):
         self.recorder = recorder
         self.hooked: list[Any] = []
         """Nodes of autograd's graph whose gradients a hook may change."""
+        self.encoder: PaddedEncoder | None = None
+        """An encoder with padding whose last layer is running."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
+        if self.encoder is not None and self.encoder.is_last_call(func, args, kwargs or {}):
+            encoder, self.encoder = self.encoder, None
+            return encoder.zeroed(func(*args, **(kwargs or {})))
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
         if recurrent.served(func, args):
@@ -121,6 +159,8 @@ class Doors(TorchFunctionMode):
             done, result = self._index(func, args)
             if done:
                 return result
+        elif func is torch.nn.functional.multi_head_attention_forward:
+            self.encoder = padded_encoder(self.recorder.call) or self.encoder
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and args[0].grad_fn is not None:
@@ -132,7 +172,54 @@ class Doors(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
             finally:
                 self.recorder.paused = paused
-        return func(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a call so that python which it calls back is watched, too.
+
+        While a function mode looks at a call, torch has taken the mode away.
+        """
+        if isinstance(func, HigherOrderOperator):
+            keys = _compute_keyset(args, kwargs, func.non_fallthrough_keys)
+            with self:
+                return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+        if func in _CALLS_BACK:
+            return self._call_back(func, args, kwargs)
+        if getattr(func, "__module__", "") == torch.nn.functional.__name__:
+            args = tuple([self._watched(a) for a in args])
+            kwargs = {k: self._watched(v) for k, v in kwargs.items()}
+        hooks = _saved_tensors_hooks()
+        if hooks is None or isinstance(hooks[0], _Watched):
+            return func(*args, **kwargs)
+        _autograd._push_saved_tensors_default_hooks(_Watched(self, hooks[0]), hooks[1])
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _autograd._pop_saved_tensors_default_hooks()
+
+    def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a backward pass: hooks and backwards of the user's run in it.
+
+        `func` itself looks for function modes before it starts, so that this one is entered at the
+        first operator inside, which `func` calls before anything of the user's.
+        """
+        recorder, before = self.recorder, _len_torch_function_stack()
+
+        def enter() -> None:
+            recorder.enter_doors = None
+            push_function_mode(self)
+
+        recorder.enter_doors = enter
+        try:
+            return func(*args, **kwargs)
+        finally:
+            recorder.enter_doors = None
+            if _len_torch_function_stack() > before:
+                pop_function_mode()
+
+    def _watched(self, value: Any) -> Any:
+        """A function of the user's that is called with the doors watched."""
+        return _Watched(self, value) if isinstance(value, _FUNCTIONS) else value
 
     def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
         """`copy.deepcopy(tensor)` by a clone; None where a clone is not the same.
@@ -144,7 +231,7 @@ class Doors(TorchFunctionMode):
             return memo[id(tensor)]
         with torch.no_grad():
             clone = tensor.clone()
-        memory = f"memory {element(tensor).untyped_storage()._cdata}"
+        memory = f"memory {storage_id(element(tensor).untyped_storage())}"
         if clone.stride() != tensor.stride() or memory in memo:
             return None
         memo[id(tensor)] = memo[memory] = clone.requires_grad_(tensor.requires_grad)
@@ -190,7 +277,10 @@ class Doors(TorchFunctionMode):
         return out.scatter_(-1, index.unsqueeze(-1), 1)
 
     def _peel(self, value: Any) -> Any:
-        """Arguments with the tensors of outer `torch.func` transforms replaced by what stands for them while recording."""
+        """Arguments without the tensors of outer `torch.func` transforms.
+
+        They are replaced by what stands for them while recording.
+        """
         if isinstance(value, torch.Tensor):
             return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
         if isinstance(value, dict):

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from shardmap import errors
 from shardmap._threads import alone
-from shardmap._torch import functorch, has_internal_overlap
+from shardmap._torch import dispatch_modes, functorch, has_internal_overlap, pytree, storage_id
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.escapes import Doors
+from shardmap.trace.generator import Generator
+from shardmap.trace.kept import kept_tensors
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
@@ -63,7 +63,9 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 
 def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
-    """Row `number` of each mapped tensor, or zeros if the batch is empty, and whether its sample requires grad.
+    """Row `number` of each mapped tensor, and whether its sample requires grad.
+
+    If the batch is empty, the rows are zeros.
 
     Args:
         batch: The call's arguments.
@@ -90,7 +92,7 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
 def record(
     func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, number: int = 0
 ) -> tuple[Recording, pytree.TreeSpec]:
-    """Run `func` on one sample of `batch` and return what it did, and the structure of what it returned.
+    """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
@@ -115,9 +117,7 @@ def _recorded(
     number: int,
     zeros_have_memory: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
-    outer = next(
-        (m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder)), None
-    )
+    outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended(), overrides_enabled():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
@@ -166,7 +166,9 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
+                recorder.generator = Generator()
                 out = func(*args, **kwargs)
+                recorder.refuse_seeds()
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
@@ -206,7 +208,9 @@ def _record(
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         recording = dataclasses.replace(
-            recording, sources=follow.remember(func, recording.program, recording.sources)
+            recording,
+            sources=follow.remember(func, recording.program, recording.sources),
+            kept=kept_tensors(recorder, leaves),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
@@ -226,7 +230,10 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
 def _refuse_own_backwards(
     leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str
 ) -> None:
-    """A backward of the user's, or a hook, between the inputs and an output that requires grad would be lost."""
+    """Refuse a backward of the user's, or a hook, before an output that requires grad.
+
+    Gradients from outside would not call it.
+    """
     stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
     keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
     queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
@@ -259,7 +266,7 @@ def _refuse_own_backwards(
 
 
 def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
-    """A row that is written in place must not be visible to other samples or through another tensor."""
+    """Refuse writes to a row that other samples or another tensor would see."""
     if not recording.written_inputs:
         return
     tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
@@ -278,11 +285,11 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
                 f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what "
                 "earlier ones wrote; pass a clone"
             )
-        address = tensor.untyped_storage()._cdata
+        address = storage_id(tensor.untyped_storage())
         others = [t for k, t in enumerate(tensors) if k != number] + [
             element(t) for t in recording.captured
         ]
-        if any(t.untyped_storage()._cdata == address for t in others):
+        if any(storage_id(t.untyped_storage()) == address for t in others):
             raise errors.CapturedWriteError(
                 f"{call}: the function writes in place to mapped argument {number}, whose memory "
                 "another argument or a captured "

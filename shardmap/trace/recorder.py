@@ -9,29 +9,21 @@ backward calls are recorded like any others. Measured: 11-15 microseconds per op
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import sys
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from shardmap import errors
 from shardmap._torch import (
-    OpOverload,
     TorchDispatchMode,
-    assert_async,
     aten,
-    free_weak_reference,
     is_zero_tensor,
     kernel_of,
     run_backward,
     schema_of,
-    storage_id,
-    weak_reference,
-    without_dispatch,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
@@ -39,12 +31,11 @@ from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
-from shardmap.trace.scalar_index import Copies
-from shardmap.trace.tensor_table import Variables, spec_of
-from shardmap.trace.unwritten import Unwritten, python_place
+from shardmap.trace.refusals import Refusals
+from shardmap.trace.unwritten import python_place
 
 
-class Recorder(Variables, TorchDispatchMode):
+class Recorder(Refusals, TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
     def __init__(
@@ -58,16 +49,9 @@ class Recorder(Variables, TorchDispatchMode):
         zeros_have_memory: bool = False,
     ):
         TorchDispatchMode.__init__(self)
-        Variables.__init__(self, call, outer, once)
-        self.randomness = randomness
+        Refusals.__init__(self, call, outer, once, randomness)
         self.has_rule = has_rule
         self.decompose = decompose
-        self.equations: list[Equation] = []
-        self.written_groups: set[int] = set()
-        self.groups_of_leaves: set[int] = set()
-        """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
-        it records."""
-        self.literals: list[tuple[Var, torch.Tensor]] = []
         self.served: dict[int, tuple[bool, Any]] = {}
         """By address of the operator: whether it has a rule, and its decomposition."""
         if zeros_have_memory:
@@ -75,55 +59,31 @@ class Recorder(Variables, TorchDispatchMode):
         self.default_dtype = torch.get_default_dtype()
         self.random = False
         self.generators = PrivateGenerators()
-        self.unwritten = Unwritten()
-        self.serial = 0
-        """How many calls of torch's python interface have been seen."""
-        self.copies = Copies()
+        self.enter_doors: Callable[[], None] | None = None
+        """Called once, at the next operator: python may be called back from there on."""
         self.taken_for_all = ""
         """What replay must refuse where a sample differs in a shape or an answer: says what it
         was."""
         self.sources: dict[str, str] = {}
-        self.expected: Program | None = None
-        """What was recorded of the same code the last time, as long as nothing has differed from
-        it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # the wrapper that skipping adds costs a third of the recording
-
-    def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
-        var = self.known(tensor) or self._capture(tensor)
-        if var.group not in self.captured_groups:
-            self.written_groups.add(var.group)
-            if var.group in self.groups_of_leaves and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "a view of a leaf Variable that requires grad is being used in an in-place "
-                    "operation."
-                )
-            return
-        name = schema_of(op).name.partition("::")[2]
-        if "norm" in name:
-            raise errors.CapturedWriteError(
-                f"{self.call}: {name} in training mode would update running statistics of shape "
-                f"{tuple(tensor.shape)} that all "
-                "samples share; "
-                "call .eval() on the model, or use track_running_stats=False, or GroupNorm "
-                "(torch.func.replace_all_batch_norm_modules_)"
-            )
-        raise errors.CapturedWriteError(
-            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} "
-            "that all samples share "
-            "(captured, or an argument "
-            "with in_dim None); the loop would write to it once per sample: return the value "
-            "instead, or clone the tensor inside "
-            "the function"
-        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call and record it."""
         kwargs = kwargs or {}
+        if self.enter_doors is not None:
+            self.enter_doors()
+        if torch._C._is_torch_function_mode_enabled():
+            # Called by C++ (a backward, a transform): the recorder's own questions are no doors.
+            with torch._C.DisableTorchFunction():
+                return self._dispatch(func, args, kwargs)
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.paused:
             return self.kernel(func, args, kwargs)
         if self.lazy and func is aten.expand.default and not isinstance(args[0], torch.Tensor):
@@ -210,68 +170,6 @@ class Recorder(Variables, TorchDispatchMode):
             return follow.DIFFERENT
         return follow.repeat(self, self.expected.equations[number], func, args, kwargs, is_own_leaf)
 
-    def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
-        """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
-        outs = eq.outs
-        single = out is None or isinstance(out, torch.Tensor)
-        results: Any = (out,) if single else out
-        for tensor, var in zip(results, outs, strict=True):
-            if tensor is None and var is None:
-                continue
-            if not isinstance(tensor, torch.Tensor) or not self._adopted(tensor, var):
-                self.expected = None
-                eq = eq._replace(outs=(self._outputs(out),) if single else self._outputs(out))
-                break
-        if mapped and not op_info(eq.op).shape_only:
-            self.mapped_groups.update([v.group for v in variables(eq.outs)])
-        self.equations.append(eq)
-
-    def _adopted(self, tensor: torch.Tensor, var: Any) -> bool:
-        """Whether a result is what `var` says.
-
-        The next variable, of this shape and dtype, in new memory or known memory.
-        """
-        if type(var) is not Var or var.index != self.count:
-            return False
-        spec = var.spec
-        if (
-            tensor.shape != spec.shape
-            or tensor.dtype is not spec.dtype
-            or self.known(tensor) is not None
-        ):
-            return False
-        storage = tensor.untyped_storage()
-        address = storage_id(storage)
-        group = self.groups.get(address)
-        if group is None:
-            if var.group != len(self.groups):
-                return False
-            self.groups[address] = var.group
-            self.weak_storages.append(cast(int, weak_reference(storage)))
-        elif group != var.group or tensor.stride() != spec.stride:
-            return False
-        self.entries[id(tensor)] = (weakref.ref(tensor), var)
-        self.count += 1
-        return True
-
-    def _append(self, eq: Equation) -> None:
-        """Note what was recorded, and whether it was expected."""
-        if self.expected is not None:
-            number = len(self.equations)
-            wanted = (
-                self.expected.equations[number] if number < len(self.expected.equations) else None
-            )
-            if (
-                wanted is not None
-                and wanted == eq
-                and follow.alike(wanted.args, eq.args)
-                and follow.alike(wanted.kwargs, eq.kwargs)
-            ):
-                eq = wanted
-            else:
-                self.expected = None
-        self.equations.append(eq)
-
     def _record_resize(self, func: Any, args: tuple) -> Any:
         """A resized tensor that needs no more memory than it has is another view of it.
 
@@ -352,12 +250,16 @@ class Recorder(Variables, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
+        if info.random and self.generator is not None and not self.generator.is_as_left():
+            raise errors.RandomnessError(self._seeded())
         if info.random and draws(func, args, kwargs):
             out = self.generators.run(func, args, kwargs)
             self.random = True
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
+        if info.random and self.generator is not None:
+            self.generator.draw()
         if info.question:
             self.types.append((type(out), repr(out)))
             self._append(
@@ -383,7 +285,7 @@ class Recorder(Variables, TorchDispatchMode):
         if unwritten or overwritten:
             self.unwritten.follow(info, encoded, outs, unwritten, overwritten)
         if info.uninitialised:
-            self.unwritten.make(results, python_place(self.serial, 3))
+            self.unwritten.make(results, python_place(self.serial, 4))
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
         if varies or not self.served[id(func)][0]:
@@ -402,14 +304,17 @@ class Recorder(Variables, TorchDispatchMode):
         found = self.kernel(func, args, {})
         if not found:
             with self:
-                assert_async(
+                aten._assert_async.msg(
                     args[0].logical_not(),
                     "autograd's anomaly detection: a gradient of some sample holds nan values",
                 )
         return found
 
     def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
-        """Arguments that give the recorded dtype although the default dtype, changed inside the function, is not what replay will see."""
+        """Arguments that give the recorded dtype under another default dtype.
+
+        The function changed the default; replay will not see it.
+        """
         dtype = torch.get_default_dtype()
         made = isinstance(out, torch.Tensor) and out.dtype == dtype and "dtype" not in dict(named)
         if not made or any(v.spec.dtype.is_floating_point for v in variables((encoded, named))):
@@ -421,7 +326,7 @@ class Recorder(Variables, TorchDispatchMode):
             if type(value) is not Var or schema_of(func).is_mutable:
                 return value
             spec = value.spec._replace(dtype=dtype)
-            self.groups[-self.count - 1] = len(self.groups)
+            self.groups[-1 - self.count] = len(self.groups)
             var = Var(self.count, len(self.groups) - 1, spec)
             self.count += 1
             if value.group in self.mapped_groups:
@@ -440,186 +345,6 @@ class Recorder(Variables, TorchDispatchMode):
             return var
 
         return tuple([cast(v) for v in encoded]), named
-
-    def _refuse_growth(self, func: Any, writes: tuple) -> None:
-        for tensor in flat_tensors(writes):
-            var = self.known(tensor)
-            if var is not None and tensor.shape != var.spec.shape:
-                raise errors.EscapeError(
-                    f"{self.call}: {schema_of(func).name.partition('::')[2]} gave its output, of "
-                    f"shape {tuple(var.spec.shape)}, the shape "
-                    f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's "
-                    "shape, or none"
-                )
-
-    def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """The variable of another object with the memory and the metadata of a recorded tensor.
-
-        `nn.Parameter(x)`, `x.as_subclass(...)` and `x.data` make one without an operator call, and
-        autograd does where a backward unpacks its own result, saved without its history. The object
-        of `x` itself may be gone: what was recorded is searched, latest first.
-        """
-        spec = spec_of(tensor)
-        recorded = (eq.results() for eq in reversed(self.equations))
-        given = (*self.inputs, *[var for var, _ in self.literals])
-        source = next(
-            (
-                var
-                for var in itertools.chain(itertools.chain.from_iterable(recorded), given)
-                if var.group == group and var.spec == spec
-            ),
-            None,
-        )
-        if source is None or (self.lazy and (tensor.is_complex() or is_lazy(tensor))):
-            return None
-        var = self._define(tensor)
-        self._append(
-            Equation(
-                aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()
-            )
-        )
-        return var
-
-    def made_zero(self, tensor: torch.Tensor) -> Var:
-        """A view of a symbolic zero of forward-mode AD, which no operator call shows, is another such zero."""
-        var, flags = self._define(tensor), []
-        options = {"dtype": tensor.dtype, "layout": tensor.layout, "device": tensor.device}
-        named = tuple([(k, self.encode(v, flags, False)) for k, v in options.items()])
-        self._append(
-            Equation(
-                aten._efficientzerotensor.default,
-                (tuple(tensor.shape),),
-                named,
-                (var,),
-                (),
-                torch.is_grad_enabled(),
-            )
-        )
-        return var
-
-    def _check_writes(self, func: Any, value: Any) -> None:
-        for tensor in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                self._refuse_write(func, tensor)
-                if self.copies.pairs:
-                    self._written_beside_copies(tensor)
-
-    def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
-        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
-        of, own = self.known(source) or self._capture(source), self.known(copy)
-        assert own is not None
-        self.copies.add(of.group, own.group, indices)
-
-    def put_back(
-        self,
-        source: torch.Tensor,
-        value: torch.Tensor,
-        indices: tuple[Any, ...],
-        put: Callable[[], None],
-    ) -> None:
-        """Run `put`, which is `source[indices] = value`, where `value` may be a copy that was taken there."""
-        of, own = self.known(source), self.known(value)
-        if of is None or own is None:
-            put()
-        else:
-            self.copies.put_back(of.group, own.group, indices, put)
-
-    def _written_beside_copies(self, tensor: torch.Tensor) -> None:
-        var = self.known(tensor)
-        if var is not None and any(
-            group in self.captured_groups for group in self.copies.written(var.group)
-        ):
-            raise errors.CapturedWriteError(
-                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all "
-                "samples share, at "
-                f"{user_line()}; clone what "
-                "was indexed first"
-            )
-
-    def _check_stale(self, read: Iterable[Var]) -> None:
-        for var in read:
-            if var.group in self.copies.stale:
-                raise errors.DataDependentError(
-                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
-                    "one of the two was written in place and "
-                    f"the other is used, at {user_line()}; clone what was indexed, or write with "
-                    "tensor[index] = value"
-                )
-
-    def _unwritten(
-        self,
-        info: OpInfo,
-        args: tuple,
-        kwargs: dict[str, Any],
-        encoded: Any,
-        named: Any,
-        writes: Any,
-    ) -> tuple[list[Var], set[int]]:
-        """The variables that a call reads and nothing recorded has written, and what it writes."""
-        overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
-        if not self.unwritten.groups:
-            return [], overwritten
-        read = self.unwritten.read(info, encoded, named, overwritten)
-        for var in self.unwritten.constants(read, python_place(self.serial, 4)) if read else ():
-            tensor = next(
-                t for t in flat_tensors((*args, *kwargs.values())) if self.known(t) is var
-            )
-            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
-                literal = self._constant(tensor)
-                write = (var, literal)
-                flags = (NO_GRAD, NO_GRAD)
-                self._append(Equation(aten.copy_.default, write, (), (var,), flags, False))
-                self.unwritten.written((var.group,))
-        read = [v for v in read if v.group in self.unwritten.groups]
-        if read and (info.question or not schema_of(info.op).returns):
-            raise errors.EscapeError(self._unwritten_text(schema_of(info.op).name))
-        return read, overwritten
-
-    def _unwritten_text(self, name: str) -> str:
-        return (
-            f"{self.call}: {name.partition('::')[2]} reads memory that torch.empty made and that no "
-            f"recorded operator has written, at {user_line()}; fill it with torch operators (numpy "
-            "and data_ptr writes cannot be followed), or use torch.zeros"
-        )
-
-    def _constant(self, tensor: torch.Tensor) -> Var:
-        """The variable of what torch's C++ code has written into new memory."""
-        with without_dispatch():
-            copy = tensor.detach().clone()
-        var = self._define(copy)
-        self.literals.append((var, copy))
-        return var
-
-    def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor made from python data inside the function: owned by the program."""
-        with without_dispatch():  # an outer recording must not see the copy
-            copy = tensor.clone()
-        var = self._define(tensor)
-        self.literals.append((var, copy))
-        return tensor
-
-    def _check_random(self, func: Any) -> None:
-        name = schema_of(func).name.partition("::")[2]
-        if self.randomness == "error":
-            raise errors.RandomnessError(
-                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "
-                "randomness='different' (each sample "
-                "its own draw) or "
-                "'same' (one draw for all), or switch the random layer off (model.eval())"
-            )
-
-    def _data_dependent(self, func: Any) -> str:
-        name = schema_of(func).name.partition("::")[2]
-        what = {
-            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "
-            "(`if x > 0`, `float(x)`, "
-            "`.item()`, a tensor as index)",
-            "equal": "torch.equal compares tensors that differ by sample",
-        }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
-        return f"{self.call}: {what}, at {user_line()}; use torch.where, masks or comparisons that return tensors"
-
-    # -- the end
-    # -----------------------------------------------------------------------------------------------------
 
     def finish(self, outputs: list[torch.Tensor], real: bool) -> Recording:
         """The recording, once the function has returned `outputs`."""
@@ -662,28 +387,10 @@ class Recorder(Variables, TorchDispatchMode):
             tuple(o.detach() for o in outputs) if real else (),
         )
 
-    def _refuse_unwritten(self, outputs: tuple[Var, ...]) -> None:
-        kept = {v.group for v in (*outputs, *self.inputs) if 0 not in v.spec.shape}
-        for group in kept & self.unwritten.groups.keys():
-            by = self.unwritten.groups[group]
-            raise errors.EscapeError(
-                f"{self.call}: a result depends on memory that torch.empty made and that no "
-                f"recorded operator has written{f' (read by {by})' if by else ''}; fill it with "
-                "torch operators (numpy and data_ptr writes cannot be followed), or use "
-                "torch.zeros"
-            )
-
-    def release(self) -> None:
-        """Let go of the storages' addresses."""
-        for address in self.weak_storages:
-            free_weak_reference(address)
-        self.weak_storages.clear()
-        self.entries.clear()
-
 
 def _looks_for_anomalies() -> bool:
     """Whether autograd's engine itself, and not python, is asking for a value."""
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
         return False
-    caller = sys._getframe(3)  # above this function, `_record` and `__torch_dispatch__`
+    caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`
     return caller.f_code is run_backward.__code__

@@ -47,7 +47,11 @@ class Copy(NamedTuple):
 
 
 class Copies:
-    """Which copies stand for views, and which memory must not be read any more because the other of a pair was written."""
+    """The copies that stand for views.
+
+    It also knows the memory that must not be read any more, because the other of a pair was
+    written.
+    """
 
     def __init__(self) -> None:
         self.pairs: list[Copy] = []

@@ -11,16 +11,21 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.random  # here, for numpy imports it lazily: a signal handler may come in between
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 from shardmap._threads import alone, default_generator_states, restore_default_generators
-from shardmap._torch import functorch
+from shardmap._torch import (
+    dispatch_key,
+    dispatch_modes,
+    enter_vmap_level,
+    function_modes,
+    functorch,
+    interpreters_aside,
+    leave_vmap_level,
+    pop_dispatch_mode,
+    pop_function_mode,
+    push_dispatch_mode,
+    push_function_mode,
+)
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
 
@@ -39,15 +44,15 @@ def transforms_set_aside() -> Iterator[int]:
     depth = top.level()
     allowed = functorch.get_inplace_requires_grad_allowed()
     try:
-        with temporarily_clear_interpreter_stack():
+        with interpreters_aside():
             for _ in range(depth):
-                functorch._vmap_increment_nesting(1, "same")
+                enter_vmap_level(1, "same")
             functorch.set_inplace_requires_grad_allowed(True)
             try:
                 yield depth
             finally:
                 for _ in range(depth):
-                    functorch._vmap_decrement_nesting()
+                    leave_vmap_level()
     finally:
         functorch.set_inplace_requires_grad_allowed(allowed)
 
@@ -58,15 +63,15 @@ def outer_recordings_suspended() -> Iterator[None]:
 
     An inner map's sample must not be recorded by the outer map: only the inner replay is.
     """
-    dispatch = list(_get_current_dispatch_mode_stack())
-    function = list(_get_current_function_mode_stack())
+    dispatch = list(dispatch_modes())
+    function = list(function_modes())
     if not any(isinstance(m, Recorder) for m in dispatch):
         yield
         return
     for _ in dispatch:
-        _pop_dispatch_mode()
+        pop_dispatch_mode()
     for _ in function:
-        _pop_function_mode()
+        pop_function_mode()
     try:
         with contextlib.ExitStack() as stack:
             for mode in (*function, *dispatch):
@@ -75,12 +80,12 @@ def outer_recordings_suspended() -> Iterator[None]:
             yield
     finally:
         for mode in function:
-            _push_function_mode(mode)
+            push_function_mode(mode)
         for mode in dispatch:
-            _push_dispatch_mode(mode)
+            push_dispatch_mode(mode)
 
 
-_PYTHON_KEYS = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)
+_PYTHON_KEYS = (dispatch_key.Python, dispatch_key.PythonTLSSnapshot)
 
 
 @contextlib.contextmanager

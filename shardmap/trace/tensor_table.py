@@ -116,6 +116,11 @@ class Variables:
             or (self.value_may_change and var.index not in self.captured)
         ):
             return True
+        if var is None and tensor.layout is torch.strided:
+            # another object with the memory of a recorded tensor
+            group = self.groups.get(storage_id(tensor.untyped_storage()))
+            if group is not None and group in self.mapped_groups:
+                return True
         return self.outer is not None and self.outer.belongs(tensor)
 
     def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
@@ -164,6 +169,12 @@ class Variables:
                 "not made by a "
                 "recorded operator (`.data`, `set_`, numpy views and storages do that); use torch "
                 "operators on the tensor itself"
+            )
+        if group is None and tensor.layout is torch.strided and self._is_alias(tensor):
+            raise errors.EscapeError(
+                f"{self.call}: a tensor of shape {tuple(tensor.shape)} lies in the memory of one "
+                "made inside the function (torch.from_numpy, torch.from_dlpack); what numpy or "
+                "another library did with it cannot be recorded: use torch operators"
             )
         var = self._define(tensor)
         self.captured_groups.add(var.group)
@@ -264,6 +275,22 @@ class Variables:
     def made_zero(self, tensor: torch.Tensor) -> Var | None:
         """The variable of a view of a symbolic zero."""
         return None
+
+    def _is_alias(self, tensor: torch.Tensor) -> bool:
+        """Whether a foreign storage lies in recorded memory, as numpy's and DLPack's views do."""
+        storage = tensor.untyped_storage()
+        if storage.resizable() or not storage.nbytes() or storage.device.type == "meta":
+            return False
+        start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        captured = {v.group for v, _ in self.captured.values()}
+        for address, weak in zip(self.groups, self.weak_storages, strict=False):
+            known: Any = torch.UntypedStorage._new_with_weak_ptr(weak)
+            if known is None or self.groups[address] in captured:
+                continue
+            first = known.data_ptr()
+            if first < stop and start < first + known.nbytes():
+                return True
+        return False
 
     def captured_var(self, tensor: torch.Tensor) -> Var:
         """The variable of a tensor that was not recorded: from now on it is captured."""

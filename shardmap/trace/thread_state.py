@@ -24,13 +24,10 @@ from typing import Any
 import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
 from torch.utils import _python_dispatch as dispatch
 
 from shardmap._threads import alone, fork_safe_lock
-from shardmap._torch import functorch
+from shardmap._torch import function_modes, functorch, pop_function_mode, push_function_mode
 
 _C: Any = torch._C
 _hooks: Any = _C._autograd
@@ -76,7 +73,7 @@ class _Kept:
         self.multithreading: bool = _C._is_multithreading_enabled()
         self.in_place: bool = functorch.get_inplace_requires_grad_allowed()
         self.own_functions: bool = functorch.get_single_level_autograd_function_allowed()
-        self.functions = _get_current_function_mode_stack() if _functions() else []
+        self.functions = function_modes() if _functions() else []
         self.dispatch = dispatch._get_current_dispatch_mode_stack() if _dispatched() else []
         self.layers = _layers()
         self.autocast = [_autocast("cpu"), _autocast("cuda")]
@@ -189,11 +186,11 @@ class _Kept:
             forward_ad._current_level = self.level
 
     def _restore_modes(self) -> None:
-        if not _same(_get_current_function_mode_stack(), self.functions):
+        if not _same(function_modes(), self.functions):
             while _functions():
-                _pop_function_mode()
+                pop_function_mode()
             for mode in self.functions:
-                _push_function_mode(mode)
+                push_function_mode(mode)
         if not _same(dispatch._get_current_dispatch_mode_stack(), self.dispatch):
             while _dispatched():
                 dispatch._pop_mode()

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.transforms import guess
 from shardmap.transforms.base import Results
 from shardmap.transforms.modes import Graph, has_no_formula, pushed_forward

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from shardmap._torch import pytree
 from shardmap.transforms.base import Differentiated
 from shardmap.transforms.modes import refuse_inference_mode
 from shardmap.transforms.seeds import Seeding

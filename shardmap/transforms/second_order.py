@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.transforms.base import Results
 from shardmap.transforms.modes import Graph, has_no_formula, pulled_back, pushed_forward
 from shardmap.transforms.one_sample import OneSample, Part, joined

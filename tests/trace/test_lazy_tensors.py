@@ -128,7 +128,7 @@ def test_the_transforms_of_the_package(name: str) -> None:
 
 
 def zero(like: torch.Tensor) -> torch.Tensor:
-    return torch._efficientzerotensor(like.shape, dtype=like.dtype)
+    return torch.ops.aten._efficientzerotensor(like.shape, dtype=like.dtype)
 
 
 ZEROS: dict[str, Function] = {

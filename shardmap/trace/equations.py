@@ -1,0 +1,161 @@
+"""The list of calls that a recording makes, and the variables that no operator call shows."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, cast
+
+import torch
+
+from shardmap._torch import aten, free_weak_reference, storage_id, weak_reference, without_dispatch
+from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
+from shardmap.program.operators import op_info
+from shardmap.trace import repeat as follow
+from shardmap.trace.kernels import is_lazy
+from shardmap.trace.tensor_table import Variables, spec_of
+
+
+class Equations(Variables):
+    """The recorded calls, beside the variables; what the last recording expects is recognised."""
+
+    def __init__(self, call: str, outer: Variables | None, once: bool):
+        super().__init__(call, outer, once)
+        self.equations: list[Equation] = []
+        self.literals: list[tuple[Var, torch.Tensor]] = []
+        self.expected: Program | None = None
+        """What was recorded of the same code the last time, as long as nothing has differed from
+        it."""
+
+    def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
+        """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
+        outs = eq.outs
+        single = out is None or isinstance(out, torch.Tensor)
+        results: Any = (out,) if single else out
+        for tensor, var in zip(results, outs, strict=True):
+            if tensor is None and var is None:
+                continue
+            if not isinstance(tensor, torch.Tensor) or not self._adopted(tensor, var):
+                self.expected = None
+                eq = eq._replace(outs=(self._outputs(out),) if single else self._outputs(out))
+                break
+        if mapped and not op_info(eq.op).shape_only:
+            self.mapped_groups.update([v.group for v in variables(eq.outs)])
+        self.equations.append(eq)
+
+    def _adopted(self, tensor: torch.Tensor, var: Any) -> bool:
+        """Whether a result is what `var` says.
+
+        The next variable, of this shape and dtype, in new memory or known memory.
+        """
+        if type(var) is not Var or var.index != self.count:
+            return False
+        spec = var.spec
+        if (
+            tensor.shape != spec.shape
+            or tensor.dtype is not spec.dtype
+            or self.known(tensor) is not None
+        ):
+            return False
+        storage = tensor.untyped_storage()
+        address = storage_id(storage)
+        group = self.groups.get(address)
+        if group is None:
+            if var.group != len(self.groups):
+                return False
+            self.groups[address] = var.group
+            self.weak_storages.append(cast(int, weak_reference(storage)))
+        elif group != var.group or tensor.stride() != spec.stride:
+            return False
+        self.entries[id(tensor)] = (weakref.ref(tensor), var)
+        self.count += 1
+        return True
+
+    def _append(self, eq: Equation) -> None:
+        """Note what was recorded, and whether it was expected."""
+        if self.expected is not None:
+            number = len(self.equations)
+            wanted = (
+                self.expected.equations[number] if number < len(self.expected.equations) else None
+            )
+            if (
+                wanted is not None
+                and wanted == eq
+                and follow.alike(wanted.args, eq.args)
+                and follow.alike(wanted.kwargs, eq.kwargs)
+            ):
+                eq = wanted
+            else:
+                self.expected = None
+        self.equations.append(eq)
+
+    def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
+        """The variable of another object with the memory and the metadata of a recorded tensor.
+
+        `nn.Parameter(x)`, `x.as_subclass(...)` and `x.data` make one without an operator call, and
+        autograd does where a backward unpacks its own result, saved without its history. The object
+        of `x` itself may be gone: what was recorded is searched, latest first.
+        """
+        spec = spec_of(tensor)
+        recorded = (eq.results() for eq in reversed(self.equations))
+        given = (*self.inputs, *[var for var, _ in self.literals])
+        source = next(
+            (
+                var
+                for var in itertools.chain(itertools.chain.from_iterable(recorded), given)
+                if var.group == group and var.spec == spec
+            ),
+            None,
+        )
+        if source is None or (self.lazy and (tensor.is_complex() or is_lazy(tensor))):
+            return None
+        var = self._define(tensor)
+        self._append(
+            Equation(
+                aten.detach.default, (source,), (), (var,), (NO_GRAD,), torch.is_grad_enabled()
+            )
+        )
+        return var
+
+    def made_zero(self, tensor: torch.Tensor) -> Var:
+        """The variable of a view of a symbolic zero of forward-mode AD: another such zero.
+
+        No operator call shows the view.
+        """
+        var, flags = self._define(tensor), []
+        options = {"dtype": tensor.dtype, "layout": tensor.layout, "device": tensor.device}
+        named = tuple([(k, self.encode(v, flags, False)) for k, v in options.items()])
+        self._append(
+            Equation(
+                aten._efficientzerotensor.default,
+                (tuple(tensor.shape),),
+                named,
+                (var,),
+                (),
+                torch.is_grad_enabled(),
+            )
+        )
+        return var
+
+    def _constant(self, tensor: torch.Tensor) -> Var:
+        """The variable of what torch's C++ code has written into new memory."""
+        with without_dispatch():
+            copy = tensor.detach().clone()
+        var = self._define(copy)
+        self.literals.append((var, copy))
+        return var
+
+    def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor made from python data inside the function: owned by the program."""
+        with without_dispatch():  # an outer recording must not see the copy
+            copy = tensor.clone()
+        var = self._define(tensor)
+        self.literals.append((var, copy))
+        return tensor
+
+    def release(self) -> None:
+        """Let go of the storages' addresses."""
+        for address in self.weak_storages:
+            free_weak_reference(address)
+        self.weak_storages.clear()
+        self.entries.clear()

@@ -1,0 +1,87 @@
+"""Tensors of one sample that outlive its recording: a side effect kept them.
+
+In the loop, `self.hidden = x`, a list that is appended to or a hook that collects leave something
+of the last sample, or of all of them; a recording leaves the first sample's value.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardmap._torch import schema_of
+from shardmap.program.ir import Var
+
+if TYPE_CHECKING:
+    from shardmap.trace.recorder import Recorder
+
+
+def kept_tensors(recorder: Recorder, outputs: Iterable[torch.Tensor]) -> tuple[str, ...]:
+    """What python still holds of the tensors that differ by sample, a line of text for each.
+
+    Inputs, captured tensors and outputs do not count, nor what only torch holds: autograd saves
+    tensors for the backward of the outputs. Reference cycles are collected before anything is
+    said to be kept.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        outputs: The tensors that it returned.
+    """
+    known = {id(t) for t in outputs} | {id(t) for _, t in recorder.captured.values()}
+    known |= {id(plain) for _, plain in recorder.wrappers.values()}
+    known |= {id(index) for pair in recorder.copies.pairs for index in pair.indices}
+    inputs = {var.index for var in recorder.inputs}
+    candidates = [
+        (ref, var)
+        for number, (ref, var) in recorder.entries.items()
+        if var.group in recorder.mapped_groups and var.index not in inputs and number not in known
+    ]
+    held = list(_held(candidates))
+    if held:
+        gc.collect(1)  # cycles of the function's: what was made while recording is young
+        held = list(_held(held))
+    return tuple([_text(recorder, ref, var) for ref, var in held])
+
+
+def _held(
+    candidates: Iterable[tuple[weakref.ref, Var]],
+) -> Iterator[tuple[weakref.ref, Var]]:
+    for ref, var in candidates:
+        if python_references(ref) > 0:
+            yield ref, var
+
+
+def python_references(ref: weakref.ref) -> int:
+    """How many references python holds to a tensor; torch's own are not counted.
+
+    While torch holds the tensor, torch holds one reference to its python object.
+    """
+    tensor = ref()
+    if tensor is None:
+        return 0
+    return sys.getrefcount(tensor) - 2 - (tensor._use_count() > 1)
+
+
+def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
+    made = next(
+        (eq for eq in recorder.equations if any(v.index == var.index for v in eq.results())), None
+    )
+    name = "an operator" if made is None else schema_of(made.op).name.partition("::")[2]
+    return f"a tensor of shape {var.spec.shape} made by {name}{_holder(ref())}"
+
+
+def _holder(tensor: Any) -> str:
+    """Where a tensor is kept, if a dictionary or a list of the user's says so."""
+    for holder in gc.get_referrers(tensor):
+        if isinstance(holder, dict):
+            for key, value in holder.items():
+                if value is tensor:
+                    return f", kept as {key!r}"
+        elif isinstance(holder, list):
+            return ", kept in a list"
+    return ""

@@ -1,0 +1,214 @@
+"""What a recording refuses, or must know to refuse it later: writes, seeds, questions, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import OpOverload, aten, schema_of
+from shardmap.program.ir import NO_GRAD, Equation, Var
+from shardmap.program.operators import OpInfo
+from shardmap.trace.equations import Equations
+from shardmap.trace.generator import Generator
+from shardmap.trace.recording import flat_tensors, user_line
+from shardmap.trace.scalar_index import Copies
+from shardmap.trace.tensor_table import Variables
+from shardmap.trace.unwritten import Unwritten, python_place
+
+
+class Refusals(Equations):
+    """The checks of a recording, each with its error."""
+
+    def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):
+        super().__init__(call, outer, once)
+        self.randomness = randomness
+        self.written_groups: set[int] = set()
+        self.groups_of_leaves: set[int] = set()
+        """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
+        it records."""
+        self.generator: Generator | None = None
+        """Torch's generator, while the function runs."""
+        self.unwritten = Unwritten()
+        self.serial = 0
+        """How many calls of torch's python interface have been seen."""
+        self.copies = Copies()
+
+    def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
+        var = self.known(tensor) or self._capture(tensor)
+        if var.group not in self.captured_groups:
+            self.written_groups.add(var.group)
+            if var.group in self.groups_of_leaves and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "a view of a leaf Variable that requires grad is being used in an in-place "
+                    "operation."
+                )
+            return
+        name = schema_of(op).name.partition("::")[2]
+        if "norm" in name:
+            raise errors.CapturedWriteError(
+                f"{self.call}: {name} in training mode would update running statistics of shape "
+                f"{tuple(tensor.shape)} that all "
+                "samples share; "
+                "call .eval() on the model, or use track_running_stats=False, or GroupNorm "
+                "(torch.func.replace_all_batch_norm_modules_)"
+            )
+        raise errors.CapturedWriteError(
+            f"{self.call}: {name} would write in place to a tensor of shape {tuple(tensor.shape)} "
+            "that all samples share "
+            "(captured, or an argument "
+            "with in_dim None); the loop would write to it once per sample: return the value "
+            "instead, or clone the tensor inside "
+            "the function"
+        )
+
+    def _check_writes(self, func: Any, value: Any) -> None:
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                self._refuse_write(func, tensor)
+                if self.copies.pairs:
+                    self._written_beside_copies(tensor)
+
+    def _refuse_growth(self, func: Any, writes: tuple) -> None:
+        for tensor in flat_tensors(writes):
+            var = self.known(tensor)
+            if var is not None and tensor.shape != var.spec.shape:
+                raise errors.EscapeError(
+                    f"{self.call}: {schema_of(func).name.partition('::')[2]} gave its output, of "
+                    f"shape {tuple(var.spec.shape)}, the shape "
+                    f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's "
+                    "shape, or none"
+                )
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
+        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
+        of, own = self.known(source) or self._capture(source), self.known(copy)
+        assert own is not None
+        self.copies.add(of.group, own.group, indices)
+
+    def put_back(
+        self,
+        source: torch.Tensor,
+        value: torch.Tensor,
+        indices: tuple[Any, ...],
+        put: Callable[[], None],
+    ) -> None:
+        """Run `put`, which is `source[indices] = value`.
+
+        `value` may be a copy that was taken there.
+        """
+        of, own = self.known(source), self.known(value)
+        if of is None or own is None:
+            put()
+        else:
+            self.copies.put_back(of.group, own.group, indices, put)
+
+    def _written_beside_copies(self, tensor: torch.Tensor) -> None:
+        var = self.known(tensor)
+        if var is not None and any(
+            group in self.captured_groups for group in self.copies.written(var.group)
+        ):
+            raise errors.CapturedWriteError(
+                f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all "
+                "samples share, at "
+                f"{user_line()}; clone what "
+                "was indexed first"
+            )
+
+    def _check_stale(self, read: Iterable[Var]) -> None:
+        for var in read:
+            if var.group in self.copies.stale:
+                raise errors.DataDependentError(
+                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
+                    "one of the two was written in place and "
+                    f"the other is used, at {user_line()}; clone what was indexed, or write with "
+                    "tensor[index] = value"
+                )
+
+    def _unwritten(
+        self,
+        info: OpInfo,
+        args: tuple,
+        kwargs: dict[str, Any],
+        encoded: Any,
+        named: Any,
+        writes: Any,
+    ) -> tuple[list[Var], set[int]]:
+        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
+        if not self.unwritten.groups:
+            return [], overwritten
+        read = self.unwritten.read(info, encoded, named, overwritten)
+        for var in self.unwritten.constants(read, python_place(self.serial, 5)) if read else ():
+            tensor = next(
+                t for t in flat_tensors((*args, *kwargs.values())) if self.known(t) is var
+            )
+            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                literal = self._constant(tensor)
+                write = (var, literal)
+                flags = (NO_GRAD, NO_GRAD)
+                self._append(Equation(aten.copy_.default, write, (), (var,), flags, False))
+                self.unwritten.written((var.group,))
+        read = [v for v in read if v.group in self.unwritten.groups]
+        if read and (info.question or not schema_of(info.op).returns):
+            raise errors.EscapeError(self._unwritten_text(schema_of(info.op).name))
+        return read, overwritten
+
+    def _unwritten_text(self, name: str) -> str:
+        return (
+            f"{self.call}: {name.partition('::')[2]} reads memory that torch.empty made and that "
+            f"no recorded operator has written, at {user_line()}; fill it with torch operators "
+            "(numpy and data_ptr writes cannot be followed), or use torch.zeros"
+        )
+
+    def _refuse_unwritten(self, outputs: tuple[Var, ...]) -> None:
+        kept = {v.group for v in (*outputs, *self.inputs) if 0 not in v.spec.shape}
+        for group in kept & self.unwritten.groups.keys():
+            by = self.unwritten.groups[group]
+            raise errors.EscapeError(
+                f"{self.call}: a result depends on memory that torch.empty made and that no "
+                f"recorded operator has written{f' (read by {by})' if by else ''}; fill it with "
+                "torch operators (numpy and data_ptr writes cannot be followed), or use "
+                "torch.zeros"
+            )
+
+    def _check_random(self, func: Any) -> None:
+        name = schema_of(func).name.partition("::")[2]
+        if self.randomness == "error":
+            raise errors.RandomnessError(
+                f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "
+                "randomness='different' (each sample "
+                "its own draw) or "
+                "'same' (one draw for all), or switch the random layer off (model.eval())"
+            )
+
+    def refuse_seeds(self) -> None:
+        """Refuse a seed set after the last draw: the next sample's draws would start from it."""
+        generator, self.generator = self.generator, None
+        if generator is not None and generator.drawn and not generator.is_as_left():
+            raise errors.RandomnessError(self._seeded())
+
+    def _seeded(self) -> str:
+        return (
+            f"{self.call}: the function sets the state of torch's generator (torch.manual_seed, "
+            "torch.random.fork_rng, or a checkpoint that draws random numbers), which would give "
+            f"every sample the same numbers, at {user_line()}; set the seed before the call, and "
+            "pass randomness='same' (one draw for all samples) or 'different' (each its own); for "
+            "checkpoints, leave dropout out of the checkpointed part, or do not checkpoint inside "
+            "the map"
+        )
+
+    def _data_dependent(self, func: Any) -> str:
+        name = schema_of(func).name.partition("::")[2]
+        what = {
+            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "
+            "(`if x > 0`, `float(x)`, "
+            "`.item()`, a tensor as index)",
+            "equal": "torch.equal compares tensors that differ by sample",
+        }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
+        return (
+            f"{self.call}: {what}, at {user_line()}; use torch.where, masks or comparisons that "
+            "return tensors"
+        )
