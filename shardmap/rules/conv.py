@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V, recorded
+from shardmap.rules.lowering import Lowering, V, given_results
 from shardmap.rules.registry import register
 
 aten = torch.ops.aten
@@ -218,7 +218,7 @@ def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     The input's by folding, the weight's as groups, the bias's as a sum.
     """
     grad, x, weight, _, *numbers, _ = args
-    options, mask, outs = Options(*numbers), recorded(eq), []
+    options, mask, outs = Options(*numbers), given_results(eq), []
     if mask[0]:
         outs.append(_input_gradient(b, options, grad, x, weight, numbers))
     if mask[1]:

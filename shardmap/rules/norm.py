@@ -19,7 +19,7 @@ from torch._C._functorch import maybe_current_level
 
 from shardmap.rules.conv import into_channels, out_of_channels
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V, recorded
+from shardmap.rules.lowering import Lowering, V, given_results
 from shardmap.rules.registry import register
 
 aten = torch.ops.aten
@@ -149,7 +149,7 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     Those of weight and bias as sums over each sample's rows.
     """
     grad, x, normalized, mean, rstd, weight, bias, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     normalized = list(normalized)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
@@ -211,7 +211,7 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """As for `layer_norm`, without a mean."""
     grad, x, normalized, rstd, weight, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     normalized = list(normalized)
     if _mixed(x, grad, rstd, weight):
         return NotImplemented
@@ -281,7 +281,7 @@ def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     Those of weight and bias from sums over each channel.
     """
     grad, x, mean, rstd, weight, n, channels, area, groups, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
     outs: list[V] = []
@@ -417,7 +417,7 @@ def batch_norm_without_stats(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
 def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Samples as channels: the kernel's sums over a channel are then those of one sample."""
     grad, x, weight, mean, var, save_mean, save_invstd, train, eps, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     channels = x.shape[1]
     tensors = [
         None if v is None else b.batch(v)
