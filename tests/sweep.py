@@ -1,10 +1,11 @@
 """The sweep over PyTorch's operator database.
 
-Each operator mapped over three distinct samples, against the loop.
+Each operator mapped over five distinct samples, each compared with the loop: at once, in chunks
+of two, and on two lanes.
 
-    python -m tests.sweep --subject shardmap --workers 2            # judge, print what differs from
-    the scoreboard python -m tests.sweep --subject torch --update --workers 2      # refresh one
-    column of the scoreboard python -m tests.sweep --only linalg_svd,add --details
+    python -m tests.sweep --subject shardmap --workers 2         # judge against the scoreboard
+    python -m tests.sweep --subject torch --update --workers 2   # refresh a column of it
+    python -m tests.sweep --only linalg_svd,add --details
 
 Importing the database needs `expecttest`; some of its operators need `scipy` and `numpy` for
 samples.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import json
 import random
@@ -47,6 +49,8 @@ UNINITIALISED = {
     "new_empty_strided",
 }
 DIRECTIONS = ("forward", "gradient")
+PATHS: tuple[dict[str, Any], ...] = ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]})
+"""How a batch is computed: at once, two samples at a time, on two lanes."""
 PREFERRED = (
     torch.float32,
     torch.float64,
@@ -212,7 +216,7 @@ def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
         if dtype is not None:
             for index, (leaves, spec, at) in enumerate(batches(op, dtype)):
                 for mapped in choices(at):
-                    verdict = judge_batch(op, leaves, spec, at, mapped, direction, subject)
+                    verdict = judge_paths(op, leaves, spec, at, mapped, direction, subject)
                     kind = (
                         "fallback" if verdict.kind == "right" and verdict.fallback else verdict.kind
                     )
@@ -232,6 +236,31 @@ def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
             else found.get("skipped", "")
         )
     return result
+
+
+def judge_paths(
+    op: Any,
+    leaves: list[Any],
+    spec: Any,
+    at: list[int],
+    mapped: list[int],
+    direction: str,
+    subject: oracle.Subject,
+) -> oracle.Verdict:
+    """One batch on every path; only shardmap has more than one, tried where all are mapped."""
+    several = subject is oracle.shardmap_subject() and mapped == at
+    verdict = oracle.Verdict("skipped")
+    for options in PATHS if several else PATHS[:1]:
+
+        def on_path(*args: Any, options: dict[str, Any] = options, **kwargs: Any) -> Any:
+            return subject(*args, **kwargs, **options)
+
+        on_this = on_path if options else subject
+        verdict = judge_batch(op, leaves, spec, at, mapped, direction, on_this)
+        if verdict.kind != "right":
+            said = f" ({options})" if options else ""
+            return dataclasses.replace(verdict, detail=verdict.detail + said)
+    return verdict
 
 
 def judge_batch(

@@ -48,6 +48,14 @@ def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """A batch whose rows have the sample's strides, copied only where they differ."""
     if _rows_have(t, stride):
         return t
+    repeated = [
+        d + 1 for d, (n, s) in enumerate(zip(t.shape[1:], stride, strict=True)) if n > 1 > s
+    ]
+    if repeated:  # the sample's result is expanded there, so that all its entries are equal
+        shape = t.shape
+        for d in repeated:
+            t = t.narrow(d, 0, 1)
+        return restride(t, stride).expand(shape)
     order = sorted(range(len(stride)), key=lambda d: -stride[d])
     moved = t.permute(0, *[d + 1 for d in order]).clone(memory_format=torch.contiguous_format)
     out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])

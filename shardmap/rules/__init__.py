@@ -17,6 +17,7 @@ from shardmap.rules import (
     reduce,
     search,
     view,
+    weight_norm,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "reduce",
     "search",
     "view",
+    "weight_norm",
 ]

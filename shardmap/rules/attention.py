@@ -12,12 +12,13 @@ with the log-sum-exp in the place where the recorded backward expects it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from shardmap._torch import aten, schema_of
-from shardmap.program.ir import Var
+from shardmap.program.ir import Equation, Var
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
@@ -150,7 +151,7 @@ FORWARD = (
 
 
 @register("attention", *FORWARD)
-def attention(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """One call on a larger batch; without dropout, because draws would have to differ by sample."""
     a = bind(eq, args, kwargs)
     if a.get("dropout_p") or a.get("return_debug_mask") or a["query"].ndim != 4:
@@ -228,7 +229,9 @@ def first_row(b: Lowering, v: Any) -> Any:
 
 
 @register("attention", *BACKWARD)
-def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def attention_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """One call of the kernel's backward on a larger batch."""
     a = bind(eq, args, kwargs)
     if a.get("dropout_p") or a["query"].ndim != 4:

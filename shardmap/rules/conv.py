@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V, recorded
+from shardmap.rules.lowering import Lowering, V, given_results
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -124,7 +125,7 @@ def shared_input(options: Options, x: Tensor, weight: Tensor, channels: int) -> 
 
 
 @register("conv", aten.convolution.default)
-def convolution(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def convolution(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Shared weight: more samples in the batch.
 
     Mapped weight: more groups, or more output channels of one input.
@@ -212,13 +213,15 @@ def weight_gradient(
 
 
 @register("conv", aten.convolution_backward.default)
-def convolution_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def convolution_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """The three gradients apart.
 
     The input's by folding, the weight's as groups, the bias's as a sum.
     """
     grad, x, weight, _, *numbers, _ = args
-    options, mask, outs = Options(*numbers), recorded(eq), []
+    options, mask, outs = Options(*numbers), given_results(eq), []
     if mask[0]:
         outs.append(_input_gradient(b, options, grad, x, weight, numbers))
     if mask[1]:

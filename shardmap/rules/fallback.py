@@ -70,6 +70,12 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
         # its decomposition takes the statistics for constants: wrong when differentiated again
         return NotImplemented
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
+    if torch.Tag.pointwise in eq.op.tags and any(
+        v.mapped and not v.ndim and any(v.dtype != other.dtype for other in tensors)
+        for v in tensors
+    ):
+        # It rounds a number to the dtype of the tensor beside it, whatever the kernel would do.
+        return NotImplemented
     op, count = eq.op, len(tensors)
 
     def functorch(*values: Any) -> Any:

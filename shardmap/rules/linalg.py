@@ -16,6 +16,7 @@ import torch
 from shardmap._torch import schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
+from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.promote import whole
 
@@ -100,21 +101,48 @@ for _name, _dims in SEVERAL.items():
 
 @registry.register("linalg", *registry.overloads("_linalg_solve_ex"))
 def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A vector on the right becomes a column.
+    """A factorisation of each matrix, then a solution for each right-hand side.
 
-    With a map before it, it would be taken for a matrix.
+    The kernel factorises the transpose of a contiguous matrix, and its recorded backward relies on
+    that; whether a batch is contiguous says nothing of its samples. A vector on the right becomes a
+    column: with a map before it, it would be taken for a matrix.
     """
-    matrix, right = args[:2]
-    if right.ndim != 1 and right.shape != matrix.shape[:-1]:
-        return together(2, 2)(b, eq, args, kwargs)
-    leading = matrix.shape[:-2]
-    column = b.view(right, (*right.shape, 1))
-    column = whole(b, column, (*leading, *column.shape[-2:]))
-    solution, *rest = b.calls_several(
-        eq.op, 4, whole(b, matrix, matrix.shape), column, *args[2:], **kwargs
+    named = arguments(eq, tuple(args), kwargs)
+    matrix, right = named["A"], named["B"]
+    recorded = eq.args[0].spec
+    transposed = is_dense(recorded.shape, recorded.stride) and not matrix.dtype.is_complex
+    vector = right.ndim == 1 or right.shape == matrix.shape[:-1]
+    column = b.view(right, (*right.shape, 1)) if vector else right
+    leading = torch.broadcast_shapes(matrix.shape[:-2], column.shape[:-2])
+    factored = b.transpose(b.batch(matrix), -2, -1) if transposed else b.batch(matrix)
+    factors, pivots, info = b.calls_several(
+        aten.linalg_lu_factor_ex.default, 3, factored, check_errors=named["check_errors"]
     )
-    solution = solution._replace(shape=(*eq.outs[0].spec.shape, 1))
-    return (b.view(solution, eq.outs[0].spec.shape), *rest)
+    factors = factors._replace(shape=matrix.shape)
+    pivots = pivots._replace(shape=matrix.shape[:-1])
+    solution = b.call(
+        aten.linalg_lu_solve.default,
+        whole(b, factors, (*leading, *matrix.shape[-2:])),
+        whole(b, pivots, (*leading, matrix.shape[-1])),
+        whole(b, column, (*leading, *column.shape[-2:])),
+        named={"left": named["left"], "adjoint": transposed},
+        shape=(*leading, *column.shape[-2:]),
+        dtype=matrix.dtype,
+    )
+    if vector:
+        solution = b.reshape(solution, eq.outs[0].spec.shape)
+    found = (solution, factors, pivots, info)
+    return tuple([v for v, out in zip(found, eq.outs, strict=True) if out is not None])
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor of this shape and these strides is contiguous."""
+    step = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n > 1 and s != step:
+            return False
+        step *= n
+    return True
 
 
 @registry.register("linalg", *registry.overloads("_linalg_check_errors"))

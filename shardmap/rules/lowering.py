@@ -272,7 +272,7 @@ def dims(ds: Sequence[int], ndim: int) -> list[int]:
     return [dim(d, ndim) for d in ds]
 
 
-def recorded(eq: Equation) -> list[bool]:
+def given_results(eq: Equation) -> list[bool]:
     """For each result that the operator declares: whether the recorded call gave it.
 
     Backward operators take a mask of the gradients that are asked for, but some kernels give more

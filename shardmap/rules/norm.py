@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten, current_level
+from shardmap.program.ir import Equation
 from shardmap.rules.conv import into_channels, out_of_channels
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V, recorded
+from shardmap.rules.lowering import Lowering, V, given_results
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -55,7 +56,7 @@ def _differ(*values: V | None) -> bool:
 
 
 @register("norm", aten.native_layer_norm.default)
-def layer_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def layer_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Rows are normalised whatever the number of them; a mapped weight is applied afterwards."""
     x, normalized, weight, bias, eps = args
     shared = not _differ(weight, bias)
@@ -71,7 +72,7 @@ def layer_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("norm", aten._fused_rms_norm.default)
-def rms_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def rms_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """As for `layer_norm`."""
     x, normalized, weight, eps = args
     shared = not _differ(weight)
@@ -142,13 +143,15 @@ def statistics(
 
 
 @register("norm", aten.native_layer_norm_backward.default)
-def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def layer_norm_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """The input's gradient by the kernel.
 
     Those of weight and bias as sums over each sample's rows.
     """
     grad, x, normalized, mean, rstd, weight, bias, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     normalized = list(normalized)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
@@ -207,10 +210,12 @@ def layer_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("norm", aten._fused_rms_norm_backward.default)
-def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def rms_norm_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """As for `layer_norm`, without a mean."""
     grad, x, normalized, rstd, weight, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     normalized = list(normalized)
     if _mixed(x, grad, rstd, weight):
         return NotImplemented
@@ -248,7 +253,7 @@ def rms_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("norm", aten.native_group_norm.default)
-def group_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def group_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """More samples in the batch; a mapped weight is applied afterwards."""
     x, weight, bias, n, channels, area, groups, eps = args
     shared = not _differ(weight, bias)
@@ -274,13 +279,15 @@ def group_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("norm", aten.native_group_norm_backward.default)
-def group_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def group_norm_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """The input's gradient by the kernel on more samples.
 
     Those of weight and bias from sums over each channel.
     """
     grad, x, mean, rstd, weight, n, channels, area, groups, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     if _mixed(x, grad, mean, rstd, weight):
         return NotImplemented
     outs: list[V] = []
@@ -392,31 +399,35 @@ def _batch_norm(
 
 
 @register("norm", aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
-def batch_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """With shared statistics (eval mode) or the sample's own (instance norm)."""
     x, weight, bias, mean, var, training, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, mean, var, training, numbers)
 
 
 @register("norm", aten._native_batch_norm_legit_no_training.default)
-def batch_norm_eval(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm_eval(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """In eval mode."""
     x, weight, bias, mean, var, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, mean, var, False, numbers)
 
 
 @register("norm", aten._native_batch_norm_legit.no_stats)
-def batch_norm_without_stats(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm_without_stats(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """With the sample's own statistics."""
     x, weight, bias, training, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, None, None, training, numbers)
 
 
 @register("norm", aten.native_batch_norm_backward.default)
-def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm_backward(
+    b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """Samples as channels: the kernel's sums over a channel are then those of one sample."""
     grad, x, weight, mean, var, save_mean, save_invstd, train, eps, _ = args
-    mask = recorded(eq)
+    mask = given_results(eq)
     channels = x.shape[1]
     tensors = [
         None if v is None else b.batch(v)
@@ -437,48 +448,3 @@ def batch_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         )
 
     return b.calls_several(backward, sum(map(bool, mask)), *tensors)
-
-
-# -- weights ---------------------------------------------------------------------------------------------------------------
-
-
-def _norm_over(v: Tensor, kept: int) -> Tensor:
-    """The norm of `[B, *shape]` over all dimensions but the map and `kept`, which stay."""
-    over = [d for d in range(1, v.dim()) if d != kept]
-    return torch.linalg.vector_norm(v, 2, over, keepdim=True)
-
-
-def _kept(args: Sequence[Any], position: int, ndim: int) -> int:
-    d = args[position] if len(args) > position else 0
-    return d % ndim + 1
-
-
-@register("norm", aten._weight_norm_interface.default)
-def weight_norm(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """`v * (g / |v|)` by plain operators: the kernel knows no batches."""
-    v, g = args[:2]
-    kept = _kept(args, 2, v.ndim) if "dim" not in kwargs else kwargs["dim"] % v.ndim + 1
-    if g.dtype != v.dtype or eq.outs[1].spec.dtype != v.dtype:
-        return NotImplemented
-
-    def normalise(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        norms = _norm_over(v, kept)
-        return v * (g / norms), norms
-
-    return b.calls_several(normalise, 2, b.batch(v), b.batch(g))
-
-
-@register("norm", aten._weight_norm_interface_backward.default)
-def weight_norm_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The derivative of `v * (g / |v|)`."""
-    grad, v, g, norms, d = args
-    kept = d % v.ndim + 1
-    if any(t.dtype != v.dtype for t in (grad, g, norms)):
-        return NotImplemented
-
-    def backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        over = [i for i in range(1, v.dim()) if i != kept]
-        along = (grad * v).sum(over, keepdim=True) if over else grad * v
-        return (g / norms) * (grad - v * (along / (norms * norms))), along / norms
-
-    return b.calls_several(backward, 2, *(b.batch(t) for t in (grad, v, g, norms)))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardmap.program.ir import Equation
+from shardmap.program.ir import Equation, Param
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.precision import Operand, Slot, computation_dtype
 from shardmap.rules.registry import Operator
@@ -139,6 +139,8 @@ def _asked(
     operands: list[Operand] = []
 
     def described(a: Any) -> Any:
+        if type(a) is Param:
+            return 2.0  # any number: it decides no dtype
         if type(a) is not V:
             return a
         wide = a in tensors

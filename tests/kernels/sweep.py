@@ -195,6 +195,8 @@ def dtypes_of(op: Any, mode: str) -> list[torch.dtype]:
 
 def cases(name: str, op: Any, group: str, samples: int, seeds: int) -> Iterator[Case]:
     """The cases of one operator."""
+    if "as_strided" in name:
+        return  # it reads the whole batch's memory, which each layout changes
     for mode in GROUPS[group]:
         for dtype in dtypes_of(op, mode):
             batches = sweep.batches(op, dtype, samples)
@@ -221,14 +223,22 @@ def judge_case(case: Case) -> oracle.Verdict:
 
         return oracle.Setting(run, tensors)
 
-    checks = oracle.Checks(gradient=False, requires_grad=False)
+    checks = oracle.Checks(gradient=False, requires_grad=False, cancels=True)
     verdict = oracle.compare(build, shardmap.vmap, checks, lambda: build(noise=3.0))
+    if verdict.kind == "wrong" and case.layout == "equal_columns" and _singular(build):
+        return oracle.Verdict("skipped", "the loop divides by a rounding error")
     if verdict.kind == "wrong":
         other = oracle.compare(
             build, shardmap.vmap, checks, lambda: build(noise=3.0), sweep.loop_under_a_mode
         )
         return other if other.kind == "right" else verdict
     return verdict
+
+
+def _singular(build: Callable[[], oracle.Setting]) -> bool:
+    """Whether the loop itself gives infinities, as for matrices with equal columns."""
+    leaves = pytree.tree_leaves(build().run(oracle.loop))
+    return any(not t.isfinite().all() for t in leaves if t.is_floating_point() or t.is_complex())
 
 
 def draws_random(case: Case) -> bool:
@@ -255,7 +265,9 @@ def judge(item: str, known: dict[str, Any], samples: int, seeds: int, loud: bool
         kind = "loop" if verdict.kind == "right" and verdict.fallback else verdict.kind
         counts[f"{case.mode} {kind}"] += 1
         if kind in ("wrong", "refused"):
-            details.append(f"{kind}: {case}: {verdict.detail}")
+            lines = verdict.detail.strip().splitlines() or [""]
+            said = f"{lines[0]} ... {lines[-1]}" if len(lines) > 1 else lines[0]
+            details.append(f"{kind}: {case}: {said}")
     return {"counts": counts, "details": details}
 
 

@@ -77,3 +77,54 @@ def test_a_singular_sample_raises_as_in_the_loop():
     x[2] = 0
     with pytest.raises(linalg.LinAlgError):
         shardmap.vmap(linalg.inv)(x)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_one_factorisation_for_several_right_sides(adjoint: bool) -> None:
+    """Batched, the kernels solved with the first sample's factors, or read out of bounds."""
+
+    def by_lu(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        factors, pivots = torch.linalg.lu_factor(a.unsqueeze(0))
+        return torch.linalg.lu_solve(factors, pivots, right, adjoint=adjoint)
+
+    def by_cholesky(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        factor = torch.linalg.cholesky((a @ a.mT + torch.eye(3)).unsqueeze(0))
+        return torch.cholesky_solve(right, factor)
+
+    def triangular(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve_triangular(
+            a.unsqueeze(0) + 3 * torch.eye(3), right, upper=adjoint
+        )
+
+    def whole(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(a.unsqueeze(0), right)
+
+    for f in (by_lu, by_cholesky, triangular, whole):
+        check(f, real(3, 3), real(4, 3, 3), tolerance=1e-7)
+
+
+def test_one_indefinite_factorisation_for_several_right_sides() -> None:
+    """The kernel reads out of bounds where it has to broadcast: factors as they are, expanded."""
+
+    def f(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        factors, pivots = torch.linalg.ldl_factor(a + a.mT)
+        factors, pivots = factors.expand(4, 3, 3), pivots.expand(4, 3)
+        return torch.linalg.ldl_solve(factors, pivots, right)
+
+    check(f, real(3, 3), real(4, 3, 2), gradient=False, tolerance=1e-7)
+
+
+def test_hessian_of_a_log_determinant() -> None:
+    """By finite differences of the gradient: every sample, not the first only."""
+    weight = real(3, 3)(torch.Generator().manual_seed(1))
+
+    def value(v: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.slogdet(torch.tanh(weight + torch.outer(v, weight[0])))[1]
+
+    rows = torch.stack([real(3)(torch.Generator().manual_seed(i)) for i in range(5)])
+    step = 1e-6 * torch.eye(3, dtype=torch.float64)
+    gradient = torch.func.grad(value)
+    want = torch.stack(
+        [torch.stack([(gradient(r + e) - gradient(r - e)) / 2e-6 for e in step]) for r in rows]
+    )
+    torch.testing.assert_close(shardmap.hessian(value)(rows), want, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import shardmap
 from tests.rules.against_loop import check, real
 from tests.rules.test_conv import gradients
 
@@ -142,3 +143,23 @@ def test_offset_rows():
         strided=False,
         tolerance=1e-3,
     )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_running_statistics_of_each_sample(chunk_size: int | None) -> None:
+    """They are written to where they lie, also where they are strided."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, 4, generator=generator)
+    weight = torch.randn(4, generator=generator)
+
+    def f(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(x, mean, var, weight, training=True)
+
+    def statistics() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(5, 8)[:, ::2], torch.ones(4, 5).t()
+
+    (mean, var), (own_mean, own_var) = statistics(), statistics()
+    want = torch.stack([f(*row) for row in zip(x, own_mean, own_var, strict=True)])
+    got = shardmap.vmap(f, chunk_size=chunk_size or "auto")(x, mean, var)
+    for mine, theirs in ((got, want), (mean, own_mean), (var, own_var)):
+        torch.testing.assert_close(mine, theirs)
