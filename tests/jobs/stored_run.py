@@ -35,7 +35,8 @@ def noisy(weight, x):
 
 def report(outcome):
     noisy, norm = outcome.rows()
-    return Findings(f"{type(outcome.outputs).__name__} of {len(noisy)} rows", {"norm": float(norm.sum())})
+    headline = f"{type(outcome.outputs).__name__} of {len(noisy)} rows"
+    return Findings(headline, {"norm": float(norm.sum())})
 """
 
 

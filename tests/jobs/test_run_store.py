@@ -67,7 +67,10 @@ def test_ctrl_c_keeps_what_is_committed_and_says_how_to_go_on(workplace: Path, c
 
     with listen(interrupt):
         assert main(["run", "run.yaml", "--store", "store"]) == 130
-    told = "shardmap: interrupted; units that are in store stay, and `shardmap resume store` goes on with them\n"
+    told = (
+        "shardmap: interrupted; units that are in store stay, and `shardmap resume "
+        "store` goes on with them\n"
+    )
     assert capsys.readouterr().err == told
     assert shardmap.open_store("store").missing() == [3, 4, 5]
     assert not Path("runs/mine").exists()  # nothing of the outputs was in it
