@@ -1,8 +1,9 @@
 """`vmap` for PyTorch that runs on everything you have."""
 
 from shardmap import errors, reduce
-from shardmap.api import plan, vmap
+from shardmap.api import compare, plan, vmap
 from shardmap.call.caches import clear_caches
+from shardmap.call.comparison import Comparison
 from shardmap.call.planned import Plan
 from shardmap.call.ragged import Ragged
 from shardmap.errors import SlowLoopWarning
@@ -14,6 +15,7 @@ from shardmap.transforms.jacobians import hessian, jacfwd, jacobian, jacrev
 from shardmap.transforms.products import hvp, jvp, vjp
 
 __all__ = [
+    "Comparison",
     "MemmapSink",
     "Plan",
     "Ragged",
@@ -25,6 +27,7 @@ __all__ = [
     "ZarrSink",
     "batching_rule",
     "clear_caches",
+    "compare",
     "errors",
     "hessian",
     "hvp",

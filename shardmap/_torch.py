@@ -65,12 +65,13 @@ def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], A
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
-    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
     OpOverload = _private("_ops.OpOverload", "telling operators from other functions")
     FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", "maps inside torch.compile")
+    FakeTensorMode = _private("_subclasses.fake_tensor.FakeTensorMode", "shapes without computing")
     pytree = _private("utils._pytree", "arguments and results that are nested containers")
     TorchDispatchMode = _private("utils._python_dispatch.TorchDispatchMode", "recording a function")
 
@@ -85,6 +86,9 @@ _example = torch.ops.aten.add.Tensor
 schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
 kernel_of = _attribute(_example, "OpOverload", "_op", "calling an operator without its wrapper")
 packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's other overloads")
+overload_name = _attribute(
+    _example, "OpOverload", "_overloadname", "finding an operator's form that writes in place"
+)
 has_kernel = _private(
     "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
 )
@@ -114,10 +118,18 @@ pop_function_mode = _private("overrides._pop_mode", "setting function modes arou
 without_dispatch = _private(
     "_C._DisableTorchDispatch", "copying a tensor unseen by an outer recording"
 )
+modes_aside = _private(
+    "utils._python_dispatch._disable_current_modes", "trying a kernel's precision on its own"
+)
+without_functorch = _private("_C._DisableFuncTorch", "trying a kernel's precision on its own")
 set_grad = _private("_C._set_grad_enabled", "switching gradients within a replay without a context")
 included_keys = _private(
     "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
 )
+excluded_keys = _private(
+    "_C._dispatch_tls_local_exclude_set", "showing lazy tensors to kernels while recording"
+)
+dispatch_key = _private("_C.DispatchKey", "showing lazy tensors to kernels while recording")
 key_set = _private("_C.DispatchKeySet", "asking for a leaf's gradient node while recording")
 undefined_key = _private(
     "_C.DispatchKey.Undefined", "asking for a leaf's gradient node while recording"
@@ -166,6 +178,16 @@ typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorde
 set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"].__set__
 has_internal_overlap = _private(
     "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"
+)
+assert_async = _private("_assert_async", "anomaly detection around gradients inside a map")
+run_backward = _private(
+    "autograd.graph._engine_run_backward", "anomaly detection around gradients inside a map"
+)
+forward_level = _attribute(
+    torch.autograd.forward_ad,
+    "torch.autograd.forward_ad",
+    "_current_level",
+    "forward-mode gradients from outside a map",
 )
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from shardmap import errors
 from shardmap.call import arguments as edges
 from shardmap.call import ragged
+from shardmap.call.comparison import Comparison
+from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map, surroundings
 from shardmap.call.first_use import FirstUse
 from shardmap.call.gram_passes import compared
@@ -230,16 +232,16 @@ def plan(
         recording, structure = use.first()
         prepared = Prepared(recording, structure)
         grad = torch.is_grad_enabled() and any(recording.program.output_flags)
-        comparison = compared(prepared, options, batch.size, grad, several=False)
-        notes = [] if comparison is None else comparison.notes
+        passes = compared(prepared, options, batch.size, grad, several=False)
+        notes = [] if passes is None else passes.notes
         direct = compared(prepared, options, batch.size, grad, several=True)
         if direct is not None and len(direct.passes) > 1:
             notes.append(
                 "gram: this plan keeps all of it at once; a call of the mapped function takes "
                 f"{len(direct.passes)} passes instead"
             )
-        alone = comparison is None
-        what = (prepared, options) if comparison is None else comparison.passes[0][1:]
+        alone = passes is None
+        what = (prepared, options) if passes is None else passes.passes[0][1:]
         call_of = Call(what[0], batch, what[1], surroundings(), use if alone else None)
         job = call_of.job(call_of.by_sample())
         on = prepare.Devices(job, options.budget.on)
@@ -249,14 +251,88 @@ def plan(
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
         def finish(outputs: list[torch.Tensor]) -> Any:
-            found = (
-                outputs
-                if comparison is None
-                else comparison.outputs(lambda _, __: outputs, batch.size)
-            )
+            found = outputs if passes is None else passes.outputs(lambda _, __: outputs, batch.size)
             result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
         return Plan(job, cut, on, options, finish, notes)
 
     return planned
+
+
+def compare(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    kw_in_dims: Any = None,
+    devices: Any = "auto",
+    chunk_size: Any = "auto",
+    output_device: Any = None,
+    memory_budget: int | str | None = None,
+    memory_fraction: float = 0.9,
+    trace: str = "each",
+    check: str = "first",
+    strict: bool = False,
+    remat: bool = False,
+    reduce: Any = None,
+) -> Callable[..., Comparison]:
+    """Compare a map with the plain loop on some samples.
+
+    `compare(func, ...)(*batch, samples=8)` takes what `vmap` takes, computes the whole batch by the map,
+    some random samples by calling `func` itself, and returns a `Comparison` of the two: the largest
+    difference of each output, the operator where they part, what serves each operator, and how much of
+    the parameters that `func` reads has a gradient.
+
+    Args:
+        func: As for `vmap`, like every other argument.
+        in_dims: As for `vmap`.
+        out_dims: As for `vmap`.
+        randomness: As for `vmap`; a function that draws cannot be compared.
+        kw_in_dims: As for `vmap`.
+        devices: As for `vmap`.
+        chunk_size: As for `vmap`.
+        output_device: As for `vmap`.
+        memory_budget: As for `vmap`.
+        memory_fraction: As for `vmap`.
+        trace: As for `vmap`.
+        check: As for `vmap`.
+        strict: As for `vmap`.
+        remat: As for `vmap`.
+        reduce: As for `vmap`; the results that are reduced are compared before.
+
+    Returns:
+        A function of the batch and of `samples`: how many random samples to compare (8), or their
+        numbers. It returns a `Comparison`: print it, or look at `agrees`.
+
+    Raises:
+        OptionError: An option has a value that it cannot have, or there is nothing to compare.
+        ShardmapError: As for `vmap`.
+
+    Example:
+        >>> import torch, shardmap
+        >>> found = shardmap.compare(torch.dot)(torch.rand(100, 3), torch.rand(100, 3), samples=5)
+        >>> found.agrees, len(found.samples), found.outputs[0].name
+        (True, 5, 'result')
+    """
+    call = edges.call_name(func, in_dims, maker="compare")
+    options = Options(
+        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
+        memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
+    )  # fmt: skip
+    options.refuse_wrong(func)
+    of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
+
+    @functools.wraps(func, updated=())
+    def compared_with(*args: Any, samples: int | Sequence[int] = 8, **kwargs: Any) -> Comparison:
+        if not surroundings().plain:
+            raise errors.OptionError(
+                f"{call}: inside another map or transform there is nothing to compare; compare the "
+                "outermost call"
+            )
+        batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
+        with thread_state_kept() as kept, kept.twice:
+            return comparison(of_sample, batch, options, samples)
+
+    return compared_with

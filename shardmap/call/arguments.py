@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap import reduce as reductions
+from shardmap._torch import node_type, pytree
 from shardmap.store.columns import Column
 from shardmap.store.sources import Source
 from shardmap.trace.batch import Batch
@@ -50,7 +50,7 @@ def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
         return None if isinstance(dims, tuple | list | dict) else [dims]
     if not isinstance(dims, tuple | list | dict):
         return [dims] * spec.num_leaves
-    node, context = pytree._get_node_type(dims), None
+    node, context = node_type(dims), None
     children, context = pytree.SUPPORTED_NODES[node].flatten_fn(dims)
     kinds = (
         ({tuple, list} if node in (tuple, list) else {node}) if node is not tuple else {tuple, list}

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
-from shardmap._torch import dispatch_modes, functorch
+from shardmap._torch import dispatch_depth, dispatch_modes, functorch, pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call.by_sample import SampleLoop, lowering
@@ -53,7 +52,7 @@ def surroundings() -> Surroundings:
 
 def under_recording() -> bool:
     """Whether the call is made inside a function that is being recorded."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if dispatch_depth() == 0:
         return False
     return any(isinstance(m, Recorder) for m in dispatch_modes())
 

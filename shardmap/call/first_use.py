@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
 from shardmap.program.ir import Program
@@ -194,7 +194,7 @@ class FirstUse:
             raise
         except Exception as error:
             text = str(error).partition("\n")[0]
-            if not _consumed(error):
+            if not consumed(error):
                 self._record(0)  # an error of the last sample's own is the user's to see
                 raise
             self._alone = (
@@ -204,7 +204,8 @@ class FirstUse:
             logger.debug("%s: %s", self.options.call, self._alone)
 
 
-def _consumed(error: Exception) -> bool:
+def consumed(error: Exception) -> bool:
+    """Whether an error says that a function has freed the graph that it differentiates."""
     return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
         error
     )
@@ -232,7 +233,7 @@ def _identity(value: Any, seen: frozenset[int]) -> Hashable | None:
         parts = [*(value.__defaults__ or ()), *_cells(value)]
         wrapped = getattr(value, "__wrapped__", None)
         return (value.__code__, *[_part(part, seen) for part in parts], _part(wrapped, seen))
-    if isinstance(value, types.BuiltinFunctionType | torch._ops.OpOverload | type):
+    if isinstance(value, types.BuiltinFunctionType | OpOverload | type):
         return value
     try:
         return _Token.of(value)

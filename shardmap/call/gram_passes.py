@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options

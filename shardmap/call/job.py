@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap import reduce as reductions
-from shardmap._torch import functorch
+from shardmap._torch import forward_level, functorch, pytree
 from shardmap.call import arguments as edges
 from shardmap.call.first_use import FirstUse
 from shardmap.call.memo import Prepared
@@ -284,7 +283,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
     """Whether forward-mode AD around the call differentiates by one of its tensors."""
-    if forward_ad._current_level < 0:
+    if forward_level(forward_ad) < 0:
         return False
     tensors = [t for t in (*batch.leaves, *captured) if isinstance(t, torch.Tensor)]
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from shardmap._torch import OpOverload, pytree
 from shardmap.lower.cache import Lowered
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
@@ -80,7 +80,7 @@ _PLAIN = (
     types.FunctionType,
     types.MethodType,
     types.BuiltinFunctionType,
-    torch._ops.OpOverload,
+    OpOverload,
 )
 """Kinds whose attributes are looked at in their own way, or never change."""
 _LIMIT = 200_000

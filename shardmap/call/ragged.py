@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
 from shardmap import reduce as reductions
+from shardmap._torch import pytree, version_of
 from shardmap.call import arguments as edges
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
@@ -153,9 +153,9 @@ def run(
     structure, found = None, []
     for rows in groups.values():
         batch = _group(whole, given, rows)
-        versions = [batch.leaves[leaf]._version for leaf in given]
+        versions = [version_of(batch.leaves[leaf]) for leaf in given]
         result = map_group(batch)
-        if versions != [batch.leaves[leaf]._version for leaf in given]:
+        if versions != [version_of(batch.leaves[leaf]) for leaf in given]:
             raise errors.CapturedWriteError(
                 f"{options.call}: the function writes in place to a shardmap.Ragged argument, of "
                 "which it is given copies; clone the "

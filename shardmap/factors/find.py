@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.ir import Equation, Param, Program, Var
 from shardmap.program.operators import op_info
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)

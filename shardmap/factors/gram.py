@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardmap._torch import aten
 from shardmap.factors.find import Factored, Factors, Patches, Rows, Term, sizes
 from shardmap.factors.norms import channels, patches
 from shardmap.program.analysis import mapped_groups, written
 from shardmap.program.ir import NO_GRAD, Equation, Param, Program, Var
 from shardmap.trace.recording import Recording
-
-aten = torch.ops.aten
 
 BLOCK_BYTES = 32 << 20
 """What a block's temporaries may take; there are about four of that size."""

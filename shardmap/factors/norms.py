@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardmap._torch import aten
 from shardmap.factors.find import Factored, Patches, Product, Rows, Term, sizes
 from shardmap.factors.scales import scale_of
 from shardmap.program.ir import Equation, Var
@@ -21,7 +22,6 @@ from shardmap.rules.lowering import V
 if TYPE_CHECKING:
     from shardmap.factors.builder import Ghosts
 
-aten = torch.ops.aten
 
 PASS = 30
 """What writing an element and reading it again costs, in operations of a product: an estimate

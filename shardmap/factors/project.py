@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardmap._torch import aten
 from shardmap.factors.find import Patches, Rows
 from shardmap.factors.norms import factors_of
 from shardmap.factors.scales import scale_of
@@ -27,7 +28,6 @@ from shardmap.rules.registry import register
 if TYPE_CHECKING:
     from shardmap.factors.builder import Ghosts
 
-aten = torch.ops.aten
 
 BLOCK_ENTRIES = 1 << 20
 """Entries of the matrix that are there at a time."""

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.factors.find import Term
 from shardmap.program.ir import Var
 from shardmap.rules.lowering import V
 
 if TYPE_CHECKING:
     from shardmap.factors.builder import Ghosts
-
-aten = torch.ops.aten
 
 
 def scale_of(ghosts: Ghosts, term: Term) -> Any:

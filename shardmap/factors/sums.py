@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardmap._torch import aten
 from shardmap.factors.find import REARRANGED, Factored, Patches, Rows, Term, sizes
 from shardmap.factors.norms import square, weighted
 from shardmap.factors.scales import combined, scale_of
@@ -23,7 +24,7 @@ from shardmap.rules.lowering import V
 if TYPE_CHECKING:
     from shardmap.factors.builder import Ghosts
 
-aten = torch.ops.aten
+
 Scales = tuple[tuple[str, Any], ...]
 
 

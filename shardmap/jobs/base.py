@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from shardmap._torch import pytree
 from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError
 from shardmap.store import Source, Store

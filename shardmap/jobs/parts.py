@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap._extras import require
+from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
 from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError, DeviceError, SourceError

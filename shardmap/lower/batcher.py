@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import schema_of
 from shardmap.factors import sums
 from shardmap.factors.builder import Ghosts
 from shardmap.factors.rewrite import from_factors
@@ -48,7 +49,6 @@ from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.view_folding import views
 
 logger = logging.getLogger("shardmap")
-aten = torch.ops.aten
 
 
 class _Batcher:
@@ -401,7 +401,7 @@ def lower(
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Emit a recorded call as it is."""
-    returns = eq.op._schema.returns
+    returns = schema_of(eq.op).returns
     if not returns or not list(eq.results()):
         b.effect(eq.op, *args, **kwargs)
         return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import set_grad
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
 from shardmap.program.ir import Param, SampleDevice
@@ -270,6 +271,6 @@ def _compiled(
     signature: str, lines: Sequence[str], constants: dict[str, Any]
 ) -> tuple[Callable[..., Any], str]:
     source = "\n    ".join([f"def {signature}:", *lines])
-    scope: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled, **constants}
+    scope: dict[str, Any] = {"set_grad": set_grad, **constants}
     exec(compile(source, "<shardmap program>", "exec"), scope)
     return scope[signature.partition("(")[0]], source

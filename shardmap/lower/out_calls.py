@@ -6,14 +6,13 @@ import functools
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shardmap._torch import FakeTensorMode, OpOverload, aten, schema_of
 from shardmap.program.ir import Equation, Param, SampleDevice, Spec, Var
 from shardmap.rules import registry
 from shardmap.rules.lowering import Lowering, V
 
-aten = torch.ops.aten
-Operator = torch._ops.OpOverload
+Operator = OpOverload
 
 
 def out_rule(eq: Equation) -> registry.Rule | None:
@@ -28,7 +27,7 @@ def out_rule(eq: Equation) -> registry.Rule | None:
     plain = _without_out(eq.op)
     if plain is None or registry.lookup(plain) is None:
         return None
-    names = [a.name for a in eq.op._schema.arguments if a.is_out]
+    names = [a.name for a in schema_of(eq.op).arguments if a.is_out]
     given = dict(eq.kwargs)
     targets = [given.get(name) for name in names]
     if not all(type(v) is Var for v in targets):
@@ -58,14 +57,14 @@ def out_rule(eq: Equation) -> registry.Rule | None:
 @functools.cache
 def _without_out(op: Operator) -> Operator | None:
     """The overload of an `out=` operator that makes new results from the same arguments."""
-    arguments = op._schema.arguments
+    arguments = schema_of(op).arguments
     if not any(a.is_out for a in arguments):
         return None
     wanted = [(a.name, str(a.type)) for a in arguments if not a.is_out]
     for name in op.overloadpacket.overloads():
         candidate = getattr(op.overloadpacket, name)
-        found = [(a.name, str(a.type)) for a in candidate._schema.arguments]
-        if found == wanted and not candidate._schema.is_mutable:
+        found = [(a.name, str(a.type)) for a in schema_of(candidate).arguments]
+        if found == wanted and not schema_of(candidate).is_mutable:
             return candidate
     return None
 

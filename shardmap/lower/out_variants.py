@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import OpOverload, has_kernel, kernel_of, schema_of
 from shardmap.program.operators import op_info
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import Call
@@ -49,24 +50,24 @@ def into(call: Call) -> Callable[..., torch.Tensor] | None:
         return None
     if call.op is not None:
         found = _overload(call.op)
-        return None if found is None else found._op
+        return None if found is None else kernel_of(found)
     return _OURS.get(call.target)
 
 
 @functools.cache
-def _overload(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def _overload(op: OpOverload) -> OpOverload | None:
     """The variant of `op` with the same arguments and one more, `out`."""
-    schema = op._schema
+    schema = schema_of(op)
     if len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor" or op_info(op).random:
         return None
     if any(a.alias_info is not None for a in (*schema.arguments, *schema.returns)):
         return None  # a view, or a write
-    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+    if has_kernel(op.name(), "CompositeImplicitAutograd"):
         return None  # may be a view or a copy, whichever fits: its variant copies
     wanted = [(a.name, str(a.type)) for a in schema.arguments]
     for name in op.overloadpacket.overloads():
         candidate = getattr(op.overloadpacket, name)
-        arguments = candidate._schema.arguments
+        arguments = schema_of(candidate).arguments
         extra = [a for a in arguments if a.is_out]
         if (
             len(extra) == 1

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.out_variants import into
 from shardmap.rules.lowering import Call, V, values
-
-aten = torch.ops.aten
 
 _JOINS = (aten.stack.default, aten.cat.default)
 

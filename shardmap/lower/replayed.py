@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import functorch
+from shardmap._torch import functorch, is_view, schema_of
 from shardmap.trace.recording import flat_tensors
 
 
@@ -18,7 +18,7 @@ def no_view(t: torch.Tensor) -> torch.Tensor:
     A rule may return a view where the sample's call returned a new tensor.
     """
     return (
-        restride(t.clone(), t.stride()[1:]) if t._is_view() else t
+        restride(t.clone(), t.stride()[1:]) if is_view(t) else t
     )  # a clone closes the gaps between elements
 
 
@@ -74,12 +74,12 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
             if any(mapped):
                 raise errors.VariesError(
                     f"{call}: python asked for the value of a tensor that differs by sample "
-                    f"({op._schema.name}), and it is {expected} "
+                    f"({schema_of(op).name}), and it is {expected} "
                     f"for the first sample but {answer} for another; use torch.where, masks or "
                     "comparisons that return tensors"
                 )
             raise errors.StaleRecordingError(
-                f"{call}: python asked for the value of a tensor ({op._schema.name}), and it was "
+                f"{call}: python asked for the value of a tensor ({schema_of(op).name}), and it was "
                 f"{expected} when the function was "
                 "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shardmap import errors
+from shardmap._torch import FakeTensor
 from shardmap.lower.batched import BatchedProgram, Fixes
 from shardmap.lower.replayed import restride
 from shardmap.program.ir import Program, Var

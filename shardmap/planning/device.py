@@ -149,7 +149,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 @functools.cache
 def _cgroup_limits() -> tuple[tuple[int, Path], ...]:
-    """The memory limits of the control groups around this process, each with the file that says what is used."""
+    """The memory limits of this process's control groups, each with the file that says its use."""
     root, found = Path("/sys/fs/cgroup"), []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -217,9 +217,9 @@ class Budget:
 
 
 class Meter:
-    """Reads what this process has in use on a device, and the most it ever had, without resetting anything.
+    """Reads the bytes that this process has in use on a device, and the most it ever had.
 
-    Whoever else measures the process must find its own peaks: so a chunk's peak is known only if it
+    Nothing is reset: whoever else measures the process must find its own peaks: so a chunk's peak is known only if it
     exceeds every one before.
     """
 

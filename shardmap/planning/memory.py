@@ -4,14 +4,16 @@ Fixed bytes and bytes per sample, on each device, solved for the largest chunk t
 
 The words, as they are used everywhere here:
 
-- *resident*: bytes that are there during the whole run whatever the chunk: the stacked result where it is collected, captured tensors
-  copied to the device, what no sample changes, what outer autograd saved of the chunks that are
-  done.
-- *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs on their way.
-- *scale*: what a chunk was measured to need over what its tensors say: kernels' workspaces, the allocator's gaps.
-- *margin*: what a process needs beside: kernels' buffers per thread, the allocator's gaps. A twenty-fifth, at most 32 MiB.
+- *resident*: bytes that are there during the whole run, whatever the chunk: the stacked result
+  where it is collected, captured tensors copied to the device, values that do not depend on the sample,
+  and the activations that outer autograd saved of finished chunks.
+- *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs
+  before they are moved.
+- *scale*: measured over predicted bytes of a chunk: kernels' workspaces and the allocator's gaps.
+- *margin*: bytes that a process needs besides: kernels' buffers per thread and the allocator's
+  gaps. A twenty-fifth, at most 32 MiB.
 - *peak*: resident + scale * chunk + margin, an upper bound.
-- *budget*: what the map may add to what is in use on the device when it begins.
+- *budget*: bytes that the map may add to those in use on the device when it begins.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class MemoryModel:
     """One chunk's bytes at each of its peaks, by its number of samples."""
     scale: float = 1.0
     """Measured over predicted bytes of the first chunk."""
+    backward: tuple[Level, ...] = ()
+    """The same while a chunk's gradients are computed, if autograd records from outside."""
     bound: bool = False
     """Whether nothing has run, and these are the least bytes that it can take."""
     result_bytes: int = 0
@@ -81,7 +85,9 @@ class MemoryModel:
         """Upper bound of what a chunk of that many samples adds while it is computed."""
         if samples == 0:
             return 0
-        return math.ceil(self.scale * max(level.at(samples) for level in self.chunk))
+        return math.ceil(
+            self.scale * max(level.at(samples) for level in (*self.chunk, *self.backward))
+        )
 
     def peak_bytes(self, samples: int) -> int:
         """Upper bound for a run in chunks of that many samples."""
@@ -113,7 +119,7 @@ class MemoryModel:
         Solved: each level is a line, so each gives a bound, and the smallest bound holds.
         """
         asked = most
-        for level in self.chunk:
+        for level in (*self.chunk, *self.backward):
             fixed, sample = self.scale * level.fixed_bytes, self.scale * level.sample_bytes
             if fixed > bytes_limit:
                 return 0

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from shardmap._torch import TorchDispatchMode, packet_of, schema_of, storage_id
 from shardmap.lower.cache import Lowered
 from shardmap.planning.memory import Level, envelope
 from shardmap.trace.recording import flat_tensors
@@ -51,6 +51,8 @@ class Observation:
     backward."""
     costs: tuple[OpCost, ...]
     """By recorded operator, in the order of first use."""
+    backward: tuple[Level, ...] = ()
+    """As `levels`, of a chunk whose gradients are computed at once; none without outer autograd."""
 
     @property
     def calls(self) -> int:
@@ -73,7 +75,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, known: Sequence[torch.Tensor]):
         super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in known}
+        self.known = {storage_id(t.untyped_storage()) for t in known}
         self.live: dict[int, int] = {}
         self.now = 0
         self.trail: list[int] = []
@@ -100,7 +102,7 @@ class _Watch(TorchDispatchMode):
             if t.layout is torch.strided
         ]
         given = [t for t in flat_tensors((*args, *kwargs.values())) if t.layout is torch.strided]
-        before = {t.untyped_storage()._cdata for t in given}
+        before = {storage_id(t.untyped_storage()) for t in given}
         fresh = False
         for t in made:
             fresh |= self._see(t)
@@ -108,11 +110,11 @@ class _Watch(TorchDispatchMode):
             self.trail.append(self.now)
         if (
             fresh
-            or func._schema.is_mutable
-            or not all(t.untyped_storage()._cdata in before for t in made)
+            or schema_of(func).is_mutable
+            or not all(storage_id(t.untyped_storage()) in before for t in made)
         ):
             cost = self.costs.setdefault(self.equation, [0, 0.0, 0.0])
-            formula = flop_registry.get(func._overloadpacket)
+            formula = flop_registry.get(packet_of(func))
             cost[0] += 1
             cost[1] += (
                 formula(*args, **kwargs, out_val=out)
@@ -124,7 +126,7 @@ class _Watch(TorchDispatchMode):
 
     def _see(self, t: torch.Tensor) -> bool:
         storage = t.untyped_storage()
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self.known or key in self.live:
             return False
         size = storage.nbytes()

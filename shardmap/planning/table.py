@@ -7,8 +7,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from torch._ops import OpOverload
-
+from shardmap._torch import OpOverload, schema_of
 from shardmap.lower.cache import Lowered
 from shardmap.planning.cost import machine
 from shardmap.planning.memory import format_bytes
@@ -254,7 +253,9 @@ def _hoisted(low: Lowered) -> dict[OpOverload, int]:
 
 def _is_view(op: OpOverload) -> bool:
     """Whether it computes nothing."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+    return any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema_of(op).returns
+    )
 
 
 def _memory(device: str, lanes: Sequence[Lane]) -> str:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
+from shardmap._torch import aten
 from shardmap.program.ir import Equation, Program, Var, variables
 from shardmap.program.operators import draws, op_info
-
-aten = torch.ops.aten
 
 IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
 """Calls that are the value itself: what autograd is to know of it is in the flags of each use."""

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardmap._torch import OpOverload
+
 
 class Spec(NamedTuple):
     """The metadata of one sample's tensor."""
@@ -77,7 +79,7 @@ function, where outer gradients end."""
 class Equation(NamedTuple):
     """One recorded call."""
 
-    op: torch._ops.OpOverload
+    op: OpOverload
     args: tuple[Any, ...]
     """Positional arguments; tensors are `Var`, floats may be `Param`."""
     kwargs: tuple[tuple[str, Any], ...]
@@ -228,7 +230,7 @@ def _encode(value: Any) -> Any:
         return [kind.__name__, *map(_encode, value)]
     if kind in (tuple, list):
         return ["tuple", *map(_encode, value)]
-    if kind is torch._ops.OpOverload:
+    if kind is OpOverload:
         return ["op", value.name()]
     if kind is type:
         return ["type", value.__name__]
@@ -258,7 +260,7 @@ def _decode(value: Any) -> Any:
 
 
 @functools.cache
-def operator(name: str) -> torch._ops.OpOverload:
+def operator(name: str) -> OpOverload:
     """The operator with this qualified name, such as `aten::add.Tensor`."""
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten
+from shardmap._torch import OpOverload, aten, has_kernel, schema_of
 from shardmap._torch import packet as find_packet
 from shardmap.program.ir import Var, variables
 
@@ -80,7 +80,7 @@ training) positions."""
 class OpInfo:
     """What the recorder must know of an operator before it runs."""
 
-    op: torch._ops.OpOverload
+    op: OpOverload
     writes: tuple[int, ...]
     """Positions of the arguments that it writes in place."""
     writes_named: tuple[str, ...]
@@ -111,7 +111,7 @@ class OpInfo:
 _infos: dict[int, OpInfo] = {}
 
 
-def op_info(op: torch._ops.OpOverload) -> OpInfo:
+def op_info(op: OpOverload) -> OpInfo:
     """The facts about `op`, from its schema and tags, found once."""
     info = _infos.get(
         id(op)
@@ -123,8 +123,8 @@ def op_info(op: torch._ops.OpOverload) -> OpInfo:
     return info
 
 
-def _op_info(op: torch._ops.OpOverload) -> OpInfo:
-    schema = op._schema
+def _op_info(op: OpOverload) -> OpInfo:
+    schema = schema_of(op)
     writes = tuple(
         i
         for i, a in enumerate(schema.arguments)
@@ -133,10 +133,8 @@ def _op_info(op: torch._ops.OpOverload) -> OpInfo:
     named = tuple(
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     )
-    name = op._schema.name.partition("::")[2]
-    composite = op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), "CompositeImplicitAutograd"
-    )
+    name = schema_of(op).name.partition("::")[2]
+    composite = op.namespace != "prim" and has_kernel(op.name(), "CompositeImplicitAutograd")
     is_random = torch.Tag.nondeterministic_seeded in op.tags
     info = OpInfo(
         op=op,
@@ -196,18 +194,18 @@ def _without_tensors(schema: Any) -> bool:
 _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
 
 
-def _functional(op: torch._ops.OpOverload, name: str) -> Any:
+def _functional(op: OpOverload, name: str) -> Any:
     """The operator that returns the view that `op` makes of its argument in place.
 
     None for `resize_` and its kin.
     """
     packet = find_packet(_VIEWS_IN_PLACE.get(name, name.removesuffix("_")))
-    kinds = [str(a.type) for a in op._schema.arguments]
+    kinds = [str(a.type) for a in schema_of(op).arguments]
     for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)
-        returns = candidate._schema.returns
+        returns = schema_of(candidate).returns
         if (
-            [str(a.type) for a in candidate._schema.arguments] == kinds
+            [str(a.type) for a in schema_of(candidate).arguments] == kinds
             and len(returns) == 1
             and returns[0].alias_info is not None
         ):
@@ -215,15 +213,15 @@ def _functional(op: torch._ops.OpOverload, name: str) -> Any:
     return None
 
 
-def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+def draws(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
     if not op_info(op).random:
         return False
-    for i, a in enumerate(op._schema.arguments):
+    for i, a in enumerate(schema_of(op).arguments):
         value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
         if (
             a.name in ("dropout_p", "dropout", "p")
-            and "dropout" in (a.name + op._schema.name)
+            and "dropout" in (a.name + schema_of(op).name)
             and value == 0
         ):
             return False
@@ -232,14 +230,14 @@ def draws(op: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def shape_depends_on_values(op: torch._ops.OpOverload, args: tuple) -> bool:
+def shape_depends_on_values(op: OpOverload, args: tuple) -> bool:
     """Whether this call's result has a shape that depends on values."""
     if op is aten.index.Tensor:  # dynamic only for masks
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return True
 
 
-def deciders(op: torch._ops.OpOverload, args: tuple) -> Iterator[Var]:
+def deciders(op: OpOverload, args: tuple) -> Iterator[Var]:
     """The arguments whose values decide the shape of a result: the mask of `x[mask]`, not `x`."""
     if op in (aten.index.Tensor, aten.masked_select.default, aten.repeat_interleave.self_Tensor):
         return variables(args[1:])

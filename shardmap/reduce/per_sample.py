@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.factors import project as projections
 from shardmap.reduce.reduction import Reduction
 

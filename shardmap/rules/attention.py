@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Var
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 
 
 def bind(eq: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by the names of the operator's schema, defaults filled in."""
-    names = eq.op._schema.arguments
+    names = schema_of(eq.op).arguments
     values = {a.name: a.default_value for a in names if a.has_default_value()}
     values.update((a.name, value) for a, value in zip(names, args, strict=False))
     return values | kwargs
@@ -166,10 +166,10 @@ def attention(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if same_device(b, eq):
         given = {"query": query, "key": key, "value": value, name: mask}
         positional = [
-            given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if not x.kwarg_only
+            given.get(x.name, a[x.name]) for x in schema_of(eq.op).arguments if not x.kwarg_only
         ]
         named = {
-            x.name: given.get(x.name, a[x.name]) for x in eq.op._schema.arguments if x.kwarg_only
+            x.name: given.get(x.name, a[x.name]) for x in schema_of(eq.op).arguments if x.kwarg_only
         }
         op, kinds = eq.op, [type(o) is Var for o in outs]
 
@@ -254,7 +254,7 @@ def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     if same_device(b, eq):
         values = dict(zip(names, folded, strict=True))
         arguments = []
-        for argument in eq.op._schema.arguments:
+        for argument in schema_of(eq.op).arguments:
             if not argument.kwarg_only:
                 name = argument.name
                 arguments.append(
@@ -262,7 +262,7 @@ def attention_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
                 )
         named = {
             x.name: mask if x.name == mask_name else a[x.name]
-            for x in eq.op._schema.arguments
+            for x in schema_of(eq.op).arguments
             if x.kwarg_only
         }
         op = eq.op

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V, recorded
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C._functorch import maybe_current_level
 
+from shardmap._torch import aten, current_level
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 SUM, MEAN, MAX = 0, 1, 2
 
 
@@ -85,7 +84,7 @@ def summed(
     In place unless an outer transform, which refuses that, is active: half the memory traffic.
     """
     zeros = pages.zeros(like, shape)
-    if maybe_current_level() is None:
+    if current_level() is None:
         return zeros.index_add_(d, at, rows)
     return zeros.index_add(d, at, rows)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import schema_of
 from shardmap.program.ir import SAMPLE_DEVICE, Equation
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
@@ -54,7 +55,7 @@ def filled_rows(
 @register("factory", *overloads(*_VALUES, "full_like", "new_full"))
 def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """A tensor with the recorded metadata, the same for all samples."""
-    name = eq.op._schema.name.partition("::")[2]
+    name = schema_of(eq.op).name.partition("::")[2]
     value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
     spec = eq.outs[0].spec
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
@@ -65,7 +66,7 @@ def _split(
 
 def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch one operator with `torch.func.vmap`; the batch comes first in the results."""
-    if b.grad and eq.op is torch.ops.aten.native_layer_norm_backward.default:
+    if b.grad and eq.op is aten.native_layer_norm_backward.default:
         # its decomposition takes the statistics for constants: wrong when differentiated again
         return NotImplemented
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
@@ -78,7 +79,7 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
 
         return torch.func.vmap(one, in_dims=tuple(in_dims))(*values[:count])
 
-    functorch.__name__ = f"functorch_{op._schema.name.partition('::')[2]}"
+    functorch.__name__ = f"functorch_{schema_of(op).name.partition('::')[2]}"
     return _emit(b, eq, functorch, (*tensors, *symbols))
 
 
@@ -118,7 +119,7 @@ def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], ca
             return torch.stack(results)
         return tuple(torch.stack(column) for column in zip(*_flat_rows(results), strict=True))
 
-    loop.__name__ = f"loop_{op._schema.name.partition('::')[2]}"
+    loop.__name__ = f"loop_{schema_of(op).name.partition('::')[2]}"
     if in_place:
         b.effect(loop, B, *tensors, *symbols)
         return None
@@ -129,7 +130,7 @@ def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> Non
     """Refuse a sample whose result has another shape than that of the sample that was recorded."""
     expected = [v.spec.shape for v in variables(eq.outs)]
     if shapes != expected:
-        name = eq.op._schema.name.partition("::")[2]
+        name = schema_of(eq.op).name.partition("::")[2]
         raise errors.VariesError(
             f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} "
             "for the first sample but "
@@ -155,7 +156,7 @@ def _flat(result: Any) -> Any:
 
 
 def _single(eq: Equation) -> bool:
-    return len(eq.outs) == 1 and type(eq.outs[0]) is Var and len(eq.op._schema.returns) == 1
+    return len(eq.outs) == 1 and type(eq.outs[0]) is Var and len(schema_of(eq.op).returns) == 1
 
 
 def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) -> Any:
@@ -167,7 +168,7 @@ def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) 
     if (
         type(eq.outs[0]) is Var
         and len(eq.outs) == 1
-        and str(eq.op._schema.returns[0].type) == "Tensor"
+        and str(schema_of(eq.op).returns[0].type) == "Tensor"
     ):
         return b.call(function, *args, mapped=mapped)
     if len(outs) == len(eq.outs) and None not in eq.outs:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardmap._torch import functorch
+from shardmap._torch import dispatch_depth, functorch
 
 FROM_BYTES = 4 << 20
 """Where numpy's allocator begins to ask for huge pages."""
@@ -42,11 +42,7 @@ def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
         or like.device.type != "cpu"
     ):
         return None
-    if (
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or functorch.maybe_current_level() is not None
-    ):
+    if torch.is_grad_enabled() or dispatch_depth() or functorch.maybe_current_level() is not None:
         return None
     return torch.from_numpy(np.empty(tuple(shape), dtype))
 
@@ -85,7 +81,7 @@ def give_back() -> None:
 def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for a stacked result of any dtype, on huge pages where it is large and on the CPU."""
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < FROM_BYTES or torch._C._len_torch_dispatch_stack():
+    if device.type != "cpu" or size < FROM_BYTES or dispatch_depth():
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import SAMPLE_DEVICE
 from shardmap.rules.embedding import look_up
 from shardmap.rules.fold import flat_rows
@@ -306,7 +306,7 @@ def gather(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _scatter(op: Any, source_at: int | None) -> Any:
-    in_place = op._schema.is_mutable
+    in_place = schema_of(op).is_mutable
 
     def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         target, d, index, *rest = args
@@ -399,7 +399,7 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
         source_at: Where the source stands behind the index, or None if there is only a number.
         wraps: Whether negative indices count from the end.
     """
-    in_place = op._schema.is_mutable
+    in_place = schema_of(op).is_mutable
 
     def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         target, d, index, *rest = args
@@ -466,7 +466,7 @@ def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     `torch.func.vmap` gives wrong numbers where index and value are both mapped.
     """
     target, d, index, value = args
-    in_place = eq.op._schema.is_mutable
+    in_place = schema_of(eq.op).is_mutable
     rows = target if in_place else b.batch(target)
     d %= max(target.ndim, 1)
     if not value.mapped and not index.mapped and target.ndim:

@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.promote import whole
 
-aten = torch.ops.aten
-
 
 def _emit(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     results = list(eq.results())
-    if not eq.op._schema.returns:
+    if not schema_of(eq.op).returns:
         b.effect(eq.op, *args, **kwargs)
         return None
-    if len(eq.op._schema.returns) == 1:
+    if len(schema_of(eq.op).returns) == 1:
         spec = results[0].spec
         return b.call(eq.op, *args, shape=spec.shape, dtype=spec.dtype, **kwargs)
     outs = b.calls_several(eq.op, len(eq.outs), *args, **kwargs)

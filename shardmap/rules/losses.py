@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.promote import aligned, expanded
 from shardmap.rules.registry import overloads, register
-
-aten = torch.ops.aten
 
 NONE, MEAN, SUM = 0, 1, 2
 """The values of `reduction`, as in ATen's Reduction.h."""
@@ -30,7 +29,7 @@ _BACKWARD = """
 def arguments(eq: Equation, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by their name in the schema, defaults filled in."""
     named: dict[str, Any] = {}
-    for i, a in enumerate(eq.op._schema.arguments):
+    for i, a in enumerate(schema_of(eq.op).arguments):
         named[a.name] = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
     return named
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardmap._torch import OpOverload, kernel_of, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules.targets import fastest
 
@@ -77,7 +78,7 @@ class Call(NamedTuple):
     mapped: bool
     writes: bool
     """Whether it writes to an argument: never dropped."""
-    op: torch._ops.OpOverload | None = None
+    op: OpOverload | None = None
     """The operator that `target` is the fastest way into; None for a function of ours."""
 
 
@@ -180,9 +181,9 @@ class Lowering:
         mapped: bool,
     ) -> None:
         op = None
-        if isinstance(target, torch._ops.OpOverload):
-            op, writes = target, target._schema.is_mutable
-            target = fastest(target) if args and type(args[0]) is V else target._op
+        if isinstance(target, OpOverload):
+            op, writes = target, schema_of(target).is_mutable
+            target = fastest(target) if args and type(args[0]) is V else kernel_of(target)
         else:
             name = getattr(target, "__name__", "")
             writes = name.endswith("_") and not name.endswith("__")

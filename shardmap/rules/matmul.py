@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules import huge_pages as pages
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.view_folding import views
 
-aten = torch.ops.aten
 _linear = torch.nn.functional.linear  # the builtin itself
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 NONE, MEAN = 0, 1
 

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C._functorch import maybe_current_level
 
+from shardmap._torch import aten, current_level
 from shardmap.rules.conv import into_channels, out_of_channels
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V, recorded
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 
 CACHE_ELEMENTS = 2**17
@@ -119,7 +118,7 @@ def layer_weights(
     if mask[0]:
         centred = x.reshape(size, m, width) - mean.reshape(size, m, 1)
         # A fresh page costs more than what is computed in it, so one temporary serves for both where autograd does not need the first.
-        plain = maybe_current_level() is None and not (centred.requires_grad or rows.requires_grad)
+        plain = current_level() is None and not (centred.requires_grad or rows.requires_grad)
         centred = centred.mul_(rows) if plain else centred * rows
         found.append(rows_sum(rstd.reshape(size, m), centred).view(size, *normalized))
     if mask[1]:

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten, overload, packet
+from shardmap._torch import (
+    aten,
+    has_kernel,
+    operator_names,
+    overload,
+    overload_name,
+    packet,
+    schema_of,
+)
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted, whole
@@ -115,45 +123,42 @@ def _emit(
 
 def _functional(op: Operator) -> Operator | None:
     """The form of an in-place operator that writes to no operand."""
-    name = op._schema.name.partition("::")[2].removesuffix("_")
-    packet = getattr(aten, name, None)
-    return getattr(packet, op._overloadname, None)
+    name = schema_of(op).name.partition("::")[2].removesuffix("_")
+    return getattr(packet(name), overload_name(op), None)
 
 
 def _in_place(op: Operator) -> bool:
-    first = op._schema.arguments[0]
+    first = schema_of(op).arguments[0]
     return first.alias_info is not None and first.alias_info.is_write
 
 
 def _derived() -> Iterator[Operator]:
     """Operators that PyTorch tags as pointwise, and their in-place forms, as far as they reach a recording whole."""
     tagged = []
-    for full in torch._C._dispatch_get_all_op_names():
+    for full in operator_names():
         namespace, _, name = full.partition("::")
         if namespace != "aten" or name.endswith("out") or "_out" in name.partition(".")[2]:
             continue
         op = overload(name)
         if op is None or torch.Tag.pointwise not in op.tags:
             continue
-        if not any(a.is_out for a in op._schema.arguments):
+        if not any(a.is_out for a in schema_of(op).arguments):
             tagged.append(op)
     seen = set(tagged)
     for op in list(tagged):
-        form = packet(op._schema.name.partition("::")[2] + "_")
-        signature = [(a.name, str(a.type)) for a in op._schema.arguments]
+        form = packet(schema_of(op).name.partition("::")[2] + "_")
+        signature = [(a.name, str(a.type)) for a in schema_of(op).arguments]
         for kind in form.overloads() if form is not None else ():
             found = getattr(form, kind)
             if (
                 found not in seen
-                and [(a.name, str(a.type)) for a in found._schema.arguments] == signature
+                and [(a.name, str(a.type)) for a in schema_of(found).arguments] == signature
                 and _in_place(found)
             ):
                 seen.add(found)
                 tagged.append(found)
     for op in tagged:
-        if op not in _ELSEWHERE and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            op.name(), "CompositeImplicitAutograd"
-        ):
+        if op not in _ELSEWHERE and not has_kernel(op.name(), "CompositeImplicitAutograd"):
             yield op
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Var
 from shardmap.rules.fold import fold, unfold
 from shardmap.rules.lowering import Lowering, V
@@ -37,7 +37,7 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
         outs = [o for o in eq.outs if type(o) is Var]
         op = eq.op
         if sized is not None:
-            at = next(i for i, a in enumerate(op._schema.arguments) if a.name == sized)
+            at = next(i for i, a in enumerate(schema_of(op).arguments) if a.name == sized)
             size = tuple(args[at])
             if len(size) != ndim + 1:
                 return NotImplemented  # the backward of resizing always has a batch

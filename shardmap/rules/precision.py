@@ -13,8 +13,8 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from shardmap._torch import modes_aside, without_functorch
 from shardmap.rules.registry import Operator
 
 _WIDER = {
@@ -83,7 +83,7 @@ def _probe(
 ) -> torch.dtype | None:
     candidates = [common, *([_WIDER[common]] if common in _WIDER else [])]
     exact, close, asked = set(candidates), set(candidates), 0
-    with torch.no_grad(), _disable_current_modes(), torch._C._DisableFuncTorch():
+    with torch.no_grad(), modes_aside(), without_functorch():
         for number in _NUMBERS:
             tensors = [_values(o, number, i, device) for i, o in enumerate(operands)]
             want = _answer(op, tensors, arguments, named)

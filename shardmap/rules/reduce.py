@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import expanded
 from shardmap.rules.registry import Operator, overloads, register
-
-aten = torch.ops.aten
 
 _MANY = {
     "sum": "sum.dim_IntList",
@@ -80,14 +79,14 @@ def _send(b: Lowering, op: Operator, named: dict[str, Any]) -> Any:
     """Emit `op` with arguments by name, as far as it takes them; defaults are left out."""
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
-    for a in op._schema.arguments:
+    for a in schema_of(op).arguments:
         value = named.get(a.name, a.default_value)
         if not a.kwarg_only:
             positional.append(value)
         elif value != a.default_value:
             keywords[a.name] = value
-    if len(op._schema.returns) > 1:
-        return b.calls_several(op, len(op._schema.returns), *positional, **keywords)
+    if len(schema_of(op).returns) > 1:
+        return b.calls_several(op, len(schema_of(op).returns), *positional, **keywords)
     return b.call(op, *positional, named=keywords)
 
 
@@ -225,9 +224,9 @@ def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
         out = _send(b, eq.op, named | {"dim": dim(named["dim"], x.ndim)})
     else:
         out = _send(b, eq.op, named | {"self": b.view(x, (1,)), "dim": 1})
-        if not eq.op._schema.is_mutable:
+        if not schema_of(eq.op).is_mutable:
             return _viewed(b, eq, out)
-    return None if eq.op._schema.is_mutable else out
+    return None if schema_of(eq.op).is_mutable else out
 
 
 @register("reduce", aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)

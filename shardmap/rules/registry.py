@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardmap._torch import AbsentOperator, absent_operators, missing, overloads
+from shardmap._torch import (
+    AbsentOperator,
+    OpOverload,
+    absent_operators,
+    has_kernel,
+    missing,
+    overloads,
+)
 from shardmap.errors import OptionError
 
 __all__ = [
@@ -34,9 +41,10 @@ __all__ = [
     "register_decomposition",
     "table",
     "tier",
+    "version",
 ]
 
-Operator = torch._ops.OpOverload
+Operator = OpOverload
 Rule = Callable[..., Any]
 
 
@@ -168,7 +176,7 @@ def batching_rule(*operators: Operator, replace: bool = False) -> Callable[[Rule
 
 def _is_composite(op: Operator) -> bool:
     """Whether a call of `op` is always taken apart before it reaches a recording."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    has = has_kernel
     return has(op.name(), "CompositeImplicitAutograd") and op not in _rules
 
 
@@ -204,7 +212,7 @@ def decomposition(op: Operator) -> Callable[..., Any] | None:
 
 def has_functorch_kernel(op: Operator) -> bool:
     """Whether `torch.func.vmap` batches `op` without its slow loop."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    has = has_kernel
     return has(op.name(), "FuncTorchBatched") or has(op.name(), "FuncTorchBatchedDecomposition")
 
 

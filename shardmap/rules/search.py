@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.index import look_up_wrapped
 from shardmap.rules.lowering import Lowering, V
 from shardmap.rules.registry import register
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import OpOverload, kernel_of
 from shardmap.rules import registry
 
 _METHODS = {
@@ -56,6 +57,6 @@ _table: dict[Any, Callable[..., Any]] = {
 }
 
 
-def fastest(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def fastest(op: OpOverload) -> Callable[..., Any]:
     """What to call for `op` with a tensor as first positional argument."""
-    return _table.get(op, op._op)
+    return _table.get(op) or kernel_of(op)

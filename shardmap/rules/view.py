@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap._torch import OpOverload, aten, schema_of
 from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
 from shardmap.rules.view_folding import views
-
-aten = torch.ops.aten
 
 
 def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -151,11 +150,11 @@ DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
 
 
 def shifted(
-    op: torch._ops.OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
+    op: OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
 ) -> list[Any]:
     """All arguments behind the first `skip`, defaults filled in, dimensions of an `ndim`-dimensional sample one further back."""
     out = []
-    for at, argument in enumerate(op._schema.arguments):
+    for at, argument in enumerate(schema_of(op).arguments):
         if at < skip:
             continue
         at -= skip

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import B, Lowering, V
-
-aten = torch.ops.aten
 
 Dims = tuple[int | None, ...]
 """Of which dimension of the base each dimension is; None for one of size 1 that the base lacks.

@@ -58,7 +58,8 @@ class Store(ABC):
 
     def __repr__(self) -> str:
         outputs = ", ".join(map(str, self.header.outputs))
-        return f"{type(self).__name__}({self.url!r}: {self.header.samples} rows of {outputs}, {self.header.unit} per unit)"
+        rows = f"{self.header.samples} rows of {outputs}, {self.header.unit} per unit"
+        return f"{type(self).__name__}({self.url!r}: {rows})"
 
     @property
     def travels(self) -> bool:
@@ -291,7 +292,7 @@ class Store(ABC):
 
     @abstractmethod
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Write a unit's contiguous tensors, whole or not at all, and wait until they are on the disk."""
+        """Write a unit's contiguous tensors, whole or not at all, and sync them to the disk."""
 
     @abstractmethod
     def _read(self, index: int, start: int, stop: int) -> torch.Tensor:

@@ -76,7 +76,7 @@ def _columns(items: Any, what: str) -> dict[str, torch.Tensor]:
 
 
 def fetch(dataset: Any, start: int, stop: int, what: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """Items in order, collated to columns with rows, and whether the columns' names come from the items.
+    """Items in order, collated to columns, and whether the columns' names come from the items.
 
     Raises:
         SourceError: They do not fit together.

@@ -24,6 +24,11 @@ IDENTITY = {
 }
 """The hashes that tell one run from another, and what it means when one differs."""
 
+MOST_UNITS = 1 << 24
+"""Each is a line of the manifest, and a file of some kinds."""
+MOST_BYTES = (1 << 63) - 1
+"""Of one output: what a file can have."""
+
 _RESERVED: tuple[str, ...] = ("manifest", "manifest.jsonl", "zarr.json")
 
 
@@ -67,20 +72,34 @@ class Header:
     resumed."""
 
     def __post_init__(self) -> None:
-        if self.samples < 0 or self.unit < 1:
+        if not _is_count(self.samples) or not _is_count(self.unit) or self.unit < 1:
             raise StoreError(
-                f"a store of {self.samples} samples in units of {self.unit}: at least 0 samples, "
-                "and 1 per unit"
+                f"a store of {self.samples!r} samples in units of {self.unit!r}: at least 0 "
+                "samples, and 1 per unit, as whole numbers"
+            )
+        if self.units > MOST_UNITS:
+            raise StoreError(
+                f"a store of {self.samples} samples in units of {self.unit} has {self.units} "
+                f"units, more than {MOST_UNITS}: write more samples per unit"
             )
         if not self.outputs:
             raise StoreError("a store needs at least one output")
         _check_names([spec.name for spec in self.outputs])
         for spec in self.outputs:
+            if not all(map(_is_count, spec.shape)) or self.samples * spec.row_bytes > MOST_BYTES:
+                raise StoreError(
+                    f"output {spec.name!r}: rows of shape {list(spec.shape)!r}: sizes are "
+                    f"whole numbers of at least 0, and all rows at most {MOST_BYTES} bytes together"
+                )
             if not elements.storable(spec.dtype):
                 raise StoreError(
                     f"output {spec}: files cannot hold {spec.dtype}; convert it inside the mapped "
                     "function"
                 )
+        if not isinstance(self.identity, dict) or not isinstance(self.attributes, dict):
+            raise StoreError(
+                f"identity={self.identity!r} and attributes={self.attributes!r}: each is a dict"
+            )
         if missing := [key for key in IDENTITY if not isinstance(self.identity.get(key), str)]:
             raise StoreError(
                 f"identity has no hash for {', '.join(missing)}: it takes one each for "
@@ -114,7 +133,7 @@ class Header:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """A name for each output that is safe in files and URLs and given once, whatever the case of its letters."""
+        """A name for each output that is safe in files and URLs, and unique in any case of letters."""
         return file_names([spec.name for spec in self.outputs])
 
     def index(self, output: str | int) -> int:
@@ -161,6 +180,8 @@ class Header:
                 dtype = elements.dtype_named(o["dtype"])
                 if dtype is None:
                     raise ValueError(f"unknown dtype {o['dtype']!r}")
+                if not isinstance(o["shape"], list):
+                    raise TypeError(f"shape {o['shape']!r} is no list")
                 outputs.append(OutputSpec(o["name"], tuple(o["shape"]), dtype))
             return Header(
                 data["samples"], data["unit"], tuple(outputs), data["identity"], data["attributes"]
@@ -201,13 +222,29 @@ class Receipt:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Receipt:
         """Back from `to_json`; raises KeyError or TypeError on anything else."""
-        return Receipt(
-            int(data["unit"]),
-            int(data["start"]),
-            int(data["stop"]),
-            int(data["bytes"]),
-            tuple(data["checksums"]),
-        )
+        unit, start, stop, size = (data[key] for key in ("unit", "start", "stop", "bytes"))
+        checksums = data["checksums"]
+        if not all(map(_is_count, (unit, start, stop, size))) or not isinstance(checksums, list):
+            raise TypeError("a receipt holds four whole numbers and a list of checksums")
+        if not all(isinstance(text, str) for text in checksums):
+            raise TypeError("a checksum is a text")
+        return Receipt(unit, start, stop, size, tuple(checksums))
+
+    def misfit(self, header: Header) -> str | None:
+        """The first field that no unit of a store with this header has, in words."""
+        if not 0 <= self.unit < header.units:
+            return f"unit is {self.unit}, and there are {header.units} units"
+        start, stop = header.rows(self.unit)
+        expected = {
+            "start": (self.start, start),
+            "stop": (self.stop, stop),
+            "bytes": (self.bytes, (stop - start) * header.row_bytes),
+            "number of checksums": (len(self.checksums), len(header.outputs)),
+        }
+        for field, (found, wanted) in expected.items():
+            if found != wanted:
+                return f"{field} is {found}, and unit {self.unit} of the header has {wanted}"
+        return None
 
 
 def differences(stored: Header, wanted: Header) -> list[str]:
@@ -234,6 +271,11 @@ def differences(stored: Header, wanted: Header) -> list[str]:
                 f"{elements.dtype_name(b.dtype)} is wanted"
             )
     return out
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 0 that a file's size can be."""
+    return type(value) is int and 0 <= value <= MOST_BYTES
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from shardmap.errors import StoreError
+from shardmap.errors import StoreDamagedError, StoreError
 from shardmap.store.header import Header, Receipt
 from shardmap.store.places import LocalPlace, Place
 
@@ -50,14 +50,22 @@ class Head:
             StoreError: It is of a later version, or no such thing.
         """
         about = data.get("shardmap")
-        if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+        if not isinstance(about, dict) or type(about.get("format")) is not int:
             raise StoreError(f"{url}: its manifest is none of shardmap's")
+        if about["format"] < 1 or not isinstance(about.get("kind"), str):
+            raise StoreError(
+                f"{url}: its manifest says shardmap={about!r}, which no version writes; {_REMEDY}"
+            )
         if about["format"] > FORMAT:
             raise StoreError(
                 f"{url}: written by a later version of shardmap (format {about['format']}, here "
                 f"{FORMAT}): upgrade shardmap"
             )
-        return Head(str(about["kind"]), Header.from_json(data))
+        try:
+            header = Header.from_json(data)
+        except StoreError as error:
+            raise StoreError(f"{url}: its header: {error}; {_REMEDY}") from error
+        return Head(about["kind"], header)
 
 
 def encode(entry: dict[str, Any]) -> bytes:
@@ -199,21 +207,36 @@ def _parse(data: bytes, signature: Any, url: str) -> _State:
         entries.pop()  # the disk may have the length of a line before it has the line
     if not entries or entries[0] is None:
         raise StoreError(f"{url}: the first line of {JOURNAL} is damaged; {_REMEDY}")
+    head = Head.from_json(entries[0], url)
     receipts: dict[int, Receipt] = {}
     for number, entry in enumerate(entries[1:], start=2):
         if entry is not None and "withdrawn" in entry:
-            receipts.pop(entry["withdrawn"], None)
+            unit = entry["withdrawn"]
+            if type(unit) is not int:
+                raise StoreError(
+                    f"{url}: line {number} of {JOURNAL} withdraws {unit!r}, which is no unit; "
+                    f"{_REMEDY}"
+                )
+            receipts.pop(unit, None)
             continue
         receipt = _receipt(entry)
         if receipt is None:
             raise StoreError(f"{url}: line {number} of {JOURNAL} is damaged; {_REMEDY}")
+        _check_fits(receipt, head.header, f"{url}: line {number} of {JOURNAL}")
         receipts[receipt.unit] = receipt
     return _State(
         signature,
-        Head.from_json(entries[0], url),
+        head,
         receipts,
         sum(len(line) + 1 for line in lines[: len(entries)]),
     )
+
+
+def _check_fits(receipt: Receipt, header: Header, where: str) -> None:
+    """Refuse a receipt that is not of a store with this header."""
+    misfit = receipt.misfit(header)
+    if misfit is not None:
+        raise StoreDamagedError(f"{where}: {misfit}; {_REMEDY}")
 
 
 def _receipt(entry: dict[str, Any] | None) -> Receipt | None:
@@ -283,6 +306,7 @@ class Objects(Manifest):
                 f"{self.place.url}: {FOLDER}/{name} is damaged; remove it, and its unit is "
                 "computed again"
             )
+        _check_fits(receipt, self.head().header, f"{self.place.url}: {FOLDER}/{name}")
         return receipt
 
     def _by_unit(self) -> dict[int, Receipt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -15,6 +16,9 @@ from shardmap.store.base import Store
 from shardmap.store.header import Header
 from shardmap.store.places import Place, local_only, replacing
 from shardmap.store.sink import PlaceSink
+
+_UNREADABLE = (ValueError, TypeError, OverflowError, SyntaxError, tokenize.TokenError)
+"""What numpy's reader of headers raises for text that numpy has not written."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,15 @@ class MemmapStore(Store):
 
     def _read(self, index: int, start: int, stop: int) -> torch.Tensor:
         spec = self.header.outputs[index]
-        out = torch.empty((stop - start, *spec.shape), dtype=spec.dtype)
+        path = self._path(index)
         offset = self._offset(index) + start * spec.row_bytes
-        with open(self._path(index), "rb", buffering=0) as f:
+        if os.path.getsize(path) < offset + (stop - start) * spec.row_bytes:
+            raise self._damaged(f"{os.path.basename(path)} ends before row {stop}")
+        out = torch.empty((stop - start, *spec.shape), dtype=spec.dtype)
+        with open(path, "rb", buffering=0) as f:
             f.seek(offset)
             if _read_all(f, elements.raw(out)) < out.nbytes:
-                raise self._damaged(f"{os.path.basename(self._path(index))} ends before row {stop}")
+                raise self._damaged(f"{os.path.basename(path)} ends before row {stop}")
         return out
 
     def _offset(self, index: int) -> int:
@@ -108,7 +115,7 @@ class MemmapStore(Store):
                 offset = f.tell()
         except FileNotFoundError:
             raise self._damaged(f"{name} is gone") from None
-        except ValueError as error:
+        except _UNREADABLE as error:
             raise self._damaged(f"{name} is no .npy file ({error})") from error
         if (
             shape != (self.header.samples, *spec.shape)
@@ -153,7 +160,9 @@ def _read_all(f: IO[bytes], into: memoryview) -> int:
 
 
 def read_npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and dtype of a `.npy` file, which is left where its elements begin.
+    """Read a `.npy` file's shape, whether it is in Fortran's order, and its dtype.
+
+    The file is left where its elements begin.
 
     Raises:
         ValueError: It is none, or holds Python objects.

@@ -80,7 +80,8 @@ class Recompute(Sink):
         >>> from shardmap.store import Recompute
         >>> x, folder = torch.ones(10, 3), tempfile.mkdtemp() + "/sines"
         >>> _ = shardmap.vmap(torch.sin, out=shardmap.MemmapSink(folder), chunk_size=4)(x)
-        >>> [c.exact for c in shardmap.vmap(torch.sin, out=Recompute(folder, units=2), resume=True)(x).comparisons]
+        >>> again = shardmap.vmap(torch.sin, out=Recompute(folder, units=2), resume=True)
+        >>> [c.exact for c in again(x).comparisons]
         [True, True]
     """
 

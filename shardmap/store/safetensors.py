@@ -31,7 +31,7 @@ _BITS = {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
 
 @dataclass(frozen=True)
 class SafetensorsSink(PlaceSink):
-    """Write results to files `unit-00000042.safetensors`, each with all outputs of one unit by name.
+    """Write results to files `unit-00000042.safetensors`, each with all outputs of one unit.
 
     Dtypes are exact. Complex numbers are stored as pairs of reals in a last dimension of 2; the
     files' metadata says so.

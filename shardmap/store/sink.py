@@ -105,7 +105,7 @@ class PlaceSink(Sink):
         return store
 
     def check(self, resume: bool = False) -> Store | None:
-        """Refuse a place where no store can be made, or none be gone on with, before anything is computed for it.
+        """Refuse a place where no store can be made or resumed, before anything is computed for it.
 
         Args:
             resume: As for `create`.

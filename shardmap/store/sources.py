@@ -360,7 +360,7 @@ def _existing(text: str) -> str:
 
 
 def _chosen(keys: tuple[str, ...], named: bool, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The columns that `names` selects, where they have names, or all of them, where it gives them names."""
+    """The columns that `names` selects, or all of them where `names` renames them."""
     if names is None:
         return keys
     if isinstance(names, str) or not names or len(set(names)) != len(names):

@@ -20,7 +20,7 @@ from shardmap.store.header import Header
 from shardmap.store.places import LocalPlace, Place, sweep, sync
 from shardmap.store.sink import PlaceSink
 
-_UNDECODABLE = (ValueError, TypeError, RuntimeError)
+_UNDECODABLE = (ValueError, TypeError, RuntimeError, LookupError, OverflowError)
 """What zarr's codecs raise for a chunk that is too short or is not what they wrote."""
 
 
@@ -115,14 +115,46 @@ class ZarrStore(Store):
 
     def _array(self, index: int, mode: str) -> Any:
         if mode not in self._opened:
+            self._opened[mode] = self._arrays(mode)
+        return self._opened[mode][index]
+
+    def _arrays(self, mode: str) -> list[Any]:
+        """All arrays, each compared with what the store's own header says of it."""
+        try:
             group = _zarr().open_group(self.url, mode=mode)
             # Otherwise zarr leaves out chunks that are equal to the fill value: it compares all
-            # elements, takes -0.0 for 0.0 in
-            # complex numbers, and a chunk that was lost could not be told from one of zeros.
-            self._opened[mode] = [
-                group[name].with_config({"write_empty_chunks": True}) for name in self._names
-            ]
-        return self._opened[mode][index]
+            # elements, takes -0.0 for 0.0 in complex numbers, and a chunk that was lost could not
+            # be told from one of zeros.
+            arrays = [group[n].with_config({"write_empty_chunks": True}) for n in self._names]
+        except OSError:
+            raise  # the system's own words say more
+        except Exception as error:  # zarr raises whatever its parts raise for what it did not write
+            raise self._damaged(
+                f"zarr cannot open its arrays ({type(error).__name__}: {error})"
+            ) from error
+        rows = max(1, min(self.header.unit, self.header.samples))
+        for array, name, spec in zip(arrays, self._names, self.header.outputs, strict=True):
+            wanted = {
+                "shape": (self.header.samples, *spec.shape),
+                "chunks": (rows, *(max(1, n) for n in spec.shape)),
+                "dtype": elements.numpy_dtype(spec.dtype),
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+                "torch_dtype": elements.dtype_name(spec.dtype),
+            }
+            found = {
+                "shape": array.shape,
+                "chunks": array.chunks,
+                "dtype": array.dtype,
+                "chunk_key_encoding": array.metadata.to_dict()["chunk_key_encoding"],
+                "torch_dtype": array.attrs.get("torch_dtype"),
+            }
+            for field, value in wanted.items():
+                if found[field] != value:
+                    raise self._damaged(
+                        f"{name}/zarr.json says {field} = {found[field]!r}, and the store's header "
+                        f"{value!r}"
+                    )
+        return arrays
 
     def _key(self, index: int, unit: int) -> str:
         """The name of a chunk's file."""

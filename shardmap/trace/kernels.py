@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import functorch
-
-aten = torch.ops.aten
+from shardmap._torch import (
+    aten,
+    dispatch_key,
+    excluded_keys,
+    force_keys,
+    functorch,
+    included_keys,
+    is_zero_tensor,
+)
 
 LAZY_KEYS = (
-    torch._C.DispatchKey.ZeroTensor,
-    torch._C.DispatchKey.Conjugate,
-    torch._C.DispatchKey.Negative,
+    dispatch_key.ZeroTensor,
+    dispatch_key.Conjugate,
+    dispatch_key.Negative,
 )
 MAKES_LAZY = {
     id(op) for op in (aten._efficientzerotensor.default, aten._conj.default, aten._neg_view.default)
@@ -31,7 +37,7 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     """
     if functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor._is_zerotensor() or tensor.is_conj() or tensor.is_neg()
+    return is_zero_tensor(tensor) or tensor.is_conj() or tensor.is_neg()
 
 
 def lazy_tensors_resolved() -> contextlib.AbstractContextManager[Any]:
@@ -42,8 +48,8 @@ def lazy_tensors_resolved() -> contextlib.AbstractContextManager[Any]:
     other operators then reads a symbolic zero's memory, which does not exist: a segmentation fault.
     A composite operator reads a conjugate as if it were none.
     """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded_keys()
     for key in LAZY_KEYS:
         excluded = excluded.remove(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(included, excluded)
+    included = included_keys()
+    return force_keys(included, excluded)

@@ -72,13 +72,14 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
             differentiate is not known here, so that every floating-point sample requires grad.
     """
     rows = []
-    for place, (i, d) in enumerate(batch.mapped):
+    for position, (i, d) in enumerate(batch.mapped):
         tensor = batch.leaves[i]
+        if position in batch.columns and batch.size:
+            rows.append((batch.columns[position].rows_between(number, number + 1)[0], False))
+            continue
         if batch.size == 0:
             shape = tensor.shape[:d] + tensor.shape[d + 1 :]
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-        elif place in batch.columns and number >= len(tensor):  # the leaf is its first rows only
-            row = batch.columns[place].rows_between(number, number + 1).select(0, 0)
         else:
             row = tensor.select(d, number)
         grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)

@@ -17,9 +17,22 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardmap import errors
+from shardmap._torch import (
+    OpOverload,
+    TorchDispatchMode,
+    assert_async,
+    aten,
+    free_weak_reference,
+    is_zero_tensor,
+    kernel_of,
+    run_backward,
+    schema_of,
+    storage_id,
+    weak_reference,
+    without_dispatch,
+)
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.program.private_generators import PrivateGenerators
@@ -29,8 +42,6 @@ from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_
 from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables, spec_of
 from shardmap.trace.unwritten import Unwritten, python_place
-
-aten = torch.ops.aten
 
 
 class Recorder(Variables, TorchDispatchMode):
@@ -80,7 +91,7 @@ class Recorder(Variables, TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # the wrapper that skipping adds costs a third of the recording
 
-    def _refuse_write(self, op: torch._ops.OpOverload, tensor: torch.Tensor) -> None:
+    def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
         var = self.known(tensor) or self._capture(tensor)
         if var.group not in self.captured_groups:
             self.written_groups.add(var.group)
@@ -90,7 +101,7 @@ class Recorder(Variables, TorchDispatchMode):
                     "operation."
                 )
             return
-        name = op._schema.name.partition("::")[2]
+        name = schema_of(op).name.partition("::")[2]
         if "norm" in name:
             raise errors.CapturedWriteError(
                 f"{self.call}: {name} in training mode would update running statistics of shape "
@@ -164,7 +175,7 @@ class Recorder(Variables, TorchDispatchMode):
             if done is not None:
                 return done
             raise errors.EscapeError(
-                f"{self.call}: {func._schema.name.partition('::')[2]} changes the memory of a "
+                f"{self.call}: {schema_of(func).name.partition('::')[2]} changes the memory of a "
                 f"tensor, at {user_line()}; make a "
                 "new tensor instead"
             )
@@ -176,9 +187,9 @@ class Recorder(Variables, TorchDispatchMode):
         """Run an operator below the recording."""
         if self.lazy:
             with lazy_tensors_resolved():
-                return func._op(*args, **kwargs)
+                return kernel_of(func)(*args, **kwargs)
         self.lazy = id(func) in MAKES_LAZY
-        return func._op(*args, **kwargs)
+        return kernel_of(func)(*args, **kwargs)
 
     def _taken_apart(
         self, decomposition: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
@@ -230,13 +241,13 @@ class Recorder(Variables, TorchDispatchMode):
         ):
             return False
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_id(storage)
         group = self.groups.get(address)
         if group is None:
             if var.group != len(self.groups):
                 return False
             self.groups[address] = var.group
-            self.weak_storages.append(cast(int, storage._weak_ref()))
+            self.weak_storages.append(cast(int, weak_reference(storage)))
         elif group != var.group or tensor.stride() != spec.stride:
             return False
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
@@ -391,7 +402,7 @@ class Recorder(Variables, TorchDispatchMode):
         found = self.kernel(func, args, {})
         if not found:
             with self:
-                torch._assert_async(
+                assert_async(
                     args[0].logical_not(),
                     "autograd's anomaly detection: a gradient of some sample holds nan values",
                 )
@@ -403,11 +414,11 @@ class Recorder(Variables, TorchDispatchMode):
         made = isinstance(out, torch.Tensor) and out.dtype == dtype and "dtype" not in dict(named)
         if not made or any(v.spec.dtype.is_floating_point for v in variables((encoded, named))):
             return encoded, named
-        if any(a.name == "dtype" for a in func._schema.arguments):
+        if any(a.name == "dtype" for a in schema_of(func).arguments):
             return encoded, (*named, ("dtype", dtype))
 
         def cast(value: Any) -> Any:
-            if type(value) is not Var or func._schema.is_mutable:
+            if type(value) is not Var or schema_of(func).is_mutable:
                 return value
             spec = value.spec._replace(dtype=dtype)
             self.groups[-self.count - 1] = len(self.groups)
@@ -435,7 +446,7 @@ class Recorder(Variables, TorchDispatchMode):
             var = self.known(tensor)
             if var is not None and tensor.shape != var.spec.shape:
                 raise errors.EscapeError(
-                    f"{self.call}: {func._schema.name.partition('::')[2]} gave its output, of "
+                    f"{self.call}: {schema_of(func).name.partition('::')[2]} gave its output, of "
                     f"shape {tuple(var.spec.shape)}, the shape "
                     f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's "
                     "shape, or none"
@@ -560,8 +571,8 @@ class Recorder(Variables, TorchDispatchMode):
                 self._append(Equation(aten.copy_.default, write, (), (var,), flags, False))
                 self.unwritten.written((var.group,))
         read = [v for v in read if v.group in self.unwritten.groups]
-        if read and (info.question or not info.op._schema.returns):
-            raise errors.EscapeError(self._unwritten_text(info.op._schema.name))
+        if read and (info.question or not schema_of(info.op).returns):
+            raise errors.EscapeError(self._unwritten_text(schema_of(info.op).name))
         return read, overwritten
 
     def _unwritten_text(self, name: str) -> str:
@@ -573,7 +584,7 @@ class Recorder(Variables, TorchDispatchMode):
 
     def _constant(self, tensor: torch.Tensor) -> Var:
         """The variable of what torch's C++ code has written into new memory."""
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             copy = tensor.detach().clone()
         var = self._define(copy)
         self.literals.append((var, copy))
@@ -581,14 +592,14 @@ class Recorder(Variables, TorchDispatchMode):
 
     def _literal(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor made from python data inside the function: owned by the program."""
-        with torch._C._DisableTorchDispatch():  # an outer recording must not see the copy
+        with without_dispatch():  # an outer recording must not see the copy
             copy = tensor.clone()
         var = self._define(tensor)
         self.literals.append((var, copy))
         return tensor
 
     def _check_random(self, func: Any) -> None:
-        name = func._schema.name.partition("::")[2]
+        name = schema_of(func).name.partition("::")[2]
         if self.randomness == "error":
             raise errors.RandomnessError(
                 f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "
@@ -598,7 +609,7 @@ class Recorder(Variables, TorchDispatchMode):
             )
 
     def _data_dependent(self, func: Any) -> str:
-        name = func._schema.name.partition("::")[2]
+        name = schema_of(func).name.partition("::")[2]
         what = {
             "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "
             "(`if x > 0`, `float(x)`, "
@@ -615,7 +626,7 @@ class Recorder(Variables, TorchDispatchMode):
         flags: list[int] = []
         if self.lazy:
             with self:  # the loop stacks what it returns: its zeros have memory
-                outputs = [o.clone() if o._is_zerotensor() else o for o in outputs]
+                outputs = [o.clone() if is_zero_tensor(o) else o for o in outputs]
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
@@ -665,7 +676,7 @@ class Recorder(Variables, TorchDispatchMode):
     def release(self) -> None:
         """Let go of the storages' addresses."""
         for address in self.weak_storages:
-            torch.UntypedStorage._free_weak_ref(address)
+            free_weak_reference(address)
         self.weak_storages.clear()
         self.entries.clear()
 
@@ -675,4 +686,4 @@ def _looks_for_anomalies() -> bool:
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
         return False
     caller = sys._getframe(3)  # above this function, `_record` and `__torch_dispatch__`
-    return caller.f_code is torch.autograd.graph._engine_run_backward.__code__
+    return caller.f_code is run_backward.__code__

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import functorch
+from shardmap._torch import force_keys, functorch, included_keys, key_set, undefined_key
 from shardmap.program.ir import Program
 
 
@@ -76,9 +76,9 @@ def is_own_leaf(leaf: torch.Tensor) -> bool:
         RuntimeError
     ):  # a view made without grad whose base was written to with it: autograd forbids to ask
         return False
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+    include = included_keys()
+    exclude = key_set(undefined_key)
+    with force_keys(include, exclude), torch.enable_grad():
         node = leaf.view_as(leaf).grad_fn
     if node is None:
         return False

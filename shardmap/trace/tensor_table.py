@@ -7,10 +7,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from shardmap import errors
-from shardmap._torch import functorch
+from shardmap._torch import (
+    functorch,
+    interpreters_aside,
+    is_zero_tensor,
+    storage_id,
+    weak_reference,
+)
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
@@ -73,12 +78,12 @@ class Variables:
                 "mapped: call .to_dense() on it first"
             )
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_id(storage)
         group = self.groups.get(address)
         if group is None:
             group = len(self.groups)
             self.groups[address] = group
-            self.weak_storages.append(cast(int, storage._weak_ref()))
+            self.weak_storages.append(cast(int, weak_reference(storage)))
         var = Var(self.count, group, spec_of(tensor))
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
@@ -123,7 +128,7 @@ class Variables:
             allowed = functorch.get_inplace_requires_grad_allowed()
             self.paused = True
             with (
-                temporarily_clear_interpreter_stack()
+                interpreters_aside()
             ):  # a transform inside the function may be active: it must not see this
                 plain = element(wrapper).detach()
                 functorch.set_inplace_requires_grad_allowed(True)
@@ -145,11 +150,11 @@ class Variables:
 
     def _capture(self, tensor: torch.Tensor) -> Var:
         self.lazy = self.lazy or is_lazy(tensor)
-        address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+        address = storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
         if group is not None and group not in self.captured_groups:
             made = self.made_again(tensor, group)
-            if made is None and tensor._is_zerotensor():
+            if made is None and is_zero_tensor(tensor):
                 made = self.made_zero(tensor)
             if made is not None:
                 return made

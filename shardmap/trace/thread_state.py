@@ -305,7 +305,11 @@ def _interrupt_behind(error: BaseException | None) -> BaseException | None:
     return None if error is None or isinstance(error, Exception) else error
 
 
-_UNWINDING = (os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__)
+_UNWINDING = (
+    os.path.join(os.path.dirname(str(torch.__file__)), ""),
+    os.path.join(os.path.dirname(__file__), "surroundings.py"),
+    str(contextlib.__file__),
+)
 """Where the code lies that raises on its way out."""
 
 

@@ -12,12 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Var, variables
 from shardmap.program.operators import OpInfo
-
-aten = torch.ops.aten
 
 _OVERWRITTEN: dict[str, int] = {
     "bernoulli": 0, "normal_functional": 0, "uniform": 0, "exponential": 0, "log_normal": 0,
@@ -89,7 +86,7 @@ class Unwritten:
         if not read:
             self.written(written)
             return
-        name = info.op._schema.name.partition("::")[2]
+        name = schema_of(info.op).name.partition("::")[2]
         groups = {v.group for v in read}
         results: Iterator[Var] = variables(outs)
         if name in _CONVOLUTIONS:
@@ -100,7 +97,7 @@ class Unwritten:
 
 def valued(info: OpInfo, args: tuple[Any, ...], named: Any) -> Iterator[Var]:
     """The tensor arguments whose values a result depends on."""
-    name = info.op._schema.name.partition("::")[2]
+    name = schema_of(info.op).name.partition("::")[2]
     if info.shape_only or name.endswith("_like") or name.startswith("new_"):
         return
     if name in _CONVOLUTIONS:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import api, errors
+from shardmap._torch import pytree
 from shardmap.call.planned import Plan
 
 _OF_RUNS = ("out", "resume")

@@ -10,8 +10,8 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.errors import TransformError

@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from shardmap._torch import packet_of, pytree
 from shardmap.planning.cost import machine
 from shardmap.program.analysis import live_equations, mapped_groups, written
 from shardmap.program.ir import Equation, Program, Var
@@ -42,7 +42,7 @@ def seconds(program: Program, samples: int, device_type: str) -> float:
 
 
 def _flops(eq: Equation, made: list[Var]) -> float:
-    formula = flop_registry.get(eq.op._overloadpacket)
+    formula = flop_registry.get(packet_of(eq.op))
     if formula is None:
         return sum(math.prod(v.spec.shape) for v in made)
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
 from shardmap.transforms.base import (
     Differentiated,

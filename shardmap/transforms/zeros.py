@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.analysis import written
 from shardmap.program.ir import SAMPLE_DEVICE, Equation, Program, Var
-
-aten = torch.ops.aten
 
 _VIEWS = {
     aten.alias.default, aten.detach.default, aten.expand.default, aten.view.default,

@@ -113,3 +113,12 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
         and got.dtype == wanted.dtype
         and torch.equal(bits(got), bits(wanted))
     )
+
+
+def written(kind: str, folder: Path) -> tuple[Store, list[torch.Tensor]]:
+    """A store of `header()` with all of its rows, and the rows."""
+    store = SINKS[kind](folder).create(header(), resume=False)
+    rows = rows_of(store.header)
+    fill(store, rows)
+    store.finish()
+    return store, rows

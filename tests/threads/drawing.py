@@ -61,8 +61,10 @@ def torch_stream() -> None:
     torch.manual_seed(7)
     drawn = beside(work, lambda: float(torch.rand((), dtype=torch.float64)), 200)
     torch.manual_seed(7)
-    # each map draws one seed of 64 bits: as much of the stream as one float64
-    stream = [float(torch.rand((), dtype=torch.float64)) for _ in range(len(drawn) + len(seeds))]
+    # a map draws some seeds of 64 bits, each as much of the stream as one float64
+    stream = [
+        float(torch.rand((), dtype=torch.float64)) for _ in range(len(drawn) + 20 * len(seeds))
+    ]
     assert len(set(drawn)) == len(drawn), "a number was drawn twice"
     left = iter(stream)
     assert all(d in left for d in drawn), "the draws are no part of torch's stream in its order"

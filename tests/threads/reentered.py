@@ -6,6 +6,7 @@ operator.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import time
@@ -35,22 +36,26 @@ class Inner:
 
     def __call__(self) -> None:
         self.calls += 1
-        f = new_function(self.calls + 0.5)
+        number = self.calls  # a handler may be interrupted by the next one
+        f = new_function(number + 0.5)
         with torch.no_grad():
-            found = shardmap.vmap(f, chunk_size=[None, 2][self.calls % 2])(x)
-            want = (x @ weight * (self.calls + 0.5)).sin()
+            found = shardmap.vmap(f, chunk_size=[None, 2][number % 2])(x)
+            want = (x @ weight * (number + 0.5)).sin()
             if not torch.allclose(found, want):
-                self.faults.append(f"inner call {self.calls}")
+                self.faults.append(f"inner call {number}")
 
 
 def by_signal(inner: Inner) -> int:
     def handler(*_: object) -> None:
         inner()
 
-    for _ in range(2):  # what torch imports at first use cannot be imported by a handler meanwhile
+    # what torch imports at first use cannot be imported by a handler meanwhile
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
+    for _ in range(2):
         inner()
+        shardmap.vmap(new_function(0.5), chunk_size=2)(x)
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.0211)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.0511)
     calls, until = 0, time.monotonic() + 6
     try:
         while time.monotonic() < until or inner.calls < 20:

@@ -19,9 +19,8 @@ functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 x = torch.arange(12.0).view(3, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_interrupts(seed: int) -> None:
-    assert process.run("interrupted", 25, seed, seconds=150) == "25 interrupts\n"
+def test_interrupts() -> None:
+    assert process.run("interrupted", 30, 0, seconds=200) == "30 interrupts\n"
 
 
 @pytest.mark.slow
@@ -41,7 +40,9 @@ def entered_by_halves() -> Iterator[None]:
         forward_ad.enter_dual_level()
         torch.autocast_increment_nesting()
         torch.set_autocast_enabled("cpu", True)
-        torch._C._autograd._push_saved_tensors_default_hooks(id, id)  # type: ignore[attr-defined]
+        hooks: Any = torch._C._autograd  # type: ignore[attr-defined]
+        hooks._saved_tensors_hooks_enable()  # torch.func.grad refuses them
+        hooks._push_saved_tensors_default_hooks(id, id)
         torch._C._InferenceMode(True).__enter__()  # type: ignore[attr-defined]
         torch._C._set_grad_enabled(False)
         functorch.set_inplace_requires_grad_allowed(True)
@@ -97,7 +98,7 @@ def test_an_error_while_an_older_interrupt_is_handled() -> None:
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="either size"):
             shardmap.vmap(lambda r: torch.nn.functional.interpolate(r))(x)
 
 

@@ -11,10 +11,9 @@ from tests.threads import process
 KINDS = ["plain", "reduce", "once", "store"]
 
 
-@pytest.mark.parametrize("interval", [0.005, 1e-6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_new_programs_in_eight_threads(kind: str, interval: float) -> None:
-    assert process.run("stress", kind, 8, 6, interval, seconds=150) == "48 maps\n"
+def test_new_programs_in_eight_threads(kind: str) -> None:
+    assert process.run("stress", kind, 8, 4, 1e-6, seconds=200) == "32 maps\n"
 
 
 @pytest.mark.slow

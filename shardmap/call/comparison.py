@@ -1,0 +1,278 @@
+"""`shardmap.compare`: some samples by the plain loop, beside the rows that the map gives them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardmap import errors
+from shardmap.call import arguments as edges
+from shardmap.call.execute import Call, run_map, surroundings
+from shardmap.call.first_use import FirstUse, consumed
+from shardmap.call.memo import Prepared, reachable
+from shardmap.call.options import Options
+from shardmap.lower import apart
+from shardmap.lower.cache import Lowered
+from shardmap.lower.closeness import OUTPUT_TOLERANCE, close, largest
+from shardmap.lower.trial import Trial
+from shardmap.run import prepare
+from shardmap.run.base import Job
+from shardmap.trace.batch import Batch, flatten_outputs
+from shardmap.trace.record import record, rows_of, sample_of
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDifference:
+    """How one output of the map differs from the loop's."""
+
+    name: str
+    largest: float
+    """The largest absolute difference over the compared samples; infinite where one is not finite
+    and the other is, or where shapes or dtypes differ."""
+    magnitude: float
+    """The largest finite entry of the loop's results."""
+    sample: int
+    """The sample in which they differ most."""
+    agrees: bool
+    """Whether the difference is one of rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Some samples of a map beside the plain loop. `print` it.
+
+    Attributes:
+        call: The user's call.
+        samples: The numbers of the samples that were compared.
+        outputs: One entry per output.
+        parted: The operator where map and loop part, in words; None where they agree.
+        tiers: For each operator, what serves it: "rule", "functorch" or "loop".
+        parameter_share: Of the parameters that the function reads and that require grad, the part
+            (0 to 1) whose gradient is among the outputs and is not zero in every compared sample;
+            None if no output has the shape of a parameter.
+    """
+
+    call: str
+    samples: tuple[int, ...]
+    outputs: tuple[OutputDifference, ...]
+    parted: str | None
+    tiers: Mapping[str, str]
+    parameter_share: float | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every output of every compared sample is the loop's, up to rounding."""
+        return all(out.agrees for out in self.outputs)
+
+    def __str__(self) -> str:
+        word = "agrees with" if self.agrees else "DIFFERS from"
+        lines = [f"{self.call}: the map {word} the loop on {len(self.samples)} samples"]
+        width = max([len(out.name) for out in self.outputs], default=0)
+        for out in self.outputs:
+            mark = "" if out.agrees else "  <- differs"
+            lines.append(
+                f"  {out.name:<{width}}  largest difference {out.largest:.2g} of {out.magnitude:.2g} "
+                f"(sample {out.sample}){mark}"
+            )
+        if self.parted is not None:
+            lines.append(f"  they part at {self.parted}")
+        loops = sorted(name for name, tier in self.tiers.items() if tier == "loop")
+        counted = {tier: list(self.tiers.values()).count(tier) for tier in set(self.tiers.values())}
+        served = ", ".join(f"{count} by {tier}" for tier, count in sorted(counted.items()))
+        lines.append(
+            f"  operators: {served or 'none'}" + (f" ({', '.join(loops)})" if loops else "")
+        )
+        if self.parameter_share is not None:
+            lines.append(f"  parameters with a gradient: {self.parameter_share:.1%}")
+        return "\n".join(lines)
+
+
+def compare(
+    func: Callable[..., Any], batch: Batch, options: Options, samples: int | Sequence[int]
+) -> Comparison:
+    """Compare the map with the loop.
+
+    Args:
+        func: The function of one sample.
+        batch: The call's arguments.
+        options: The call's options.
+        samples: How many random samples, or which.
+
+    Raises:
+        OptionError: The function draws random numbers, or there are no samples to compare.
+        ShardmapError: As the map itself.
+    """
+    numbers = _chosen(batch, samples, options.call)
+    own = [_run_on(func, batch, number, options.call) for number in numbers]
+    pair = record(func, batch, options.randomness, False, options.call)
+    if pair[0].random:
+        raise errors.OptionError(
+            f"{options.call}: the function draws random numbers, and the loop draws others than the "
+            "map; switch them off (model.eval()) to compare the rest"
+        )
+    result = run_map(func, batch, options, None)
+    found, structure = flatten_outputs(result, options.call)
+    names = edges.output_names(structure)
+    dims = edges.place_outputs(
+        [t.ndim for t in own[0]], [True] * len(found), structure, options.out_dims, options.call
+    )
+    rows = [
+        [t.select(0 if d is None else d, number) for t, d in zip(found, dims, strict=True)]
+        for number in numbers
+    ]
+    outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
+    use = FirstUse(func, batch, pair, options, False)
+    call = Call(Prepared(*pair), batch, options, surroundings(), use)
+    job = call.job(call.by_sample())
+    low = prepare.Devices(job).on(str(job.home), job.samples > 1).low
+    parted = None
+    worst = next((out for out in outputs if not out.agrees), None)
+    if worst is not None and job.lowerings.instead is None:
+        parted = _parted(job, low, worst.sample)
+    share = _share(func, batch, found, numbers, dims)
+    return Comparison(options.call, tuple(numbers), outputs, parted, dict(low.batched.tiers), share)
+
+
+def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
+    if not batch.size:
+        raise errors.OptionError(f"{call}: compare: the batch is empty; pass at least one sample")
+    if isinstance(samples, int):
+        if isinstance(samples, bool) or samples < 1:
+            raise errors.OptionError(
+                f"{call}: compare: samples={samples!r}; pass a positive number of samples, or their "
+                "numbers"
+            )
+        picked = random.Random(0).sample(range(batch.size), min(samples, batch.size))
+        return sorted(picked)
+    numbers = [int(n) for n in samples]
+    wrong = [n for n in numbers if not 0 <= n < batch.size]
+    if wrong or not numbers:
+        raise errors.OptionError(
+            f"{call}: compare: samples={samples!r} of a batch of {batch.size}; name samples from 0 to "
+            f"{batch.size - 1}"
+        )
+    return numbers
+
+
+def _run_on(func: Callable[..., Any], batch: Batch, number: int, call: str) -> list[torch.Tensor]:
+    """What the function returns for one sample, called plainly on a copy of it."""
+    rows = [sample_of(row.detach(), grad) for row, grad in rows_of(batch, number, False)]
+    args, kwargs = batch.unflatten(rows)
+    try:
+        result = func(*args, **kwargs)
+    except RuntimeError as error:
+        if consumed(error):
+            raise errors.OptionError(
+                f"{call}: compare runs the function several times, and it frees the graph that it "
+                "differentiates; pass retain_graph=True to torch.autograd.grad"
+            ) from error
+        raise
+    leaves, _ = flatten_outputs(result, call)
+    return [t.detach() for t in leaves]
+
+
+def _difference(
+    name: str,
+    k: int,
+    numbers: Sequence[int],
+    own: Sequence[Sequence[torch.Tensor]],
+    rows: Sequence[Sequence[torch.Tensor]],
+) -> OutputDifference:
+    worst, at, agrees = -1.0, numbers[0], True
+    for number, wanted, got in zip(numbers, own, rows, strict=True):
+        a, b = wanted[k], got[k].detach().to(wanted[k].device)
+        difference = _largest_difference(a, b)
+        if difference > worst:
+            worst, at = difference, number
+        same = a.shape == b.shape and a.dtype == b.dtype
+        agrees = agrees and same and close(a, b, largest(a), OUTPUT_TOLERANCE)
+    magnitude = max(largest(wanted[k]) for wanted in own)
+    return OutputDifference(name, worst, magnitude, at, agrees)
+
+
+def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = a.to(wide), b.to(wide)
+    equal = (x == y) | (x.isnan() & y.isnan())
+    gap = torch.where(equal, torch.zeros_like(x), x - y).abs()
+    return float(torch.nan_to_num(gap, nan=float("inf"), posinf=float("inf")).max())
+
+
+def _parted(job: Job, low: Lowered, sample: int) -> str:
+    """The first operator whose batched result is not the sample's own."""
+    if low.batched.ghosts or low.batched.summed:
+        return "results from factors, which stand for several operators"
+    shifted = replace(
+        job,
+        inputs=[torch.stack([t[sample], t[sample]]) for t in job.inputs],
+        samples=2,
+    )
+    trial = Trial(
+        job.home,
+        job.seed,
+        2,
+        tuple([t.detach() for t in prepare.samples_at_the_ends(shifted, 2)]),
+        tuple([t.detach() for t in job.recording.captured]),
+        job.recording.literals,
+        job.recording.scalars,
+        job.recording.written_inputs,
+        (),
+        job.recording.random,
+    )
+    with torch.no_grad():
+        found = apart.compare(low.program, low.batched, trial)
+    if not found.wrong:
+        own = [torch.stack(column) for column in zip(*found.samples, strict=True)]
+        pairs = zip(own, found.outputs, low.batched.outputs, strict=True)
+        if all(close(a if v.mapped else a[0], b, largest(a)) for a, b, v in pairs):
+            return (
+                "the size of a chunk: of two samples alone the map gives what the loop gives; a rule, "
+                "or a kernel, is wrong for more"
+            )
+        return (
+            "no single operator: each gives what the recorded call gives, and rounding grows along "
+            "the program"
+        )
+    return found.wrong[min(found.wrong)]
+
+
+def _share(
+    func: Any,
+    batch: Batch,
+    found: Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    dims: Sequence[int | None],
+) -> float | None:
+    """The part of the parameters that have a gradient among the outputs which is not zero."""
+    others = [leaf for i, leaf in enumerate(batch.leaves) if i not in dict(batch.mapped)]
+    parameters = {
+        id(p): p
+        for p in reachable(func, *others)
+        if isinstance(p, nn.Parameter) and p.requires_grad
+    }
+    left = list(parameters.values())
+    if not left:
+        return None
+    total, covered, matched = sum(p.numel() for p in left), 0, False
+    index = torch.tensor(list(numbers))
+    for t, d in zip(found, dims, strict=True):
+        if d is None:
+            continue
+        rows = t.detach().movedim(d, 0)
+        parameter = next((p for p in left if p.shape == rows.shape[1:]), None)
+        if parameter is None:
+            continue
+        matched = True
+        left = [p for p in left if p is not parameter]
+        taken = rows[index.to(rows.device)]
+        covered += int((taken != 0).any(0).sum())
+    return covered / total if matched else None

@@ -1,0 +1,127 @@
+"""`shardmap.compare`: the map beside the loop, as a user asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardmap
+from shardmap import errors
+from shardmap.rules import registry
+
+torch.manual_seed(0)
+MODEL = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+x, y = torch.randn(13, 4), torch.randint(2, (13,))
+
+
+def gradient(row: torch.Tensor, label: torch.Tensor) -> Any:
+    loss = nn.functional.cross_entropy(MODEL(row), label)
+    return torch.autograd.grad(loss, tuple(MODEL.parameters()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunk_size": 3},
+        {"devices": ["cpu", "cpu"]},
+        {"reduce": "mean"},
+        {"reduce": shardmap.reduce.norm()},
+        {"out_dims": -1},
+        {"check": "off"},
+    ],
+    ids=str,
+)
+def test_a_right_map_agrees(options: dict[str, Any]) -> None:
+    found = shardmap.compare(gradient, **options)(x, y, samples=5)
+    assert found.agrees
+    assert found.parted is None
+    assert len(found.samples) == 5
+    assert all(out.largest < 1e-5 for out in found.outputs)
+    assert "agrees with the loop on 5 samples" in str(found)
+
+
+def test_the_share_of_parameters_that_have_a_gradient() -> None:
+    assert shardmap.compare(gradient)(x, y).parameter_share == 1.0
+
+    def of_the_last_layer(row: torch.Tensor, label: torch.Tensor) -> Any:
+        loss = nn.functional.cross_entropy(MODEL(row), label)
+        return torch.autograd.grad(loss, tuple(MODEL[2].parameters()))
+
+    found = shardmap.compare(of_the_last_layer)(x, y)
+    total = sum(p.numel() for p in MODEL.parameters())
+    assert found.parameter_share == pytest.approx(8 / total)
+    assert "parameters with a gradient: 34.8%" in str(found)
+    assert shardmap.compare(torch.sin)(x).parameter_share is None
+
+
+def test_which_samples_are_compared() -> None:
+    assert shardmap.compare(torch.sin)(x, samples=[12, 0, 7]).samples == (12, 0, 7)
+    assert shardmap.compare(torch.sin)(x, samples=100).samples == tuple(range(13))
+    assert shardmap.compare(torch.sin)(x[:1]).samples == (0,)
+
+
+@torch.library.custom_op("shardmap_compare_test::twice", mutates_args=())
+def twice(t: torch.Tensor) -> torch.Tensor:
+    """An operator whose rule is wrong."""
+    return t * 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda t: t * 2.5, "shardmap_compare_test::twice"),
+        (lambda t: t * 2 if t.shape[0] < 5 else t * 2.5, "the size of a chunk"),
+    ],
+)
+def test_a_wrong_map_is_shown_with_the_operator(wrong: Any, named: str) -> None:
+    shardmap.clear_caches()
+    rules = dict(registry._rules)
+
+    @shardmap.batching_rule(torch.ops.shardmap_compare_test.twice.default)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        return b.call(wrong, *args)
+
+    try:
+        function = lambda r: torch.ops.shardmap_compare_test.twice(r) + 1  # noqa: E731
+        found = shardmap.compare(function, check="off")(x)
+    finally:
+        registry._rules.clear()
+        registry._rules.update(rules)
+        shardmap.clear_caches()
+    assert not found.agrees
+    assert named in (found.parted or "")
+    assert "DIFFERS" in str(found)
+    worst = found.outputs[0]
+    assert worst.largest == pytest.approx(0.5 * x[list(found.samples)].abs().max(), rel=1e-4)
+
+
+def test_a_function_that_is_run_sample_by_sample() -> None:
+    with pytest.warns(shardmap.SlowLoopWarning):
+        found = shardmap.compare(lambda r: r / max(1, len(r[r > 0])))(x)
+    assert found.agrees
+    assert found.tiers == {"the function itself": "loop"}
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: shardmap.compare(torch.sin)(x[:0]), "the batch is empty"),
+        (lambda: shardmap.compare(torch.sin)(x, samples=0), "samples=0"),
+        (lambda: shardmap.compare(torch.sin)(x, samples=[13]), "samples from 0 to 12"),
+        (
+            lambda: shardmap.compare(nn.Dropout(), randomness="different")(x),
+            "draws random numbers",
+        ),
+        (
+            lambda: shardmap.vmap(lambda r: shardmap.compare(torch.sin)(r))(x),
+            "compare the outermost call",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(call: Any, text: str) -> None:
+    with pytest.raises(errors.OptionError, match=text):
+        call()

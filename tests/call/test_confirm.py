@@ -1,0 +1,89 @@
+"""The assembled result is compared with the function, on the path that really ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shardmap
+from shardmap import errors
+from shardmap.rules import registry
+from shardmap.run import gather
+from tests import oracle
+
+x = torch.arange(24.0).view(12, 2) + 1
+
+
+@torch.library.custom_op("shardmap_confirm_test::twice", mutates_args=())
+def twice(t: torch.Tensor) -> torch.Tensor:
+    """An operator whose rule is right for small batches only."""
+    return t * 2
+
+
+@pytest.fixture
+def wrong_for_many() -> Iterator[None]:
+    shardmap.clear_caches()
+    rules = dict(registry._rules)
+
+    @shardmap.batching_rule(torch.ops.shardmap_confirm_test.twice.default)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        return b.call(lambda t: t * 2 if t.shape[0] < 5 else t * 2.5, *args)
+
+    yield
+    registry._rules.clear()
+    registry._rules.update(rules)
+    shardmap.clear_caches()
+
+
+def function(r: torch.Tensor) -> torch.Tensor:
+    return torch.ops.shardmap_confirm_test.twice(r) + 1
+
+
+@pytest.mark.usefixtures("wrong_for_many")
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 6}, {"devices": ["cpu", "cpu"], "chunk_size": 6}], ids=str
+)
+def test_a_rule_that_is_wrong_for_more_samples_than_were_tried_is_seen(
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(errors.MismatchError, match="output 0 of the map is not what the function"):
+        shardmap.vmap(function, **options)(x)
+    oracle.assert_same(shardmap.vmap(function, chunk_size=3)(x), x * 2 + 1, "small chunks")
+
+
+@pytest.mark.usefixtures("wrong_for_many")
+def test_rows_are_read_back_from_a_store(tmp_path: Path) -> None:
+    with pytest.raises(errors.MismatchError, match="output 0 of the map"):
+        shardmap.vmap(function, out=shardmap.MemmapSink(tmp_path / "s"), chunk_size=6)(x)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min", (torch.maximum, None)], ids=str)
+def test_a_reduction_that_loses_a_chunk_is_seen(
+    reduce: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of the samples is not the sum of what was computed: seen on two samples in two chunks."""
+    shardmap.clear_caches()
+    original = gather.Total._take
+
+    def forgetful(self: Any, partial: torch.Tensor) -> None:
+        if self.value is None and self.recent is None:
+            original(self, partial)
+
+    if not isinstance(reduce, tuple):
+        monkeypatch.setattr(gather.Total, "_take", forgetful)
+        rows = torch.cat([x, -x[:1] * 50]) if reduce == "min" else x
+        with pytest.raises(errors.MismatchError, match="the reduction of two samples"):
+            shardmap.vmap(torch.square if reduce != "min" else torch.neg, reduce=reduce)(rows)
+        monkeypatch.undo()
+        shardmap.clear_caches()
+    got = shardmap.vmap(torch.square, reduce=reduce, chunk_size=5)(x)
+    want: dict[Any, Callable[[], torch.Tensor]] = {
+        "sum": lambda: x.square().sum(0),
+        "mean": lambda: x.square().mean(0),
+        "min": lambda: x.square().amin(0),
+    }
+    oracle.assert_same(got, want.get(reduce, lambda: x.square().amax(0))(), "reduced")
