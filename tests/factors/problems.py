@@ -85,24 +85,54 @@ def problems() -> dict[str, Callable[[], Problem]]:
         return torch.randn(n, 6), torch.randint(3, (n,))
 
     return {
-        "mlp": lambda: (nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3)), vectors, F.cross_entropy),
-        "wide": lambda: (nn.Sequential(nn.Linear(6, 20, bias=False), nn.Tanh(), nn.Linear(20, 3)).double(), doubles, F.cross_entropy),
+        "mlp": lambda: (
+            nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3)),
+            vectors,
+            F.cross_entropy,
+        ),
+        "wide": lambda: (
+            nn.Sequential(nn.Linear(6, 20, bias=False), nn.Tanh(), nn.Linear(20, 3)).double(),
+            doubles,
+            F.cross_entropy,
+        ),
         "cnn": lambda: (
-            nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 2), nn.Flatten(0), nn.Linear(16, 3)), images, F.cross_entropy,
+            nn.Sequential(
+                nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 2), nn.Flatten(0), nn.Linear(16, 3)
+            ),
+            images,
+            F.cross_entropy,
         ),
         "strided": lambda: (
-            nn.Sequential(nn.Conv2d(2, 8, 3, 2, 1), nn.Conv2d(8, 8, 2, padding=1, dilation=2, groups=4), nn.Flatten(0), nn.LazyLinear(3)),
-            images, F.cross_entropy,
+            nn.Sequential(
+                nn.Conv2d(2, 8, 3, 2, 1),
+                nn.Conv2d(8, 8, 2, padding=1, dilation=2, groups=4),
+                nn.Flatten(0),
+                nn.LazyLinear(3),
+            ),
+            images,
+            F.cross_entropy,
         ),
-        "transposed": lambda: (nn.Sequential(nn.ConvTranspose2d(2, 4, 3), nn.Flatten(0), nn.LazyLinear(3)), images, F.cross_entropy),
+        "transposed": lambda: (
+            nn.Sequential(nn.ConvTranspose2d(2, 4, 3), nn.Flatten(0), nn.LazyLinear(3)),
+            images,
+            F.cross_entropy,
+        ),
         "twice": lambda: (Twice(), images, F.cross_entropy),
-        "tied": lambda: (Tied(), lambda n: (torch.randint(11, (n, 3)), torch.randint(11, (n, 3))), F.cross_entropy),
-        "tied once": lambda: (Tied(), lambda n: (torch.randint(11, (n, 1)), torch.randint(11, (n, 1))), F.cross_entropy),
+        "tied": lambda: (
+            Tied(),
+            lambda n: (torch.randint(11, (n, 3)), torch.randint(11, (n, 3))),
+            F.cross_entropy,
+        ),
+        "tied once": lambda: (
+            Tied(),
+            lambda n: (torch.randint(11, (n, 1)), torch.randint(11, (n, 1))),
+            F.cross_entropy,
+        ),
         "attends": lambda: (Attends(), sentences, F.cross_entropy),
         "padded": lambda: (Attends(padding=3), sentences, F.cross_entropy),
         "recurrent": lambda: (Recurrent(), vectors, F.cross_entropy),
         "scaled": lambda: (Scaled(), vectors, F.cross_entropy),
-    }  # fmt: skip
+    }
 
 
 def doubles(n: int) -> tuple[Tensor, Tensor]:

@@ -266,7 +266,7 @@ def test_the_report_on_a_kernel_takes_gradients_too_and_refuses_means(tmp_path):
 
 
 # -- a private step
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_private_sum_is_the_clipped_sum_and_noise_of_the_size_that_was_asked_for(tmp_path):
@@ -310,7 +310,7 @@ def test_the_report_on_a_private_step_says_which_reductions_it_needs(tmp_path):
         )
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------
+# -- sentences -----------------------------------------------------------------------------------
 
 
 def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themselves(tmp_path):

@@ -306,7 +306,8 @@ def test_a_run_leaves_torchs_random_state_alone(tmp_path):
 
 def test_a_run_without_samples_leaves_a_complete_folder(tmp_path, monkeypatch):
     (tmp_path / "users_none.py").write_text(
-        "import torch\nfrom shardmap.jobs import Dataset\ndef load():\n    return Dataset({'x': torch.ones(0, 3)})\n"
+        "import torch\nfrom shardmap.jobs import Dataset\ndef load():\n    return "
+        "Dataset({'x': torch.ones(0, 3)})\n"
     )
     (tmp_path / "run.yaml").write_text(
         "data: users_none.load\nfunction: torch.neg\noutput: runs/none\n"

@@ -33,7 +33,7 @@ LONG = ["--data.init_args.rows", "2003", "--chunk_size", "2", "--function.init_a
 
 
 def killed_again_and_again(kills: int, seed: int) -> None:
-    """A run that is killed at random moments and gone on with ends as one that was left alone, to the last bit."""
+    """A run that is killed at random moments and resumed ends as one that was left alone."""
     whole = finished(["run", "run.yaml", *LONG, "--output", "runs/whole"])
     moments, killed, number = random.Random(seed), 0, 0
     while (
@@ -99,8 +99,10 @@ def test_a_run_that_is_killed_in_the_middle_of_its_map_is_unfinished_and_goes_on
     words: list[str], workplace: Path, capsys
 ) -> None:
     script = (
-        "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base import ChunkDone, listen\n"
-        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base "
+        "import ChunkDone, listen\n"
+        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n "
+        "       os.kill(os.getpid(), signal.SIGKILL)\n"
         f"with listen(kill):\n    main(['run', 'run.yaml', *{words!r}])\n"
     )
     environment = {

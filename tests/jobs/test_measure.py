@@ -16,7 +16,7 @@ from tests.jobs.demos import CONFIGS
 
 
 def test_plan_and_measurement_are_by_lane_and_cover_every_sample(tmp_path):
-    # In a process of its own: memory that others have used and freed is taken again without a trace.
+    # In a process of its own: taking memory again that was used and freed leaves no trace.
     words = [
         "--devices",
         '["cpu", "cpu"]',

@@ -14,6 +14,7 @@ from shardmap.jobs import modules
 from shardmap.jobs.cli import main
 from shardmap.jobs.config import bind, load
 from shardmap.store import open_store
+from tests import on_ray
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,3 +170,19 @@ def test_allow_admits_modules_beside_a_configuration_by_their_folder(tmp_path, m
         bind(load(folder, ["--data", "os.getcwd", "--function", "torch.neg"]), ["os", "torch"])
     monkeypatch.chdir(folder)
     bind(load(folder), allow=["work"])  # the current directory: as python finds it
+
+
+@pytest.mark.ray
+def test_workers_of_a_cluster_read_a_dataset_that_a_module_beside_defines(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path / "run", 19)
+    with (folder / "work.py").open("a") as file:
+        file.write("import shardmap\ndef items(): return shardmap.source(Items())\n")
+    bound = bind(load(folder, ["--data", "work.items"]))
+    (column,) = bound.data().columns
+    assert column.travels  # its rows are read by the workers, which import the module by its name
+    monkeypatch.chdir("/")
+    words = ["--data", "work.items", "--devices", "ray", "--workers", "1", "--chunk_size", "2"]
+    with on_ray.local_ray():
+        assert main(["run", str(folder), *words, "--store", str(tmp_path / "store")]) == 0
+    values = open_store(tmp_path / "store").read(0, 0, 5)
+    assert torch.equal(values, 19 * torch.arange(5.0))

@@ -21,9 +21,14 @@ from tests.jobs.pages import folder as folder
 MEASURE = """
 ({
   images: Array.from(document.images, i => [i.naturalWidth, i.naturalHeight, i.width, i.height]),
-  charts: Array.from(document.querySelectorAll('svg'), s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
-  bars: Array.from(document.querySelectorAll('.histogram svg'), s => s.querySelectorAll('rect').length),
-  tables: Array.from(document.querySelectorAll('table'), t => [t.className, t.rows.length, t.getBoundingClientRect().height]),
+  charts: Array.from(
+    document.querySelectorAll('svg'),
+    s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
+  bars: Array.from(
+    document.querySelectorAll('.histogram svg'), s => s.querySelectorAll('rect').length),
+  tables: Array.from(
+    document.querySelectorAll('table'),
+    t => [t.className, t.rows.length, t.getBoundingClientRect().height]),
   blocks: document.querySelectorAll('rect.chunk').length,
   marks: document.querySelectorAll('line.back').length,
   red: Array.from(document.querySelectorAll('.bad'), e => getComputedStyle(e).color),

@@ -296,7 +296,7 @@ def test_a_row_beyond_the_bound_is_not_read(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
-    """The peak of a process that reports on 512 MiB grows by less than the bound, and by one unit of the store."""
+    """The peak of a process that reports on 512 MiB grows by at most the bound and one unit."""
     rows, width = 8192, 16384
     ramp = torch.linspace(-1, 1, width)
     scale = torch.arange(rows, dtype=torch.float32)

@@ -26,7 +26,8 @@ def test_ctrl_c_keeps_the_folder_and_says_how_to_go_on(workplace: Path, capsys) 
         assert main(["run", "run.yaml"]) == 130
     assert (
         capsys.readouterr().err
-        == "shardmap: interrupted; what is in runs/mine stays, and `shardmap resume runs/mine` goes on with it\n"
+        == "shardmap: interrupted; what is in runs/mine stays, and `shardmap resume "
+        "runs/mine` goes on with it\n"
     )
     assert state() == "unfinished"
     assert main(["resume", "runs/mine", "--devices", '["cpu", "cpu"]']) == 0
@@ -108,11 +109,13 @@ def test_another_run_is_not_gone_on_with(workplace: Path, capsys) -> None:
         (["--reduce", "mean"], 'reduce: null is stored, "mean" is given'),
         (
             ["--output", "runs/other"],
-            "--output: runs/mine is gone on with where it is, and so are its outputs; leave --output out",
+            "--output: runs/mine is gone on with where it is, and so are its outputs; "
+            "leave --output out",
         ),
         (
             ["--store=elsewhere"],
-            "--store=elsewhere: runs/mine is gone on with where it is, and so are its outputs; leave --store out",
+            "--store=elsewhere: runs/mine is gone on with where it is, and so are its "
+            "outputs; leave --store out",
         ),
         (["--allow", "torch"], "data.path: 'users_resume.load' is not allowed"),
     ):
@@ -129,7 +132,8 @@ def test_a_run_that_is_running_is_left_alone(workplace: Path, capsys) -> None:
         error = capsys.readouterr().err
         assert (
             error
-            == f"shardmap: runs/mine: the run is still running, as process {os.getpid()}; wait for it, or stop it first\n"
+            == f"shardmap: runs/mine: the run is still running, as process {os.getpid()}; wait "
+            "for it, or stop it first\n"
         )
         folder.finish()
 
@@ -188,8 +192,8 @@ def test_a_run_beside_one_that_has_not_ended_says_so(workplace: Path, capsys) ->
     assert main(["run", "run.yaml"]) == 0
     out = capsys.readouterr().out
     assert (
-        "run folder runs/mine-2: there is runs/mine already, a run that has not ended; `shardmap resume runs/mine` goes on"
-        in out
+        "run folder runs/mine-2: there is runs/mine already, a run that has not ended; "
+        "`shardmap resume runs/mine` goes on" in out
     )
     assert (state(), state("runs/mine-2")) == ("unfinished", "complete")
 
@@ -197,8 +201,10 @@ def test_a_run_beside_one_that_has_not_ended_says_so(workplace: Path, capsys) ->
 def test_a_killed_run_with_a_store_goes_on_in_its_folder_by_run_resume_too(workplace: Path) -> None:
     words = ["run", "run.yaml", "--store", "store"]
     script = (
-        "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base import ChunkDone, listen\n"
-        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal\nfrom shardmap.jobs.cli import main\nfrom shardmap.run.base "
+        "import ChunkDone, listen\n"
+        "def kill(event):\n    if isinstance(event, ChunkDone) and event.stop == 12:\n "
+        "       os.kill(os.getpid(), signal.SIGKILL)\n"
         f"with listen(kill):\n    main({words!r})\n"
     )
     environment = {

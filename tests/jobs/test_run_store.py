@@ -22,6 +22,31 @@ from tests.jobs.stored_run import GRADIENTS, MODULE, ROOT, chunks, rows
 from tests.jobs.stored_run import workplace as workplace
 
 
+@pytest.mark.parametrize("kind", ["zarr", "safetensors", "memmap"])
+def test_a_store_holds_what_the_run_without_one_saves_and_says_how_it_was_made(
+    kind: str, workplace: Path, capsys
+) -> None:
+    assert main(["run", "run.yaml"]) == 0
+    assert main(["run", "run.yaml", "--store", "store", "--store_kind", kind]) == 0
+    said = capsys.readouterr().out
+    assert "ZarrStore of 23 rows" in said
+    assert f"{kind.capitalize()}Store of 23 rows" in said
+    assert "written to runs/mine-2, the outputs to store" in said
+    kept, stored = rows("runs/mine/results.zarr"), rows()
+    assert torch.equal(stored[0], kept[0])
+    assert torch.equal(stored[1], kept[1])
+    assert not Path("runs/mine-2/results.zarr").exists()
+    assert not list(Path("runs").glob("*/outputs.safetensors"))
+    summary = json.loads(Path("runs/mine-2/summary.json").read_text())
+    assert (summary["store"], summary["units"]) == (str(workplace / "store"), 6)
+    header = shardmap.open_store("store").header
+    assert [spec.name for spec in header.outputs] == ["noisy", "norm"]
+    assert header.attributes["function"] == "users_store.noisy"
+    assert header.attributes["configuration"]["data"]["init_args"] == {"rows": 23, "shift": 0.0}
+    assert header.attributes["configuration_hash"] == bind(load("run.yaml")).config.digest()
+    assert header.attributes["versions"]["torch"] == torch.__version__
+
+
 def test_a_killed_run_goes_on_with_exactly_the_missing_units(workplace: Path) -> None:
     script = textwrap.dedent(
         """
@@ -67,7 +92,10 @@ def test_ctrl_c_keeps_what_is_committed_and_says_how_to_go_on(workplace: Path, c
 
     with listen(interrupt):
         assert main(["run", "run.yaml", "--store", "store"]) == 130
-    told = "shardmap: interrupted; units that are in store stay, and `shardmap resume store` goes on with them\n"
+    told = (
+        "shardmap: interrupted; units that are in store stay, and `shardmap resume "
+        "store` goes on with them\n"
+    )
     assert capsys.readouterr().err == told
     assert shardmap.open_store("store").missing() == [3, 4, 5]
     assert not Path("runs/mine").exists()  # nothing of the outputs was in it

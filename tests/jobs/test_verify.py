@@ -49,8 +49,8 @@ def test_a_flipped_byte_is_found_discarded_and_computed_anew(workplace: Path, ca
     assert out[0] == "6 of 6 units are committed; checksums: 1 damaged"
     assert out[1] == "unit 5 (rows 20 to 22): damaged, its bytes are not those that were written"
     assert (
-        out[-1]
-        == "`shardmap verify store --discard` takes these units back, `shardmap resume store` computes them anew"
+        out[-1] == "`shardmap verify store --discard` takes these units back, `shardmap resume "
+        "store` computes them anew"
     )
     assert shardmap.open_store("store").missing() == []
     assert main(["verify", "store", "--discard"]) == 1
@@ -127,7 +127,8 @@ def test_a_function_that_is_gone_is_said_in_words(workplace: Path, capsys) -> No
     assert main(["verify", "store"]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "shardmap: function.path: 'users_store.noisy' cannot be imported, users_store has no noisy; did you mean users_store.noise?\n"
+        "shardmap: function.path: 'users_store.noisy' cannot be imported, users_store "
+        "has no noisy; did you mean users_store.noise?\n"
     )
 
 

@@ -16,7 +16,8 @@ DEVICES: tuple[Any, ...] = ("auto", ["cpu", "cpu"], ["cpu"] * 3)
 
 
 DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64, torch.int32, torch.uint8,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+    torch.int64, torch.int32, torch.uint8,
     torch.bool,
 )  # fmt: skip
 

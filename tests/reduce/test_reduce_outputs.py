@@ -1,4 +1,4 @@
-"""Reductions over the samples equal the loop's results reduced by torch, bit-identical however they are computed."""
+"""Reductions over the samples equal the loop's results reduced by torch."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_an_output_that_no_sample_changes_and_there_are_none() -> None:
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min", (torch.add, None)])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_reduction_has_memory_of_its_own(reduce: Any, grad: bool) -> None:
-    """Also where a single sample is the result, and where the output is an input or what no sample changes."""
+    """Also of a single sample, of an output that is an input, and of a constant output."""
     if grad and reduce in ("max", "min"):
         reduce = "sum"
     weight = batch_of(torch.float64, 3)

@@ -1,4 +1,4 @@
-"""Products with Jacobians and Hessians equal the loop of `torch.func`'s and `torch.autograd.functional`'s over the samples."""
+"""Products with Jacobians and Hessians equal a loop of `torch.func`'s and autograd's."""
 
 from __future__ import annotations
 
