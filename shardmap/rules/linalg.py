@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import schema_of
+from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
 from shardmap.rules.losses import arguments
