@@ -189,6 +189,9 @@ forward_level = _attribute(
     "_current_level",
     "forward-mode gradients from outside a map",
 )
+left_aligned = _private(
+    "_nested_tensor_from_mask_left_aligned", "padding masks of nn.TransformerEncoder"
+)
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 
 # -- operators that a version may lack -------------------------------------------------------------

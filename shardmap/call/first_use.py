@@ -155,6 +155,7 @@ class FirstUse:
         return found
 
     def _look(self) -> Verdict:
+        self._refuse_kept(self.first()[0])
         self._run_last()
         if self._last is None:
             return Verdict(alone=self._alone)
@@ -175,6 +176,20 @@ class FirstUse:
             f"{found}): it reads what an earlier call has changed, such as a counter, an iterator or "
             "the clock; pass what changes as an argument, one for each sample"
         )
+
+    def _refuse_kept(self, first: Recording) -> None:
+        """Refuse a function whose side effects outlive its call.
+
+        Raises:
+            EscapeError: It keeps a tensor that differs by sample.
+        """
+        if first.kept:
+            raise errors.EscapeError(
+                f"{self.options.call}: the function keeps a tensor that differs by sample: "
+                f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where a map "
+                "leaves the first sample's: return the tensor instead, or pass check='off' if nobody "
+                "looks at what is kept"
+            )
 
     def _difference(self, first: Pair, second: Pair) -> str | None:
         if first[1] != second[1]:

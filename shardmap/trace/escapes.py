@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator, _compute_keyset
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
+from shardmap._torch import left_aligned
 from shardmap._torch import (
     functorch,
     pop_function_mode,
@@ -129,6 +130,8 @@ class Doors(TorchFunctionMode):
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
+        if func is left_aligned:
+            return True  # `nn.TransformerEncoder` asks and does not pack: see `padded_encoder`
         if self.encoder is not None and self.encoder.is_last_call(func, args, kwargs or {}):
             encoder, self.encoder = self.encoder, None
             return encoder.zeroed(func(*args, **(kwargs or {})))
