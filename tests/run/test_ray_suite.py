@@ -29,7 +29,8 @@ from tests.reduce.test_reduce_outputs import (
     several,
     unchanged_outputs_count_for_each_sample,
 )
-from tests.run.test_local import DRAWS, SUBJECTS, setting, values
+from tests.run.subjects import SUBJECTS, setting, values
+from tests.run.test_local import DRAWS
 
 pytestmark = pytest.mark.ray
 
