@@ -228,7 +228,7 @@ def plan(
         use = FirstUse(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
         )
-        use.verdict()
+        verdict = use.verdict()
         recording, structure = use.first()
         prepared = Prepared(recording, structure)
         grad = torch.is_grad_enabled() and any(recording.program.output_flags)
@@ -255,7 +255,7 @@ def plan(
             result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
-        return Plan(job, cut, on, options, finish, notes)
+        return Plan(job, cut, on, options, finish, notes, verdict.alone)
 
     return planned
 

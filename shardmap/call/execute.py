@@ -104,6 +104,7 @@ class Call:
         self.batch = batch
         self.options = options
         self.use = use
+        self._seed: int | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -172,7 +173,9 @@ class Call:
             around.transformed,
             pairs_of,
             by_sample=by_sample,
+            seed=self._seed,
         )
+        self._seed = job.seed  # of the call, however often its job is made
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self._names(job), self.use)

@@ -22,6 +22,7 @@ from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
 from shardmap.program.ir import Program
+from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference
 from shardmap.trace.record import record
@@ -183,7 +184,12 @@ class FirstUse:
         Raises:
             EscapeError: It keeps a tensor that differs by sample.
         """
+        if first.kept is None:  # recorded as expected, which nobody looks at
+            repeat.forget(self.func)
+            self._first = self._record(0)
+            first = self._first[0]
         if first.kept:
+            repeat.forget(self.func)
             raise errors.EscapeError(
                 f"{self.options.call}: the function keeps a tensor that differs by sample: "
                 f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where a map "

@@ -207,10 +207,12 @@ def _record(
             _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
+        # A program that came again as expected has been looked at.
+        known = recording.program is recorder.expected
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
-            kept=kept_tensors(recorder, leaves),
+            kept=None if known else kept_tensors(recorder, leaves),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

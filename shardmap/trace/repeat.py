@@ -64,6 +64,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     return sources
 
 
+def forget(func: Callable[..., Any]) -> None:
+    """Expect nothing of this code: the next recording of it is looked at as the first."""
+    with _lock:
+        _last.pop(code_of(func), None)
+
+
 def clear() -> None:
     """Forget what was recorded: nothing is expected."""
     with _lock:
