@@ -93,11 +93,12 @@ class FirstUse:
         self._first = pair
         self._last: Pair | None = None
         self._alone = ""
+        self._verdict: Verdict | None = None
 
     def _record(self, number: int) -> Pair:
         options = self.options
         return record(
-            self.func, self.batch, options.randomness, self.once, options.call, number=number
+            self.func, self.batch, options.randomness, self.once, options.call, number, self.always
         )
 
     def first(self) -> Pair:
@@ -126,6 +127,11 @@ class FirstUse:
         Raises:
             EscapeError: The function does something else each time that it is called.
         """
+        if self._verdict is None:
+            self._verdict = self._found()
+        return self._verdict
+
+    def _found(self) -> Verdict:
         check, size = self.options.check, self.batch.size
         if check == "off" or size < 2:
             return Verdict()
@@ -146,9 +152,15 @@ class FirstUse:
         _quick.replace(quick, (program, found))
         return found
 
+    @property
+    def always(self) -> bool:
+        """Whether the function is looked at at each call."""
+        return self.options.check == "always"
+
     def varies(self, why: str) -> Verdict:
         """Remember that samples differ where the recordings of the first and the last did not."""
         key, found = identity(self.func), Verdict(varies=why)
+        self._verdict = found
         program = self._program if self._first is None else self._first[0].program
         if key is not None and program is not None:
             _verdicts.replace((key, program, self.options.randomness), found)

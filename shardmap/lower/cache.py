@@ -131,6 +131,11 @@ class Kept:
         with self._lock:
             self._values.clear()
 
+    def values(self) -> list[Any]:
+        """What is kept, oldest first."""
+        with self._lock:
+            return list(self._values.values())
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -154,6 +159,11 @@ def clear() -> None:
     """Forget all lowerings."""
     for kept in (_by_identity, _lowered, _drafts, _notes):
         kept.clear()
+
+
+def lowerings() -> list[Lowered]:
+    """The lowerings that are kept, oldest first."""
+    return _lowered.values()
 
 
 def after_fork() -> None:

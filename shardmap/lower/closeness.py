@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from shardmap._torch import FakeTensor
+
 OUTPUT_TOLERANCE = {
     torch.float64: 1e-7,
     torch.complex128: 1e-7,
@@ -29,9 +31,14 @@ ROUNDINGS = 100
 """Times the rounding error of the largest magnitude that entered: what is left where all cancels."""
 
 
+def has_values(t: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers; fake tensors, and those on the meta device, hold none."""
+    return t.device.type != "meta" and not isinstance(t, FakeTensor)
+
+
 def largest(tensor: torch.Tensor) -> float:
     """The largest finite magnitude in a floating-point tensor; 0 for any other."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    if not has_values(tensor) or tensor.numel() == 0:
         return 0.0
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0.0
@@ -55,6 +62,8 @@ def close(
             not of the result.
         tolerances: By dtype, as part of the largest entry of `a`.
     """
+    if not (has_values(a) and has_values(b)):
+        return True
     a, b = (t.detach().resolve_conj().resolve_neg() for t in (a, b))
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)

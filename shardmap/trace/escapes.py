@@ -19,9 +19,9 @@ from torch._ops import HigherOrderOperator, _compute_keyset
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import left_aligned
 from shardmap._torch import (
     functorch,
+    left_aligned,
     pop_function_mode,
     push_function_mode,
     set_data,

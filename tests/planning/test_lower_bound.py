@@ -61,7 +61,7 @@ def test_the_bound_is_no_higher_than_what_was_observed(name: str, reduce: Any) -
     """A map that would fit must not be refused: the whole model, at chunks of one sample."""
     plan = shardmap.plan(FUNCTIONS[name], reduce=reduce)(batch_of(7, 200))
     job, device = plan._job, torch.device("cpu")
-    least = affordable.least_memory(job, job.lower("cpu"), device, 1, None)
+    least = affordable.least_memory(job, device, 1, None)
     seen = plan.lanes[0].memory
     assert least.bound
     assert least.resident_bytes <= seen.resident_bytes
@@ -73,7 +73,7 @@ def test_the_bound_finds_the_large_values(name: str) -> None:
     """At least half of what was observed, kernels' workspaces aside."""
     plan = shardmap.plan(FUNCTIONS[name], reduce="max")(batch_of(7, 200))
     job = plan._job
-    least = affordable.least_memory(job, job.lower("cpu"), torch.device("cpu"), 1, None)
+    least = affordable.least_memory(job, torch.device("cpu"), 1, None)
     assert least.peak_bytes(1) >= plan.lanes[0].memory.peak_bytes(1) / 2
 
 

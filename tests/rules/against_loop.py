@@ -165,7 +165,7 @@ def below_our_rules() -> Iterator[list[str]]:
 
         return watched
 
-    engine._cache.clear()
+    engine.clear()
     names = "functorch_rule", "loop_rule"
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -118,7 +118,7 @@ def test_rows_without_keys():
     """Rows that may attend to nothing."""
     mask = torch.tensor([[False, False], [True, False]])
     x = torch.randn(3, 1, 1, 2, 4)
-    engine._cache.clear()
+    engine.clear()
     got = shardmap.vmap(lambda q: attend(q, q, q, mask), randomness="different")(x)
     out, _ = attention.attend(*[x.flatten(0, 1)] * 3, mask, False, None)
     assert_close(out.unflatten(0, (3, 1)), got, 1e-5, "empty rows")

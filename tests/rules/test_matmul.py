@@ -183,7 +183,7 @@ def test_views_around_products_cost_nothing(monkeypatch):
         return torch.autograd.grad(x.sum(), weights)
 
     x = torch.randn(3, 4)
-    engine._cache.clear()
+    engine.clear()
     made = []
     monkeypatch.setattr(
         engine, "generate", lambda batched, grad: made.append(batched) or generate(batched, grad)

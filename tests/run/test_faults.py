@@ -67,11 +67,9 @@ class Script:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_learned() -> None:
     """What one test teaches about a program is not for the next."""
-    monkeypatch.setattr(engine, "_cache", collections.OrderedDict())
-    monkeypatch.setattr(engine, "_notes", collections.OrderedDict())
-    monkeypatch.setattr(engine, "_by_identity", {})
+    engine.clear()
 
 
 @pytest.fixture
@@ -300,7 +298,7 @@ def test_what_fits_is_remembered_for_the_next_call(
         first = shardmap.vmap(large, chunk_size=SAMPLES - 1)(batch)
     assert redone(events)
     assert "memory ran out on cpu with 12 samples at a time; going on with 6" in caplog.text
-    (notes,) = {id(low.notes): low.notes for _, low in engine._cache.values()}.values()
+    (notes,) = {id(low.notes): low.notes for low in engine.lowerings()}.values()
     assert notes.learned["cpu"].ceiling == 3
     events.clear()
     second = shardmap.vmap(large)(batch)
