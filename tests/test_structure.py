@@ -67,8 +67,6 @@ KNOWN: dict[str, set[str]] = {
         "shardmap.jobs.cli",
         "shardmap.rules.index",
         "shardmap.rules.norm",
-        "shardmap.run.driver",
-        "shardmap.run.remote",
         "shardmap.trace.recorder",
         "shardmap.transforms.jacobians",
     },

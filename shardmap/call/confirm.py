@@ -19,6 +19,7 @@ from shardmap.program.analysis import never_written
 from shardmap.run import local, prepare
 from shardmap.run.base import Job, Output, unheard
 from shardmap.run.lowerings import Samples
+from shardmap.run.sites import sites
 from shardmap.store import Store
 
 
@@ -79,9 +80,7 @@ def reductions(job: Job, expected: Samples) -> None:
     on, name = prepare.Devices(pair), str(job.home)
     states = default_generator_states(job.home)
     with unheard(), torch.no_grad():
-        cut = split(
-            2, prepare.sites(pair, on, (name,), lambda _: None, False, False), 1, False, None
-        )
+        cut = split(2, sites(pair, on, (name,), lambda _: None, False, False), 1, False, None)
         found = local.run(pair, cut, on)
     restore_default_generators(states)
     for k in reduced:

@@ -24,6 +24,7 @@ from shardmap.lower.cache import Lowered
 from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
+from shardmap.run.sites import small
 from shardmap.store import Header, OutputSpec, Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
@@ -291,7 +292,7 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
         and options.memory_budget is None
         and not any(o.reduction for o in job.outputs)
     )
-    if plain and names[0] == str(job.home) and (inlined or prepare.small(job)):
+    if plain and names[0] == str(job.home) and (inlined or small(job)):
         return local.run_whole(job, on)
     cut = split_of(job, on, names, options, inlined)
     refusal = cut.refusal()

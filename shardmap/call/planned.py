@@ -12,10 +12,11 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.planning import table
 from shardmap.planning.split import Lane, Split
-from shardmap.run import local, prepare, storing, timeline
+from shardmap.run import local, storing, timeline
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
+from shardmap.run.watch import watched
 from shardmap.store import Sink
 
 
@@ -89,7 +90,7 @@ class Plan:
         ready = self._on.on(name, job.samples > 1)
         seen = None
         if job.samples and not self.lanes[0].memory.bound:  # else running it would break the budget
-            seen = prepare.watched(ready, job)
+            seen = watched(ready, job)
         return table.operators(self.split, ready.low, seen, everything)
 
     def __repr__(self) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from shardmap import errors
+from shardmap.planning.split import Chunk
 from shardmap.program.ir import Program
 from shardmap.run.remote import Worker
 
@@ -143,6 +144,13 @@ class RayWorker:
         if self.actor is not None:
             ray.kill(self.actor, no_restart=True)
         self.actor, self.ready, self.pid, self.starting = None, False, None, None
+
+    def failed_with(self, call: str, chunk: Chunk) -> str:
+        """The beginning of an error message about a task of this worker."""
+        return (
+            f"{call}: samples {chunk.start} to {chunk.stop - 1} failed on a Ray worker, "
+            f"{self.place}"
+        )
 
     @property
     def place(self) -> str:
@@ -358,6 +366,18 @@ def _slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
     return sum(
         min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores())
         for n in nodes
+    )
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """Ray's errors which say that a worker has died or that results are gone with a machine."""
+    e = ray.exceptions
+    return (
+        e.RayActorError,
+        e.WorkerCrashedError,
+        e.OutOfMemoryError,
+        e.NodeDiedError,
+        e.ObjectLostError,
     )
 
 

@@ -13,6 +13,9 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from shardmap.planning.split import Chunk
 
+RETRIES = 3
+"""How often a task is computed again after its worker died or a store could not be reached."""
+
 
 class Schedule:
     """The chunks of one run and the workers that compute them.
