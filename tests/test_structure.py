@@ -65,8 +65,6 @@ KNOWN: dict[str, set[str]] = {
     "long": {
         "shardmap.api",
         "shardmap.jobs.cli",
-        "shardmap.rules.index",
-        "shardmap.rules.norm",
         "shardmap.run.driver",
         "shardmap.run.remote",
         "shardmap.trace.recorder",

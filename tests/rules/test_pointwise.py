@@ -90,9 +90,9 @@ def compare(
         return op(*full, **named)
 
     rows = [batches[i] for i in chosen]
-    engine._cache.clear()
+    shardmap.clear_caches()
     got = shardmap.vmap(one)(*rows)
-    for _, low in engine._cache.values():
+    for low in engine._lowered._values.values():
         assert not low.fixes.tiers, low.fixes
     results = [one(*[r[k] for r in rows]) for k in range(size)]
     got, results = (got, results) if isinstance(got, tuple) else ((got,), [(r,) for r in results])
@@ -300,9 +300,9 @@ def test_copies_have_the_strides_of_the_sample(memory_format: torch.memory_forma
 
 def test_one_call_for_one_call() -> None:
     """Equal ranks and dtypes: exactly the recorded call is emitted."""
-    engine._cache.clear()
+    shardmap.clear_caches()
     w = torch.randn(3, 4)
     shardmap.vmap(lambda x, y: (x * y + w).tanh())(torch.randn(5, 3, 4), torch.randn(5, 3, 4))
-    ((_, low),) = engine._cache.values()
+    (low,) = engine._lowered._values.values()
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert len(low.batched.chunk) == 4, names  # the three calls, and the output made contiguous
