@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tests.fuzz_scope import Scope, at_least, is_int, step
 
-# ----------------------------------------------------------------------------------------------
-# writing in place
+# -- writing in place ------------------------------------------------------------------------------
 
 
 @step(9)
@@ -72,8 +71,7 @@ def assign(s: Scope) -> str | None:
     return s.rng.choice(calls)
 
 
-# ----------------------------------------------------------------------------------------------
-# gradients inside
+# -- gradients inside ------------------------------------------------------------------------------
 
 
 @step(3)

@@ -146,8 +146,7 @@ def choices(at: list[int]) -> list[list[int]]:
     return [at, at[:1], at[1:]] if len(at) > 1 else [at]
 
 
-# ---------------------------------------------------------------------------------------------- one
-# operator
+# -- one operator ----------------------------------------------------------------------------------
 
 
 def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[..., Any]:
@@ -364,8 +363,7 @@ class RandomCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---------------------------------------------------------------------------------------------- the
-# scoreboard
+# -- the scoreboard --------------------------------------------------------------------------------
 
 
 def load() -> dict[str, Any]:

@@ -36,6 +36,7 @@ def _tables_are_put_back() -> Iterator[None]:
     rules = dict(registry._rules)
     shardmap.clear_caches()
     yield
+    shardmap.clear_caches()
     registry._rules.clear()
     registry._rules.update(rules)
     shardmap.clear_caches()

@@ -65,8 +65,6 @@ KNOWN: dict[str, set[str]] = {
     "long": {
         "shardmap.api",
         "shardmap.jobs.cli",
-        "shardmap.rules.index",
-        "shardmap.rules.norm",
         "shardmap.trace.recorder",
         "shardmap.transforms.jacobians",
     },

@@ -12,7 +12,6 @@ import torch
 
 import shardmap
 from shardmap.lower import batcher as batch
-from shardmap.lower import cache as engine
 from shardmap.rules import registry
 
 Make = Callable[[torch.Generator], torch.Tensor]
@@ -165,7 +164,7 @@ def below_our_rules() -> Iterator[list[str]]:
 
         return watched
 
-    engine.clear()
+    shardmap.clear_caches()
     names = "functorch_rule", "loop_rule"
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -59,7 +59,7 @@ def test_written_by_samples(name: str) -> None:
 
 def test_made_once() -> None:
     """The cotangent of a backward pass, and what follows from it alone, is no work of a chunk."""
-    engine.clear()
+    shardmap.clear_caches()
 
     def gradient(x: torch.Tensor) -> torch.Tensor:
         x = x.detach().requires_grad_()

@@ -90,7 +90,7 @@ def compare(
         return op(*full, **named)
 
     rows = [batches[i] for i in chosen]
-    engine.clear()
+    shardmap.clear_caches()
     got = shardmap.vmap(one)(*rows)
     for low in engine.lowerings():
         assert not low.fixes.tiers, low.fixes
@@ -300,7 +300,7 @@ def test_copies_have_the_strides_of_the_sample(memory_format: torch.memory_forma
 
 def test_one_call_for_one_call() -> None:
     """Equal ranks and dtypes: exactly the recorded call is emitted."""
-    engine.clear()
+    shardmap.clear_caches()
     w = torch.randn(3, 4)
     shardmap.vmap(lambda x, y: (x * y + w).tanh())(torch.randn(5, 3, 4), torch.randn(5, 3, 4))
     (low,) = engine.lowerings()
