@@ -1,7 +1,7 @@
-"""Compare what a map returned, put together as it is, with what the function returned for two samples.
+"""Compare the assembled results of a map with what the function returned for two samples.
 
-The lowering has been tried before; what is seen here is the way that really ran: slices, chunks, lanes, workers,
-stores, reductions.
+The lowering has been tried before; what is seen here is the way that really ran: slices, chunks,
+lanes, workers, stores, reductions.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def _refuse_other(
     if not same:
         what = "the reduction of two samples" if row is None else f"sample {row}"
         raise errors.MismatchError(
-            f"{job.call}: output {k} of the map is not what the function returned for {what}, although "
-            "its lowering was right when it was tried; use chunk_size=None on one device, or the plain "
+            f"{job.call}: output {k} of the map is not what the function returned for {what}, "
+            "although "
+            "its lowering was right when it was tried; use chunk_size=None on one device, or the "
+            "plain "
             "loop, and report the function"
         )

@@ -134,7 +134,8 @@ class Call:
         if comparison is not None:
             if by_sample is not None:
                 raise errors.VariesError(
-                    f"{options.call}: reduce='gram' of a function that is run sample by sample; stack "
+                    f"{options.call}: reduce='gram' of a function that is run sample by sample; "
+                    "stack "
                     "the results (reduce=None) and multiply them"
                 )
             outputs = comparison.outputs(
@@ -183,14 +184,14 @@ class Call:
         return with_expected(job, self._names(job), self.use)
 
     def _names(self, job: Job) -> tuple[str, ...]:
-        """The devices on which a new lowering is tried: of a cluster, the one that the samples are on."""
+        """The devices on which a new lowering is tried; for a cluster, where the samples are."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
         return names_of(job, self.options, inlined)
 
     def by_sample(self) -> Callable[[LoweringOptions], Lowered] | None:
-        """What runs the function itself, where samples are known to differ in more than operators."""
+        """The sample loop, where samples are known to differ in more than operators."""
         varies = "" if self.use is None else self.use.verdict().varies
         return self._loop(varies) if varies else None
 
@@ -208,11 +209,13 @@ class Call:
         text = f"{options.call}: {why}"
         if options.strict:
             raise errors.VariesError(
-                f"{text}; only a loop over the samples serves such a function, and strict=True refuses "
+                f"{text}; only a loop over the samples serves such a function, and strict=True "
+                "refuses "
                 "that: use torch's operators for it, or pass strict=False"
             )
         warnings.warn(
-            f"{text}, so the function itself is run sample by sample; use torch's operators for it, "
+            f"{text}, so the function itself is run sample by sample; use torch's operators for "
+            "it, "
             "or pass strict=True to refuse such functions",
             errors.SlowLoopWarning,
             stacklevel=2,
@@ -237,7 +240,7 @@ class Call:
     def _confirm(
         self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
     ) -> None:
-        """Compare what the map gives with what the function returned, where it has been run for that."""
+        """Compare the results with what the function returned, where it was run for that."""
         use = self.use
         if use is None or looped or not use.looked or not self.around.plain:
             return
@@ -274,7 +277,8 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
     names = [] if cluster else names_of(job, options, inlined)
     if cluster or any(torch.device(name) != job.home for name in names):
         raise errors.VariesError(
-            f"{options.call}: the function has to be run sample by sample, where its samples are, and "
+            f"{options.call}: the function has to be run sample by sample, where its samples are, "
+            "and "
             f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
             "devices='auto'"
         )

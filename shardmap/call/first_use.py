@@ -1,8 +1,8 @@
 """What is looked at when a function is mapped for the first time: it is run on a second sample.
 
-The recording of one sample stands for all others. Whether it may is seen by running the function on the
-last sample as well: both recordings must be the same program with the same constants. What varies came
-to python by a door that is no operator.
+The recording of one sample stands for all others. Whether it may is seen by running the function on
+the last sample as well: both recordings must be the same program with the same constants. What
+varies came to python by a door that is no operator.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Verdict:
 
 _verdicts = Kept(512)
 _quick = Kept(512)
-"""The same verdicts by address of their programs, which the values hold: a program that was expected
-and came is not hashed again."""
+"""The same verdicts by address of their programs, which the values hold: a program that was
+expected and came is not hashed again."""
 
 
 def clear() -> None:
@@ -109,7 +109,7 @@ class FirstUse:
         return self._first
 
     def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """What the function returns for the first sample, and for the last if it can be run on it."""
+        """Return the function's own results for the first sample, and for the last one."""
         if self.options.check == "off" or not self.batch.size:
             return ()
         self.looked = True
@@ -186,7 +186,8 @@ class FirstUse:
             return Verdict()
         raise errors.EscapeError(
             f"{self.options.call}: the function does something else each time that it is called ("
-            f"{found}): it reads what an earlier call has changed, such as a counter, an iterator or "
+            f"{found}): it reads what an earlier call has changed, such as a counter, an iterator "
+            "or "
             "the clock; pass what changes as an argument, one for each sample"
         )
 
@@ -204,8 +205,10 @@ class FirstUse:
             repeat.forget(self.func)
             raise errors.EscapeError(
                 f"{self.options.call}: the function keeps a tensor that differs by sample: "
-                f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where a map "
-                "leaves the first sample's: return the tensor instead, or pass check='off' if nobody "
+                f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where "
+                "a map "
+                "leaves the first sample's: return the tensor instead, or pass check='off' if "
+                "nobody "
                 "looks at what is kept"
             )
 

@@ -1,8 +1,8 @@
 """Where a replay and the recording part: operator by operator, each from the recorded operands.
 
-Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not show a
-wrong rule. Here every batched call is given the operands that the samples' own calls had. Then each
-result differs by the rounding of one operator only, and what differs by more is wrong.
+Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not
+show a wrong rule. Here every batched call is given the operands that the samples' own calls had.
+Then each result differs by the rounding of one operator only, and what differs by more is wrong.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ def lower_with(
 
 @contextlib.contextmanager
 def plain_numerics() -> Iterator[None]:
-    """Replay means what was recorded: autocast has been recorded as casts and must not cast again."""
+    """Switch autocast off while a program is replayed: its casts have been recorded."""
     entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
     if not entered:
         yield
@@ -342,5 +342,5 @@ def plain_numerics() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
+    """Draw a seed from torch's generator: one per call, whatever its samples and devices."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))

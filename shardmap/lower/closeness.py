@@ -1,4 +1,4 @@
-"""When two results count as the same: kernels for batches round differently than those for one sample."""
+"""Tolerances within which results agree: kernels for batches round differently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ OPERATOR_TOLERANCE = {
 """Of the largest entry of one operator's result, computed from the same operands."""
 
 ROUNDINGS = 100
-"""Times the rounding error of the largest magnitude that entered: what is left where all cancels."""
+"""Times the rounding error of the largest magnitude that entered: what is left where all
+cancels."""
 
 
 def has_values(t: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Operators that write their result into an argument (`torch.add(a, b, out=c)`), batched by the rule of the operator itself."""
+"""Calls with `out=` (`torch.add(a, b, out=c)`), batched by the rule of the operator itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The samples that a lowering is tried on before anybody sees it, and how a program runs on them call by call."""
+"""The samples that a new lowering is tried on, and a run of it call by call."""
 
 from __future__ import annotations
 
