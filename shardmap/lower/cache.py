@@ -17,7 +17,7 @@ from shardmap import errors
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.batcher import lower
 from shardmap.lower.check import verified
-from shardmap.lower.codegen import Replay, generate
+from shardmap.lower.codegen import Executable, Replay, generate
 from shardmap.lower.trial import Trial
 from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
@@ -45,7 +45,7 @@ class Lowered:
     program: Program
     options: LoweringOptions
     batched: BatchedProgram
-    replay: Replay
+    replay: Executable
     fixes: Fixes
     """What trying it has shown to be needed."""
     loose: frozenset[int]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,29 @@ from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
 from shardmap.program.ir import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
+
+
+class Executable(Protocol):
+    """The functions that compute chunks; executors need nothing else of a lowering."""
+
+    @property
+    def fixed(self) -> Callable[..., Any]:
+        """As `Replay.fixed`."""
+        ...
+
+    @property
+    def chunk(self) -> Callable[..., Any]:
+        """As `Replay.chunk`."""
+        ...
+
+    @property
+    def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """As `Replay.chunk_into`."""
+        ...
+
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """As `Replay.marked`."""
+        ...
 
 
 class Replay:
