@@ -63,7 +63,7 @@ def served(func: Any, args: tuple) -> bool:
     return args[0].is_cuda or func is torch.lstm
 
 
-def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def recurrent(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """What `torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu` returns: the output and the last states.
 
     Args:

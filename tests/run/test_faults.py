@@ -321,7 +321,7 @@ def test_not_even_one_sample_fits(make: Any, devices: Any, script: Script) -> No
         shardmap.vmap(function, check="off", devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
     text = str(caught.value)
     assert text.startswith(
-        "shardmap.vmap(function, check="off", in_dims=0): memory ran out on cpu with a chunk of one sample "
+        "shardmap.vmap(function, in_dims=0): memory ran out on cpu with a chunk of one sample "
         "(sample 5;"
     )
     assert " B" in text
@@ -425,14 +425,16 @@ def test_the_others_finish_when_a_device_dies(
     setattr(script, "late" if late else "early", die)
     batch = batch_of(101, 3)
     with pytest.warns(errors.DeviceLostWarning) as caught:
-        got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=5, reduce=reduce)(batch)
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=5, reduce=reduce
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, want if reduce is None else tuple(t.sum(0) for t in want))
     lost = [str(w.message) for w in caught if w.category is errors.DeviceLostWarning]
     (again,) = redone(events)
     assert len(lost) == 1
     assert lost[0].startswith(
-        f"shardmap.vmap(function, check="off", in_dims=0): gpu{lane} failed with samples {again.start} to "
+        f"shardmap.vmap(function, in_dims=0): gpu{lane} failed with samples {again.start} to "
         f"{again.stop - 1}"
     )
     assert "illegal memory access" in lost[0]
@@ -476,9 +478,11 @@ def test_two_devices_fail_on_the_same_samples(sample: int, chunk_size: int, scri
 
     script.early = die
     with pytest.warns(errors.DeviceLostWarning), pytest.raises(errors.DeviceLostError) as caught:  # noqa: PT012
-        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)(
+            batch_of(SAMPLES, 3)
+        )
     text = str(caught.value)
-    assert text.startswith("shardmap.vmap(function, check="off", in_dims=0): gpu")
+    assert text.startswith("shardmap.vmap(function, in_dims=0): gpu")
     assert "the error may be in the data" in text
     assert "illegal memory access" in text
 
@@ -520,9 +524,9 @@ def test_memory_runs_out_and_devices_die(seed: int, script: Script) -> None:
     batch = batch_of(101, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.DeviceLostWarning)
-        got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None))(
-            batch
-        )
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None)
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, (want[0].sum(0), want[1]))
     assert set(script.computed.values()) == {1}
@@ -565,7 +569,9 @@ def test_an_interrupt_leaves_nothing_behind(
         script.calls = 0
         with torch.set_grad_enabled(enabled):
             with pytest.raises(error) as caught:
-                shardmap.vmap(function, check="off", devices=devices, chunk_size=4, **options)(batch)
+                shardmap.vmap(function, check="off", devices=devices, chunk_size=4, **options)(
+                    batch
+                )
             assert torch.is_grad_enabled() is enabled
         assert all(ref.expired() for ref in script.made), "a result is alive"
         assert len(script.made) > 0 or call == 0
