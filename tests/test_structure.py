@@ -51,6 +51,7 @@ MOST_ANY = {
 }
 """How often a package may say `Any`; these ceilings may only fall."""
 
+
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     found = {}
