@@ -178,7 +178,7 @@ def test_packages_of_one_rank_do_not_import_each_other_both_ways() -> None:
         for module, _, _ in imported(name, tree)
         if rank(module) == rank(name) and room(module) != room(name)
     }
-    check("both ways", {f"{a} <-> {b}" for a, b in pairs if a < b and (b, a) in pairs})
+    assert not ({f"{a} <-> {b}" for a, b in pairs if a < b and (b, a) in pairs})
 
 
 def is_private(name: str) -> bool:

@@ -17,14 +17,19 @@ from shardmap._torch import (
     dispatch_key,
     dispatch_modes,
     enter_vmap_level,
+    exclude_key,
     function_modes,
+    function_state,
+    function_states,
     functorch,
     interpreters_aside,
+    is_key_excluded,
     leave_vmap_level,
     pop_dispatch_mode,
     pop_function_mode,
     push_dispatch_mode,
     push_function_mode,
+    set_function_state,
 )
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
@@ -95,22 +100,22 @@ def overrides_enabled() -> Iterator[None]:
     A map called by a signal handler may find itself between two lines of torch, or of ours, that
     run without modes: nothing would be recorded, and the sample's results taken for constants.
     """
-    hidden = [k for k in _PYTHON_KEYS if torch._C._dispatch_tls_is_dispatch_key_excluded(k)]
-    functions = torch._C._get_torch_function_state()
-    off = functions == torch._C._TorchFunctionState.ALL_DISABLED
+    hidden = [k for k in _PYTHON_KEYS if is_key_excluded(k)]
+    functions = function_state()
+    off = functions == function_states.ALL_DISABLED
     if not hidden and not off:
         yield
         return
     try:
         for key in hidden:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+            exclude_key(key, False)
         if off:  # modes are on then; subclasses of tensors stay as they are
-            torch._C._set_torch_function_state(torch._C._TorchFunctionState.SUBCLASSES_DISABLED)
+            set_function_state(function_states.SUBCLASSES_DISABLED)
         yield
     finally:
         for key in hidden:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-        torch._C._set_torch_function_state(functions)
+            exclude_key(key, True)
+        set_function_state(functions)
 
 
 class RandomStates:
