@@ -79,7 +79,7 @@ def operators() -> dict[str, Any]:
 
 def draw(op: Any, dtype: torch.dtype, seed: int, count: int) -> list[tuple[Any, ...]]:
     """Up to `count` sample inputs, spread over the first sixty."""
-    # The database seeds before each sample; seeding the absent accelerators too takes 5 ms each time.
+    # The database seeds before each sample; seeding absent accelerators takes 5 ms each time.
     with unittest.mock.patch.object(torch, "manual_seed", torch.default_generator.manual_seed):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -348,7 +348,7 @@ def loop_under_a_mode(
 
 
 class RandomCalls(TorchDispatchMode):
-    """Notices calls that draw random numbers, also those that the database wraps in a fixed seed."""
+    """Notice calls that draw random numbers, also those wrapped in a fixed seed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -195,14 +195,32 @@ def inner(ghosts: Ghosts, a: Term, b: Term) -> V:
             aten.mul.Tensor, _energy(ghosts, left), _energy(ghosts, right), shape=(), dtype=dtype
         )
     if type(a) is Rows and type(b) is Rows:
-        return call(rows_rows, ghosts.batched(a.left), ghosts.batched(a.right), ghosts.batched(b.left), ghosts.batched(b.right),
-                    a.padding, b.padding, shape=(), dtype=dtype)  # fmt: skip
+        return call(
+            rows_rows,
+            ghosts.batched(a.left),
+            ghosts.batched(a.right),
+            ghosts.batched(b.left),
+            ghosts.batched(b.right),
+            a.padding,
+            b.padding,
+            shape=(),
+            dtype=dtype,
+        )
     if type(a) is Rows or type(b) is Rows:
         rows, product = (a, b) if type(a) is Rows else (b, a)
         assert type(rows) is Rows
         left, right = factors_of(ghosts, product)
-        return call(rows_product, ghosts.batched(rows.left), ghosts.batched(rows.right), left, right, rows.padding, product.flipped,
-                    shape=(), dtype=dtype)  # fmt: skip
+        return call(
+            rows_product,
+            ghosts.batched(rows.left),
+            ghosts.batched(rows.right),
+            left,
+            right,
+            rows.padding,
+            product.flipped,
+            shape=(),
+            dtype=dtype,
+        )
     (left, right), (other_left, other_right) = factors_of(ghosts, a), factors_of(ghosts, b)
     lefts = ghosts.once("columns", columns, left, other_left, shape=(a.positions, b.positions))
     rights = ghosts.once("rows", rows_of, right, other_right, shape=(a.positions, b.positions))

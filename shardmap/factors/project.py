@@ -162,7 +162,10 @@ def projected(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 def projected_product(
     left: Tensor, right: Tensor, dim: int, kind: str, seed: int, offset: int, flipped: bool
 ) -> Tensor:
-    """`[B, n, T], [B, T, m] -> [B, dim]`, as `projected` of their product, some rows of it at a time."""
+    """`projected` of the product of two factors, some rows of it at a time.
+
+    `[B, n, T], [B, T, m] -> [B, dim]`.
+    """
     if flipped:
         left, right = right.transpose(1, 2), left.transpose(1, 2)
     count, n, m = left.shape[0], left.shape[1], right.shape[2]

@@ -227,9 +227,18 @@ def rows(i: Tensor, grad: Tensor, weight: Tensor | None, count: int, padding: in
 
 
 def convolution(
-    grad: Tensor, x: Tensor, weight: Tensor | None, shape: tuple[int, ...], matrix: tuple[int, int], stride: Any, padding: Any,
-    dilation: Any, transposed: bool, output_padding: Any, groups: int,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    shape: tuple[int, ...],
+    matrix: tuple[int, int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Tensor:
     """The gradient of a convolution's weight, `[n, m]`, of all samples.
 
     The ordinary backward pass over the batch.
@@ -239,6 +248,16 @@ def convolution(
         return grad.new_zeros(matrix)
     like = grad.new_empty(()).expand(*shape)  # only its shape is read
     found = aten.convolution_backward(
-        grad, x, like, None, stride, padding, dilation, transposed, output_padding, groups, [False, True, False]
-    )  # fmt: skip
+        grad,
+        x,
+        like,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [False, True, False],
+    )
     return found[1].reshape(matrix)

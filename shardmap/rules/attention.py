@@ -112,7 +112,10 @@ def attend_backward(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients by query, key, value and (float) mask, with the softmax recomputed from its log-sum-exp."""
+    """The gradients by query, key, value and (float) mask.
+
+    The softmax is recomputed from its log-sum-exp.
+    """
     heads = k.shape[1]
     k, v = widened(k, q.shape[1]), widened(v, q.shape[1])
     s = scores(q, k, mask, causal, scale)

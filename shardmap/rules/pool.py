@@ -20,7 +20,7 @@ from shardmap.rules.registry import overloads, register
 
 
 def over_space(ndim: int, sized: str | None = None) -> Any:
-    """A rule for an operator whose tensors all have `ndim` dimensions (channels and space), with or without one in front.
+    """A rule for an operator on tensors of channels and space, with or without a batch in front.
 
     Args:
         ndim: Dimensions besides the one that the map joins.

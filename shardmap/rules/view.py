@@ -22,7 +22,10 @@ from shardmap.rules.view_folding import views
 
 
 def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated `f(b, eq, *args, **kwargs)`, with the operators' own names and defaults, for `aten.<name>`."""
+    """Register the decorated `f(b, eq, *args, **kwargs)` for `aten.<name>`.
+
+    The arguments have the operators' own names and defaults.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -150,7 +153,10 @@ DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
 def shifted(
     op: OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
 ) -> list[Any]:
-    """All arguments behind the first `skip`, defaults filled in, dimensions of an `ndim`-dimensional sample one further back."""
+    """All arguments behind the first `skip`, with defaults filled in.
+
+    Dimensions of an `ndim`-dimensional sample are one further back.
+    """
     out = []
     for at, argument in enumerate(schema_of(op).arguments):
         if at < skip:
@@ -218,7 +224,8 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
             offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
             if offset is not None:
                 raise errors.EscapeError(
-                    f"{call}: as_strided with storage_offset={offset} on a mapped argument or a view of it would count from the start of "
+                    f"{call}: as_strided with storage_offset={offset} on a mapped "
+                    "argument or a view of it would count from the start of "
                     "the whole batch's memory; leave storage_offset out and index the tensor first"
                 )
 

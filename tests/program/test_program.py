@@ -166,7 +166,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_through_json_and_back(name: str) -> None:
-    """Equal, of the same types all the way down, and JSON that other readers accept (no bare NaN)."""
+    """The copy is equal, types included, and its JSON is what other readers accept (no NaN)."""
     before = PROGRAMS[name]()
     before.check()
     text = before.dumps()

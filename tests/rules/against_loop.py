@@ -153,7 +153,7 @@ def assert_close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, lab
 
 @contextlib.contextmanager
 def below_our_rules() -> Iterator[list[str]]:
-    """Collects the recorded calls of operators with a rule of ours that another tier serves after all."""
+    """Collect the calls of operators with a rule that another tier serves after all."""
     served: list[str] = []
 
     def watch(tier: Callable[..., Any]) -> Callable[..., Any]:

@@ -207,7 +207,7 @@ def test_continuous(name: str, dtype: torch.dtype) -> None:
 
 
 def test_normal_numbers_are_independent() -> None:
-    """The two halves of Box and Muller, neighbours, and real and imaginary parts have no correlation."""
+    """Box-Muller halves, neighbours, and real and imaginary parts are uncorrelated."""
     z = draws.normal(draws.Stream(COUNT, 0, 5, 1), [4], torch.float64, DEVICE, 0.0, 1.0)
     correlation = torch.corrcoef(z.T) - torch.eye(4, dtype=torch.float64)
     assert correlation.abs().max() < 5 / math.sqrt(COUNT)
