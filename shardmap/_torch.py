@@ -62,7 +62,7 @@ def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], A
     return _stand_in(f"{kind}.{name}", purpose)
 
 
-# -- classes and modules, known to the type checker ------------------------------------------------
+# -- classes and modules, known to the type checker
 
 if TYPE_CHECKING:
     from torch._ops import HigherOrderOperator, OpOverload
@@ -84,7 +84,7 @@ _private(
     "recording without importing torch._dynamo (seconds)",
 )
 
-# -- operators -------------------------------------------------------------------------------------
+# -- operators
 
 _example = torch.ops.aten.add.Tensor
 schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
@@ -103,7 +103,7 @@ compute_keyset = _private(
     "_ops._compute_keyset", "checkpoints and other operators that call functions"
 )
 
-# -- modes and settings of the thread --------------------------------------------------------------
+# -- modes and settings of the thread
 
 dispatch_modes = _private(
     "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
@@ -226,7 +226,7 @@ force_keys = _private(
     "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
 )
 
-# -- torch.func ------------------------------------------------------------------------------------
+# -- torch.func
 
 functorch = _private("_C._functorch", "maps inside torch.func transforms")
 enter_vmap_level = _private(
@@ -259,7 +259,7 @@ _private(
     "restoring the count of jvp levels after an interrupt",
 )
 
-# -- tensors and their memory ----------------------------------------------------------------------
+# -- tensors and their memory
 
 _storage, _tensor = torch.UntypedStorage, torch.Tensor
 storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
@@ -304,7 +304,7 @@ left_aligned = _private(
 )
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 
-# -- operators that a version may lack -------------------------------------------------------------
+# -- operators that a version may lack
 
 _absent: set[str] = set()
 

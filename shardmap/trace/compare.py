@@ -1,4 +1,4 @@
-"""Whether two recordings of a function, on different samples, are the same program with the same constants."""
+"""Compare two recordings of a function on different samples: programs and constants."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def difference(first: Recording, second: Recording) -> str | None:
     """What the function did otherwise for the second sample, in words; None if nothing.
 
     Everything that the function took from python counts: operators and their arguments, shapes,
-    numbers, tensors made of python data, and the values of tensors that were made where the recorder
-    does not look (numpy, threads, files).
+    numbers, tensors made of python data, and the values of tensors that were made where the
+    recorder does not look (numpy, threads, files).
     """
     found = _program_difference(first.program, second.program)
     if found is not None:
@@ -28,17 +28,20 @@ def difference(first: Recording, second: Recording) -> str | None:
     for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
         if a.hex() != b.hex():
             where = _where(first.program, number)
-            return f"a number that python computed is {a:g} for one sample and {b:g} for another{where}"
+            return f"a number that python computed is {a:g} for one sample and {b:g} for "
+                f"another{where}"
     for var, a, b in zip(first.program.literals, first.literals, second.literals, strict=True):
         if not same_values(a, b) and _matters(first.program, var):
             return (
-                f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for one "
+                f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for "
+                "one "
                 f"sample and {_shown(b)} for another"
             )
     for a, b in zip(first.captured, second.captured, strict=True):
         if a is not b and not same_values(a, b):
             return (
-                f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators (numpy, "
+                f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators "
+                "(numpy, "
                 f"a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for another"
             )
     return None
@@ -74,7 +77,8 @@ def _program_difference(first: Program, second: Program) -> str | None:
         return f"it calls {_name(longer[shorter])} for one sample and stops before for another"
     for name in ("inputs", "captured", "literals", "outputs"):
         if getattr(first, name) != getattr(second, name):
-            return f"its {name} are {_specs(getattr(first, name))} for one sample and {_specs(getattr(second, name))} for another"
+            own, other = _specs(getattr(first, name)), _specs(getattr(second, name))
+            return f"its {name} are {own} for one sample and {other} for another"
     if not alike(first.types, second.types) or first.scalars != second.scalars:
         return "it takes other numbers from python for one sample than for another"
     if first.output_flags != second.output_flags:
