@@ -28,8 +28,10 @@ def difference(first: Recording, second: Recording) -> str | None:
     for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
         if a.hex() != b.hex():
             where = _where(first.program, number)
-            return f"a number that python computed is {a:g} for one sample and {b:g} for "
+            return (
+                f"a number that python computed is {a:g} for one sample and {b:g} for "
                 f"another{where}"
+            )
     for var, a, b in zip(first.program.literals, first.literals, second.literals, strict=True):
         if not same_values(a, b) and _matters(first.program, var):
             return (
