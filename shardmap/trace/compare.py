@@ -1,9 +1,11 @@
-"""Whether two recordings of a function, on different samples, are the same program with the same constants."""
+"""Whether two recordings of a function, on different samples, are the same program.
+
+The constants in them count.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,8 +21,8 @@ def difference(first: Recording, second: Recording) -> str | None:
     """What the function did otherwise for the second sample, in words; None if nothing.
 
     Everything that the function took from python counts: operators and their arguments, shapes,
-    numbers, tensors made of python data, and the values of tensors that were made where the recorder
-    does not look (numpy, threads, files).
+    numbers, tensors made of python data, and the values of tensors that were made where the
+    recorder does not look (numpy, threads, files).
     """
     found = _program_difference(first.program, second.program)
     if found is not None:
@@ -28,18 +30,22 @@ def difference(first: Recording, second: Recording) -> str | None:
     for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
         if a.hex() != b.hex():
             where = _where(first.program, number)
-            return f"a number that python computed is {a:g} for one sample and {b:g} for another{where}"
+            return (
+                f"a number that python computed is {a:g} for one sample and {b:g} for another"
+                f"{where}"
+            )
     for var, a, b in zip(first.program.literals, first.literals, second.literals, strict=True):
         if not same_values(a, b) and _matters(first.program, var):
             return (
-                f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for one "
-                f"sample and {_shown(b)} for another"
+                f"a tensor of shape {tuple(a.shape)} made from python data "
+                f"holds {_shown(a)} for one sample and {_shown(b)} for another"
             )
     for a, b in zip(first.captured, second.captured, strict=True):
         if a is not b and not same_values(a, b):
             return (
-                f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators (numpy, "
-                f"a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for another"
+                f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators "
+                "(numpy, a thread, a file) "
+                f"holds {_shown(a)} for one sample and {_shown(b)} for another"
             )
     return None
 
@@ -73,8 +79,9 @@ def _program_difference(first: Program, second: Program) -> str | None:
         shorter = min(len(first.equations), len(second.equations))
         return f"it calls {_name(longer[shorter])} for one sample and stops before for another"
     for name in ("inputs", "captured", "literals", "outputs"):
-        if getattr(first, name) != getattr(second, name):
-            return f"its {name} are {_specs(getattr(first, name))} for one sample and {_specs(getattr(second, name))} for another"
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            return f"its {name} are {_specs(one)} for one sample and {_specs(other)} for another"
     if not alike(first.types, second.types) or first.scalars != second.scalars:
         return "it takes other numbers from python for one sample than for another"
     if first.output_flags != second.output_flags:
@@ -121,7 +128,7 @@ def _where(program: Program, scalar: int) -> str:
     return ""
 
 
-def _specs(values: Sequence[Any]) -> str:
+def _specs(values: Sequence[Var]) -> str:
     return ", ".join(str(v.spec) for v in values) or "none"
 
 
