@@ -127,11 +127,11 @@ def vmap(
     memory = Memory(of_sample, call) if trace == "once" else None
 
     @functools.wraps(func, updated=())
-    def mapped(*args: Any, **kwargs: Any) -> Any:
+    def mapped(*args: object, **kwargs: object) -> Any:
         with thread_state_kept() as kept, kept.twice:
             return call_mapped(args, kwargs)
 
-    def call_mapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         if ragged.among(args, kwargs):
             result = ragged.run(
                 lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
@@ -216,11 +216,11 @@ def plan(
     cluster = on_ray.asked_for(devices)
 
     @functools.wraps(func, updated=())
-    def planned(*args: Any, **kwargs: Any) -> Plan:
+    def planned(*args: object, **kwargs: object) -> Plan:
         with thread_state_kept() as kept, kept.twice:
             return call_planned(args, kwargs)
 
-    def call_planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def call_planned(args: tuple[object, ...], kwargs: dict[str, object]) -> Plan:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
@@ -328,7 +328,9 @@ def compare(
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
 
     @functools.wraps(func, updated=())
-    def compared_with(*args: Any, samples: int | Sequence[int] = 8, **kwargs: Any) -> Comparison:
+    def compared_with(
+        *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to compare; compare the "

@@ -36,18 +36,18 @@ MOST_MODULES, MOST_LINES = 8, 450
 MOST_ANY = {
     "_threads": 2,
     "_torch": 9,
-    "api": 38,
-    "call": 110,
+    "api": 28,
+    "call": 105,
     "factors": 28,
     "jobs": 112,
     "lower": 64,
     "planning": 16,
-    "program": 19,
+    "program": 16,
     "reduce": 53,
     "rules": 444,
-    "run": 78,
+    "run": 75,
     "store": 47,
-    "trace": 163,
+    "trace": 136,
     "transforms": 136,
 }
 """How often a package may say `Any`; these ceilings may only fall."""

@@ -88,7 +88,7 @@ class SampleLoop:
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
 
-    def fixed(self, *_: Any) -> tuple[()]:
+    def fixed(self, *_: object) -> tuple[()]:
         """Nothing is computed once for all samples."""
         return ()
 
@@ -98,8 +98,8 @@ class SampleLoop:
         start: int,
         device: torch.device,
         seed: int,
-        scalars: Any,
-        fixed: Any,
+        scalars: object,
+        fixed: object,
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each.
@@ -120,8 +120,8 @@ class SampleLoop:
         start: int,
         device: torch.device,
         seed: int,
-        scalars: Any,
-        fixed: Any,
+        scalars: object,
+        fixed: object,
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:

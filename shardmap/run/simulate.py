@@ -229,7 +229,7 @@ class _Run:
             schedule_seconds=self.schedule_seconds / max(1, self.computed),
         )
 
-    def _at(self, when: float, happen: Callable[..., None], *arguments: Any) -> None:
+    def _at(self, when: float, happen: Callable[..., None], *arguments: object) -> None:
         self.number += 1
         heapq.heappush(self.events, (when, self.number, happen, arguments))
 

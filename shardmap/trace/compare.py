@@ -28,16 +28,15 @@ def difference(first: Recording, second: Recording) -> str | None:
     for var, a, b in zip(first.program.literals, first.literals, second.literals, strict=True):
         if not same_values(a, b) and _matters(first.program, var):
             return (
-                f"a tensor of shape {tuple(a.shape)} made from python data holds {_shown(a)} for "
-                "one "
-                f"sample and {_shown(b)} for another"
+                f"a tensor of shape {tuple(a.shape)} made from python data holds "
+                f"{_shown(a)} for one sample and {_shown(b)} for another"
             )
     for var, a, b in zip(first.program.captured, first.captured, second.captured, strict=True):
         if a is not b and not same_values(a, b) and _matters(first.program, var):
             return (
                 f"a tensor of shape {tuple(a.shape)} that is made outside torch's operators "
-                "(numpy, "
-                f"a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for another"
+                f"(numpy, a thread, a file) holds {_shown(a)} for one sample and {_shown(b)} for "
+                "another"
             )
     return None
 

@@ -75,7 +75,7 @@ _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
-def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
+def _tensors_within(data: object) -> Iterator[torch.Tensor]:
     """Tensors inside python containers, at any depth."""
     if isinstance(data, torch.Tensor):
         yield data
@@ -129,7 +129,7 @@ class Doors(TorchFunctionMode):
         """An encoder with padding whose last layer is running."""
 
     def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1

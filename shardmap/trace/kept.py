@@ -10,7 +10,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -75,7 +75,7 @@ def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
     return f"a tensor of shape {var.spec.shape} made by {name}{_holder(ref())}"
 
 
-def _holder(tensor: Any) -> str:
+def _holder(tensor: object) -> str:
     """Where a tensor is kept, if a dictionary or a list of the user's says so."""
     for holder in gc.get_referrers(tensor):
         if isinstance(holder, dict):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ DIFFERENT = object()
 """What `repeat` returns where the call is not the expected one; nothing has been run then."""
 
 _CAPACITY = 256
-_last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
+_last: collections.OrderedDict[Hashable, tuple[Program, dict[str, str]]] = collections.OrderedDict()
 _lock = fork_safe_lock()
 
 
@@ -56,7 +56,7 @@ class Expecting(Protocol):
         ...
 
 
-def code_of(func: Callable[..., Any]) -> Any:
+def code_of(func: Callable[..., Any]) -> Hashable:
     """What identifies the code of `func`, whatever it closes over; None if nothing does."""
     inner = getattr(func, "__func__", func)
     code = getattr(inner, "__code__", None)
@@ -109,7 +109,7 @@ def repeat(
     func: Any,
     args: tuple,
     kwargs: dict[str, Any],
-    is_own_leaf: Callable[[Any], bool],
+    is_own_leaf: Callable[[torch.Tensor], bool],
 ) -> Any:
     """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
 
@@ -205,7 +205,7 @@ def alike(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _undo(recorder: Expecting, marks: tuple[int, int]) -> Any:
+def _undo(recorder: Expecting, marks: tuple[int, int]) -> object:
     del recorder.types[marks[0] :]
     del recorder.scalars[marks[1] :]
     return DIFFERENT
