@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardmap.jobs.cli import main
-from tests.jobs.bad_configs import CASES, GOOD, MODULE
+from tests.jobs.bad_configs import CASES, GOOD, MODULE, NET
 
 ROOT = Path(__file__).parents[2]
 
