@@ -39,6 +39,7 @@ def _tables_are_put_back() -> Iterator[None]:
     shardmap.clear_caches()
     registry._rules.clear()
     registry._rules.update(rules)
+    shardmap.clear_caches()
 
 
 def test_a_registered_rule_is_used() -> None:

@@ -24,6 +24,7 @@ from shardmap.planning.split import Split, split
 from shardmap.run import prepare
 from shardmap.run.base import Job, Output, unheard
 from shardmap.run.lowerings import Lowerings
+from shardmap.run.sites import collected, sites
 from shardmap.trace.batch import Batch
 
 Pairs = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -38,6 +39,7 @@ def job_of(
     transformed: bool,
     pairs: Pairs,
     by_sample: Callable[[LoweringOptions], Lowered] | None = None,
+    seed: int | None = None,
 ) -> Job:
     """The call as every executor takes it; refuses what no executor can do.
 
@@ -49,6 +51,7 @@ def job_of(
         transformed: Whether transforms, or forward-mode AD, are active around the call.
         pairs: Maps a function that combines two results over many pairs.
         by_sample: Makes what runs the function itself, instead of a replay.
+        seed: For random draws; None to draw one from torch's generator.
     """
     recording, call = prepared.recording, options.call
     program = recording.program
@@ -101,7 +104,8 @@ def job_of(
             "read from a source; clone the argument "
             "inside the function"
         )
-    seed = engine.draw_seed() if recording.random else 0
+    if seed is None:
+        seed = engine.draw_seed() if recording.random else 0
     return Job(
         recording,
         inputs,
@@ -241,11 +245,9 @@ def split_of(
         size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
-    found = prepare.sites(job, on, names, options.budget.on, several, forced and not inlined)
+    found = sites(job, on, names, options.budget.on, several, forced and not inlined)
     uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
-    return split(
-        job.samples, found, size, uniform, prepare.collected(job, names, options.budget.on)
-    )
+    return split(job.samples, found, size, uniform, collected(job, names, options.budget.on))
 
 
 def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], call: str) -> None:

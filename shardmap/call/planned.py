@@ -12,10 +12,11 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.planning import table
 from shardmap.planning.split import Lane, Split
-from shardmap.run import local, prepare, storing, timeline
+from shardmap.run import local, storing, timeline
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
+from shardmap.run.watch import watched
 from shardmap.store import Sink
 
 
@@ -40,6 +41,7 @@ class Plan:
         options: Options,
         finish: Callable[[list[Any]], Any],
         compared: Sequence[str],
+        looked: str = "",
     ):
         self.split = split
         self._job = job
@@ -47,6 +49,7 @@ class Plan:
         self._options = options
         self._finish = finish
         self._compared = compared
+        self._looked = looked
         self._events: list[Any] = []
 
     @property
@@ -87,7 +90,7 @@ class Plan:
         ready = self._on.on(name, job.samples > 1)
         seen = None
         if job.samples and not self.lanes[0].memory.bound:  # else running it would break the budget
-            seen = prepare.watched(ready, job)
+            seen = watched(ready, job)
         return table.operators(self.split, ready.low, seen, everything)
 
     def __repr__(self) -> str:
@@ -123,6 +126,8 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
+        if self._looked:
+            parts.append(self._looked)
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
@@ -150,7 +155,7 @@ class Plan:
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, options, self._finish, self._compared)
+        return Plan(job, cut, on, options, self._finish, self._compared, self._looked)
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.

@@ -248,7 +248,7 @@ def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
     )
 
 
-# -- on whole batches ------------------------------------------------------------------------------
+# -- on whole batches
 
 
 def weighted(t: Tensor, weight: Tensor | None) -> Tensor:

@@ -138,7 +138,7 @@ def _of_parts(
     return total
 
 
-# -- on whole batches ------------------------------------------------------------------------------
+# -- on whole batches
 
 
 def rows_of_matrix(start: int, count: int, dim: int, kind: str, seed: int, like: Tensor) -> Tensor:

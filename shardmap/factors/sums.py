@@ -183,7 +183,7 @@ def _flipped(target: Any) -> Any:
     return flipped
 
 
-# -- on whole batches ------------------------------------------------------------------------------
+# -- on whole batches
 
 
 def side_by_side(d: int, *parts: Tensor) -> Tensor:

@@ -422,7 +422,7 @@ def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
 def drop_dead(
     calls: list[Call], outputs: tuple[V, ...]
 ) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """The calls that serve an output or have an effect, the fixed ones apart from those of the chunk."""
+    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
     used = {v.index for v in outputs}
     kept = []
     for call in reversed(calls):

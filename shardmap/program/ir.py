@@ -61,7 +61,7 @@ class Param(NamedTuple):
 
 
 class SampleDevice(NamedTuple):
-    """A place holder for the device of the samples: a program recorded on one runs on another."""
+    """A placeholder for the samples' device: a program recorded on one runs on another."""
 
     tag: str = "device"
 

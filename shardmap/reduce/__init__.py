@@ -117,7 +117,7 @@ def norm() -> joint.Joint:
 
 
 def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
-    """Sum the samples' outputs, each scaled down to a norm of at most `max_norm` (DP-SGD).
+    """Sum the outputs, each sample's scaled down to a norm of at most `max_norm` (DP-SGD).
 
     Args:
         max_norm: C, the largest norm of all of a sample's outputs together.

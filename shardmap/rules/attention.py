@@ -53,7 +53,7 @@ def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
     return fold(b, mask)
 
 
-# -- the same by products, on any device -----------------------------------------------------------
+# -- the same by products, on any device
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -141,7 +141,7 @@ def padded(t: Tensor, length: int) -> Tensor:
     return t if t.shape[-1] == length else torch.nn.functional.pad(t, (0, length - t.shape[-1]))
 
 
-# -- forward ---------------------------------------------------------------------------------------
+# -- forward
 
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -210,7 +210,7 @@ def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
     )
 
 
-# -- backward --------------------------------------------------------------------------------------
+# -- backward
 
 BACKWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,

@@ -41,7 +41,7 @@ def _batch_norm(
     Shared ones: samples join the batch.
     """
     updated = training and mean is not None
-    if updated and not (mean.mapped and var.mapped):
+    if training and mean is not None and not (mean.mapped and var.mapped):
         return NotImplemented  # statistics that all samples share cannot be written to
     stats, channels = [o.spec.shape for o in eq.outs[1:3]], x.shape[1]
     if not training and any(shape != (0,) for shape in stats):

@@ -142,7 +142,7 @@ def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
     )
 
 
-# -- bags ------------------------------------------------------------------------------------------
+# -- bags
 
 
 def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> Any:

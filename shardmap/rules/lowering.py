@@ -202,7 +202,7 @@ class Lowering:
             )
         )
 
-    # -- what many rules need ----------------------------------------------------------------------
+    # -- what many rules need
 
     def batch(self, v: V) -> V:
         """`v` with the mapped dimension.

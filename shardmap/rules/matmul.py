@@ -76,7 +76,7 @@ def _stacked(b: Lowering, x: V) -> V:
     )
 
 
-# -- a matrix times a matrix -----------------------------------------------------------------------
+# -- a matrix times a matrix
 
 
 @rules("mm")
@@ -151,7 +151,7 @@ def _broad(b: Lowering, bias: V, ndim: int) -> V:
     return views(b).rearrange(bias, (*[None] * (ndim - bias.ndim), *range(bias.ndim)))
 
 
-# -- batched products ------------------------------------------------------------------------------
+# -- batched products
 
 
 @rules("bmm")
@@ -222,7 +222,7 @@ def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -
     )
 
 
-# -- vectors ---------------------------------------------------------------------------------------
+# -- vectors
 
 
 @rules("mv")

@@ -117,7 +117,7 @@ register("nll", aten.nll_loss2d_forward.default)(_forward(IMAGES))
 register("nll", aten.nll_loss2d_backward.default)(_backward(IMAGES))
 
 
-# -- margins ---------------------------------------------------------------------------------------
+# -- margins
 
 
 def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) -> Tensor:

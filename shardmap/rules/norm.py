@@ -51,7 +51,7 @@ def any_mapped(*values: V | None) -> bool:
     return any(v is not None and v.mapped for v in values)
 
 
-# -- layers ----------------------------------------------------------------------------------------
+# -- layers
 
 
 @register("norm", aten.native_layer_norm.default)
@@ -249,7 +249,7 @@ def rms_norm_backward(
     return tuple(outs)
 
 
-# -- groups ----------------------------------------------------------------------------------------
+# -- groups
 
 
 @register("norm", aten.native_group_norm.default)

@@ -207,7 +207,7 @@ def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | 
     return b.call(aten.copy_.default, empty, aligned(b, value, x.ndim))
 
 
-# -- copies: which strides a result has is asked of one sample, not of the batch -------------------
+# -- copies: which strides a result has is asked of one sample, not of the batch
 
 
 @register("pointwise", aten.clone.default, aten._to_copy.default)
@@ -226,7 +226,7 @@ def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     return b.call(aten.movedim.int, copied, -1, 2)
 
 
-# -- gates and the two results of log_sigmoid ------------------------------------------------------
+# -- gates and the two results of log_sigmoid
 
 
 @register("pointwise", aten.glu.default)

@@ -124,7 +124,7 @@ def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict
     return unfold(b, b.call(aten.channel_shuffle.default, fold(b, v), args[1]), v.shape)
 
 
-# -- sampling at positions -------------------------------------------------------------------------
+# -- sampling at positions
 
 
 def _grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

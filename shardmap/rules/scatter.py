@@ -78,7 +78,7 @@ for _name, _at in {
         register("index", _op)(_scatter(_op, _at))
 
 
-# -- one index along a dimension -------------------------------------------------------------------
+# -- one index along a dimension
 
 
 def along(b: Lowering, index: V, like: Sequence[int], d: int) -> V:

@@ -102,7 +102,7 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
 
 
-# -- sorted sequences ------------------------------------------------------------------------------
+# -- sorted sequences
 
 
 @register("search", aten.searchsorted.Tensor)
@@ -159,7 +159,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(search, b.batch(values), boundaries, shape=shape, dtype=dtype)
 
 
-# -- distances -------------------------------------------------------------------------------------
+# -- distances
 
 
 @register("search", aten._cdist_forward.default, aten._cdist_backward.default)

@@ -44,7 +44,7 @@ def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V
     return b.call(target or eq.op, x, *args, shape=spec.shape, dtype=spec.dtype, mapped=True)
 
 
-# -- the same elements in the same order -----------------------------------------------------------
+# -- the same elements in the same order
 
 
 @rules("view", "_reshape_alias")
@@ -126,7 +126,7 @@ def ones_before(b: Lowering, x: V, ndim: int) -> V:
     )
 
 
-# -- parts -----------------------------------------------------------------------------------------
+# -- parts
 
 
 @rules("select.int", "diagonal", "slice.Tensor", "narrow_copy", "unfold", "flip")
@@ -245,7 +245,7 @@ def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
     return emit(b, eq, x, *args)
 
 
-# -- copies in another arrangement -----------------------------------------------------------------
+# -- copies in another arrangement
 
 
 @rules("roll")
@@ -303,7 +303,7 @@ def diag_embed(
     return emit(b, eq, x, offset, dim(dim1, x.ndim + 1), dim(dim2, x.ndim + 1))
 
 
-# -- backward of parts, and writing parts into copies ----------------------------------------------
+# -- backward of parts, and writing parts into copies
 
 
 @rules("select_backward", "slice_backward", "diagonal_backward", "unfold_backward")
@@ -322,7 +322,7 @@ def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs:
     return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
 
 
-# -- views as copies -------------------------------------------------------------------------------
+# -- views as copies
 
 
 def _copied(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -109,7 +109,7 @@ class Views:
         kept = [d for d in known.dims if d is not None]
         return known.base if kept == sorted(kept) else v
 
-    # -- outer products ----------------------------------------------------------------------------
+    # -- outer products
 
     def outer(self, x: V, y: V) -> V:
         """`[m] x [n] -> [m, n]` for each sample."""

@@ -17,22 +17,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardmap import errors
 from shardmap.lower.cache import Lowered
 from shardmap.planning.device import Budget
-from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk
-from shardmap.reduce import Reduction
-from shardmap.run.base import ChunkDone, ChunkRedone, Job, Output, RunFinished, RunStarted, emit
-from shardmap.run.gather import Gather
-from shardmap.run.packing import Packed, pack, unpack
-from shardmap.run.pool import Pool, RayWorker, first_line
+from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit
+from shardmap.run.combine import Combiner
+from shardmap.run.messages import HOST, Constants, Done, Failure, Settings, Task
+from shardmap.run.packing import pack, unpack
+from shardmap.run.pool import Pool, RayWorker, lost_errors
 from shardmap.run.prepare import Devices
-from shardmap.run.remote import HOST, Constants, Done, Failure, Settings, Task
-from shardmap.run.schedule import Schedule
+from shardmap.run.schedule import RETRIES, Schedule
+from shardmap.run.startup import Startup
+from shardmap.run.worker_io import Arrivals, combined_here, on_worker, read_there
 from shardmap.store import Store
 
 logger = logging.getLogger("shardmap")
@@ -41,71 +40,11 @@ WINDOW = 2
 """Tasks handed to a worker at a time: one that it computes, and one whose samples travel
 meanwhile."""
 
-RETRIES = 3
-"""How often a task is computed again after the worker that had it died, or a store could not be
-reached."""
-
 PATIENCE_SECONDS = 1.0
-"""Before a store that could not be reached is tried again; twice as long each further time."""
-
-FAN = 8
-"""Tasks whose reduced outputs a worker puts together before the driver gets them."""
-
-APART_BYTES = 1 << 18
-"""Of a task's reduced outputs, from which on they are put together by workers: below, they come
-with the task's end at no cost."""
+"""Delay before a store that could not be reached is tried again; it doubles with each attempt."""
 
 _WAIT_SECONDS = 30.0
 _GROW_SECONDS = 2.0
-
-
-def read_there(job: Job) -> set[int]:
-    """The inputs that workers read themselves."""
-    return {i for i, column in job.columns.items() if column.travels}
-
-
-def combined_here(out: Output) -> bool:
-    """Whether an output is combined by a function of the user's, which does not travel.
-
-    Then the driver calls it.
-    """
-    return out.reduction is not None and out.reduction.combine is not None
-
-
-def on_worker(out: Output, *, stored: bool) -> Output:
-    """An output as a worker gives it.
-
-    On its host, a row per sample, or reduced as far as it can.
-    """
-    if out.reduction is not None and not combined_here(out):
-        return Output(
-            out.shape,
-            out.dtype,
-            HOST,
-            out.mapped,
-            None,
-            Reduction(out.reduction.name),
-            False,
-            out.summed,
-        )
-    return Output(
-        out.shape, out.dtype, HOST, out.mapped, 0 if out.mapped or stored else None, None, False
-    )
-
-
-class _Arrivals(Gather):
-    """Results that come from workers: copied on the one thread that has nothing else to do.
-
-    torch copies on all of them, which then spin for a while on the cores that workers compute on:
-    half a megabyte cost 3.5 ms of CPU.
-    """
-
-    def put(self, slot: torch.Tensor, t: torch.Tensor) -> None:
-        """Copy a task's results to where they belong."""
-        if slot.device.type != "cpu" or not (slot.is_contiguous() and t.is_contiguous()):
-            slot.copy_(t)
-            return
-        np.copyto(slot.flatten().view(torch.uint8).numpy(), t.flatten().view(torch.uint8).numpy())
 
 
 @dataclass(slots=True)
@@ -115,17 +54,7 @@ class _Flight:
     worker: RayWorker
     chunk: Chunk
     apart: Any = None
-    """The reference of its reduced outputs, where those are put together by workers."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Neighbouring tasks whose reduced outputs a worker puts together."""
-
-    chunks: tuple[Chunk, ...]
-    parts: dict[Chunk, Any]
-    """The references of those that are there."""
-    tries: int = 0
+    """Reference of the reduced outputs, if workers combine them."""
 
 
 class Driver:
@@ -153,32 +82,22 @@ class Driver:
         self.read_there = read_there(job)
         self.outputs = tuple([on_worker(o, stored=store is not None) for o in job.outputs])
         self.constants = self.ray.put(self._constants(low, chunk_size, budget))
-        self.gather = _Arrivals(job)
+        self.gather = Arrivals(job)
         self.schedule = Schedule(chunks, WINDOW, RETRIES, expected=len(self.workers))
         self.flying: dict[Any, _Flight] = {}
         self.later: list[tuple[float, RayWorker, Chunk]] = []
         """What is tried again, and when."""
         self.redone: collections.Counter[str] = collections.Counter()
         self.halvings = 0
-        self.failed_starts = 0
-        self.unbound = dict.fromkeys(self.workers)
-        """Workers that are not there yet, or have not the program yet."""
-        self.binding: dict[RayWorker, Any] = {}
-        """The references that are ready once workers have the program."""
         self.crowds = pool.crowds()
         self.killed: collections.Counter[Chunk] = collections.Counter()
         """How often a worker died of a task and nobody said why: it may have been its memory."""
         self.every = any(combined_here(o) and not o.mapped for o in job.outputs)
         """Whether each task is to bring the outputs that no sample changes: they are counted
         once per sample."""
-        self.names = [o.reduction.name if o.reduction is not None else None for o in self.outputs]
-        size = sum(2 * o.sample_bytes for o in self.outputs if o.reduction is not None)
-        self.groups = list(_grouped(chunks)) if size >= APART_BYTES and len(chunks) > FAN else []
-        self.group_of = {chunk: group for group in self.groups for chunk in group.chunks}
-        self.open_groups = len(self.groups)
-        self.complete: collections.deque[_Group] = collections.deque()
-        """Groups whose tasks are all done, and which no worker puts together yet."""
-        self.combining: dict[Any, tuple[_Group, RayWorker]] = {}
+        self.combiner = Combiner(self.ray, job.call, chunks, self.outputs, self.gather)
+        program = self.key, self.digest, self.text, self.constants
+        self.startup = Startup(self.ray, job.call, self.workers, program)
         self.grown = time.perf_counter()
 
     def _constants(self, low: Lowered, chunk_size: Any, budget: Budget) -> Constants:
@@ -199,7 +118,7 @@ class Driver:
         started = time.perf_counter()
         emit(RunStarted(self.job.samples, self.tasks, tuple([w.name for w in self.workers])))
         try:
-            while self.open_groups or not self.schedule.finished:
+            while self.combiner.left or not self.schedule.finished:
                 self._hand_out()
                 self._wait()
             result = self._finish()
@@ -236,7 +155,6 @@ class Driver:
         return self.gather.finish()
 
     # -- handing out
-    # -----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         now = time.perf_counter()
@@ -247,13 +165,14 @@ class Driver:
         for worker, chunk in self.schedule.assignments():
             assert isinstance(worker, RayWorker)
             self._submit(worker, chunk)
-        self._combine()
+        self.combiner.hand_out(self.schedule.workers)
         if now - self.grown > _GROW_SECONDS:
             self.grown = now
             if self.schedule.waiting:
                 fresh = self.pool.grow()
                 self.workers += fresh
-                self.unbound |= dict.fromkeys(fresh)
+                for worker in fresh:
+                    self.startup.add(worker)
 
     def _submit(self, worker: RayWorker, chunk: Chunk) -> None:
         inputs = tuple([None if t is None else pack(t) for t in self._rows(chunk)])
@@ -268,7 +187,7 @@ class Driver:
             self.pool.peers(worker, self.crowds),
         )
         arguments = (self.key, self.digest, self.text, self.constants, task)
-        if self.groups:
+        if self.combiner.used:
             ref, apart = worker.actor.task_apart.options(num_returns=2).remote(*arguments)
             self.flying[ref] = _Flight(worker, chunk, apart)
         else:
@@ -284,14 +203,12 @@ class Driver:
             else:
                 yield t[chunk.start : chunk.stop]
 
-    # -- what comes back -------------------------------------------------------------------------------------------------
+    # -- what comes back
 
     def _wait(self) -> None:
-        starting = {
-            self._binding(worker) if worker.ready else worker.start(): worker
-            for worker in self.unbound
-        }
-        refs = [*self.flying, *self.combining, *starting]
+        starting = self.startup.pending()
+        combining = self.combiner.flying
+        refs = [*self.flying, *combining, *starting]
         timeout = _GROW_SECONDS if self.pool.options.workers is None else _WAIT_SECONDS
         if self.later:
             timeout = min(
@@ -303,111 +220,38 @@ class Driver:
             return
         done, _ = self.ray.wait(refs, num_returns=1, timeout=timeout)
         if done and len(refs) > 1:
-            done, _ = self.ray.wait(
-                refs, num_returns=len(refs), timeout=0
-            )  # all that are ready: each call looks at every reference
-        if not done and timeout == _WAIT_SECONDS and not self.flying and not self.combining:
-            text = "%s: no Ray worker has started yet; the cluster may have no free slot, or importing torch takes long"
+            # Each call looks at every reference: take all that are ready.
+            done, _ = self.ray.wait(refs, num_returns=len(refs), timeout=0)
+        if not done and timeout == _WAIT_SECONDS and not self.flying and not combining:
+            text = (
+                "%s: no Ray worker has started yet; the cluster may have no free slot, or "
+                "importing torch takes long"
+            )
             logger.warning(text, self.job.call)
         for ref in done:
             if ref in starting:
-                self._started(starting[ref], ref)
-            elif ref in self.combining:
+                worker = starting[ref]
+                if self.startup.answered(worker, ref):
+                    self.schedule.join(worker)
+                self.crowds = self.pool.crowds()
+            elif ref in combining:
                 self._combined(ref)
             else:
                 self._finished(ref)
-
-    def _binding(self, worker: RayWorker) -> Any:
-        """The reference that is ready once a worker has the program."""
-        ref = self.binding.get(worker)
-        if ref is None:
-            ref = self.binding[worker] = worker.actor.bind.remote(
-                self.key, self.digest, self.text, self.constants
-            )
-        return ref
-
-    def _started(self, worker: RayWorker, ref: Any) -> None:
-        """A process is there, or has the program; or it is not to be had."""
-        try:
-            answer = self.ray.get(ref)
-        except self.ray.exceptions.RayError as error:
-            worker.stop(self.ray)
-            self.binding.pop(worker, None)
-            self.failed_starts += 1
-            if self.failed_starts > RETRIES * (2 + len(self.workers)):
-                raise errors.WorkerError(
-                    f"{self.job.call}: worker processes do not start; install one version of shardmap on every machine of the cluster. "
-                    f"{error}"
-                ) from error
-            logger.warning(
-                "%s: %s did not start and is started again: %s",
-                self.job.call,
-                worker.name,
-                first_line(error),
-            )
-            return
-        if worker.ready:
-            del self.binding[worker]
-            if answer is not None:
-                self._cannot_bind(worker, answer)
-                return
-            self.failed_starts = 0
-            del self.unbound[worker]
-            self.schedule.join(worker)
-            return
-        info = answer
-        worker.started(info)
-        self.crowds = self.pool.crowds()
-        if info["torch"] != torch.__version__:
-            text = "%s on %s has torch %s, the driver has %s: results may differ"
-            logger.warning(text, worker.name, info["node"], info["torch"], torch.__version__)
-        free = "unknown" if info["free_bytes"] is None else format_bytes(info["free_bytes"])
-        logger.debug(
-            "%s is on %s (%s), %s free, %d threads",
-            worker.place,
-            info["device"],
-            info["name"],
-            free,
-            info["threads"],
-        )
-
-    def _cannot_bind(self, worker: RayWorker, failure: Failure) -> None:
-        """A worker cannot make anything of the program, or does not see the store."""
-        if failure.poisoned or failure.passing:
-            self.failed_starts += 1
-            worker.stop(self.ray)
-            if self.failed_starts <= RETRIES * (2 + len(self.workers)):
-                logger.warning(
-                    "%s: %s is started again: %s", self.job.call, worker.name, failure.error
-                )
-                return
-        if failure.kind:
-            text = failure.error.removeprefix(f"{self.job.call}: ")
-            raise getattr(errors, failure.kind)(f"{self.job.call}: {text} ({worker.place})")
-        raise errors.WorkerError(
-            f"{self.job.call}: {worker.place}: {failure.error}\n\nOn the worker:\n{failure.traceback}"
-        )
 
     def _finished(self, ref: Any) -> None:
         flight = self.flying.get(ref)
         if flight is None:
             return  # handed out again together with another task of a worker that died
         worker, chunk = flight.worker, flight.chunk
-        e = self.ray.exceptions
+        exceptions = self.ray.exceptions
         try:
             outcome = self.ray.get(ref)
-        except (
-            e.RayActorError,
-            e.WorkerCrashedError,
-            e.OutOfMemoryError,
-            e.NodeDiedError,
-            e.ObjectLostError,
-        ) as error:
-            self._lost(
-                worker, "memory ran out" if _of_memory(e, error) else "worker died", str(error)
-            )
+        except lost_errors(self.ray) as error:
+            cause = "memory ran out" if _of_memory(exceptions, error) else "worker died"
+            self._lost(worker, cause, str(error))
             return
-        except e.RayError as error:
+        except exceptions.RayError as error:
             raise errors.WorkerError(f"{self._where(worker, chunk)}: {error}") from error
         if isinstance(outcome, Failure):
             self._failed(ref, worker, chunk, outcome)
@@ -416,10 +260,7 @@ class Driver:
         self._take(chunk, outcome)
         self.schedule.done(worker, chunk)
         if flight.apart is not None:
-            group = self.group_of[chunk]
-            group.parts[chunk] = flight.apart
-            if len(group.parts) == len(group.chunks):
-                self.complete.append(group)
+            self.combiner.add(chunk, flight.apart)
         for event in outcome.redone:  # its clock is another machine's
             self.redone["memory ran out in a task"] += 1
             emit(ChunkRedone(worker.name, event.start, event.stop, event.reason))
@@ -441,7 +282,8 @@ class Driver:
                 rows = [unpack(p, HOST) for p in outcome.outputs if p is not None]
                 self.store.commit(self.store.write(chunk.start // self.store.header.unit, rows))
             return
-        # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
+        # Results lie read-only in Ray's object store. Chunks are copied into the output; what
+        # becomes an output itself is cloned.
         whole = chunk.size == self.job.samples
         outs: list[torch.Tensor | None] = []
         for k, (packed, out) in enumerate(zip(outcome.outputs, self.job.outputs, strict=True)):
@@ -453,56 +295,14 @@ class Driver:
             outs.append(t)
         self.gather.add(chunk.start, chunk.stop, outs)
 
-    # -- reduced outputs -------------------------------------------------------------------------------------------------
-
-    def _combine(self) -> None:
-        """Let workers put together the reduced outputs of neighbouring tasks that are all there."""
-        if not self.complete:
-            return
-        workers = self.schedule.workers
-        while self.complete and workers:
-            group = self.complete.popleft()
-            worker = workers[len(self.combining) % len(workers)]
-            assert isinstance(worker, RayWorker)
-            parts = [group.parts[chunk] for chunk in group.chunks]
-            self.combining[worker.actor.combine.remote(self.names, *parts)] = group, worker
-
     def _combined(self, ref: Any) -> None:
-        group, worker = self.combining.pop(ref)
-        e = self.ray.exceptions
-        try:
-            outcome: Sequence[Packed | None] = self.ray.get(ref)
-        except (
-            e.RayActorError,
-            e.WorkerCrashedError,
-            e.OutOfMemoryError,
-            e.NodeDiedError,
-            e.ObjectLostError,
-        ) as error:
-            group.tries += 1
-            if group.tries > RETRIES:
-                raise errors.WorkerError(
-                    f"{self._where(worker, group.chunks[0])}: sums were lost {group.tries} times: {error}"
-                ) from error
-            if isinstance(
-                error, e.ObjectLostError
-            ):  # they were on a machine that is gone: their tasks are computed again
-                group.parts = {}
-                self.schedule.put_back(group.chunks)
-                self._count(worker, group.chunks, "results lost", first_line(error))
-            else:
-                self.complete.append(group)
-            return
-        except e.RayError as error:
-            raise errors.WorkerError(f"{self._where(worker, group.chunks[0])}: {error}") from error
-        start, stop = group.chunks[0].start, group.chunks[-1].stop
-        self.gather.add(
-            start, stop, [None if p is None else unpack(p, HOST).clone() for p in outcome]
-        )
-        group.parts = {}
-        self.open_groups -= 1
+        """Gather a combined group, or hand its tasks out again if their results were lost."""
+        lost = self.combiner.take(ref)
+        if lost is not None:
+            self.schedule.put_back(lost.chunks)
+            self._count(lost.worker, lost.chunks, "results lost", lost.reason)
 
-    # -- faults ----------------------------------------------------------------------------------------------------------
+    # -- faults
 
     def _failed(self, ref: Any, worker: RayWorker, chunk: Chunk, failure: Failure) -> None:
         """A worker could not compute a task.
@@ -536,14 +336,16 @@ class Driver:
         self.later = [item for item in self.later if item[1] is not worker]
         place = worker.place
         worker.stop(self.ray)
-        self.unbound[worker] = None
+        self.startup.add(worker)
         self.crowds = self.pool.crowds()
         if not chunks:
             return
         first = chunks[0]
         if not self.schedule.blame(first):
             raise errors.WorkerError(
-                f"{self._where(worker, first)}: the worker died {self.schedule.deaths(first)} times, so the task is not tried again; if "
+                f"{self._where(worker, first)}: the worker died "
+                f"{self.schedule.deaths(first)} times, "
+                "so the task is not tried again; if "
                 f"memory ran out, pass a smaller chunk_size or memory_budget. The last time: {text}"
             )
         if cause == "memory ran out":
@@ -577,7 +379,7 @@ class Driver:
                 logger.warning(text, self.job.call, chunk.start, chunk.stop - 1, cause, reason)
 
     def _where(self, worker: RayWorker, chunk: Chunk) -> str:
-        return f"{self.job.call}: samples {chunk.start} to {chunk.stop - 1} failed on a Ray worker, {worker.place}"
+        return worker.failed_with(self.job.call, chunk)
 
     def _told(self, worker: RayWorker, chunk: Chunk, message: str) -> str:
         """A worker's own sentence, with the samples that it was about."""
@@ -585,11 +387,6 @@ class Driver:
         return (
             f"{self.job.call}: {text} (samples {chunk.start} to {chunk.stop - 1}, {worker.place})"
         )
-
-
-def _grouped(chunks: Sequence[Chunk]) -> Iterator[_Group]:
-    for at in range(0, len(chunks), FAN):
-        yield _Group(tuple(chunks[at : at + FAN]), {})
 
 
 def _of_memory(exceptions: Any, error: Exception) -> bool:

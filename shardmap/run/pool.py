@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from shardmap import errors
+from shardmap.planning.split import Chunk
 from shardmap.program.ir import Program
 from shardmap.run.remote import Worker
 
@@ -144,6 +145,13 @@ class RayWorker:
             ray.kill(self.actor, no_restart=True)
         self.actor, self.ready, self.pid, self.starting = None, False, None, None
 
+    def failed_with(self, call: str, chunk: Chunk) -> str:
+        """The beginning of an error message about a task of this worker."""
+        return (
+            f"{call}: samples {chunk.start} to {chunk.stop - 1} failed on a Ray worker, "
+            f"{self.place}"
+        )
+
     @property
     def place(self) -> str:
         """Where it is, for messages."""
@@ -189,7 +197,10 @@ class Pool:
         return known
 
     def grow(self) -> list[RayWorker]:
-        """The workers for slots that have joined the cluster since, where their number was left open."""
+        """The workers for slots that have joined the cluster since.
+
+        Where their number was left open.
+        """
         if self.options.workers is not None:
             return []
         slots = _slots(
@@ -266,7 +277,9 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
 
 
 def _join(ray: Any, options: Ray, call: str) -> None:
-    """Join the cluster that was named, or start a Ray of this machine alone, unless this process has joined one.
+    """Join the cluster that was named, or start a Ray of this machine alone.
+
+    Unless this process has joined one.
 
     Raises:
         ClusterError: It cannot be reached, or this process has joined another one.
@@ -358,6 +371,18 @@ def _slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
     return sum(
         min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores())
         for n in nodes
+    )
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """Ray's errors which say that a worker has died or that results are gone with a machine."""
+    e = ray.exceptions
+    return (
+        e.RayActorError,
+        e.WorkerCrashedError,
+        e.OutOfMemoryError,
+        e.NodeDiedError,
+        e.ObjectLostError,
     )
 
 

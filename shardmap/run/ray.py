@@ -23,8 +23,10 @@ from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Collected, Split, chunks_of, cut, split, unplanned
 from shardmap.run import local, prepare
 from shardmap.run.base import Job
-from shardmap.run.driver import Driver, combined_here, on_worker, read_there
+from shardmap.run.driver import Driver
 from shardmap.run.pool import Ray, pool_of
+from shardmap.run.sites import WATCHED_FROM, sites
+from shardmap.run.worker_io import combined_here, on_worker, read_there
 from shardmap.store import Store
 from shardmap.trace.recording import element
 
@@ -145,7 +147,7 @@ def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
             o.sample_bytes * job.samples for o in job.outputs if o.stacked and o.device == device
         )
         room = budget.on(device) if budget is not None else None
-        if size >= prepare.WATCHED_FROM and room is not None and size > room:
+        if size >= WATCHED_FROM and room is not None and size > room:
             raise errors.OverBudget(
                 f"{call}: the results need {format_bytes(size)} on {device}, where they are "
                 f"gathered, budget {format_bytes(room)}; let the "
@@ -194,7 +196,7 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
         task = dataclasses.replace(
             job, samples=min(step, job.samples), inputs=heads, outputs=outputs
         )
-        (site,) = prepare.sites(
+        (site,) = sites(
             task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples)
         )
         lanes = []

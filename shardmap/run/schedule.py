@@ -13,6 +13,9 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from shardmap.planning.split import Chunk
 
+RETRIES = 3
+"""How often a task is computed again after its worker died or a store could not be reached."""
+
 
 class Schedule:
     """The chunks of one run and the workers that compute them.
@@ -60,7 +63,6 @@ class Schedule:
         """Chunks that have never been handed out."""
 
     # -- workers
-    # -------------------------------------------------------------------------------------------------------
 
     def join(self, worker: Hashable) -> None:
         """A worker is ready."""
@@ -115,7 +117,7 @@ class Schedule:
         """Those that are ready."""
         return list(self._flying)
 
-    # -- chunks --------------------------------------------------------------------------------------------------------
+    # -- chunks
 
     def assignments(self) -> Iterator[tuple[Hashable, Chunk]]:
         """Hand out chunks until none is left or nobody has room.

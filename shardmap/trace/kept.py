@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardmap._torch import schema_of
+from shardmap._torch import references_of_torch, schema_of
 from shardmap.program.ir import Var
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def python_references(ref: weakref.ref) -> int:
     tensor = ref()
     if tensor is None:
         return 0
-    return sys.getrefcount(tensor) - 2 - (tensor._use_count() > 1)
+    return sys.getrefcount(tensor) - 2 - (references_of_torch(tensor) > 1)
 
 
 def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:

@@ -20,10 +20,12 @@ from shardmap import errors
 from shardmap._torch import (
     TorchDispatchMode,
     aten,
+    function_mode_on,
     is_zero_tensor,
     kernel_of,
     run_backward,
     schema_of,
+    without_functions,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
@@ -77,9 +79,9 @@ class Recorder(Refusals, TorchDispatchMode):
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
-        if torch._C._is_torch_function_mode_enabled():
+        if function_mode_on():
             # Called by C++ (a backward, a transform): the recorder's own questions are no doors.
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 return self._dispatch(func, args, kwargs)
         return self._dispatch(func, args, kwargs)
 

@@ -67,7 +67,7 @@ def test_made_once() -> None:
 
     x = torch.randn(4, 3)
     assert torch.equal(shardmap.vmap(gradient, chunk_size=2)(x), x + 1)
-    (low,) = engine._lowered._values.values()
+    (low,) = engine.lowerings()
     assert "filled" in [c.target.__name__ for c in low.batched.fixed]
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert not {"filled", "expand"} & set(names), low.replay.source

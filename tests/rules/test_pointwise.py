@@ -92,7 +92,7 @@ def compare(
     rows = [batches[i] for i in chosen]
     shardmap.clear_caches()
     got = shardmap.vmap(one)(*rows)
-    for low in engine._lowered._values.values():
+    for low in engine.lowerings():
         assert not low.fixes.tiers, low.fixes
     results = [one(*[r[k] for r in rows]) for k in range(size)]
     got, results = (got, results) if isinstance(got, tuple) else ((got,), [(r,) for r in results])
@@ -309,6 +309,6 @@ def test_one_call_for_one_call() -> None:
     shardmap.clear_caches()
     w = torch.randn(3, 4)
     shardmap.vmap(lambda x, y: (x * y + w).tanh())(torch.randn(5, 3, 4), torch.randn(5, 3, 4))
-    (low,) = engine._lowered._values.values()
+    (low,) = engine.lowerings()
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert len(low.batched.chunk) == 4, names  # the three calls, and the output made contiguous

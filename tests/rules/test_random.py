@@ -103,7 +103,7 @@ def test_independent_of_the_way_it_is_computed(name: str, randomness: str) -> No
     assert torch.equal(run(x), whole)
     if whole.numel():
         assert any(not torch.equal(run(x, seed=s), whole) for s in (4, 5, 6))
-    for low in engine._lowered._values.values():
+    for low in engine.lowerings():
         assert not low.fixes.tiers, low.fixes
 
 

@@ -67,11 +67,9 @@ class Script:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_learned() -> None:
     """What one test teaches about a program is not for the next."""
-    monkeypatch.setattr(engine, "_cache", collections.OrderedDict())
-    monkeypatch.setattr(engine, "_notes", collections.OrderedDict())
-    monkeypatch.setattr(engine, "_by_identity", {})
+    engine.clear()
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ def test_memory_runs_out_once(
     """At any chunk: the chunk is computed again in halves, and nothing else is."""
     setattr(script, "late" if late else "early", once_from(call, make))
     batch = batch_of(SAMPLES + 1, 3)
-    got = shardmap.vmap(function, devices=devices, chunk_size=4)(batch)
+    got = shardmap.vmap(function, check="off", devices=devices, chunk_size=4)(batch)
     same(got, oracle.loop(function)(batch))
     assert sorted(script.computed) == list(range(SAMPLES + 1))
     again = redone(events)
@@ -244,7 +242,7 @@ def test_memory_for_few_samples_only(
         options["reduce"] = torch.add, None
     elif how == "out_dims":
         options["out_dims"] = -1
-    got = shardmap.vmap(function, devices=devices, chunk_size=8, **options)(batch)
+    got = shardmap.vmap(function, check="off", devices=devices, chunk_size=8, **options)(batch)
     want = oracle.loop(function, 0, options.get("out_dims", 0))(batch)
     if how in ("sum", "fold", "max"):
         want = tuple(t.amax(0) if how == "max" else t.sum(0) for t in want)
@@ -278,7 +276,11 @@ def test_memory_runs_out_again_and_again(seed: int, script: Script) -> None:
     late = script.late is sometimes
     batch = batch_of(101, 3)
     got = shardmap.vmap(
-        function, devices=["cpu"] * draw.choice([1, 3]), chunk_size=16, reduce=(None, "sum")
+        function,
+        check="off",
+        devices=["cpu"] * draw.choice([1, 3]),
+        chunk_size=16,
+        reduce=(None, "sum"),
     )(batch)
     want = oracle.loop(function)(batch)
     same(got, (want[0], want[1].sum(0)))
@@ -300,7 +302,7 @@ def test_what_fits_is_remembered_for_the_next_call(
         first = shardmap.vmap(large, chunk_size=SAMPLES - 1)(batch)
     assert redone(events)
     assert "memory ran out on cpu with 12 samples at a time; going on with 6" in caplog.text
-    (notes,) = {id(low.notes): low.notes for _, low in engine._cache.values()}.values()
+    (notes,) = {id(low.notes): low.notes for low in engine.lowerings()}.values()
     assert notes.learned["cpu"].ceiling == 3
     events.clear()
     second = shardmap.vmap(large)(batch)
@@ -320,7 +322,7 @@ def test_not_even_one_sample_fits(make: Any, devices: Any, script: Script) -> No
 
     script.early = fail
     with pytest.raises(errors.OutOfMemory) as caught:
-        shardmap.vmap(function, devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
     text = str(caught.value)
     assert text.startswith(
         "shardmap.vmap(function, in_dims=0): memory ran out on cpu with a chunk of one sample "
@@ -354,7 +356,7 @@ def test_an_error_of_the_functions_own_passes_through(
 
     script.early = at(call, fail)
     with pytest.raises(type(error)) as caught:
-        shardmap.vmap(function, chunk_size=4)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", chunk_size=4)(batch_of(SAMPLES, 3))
     assert caught.value is error
     assert not redone(events)
     assert script.calls == call + 1
@@ -427,7 +429,9 @@ def test_the_others_finish_when_a_device_dies(
     setattr(script, "late" if late else "early", die)
     batch = batch_of(101, 3)
     with pytest.warns(errors.DeviceLostWarning) as caught:
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=5, reduce=reduce)(batch)
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=5, reduce=reduce
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, want if reduce is None else tuple(t.sum(0) for t in want))
     lost = [str(w.message) for w in caught if w.category is errors.DeviceLostWarning]
@@ -460,7 +464,7 @@ def test_two_devices_die_at_different_chunks(script: Script) -> None:
     script.early = die
     batch = batch_of(101, 3)
     with pytest.warns(errors.DeviceLostWarning) as caught:
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=5)(batch)
+        got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=5)(batch)
     same(got, oracle.loop(function)(batch))
     assert len([w for w in caught if w.category is errors.DeviceLostWarning]) == 2
     assert died == {0, 1}
@@ -478,7 +482,9 @@ def test_two_devices_fail_on_the_same_samples(sample: int, chunk_size: int, scri
 
     script.early = die
     with pytest.warns(errors.DeviceLostWarning), pytest.raises(errors.DeviceLostError) as caught:  # noqa: PT012
-        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=chunk_size)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)(
+            batch_of(SAMPLES, 3)
+        )
     text = str(caught.value)
     assert text.startswith("shardmap.vmap(function, in_dims=0): gpu")
     assert "the error may be in the data" in text
@@ -493,14 +499,14 @@ def test_the_only_device_dies(devices: Any, script: Script) -> None:
         errors.DeviceLostError,
         match=r"shardmap.vmap\(function.*cpu failed with samples .*no other device is left",
     ):
-        shardmap.vmap(function, devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
 
 
 @pytest.mark.usefixtures("several_devices", "taking_turns")
 def test_gradients_lead_through_the_device_that_died(script: Script) -> None:
     script.early = at(2, lambda: torch.AcceleratorError(DIES))
     with pytest.raises(errors.DeviceLostError, match="gradients"):
-        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=4)(
+        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=4)(
             batch_of(SAMPLES, 3).requires_grad_()
         )
 
@@ -522,9 +528,9 @@ def test_memory_runs_out_and_devices_die(seed: int, script: Script) -> None:
     batch = batch_of(101, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.DeviceLostWarning)
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None))(
-            batch
-        )
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None)
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, (want[0].sum(0), want[1]))
     assert set(script.computed.values()) == {1}
@@ -539,7 +545,7 @@ def test_a_slow_device_does_less(script: Script) -> None:
 
     script.early = wait
     batch = batch_of(101, 3)
-    got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=1)(batch)
+    got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=1)(batch)
     same(got, oracle.loop(function)(batch))
     slow, *fast = (script.by_lane[i] for i in (1, 0, 2))
     assert slow * 4 < min(fast), script.by_lane
@@ -567,7 +573,9 @@ def test_an_interrupt_leaves_nothing_behind(
         script.calls = 0
         with torch.set_grad_enabled(enabled):
             with pytest.raises(error) as caught:
-                shardmap.vmap(function, devices=devices, chunk_size=4, **options)(batch)
+                shardmap.vmap(function, check="off", devices=devices, chunk_size=4, **options)(
+                    batch
+                )
             assert torch.is_grad_enabled() is enabled
         assert all(ref.expired() for ref in script.made), "a result is alive"
         assert len(script.made) > 0 or call == 0
@@ -609,8 +617,8 @@ def test_an_interrupt_inside_a_chunk_leaves_nothing_behind(
 
     ready = prepare.Devices.on
 
-    def on(self: Any, name: str, several: bool) -> Any:
-        there = ready(self, name, several)
+    def on(self: Any, name: str, several: bool, slices: bool | None = None) -> Any:
+        there = ready(self, name, several, slices)
         monkeypatch.setitem(globals(), "armed", how == "whole")  # then there is no lane that could
         return there
 
@@ -637,7 +645,7 @@ def test_memory_of_a_failed_chunk_is_free_before_it_is_tried_again(script: Scrip
 
     script.early = fail
     batch = batch_of(SAMPLES, 3)
-    same(shardmap.vmap(function, chunk_size=4)(batch), oracle.loop(function)(batch))
+    same(shardmap.vmap(function, check="off", chunk_size=4)(batch), oracle.loop(function)(batch))
     assert script.calls > 2
 
 

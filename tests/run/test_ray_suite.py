@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
-from shardmap.run import driver
+from shardmap.run import combine, driver
 from shardmap.run.base import ChunkDone, RunStarted, listen
 from shardmap.store.stored import StoreColumn
 from tests import oracle
@@ -119,9 +119,9 @@ def test_large_reduced_outputs_are_put_together_by_workers(
     The same bits however often, in whatever order tasks end.
     """
     combined: list[int] = []
-    take = driver.Driver._combined
+    take = combine.Combiner.take
     monkeypatch.setattr(
-        driver.Driver, "_combined", lambda self, ref: combined.append(1) or take(self, ref)
+        combine.Combiner, "take", lambda self, ref: combined.append(1) or take(self, ref)
     )
     batch = batch_of(torch.float32, samples, 200)
     mapped = shardmap.vmap(
@@ -133,7 +133,7 @@ def test_large_reduced_outputs_are_put_together_by_workers(
     torch.testing.assert_close(results[0][1], batch.sum(1))
     assert all(torch.equal(r[0], results[0][0]) for r in results)
     tasks = math.ceil(samples / 2)
-    assert len(combined) == 3 * math.ceil(tasks / driver.FAN)
+    assert len(combined) == 3 * math.ceil(tasks / combine.FAN)
 
 
 @pytest.mark.parametrize("reduce", TREES)

@@ -1,0 +1,198 @@
+"""What planning is told of each device.
+
+The map's memory there, its budget, what earlier runs showed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shardmap._torch import storage_id
+from shardmap.planning import device as devices
+from shardmap.planning.cost import Learned
+from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
+from shardmap.planning.observe import Observation
+from shardmap.planning.split import Collected, Site
+from shardmap.program.ir import Program
+from shardmap.run.affordable import (
+    direct,
+    hopeless,
+    least_memory,
+    results_bytes,
+    stacked_bytes,
+    stacked_results,
+)
+from shardmap.run.base import Job
+from shardmap.run.prepare import Devices, Ready, learned
+from shardmap.run.watch import watched
+
+WATCHED_FROM = 4 << 20
+"""Bytes of recorded results, all samples together, from which a map is worth watching and
+planning; below, it is one chunk."""
+
+
+def recorded_bytes(program: Program) -> int:
+    """Bytes of all recorded results of one sample: found without running anything."""
+    results = [v.spec for eq in program.equations for v in eq.results()]
+    return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+
+
+def small(job: Job) -> bool:
+    """Whether a map is too small for its memory and its chunks to matter."""
+    if job.transformed or not job.samples:
+        return True
+    read = sum(_row_bytes(job.inputs[i]) for i in job.columns)
+    return (read + recorded_bytes(job.recording.program)) * job.samples < WATCHED_FROM
+
+
+def memory_model(
+    ready: Ready, job: Job, seen: Observation, share: int, lanes: int, known: Learned
+) -> MemoryModel:
+    """The memory of the map on one device.
+
+    Args:
+        ready: The program on the device.
+        job: The mapped call.
+        seen: What a chunk costs.
+        share: Samples that the device is expected to compute: what outer autograd saves of them
+            stays there.
+        lanes: How often the device is named; on an accelerator their chunks are in flight side by
+            side.
+        known: What earlier chunks have shown.
+    """
+    device = ready.device
+    stacked = stacked_bytes(job, device)
+    resident = results_bytes(job, device, lanes)
+    resident += sum(
+        _bytes(t)
+        for t, there in zip(ready.captured, job.recording.captured, strict=True)
+        if t is not there
+    )
+    held = {storage_id(t.untyped_storage()) for t in (*ready.captured, *ready.literals)}
+    fresh = {storage_id(t.untyped_storage()): t.untyped_storage().nbytes() for t in ready.fixed}
+    resident += sum(size for key, size in fresh.items() if key not in held)
+    moved = sum(
+        _row_bytes(t) for i, t in enumerate(job.inputs) if t.device != device or i in job.columns
+    )
+    accelerated = devices.accelerated(device)
+    extra = Level(
+        0, moved * (2 if accelerated else 1)
+    )  # an accelerator gets the next chunk's samples while it computes
+    folds = sum(
+        o.sample_bytes
+        for o in job.outputs
+        if o.reduction is not None and o.reduction.name == "fold"
+    )
+    extra += Level(
+        folds, folds
+    )  # pairs combined and put beside each other, while the chunk's results are there
+    if direct(job, device):
+        extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
+    elif accelerated:
+        extra += seen.kept  # the chunk before, on its way home
+    levels = [level + extra for level in seen.levels]
+    # glibc keeps what backward frees among what stays: 8 layers of 512 in chunks of 2.7 MB took
+    # 2.4 times their tensors with remat=True and 1.24 times without
+    gaps = 2.5 if job.remat and device.type == "cpu" else 1.25
+    backward = [
+        Level(int(a.fixed_bytes * gaps), int(a.sample_bytes * gaps)) + extra for a in seen.backward
+    ]
+    if job.grad:
+        # gradients add up beside those of the chunk; the slices of a batch that requires grad are
+        # filled up with zeros to its size, and added
+        resident += sum(_bytes(t) for t in ready.captured if t.requires_grad)
+        resident += 2 * sum(_bytes(t) for t in job.inputs if t.requires_grad)
+    if job.remat:
+        resident += stacked * job.samples  # the chunks, and what they are concatenated to
+    elif job.grad:
+        kept = seen.kept
+        resident += kept.at(share)
+        levels = [_beside(kept, a) for a in levels]
+        backward = [_beside(kept, a) for a in backward]
+    if accelerated and lanes > 1:
+        levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
+    return MemoryModel(
+        resident,
+        envelope(levels),
+        1.0 if known.scale is None else known.scale,
+        backward=envelope(backward) if backward else (),
+        **stacked_results(job, device, lanes),
+    )
+
+
+def _beside(kept: Level, level: Level) -> Level:
+    """A level without what stays of each chunk, which is counted for all of them together."""
+    return Level(
+        max(0, level.fixed_bytes - kept.fixed_bytes), max(0, level.sample_bytes - kept.sample_bytes)
+    )
+
+
+def _bytes(t: torch.Tensor) -> int:
+    return math.prod(t.shape) * t.element_size()
+
+
+def _row_bytes(t: torch.Tensor) -> int:
+    return math.prod(t.shape[1:]) * t.element_size()
+
+
+def sites(
+    job: Job,
+    on: Devices,
+    names: Sequence[str],
+    budget: Callable[[torch.device], int | None],
+    several: bool,
+    always: bool,
+) -> list[Site]:
+    """What is known of each entry of `devices`.
+
+    Args:
+        job: The mapped call.
+        on: Its devices.
+        names: One per lane.
+        budget: What the map may add on a device.
+        several: Whether chunks have more than one sample.
+        always: Whether to look closely also where the map is too small for it to matter.
+    """
+    found: dict[str, Site] = {}
+    for name in names:
+        if name in found:
+            continue
+        device = torch.device(name)
+        known = learned(job, name)
+        if job.transformed or not job.samples or (small(job) and not always):
+            found[name] = Site(name, NOTHING, None, known, False, None)
+            continue
+        lanes, room = names.count(name), budget(device)
+        least = least_memory(job, device, lanes, known.scale)
+        if hopeless(job, device, least, room):
+            # trying it, or watching a chunk, would break the budget by itself
+            found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
+            continue
+        ready = on.on(name, several)
+        seen = watched(ready, job, room)
+        share = -(-job.samples * lanes // len(names))
+        found[name] = Site(
+            name,
+            memory_model(ready, job, seen, share, lanes, known),
+            room,
+            known,
+            job.grad and not job.remat,
+            seen,
+        )
+    return [found[name] for name in names]
+
+
+def collected(
+    job: Job, names: Sequence[str], budget: Callable[[torch.device], int | None]
+) -> Collected | None:
+    """The results, where they are collected on a device that is not among `names`."""
+    elsewhere = [o for o in job.outputs if str(o.device) not in names]
+    if not elsewhere or small(job):
+        return None
+    size = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in elsewhere) * (
+        2 if job.grad else 1
+    )
+    return Collected(str(elsewhere[0].device), size, budget(elsewhere[0].device))

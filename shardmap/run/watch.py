@@ -1,0 +1,145 @@
+"""Measure what a chunk costs: run two or three samples and watch every allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardmap._threads import default_generator_states, restore_default_generators
+from shardmap.planning.observe import Observation, observe
+from shardmap.run.affordable import direct, observed_sizes
+from shardmap.run.base import Job
+from shardmap.run.prepare import Ready, there
+
+logger = logging.getLogger("shardmap")
+
+
+def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
+    """What a chunk costs on this device.
+
+    Found once per lowering, by running two and three samples, or fewer where the budget is small.
+    """
+    low, into = ready.low, direct(job, ready.device)
+    how = ready.device.type, "into" if into else "remat" if job.remat else "plain"
+    found = low.notes.observed.get((*how, 2))
+    if found is not None:
+        return found
+    sizes = observed_sizes(job, ready.device, budget_bytes)
+    key = (*how, len(sizes))
+    found = low.notes.observed.get(key)
+    if found is not None:
+        return found
+    states = default_generator_states(ready.device)
+    chunk = low.replay.marked(slices=into)
+    if into:
+        _ = low.replay.chunk_into  # compiled now, so that the run's memory is the run's
+    inputs: dict[int, list[torch.Tensor]] = {}
+    slices: dict[int, list[torch.Tensor]] = {}
+
+    def take(size: int) -> None:
+        """Make ready a chunk of that many samples, and let go of the one before."""
+        inputs.clear()
+        slices.clear()
+        taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
+        written = job.recording.written_inputs
+        inputs[size] = [_copy_of(t) if i in written else t for i, t in enumerate(taken)]
+        slices[size] = (
+            [
+                torch.empty((size, *o.shape), dtype=o.dtype, device=ready.device)
+                for o in job.outputs
+                if o.sliced
+            ]
+            if into
+            else []
+        )
+
+    def run(size: int, mark: Callable[[int], None]) -> Any:
+        arguments = (
+            size,
+            0,
+            ready.device,
+            job.seed,
+            job.recording.scalars,
+            ready.fixed,
+            list(inputs[size]),
+        )
+        return chunk(*arguments, slices[size], mark) if into else chunk(*arguments, mark)
+
+    def known(size: int) -> Sequence[torch.Tensor]:
+        take(size)
+        return [
+            *inputs[size],
+            *slices[size],
+            *ready.captured,
+            *ready.literals,
+            *ready.fixed,
+        ]
+
+    with torch.set_grad_enabled(job.grad and not job.remat):
+        try:
+            found = observe(low, run, sizes, known)
+        finally:
+            restore_default_generators(states)
+    if job.grad and not job.recording.written_inputs:
+        backward = _with_backward(ready, job, sizes)
+        if backward is not None:
+            found = dataclasses.replace(found, backward=backward.levels)
+    low.notes.observed[key] = found
+    return found
+
+
+def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation | None:
+    """What a chunk costs whose gradients are computed at once, as `remat=True` does in backward.
+
+    Of leaves of its own that share memory with the call's tensors: nothing reaches the caller's
+    graph. None where a derivative raises an error: whoever asks for it will see that.
+    """
+    low, recording = ready.low, job.recording
+    captured = [t.detach().requires_grad_(t.requires_grad) for t in ready.captured]
+    chunk = low.replay.marked(slices=False)
+    states = default_generator_states(ready.device)
+    inputs: list[torch.Tensor] = []
+
+    def known(size: int) -> Sequence[torch.Tensor]:
+        inputs[:] = [
+            there(t.narrow(0, 0, size), ready.device).detach().requires_grad_(t.requires_grad)
+            for t in job.inputs
+        ]
+        return [*inputs, *captured, *ready.literals, *fixed]
+
+    def run(size: int, mark: Callable[[int], None]) -> Any:
+        arguments = (size, 0, ready.device, job.seed, recording.scalars, fixed, list(inputs))
+        outs = chunk(*arguments, mark)
+        leaves = [t for t in (*inputs, *captured) if t.requires_grad]
+        roots = [t for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not roots or not leaves:
+            return outs
+        ones = [torch.ones_like(t) for t in roots]
+        # the graph is kept for what is made once for all chunks; theirs dies with `outs`
+        gradients = torch.autograd.grad(roots, leaves, ones, retain_graph=True, allow_unused=True)
+        return outs, gradients
+
+    with torch.enable_grad():
+        try:
+            fixed = low.replay.fixed(
+                ready.device, job.seed, recording.scalars, captured, ready.literals
+            )
+            return observe(low, run, sizes, known)
+        except RuntimeError as error:
+            logger.info("%s: the backward pass cannot be watched: %s", job.call, error)
+            return None
+        finally:
+            restore_default_generators(states)
+
+
+def _copy_of(t: torch.Tensor) -> torch.Tensor:
+    """Rows that the program may write to, with their strides."""
+    return (
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        .copy_(t.detach())
+        .requires_grad_(t.requires_grad)
+    )
