@@ -213,7 +213,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _parted(job: Job, low: Lowered, sample: int) -> str:
     """The first operator whose batched result is not the sample's own."""
-    if low.batched.ghosts or low.batched.summed:
+    if low.batched.factored or low.batched.summed:
         return "results from factors, which stand for several operators"
     shifted = replace(
         job,

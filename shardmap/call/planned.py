@@ -135,7 +135,7 @@ class Plan:
         low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
             f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
-            for i, text in sorted(low.batched.ghosts.items())
+            for i, text in sorted(low.batched.factored.items())
         ]
         found += [f"  {text}" for text in self._compared]
         return (

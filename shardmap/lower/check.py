@@ -65,7 +65,7 @@ def verified(
             a function of its arguments.
     """
     batched, replay = lower(options, fixes)
-    rewritten = bool(batched.summed or batched.ghosts)
+    rewritten = bool(batched.summed or batched.factored)
     if not rewritten:
         attempt = _Attempt(program, options, lower, tried)
         attempt.settle(fixes, (batched, replay))

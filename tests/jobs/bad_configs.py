@@ -43,7 +43,10 @@ def loss(output, label):
 NUMBER = 3
 """
 GOOD = "data: users_bad.load\nfunction: users_bad.one\ncolumns: [x]\noutput: runs/mine\n"
-GRADIENT = "task: per_sample_grad\ndata: users_bad.load\nmodel: users_bad.Net\nloss: users_bad.loss\noutput: runs/mine\n"
+GRADIENT = (
+    "task: per_sample_grad\ndata: users_bad.load\nmodel: users_bad.Net\nloss: users_bad.loss\n"
+    "output: runs/mine\n"
+)
 NET = "data: users_bad.load\nmodel: users_bad.Net\ncolumns: [x]\noutput: runs/mine\n"
 
 # name: (the configuration, words of the command line, what the line must name: key, value, remedy)
@@ -59,7 +62,10 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["run.yaml, line 5", "data is given twice", "leave one"],
     ),
     "an argument twice": (
-        GOOD.replace("data: users_bad.load", "data: {path: users_bad.load, init_args: {rows: 3, rows: 4}}"),
+        GOOD.replace(
+            "data: users_bad.load",
+            "data: {path: users_bad.load, init_args: {rows: 3, rows: 4}}",
+        ),
         [],
         ["line 1", "data.init_args.rows is given twice", "leave one"],
     ),
@@ -282,7 +288,8 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["weights", "'good.safetensors'", "name a class"],
     ),
     "weights for a tensor": (
-        "data: users_bad.load\nmodel: users_bad.parameters\nfunction: users_bad.squared\ncolumns: [x]\nweights: good.safetensors\n",
+        "data: users_bad.load\nmodel: users_bad.parameters\nfunction: users_bad.squared\n"
+        "columns: [x]\nweights: good.safetensors\n",
         [],
         ["weights", "a Tensor", "name a module"],
     ),
@@ -350,7 +357,8 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["columns", "loss", "'label'", "name other columns or another loss"],
     ),
     "gradients by a module": (
-        "task: per_sample_grad\ndata: users_bad.load\nmodel: users_bad.Net\nfunction: users_bad.squared\ncolumns: [x]\n",
+        "task: per_sample_grad\ndata: users_bad.load\nmodel: users_bad.Net\n"
+        "function: users_bad.squared\ncolumns: [x]\n",
         [],
         ["function: squared", "that is a module", "give loss"],
     ),
