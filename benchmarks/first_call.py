@@ -50,7 +50,7 @@ def small_mlp() -> tuple[LossOf, tuple[Tensor, ...]]:
 
 
 def gpt2() -> tuple[LossOf, tuple[Tensor, ...]]:
-    """Make a GPT-2 of 6 layers, 256 wide, random weights, its loss and 4 texts of 16 tokens."""
+    """Make a GPT-2 of 6 layers, 256 wide, random weights, its loss and 32 texts of 32 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -58,7 +58,7 @@ def gpt2() -> tuple[LossOf, tuple[Tensor, ...]]:
     )
     net = GPT2LMHeadModel(config).eval()
     loss = LossOf(net, lambda net, tokens: net(tokens[None], labels=tokens[None]).loss)
-    return loss, (torch.randint(0, 512, (4, 16)),)
+    return loss, (torch.randint(0, 512, (32, 32)),)
 
 
 MODELS = {"small MLP": small_mlp, "GPT-2, 6 layers": gpt2}

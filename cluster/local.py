@@ -3,7 +3,8 @@
 With chaos, its workers are killed while they work.
 
     python -m cluster.local --nodes 3                                         # until Ctrl-C python
-    -m cluster.local --nodes 3 --chaos 5 -- shardmap run configs/digits_gradients/run.yaml --devices ray
+    -m cluster.local --nodes 3 --chaos 5 -- shardmap run configs/digits_gradients/run.yaml --devices
+    ray
 
 Each node has a raylet, an object store and worker processes of its own, as on a machine of its own;
 what it lacks is the network.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from shardmap.errors import TorchVersionError
 
@@ -61,14 +62,17 @@ def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], A
     return _stand_in(f"{kind}.{name}", purpose)
 
 
-# -- classes and modules, known to the type checker ------------------------------------------------
+# -- classes and modules, known to the type checker
 
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
+    HigherOrderOperator = _private(
+        "_ops.HigherOrderOperator", "checkpoints and other operators that call functions"
+    )
     OpOverload = _private("_ops.OpOverload", "telling operators from other functions")
     FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", "maps inside torch.compile")
     FakeTensorMode = _private("_subclasses.fake_tensor.FakeTensorMode", "shapes without computing")
@@ -80,7 +84,7 @@ _private(
     "recording without importing torch._dynamo (seconds)",
 )
 
-# -- operators -------------------------------------------------------------------------------------
+# -- operators
 
 _example = torch.ops.aten.add.Tensor
 schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
@@ -95,8 +99,11 @@ has_kernel = _private(
 operator_names = _private(
     "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
 )
+compute_keyset = _private(
+    "_ops._compute_keyset", "checkpoints and other operators that call functions"
+)
 
-# -- modes and settings of the thread --------------------------------------------------------------
+# -- modes and settings of the thread
 
 dispatch_modes = _private(
     "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
@@ -115,6 +122,30 @@ function_modes = _private(
 )
 push_function_mode = _private("overrides._push_mode", "putting back function modes around a map")
 pop_function_mode = _private("overrides._pop_mode", "setting function modes around a map aside")
+function_depth = _private(
+    "_C._len_torch_function_stack", "restoring function modes after an interrupt"
+)
+function_mode_on = _private(
+    "_C._is_torch_function_mode_enabled", "operators that torch calls in a backward pass"
+)
+without_functions = _private(
+    "_C.DisableTorchFunction", "asking about a tensor unseen by the modes of a recording"
+)
+function_state = _private(
+    "_C._get_torch_function_state", "maps called where modes are switched off"
+)
+set_function_state = _private(
+    "_C._set_torch_function_state", "maps called where modes are switched off"
+)
+function_states = _private("_C._TorchFunctionState", "maps called where modes are switched off")
+for _name in "ALL_DISABLED SUBCLASSES_DISABLED".split():
+    _private(f"_C._TorchFunctionState.{_name}", "maps called where modes are switched off")
+is_key_excluded = _private(
+    "_C._dispatch_tls_is_dispatch_key_excluded", "maps called where modes are switched off"
+)
+exclude_key = _private(
+    "_C._dispatch_tls_set_dispatch_key_excluded", "maps called where modes are switched off"
+)
 without_dispatch = _private(
     "_C._DisableTorchDispatch", "copying a tensor unseen by an outer recording"
 )
@@ -123,6 +154,63 @@ modes_aside = _private(
 )
 without_functorch = _private("_C._DisableFuncTorch", "trying a kernel's precision on its own")
 set_grad = _private("_C._set_grad_enabled", "switching gradients within a replay without a context")
+is_forward_on = _private(
+    "_C._is_fwd_grad_enabled", "restoring forward mode's switch after an interrupt"
+)
+set_forward = _private(
+    "_C._set_fwd_grad_enabled", "restoring forward mode's switch after an interrupt"
+)
+is_multithreading_on = _private(
+    "_C._is_multithreading_enabled", "restoring the backward's threads after an interrupt"
+)
+set_multithreading = _private(
+    "_C._set_multithreading_enabled", "restoring the backward's threads after an interrupt"
+)
+inference_guard = _private("_C._InferenceMode", "restoring inference mode after an interrupt")
+saved_hooks = _private(
+    "_C._autograd._top_saved_tensors_default_hooks", "hooks on what autograd saves"
+)
+push_saved_hooks = _private(
+    "_C._autograd._push_saved_tensors_default_hooks", "hooks on what autograd saves"
+)
+pop_saved_hooks = _private(
+    "_C._autograd._pop_saved_tensors_default_hooks", "hooks on what autograd saves"
+)
+why_saved_hooks_are_refused = _private(
+    "_C._autograd._saved_tensors_hooks_get_disabled_error_message",
+    "restoring hooks on what autograd saves after an interrupt",
+)
+allow_saved_hooks = _private(
+    "_C._autograd._saved_tensors_hooks_enable",
+    "restoring hooks on what autograd saves after an interrupt",
+)
+refuse_saved_hooks = _private(
+    "_C._autograd._saved_tensors_hooks_disable",
+    "restoring hooks on what autograd saves after an interrupt",
+)
+is_dispatch_mode_on = _private(
+    "utils._python_dispatch.is_in_torch_dispatch_mode", "torch.compile after maps in threads"
+)
+_dispatch_notes = _private("utils._python_dispatch", "torch.compile after maps in threads")
+_note_modes_that_compile_sees = _private(
+    "utils._python_dispatch.set_is_in_mode_without_ignore_compile_internals",
+    "torch.compile after maps in threads",
+)
+for _name in (
+    "_is_in_torch_dispatch_mode _is_in_non_infra_torch_dispatch_mode "
+    "_is_in_any_mode_without_ignore_compile_internals"
+).split():
+    _private(f"utils._python_dispatch.{_name}", "torch.compile after maps in threads")
+
+
+def note_that_no_dispatch_mode_is_on() -> None:
+    """Torch notes per process that a dispatch mode is on: from now on it knows of none."""
+    _dispatch_notes._is_in_torch_dispatch_mode = False
+    _dispatch_notes._is_in_non_infra_torch_dispatch_mode = False
+    _dispatch_notes._is_in_any_mode_without_ignore_compile_internals = False
+    _note_modes_that_compile_sees(False)
+
+
 included_keys = _private(
     "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
 )
@@ -138,7 +226,7 @@ force_keys = _private(
     "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
 )
 
-# -- torch.func ------------------------------------------------------------------------------------
+# -- torch.func
 
 functorch = _private("_C._functorch", "maps inside torch.func transforms")
 enter_vmap_level = _private(
@@ -155,13 +243,23 @@ interpreters_aside = _private(
     "setting the torch.func transforms around a map aside",
 )
 for _name in (
-    "TransformType get_inplace_requires_grad_allowed get_interpreter_stack get_unwrapped "
+    "TransformType get_dynamic_layer_stack_depth get_inplace_requires_grad_allowed "
+    "get_interpreter_stack get_single_level_autograd_function_allowed get_unwrapped "
     "is_batchedtensor is_functorch_wrapped_tensor maybe_get_bdim maybe_get_level "
-    "peek_interpreter_stack set_inplace_requires_grad_allowed"
+    "peek_interpreter_stack pop_dynamic_layer_stack push_dynamic_layer_stack "
+    "set_inplace_requires_grad_allowed set_single_level_autograd_function_allowed"
 ).split():
     _private(f"_C._functorch.{_name}", "maps inside torch.func transforms")
+eager_transforms = _private(
+    "_functorch.eager_transforms", "restoring the count of jvp levels after an interrupt"
+)
+"""The module, for its `JVP_NESTING` is read and written."""
+_private(
+    "_functorch.eager_transforms.JVP_NESTING",
+    "restoring the count of jvp levels after an interrupt",
+)
 
-# -- tensors and their memory ----------------------------------------------------------------------
+# -- tensors and their memory
 
 _storage, _tensor = torch.UntypedStorage, torch.Tensor
 storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
@@ -171,6 +269,10 @@ weak_reference = _private(
 free_weak_reference = _private(
     "UntypedStorage._free_weak_ref", "letting a storage's address be used again"
 )
+storage_of_weak_reference = _private(
+    "UntypedStorage._new_with_weak_ptr", "seeing that foreign memory is a recorded tensor's"
+)
+references_of_torch = _private("Tensor._use_count", "telling what a function keeps of a sample")
 version_of = _attribute(_tensor, "Tensor", "_version", "seeing that a batch was written to")
 is_view = _private("Tensor._is_view", "results that share memory with a captured tensor")
 is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
@@ -184,17 +286,25 @@ run_backward = _private(
     "autograd.graph._engine_run_backward", "anomaly detection around gradients inside a map"
 )
 forward_level = _attribute(
-    torch.autograd.forward_ad,
+    forward_ad,
     "torch.autograd.forward_ad",
     "_current_level",
     "forward-mode gradients from outside a map",
 )
+leave_forward_level = _private("_C._exit_dual_level", "forward mode's level after an interrupt")
+
+
+def set_forward_level(level: int) -> None:
+    """Set the level of forward mode that `forward_level` reads."""
+    forward_ad._current_level = level
+
+
 left_aligned = _private(
     "_nested_tensor_from_mask_left_aligned", "padding masks of nn.TransformerEncoder"
 )
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 
-# -- operators that a version may lack -------------------------------------------------------------
+# -- operators that a version may lack
 
 _absent: set[str] = set()
 

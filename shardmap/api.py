@@ -81,9 +81,10 @@ def vmap(
         trace: "each" records `func` at each call; "once" records once per signature of the
             arguments and replays that while the tensors and numbers that `func` reads are the same
             objects.
-        check: "first" runs `func` on the batch's last sample as well when it is mapped for the first
-            time, and compares both samples' results with the map's; "always" does so at each call;
-            "off" never. What differs by sample in other ways than by torch's operators is found so.
+        check: "first" runs `func` on the batch's last sample as well when it is mapped for the
+            first time, and compares both samples' results with the map's; "always" does so at each
+            call; "off" never. What differs by sample in other ways than by torch's operators is
+            found so.
         strict: Refuse operators that only a loop over the batch can serve.
         remat: Where gradients are recorded from outside, compute each chunk again in backward, so
             that memory stays that of one chunk. Costs one more forward pass.
@@ -117,7 +118,8 @@ def vmap(
     call = edges.call_name(func, in_dims)
     joined = joint.contains(reduce)
     options = Options(
-        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
+        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
+        memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check,
     )  # fmt: skip
     options.refuse_wrong(func)
@@ -125,11 +127,11 @@ def vmap(
     memory = Memory(of_sample, call) if trace == "once" else None
 
     @functools.wraps(func, updated=())
-    def mapped(*args: Any, **kwargs: Any) -> Any:
+    def mapped(*args: object, **kwargs: object) -> Any:
         with thread_state_kept() as kept, kept.twice:
             return call_mapped(args, kwargs)
 
-    def call_mapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         if ragged.among(args, kwargs):
             result = ragged.run(
                 lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
@@ -205,7 +207,8 @@ def plan(
     call = edges.call_name(func, in_dims, maker="plan")
     joined = joint.contains(reduce)
     options = Options(
-        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device, memory_budget, memory_fraction, trace, strict, remat,
+        in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
+        memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
     )  # fmt: skip
     options.refuse_wrong(func)
@@ -213,11 +216,11 @@ def plan(
     cluster = on_ray.asked_for(devices)
 
     @functools.wraps(func, updated=())
-    def planned(*args: Any, **kwargs: Any) -> Plan:
+    def planned(*args: object, **kwargs: object) -> Plan:
         with thread_state_kept() as kept, kept.twice:
             return call_planned(args, kwargs)
 
-    def call_planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def call_planned(args: tuple[object, ...], kwargs: dict[str, object]) -> Plan:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
@@ -228,7 +231,7 @@ def plan(
         use = FirstUse(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
         )
-        use.verdict()
+        verdict = use.verdict()
         recording, structure = use.first()
         prepared = Prepared(recording, structure)
         grad = torch.is_grad_enabled() and any(recording.program.output_flags)
@@ -255,7 +258,7 @@ def plan(
             result = unflatten_outputs(found, structure)
             return joint.finished(reduce, result, call) if joined else result
 
-        return Plan(job, cut, on, options, finish, notes)
+        return Plan(job, cut, on, options, finish, notes, verdict.alone)
 
     return planned
 
@@ -280,10 +283,10 @@ def compare(
 ) -> Callable[..., Comparison]:
     """Compare a map with the plain loop on some samples.
 
-    `compare(func, ...)(*batch, samples=8)` takes what `vmap` takes, computes the whole batch by the map,
-    some random samples by calling `func` itself, and returns a `Comparison` of the two: the largest
-    difference of each output, the operator where they part, what serves each operator, and how much of
-    the parameters that `func` reads has a gradient.
+    `compare(func, ...)(*batch, samples=8)` takes what `vmap` takes, computes the whole batch by the
+    map, some random samples by calling `func` itself, and returns a `Comparison` of the two: the
+    largest difference of each output, the operator where they part, what serves each operator, and
+    how much of the parameters that `func` reads has a gradient.
 
     Args:
         func: As for `vmap`, like every other argument.
@@ -325,7 +328,9 @@ def compare(
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
 
     @functools.wraps(func, updated=())
-    def compared_with(*args: Any, samples: int | Sequence[int] = 8, **kwargs: Any) -> Comparison:
+    def compared_with(
+        *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
         if not surroundings().plain:
             raise errors.OptionError(
                 f"{call}: inside another map or transform there is nothing to compare; compare the "

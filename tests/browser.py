@@ -84,7 +84,7 @@ class Page:
         )
 
     def ask(self, expression: str) -> Any:
-        """The value of an expression in JavaScript, which runs although the page itself may run none."""
+        """Evaluate an expression in JavaScript, although the page itself may run none."""
         answer = self._call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )

@@ -16,8 +16,7 @@ from torch import nn
 from tests import oracle
 from tests.cases import Kit, Run, case
 
-# ----------------------------------------------------------------------------------------------
-# transforms around
+# -- transforms around -----------------------------------------------------------------------------
 
 
 def _around(
@@ -67,8 +66,7 @@ def under_func_vmap_without_gradients(k: Kit) -> Run:
     )(x)
 
 
-# ----------------------------------------------------------------------------------------------
-# contexts
+# -- contexts --------------------------------------------------------------------------------------
 
 
 def _within(
@@ -130,8 +128,7 @@ for _inside in (False, True):
     _within("default_device", lambda: torch.device("cpu"), _inside)
 
 
-# ----------------------------------------------------------------------------------------------
-# promotion and dtypes
+# -- promotion and dtypes --------------------------------------------------------------------------
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 

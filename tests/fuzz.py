@@ -106,7 +106,7 @@ def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400
 
 
 def category(verdict: oracle.Verdict) -> str:
-    """What kind of failure it is, without its numbers, so that shrinking does not wander to another one."""
+    """The kind of a failure, without its numbers: shrinking must not wander to another one."""
     lines = verdict.detail.strip().splitlines() or [""]
     head = lines[-1] if verdict.detail.startswith("crash") else lines[0]
     return verdict.kind + ": " + re.sub(r"[-+]?\d[\d.e+-]*|\(.*|output \d+|v\d+", "#", head)[:60]
@@ -135,7 +135,8 @@ def run_seed(seed: str, subject_name: str, shrinking: bool) -> dict[str, Any]:
     verdict = judge(program, subject, refusals)
     bad = verdict.kind == "wrong"
     return {
-        "seed": int(seed), "kind": verdict.kind, "detail": verdict.detail.splitlines()[0] if verdict.detail else "",
+        "seed": int(seed), "kind": verdict.kind,
+        "detail": verdict.detail.splitlines()[0] if verdict.detail else "",
         "lines": len(program.steps), "gradient": verdict.gradient,
         "report": report(program, verdict, subject, shrinking, refusals) if bad else "",
     }  # fmt: skip

@@ -99,11 +99,14 @@ def make(s: Scope) -> str | None:
         return None
     shape = s.rng.choice((s.shape(), tuple(s.tensor(v).shape)))
     calls = (
-        f"torch.zeros({shape})", f"torch.ones({shape})", f"torch.zeros_like({v})", f"{v}.new_zeros({shape})", f"torch.full({shape}, 0.5)",
+        f"torch.zeros({shape})", f"torch.ones({shape})", f"torch.zeros_like({v})",
+        f"{v}.new_zeros({shape})", f"torch.full({shape}, 0.5)",
         f"torch.arange({s.rng.randrange(1, 5)})",
-        f"torch.empty_like({v}).fill_(0.25)", f"{v}.new_full({shape}, 2)", "torch.eye(3)", "torch.tensor([0.5, -1.0, 2.0])",
+        f"torch.empty_like({v}).fill_(0.25)", f"{v}.new_full({shape}, 2)", "torch.eye(3)",
+        "torch.tensor([0.5, -1.0, 2.0])",
         f"torch.zeros({shape}, dtype=torch.float64)", "torch.linspace(0, 1, 4)",
-        f"torch.full_like({v}, 1)", f"torch.zeros({shape}, dtype=torch.int64)", f"torch.ones_like({v}, dtype=torch.float64)",
+        f"torch.full_like({v}, 1)", f"torch.zeros({shape}, dtype=torch.int64)",
+        f"torch.ones_like({v}, dtype=torch.float64)",
         "torch.tensor([[1, 2], [0, 1]])",
     )  # fmt: skip
     return f"{s.new()} = {s.rng.choice(calls)}"
@@ -133,7 +136,8 @@ def index(s: Scope) -> str | None:
         f"{v}[{first}]", f"{v}[..., {last}]", f"{v}[[0, 0]]", f"{v}.index_select({d}, "
             f"{at}.flatten())", f"{v}.take({at} % {t.numel()})",
         f"{v}[{first}, ..., 0]",
-        f"{v}.masked_fill({v} > 0, 0.5)", f"F.embedding({first}.long(), {v})", f"{v}.index_fill({d}, {at}.flatten().long(), 1)",
+        f"{v}.masked_fill({v} > 0, 0.5)", f"F.embedding({first}.long(), {v})",
+        f"{v}.index_fill({d}, {at}.flatten().long(), 1)",
         f"{v}[None, {first}]",
         f"{v}.index_add({d}, torch.tensor([0]), {v}.narrow({d}, 0, 1))",
         f"{v}.index_copy({d}, torch.tensor([{size - 1}]), {v}.narrow({d}, 0, 1))",

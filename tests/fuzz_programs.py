@@ -258,7 +258,7 @@ class Growth:
         )
 
     def owned(self, name: str) -> bool:
-        """Whether the program made the tensor itself (one in fifty times a mapped input passes for such)."""
+        """True if the program made the tensor itself; one in fifty mapped inputs passes too."""
         own = self.envs[0][name].untyped_storage().data_ptr() not in self.shared
         return own or (
             name.startswith("x")
@@ -306,7 +306,7 @@ class Growth:
         self.serial += len(scope.new_names)
 
     def check(self, new: list[str]) -> None:
-        """Raises ValueError unless all tensors are small, finite, and of one shape and dtype in all rows."""
+        """Raise ValueError unless tensors are small, finite, of one shape and dtype in all rows."""
         for name in self.names + new:
             values = [env[name] for env in self.envs]
             if (
@@ -361,8 +361,10 @@ def generate(seed: int) -> Program:
     )
     context = rng.choices(tuple(CONTEXTS), (84, 5, 3, 4, 4))[0]
     program = Program(
-        seed, size, inputs, captured, (), ("x0",), chunk_size=rng.choice((None, None, None, 1, 2, 3, 100)),
-        devices=rng.choice((None, None, None, ("cpu", "cpu"), ("cpu", "cpu", "cpu"))), second_order=grad and rng.random() < 0.25,
+        seed, size, inputs, captured, (), ("x0",),
+        chunk_size=rng.choice((None, None, None, 1, 2, 3, 100)),
+        devices=rng.choice((None, None, None, ("cpu", "cpu"), ("cpu", "cpu", "cpu"))),
+        second_order=grad and rng.random() < 0.25,
         context=context,
     )  # fmt: skip
     with CONTEXTS[context](), warnings.catch_warnings():

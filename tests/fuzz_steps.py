@@ -114,24 +114,30 @@ def resize(s: Scope) -> str | None:
 
 
 UNARY = [
-    "torch.tanh({v})", "{v}.sin()", "{v}.cos()", "{v}.clamp(-2, 2).exp()", "{v}.abs().log1p()", "({v}.abs() + 0.1).sqrt()",
+    "torch.tanh({v})", "{v}.sin()", "{v}.cos()", "{v}.clamp(-2, 2).exp()", "{v}.abs().log1p()",
+    "({v}.abs() + 0.1).sqrt()",
     "torch.sigmoid({v})",
     "F.relu({v})", "F.gelu({v})", "F.softplus({v})", "{v}.abs()", "-{v}", "{v} ** 2", "1 / "
         "({v}.abs() + 0.5)", "{v}.erf()", "{v}.atan()",
     "{v}.sign()",
-    "{v}.floor()", "{v}.round()", "{v}.clamp(-0.5, 0.5)", "{v}.clamp(min=0)", "F.leaky_relu({v})", "F.silu({v})", "F.elu({v})",
+    "{v}.floor()", "{v}.round()", "{v}.clamp(-0.5, 0.5)", "{v}.clamp(min=0)", "F.leaky_relu({v})",
+    "F.silu({v})", "F.elu({v})",
     "{v}.square()",
-    "{v} ** 3", "2 ** {v}.clamp(-3, 3)", "{v}.nan_to_num()", "F.hardtanh({v})", "{v}.trunc()", "{v}.frac()", "torch.logical_not({v})",
+    "{v} ** 3", "2 ** {v}.clamp(-3, 3)", "{v}.nan_to_num()", "F.hardtanh({v})", "{v}.trunc()",
+    "{v}.frac()", "torch.logical_not({v})",
     "{v}.isfinite()",
-    "F.logsigmoid({v})", "F.mish({v})", "F.glu({v})", "F.threshold({v}, 0.1, 0.2)", "torch.special.expit({v})", "torch.sinc({v})",
+    "F.logsigmoid({v})", "F.mish({v})", "F.glu({v})", "F.threshold({v}, 0.1, 0.2)",
+    "torch.special.expit({v})", "torch.sinc({v})",
     "F.celu({v})", "F.softsign({v})",
 ]  # fmt: skip
 
 
 BINARY = [
-    "{a} + {b}", "{a} - {b}", "{a} * {b}", "{a} / ({b}.abs() + 0.5)", "torch.maximum({a}, {b})", "torch.minimum({a}, {b})",
+    "{a} + {b}", "{a} - {b}", "{a} * {b}", "{a} / ({b}.abs() + 0.5)", "torch.maximum({a}, {b})",
+    "torch.minimum({a}, {b})",
     "torch.atan2({a}, {b} + 3)",
-    "{a} < {b}", "{a} >= {b}", "{a} == {b}", "{a} != {b}", "torch.where({a} > {b}, {a}, {b})", "torch.add({a}, {b}, alpha=2)",
+    "{a} < {b}", "{a} >= {b}", "{a} == {b}", "{a} != {b}", "torch.where({a} > {b}, {a}, {b})",
+    "torch.add({a}, {b}, alpha=2)",
     "torch.logical_and({a}, {b})",
     "torch.logical_xor({a}, {b})", "torch.lerp({a}, {b}, 0.3)", "torch.addcmul({a}, {b}, {b}, "
         "value=0.5)", "torch.hypot({a}, {b} + 2)",
@@ -148,13 +154,15 @@ BINARY = [
     "F.binary_cross_entropy_with_logits({a}, torch.sigmoid({b}))", "torch.addcdiv({a}, {b}, "
         "{b}.abs() + 1)", "F.huber_loss({a}, {b})",
     "torch.clamp({a}, max={b})",
-    "F.cosine_similarity({a}, {b}, dim=-1)", "torch.heaviside({a}, {b})", "torch.dist({a}, {b})", "torch.nextafter({a}, {b})",
+    "F.cosine_similarity({a}, {b}, dim=-1)", "torch.heaviside({a}, {b})", "torch.dist({a}, {b})",
+    "torch.nextafter({a}, {b})",
     "torch.fmax({a}, {b})", "F.l1_loss({a}, {b})",
 ]  # fmt: skip
 
 
 SCALAR = [
-    "{v} + 1.5", "2 - {v}", "{v} * True", "{v} // 2", "{v} * 3", "{v} / 4", "{v} % 3", "{v} > 0", "{v} == 1",
+    "{v} + 1.5", "2 - {v}", "{v} * True", "{v} // 2", "{v} * 3", "{v} / 4", "{v} % 3", "{v} > 0",
+    "{v} == 1",
     "{v} + torch.tensor(1.5, dtype=torch.float64)",
     "{v} * torch.tensor(2)", "torch.tensor(0.5) - {v}", "torch.where({v} > 0, {v}, "
         "torch.tensor(2.0, dtype=torch.float64))", "{v} + True",
@@ -199,7 +207,8 @@ def cast(s: Scope) -> str | None:
     if v is None:
         return None
     call = s.rng.choice((
-        "to(torch.float64)", "to(torch.float32)", "double()", "float()", "to(torch.int64)", "long()", "int()", "bool()",
+        "to(torch.float64)", "to(torch.float32)", "double()", "float()", "to(torch.int64)",
+        "long()", "int()", "bool()",
         "to(torch.bfloat16)", "half()",
         f"type_as({s.pick()})", f"to({s.pick()})",
     ))  # fmt: skip
@@ -236,9 +245,11 @@ def reduce(s: Scope) -> str | None:
         return f"{s.new()} = {v}.{s.rng.choice(whole)}"
     d = s.dim(v)
     one = [
-        f"sum({d}{keep})", f"mean({d}{keep})", f"amax({d}{keep})", f"amin({d}{keep})", f"max({d}{keep})[0]", f"min({d}{keep})[1]",
+        f"sum({d}{keep})", f"mean({d}{keep})", f"amax({d}{keep})", f"amin({d}{keep})",
+        f"max({d}{keep})[0]", f"min({d}{keep})[1]",
         f"argmax({d}{keep})",
-        f"logsumexp({d}{keep})", f"norm(2, {d}{keep})", f"prod({d}{keep})", f"any({d}{keep})", f"all({d}{keep})",
+        f"logsumexp({d}{keep})", f"norm(2, {d}{keep})", f"prod({d}{keep})", f"any({d}{keep})",
+        f"all({d}{keep})",
         f"sum({d}{keep}, dtype=torch.float64)",
         f"norm(1, {d}{keep})", f"count_nonzero({d})", f"nansum({d}{keep})",
     ]  # fmt: skip

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tests.fuzz_scope import Scope, at_least, is_int, step
 
-# ----------------------------------------------------------------------------------------------
-# writing in place
+# -- writing in place ------------------------------------------------------------------------------
 
 
 @step(9)
@@ -17,11 +16,13 @@ def write(s: Scope) -> str | None:
     u = s.tensor(t)
     w = s.like(u.shape)
     calls = [
-        f"{t}.add_({w})", f"{t}.mul_({w})", f"{t}.sub_({w}, alpha=0.5)", f"{t}.copy_({w})", f"{t}.zero_()", f"{t}.fill_(0.5)",
+        f"{t}.add_({w})", f"{t}.mul_({w})", f"{t}.sub_({w}, alpha=0.5)", f"{t}.copy_({w})",
+        f"{t}.zero_()", f"{t}.fill_(0.5)",
         f"{t}.clamp_(-1, 1)", f"{t}.tanh_()", f"{t} += {w}", f"{t} *= 2",
         f"{t}.masked_fill_({t} > 0, 0.25)", f"{t}.fill_({w}.sum())", f"{t}.addcmul_({t}.detach(), "
             f"{w}, value=0.5)", f"{t}.neg_()",
-        f"{t}.copy_({w}.flatten()[:1].squeeze())", f"torch.add({t}, {w}, out={t})" if s.rng.random() < 0.1 else f"{t}.relu_()",
+        f"{t}.copy_({w}.flatten()[:1].squeeze())",
+        f"torch.add({t}, {w}, out={t})" if s.rng.random() < 0.1 else f"{t}.relu_()",
         f"{t}.unsqueeze_(0)" if s.rng.random() < 0.2 else f"{t}.mul_(0.5)", f"{t}.where({t} > 0, "
             f"{w}).add_(1)", f"{t}.pow_(2)",
         f"{t}.lerp_({w}, 0.5)", f"{t}.div_({w}.abs() + 1)", f"{t}.sigmoid_()",
@@ -59,8 +60,10 @@ def assign(s: Scope) -> str | None:
             f"{at}.flatten().long(), 0.5)",
         f"{t}[{i}].copy_({w0})", f"{t}[{i}].fill_(1)", f"{t}[..., -1].add_(1)",
         f"{t}.index_put_(({at},), torch.tensor(1.5).to({t}.dtype), accumulate=True)",
-        f"{t}.scatter_(0, torch.zeros_like({t}, dtype=torch.int64)[:1], {t}[:1].clone())", f"{t}[::2] = {t}[::2].flip(0)",
-        f"{t}[{i}], {t}[0] = {t}[0].clone(), {t}[{i}].clone()", f"{t}.select(-1, 0).zero_()", f"{t}.masked_fill_({w} > 0, 1)",
+        f"{t}.scatter_(0, torch.zeros_like({t}, dtype=torch.int64)[:1], {t}[:1].clone())",
+        f"{t}[::2] = {t}[::2].flip(0)",
+        f"{t}[{i}], {t}[0] = {t}[0].clone(), {t}[{i}].clone()", f"{t}.select(-1, 0).zero_()",
+        f"{t}.masked_fill_({w} > 0, 1)",
     ]  # fmt: skip
     if u.dim() >= 2:
         calls += [
@@ -72,8 +75,7 @@ def assign(s: Scope) -> str | None:
     return s.rng.choice(calls)
 
 
-# ----------------------------------------------------------------------------------------------
-# gradients inside
+# -- gradients inside ------------------------------------------------------------------------------
 
 
 @step(3)
@@ -118,7 +120,8 @@ FUNCTIONAL = [
     "torch.autograd.functional.jacobian(lambda t: t ** 2, {a})",
     "torch.autograd.functional.hvp(lambda t: (t ** 3).sum(), {a}, {a})[1]",
     "torch.utils.checkpoint.checkpoint(lambda t: torch.tanh(t) * {b}, {a}, use_reentrant=False)",
-    "vmap(lambda t, u: (t * u).sum(), (0, None))({a}, {b})", "torch.func.grad(torch.func.grad(lambda t: t ** 3))({a}.sum())",
+    "vmap(lambda t, u: (t * u).sum(), (0, None))({a}, {b})",
+    "torch.func.grad(torch.func.grad(lambda t: t ** 3))({a}.sum())",
 ]  # fmt: skip
 
 

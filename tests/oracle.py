@@ -102,7 +102,7 @@ class Seen:
 
 
 def weights_like(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Fixed random weights, so that every output element reaches the gradient with a factor of its own."""
+    """Fixed random weights: each output element reaches the gradient with its own factor."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t.dtype)

@@ -96,7 +96,7 @@ def offsets(tensor: torch.Tensor) -> set[int]:
 
 
 def assert_own_memory(outputs: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    """Raises `Mismatch` if an output shares memory with an input, a captured tensor, another output or itself."""
+    """Raise `Mismatch` if an output shares memory with an input, a captured tensor, an output."""
     taken: dict[int, str] = {}
     for i, other in enumerate(others):
         if other.layout == torch.strided and other.numel():

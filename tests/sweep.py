@@ -23,7 +23,6 @@ import sys
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,13 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import isolate, oracle
+from tests import isolate, oracle, scoreboard
+from tests.scoreboard import DIRECTIONS
 
-SCOREBOARD = Path(__file__).parent / "data" / "op_db_scoreboard.json"
 BATCH = 5
 SAMPLES = 10
 LARGEST_SAMPLE = 20_000
 """Elements; larger samples show nothing that small ones do not, and take minutes."""
-RANKS = {"refused": 0, "fallback": 1, "right": 2}
-"""What a scoreboard entry may become: only more."""
 UNINITIALISED = {
     "empty",
     "empty_like",
@@ -48,7 +45,6 @@ UNINITIALISED = {
     "new_empty",
     "new_empty_strided",
 }
-DIRECTIONS = ("forward", "gradient")
 PATHS: tuple[dict[str, Any], ...] = ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]})
 """How a batch is computed: at once, two samples at a time, on two lanes."""
 PREFERRED = (
@@ -73,13 +69,12 @@ def operators() -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------
-# samples
+# -- samples ---------------------------------------------------------------------------------------
 
 
 def draw(op: Any, dtype: torch.dtype, seed: int, count: int) -> list[tuple[Any, ...]]:
     """Up to `count` sample inputs, spread over the first sixty."""
-    # The database seeds before each sample; seeding the absent accelerators too takes 5 ms each time.
+    # The database seeds before each sample; seeding absent accelerators takes 5 ms each time.
     with unittest.mock.patch.object(torch, "manual_seed", torch.default_generator.manual_seed):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -146,8 +141,7 @@ def choices(at: list[int]) -> list[list[int]]:
     return [at, at[:1], at[1:]] if len(at) > 1 else [at]
 
 
-# ---------------------------------------------------------------------------------------------- one
-# operator
+# -- one operator ----------------------------------------------------------------------------------
 
 
 def forward(op: Any, spec: Any, rest: list[Any], at: list[int]) -> Callable[..., Any]:
@@ -349,7 +343,7 @@ def loop_under_a_mode(
 
 
 class RandomCalls(TorchDispatchMode):
-    """Notices calls that draw random numbers, also those that the database wraps in a fixed seed."""
+    """Notice calls that draw random numbers, also those wrapped in a fixed seed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,81 +356,6 @@ class RandomCalls(TorchDispatchMode):
             torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
         )
         return func(*args, **(kwargs or {}))
-
-
-# ---------------------------------------------------------------------------------------------- the
-# scoreboard
-
-
-def load() -> dict[str, Any]:
-    """The stored scoreboard: operator to direction to what each subject makes of it."""
-    return (
-        json.loads(SCOREBOARD.read_text())
-        if SCOREBOARD.exists()
-        else {"torch_version": torch.__version__, "operators": {}}
-    )
-
-
-def complaints(name: str, result: dict[str, Any], board: dict[str, Any]) -> list[str]:
-    """What is not allowed of a fresh result of shardmap.
-
-    Wrong, worse than stored, or less than `torch.func.vmap` does.
-    """
-    entry = board["operators"].get(name, {})
-    found = []
-    for direction in DIRECTIONS:
-        now, detail = result[direction], result.get(f"{direction}_detail", "")
-        stored = entry.get(direction, {})
-        if now not in (*RANKS, "uncounted"):
-            found.append(f"{name} {direction} is {now}: {detail}")
-        elif now in RANKS:
-            if RANKS[now] < RANKS.get(stored.get("shardmap"), 0):
-                found.append(f"{name} {direction} was {stored['shardmap']}, is {now}: {detail}")
-            served, reference = result[f"{direction}_served"], stored.get("torch_served", 0)
-            if served < reference:
-                found.append(
-                    f"{name} {direction}: {served} samples served, torch.func.vmap serves "
-                    f"{reference}: {detail}"
-                )
-            if served < stored.get("shardmap_served", 0):
-                found.append(
-                    f"{name} {direction}: {served} samples served, were "
-                    f"{stored['shardmap_served']}: {detail}"
-                )
-    return found
-
-
-def store(results: dict[str, dict[str, Any]], subject_name: str) -> None:
-    """Writes one subject's column."""
-    board = load()
-    board["torch_version"] = torch.__version__
-    for name, result in results.items():
-        for direction in DIRECTIONS:
-            if result.get(direction, "uncounted") != "uncounted":
-                board["operators"].setdefault(name, {}).setdefault(direction, {}).update(
-                    {
-                        subject_name: result[direction],
-                        f"{subject_name}_served": result.get(f"{direction}_served", 0),
-                    }
-                )
-    board["operators"] = dict(sorted(board["operators"].items()))
-    lines = [
-        f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in board["operators"].items()
-    ]
-    SCOREBOARD.parent.mkdir(exist_ok=True)
-    SCOREBOARD.write_text(
-        f'{{"torch_version": {json.dumps(board["torch_version"])}, "operators": {{\n'
-        + ",\n".join(lines)
-        + "\n}}\n"
-    )
-
-
-def summary(results: dict[str, dict[str, Any]]) -> str:
-    """Counts per direction."""
-    return "\n".join(
-        f"{d}: {dict(collections.Counter(r.get(d, 'crashed') for r in results.values()))}"
-        for d in DIRECTIONS
-    )
 
 
 def run(
@@ -467,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         isolate.serve(lambda name: judge(name, known[name], subject))
         return 0
     names = args.only.split(",") if args.only else list(operators())
-    board, results, bad = load(), {}, []
+    board, results, bad = scoreboard.load(), {}, []
     for name, result in run(names, args.subject, args.workers):
         results[name] = result
         if args.details:
@@ -477,11 +396,11 @@ def main(argv: list[str] | None = None) -> int:
                         f"{result[direction]:9s} {direction:9s} {result[f'{direction}_detail']}",
                         flush=True,
                     )
-        bad += complaints(name, result, board) if args.subject == "shardmap" else []
-    print(summary(results))
+        bad += scoreboard.complaints(name, result, board) if args.subject == "shardmap" else []
+    print(scoreboard.summary(results))
     print("\n".join(bad))
     if args.update:
-        store(results, args.subject)
+        scoreboard.store(results, args.subject)
     return int(bool(bad))
 
 

@@ -11,9 +11,7 @@ import torch
 
 import shardmap
 from shardmap import errors
-from shardmap.lower import cache as engine
 from shardmap.rules import registry
-from shardmap.trace import repeat as follow
 from tests import oracle
 
 x = torch.arange(6.0).view(3, 2) + 1
@@ -34,13 +32,14 @@ OP = torch.ops.shardmap_rule_test.scale.default
 
 
 @pytest.fixture(autouse=True)
-def _tables_are_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _tables_are_put_back() -> Iterator[None]:
     rules = dict(registry._rules)
-    for module, name in ((engine, "_cache"), (engine, "_by_identity"), (follow, "_last")):
-        monkeypatch.setattr(module, name, type(getattr(module, name))())
+    shardmap.clear_caches()
     yield
+    shardmap.clear_caches()
     registry._rules.clear()
     registry._rules.update(rules)
+    shardmap.clear_caches()
 
 
 def test_a_registered_rule_is_used() -> None:

@@ -123,7 +123,7 @@ def finished(client: Any, job: str, seconds: float = 120) -> tuple[str, str]:
 
 
 def chunks(folder: Path) -> list[tuple[int, int]]:
-    """The samples of each chunk that a run computed since it was begun or gone on with, in their order."""
+    """The samples of each chunk that a run has computed since it was begun or resumed, in order."""
     rows = [
         json.loads(line)
         for line in (folder / "log.jsonl").read_text().splitlines()

@@ -1,4 +1,7 @@
-"""What cluster/ says to Kubernetes, to `ray up`, to Docker and to a reader agrees, with itself and with the package."""
+"""The manifests in cluster/ agree with each other and with the package.
+
+For Kubernetes, `ray up`, Docker and the reader of the page.
+"""
 
 import dataclasses
 import json

@@ -62,7 +62,7 @@ def test_programs_follow_from_their_seed() -> None:
 
 
 def test_programs_have_substance() -> None:
-    """The generator keeps growing long programs, and most of those that could have gradients compare them."""
+    """Programs are long, and most of those that can have gradients compare them."""
     found = verdicts(0, 100, oracle.loop)
     assert all(verdict.kind in ("right", "skipped") for _, verdict in found)
     assert sum(len(program.steps) for program, _ in found) > 600

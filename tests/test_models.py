@@ -256,7 +256,8 @@ def bert() -> nn.Module:
     """BERT as the package has it, tiny, with random weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8,
+        vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=8,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return transformers.BertForMaskedLM(config)

@@ -25,7 +25,9 @@ from importlib.machinery import PathFinder
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {OPTIONAL!r} else super().find_spec(name, path, target)
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            return None
+        return super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
@@ -43,7 +45,10 @@ def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_and_a_map_need_no_extra():
-    code = "import torch, shardmap; print(shardmap.vmap(torch.dot)(torch.ones(2, 3), torch.ones(2, 3)).tolist())"
+    code = (
+        "import torch, shardmap; ones = torch.ones(2, 3); "
+        "print(shardmap.vmap(torch.dot)(ones, ones).tolist())"
+    )
     done = run_without_extras(code)
     assert done.stderr == ""
     assert done.stdout == "[3.0, 3.0]\n"

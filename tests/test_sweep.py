@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from tests import oracle, sweep
+from tests import oracle, scoreboard, sweep
 
 PARTS = 8
 TODAY = datetime.datetime.now(datetime.UTC).timetuple().tm_yday % PARTS
@@ -23,11 +23,11 @@ def part(names: list[str], index: int) -> list[str]:
 
 def assert_not_worse(names: list[str]) -> None:
     """Judges operators in worker processes and compares with the scoreboard."""
-    board = sweep.load()
+    board = scoreboard.load()
     found = [
         complaint
         for name, result in sweep.run(names, "shardmap", workers=1)
-        for complaint in sweep.complaints(name, result, board)
+        for complaint in scoreboard.complaints(name, result, board)
     ]
     assert not found, "\n".join(found)
 
@@ -52,9 +52,9 @@ def test_scoreboard_holds_nothing_wrong() -> None:
 
     And it covers the reference.
     """
-    for name, entry in sweep.load()["operators"].items():
+    for name, entry in scoreboard.load()["operators"].items():
         for direction, stored in entry.items():
-            assert stored.get("shardmap", "right") in sweep.RANKS, (name, direction, stored)
+            assert stored.get("shardmap", "right") in scoreboard.RANKS, (name, direction, stored)
 
 
 def test_samples_of_a_batch_differ() -> None:
@@ -85,11 +85,11 @@ def test_complaints_of_a_worse_result() -> None:
         }
     }
     fine = {"forward": "right", "forward_served": 5, "gradient": "uncounted", "gradient_served": 0}
-    assert sweep.complaints("add", fine, board) == []
-    assert sweep.complaints("add", fine | {"forward": "wrong"}, board)
-    assert sweep.complaints("add", fine | {"forward": "crashed"}, board)
-    assert sweep.complaints("add", fine | {"forward": "fallback"}, board)
-    assert sweep.complaints("add", fine | {"forward_served": 4}, board)
+    assert scoreboard.complaints("add", fine, board) == []
+    assert scoreboard.complaints("add", fine | {"forward": "wrong"}, board)
+    assert scoreboard.complaints("add", fine | {"forward": "crashed"}, board)
+    assert scoreboard.complaints("add", fine | {"forward": "fallback"}, board)
+    assert scoreboard.complaints("add", fine | {"forward_served": 4}, board)
 
 
 def test_the_sweep_notices_a_wrong_map() -> None:

@@ -2,8 +2,8 @@
 
 Where python reads a value that differs by sample through a door that is not an operator (numpy, a
 printed number, the length of a selection), the recording of one sample says nothing of the others.
-Then the loop over the samples is run, in the same chunks and to the same places as any replay: it is
-what the map promises, only not faster.
+Then the loop over the samples is run, in the same chunks and to the same places as any replay: it
+is what the map promises, only not faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class _Autocast:
-    """Autocast as it was where the map was called: a replay runs without it, the function with it."""
+    """Autocast as it was where the map was called: the function runs with it."""
 
     device_type: str
     dtype: torch.dtype
@@ -88,7 +88,7 @@ class SampleLoop:
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
 
-    def fixed(self, *_: Any) -> tuple[()]:
+    def fixed(self, *_: object) -> tuple[()]:
         """Nothing is computed once for all samples."""
         return ()
 
@@ -98,8 +98,8 @@ class SampleLoop:
         start: int,
         device: torch.device,
         seed: int,
-        scalars: Any,
-        fixed: Any,
+        scalars: object,
+        fixed: object,
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each.
@@ -120,8 +120,8 @@ class SampleLoop:
         start: int,
         device: torch.device,
         seed: int,
-        scalars: Any,
-        fixed: Any,
+        scalars: object,
+        fixed: object,
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
@@ -178,8 +178,10 @@ class SampleLoop:
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
             if tuple(t.shape) != spec.shape or t.dtype != spec.dtype:
                 raise errors.VariesError(
-                    f"{self.call}: output {k} of sample {number} is {t.dtype} {tuple(t.shape)}, that "
-                    f"of the first sample {spec.dtype} {spec.shape}, so they cannot be stacked; pad "
+                    f"{self.call}: output {k} of sample {number} is {t.dtype} {tuple(t.shape)}, "
+                    "that "
+                    f"of the first sample {spec.dtype} {spec.shape}, so they cannot be stacked; "
+                    "pad "
                     "them to one shape, or call the function in a loop"
                 )
         return leaves if self.tracked else [t.detach() for t in leaves]

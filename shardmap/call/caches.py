@@ -12,8 +12,8 @@ from shardmap.trace import repeat
 def clear_caches() -> None:
     """Forget every lowering, and what was seen when functions were mapped for the first time.
 
-    The next call of each map records, lowers and checks as if it were the first of the process. What a
-    map with `trace="once"` keeps is its own and stays.
+    The next call of each map records, lowers and checks as if it were the first of the process.
+    What a map with `trace="once"` keeps is its own and stays.
 
     Example:
         >>> import torch, shardmap

@@ -76,7 +76,8 @@ class Comparison:
         for out in self.outputs:
             mark = "" if out.agrees else "  <- differs"
             lines.append(
-                f"  {out.name:<{width}}  largest difference {out.largest:.2g} of {out.magnitude:.2g} "
+                f"  {out.name:<{width}}  largest difference {out.largest:.2g} of "
+                f"{out.magnitude:.2g} "
                 f"(sample {out.sample}){mark}"
             )
         if self.parted is not None:
@@ -112,7 +113,8 @@ def compare(
     pair = record(func, batch, options.randomness, False, options.call)
     if pair[0].random:
         raise errors.OptionError(
-            f"{options.call}: the function draws random numbers, and the loop draws others than the "
+            f"{options.call}: the function draws random numbers, and the loop draws others than "
+            "the "
             "map; switch them off (model.eval()) to compare the rest"
         )
     result = run_map(func, batch, options, None)
@@ -144,7 +146,8 @@ def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
     if isinstance(samples, int):
         if isinstance(samples, bool) or samples < 1:
             raise errors.OptionError(
-                f"{call}: compare: samples={samples!r}; pass a positive number of samples, or their "
+                f"{call}: compare: samples={samples!r}; pass a positive number of samples, or "
+                "their "
                 "numbers"
             )
         picked = random.Random(0).sample(range(batch.size), min(samples, batch.size))
@@ -153,7 +156,8 @@ def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
     wrong = [n for n in numbers if not 0 <= n < batch.size]
     if wrong or not numbers:
         raise errors.OptionError(
-            f"{call}: compare: samples={samples!r} of a batch of {batch.size}; name samples from 0 to "
+            f"{call}: compare: samples={samples!r} of a batch of {batch.size}; name samples from 0 "
+            "to "
             f"{batch.size - 1}"
         )
     return numbers
@@ -209,7 +213,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _parted(job: Job, low: Lowered, sample: int) -> str:
     """The first operator whose batched result is not the sample's own."""
-    if low.batched.ghosts or low.batched.summed:
+    if low.batched.factored or low.batched.summed:
         return "results from factors, which stand for several operators"
     shifted = replace(
         job,
@@ -235,7 +239,8 @@ def _parted(job: Job, low: Lowered, sample: int) -> str:
         pairs = zip(own, found.outputs, low.batched.outputs, strict=True)
         if all(close(a if v.mapped else a[0], b, largest(a)) for a, b, v in pairs):
             return (
-                "the size of a chunk: of two samples alone the map gives what the loop gives; a rule, "
+                "the size of a chunk: of two samples alone the map gives what the loop gives; a "
+                "rule, "
                 "or a kernel, is wrong for more"
             )
         return (

@@ -72,7 +72,8 @@ def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Me
             except errors.StaleRecordingError:
                 memory.forget(batch)
     once = memory is not None and around.plain
-    pair = record(func, batch, options.randomness, once, options.call)
+    look = options.check == "always"
+    pair = record(func, batch, options.randomness, once, options.call, look=look)
     use = FirstUse(func, batch, pair, options, once)
     use.verdict()  # may take another recording for the first one
     prepared = Prepared(*use.first())
@@ -105,6 +106,7 @@ class Call:
         self.batch = batch
         self.options = options
         self.use = use
+        self._seed: int | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -132,7 +134,8 @@ class Call:
         if comparison is not None:
             if by_sample is not None:
                 raise errors.VariesError(
-                    f"{options.call}: reduce='gram' of a function that is run sample by sample; stack "
+                    f"{options.call}: reduce='gram' of a function that is run sample by sample; "
+                    "stack "
                     "the results (reduce=None) and multiply them"
                 )
             outputs = comparison.outputs(
@@ -173,20 +176,22 @@ class Call:
             around.transformed,
             pairs_of,
             by_sample=by_sample,
+            seed=self._seed,
         )
+        self._seed = job.seed  # of the call, however often its job is made
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self._names(job), self.use)
 
     def _names(self, job: Job) -> tuple[str, ...]:
-        """The devices on which a new lowering is tried: of a cluster, the one that the samples are on."""
+        """The devices on which a new lowering is tried; for a cluster, where the samples are."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
         return names_of(job, self.options, inlined)
 
     def by_sample(self) -> Callable[[LoweringOptions], Lowered] | None:
-        """What runs the function itself, where samples are known to differ in more than operators."""
+        """The sample loop, where samples are known to differ in more than operators."""
         varies = "" if self.use is None else self.use.verdict().varies
         return self._loop(varies) if varies else None
 
@@ -204,11 +209,13 @@ class Call:
         text = f"{options.call}: {why}"
         if options.strict:
             raise errors.VariesError(
-                f"{text}; only a loop over the samples serves such a function, and strict=True refuses "
+                f"{text}; only a loop over the samples serves such a function, and strict=True "
+                "refuses "
                 "that: use torch's operators for it, or pass strict=False"
             )
         warnings.warn(
-            f"{text}, so the function itself is run sample by sample; use torch's operators for it, "
+            f"{text}, so the function itself is run sample by sample; use torch's operators for "
+            "it, "
             "or pass strict=True to refuse such functions",
             errors.SlowLoopWarning,
             stacklevel=2,
@@ -233,7 +240,7 @@ class Call:
     def _confirm(
         self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
     ) -> None:
-        """Compare what the map gives with what the function returned, where it has been run for that."""
+        """Compare the results with what the function returned, where it was run for that."""
         use = self.use
         if use is None or looped or not use.looked or not self.around.plain:
             return
@@ -242,7 +249,8 @@ class Call:
             confirm.stored(job, store, edges.output_names(self.prepared.structure), expected)
         elif outputs is not None:
             confirm.outputs(job, outputs, expected)
-            confirm.reductions(job, expected)
+            if str(job.home) in self._names(job):
+                confirm.reductions(job, expected)
 
 
 def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,7 +277,8 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
     names = [] if cluster else names_of(job, options, inlined)
     if cluster or any(torch.device(name) != job.home for name in names):
         raise errors.VariesError(
-            f"{options.call}: the function has to be run sample by sample, where its samples are, and "
+            f"{options.call}: the function has to be run sample by sample, where its samples are, "
+            "and "
             f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
             "devices='auto'"
         )

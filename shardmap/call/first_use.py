@@ -1,8 +1,8 @@
 """What is looked at when a function is mapped for the first time: it is run on a second sample.
 
-The recording of one sample stands for all others. Whether it may is seen by running the function on the
-last sample as well: both recordings must be the same program with the same constants. What varies came
-to python by a door that is no operator.
+The recording of one sample stands for all others. Whether it may is seen by running the function on
+the last sample as well: both recordings must be the same program with the same constants. What
+varies came to python by a door that is no operator.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
 from shardmap.program.ir import Program
+from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
-from shardmap.trace.compare import difference
+from shardmap.trace.compare import difference, rubbish_apart
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 
@@ -44,8 +45,8 @@ class Verdict:
 
 _verdicts = Kept(512)
 _quick = Kept(512)
-"""The same verdicts by address of their programs, which the values hold: a program that was expected
-and came is not hashed again."""
+"""The same verdicts by address of their programs, which the values hold: a program that was
+expected and came is not hashed again."""
 
 
 def clear() -> None:
@@ -92,11 +93,12 @@ class FirstUse:
         self._first = pair
         self._last: Pair | None = None
         self._alone = ""
+        self._verdict: Verdict | None = None
 
     def _record(self, number: int) -> Pair:
         options = self.options
         return record(
-            self.func, self.batch, options.randomness, self.once, options.call, number=number
+            self.func, self.batch, options.randomness, self.once, options.call, number, self.always
         )
 
     def first(self) -> Pair:
@@ -107,7 +109,7 @@ class FirstUse:
         return self._first
 
     def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """What the function returns for the first sample, and for the last if it can be run on it."""
+        """Return the function's own results for the first sample, and for the last one."""
         if self.options.check == "off" or not self.batch.size:
             return ()
         self.looked = True
@@ -125,6 +127,11 @@ class FirstUse:
         Raises:
             EscapeError: The function does something else each time that it is called.
         """
+        if self._verdict is None:
+            self._verdict = self._found()
+        return self._verdict
+
+    def _found(self) -> Verdict:
         check, size = self.options.check, self.batch.size
         if check == "off" or size < 2:
             return Verdict()
@@ -145,9 +152,15 @@ class FirstUse:
         _quick.replace(quick, (program, found))
         return found
 
+    @property
+    def always(self) -> bool:
+        """Whether the function is looked at at each call."""
+        return self.options.check == "always"
+
     def varies(self, why: str) -> Verdict:
         """Remember that samples differ where the recordings of the first and the last did not."""
         key, found = identity(self.func), Verdict(varies=why)
+        self._verdict = found
         program = self._program if self._first is None else self._first[0].program
         if key is not None and program is not None:
             _verdicts.replace((key, program, self.options.randomness), found)
@@ -171,9 +184,12 @@ class FirstUse:
                 again  # the first run made something that later ones find: caches, lazy modules
             )
             return Verdict()
+        if again[1] == structure and rubbish_apart(first, again[0]):
+            return Verdict()
         raise errors.EscapeError(
             f"{self.options.call}: the function does something else each time that it is called ("
-            f"{found}): it reads what an earlier call has changed, such as a counter, an iterator or "
+            f"{found}): it reads what an earlier call has changed, such as a counter, an iterator "
+            "or "
             "the clock; pass what changes as an argument, one for each sample"
         )
 
@@ -183,11 +199,18 @@ class FirstUse:
         Raises:
             EscapeError: It keeps a tensor that differs by sample.
         """
+        if first.kept is None:  # recorded as expected, which nobody looks at
+            repeat.forget(self.func)
+            self._first = self._record(0)
+            first = self._first[0]
         if first.kept:
+            repeat.forget(self.func)
             raise errors.EscapeError(
                 f"{self.options.call}: the function keeps a tensor that differs by sample: "
-                f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where a map "
-                "leaves the first sample's: return the tensor instead, or pass check='off' if nobody "
+                f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where "
+                "a map "
+                "leaves the first sample's: return the tensor instead, or pass check='off' if "
+                "nobody "
                 "looks at what is kept"
             )
 

@@ -39,6 +39,7 @@ def job_of(
     transformed: bool,
     pairs: Pairs,
     by_sample: Callable[[LoweringOptions], Lowered] | None = None,
+    seed: int | None = None,
 ) -> Job:
     """The call as every executor takes it; refuses what no executor can do.
 
@@ -50,6 +51,7 @@ def job_of(
         transformed: Whether transforms, or forward-mode AD, are active around the call.
         pairs: Maps a function that combines two results over many pairs.
         by_sample: Makes what runs the function itself, instead of a replay.
+        seed: For random draws; None to draw one from torch's generator.
     """
     recording, call = prepared.recording, options.call
     program = recording.program
@@ -102,7 +104,8 @@ def job_of(
             "read from a source; clone the argument "
             "inside the function"
         )
-    seed = engine.draw_seed() if recording.random else 0
+    if seed is None:
+        seed = engine.draw_seed() if recording.random else 0
     return Job(
         recording,
         inputs,

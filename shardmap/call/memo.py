@@ -149,7 +149,7 @@ class Memory:
         self.said = False
 
     def recall(self, batch: Batch) -> Remembered | None:
-        """The recording that serves this call, or None if there is none or what the function reads has changed."""
+        """The recording that serves this call; None if what the function reads has changed."""
         key = signature(batch)
         found = self.kept.get(key)
         if found is None:
@@ -198,7 +198,7 @@ class Memory:
         )
 
     def _reads(self, batch: Batch) -> list[Any]:
-        """What the function can reach by name and through arguments that are neither tensors nor numbers."""
+        """Objects that the function can reach, by name or through arguments that hold others."""
         return reachable(
             self.func,
             *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *_VALUES))],

@@ -16,7 +16,7 @@ from shardmap.store import Sink
 
 
 class MapOptions(TypedDict, total=False):
-    """The options that every call of this library takes and hands to `shardmap.vmap`, which describes them."""
+    """The options that every call takes and hands to `shardmap.vmap`, which describes them."""
 
     randomness: str
     devices: Any

@@ -41,6 +41,7 @@ class Plan:
         options: Options,
         finish: Callable[[list[Any]], Any],
         compared: Sequence[str],
+        looked: str = "",
     ):
         self.split = split
         self._job = job
@@ -48,6 +49,7 @@ class Plan:
         self._options = options
         self._finish = finish
         self._compared = compared
+        self._looked = looked
         self._events: list[Any] = []
 
     @property
@@ -124,6 +126,8 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
+        if self._looked:
+            parts.append(self._looked)
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
@@ -131,7 +135,7 @@ class Plan:
         low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
             f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
-            for i, text in sorted(low.batched.ghosts.items())
+            for i, text in sorted(low.batched.factored.items())
         ]
         found += [f"  {text}" for text in self._compared]
         return (
@@ -151,7 +155,7 @@ class Plan:
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, options, self._finish, self._compared)
+        return Plan(job, cut, on, options, self._finish, self._compared, self._looked)
 
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.

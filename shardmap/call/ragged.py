@@ -42,7 +42,7 @@ class Ragged:
 
     Example:
         >>> import torch, shardmap
-        >>> words = shardmap.Ragged([torch.tensor([3., 4.]), torch.tensor([1., 2., 2.]), torch.tensor([0., 1.])])
+        >>> words = shardmap.Ragged([torch.tensor(w) for w in ([3., 4.], [1., 2., 2.], [0., 1.])])
         >>> shardmap.vmap(torch.linalg.vector_norm)(words)
         tensor([5., 3., 1.])
         >>> shardmap.vmap(torch.cumsum, in_dims=(0, None))(words, 0)
@@ -213,7 +213,7 @@ def _refuse(options: Options) -> None:
 def _whole(
     args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> tuple[Batch, dict[int, Ragged]]:
-    """The batch of all samples, with stand-ins for the ragged arguments, and these by their position among the leaves."""
+    """The batch of all samples with stand-ins for ragged arguments, and those by their position."""
     call = options.call
     leaves, structure = pytree.tree_flatten((args, kwargs))
     given = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Ragged)}

@@ -1,6 +1,6 @@
-"""What rewriting a program needs of its lowering.
+"""The builder of calls that work on factors: activations and cotangents instead of their product.
 
-The values of recorded tensors, and the factors of those.
+It knows the values of recorded tensors, and which of them are products of which factors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from shardmap.program.ir import Equation, Program, Var
 from shardmap.rules.lowering import Lowering, V
 
 
-class Ghosts:
-    """The factors of one program, and the calls that work on them.
+class FactorBuilder:
+    """The factors of one program, and the builder of calls that work on them.
 
     Args:
         program: What one sample does.
@@ -59,7 +59,7 @@ class Ghosts:
         return self.b.reshape(self.env[var.index], ())
 
     def wanted(self, var: Var) -> bool:
-        """Whether the product that `var` is is computed anyhow."""
+        """True if the product `var` is computed anyhow, as an output that is not summed."""
         found = self.factors.of(var)
         factors = (
             {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()

@@ -367,8 +367,12 @@ def _factors(
 
 
 def _rows_with_product(
-    x: tuple[Term, int, int], y: tuple[Term, int, int], outs: Sequence[Tensor], rows: slice, columns: slice
-) -> Tensor:  # fmt: skip
+    x: tuple[Term, int, int],
+    y: tuple[Term, int, int],
+    outs: Sequence[Tensor],
+    rows: slice,
+    columns: slice,
+) -> Tensor:
     term = x[0]
     assert type(term) is Rows
     index, grad = _factors(x, outs, rows)
@@ -380,7 +384,7 @@ def _rows_with_product(
 
 
 def check(groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> bool:
-    """Whether the first entry is the square of the norm of what the function returned for the first sample.
+    """Compare the first entry with the squared norm of the first sample's own output.
 
     Args:
         groups: The outputs that it compares.

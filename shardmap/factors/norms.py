@@ -20,7 +20,7 @@ from shardmap.program.ir import Equation, Var
 from shardmap.rules.lowering import V
 
 if TYPE_CHECKING:
-    from shardmap.factors.builder import Ghosts
+    from shardmap.factors.builder import FactorBuilder
 
 
 PASS = 30
@@ -39,7 +39,7 @@ def square(eq: Equation | None) -> Var | None:
     return None
 
 
-def summed_square(eq: Equation, ghosts: Ghosts) -> Var | None:
+def summed_square(eq: Equation, builder: FactorBuilder) -> Var | None:
     """The value of which a call is the sum of all squares."""
     named, args = dict(eq.kwargs), list(eq.args)
     if named.get("dtype") is not None:
@@ -48,9 +48,9 @@ def summed_square(eq: Equation, ghosts: Ghosts) -> Var | None:
     if eq.op is not aten.sum.default and not whole:
         return None
     inner = args[0]
-    if inner.group in ghosts.factors.written:
+    if inner.group in builder.factors.written:
         return None
-    return square(ghosts.factors.maker(ghosts.factors.same(inner)))
+    return square(builder.factors.maker(builder.factors.same(inner)))
 
 
 def _shape(eq: Equation) -> tuple[int, ...]:
@@ -59,12 +59,12 @@ def _shape(eq: Equation) -> tuple[int, ...]:
     return tuple(out.spec.shape)
 
 
-def norm(ghosts: Ghosts, eq: Equation) -> V | None:
+def norm(builder: FactorBuilder, eq: Equation) -> V | None:
     """A sum of squares, or a 2-norm, computed from factors.
 
     None where there are none, or computing it plainly is cheaper.
     """
-    target = summed_square(eq, ghosts)
+    target = summed_square(eq, builder)
     root = False
     if (
         target is None
@@ -79,41 +79,41 @@ def norm(ghosts: Ghosts, eq: Equation) -> V | None:
         )
     if target is None or not list(eq.results()):
         return None
-    out = _of(ghosts, target, eq)
+    out = _of(builder, target, eq)
     if out is None:
         return None
-    return ghosts.b.call(torch.sqrt, out, shape=()) if root else out
+    return builder.b.call(torch.sqrt, out, shape=()) if root else out
 
 
-def _of(ghosts: Ghosts, var: Var, eq: Equation) -> V | None:
+def _of(builder: FactorBuilder, var: Var, eq: Equation) -> V | None:
     """`[B]`, the sum of the squares of a value; of parts put side by side the sum over them."""
-    inner = ghosts.factors.same(var)
-    maker = ghosts.factors.maker(inner)
+    inner = builder.factors.same(var)
+    maker = builder.factors.maker(inner)
     if (
         maker is not None
         and maker.op is aten.cat.default
-        and inner.group not in ghosts.factors.written
+        and inner.group not in builder.factors.written
     ):
-        parts = [(_of(ghosts, part, eq), part) for part in maker.args[0]]
+        parts = [(_of(builder, part, eq), part) for part in maker.args[0]]
         if all(found is None for found, _ in parts):
             return None
-        totals = [_plain(ghosts, part) if found is None else found for found, part in parts]
+        totals = [_plain(builder, part) if found is None else found for found, part in parts]
         out = totals[0]
         for t in totals[1:]:
-            out = ghosts.b.call(aten.add.Tensor, out, t, shape=())
+            out = builder.b.call(aten.add.Tensor, out, t, shape=())
         return out
-    found = ghosts.factors.of(var)
-    if found is None or not worthwhile(found, ghosts.wanted(var)):
+    found = builder.factors.of(var)
+    if found is None or not worthwhile(found, builder.wanted(var)):
         return None
-    ghosts.note(eq, f"norm from factors {sizes(found.terms)}")
-    return _combined(ghosts, found)
+    builder.note(eq, f"norm from factors {sizes(found.terms)}")
+    return _combined(builder, found)
 
 
-def _plain(ghosts: Ghosts, var: Var) -> V:
-    v = ghosts.value(var)
+def _plain(builder: FactorBuilder, var: Var) -> V:
+    v = builder.value(var)
     over = list(range(int(v.mapped), v.ndim + int(v.mapped)))
-    squares = ghosts.b.call(aten.square.default, v, shape=v.shape)
-    return ghosts.b.call(aten.sum.dim_IntList, squares, over, shape=()) if over else squares
+    squares = builder.b.call(aten.square.default, v, shape=v.shape)
+    return builder.b.call(aten.sum.dim_IntList, squares, over, shape=()) if over else squares
 
 
 def worthwhile(found: Factored, wanted: bool) -> bool:
@@ -129,98 +129,118 @@ def worthwhile(found: Factored, wanted: bool) -> bool:
         return False
     plain = (0 if wanted else sum(t.cost for t in found.terms)) + PASS * term.n * term.m
     width = sum(t.m if type(t) is Rows else t.n + t.m for t in found.terms) // len(found.terms)
-    ghost = (
+    factored = (
         2 * positions**2 * width + PASS * positions**2
         if positions > 1
         else PASS * (term.n + term.m)
     )
     if any(type(t) is Patches for t in found.terms):
-        ghost += PASS * term.m * positions  # the patches, put side by side
-    return ghost < plain
+        factored += PASS * term.m * positions  # the patches, put side by side
+    return factored < plain
 
 
-def _combined(ghosts: Ghosts, found: Factored) -> V:
+def _combined(builder: FactorBuilder, found: Factored) -> V:
     terms = found.terms
     if len(terms) > 1 and all(type(t) is Product for t in terms):
-        return _of_one_product(ghosts, found)
+        return _of_one_product(builder, found)
     total: V | None = None
     for i, a in enumerate(terms):
         for j in range(i + 1):
-            part = inner(ghosts, a, terms[j])
-            for number in (scale_of(ghosts, a), scale_of(ghosts, terms[j])):
+            part = inner(builder, a, terms[j])
+            for number in (scale_of(builder, a), scale_of(builder, terms[j])):
                 if number is not None:
-                    part = ghosts.b.call(aten.mul.Tensor, part, number, shape=())
+                    part = builder.b.call(aten.mul.Tensor, part, number, shape=())
             if i != j:
-                part = ghosts.b.call(aten.mul.Tensor, part, 2, shape=())
-            total = part if total is None else ghosts.b.call(aten.add.Tensor, total, part, shape=())
+                part = builder.b.call(aten.mul.Tensor, part, 2, shape=())
+            total = (
+                part if total is None else builder.b.call(aten.add.Tensor, total, part, shape=())
+            )
     assert total is not None
     return (
-        ghosts.b.call(torch.clamp_min, total, 0, shape=())
+        builder.b.call(torch.clamp_min, total, 0, shape=())
         if any(t.positions > 1 for t in terms)
         else total
     )
 
 
-def _of_one_product(ghosts: Ghosts, found: Factored) -> V:
+def _of_one_product(builder: FactorBuilder, found: Factored) -> V:
     """The uses of a weight side by side, as one product over all their positions."""
     positions = sum(t.positions for t in found.terms)
     n, m = found.terms[0].n, found.terms[0].m
     rights = []
     for t in found.terms:
-        right, number = ghosts.batched(t.right), scale_of(ghosts, t)
+        right, number = builder.batched(t.right), scale_of(builder, t)
         rights.append(
-            right if number is None else ghosts.b.call(weighted, right, number, shape=right.shape)
+            right if number is None else builder.b.call(weighted, right, number, shape=right.shape)
         )
-    left = ghosts.b.call(
-        torch.cat, [ghosts.batched(t.left) for t in found.terms], 2, shape=(n, positions)
+    left = builder.b.call(
+        torch.cat, [builder.batched(t.left) for t in found.terms], 2, shape=(n, positions)
     )
-    right = ghosts.b.call(torch.cat, rights, 1, shape=(positions, m))
-    lefts = ghosts.b.call(columns, left, left, shape=(positions, positions))
-    out = ghosts.b.call(
+    right = builder.b.call(torch.cat, rights, 1, shape=(positions, m))
+    lefts = builder.b.call(columns, left, left, shape=(positions, positions))
+    out = builder.b.call(
         inner_of,
         lefts,
-        ghosts.b.call(rows_of, right, right, shape=(positions, positions)),
+        builder.b.call(rows_of, right, right, shape=(positions, positions)),
         shape=(),
     )
-    return ghosts.b.call(torch.clamp_min, out, 0, shape=())
+    return builder.b.call(torch.clamp_min, out, 0, shape=())
 
 
-def inner(ghosts: Ghosts, a: Term, b: Term) -> V:
+def inner(builder: FactorBuilder, a: Term, b: Term) -> V:
     """`[B]`, the inner product of two terms for each sample, without their scales."""
-    call = ghosts.b.call
+    call = builder.b.call
     dtype = a.right.spec.dtype
     if a is b and a.positions == 1 and type(a) is not Rows:
-        left, right = ghosts.batched(a.left), ghosts.batched(a.right)
+        left, right = builder.batched(a.left), builder.batched(a.right)
         return call(
-            aten.mul.Tensor, _energy(ghosts, left), _energy(ghosts, right), shape=(), dtype=dtype
+            aten.mul.Tensor, _energy(builder, left), _energy(builder, right), shape=(), dtype=dtype
         )
     if type(a) is Rows and type(b) is Rows:
-        return call(rows_rows, ghosts.batched(a.left), ghosts.batched(a.right), ghosts.batched(b.left), ghosts.batched(b.right),
-                    a.padding, b.padding, shape=(), dtype=dtype)  # fmt: skip
+        return call(
+            rows_rows,
+            builder.batched(a.left),
+            builder.batched(a.right),
+            builder.batched(b.left),
+            builder.batched(b.right),
+            a.padding,
+            b.padding,
+            shape=(),
+            dtype=dtype,
+        )
     if type(a) is Rows or type(b) is Rows:
         rows, product = (a, b) if type(a) is Rows else (b, a)
         assert type(rows) is Rows
-        left, right = factors_of(ghosts, product)
-        return call(rows_product, ghosts.batched(rows.left), ghosts.batched(rows.right), left, right, rows.padding, product.flipped,
-                    shape=(), dtype=dtype)  # fmt: skip
-    (left, right), (other_left, other_right) = factors_of(ghosts, a), factors_of(ghosts, b)
-    lefts = ghosts.once("columns", columns, left, other_left, shape=(a.positions, b.positions))
-    rights = ghosts.once("rows", rows_of, right, other_right, shape=(a.positions, b.positions))
+        left, right = factors_of(builder, product)
+        return call(
+            rows_product,
+            builder.batched(rows.left),
+            builder.batched(rows.right),
+            left,
+            right,
+            rows.padding,
+            product.flipped,
+            shape=(),
+            dtype=dtype,
+        )
+    (left, right), (other_left, other_right) = factors_of(builder, a), factors_of(builder, b)
+    lefts = builder.once("columns", columns, left, other_left, shape=(a.positions, b.positions))
+    rights = builder.once("rows", rows_of, right, other_right, shape=(a.positions, b.positions))
     return call(inner_of, lefts, rights, shape=(), dtype=dtype)
 
 
-def _energy(ghosts: Ghosts, v: V) -> V:
-    return ghosts.once("energy", energy, v, shape=())
+def _energy(builder: FactorBuilder, v: V) -> V:
+    return builder.once("energy", energy, v, shape=())
 
 
-def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
+def factors_of(builder: FactorBuilder, term: Term) -> tuple[V, V]:
     """`[B, n, T]` and `[B, T, m]`."""
-    left, right = ghosts.batched(term.left), ghosts.batched(term.right)
+    left, right = builder.batched(term.left), builder.batched(term.right)
     if type(term) is Product:
         return left, right
     assert type(term) is Patches
-    left = ghosts.once("channels", channels, left, shape=(term.n, term.positions))
-    return left, ghosts.once(
+    left = builder.once("channels", channels, left, shape=(term.n, term.positions))
+    return left, builder.once(
         "patches",
         patches,
         right,
@@ -231,7 +251,6 @@ def factors_of(ghosts: Ghosts, term: Term) -> tuple[V, V]:
 
 
 # -- on whole batches
-# ------------------------------------------------------------------------------------------------------------
 
 
 def weighted(t: Tensor, weight: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from shardmap.rules.philox import Stream
 from shardmap.rules.registry import register
 
 if TYPE_CHECKING:
-    from shardmap.factors.builder import Ghosts
+    from shardmap.factors.builder import FactorBuilder
 
 
 BLOCK_ENTRIES = 1 << 20
@@ -69,7 +69,7 @@ def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
     return b.call(projected, t, *rest, shape=eq.outs[0].spec.shape)
 
 
-def from_factors(ghosts: Ghosts, eq: Equation) -> V | None:
+def from_factors(builder: FactorBuilder, eq: Equation) -> V | None:
     """The projection of a product, without all of the product.
 
     None where the call is no such projection.
@@ -77,33 +77,38 @@ def from_factors(ghosts: Ghosts, eq: Equation) -> V | None:
     if eq.op is not OPERATOR:
         return None
     var, dim, kind, seed, offset = eq.args
-    return _of(ghosts, eq, var, (dim, kind, seed), offset)
+    return _of(builder, eq, var, (dim, kind, seed), offset)
 
 
 def _of(
-    ghosts: Ghosts, eq: Equation, var: Var, which: tuple[int, str, int], offset: int
+    builder: FactorBuilder, eq: Equation, var: Var, which: tuple[int, str, int], offset: int
 ) -> V | None:
     """Of a value; of parts put side by side the sum over them."""
-    inner = ghosts.factors.same(var)
-    maker = ghosts.factors.maker(inner)
+    inner = builder.factors.same(var)
+    maker = builder.factors.maker(inner)
     if (
         maker is not None
         and maker.op is aten.cat.default
         and len(inner.spec.shape) == 1
-        and inner.group not in ghosts.factors.written
+        and inner.group not in builder.factors.written
     ):
-        return _of_parts(ghosts, eq, maker.args[0], which, offset)
-    found = ghosts.factors.of(var)
-    if found is None or len(found.terms) != 1 or type(found.terms[0]) is Rows or ghosts.wanted(var):
+        return _of_parts(builder, eq, maker.args[0], which, offset)
+    found = builder.factors.of(var)
+    if (
+        found is None
+        or len(found.terms) != 1
+        or type(found.terms[0]) is Rows
+        or builder.wanted(var)
+    ):
         return None
     term = found.terms[0]
     if (type(term) is Patches and not term.plain) or term.positions * (
         term.n + term.m
     ) > term.n * term.m:
         return None
-    ghosts.note(eq, f"projected from factors [{term.n}, T] x [T, {term.m}], T = {term.positions}")
-    left, right = factors_of(ghosts, term)
-    out = ghosts.b.call(
+    builder.note(eq, f"projected from factors [{term.n}, T] x [T, {term.m}], T = {term.positions}")
+    left, right = factors_of(builder, term)
+    out = builder.b.call(
         projected_product,
         left,
         right,
@@ -113,19 +118,23 @@ def _of(
         shape=which[:1],
         dtype=right.dtype,
     )
-    scale = scale_of(ghosts, term)
-    return out if scale is None else ghosts.b.call(scaled, out, scale, shape=out.shape)
+    scale = scale_of(builder, term)
+    return out if scale is None else builder.b.call(scaled, out, scale, shape=out.shape)
 
 
 def _of_parts(
-    ghosts: Ghosts, eq: Equation, parts: Sequence[Var], which: tuple[int, str, int], offset: int
+    builder: FactorBuilder,
+    eq: Equation,
+    parts: Sequence[Var],
+    which: tuple[int, str, int],
+    offset: int,
 ) -> V | None:
     found, any_factors = [], False
     for part in parts:
-        out = _of(ghosts, eq, part, which, offset)
+        out = _of(builder, eq, part, which, offset)
         any_factors = any_factors or out is not None
         found.append(
-            ghosts.b.call(projected, ghosts.batched(part), *which, offset, shape=which[:1])
+            builder.b.call(projected, builder.batched(part), *which, offset, shape=which[:1])
             if out is None
             else out
         )
@@ -134,12 +143,11 @@ def _of_parts(
         return None
     total = found[0]
     for out in found[1:]:
-        total = ghosts.b.call(aten.add.Tensor, total, out, shape=which[:1])
+        total = builder.b.call(aten.add.Tensor, total, out, shape=which[:1])
     return total
 
 
 # -- on whole batches
-# ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of_matrix(start: int, count: int, dim: int, kind: str, seed: int, like: Tensor) -> Tensor:
@@ -163,7 +171,10 @@ def projected(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 def projected_product(
     left: Tensor, right: Tensor, dim: int, kind: str, seed: int, offset: int, flipped: bool
 ) -> Tensor:
-    """`[B, n, T], [B, T, m] -> [B, dim]`, as `projected` of their product, some rows of it at a time."""
+    """`projected` of the product of two factors, some rows of it at a time.
+
+    `[B, n, T], [B, T, m] -> [B, dim]`.
+    """
     if flipped:
         left, right = right.transpose(1, 2), left.transpose(1, 2)
     count, n, m = left.shape[0], left.shape[1], right.shape[2]

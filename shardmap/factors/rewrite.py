@@ -6,15 +6,15 @@ One place that asks each of the ways.
 from __future__ import annotations
 
 from shardmap.factors import norms, project
-from shardmap.factors.builder import Ghosts
+from shardmap.factors.builder import FactorBuilder
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import V
 
 
-def from_factors(ghosts: Ghosts, eq: Equation) -> V | None:
+def from_factors(builder: FactorBuilder, eq: Equation) -> V | None:
     """The result of a recorded call, computed from factors of its argument.
 
     None where it has none, or that would not pay.
     """
-    found = norms.norm(ghosts, eq)
-    return project.from_factors(ghosts, eq) if found is None else found
+    found = norms.norm(builder, eq)
+    return project.from_factors(builder, eq) if found is None else found

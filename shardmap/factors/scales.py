@@ -12,35 +12,37 @@ from shardmap.program.ir import Var
 from shardmap.rules.lowering import V
 
 if TYPE_CHECKING:
-    from shardmap.factors.builder import Ghosts
+    from shardmap.factors.builder import FactorBuilder
 
 
-def scale_of(ghosts: Ghosts, term: Term) -> Any:
+def scale_of(builder: FactorBuilder, term: Term) -> Any:
     """The product of a term's scales.
 
     A value of one element for each sample, `[B]`, or for all, or None.
     """
-    return combined(ghosts, term.scales, term.right.spec.dtype)
+    return combined(builder, term.scales, term.right.spec.dtype)
 
 
-def combined(ghosts: Ghosts, scales: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> V | None:
+def combined(
+    builder: FactorBuilder, scales: tuple[tuple[str, Any], ...], dtype: torch.dtype
+) -> V | None:
     """The product of several scales; None of none."""
     total: V | None = None
     for how, by in scales:
-        value = ghosts.number(by) if type(by) is Var else by
+        value = builder.number(by) if type(by) is Var else by
         if total is None:
-            total = _first(ghosts, how, value, dtype)
+            total = _first(builder, how, value, dtype)
         else:
-            total = ghosts.b.call(
+            total = builder.b.call(
                 aten.mul.Tensor if how == "mul" else aten.div.Tensor, total, value, shape=()
             )
     return total
 
 
-def _first(ghosts: Ghosts, how: str, value: Any, dtype: torch.dtype) -> V:
+def _first(builder: FactorBuilder, how: str, value: Any, dtype: torch.dtype) -> V:
     if type(value) is V:
-        return value if how == "mul" else ghosts.b.call(aten.reciprocal.default, value, shape=())
-    return ghosts.b.call(plain, value, how == "div", dtype, shape=(), dtype=dtype, mapped=False)
+        return value if how == "mul" else builder.b.call(aten.reciprocal.default, value, shape=())
+    return builder.b.call(plain, value, how == "div", dtype, shape=(), dtype=dtype, mapped=False)
 
 
 def plain(value: float, inverted: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -22,7 +22,7 @@ from shardmap.rules.fold import flat_rows
 from shardmap.rules.lowering import V
 
 if TYPE_CHECKING:
-    from shardmap.factors.builder import Ghosts
+    from shardmap.factors.builder import FactorBuilder
 
 
 Scales = tuple[tuple[str, Any], ...]
@@ -32,97 +32,97 @@ DEEPEST = 32
 """Calls between an output and the products that it is of."""
 
 
-def summed(ghosts: Ghosts, var: Var, scales: Scales = (), depth: int = 0) -> V:
+def summed(builder: FactorBuilder, var: Var, scales: Scales = (), depth: int = 0) -> V:
     """The sum over a chunk's samples of a recorded value, times its scales: `[*shape]`."""
-    found = ghosts.factors.of(var) if ghosts.enabled else None
+    found = builder.factors.of(var) if builder.enabled else None
     if found is not None:
-        ghosts.note(
-            ghosts.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}"
+        builder.note(
+            builder.factors.maker(var), f"summed over samples from factors {sizes(found.terms)}"
         )
-        return _of_factors(ghosts, found, scales)
-    through = ghosts.enabled and depth < DEEPEST and var.group not in ghosts.factors.written
-    maker = ghosts.factors.maker(var) if through else None
+        return _of_factors(builder, found, scales)
+    through = builder.enabled and depth < DEEPEST and var.group not in builder.factors.written
+    maker = builder.factors.maker(var) if through else None
     shape = tuple(var.spec.shape)
-    if maker is not None and var.group in ghosts.factors.mapped:
+    if maker is not None and var.group in builder.factors.mapped:
         op, args = maker.op, list(maker.args)
         if op in REARRANGED:
             return _part(
-                ghosts,
+                builder,
                 torch.Tensor.reshape,
-                summed(ghosts, args[0], scales, depth + 1),
+                summed(builder, args[0], scales, depth + 1),
                 shape,
                 shape=shape,
             )
         if op is aten.cat.default and len(args[0]) > 1:
             d = args[1] if len(args) > 1 else dict(maker.kwargs).get("dim", 0)
             parts = [
-                summed(ghosts, part, scales, depth + 1)
-                if part.group in ghosts.factors.mapped
+                summed(builder, part, scales, depth + 1)
+                if part.group in builder.factors.mapped
                 else None
                 for part in args[0]
             ]
             if all(part is not None for part in parts):
-                return _part(ghosts, side_by_side, d, *parts, shape=shape)
+                return _part(builder, side_by_side, d, *parts, shape=shape)
         if op is aten.mul.Tensor:
             for value, by in ((args[0], args[1]), (args[1], args[0])):
                 if (
                     type(value) is Var
                     and _sample_number(by, var)
                     and value.spec.shape == var.spec.shape
-                    and value.group in ghosts.factors.mapped
+                    and value.group in builder.factors.mapped
                 ):
-                    return summed(ghosts, value, (*scales, ("mul", by)), depth + 1)
+                    return summed(builder, value, (*scales, ("mul", by)), depth + 1)
         base = square(maker)
-        squared = ghosts.factors.of(base) if base is not None else None
+        squared = builder.factors.of(base) if base is not None else None
         if (
             squared is not None
             and len(squared.terms) == 1
             and squared.terms[0].positions == 1
             and type(squared.terms[0]) is not Rows
         ):
-            ghosts.note(maker, "squares summed over samples from factors")
-            return _of_squares(ghosts, squared, scales)
-    weight = combined(ghosts, scales, var.spec.dtype)
-    return _part(ghosts, dense, ghosts.batched(var), weight, shape=shape)
+            builder.note(maker, "squares summed over samples from factors")
+            return _of_squares(builder, squared, scales)
+    weight = combined(builder, scales, var.spec.dtype)
+    return _part(builder, dense, builder.batched(var), weight, shape=shape)
 
 
 def _sample_number(by: Any, var: Var) -> bool:
     return type(by) is Var and by.spec.shape == () and by.spec.dtype == var.spec.dtype
 
 
-def _part(ghosts: Ghosts, target: Any, *args: Any, shape: tuple[int, ...]) -> V:
+def _part(builder: FactorBuilder, target: Any, *args: Any, shape: tuple[int, ...]) -> V:
     """A value of the chunk without the dimension of samples."""
-    return ghosts.b.call(target, *args, shape=shape, mapped=True)
+    return builder.b.call(target, *args, shape=shape, mapped=True)
 
 
-def _of_factors(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
+def _of_factors(builder: FactorBuilder, found: Factored, scales: Scales) -> V:
     total: V | None = None
     for term in found.terms:
-        weight = combined(ghosts, (*term.scales, *scales), term.right.spec.dtype)
-        part = _term(ghosts, term, weight)
+        weight = combined(builder, (*term.scales, *scales), term.right.spec.dtype)
+        part = _term(builder, term, weight)
         total = (
             part
             if total is None
-            else _part(ghosts, torch.Tensor.add, total, part, shape=part.shape)
+            else _part(builder, torch.Tensor.add, total, part, shape=part.shape)
         )
     assert total is not None
     return (
-        _part(ghosts, torch.Tensor.reshape, total, found.shape, shape=found.shape)
+        _part(builder, torch.Tensor.reshape, total, found.shape, shape=found.shape)
         if found.shape != total.shape
         else total
     )
 
 
-def _term(ghosts: Ghosts, term: Term, weight: V | None) -> V:
-    left, right = ghosts.batched(term.left), ghosts.batched(term.right)
+def _term(builder: FactorBuilder, term: Term, weight: V | None) -> V:
+    left, right = builder.batched(term.left), builder.batched(term.right)
     n, m = (term.m, term.n) if term.flipped else (term.n, term.m)
     if type(term) is Rows:
         target = _flipped(rows) if term.flipped else rows
-        return _part(ghosts, target, left, right, weight, term.n, term.padding, shape=(n, m))
+        return _part(builder, target, left, right, weight, term.n, term.padding, shape=(n, m))
     if type(term) is Patches:
         target = _flipped(convolution) if term.flipped else convolution
         return _part(
-            ghosts,
+            builder,
             target,
             left,
             right,
@@ -133,24 +133,24 @@ def _term(ghosts: Ghosts, term: Term, weight: V | None) -> V:
             shape=(n, m),
         )
     if term.flipped:
-        return _part(ghosts, product_flipped, left, right, weight, shape=(n, m))
-    return _part(ghosts, product, left, right, weight, shape=(n, m))
+        return _part(builder, product_flipped, left, right, weight, shape=(n, m))
+    return _part(builder, product, left, right, weight, shape=(n, m))
 
 
-def _of_squares(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
+def _of_squares(builder: FactorBuilder, found: Factored, scales: Scales) -> V:
     """The squares of an outer product are the outer product of the squares."""
     term = found.terms[0]
-    number = scale_of(ghosts, term)
-    weight = combined(ghosts, scales, term.right.spec.dtype)
+    number = scale_of(builder, term)
+    weight = combined(builder, scales, term.right.spec.dtype)
     if number is not None:
-        number = ghosts.b.call(aten.square.default, number, shape=())
+        number = builder.b.call(aten.square.default, number, shape=())
         weight = (
-            number if weight is None else ghosts.b.call(aten.mul.Tensor, weight, number, shape=())
+            number if weight is None else builder.b.call(aten.mul.Tensor, weight, number, shape=())
         )
-    left, right = (_squared(ghosts, v) for v in (term.left, term.right))
+    left, right = (_squared(builder, v) for v in (term.left, term.right))
     if type(term) is Patches:  # one position: the kernel is as large as the input
         out = _part(
-            ghosts,
+            builder,
             convolution,
             left,
             right,
@@ -160,20 +160,20 @@ def _of_squares(ghosts: Ghosts, found: Factored, scales: Scales) -> V:
             *term.numbers,
             shape=(term.n, term.m),
         )
-        return _part(ghosts, torch.Tensor.reshape, out, found.shape, shape=found.shape)
+        return _part(builder, torch.Tensor.reshape, out, found.shape, shape=found.shape)
     target = product_flipped if term.flipped else product
     return _part(
-        ghosts,
+        builder,
         torch.Tensor.reshape,
-        _part(ghosts, target, left, right, weight, shape=found.shape),
+        _part(builder, target, left, right, weight, shape=found.shape),
         found.shape,
         shape=found.shape,
     )
 
 
-def _squared(ghosts: Ghosts, var: Var) -> V:
-    v = ghosts.batched(var)
-    return ghosts.b.call(aten.square.default, v, shape=v.shape)
+def _squared(builder: FactorBuilder, var: Var) -> V:
+    v = builder.batched(var)
+    return builder.b.call(aten.square.default, v, shape=v.shape)
 
 
 def _flipped(target: Any) -> Any:
@@ -184,7 +184,6 @@ def _flipped(target: Any) -> Any:
 
 
 # -- on whole batches
-# ------------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(d: int, *parts: Tensor) -> Tensor:
@@ -228,9 +227,18 @@ def rows(i: Tensor, grad: Tensor, weight: Tensor | None, count: int, padding: in
 
 
 def convolution(
-    grad: Tensor, x: Tensor, weight: Tensor | None, shape: tuple[int, ...], matrix: tuple[int, int], stride: Any, padding: Any,
-    dilation: Any, transposed: bool, output_padding: Any, groups: int,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    shape: tuple[int, ...],
+    matrix: tuple[int, int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Tensor:
     """The gradient of a convolution's weight, `[n, m]`, of all samples.
 
     The ordinary backward pass over the batch.
@@ -240,6 +248,16 @@ def convolution(
         return grad.new_zeros(matrix)
     like = grad.new_empty(()).expand(*shape)  # only its shape is read
     found = aten.convolution_backward(
-        grad, x, like, None, stride, padding, dilation, transposed, output_padding, groups, [False, True, False]
-    )  # fmt: skip
+        grad,
+        x,
+        like,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [False, True, False],
+    )
     return found[1].reshape(matrix)

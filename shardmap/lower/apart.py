@@ -1,8 +1,8 @@
 """Where a replay and the recording part: operator by operator, each from the recorded operands.
 
-Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not show a
-wrong rule. Here every batched call is given the operands that the samples' own calls had. Then each
-result differs by the rounding of one operator only, and what differs by more is wrong.
+Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not
+show a wrong rule. Here every batched call is given the operands that the samples' own calls had.
+Then each result differs by the rounding of one operator only, and what differs by more is wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shardmap.lower.trial import Trial, arguments
 from shardmap.program.analysis import random_call
 from shardmap.program.ir import Equation, Param, Program, SampleDevice, Var, variables
 from shardmap.program.operators import op_info
+from shardmap.program.private_generators import PrivateGenerators
 from shardmap.rules.lowering import V
 
 
@@ -125,6 +126,7 @@ class _Sample:
         self.operands: list[torch.Tensor] = []
         """The tensors that the last call was given."""
         self.next = 0
+        self.generators = PrivateGenerators()
         inputs = [t[row] for t in trial.own_inputs()]
         names = (*program.inputs, *program.captured, *program.literals)
         for var, t in zip(names, (*inputs, *trial.captured, *trial.own_literals()), strict=True):
@@ -160,7 +162,10 @@ class _Sample:
         args = [self._value(a) for a in eq.args]
         kwargs = {k: self._value(a) for k, a in eq.kwargs}
         self.operands = [self.env[var.index] for var in eq.inputs()]
-        out = eq.op(*args, **kwargs)
+        if random_call(eq):  # from no generator of the process: nothing else may draw otherwise
+            out = self.generators.run(eq.op, tuple(args), kwargs)
+        else:
+            out = eq.op(*args, **kwargs)
         results = list(_tensors(out))
         names = list(variables(eq.outs))
         if len(results) == len(names):

@@ -32,7 +32,7 @@ class BatchedProgram:
     """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
     written: Mapping[int, tuple[tuple[Var, V], ...]] = field(default_factory=dict)
     """By number of a recorded call that writes: the tensors that it writes, and their batches."""
-    ghosts: Mapping[int, str] = field(default_factory=dict)
+    factored: Mapping[int, str] = field(default_factory=dict)
     """By number of the recorded call: what is computed from factors instead
     (`shardmap.factors`)."""
 

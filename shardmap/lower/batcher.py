@@ -15,7 +15,7 @@ import torch
 
 from shardmap._torch import schema_of
 from shardmap.factors import sums
-from shardmap.factors.builder import Ghosts
+from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.out_calls import out_rule
@@ -83,7 +83,9 @@ class _Batcher:
         self.summed: set[int] = set()
         self.written: dict[int, tuple[tuple[Var, V], ...]] = {}
         enabled = not (options.grad or options.transformed or fixes.plain)
-        self.ghosts = Ghosts(program, self.b, self.env, self.write_groups, self.mapped, enabled)
+        self.builder = FactorBuilder(
+            program, self.b, self.env, self.write_groups, self.mapped, enabled
+        )
 
     def run(self) -> BatchedProgram:
         program, b = self.program, self.b
@@ -102,9 +104,9 @@ class _Batcher:
         )
         if self.options.grad:
             self.needs = {v.index for v in (*program.inputs, *program.captured)}
-        self.ghosts.kept += (
-            [f for f in map(self.ghosts.factors.of, self._kept_outputs()) if f is not None]
-            if self.ghosts.enabled
+        self.builder.kept += (
+            [f for f in map(self.builder.factors.of, self._kept_outputs()) if f is not None]
+            if self.builder.enabled
             else []
         )
         for i, eq in enumerate(program.equations):
@@ -126,7 +128,7 @@ class _Batcher:
             self.results,
             frozenset(self.summed),
             self.written,
-            self.ghosts.notes,
+            self.builder.notes,
         )
 
     def _kept_outputs(self) -> list[Var]:
@@ -285,8 +287,8 @@ class _Batcher:
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
-        if fix is None and self.ghosts.enabled:
-            out = from_factors(self.ghosts, eq)
+        if fix is None and self.builder.enabled:
+            out = from_factors(self.builder, eq)
             if out is not None:
                 return out
         if fix != "loop":
@@ -354,7 +356,7 @@ class _Batcher:
         for var, flag, summed in zip(program.outputs, program.output_flags, only_sum, strict=True):
             v = self.env[var.index]
             if summed and v.mapped:
-                v = sums.summed(self.ghosts, var)
+                v = sums.summed(self.builder, var)
                 if v in outputs:
                     v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype)
                 self.summed.add(v.index)
@@ -422,7 +424,7 @@ def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
 def drop_dead(
     calls: list[Call], outputs: tuple[V, ...]
 ) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """The calls that serve an output or have an effect, the fixed ones apart from those of the chunk."""
+    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
     used = {v.index for v in outputs}
     kept = []
     for call in reversed(calls):

@@ -17,7 +17,7 @@ from shardmap import errors
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.batcher import lower
 from shardmap.lower.check import verified
-from shardmap.lower.codegen import Replay, generate
+from shardmap.lower.codegen import Executable, Replay, generate
 from shardmap.lower.trial import Trial
 from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
@@ -45,7 +45,7 @@ class Lowered:
     program: Program
     options: LoweringOptions
     batched: BatchedProgram
-    replay: Replay
+    replay: Executable
     fixes: Fixes
     """What trying it has shown to be needed."""
     loose: frozenset[int]
@@ -131,6 +131,11 @@ class Kept:
         with self._lock:
             self._values.clear()
 
+    def values(self) -> list[Any]:
+        """What is kept, oldest first."""
+        with self._lock:
+            return list(self._values.values())
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -154,6 +159,11 @@ def clear() -> None:
     """Forget all lowerings."""
     for kept in (_by_identity, _lowered, _drafts, _notes):
         kept.clear()
+
+
+def lowerings() -> list[Lowered]:
+    """The lowerings that are kept, oldest first."""
+    return _lowered.values()
 
 
 def after_fork() -> None:
@@ -320,7 +330,7 @@ def lower_with(
 
 @contextlib.contextmanager
 def plain_numerics() -> Iterator[None]:
-    """Replay means what was recorded: autocast has been recorded as casts and must not cast again."""
+    """Switch autocast off while a program is replayed: its casts have been recorded."""
     entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
     if not entered:
         yield
@@ -332,5 +342,5 @@ def plain_numerics() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator: one draw per call, whatever the number of samples, chunks and devices."""
+    """Draw a seed from torch's generator: one per call, whatever its samples and devices."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))

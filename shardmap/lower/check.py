@@ -1,8 +1,9 @@
-"""Try a lowering on real samples before anybody sees it, and return one that gives what the function gave.
+"""Try a lowering on real samples and return one that gives what the function gave.
 
-Kernels choose the strides of their results by their inputs, so that no rule can promise them for every layout, and a rule may be
-wrong. What is found leads to a new lowering: other strides are put right by a copy after the call; a call of
-another shape, dtype or value is served by the next tier. Nothing that was handed on is changed.
+Kernels choose the strides of their results by their inputs, so that no rule can promise them for
+every layout, and a rule may be wrong. What is found leads to a new lowering: other strides are put
+right by a copy after the call; a call of another shape, dtype or value is served by the next tier.
+Nothing that was handed on is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from shardmap import errors
 from shardmap.lower import apart, trial
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
-from shardmap.lower.closeness import close, largest
+from shardmap.lower.closeness import close, largest, thinned
 from shardmap.lower.codegen import Replay
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import never_written
@@ -64,7 +65,7 @@ def verified(
             a function of its arguments.
     """
     batched, replay = lower(options, fixes)
-    rewritten = bool(batched.summed or batched.ghosts)
+    rewritten = bool(batched.summed or batched.factored)
     if not rewritten:
         attempt = _Attempt(program, options, lower, tried)
         attempt.settle(fixes, (batched, replay))
@@ -108,7 +109,8 @@ class _Attempt:
             return
         for _ in range(2 * len(self.program.equations) + 2):
             wrong = self._wrong_outputs(self.outputs)
-            # Draws are given to the operators, so that a program which draws can be compared call by
+            # Draws are given to the operators, so that a program which draws can be compared call
+            # by
             # call; one draw for all samples is made once, and cannot be given.
             draws = self.tried.random and self.options.randomness == "different"
             if not wrong and not draws:
@@ -146,7 +148,8 @@ class _Attempt:
         if previous == "loop":
             name = self.program.equations[number].op.name()
             raise errors.MismatchError(
-                f"{self.options.call}: {name} gives something else when it is called again with the "
+                f"{self.options.call}: {name} gives something else when it is called again with "
+                "the "
                 f"same arguments ({reason}); does it keep a state, or draw numbers by itself? Pass "
                 "what it depends on as an argument, or use the plain loop"
             )
@@ -273,7 +276,8 @@ def _rewritten(
         if fixes.plain:
             break
         logger.warning(
-            "%s: results from factors differ from those of samples one by one; factors are not used",
+            "%s: results from factors differ from those of samples one by one; factors are not "
+            "used",
             options.call,
         )
     raise errors.MismatchError(
@@ -323,7 +327,8 @@ def _into_slices(
         never = never_written(program)
         kept = [var.group not in never for var in program.outputs]
         expected = [t for t, k in zip(outputs, kept, strict=True) if k]
-        if _all_close(expected, [t for t, k in zip(got, kept, strict=True) if k], tried):
+        found_there = [t for t, k in zip(got, kept, strict=True) if k]
+        if _all_close(list(map(thinned, expected)), list(map(thinned, found_there)), tried):
             return found
         logger.warning(
             "%s: results computed into slices differ from those that are copied there; they are "

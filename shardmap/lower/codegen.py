@@ -5,9 +5,8 @@ A generated function ran 2,000 calls in 15 ms where an interpreter over an envir
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +15,29 @@ from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
 from shardmap.program.ir import Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
+
+
+class Executable(Protocol):
+    """The functions that compute chunks; executors need nothing else of a lowering."""
+
+    @property
+    def fixed(self) -> Callable[..., Any]:
+        """As `Replay.fixed`."""
+        ...
+
+    @property
+    def chunk(self) -> Callable[..., Any]:
+        """As `Replay.chunk`."""
+        ...
+
+    @property
+    def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """As `Replay.chunk_into`."""
+        ...
+
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """As `Replay.marked`."""
+        ...
 
 
 class Replay:
@@ -39,13 +61,14 @@ class Replay:
         copied: bool = False,
     ):
         self.copied = copied
+        self._into: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self.program = program
         self.track_grad = track_grad
         self.fixed = fixed
         self.chunk = chunk
         self.source = source
 
-    @functools.cached_property
+    @property
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`.
 
@@ -54,7 +77,9 @@ class Replay:
         `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in
         their order. Not for outer autograd.
         """
-        return _function(self.program, "chunk_into", slices=True, copied=self.copied)[0]
+        if self._into is None:
+            self._into = _function(self.program, "chunk_into", slices=True, copied=self.copied)[0]
+        return self._into
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk`, or `chunk_into`, with one more argument.

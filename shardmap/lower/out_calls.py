@@ -1,4 +1,4 @@
-"""Operators that write their result into an argument (`torch.add(a, b, out=c)`), batched by the rule of the operator itself."""
+"""Calls with `out=` (`torch.add(a, b, out=c)`), batched by the rule of the operator itself."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def out_rule(eq: Equation) -> registry.Rule | None:
         return None
     names = [a.name for a in schema_of(eq.op).arguments if a.is_out]
     given = dict(eq.kwargs)
-    targets = [given.get(name) for name in names]
-    if not all(type(v) is Var for v in targets):
+    targets = [v for v in (given.get(name) for name in names) if isinstance(v, Var)]
+    if len(targets) != len(names):
         return None
     kept = tuple([(k, v) for k, v in eq.kwargs if k not in names])
     specs = _specs(plain, eq.args, kept)

@@ -1,4 +1,4 @@
-"""What no sample changes, is large, and is made of nothing is made in each chunk, right before its first use, instead of kept.
+"""Rebuild large input-free constants in each chunk instead of keeping them alive.
 
 Unit vectors, masks and zeros are quick to make and only as large as somebody's shape: the rows of
 an identity by which an output of 20,000 numbers is differentiated are 1.6 GB, 313 of them at a time
@@ -23,7 +23,7 @@ MANY_BYTES = 64 << 20
 def postponed(
     fixed: Sequence[Call], chunk: Sequence[Call], outputs: Iterable[V]
 ) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """The calls that run once, and those of a chunk, with what is better made in each chunk among the latter.
+    """Move large input-free constants from the calls that run once to those of a chunk.
 
     Args:
         fixed: The calls that no sample changes.
@@ -68,7 +68,7 @@ def postponed(
 
 
 def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """The calls, with what is free given back before each large value that is made of nothing, where there are many."""
+    """Give free memory back before each large input-free constant, where there are many."""
     sizes = {v.index: v.numel * v.dtype.itemsize for call in calls for v in _arguments(call)}
     makers = [
         i

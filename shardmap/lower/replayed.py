@@ -87,7 +87,8 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
                     "comparisons that return tensors"
                 )
             raise errors.StaleRecordingError(
-                f"{call}: python asked for the value of a tensor ({schema_of(op).name}), and it was "
+                f"{call}: python asked for the value of a tensor ({schema_of(op).name}), and it "
+                "was "
                 f"{expected} when the function was "
                 "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"

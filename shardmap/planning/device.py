@@ -118,7 +118,6 @@ def _current(kind: str) -> str:
 
 
 # -- memory
-# ------------------------------------------------------------------------------------------------------------
 
 
 def accelerated(device: torch.device) -> bool:
@@ -219,8 +218,8 @@ class Budget:
 class Meter:
     """Reads the bytes that this process has in use on a device, and the most it ever had.
 
-    Nothing is reset: whoever else measures the process must find its own peaks: so a chunk's peak is known only if it
-    exceeds every one before.
+    Nothing is reset: whoever else measures the process must find its own peaks: so a chunk's peak
+    is known only if it exceeds every one before.
     """
 
     def __init__(self, device: torch.device):

@@ -135,7 +135,8 @@ class Forecast:
                     f"{REQUESTS_PER_SECOND} requests per second; it has to take {rate}/s",
                 )
             )
-        through = f"samples {format_bytes(self.sent_bytes)}, results {format_bytes(self.gathered_bytes)}, program and captured tensors"
+        sent, gathered = format_bytes(self.sent_bytes), format_bytes(self.gathered_bytes)
+        through = f"samples {sent}, results {gathered}, program and captured tensors"
         rows += [
             (
                 "through the driver",

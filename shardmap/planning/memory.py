@@ -5,8 +5,8 @@ Fixed bytes and bytes per sample, on each device, solved for the largest chunk t
 The words, as they are used everywhere here:
 
 - *resident*: bytes that are there during the whole run, whatever the chunk: the stacked result
-  where it is collected, captured tensors copied to the device, values that do not depend on the sample,
-  and the activations that outer autograd saved of finished chunks.
+  where it is collected, captured tensors copied to the device, values that do not depend on the
+  sample, and the activations that outer autograd saved of finished chunks.
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs
   before they are moved.
 - *scale*: measured over predicted bytes of a chunk: kernels' workspaces and the allocator's gaps.

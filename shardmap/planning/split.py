@@ -353,9 +353,10 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharin
 def _cached(memory: MemoryModel, most: int, enough: int, sharing: int) -> int:
     """The samples whose intermediates stay in the CPU's cache.
 
-    More where the host's work per chunk would weigh too much. A process's part of half of the last-level cache, and never more than 8 MiB. Per-sample gradient
-    norms of 784-256-256-10 took 659 ms on one thread where 16 MiB took 913, their mean on two
-    threads 531 and 755, though norms on two threads 431 and 377; a CNN gained 2 to 12%.
+    More where the host's work per chunk would weigh too much. A process's part of half of the
+    last-level cache, and never more than 8 MiB. Per-sample gradient norms of 784-256-256-10 took
+    659 ms on one thread where 16 MiB took 913, their mean on two threads 531 and 755, though norms
+    on two threads 431 and 377; a CNN gained 2 to 12%.
     """
     target = min(devices.cache_bytes() // (2 * sharing), 8 * MIB)
     memory = replace(memory, backward=())  # what the backward pass takes is no matter of speed here

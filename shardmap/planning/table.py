@@ -117,7 +117,9 @@ def _row(lane: Lane, samples: int) -> tuple[str, ...]:
 
 
 def operators(split: Split, low: Lowered, seen: Observation | None, everything: bool) -> str:
-    """The operators by cost with the tier that serves each, and what is computed once for all samples.
+    """The operators by cost with the tier that serves each.
+
+    What is computed once for all samples is listed after them.
 
     Args:
         split: Who computes how much.
@@ -279,7 +281,10 @@ def _memory(device: str, lanes: Sequence[Lane]) -> str:
         f"{format_bytes(memory.peak_bytes(samples))}."
     )
     if memory.scale != 1:
-        text += f" The first chunks took {memory.scale:.2f} times what their tensors say, and so does this count."
+        text += (
+            f" The first chunks took {memory.scale:.2f} times what their tensors say, and so does "
+            "this count."
+        )
     return wrap(text)
 
 

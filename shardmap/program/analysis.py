@@ -81,8 +81,8 @@ def live_equations(program: Program, write_groups: set[int], kept_groups: set[in
 def is_effect(eq: Equation) -> bool:
     """Whether a call matters although nothing uses its result.
 
-    It returns nothing (an assertion), or python has relied on its answer or its shape: every sample must give the same, also
-    where the tensor itself is not used (`x / len(x[x > 0])`).
+    It returns nothing (an assertion), or python has relied on its answer or its shape: every sample
+    must give the same, also where the tensor itself is not used (`x / len(x[x > 0])`).
     """
     return eq.answer is not None or not list(eq.results())
 

@@ -61,7 +61,7 @@ class Param(NamedTuple):
 
 
 class SampleDevice(NamedTuple):
-    """Stands for the device of the samples, so that a program recorded on one device runs on another."""
+    """A placeholder for the samples' device: a program recorded on one runs on another."""
 
     tag: str = "device"
 

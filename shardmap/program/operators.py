@@ -97,7 +97,7 @@ class OpInfo:
     shape_only: bool
     """Makes a tensor by the metadata of another: its result does not differ by sample even where
     that tensor does."""
-    view_in_place: Any
+    view_in_place: OpOverload | None
     """For an operator that changes its argument's shape or strides in place: the operator that
     returns such a view."""
     resizes: bool
@@ -197,7 +197,7 @@ def _without_tensors(schema: Any) -> bool:
 _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
 
 
-def _functional(op: OpOverload, name: str) -> Any:
+def _functional(op: OpOverload, name: str) -> OpOverload | None:
     """The operator that returns the view that `op` makes of its argument in place.
 
     None for `resize_` and its kin.
@@ -218,7 +218,7 @@ def _functional(op: OpOverload, name: str) -> Any:
     return None
 
 
-def draws(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
     if not op_info(op).random:
         return False

@@ -109,14 +109,15 @@ def norm() -> joint.Joint:
 
     Example:
         >>> import torch, shardmap
-        >>> shardmap.vmap(lambda x: {"a": x[:1], "b": x[1:]}, reduce="norm")(torch.tensor([[2., 1., 2.], [0., 3., 4.]]))
+        >>> rows = torch.tensor([[2., 1., 2.], [0., 3., 4.]])
+        >>> shardmap.vmap(lambda x: {"a": x[:1], "b": x[1:]}, reduce="norm")(rows)
         tensor([3., 5.])
     """
     return joint.Norm()
 
 
 def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
-    """The sum over the samples of their outputs, each sample scaled down so that its norm is at most `max_norm`: DP-SGD.
+    """Sum the outputs, each sample's scaled down to a norm of at most `max_norm` (DP-SGD).
 
     Args:
         max_norm: C, the largest norm of all of a sample's outputs together.
@@ -136,7 +137,8 @@ def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
 
     Example:
         >>> import torch, shardmap
-        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.clipped_sum(1.0))(torch.tensor([[3., 4.], [0., 0.5]]))
+        >>> rows = torch.tensor([[3., 4.], [0., 0.5]])
+        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.clipped_sum(1.0))(rows)
         tensor([0.6000, 1.3000])
     """
     call = "shardmap.reduce.clipped_sum"
@@ -156,7 +158,8 @@ def second_moment() -> joint.Joint:
 
     Example:
         >>> import torch, shardmap
-        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.second_moment())(torch.tensor([[1., 2.], [3., 0.]]))
+        >>> rows = torch.tensor([[1., 2.], [3., 0.]])
+        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.second_moment())(rows)
         tensor([5., 2.])
     """
     return joint.SecondMoment()
@@ -174,7 +177,8 @@ def gram() -> joint.Joint:
 
     Example:
         >>> import torch, shardmap
-        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.gram())(torch.tensor([[1., 2.], [3., 0.]]))
+        >>> rows = torch.tensor([[1., 2.], [3., 0.]])
+        >>> shardmap.vmap(lambda x: x.clone(), reduce=shardmap.reduce.gram())(rows)
         tensor([[5., 3.],
                 [3., 9.]])
     """

@@ -250,7 +250,7 @@ def contains(reduce: Any) -> bool:
 
 
 def _zipped(reduce: Any, tree: Any, of_joint: Callable[[Joint, Any], Any], call: str) -> Any:
-    """`tree` with `of_joint(reduction, part)` in the place of each part that has a joint reduction."""
+    """Replace each part of `tree` that has a joint reduction by `of_joint(reduction, part)`."""
     found = parse(reduce)
     if isinstance(found, Joint):
         return of_joint(found, tree)

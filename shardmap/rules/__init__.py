@@ -2,6 +2,7 @@
 
 from shardmap.rules import (
     attention,
+    batch_norm,
     conv,
     embedding,
     factory,
@@ -15,6 +16,7 @@ from shardmap.rules import (
     pool,
     random,
     reduce,
+    scatter,
     search,
     view,
     weight_norm,
@@ -22,6 +24,7 @@ from shardmap.rules import (
 
 __all__ = [
     "attention",
+    "batch_norm",
     "conv",
     "embedding",
     "factory",
@@ -35,6 +38,7 @@ __all__ = [
     "pool",
     "random",
     "reduce",
+    "scatter",
     "search",
     "view",
     "weight_norm",

@@ -54,7 +54,6 @@ def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
 
 
 # -- the same by products, on any device
-# -----------------------------------------------------------------------------------
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -113,7 +112,10 @@ def attend_backward(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients by query, key, value and (float) mask, with the softmax recomputed from its log-sum-exp."""
+    """The gradients by query, key, value and (float) mask.
+
+    The softmax is recomputed from its log-sum-exp.
+    """
     heads = k.shape[1]
     k, v = widened(k, q.shape[1]), widened(v, q.shape[1])
     s = scores(q, k, mask, causal, scale)
@@ -140,7 +142,6 @@ def padded(t: Tensor, length: int) -> Tensor:
 
 
 # -- forward
-# ---------------------------------------------------------------------------------------------------------------
 
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -209,7 +210,7 @@ def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
     )
 
 
-# -- backward --------------------------------------------------------------------------------------------------------------
+# -- backward
 
 BACKWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,

@@ -143,7 +143,6 @@ def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
 
 
 # -- bags
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> Any:

@@ -47,7 +47,10 @@ def _fill(args: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
 def _split(
     b: Lowering, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[V], Any, list[str], list[Any], list[Any]]:
-    """The tensors of a call, and its other arguments with symbolic ones (device, floats) to be passed at replay."""
+    """The tensors of a call, and its other arguments.
+
+    Symbolic ones among the others (the device, numbers) are passed at replay.
+    """
     tensors: list[V] = []
     template = _flatten([list(args), list(kwargs.values())], tensors)
     symbols: list[Any] = []

@@ -34,7 +34,10 @@ _NUMPY = {
 
 
 def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
-    """Memory on huge pages for a result, or None where a plain call is better or another mode has to see it."""
+    """Memory on huge pages for a result.
+
+    None where a plain call is better, or another mode has to see the allocation.
+    """
     dtype = _NUMPY.get(like.dtype)
     if (
         dtype is None
@@ -49,7 +52,7 @@ def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the C library keep what a chunk frees for the next one, from now on, as far as it does so by itself.
+    """Let the C library keep memory that a chunk frees for the next one, from now on.
 
     glibc gives memory back to the system from a size on that it learns from the blocks that a
     process frees, up to 32 MiB. A process that has freed no large one yet fills fresh pages in each
@@ -79,7 +82,10 @@ def give_back() -> None:
 
 
 def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory for a stacked result of any dtype, on huge pages where it is large and on the CPU."""
+    """Uninitialised memory for a stacked result of any dtype.
+
+    It lies on huge pages where it is large and on the CPU.
+    """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < FROM_BYTES or dispatch_depth():
         return torch.empty(tuple(shape), dtype=dtype, device=device)

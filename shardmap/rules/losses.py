@@ -19,10 +19,12 @@ NONE, MEAN, SUM = 0, 1, 2
 """The values of `reduction`, as in ATen's Reduction.h."""
 
 _FORWARD = """
-    mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits
+    mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy
+    binary_cross_entropy_with_logits
 """
 _BACKWARD = """
-    mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward binary_cross_entropy_backward
+    mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward
+    binary_cross_entropy_backward
 """
 
 

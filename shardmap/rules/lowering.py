@@ -203,7 +203,6 @@ class Lowering:
         )
 
     # -- what many rules need
-    # ------------------------------------------------------------------------------------------
 
     def batch(self, v: V) -> V:
         """`v` with the mapped dimension.

@@ -27,7 +27,10 @@ _linear = torch.nn.functional.linear  # the builtin itself
 
 
 def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated `f(b, *args, **kwargs)`, with the operators' own names and defaults, for `aten.<name>`."""
+    """Register the decorated `f(b, *args, **kwargs)` for `aten.<name>`.
+
+    The arguments have the operators' own names and defaults.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -74,7 +77,6 @@ def _stacked(b: Lowering, x: V) -> V:
 
 
 # -- a matrix times a matrix
-# ---------------------------------------------------------------------------------------------------
 
 
 @rules("mm")
@@ -149,7 +151,7 @@ def _broad(b: Lowering, bias: V, ndim: int) -> V:
     return views(b).rearrange(bias, (*[None] * (ndim - bias.ndim), *range(bias.ndim)))
 
 
-# -- batched products ----------------------------------------------------------------------------------------------------------
+# -- batched products
 
 
 @rules("bmm")
@@ -167,7 +169,8 @@ def bmm(b: Lowering, x: V, y: V) -> V:
             out = b.call(torch.matmul, wide_x, wide_y, shape=(*lead, m, n))
             return views(b).reshaped(out, (size, m, n))
         return b.call(torch.matmul, x, y, shape=(size, m, n))
-    # One operand for all samples: the map goes into the other's rows (or columns), so that nothing is copied for each sample.
+    # One operand for all samples: the map goes into the other's rows (or columns), so that nothing
+    # is copied for each sample.
     if not y.mapped:
         return b.call(_shared_right, x, y, shape=(size, m, n))
     return b.call(_shared_left, x, y, shape=(size, m, n))
@@ -219,7 +222,7 @@ def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -
     )
 
 
-# -- vectors -------------------------------------------------------------------------------------------------------------------
+# -- vectors
 
 
 @rules("mv")

@@ -118,7 +118,6 @@ register("nll", aten.nll_loss2d_backward.default)(_backward(IMAGES))
 
 
 # -- margins
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) -> Tensor:

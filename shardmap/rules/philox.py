@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed, the recorded call and the sample's index, and on nothing else.
+"""Random numbers that depend on the seed, the recorded call and the sample's index only.
 
 A counter-based generator (Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3") gives every sample whole blocks of its own. So a chunk is one jump and one fill, and the same
@@ -35,7 +35,10 @@ class Stream(NamedTuple):
     """Number of the recorded call."""
 
     def uniform(self, count: int, single: bool = False) -> np.ndarray:
-        """Uniform numbers in [0, 1), `[size, count]`; in single precision twice as fast, as a word makes two."""
+        """Uniform numbers in [0, 1), `[size, count]`.
+
+        Single precision is twice as fast: a word makes two numbers.
+        """
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
         stream = np.random.Generator(
@@ -153,7 +156,10 @@ def bernoulli(
 def integers(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, low: int, high: int
 ) -> torch.Tensor:
-    """Integers in [low, high), for a range below 2**48: a 53-bit number favours none of them by more than 2**-5 of a chance."""
+    """Integers in [low, high), for a range below 2**48.
+
+    A 53-bit number favours none of them by more than 2**-5 of a chance.
+    """
     values = np.floor(stream.uniform(math.prod(shape)) * (high - low)).astype(np.int64) + low
     return _tensor(values, shape, dtype, device)
 
@@ -196,7 +202,10 @@ def geometric(
 
 
 def sample_seed(seed: int, number: int, sample: int) -> int:
-    """A 63-bit seed for one call of one sample, by the mixing function of SplitMix64 (Steele et al. 2014)."""
+    """A 63-bit seed for one call of one sample.
+
+    By the mixing function of SplitMix64 (Steele et al. 2014).
+    """
     mask = (1 << 64) - 1
     state = seed
     for part in (number, sample):

@@ -29,8 +29,9 @@ from shardmap.rules.registry import Operator, overloads, register
 
 _UNTAGGED = """
     rsub.Tensor floor_divide floor_divide.Scalar floor_divide_.Tensor floor_divide_.Scalar
-    celu_ threshold_ gelu_ mish_ silu_backward mish_backward elu_backward hardtanh_backward leaky_relu_backward
-    hardswish hardswish_ hardswish_backward hardsigmoid_backward softplus_backward softshrink_backward hardshrink_backward
+    celu_ threshold_ gelu_ mish_ silu_backward mish_backward elu_backward hardtanh_backward
+    leaky_relu_backward hardswish hardswish_ hardswish_backward hardsigmoid_backward
+    softplus_backward softshrink_backward hardshrink_backward
     _prelu_kernel _prelu_kernel_backward
     bitwise_and_.Scalar __irshift__.Scalar __irshift__.Tensor
     fill.Scalar fill_.Scalar zero zero_ special_ndtr complex polar
@@ -61,7 +62,7 @@ def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def unpromoted(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The recorded call on batches, for operators whose result has the dtype of their first operand."""
+    """Emit the recorded call on batches: its result has the dtype of its first operand."""
     tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
     return _emit(b, eq, args, kwargs, tensors, NO_CASTS)
 
@@ -133,7 +134,10 @@ def _in_place(op: Operator) -> bool:
 
 
 def _derived() -> Iterator[Operator]:
-    """Operators that PyTorch tags as pointwise, and their in-place forms, as far as they reach a recording whole."""
+    """Operators that PyTorch tags as pointwise, and their in-place forms.
+
+    Those that PyTorch decomposes before a recording sees them are left out.
+    """
     tagged = []
     for full in operator_names():
         namespace, _, name = full.partition("::")
@@ -204,7 +208,6 @@ def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | 
 
 
 # -- copies: which strides a result has is asked of one sample, not of the batch
-# -------------------------------------------
 
 
 @register("pointwise", aten.clone.default, aten._to_copy.default)
@@ -224,7 +227,6 @@ def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 
 # -- gates and the two results of log_sigmoid
-# ------------------------------------------------------------------------------
 
 
 @register("pointwise", aten.glu.default)

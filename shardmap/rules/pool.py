@@ -20,7 +20,7 @@ from shardmap.rules.registry import overloads, register
 
 
 def over_space(ndim: int, sized: str | None = None) -> Any:
-    """A rule for an operator whose tensors all have `ndim` dimensions (channels and space), with or without one in front.
+    """A rule for an operator on tensors of channels and space, with or without a batch in front.
 
     Args:
         ndim: Dimensions besides the one that the map joins.
@@ -125,7 +125,6 @@ def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict
 
 
 # -- sampling at positions
-# -------------------------------------------------------------------------------------------------
 
 
 def _grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

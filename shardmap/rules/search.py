@@ -1,4 +1,4 @@
-"""Reads and writes by position in the flattened tensor, searches in sorted ones, and distances between rows.
+"""Batching rules for flat positions, searches in sorted tensors, and distances between rows.
 
 Why rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and `searchsorted`
 with mapped boundaries, and for the backward of distances.
@@ -82,7 +82,7 @@ def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.masked_scatter.default)
 def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The rank of each true element in its sample's mask says which element of the source it takes."""
+    """A true element takes the source's element of its rank among the mask's true ones."""
     x, mask, source = args
     shape = eq.outs[0].spec.shape
     if source.numel == 0 or math.prod(shape) == 0 or mask.dtype != torch.bool:
@@ -103,7 +103,6 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 # -- sorted sequences
-# ------------------------------------------------------------------------------------------------------
 
 
 @register("search", aten.searchsorted.Tensor)
@@ -160,7 +159,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(search, b.batch(values), boundaries, shape=shape, dtype=dtype)
 
 
-# -- distances -------------------------------------------------------------------------------------------------------------
+# -- distances
 
 
 @register("search", aten._cdist_forward.default, aten._cdist_backward.default)

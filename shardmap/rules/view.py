@@ -22,7 +22,10 @@ from shardmap.rules.view_folding import views
 
 
 def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated `f(b, eq, *args, **kwargs)`, with the operators' own names and defaults, for `aten.<name>`."""
+    """Register the decorated `f(b, eq, *args, **kwargs)` for `aten.<name>`.
+
+    The arguments have the operators' own names and defaults.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -42,7 +45,6 @@ def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V
 
 
 # -- the same elements in the same order
-# ---------------------------------------------------------------------------------------
 
 
 @rules("view", "_reshape_alias")
@@ -125,7 +127,6 @@ def ones_before(b: Lowering, x: V, ndim: int) -> V:
 
 
 # -- parts
-# -------------------------------------------------------------------------------------------------------------------
 
 
 @rules("select.int", "diagonal", "slice.Tensor", "narrow_copy", "unfold", "flip")
@@ -152,7 +153,10 @@ DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
 def shifted(
     op: OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
 ) -> list[Any]:
-    """All arguments behind the first `skip`, defaults filled in, dimensions of an `ndim`-dimensional sample one further back."""
+    """All arguments behind the first `skip`, with defaults filled in.
+
+    Dimensions of an `ndim`-dimensional sample are one further back.
+    """
     out = []
     for at, argument in enumerate(schema_of(op).arguments):
         if at < skip:
@@ -220,7 +224,8 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
             offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
             if offset is not None:
                 raise errors.EscapeError(
-                    f"{call}: as_strided with storage_offset={offset} on a mapped argument or a view of it would count from the start of "
+                    f"{call}: as_strided with storage_offset={offset} on a mapped "
+                    "argument or a view of it would count from the start of "
                     "the whole batch's memory; leave storage_offset out and index the tensor first"
                 )
 
@@ -240,7 +245,7 @@ def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
     return emit(b, eq, x, *args)
 
 
-# -- copies in another arrangement ---------------------------------------------------------------------------------------------
+# -- copies in another arrangement
 
 
 @rules("roll")
@@ -298,7 +303,7 @@ def diag_embed(
     return emit(b, eq, x, offset, dim(dim1, x.ndim + 1), dim(dim2, x.ndim + 1))
 
 
-# -- backward of parts, and writing parts into copies -------------------------------------------------------------------------
+# -- backward of parts, and writing parts into copies
 
 
 @rules("select_backward", "slice_backward", "diagonal_backward", "unfold_backward")
@@ -317,7 +322,7 @@ def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs:
     return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
 
 
-# -- views as copies ---------------------------------------------------------------------------------------------------------
+# -- views as copies
 
 
 def _copied(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

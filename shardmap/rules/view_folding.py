@@ -110,7 +110,6 @@ class Views:
         return known.base if kept == sorted(kept) else v
 
     # -- outer products
-    # ------------------------------------------------------------------------------------------------
 
     def outer(self, x: V, y: V) -> V:
         """`[m] x [n] -> [m, n]` for each sample."""

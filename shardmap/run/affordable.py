@@ -33,7 +33,10 @@ def direct(job: Job, device: torch.device) -> bool:
 
 
 def held_rows(job: Job, lanes: int) -> int:
-    """Rows of results that are in memory at once: all, or those of a store's units in the making."""
+    """Rows of results that are in memory at once.
+
+    All, or those of a store's units in the making.
+    """
     return job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))
 
 
@@ -59,7 +62,10 @@ def results_bytes(job: Job, device: torch.device, lanes: int) -> int:
 
 
 class Results(TypedDict):
-    """The fields of `MemoryModel` that say what the stacked results take, and could take instead."""
+    """The fields of `MemoryModel` that say what the stacked results take.
+
+    And could take instead.
+    """
 
     result_bytes: int
     stacked_bytes: int

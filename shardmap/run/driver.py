@@ -155,7 +155,6 @@ class Driver:
         return self.gather.finish()
 
     # -- handing out
-    # -----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         now = time.perf_counter()
@@ -204,7 +203,7 @@ class Driver:
             else:
                 yield t[chunk.start : chunk.stop]
 
-    # -- what comes back -------------------------------------------------------------------------------------------------
+    # -- what comes back
 
     def _wait(self) -> None:
         starting = self.startup.pending()
@@ -283,7 +282,8 @@ class Driver:
                 rows = [unpack(p, HOST) for p in outcome.outputs if p is not None]
                 self.store.commit(self.store.write(chunk.start // self.store.header.unit, rows))
             return
-        # Results lie read-only in Ray's object store. Chunks are copied into the output; what becomes an output itself is cloned.
+        # Results lie read-only in Ray's object store. Chunks are copied into the output; what
+        # becomes an output itself is cloned.
         whole = chunk.size == self.job.samples
         outs: list[torch.Tensor | None] = []
         for k, (packed, out) in enumerate(zip(outcome.outputs, self.job.outputs, strict=True)):
@@ -302,7 +302,7 @@ class Driver:
             self.schedule.put_back(lost.chunks)
             self._count(lost.worker, lost.chunks, "results lost", lost.reason)
 
-    # -- faults ----------------------------------------------------------------------------------------------------------
+    # -- faults
 
     def _failed(self, ref: Any, worker: RayWorker, chunk: Chunk, failure: Failure) -> None:
         """A worker could not compute a task.
@@ -343,7 +343,9 @@ class Driver:
         first = chunks[0]
         if not self.schedule.blame(first):
             raise errors.WorkerError(
-                f"{self._where(worker, first)}: the worker died {self.schedule.deaths(first)} times, so the task is not tried again; if "
+                f"{self._where(worker, first)}: the worker died "
+                f"{self.schedule.deaths(first)} times, "
+                "so the task is not tried again; if "
                 f"memory ran out, pass a smaller chunk_size or memory_budget. The last time: {text}"
             )
         if cause == "memory ran out":

@@ -133,7 +133,9 @@ class Gather:
 
 
 def placed(t: torch.Tensor, out: Output, samples: int) -> torch.Tensor:
-    """An output with its dimension of samples where it goes, in memory laid out as torch.stack does: flatten() depends on that.
+    """An output with its dimension of samples where it goes.
+
+    Its memory is laid out as torch.stack does it: flatten() depends on that.
 
     Args:
         t: `[N, *shape]`, or `shape` if no sample changes it: then it is copied for each.

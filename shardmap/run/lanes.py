@@ -46,7 +46,7 @@ class Flight:
     done: Any = None
     """An event on the device; None where the host has waited."""
     ended: float = 0.0
-    keep: list[Any] = field(default_factory=list)
+    keep: list[object] = field(default_factory=list)
     """What must live until the chunk is complete."""
 
 
@@ -292,7 +292,7 @@ class CudaLane(Lane):
         super().__init__(number, plan, job, on, gather, alone)
         self.up, self.down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.free_since = 0.0
-        self.keep: list[Any] = []
+        self.keep: list[object] = []
         """What the chunk that is being launched needs until it is complete."""
 
     def submit(self, chunk: Chunk) -> None:

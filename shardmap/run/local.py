@@ -256,7 +256,6 @@ class _Run:
         emit(ChunkDone(lane.name, chunk.start, chunk.stop, seconds, flight.ended))
 
     # -- faults
-    # --------------------------------------------------------------------------------------------------------
 
     def _failed(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
         if fault.kind == "memory":
@@ -280,8 +279,10 @@ class _Run:
             one = format_bytes(lane.plan.memory.chunk_bytes(1))
             stays = format_bytes(lane.plan.memory.resident_bytes)
             raise errors.OutOfMemory(
-                f"{self.job.call}: memory ran out on {lane.device} with a chunk of one sample (sample {chunks[0].start}; predicted {one} "
-                f"for it, {stays} for what stays): {fault.reason}; use a device with more memory, keep less of the result with reduce=, or "
+                f"{self.job.call}: memory ran out on {lane.device} with a chunk of one sample "
+                f"(sample {chunks[0].start}; predicted {one} "
+                f"for it, {stays} for what stays): {fault.reason}; use a device with more memory, "
+                "keep less of the result with reduce=, or "
                 "free what else is on the device"
             )
         lane.limit = size // 2
@@ -316,7 +317,8 @@ class _Run:
             why = (
                 "the results are there" if lost
                 else "gradients recorded from outside lead through it" if self.job.grad
-                else "another device failed on the same samples: the error may be in the data (an index out of bounds?)"
+                else "another device failed on the same samples: the error may be in the data "
+                "(an index out of bounds?)"
                 if any(other.alive for other in self.lanes)
                 else "no other device is left"
             )  # fmt: skip
@@ -324,7 +326,8 @@ class _Run:
                 f"{self.job.call}: {lane.device} failed with {where}, and {why}: {fault.reason}"
             )
         warnings.warn(
-            f"{self.job.call}: {lane.device} failed with {where}, and the other devices compute them: {fault.reason}",
+            f"{self.job.call}: {lane.device} failed with {where}, and the other devices compute "
+            f"them: {fault.reason}",
             errors.DeviceLostWarning,
             stacklevel=2,
         )
@@ -350,7 +353,9 @@ class _Run:
     ) -> None:
         if self.job.recording.written_inputs and not written:
             raise errors.OutOfMemory(
-                f"{self.job.call}: a chunk failed ({fault.reason}) after it may have written in place to an argument that requires grad, "
+                f"{self.job.call}: a chunk failed ({fault.reason}) after it may have "
+                "written in place "
+                "to an argument that requires grad, "
                 "so it cannot be computed again; pass a smaller chunk_size"
             )
         for i, t in written:

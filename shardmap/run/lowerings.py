@@ -1,4 +1,7 @@
-"""The lowerings of one call: for each kind of device, and for chunks of one sample and of several."""
+"""The lowerings of one call.
+
+For each kind of device, and for chunks of one sample and of several.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ class Lowerings:
         )
 
     def outline(self, device_type: str) -> BatchedProgram:
-        """The batched program as the rules give it: which outputs differ by sample, what is summed."""
+        """The batched program as the rules give it.
+
+        Which outputs differ by sample, what is summed.
+        """
         if self.instead is not None:
             return self.instead.batched
         recording = self.recording

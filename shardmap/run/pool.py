@@ -197,7 +197,10 @@ class Pool:
         return known
 
     def grow(self) -> list[RayWorker]:
-        """The workers for slots that have joined the cluster since, where their number was left open."""
+        """The workers for slots that have joined the cluster since.
+
+        Where their number was left open.
+        """
         if self.options.workers is not None:
             return []
         slots = _slots(
@@ -274,7 +277,9 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
 
 
 def _join(ray: Any, options: Ray, call: str) -> None:
-    """Join the cluster that was named, or start a Ray of this machine alone, unless this process has joined one.
+    """Join the cluster that was named, or start a Ray of this machine alone.
+
+    Unless this process has joined one.
 
     Raises:
         ClusterError: It cannot be reached, or this process has joined another one.

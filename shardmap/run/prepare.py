@@ -42,7 +42,7 @@ class Ready:
 
 
 class Devices:
-    """The devices of one call, each made ready once for chunks of one sample and once for several."""
+    """The devices of one call, each made ready for chunks of one sample and of several."""
 
     def __init__(
         self, job: Job, budget: Callable[[torch.device], int | None] = lambda device: None
@@ -156,7 +156,10 @@ def tried(job: Job, device: torch.device, several: bool) -> Lowered | None:
 
 
 def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:
-    """The first sample of each input, and of two also the last, with the rows' strides: `[size, *shape]`."""
+    """The first sample of each input, and of two also the last, with the rows' strides.
+
+    `[size, *shape]`.
+    """
     last = job.samples - 1
     found = []
     for i, t in enumerate(job.inputs):

@@ -146,7 +146,10 @@ def _clock(seconds: float | None) -> str:
 
 
 class Outermost:
-    """Tells the events of a map from those of maps inside it, which a user's own operator may run."""
+    """Tells the events of a map from those of maps inside it.
+
+    Which a user's own operator may run.
+    """
 
     def __init__(self) -> None:
         self.open = 0
@@ -218,7 +221,8 @@ class _Line:
         """
         done = f"{self.chunks:,}"
         if self.total is not None:
-            done += f"/{max(self.planned, self.chunks + 1) if self.samples < self.total or not self.chunks else self.chunks:,}"
+            going = self.samples < self.total or not self.chunks
+            done += f"/{max(self.planned, self.chunks + 1) if going else self.chunks:,}"
         return f"{done} {'chunk' if done == '1' else 'chunks'}" + (
             f", {self.again:,} again" if self.again else ""
         )

@@ -57,7 +57,8 @@ class _Bound:
 
         lowerings = Lowerings(self.recording, constants.options, layout, fixes=constants.fixes)
         job = Job(
-            self.recording, inputs, task.size, self.device, constants.outputs, lowerings, constants.seed, False, False, False,
+            self.recording, inputs, task.size, self.device, constants.outputs, lowerings,
+            constants.seed, False, False, False,
             constants.options.call, offset=task.start, partial=True,
         )  # fmt: skip
         on = self.devices.get(layout)

@@ -63,7 +63,6 @@ class Schedule:
         """Chunks that have never been handed out."""
 
     # -- workers
-    # -------------------------------------------------------------------------------------------------------
 
     def join(self, worker: Hashable) -> None:
         """A worker is ready."""
@@ -118,7 +117,7 @@ class Schedule:
         """Those that are ready."""
         return list(self._flying)
 
-    # -- chunks --------------------------------------------------------------------------------------------------------
+    # -- chunks
 
     def assignments(self) -> Iterator[tuple[Hashable, Chunk]]:
         """Hand out chunks until none is left or nobody has room.

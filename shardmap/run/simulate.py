@@ -125,7 +125,9 @@ def simulate(cluster: Cluster, chunks: int, seed: int = 0) -> Outcome:
 
     Example:
         >>> from shardmap.run.simulate import Cluster, simulate
-        >>> still = Cluster(3, 10.0, chunk_spread=0, worker_spread=0, travel_seconds=0, driver_seconds=0)
+        >>> still = Cluster(
+        ...     3, 10.0, chunk_spread=0, worker_spread=0, travel_seconds=0, driver_seconds=0
+        ... )
         >>> simulate(still, 7).seconds  # 5 until workers are ready, and three rounds
         35.0
     """
@@ -227,12 +229,11 @@ class _Run:
             schedule_seconds=self.schedule_seconds / max(1, self.computed),
         )
 
-    def _at(self, when: float, happen: Callable[..., None], *arguments: Any) -> None:
+    def _at(self, when: float, happen: Callable[..., None], *arguments: object) -> None:
         self.number += 1
         heapq.heappush(self.events, (when, self.number, happen, arguments))
 
     # -- workers
-    # -------------------------------------------------------------------------------------------------------
 
     def _ask(self, slowness: float) -> None:
         worker = _Worker(slowness)
@@ -288,10 +289,12 @@ class _Run:
         self.schedule_seconds += time.perf_counter() - began
         if not tried:
             raise WorkerError(
-                f"chunk {lost[0].start}: the worker died {self.schedule.deaths(lost[0])} times, so it is not tried again"
+                f"chunk {lost[0].start}: the worker died {self.schedule.deaths(lost[0])} "
+                "times, so it "
+                "is not tried again"
             )
 
-    # -- chunks --------------------------------------------------------------------------------------------------------
+    # -- chunks
 
     def _hand_out(self) -> None:
         began = time.perf_counter()

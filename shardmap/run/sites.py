@@ -1,4 +1,7 @@
-"""What planning is told of each device: the map's memory there, its budget, what earlier runs showed."""
+"""What planning is told of each device.
+
+The map's memory there, its budget, what earlier runs showed.
+"""
 
 from __future__ import annotations
 

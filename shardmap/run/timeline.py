@@ -130,12 +130,14 @@ def write(path: Path, events: Sequence[Event]) -> None:
             "seconds": b.seconds,
         }
         trace.append(
-            {"ph": "X", "name": _samples(b), "cat": "chunk", "pid": 1, "tid": thread[b.lane], "ts": began, "dur": round(ended - began, 3),
+            {"ph": "X", "name": _samples(b), "cat": "chunk", "pid": 1, "tid": thread[b.lane],
+             "ts": began, "dur": round(ended - began, 3),
              "args": about}
         )  # fmt: skip
     for f in run.failures:
         trace.append(
-            {"ph": "i", "s": "t", "name": f"again: {_samples(f)}", "cat": "redone", "pid": 1, "tid": thread[f.lane], "ts": _micro(f.at),
+            {"ph": "i", "s": "t", "name": f"again: {_samples(f)}", "cat": "redone", "pid": 1,
+             "tid": thread[f.lane], "ts": _micro(f.at),
              "args": {"start": f.start, "stop": f.stop, "reason": f.reason}}
         )  # fmt: skip
     _put(path, "timeline", json.dumps({"traceEvents": trace, "displayTimeUnit": "ms"}).encode())
@@ -156,7 +158,6 @@ def _samples(chunk: Bar | Failure) -> str:
 
 
 # -- the picture
-# -------------------------------------------------------------------------------------------------------
 
 ROW, TOP, BOTTOM = 0.62, 0.72, 0.58
 LEFT, WIDTH, RIGHT_MARGIN = 1.1, 6.6, 1.6
@@ -185,7 +186,8 @@ def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         raise OptionError(
-            f"plan.plot({str(path)!r}): the name's ending says which kind of picture to write; end it in .png, .svg or .pdf"
+            f"plan.plot({str(path)!r}): the name's ending says which kind of picture to write; end "
+            "it in .png, .svg or .pdf"
         )
     axes = figure.add_axes((LEFT / width, BOTTOM / height, WIDTH / width, ROW * lanes / height))
     longest = max(run.seconds, min(split.seconds, 2 * run.seconds), 1e-6)
@@ -221,7 +223,8 @@ def _titles(split: Split, run: History, merged: bool) -> tuple[str, str]:
     speed = (
         f", {split.samples / run.seconds:,.0f} per second" if run.seconds and split.samples else ""
     )
-    title = f"{split.samples:,} samples in {format_seconds(run.seconds)}{speed}; {format_seconds(split.seconds)} predicted"
+    took, predicted = format_seconds(run.seconds), format_seconds(split.seconds)
+    title = f"{split.samples:,} samples in {took}{speed}; {predicted} predicted"
     words = [
         f"blue: {_count(len(run.bars), 'chunk')}{', the narrow ones together' if merged else ''}"
     ]
@@ -305,7 +308,10 @@ def _short(name: str) -> str:
 
 
 def _put(path: Path, what: str, data: bytes) -> None:
-    """Write a file under another name first, so that what has the name is complete and nothing else is left behind."""
+    """Write a file under another name first.
+
+    So that what has the name is complete and nothing else is left behind.
+    """
     target = path.parent / f".{uuid.uuid4().hex}.unfinished"
     try:
         try:
@@ -319,5 +325,7 @@ def _put(path: Path, what: str, data: bytes) -> None:
     except (OSError, ValueError) as error:  # ValueError: the name has a null byte
         reason = getattr(error, "strerror", None) or str(error)
         raise OptionError(
-            f"plan.{what}({str(path)!r}): the file cannot be written: {reason}; name one in a folder that is there and can be written to"
+            f"plan.{what}({str(path)!r}): the file cannot be written: {reason}; name one in a "
+            "folder "
+            "that is there and can be written to"
         ) from error

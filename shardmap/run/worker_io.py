@@ -1,4 +1,7 @@
-"""Inputs that workers read themselves, outputs as workers return them, and their copy into place."""
+"""Inputs that workers read themselves, outputs as workers return them.
+
+And their copy into place.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,10 @@ class Header:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """A name for each output that is safe in files and URLs, and unique in any case of letters."""
+        """A name for each output that is safe in files and URLs.
+
+        And unique in any case of letters.
+        """
         return file_names([spec.name for spec in self.outputs])
 
     def index(self, output: str | int) -> int:

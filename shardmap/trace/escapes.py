@@ -14,16 +14,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_function_stack
-from torch._ops import HigherOrderOperator, _compute_keyset
 from torch.overrides import TorchFunctionMode
 
 from shardmap import errors
-from shardmap._torch import left_aligned
 from shardmap._torch import (
+    HigherOrderOperator,
+    compute_keyset,
+    function_depth,
     functorch,
+    left_aligned,
     pop_function_mode,
+    pop_saved_hooks,
     push_function_mode,
+    push_saved_hooks,
+    saved_hooks,
     set_data,
     storage_id,
     typed_storage,
@@ -71,7 +75,7 @@ _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
-def _tensors_within(data: Any) -> Iterator[torch.Tensor]:
+def _tensors_within(data: object) -> Iterator[torch.Tensor]:
     """Tensors inside python containers, at any depth."""
     if isinstance(data, torch.Tensor):
         yield data
@@ -95,8 +99,7 @@ _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
 
-_autograd: Any = torch._C._autograd  # type: ignore[reportAttributeAccessIssue] - a C extension without stubs
-_saved_tensors_hooks = functools.partial(_autograd._top_saved_tensors_default_hooks, False)
+_saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 
 class _Watched:
@@ -126,7 +129,7 @@ class Doors(TorchFunctionMode):
         """An encoder with padding whose last layer is running."""
 
     def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
@@ -183,7 +186,7 @@ class Doors(TorchFunctionMode):
         While a function mode looks at a call, torch has taken the mode away.
         """
         if isinstance(func, HigherOrderOperator):
-            keys = _compute_keyset(args, kwargs, func.non_fallthrough_keys)
+            keys = compute_keyset(args, kwargs, func.non_fallthrough_keys)
             with self:
                 return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
         if func in _CALLS_BACK:
@@ -194,11 +197,11 @@ class Doors(TorchFunctionMode):
         hooks = _saved_tensors_hooks()
         if hooks is None or isinstance(hooks[0], _Watched):
             return func(*args, **kwargs)
-        _autograd._push_saved_tensors_default_hooks(_Watched(self, hooks[0]), hooks[1])
+        push_saved_hooks(_Watched(self, hooks[0]), hooks[1])
         try:
             return func(*args, **kwargs)
         finally:
-            _autograd._pop_saved_tensors_default_hooks()
+            pop_saved_hooks()
 
     def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: hooks and backwards of the user's run in it.
@@ -206,7 +209,7 @@ class Doors(TorchFunctionMode):
         `func` itself looks for function modes before it starts, so that this one is entered at the
         first operator inside, which `func` calls before anything of the user's.
         """
-        recorder, before = self.recorder, _len_torch_function_stack()
+        recorder, before = self.recorder, function_depth()
 
         def enter() -> None:
             recorder.enter_doors = None
@@ -217,7 +220,7 @@ class Doors(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             recorder.enter_doors = None
-            if _len_torch_function_stack() > before:
+            if function_depth() > before:
                 pop_function_mode()
 
     def _watched(self, value: Any) -> Any:

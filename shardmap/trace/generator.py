@@ -8,7 +8,7 @@ import zlib
 
 import torch
 
-from shardmap._torch import without_dispatch
+from shardmap._torch import without_dispatch, without_functions
 
 PROGRAM = "<shardmap program>"
 """The file name of replayed programs: an inner map sets seeds of its own while it draws."""
@@ -16,7 +16,7 @@ PROGRAM = "<shardmap program>"
 
 def generator_state() -> bytes:
     """The state of torch's generator, read so that no mode sees it."""
-    with without_dispatch(), torch._C.DisableTorchFunction():
+    with without_dispatch(), without_functions():
         return torch.default_generator.get_state().numpy().tobytes()
 
 

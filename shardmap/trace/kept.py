@@ -10,11 +10,11 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from shardmap._torch import schema_of
+from shardmap._torch import references_of_torch, schema_of
 from shardmap.program.ir import Var
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def python_references(ref: weakref.ref) -> int:
     tensor = ref()
     if tensor is None:
         return 0
-    return sys.getrefcount(tensor) - 2 - (tensor._use_count() > 1)
+    return sys.getrefcount(tensor) - 2 - (references_of_torch(tensor) > 1)
 
 
 def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
@@ -75,7 +75,7 @@ def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
     return f"a tensor of shape {var.spec.shape} made by {name}{_holder(ref())}"
 
 
-def _holder(tensor: Any) -> str:
+def _holder(tensor: object) -> str:
     """Where a tensor is kept, if a dictionary or a list of the user's says so."""
     for holder in gc.get_referrers(tensor):
         if isinstance(holder, dict):

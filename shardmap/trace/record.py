@@ -90,22 +90,38 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
 
 
 def record(
-    func: Callable[..., Any], batch: Batch, randomness: str, once: bool, call: str, number: int = 0
+    func: Callable[..., Any],
+    batch: Batch,
+    randomness: str,
+    once: bool,
+    call: str,
+    number: int = 0,
+    look: bool = False,
 ) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        randomness: As for `shardmap.vmap`.
+        once: Whether the recording is kept for later calls.
+        call: The user's call, for errors.
+        number: Which sample.
+        look: Whether tensors that the function keeps are looked for although the recording is one
+            that was expected.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
             passes through unchanged.
     """
     try:
-        return _recorded(func, batch, randomness, once, call, number, False)
+        return _recorded(func, batch, randomness, once, call, number, look, False)
     except RuntimeError as error:
         # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic zero of
         # forward mode, which torch forbids.
         if isinstance(error, errors.ShardmapError) or "ZeroTensors are immutable" not in str(error):
             raise
-    return _recorded(func, batch, randomness, once, call, number, True)
+    return _recorded(func, batch, randomness, once, call, number, look, True)
 
 
 def _recorded(
@@ -115,6 +131,7 @@ def _recorded(
     once: bool,
     call: str,
     number: int,
+    look: bool,
     zeros_have_memory: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
@@ -136,7 +153,7 @@ def _recorded(
                 recorder.expected = follow.expected(func)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
-                found = _record(func, batch, samples, recorder, tries == 0)
+                found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:
                     return found
 
@@ -152,6 +169,7 @@ def _record(
     samples: list[torch.Tensor],
     recorder: Recorder,
     last: bool,
+    look: bool,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
     """Record `func` once; None if python's random numbers changed and another thread may be why."""
     call, randomness = recorder.call, recorder.randomness
@@ -207,10 +225,12 @@ def _record(
             _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
+        # A program that came again as expected has been looked at.
+        known = recording.program is recorder.expected and not look
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
-            kept=kept_tensors(recorder, leaves),
+            kept=None if known else kept_tensors(recorder, leaves),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

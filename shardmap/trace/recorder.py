@@ -18,12 +18,15 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import (
+    OpOverload,
     TorchDispatchMode,
     aten,
+    function_mode_on,
     is_zero_tensor,
     kernel_of,
     run_backward,
     schema_of,
+    without_functions,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
@@ -42,8 +45,8 @@ class Recorder(Refusals, TorchDispatchMode):
         self,
         call: str,
         randomness: str,
-        has_rule: Callable[[Any], bool],
-        decompose: Callable[[Any], Any],
+        has_rule: Callable[[OpOverload], bool],
+        decompose: Callable[[OpOverload], Any],
         outer: Recorder | None,
         once: bool,
         zeros_have_memory: bool = False,
@@ -71,15 +74,15 @@ class Recorder(Refusals, TorchDispatchMode):
         return False  # the wrapper that skipping adds costs a third of the recording
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call and record it."""
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
-        if torch._C._is_torch_function_mode_enabled():
+        if function_mode_on():
             # Called by C++ (a backward, a transform): the recorder's own questions are no doors.
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 return self._dispatch(func, args, kwargs)
         return self._dispatch(func, args, kwargs)
 
@@ -170,7 +173,7 @@ class Recorder(Refusals, TorchDispatchMode):
             return follow.DIFFERENT
         return follow.repeat(self, self.expected.equations[number], func, args, kwargs, is_own_leaf)
 
-    def _record_resize(self, func: Any, args: tuple) -> Any:
+    def _record_resize(self, func: OpOverload, args: tuple) -> Any:
         """A resized tensor that needs no more memory than it has is another view of it.
 
         None for anything else.
@@ -200,7 +203,7 @@ class Recorder(Refusals, TorchDispatchMode):
         return tensor
 
     def _record_view_in_place(
-        self, func: Any, functional: Any, args: tuple, kwargs: dict[str, Any]
+        self, func: OpOverload, functional: OpOverload, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """`t_`, `squeeze_` and their kin change how a tensor looks at its memory.
 
@@ -221,7 +224,7 @@ class Recorder(Refusals, TorchDispatchMode):
         return out
 
     def _record(
-        self, func: Any, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple
+        self, func: OpOverload, info: OpInfo, args: tuple, kwargs: dict[str, Any], writes: tuple
     ) -> Any:
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, info.open_scalars) for a in args])
@@ -299,7 +302,7 @@ class Recorder(Refusals, TorchDispatchMode):
         )
         return out
 
-    def _anomaly(self, func: Any, args: tuple) -> Any:
+    def _anomaly(self, func: OpOverload, args: tuple) -> Any:
         """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
         found = self.kernel(func, args, {})
         if not found:
@@ -310,7 +313,9 @@ class Recorder(Refusals, TorchDispatchMode):
                 )
         return found
 
-    def _pin_dtype(self, func: Any, encoded: tuple, named: tuple, out: Any) -> tuple[tuple, tuple]:
+    def _pin_dtype(
+        self, func: OpOverload, encoded: tuple, named: tuple, out: object
+    ) -> tuple[tuple, tuple]:
         """Arguments that give the recorded dtype under another default dtype.
 
         The function changed the default; replay will not see it.

@@ -28,7 +28,7 @@ class Recording:
     """The user's line for operators that have no rule of ours."""
     sample: tuple[torch.Tensor, ...]
     """What the function returned for the sample; none if the sample was made of zeros."""
-    kept: tuple[str, ...] = ()
+    kept: tuple[str, ...] | None = ()
     """Tensors that differ by sample and that python still holds although they are no outputs: the
     loop would leave another sample's, or all of them. A line of text for each."""
 

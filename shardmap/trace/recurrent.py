@@ -63,7 +63,7 @@ def served(func: Any, args: tuple) -> bool:
     return args[0].is_cuda or func is torch.lstm
 
 
-def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def recurrent(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """What `torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu` returns: the output and the last states.
 
     Args:
@@ -76,7 +76,7 @@ def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         func is torch.lstm or isinstance(args[2], torch.Tensor)
     )
     names = ["hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional"]
-    given = dict(zip(names, args[2 if packed else 1 :], strict=False)) | kwargs
+    given: dict[str, Any] = {**dict(zip(names, args[2 if packed else 1 :], strict=False)), **kwargs}
     batch_first = not packed and (args[8] if len(args) > 8 else kwargs.get("batch_first", False))
     directions = 2 if given["bidirectional"] else 1
     first: State = (given["hx"],) if isinstance(given["hx"], torch.Tensor) else tuple(given["hx"])

@@ -64,14 +64,14 @@ class Refusals(Equations):
             "the function"
         )
 
-    def _check_writes(self, func: Any, value: Any) -> None:
+    def _check_writes(self, func: OpOverload, value: Any) -> None:
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, torch.Tensor):
                 self._refuse_write(func, tensor)
                 if self.copies.pairs:
                     self._written_beside_copies(tensor)
 
-    def _refuse_growth(self, func: Any, writes: tuple) -> None:
+    def _refuse_growth(self, func: OpOverload, writes: tuple) -> None:
         for tensor in flat_tensors(writes):
             var = self.known(tensor)
             if var is not None and tensor.shape != var.spec.shape:
@@ -174,7 +174,7 @@ class Refusals(Equations):
                 "torch.zeros"
             )
 
-    def _check_random(self, func: Any) -> None:
+    def _check_random(self, func: OpOverload) -> None:
         name = schema_of(func).name.partition("::")[2]
         if self.randomness == "error":
             raise errors.RandomnessError(
@@ -200,7 +200,7 @@ class Refusals(Equations):
             "the map"
         )
 
-    def _data_dependent(self, func: Any) -> str:
+    def _data_dependent(self, func: OpOverload) -> str:
         name = schema_of(func).name.partition("::")[2]
         what = {
             "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "

@@ -10,26 +10,53 @@ nothing had been expected.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
 
 from shardmap._threads import fork_safe_lock
 from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, variables
-
-if TYPE_CHECKING:
-    from shardmap.trace.recorder import Recorder
+from shardmap.trace.unwritten import Unwritten
 
 DIFFERENT = object()
 """What `repeat` returns where the call is not the expected one; nothing has been run then."""
 
 _CAPACITY = 256
-_last: collections.OrderedDict[Any, tuple[Program, dict[str, str]]] = collections.OrderedDict()
+_last: collections.OrderedDict[Hashable, tuple[Program, dict[str, str]]] = collections.OrderedDict()
 _lock = fork_safe_lock()
 
 
-def code_of(func: Callable[..., Any]) -> Any:
+class Expecting(Protocol):
+    """What `repeat` reads and writes of a recording that expects a program."""
+
+    types: list[Any]
+    scalars: list[float]
+    mapped_groups: set[int]
+    entries: dict[int, tuple[weakref.ref, Var]]
+    captured: dict[int, tuple[Var, torch.Tensor]]
+    unwritten: Unwritten
+    expected: Program | None
+
+    def captured_var(self, tensor: torch.Tensor) -> Var:
+        """The variable of a tensor that was not recorded: from now on it is captured."""
+        ...
+
+    def encode(self, value: Any, flags: list[int], param: bool) -> Any:
+        """An argument as the program holds it."""
+        ...
+
+    def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run an operator below the recording."""
+        ...
+
+    def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
+        """Take `eq` as what has just been recorded with the result `out`."""
+        ...
+
+
+def code_of(func: Callable[..., Any]) -> Hashable:
     """What identifies the code of `func`, whatever it closes over; None if nothing does."""
     inner = getattr(func, "__func__", func)
     code = getattr(inner, "__code__", None)
@@ -64,6 +91,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     return sources
 
 
+def forget(func: Callable[..., Any]) -> None:
+    """Expect nothing of this code: the next recording of it is looked at as the first."""
+    with _lock:
+        _last.pop(code_of(func), None)
+
+
 def clear() -> None:
     """Forget what was recorded: nothing is expected."""
     with _lock:
@@ -71,12 +104,12 @@ def clear() -> None:
 
 
 def repeat(
-    recorder: Recorder,
+    recorder: Expecting,
     eq: Equation,
     func: Any,
     args: tuple,
     kwargs: dict[str, Any],
-    is_own_leaf: Callable[[Any], bool],
+    is_own_leaf: Callable[[torch.Tensor], bool],
 ) -> Any:
     """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
 
@@ -172,7 +205,7 @@ def alike(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _undo(recorder: Recorder, marks: tuple[int, int]) -> Any:
+def _undo(recorder: Expecting, marks: tuple[int, int]) -> object:
     del recorder.types[marks[0] :]
     del recorder.scalars[marks[1] :]
     return DIFFERENT

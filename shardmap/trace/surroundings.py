@@ -7,6 +7,7 @@ import ctypes
 import pickle
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.random  # here, for numpy imports it lazily: a signal handler may come in between
@@ -17,14 +18,19 @@ from shardmap._torch import (
     dispatch_key,
     dispatch_modes,
     enter_vmap_level,
+    exclude_key,
     function_modes,
+    function_state,
+    function_states,
     functorch,
     interpreters_aside,
+    is_key_excluded,
     leave_vmap_level,
     pop_dispatch_mode,
     pop_function_mode,
     push_dispatch_mode,
     push_function_mode,
+    set_function_state,
 )
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
@@ -95,22 +101,22 @@ def overrides_enabled() -> Iterator[None]:
     A map called by a signal handler may find itself between two lines of torch, or of ours, that
     run without modes: nothing would be recorded, and the sample's results taken for constants.
     """
-    hidden = [k for k in _PYTHON_KEYS if torch._C._dispatch_tls_is_dispatch_key_excluded(k)]
-    functions = torch._C._get_torch_function_state()
-    off = functions == torch._C._TorchFunctionState.ALL_DISABLED
+    hidden = [k for k in _PYTHON_KEYS if is_key_excluded(k)]
+    functions = function_state()
+    off = functions == function_states.ALL_DISABLED
     if not hidden and not off:
         yield
         return
     try:
         for key in hidden:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+            exclude_key(key, False)
         if off:  # modes are on then; subclasses of tensors stay as they are
-            torch._C._set_torch_function_state(torch._C._TorchFunctionState.SUBCLASSES_DISABLED)
+            set_function_state(function_states.SUBCLASSES_DISABLED)
         yield
     finally:
         for key in hidden:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-        torch._C._set_torch_function_state(functions)
+            exclude_key(key, True)
+        set_function_state(functions)
 
 
 class RandomStates:
@@ -142,16 +148,19 @@ class RandomStates:
         return drawn
 
 
+_bit_generator: Any = vars(np.random)["get_bit_generator"]  # missing in numpy's stubs
+
+
 def _numpy_state() -> bytes:
     """The memory of numpy's global generator: 60 times cheaper to read than `get_state`."""
-    generator = np.random.get_bit_generator()
+    generator = _bit_generator()
     if type(generator) is not np.random.MT19937:
         return pickle.dumps(generator.state)
     return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
 
 def _restore_numpy(state: bytes) -> None:
-    generator = np.random.get_bit_generator()
+    generator = _bit_generator()
     if type(generator) is not np.random.MT19937:
         generator.state = pickle.loads(state)
         return

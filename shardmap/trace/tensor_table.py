@@ -14,6 +14,7 @@ from shardmap._torch import (
     interpreters_aside,
     is_zero_tensor,
     storage_id,
+    storage_of_weak_reference,
     weak_reference,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
@@ -284,7 +285,7 @@ class Variables:
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         captured = {v.group for v, _ in self.captured.values()}
         for address, weak in zip(self.groups, self.weak_storages, strict=False):
-            known: Any = torch.UntypedStorage._new_with_weak_ptr(weak)
+            known: Any = storage_of_weak_reference(weak)
             if known is None or self.groups[address] in captured:
                 continue
             first = known.data_ptr()

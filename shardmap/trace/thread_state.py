@@ -18,19 +18,42 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch as dispatch
 
 from shardmap._threads import alone, fork_safe_lock
-from shardmap._torch import function_modes, functorch, pop_function_mode, push_function_mode
-
-_C: Any = torch._C
-_hooks: Any = _C._autograd
+from shardmap._torch import (
+    allow_saved_hooks,
+    dispatch_depth,
+    dispatch_modes,
+    eager_transforms,
+    forward_level,
+    function_depth,
+    function_modes,
+    functorch,
+    inference_guard,
+    is_dispatch_mode_on,
+    is_forward_on,
+    is_multithreading_on,
+    leave_forward_level,
+    note_that_no_dispatch_mode_is_on,
+    pop_dispatch_mode,
+    pop_function_mode,
+    pop_saved_hooks,
+    push_dispatch_mode,
+    push_function_mode,
+    push_saved_hooks,
+    refuse_saved_hooks,
+    saved_hooks,
+    set_forward,
+    set_forward_level,
+    set_grad,
+    set_multithreading,
+    why_saved_hooks_are_refused,
+)
 
 _active: dict[int, weakref.ref[_Kept]] = {}
 """By thread: its outermost call, as long as that is alive."""
@@ -69,20 +92,20 @@ class _Kept:
     def __enter__(self) -> _Kept:
         self.grad: bool = torch.is_grad_enabled()
         self.inference: bool = torch.is_inference_mode_enabled()
-        self.forward: bool = _C._is_fwd_grad_enabled()
-        self.multithreading: bool = _C._is_multithreading_enabled()
+        self.forward: bool = is_forward_on()
+        self.multithreading: bool = is_multithreading_on()
         self.in_place: bool = functorch.get_inplace_requires_grad_allowed()
         self.own_functions: bool = functorch.get_single_level_autograd_function_allowed()
-        self.functions = function_modes() if _functions() else []
-        self.dispatch = dispatch._get_current_dispatch_mode_stack() if _dispatched() else []
+        self.functions = function_modes() if function_depth() else []
+        self.dispatch = dispatch_modes() if dispatch_depth() else []
         self.layers = _layers()
         self.autocast = [_autocast("cpu"), _autocast("cuda")]
         self.cache: bool = torch.is_autocast_cache_enabled()
         self.nesting = _nesting()
-        self.hooks = _hooks._top_saved_tensors_default_hooks(True)
-        self.hooks_refused = _hooks._saved_tensors_hooks_get_disabled_error_message()
+        self.hooks = saved_hooks(True)
+        self.hooks_refused = why_saved_hooks_are_refused()
         self.jvps: int = eager_transforms.JVP_NESTING
-        self.level: int = forward_ad._current_level
+        self.level: int = forward_level(forward_ad)
         self.variables = [v.get() for v in _variables]
         self.handled = sys.exc_info()[1]
         self.thread = threading.get_ident()
@@ -93,7 +116,7 @@ class _Kept:
                 _active[self.thread] = weakref.ref(self)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.done:
             return
         interrupted = None
@@ -122,24 +145,21 @@ class _Kept:
         """
         with _flags:
             _active.pop(self.thread, None)
-            if self.dispatch or not dispatch.is_in_torch_dispatch_mode():
+            if self.dispatch or not is_dispatch_mode_on():
                 return
             if not any(call() is not None for call in _active.values()):
-                dispatch._is_in_torch_dispatch_mode = False
-                dispatch._is_in_non_infra_torch_dispatch_mode = False
-                dispatch._is_in_any_mode_without_ignore_compile_internals = False
-                dispatch.set_is_in_mode_without_ignore_compile_internals(False)
+                note_that_no_dispatch_mode_is_on()
 
     def _changed(self) -> bool:
         """Whether anything that a generator may still restore later is not as it was."""
         return (
             self.grad is not torch.is_grad_enabled()
             or self.inference is not torch.is_inference_mode_enabled()
-            or len(self.functions) != _functions()
-            or len(self.dispatch) != _dispatched()
+            or len(self.functions) != function_depth()
+            or len(self.dispatch) != dispatch_depth()
             or len(self.layers) != functorch.get_dynamic_layer_stack_depth()
             or self.nesting != _nesting()
-            or self.hooks != _hooks._top_saved_tensors_default_hooks(True)
+            or self.hooks != saved_hooks(True)
             or self.jvps != eager_transforms.JVP_NESTING
         )
 
@@ -155,9 +175,9 @@ class _Kept:
         self._restore_hooks()
         functorch.set_inplace_requires_grad_allowed(self.in_place)
         functorch.set_single_level_autograd_function_allowed(self.own_functions)
-        _C._set_multithreading_enabled(self.multithreading)
-        _C._set_fwd_grad_enabled(self.forward)
-        _C._set_grad_enabled(self.grad)
+        set_multithreading(self.multithreading)
+        set_forward(self.forward)
+        set_grad(self.grad)
         for variable, value in zip(_variables, self.variables, strict=True):
             if variable.get() is not value:
                 variable.set(value)
@@ -166,7 +186,7 @@ class _Kept:
         if torch.is_inference_mode_enabled() is self.inference:
             return
         # Torch has no way to set it but a guard, which is kept: to leave it would undo it.
-        guard = _C._InferenceMode(self.inference)
+        guard = inference_guard(self.inference)
         _guards.append(guard)
         guard.__enter__()
 
@@ -180,22 +200,22 @@ class _Kept:
             _push_layers(self.layers)
         if eager_transforms.JVP_NESTING > self.jvps and (self.left_jvp or alone()):
             eager_transforms.JVP_NESTING = self.jvps
-        if self.level < 0 and (forward_ad._current_level > self.level or self.left_jvp or alone()):
+        if self.level < 0 and (forward_level(forward_ad) > self.level or self.left_jvp or alone()):
             with contextlib.suppress(RuntimeError):  # there may be none to leave: torch cannot say
-                _C._exit_dual_level(level=0)
-            forward_ad._current_level = self.level
+                leave_forward_level(level=0)
+            set_forward_level(self.level)
 
     def _restore_modes(self) -> None:
         if not _same(function_modes(), self.functions):
-            while _functions():
+            while function_depth():
                 pop_function_mode()
             for mode in self.functions:
                 push_function_mode(mode)
-        if not _same(dispatch._get_current_dispatch_mode_stack(), self.dispatch):
-            while _dispatched():
-                dispatch._pop_mode()
+        if not _same(dispatch_modes(), self.dispatch):
+            while dispatch_depth():
+                pop_dispatch_mode()
             for mode in self.dispatch:
-                dispatch._push_mode(mode)
+                push_dispatch_mode(mode)
 
     def _restore_autocast(self) -> None:
         for device, (on, dtype) in zip(("cpu", "cuda"), self.autocast, strict=True):
@@ -210,18 +230,17 @@ class _Kept:
             torch.clear_autocast_cache()  # weights as they were cast inside
 
     def _restore_hooks(self) -> None:
-        top = _hooks._top_saved_tensors_default_hooks
-        if top(True) != self.hooks:
-            _hooks._saved_tensors_hooks_enable()
-            while top(True) is not None and top(True) != self.hooks:
-                _hooks._pop_saved_tensors_default_hooks()
-            if top(True) is None and self.hooks is not None:
-                _hooks._push_saved_tensors_default_hooks(*self.hooks)
-        if _hooks._saved_tensors_hooks_get_disabled_error_message() != self.hooks_refused:
+        if saved_hooks(True) != self.hooks:
+            allow_saved_hooks()
+            while saved_hooks(True) is not None and saved_hooks(True) != self.hooks:
+                pop_saved_hooks()
+            if saved_hooks(True) is None and self.hooks is not None:
+                push_saved_hooks(*self.hooks)
+        if why_saved_hooks_are_refused() != self.hooks_refused:
             if self.hooks_refused is None:
-                _hooks._saved_tensors_hooks_enable()
+                allow_saved_hooks()
             else:
-                _hooks._saved_tensors_hooks_disable(self.hooks_refused, self.hooks is None)
+                refuse_saved_hooks(self.hooks_refused, self.hooks is None)
 
 
 class _Twice:
@@ -235,17 +254,13 @@ class _Twice:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         kept = self._kept()
         assert kept is not None
         kept.__exit__(kind, error, trace)
 
 
-_functions: Callable[[], int] = _C._len_torch_function_stack
-_dispatched: Callable[[], int] = _C._len_torch_dispatch_stack
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 

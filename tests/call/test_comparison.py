@@ -96,7 +96,7 @@ def test_a_wrong_map_is_shown_with_the_operator(wrong: Any, named: str) -> None:
     assert named in (found.parted or "")
     assert "DIFFERS" in str(found)
     worst = found.outputs[0]
-    assert worst.largest == pytest.approx(0.5 * x[list(found.samples)].abs().max(), rel=1e-4)
+    assert worst.largest == pytest.approx(float(0.5 * x[list(found.samples)].abs().max()), rel=1e-4)
 
 
 def test_a_function_that_is_run_sample_by_sample() -> None:

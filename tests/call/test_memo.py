@@ -450,7 +450,7 @@ def test_what_cannot_be_found_is_recorded_each_time(caplog: pytest.LogCaptureFix
 
 
 def test_an_iterator_is_refused() -> None:
-    """The loop takes a number for each sample, a recording one for all: seen on the second sample."""
+    """The loop takes a number for each sample, a recording one for all."""
     for trace in ("each", "once"):
         numbers = itertools.count(1)
         mapped = shardmap.vmap(lambda r, numbers=numbers: r * next(numbers), trace=trace)

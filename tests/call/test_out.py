@@ -96,7 +96,8 @@ def test_an_interrupted_run_goes_on_with_exactly_what_is_missing(
     assert [i for a, b in again for i in range(a, b)] == list(range(12, 23)), (
         "nothing twice, nothing missing"
     )
-    assert torch.equal(stored(store)["outer"], shardmap.vmap(function)(x)["outer"])
+    want = shardmap.vmap(function)(x)["outer"]
+    torch.testing.assert_close(stored(store)["outer"], want, rtol=1e-6, atol=1e-6)
     computed.clear()
     shardmap.vmap(function, out=sink, resume=True)(x)
     assert computed == [], "a complete store is left alone"

@@ -56,8 +56,7 @@ def test_every_configuration_can_be_bound_and_says_how_to_run_it(path):
     assert f"shardmap run configs/{path.name}/run.yaml\n" in (path / "run.yaml").read_text()
 
 
-# -- Lyapunov exponents
-# ------------------------------------------------------------------------------------------------
+# -- Lyapunov exponents ----------------------------------------------------------------------------
 
 
 def test_lyapunov_exponents_of_lorenz_96_are_the_published_ones(tmp_path):
@@ -129,8 +128,7 @@ def test_kaplan_yorke(spectrum, dimension):
     )
 
 
-# -- a learned potential
-# -----------------------------------------------------------------------------------------------
+# -- a learned potential ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,8 +185,7 @@ def test_the_learned_potential_bends_as_the_one_it_was_learned_from(tmp_path):
     assert_is_a_picture(folder / "laplacian.png")
 
 
-# -- a tangent kernel
-# --------------------------------------------------------------------------------------------------
+# -- a tangent kernel ------------------------------------------------------------------------------
 
 
 def test_the_tangent_kernel_is_the_gram_matrix_of_all_gradients(tmp_path):
@@ -265,8 +262,7 @@ def test_the_report_on_a_kernel_takes_gradients_too_and_refuses_means(tmp_path):
         ntk_reports.kernel_regression(Outcome(few, None, rows, tmp_path), labels=40)
 
 
-# -- a private step
-# --------------------------------------------------------------------------------------------------
+# -- a private step --------------------------------------------------------------------------------
 
 
 def test_the_private_sum_is_the_clipped_sum_and_noise_of_the_size_that_was_asked_for(tmp_path):
@@ -310,7 +306,7 @@ def test_the_report_on_a_private_step_says_which_reductions_it_needs(tmp_path):
         )
 
 
-# -- sentences -----------------------------------------------------------------------------------
+# -- sentences -------------------------------------------------------------------------------------
 
 
 def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themselves(tmp_path):

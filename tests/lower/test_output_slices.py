@@ -82,7 +82,7 @@ def test_parts_side_by_side_equal_the_loop(name: str, samples: int) -> None:
 def test_nothing_is_put_side_by_side_any_more(name: str) -> None:
     """The joining calls are gone, and with them the memory of the parts."""
     plan = shardmap.plan(FUNCTIONS[name])(torch.randn(7, 3))
-    program = plan._job.lower("cpu").batched
+    program = plan.job.lowerings.outline("cpu")
     joined = [call.op for call in program.chunk].count
     left = [
         call.op for call in place(program, [v for v in program.outputs if v.mapped]).calls

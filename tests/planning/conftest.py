@@ -8,7 +8,6 @@ from shardmap.lower import cache as engine
 
 
 @pytest.fixture(autouse=True)
-def _nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_learned() -> None:
     """What one test teaches about a program is not for the next."""
-    for name in ("_cache", "_notes", "_by_identity"):
-        monkeypatch.setattr(engine, name, type(getattr(engine, name))())
+    engine.clear()

@@ -60,8 +60,7 @@ def test_arguments_as_text(value: Any, text: str) -> None:
     assert show(value) == text
 
 
-# ---------------------------------------------------------------------------------------------- the
-# checker
+# -- the checker -----------------------------------------------------------------------------------
 
 SPEC = Spec((2,), (1,), torch.float32, "cpu", 0)
 A, B, C = (Var(i, i, SPEC) for i in range(3))
@@ -111,8 +110,7 @@ def test_faults_are_found(name: str) -> None:
         Program.loads(faulty.dumps())
 
 
-# ----------------------------------------------------------------------------------------------
-# JSON
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 def _gradient(model: nn.Module) -> Callable[[torch.Tensor], Any]:
@@ -168,7 +166,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_through_json_and_back(name: str) -> None:
-    """Equal, of the same types all the way down, and JSON that other readers accept (no bare NaN)."""
+    """The copy is equal, types included, and its JSON is what other readers accept (no NaN)."""
     before = PROGRAMS[name]()
     before.check()
     text = before.dumps()

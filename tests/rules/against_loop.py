@@ -12,7 +12,6 @@ import torch
 
 import shardmap
 from shardmap.lower import batcher as batch
-from shardmap.lower import cache as engine
 from shardmap.rules import registry
 
 Make = Callable[[torch.Generator], torch.Tensor]
@@ -154,7 +153,7 @@ def assert_close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float, lab
 
 @contextlib.contextmanager
 def below_our_rules() -> Iterator[list[str]]:
-    """Collects the recorded calls of operators with a rule of ours that another tier serves after all."""
+    """Collect the calls of operators with a rule that another tier serves after all."""
     served: list[str] = []
 
     def watch(tier: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +164,7 @@ def below_our_rules() -> Iterator[list[str]]:
 
         return watched
 
-    engine._cache.clear()
+    shardmap.clear_caches()
     names = "functorch_rule", "loop_rule"
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import shardmap
-from shardmap.lower import cache as engine
 from shardmap.rules import attention
 from tests.rules.against_loop import assert_close, check, real
 from tests.rules.test_conv import gradients
@@ -118,7 +117,7 @@ def test_rows_without_keys():
     """Rows that may attend to nothing."""
     mask = torch.tensor([[False, False], [True, False]])
     x = torch.randn(3, 1, 1, 2, 4)
-    engine._cache.clear()
+    shardmap.clear_caches()
     got = shardmap.vmap(lambda q: attend(q, q, q, mask), randomness="different")(x)
     out, _ = attention.attend(*[x.flatten(0, 1)] * 3, mask, False, None)
     assert_close(out.unflatten(0, (3, 1)), got, 1e-5, "empty rows")

@@ -90,9 +90,9 @@ def compare(
         return op(*full, **named)
 
     rows = [batches[i] for i in chosen]
-    engine._cache.clear()
+    shardmap.clear_caches()
     got = shardmap.vmap(one)(*rows)
-    for _, low in engine._cache.values():
+    for low in engine.lowerings():
         assert not low.fixes.tiers, low.fixes
     results = [one(*[r[k] for r in rows]) for k in range(size)]
     got, results = (got, results) if isinstance(got, tuple) else ((got,), [(r,) for r in results])
@@ -124,7 +124,10 @@ def test_every_operator(op: Any) -> None:
             compare(op, args, named, tensors, chosen, 2)
 
 
-BINARY = "add.Tensor sub.Tensor mul.Tensor div.Tensor atan2 maximum lt.Tensor eq.Tensor pow.Tensor_Tensor logical_and where.self"
+BINARY = (
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor atan2 maximum lt.Tensor eq.Tensor "
+    "pow.Tensor_Tensor logical_and where.self"
+)
 DTYPES = [
     torch.bool,
     torch.int8,
@@ -177,7 +180,7 @@ def test_promotion(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["add_", "mul_", "clamp_min_", "eq_", "logical_or_"])
 def test_promotion_in_place(name: str, left: torch.dtype, right: torch.dtype) -> None:
-    """A tensor without dimensions is written to, in the dtype that both promote to, whichever of them differ by sample."""
+    """A tensor without dimensions is written to in the dtype that both operands promote to."""
     x, y = (
         torch.tensor([1.3, 7.9, -3.0]).to(left),
         torch.tensor([300.7, 1.1, 2.0], dtype=torch.float64).to(right),
@@ -245,7 +248,10 @@ CASES = {
         real(3),
     ),
 }
-ACTIVATIONS = "relu relu6 silu mish gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softshrink hardshrink softsign"
+ACTIVATIONS = (
+    "relu relu6 silu mish gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus "
+    "softshrink hardshrink softsign"
+)
 
 
 def _write_a_row(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -271,7 +277,7 @@ def test_cases(name: str) -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS.split())
 def test_activations(name: str) -> None:
-    """Forward, and the backward that is recorded inside the function, with the cotangent mapped or not."""
+    """Forward and backward inside the function agree, with the cotangent mapped or not."""
     function = getattr(torch.nn.functional, name)
     check(
         lambda x, g: torch.autograd.grad(function(x.requires_grad_() if x.is_leaf else x), x, g)[0],
@@ -300,9 +306,9 @@ def test_copies_have_the_strides_of_the_sample(memory_format: torch.memory_forma
 
 def test_one_call_for_one_call() -> None:
     """Equal ranks and dtypes: exactly the recorded call is emitted."""
-    engine._cache.clear()
+    shardmap.clear_caches()
     w = torch.randn(3, 4)
     shardmap.vmap(lambda x, y: (x * y + w).tanh())(torch.randn(5, 3, 4), torch.randn(5, 3, 4))
-    ((_, low),) = engine._cache.values()
+    (low,) = engine.lowerings()
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert len(low.batched.chunk) == 4, names  # the three calls, and the output made contiguous

@@ -47,7 +47,9 @@ def test_the_others_finish_when_a_device_dies(
     setattr(script, "late" if late else "early", die)
     batch = batch_of(101, 3)
     with pytest.warns(errors.DeviceLostWarning) as caught:
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=5, reduce=reduce)(batch)
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=5, reduce=reduce
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, want if reduce is None else tuple(t.sum(0) for t in want))
     lost = [str(w.message) for w in caught if w.category is errors.DeviceLostWarning]
@@ -80,7 +82,7 @@ def test_two_devices_die_at_different_chunks(script: Script) -> None:
     script.early = die
     batch = batch_of(101, 3)
     with pytest.warns(errors.DeviceLostWarning) as caught:
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=5)(batch)
+        got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=5)(batch)
     same(got, oracle.loop(function)(batch))
     assert len([w for w in caught if w.category is errors.DeviceLostWarning]) == 2
     assert died == {0, 1}
@@ -98,7 +100,9 @@ def test_two_devices_fail_on_the_same_samples(sample: int, chunk_size: int, scri
 
     script.early = die
     with pytest.warns(errors.DeviceLostWarning), pytest.raises(errors.DeviceLostError) as caught:  # noqa: PT012
-        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=chunk_size)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)(
+            batch_of(SAMPLES, 3)
+        )
     text = str(caught.value)
     assert text.startswith("shardmap.vmap(function, in_dims=0): gpu")
     assert "the error may be in the data" in text
@@ -113,14 +117,14 @@ def test_the_only_device_dies(devices: Any, script: Script) -> None:
         errors.DeviceLostError,
         match=r"shardmap.vmap\(function.*cpu failed with samples .*no other device is left",
     ):
-        shardmap.vmap(function, devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
+        shardmap.vmap(function, check="off", devices=devices, chunk_size=4)(batch_of(SAMPLES, 3))
 
 
 @pytest.mark.usefixtures("several_devices", "taking_turns")
 def test_gradients_lead_through_the_device_that_died(script: Script) -> None:
     script.early = at(2, lambda: torch.AcceleratorError(DIES))
     with pytest.raises(errors.DeviceLostError, match="gradients"):
-        shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=4)(
+        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=4)(
             batch_of(SAMPLES, 3).requires_grad_()
         )
 
@@ -142,9 +146,9 @@ def test_memory_runs_out_and_devices_die(seed: int, script: Script) -> None:
     batch = batch_of(101, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.DeviceLostWarning)
-        got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None))(
-            batch
-        )
+        got = shardmap.vmap(
+            function, check="off", devices=["cpu"] * 3, chunk_size=16, reduce=("sum", None)
+        )(batch)
     want = oracle.loop(function)(batch)
     same(got, (want[0].sum(0), want[1]))
     assert set(script.computed.values()) == {1}
@@ -159,7 +163,7 @@ def test_a_slow_device_does_less(script: Script) -> None:
 
     script.early = wait
     batch = batch_of(101, 3)
-    got = shardmap.vmap(function, devices=["cpu"] * 3, chunk_size=1)(batch)
+    got = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=1)(batch)
     same(got, oracle.loop(function)(batch))
     slow, *fast = (script.by_lane[i] for i in (1, 0, 2))
     assert slow * 4 < min(fast), script.by_lane

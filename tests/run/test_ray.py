@@ -26,7 +26,7 @@ from shardmap import errors
 from shardmap.lower.batched import LoweringOptions
 from shardmap.planning.device import Budget
 from shardmap.program.ir import Program
-from shardmap.run import driver, packing, pool, remote
+from shardmap.run import driver, messages, packing, pool, remote
 from shardmap.run.base import ChunkDone, Event, Output, RunFinished, RunStarted, listen
 from tests.on_ray import TWO, gone, local_ray, pids
 
@@ -411,7 +411,15 @@ def test_a_worker_forgets_old_programs() -> None:
     )
     outputs = (Output((3,), torch.float32, torch.device("cpu"), True, 0, None, False),)
     constants = remote.Constants(
-        options, (), (), (2.0,), 0, {}, remote.Settings.current(), outputs, budget=Budget(None, 0.9)
+        options,
+        (),
+        (),
+        (2.0,),
+        0,
+        {},
+        messages.Settings.current(),
+        outputs,
+        budget=Budget(None, 0.9),
     )
     task = remote.Task(0, 2, (packing.pack(x),), True)
     for i in range(remote.Worker.PROGRAMS + 3):

@@ -19,7 +19,9 @@ Made = Callable[[], tuple[Function, Any]]
 
 def kept(function: Function, rows: torch.Tensor) -> tuple[str, ...]:
     batch = collect((rows,), {}, 0, 0, "test")
-    return record(function, batch, "error", False, "test")[0].kept
+    found = record(function, batch, "error", False, "test", look=True)[0].kept
+    assert found is not None
+    return found
 
 
 def attribute() -> tuple[Function, Any]:

@@ -20,6 +20,13 @@ from tests import oracle
 x = torch.arange(12.0).view(3, 4) + 1
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's random states are put back where no other thread draws; tests may leave threads."""
+    for place in ("_threads", "trace.record", "trace.surroundings", "trace.thread_state"):
+        monkeypatch.setattr(f"shardmap.{place}.alone", lambda: True)
+
+
 class OwnError(Exception):
     """Stands for any exception of the user's."""
 

@@ -213,7 +213,10 @@ def test_nothing_is_recorded_again_with_once() -> None:
     for ours, _ in PAIRS.values():
         mapped = ours(torch.sin, trace="once")
         mapped(x)
-        first = mapped._mapped.__closure__
+        outer = mapped._mapped.__closure__
+        assert outer is not None
+        (called,) = [c.cell_contents for c in outer if callable(c.cell_contents)][:1]
+        first = called.__closure__
         assert first is not None
         memory = next(c.cell_contents for c in first if type(c.cell_contents).__name__ == "Memory")
         (kept,) = memory.kept.values()
