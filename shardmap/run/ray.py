@@ -193,8 +193,14 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
         home = str(job.home)
         outputs = tuple([on_worker(o, stored=False) for o in job.outputs])
         heads = [t.narrow(0, 0, min(step, t.shape[0])) for t in job.inputs]
+        # what the function returned for the last sample is not known of the task's last
+        unknown = dataclasses.replace(job.lowerings, expected=())
         task = dataclasses.replace(
-            job, samples=min(step, job.samples), inputs=heads, outputs=outputs
+            job,
+            samples=min(step, job.samples),
+            inputs=heads,
+            outputs=outputs,
+            lowerings=unknown,
         )
         (site,) = sites(
             task, prepare.Devices(task), [home], lambda device: None, step > 1, bool(job.samples)

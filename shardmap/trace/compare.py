@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shardmap._torch import pytree
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.operators import op_info
@@ -58,7 +59,7 @@ def _taken_from_python(first: Recording, second: Recording) -> str | None:
     if found is not None:
         return found
     for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
-        if a.hex() != b.hex():
+        if a.hex() != b.hex() and _number_matters(first.program, number):
             where = _where(first.program, number)
             return (
                 f"a number that python computed is {a:g} for one sample and {b:g} for "
@@ -72,10 +73,19 @@ def _matters(program: Program, literal: Var) -> bool:
 
     Those of memory that was never written often do not: only its shape is used.
     """
-    reached = {literal.group}
+    return _reaches(program, {literal.group})
+
+
+def _number_matters(program: Program, number: int) -> bool:
+    """Whether a number does: not where a finalizer computes something of its own, for example."""
+    return _reaches(program, set(), number)
+
+
+def _reaches(program: Program, reached: set[int], number: int | None = None) -> bool:
     for eq in program.equations:
         info = op_info(eq.op)
-        if not any(v.group in reached for v in valued(info, eq.args, eq.kwargs)):
+        given = number is not None and _takes(eq, number)
+        if not given and not any(v.group in reached for v in valued(info, eq.args, eq.kwargs)):
             continue
         if eq.answer is not None or not list(eq.results()):
             return True
@@ -141,11 +151,16 @@ def _name(eq: Equation) -> str:
     return eq.op.name().removeprefix("aten::")
 
 
-def _where(program: Program, scalar: int) -> str:
+def _takes(eq: Equation, number: int) -> bool:
+    """Whether a number is among the arguments of a call, in lists too."""
+    leaves = pytree.tree_leaves((eq.args, eq.kwargs), is_leaf=lambda v: hasattr(v, "scalar"))
+    return any(getattr(value, "scalar", None) == number for value in leaves)
+
+
+def _where(program: Program, number: int) -> str:
     for eq in program.equations:
-        for value in (*eq.args, *[v for _, v in eq.kwargs]):
-            if getattr(value, "scalar", None) == scalar:
-                return f", in a call of {_name(eq)}"
+        if _takes(eq, number):
+            return f", in a call of {_name(eq)}"
     return ""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 import zlib
+from types import FrameType
 
 import torch
 
+from shardmap._threads import alone
 from shardmap._torch import without_dispatch, without_functions
 
 PROGRAM = "<shardmap program>"
@@ -27,35 +28,80 @@ class Generator:
     operator call. In the loop, later draws of all samples are then the same.
     """
 
-    def __init__(self) -> None:
-        """Give the generator a state that no seed of the function's gives by chance."""
-        self.alone = threading.active_count() == 1
-        if self.alone:
-            torch.default_generator.manual_seed(zlib.crc32(generator_state()) + 2**40)
-        self.seed = torch.initial_seed()
-        self.state = generator_state() if self.alone else b""
+    def __init__(self, watched: bool = False) -> None:
+        """Look at the generator as it is before the function runs.
+
+        Args:
+            watched: Whether to watch the calls that the function makes, where other threads share
+                the generator. That slows it down, so that it is done once for a program.
+        """
+        self.alone = alone()
         self.drawn = False
+        self.watch = Watch() if watched and not self.alone else None
+        self.seed, self.state = torch.initial_seed(), b""
+        if self.alone:
+            self._mark()
+
+    def _mark(self) -> None:
+        """Give the generator a state that neither a seed nor an earlier state gives by chance.
+
+        Recorded draws come from other generators, so that a state which is put back would be the
+        one that is there.
+        """
+        torch.default_generator.manual_seed(zlib.crc32(generator_state()) + 2**40)
+        self.seed, self.state = torch.initial_seed(), generator_state()
 
     def is_as_left(self) -> bool:
         """Whether nothing but recorded draws has changed the state.
 
         All threads share torch's generator: where there are others, their draws change it as well,
-        and only another seed can be told.
+        and only another seed can be told, or that a call which sets the state was seen.
         """
+        if self.watch is not None and self.watch.seen:
+            return False
         if torch.initial_seed() != self.seed:
             return _within_a_program()
-        self.alone = self.alone and threading.active_count() == 1
+        self.alone = self.alone and alone()
         return not self.alone or _within_a_program() or generator_state() == self.state
 
     def draw(self) -> None:
         """Note the state after a recorded draw."""
         self.drawn = True
+        self.alone = self.alone and alone()
         if self.alone and not _within_a_program():
-            self.state = generator_state()
+            self._mark()
+
+
+class Watch:
+    """Notes whether this thread sets the state of torch's generator, by a profile function.
+
+    Where python is being profiled already, nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> None:
+        self.before = sys.getprofile()
+        if self.before is None:
+            sys.setprofile(self._called)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is None:
+            sys.setprofile(None)
+
+    def _called(self, frame: FrameType, event: str, called: object) -> None:
+        if event != "c_call" or getattr(called, "__self__", None) is not torch.default_generator:
+            return
+        if getattr(called, "__name__", "") in _SETTERS and not _within_a_program():
+            self.seen = True
+
+
+_SETTERS = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"}
 
 
 def _within_a_program() -> bool:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == PROGRAM:
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -153,7 +154,7 @@ def _recorded(
                 recorder.expected = follow.expected(func)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
-                found = _record(func, batch, samples, recorder, tries == 0, look)
+                found = _record(func, batch, samples, recorder, tries == 0, look, number > 0)
                 if found is not None:
                     return found
 
@@ -170,6 +171,7 @@ def _record(
     recorder: Recorder,
     last: bool,
     look: bool,
+    watched: bool,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
     """Record `func` once; None if python's random numbers changed and another thread may be why."""
     call, randomness = recorder.call, recorder.randomness
@@ -184,8 +186,9 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
-                recorder.generator = Generator()
-                out = func(*args, **kwargs)
+                recorder.generator = Generator(watched=watched)
+                with recorder.generator.watch or contextlib.nullcontext():
+                    out = func(*args, **kwargs)
                 recorder.refuse_seeds()
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):

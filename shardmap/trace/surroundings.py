@@ -34,6 +34,7 @@ from shardmap._torch import (
 )
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.thread_state import thread_state_kept
 
 
 @contextlib.contextmanager
@@ -55,7 +56,9 @@ def transforms_set_aside() -> Iterator[int]:
                 enter_vmap_level(1, "same")
             functorch.set_inplace_requires_grad_allowed(True)
             try:
-                yield depth
+                # The outermost call cannot see levels that an interrupt leaves in here.
+                with thread_state_kept() as kept, kept.twice:
+                    yield depth
             finally:
                 for _ in range(depth):
                     leave_vmap_level()

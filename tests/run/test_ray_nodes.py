@@ -128,7 +128,7 @@ def test_sums_that_were_on_a_lost_node_are_computed_again(cluster: Any) -> None:
 
 DRIVER = """
     import os, signal, sys, torch, shardmap
-    from tests.test_ray_faults import batch, function
+    from tests.run.test_ray_faults import batch, function
     from shardmap.run.base import ChunkDone, listen
 
     done = []

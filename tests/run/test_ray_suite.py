@@ -278,7 +278,7 @@ def test_what_is_in_a_store_is_told_apart_by_its_checksums(
         return shardmap.vmap(torch.sin, devices=TWO, chunk_size=4, out=sink, resume=True)(column)
 
     assert torch.equal(sines().read(0, 0, 23), shardmap.vmap(torch.sin, chunk_size=4)(x * 2))
-    assert read == [(0, 3)], "the rows that are recorded and tried"
+    assert set(read) == {(0, 3), (0, 1), (22, 23)}, "the rows that are recorded and tried"
     assert sines().missing() == []
     shardmap.vmap(
         lambda v: v * 3, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled", overwrite=True)

@@ -7,6 +7,8 @@ import ctypes
 import io
 import math
 import pickle
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -395,6 +397,14 @@ SEEDS = [
 ]
 
 
+@pytest.fixture
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other thread draws, whatever threads other tests have left."""
+    for place in ("_threads", "trace.generator", "trace.record", "trace.surroundings"):
+        monkeypatch.setattr(f"shardmap.{place}.alone", lambda: True)
+
+
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("randomness", ["same", "different"])
 @pytest.mark.parametrize("function", SEEDS, ids=lambda f: f.__name__)
 def test_seeds_set_inside_are_refused(function: Door, randomness: Any) -> None:
@@ -404,6 +414,24 @@ def test_seeds_set_inside_are_refused(function: Door, randomness: Any) -> None:
         with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
             shardmap.vmap(function, randomness=randomness)(x)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("function", SEEDS, ids=lambda f: f.__name__)
+def test_seeds_set_inside_are_refused_beside_other_threads(function: Door, randomness: Any) -> None:
+    """As in a notebook, whose own threads never end."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+            shardmap.vmap(function, randomness=randomness)(x)
+        assert sys.getprofile() is None
+        noisy = shardmap.vmap(lambda r: r * 0 + torch.randn(3), randomness=randomness)(x)
+        assert bool((noisy == noisy[0]).all()) == (randomness == "same")
+    finally:
+        done.set()
+        other.join()
 
 
 def test_the_remedy_for_seeds() -> None:
