@@ -189,7 +189,8 @@ class Memory:
                 )
                 return
         if len(self.kept) >= 64:
-            self.kept.pop(next(iter(self.kept)), None)
+            oldest = next(iter(list(self.kept)), None)  # the list is made in one step
+            self.kept.pop(oldest, None)
         # What the function returned is of this call's first sample: a later call's must not be
         # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from shardmap import errors
+from shardmap._threads import fork_safe_lock
 from shardmap.planning.split import Chunk
 from shardmap.program.ir import Program
 from shardmap.run.remote import Worker
@@ -240,7 +241,8 @@ class Pool:
                 worker.stop(self.ray)
 
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
+_in_use = False
 _pool: Pool | None = None
 _registered = False
 
@@ -250,9 +252,18 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
     """The pool for `options`, for one call at a time.
 
     Its workers are let go when it has been idle.
+
+    Raises:
+        ClusterError: This thread is in the middle of a call on the cluster, which a signal handler
+            or a finalizer has come into.
     """
-    global _pool, _registered
+    global _pool, _registered, _in_use
     with _lock:
+        if _in_use:
+            raise errors.ClusterError(
+                f"{call}: a map on the cluster is running in this thread, and this call comes in "
+                "between (from a signal handler or a finalizer); pass devices='cpu' there"
+            )
         _join(ray, options, call)
         pool = _pool
         if pool is not None:
@@ -269,8 +280,10 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
                 _registered = True
             pool = _pool = _made(ray, options, call)
         try:
+            _in_use = True
             yield pool
         finally:
+            _in_use = False
             pool.timer = threading.Timer(options.idle_seconds, _release_if_idle, (pool,))
             pool.timer.daemon = True
             pool.timer.start()
@@ -416,6 +429,6 @@ def _at_exit() -> None:
 
 def _release() -> None:
     global _pool
-    if _pool is not None:
+    if _pool is not None and not _in_use:
         _pool.close()
         _pool = None

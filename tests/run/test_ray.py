@@ -261,6 +261,16 @@ def test_options() -> None:
         shardmap.vmap(torch.sin, devices=shardmap.Ray(num_gpus=7))(torch.randn(3, 3))
 
 
+def test_a_call_that_comes_into_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler's: the workers are in use, and waiting for them would be for ever."""
+    monkeypatch.setattr(pool, "_in_use", True)
+    with pytest.raises(errors.ClusterError, match="pass devices='cpu' there"):
+        shardmap.vmap(torch.sin, devices=TWO)(torch.ones(3, 2))
+    torch.testing.assert_close(
+        shardmap.vmap(torch.sin, devices="cpu")(torch.ones(3, 2)), torch.ones(3, 2).sin()
+    )
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(errors.MissingExtraError, match=r'pip install "shardmap\[ray\]"'):

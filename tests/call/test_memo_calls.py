@@ -1,0 +1,164 @@
+"""`trace="once"`: how often the function runs, which arguments it may have, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardmap
+from shardmap import errors
+from shardmap.call.memo import Unknown, reachable
+from tests import oracle
+
+x = torch.arange(6.0).view(3, 2) + 1
+
+
+def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """`function`, and a list that grows with each call of it.
+
+    Only its method is reached, so that it is no part of what is read.
+    """
+    calls: list[int] = []
+    note = calls.append
+
+    def counting(*args: Any) -> Any:
+        note(1)
+        return function(*args)
+
+    return counting, calls
+
+
+def test_the_function_is_not_run_again() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    function, calls = counted(lambda r: r * weight)
+    mapped = shardmap.vmap(function, trace="once")
+    for size in (3, 2, 3, 1):
+        oracle.assert_same(mapped(x[:size]), x[:size] * weight, "output")
+    assert len(calls) == 3, "first and last sample, and once for batches of one sample"
+    mapped(x.double())
+    assert len(calls) == 5
+    mapped(x.t().contiguous().t())
+    assert len(calls) == 7, "rows with other strides"
+    for _ in range(3):
+        mapped(x)
+    assert len(calls) == 7
+
+
+def test_unmapped_arguments_are_bound_at_each_call() -> None:
+    function, calls = counted(lambda r, w: r * w)
+    mapped = shardmap.vmap(function, (0, None), trace="once")
+    for k in range(3):
+        oracle.assert_same(mapped(x, torch.full((2,), float(k))), x * k, "output")
+    assert len(calls) == 2, "the first and the last sample"
+
+
+def test_an_argument_that_is_captured_too() -> None:
+    """The same tensor by two ways in.
+
+    Recorded as one, so another argument must not stand for both.
+    """
+    weight, other = torch.tensor([2.0, 3.0]), torch.ones(2)
+    mapped = shardmap.vmap(lambda r, w: r * w + weight, (0, None), trace="once")
+    for w in (weight, other, weight):
+        oracle.assert_same(mapped(x, w), x * w + weight, "output")
+
+
+def test_one_argument_passed_twice() -> None:
+    a, b = torch.tensor([2.0, 3.0]), torch.ones(2)
+    mapped = shardmap.vmap(lambda r, v, w: r * v + w, (0, None, None), trace="once")
+    for v, w in ((a, a), (a, b), (b, a), (b, b)):
+        oracle.assert_same(mapped(x, v, w), x * v + w, "output")
+
+
+def test_an_object_as_argument() -> None:
+    settings = types.SimpleNamespace(scale=2.0)
+    mapped = shardmap.vmap(lambda r, s: r * s.scale, (0, None), trace="once")
+    oracle.assert_same(mapped(x, settings), x * 2, "before")
+    settings.scale = 5.0
+    oracle.assert_same(mapped(x, settings), x * 5, "after")
+
+
+def test_a_module_as_argument() -> None:
+    layer = nn.Linear(2, 2)
+    function, calls = counted(lambda r, m: m(r))
+    mapped = shardmap.vmap(function, (0, None), trace="once")
+    oracle.assert_same(mapped(x, layer), layer(x), "before")
+    mapped(x, layer)
+    assert len(calls) == 2, "the first and the last sample"
+    layer.weight = nn.Parameter(torch.ones(2, 2))
+    oracle.assert_same(mapped(x, layer), layer(x), "after")
+
+
+def test_what_cannot_be_found_is_recorded_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    hidden = torch.ones(2, requires_grad=True)
+    hidden.grad = torch.ones(2)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return r * hidden.grad
+
+    mapped = shardmap.vmap(function, trace="once")
+    with caplog.at_level(logging.WARNING, "shardmap"):
+        oracle.assert_same(mapped(x), x, "before")
+    assert "records at each call" in caplog.text
+    assert "shape (2,)" in caplog.text
+    hidden.grad = torch.full((2,), 3.0)
+    oracle.assert_same(mapped(x), x * 3, "after")
+
+
+def test_an_iterator_is_refused() -> None:
+    """The loop takes a number for each sample, a recording one for all."""
+    for trace in ("each", "once"):
+        numbers = itertools.count(1)
+        mapped = shardmap.vmap(lambda r, numbers=numbers: r * next(numbers), trace=trace)
+        with pytest.raises(errors.EscapeError, match="something else each time"):
+            mapped(x)
+        assert mapped(x[:1]).shape == (1, 2), "one sample takes one number"
+
+
+def test_an_iterator_is_recorded_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    numbers = itertools.count(1)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return r * next(numbers)
+
+    mapped = shardmap.vmap(function, trace="once", check="off")
+    with caplog.at_level(logging.WARNING, "shardmap"):
+        oracle.assert_same(mapped(x[:1]), x[:1], "first")
+    assert "iterator" in caplog.text
+    oracle.assert_same(mapped(x[:1]), x[:1] * 2, "second")
+
+
+def test_more_than_can_be_listed_is_recorded_each_time() -> None:
+    values = [0.0] * 200_001
+    assert any(type(found) is Unknown for found in reachable(lambda: values))
+
+
+def test_a_value_read_by_python_is_refused() -> None:
+    """Nothing would notice that it has changed; recording at each call may read it."""
+    weight = torch.ones(2)
+    for read in (lambda w: w.tolist()[0], lambda w: float(w.numpy()[0])):
+        with pytest.raises(errors.EscapeError, match="trace='each'"):
+            shardmap.vmap(lambda r, read=read: r * read(weight), trace="once")(x)
+        oracle.assert_same(shardmap.vmap(lambda r, read=read: r * read(weight))(x), x, "each")
+
+
+def test_writes_are_checked_at_each_call() -> None:
+    """Recorded with memory of their own, called with memory that is shared."""
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        return a * b
+
+    mapped = shardmap.vmap(function, trace="once")
+    mapped(x.clone(), x.clone())
+    shared = x.clone()
+    with pytest.raises(errors.CapturedWriteError):
+        mapped(shared, shared[:])
+    assert torch.equal(shared, x)

@@ -1,0 +1,141 @@
+"""Seeds that a function sets: refused, alone and beside other threads; draws without seeds are followed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import shardmap
+from shardmap import errors
+from tests import oracle
+from tests.trace.test_doors import Door, x
+
+
+def seeded(r: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(3)
+    return r + torch.randn(3)
+
+
+def seeded_afterwards(r: torch.Tensor) -> torch.Tensor:
+    out = r + torch.randn(3)
+    torch.manual_seed(3)
+    return out
+
+
+def seeded_between(r: torch.Tensor) -> torch.Tensor:
+    first = torch.rand(3)
+    torch.manual_seed(3)
+    return r + first + torch.rand(3)
+
+
+def forked(r: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        return r + torch.randn(3)
+
+
+def state_put_back(r: torch.Tensor) -> torch.Tensor:
+    state = torch.get_rng_state()
+    first = torch.randn(3)
+    torch.set_rng_state(state)
+    return r + first * torch.randn(3)
+
+
+def reseeded(r: torch.Tensor) -> torch.Tensor:
+    torch.seed()
+    return r + torch.randn(3)
+
+
+def default_generator(r: torch.Tensor) -> torch.Tensor:
+    torch.default_generator.manual_seed(1)
+    return F.dropout(r, 0.5, training=True)
+
+
+def checkpointed_dropout(r: torch.Tensor) -> torch.Tensor:
+    q = r.detach().requires_grad_()
+    y = checkpoint(lambda t: F.dropout(t, 0.5, training=True).sin(), q, use_reentrant=False)
+    assert isinstance(y, torch.Tensor)
+    return torch.autograd.grad(y.sum(), q)[0]
+
+
+SEEDS = [
+    seeded,
+    seeded_afterwards,
+    seeded_between,
+    forked,
+    state_put_back,
+    reseeded,
+    default_generator,
+    checkpointed_dropout,
+]
+
+
+@pytest.fixture
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other thread draws, whatever threads other tests have left."""
+    for place in ("_threads", "trace.generator", "trace.record", "trace.surroundings"):
+        monkeypatch.setattr(f"shardmap.{place}.alone", lambda: True)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("function", SEEDS, ids=lambda f: f.__name__)
+def test_seeds_set_inside_are_refused(function: Door, randomness: Any) -> None:
+    for seed in (0, 3):  # the seed from outside may be the one set inside
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+            shardmap.vmap(function, randomness=randomness)(x)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("function", SEEDS, ids=lambda f: f.__name__)
+def test_seeds_set_inside_are_refused_beside_other_threads(function: Door, randomness: Any) -> None:
+    """As in a notebook, whose own threads never end."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+            shardmap.vmap(function, randomness=randomness)(x)
+        assert sys.getprofile() is None
+        noisy = shardmap.vmap(lambda r: r * 0 + torch.randn(3), randomness=randomness)(x)
+        assert bool((noisy == noisy[0]).all()) == (randomness == "same")
+    finally:
+        done.set()
+        other.join()
+
+
+def test_the_remedy_for_seeds() -> None:
+    torch.manual_seed(3)
+    noisy = lambda r: r + torch.randn(3)  # noqa: E731
+    same = shardmap.vmap(noisy, randomness="same")(x) - x
+    torch.testing.assert_close(same, same[:1].expand(4, 3))
+    torch.manual_seed(3)
+    torch.testing.assert_close(shardmap.vmap(noisy, randomness="same")(x) - x, same)
+
+
+def test_draws_without_seeds_are_followed() -> None:
+    """Draws of many kinds, some of which draw nothing, and a map inside that draws."""
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        h = F.dropout(r, 0.0, training=True) + torch.rand(3)
+        h = F.dropout(h, 0.5, training=False) + torch.randperm(3)
+        inner = shardmap.vmap(lambda v: v + 1)(h)
+        return inner + torch.bernoulli(torch.full((3,), 0.5))
+
+    assert shardmap.vmap(function, randomness="same")(x).shape == (4, 3)
+
+
+def test_a_seed_without_draws_is_harmless() -> None:
+    def function(r: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return r * 2
+
+    oracle.assert_same(shardmap.vmap(function)(x), x * 2, "no draws")
