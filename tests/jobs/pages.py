@@ -15,9 +15,6 @@ import torch
 from shardmap.jobs.report import page
 from tests import browser, run_folders
 
-GENERATOR = torch.Generator().manual_seed(7)
-
-
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&"
 
 
@@ -38,7 +35,8 @@ def mapped(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def batch(samples: int = 53) -> list[torch.Tensor]:
-    return [torch.randn(samples, 8, 8, generator=GENERATOR)]
+    """The same samples each time, whichever tests ask for them before."""
+    return [torch.randn(samples, 8, 8, generator=torch.Generator().manual_seed(7))]
 
 
 @pytest.fixture(scope="module")

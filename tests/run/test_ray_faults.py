@@ -332,16 +332,29 @@ def test_units_are_recomputed_on_the_cluster(folder: Path, tmp_path: Path) -> No
     assert all(c.agrees for c in again.comparisons)
 
 
-def chaos(seconds: float, every: float, tmp_path: Path, folder: Path) -> tuple[int, float]:
+def chaos(
+    seconds: float, every: float, tmp_path: Path, folder: Path, patient: bool = False
+) -> tuple[int, float]:
     """Map over and over, while a worker is killed every so often.
 
-    How many were, and for how long.
+    How many were, and for how long. A patient killer waits until something was computed since the
+    last one: on a busy machine a worker takes longer to start than it would live.
     """
     killed: list[int] = []
+    computed: list[Event] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, ChunkDone):
+            computed.append(event)
+
     over = threading.Event()
 
     def kill() -> None:
+        seen = -1
         while not over.wait(every):
+            if patient and len(computed) <= seen:
+                continue
+            seen = len(computed)
             if alive := pids():
                 pid = random.choice(alive)
                 try:
@@ -356,7 +369,7 @@ def chaos(seconds: float, every: float, tmp_path: Path, folder: Path) -> tuple[i
     try:
         while time.monotonic() - began < seconds:
             x, events = batch(397, 300), list[Event]()
-            with listen(events.append):
+            with listen(events.append), listen(note):
                 store = shardmap.vmap(
                     function,
                     devices=TWO,
@@ -376,9 +389,7 @@ def chaos(seconds: float, every: float, tmp_path: Path, folder: Path) -> tuple[i
 
 
 def test_chaos(folder: Path, tmp_path: Path) -> None:
-    kills, _ = chaos(
-        12, 4, tmp_path, folder
-    )  # beside other tests a worker takes several seconds to start
+    kills, _ = chaos(16, 4, tmp_path, folder, patient=True)
     assert kills >= 2
 
 
