@@ -367,7 +367,7 @@ def chaos(
     thread.start()
     began, number = time.monotonic(), 0
     try:
-        while time.monotonic() - began < seconds:
+        while time.monotonic() - began < seconds or (patient and len(killed) < 2):
             x, events = batch(397, 300), list[Event]()
             with listen(events.append), listen(note):
                 store = shardmap.vmap(
