@@ -39,6 +39,8 @@ STORE_BYTES = 200 * 2**20
 WORKER = "ray::Worker"
 """What Ray calls the processes of shardmap's pool: after the actor's class,
 `shardmap.run.remote.Worker`."""
+STARTING = (".__init__", ".bind")
+"""How the title of a worker ends that has computed nothing yet."""
 
 _TICK_SECONDS = 0.1
 """Between looks at the command and at the clock of chaos: Ctrl-C and SIGTERM end the pause, and
@@ -250,8 +252,8 @@ class _Chaos(ABC):
 class _WorkerChaos(_Chaos):
     """Kills a worker process, as the kernel does when memory runs out.
 
-    Workers that are still starting are spared: several in a row that do not start mean a wrong
-    installation, and end the map.
+    Workers that are still starting, or loading the program, are spared: several in a row that do
+    not start mean a wrong installation, and end the map.
     """
 
     def strike(self) -> bool:
@@ -259,7 +261,7 @@ class _WorkerChaos(_Chaos):
         for process in psutil.Process().children(recursive=True):  # only this cluster's
             with contextlib.suppress(psutil.Error, IndexError):
                 title = process.cmdline()[0]
-                if title.partition(".")[0] == WORKER and not title.endswith(".__init__"):
+                if title.partition(".")[0] == WORKER and not title.endswith(STARTING):
                     found.append((process, title))
         if not found:
             return False
