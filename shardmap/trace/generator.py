@@ -40,16 +40,19 @@ class Generator:
         self.watch = Watch() if watched and not self.alone else None
         self.seed, self.state = torch.initial_seed(), b""
         if self.alone:
-            self._mark()
+            self._mark(zlib.crc32(generator_state()) + 2**40)
 
-    def _mark(self) -> None:
-        """Give the generator a state that neither a seed nor an earlier state gives by chance.
+    def _mark(self, seed: int) -> None:
+        """Give the generator a state that no seed and no earlier state gives.
 
         Recorded draws come from other generators, so that a state which is put back would be the
-        one that is there.
+        one that is there. One number is drawn, so that the seed itself gives another state:
+        `manual_seed(initial_seed())` is found too.
         """
-        torch.default_generator.manual_seed(zlib.crc32(generator_state()) + 2**40)
-        self.seed, self.state = torch.initial_seed(), generator_state()
+        torch.default_generator.manual_seed(seed)
+        with without_dispatch(), without_functions():
+            torch.rand(())
+        self.seed, self.state = seed, generator_state()
 
     def is_as_left(self) -> bool:
         """Whether nothing but recorded draws has changed the state.
@@ -69,7 +72,7 @@ class Generator:
         self.drawn = True
         self.alone = self.alone and alone()
         if self.alone and not _within_a_program():
-            self._mark()
+            self._mark(self.seed + 1)
 
 
 class Watch:
@@ -93,8 +96,15 @@ class Watch:
     def _called(self, frame: FrameType, event: str, called: object) -> None:
         if event != "c_call" or getattr(called, "__self__", None) is not torch.default_generator:
             return
-        if getattr(called, "__name__", "") in _SETTERS and not _within_a_program():
+        ours = frame.f_globals.get("__name__", "").startswith("shardmap.")
+        if getattr(called, "__name__", "") in _SETTERS and not ours and not _within_a_program():
             self.seen = True
+
+
+def stop_watching() -> None:
+    """Stop what an interrupt has left watching."""
+    if isinstance(getattr(sys.getprofile(), "__self__", None), Watch):
+        sys.setprofile(None)
 
 
 _SETTERS = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"}

@@ -54,6 +54,7 @@ from shardmap._torch import (
     set_multithreading,
     why_saved_hooks_are_refused,
 )
+from shardmap.trace.generator import stop_watching
 
 _active: dict[int, weakref.ref[_Kept]] = {}
 """By thread: its outermost call, as long as that is alive."""
@@ -178,6 +179,8 @@ class _Kept:
         set_multithreading(self.multithreading)
         set_forward(self.forward)
         set_grad(self.grad)
+        if self.outermost:
+            stop_watching()
         for variable, value in zip(_variables, self.variables, strict=True):
             if variable.get() is not value:
                 variable.set(value)

@@ -99,10 +99,10 @@ def test_two_devices_fail_on_the_same_samples(sample: int, chunk_size: int, scri
             raise torch.AcceleratorError(DIES)
 
     script.early = die
-    with pytest.warns(errors.DeviceLostWarning), pytest.raises(errors.DeviceLostError) as caught:  # noqa: PT012
-        shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)(
-            batch_of(SAMPLES, 3)
-        )
+    batch = batch_of(SAMPLES, 3)
+    mapped = shardmap.vmap(function, check="off", devices=["cpu"] * 3, chunk_size=chunk_size)
+    with pytest.warns(errors.DeviceLostWarning), pytest.raises(errors.DeviceLostError) as caught:
+        mapped(batch)
     text = str(caught.value)
     assert text.startswith("shardmap.vmap(function, in_dims=0): gpu")
     assert "the error may be in the data" in text
@@ -159,6 +159,7 @@ def test_a_slow_device_does_less(script: Script) -> None:
     """Ten times slower: a tenth of the others' work, and right results."""
 
     def wait(there: Any, chunk: Chunk, number: int) -> None:
+        # the sleep is the work of a device: nothing is waited for
         time.sleep(0.002 * chunk.size * (10 if there.number == 1 else 1))
 
     script.early = wait
@@ -168,7 +169,3 @@ def test_a_slow_device_does_less(script: Script) -> None:
     slow, *fast = (script.by_lane[i] for i in (1, 0, 2))
     assert slow * 4 < min(fast), script.by_lane
     assert slow + sum(fast) == 101
-
-
-# ----------------------------------------------------------------------------------------------
-# interrupts

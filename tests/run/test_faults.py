@@ -235,7 +235,3 @@ def test_a_write_that_autograd_recorded_cannot_be_taken_back(script: Script) -> 
         errors.OutOfMemory, match=r"shardmap.vmap\(writes, in_dims=0\).*in place.*chunk_size"
     ):
         shardmap.vmap(writes, chunk_size=4)(batch)
-
-
-# ----------------------------------------------------------------------------------------------
-# devices that die

@@ -27,11 +27,6 @@ from shardmap.store.header import file_names
 from tests.store.kinds import IDENTITY, SINKS, fill, header, rows_of, same, unit_of
 
 
-@pytest.fixture(params=list(SINKS))
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

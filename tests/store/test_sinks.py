@@ -27,11 +27,6 @@ from shardmap.store import (
 from tests.store.kinds import FOLDERS, IDENTITY, SINKS, fill, header, rows_of, same
 
 
-@pytest.fixture(params=list(SINKS))
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def test_a_store_that_is_there_is_not_touched(kind: str, tmp_path: Path) -> None:
     h = header()
     rows = rows_of(h)

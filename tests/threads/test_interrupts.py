@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 import shardmap
+from shardmap.trace import generator
 from tests.threads import process
 from tests.threads.interrupted import state
 
@@ -52,8 +54,14 @@ def entered_by_halves() -> Iterator[None]:
         pass
 
 
+def watching() -> None:
+    """What an interrupt leaves where it strikes as the watch for seeds begins."""
+    generator.Watch().__enter__()
+
+
 def broken(r: torch.Tensor) -> torch.Tensor:
     torch.overrides._pop_mode()
+    watching()
     with entered_by_halves():
         return r
 
@@ -77,6 +85,7 @@ def test_what_is_left_by_halves_is_restored(place: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         PLACES[place]()
     assert (state(), eager_transforms.JVP_NESTING) == before
+    assert sys.getprofile() is None
     want = torch.stack([torch.func.jvp(torch.sin, (r,), (r,))[1] for r in x])
     found = shardmap.vmap(lambda r: torch.func.jvp(torch.sin, (r,), (r,))[1])(x)
     torch.testing.assert_close(found, want)

@@ -46,6 +46,11 @@ def state_put_back(r: torch.Tensor) -> torch.Tensor:
     return r + first * torch.randn(3)
 
 
+def seeded_as_before(r: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(torch.initial_seed())
+    return r + torch.randn(3)
+
+
 def reseeded(r: torch.Tensor) -> torch.Tensor:
     torch.seed()
     return r + torch.randn(3)
@@ -70,6 +75,7 @@ SEEDS = [
     forked,
     state_put_back,
     reseeded,
+    seeded_as_before,
     default_generator,
     checkpointed_dropout,
 ]
@@ -113,8 +119,10 @@ def test_seeds_set_inside_are_refused_beside_other_threads(function: Door, rando
 
 
 def test_the_remedy_for_seeds() -> None:
+    def noisy(r: torch.Tensor) -> torch.Tensor:
+        return r + torch.randn(3)
+
     torch.manual_seed(3)
-    noisy = lambda r: r + torch.randn(3)  # noqa: E731
     same = shardmap.vmap(noisy, randomness="same")(x) - x
     torch.testing.assert_close(same, same[:1].expand(4, 3))
     torch.manual_seed(3)
