@@ -56,6 +56,32 @@ def test_a_rule_that_is_wrong_for_more_samples_than_were_tried_is_seen(
 
 
 @pytest.mark.usefixtures("wrong_for_many")
+@pytest.mark.parametrize(("shift", "wrong"), [(1e-8, False), (1e-3, True)])
+def test_what_is_nothing_but_rounding_is_measured_by_the_weights(shift: float, wrong: bool) -> None:
+    """The gradient of an attention's key bias is 0, and tokens are no magnitudes."""
+    registry._rules.pop(torch.ops.shardmap_confirm_test.twice.default)
+
+    @shardmap.batching_rule(torch.ops.shardmap_confirm_test.twice.default)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        return b.call(lambda t: t * 2 if t.shape[0] < 5 else t * 2 + shift, *args)
+
+    weight = torch.arange(30.0).view(10, 3) / 30
+    tokens = torch.arange(12) % 10
+
+    def cancels(token: torch.Tensor) -> torch.Tensor:
+        row = weight.index_select(0, token[None])
+        return torch.ops.shardmap_confirm_test.twice(row - row)
+
+    if wrong:
+        with pytest.raises(errors.MismatchError, match="output 0 of the map"):
+            shardmap.vmap(cancels)(tokens)
+    else:
+        torch.testing.assert_close(
+            shardmap.vmap(cancels)(tokens), torch.zeros(12, 1, 3), rtol=0, atol=1e-7
+        )
+
+
+@pytest.mark.usefixtures("wrong_for_many")
 def test_rows_are_read_back_from_a_store(tmp_path: Path) -> None:
     with pytest.raises(errors.MismatchError, match="output 0 of the map"):
         shardmap.vmap(function, out=shardmap.MemmapSink(tmp_path / "s"), chunk_size=6)(x)
