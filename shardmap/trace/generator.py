@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-import zlib
 from types import FrameType
 
 import torch
@@ -28,31 +28,37 @@ class Generator:
     operator call. In the loop, later draws of all samples are then the same.
     """
 
-    def __init__(self, watched: bool = False) -> None:
+    def __init__(self, watched: bool) -> None:
         """Look at the generator as it is before the function runs.
 
         Args:
             watched: Whether to watch the calls that the function makes, where other threads share
-                the generator. That slows it down, so that it is done once for a program.
+                the generator. That slows it down, so it is for functions that may draw.
         """
         self.alone = alone()
         self.drawn = False
         self.watch = Watch() if watched and not self.alone else None
         self.seed, self.state = torch.initial_seed(), b""
         if self.alone:
-            self._mark(zlib.crc32(generator_state()) + 2**40)
+            # another one of three each time: who reads the state, which is not the user's now, is
+            # seen to vary
+            self._advance(_ENGINE * (next(_numbers) % 3 + 1))
 
-    def _mark(self, seed: int) -> None:
+    def _advance(self, numbers: int) -> None:
+        """Draw, so that the seed itself gives another state: `manual_seed(initial_seed())`."""
+        with without_dispatch(), without_functions():
+            torch.rand(numbers)
+        self.state = generator_state()
+
+    def _mark(self) -> None:
         """Give the generator a state that no seed and no earlier state gives.
 
         Recorded draws come from other generators, so that a state which is put back would be the
-        one that is there. One number is drawn, so that the seed itself gives another state:
-        `manual_seed(initial_seed())` is found too.
+        one that is there.
         """
-        torch.default_generator.manual_seed(seed)
-        with without_dispatch(), without_functions():
-            torch.rand(())
-        self.seed, self.state = seed, generator_state()
+        self.seed = 2**40 + next(_numbers)
+        torch.default_generator.manual_seed(self.seed)
+        self._advance(1)
 
     def is_as_left(self) -> bool:
         """Whether nothing but recorded draws has changed the state.
@@ -72,7 +78,7 @@ class Generator:
         self.drawn = True
         self.alone = self.alone and alone()
         if self.alone and not _within_a_program():
-            self._mark(self.seed + 1)
+            self._mark()
 
 
 class Watch:
@@ -107,6 +113,9 @@ def stop_watching() -> None:
         sys.setprofile(None)
 
 
+_ENGINE = 624
+"""Words of the generator's state: as many draws replace them all."""
+_numbers = itertools.count()
 _SETTERS = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"}
 
 

@@ -154,7 +154,7 @@ def _recorded(
                 recorder.expected = follow.expected(func)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
-                found = _record(func, batch, samples, recorder, tries == 0, look, number > 0)
+                found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:
                     return found
 
@@ -171,7 +171,6 @@ def _record(
     recorder: Recorder,
     last: bool,
     look: bool,
-    watched: bool,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
     """Record `func` once; None if python's random numbers changed and another thread may be why."""
     call, randomness = recorder.call, recorder.randomness
@@ -186,7 +185,7 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
-                recorder.generator = Generator(watched=watched)
+                recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
                     out = func(*args, **kwargs)
                 recorder.refuse_seeds()

@@ -108,14 +108,60 @@ def test_seeds_set_inside_are_refused_beside_other_threads(function: Door, rando
     other = threading.Thread(target=done.wait)
     other.start()
     try:
-        with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
-            shardmap.vmap(function, randomness=randomness)(x)
+        for rows in (x[:1], x):  # what is found does not depend on a second sample
+            with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+                shardmap.vmap(function, randomness=randomness, check="off")(rows)
         assert sys.getprofile() is None
         noisy = shardmap.vmap(lambda r: r * 0 + torch.randn(3), randomness=randomness)(x)
         assert bool((noisy == noisy[0]).all()) == (randomness == "same")
     finally:
         done.set()
         other.join()
+
+
+def test_a_seed_that_is_set_later_on_beside_other_threads() -> None:
+    """The calls are those of the program that was looked at; the seed is none of them."""
+    sets = False
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        if sets:
+            torch.manual_seed(0)
+        return r * torch.rand(3)
+
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        mapped = shardmap.vmap(function, randomness="different")
+        assert len(mapped(x).unique(dim=0)) == len(x)
+        sets = True
+        with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+            mapped(x)
+    finally:
+        done.set()
+        other.join()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_the_seed_as_a_number(randomness: Any) -> None:
+    """A function that reads it reads the user's."""
+    torch.manual_seed(12)
+    found = shardmap.vmap(lambda r: r * float(torch.initial_seed() % 7), randomness=randomness)(x)
+    oracle.assert_same(found, x * 5, "times the seed")
+    assert torch.initial_seed() == 12
+
+
+@pytest.mark.usefixtures("_alone")
+def test_the_state_as_a_number_is_refused() -> None:
+    """While a function is recorded it is not the user's."""
+    for read in (
+        lambda r: r * float(torch.get_rng_state()[:64].sum()),
+        lambda r: r * torch.get_rng_state().double().mean(),
+    ):
+        torch.manual_seed(12)  # as fresh as the loop's own seed would leave it
+        with pytest.raises(errors.EscapeError, match="something else each time"):
+            shardmap.vmap(read)(x)
 
 
 def test_the_remedy_for_seeds() -> None:
