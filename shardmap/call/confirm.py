@@ -34,9 +34,11 @@ def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
     Raises:
         MismatchError: A row differs.
     """
-    for row, sample in _rows(job, expected):
+    rows = _rows(job, expected)
+    compared = _compared(job) if rows else set()
+    for row, sample in rows:
         for k, (out, t, wanted) in enumerate(zip(job.outputs, found, sample, strict=True)):
-            if out.reduction is None and _comparable(job, k, t, wanted):
+            if out.reduction is None and k in compared and has_values(t) and has_values(wanted):
                 got = t if out.dim is None else t.select(out.dim, row)
                 _refuse_other(job, k, row, wanted, got)
 
@@ -53,9 +55,11 @@ def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> N
     Raises:
         MismatchError: A row differs.
     """
-    for row, sample in _rows(job, expected):
+    rows = _rows(job, expected)
+    compared = _compared(job) if rows else set()
+    for row, sample in rows:
         for k, (name, wanted) in enumerate(zip(names, sample, strict=True)):
-            if _comparable(job, k, wanted, wanted):
+            if k in compared and has_values(wanted):
                 _refuse_other(job, k, row, wanted, store.read(name, row, row + 1)[0])
 
 
@@ -97,9 +101,10 @@ def reductions(job: Job, expected: Samples) -> None:
         cut = split(2, sites(pair, on, (name,), lambda _: None, False, False), 1, False, None)
         found = local.run(pair, cut, on)
     restore_default_generators(states)
+    compared = _compared(job)
     for k in reduced:
         wanted = _reduced(job.outputs[k], expected[0][k], expected[1][k])
-        if _comparable(job, k, found[k], wanted):
+        if k in compared and has_values(found[k]) and has_values(wanted):
             _refuse_other(job, k, None, wanted, found[k])
 
 
@@ -124,14 +129,13 @@ def _rows(job: Job, expected: Samples) -> list[tuple[int, tuple[torch.Tensor, ..
     return list(zip((0, job.samples - 1), expected, strict=False))
 
 
-def _comparable(job: Job, k: int, t: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether an output holds numbers that must be those of the function."""
-    if not (has_values(t) and has_values(wanted)):
-        return False
-    if job.recording.program.outputs[k].group in never_written(job.recording.program):
-        return False
+def _compared(job: Job) -> set[int]:
+    """The outputs whose numbers must be those of the function."""
+    program = job.recording.program
+    empty = never_written(program)
     low = prepare.tried(job, job.home, several=job.samples > 1)
-    return low is None or k not in low.loose
+    loose = () if low is None else low.loose
+    return {k for k, var in enumerate(program.outputs) if var.group not in empty and k not in loose}
 
 
 def _weights_entered(job: Job) -> float:
