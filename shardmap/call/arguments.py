@@ -5,6 +5,7 @@ Which arguments are mapped over which dimension, and how results are put togethe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,17 @@ def spread(
     dims: Any, tree: Any, call: str, name: str, error: type[errors.ShardmapError]
 ) -> list[Any]:
     """A prefix of `dims` over the leaves of `tree`: one entry per leaf."""
-    _, spec = pytree.tree_flatten(tree)
+    return _spread(dims, pytree.tree_flatten(tree)[1], tree, call, name, error)
+
+
+def _spread(
+    dims: Any,
+    spec: pytree.TreeSpec,
+    tree: Any,
+    call: str,
+    name: str,
+    error: type[errors.ShardmapError],
+) -> list[Any]:
     flat = _broadcast(dims, spec)
     if flat is None:
         raise error(
@@ -114,9 +125,14 @@ def collect(
             "arguments; give one entry per "
             "argument, or one int for all"
         )
-    dims = spread(in_dims, args, call, "in_dims", errors.InDimsError)
+    if not kwargs and all(type(arg) is torch.Tensor for arg in args):
+        leaves, structure = [*args], _of_leaves(len(args))
+    else:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+    of_args, of_kwargs = structure.children()
+    dims = _spread(in_dims, of_args, args, call, "in_dims", errors.InDimsError)
     if kw_in_dims is None:
-        dims += [None] * len(pytree.tree_leaves(kwargs))
+        dims += [None] * of_kwargs.num_leaves
     elif isinstance(kw_in_dims, dict):
         unknown = sorted(set(kw_in_dims) - set(kwargs))
         if unknown:
@@ -129,13 +145,12 @@ def collect(
                 kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
             )
     elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
-        dims += [kw_in_dims] * len(pytree.tree_leaves(kwargs))
+        dims += [kw_in_dims] * of_kwargs.num_leaves
     else:
         raise errors.InDimsError(
             f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of "
             "name to dims, an int, or None"
         )
-    leaves, structure = pytree.tree_flatten((args, kwargs))
     mapped, size, first = [], None, None
     columns: dict[int, Column] = {}
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
@@ -189,6 +204,12 @@ def collect(
             "tensor an int in_dim"
         )
     return Batch(leaves, structure, tuple(mapped), size, columns)
+
+
+@functools.lru_cache(64)
+def _of_leaves(count: int) -> pytree.TreeSpec:
+    """The structure of a call with tensors for arguments: flattening anew takes longer."""
+    return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
 def _disagree(first: str, size: int, other: str, found: Any, call: str) -> errors.InDimsError:

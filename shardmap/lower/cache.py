@@ -36,6 +36,8 @@ class Notes:
     """What a chunk has been seen to cost, by device and the way that it runs."""
     learned: dict[str, Any] = field(default_factory=dict)
     """What running chunks has shown, by device."""
+    recorded_bytes: list[int] = field(default_factory=list)
+    """Bytes of all recorded results of one sample, once somebody has added them up."""
 
 
 @dataclass(frozen=True, slots=True)

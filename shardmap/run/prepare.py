@@ -71,7 +71,7 @@ class Devices:
         if found is not None:
             return found
         captured, literals = self._tensors(name)
-        low = _lowered(job, device, several, slices, captured, literals, self.budget(device))
+        low = _lowered(job, device, several, slices, captured, literals, self.budget)
         fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
         found = self._ready[key] = Ready(low, device, captured, literals, fixed)
         return found
@@ -98,7 +98,7 @@ def _lowered(
     slices: bool,
     captured: list[torch.Tensor],
     literals: list[torch.Tensor],
-    budget_bytes: int | None,
+    budget: Callable[[torch.device], int | None],
 ) -> Lowered:
     """The lowering for chunks on a device, tried on the first and the last sample if it is new.
 
@@ -107,8 +107,9 @@ def _lowered(
     found = known(job, device, several, slices)
     if found is not None:
         return found
-    if several and not trial_affordable(job, device, 2, budget_bytes):
-        return _lowered(job, device, False, slices, captured, literals, None)
+    # Free memory is asked for here only: reading it takes as long as a small map.
+    if several and not trial_affordable(job, device, 2, budget(device)):
+        return _lowered(job, device, False, slices, captured, literals, lambda device: None)
     other = known(job, device, several, not slices)  # found what is needed to give the right values
     size = min(2 if several else 1, job.samples)
 

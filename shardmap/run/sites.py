@@ -16,7 +16,6 @@ from shardmap.planning.cost import Learned
 from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Collected, Site
-from shardmap.program.ir import Program
 from shardmap.run.affordable import (
     direct,
     hopeless,
@@ -34,10 +33,13 @@ WATCHED_FROM = 4 << 20
 planning; below, it is one chunk."""
 
 
-def recorded_bytes(program: Program) -> int:
+def recorded_bytes(job: Job) -> int:
     """Bytes of all recorded results of one sample: found without running anything."""
-    results = [v.spec for eq in program.equations for v in eq.results()]
-    return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+    known = job.lowerings.notes(job.home.type).recorded_bytes
+    if not known:
+        results = [v.spec for eq in job.recording.program.equations for v in eq.results()]
+        known.append(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results))
+    return known[0]
 
 
 def small(job: Job) -> bool:
@@ -45,7 +47,7 @@ def small(job: Job) -> bool:
     if job.transformed or not job.samples:
         return True
     read = sum(_row_bytes(job.inputs[i]) for i in job.columns)
-    return (read + recorded_bytes(job.recording.program)) * job.samples < WATCHED_FROM
+    return (read + recorded_bytes(job)) * job.samples < WATCHED_FROM
 
 
 def memory_model(

@@ -97,9 +97,41 @@ def _without_cudnn(func: Any, args: tuple) -> tuple:
 _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 """Functions that run a backward pass, and with it hooks and backwards of the user's."""
 
+_NN_FUNCTIONAL = torch.nn.functional.__name__
+
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
 
 _saved_tensors_hooks = functools.partial(saved_hooks, False)
+
+_SPECIAL = {
+    *_READS, *_FROM_DATA, *_PRINTS, *_CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS, left_aligned,
+    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook,
+    torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
+}  # fmt: skip
+_C_KINDS = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+)
+_ordinary: dict[object, bool] = {}
+"""What `_is_ordinary` has said of torch's own functions."""
+
+
+def _is_ordinary(func: object) -> bool:
+    """Whether a call is a plain operator: no door, nothing of the user's that it calls back.
+
+    Asked for each call of each recording, so it is remembered of functions that live for ever.
+    """
+    if not isinstance(func, _C_KINDS):
+        return False
+    owner = getattr(func, "__self__", None)
+    if isinstance(owner, torch.Tensor) or getattr(func, "__module__", "") == _NN_FUNCTIONAL:
+        return False
+    found = func not in _SPECIAL
+    if owner is None or isinstance(owner, types.ModuleType | type):
+        _ordinary[func] = found
+    return found
 
 
 class _Watched:
@@ -133,6 +165,13 @@ class Doors(TorchFunctionMode):
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
+        ordinary = _ordinary.get(func)
+        if ordinary is None:
+            ordinary = _is_ordinary(func)
+        if ordinary and self.encoder is None and not self.recorder.depth:
+            hooks = _saved_tensors_hooks()
+            if hooks is None or isinstance(hooks[0], _Watched):
+                return func(*args, **kwargs) if kwargs else func(*args)
         if func is left_aligned:
             return True  # `nn.TransformerEncoder` asks and does not pack: see `padded_encoder`
         if self.encoder is not None and self.encoder.is_last_call(func, args, kwargs or {}):
@@ -191,7 +230,7 @@ class Doors(TorchFunctionMode):
                 return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
         if func in _CALLS_BACK:
             return self._call_back(func, args, kwargs)
-        if getattr(func, "__module__", "") == torch.nn.functional.__name__:
+        if getattr(func, "__module__", "") == _NN_FUNCTIONAL:
             args = tuple([self._watched(a) for a in args])
             kwargs = {k: self._watched(v) for k, v in kwargs.items()}
         hooks = _saved_tensors_hooks()

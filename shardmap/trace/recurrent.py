@@ -48,7 +48,7 @@ def _relu_cell(x: torch.Tensor, state: State, weights: Sequence[torch.Tensor]) -
     return ((_hidden_part(state, weights) + x).relu(),)
 
 
-_CELLS: dict[Any, Cell] = {
+CELLS: dict[Any, Cell] = {
     torch.lstm: _lstm_cell,
     torch.gru: _gru_cell,
     torch.rnn_tanh: _tanh_cell,
@@ -58,7 +58,7 @@ _CELLS: dict[Any, Cell] = {
 
 def served(func: Any, args: tuple) -> bool:
     """Whether a call would run a kernel of one kind of device, and is served here instead."""
-    if func not in _CELLS or not args[0].numel():
+    if func not in CELLS or not args[0].numel():
         return False
     return args[0].is_cuda or func is torch.lstm
 
@@ -93,7 +93,7 @@ def recurrent(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[t
             gates = linear(x, weights[0], bias)
             steps = list(gates.unbind(0) if sizes is None else gates.split(sizes))
             initial = tuple([s[number] for s in first])
-            found, state = _layer(_CELLS[func], steps, initial, weights, direction == 1)
+            found, state = _layer(CELLS[func], steps, initial, weights, direction == 1)
             outs.append(torch.stack(found) if sizes is None else torch.cat(found))
             last.append(state)
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
