@@ -27,16 +27,16 @@ def _is_leaf_dim(x: Any) -> bool:
 
 
 def spread(
-    dims: Any, tree: Any, call: str, name: str, error: type[errors.ShardmapError]
+    dims: object, tree: object, call: str, name: str, error: type[errors.ShardmapError]
 ) -> list[Any]:
     """A prefix of `dims` over the leaves of `tree`: one entry per leaf."""
     return _spread(dims, pytree.tree_flatten(tree)[1], tree, call, name, error)
 
 
 def _spread(
-    dims: Any,
+    dims: object,
     spec: pytree.TreeSpec,
-    tree: Any,
+    tree: object,
     call: str,
     name: str,
     error: type[errors.ShardmapError],
