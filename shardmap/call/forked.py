@@ -18,7 +18,6 @@ from shardmap.call.paths import Branch, PathReplay, lowering, merged
 from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
-from shardmap.program.questions import answers
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
@@ -82,8 +81,8 @@ class Forked:
             VariesError: The paths do not fit together; `RaggedError` if it is for their shapes.
         """
         routes = self._routes()
-        paths = [path for path in routes.paths if path.rows]
-        if len(paths) == 1 and not routes.looped:
+        paths = [path for path in routes.paths if len(path.rows)]
+        if len(paths) == 1 and not len(routes.looped):
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
             return path.prepared, self.batch, use, None
@@ -115,17 +114,19 @@ class Forked:
                 "return results of one shape"
             )
         asked = bool(self.prepared.recording.asked)
-        routes = self._routes() if asked else Routes([], [*range(self.batch.size)])
+        routes = self._routes() if asked else Routes([], torch.arange(self.batch.size))
         rows: dict[int, Sequence[torch.Tensor]] = {}
         structure = self.prepared.structure
         for path in routes.paths:
-            if path.rows:
+            if len(path.rows):
                 part = taken(self.batch, path.rows)
                 found = self.part(path.prepared, part, self._alone, None).run_flat()
                 _refuse_other(path.prepared.structure, structure, options.call)
-                rows |= zip(path.rows, zip(*[t.unbind(0) for t in found], strict=True), strict=True)
+                rows |= zip(
+                    path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
+                )
         tensors = self.batch.tensors()
-        for row in routes.looped:
+        for row in routes.looped.tolist():
             args, kwargs = self.batch.unflatten([t[row] for t in tensors])
             leaves, own = flatten_outputs(self.use.func(*args, **kwargs), options.call)
             _refuse_other(own, structure, options.call)
@@ -151,8 +152,7 @@ class Forked:
         paths = []
         for number, prepared in enumerate(known):
             recording = prepared.recording
-            given = answers(recording.program, recording.asked)
-            paths.append(Path(prepared, given, 0 if number == 0 and recording.sample else -1))
+            paths.append(Path.of(prepared, 0 if number == 0 and recording.sample else -1))
 
         def on(number: int) -> Prepared:
             pair = record(
@@ -186,7 +186,7 @@ class Forked:
     def _lowering(self, whole: Prepared, routes: Routes, how: LoweringOptions) -> Lowered:
         branches, of_row = [], torch.full((self.batch.size,), LOOP)
         for path in routes.paths:
-            branch = self._branch(path) if path.rows else None
+            branch = self._branch(path) if len(path.rows) else None
             if branch is not None:
                 of_row[path.rows] = len(branches)
                 branches.append(branch)
@@ -201,9 +201,10 @@ class Forked:
 
     def _branch(self, path: Path) -> Branch | None:
         """One path, lowered and tried; None if its samples differ in more than operators."""
-        first = path.rows[0] if path.recorded < 0 else path.recorded
-        others = [row for row in (path.rows[-1], path.rows[0]) if row != first]
-        part = taken(self.batch, [first, *others[:1]])
+        ends = int(path.rows[0]), int(path.rows[-1])
+        first = ends[0] if path.recorded < 0 else path.recorded
+        others = [row for row in reversed(ends) if row != first]
+        part = taken(self.batch, torch.tensor([first, *others[:1]]))
         use = self._use(path, part)
         verdict = use.verdict()
         if verdict.varies or verdict.forks:

@@ -153,9 +153,9 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     for path in paths[1:]:
         if path.prepared.structure != first.structure:
             raise errors.VariesError(
-                f"{call}: the function returns another structure for sample {path.rows[0]} than "
-                f"for others ({path.prepared.structure} and {first.structure}), so the results "
-                "cannot be stacked; return one structure for all samples"
+                f"{call}: the function returns another structure for sample {int(path.rows[0])} "
+                f"than for others ({path.prepared.structure} and {first.structure}), so the "
+                "results cannot be stacked; return one structure for all samples"
             )
         program = path.prepared.recording.program
         for k, (var, flag) in enumerate(zip(program.outputs, program.output_flags, strict=True)):
@@ -163,7 +163,7 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
             if own.shape != other.shape:
                 raise errors.RaggedError(
                     f"{call}: output {k} has shape {list(own.shape)} for some samples and "
-                    f"{list(other.shape)} for others (sample {path.rows[0]}), so the results "
+                    f"{list(other.shape)} for others (sample {int(path.rows[0])}), so the results "
                     "cannot be stacked; pass ragged='list' or ragged='nested' to get them as "
                     "they are, or pad them to one shape"
                 )
