@@ -15,6 +15,7 @@ from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, lowering, merged
+from shardmap.call.ragged import as_asked, joined, refuse_groups
 from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
@@ -132,8 +133,37 @@ class Forked:
             _refuse_other(own, structure, options.call)
             rows[row] = leaves
         columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
-        outputs = [_as_asked(list(column), options.ragged) for column in columns]
+        outputs = [as_asked(list(column), options.ragged) for column in columns]
         return unflatten_outputs(outputs, structure)
+
+    def by_groups(self) -> Any:
+        """The results where the samples are computed elsewhere: path by path, on all workers.
+
+        Raises:
+            OptionError: An option cannot be served so.
+            VariesError: Some samples take no path, and only the function itself can serve them.
+        """
+        options = self.options
+        what = "a function whose samples go different ways by what python asks about their values"
+        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
+        # A worker has no function: every sample needs a path.
+        self.options = dataclasses.replace(options, strict=True)
+        paths = [path for path in self._routes().paths if len(path.rows)]
+        if len(self._routes().looped):
+            raise errors.VariesError(
+                f"{options.call}: some samples can only be served by the function itself, run "
+                f"where they are, and devices={options.devices!r}; use devices='auto'"
+            )
+        whole = merged(paths, options.call)
+        found = []
+        for path in paths:
+            part = taken(self.batch, path.rows)
+            use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
+            leaves = self.part(path.prepared, part, options, use).run_flat()
+            outputs = whole.recording.program.outputs
+            found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
+        rows = [path.rows.tolist() for path in paths]
+        return joined(found, rows, whole.structure, options)
 
     def _routes(self) -> Routes:
         if self._found is None:
@@ -165,7 +195,7 @@ class Forked:
                 return self.part(prepared, part, self._alone, None).run_flat()
 
         seen = seen_of(identity(use.func))
-        routes = Router(self.batch, options, paths, on, compute, seen).run()
+        routes = Router(self.batch, self.options, paths, on, compute, seen).run()
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
@@ -229,10 +259,3 @@ def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -
             f"({own} and {structure}), so the results do not fit together; return one structure "
             "for all samples"
         )
-
-
-def _as_asked(rows: list[torch.Tensor], ragged: str) -> Any:
-    """One output of all samples: stacked where the shapes are equal."""
-    if all(t.shape == rows[0].shape for t in rows):
-        return torch.stack(rows)
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged) if ragged == "nested" else rows
