@@ -138,6 +138,10 @@ def _recorded(
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended(), overrides_enabled():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
+        vmapped = any(
+            level.key() == functorch.TransformType.Vmap
+            for level in functorch.get_interpreter_stack() or ()
+        )
         with transforms_set_aside() as depth:
             tries = _TRIES
             while True:
@@ -151,6 +155,7 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
+                recorder.vmapped = vmapped
                 recorder.alternatives = follow.expected(func)
                 recorder.expected = next(iter(recorder.alternatives), None)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
