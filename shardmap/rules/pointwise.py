@@ -198,8 +198,13 @@ def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
 
 @register("pointwise", aten.fill_.Tensor, aten.fill.Tensor)
 def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
-    """`fill` with a tensor without dimensions."""
+    """`fill` with a tensor without dimensions: one for each sample is copied.
+
+    One for all is filled in, as recorded: an integer tensor requires grad then, as in the loop.
+    """
     x, value = args
+    if not value.mapped:
+        return _emit(b, eq, args, kwargs, [x], NO_CASTS)
     if _in_place(eq.op):
         b.call(aten.copy_.default, x, aligned(b, value, x.ndim))
         return None
