@@ -255,15 +255,16 @@ class Recorder(Refusals, TorchDispatchMode):
             if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
             self.taken_for_all = self._data_dependent(func)
-        if info.random and self.generator is not None and not self.generator.is_as_left():
+        drawing = info.random and draws(func, args, kwargs)  # attention without dropout does not
+        if drawing and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
-        if info.random and draws(func, args, kwargs):
+        if drawing:
             out = self.generators.run(func, args, kwargs)
             self.random = True
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
-        if info.random and self.generator is not None:
+        if drawing and self.generator is not None:
             self.generator.draw()
         if info.question:
             self.types.append((type(out), repr(out)))
