@@ -48,6 +48,8 @@ _ELSEWHERE = set(
         "native_dropout_backward",
         "_conj_physical",
         "gelu_backward",
+        "lerp.Tensor",
+        "lerp_.Tensor",
     )
 )
 """Tagged, but with a rule below or in another family; `equal` is a question."""
@@ -179,6 +181,18 @@ def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     """`where`: the condition takes no part in promotion."""
     condition, first, second = args
     return _promoting(b, eq, args, kwargs, [condition, first, second], [first, second])
+
+
+@register("pointwise", aten.lerp.Tensor, aten.lerp_.Tensor)
+def lerp(b: Lowering, eq: Equation, args: tuple, kwargs: dict) -> object:
+    """`lerp` between integers by a real weight: its kernel promotes numbers, but no tensors."""
+    dtype = next(eq.results()).spec.dtype
+
+    def real(v: V) -> V:
+        return v if v.dtype.is_floating_point or v.dtype.is_complex else b.cast(v, dtype)
+
+    start, end, weight = args
+    return pointwise(b, eq, (real(start), real(end), real(weight)), kwargs)
 
 
 @register("pointwise", aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
