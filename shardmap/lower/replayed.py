@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import aten, functorch, is_view, schema_of
+from shardmap._torch import aten, forward_ad, forward_level, functorch, is_view, schema_of
 from shardmap.program.operators import CHECKS
 from shardmap.trace.recording import flat_tensors
 
@@ -43,6 +43,30 @@ def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
 def copy(t: torch.Tensor) -> torch.Tensor:
     """`t` in memory of its own."""
     return t.clone(memory_format=torch.contiguous_format)
+
+
+def followed(t: torch.Tensor) -> torch.Tensor:
+    """`t` with the history that writes to other views of its memory gave it.
+
+    Autograd makes it when it is asked for, and takes a view without it for a leaf when it is
+    written to. A tensor of `torch.func` transforms has one for each level.
+    """
+    inner = t
+    while True:
+        if inner.requires_grad and is_view(inner):
+            _ = inner.grad_fn
+        if not functorch.is_functorch_wrapped_tensor(inner):
+            return t
+        inner = functorch.get_unwrapped(inner)
+
+
+def own_tangent(t: torch.Tensor) -> torch.Tensor:
+    """`t` with a tangent in memory of its own, where forward mode is active.
+
+    The tangent of `t % 3` is that of `t` itself: two outputs, or an output and an argument, would
+    share it.
+    """
+    return copy(t) if forward_level(forward_ad) >= 0 else t
 
 
 def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:

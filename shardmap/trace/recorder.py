@@ -69,6 +69,8 @@ class Recorder(Refusals, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
+        self.separate_views = False
+        """Whether calls that return several views are recorded as a call for each view."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
@@ -226,7 +228,8 @@ class Recorder(Refusals, TorchDispatchMode):
     ) -> Any:
         """`t_`, `squeeze_` and their kin change how a tensor looks at its memory.
 
-        From now on it is the variable of the view.
+        From now on it is the variable of the view. No view is made, so that of a tensor without
+        grad the replay makes it in grad mode: one made under no_grad may not be written later.
         """
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, False) for a in args])
@@ -237,9 +240,8 @@ class Recorder(Refusals, TorchDispatchMode):
         assert not mapped or var.group in self.mapped_groups, (
             f"{func} left the memory of its argument"
         )
-        self._append(
-            Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled())
-        )
+        grad_mode = torch.is_grad_enabled() or not args[0].requires_grad
+        self._append(Equation(functional, encoded, named, (var,), tuple(flags), grad_mode))
         return out
 
     def _record(
@@ -276,15 +278,16 @@ class Recorder(Refusals, TorchDispatchMode):
             asks = True
             if func is not aten.equal.default and not varies and self.vmapped:
                 raise errors.DataDependentError(self._data_dependent(func))
-        if info.random and self.generator is not None and not self.generator.is_as_left():
+        drawing = info.random and draws(func, args, kwargs)  # attention without dropout does not
+        if drawing and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
-        if info.random and draws(func, args, kwargs):
+        if drawing:
             out = self.generators.run(func, args, kwargs)
             self.random = True
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
-        if info.random and self.generator is not None:
+        if drawing and self.generator is not None:
             self.generator.draw()
         if info.question:
             self.types.append((type(out), repr(out)))
