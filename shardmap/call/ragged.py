@@ -20,8 +20,11 @@ from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap._torch import pytree, version_of
 from shardmap.call import arguments as edges
+from shardmap.call import outputs as out_edges
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.container_protocol import is_container
+from shardmap.trace.containers import is_opened, open_batch
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -163,7 +166,7 @@ def run(
                 "which it is given copies; clone the "
                 "argument inside the function"
             )
-        leaves, shape = flatten_outputs(result, options.call)
+        leaves, shape = _flat(result, options)
         if structure is not None and shape != structure:
             raise errors.OutputError(
                 f"{options.call}: the function returns {shape} for samples of one shape and "
@@ -174,13 +177,34 @@ def run(
         found.append(leaves)
     assert structure is not None  # there are samples, and so there is a group
     tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
-    how = edges.spread_reductions(options.reduce, tree, options.call)
+    how = out_edges.spread_reductions(options.reduce, tree, options.call)
     order = list(groups.values())
     outputs = [
         _joined([leaves[i] for leaves in found], order, how[i], options.call)
         for i in range(structure.num_leaves)
     ]
-    return unflatten_outputs(outputs, structure)
+    for part in pytree.tree_leaves(pytree.tree_unflatten(outputs, structure), is_leaf=is_opened):
+        unequal = is_opened(part) and any(isinstance(leaf, Ragged) for leaf in part.leaves)
+        if unequal:
+            raise errors.OutputError(
+                f"{options.call}: the function returns {part!r} for samples of unequal shapes, and "
+                "a container holds one batch of tensors; return its tensors in a dict"
+            )
+    dims = [0 if reduction is None else None for reduction in how]
+    return unflatten_outputs(outputs, structure, dims, whole.size)
+
+
+def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSpec]:
+    """The results of one group, and the structure of one sample's."""
+    parts, structure = pytree.tree_flatten(result, is_leaf=is_container)
+    if any(map(is_container, parts)):
+        tree = pytree.tree_unflatten([0] * len(parts), structure)
+        how = out_edges.spread_reductions(options.reduce, tree, options.call)
+        for i, (part, reduction) in enumerate(zip(parts, how, strict=True)):
+            if is_container(part) and reduction is None:
+                parts[i] = open_batch(part, 0)[0]
+        result = pytree.tree_unflatten(parts, structure)
+    return flatten_outputs(result, options.call)
 
 
 def _refuse(options: Options) -> None:
@@ -217,7 +241,7 @@ def _whole(
 ) -> tuple[Batch, dict[int, Ragged]]:
     """The batch of all samples with stand-ins for ragged arguments, and those by their position."""
     call = options.call
-    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_container)
     given = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Ragged)}
     for i, samples in given.items():
         if len(samples) == 0:
