@@ -24,7 +24,7 @@ from shardmap.call import outputs as out_edges
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.container_protocol import is_container
-from shardmap.trace.containers import is_opened, open_batch
+from shardmap.trace.containers import open_batch, refuse_unequal
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -183,13 +183,7 @@ def run(
         _joined([leaves[i] for leaves in found], order, how[i], options.call)
         for i in range(structure.num_leaves)
     ]
-    for part in pytree.tree_leaves(pytree.tree_unflatten(outputs, structure), is_leaf=is_opened):
-        unequal = is_opened(part) and any(isinstance(leaf, Ragged) for leaf in part.leaves)
-        if unequal:
-            raise errors.OutputError(
-                f"{options.call}: the function returns {part!r} for samples of unequal shapes, and "
-                "a container holds one batch of tensors; return its tensors in a dict"
-            )
+    refuse_unequal(outputs, structure, options.call)
     dims = [0 if reduction is None else None for reduction in how]
     return unflatten_outputs(outputs, structure, dims, whole.size)
 

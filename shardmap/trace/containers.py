@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import torch
 
+from shardmap import errors
 from shardmap._torch import (
     add_batch_dim,
     enter_vmap_level,
@@ -72,10 +73,17 @@ class Opened:
         self.leaves = list(leaves)
         self.layout = layout
 
+    @property
+    def kind(self) -> str:
+        """The name of the container's class."""
+        return (self.layout.kind or self.layout.structure.type).__name__
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """Its tensors, each with its name."""
+        return list(zip(self.layout.names, self.leaves, strict=True))
+
     def __repr__(self) -> str:
-        kind = self.layout.kind or self.layout.structure.type
-        parts = zip(self.layout.names, self.leaves, strict=True)
-        return f"{kind.__name__}({', '.join(f'{name}={leaf!r}' for name, leaf in parts)})"
+        return f"{self.kind}({', '.join(f'{name}={leaf!r}' for name, leaf in self.named())})"
 
     def build(self) -> object:
         """The container of one sample, or of results without a dimension of samples.
@@ -84,7 +92,7 @@ class Opened:
         (`reduce="gram"`).
         """
         if any(leaf is None for leaf in self.leaves):
-            return dict(zip(self.layout.names, self.leaves, strict=True))
+            return dict(self.named())
         return self.layout.build(self.leaves)
 
     def stacked(self, dims: Sequence[int | None], size: int) -> object:
@@ -236,6 +244,25 @@ def built(tree: object) -> pytree.PyTree:
 def is_opened(part: object) -> TypeGuard[Opened]:
     """Whether a part of a tree is a container taken apart."""
     return isinstance(part, Opened)
+
+
+def refuse_unequal(outputs: Sequence[object], structure: pytree.TreeSpec, call: str) -> None:
+    """Refuse a container whose results have unequal shapes.
+
+    Raises:
+        OutputError: It names the container.
+    """
+    for part in pytree.tree_leaves(pytree.tree_unflatten(outputs, structure), is_leaf=is_opened):
+        names = [n for n, t in part.named() if not _is_dense(t)] if is_opened(part) else []
+        if is_opened(part) and names:
+            raise errors.OutputError(
+                f"{call}: the function returns a {part.kind}, a batch of equal tensors, and "
+                f"{names[0]!r} of it has unequal shapes; return its tensors in a dict"
+            )
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_nested
 
 
 def contains(structure: pytree.TreeSpec, *kinds: type) -> bool:

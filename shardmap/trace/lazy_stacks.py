@@ -22,6 +22,11 @@ class LazyStack(Container, Protocol):
     is_locked: bool
     stack_dim: int
     tensordicts: Sequence[Container]
+    batch_size: torch.Size
+
+    def tolist(self) -> object:
+        """The data of a stack that holds no tensors."""
+        ...
 
     def unbind(self, dim: int) -> Sequence[Any]:
         """Its elements along a dimension."""
@@ -57,7 +62,7 @@ def gathered(value: Any, dim: int) -> tuple[Container, bool]:
         if tensordict is None or not tensordict.is_tensorclass(value):
             return value, False
     if getattr(value, "_is_non_tensor", False):
-        return _alike(value), False
+        return (_alike(value) if is_one(value) else value), False
     inside = getattr(value, "_tensordict", None) if tensordict.is_tensorclass(value) else value
     if is_one(inside) and inside.stack_dim == dim:
         samples = value.unbind(dim)
@@ -106,10 +111,8 @@ def _refuse_unequal(samples: Sequence[object]) -> None:
                 )
 
 
-def _alike(value: Any) -> Container:
+def _alike(value: LazyStack) -> Container:
     """The data that is no tensor, if it is the same in the whole batch."""
-    if not is_one(value):
-        return value
     elements: list[object] = [value.tolist()]
     for _ in range(value.dim()):
         elements = [part for element in elements for part in _listed(element)]
