@@ -22,30 +22,18 @@ HEAD = 3
 
 
 def spread(
-    dims: object, tree: object, call: str, name: str, error: type[errors.ShardmapError]
-) -> list[Any]:
-    """A prefix of `dims` over the leaves of `tree`: one entry per leaf.
-
-    A container with a batch dimension of its own is one leaf.
-    """
-    structure = pytree.tree_flatten(tree, is_leaf=is_container)[1]
-    return _spread(dims, structure, tree, call, name, error)
-
-
-def _spread(
     dims: object,
     spec: pytree.TreeSpec,
-    tree: object,
     call: str,
     name: str,
     error: type[errors.ShardmapError],
 ) -> list[Any]:
-    flat = _broadcast(dims, spec)
+    """A prefix of `dims` over the leaves of a structure: one entry per leaf."""
+    flat = broadcast(dims, spec, lambda part: node_type(part) not in pytree.SUPPORTED_NODES)
     if flat is None:
         raise error(
-            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be "
-            "an int, None, or the same "
-            "structure (or a prefix of it)"
+            f"{call}: {name}={dims!r} does not fit the structure {spec_text(spec)}; {name} must be "
+            "an int, None, or the same structure (or a prefix of it)"
         )
     for d in flat:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
@@ -55,22 +43,31 @@ def _spread(
     return flat
 
 
-def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
-    """One entry of `dims` per leaf of `spec`; None if `dims` is no prefix of it.
+def broadcast(
+    given: Any, spec: pytree.TreeSpec, is_entry: Callable[[object], bool]
+) -> list[Any] | None:
+    """One entry of `given` per leaf of `spec`; None if `given` is no prefix of it.
 
     A mapping stands for any mapping of the same keys, a sequence for any of the same length.
+
+    Args:
+        given: Entries in a pytree.
+        spec: The structure.
+        is_entry: Whether a part of `given` is an entry itself, for all leaves there.
     """
-    node = node_type(dims)
+    if is_entry(given):
+        return [given] * spec.num_leaves
+    node = node_type(given)
     if node not in pytree.SUPPORTED_NODES:
-        return [dims] * spec.num_leaves
-    children, context = pytree.SUPPORTED_NODES[node].flatten_fn(dims)
+        return None
+    children, context = pytree.SUPPORTED_NODES[node].flatten_fn(given)
     children = list(children)
-    if isinstance(dims, dict) and _is_mapping(spec.type):
-        keys = spec.context[1] if spec.type is defaultdict else spec.context
-        if dims.keys() != set(keys):
+    if isinstance(given, dict) and _is_mapping(spec):
+        keys = _keys(spec)
+        if given.keys() != set(keys):
             return None
-        children = [dims[key] for key in keys]
-    elif not (_is_sequence(node) and _is_sequence(spec.type)) and (
+        children = [given[key] for key in keys]
+    elif not (node in _SEQUENCES and spec.type in _SEQUENCES) and (
         spec.type is not node or spec.context != context
     ):
         return None
@@ -78,29 +75,40 @@ def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
         return None
     out: list[Any] = []
     for child, child_spec in zip(children, spec.children(), strict=True):
-        flat = _broadcast(child, child_spec)
+        flat = broadcast(child, child_spec, is_entry)
         if flat is None:
             return None
         out += flat
     return out
 
 
-def _is_mapping(node: object) -> bool:
-    return isinstance(node, type) and issubclass(node, dict)
+_SEQUENCES = (tuple, list, deque, namedtuple)
 
 
-def _is_sequence(node: object) -> bool:
-    return node in (tuple, list, deque, namedtuple)
+def _is_mapping(spec: pytree.TreeSpec) -> bool:
+    return isinstance(spec.type, type) and issubclass(spec.type, dict)
 
 
-def spec_text(tree: Any) -> str:
-    """The structure of a pytree, with `*` for leaves."""
-    return repr(pytree.tree_map(lambda _: _Star(), tree))
+def _keys(spec: pytree.TreeSpec) -> list[Any]:
+    """The keys of a mapping."""
+    return list(spec.context[1] if spec.type is defaultdict else spec.context)
 
 
-class _Star:
-    def __repr__(self) -> str:
+def spec_text(spec: pytree.TreeSpec) -> str:
+    """A structure, with `*` for leaves."""
+    if spec.type is None:
         return "*"
+    parts = [spec_text(child) for child in spec.children()]
+    if spec.type is tuple:
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+    if spec.type is list:
+        return f"[{', '.join(parts)}]"
+    if _is_mapping(spec):
+        keyed = zip(_keys(spec), parts, strict=True)
+        text = f"{{{', '.join(f'{key!r}: {part}' for key, part in keyed)}}}"
+        return text if spec.type is dict else f"{spec.type.__name__}({text})"
+    kind = spec.context if spec.type is namedtuple else spec.type
+    return f"{kind.__name__}({', '.join(parts)})"
 
 
 def collect(
@@ -136,7 +144,7 @@ def collect(
     else:
         leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_container)
     of_args, of_kwargs = structure.children()
-    dims = _spread(in_dims, of_args, args, call, "in_dims", errors.InDimsError)
+    dims = spread(in_dims, of_args, call, "in_dims", errors.InDimsError)
     if kw_in_dims is None:
         dims += [None] * of_kwargs.num_leaves
     elif isinstance(kw_in_dims, dict):
@@ -146,9 +154,9 @@ def collect(
                 f"{call}: kw_in_dims={kw_in_dims!r} names {unknown[0]!r}, which was not passed; "
                 f"the keyword arguments are {sorted(kwargs)}"
             )
-        for key, value in kwargs.items():
+        for key, of_value in zip(_keys(of_kwargs), of_kwargs.children(), strict=True):
             dims += spread(
-                kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
+                kw_in_dims.get(key), of_value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
             )
     elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
         dims += [kw_in_dims] * of_kwargs.num_leaves

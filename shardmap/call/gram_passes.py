@@ -108,8 +108,7 @@ def compared(
     if options.reduce is None:
         return None
     program = prepared.recording.program
-    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
-    reduced = out_edges.spread_reductions(options.reduce, tree, options.call)
+    reduced = out_edges.spread_reductions(options.reduce, prepared.structure, options.call)
     marks = {id(r): r for r in reduced if r is not None and r.name == "gram"}
     if not marks:
         return None

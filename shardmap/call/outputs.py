@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict, namedtuple
 from collections.abc import Sequence
 from typing import Any
 
 from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap._torch import pytree
-from shardmap.call.arguments import spec_text, spread
-from shardmap.trace.containers import Opened, contains, is_opened, joined
+from shardmap.call.arguments import broadcast, spec_text, spread
+from shardmap.trace.containers import Opened, contains
 
 
-def spread_reductions(reduce: Any, tree: Any, call: str) -> list[reductions.Reduction | None]:
+def spread_reductions(
+    reduce: object, structure: pytree.TreeSpec, call: str
+) -> list[reductions.Reduction | None]:
     """One reduction, or None, per output.
 
     Args:
         reduce: As the user gave it: a reduction for all outputs, or a prefix of their structure.
-        tree: The outputs' structure.
+        structure: The outputs' structure.
         call: The user's call, for errors.
 
     Raises:
         OptionError: It does not fit the structure, or holds something that is no reduction.
     """
     if reductions.is_one(reduce):
-        return [reductions.parse(reduce, call)] * len(pytree.tree_leaves(tree))
-    flat: list[reductions.Reduction | None] = []
-
-    def descend(given: Any, part: Any) -> None:
-        if reductions.is_one(given):
-            flat.extend([reductions.parse(given, call)] * len(pytree.tree_leaves(part)))
-            return
-        if isinstance(given, dict) and isinstance(part, dict) and set(given) == set(part):
-            for key in part:
-                descend(given[key], part[key])
-            return
-        if (
-            isinstance(given, tuple | list)
-            and isinstance(part, tuple | list)
-            and len(given) == len(part)
-        ):
-            for g, p in zip(given, part, strict=True):
-                descend(g, p)
-            return
-        if not isinstance(given, dict | tuple | list):
-            reductions.parse(given, call)
+        return [reductions.parse(reduce, call)] * structure.num_leaves
+    # Each entry is parsed once: outputs under one entry are reduced together.
+    parsed = pytree.tree_map(
+        lambda entry: reductions.parse(entry, call), reduce, is_leaf=reductions.is_one
+    )
+    flat = broadcast(parsed, structure, reductions.is_one)
+    if flat is None:
         raise errors.OptionError(
-            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(tree)}; pass one "
-            "reduction for all, or the same structure "
-            "(or a prefix of it)"
+            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(structure)}; pass one "
+            "reduction for all, or the same structure (or a prefix of it)"
         )
-
-    descend(reduce, tree)
     return flat
 
 
@@ -83,9 +70,9 @@ def place_outputs(
     reduced = reduced or [None] * len(ndims)
     if out_dims == 0 and type(out_dims) is int:
         return [0 if r is None else None for r in reduced]
-    tree = pytree.tree_unflatten(ndims, structure)
-    dims = spread(_of_one(out_dims, structure), tree, call, "out_dims", errors.OutDimsError)
-    ndims, whose = _counted(tree, ndims)
+    given = _of_one(out_dims, structure)
+    dims = spread(given, structure, call, "out_dims", errors.OutDimsError)
+    ndims, whose = _counted(structure, ndims)
     placed: list[int | None] = []
     for ndim, owned, differs, d, reduction in zip(ndims, whose, mapped, dims, reduced, strict=True):
         if d is None or reduction is not None:
@@ -118,9 +105,9 @@ def result_dims(
     """
     if out_dims == 0 or not contains(structure, Opened):
         return placed
-    tree = pytree.tree_unflatten([0] * len(placed), structure)
-    dims = spread(_of_one(out_dims, structure), tree, call, "out_dims", errors.OutDimsError)
-    ndims, whose = _counted(tree, [0] * len(placed))
+    given = _of_one(out_dims, structure)
+    dims = spread(given, structure, call, "out_dims", errors.OutDimsError)
+    ndims, whose = _counted(structure, [0] * len(placed))
     found = zip(placed, dims, ndims, whose, strict=True)
     return [d % (ndim + 1) if owned and p is not None else p for p, d, ndim, owned in found]
 
@@ -133,19 +120,23 @@ def _of_one(out_dims: object, structure: pytree.TreeSpec) -> object:
     return out_dims
 
 
-def _counted(tree: object, ndims: list[int]) -> tuple[list[int], list[bool]]:
+def _counted(structure: pytree.TreeSpec, ndims: list[int]) -> tuple[list[int], list[bool]]:
     """The dimensions that an out_dim of each output counts, and whether a container holds it.
 
     Of a container, those of its batch.
     """
-    parts = pytree.tree_leaves(tree, is_leaf=is_opened)
+    if structure.type is Opened:
+        count = structure.num_leaves
+        return [structure.context.ndim] * count, [True] * count
+    if structure.is_leaf():
+        return ndims, [False]
     counted: list[int] = []
     whose: list[bool] = []
-    for part in parts:
-        count = len(part.leaves) if is_opened(part) else 1
+    for child in structure.children():
         at = len(counted)
-        counted += [part.layout.ndim] * count if is_opened(part) else ndims[at : at + 1]
-        whose += [is_opened(part)] * count
+        own, held = _counted(child, ndims[at : at + child.num_leaves])
+        counted += own
+        whose += held
     return counted, whose
 
 
@@ -154,5 +145,20 @@ def output_names(structure: pytree.TreeSpec) -> list[str]:
 
     `result` where the function returns one tensor.
     """
-    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
-    return [joined(path) or "result" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [name or "result" for name in _names(structure)]
+
+
+def _names(structure: pytree.TreeSpec) -> list[str]:
+    if structure.is_leaf():
+        return [""]
+    keys: Sequence[object] = range(structure.num_children)
+    if structure.type is Opened:
+        keys = structure.context.names
+    elif isinstance(structure.type, type) and issubclass(structure.type, dict):
+        keys = structure.context[1] if structure.type is defaultdict else structure.context
+    elif structure.type is namedtuple:
+        keys = structure.context._fields
+    elif dataclasses.is_dataclass(structure.type):
+        keys = structure.context[0]
+    parts = zip(keys, structure.children(), strict=True)
+    return [f"{key}.{name}" if name else str(key) for key, child in parts for name in _names(child)]

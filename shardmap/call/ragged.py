@@ -176,8 +176,7 @@ def run(
         structure = shape
         found.append(leaves)
     assert structure is not None  # there are samples, and so there is a group
-    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
-    how = out_edges.spread_reductions(options.reduce, tree, options.call)
+    how = out_edges.spread_reductions(options.reduce, structure, options.call)
     order = list(groups.values())
     outputs = [
         _joined([leaves[i] for leaves in found], order, how[i], options.call)
@@ -192,8 +191,7 @@ def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSp
     """The results of one group, and the structure of one sample's."""
     parts, structure = pytree.tree_flatten(result, is_leaf=is_container)
     if any(map(is_container, parts)):
-        tree = pytree.tree_unflatten([0] * len(parts), structure)
-        how = out_edges.spread_reductions(options.reduce, tree, options.call)
+        how = out_edges.spread_reductions(options.reduce, structure, options.call)
         for i, (part, reduction) in enumerate(zip(parts, how, strict=True)):
             if is_container(part) and reduction is None:
                 parts[i] = open_batch(part, 0)[0]
