@@ -58,7 +58,8 @@ def run(
     }
     folder = tests if tests.is_dir() else tests.parent
     command = [sys.executable, "-m", "pytest", "-p", "tests.peers.plugin", "-p", "no:cacheprovider"]
-    command += ["-q", "--tb=no", "-o", "addopts=", *options, str(tests)]
+    command += ["-q", "--tb=no", "-o", "addopts=", "--continue-on-collection-errors"]
+    command += [*options, str(tests)]
     with open(report.with_suffix(".log"), "w") as log:
         subprocess.run(
             command,
