@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,19 @@ from typing import Any
 from tests.peers.table import PEERS, Peer
 
 ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = "shardmap_in_the_place_of_torch"
 Outcomes = dict[str, dict[str, Any]]
+
+
+def ours(work: Path) -> Path:
+    """A folder that has shardmap and the plugin, and not our `tests`, as the peer's may be named."""
+    folder = work / "ours"
+    folder.mkdir(exist_ok=True)
+    link = folder / "shardmap"
+    if not link.exists():
+        link.symlink_to(ROOT / "shardmap")
+    shutil.copy(Path(__file__).with_name("plugin.py"), folder / f"{PLUGIN}.py")
+    return folder
 
 
 def pip(*arguments: str) -> None:
@@ -56,14 +69,13 @@ def run(
         "PEERS_VMAP": whose,
         "PEERS_REPORT": str(report),
     }
-    folder = tests if tests.is_dir() else tests.parent
-    command = [sys.executable, "-m", "pytest", "-p", "tests.peers.plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider"]
     command += ["-q", "--tb=no", "-o", "addopts=", "--continue-on-collection-errors"]
     command += [*options, str(tests)]
     with open(report.with_suffix(".log"), "w") as log:
         subprocess.run(
             command,
-            cwd=folder,
+            cwd=tests.parent,
             env=environment,
             stdout=log,
             stderr=log,
@@ -108,7 +120,7 @@ def main() -> None:
     if given.tests is None and not peer.tests:
         raise SystemExit(f"{peer.package}: its distribution has no tests; name them by --tests")
     tests = given.tests.resolve() if given.tests else tests_of(peer, work)
-    paths = [ROOT] if given.here else [ROOT, installed(peer, work)]
+    paths = [ours(work)] if given.here else [ours(work), installed(peer, work)]
     options = [*peer.options, *(["-k", given.k] if given.k else [])]
     found = [
         run(whose, tests, paths, options, work / f"{whose}.json", given.timeout)
