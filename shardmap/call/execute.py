@@ -212,6 +212,8 @@ class Call:
 
     def _run_by_paths(self) -> Any:
         """Split the batch by the answers that its samples give, and run each on its own path."""
+        if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
+            return self._forked().by_groups()
         call, instead = self._settled(self._forked())
         return call._run(instead)
 

@@ -151,7 +151,8 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
-                recorder.expected = follow.expected(func)
+                recorder.alternatives = follow.expected(func)
+                recorder.expected = next(iter(recorder.alternatives), None)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
