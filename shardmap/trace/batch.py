@@ -80,7 +80,7 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
     leaves, structure = pytree.tree_flatten(out, is_leaf=is_container)
     if not all(map(_is_tensor, leaves)):
         nothing = all(leaf is None for leaf in leaves)
-        parts = [leaf if nothing else _as_part(leaf) for leaf in leaves]
+        parts = [leaf if nothing else _as_part(leaf, call) for leaf in leaves]
         leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(parts, structure))
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
@@ -96,13 +96,13 @@ def _is_tensor(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor)
 
 
-def _as_part(leaf: object) -> object:
+def _as_part(leaf: object, call: str) -> object:
     """What stands for a leaf of a function's result among tensors."""
     if leaf is None:
         return _ABSENT
     if isinstance(leaf, bool | int | float | complex | np.generic):
         return torch.as_tensor(leaf)
-    return containers.opened(leaf) if is_container(leaf) else leaf
+    return containers.opened(leaf, call) if is_container(leaf) else leaf
 
 
 def unflatten_outputs(

@@ -25,8 +25,14 @@ class Container(Protocol):
 
 
 @functools.lru_cache(4096)
+def has_methods(kind: type) -> bool:
+    """Whether a class has torch.func's methods for a batch of its own kind."""
+    return callable(getattr(kind, "_add_batch_dim", None))
+
+
+@functools.lru_cache(4096)
 def _is_kind(kind: type) -> bool:
-    return callable(getattr(kind, "_add_batch_dim", None)) and not issubclass(kind, torch.Tensor)
+    return has_methods(kind) and not issubclass(kind, torch.Tensor)
 
 
 def is_container(value: object) -> TypeGuard[Container]:

@@ -26,7 +26,7 @@ from shardmap._torch import (
     pytree,
 )
 from shardmap.trace import lazy_stacks
-from shardmap.trace.container_protocol import Container, is_container
+from shardmap.trace.container_protocol import Container, has_methods, is_container
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +186,20 @@ def joined(path: Sequence[object]) -> str:
     return ".".join(map(str, keys))
 
 
-def opened(value: Container) -> Opened:
-    """A container that was returned for one sample, taken apart."""
+def opened(value: Container, call: str) -> Opened:
+    """A container that was returned for one sample, taken apart.
+
+    Raises:
+        OutputError: It holds a tensor that has no dimension for the samples.
+    """
     leaves, structure, kind, names = _flat(value)
+    for leaf, name in zip(leaves, names, strict=True):
+        if isinstance(leaf, torch.Tensor) and has_methods(type(leaf)):
+            raise errors.OutputError(
+                f"{call}: the function returned a {type(value).__name__} whose {name!r} is a "
+                f"{type(leaf).__name__}, which has no dimension for the samples; leave it out of "
+                "what is returned (.exclude), or return a plain tensor"
+            )
     constants = tuple(
         [(i, Constant(v)) for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)]
     )

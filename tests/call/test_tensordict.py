@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensordict import LazyStackedTensorDict, TensorDict, TensorDictParams, tensorclass
+from tensordict import (
+    LazyStackedTensorDict,
+    TensorDict,
+    TensorDictParams,
+    UnbatchedTensor,
+    tensorclass,
+)
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
@@ -317,3 +324,21 @@ def test_branches_on_data_of_a_tensordict() -> None:
     found, numbers = shardmap.vmap(func)(td)
     assert_same(found, torch.stack([out for out, _ in each]))
     assert numbers.tolist() == [number for _, number in each]
+
+
+def test_a_tensor_without_a_batch_is_shared_and_not_returned() -> None:
+    td = TensorDict({"a": torch.randn(5, 3), "u": UnbatchedTensor(torch.randn(2))}, [5])
+    found = shardmap.vmap(lambda td: td["u"].sum() * td["a"])(td)
+    torch.testing.assert_close(found, torch.stack([row["u"].sum() * row["a"] for row in td]))
+    with pytest.raises(errors.OutputError, match=r"'u' is a UnbatchedTensor.*exclude"):
+        shardmap.vmap(lambda td: td)(td)
+    assert_same(shardmap.vmap(lambda td: td.exclude("u"))(td), td.exclude("u"))
+
+
+def test_a_tensordict_is_stored_by_name(tmp_path: Path) -> None:
+    td = nested(7)
+    store = shardmap.vmap(changed, out=shardmap.MemmapSink(tmp_path / "out"), chunk_size=3)(td)
+    assert sorted(spec.name for spec in store.header.outputs) == ["a", "c", "n.b"]
+    expected = changed(td)
+    for name in ("a", "c", "n.b"):
+        torch.testing.assert_close(store.read(name, 0, 7), expected[tuple(name.split("."))])
