@@ -232,6 +232,9 @@ functorch = _private("_C._functorch", "maps inside torch.func transforms")
 enter_vmap_level = _private(
     "_C._functorch._vmap_increment_nesting", "numbering the levels of transforms inside a map"
 )
+add_batch_dim = _private(
+    "_C._functorch._add_batch_dim", "containers with a batch dimension of their own (TensorDict)"
+)
 leave_vmap_level = _private(
     "_C._functorch._vmap_decrement_nesting", "numbering the levels of transforms inside a map"
 )

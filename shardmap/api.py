@@ -10,6 +10,7 @@ import torch
 
 from shardmap import errors
 from shardmap.call import arguments as edges
+from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
@@ -269,7 +270,9 @@ def plan(
 
         def finish(outputs: list[torch.Tensor]) -> Any:
             found = outputs if passes is None else passes.outputs(lambda _, __: outputs, batch.size)
-            result = unflatten_outputs(found, structure)
+            placed = [o.dim for o in job.outputs] if passes is None else passes.dims
+            dims = out_edges.result_dims(structure, out_dims, placed, call)
+            result = unflatten_outputs(found, structure, dims, batch.size)
             return joint.finished(reduce, result, call) if joined else result
 
         return Plan(job, cut, on, options, finish, notes, verdict.alone)

@@ -1,52 +1,39 @@
-"""The edges of a mapped call.
-
-Which arguments are mapped over which dimension, and how results are put together.
-"""
+"""The arguments of a mapped call: which of them are mapped, over which dimension."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from shardmap import errors
-from shardmap import reduce as reductions
 from shardmap._torch import node_type, pytree
 from shardmap.store.columns import Column
 from shardmap.store.sources import Source
 from shardmap.trace.batch import Batch
+from shardmap.trace.container_protocol import is_container
+from shardmap.trace.containers import Opened, contains, open_batch
 
 HEAD = 3
 """Rows of a source that are read when the function is recorded, tried and watched."""
 
 
-def _is_leaf_dim(x: Any) -> bool:
-    return x is None
-
-
 def spread(
-    dims: object, tree: object, call: str, name: str, error: type[errors.ShardmapError]
-) -> list[Any]:
-    """A prefix of `dims` over the leaves of `tree`: one entry per leaf."""
-    return _spread(dims, pytree.tree_flatten(tree)[1], tree, call, name, error)
-
-
-def _spread(
     dims: object,
     spec: pytree.TreeSpec,
-    tree: object,
     call: str,
     name: str,
     error: type[errors.ShardmapError],
 ) -> list[Any]:
-    flat = _broadcast(dims, spec)
+    """A prefix of `dims` over the leaves of a structure: one entry per leaf."""
+    flat = broadcast(dims, spec, lambda part: node_type(part) not in pytree.SUPPORTED_NODES)
     if flat is None:
         raise error(
-            f"{call}: {name}={dims!r} does not fit the structure {spec_text(tree)}; {name} must be "
-            "an int, None, or the same "
-            "structure (or a prefix of it)"
+            f"{call}: {name}={dims!r} does not fit the structure {spec_text(spec)}; {name} must be "
+            "an int, None, or the same structure (or a prefix of it)"
         )
     for d in flat:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
@@ -56,45 +43,72 @@ def _spread(
     return flat
 
 
-def _broadcast(dims: Any, spec: pytree.TreeSpec) -> list[Any] | None:
-    if spec.is_leaf():
-        return None if isinstance(dims, tuple | list | dict) else [dims]
-    if not isinstance(dims, tuple | list | dict):
-        return [dims] * spec.num_leaves
-    node, context = node_type(dims), None
-    children, context = pytree.SUPPORTED_NODES[node].flatten_fn(dims)
-    kinds = (
-        ({tuple, list} if node in (tuple, list) else {node}) if node is not tuple else {tuple, list}
-    )
-    if (
-        spec.type is not node
-        and not (spec.type in kinds and node in kinds)
-        and not (isinstance(dims, dict) and spec.type in (dict,))
+def broadcast(
+    given: Any, spec: pytree.TreeSpec, is_entry: Callable[[object], bool]
+) -> list[Any] | None:
+    """One entry of `given` per leaf of `spec`; None if `given` is no prefix of it.
+
+    A mapping stands for any mapping of the same keys, a sequence for any of the same length.
+
+    Args:
+        given: Entries in a pytree.
+        spec: The structure.
+        is_entry: Whether a part of `given` is an entry itself, for all leaves there.
+    """
+    if is_entry(given):
+        return [given] * spec.num_leaves
+    node = node_type(given)
+    if node not in pytree.SUPPORTED_NODES:
+        return None
+    children, context = pytree.SUPPORTED_NODES[node].flatten_fn(given)
+    children = list(children)
+    if isinstance(given, dict) and _is_mapping(spec):
+        keys = _keys(spec)
+        if given.keys() != set(keys):
+            return None
+        children = [given[key] for key in keys]
+    elif not (node in _SEQUENCES and spec.type in _SEQUENCES) and (
+        spec.type is not node or spec.context != context
     ):
         return None
-    if len(children) != spec.num_children or (
-        isinstance(dims, dict) and set(dims) != set(spec.context)
-    ):
+    if len(children) != spec.num_children:
         return None
-    if isinstance(dims, dict):
-        children = [dims[k] for k in spec.context]
     out: list[Any] = []
     for child, child_spec in zip(children, spec.children(), strict=True):
-        flat = _broadcast(child, child_spec)
+        flat = broadcast(child, child_spec, is_entry)
         if flat is None:
             return None
         out += flat
     return out
 
 
-def spec_text(tree: Any) -> str:
-    """The structure of a pytree, with `*` for leaves."""
-    return repr(pytree.tree_map(lambda _: _Star(), tree))
+_SEQUENCES = (tuple, list, deque, namedtuple)
 
 
-class _Star:
-    def __repr__(self) -> str:
+def _is_mapping(spec: pytree.TreeSpec) -> bool:
+    return isinstance(spec.type, type) and issubclass(spec.type, dict)
+
+
+def _keys(spec: pytree.TreeSpec) -> list[Any]:
+    """The keys of a mapping."""
+    return list(spec.context[1] if spec.type is defaultdict else spec.context)
+
+
+def spec_text(spec: pytree.TreeSpec) -> str:
+    """A structure, with `*` for leaves."""
+    if spec.type is None:
         return "*"
+    parts = [spec_text(child) for child in spec.children()]
+    if spec.type is tuple:
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+    if spec.type is list:
+        return f"[{', '.join(parts)}]"
+    if _is_mapping(spec):
+        keyed = zip(_keys(spec), parts, strict=True)
+        text = f"{{{', '.join(f'{key!r}: {part}' for key, part in keyed)}}}"
+        return text if spec.type is dict else f"{spec.type.__name__}({text})"
+    kind = spec.context if spec.type is namedtuple else spec.type
+    return f"{kind.__name__}({', '.join(parts)})"
 
 
 def collect(
@@ -128,9 +142,9 @@ def collect(
     if not kwargs and all(type(arg) is torch.Tensor for arg in args):
         leaves, structure = [*args], _of_leaves(len(args))
     else:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_container)
     of_args, of_kwargs = structure.children()
-    dims = _spread(in_dims, of_args, args, call, "in_dims", errors.InDimsError)
+    dims = spread(in_dims, of_args, call, "in_dims", errors.InDimsError)
     if kw_in_dims is None:
         dims += [None] * of_kwargs.num_leaves
     elif isinstance(kw_in_dims, dict):
@@ -140,9 +154,9 @@ def collect(
                 f"{call}: kw_in_dims={kw_in_dims!r} names {unknown[0]!r}, which was not passed; "
                 f"the keyword arguments are {sorted(kwargs)}"
             )
-        for key, value in kwargs.items():
+        for key, of_value in zip(_keys(of_kwargs), of_kwargs.children(), strict=True):
             dims += spread(
-                kw_in_dims.get(key), value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
+                kw_in_dims.get(key), of_value, call, f"kw_in_dims[{key!r}]", errors.InDimsError
             )
     elif isinstance(kw_in_dims, int) and not isinstance(kw_in_dims, bool):
         dims += [kw_in_dims] * of_kwargs.num_leaves
@@ -151,16 +165,19 @@ def collect(
             f"{call}: kw_in_dims={kw_in_dims!r} is a {type(kw_in_dims).__name__}; pass a dict of "
             "name to dims, an int, or None"
         )
+    leaves, dims, structure, copied = _opened(leaves, dims, structure, call)
+    of_args, _ = structure.children()
     mapped, size, first = [], None, None
+    copies: set[int] = set()
     columns: dict[int, Column] = {}
     for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
         if isinstance(leaf, Column | Source):
-            column = columns[len(mapped)] = _checked(leaf, d, _where(i, args), call)
+            column = columns[len(mapped)] = _checked(leaf, d, _where(i, of_args), call)
             if size is not None and len(column) != size:
                 raise _disagree(
-                    _where(first or 0, args),
+                    _where(first or 0, of_args),
                     size,
-                    f"{_where(i, args)}, a column of a source,",
+                    f"{_where(i, of_args)}, a column of a source,",
                     len(column),
                     call,
                 )
@@ -172,7 +189,7 @@ def collect(
             continue
         if leaf.layout is not torch.strided or leaf.is_nested:
             raise errors.UnsupportedOperatorError(
-                f"{call}: {_where(i, args)} is a "
+                f"{call}: {_where(i, of_args)} is a "
                 f"{'nested tensor' if leaf.is_nested else f'tensor of layout {leaf.layout}'}; only "
                 "dense "
                 "(strided) tensors can be mapped: call .to_dense() on it, or "
@@ -180,7 +197,7 @@ def collect(
             )
         if not -leaf.ndim <= d < leaf.ndim:
             raise errors.InDimsError(
-                f"{call}: {_where(i, args)} has {leaf.ndim} dimensions (shape "
+                f"{call}: {_where(i, of_args)} has {leaf.ndim} dimensions (shape "
                 f"{tuple(leaf.shape)}), in_dim {d} is out of range; "
                 + (
                     "a 0-dimensional tensor cannot be mapped: pass None for it"
@@ -192,10 +209,16 @@ def collect(
         if size is None:
             size, first = leaf.shape[d], i
         elif leaf.shape[d] != size:
-            what = f"{_where(i, args)} of shape {tuple(leaf.shape)}"
+            what = f"{_where(i, of_args)} of shape {tuple(leaf.shape)}"
             raise _disagree(
-                _where(first or 0, args), size, what, f"{leaf.shape[d]} along dimension {d}", call
+                _where(first or 0, of_args),
+                size,
+                what,
+                f"{leaf.shape[d]} along dimension {d}",
+                call,
             )
+        if i in copied:
+            copies.add(len(mapped))
         mapped.append((i, d))
     if size is None:
         raise errors.InDimsError(
@@ -203,7 +226,41 @@ def collect(
             "is unknown; give at least one "
             "tensor an int in_dim"
         )
-    return Batch(leaves, structure, tuple(mapped), size, columns)
+    opened = contains(structure, Opened)
+    return Batch(leaves, structure, tuple(mapped), size, columns, frozenset(copies), opened)
+
+
+def _opened(
+    leaves: list[pytree.PyTree], dims: list[int | None], structure: pytree.TreeSpec, call: str
+) -> tuple[list[pytree.PyTree], list[int | None], pytree.TreeSpec, set[int]]:
+    """The leaves with containers taken apart, their dims and structure, and which are copies.
+
+    A container that is shared by the samples, or has no batch dimension there, is what pytrees
+    make of it.
+    """
+    if not any(map(is_container, leaves)):
+        return leaves, dims, structure, set()
+    parts: list[object] = []
+    where: list[int | None] = []
+    copied: set[int] = set()
+    for i, (leaf, d) in enumerate(zip(leaves, dims, strict=True)):
+        part, own = leaf, [d]
+        if is_container(leaf) and d is not None and -leaf.dim() <= d < leaf.dim():
+            try:
+                part, own, is_copy = open_batch(leaf, d % leaf.dim())
+            except ValueError as error:
+                raise errors.InDimsError(
+                    f"{call}: {_where(i, structure.children()[0])} is a {type(leaf).__name__} "
+                    f"that cannot be mapped over dimension {d}: {error}"
+                ) from error
+            if is_copy:
+                copied.update(range(len(where), len(where) + len(own)))
+        elif is_container(leaf):
+            own = [d] * len(pytree.tree_leaves(leaf))
+        parts.append(part)
+        where += own
+    leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(parts, structure))
+    return leaves, where, structure, copied
 
 
 @functools.lru_cache(64)
@@ -237,124 +294,13 @@ def _checked(leaf: Column | Source, d: int | None, where: str, call: str) -> Col
     return leaf
 
 
-def _where(leaf: int, args: tuple[Any, ...]) -> str:
+def _where(leaf: int, of_args: pytree.TreeSpec) -> str:
     seen = 0
-    for number, arg in enumerate(args):
-        seen += len(pytree.tree_leaves(arg))
+    for number, arg in enumerate(of_args.children()):
+        seen += arg.num_leaves
         if leaf < seen:
             return f"argument {number}"
     return "a keyword argument"
-
-
-def spread_reductions(reduce: Any, tree: Any, call: str) -> list[reductions.Reduction | None]:
-    """One reduction, or None, per output.
-
-    Args:
-        reduce: As the user gave it: a reduction for all outputs, or a prefix of their structure.
-        tree: The outputs' structure.
-        call: The user's call, for errors.
-
-    Raises:
-        OptionError: It does not fit the structure, or holds something that is no reduction.
-    """
-    if reductions.is_one(reduce):
-        return [reductions.parse(reduce, call)] * len(pytree.tree_leaves(tree))
-    flat: list[reductions.Reduction | None] = []
-
-    def descend(given: Any, part: Any) -> None:
-        if reductions.is_one(given):
-            flat.extend([reductions.parse(given, call)] * len(pytree.tree_leaves(part)))
-            return
-        if isinstance(given, dict) and isinstance(part, dict) and set(given) == set(part):
-            for key in part:
-                descend(given[key], part[key])
-            return
-        if (
-            isinstance(given, tuple | list)
-            and isinstance(part, tuple | list)
-            and len(given) == len(part)
-        ):
-            for g, p in zip(given, part, strict=True):
-                descend(g, p)
-            return
-        if not isinstance(given, dict | tuple | list):
-            reductions.parse(given, call)
-        raise errors.OptionError(
-            f"{call}: reduce={reduce!r} does not fit the outputs {spec_text(tree)}; pass one "
-            "reduction for all, or the same structure "
-            "(or a prefix of it)"
-        )
-
-    descend(reduce, tree)
-    return flat
-
-
-def place_outputs(
-    ndims: list[int],
-    mapped: list[bool],
-    structure: pytree.TreeSpec,
-    out_dims: Any,
-    call: str,
-    reduced: Sequence[reductions.Reduction | None] = (),
-) -> list[int | None]:
-    """Where the mapped dimension goes in each result: one dimension per output, never negative.
-
-    None for an unmapped result.
-
-    Args:
-        ndims: Dimensions of each output for one sample.
-        mapped: Whether each differs by sample.
-        structure: Their pytree.
-        out_dims: As the user gave it.
-        call: The user's call, for errors.
-        reduced: The outputs' reductions: a reduced output has no dimension of samples, whatever
-            `out_dims` says of it.
-
-    Raises:
-        OutDimsError: `out_dims` does not fit.
-    """
-    reduced = reduced or [None] * len(ndims)
-    if out_dims == 0 and type(out_dims) is int:
-        return [0 if r is None else None for r in reduced]
-    tree = pytree.tree_unflatten(ndims, structure)
-    if isinstance(out_dims, list):
-        out_dims = tuple(out_dims)
-    if isinstance(out_dims, tuple) and len(out_dims) == 1 and structure.is_leaf():
-        out_dims = out_dims[0]
-    dims = spread(out_dims, tree, call, "out_dims", errors.OutDimsError)
-    placed: list[int | None] = []
-    for ndim, differs, d, reduction in zip(ndims, mapped, dims, reduced, strict=True):
-        if d is None or reduction is not None:
-            if differs and reduction is None:
-                raise errors.OutDimsError(
-                    f"{call}: out_dims={out_dims!r} gives None for an output that differs by "
-                    "sample; give it an int"
-                )
-            placed.append(None)
-            continue
-        if not -ndim - 1 <= d <= ndim:
-            raise errors.OutDimsError(
-                f"{call}: an output has {ndim} dimensions for one sample, out_dim {d} is out of "
-                f"range; use {-ndim - 1} to {ndim}"
-            )
-        placed.append(d % (ndim + 1))
-    return placed
-
-
-def output_names(structure: pytree.TreeSpec) -> list[str]:
-    """A name for each output: its keys, joined by dots.
-
-    `result` where the function returns one tensor.
-    """
-    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
-    names = []
-    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
-        keys = [
-            next(v for v in (getattr(k, a, None) for a in ("key", "idx", "name")) if v is not None)
-            for k in path
-        ]
-        names.append(".".join(map(str, keys)) or "result")
-    return names
 
 
 def call_name(func: Callable[..., Any], in_dims: Any, maker: str = "vmap") -> str:

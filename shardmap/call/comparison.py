@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardmap import errors
-from shardmap.call import arguments as edges
+from shardmap.call import outputs as out_edges
 from shardmap.call.execute import Call, run_map, surroundings
 from shardmap.call.first_use import FirstUse, consumed
 from shardmap.call.memo import Prepared, reachable
@@ -118,9 +118,10 @@ def compare(
             "map; switch them off (model.eval()) to compare the rest"
         )
     result = run_map(func, batch, options, None)
-    found, structure = flatten_outputs(result, options.call)
-    names = edges.output_names(structure)
-    dims = edges.place_outputs(
+    found, _ = flatten_outputs(result, options.call)
+    structure = pair[1]
+    names = out_edges.output_names(structure)
+    dims = out_edges.place_outputs(
         [t.ndim for t in own[0]], [True] * len(found), structure, options.out_dims, options.call
     )
     rows = [

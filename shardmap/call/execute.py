@@ -13,6 +13,7 @@ from shardmap import errors
 from shardmap._torch import dispatch_depth, dispatch_modes, functorch, pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
+from shardmap.call import outputs as out_edges
 from shardmap.call.by_sample import SampleLoop, lowering
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead
@@ -161,7 +162,7 @@ class Call:
             outputs = comparison.outputs(
                 lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
             )
-            return unflatten_outputs(outputs, prepared.structure)
+            return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
         if by_sample is not None:
@@ -179,7 +180,9 @@ class Call:
             else:
                 outputs = _locally(job, options, around.inlined)
         self._confirm(job, outputs, None, by_sample is not None)
-        return unflatten_outputs(outputs, prepared.structure)
+        placed = [o.dim for o in job.outputs]
+        dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
+        return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
 
     def run_flat(self) -> Sequence[torch.Tensor]:
         """The results, flat."""
@@ -298,7 +301,7 @@ class Call:
             return
         expected = use.expected()
         if store is not None:
-            confirm.stored(job, store, edges.output_names(self.prepared.structure), expected)
+            confirm.stored(job, store, out_edges.output_names(self.prepared.structure), expected)
         elif outputs is not None:
             confirm.outputs(job, outputs, expected)
             if str(job.home) in self.names(job):
@@ -408,7 +411,7 @@ def _into_store(
     refusal = None if cut is None else cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
-    columns = edges.output_names(structure)
+    columns = out_edges.output_names(structure)
     specs = tuple(
         [OutputSpec(name, o.shape, o.dtype) for name, o in zip(columns, job.outputs, strict=True)]
     )

@@ -22,6 +22,7 @@ from shardmap.lower.cache import Lowered
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 
 Instead = Callable[[LoweringOptions], Lowered]
@@ -134,7 +135,8 @@ class Forked:
             rows[row] = leaves
         columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
         outputs = [as_asked(list(column), options.ragged) for column in columns]
-        return unflatten_outputs(outputs, structure)
+        refuse_unequal(outputs, structure, options.call)
+        return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 
     def by_groups(self) -> Any:
         """The results where the samples are computed elsewhere: path by path, on all workers.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.call import arguments as edges
+from shardmap.call import outputs as out_edges
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.factors import gram
@@ -42,6 +42,9 @@ class Compared:
     """For each matrix the outputs that it compares."""
     original: Prepared
     call: str
+    dims: tuple[int | None, ...]
+    """Where the dimension of samples is in each of the function's outputs; None where there is
+    none."""
 
     @property
     def notes(self) -> list[str]:
@@ -105,8 +108,7 @@ def compared(
     if options.reduce is None:
         return None
     program = prepared.recording.program
-    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
-    reduced = edges.spread_reductions(options.reduce, tree, options.call)
+    reduced = out_edges.spread_reductions(options.reduce, prepared.structure, options.call)
     marks = {id(r): r for r in reduced if r is not None and r.name == "gram"}
     if not marks:
         return None
@@ -149,7 +151,8 @@ def compared(
                 dataclasses.replace(options, reduce=reductions),
             )
         )
-    return Compared(tuple(maps), tuple(groups), prepared, options.call)
+    dims = tuple([0 if r is None else None for r in reduced])
+    return Compared(tuple(maps), tuple(groups), prepared, options.call, dims)
 
 
 def _refuse_size(program: Program, matrices: int, samples: int, options: Options) -> None:

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap import reduce as reductions
-from shardmap._torch import forward_level, functorch, pytree
-from shardmap.call import arguments as edges
+from shardmap._torch import forward_level, functorch
+from shardmap.call import outputs as out_edges
 from shardmap.call.first_use import FirstUse
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
@@ -128,8 +128,7 @@ def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:
     It can be computed without the terms.
     """
     program = prepared.recording.program
-    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
-    reduced = edges.spread_reductions(options.reduce, tree, options.call)
+    reduced = out_edges.spread_reductions(options.reduce, prepared.structure, options.call)
     exact = (torch.float32, torch.float64)
     wanted = zip(program.outputs, reduced, strict=True)
     return tuple(
@@ -149,9 +148,8 @@ def _outputs(
 ) -> tuple[Output, ...]:
     """What is to become of each output."""
     program, call = prepared.recording.program, options.call
-    tree = pytree.tree_unflatten([v.spec.ndim for v in program.outputs], prepared.structure)
-    reduced = edges.spread_reductions(options.reduce, tree, call)
-    dims = edges.place_outputs(
+    reduced = out_edges.spread_reductions(options.reduce, prepared.structure, call)
+    dims = out_edges.place_outputs(
         [v.spec.ndim for v in program.outputs],
         mapped,
         prepared.structure,

@@ -20,8 +20,11 @@ from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap._torch import pytree, version_of
 from shardmap.call import arguments as edges
+from shardmap.call import outputs as out_edges
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.container_protocol import is_container
+from shardmap.trace.containers import open_batch, refuse_unequal
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -163,7 +166,7 @@ def run(
                 "which it is given copies; clone the "
                 "argument inside the function"
             )
-        leaves, shape = flatten_outputs(result, options.call)
+        leaves, shape = _flat(result, options)
         if structure is not None and shape != structure:
             raise errors.OutputError(
                 f"{options.call}: the function returns {shape} for samples of one shape and "
@@ -193,13 +196,26 @@ def joined(
     Raises:
         OutputError: Results of different groups do not fit together.
     """
-    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
-    how = edges.spread_reductions(options.reduce, tree, options.call)
+    how = out_edges.spread_reductions(options.reduce, structure, options.call)
     outputs = [
         _joined([leaves[i] for leaves in found], groups, how[i], options)
         for i in range(structure.num_leaves)
     ]
-    return unflatten_outputs(outputs, structure)
+    refuse_unequal(outputs, structure, options.call)
+    dims = [0 if reduction is None else None for reduction in how]
+    return unflatten_outputs(outputs, structure, dims, sum(map(len, groups)))
+
+
+def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSpec]:
+    """The results of one group, and the structure of one sample's."""
+    parts, structure = pytree.tree_flatten(result, is_leaf=is_container)
+    if any(map(is_container, parts)):
+        how = out_edges.spread_reductions(options.reduce, structure, options.call)
+        for i, (part, reduction) in enumerate(zip(parts, how, strict=True)):
+            if is_container(part) and reduction is None:
+                parts[i] = open_batch(part, 0)[0]
+        result = pytree.tree_unflatten(parts, structure)
+    return flatten_outputs(result, options.call)
 
 
 def refuse_groups(options: Options, what: str, why: str) -> None:
@@ -244,7 +260,7 @@ def _whole(
 ) -> tuple[Batch, dict[int, Ragged]]:
     """The batch of all samples with stand-ins for ragged arguments, and those by their position."""
     call = options.call
-    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_container)
     given = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Ragged)}
     for i, samples in given.items():
         if len(samples) == 0:

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.store.columns import Column
+from shardmap.trace import containers
+from shardmap.trace.container_protocol import is_container
+from shardmap.trace.containers import Opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,11 @@ class Batch:
     columns: dict[int, Column] = field(default_factory=dict)
     """The mapped arguments that are read from sources, by position among the mapped; their leaf
     is the first few rows."""
+    copies: frozenset[int] = frozenset()
+    """The mapped arguments that are copies of the caller's tensors, by position among the
+    mapped."""
+    opened: bool = False
+    """Whether the structure has containers that are to be put together."""
 
     def tensors(self) -> list[torch.Tensor]:
         """The mapped tensors, each with the mapped dimension first (a view)."""
@@ -38,7 +47,8 @@ class Batch:
         leaves = list(self.leaves)
         for (i, _), sample in zip(self.mapped, samples, strict=True):
             leaves[i] = sample
-        return pytree.tree_unflatten(leaves, self.structure)
+        tree = pytree.tree_unflatten(leaves, self.structure)
+        return containers.built(tree) if self.opened else tree
 
 
 class Absent:
@@ -58,45 +68,77 @@ pytree.register_pytree_node(
 )
 
 
-def flatten_outputs(out: Any, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
+def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
     """The tensors that the function returned, and their structure.
 
-    A None beside tensors belongs to the structure, and is no leaf of it.
+    A python number becomes a tensor, as `torch.as_tensor` makes it. A None beside tensors belongs
+    to the structure, and is no leaf of it.
 
     Raises:
         OutputError: It returned something else.
     """
-    leaves, structure = pytree.tree_flatten(out)
-    if any(leaf is None for leaf in leaves) and not all(leaf is None for leaf in leaves):
-        marked = [_ABSENT if leaf is None else leaf for leaf in leaves]
-        leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(marked, structure))
+    leaves, structure = pytree.tree_flatten(out, is_leaf=is_container)
+    if not all(map(_is_tensor, leaves)):
+        nothing = all(leaf is None for leaf in leaves)
+        parts = [leaf if nothing else _as_part(leaf, call) for leaf in leaves]
+        leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(parts, structure))
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
             raise errors.OutputError(
                 f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a "
-                "tensor is expected; return tensors (in tuples, lists or dicts): torch.as_tensor "
-                "makes one of a number"
+                "tensor is expected; return tensors and numbers (in tuples, lists or dicts): "
+                "torch.as_tensor makes a tensor of an array"
             )
     return leaves, structure
 
 
-def unflatten_outputs(outputs: Sequence[Any], structure: pytree.TreeSpec) -> Any:
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _as_part(leaf: object, call: str) -> object:
+    """What stands for a leaf of a function's result among tensors."""
+    if leaf is None:
+        return _ABSENT
+    if isinstance(leaf, bool | int | float | complex | np.generic):
+        return torch.as_tensor(leaf)
+    return containers.opened(leaf, call) if is_container(leaf) else leaf
+
+
+def unflatten_outputs(
+    outputs: Sequence[object],
+    structure: pytree.TreeSpec,
+    dims: Sequence[int | None],
+    size: int,
+) -> pytree.PyTree:
     """What the mapped function returns: `outputs` in the structure of one sample's, and its Nones.
 
     `pytree.tree_unflatten` leaves an `Absent` for each None, so that the structure keeps its
-    number of leaves when it is flattened again.
+    number of leaves when it is flattened again, and an `Opened` for each container.
+
+    Args:
+        outputs: The results.
+        structure: Of what the function returned for one sample.
+        dims: Where the dimension of samples is in each result; for the tensors of a container,
+            where it goes in the container (it is first in the tensors).
+        size: N, the number of samples.
     """
     tree = pytree.tree_unflatten(outputs, structure)
-    if not _has_absent(structure):
+    if not containers.contains(structure, Absent, Opened):
         return tree
-    is_absent = lambda part: isinstance(part, Absent)  # noqa: E731
-    return pytree.tree_map(lambda p: None if is_absent(p) else p, tree, is_leaf=is_absent)
+    where = iter(dims)
+
+    def finished(part: object) -> object:
+        if isinstance(part, Opened):
+            return part.stacked([next(where) for _ in part.leaves], size)
+        if isinstance(part, Absent):
+            return None
+        next(where)
+        return part
+
+    return pytree.tree_map(finished, tree, is_leaf=lambda p: isinstance(p, Absent | Opened))
 
 
-def _has_absent(structure: pytree.TreeSpec) -> bool:
-    return structure.type is Absent or any(map(_has_absent, structure.children()))
-
-
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."

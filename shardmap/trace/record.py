@@ -206,6 +206,7 @@ def _record(
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
                     out = func(*args, **kwargs)
+                    leaves, structure = flatten_outputs(out, call)  # numbers become tensors
                 recorder.refuse_seeds()
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
@@ -240,7 +241,6 @@ def _record(
                 "samples share; use "
                 "torch.autograd.grad(loss, parameters), which returns the gradients"
             )
-        leaves, structure = flatten_outputs(out, call)
         if torch.is_grad_enabled():
             _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
@@ -311,6 +311,12 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
         return
     tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
     for number in recording.written_inputs:
+        if number in batch.copies:
+            raise errors.CapturedWriteError(
+                f"{call}: the function writes in place to mapped argument {number}, a lazy stack "
+                "of tensordicts, of which it is given copies; clone the argument inside the "
+                "function"
+            )
         tensor = tensors[number]
         if tensor.is_conj() or tensor.is_neg():
             raise errors.CapturedWriteError(

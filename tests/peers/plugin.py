@@ -1,0 +1,106 @@
+"""A pytest plugin that counts calls of `torch.func.vmap`, and may put `shardmap.vmap` in its place.
+
+`PEERS_VMAP` says whose `vmap` runs ("torch" or "shardmap"), `PEERS_REPORT` where the outcome of
+each test is written, as json.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+import torch
+import torch.func
+
+import shardmap
+
+OF_TORCH = torch.func.vmap
+INSIDE = ("torch", "shardmap")
+"""Packages whose own calls go to torch's `vmap` in either mode."""
+
+
+class Calls:
+    """How often a mapped function has been called since the last test."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def taken(self) -> int:
+        """The count, which then starts anew."""
+        count, self.count = self.count, 0
+        return count
+
+
+CALLS = Calls()
+OUTCOMES: dict[str, dict[str, Any]] = {}
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """`torch.func.vmap`, or ours with the same arguments, counted."""
+    caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+    if caller in INSIDE:
+        return OF_TORCH(func, in_dims, out_dims, randomness, chunk_size=chunk_size)
+    if os.environ.get("PEERS_VMAP") == "shardmap":
+        mapped = shardmap.vmap(
+            func,
+            in_dims,
+            out_dims,
+            randomness,
+            chunk_size="auto" if chunk_size is None else chunk_size,
+        )
+    else:
+        mapped = OF_TORCH(func, in_dims, out_dims, randomness, chunk_size=chunk_size)
+
+    @functools.wraps(func, updated=())
+    def counted(*args: object, **kwargs: object) -> Any:
+        CALLS.count += 1
+        return mapped(*args, **kwargs)
+
+    return counted
+
+
+def put_in_place() -> None:
+    """Have whoever imports `vmap` from torch from now on get this one."""
+    torch.func.vmap = torch.vmap = vmap
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import functorch
+    functorch.vmap = vmap
+
+
+put_in_place()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, Any, None]:
+    """Note how each test ended, and how often it called a map."""
+    report = (yield).get_result()
+    found = OUTCOMES.setdefault(item.nodeid, {"outcome": "passed", "calls": 0, "error": ""})
+    found["calls"] += CALLS.taken()
+    if report.outcome != "passed" and found["outcome"] == "passed":
+        found["outcome"] = report.outcome
+        if call.excinfo is not None:
+            found["error"] = f"{call.excinfo.typename}: {call.excinfo.value}"
+
+
+def pytest_sessionfinish() -> None:
+    """Write the outcomes."""
+    path = os.environ.get("PEERS_REPORT")
+    if path:
+        with open(path, "w") as file:
+            json.dump(OUTCOMES, file)
