@@ -211,6 +211,19 @@ def note_that_no_dispatch_mode_is_on() -> None:
     _note_modes_that_compile_sees(False)
 
 
+_of_thread = _private("_guards._TLS", "compiled functions inside a map, which run eagerly there")
+
+
+def tracing_context() -> Any:
+    """The tracing context of this thread, which `torch.compile` asks; None if there is none."""
+    return getattr(_of_thread, "tracing_context", None)
+
+
+def set_tracing_context(context: Any) -> None:
+    """Set what `tracing_context` returns."""
+    _of_thread.tracing_context = context
+
+
 included_keys = _private(
     "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
 )

@@ -15,6 +15,7 @@ from shardmap._torch import dispatch_modes, functorch, has_internal_overlap, pyt
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
+from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.kept import kept_tensors
@@ -136,7 +137,7 @@ def _recorded(
     zeros_have_memory: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
-    with outer_recordings_suspended(), overrides_enabled():
+    with outer_recordings_suspended(), overrides_enabled(), CompiledCodeRunsEagerly():
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
         with transforms_set_aside() as depth:
             tries = _TRIES
