@@ -93,6 +93,13 @@ packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's
 overload_name = _attribute(
     _example, "OpOverload", "_overloadname", "finding an operator's form that writes in place"
 )
+kernels_of = _attribute(
+    torch.ops.higher_order.cond,
+    "HigherOrderOperator",
+    "py_kernels",
+    "operators that call functions",
+)
+dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
 has_kernel = _private(
     "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
 )
@@ -214,12 +221,12 @@ def note_that_no_dispatch_mode_is_on() -> None:
 _of_thread = _private("_guards._TLS", "compiled functions inside a map, which run eagerly there")
 
 
-def tracing_context() -> Any:
+def tracing_context() -> object:
     """The tracing context of this thread, which `torch.compile` asks; None if there is none."""
     return getattr(_of_thread, "tracing_context", None)
 
 
-def set_tracing_context(context: Any) -> None:
+def set_tracing_context(context: object) -> None:
     """Set what `tracing_context` returns."""
     _of_thread.tracing_context = context
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
 
-from shardmap._torch import tracing_context, set_tracing_context
+from shardmap._torch import set_tracing_context, tracing_context
 
 _ASKS = "compile_wrapper"
 """The function of torch's that a compiled function is called through."""
@@ -32,19 +31,19 @@ class _Context:
     Anybody else finds the context that was there before, or one that counts as none.
     """
 
-    def __init__(self, before: Any):
+    def __init__(self, before: object):
         self._before = before
 
     @property
-    def fake_mode(self) -> Any:
+    def fake_mode(self) -> object:
         if sys._getframe(1).f_code.co_name == _ASKS:
             return _INSIDE_KERNEL
-        return None if self._before is None else self._before.fake_mode
+        return getattr(self._before, "fake_mode", None)
 
     def __bool__(self) -> bool:
         return self._before is not None or sys._getframe(1).f_code.co_name == _ASKS
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._before, name)
 
 
