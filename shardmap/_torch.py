@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -229,6 +229,28 @@ def tracing_context() -> object:
 def set_tracing_context(context: object) -> None:
     """Set what `tracing_context` returns."""
     _of_thread.tracing_context = context
+
+
+_set_strategy = _private(
+    "_C._dynamo.eval_frame.set_code_exec_strategy", "maps inside compiled functions"
+)
+_strategy = _private("_C._dynamo.eval_frame._FrameExecStrategy", "maps inside compiled functions")
+_skip = _private("_C._dynamo.eval_frame._FrameAction.SKIP", "maps inside compiled functions")
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Mark a function that `torch.compile` is to call as it is, with all that it calls.
+
+    This is what `torch.compiler.disable` does, which would import torch._dynamo for seconds.
+    """
+    _set_strategy(function.__code__, _strategy(_skip, _skip))
+    vars(function)["_torchdynamo_disable"] = True
+    vars(function)["_torchdynamo_disable_msg"] = (
+        "shardmap runs the function on a sample to record it, which cannot be compiled; call the "
+        "map outside of the compiled function, or compile without fullgraph=True"
+    )
+    return function
 
 
 included_keys = _private(
