@@ -121,6 +121,30 @@ push_dispatch_mode = _private(
 pop_dispatch_mode = _private(
     "utils._python_dispatch._pop_mode", "setting the modes around a map aside"
 )
+before_dispatch_depth = _private(
+    "_ops._len_torch_dispatch_stack_pre_dispatch", "maps inside make_fx and torch.export"
+)
+proxies_aside = _private(
+    "fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
+    "maps inside make_fx and torch.export",
+)
+current_proxy_mode = _private(
+    "fx.experimental.proxy_tensor.get_proxy_mode", "maps inside make_fx and torch.export"
+)
+has_proxy = _private(
+    "fx.experimental.proxy_tensor.has_proxy_slot", "maps inside make_fx and torch.export"
+)
+has_unknown_sizes = _private(
+    "fx.experimental.symbolic_shapes.has_free_unbacked_symbols",
+    "maps inside make_fx and torch.export",
+)
+pre_dispatch_functions = _private(
+    "fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
+    "maps inside make_fx and torch.export",
+)
+proxy_mode = _private(
+    "fx.experimental.proxy_tensor.ProxyTorchDispatchMode", "maps inside make_fx and torch.export"
+)
 dispatch_depth = _private(
     "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
 )
@@ -218,6 +242,7 @@ def note_that_no_dispatch_mode_is_on() -> None:
     _note_modes_that_compile_sees(False)
 
 
+TracingContext = _private("_guards.TracingContext", "compiled functions inside a map")
 _of_thread = _private("_guards._TLS", "compiled functions inside a map, which run eagerly there")
 
 
@@ -248,7 +273,8 @@ def not_compiled(function: _Function) -> _Function:
     vars(function)["_torchdynamo_disable"] = True
     vars(function)["_torchdynamo_disable_msg"] = (
         "shardmap runs the function on a sample to record it, which cannot be compiled; call the "
-        "map outside of the compiled function, or compile without fullgraph=True"
+        "map outside of the compiled function, compile without fullgraph=True, or export with "
+        "strict=False"
     )
     return function
 

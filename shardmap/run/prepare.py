@@ -5,6 +5,7 @@ What no sample changes, computed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shardmap.trace.record import (
     transforms_set_aside,
 )
 from shardmap.trace.recording import element
+from shardmap.trace.traced import tracing_aside
 
 logger = logging.getLogger("shardmap")
 
@@ -111,7 +113,7 @@ def _lowered(
     if several and not trial_affordable(job, device, 2, budget(device)):
         return _lowered(job, device, False, slices, captured, literals, lambda device: None)
     other = known(job, device, several, not slices)  # found what is needed to give the right values
-    size = min(2 if several else 1, job.samples)
+    size = _trial_size(job, several)
 
     def ends() -> list[torch.Tensor]:
         rows = samples_at_the_ends(job, size)
@@ -122,6 +124,7 @@ def _lowered(
         torch.no_grad(),
         outer_recordings_suspended(),
         transforms_set_aside(),
+        tracing_aside() if job.lowerings.options.traced else contextlib.nullcontext(),
     ):
         try:
             return job.lowerings.on(
@@ -138,12 +141,18 @@ def _lowered(
             restore_default_generators(states)
 
 
+def _trial_size(job: Job, several: bool) -> int:
+    """For how many samples a lowering is tried; the number of all may be a symbol."""
+    most = 2 if several else 1
+    return most if job.samples >= most else int(job.samples)
+
+
 def known(job: Job, device: torch.device, several: bool, slices: bool) -> Lowered | None:
     """The lowering for chunks on a device, if there is one already."""
     lowerings = job.lowerings
     if lowerings.instead is not None:
         return lowerings.instead
-    size = min(2 if several else 1, job.samples)
+    size = _trial_size(job, several)
     how = lowerings.how(device.type)
     program, layout = job.recording.program, lowerings.layout
     found = cache.known(program, how, layout, size, slices)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from shardmap._torch import set_tracing_context, tracing_context
+from shardmap._torch import TracingContext, set_tracing_context, tracing_context
 
 _ASKS = "compile_wrapper"
 """The function of torch's that a compiled function is called through."""
@@ -33,6 +33,7 @@ class _Context:
 
     def __init__(self, before: object):
         self._before = before
+        self._counts = before is not None
 
     @property
     def fake_mode(self) -> object:
@@ -41,9 +42,11 @@ class _Context:
         return getattr(self._before, "fake_mode", None)
 
     def __bool__(self) -> bool:
-        return self._before is not None or sys._getframe(1).f_code.co_name == _ASKS
+        return self._counts or sys._getframe(1).f_code.co_name == _ASKS
 
     def __getattr__(self, name: str) -> object:
+        if self._before is None:
+            self._before = TracingContext(None)
         return getattr(self._before, name)
 
 

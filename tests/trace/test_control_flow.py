@@ -12,7 +12,6 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils import _pytree as pytree
 
 import shardmap
-from shardmap import errors
 from tests.loop import loop
 from tests.same import assert_same
 
@@ -238,14 +237,39 @@ def test_a_mask_of_the_samples_own_length() -> None:
     check(f, rows(1, 2, 6, 4), torch.tensor([3, 5, 6, 1, 4]))
 
 
-def test_a_condition_is_a_question_about_a_value() -> None:
-    """What cannot be answered for all samples is refused in words, or answered for each."""
-    f: Sample = lambda r: torch.cond(r.sum() > 0, torch.sin, torch.cos, (r,))  # noqa: E731
-    x = rows(3)
-    assert 0 < (x.sum(1) > 0).sum() < len(x)
-    try:
-        got = shardmap.vmap(f)(x)
-    except errors.DataDependentError as error:
-        assert "torch.where" in str(error)  # noqa: PT017
-    else:
-        assert_same(got, loop(f)(x), "cond")
+DIFFERING: dict[str, tuple[Sample, Sample]] = {
+    "two branches": (
+        lambda r: torch.cond(r.sum() > 0, torch.sin, torch.cos, (r,)),
+        lambda r: r.sin() if r.sum() > 0 else r.cos(),
+    ),
+    "a branch that is NaN for the others": (
+        lambda r: torch.cond(
+            r.sum() > 0, lambda a: a.sum().sqrt() * a, lambda a: (-a.sum()).log() * a, (r,)
+        ),
+        lambda r: r.sum().sqrt() * r if r.sum() > 0 else (-r.sum()).log() * r,
+    ),
+    "one in the other": (
+        lambda r: torch.cond(
+            r[0] > 0,
+            lambda a: torch.cond(a[1] > 0, lambda b: b.exp(), lambda b: b.tanh(), (a,)),
+            lambda a: a.cos(),
+            (r,),
+        ),
+        lambda r: (r.exp() if r[1] > 0 else r.tanh()) if r[0] > 0 else r.cos(),
+    ),
+    "halved until small": (
+        lambda r: higher.while_loop(lambda x: x.norm() > 1, lambda x: (x / 2,), (r * 3,))[0],
+        lambda r: r * 3 / 2 ** ((r * 3).norm().log2().ceil().clamp(min=0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_conditions_that_differ_by_sample(name: str) -> None:
+    """Each sample goes its own way; gradients see nothing of the other way."""
+    f, plain = DIFFERING[name]
+    x = rows(3, count=7)
+    assert len({bool(r.sum() > 0) for r in x}) == 2
+    check(f, x, of=plain)
+    if "until" not in name:
+        check(gradient(f), x, of=gradient(plain))
