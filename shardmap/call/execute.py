@@ -141,12 +141,15 @@ class Call:
                 return self._run_by_sample(verdict.varies)
             # What is written cannot be taken back: then all samples are asked first.
             late = self.options.out is not None or bool(recording.written_inputs)
-            if verdict.forks or (recording.asked and late):
+            forks = verdict.forks or (recording.asked and late)
+            if forks and not self.around.inlined:
                 return self._run_by_paths()
         try:
             return self._run(None)
         except errors.VariesError as error:
             if self.use is not None and recording.asked:
+                if self.around.inlined:  # the outer function asks each inner sample
+                    return self._run_by_sample(_why(error, self.options.call))
                 self.use.forked()
                 return self._run_by_paths()
             if self.use is None or self.around.inlined or recording.written_inputs:
@@ -223,6 +226,8 @@ class Call:
 
     def _run_by_paths(self) -> Any:
         """Split the batch by the answers that its samples give, and run each on its own path."""
+        if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
+            return self._forked().by_groups()
         call, instead = self._settled(self._forked())
         return call._run(instead)
 

@@ -15,10 +15,10 @@ from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, lowering, merged
+from shardmap.call.ragged import as_asked, joined, refuse_groups
 from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
-from shardmap.program.questions import answers
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
@@ -82,8 +82,8 @@ class Forked:
             VariesError: The paths do not fit together; `RaggedError` if it is for their shapes.
         """
         routes = self._routes()
-        paths = [path for path in routes.paths if path.rows]
-        if len(paths) == 1 and not routes.looped:
+        paths = [path for path in routes.paths if len(path.rows)]
+        if len(paths) == 1 and not len(routes.looped):
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
             return path.prepared, self.batch, use, None
@@ -115,24 +115,55 @@ class Forked:
                 "return results of one shape"
             )
         asked = bool(self.prepared.recording.asked)
-        routes = self._routes() if asked else Routes([], [*range(self.batch.size)])
+        routes = self._routes() if asked else Routes([], torch.arange(self.batch.size))
         rows: dict[int, Sequence[torch.Tensor]] = {}
         structure = self.prepared.structure
         for path in routes.paths:
-            if path.rows:
+            if len(path.rows):
                 part = taken(self.batch, path.rows)
                 found = self.part(path.prepared, part, self._alone, None).run_flat()
                 _refuse_other(path.prepared.structure, structure, options.call)
-                rows |= zip(path.rows, zip(*[t.unbind(0) for t in found], strict=True), strict=True)
+                rows |= zip(
+                    path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
+                )
         tensors = self.batch.tensors()
-        for row in routes.looped:
+        for row in routes.looped.tolist():
             args, kwargs = self.batch.unflatten([t[row] for t in tensors])
             leaves, own = flatten_outputs(self.use.func(*args, **kwargs), options.call)
             _refuse_other(own, structure, options.call)
             rows[row] = leaves
         columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
-        outputs = [_as_asked(list(column), options.ragged) for column in columns]
+        outputs = [as_asked(list(column), options.ragged) for column in columns]
         return unflatten_outputs(outputs, structure)
+
+    def by_groups(self) -> Any:
+        """The results where the samples are computed elsewhere: path by path, on all workers.
+
+        Raises:
+            OptionError: An option cannot be served so.
+            VariesError: Some samples take no path, and only the function itself can serve them.
+        """
+        options = self.options
+        what = "a function whose samples go different ways by what python asks about their values"
+        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
+        # A worker has no function: every sample needs a path.
+        self.options = dataclasses.replace(options, strict=True)
+        paths = [path for path in self._routes().paths if len(path.rows)]
+        if len(self._routes().looped):
+            raise errors.VariesError(
+                f"{options.call}: some samples can only be served by the function itself, run "
+                f"where they are, and devices={options.devices!r}; use devices='auto'"
+            )
+        whole = merged(paths, options.call)
+        found = []
+        for path in paths:
+            part = taken(self.batch, path.rows)
+            use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
+            leaves = self.part(path.prepared, part, options, use).run_flat()
+            outputs = whole.recording.program.outputs
+            found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
+        rows = [path.rows.tolist() for path in paths]
+        return joined(found, rows, whole.structure, options)
 
     def _routes(self) -> Routes:
         if self._found is None:
@@ -151,8 +182,7 @@ class Forked:
         paths = []
         for number, prepared in enumerate(known):
             recording = prepared.recording
-            given = answers(recording.program, recording.asked)
-            paths.append(Path(prepared, given, 0 if number == 0 and recording.sample else -1))
+            paths.append(Path.of(prepared, 0 if number == 0 and recording.sample else -1))
 
         def on(number: int) -> Prepared:
             pair = record(
@@ -165,7 +195,7 @@ class Forked:
                 return self.part(prepared, part, self._alone, None).run_flat()
 
         seen = seen_of(identity(use.func))
-        routes = Router(self.batch, options, paths, on, compute, seen).run()
+        routes = Router(self.batch, self.options, paths, on, compute, seen).run()
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
@@ -186,7 +216,7 @@ class Forked:
     def _lowering(self, whole: Prepared, routes: Routes, how: LoweringOptions) -> Lowered:
         branches, of_row = [], torch.full((self.batch.size,), LOOP)
         for path in routes.paths:
-            branch = self._branch(path) if path.rows else None
+            branch = self._branch(path) if len(path.rows) else None
             if branch is not None:
                 of_row[path.rows] = len(branches)
                 branches.append(branch)
@@ -201,9 +231,10 @@ class Forked:
 
     def _branch(self, path: Path) -> Branch | None:
         """One path, lowered and tried; None if its samples differ in more than operators."""
-        first = path.rows[0] if path.recorded < 0 else path.recorded
-        others = [row for row in (path.rows[-1], path.rows[0]) if row != first]
-        part = taken(self.batch, [first, *others[:1]])
+        ends = int(path.rows[0]), int(path.rows[-1])
+        first = ends[0] if path.recorded < 0 else path.recorded
+        others = [row for row in reversed(ends) if row != first]
+        part = taken(self.batch, torch.tensor([first, *others[:1]]))
         use = self._use(path, part)
         verdict = use.verdict()
         if verdict.varies or verdict.forks:
@@ -228,10 +259,3 @@ def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -
             f"({own} and {structure}), so the results do not fit together; return one structure "
             "for all samples"
         )
-
-
-def _as_asked(rows: list[torch.Tensor], ragged: str) -> Any:
-    """One output of all samples: stacked where the shapes are equal."""
-    if all(t.shape == rows[0].shape for t in rows):
-        return torch.stack(rows)
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged) if ragged == "nested" else rows

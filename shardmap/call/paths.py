@@ -18,10 +18,23 @@ from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
 from shardmap.call.routes import LOOP, Path, rows_of
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
-from shardmap.lower.cache import Lowered, Notes
+from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.lowering import V
 from shardmap.run.prepare import Ready
+
+_learned = Kept(256)
+"""What the planner has learned of maps that go several ways, by the lowerings of their paths."""
+
+
+def clear() -> None:
+    """Forget what was learned."""
+    _learned.clear()
+
+
+def after_fork() -> None:
+    """Make the lock of this module new."""
+    _learned.after_fork()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +118,19 @@ class PathReplay:
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """As `chunk`, written into memory that is there."""
-        found = self.chunk(size, start, device, seed, scalars, fixed, inputs)
-        for t, where in zip(found, slices, strict=True):
-            where.copy_(t)
+        paths = self.of_row[start : start + size]
+        for number in paths.unique().tolist():
+            at = (paths == number).nonzero().flatten()
+            rows = at.to(device)
+            own = inputs if len(at) == size else [rows_of(t, rows) for t in inputs]
+            found = self._along(number, len(at), start + int(at[0]), device, seed, own)
+            for t, where in zip(found, slices, strict=True):
+                if len(at) == size:
+                    where.copy_(t)
+                else:
+                    where.index_copy_(0, rows.to(where.device), t.to(where.device))
+            for i in self.written if own is not inputs else ():
+                inputs[i].index_copy_(0, rows, own[i])
         return tuple(slices)
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -153,9 +176,9 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     for path in paths[1:]:
         if path.prepared.structure != first.structure:
             raise errors.VariesError(
-                f"{call}: the function returns another structure for sample {path.rows[0]} than "
-                f"for others ({path.prepared.structure} and {first.structure}), so the results "
-                "cannot be stacked; return one structure for all samples"
+                f"{call}: the function returns another structure for sample {int(path.rows[0])} "
+                f"than for others ({path.prepared.structure} and {first.structure}), so the "
+                "results cannot be stacked; return one structure for all samples"
             )
         program = path.prepared.recording.program
         for k, (var, flag) in enumerate(zip(program.outputs, program.output_flags, strict=True)):
@@ -163,7 +186,7 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
             if own.shape != other.shape:
                 raise errors.RaggedError(
                     f"{call}: output {k} has shape {list(own.shape)} for some samples and "
-                    f"{list(other.shape)} for others (sample {path.rows[0]}), so the results "
+                    f"{list(other.shape)} for others (sample {int(path.rows[0])}), so the results "
                     "cannot be stacked; pass ragged='list' or ragged='nested' to get them as "
                     "they are, or pad them to one shape"
                 )
@@ -206,4 +229,6 @@ def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> 
         results={},
     )
     size = max([low.sample_bytes for low in ready], default=0)
-    return Lowered(program, options, batched, replay, Fixes(), frozenset(), Notes(), size)
+    key = "notes", *[id(low) for low in ready]
+    _, notes = _learned.made(key, lambda: (ready, Notes()))  # what it holds keeps its ids
+    return Lowered(program, options, batched, replay, Fixes(), frozenset(), notes, size)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
+from shardmap._torch import functorch, pytree
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
@@ -77,18 +77,23 @@ class Path:
     answers: Prefix
     recorded: int
     """The sample that it was recorded on; -1 for one of an earlier call."""
-    rows: list[int] = field(default_factory=list)
+    stages: list[Stage]
+    """The programs that compute what is asked."""
+    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """The samples that take it, in order."""
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The programs that compute what is asked."""
-        recording = self.prepared.recording
-        known = self.prepared.derived.get("stages")
-        if known is None:
-            known = stages(recording.program, recording.asked)
-            self.prepared.derived["stages"] = known
-        return known
+    @staticmethod
+    def of(prepared: Prepared, recorded: int) -> Path:
+        """The path of a recording; what is asked is worked out once for each program."""
+        recording = prepared.recording
+        key = "questions", id(recording.program), recording.asked
+        found = _seen.get(key)
+        if found is None or found[0] is not recording.program:
+            program = recording.program
+            given, through = answers(program, recording.asked), stages(program, recording.asked)
+            found = program, given, through
+            _seen.replace(key, found)
+        return Path(prepared, found[1], recorded, found[2])
 
 
 @dataclass(slots=True)
@@ -96,7 +101,7 @@ class Routes:
     """The paths of one call, and the samples that take none."""
 
     paths: list[Path]
-    looped: list[int] = field(default_factory=list)
+    looped: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """Samples for which the function itself is run."""
 
     def of_row(self, size: int) -> torch.Tensor:
@@ -142,44 +147,49 @@ class Router:
         Raises:
             DataDependentError: `strict=True`, and there are more paths than `max_paths`.
         """
-        waiting = collections.deque([(list(range(self.batch.size)), self.routes.paths[0])])
+        every = torch.arange(self.batch.size)
+        waiting = collections.deque([(every, self.routes.paths[0], 0)])
         while waiting:
-            rows, path = waiting.popleft()
-            for prefix, leaving in self._follow(path, rows).items():
-                self._send(prefix, leaving, waiting)
+            rows, path, known = waiting.popleft()
+            for prefix, leaving in self._follow(path, rows, known).items():
+                self._send(prefix, torch.cat(leaving), waiting)
         for path in self.routes.paths:
-            path.rows.sort()
-        self.routes.looped.sort()
+            path.rows = path.rows.sort().values
+        self.routes.looped = self.routes.looped.sort().values
         return self.routes
 
     def _send(
-        self, prefix: Prefix, rows: list[int], waiting: collections.deque[tuple[list[int], Path]]
+        self,
+        prefix: Prefix,
+        rows: torch.Tensor,
+        waiting: collections.deque[tuple[torch.Tensor, Path, int]],
     ) -> None:
         """Send samples that gave these answers on along a path that begins with them."""
         for path in self.routes.paths:
             if path.answers[: len(prefix)] == prefix:
-                waiting.append((rows, path))
+                waiting.append((rows, path, len(prefix)))
                 return
         enough = WORTH_KNOWN if prefix in self.seen else WORTH
-        strict = self.options.strict
         if len(self.routes.paths) >= self.options.max_paths:
-            self._refuse_more(rows)
-        if self._full or (len(rows) < enough and not strict):
-            self.routes.looped += rows
+            self._refuse_more()
+        if self._full or (len(rows) < enough and not self.options.strict):
+            self._loop(rows)
             return
-        prepared = self.record(rows[0])
-        recording = prepared.recording
-        path = Path(prepared, answers(recording.program, recording.asked), rows[0])
+        first = int(rows[0])
+        path = Path.of(self.record(first), first)
         if path.answers[: len(prefix)] != prefix:
             # Batched kernels round otherwise than a sample's own: the loop decides.
-            self.routes.looped += rows
+            self._loop(rows)
             return
         self.routes.paths.append(path)
         self.seen.update(path.answers[:k] for k in range(len(path.answers) + 1))
-        path.rows.append(rows[0])
-        waiting.append((rows[1:], path))
+        path.rows = torch.cat([path.rows, rows[:1]])
+        waiting.append((rows[1:], path, len(prefix)))
 
-    def _refuse_more(self, rows: list[int]) -> None:
+    def _loop(self, rows: torch.Tensor) -> None:
+        self.routes.looped = torch.cat([self.routes.looped, rows])
+
+    def _refuse_more(self) -> None:
         path = self.routes.paths[-1]
         equations = path.prepared.recording.program.equations
         lines = [equations[at].source for at in path.prepared.recording.asked]
@@ -202,49 +212,58 @@ class Router:
             )
         self._full = True
 
-    def _follow(self, path: Path, rows: list[int]) -> dict[Prefix, list[int]]:
-        """Let samples go along a path; those that leave it, by the answers that they gave."""
-        if not rows:
+    def _follow(
+        self, path: Path, rows: torch.Tensor, known: int
+    ) -> dict[Prefix, list[torch.Tensor]]:
+        """Let samples go along a path; those that leave it, by the answers that they gave.
+
+        They are known to have given its first `known` answers.
+        """
+        if not len(rows):
             return {}
         try:
-            return self._walk(path, path.stages, list(rows))
+            return self._walk(path, path.stages, rows, known)
         except (errors.OverBudget, errors.VariesError):
             raise
         except Exception as error:  # of a sample that has left: it would not have come here
             logger.debug("%s: question by question, for %s", self.options.call, error)
         recording = path.prepared.recording
         try:
-            return self._walk(
-                path, stages(recording.program, recording.asked, singly=True), list(rows)
-            )
+            singly = stages(recording.program, recording.asked, singly=True)
+            return self._walk(path, singly, rows, known)
         except Exception as error:  # the function itself raises it, where it is the user's
             logger.debug("%s: sample by sample, for %s", self.options.call, error)
-            self.routes.looped += rows
+            self._loop(rows)
             return {}
 
     def _walk(
-        self, path: Path, through: Sequence[Stage], rows: list[int]
-    ) -> dict[Prefix, list[int]]:
-        left: dict[Prefix, list[int]] = {}
+        self, path: Path, through: Sequence[Stage], rows: torch.Tensor, known: int
+    ) -> dict[Prefix, list[torch.Tensor]]:
+        left: dict[Prefix, list[torch.Tensor]] = {}
         for stage in through:
-            if not rows:
-                break
+            if not len(rows) or all(q.number < known for q in stage.questions):
+                continue
             found = self._computed(path, stage, rows)
-            given = [q.read([found[k] for k in q.outputs]) for q in stage.questions]
-            staying = []
-            for at, row in enumerate(rows):
-                for question, each in zip(stage.questions, given, strict=True):
-                    if each[at] != question.answer:
-                        prefix = (*path.answers[: question.number], each[at])
-                        left.setdefault(prefix, []).append(row)
-                        break
-                else:
-                    staying.append(row)
-            rows = staying
-        path.rows += rows
+            staying = torch.ones(len(rows), dtype=torch.bool)
+            for question in stage.questions:
+                given = [found[k] for k in question.outputs]
+                alike = question.alike(given).cpu() if given else staying
+                leaving = (staying & ~alike).nonzero().flatten()
+                if not len(leaving):
+                    continue
+                of_row, kinds = question.read(
+                    [t.index_select(0, leaving.to(t.device)) for t in given]
+                )
+                for number, kind in enumerate(kinds):
+                    prefix = (*path.answers[: question.number], kind)
+                    own = leaving[(of_row == number).cpu()]
+                    left.setdefault(prefix, []).append(rows[own])
+                staying &= alike
+            rows = rows[staying]
+        path.rows = torch.cat([path.rows, rows])
         return left
 
-    def _computed(self, path: Path, stage: Stage, rows: list[int]) -> Sequence[torch.Tensor]:
+    def _computed(self, path: Path, stage: Stage, rows: torch.Tensor) -> Sequence[torch.Tensor]:
         prepared = path.prepared
         if any(random_call(eq) for eq in stage.program.equations):
             raise errors.VariesError(
@@ -259,20 +278,27 @@ class Router:
         part = (
             self.batch if len(rows) == self.batch.size and not writes else taken(self.batch, rows)
         )
-        return self.compute(Prepared(recording, structure), part)
+        return [unwrapped(t) for t in self.compute(Prepared(recording, structure), part)]
 
 
-def taken(batch: Batch, rows: Sequence[int]) -> Batch:
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that transforms around the call differentiate by."""
+    while functorch.is_gradtrackingtensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
+def taken(batch: Batch, rows: torch.Tensor) -> Batch:
     """The batch of some samples, copied, each with the strides that it had."""
     leaves = list(batch.leaves)
     for position, (leaf, dim) in enumerate(batch.mapped):
         if position in batch.columns:
             column = batch.columns[position]
-            parts = [column.rows_between(row, row + 1) for row in rows]
+            parts = [column.rows_between(row, row + 1) for row in rows.tolist()]
             leaves[leaf] = torch.cat(parts)
             continue
         tensor = leaves[leaf].movedim(dim, 0)
-        leaves[leaf] = rows_of(tensor, torch.tensor(rows, device=tensor.device)).movedim(0, dim)
+        leaves[leaf] = rows_of(tensor, rows.to(tensor.device)).movedim(0, dim)
     return dataclasses.replace(batch, leaves=leaves, size=len(rows), columns={})
 
 

@@ -1,8 +1,8 @@
 """Turn the program of one sample into a program for any number of samples.
 
 Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk
-loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording),
-`torch.func.vmap` of the one operator, a loop over the batch.
+loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording), functorch
+for one operator, a loop over the batch.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class _Batcher:
                 check_answer,
                 eq.op,
                 eq.answer[1],
-                [v.mapped for v in _vs(args)],
+                [v.mapped for v in values(args)],
                 self.options.call,
                 args,
             )
@@ -283,7 +283,9 @@ class _Batcher:
         fix = None if op_info(eq.op).shape_only else self.fixes.tiers.get(i)
         deciding = deciders(eq.op, eq.args) if eq.answer is not None else ()
         if any(self.env[v.index].mapped for v in deciding):
-            out = counted(b, eq, args, kwargs, self.options.call) if fix is None else NotImplemented
+            out = NotImplemented
+            if fix is None:
+                out = counted(b, eq, args, kwargs, self.options.call)
             if out is not NotImplemented:
                 self.tiers[name] = "rule"
                 return out
@@ -445,7 +447,3 @@ def _flat(result: Any) -> Any:
             yield from _flat(item)
         else:
             yield item
-
-
-def _vs(args: Any) -> list[V]:
-    return list(values(args))

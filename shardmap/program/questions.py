@@ -18,6 +18,7 @@ import torch
 from shardmap._torch import OpOverload, aten
 from shardmap.program.analysis import leading_to
 from shardmap.program.ir import NO_GRAD, Equation, Program, Spec, Var
+from shardmap.program.operators import CHECKS
 
 _SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 _COUNTED = {
@@ -38,8 +39,10 @@ class Question:
     """The recorded sample's."""
     outputs: range
     """Of the stage's program, by position."""
-    read: Callable[[Sequence[torch.Tensor]], list[Hashable]]
-    """The answers of all samples, from those outputs, `[samples, ...]` each."""
+    alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """Which samples answer as the recorded one did, from those outputs, `[samples, ...]` each."""
+    read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
+    """The answers that samples give: the number of each one's, and those answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,9 @@ def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]
             equations += question.equations
             outputs += question.outputs
             span = range(first, len(outputs))
-            questions.append(Question(mine[position], question.answer, span, question.read))
+            questions.append(
+                Question(mine[position], question.answer, span, question.alike, question.read)
+            )
         if position < last and not (eq.answer is not None and eq.answer[0] == "value"):
             equations.append(eq)
     whole = program._replace(
@@ -132,7 +137,8 @@ class _Asked:
         self.equations: list[Equation] = []
         self.outputs: list[Var] = []
         self.answer: Hashable
-        self.read: Callable[[Sequence[torch.Tensor]], list[Hashable]]
+        self.alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+        self.read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
         if eq.answer[0] == "value":
             self._value(eq)
         else:
@@ -145,26 +151,23 @@ class _Asked:
         return out
 
     def _value(self, eq: Equation) -> None:
-        self.answer = key_of(eq.answer[1])
-        truth = Spec((), (), torch.bool, eq_device(eq), 0)
+        value = eq.answer[1]
+        self.answer = key_of(value)
         if eq.op in _SCALARS:
             operand = eq.args[0]
             self.outputs = [self._call(aten.clone.default, (operand,), operand.spec)]
-            if eq.op is aten.is_nonzero.default:
-                self.read = lambda found: [key_of(bool(v)) for v in _numbers(found[0])]
-            else:
-                self.read = lambda found: [key_of(v) for v in _numbers(found[0])]
+            self._numbers(value, truth=eq.op is aten.is_nonzero.default)
+        elif eq.op in CHECKS:
+            failed = Spec((), (), torch.bool, eq.args[0].spec.device, 0)
+            self.outputs = [self._call(aten.any.default, (eq.args[0],), failed)]
+            self._numbers(value)
         elif eq.op is aten.equal.default and eq.args[0].spec.shape == eq.args[1].spec.shape:
-            unequal = self._call(
-                aten.ne.Tensor, eq.args, eq.args[0].spec._replace(dtype=torch.bool)
-            )
-            self.outputs = [self._call(aten.any.default, (unequal,), truth)]
-            self.read = lambda found: [key_of(not v) for v in _numbers(found[0])]
-        elif eq.op is aten.equal.default:  # of other shapes: for no sample
-            self.outputs, self.read = (
-                self._operands(eq),
-                lambda found: [self.answer] * len(found[0]),
-            )
+            truth = Spec((), (), torch.bool, eq.args[0].spec.device, 0)
+            specs = eq.args[0].spec._replace(dtype=torch.bool)
+            unequal = self._call(aten.ne.Tensor, eq.args, specs)
+            differ = self._call(aten.any.default, (unequal,), truth)
+            self.outputs = [self._call(aten.logical_not.default, (differ,), truth)]
+            self._numbers(value)
         else:
             self._one_by_one(eq, key_of)
 
@@ -183,13 +186,30 @@ class _Asked:
             self.answer = shapes
             self._one_by_one(eq, _shapes_of)
             return
-        self.answer = shapes[0][place]
+        self.answer = key_of(shapes[0][place])
         count = Spec((), (), torch.int64, counted.spec.device, 0)
         op = aten.count_nonzero.default
         if eq.op is aten.repeat_interleave.Tensor:
             op = aten.sum.default
         self.outputs = [self._call(op, (counted,), count)]
-        self.read = lambda found: [int(v) for v in _numbers(found[0])]
+        self._numbers(shapes[0][place])
+
+    def _numbers(self, value: Any, truth: bool = False) -> None:
+        """The one output holds the answers themselves, or (`truth`) what is nonzero for a yes."""
+
+        def flat(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            numbers = found[0].detach().reshape(-1)
+            return numbers != 0 if truth else numbers
+
+        def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            numbers = flat(found)
+            return numbers == value if value == value else numbers != numbers
+
+        def read(found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[Hashable]]:
+            kinds, of_row = torch.unique(flat(found), return_inverse=True)
+            return of_row, [key_of(v) for v in kinds.tolist()]
+
+        self.alike, self.read = alike, read
 
     def _operands(self, eq: Equation) -> list[Var]:
         return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]
@@ -198,10 +218,18 @@ class _Asked:
         """Ask the operator itself, for each sample."""
         self.outputs = self._operands(eq)
 
-        def read(found: Sequence[torch.Tensor]) -> list[Hashable]:
+        def keys(found: Sequence[torch.Tensor]) -> list[Hashable]:
             return [of(_called(eq, row)) for row in zip(*found, strict=True)]
 
-        self.read = read
+        def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.tensor([key == self.answer for key in keys(found)])
+
+        def read(found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[Hashable]]:
+            given = keys(found)
+            kinds = list(dict.fromkeys(given))
+            return torch.tensor([kinds.index(key) for key in given]), kinds
+
+        self.alike, self.read = alike, read
 
 
 def _called(eq: Equation, row: Sequence[torch.Tensor]) -> Any:
@@ -219,18 +247,9 @@ def _filled(values: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return values
 
 
-def _numbers(found: torch.Tensor) -> list[Any]:
-    return found.detach().reshape(-1).tolist()
-
-
 def _shapes_of(found: Any) -> Hashable:
     tensors = found if isinstance(found, tuple | list) else (found,)
     return tuple([tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)])
-
-
-def eq_device(eq: Equation) -> str:
-    """The device of what a question is about."""
-    return next(eq.inputs()).spec.device
 
 
 def key_of(value: Any) -> Hashable:

@@ -155,6 +155,10 @@ def _recorded(
         tracing_aside() if is_traced(batch.leaves) else contextlib.nullcontext(),
     ):
         rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
+        vmapped = any(
+            level.key() == functorch.TransformType.Vmap
+            for level in functorch.get_interpreter_stack() or ()
+        )
         with transforms_set_aside() as depth:
             tries = _TRIES
             while True:
@@ -168,7 +172,9 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
-                recorder.expected = follow.expected(func)
+                recorder.vmapped = vmapped
+                recorder.alternatives = follow.expected(func)
+                recorder.expected = next(iter(recorder.alternatives), None)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)

@@ -18,6 +18,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import (
+    LinAlgError,
     OpOverload,
     TorchDispatchMode,
     aten,
@@ -29,7 +30,14 @@ from shardmap._torch import (
     without_functions,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
-from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
+from shardmap.program.operators import (
+    CHECKS,
+    OpInfo,
+    deciders,
+    draws,
+    op_info,
+    shape_depends_on_values,
+)
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
@@ -64,6 +72,10 @@ class Recorder(Refusals, TorchDispatchMode):
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
+        self.raised = ""
+        """The first error of an operator: a function that returns all the same has caught it."""
+        self.vmapped = False
+        """Whether `torch.func.vmap` is among the transforms around the call."""
         self.asked: list[int] = []
         """The equations that ask about what differs by sample."""
         self.sources: dict[str, str] = {}
@@ -79,11 +91,19 @@ class Recorder(Refusals, TorchDispatchMode):
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
-        if function_mode_on():
-            # Called by C++ (a backward, a transform): the recorder's own questions are no doors.
-            with without_functions():
-                return self._dispatch(func, args, kwargs)
-        return self._dispatch(func, args, kwargs)
+        try:
+            if function_mode_on():
+                # Called by C++ (a backward, a transform): the recorder's own questions are no
+                # doors.
+                with without_functions():
+                    return self._dispatch(func, args, kwargs)
+            return self._dispatch(func, args, kwargs)
+        except Exception as error:
+            ours = isinstance(error, errors.ShardmapError)
+            asked = isinstance(error, LinAlgError) and func in CHECKS
+            if not (self.raised or ours or asked):
+                self.raised = f"{func.name().removeprefix('aten::')} raised {type(error).__name__}"
+            raise
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.paused:
@@ -244,6 +264,9 @@ class Recorder(Refusals, TorchDispatchMode):
                 mapped = True
         dynamic = info.dynamic and shape_depends_on_values(func, args)
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
+        if mapped and func in CHECKS:
+            eq = Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled())
+            return self._check_errors(eq, args, kwargs)
         if mapped and info.question and _looks_for_anomalies():
             return self._anomaly(func, args)
         asks = False
@@ -251,7 +274,7 @@ class Recorder(Refusals, TorchDispatchMode):
             # One sample's shape or truth stands for all until replay finds a sample where it is
             # another.
             asks = True
-            if func is not aten.equal.default and not varies and self.depth:
+            if func is not aten.equal.default and not varies and self.vmapped:
                 raise errors.DataDependentError(self._data_dependent(func))
         if info.random and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
@@ -270,7 +293,14 @@ class Recorder(Refusals, TorchDispatchMode):
                 self.asked.append(len(self.equations))
             self._append(
                 Equation(
-                    func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)
+                    func,
+                    encoded,
+                    named,
+                    (),
+                    tuple(flags),
+                    torch.is_grad_enabled(),
+                    ("value", out),
+                    user_line() if asks else None,
                 )
             )
             return out
@@ -306,6 +336,18 @@ class Recorder(Refusals, TorchDispatchMode):
             )
         )
         return out
+
+    def _check_errors(self, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Ask whether an operator of `torch.linalg` failed: the function may catch the error."""
+        error = None
+        try:
+            self.kernel(eq.op, args, kwargs)
+        except LinAlgError as failed:
+            error = failed
+        self.asked.append(len(self.equations))
+        self._append(eq._replace(answer=("value", error is not None), source=user_line()))
+        if error is not None:
+            raise error
 
     def _anomaly(self, func: OpOverload, args: tuple) -> Any:
         """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
@@ -392,6 +434,7 @@ class Recorder(Refusals, TorchDispatchMode):
             self.sources,
             tuple(o.detach() for o in outputs) if real else (),
             tuple(self.asked),
+            self.raised,
         )
 
 

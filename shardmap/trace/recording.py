@@ -31,6 +31,8 @@ class Recording:
     asked: tuple[int, ...] = ()
     """The equations that ask about what differs by sample: this sample's answers decided what the
     function did next."""
+    caught: str = ""
+    """An error of an operator that the function has caught: another sample may not raise it."""
     kept: tuple[str, ...] | None = ()
     """Tensors that differ by sample and that python still holds although they are no outputs: the
     loop would leave another sample's, or all of them. A line of text for each."""
