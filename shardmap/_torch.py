@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -93,6 +93,13 @@ packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's
 overload_name = _attribute(
     _example, "OpOverload", "_overloadname", "finding an operator's form that writes in place"
 )
+kernels_of = _attribute(
+    torch.ops.higher_order.cond,
+    "HigherOrderOperator",
+    "py_kernels",
+    "operators that call functions",
+)
+dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
 has_kernel = _private(
     "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
 )
@@ -113,6 +120,30 @@ push_dispatch_mode = _private(
 )
 pop_dispatch_mode = _private(
     "utils._python_dispatch._pop_mode", "setting the modes around a map aside"
+)
+before_dispatch_depth = _private(
+    "_ops._len_torch_dispatch_stack_pre_dispatch", "maps inside make_fx and torch.export"
+)
+proxies_aside = _private(
+    "fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
+    "maps inside make_fx and torch.export",
+)
+current_proxy_mode = _private(
+    "fx.experimental.proxy_tensor.get_proxy_mode", "maps inside make_fx and torch.export"
+)
+has_proxy = _private(
+    "fx.experimental.proxy_tensor.has_proxy_slot", "maps inside make_fx and torch.export"
+)
+has_unknown_sizes = _private(
+    "fx.experimental.symbolic_shapes.has_free_unbacked_symbols",
+    "maps inside make_fx and torch.export",
+)
+pre_dispatch_functions = _private(
+    "fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
+    "maps inside make_fx and torch.export",
+)
+proxy_mode = _private(
+    "fx.experimental.proxy_tensor.ProxyTorchDispatchMode", "maps inside make_fx and torch.export"
 )
 dispatch_depth = _private(
     "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
@@ -209,6 +240,43 @@ def note_that_no_dispatch_mode_is_on() -> None:
     _dispatch_notes._is_in_non_infra_torch_dispatch_mode = False
     _dispatch_notes._is_in_any_mode_without_ignore_compile_internals = False
     _note_modes_that_compile_sees(False)
+
+
+TracingContext = _private("_guards.TracingContext", "compiled functions inside a map")
+_of_thread = _private("_guards._TLS", "compiled functions inside a map, which run eagerly there")
+
+
+def tracing_context() -> object:
+    """The tracing context of this thread, which `torch.compile` asks; None if there is none."""
+    return getattr(_of_thread, "tracing_context", None)
+
+
+def set_tracing_context(context: object) -> None:
+    """Set what `tracing_context` returns."""
+    _of_thread.tracing_context = context
+
+
+_set_strategy = _private(
+    "_C._dynamo.eval_frame.set_code_exec_strategy", "maps inside compiled functions"
+)
+_strategy = _private("_C._dynamo.eval_frame._FrameExecStrategy", "maps inside compiled functions")
+_skip = _private("_C._dynamo.eval_frame._FrameAction.SKIP", "maps inside compiled functions")
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Mark a function that `torch.compile` is to call as it is, with all that it calls.
+
+    This is what `torch.compiler.disable` does, which would import torch._dynamo for seconds.
+    """
+    _set_strategy(function.__code__, _strategy(_skip, _skip))
+    vars(function)["_torchdynamo_disable"] = True
+    vars(function)["_torchdynamo_disable_msg"] = (
+        "shardmap runs the function on a sample to record it, which cannot be compiled; call the "
+        "map outside of the compiled function, compile without fullgraph=True, or export with "
+        "strict=False"
+    )
+    return function
 
 
 included_keys = _private(

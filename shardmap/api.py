@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
+from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
@@ -30,6 +31,7 @@ from shardmap.trace.record import record
 from shardmap.trace.thread_state import thread_state_kept
 
 
+@not_compiled
 def vmap(
     func: Callable[..., Any],
     in_dims: Any = 0,
@@ -135,6 +137,7 @@ def vmap(
     of_sample = joint.composed(func, reduce, call) if joined else func
     memory = Memory(of_sample, call) if trace == "once" else None
 
+    @not_compiled
     @functools.wraps(func, updated=())
     def mapped(*args: object, **kwargs: object) -> Any:
         with thread_state_kept() as kept, kept.twice:
@@ -153,6 +156,7 @@ def vmap(
     return mapped
 
 
+@not_compiled
 def plan(
     func: Callable[..., Any],
     in_dims: Any = 0,
@@ -229,6 +233,7 @@ def plan(
     of_sample = joint.composed(func, reduce, call) if joined else func
     cluster = on_ray.asked_for(devices)
 
+    @not_compiled
     @functools.wraps(func, updated=())
     def planned(*args: object, **kwargs: object) -> Plan:
         with thread_state_kept() as kept, kept.twice:
@@ -280,6 +285,7 @@ def plan(
     return planned
 
 
+@not_compiled
 def compare(
     func: Callable[..., Any],
     in_dims: Any = 0,
@@ -349,6 +355,7 @@ def compare(
     options.refuse_wrong(func)
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
 
+    @not_compiled
     @functools.wraps(func, updated=())
     def compared_with(
         *args: object, samples: int | Sequence[int] = 8, **kwargs: object

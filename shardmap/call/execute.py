@@ -31,6 +31,7 @@ from shardmap.store import Header, OutputSpec, Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.traced import is_traced, refuse_transforms, traced_recording
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Surroundings:
     """Whether it is a part of a function that is being recorded: then it has no plan of its own."""
     transformed: bool
     """Whether `torch.func` transforms, or forward-mode AD, are active around it."""
+    traced: bool = False
+    """Whether its samples hold no values that python may look at."""
 
     @property
     def plain(self) -> bool:
@@ -63,6 +66,13 @@ def under_recording() -> bool:
 def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
     """One call of a mapped function."""
     around = surroundings()
+    if is_traced(batch.leaves):
+        # A part of the graph that is made, computed at once: nothing can be compared or measured.
+        around = Surroundings(True, True, True)
+        options = dataclasses.replace(options, check="off")
+        refuse_transforms(options.call)
+        if options.reduce is not None:  # cut into parts, whose number is no symbol
+            batch = dataclasses.replace(batch, size=int(batch.size))
     if memory is not None and around.plain:
         remembered = memory.recall(batch)
         if remembered is not None:
@@ -79,6 +89,9 @@ def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Me
     use = FirstUse(func, batch, pair, options, once)
     use.verdict()  # may take another recording for the first one
     prepared = Prepared(*use.first())
+    if around.traced:
+        recording = traced_recording(prepared.recording, options.call)
+        prepared = dataclasses.replace(prepared, recording=recording)
     if once and memory is not None:
         memory.keep(batch, prepared)
     return Call(prepared, batch, options, around, use).run()
@@ -200,6 +213,7 @@ class Call:
             pairs_of,
             by_sample=by_sample,
             seed=self._seed,
+            traced=around.traced,
         )
         self._seed = job.seed  # of the call, however often its job is made
         if self.use is None or by_sample is not None:

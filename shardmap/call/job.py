@@ -40,6 +40,7 @@ def job_of(
     pairs: Pairs,
     by_sample: Callable[[LoweringOptions], Lowered] | None = None,
     seed: int | None = None,
+    traced: bool = False,
 ) -> Job:
     """The call as every executor takes it; refuses what no executor can do.
 
@@ -52,6 +53,7 @@ def job_of(
         pairs: Maps a function that combines two results over many pairs.
         by_sample: Makes what runs the function itself, instead of a replay.
         seed: For random draws; None to draw one from torch's generator.
+        traced: Whether the call is traced.
     """
     recording, call = prepared.recording, options.call
     program = recording.program
@@ -68,13 +70,19 @@ def job_of(
     layout = tuple([t.is_contiguous() for t in inputs])
     summed = () if options.reduce is None or grad or transformed else _summed(prepared, options)
     how = LoweringOptions(
-        home.type, options.randomness, options.strict, grad, transformed, call, summed
+        home.type, options.randomness, options.strict, grad, transformed, call, summed, traced
     )
     instead = None if by_sample is None else by_sample(how)
     lowerings = Lowerings(recording, how, layout, instead=instead)
     batched = lowerings.outline(home.type)
     mapped = [v.mapped for v in batched.outputs]
     sums = [v.index in batched.summed for v in batched.outputs]
+    if recording.random and traced:
+        raise errors.RandomnessError(
+            f"{call}: the function draws random numbers and the call is traced (make_fx, "
+            "torch.export, FakeTensorMode), which would keep this call's draws for all calls; draw "
+            "them outside (torch.randn for the whole batch) and pass them in as an argument"
+        )
     if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
         raise errors.RandomnessError(
             f"{call}: the function draws random numbers and the call stands inside another map, "
@@ -83,7 +91,8 @@ def job_of(
             "own; draw them outside (torch.randn for the whole batch) and pass them in as an "
             "argument"
         )
-    known = (home, grad, batch.size, by_sample is None)
+    size = -1 if traced else batch.size  # which may be a symbol
+    known = (home, grad, size, by_sample is None)
     outputs = prepared.outputs.get(known)
     if outputs is None:
         outputs = prepared.outputs[known] = _outputs(
@@ -274,7 +283,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
         names: The devices that it runs on.
         use: The function on the call's samples.
     """
-    several = job.samples > 1
+    several = bool(job.samples > 1)
     if all(prepare.tried(job, torch.device(name), several) for name in set(names)):
         return job
     lowerings = dataclasses.replace(job.lowerings, expected=use.expected())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmap import errors
+from shardmap._torch import not_compiled
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.planning import table
@@ -107,6 +108,7 @@ class Plan:
         )
         return f"<Plan of {self.samples} samples; {lanes}{'' if self.fits else '; over budget'}>"
 
+    @not_compiled
     def explain(self) -> str:
         """The plan in full.
 
@@ -171,6 +173,7 @@ class Plan:
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
         return Plan(job, cut, on, options, self._finish, self._compared, self._looked)
 
+    @not_compiled
     def run(self) -> Any:
         """Run the map and return what `shardmap.vmap` returns.
 

@@ -51,6 +51,9 @@ class LoweringOptions:
     call: str
     summed: tuple[bool, ...] = ()
     """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
+    traced: bool = False
+    """Whether the samples hold no values, because the call is traced: what is lowered so has not
+    been compared with anything, and is kept apart."""
 
 
 @dataclass(frozen=True, slots=True)

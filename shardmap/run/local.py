@@ -98,7 +98,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
         with engine.plain_numerics():
             if not job.grad:
                 set_grad(False)
-            ready = on.on(name, job.samples > 1, slices=False)
+            ready = on.on(name, bool(job.samples > 1), slices=False)
             began = time.perf_counter()
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
             outs = ready.low.replay.chunk(

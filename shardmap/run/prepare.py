@@ -5,6 +5,7 @@ What no sample changes, computed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shardmap.trace.record import (
     transforms_set_aside,
 )
 from shardmap.trace.recording import element
+from shardmap.trace.traced import tracing_aside
 
 logger = logging.getLogger("shardmap")
 
@@ -113,7 +115,7 @@ def _lowered(
     # Another lowering has found what is needed to give the right values.
     sibling = tried(job, device, not several)
     other = known(job, device, several, not slices) or sibling
-    size = min(2 if several else 1, job.samples)
+    size = _trial_size(job, several)
     if size != 1 or not trial_affordable(job, device, 2, budget(device)):
         sibling = None
 
@@ -126,6 +128,7 @@ def _lowered(
         torch.no_grad(),
         outer_recordings_suspended(),
         transforms_set_aside(),
+        tracing_aside() if job.lowerings.options.traced else contextlib.nullcontext(),
     ):
         try:
             return job.lowerings.on(
@@ -143,12 +146,18 @@ def _lowered(
             restore_default_generators(states)
 
 
+def _trial_size(job: Job, several: bool) -> int:
+    """For how many samples a lowering is tried; the number of all may be a symbol."""
+    most = 2 if several else 1
+    return most if job.samples >= most else int(job.samples)
+
+
 def known(job: Job, device: torch.device, several: bool, slices: bool) -> Lowered | None:
     """The lowering for chunks on a device, if there is one already."""
     lowerings = job.lowerings
     if lowerings.instead is not None:
         return lowerings.instead
-    size = min(2 if several else 1, job.samples)
+    size = _trial_size(job, several)
     how = lowerings.how(device.type)
     program, layout = job.recording.program, lowerings.layout
     found = cache.known(program, how, layout, size, slices)

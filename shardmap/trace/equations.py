@@ -8,7 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from shardmap._torch import aten, free_weak_reference, storage_id, weak_reference, without_dispatch
+from shardmap._torch import (
+    aten,
+    dispatch_depth,
+    free_weak_reference,
+    kernel_of,
+    storage_id,
+    weak_reference,
+    without_dispatch,
+)
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import op_info
 from shardmap.trace import repeat as follow
@@ -154,6 +162,8 @@ class Equations(Variables):
         """A tensor made from python data inside the function: owned by the program."""
         with without_dispatch():  # an outer recording must not see the copy
             copy = tensor.clone()
+        if dispatch_depth():  # fake tensors around the recording: this becomes one of them
+            tensor = kernel_of(aten.lift_fresh.default)(tensor)
         var = self._define(tensor)
         self.literals.append((var, copy))
         return tensor

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from shardmap import errors
 from shardmap._torch import (
     HigherOrderOperator,
-    compute_keyset,
     function_depth,
     functorch,
     left_aligned,
@@ -32,7 +31,7 @@ from shardmap._torch import (
     storage_id,
     typed_storage,
 )
-from shardmap.trace import recurrent
+from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
@@ -241,9 +240,8 @@ class Doors(TorchFunctionMode):
         While a function mode looks at a call, torch has taken the mode away.
         """
         if isinstance(func, HigherOrderOperator):
-            keys = compute_keyset(args, kwargs, func.non_fallthrough_keys)
             with self:
-                return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+                return control_flow.run(func, args, kwargs)
         if func in _CALLS_BACK:
             return self._call_back(func, args, kwargs)
         if getattr(func, "__module__", "") == _NN_FUNCTIONAL:

@@ -11,10 +11,18 @@ import torch
 
 from shardmap import errors
 from shardmap._threads import alone
-from shardmap._torch import dispatch_modes, functorch, has_internal_overlap, pytree, storage_id
+from shardmap._torch import (
+    FakeTensor,
+    dispatch_modes,
+    functorch,
+    has_internal_overlap,
+    pytree,
+    storage_id,
+)
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
+from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.kept import kept_tensors
@@ -26,6 +34,7 @@ from shardmap.trace.surroundings import (
     overrides_enabled,
     transforms_set_aside,
 )
+from shardmap.trace.traced import is_traced, tracing_aside
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -34,6 +43,9 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     A sample that requires grad is not a leaf: a leaf refuses `add_`, a row does not.
     """
     shape, stride = tuple(row.shape), row.stride()
+    if type(row) is FakeTensor:  # no values to copy, and perhaps no numbers for sizes
+        sample = row.new_empty_strided(tuple(map(int, shape)), tuple(map(int, stride)))
+        return sample.requires_grad_().view_as(sample) if requires_grad else sample
     with torch.no_grad():
         repeated = [d for d in range(row.ndim) if stride[d] == 0 and shape[d] > 1]
         compact = row
@@ -146,7 +158,12 @@ def _recorded(
     separate_views: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
-    with outer_recordings_suspended(), overrides_enabled():
+    with (
+        outer_recordings_suspended(),
+        overrides_enabled(),
+        CompiledCodeRunsEagerly(),
+        tracing_aside() if is_traced(batch.leaves) else contextlib.nullcontext(),
+    ):
         transformed = functorch.peek_interpreter_stack() is not None
         vmapped = any(
             level.key() == functorch.TransformType.Vmap

@@ -290,6 +290,7 @@ class Recorder(Refusals, TorchDispatchMode):
         if drawing and self.generator is not None:
             self.generator.draw()
         if info.question:
+            self._refuse_no_value(out)
             self.types.append((type(out), repr(out)))
             if asks:
                 self.asked.append(len(self.equations))

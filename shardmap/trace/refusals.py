@@ -200,6 +200,15 @@ class Refusals(Equations):
             "the map"
         )
 
+    def _refuse_no_value(self, answer: object) -> None:
+        """Refuse a question to a fake tensor, which holds no value."""
+        if isinstance(answer, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise errors.DataDependentError(
+                f"{self.call}: python asks for a value that is not known while the call is traced "
+                f"(make_fx, torch.export), at {user_line()}; use torch.where, masks or comparisons "
+                "that return tensors, or call the map outside of what is traced"
+            )
+
     def _data_dependent(self, func: OpOverload) -> str:
         name = schema_of(func).name.partition("::")[2]
         what = {

@@ -10,7 +10,9 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import (
+    FakeTensor,
     functorch,
+    has_unknown_sizes,
     interpreters_aside,
     is_zero_tensor,
     storage_id,
@@ -59,6 +61,9 @@ class Variables:
         self.mapped_groups: set[int] = set()
         self.groups_with_grad: set[int] = set()
         """Memory of captured tensors that require grad."""
+        self.groups_of_own_leaves: set[int] = set()
+        """Memory of leaves that the function made (`captured.detach().requires_grad_()`): their
+        views are what it made of them."""
         self.captured_groups: set[int] = set()
         self.input_groups: dict[int, int] = {}
         self.inputs: list[Var] = []
@@ -85,10 +90,22 @@ class Variables:
             group = len(self.groups)
             self.groups[address] = group
             self.weak_storages.append(cast(int, weak_reference(storage)))
-        var = Var(self.count, group, spec_of(tensor))
+        spec = spec_of(tensor) if type(tensor) is not FakeTensor else self._static_spec(tensor)
+        var = Var(self.count, group, spec)
         self.count += 1
         self.entries[id(tensor)] = (weakref.ref(tensor), var)
         return var
+
+    def _static_spec(self, tensor: torch.Tensor) -> Spec:
+        """The metadata of a fake tensor: symbols for sizes stand for what they are now."""
+        if has_unknown_sizes(tensor):
+            raise errors.DataDependentError(
+                f"{self.call}: the shape of a result depends on values, which are not known while "
+                "the call is traced (make_fx, torch.export); use torch.where or masks, or call the "
+                "map outside of what is traced"
+            )
+        shape, strides, dtype, device, offset = spec_of(tensor)
+        return Spec(tuple(map(int, shape)), tuple(map(int, strides)), dtype, device, offset)
 
     def known(self, tensor: torch.Tensor) -> Var | None:
         """The variable of a tensor that was recorded, or None."""
@@ -203,11 +220,13 @@ class Variables:
             if value.requires_grad:
                 if var.index not in self.captured and is_own_leaf(value):
                     flags.append(FRESH_LEAF)
+                    self.groups_of_own_leaves.add(var.group)
                 else:
                     if (
                         var.group in self.captured_groups
                         and var.index not in self.captured
                         and var.group not in self.groups_with_grad
+                        and var.group not in self.groups_of_own_leaves
                     ):
                         # A view of captured memory that does not require grad, and itself does:
                         # what autograd saved, unpacked.
@@ -234,7 +253,9 @@ class Variables:
             return SAMPLE_DEVICE if self._is_sample_device(value) else value
         if kind is torch.dtype or kind is torch.layout or kind is torch.memory_format:
             return value
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        if isinstance(value, torch.SymInt):
+            return int(value)
+        if isinstance(value, torch.SymFloat | torch.SymBool):
             raise errors.EscapeError(
                 f"{self.call}: the function computes with symbolic sizes ({value}), which cannot "
                 "be recorded"

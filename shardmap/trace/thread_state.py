@@ -57,6 +57,8 @@ from shardmap._torch import (
     set_forward_level,
     set_grad,
     set_multithreading,
+    set_tracing_context,
+    tracing_context,
     why_saved_hooks_are_refused,
 )
 from shardmap.trace.generator import stop_watching
@@ -112,6 +114,7 @@ class _Kept:
         self.hooks_refused = why_saved_hooks_are_refused()
         self.jvps: int = eager_transforms.JVP_NESTING
         self.level: int = forward_level(forward_ad)
+        self.tracing = tracing_context()
         self.variables = [v.get() for v in _variables]
         self.handled = sys.exc_info()[1]
         self.thread = threading.get_ident()
@@ -186,6 +189,7 @@ class _Kept:
         set_multithreading(self.multithreading)
         set_forward(self.forward)
         set_grad(self.grad)
+        set_tracing_context(self.tracing)
         if self.outermost:
             stop_watching()
             restore_interrupted_generators()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shardmap import api, errors
-from shardmap._torch import pytree
+from shardmap._torch import not_compiled, pytree
 from shardmap.call.planned import Plan
 
 _OF_RUNS = ("out", "resume")
@@ -39,10 +39,12 @@ class Transformed:
         self._mapped = api.vmap(sample, in_dims, **self._options)
         functools.update_wrapper(self, func, updated=())
 
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The results of the batch."""
         return self._mapped(*args, **kwargs)
 
+    @not_compiled
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 

@@ -11,13 +11,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from shardmap._torch import pytree
+from shardmap._torch import not_compiled, pytree
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
 from shardmap.transforms.base import Transformed
 
 
+@not_compiled
 def per_sample_grad(
     model_or_fn: nn.Module | Callable[..., Any],
     loss: Callable[..., Tensor] | None = None,
@@ -125,10 +126,12 @@ class OfParameters:
         """The mapped function, which holds the recordings of `trace="once"`."""
         functools.update_wrapper(self, fn, updated=())
 
+    @not_compiled
     def __call__(self, parameters: Any, *batch: Any, **kwargs: Any) -> Any:
         """The gradients of the batch."""
         return self._over(len(batch))(parameters, *batch, **kwargs)
 
+    @not_compiled
     def plan(self, parameters: Any, *batch: Any, **kwargs: Any) -> Plan:
         """Plan the call without running it, as `shardmap.plan` does."""
         return self._over(len(batch)).plan(parameters, *batch, **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 from shardmap import errors
+from shardmap._torch import not_compiled
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.planning.device import Budget
@@ -28,6 +29,7 @@ logger = logging.getLogger("shardmap")
 Argnums = int | tuple[int, ...]
 
 
+@not_compiled
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -85,6 +87,7 @@ def jacrev(
     return Jacobians("jacrev", func, argnums, has_aux, "reverse", in_dims, seed_chunk_size, options)
 
 
+@not_compiled
 def jacfwd(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -132,6 +135,7 @@ def jacfwd(
     return Jacobians("jacfwd", func, argnums, has_aux, "forward", in_dims, seed_chunk_size, options)
 
 
+@not_compiled
 def jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -185,6 +189,7 @@ def jacobian(
     return Jacobians("jacobian", func, argnums, has_aux, method, in_dims, seed_chunk_size, options)
 
 
+@not_compiled
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -317,6 +322,7 @@ class Jacobians(Transformed):
             next(reversed(self._chosen.values()), None) if self._method == "auto" else self._method
         )
 
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The results of the batch."""
         while True:
@@ -326,6 +332,7 @@ class Jacobians(Transformed):
                 if not self._fewer():
                     raise
 
+    @not_compiled
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 

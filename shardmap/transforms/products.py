@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
+from shardmap._torch import not_compiled, pytree
 from shardmap.call.options import MapOptions
 from shardmap.transforms.base import (
     Differentiated,
@@ -39,6 +39,7 @@ logger = logging.getLogger("shardmap")
 Argnums = int | tuple[int, ...]
 
 
+@not_compiled
 def vjp(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -110,6 +111,7 @@ def vjp(
     return _transformed(func, "vjp", sample, in_dims, options)
 
 
+@not_compiled
 def jvp(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -173,6 +175,7 @@ def jvp(
     return _transformed(func, "jvp", sample, in_dims, options)
 
 
+@not_compiled
 def hvp(
     func: Callable[..., Any],
     argnums: Argnums = 0,

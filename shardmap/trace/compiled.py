@@ -1,0 +1,63 @@
+"""Compiled functions inside a recording: they run eagerly, so that each operator is seen.
+
+`torch.compile` would compile the recorder with them, or skip them for good: what was seen of the
+function while it is recorded decides whether it is compiled in later calls of the user's. Its
+stance "force_eager" holds for the process, and other threads' compiled functions would be eager as
+long as a recording runs. But a compiled function first asks whether its thread is inside a kernel
+of a fake tensor, and then calls what was compiled as it is: so this thread says that it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from shardmap._torch import TracingContext, set_tracing_context, tracing_context
+
+_ASKS = "compile_wrapper"
+"""The function of torch's that a compiled function is called through."""
+
+
+class _InsideKernel:
+    in_kernel_invocation = True
+
+
+_INSIDE_KERNEL = _InsideKernel()
+
+
+class _Context:
+    """The tracing context of this thread, which answers a compiled function that asks.
+
+    Anybody else finds the context that was there before, or one that counts as none.
+    """
+
+    def __init__(self, before: object):
+        self._before = before
+        self._counts = before is not None
+
+    @property
+    def fake_mode(self) -> object:
+        if sys._getframe(1).f_code.co_name == _ASKS:
+            return _INSIDE_KERNEL
+        return getattr(self._before, "fake_mode", None)
+
+    def __bool__(self) -> bool:
+        return self._counts or sys._getframe(1).f_code.co_name == _ASKS
+
+    def __getattr__(self, name: str) -> object:
+        if self._before is None:
+            self._before = TracingContext(None)
+        return getattr(self._before, name)
+
+
+class CompiledCodeRunsEagerly:
+    """While it is entered, compiled functions that this thread calls run as they were written."""
+
+    def __enter__(self) -> None:
+        self._before = tracing_context()
+        set_tracing_context(_Context(self._before))
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        set_tracing_context(self._before)
