@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,6 +28,7 @@ from shardmap._torch import (
     push_saved_hooks,
     saved_hooks,
     set_data,
+    set_grad,
     storage_id,
     typed_storage,
 )
@@ -179,8 +180,22 @@ class Doors(TorchFunctionMode):
             return encoder.zeroed(func(*args, **(kwargs or {})))
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
-            if self.recorder.separate_views and returns_several_views(func):
-                return self._separated(func, args, kwargs or {})
+            if self.recorder.separate_views:
+                return self._forward_only(func, args, kwargs or {})
+        return self._seen(func, args, kwargs)
+
+    def _forward_only(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Run a call whose views autograd might forbid to write."""
+        if func is set_grad:
+            return func(*args, **kwargs)
+        self.recorder.grad_lifted |= not torch.is_grad_enabled()
+        with torch.enable_grad():
+            if returns_several_views(func):
+                return self._separated(func, args, kwargs)
+            return self._seen(func, args, kwargs)
+
+    def _seen(self, func: Callable[..., object], args: tuple, kwargs: dict | None) -> object:
+        """Run a call that might be a door."""
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in _CUDNN_FLAGS and args:
@@ -225,13 +240,11 @@ class Doors(TorchFunctionMode):
         finally:
             self.recorder.paused = paused
 
-    def _separated(
-        self, func: Callable[..., Iterable[torch.Tensor]], args: tuple, kwargs: dict
-    ) -> object:
+    def _separated(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """The views that a call returns, recorded one by one."""
-        views: list[torch.Tensor] = []
-        self._unrecorded(lambda: views.extend(func(*args, **kwargs)), (), {})
-        found = tuple(separated(func, views, args, kwargs))
+        # Of `iter(tensor)` the views are made one by one: all of them here.
+        views = self._unrecorded(lambda: list(cast(Iterable, func(*args, **kwargs))), (), {})
+        found = tuple(separated(func, cast(list[torch.Tensor], views), args, kwargs))
         return iter(found) if func is Tensor.__iter__ else found
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
     RandomStates,
+    forward_mode_alone,
     outer_recordings_suspended,
     overrides_enabled,
     transforms_set_aside,
@@ -139,11 +140,24 @@ def record(
                 # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic
                 # zero of forward mode, which torch forbids.
                 zeros = True
-            elif not views and transformed and "function that returns multiple views" in str(error):
+            elif not views and transformed and _forbidden_view(error, batch):
                 # Samples require grad where the loop's rows have tangents only.
                 views = True
             else:
                 raise
+
+
+def _forbidden_view(error: RuntimeError, batch: Batch) -> bool:
+    """Whether an error is what autograd says of views that forward mode allows to be written.
+
+    Of views that are made under no_grad, only where nothing else is recorded that no_grad would
+    stop.
+    """
+    if "function that returns multiple views" in str(error):
+        return True
+    return "view was created in no_grad mode" in str(error) and forward_mode_alone(
+        [leaf for leaf in batch.leaves if isinstance(leaf, torch.Tensor)]
+    )
 
 
 def _recorded(
@@ -191,6 +205,12 @@ def _recorded(
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:
+                    if recorder.grad_lifted and not forward_mode_alone(found[0].captured):
+                        raise errors.TransformError(
+                            f"{call}: a view that was made under torch.no_grad() is written under "
+                            "an outer transform, and captured tensors require grad; make the view "
+                            "outside of torch.no_grad(), or clone it"
+                        )
                     return found
 
 

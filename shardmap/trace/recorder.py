@@ -70,7 +70,10 @@ class Recorder(Refusals, TorchDispatchMode):
         self.default_dtype = torch.get_default_dtype()
         self.random = False
         self.separate_views = False
-        """Whether calls that return several views are recorded as a call for each view."""
+        """Whether views are recorded as forward mode allows them: one by one, also under no_grad
+        with gradients, which does not stop tangents."""
+        self.grad_lifted = False
+        """Whether that has let gradients pass where the function is under no_grad."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from shardmap._torch import (
 )
 from shardmap.trace.escapes import Doors
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.recording import element
 from shardmap.trace.thread_state import thread_state_kept
 
 
@@ -64,6 +65,13 @@ def transforms_set_aside() -> Iterator[int]:
                     leave_vmap_level()
     finally:
         functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+def forward_mode_alone(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether neither a transform around the call nor `tensors` ask for gradients backwards."""
+    levels = functorch.get_interpreter_stack() or []
+    backwards = any(level.key() == functorch.TransformType.Grad for level in levels)
+    return not backwards and not any(element(t).requires_grad for t in tensors)
 
 
 @contextlib.contextmanager

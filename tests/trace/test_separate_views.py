@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shardmap
+from shardmap import errors
 from tests.loop import loop
 
 SPLITS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -43,6 +44,47 @@ def test_one_of_several_views_is_written(size: int, name: str, written: str) -> 
 
     x = torch.randn(size, 3, 6, generator=torch.Generator().manual_seed(2))
     got, want = (torch.func.jvp(m(function), (x,), (x.cos(),)) for m in (shardmap.vmap, loop))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("written", ["a view", "the base"])
+@pytest.mark.parametrize("name", ["unbind", "split", "one row", "reshaped"])
+def test_views_that_are_made_under_no_grad(name: str, written: str, size: int) -> None:
+    """It does not stop tangents, and autograd forbids to write such views."""
+    captured = torch.tensor([2.0], requires_grad=True)
+
+    def function(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        base = x.sin()
+        with torch.no_grad():
+            one = base[1] if name == "one row" else base.view(-1)[2:]
+            views = SPLITS[name](base) if name in SPLITS else (one,)
+            assert not torch.is_grad_enabled()
+            doubled = base * 2
+        if written == "a view":
+            views[-1].mul_(x[0, 0] * factor)
+        else:
+            base[1:] = x[0, 0].exp() * factor
+        return torch.cat([v.reshape(-1) for v in (*views, base, doubled)])
+
+    x = torch.randn(size, 3, 6, generator=torch.Generator().manual_seed(2))
+    plain = torch.tensor([2.0])
+    got, want = (
+        torch.func.jvp(m(lambda r: function(r, plain)), (x,), (x.cos(),))
+        for m in (shardmap.vmap, loop)
+    )
+    torch.testing.assert_close(got, want)
+    with pytest.raises(errors.TransformError, match="clone it"):
+        torch.func.jvp(shardmap.vmap(lambda r: function(r, captured)), (x,), (x.cos(),))
+
+    def remedied(r: torch.Tensor) -> torch.Tensor:
+        base = r.sin()
+        with torch.no_grad():
+            view = base[1].clone()
+        base[1:] = r[0, 0].exp() * captured
+        return torch.cat([view, base.view(-1)])
+
+    got, want = (torch.func.jvp(m(remedied), (x,), (x.cos(),)) for m in (shardmap.vmap, loop))
     torch.testing.assert_close(got, want)
 
 
