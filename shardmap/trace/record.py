@@ -18,6 +18,7 @@ from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.kept import kept_tensors
+from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
@@ -151,7 +152,7 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
-                recorder.expected = follow.expected(func)
+                recorder.expect(follow.expected(func))
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
@@ -172,7 +173,11 @@ def _record(
     last: bool,
     look: bool,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
-    """Record `func` once; None if python's random numbers changed and another thread may be why."""
+    """Record `func` once; None where it must be recorded again.
+
+    So it is where python's random numbers changed and another thread may be why, and where the
+    function applied another `torch.autograd.Function` than the last time.
+    """
     call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
     states = RandomStates(device)
@@ -189,6 +194,9 @@ def _record(
                 with recorder.generator.watch or contextlib.nullcontext():
                     out = func(*args, **kwargs)
                 recorder.refuse_seeds()
+            if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
+                follow.forget(func)
+                return None
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
@@ -223,12 +231,10 @@ def _record(
                 "torch.autograd.grad(loss, parameters), which returns the gradients"
             )
         leaves, structure = flatten_outputs(out, call)
-        if torch.is_grad_enabled():
-            _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         # A program that came again as expected has been looked at.
-        known = recording.program is recorder.expected and not look
+        known = recording.program is recorder.before and not look
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
@@ -247,44 +253,6 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
             tensor.grad = grad
             changed.append(tuple(tensor.shape))
     return changed
-
-
-def _refuse_own_backwards(
-    leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str
-) -> None:
-    """Refuse a backward of the user's, or a hook, before an output that requires grad.
-
-    Gradients from outside would not call it.
-    """
-    stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
-    keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
-    queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
-    seen: set[int] = set()
-    while queue:
-        node = queue.pop()
-        if id(node) in seen or id(node) in stop:
-            continue
-        seen.add(id(node))
-        keep_alive.append(node)
-        if any(node is h for h in hooked):
-            raise errors.AutogradFunctionError(
-                f"{call}: register_hook on a tensor between the inputs and an output that requires "
-                "grad, and outer gradients would not "
-                "call the hook; take the gradient inside the mapped function "
-                "(torch.autograd.grad), or change the gradient with torch "
-                "operators"
-            )
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise errors.AutogradFunctionError(
-                f"{call}: the custom autograd.Function "
-                f"{type(node).__name__.removesuffix('Backward')} lies between the inputs and "
-                "an output that "
-                "requires grad, and outer gradients would not use its backward; take the gradient "
-                "inside the mapped function "
-                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch "
-                "operators"
-            )
-        queue += [n for n, _ in node.next_functions if n is not None]
 
 
 def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:

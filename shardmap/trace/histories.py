@@ -1,0 +1,103 @@
+"""Results of `torch.autograd.Function`s, recognised by the history that autograd gave them.
+
+No operator call shows that a Function was applied: the calls of its forward are recorded under
+`no_grad`, and then a result of theirs requires grad. Its node in autograd's graph tells whose it
+is. From the first use on it is a variable of its own, the result of `OWN_BACKWARD`, of which
+`own_backwards` finds the arguments once the function has returned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardmap.program.ir import Equation, Program, Var
+from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
+from shardmap.trace.equations import Equations
+from shardmap.trace.tensor_table import Variables
+
+
+@dataclass(slots=True)
+class Applied:
+    """One application of a Function."""
+
+    node: Any
+    """Its node in autograd's graph, which is the Function's `ctx`."""
+    position: int
+    """Number of the equation that stands for it."""
+    pairs: dict[int, tuple[Var, Var]] = field(default_factory=dict)
+    """By number of the result, as far as it is used: the variable that its forward computed, and
+    the one that has a history."""
+
+    def equation(self, args: tuple[Any, ...], flags: tuple[int, ...]) -> Equation:
+        """The equation that stands for it."""
+        outs = tuple([made for _, (_, made) in sorted(self.pairs.items())])
+        return Equation(OWN_BACKWARD, args, (), outs, flags, True)
+
+    def without_effect(self) -> Equation:
+        """The equation where no gradient from outside arrives."""
+        values = tuple([value for _, (value, _) in sorted(self.pairs.items())])
+        return self.equation(((), values, (), (), NO_EFFECT), (0,) * len(values))
+
+
+class Histories(Equations):
+    """The recorded calls, and the Functions among them."""
+
+    def __init__(self, call: str, outer: Variables | None, once: bool):
+        super().__init__(call, outer, once)
+        self.applied: dict[int, Applied] = {}
+        """By address of the node."""
+        self.edges: dict[tuple[type, int, int], Var | None] = {}
+        """By kind and number of a node, and number of its result: the variable; None if several
+        have been seen."""
+        self.before: Program | None = None
+        """What was recorded of the same code the last time."""
+        self.is_repeating = False
+        """Whether calls are recognised as those of the last time, or have been."""
+
+    def expect(self, program: Program | None) -> None:
+        """Expect `program`, which was recorded of the same code the last time.
+
+        Its calls are not recognised one by one where a Function is among them: which tensors it
+        was applied to shows only where arguments are looked at.
+        """
+        self.before = program
+        own = program is not None and any(eq.op is OWN_BACKWARD for eq in program.equations)
+        self.expected = None if own else program
+        self.is_repeating = self.expected is not None
+
+    def with_history(self, tensor: torch.Tensor, var: Var) -> Var:
+        """The variable of a tensor that requires grad: another one if a Function returned it."""
+        try:
+            node = tensor.grad_fn
+        except RuntimeError:  # autograd forbids to ask it of some views
+            return var
+        if node is None:
+            return var
+        number = tensor.output_nr
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and (
+            var.index not in self.captured
+        ):
+            var = self._returned(node, number, tensor, var)
+        key = type(node), node._sequence_nr(), number
+        known = self.edges.setdefault(key, var)
+        if known is not None and known.group != var.group:
+            self.edges[key] = None
+        return var
+
+    def _returned(self, node: Any, number: int, tensor: torch.Tensor, var: Var) -> Var:
+        applied = self.applied.get(id(node))
+        if applied is None:
+            applied = self.applied[id(node)] = Applied(node, len(self.equations))
+            self.expected = None
+            self.equations.append(applied.without_effect())
+        pair = applied.pairs.get(number)
+        if pair is None:
+            pair = applied.pairs[number] = var, Var(self.count, var.group, var.spec)
+            self.count += 1
+            self.equations[applied.position] = applied.without_effect()
+        self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
+        return pair[1]

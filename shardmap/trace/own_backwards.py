@@ -1,0 +1,411 @@
+"""Record the backward of each `torch.autograd.Function` that gradients from outside reach.
+
+Once the function has returned, the backward is run on the sample's saved tensors and a sample
+cotangent, under the same recorder. Its calls are taken out of the recording and become a program
+of their own, in the equation that stands for the Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import pytree
+from shardmap.program.analysis import random_call, written
+from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
+from shardmap.program.own_backward import TOO_DEEP, Backward
+from shardmap.trace.escapes import Doors
+from shardmap.trace.histories import Applied
+from shardmap.trace.recorder import Recorder
+
+DEPTH = 3
+"""Derivatives of a higher order are refused where they need a Function's own backward: one that is
+called by its own backward would be recorded for ever."""
+
+
+def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[Any]:
+    """The nodes of autograd's graph before `tensors`, as far as the function made them."""
+    held = [t.grad_fn for _, t in recorder.captured.values()]
+    stop = {id(node) for node in held if node is not None}
+    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
+    seen: dict[int, Any] = {}
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen[id(node)] = node
+        queue += [n for n, _ in node.next_functions if n is not None]
+    return list(seen.values())
+
+
+def is_function(node: Any) -> bool:
+    """Whether a node of autograd's graph is that of a Function written in python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def record_backwards(recorder: Recorder, doors: Doors, out: Any) -> bool:
+    """Record the backwards that lead to an output; False if the recording must be made again.
+
+    So it is where the function was taken to do what it did the last time, and has applied another
+    Function.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        doors: The doors that were watched.
+        out: What the function returned.
+
+    Raises:
+        AutogradFunctionError: A backward cannot be recorded.
+    """
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
+    found = nodes_before(inside, recorder)
+    if any(node is hooked for node in found for hooked in doors.hooked):
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: register_hook on a tensor between the inputs and an output that "
+            "requires grad, and outer gradients would not call the hook; take the gradient inside "
+            "the mapped function (torch.autograd.grad), or change the gradient with torch "
+            "operators"
+        )
+    functions = list(filter(is_function, found))
+    if not functions and not recorder.applied:
+        return True
+    for tensor in inside:
+        recorder.encode(tensor, [], False)
+    for node in functions:
+        if id(node) in recorder.applied:
+            continue
+        if recorder.is_repeating:
+            return False
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: the custom autograd.Function {_name(node)} lies between the inputs "
+            "and an output that requires grad, and its result is not that of an operator in its "
+            f"forward, so that its backward cannot be followed; {_REMEDY}"
+        )
+    with doors, recorder:
+        _fill(recorder, found, 0, 0)
+    for applied in recorder.applied.values():
+        vars(applied.node).clear()  # python's references to the sample's tensors
+    recorder.applied.clear()
+    return True
+
+
+_REMEDY = (
+    "take the gradient inside the mapped function (torch.autograd.grad), call it under "
+    "torch.no_grad(), or write it with torch operators"
+)
+
+
+def _name(node: Any) -> str:
+    return type(node).__name__.removesuffix("Backward")
+
+
+def _fill(recorder: Recorder, reached: list[Any], start: int, depth: int) -> None:
+    """Give the equations from `start` on that stand for Functions their backwards."""
+    nodes = {id(node) for node in reached}
+    for applied in list(recorder.applied.values()):
+        if applied.position < start or id(applied.node) not in nodes:
+            continue
+        if depth == DEPTH:
+            args = _inputs(recorder, applied)
+            eq = applied.without_effect()
+            values = eq.args[1]
+            given = tuple([v for v in args if v is not None])
+            flags = (GRAD,) * len(given) + (NO_GRAD,) * len(values)
+            recorder.equations[applied.position] = applied.equation(
+                (given, values, (), (), TOO_DEEP), flags
+            )
+        else:
+            recorder.equations[applied.position] = _Recorded(recorder, applied, depth).equation()
+
+
+def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
+    """The variables of a Function's tensor arguments; None for those that do not require grad."""
+    found: list[Var | None] = []
+    for node, number in applied.node.next_functions:
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            var = recorder.known(leaf) or recorder.captured_var(leaf)
+            found.append(var if var.index in recorder.captured else None)
+            continue
+        var = recorder.edges.get((type(node), node._sequence_nr(), number))
+        if var is None:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: the custom autograd.Function {_name(applied.node)} lies between "
+                "the inputs and an output that requires grad, and one of its arguments takes part "
+                f"in no operator of its forward, so that it cannot be followed; {_REMEDY}"
+            )
+        found.append(var)
+    return found
+
+
+class _Recorded:
+    """The backward of one application of a Function, run and recorded."""
+
+    def __init__(self, recorder: Recorder, applied: Applied, depth: int):
+        self.recorder = recorder
+        self.applied = applied
+        self.node = applied.node
+        self.depth = depth
+        self.start = len(recorder.equations)
+
+    def equation(self) -> Equation:
+        """The equation that stands for the application."""
+        recorder, node = self.recorder, self.node
+        self._refuse_hooks()
+        pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
+        inputs = _inputs(recorder, self.applied)
+        given, materialised = self._missing()
+        names = self._cotangents(given)
+        written_before = set(recorder.written_groups)
+        expected, recorder.expected = recorder.expected, None
+        try:
+            with torch.enable_grad():
+                grads = node.apply(*given)
+                grads = grads if isinstance(grads, tuple) else (grads,)
+                wanted = self._wanted(grads, inputs)
+                flags: list[int] = []
+                once = any(type(g.grad_fn).__name__ == "Error" for _, g in wanted)
+                outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
+            _fill(recorder, nodes_before([g for _, g in wanted], recorder), self.start, self.depth + 1)
+        except errors.ShardmapError:
+            raise
+        except Exception as error:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: the backward of the custom autograd.Function {_name(node)}, "
+                f"which gradients from outside reach, raised {type(error).__name__} for one "
+                f"sample ({error}); {_REMEDY}"
+            ) from error
+        finally:
+            recorder.written_groups = written_before
+            recorder.expected = expected
+        equations = recorder.equations[self.start :]
+        del recorder.equations[self.start :]
+        return self._put_together(
+            equations,
+            names,
+            pairs,
+            [var for var, _ in wanted],
+            outs,
+            tuple(NO_GRAD if once else f for f in flags),
+            once,
+            materialised,
+        )
+
+    def _refuse_hooks(self) -> None:
+        if _name(self.node) == "BackwardHookFunction":
+            raise errors.AutogradFunctionError(
+                f"{self.recorder.call}: a module with a full backward hook lies between the inputs "
+                "and an output that requires grad, and outer gradients would not call the hook; "
+                "take the gradient inside the mapped function (torch.autograd.grad), or remove "
+                "the hook"
+            )
+
+    def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
+        """What stands for the cotangent of each result, and whether missing ones are zeros.
+
+        Whether they are, the engine tells: it is asked for a gradient, with the Function's own
+        backward put aside.
+        """
+        node = self.node
+        count = len(node._input_metadata)
+        pairs = self.applied.pairs
+        if count == 1:
+            return [None], True
+        seen: list[tuple[torch.Tensor | None, ...]] = []
+
+        def spy(*grads: torch.Tensor | None) -> tuple[None, ...]:
+            seen.append(grads)
+            return (None,) * len(node.needs_input_grad)
+
+        first = min(pairs)
+        edges = [torch.autograd.graph.GradientEdge(n, i) for n, i in node.next_functions if n]
+        start = torch.autograd.graph.GradientEdge(node, first)
+        node.apply = spy
+        paused, self.recorder.paused = self.recorder.paused, True
+        try:
+            value = self._sample(pairs[first][0])
+            torch.autograd.grad((start,), edges, (value,), True, False, True)
+        finally:
+            self.recorder.paused = paused
+            del node.apply
+        (grads,) = seen
+        absent = [k for k in range(count) if k != first and grads[k] is None]
+        if absent and len(pairs) > 1:
+            raise errors.AutogradFunctionError(
+                f"{self.recorder.call}: the custom autograd.Function {_name(node)} has several "
+                "results and ctx.set_materialize_grads(False), so that its backward depends on "
+                f"which of them are used outside; leave missing gradients zeros, or {_REMEDY}"
+            )
+        return list(grads), not absent
+
+    def _sample(self, var: Var) -> torch.Tensor:
+        """Ones with the metadata of a result."""
+        spec = var.spec
+        device = torch.device(spec.device)
+        if 0 in spec.stride:
+            return torch.ones(spec.shape, dtype=spec.dtype, device=device)
+        return torch.empty_strided(
+            spec.shape, spec.stride, dtype=spec.dtype, device=device
+        ).fill_(1)
+
+    def _cotangents(self, given: list[torch.Tensor | None]) -> tuple[Var, ...]:
+        """Put a sample cotangent in the place of each that a used result has."""
+        recorder = self.recorder
+        names = []
+        recorder.paused, paused = True, recorder.paused
+        for number, (value, _) in sorted(self.applied.pairs.items()):
+            sample = self._sample(value)
+            with torch.enable_grad():  # no leaf: an argument of a backward may be written to
+                leaf = sample.requires_grad_()
+                cotangent = torch.empty_strided(
+                    sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
+                ).copy_(leaf)
+            given[number] = cotangent
+            names.append(recorder.add_cotangent(cotangent))
+        recorder.paused = paused
+        return tuple(names)
+
+    def _wanted(
+        self, grads: tuple[Any, ...], inputs: list[Var | None]
+    ) -> list[tuple[Var, torch.Tensor]]:
+        """The gradients that lead on, each beside the variable that it is the gradient of.
+
+        As autograd takes them: summed to the shape of the argument, in its dtype.
+        """
+        needs = self.node.needs_input_grad
+        grads = (*grads, *[None] * (len(needs) - len(grads)))
+        wanted = []
+        given = [g for g, need in zip(grads, needs, strict=False) if need]
+        for var, grad in zip(inputs, given, strict=True):
+            if var is None or grad is None:
+                continue
+            if grad.is_complex() and not var.spec.dtype.is_complex:
+                grad = grad.real
+            if tuple(grad.shape) != var.spec.shape:
+                grad = grad.sum_to_size(var.spec.shape)
+            wanted.append((var, grad.to(var.spec.dtype)))
+        return wanted
+
+    def _put_together(
+        self,
+        equations: list[Equation],
+        names: tuple[Var, ...],
+        pairs: list[tuple[Var, Var]],
+        wanted: list[Var],
+        outs: tuple[Var, ...],
+        out_flags: tuple[int, ...],
+        once: bool,
+        materialised: bool,
+    ) -> Equation:
+        recorder = self.recorder
+        kept = _read_from_outside(equations, outs, out_flags, {v.index for v in names})
+        made = [made for _, made in pairs]
+        saved = tuple([k for k, v in enumerate(made) if v.index in kept])
+        for k in saved:
+            del kept[made[k].index]
+        self._refuse(equations, kept, {v.group for v in names})
+        literals = {var.index for var, _ in recorder.literals}
+        plain = [pair for pair in kept.values() if pair[0].index not in literals]
+        own = [pair for pair in kept.values() if pair[0].index in literals]
+        numbers = _numbers(equations)
+        places = {number: k for k, number in enumerate(numbers)}
+        program = Program(
+            inputs=(*names, *[made[k] for k in saved], *[var for var, _ in plain]),
+            captured=(),
+            literals=tuple([var for var, _ in own]),
+            scalars=len(numbers),
+            equations=tuple([_renumbered(eq, places) for eq in equations]),
+            outputs=outs,
+            output_flags=out_flags,
+            types=(),
+        )
+        backward = Backward(program, len(names), saved, once, materialised)
+        held = (*plain, *own)
+        return self.applied.equation(
+            (
+                tuple(wanted),
+                tuple([value for value, _ in pairs]),
+                tuple([var for var, _ in held]),
+                tuple(map(Param, numbers)),
+                backward.dumps(),
+            ),
+            (
+                *[GRAD] * len(wanted),
+                *[NO_GRAD] * len(pairs),
+                *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
+            ),
+        )
+
+    def _refuse(
+        self, equations: list[Equation], kept: dict[int, tuple[Var, int]], own: set[int]
+    ) -> None:
+        recorder, name = self.recorder, _name(self.node)
+        before = f"{recorder.call}: the backward of the custom autograd.Function {name}"
+        later = {
+            v.index
+            for eq in recorder.equations[self.applied.position :]
+            for v in eq.results()
+        }
+        if not later.isdisjoint(kept):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, reads a tensor that is made after "
+                f"the Function was applied; {_REMEDY}"
+            )
+        literals = {var.group for var, _ in recorder.literals}
+        outside = {var.group for var, _ in kept.values()} - literals - own
+        if any(v.group in outside for eq in equations for v in written(eq)):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, writes in place to a tensor that "
+                "was made before; clone it first"
+            )
+        if any(map(random_call, equations)):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, draws random numbers; draw them in "
+                "its forward and save them"
+            )
+
+
+def _read_from_outside(
+    equations: list[Equation], outs: tuple[Var, ...], out_flags: tuple[int, ...], own: set[int]
+) -> dict[int, tuple[Var, int]]:
+    """What calls and results read that was made before, and whether any of it by its history."""
+    inside = own | {v.index for eq in equations for v in eq.results()}
+    found: dict[int, tuple[Var, int]] = {}
+    read = [pair for eq in equations for pair in zip(eq.inputs(), eq.flags, strict=True)]
+    for var, flag in (*read, *zip(outs, out_flags, strict=True)):
+        if var.index not in inside:
+            before = found.get(var.index, (var, NO_GRAD))[1]
+            found[var.index] = var, GRAD if GRAD in (flag, before) else before
+    return found
+
+
+def _numbers(equations: list[Equation]) -> list[int]:
+    """The numbers of the recording that calls take, in order."""
+    found: dict[int, None] = {}
+
+    def look(value: Any) -> None:
+        if type(value) is Param:
+            found[value.scalar] = None
+        elif type(value) is tuple:
+            for item in value:
+                look(item)
+
+    for eq in equations:
+        look(eq.args)
+        look(eq.kwargs)
+    return list(found)
+
+
+def _renumbered(eq: Equation, places: dict[int, int]) -> Equation:
+    def new(value: Any) -> Any:
+        if type(value) is Param:
+            return Param(places[value.scalar])
+        return tuple([new(v) for v in value]) if type(value) is tuple else value
+
+    return eq._replace(args=new(eq.args), kwargs=new(eq.kwargs), source=None)
