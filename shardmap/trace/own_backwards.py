@@ -14,7 +14,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.program.analysis import random_call, written
+from shardmap.program.analysis import is_effect, random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward
 from shardmap.trace.escapes import Doors
@@ -184,7 +184,7 @@ class _Recorded:
         finally:
             recorder.written_groups = written_before
             recorder.expected = expected
-        equations = recorder.equations[self.start :]
+        equations = _without_dead(recorder.equations[self.start :], outs)
         del recorder.equations[self.start :]
         return self._put_together(
             equations,
@@ -230,7 +230,7 @@ class _Recorded:
         paused, self.recorder.paused = self.recorder.paused, True
         try:
             value = self._sample(pairs[first][0])
-            torch.autograd.grad((start,), edges, (value,), True, False, True)
+            torch.autograd.grad((start,), edges, (value,), retain_graph=True, allow_unused=True)
         finally:
             self.recorder.paused = paused
             del node.apply
@@ -369,6 +369,20 @@ class _Recorded:
                 f"{before}, which gradients from outside reach, draws random numbers; draw them in "
                 "its forward and save them"
             )
+
+
+def _without_dead(equations: list[Equation], outs: tuple[Var, ...]) -> list[Equation]:
+    """The calls that lead to a result, write to memory or have an effect.
+
+    Autograd's own call of `detach`, where it unpacks a saved result, is none of them.
+    """
+    used = {v.index for v in outs}
+    kept = []
+    for eq in reversed(equations):
+        if is_effect(eq) or written(eq) or any(v.index in used for v in eq.results()):
+            kept.append(eq)
+            used.update(v.index for v in eq.inputs())
+    return kept[::-1]
 
 
 def _read_from_outside(
