@@ -262,7 +262,9 @@ class _Recorded:
         for number, (value, _) in sorted(self.applied.pairs.items()):
             sample = self._sample(value)
             with torch.enable_grad():  # no leaf: an argument of a backward may be written to
-                leaf = sample.requires_grad_()
+                leaf = torch.ones(
+                    sample.shape, dtype=sample.dtype, device=sample.device, requires_grad=True
+                )
                 cotangent = torch.empty_strided(
                     sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
                 ).copy_(leaf)

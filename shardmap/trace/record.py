@@ -233,12 +233,14 @@ def _record(
         leaves, structure = flatten_outputs(out, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
+        returned = [id(t) for t in leaves]
+        del out, leaves
         # A program that came again as expected has been looked at.
         known = recording.program is recorder.before and not look
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
-            kept=None if known else kept_tensors(recorder, leaves),
+            kept=None if known else kept_tensors(recorder, returned),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
