@@ -269,9 +269,7 @@ class _Batcher:
                 self.env[out.index] = self.env[value.index]
             return
         flags = iter(eq.flags)
-        inputs, outputs, kept = (
-            self._argument(a, flags, i, eq, False) for a in eq.args[:3]
-        )
+        inputs, outputs, kept = (self._argument(a, flags, i, eq, False) for a in eq.args[:3])
         mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
         if mapped:
             outputs = [b.batch(v) for v in outputs]

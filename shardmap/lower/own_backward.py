@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from shardmap import errors
 from shardmap.lower.apart import by_recorded_calls
@@ -55,12 +54,8 @@ class OwnBackward:
             kept: What the backward keeps beside its outputs.
         """
         outputs = [t.detach() for t in outputs]
-        kept = [
-            t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)
-        ]
-        once = self.text != TOO_DEEP and backward_of(self.text).once
-        kind = _GivenOnce if once else _Given
-        return kind.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
+        kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
+        return _Given.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
 
     def gradients(
         self,
@@ -96,9 +91,7 @@ class OwnBackward:
         elif self.kept:
             batches += [t for t, m in zip(rest, self.kept, strict=True) if m]
             rest = [t for t, m in zip(rest, self.kept, strict=True) if not m]
-        inputs = [
-            _with_rows(t, v) for t, v in zip(batches, program.inputs, strict=True)
-        ]
+        inputs = [_with_rows(t, v) for t, v in zip(batches, program.inputs, strict=True)]
         captured, literals = rest[: len(program.captured)], rest[len(program.captured) :]
         return self._run(program, size, numbers, inputs, captured, literals)
 
@@ -210,14 +203,38 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
-        grads = ctx.own.gradients(ctx.size, ctx.numbers, cotangents, ctx.saved_tensors)
+        own, saved = ctx.own, ctx.saved_tensors
+        once = backward_of(own.text).once if own.text != TOO_DEEP else ""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
+            grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
+        if once and torch.is_grad_enabled():
+            given = [g for g in grads if g is not None]
+            held = saved if backward_of(own.text).anchored else ()
+            given = iter(
+                _GivenOnce.apply(own.options.call, once, len(given), *given, *cotangents, *held)
+            )
+            grads = [g if g is None else next(given) for g in grads]
         return (None, None, None, *grads, *[None] * (ctx.count - len(grads)))
 
 
-class _GivenOnce(_Given):
-    """The same where the backward must not be differentiated."""
+class _GivenOnce(torch.autograd.Function):
+    """Gradients that must not be differentiated again."""
 
-    backward = staticmethod(once_differentiable(_Given.backward))
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        call: str, why: str, count: int, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple([t.detach() for t in tensors[:count] if t is not None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.call, ctx.why = inputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
+        raise errors.AutogradFunctionError(f"{ctx.call}: {ctx.why}")
 
 
 def _outputs(own: OwnBackward, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:

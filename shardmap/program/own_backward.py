@@ -57,8 +57,10 @@ class Backward(NamedTuple):
     """How many cotangents it takes, one for each output."""
     saved: tuple[int, ...]
     """Positions of the outputs that it reads."""
-    once: bool
-    """Whether it must not be differentiated itself (`once_differentiable`)."""
+    once: str
+    """Why it must not be differentiated itself; empty where it may be."""
+    anchored: bool
+    """Whether it must not be differentiated by what it keeps either, used or not."""
     materialised: bool
     """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
 
@@ -70,8 +72,8 @@ class Backward(NamedTuple):
 @functools.lru_cache(256)
 def backward_of(text: str) -> Backward:
     """What `Backward.dumps` wrote; the same object for the same text."""
-    program, count, saved, once, materialised = json.loads(text)
-    return Backward(Program.loads(program), count, tuple(saved), once, materialised)
+    program, count, saved, *rest = json.loads(text)
+    return Backward(Program.loads(program), count, tuple(saved), *rest)
 
 
 _OF_ONE = {

@@ -155,8 +155,6 @@ class Doors(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
-        self.hooked: list[Any] = []
-        """Nodes of autograd's graph whose gradients a hook may change."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -208,8 +206,11 @@ class Doors(TorchFunctionMode):
             self.encoder = padded_encoder(self.recorder.call) or self.encoder
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
-        elif func is Tensor.register_hook and args[0].grad_fn is not None:
-            self.hooked.append(args[0].grad_fn)
+        elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
+            handle = self._call(func, args, kwargs or {})
+            function = args[1] if len(args) > 1 else (kwargs or {})["hook"]
+            self.recorder.add_hook(args[0], function, handle)
+            return handle
         elif func in _PRINTS:
             paused = self.recorder.paused
             self.recorder.paused = True

@@ -9,11 +9,13 @@ is. From the first use on it is a variable of its own, the result of `OWN_BACKWA
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
 from shardmap.trace.equations import Equations
@@ -43,6 +45,44 @@ class Applied:
         return self.equation(((), values, (), (), NO_EFFECT), (0,) * len(values))
 
 
+@dataclass(slots=True)
+class Hook:
+    """A hook of the user's on a tensor."""
+
+    var: Var
+    node: Any
+    """The node of autograd's graph whose result the tensor was when the hook was registered."""
+    number: int
+    """Number of that result."""
+    function: Callable[[torch.Tensor], torch.Tensor | None]
+    handle: Any
+    position: int
+    """How many equations there were."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has not been removed."""
+        hooks = self.handle.hooks_dict_ref()
+        return hooks is not None and self.handle.id in hooks
+
+
+class HookNode:
+    """The hooks of one tensor, as if it had been given to a Function with that backward."""
+
+    def __init__(self, hooks: list[Hook]):
+        self.hooks = hooks
+        self.next_functions = ((hooks[0].node, hooks[0].number),)
+        self.needs_input_grad = (True,)
+        self._input_metadata = (None,)
+
+    def apply(self, grad: torch.Tensor) -> torch.Tensor:
+        """What the hooks make of a gradient."""
+        for hook in self.hooks:
+            changed = hook.function(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+
 class Histories(Equations):
     """The recorded calls, and the Functions among them."""
 
@@ -50,6 +90,7 @@ class Histories(Equations):
         super().__init__(call, outer, once)
         self.applied: dict[int, Applied] = {}
         """By address of the node."""
+        self.hooks: list[Hook] = []
         self.edges: dict[tuple[type, int, int], Var | None] = {}
         """By kind and number of a node, and number of its result: the variable; None if several
         have been seen."""
@@ -101,3 +142,62 @@ class Histories(Equations):
             self.equations[applied.position] = applied.without_effect()
         self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
         return pair[1]
+
+    def add_hook(self, tensor: torch.Tensor, function: Any, handle: Any) -> None:
+        """Note that a gradient of `tensor` passes through `function`."""
+        var = self.encode(tensor, [], False)
+        node, number = (None, 0) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
+        self.hooks.append(Hook(var, node, number, function, handle, len(self.equations)))
+
+    def put_hooks(self, hooks: list[Hook]) -> HookNode:
+        """Put an equation for the hooks of one tensor before its first use.
+
+        Whatever uses the tensor from there on uses the result of that equation.
+        """
+        var = hooks[0].var
+        made = max(
+            (
+                i
+                for i, eq in enumerate(self.equations[: hooks[0].position])
+                if any(v.index == var.index for v in eq.results())
+                or any(v.group == var.group for v in written(eq))
+            ),
+            default=-1,
+        )
+        at = next(
+            (
+                i
+                for i, eq in enumerate(self.equations)
+                if i > made and any(v.index == var.index for v in eq.inputs())
+            ),
+            len(self.equations),
+        )
+        node, new = HookNode(hooks), Var(self.count, var.group, var.spec)
+        self.count += 1
+        for applied in self.applied.values():
+            applied.position += applied.position >= at
+            applied.pairs = {
+                k: (new if value == var else value, result)
+                for k, (value, result) in applied.pairs.items()
+            }
+        self.equations[at:] = [_renamed(eq, var, new) for eq in self.equations[at:]]
+        applied = self.applied[id(node)] = Applied(node, at, {0: (var, new)})
+        self.equations.insert(at, applied.without_effect())
+        self.edges = {key: new if v == var else v for key, v in self.edges.items()}
+        for key, (ref, v) in self.entries.items():
+            if v == var:
+                self.entries[key] = ref, new
+        for hook in self.hooks:
+            hook.position += hook.position > at
+            hook.var = new if hook.var == var else hook.var
+        self.expected = None
+        return node
+
+
+def _renamed(eq: Equation, old: Var, new: Var) -> Equation:
+    def name(value: Any) -> Any:
+        if type(value) is Var:
+            return new if value == old else value
+        return tuple(map(name, value)) if type(value) is tuple else value
+
+    return eq._replace(args=name(eq.args), kwargs=name(eq.kwargs), outs=name(eq.outs))

@@ -12,8 +12,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from shardmap._torch import references_of_torch, schema_of
 from shardmap.program.ir import Var
 

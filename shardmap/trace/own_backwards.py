@@ -16,9 +16,9 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.program.analysis import is_effect, random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
-from shardmap.program.own_backward import TOO_DEEP, Backward
+from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
 from shardmap.trace.escapes import Doors
-from shardmap.trace.histories import Applied
+from shardmap.trace.histories import Applied, Hook, HookNode
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
@@ -63,15 +63,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: Any) -> bool:
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
     found = nodes_before(inside, recorder)
-    if any(node is hooked for node in found for hooked in doors.hooked):
-        raise errors.AutogradFunctionError(
-            f"{recorder.call}: register_hook on a tensor between the inputs and an output that "
-            "requires grad, and outer gradients would not call the hook; take the gradient inside "
-            "the mapped function (torch.autograd.grad), or change the gradient with torch "
-            "operators"
-        )
     functions = list(filter(is_function, found))
-    if not functions and not recorder.applied:
+    if not functions and not recorder.applied and not recorder.hooks:
         return True
     for tensor in inside:
         recorder.encode(tensor, [], False)
@@ -81,15 +74,24 @@ def record_backwards(recorder: Recorder, doors: Doors, out: Any) -> bool:
         if recorder.is_repeating:
             return False
         raise errors.AutogradFunctionError(
-            f"{recorder.call}: the custom autograd.Function {_name(node)} lies between the inputs "
+            f"{recorder.call}: {_name(node)} lies between the inputs "
             "and an output that requires grad, and its result is not that of an operator in its "
             f"forward, so that its backward cannot be followed; {_REMEDY}"
         )
+    hooks = _hooks(recorder, {id(node) for node in found})
+    found += [recorder.put_hooks(of_one) for of_one in hooks]
+    count = len(recorder.hooks)
     with doors, recorder:
         _fill(recorder, found, 0, 0)
+    if len(recorder.hooks) > count:
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: register_hook in a backward that gradients from outside reach, "
+            "which would not call the hook; change the gradient with torch operators"
+        )
     for applied in recorder.applied.values():
         vars(applied.node).clear()  # python's references to the sample's tensors
     recorder.applied.clear()
+    recorder.hooks.clear()
     return True
 
 
@@ -100,7 +102,35 @@ _REMEDY = (
 
 
 def _name(node: Any) -> str:
-    return type(node).__name__.removesuffix("Backward")
+    if isinstance(node, HookNode):
+        return "a hook (register_hook)"
+    return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
+
+
+def _saves_its_result(recorder: Recorder, node: Any) -> bool:
+    """Whether a node of autograd's graph may keep its result, and differentiate by it."""
+    if is_function(node):
+        text = recorder.equations[recorder.applied[id(node)].position].args[4]
+        return text in (NO_EFFECT, TOO_DEEP) or bool(backward_of(text).saved)
+    names = [name for name in dir(type(node)) if name.startswith("_saved_result")]
+    return bool(names) and type(node).__name__ != "ReluBackward0"
+
+
+def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
+    """The hooks that are to be called by gradients from outside, those of one tensor together."""
+    found: dict[tuple[int, int], list[Hook]] = {}
+    for hook in recorder.hooks:
+        if not hook.is_active:
+            continue
+        if hook.var.index in recorder.captured:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: register_hook on a tensor of shape {hook.var.spec.shape} that "
+                "all samples share, which the loop would give a hook for each sample; register "
+                "it once, outside of the mapped function"
+            )
+        if id(hook.node) in reached:
+            found.setdefault((id(hook.node), hook.number), []).append(hook)
+    return list(found.values())
 
 
 def _fill(recorder: Recorder, reached: list[Any], start: int, depth: int) -> None:
@@ -124,6 +154,8 @@ def _fill(recorder: Recorder, reached: list[Any], start: int, depth: int) -> Non
 
 def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
     """The variables of a Function's tensor arguments; None for those that do not require grad."""
+    if isinstance(applied.node, HookNode):
+        return [applied.pairs[0][0]]
     found: list[Var | None] = []
     for node, number in applied.node.next_functions:
         if node is None:
@@ -136,7 +168,7 @@ def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
         var = recorder.edges.get((type(node), node._sequence_nr(), number))
         if var is None:
             raise errors.AutogradFunctionError(
-                f"{recorder.call}: the custom autograd.Function {_name(applied.node)} lies between "
+                f"{recorder.call}: {_name(applied.node)} lies between "
                 "the inputs and an output that requires grad, and one of its arguments takes part "
                 f"in no operator of its forward, so that it cannot be followed; {_REMEDY}"
             )
@@ -170,14 +202,16 @@ class _Recorded:
                 grads = grads if isinstance(grads, tuple) else (grads,)
                 wanted = self._wanted(grads, inputs)
                 flags: list[int] = []
-                once = any(type(g.grad_fn).__name__ == "Error" for _, g in wanted)
+                once = self._once([g for _, g in wanted])
                 outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
-            _fill(recorder, nodes_before([g for _, g in wanted], recorder), self.start, self.depth + 1)
+            _fill(
+                recorder, nodes_before([g for _, g in wanted], recorder), self.start, self.depth + 1
+            )
         except errors.ShardmapError:
             raise
         except Exception as error:
             raise errors.AutogradFunctionError(
-                f"{recorder.call}: the backward of the custom autograd.Function {_name(node)}, "
+                f"{recorder.call}: the backward of {_name(node)}, "
                 f"which gradients from outside reach, raised {type(error).__name__} for one "
                 f"sample ({error}); {_REMEDY}"
             ) from error
@@ -198,13 +232,30 @@ class _Recorded:
         )
 
     def _refuse_hooks(self) -> None:
-        if _name(self.node) == "BackwardHookFunction":
+        if type(self.node).__name__ == "BackwardHookFunctionBackward":
             raise errors.AutogradFunctionError(
                 f"{self.recorder.call}: a module with a full backward hook lies between the inputs "
                 "and an output that requires grad, and outer gradients would not call the hook; "
                 "take the gradient inside the mapped function (torch.autograd.grad), or remove "
                 "the hook"
             )
+
+    def _once(self, grads: list[torch.Tensor]) -> str:
+        """Why gradients must not be differentiated again; empty where they may be."""
+        if any(type(g.grad_fn).__name__ == "Error" for g in grads):
+            return (
+                f"{_name(self.node)} is differentiated twice, and its backward is marked "
+                "@once_differentiable"
+            )
+        if isinstance(self.node, HookNode) and _saves_its_result(
+            self.recorder, self.node.hooks[0].node
+        ):
+            return (
+                "a tensor with a hook (register_hook) is differentiated twice, and the operator "
+                "that made it saved it for its own backward, where the hook would not be called; "
+                "register the hook on a view of the tensor (t.view_as(t)) that is used in its place"
+            )
+        return ""
 
     def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
         """What stands for the cotangent of each result, and whether missing ones are zeros.
@@ -238,7 +289,7 @@ class _Recorded:
         absent = [k for k in range(count) if k != first and grads[k] is None]
         if absent and len(pairs) > 1:
             raise errors.AutogradFunctionError(
-                f"{self.recorder.call}: the custom autograd.Function {_name(node)} has several "
+                f"{self.recorder.call}: {_name(node)} has several "
                 "results and ctx.set_materialize_grads(False), so that its backward depends on "
                 f"which of them are used outside; leave missing gradients zeros, or {_REMEDY}"
             )
@@ -250,9 +301,9 @@ class _Recorded:
         device = torch.device(spec.device)
         if 0 in spec.stride:
             return torch.ones(spec.shape, dtype=spec.dtype, device=device)
-        return torch.empty_strided(
-            spec.shape, spec.stride, dtype=spec.dtype, device=device
-        ).fill_(1)
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device).fill_(
+            1
+        )
 
     def _cotangents(self, given: list[torch.Tensor | None]) -> tuple[Var, ...]:
         """Put a sample cotangent in the place of each that a used result has."""
@@ -302,11 +353,14 @@ class _Recorded:
         wanted: list[Var],
         outs: tuple[Var, ...],
         out_flags: tuple[int, ...],
-        once: bool,
+        once: str,
         materialised: bool,
     ) -> Equation:
         recorder = self.recorder
         kept = _read_from_outside(equations, outs, out_flags, {v.index for v in names})
+        anchored = bool(once) and isinstance(self.node, HookNode)
+        if anchored:
+            kept[pairs[0][0].index] = pairs[0][0], GRAD
         made = [made for _, made in pairs]
         saved = tuple([k for k, v in enumerate(made) if v.index in kept])
         for k in saved:
@@ -327,7 +381,7 @@ class _Recorded:
             output_flags=out_flags,
             types=(),
         )
-        backward = Backward(program, len(names), saved, once, materialised)
+        backward = Backward(program, len(names), saved, once, anchored, materialised)
         held = (*plain, *own)
         return self.applied.equation(
             (
@@ -348,11 +402,9 @@ class _Recorded:
         self, equations: list[Equation], kept: dict[int, tuple[Var, int]], own: set[int]
     ) -> None:
         recorder, name = self.recorder, _name(self.node)
-        before = f"{recorder.call}: the backward of the custom autograd.Function {name}"
+        before = f"{recorder.call}: the backward of {name}"
         later = {
-            v.index
-            for eq in recorder.equations[self.applied.position :]
-            for v in eq.results()
+            v.index for eq in recorder.equations[self.applied.position :] for v in eq.results()
         }
         if not later.isdisjoint(kept):
             raise errors.AutogradFunctionError(

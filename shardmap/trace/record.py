@@ -233,7 +233,7 @@ def _record(
         leaves, structure = flatten_outputs(out, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
-        returned = [id(t) for t in leaves]
+        returned = [id(t) for t in (*leaves, *samples)]
         del out, leaves
         # A program that came again as expected has been looked at.
         known = recording.program is recorder.before and not look
