@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmap.program.ir import Var
-from shardmap.rules.lowering import Call, V
+from shardmap.rules.lowering import Call, V, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +76,17 @@ class Fixes:
     def restrided(self, numbers: Iterable[int]) -> Fixes:
         """These fixes, with the strides of some calls' results put right by a copy."""
         return replace(self, restride=self.restride.union(numbers))
+
+
+def drop_dead(
+    calls: list[Call], outputs: tuple[V, ...]
+) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
+    used = {v.index for v in outputs}
+    kept = []
+    for call in reversed(calls):
+        if not call.outs or call.writes or any(o in used for o in call.outs):
+            kept.append(call)
+            used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
+    kept.reverse()
+    return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)

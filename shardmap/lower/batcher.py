@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import schema_of
 from shardmap.factors import sums
 from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
-from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions, drop_dead
 from shardmap.lower.out_calls import out_rule
 from shardmap.lower.own_backward import OwnBackward
+from shardmap.lower.recorded_call import functional_call
 from shardmap.lower.rematerialise import postponed
 from shardmap.lower.replayed import (
     check_answer,
@@ -45,7 +45,7 @@ from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted
 from shardmap.rules.fallback import functorch_rule, loop_rule
-from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.random import seeded_loop
 from shardmap.rules.results import bound
 from shardmap.rules.view import refuse_offsets_of_inputs
@@ -63,7 +63,7 @@ class _Batcher:
         options: LoweringOptions,
         fixes: Fixes,
         to_loop: Callable[[int, Equation], None],
-        lowered: Callable[..., Any],
+        lowered: Callable,
     ):
         self.program = program
         self.options = options
@@ -272,22 +272,17 @@ class _Batcher:
         flags = iter(eq.flags)
         inputs, outputs, kept = (self._argument(a, flags, i, eq, False) for a in eq.args[:3])
         mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
-        if mapped:
-            outputs = [b.batch(v) for v in outputs]
-        differentiable = [f == GRAD for f in eq.flags[len(inputs) + len(outputs) :]]
-        target = OwnBackward(
+        differentiable = tuple([f == GRAD for f in eq.flags[len(inputs) + len(outputs) :]])
+        own = OwnBackward(
             text,
             self.options,
             mapped,
             tuple([v.mapped for v in inputs]),
             tuple([v.mapped for v in kept]),
-            tuple(differentiable),
+            differentiable,
             self.lowered,
         )
-        size = B if mapped else 1
-        outs = b.calls_several(
-            target, len(outputs), size, list(eq.args[3]), inputs, outputs, kept, mapped=mapped
-        )
+        outs = own.emit(b, eq.args[3], inputs, outputs, kept)
         self._bind(i, eq, outs, mapped)
         self.needs.update(v.index for v in eq.results())
 
@@ -426,7 +421,7 @@ def lower(
     options: LoweringOptions,
     fixes: Fixes,
     to_loop: Callable[[int, Equation], None],
-    lowered: Callable[..., Any],
+    lowered: Callable,
 ) -> BatchedProgram:
     """The batched program.
 
@@ -442,48 +437,6 @@ def lower(
     """
     refuse_offsets_of_inputs(program, options.call)
     return _Batcher(program, options, fixes, to_loop, lowered).run()
-
-
-def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Emit a recorded call as it is."""
-    returns = schema_of(eq.op).returns
-    if not returns or not list(eq.results()):
-        b.effect(eq.op, *args, **kwargs)
-        return None
-    if len(returns) == 1 and str(returns[0].type) == "Tensor":
-        return b.call(eq.op, *args, named=kwargs)
-    outs: list[Any] = []
-    if any(type(o) is tuple for o in eq.outs):
-
-        def flat(*a: Any, **k: Any) -> Any:
-            return tuple(_flat(eq.op(*a, **k)))
-
-        return b.calls_several(flat, len(list(eq.results())), *args, **kwargs)
-    got = iter(b.calls_several(eq.op, len(eq.outs), *args, **kwargs))
-    outs = [next(got) for _ in eq.outs]
-    return [v for v, o in zip(outs, eq.outs, strict=True) if o is not None]
-
-
-def drop_dead(
-    calls: list[Call], outputs: tuple[V, ...]
-) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
-    used = {v.index for v in outputs}
-    kept = []
-    for call in reversed(calls):
-        if not call.outs or call.writes or any(o in used for o in call.outs):
-            kept.append(call)
-            used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
-    kept.reverse()
-    return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)
-
-
-def _flat(result: Any) -> Any:
-    for item in result:
-        if isinstance(item, tuple | list):
-            yield from _flat(item)
-        else:
-            yield item
 
 
 def _vs(args: Any) -> list[V]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -13,8 +13,9 @@ from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
-from shardmap.program.ir import Program, Var
+from shardmap.program.ir import Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of
+from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 
 
@@ -33,8 +34,24 @@ class OwnBackward:
     """Which of the tensors that the backward keeps have it."""
     differentiable: tuple[bool, ...]
     """Which of them the backward may be differentiated by."""
-    lowered: Callable[..., Any]
+    lowered: Callable
     """`shardmap.lower.cache.lowered`."""
+
+    def emit(
+        self,
+        b: Lowering,
+        numbers: Sequence[Param],
+        inputs: list[V],
+        outputs: list[V],
+        kept: list[V],
+    ) -> tuple[V, ...]:
+        """Emit the call that gives `outputs` their history."""
+        if self.mapped:
+            outputs = [b.batch(v) for v in outputs]
+        size = B if self.mapped else 1
+        return b.calls_several(
+            self, len(outputs), size, list(numbers), inputs, outputs, kept, mapped=self.mapped
+        )
 
     def __call__(
         self,
@@ -179,6 +196,24 @@ def _trial(
     return replace(trial, expected=expected)
 
 
+class _Context(Protocol):
+    """What autograd keeps of one call."""
+
+    own: OwnBackward
+    size: int
+    numbers: tuple[float, ...]
+    count: int
+    call: str
+    why: str
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Say whether missing cotangents are zeros."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keep tensors for the backward."""
+
+
 class _Given(torch.autograd.Function):
     """The outputs of a Function of the user's, with its backward for all samples."""
 
@@ -192,7 +227,7 @@ class _Given(torch.autograd.Function):
         return tuple([t.detach() for t in tensors[first:last]])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: _Context, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
         own, size, numbers, *tensors = inputs
         ctx.own, ctx.size, ctx.numbers, ctx.count = own, size, numbers, len(tensors)
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
@@ -202,7 +237,7 @@ class _Given(torch.autograd.Function):
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own, saved = ctx.own, ctx.saved_tensors
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
@@ -229,11 +264,11 @@ class _GivenOnce(torch.autograd.Function):
         return tuple([t.detach() for t in tensors[:count] if t is not None])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: _Context, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
         ctx.call, ctx.why = inputs[:2]
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *cotangents: torch.Tensor) -> tuple:
         raise errors.AutogradFunctionError(f"{ctx.call}: {ctx.why}")
 
 

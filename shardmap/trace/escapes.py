@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
 from shardmap._torch import (
@@ -207,10 +208,7 @@ class Doors(TorchFunctionMode):
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
-            handle = self._call(func, args, kwargs or {})
-            function = args[1] if len(args) > 1 else (kwargs or {})["hook"]
-            self.recorder.add_hook(args[0], function, handle)
-            return handle
+            return self._register_hook(args, kwargs or {})
         elif func in _PRINTS:
             paused = self.recorder.paused
             self.recorder.paused = True
@@ -242,6 +240,12 @@ class Doors(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             pop_saved_hooks()
+
+    def _register_hook(self, args: tuple, kwargs: dict[str, Any]) -> RemovableHandle:
+        """`tensor.register_hook(hook)`: gradients from outside must pass through it too."""
+        handle = self._call(Tensor.register_hook, args, kwargs)
+        self.recorder.add_hook(args[0], (*args, *kwargs.values())[1], handle)
+        return handle
 
     def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: hooks and backwards of the user's run in it.

@@ -9,11 +9,13 @@ is. From the first use on it is a variable of its own, the result of `OWN_BACKWA
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch.autograd import graph
+from torch.utils.hooks import RemovableHandle
 
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
@@ -22,19 +24,40 @@ from shardmap.trace.equations import Equations
 from shardmap.trace.tensor_table import Variables
 
 
+class Node(Protocol):
+    """What is read of a Function's node in autograd's graph, which is its `ctx`."""
+
+    @property
+    def next_functions(self) -> tuple[tuple[graph.Node | None, int], ...]:
+        """For each tensor argument, whose result it was."""
+        ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        """Which arguments require grad."""
+        ...
+
+    @property
+    def _input_metadata(self) -> Sequence[object]: ...
+
+    @property
+    def apply(self) -> Callable[..., object]:
+        """Its backward."""
+        ...
+
+
 @dataclass(slots=True)
 class Applied:
     """One application of a Function."""
 
-    node: Any
-    """Its node in autograd's graph, which is the Function's `ctx`."""
+    node: Node
     position: int
     """Number of the equation that stands for it."""
     pairs: dict[int, tuple[Var, Var]] = field(default_factory=dict)
     """By number of the result, as far as it is used: the variable that its forward computed, and
     the one that has a history."""
 
-    def equation(self, args: tuple[Any, ...], flags: tuple[int, ...]) -> Equation:
+    def equation(self, args: tuple[object, ...], flags: tuple[int, ...]) -> Equation:
         """The equation that stands for it."""
         outs = tuple([made for _, (_, made) in sorted(self.pairs.items())])
         return Equation(OWN_BACKWARD, args, (), outs, flags, True)
@@ -50,12 +73,12 @@ class Hook:
     """A hook of the user's on a tensor."""
 
     var: Var
-    node: Any
+    node: graph.Node | None
     """The node of autograd's graph whose result the tensor was when the hook was registered."""
     number: int
     """Number of that result."""
     function: Callable[[torch.Tensor], torch.Tensor | None]
-    handle: Any
+    handle: RemovableHandle
     position: int
     """How many equations there were."""
 
@@ -72,8 +95,8 @@ class HookNode:
     def __init__(self, hooks: list[Hook]):
         self.hooks = hooks
         self.next_functions = ((hooks[0].node, hooks[0].number),)
-        self.needs_input_grad = (True,)
-        self._input_metadata = (None,)
+        self.needs_input_grad: tuple[bool, ...] = (True,)
+        self._input_metadata: tuple[object, ...] = (None,)
 
     def apply(self, grad: torch.Tensor) -> torch.Tensor:
         """What the hooks make of a gradient."""
@@ -129,7 +152,7 @@ class Histories(Equations):
             self.edges[key] = None
         return var
 
-    def _returned(self, node: Any, number: int, tensor: torch.Tensor, var: Var) -> Var:
+    def _returned(self, node: Node, number: int, tensor: torch.Tensor, var: Var) -> Var:
         applied = self.applied.get(id(node))
         if applied is None:
             applied = self.applied[id(node)] = Applied(node, len(self.equations))
@@ -143,7 +166,12 @@ class Histories(Equations):
         self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
         return pair[1]
 
-    def add_hook(self, tensor: torch.Tensor, function: Any, handle: Any) -> None:
+    def add_hook(
+        self,
+        tensor: torch.Tensor,
+        function: Callable[..., torch.Tensor | None],
+        handle: RemovableHandle,
+    ) -> None:
         """Note that a gradient of `tensor` passes through `function`."""
         var = self.encode(tensor, [], False)
         node, number = (None, 0) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
@@ -195,9 +223,12 @@ class Histories(Equations):
 
 
 def _renamed(eq: Equation, old: Var, new: Var) -> Equation:
-    def name(value: Any) -> Any:
+    def name(value: object) -> object:
         if type(value) is Var:
             return new if value == old else value
-        return tuple(map(name, value)) if type(value) is tuple else value
+        return names(value) if type(value) is tuple else value
 
-    return eq._replace(args=name(eq.args), kwargs=name(eq.kwargs), outs=name(eq.outs))
+    def names(values: tuple[object, ...]) -> tuple:
+        return tuple(map(name, values))
+
+    return eq._replace(args=names(eq.args), kwargs=names(eq.kwargs), outs=names(eq.outs))

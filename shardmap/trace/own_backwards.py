@@ -8,15 +8,17 @@ of their own, in the equation that stands for the Function.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
 import torch
+from torch.autograd import graph
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.program.analysis import is_effect, random_call, written
+from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
+from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
 from shardmap.trace.recorder import Recorder
@@ -26,12 +28,12 @@ DEPTH = 3
 called by its own backward would be recorded for ever."""
 
 
-def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[Any]:
+def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[graph.Node]:
     """The nodes of autograd's graph before `tensors`, as far as the function made them."""
     held = [t.grad_fn for _, t in recorder.captured.values()]
     stop = {id(node) for node in held if node is not None}
     queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
-    seen: dict[int, Any] = {}
+    seen: dict[int, graph.Node] = {}
     while queue:
         node = queue.pop()
         if id(node) in seen or id(node) in stop:
@@ -41,12 +43,12 @@ def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[An
     return list(seen.values())
 
 
-def is_function(node: Any) -> bool:
+def is_function(node: object) -> bool:
     """Whether a node of autograd's graph is that of a Function written in python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def record_backwards(recorder: Recorder, doors: Doors, out: Any) -> bool:
+def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     """Record the backwards that lead to an output; False if the recording must be made again.
 
     So it is where the function was taken to do what it did the last time, and has applied another
@@ -79,10 +81,10 @@ def record_backwards(recorder: Recorder, doors: Doors, out: Any) -> bool:
             f"forward, so that its backward cannot be followed; {_REMEDY}"
         )
     hooks = _hooks(recorder, {id(node) for node in found})
-    found += [recorder.put_hooks(of_one) for of_one in hooks]
+    reached: list[object] = [*found, *[recorder.put_hooks(of_one) for of_one in hooks]]
     count = len(recorder.hooks)
     with doors, recorder:
-        _fill(recorder, found, 0, 0)
+        _fill(recorder, reached, 0, 0)
     if len(recorder.hooks) > count:
         raise errors.AutogradFunctionError(
             f"{recorder.call}: register_hook in a backward that gradients from outside reach, "
@@ -101,13 +103,13 @@ _REMEDY = (
 )
 
 
-def _name(node: Any) -> str:
+def _name(node: object) -> str:
     if isinstance(node, HookNode):
         return "a hook (register_hook)"
     return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
 
 
-def _saves_its_result(recorder: Recorder, node: Any) -> bool:
+def _saves_its_result(recorder: Recorder, node: object) -> bool:
     """Whether a node of autograd's graph may keep its result, and differentiate by it."""
     if is_function(node):
         text = recorder.equations[recorder.applied[id(node)].position].args[4]
@@ -133,7 +135,7 @@ def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
     return list(found.values())
 
 
-def _fill(recorder: Recorder, reached: list[Any], start: int, depth: int) -> None:
+def _fill(recorder: Recorder, reached: Iterable[object], start: int, depth: int) -> None:
     """Give the equations from `start` on that stand for Functions their backwards."""
     nodes = {id(node) for node in reached}
     for applied in list(recorder.applied.values()):
@@ -198,9 +200,7 @@ class _Recorded:
         expected, recorder.expected = recorder.expected, None
         try:
             with torch.enable_grad():
-                grads = node.apply(*given)
-                grads = grads if isinstance(grads, tuple) else (grads,)
-                wanted = self._wanted(grads, inputs)
+                wanted = self._wanted(node.apply(*given), inputs)
                 flags: list[int] = []
                 once = self._once([g for _, g in wanted])
                 outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
@@ -218,18 +218,11 @@ class _Recorded:
         finally:
             recorder.written_groups = written_before
             recorder.expected = expected
-        equations = _without_dead(recorder.equations[self.start :], outs)
+        equations = recorder.equations[self.start :]
         del recorder.equations[self.start :]
-        return self._put_together(
-            equations,
-            names,
-            pairs,
-            [var for var, _ in wanted],
-            outs,
-            tuple(NO_GRAD if once else f for f in flags),
-            once,
-            materialised,
-        )
+        out_flags = tuple([NO_GRAD if once else f for f in flags])
+        found = Calls(equations, names, outs, out_flags)
+        return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)
 
     def _refuse_hooks(self) -> None:
         if type(self.node).__name__ == "BackwardHookFunctionBackward":
@@ -275,16 +268,16 @@ class _Recorded:
             return (None,) * len(node.needs_input_grad)
 
         first = min(pairs)
-        edges = [torch.autograd.graph.GradientEdge(n, i) for n, i in node.next_functions if n]
-        start = torch.autograd.graph.GradientEdge(node, first)
-        node.apply = spy
+        edges = [graph.GradientEdge(n, i) for n, i in node.next_functions if n]
+        start = graph.GradientEdge(cast(graph.Node, node), first)
+        vars(node)["apply"] = spy
         paused, self.recorder.paused = self.recorder.paused, True
         try:
             value = self._sample(pairs[first][0])
             torch.autograd.grad((start,), edges, (value,), retain_graph=True, allow_unused=True)
         finally:
             self.recorder.paused = paused
-            del node.apply
+            del vars(node)["apply"]
         (grads,) = seen
         absent = [k for k in range(count) if k != first and grads[k] is None]
         if absent and len(pairs) > 1:
@@ -324,19 +317,18 @@ class _Recorded:
         recorder.paused = paused
         return tuple(names)
 
-    def _wanted(
-        self, grads: tuple[Any, ...], inputs: list[Var | None]
-    ) -> list[tuple[Var, torch.Tensor]]:
+    def _wanted(self, returned: object, inputs: list[Var | None]) -> list[tuple[Var, torch.Tensor]]:
         """The gradients that lead on, each beside the variable that it is the gradient of.
 
         As autograd takes them: summed to the shape of the argument, in its dtype.
         """
         needs = self.node.needs_input_grad
+        grads = returned if isinstance(returned, tuple) else (returned,)
         grads = (*grads, *[None] * (len(needs) - len(grads)))
         wanted = []
         given = [g for g, need in zip(grads, needs, strict=False) if need]
         for var, grad in zip(inputs, given, strict=True):
-            if var is None or grad is None:
+            if var is None or not isinstance(grad, torch.Tensor):
                 continue
             if grad.is_complex() and not var.spec.dtype.is_complex:
                 grad = grad.real
@@ -347,133 +339,56 @@ class _Recorded:
 
     def _put_together(
         self,
-        equations: list[Equation],
-        names: tuple[Var, ...],
+        found: Calls,
         pairs: list[tuple[Var, Var]],
         wanted: list[Var],
-        outs: tuple[Var, ...],
-        out_flags: tuple[int, ...],
         once: str,
         materialised: bool,
     ) -> Equation:
+        """The equation that stands for the application, with the program of its backward."""
         recorder = self.recorder
-        kept = _read_from_outside(equations, outs, out_flags, {v.index for v in names})
-        anchored = bool(once) and isinstance(self.node, HookNode)
-        if anchored:
-            kept[pairs[0][0].index] = pairs[0][0], GRAD
-        made = [made for _, made in pairs]
-        saved = tuple([k for k, v in enumerate(made) if v.index in kept])
-        for k in saved:
-            del kept[made[k].index]
-        self._refuse(equations, kept, {v.group for v in names})
+        anchor = pairs[0][0] if once and isinstance(self.node, HookNode) else None
         literals = {var.index for var, _ in recorder.literals}
-        plain = [pair for pair in kept.values() if pair[0].index not in literals]
-        own = [pair for pair in kept.values() if pair[0].index in literals]
-        numbers = _numbers(equations)
-        places = {number: k for k, number in enumerate(numbers)}
-        program = Program(
-            inputs=(*names, *[made[k] for k in saved], *[var for var, _ in plain]),
-            captured=(),
-            literals=tuple([var for var, _ in own]),
-            scalars=len(numbers),
-            equations=tuple([_renumbered(eq, places) for eq in equations]),
-            outputs=outs,
-            output_flags=out_flags,
-            types=(),
+        program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
+        self._refuse(program, held, {v.group for v in found.cotangents})
+        backward = Backward(
+            program, len(found.cotangents), saved, once, anchor is not None, materialised
         )
-        backward = Backward(program, len(names), saved, once, anchored, materialised)
-        held = (*plain, *own)
-        return self.applied.equation(
-            (
-                tuple(wanted),
-                tuple([value for value, _ in pairs]),
-                tuple([var for var, _ in held]),
-                tuple(map(Param, numbers)),
-                backward.dumps(),
-            ),
-            (
-                *[GRAD] * len(wanted),
-                *[NO_GRAD] * len(pairs),
-                *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
-            ),
+        args = (
+            tuple(wanted),
+            tuple([value for value, _ in pairs]),
+            tuple([var for var, _ in held]),
+            tuple(map(Param, numbers)),
+            backward.dumps(),
         )
+        flags = (
+            *[GRAD] * len(wanted),
+            *[NO_GRAD] * len(pairs),
+            *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
+        )
+        return self.applied.equation(args, flags)
 
-    def _refuse(
-        self, equations: list[Equation], kept: dict[int, tuple[Var, int]], own: set[int]
-    ) -> None:
+    def _refuse(self, program: Program, held: list[tuple[Var, int]], own: set[int]) -> None:
+        """Refuse what cannot be run later, for all samples."""
         recorder, name = self.recorder, _name(self.node)
         before = f"{recorder.call}: the backward of {name}"
         later = {
             v.index for eq in recorder.equations[self.applied.position :] for v in eq.results()
         }
-        if not later.isdisjoint(kept):
+        if any(var.index in later for var, _ in held):
             raise errors.AutogradFunctionError(
                 f"{before}, which gradients from outside reach, reads a tensor that is made after "
                 f"the Function was applied; {_REMEDY}"
             )
         literals = {var.group for var, _ in recorder.literals}
-        outside = {var.group for var, _ in kept.values()} - literals - own
-        if any(v.group in outside for eq in equations for v in written(eq)):
+        outside = {var.group for var, _ in held} - literals - own
+        if any(v.group in outside for eq in program.equations for v in written(eq)):
             raise errors.AutogradFunctionError(
                 f"{before}, which gradients from outside reach, writes in place to a tensor that "
                 "was made before; clone it first"
             )
-        if any(map(random_call, equations)):
+        if any(map(random_call, program.equations)):
             raise errors.AutogradFunctionError(
                 f"{before}, which gradients from outside reach, draws random numbers; draw them in "
                 "its forward and save them"
             )
-
-
-def _without_dead(equations: list[Equation], outs: tuple[Var, ...]) -> list[Equation]:
-    """The calls that lead to a result, write to memory or have an effect.
-
-    Autograd's own call of `detach`, where it unpacks a saved result, is none of them.
-    """
-    used = {v.index for v in outs}
-    kept = []
-    for eq in reversed(equations):
-        if is_effect(eq) or written(eq) or any(v.index in used for v in eq.results()):
-            kept.append(eq)
-            used.update(v.index for v in eq.inputs())
-    return kept[::-1]
-
-
-def _read_from_outside(
-    equations: list[Equation], outs: tuple[Var, ...], out_flags: tuple[int, ...], own: set[int]
-) -> dict[int, tuple[Var, int]]:
-    """What calls and results read that was made before, and whether any of it by its history."""
-    inside = own | {v.index for eq in equations for v in eq.results()}
-    found: dict[int, tuple[Var, int]] = {}
-    read = [pair for eq in equations for pair in zip(eq.inputs(), eq.flags, strict=True)]
-    for var, flag in (*read, *zip(outs, out_flags, strict=True)):
-        if var.index not in inside:
-            before = found.get(var.index, (var, NO_GRAD))[1]
-            found[var.index] = var, GRAD if GRAD in (flag, before) else before
-    return found
-
-
-def _numbers(equations: list[Equation]) -> list[int]:
-    """The numbers of the recording that calls take, in order."""
-    found: dict[int, None] = {}
-
-    def look(value: Any) -> None:
-        if type(value) is Param:
-            found[value.scalar] = None
-        elif type(value) is tuple:
-            for item in value:
-                look(item)
-
-    for eq in equations:
-        look(eq.args)
-        look(eq.kwargs)
-    return list(found)
-
-
-def _renumbered(eq: Equation, places: dict[int, int]) -> Equation:
-    def new(value: Any) -> Any:
-        if type(value) is Param:
-            return Param(places[value.scalar])
-        return tuple([new(v) for v in value]) if type(value) is tuple else value
-
-    return eq._replace(args=new(eq.args), kwargs=new(eq.kwargs), source=None)
