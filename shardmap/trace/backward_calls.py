@@ -75,13 +75,19 @@ class Calls:
     def _read_from_outside(self, equations: list[Equation]) -> dict[int, tuple[Var, int]]:
         """What was made before, and whether any call reads it by its history."""
         inside = {v.index for v in self.cotangents}
-        inside.update(v.index for eq in equations for v in eq.results())
         found: dict[int, tuple[Var, int]] = {}
-        read = [pair for eq in equations for pair in zip(eq.inputs(), eq.flags, strict=True)]
-        for var, flag in (*read, *zip(self.outs, self.out_flags, strict=True)):
+
+        def read(var: Var, flag: int) -> None:
             if var.index not in inside:
                 before = found.get(var.index, (var, NO_GRAD))[1]
                 found[var.index] = var, GRAD if GRAD in (flag, before) else before
+
+        for eq in equations:
+            for var, flag in zip(eq.inputs(), eq.flags, strict=True):
+                read(var, flag)
+            inside.update(v.index for v in eq.results() if v.index not in found)
+        for var, flag in zip(self.outs, self.out_flags, strict=True):
+            read(var, flag)
         return found
 
 

@@ -49,13 +49,13 @@ def device_name(device: torch.device) -> str:
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside functorch's wrappers: element 0 of each batch."""
+    dims = []
     while functorch.is_functorch_wrapped_tensor(tensor):
-        inner = functorch.get_unwrapped(tensor)
-        tensor = (
-            inner.select(functorch.maybe_get_bdim(tensor), 0)
-            if functorch.is_batchedtensor(tensor)
-            else inner
-        )
+        if functorch.is_batchedtensor(tensor):
+            dims.append(functorch.maybe_get_bdim(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    for dim in reversed(dims):  # a wrapper inside another must not meet the transforms around
+        tensor = tensor.select(dim, 0)
     return tensor
 
 
