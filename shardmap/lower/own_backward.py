@@ -244,12 +244,23 @@ class _Given(torch.autograd.Function):
             grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
         if once and torch.is_grad_enabled():
             given = [g for g in grads if g is not None]
-            held = saved if backward_of(own.text).anchored else ()
+            held = saved if backward_of(own.text).hook else ()
             given = iter(
                 _GivenOnce.apply(own.options.call, once, len(given), *given, *cotangents, *held)
             )
             grads = [g if g is None else next(given) for g in grads]
         return (None, None, None, *grads, *[None] * (ctx.count - len(grads)))
+
+    @staticmethod
+    def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple:
+        own = ctx.own
+        if own.text != TOO_DEEP and backward_of(own.text).hook:
+            return (tangents[3],)
+        raise errors.AutogradFunctionError(
+            f"{own.options.call}: forward-mode AD around the call differentiates through a custom "
+            "autograd.Function, whose own jvp a map does not follow; take the derivative inside "
+            "the mapped function (torch.func.jvp), or write it with torch operators"
+        )
 
 
 class _GivenOnce(torch.autograd.Function):

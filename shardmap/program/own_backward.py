@@ -59,8 +59,9 @@ class Backward(NamedTuple):
     """Positions of the outputs that it reads."""
     once: str
     """Why it must not be differentiated itself; empty where it may be."""
-    anchored: bool
-    """Whether it must not be differentiated by what it keeps either, used or not."""
+    hook: bool
+    """Whether it is that of a tensor's hooks, which do not matter to forward mode. If it must not
+    be differentiated, then not by what it keeps either, used or not."""
     materialised: bool
     """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
 

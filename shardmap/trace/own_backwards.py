@@ -347,13 +347,12 @@ class _Recorded:
     ) -> Equation:
         """The equation that stands for the application, with the program of its backward."""
         recorder = self.recorder
-        anchor = pairs[0][0] if once and isinstance(self.node, HookNode) else None
+        hook = isinstance(self.node, HookNode)
+        anchor = pairs[0][0] if once and hook else None
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        backward = Backward(
-            program, len(found.cotangents), saved, once, anchor is not None, materialised
-        )
+        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised)
         args = (
             tuple(wanted),
             tuple([value for value, _ in pairs]),

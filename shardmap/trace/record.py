@@ -8,10 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap._threads import alone
-from shardmap._torch import dispatch_modes, functorch, has_internal_overlap, pytree, storage_id
+from shardmap._torch import (
+    dispatch_modes,
+    forward_level,
+    functorch,
+    has_internal_overlap,
+    pytree,
+    storage_id,
+)
 from shardmap.rules import registry
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
@@ -64,6 +72,17 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
 
 
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode AD around the call differentiates by `tensor`.
+
+    Its samples require grad then, as under transforms: only so does the function's recording show
+    a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
+    """
+    if forward_level(forward_ad) < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
     """Row `number` of each mapped tensor, and whether its sample requires grad.
 
@@ -86,7 +105,8 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
             row = tensor.select(d, number)
-        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+        wanted = tensor.requires_grad or transformed or has_tangent(tensor)
+        grad = torch.is_grad_enabled() and wanted
         rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
     return rows
 
@@ -138,7 +158,11 @@ def _recorded(
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended(), overrides_enabled():
-        rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
+        # Tangents of captured tensors are not known before they are read.
+        transformed = functorch.peek_interpreter_stack() is not None or (
+            outer is None and forward_level(forward_ad) >= 0
+        )
+        rows = rows_of(batch, number, transformed)
         with transforms_set_aside() as depth:
             tries = _TRIES
             while True:
