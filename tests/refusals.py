@@ -125,33 +125,31 @@ _escape("text_among_outputs", lambda a: (a, "name"), errors.OutputError)
 _escape("uninitialised_memory", lambda a: torch.empty(3, dtype=a.dtype) + a)
 
 
-class Cube(torch.autograd.Function):
-    """A function whose backward is not that of its forward."""
+class Unread(torch.autograd.Function):
+    """A function with a backward of its own, whose argument no operator takes."""
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(a)
-        return a**3
+        return torch.ones(a.shape, dtype=a.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0] * 5 * ctx.saved_tensors[0]
+        return grads[0] * 5
 
 
 @refused(errors.AutogradFunctionError)
-def own_backward_under_outer_autograd(k: Kit) -> Run:
+def own_backward_of_an_unread_argument(k: Kit) -> Run:
     x = k.x(3, grad=True)
-    return lambda vmap: vmap(lambda a: Cube.apply(a))(x)
+    return lambda vmap: vmap(lambda a: Unread.apply(a))(x)
 
 
 @refused(errors.AutogradFunctionError)
-def hook_under_outer_autograd(k: Kit) -> Run:
-    x = k.x(3, grad=True)
+def hook_on_a_shared_tensor(k: Kit) -> Run:
+    x, w = k.x(3, grad=True), k.w(3)
 
     def function(a: torch.Tensor) -> torch.Tensor:
-        b = a * 2
-        b.register_hook(lambda g: g * 5)
-        return b.sin()
+        w.register_hook(lambda g: g * 5)
+        return (a * w).sin()
 
     return lambda vmap: vmap(function)(x)
 

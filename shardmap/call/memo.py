@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
-from shardmap._torch import OpOverload, pytree
+from shardmap._torch import OpOverload, forward_level, pytree
 from shardmap.lower.cache import Lowered
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
@@ -247,6 +248,7 @@ def modes() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        forward_level(forward_ad) >= 0,
         tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cpu", "cuda")),
         torch.get_default_dtype(),
         torch.get_default_device(),

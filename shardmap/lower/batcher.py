@@ -19,6 +19,7 @@ from shardmap.factors.rewrite import from_factors
 from shardmap.lower.as_recorded import drop_dead, functional_call
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.out_calls import out_rule
+from shardmap.lower.own_backward import OwnBackward
 from shardmap.lower.rematerialise import postponed
 from shardmap.lower.replayed import (
     check_answer,
@@ -42,6 +43,7 @@ from shardmap.program.analysis import (
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
+from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -63,11 +65,13 @@ class _Batcher:
         options: LoweringOptions,
         fixes: Fixes,
         to_loop: Callable[[int, Equation], None],
+        lowered: Callable,
     ):
         self.program = program
         self.options = options
         self.fixes = fixes
         self.to_loop = to_loop
+        self.lowered = lowered
         self.b = Lowering(options.device_type, options.randomness)
         self.b.transformed = options.transformed
         self.b.sample_device = program.inputs[0].spec.device
@@ -249,6 +253,9 @@ class _Batcher:
                     if b.grad:
                         self.needs.add(out.index)
             return
+        if eq.op is OWN_BACKWARD:
+            self._own_backward(i, eq)
+            return
         mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (
             self.options.randomness == "different" and random_call(eq)
         )
@@ -279,6 +286,31 @@ class _Batcher:
             b.effect(
                 check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results
             )
+
+    def _own_backward(self, i: int, eq: Equation) -> None:
+        """Give results of a Function of the user's its backward; alone they are what they are."""
+        b = self.b
+        values, text = eq.args[1], eq.args[4]
+        if text == NO_EFFECT or not (b.grad or self.options.transformed):
+            for out, value in zip(eq.results(), values, strict=True):
+                self.env[out.index] = self.env[value.index]
+            return
+        flags = iter(eq.flags)
+        inputs, outputs, kept = (self._argument(a, flags, i, eq, False) for a in eq.args[:3])
+        mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
+        differentiable = tuple([f == GRAD for f in eq.flags[len(inputs) + len(outputs) :]])
+        own = OwnBackward(
+            text,
+            self.options,
+            mapped,
+            tuple([v.mapped for v in inputs]),
+            tuple([v.mapped for v in kept]),
+            differentiable,
+            self.lowered,
+        )
+        outs = own.emit(b, eq.args[3], inputs, outputs, kept)
+        self._bind(i, eq, outs, mapped)
+        self.needs.update(v.index for v in eq.results())
 
     def _mark_writes(self, number: int, eq: Equation, first: int) -> None:
         """Mark the calls by which a recorded write reaches the written memory.
@@ -419,6 +451,7 @@ def lower(
     options: LoweringOptions,
     fixes: Fixes,
     to_loop: Callable[[int, Equation], None],
+    lowered: Callable,
 ) -> BatchedProgram:
     """The batched program.
 
@@ -427,9 +460,10 @@ def lower(
         options: Device, randomness, strictness, outer autograd.
         fixes: What trying the program has shown to be needed.
         to_loop: Called with each recorded call that falls to the loop; it may refuse.
+        lowered: Lowers a program that is part of this one, and keeps it (`cache.lowered`).
 
     Raises:
         ShardmapError: `to_loop` refuses.
     """
     refuse_offsets_of_inputs(program, options.call)
-    return _Batcher(program, options, fixes, to_loop).run()
+    return _Batcher(program, options, fixes, to_loop, lowered).run()

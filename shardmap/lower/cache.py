@@ -343,7 +343,7 @@ def lower_with(
             stacklevel=2,
         )
 
-    batched = lower(program, options, fixes, to_loop)
+    batched = lower(program, options, fixes, to_loop, lowered)
     return batched, generate(batched, options.grad, fixes.copied)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from shardmap._torch import aten
 from shardmap.program.ir import Equation, Program, Var, variables
 from shardmap.program.operators import draws, op_info
+from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
 
 IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
 """Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
@@ -27,6 +28,9 @@ def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[i
         for eq in program.equations:
             if op_info(eq.op).shape_only and not transformed:
                 continue
+            shared_history = eq.op is OWN_BACKWARD and eq.args[4] != NO_EFFECT
+            if shared_history and not is_linear(eq.args[4]):
+                mapped.update(v.group for v in eq.results())
             if any(v.group in mapped for v in eq.inputs()) or (
                 randomness == "different" and random_call(eq)
             ):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
 from shardmap._torch import (
@@ -156,8 +157,6 @@ class Doors(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
-        self.hooked: list[Any] = []
-        """Nodes of autograd's graph whose gradients a hook may change."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -225,8 +224,8 @@ class Doors(TorchFunctionMode):
             self.encoder = padded_encoder(self.recorder.call) or self.encoder
         elif func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **(kwargs or {}))
-        elif func is Tensor.register_hook and args[0].grad_fn is not None:
-            self.hooked.append(args[0].grad_fn)
+        elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
+            return self._register_hook(args, kwargs or {})
         elif func in _PRINTS:
             return self._unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
@@ -268,6 +267,12 @@ class Doors(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             pop_saved_hooks()
+
+    def _register_hook(self, args: tuple, kwargs: dict[str, Any]) -> RemovableHandle:
+        """`tensor.register_hook(hook)`: gradients from outside must pass through it too."""
+        handle = self._call(Tensor.register_hook, args, kwargs)
+        self.recorder.add_hook(args[0], (*args, *kwargs.values())[1], handle)
+        return handle
 
     def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: hooks and backwards of the user's run in it.

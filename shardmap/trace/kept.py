@@ -12,8 +12,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from shardmap._torch import references_of_torch, schema_of
 from shardmap.program.ir import Var
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from shardmap.trace.recorder import Recorder
 
 
-def kept_tensors(recorder: Recorder, outputs: Iterable[torch.Tensor]) -> tuple[str, ...]:
+def kept_tensors(recorder: Recorder, outputs: Iterable[int]) -> tuple[str, ...]:
     """What python still holds of the tensors that differ by sample, a line of text for each.
 
     Inputs, captured tensors and outputs do not count, nor what only torch holds: autograd saves
@@ -30,9 +28,10 @@ def kept_tensors(recorder: Recorder, outputs: Iterable[torch.Tensor]) -> tuple[s
 
     Args:
         recorder: The recorder, once the function has returned.
-        outputs: The tensors that it returned.
+        outputs: The addresses of the tensors that it returned. The tensors themselves are let go
+            of before: autograd's graph behind them holds what its nodes keep.
     """
-    known = {id(t) for t in outputs} | {id(t) for _, t in recorder.captured.values()}
+    known = set(outputs) | {id(t) for _, t in recorder.captured.values()}
     known |= {id(plain) for _, plain in recorder.wrappers.values()}
     known |= {id(index) for pair in recorder.copies.pairs for index in pair.indices}
     inputs = {var.index for var in recorder.inputs}

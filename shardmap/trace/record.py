@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import (
     FakeTensor,
     dispatch_modes,
+    forward_level,
     functorch,
     has_internal_overlap,
     pytree,
@@ -26,6 +28,7 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.kept import kept_tensors
+from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.surroundings import (
@@ -76,6 +79,17 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=row.dtype, device=row.device).copy_(leaf)
 
 
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode AD around the call differentiates by `tensor`.
+
+    Its samples require grad then, as under transforms: only so does the function's recording show
+    a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
+    """
+    if forward_level(forward_ad) < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
     """Row `number` of each mapped tensor, and whether its sample requires grad.
 
@@ -98,7 +112,8 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
             row = element(tensor).select(d, number)
-        grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+        wanted = tensor.requires_grad or transformed or has_tangent(tensor)
+        grad = torch.is_grad_enabled() and wanted
         rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
     return rows
 
@@ -178,7 +193,10 @@ def _recorded(
         CompiledCodeRunsEagerly(),
         tracing_aside() if is_traced(batch.leaves) else contextlib.nullcontext(),
     ):
-        transformed = functorch.peek_interpreter_stack() is not None
+        # Tangents of captured tensors are not known before they are read.
+        transformed = functorch.peek_interpreter_stack() is not None or (
+            outer is None and forward_level(forward_ad) >= 0
+        )
         vmapped = any(
             level.key() == functorch.TransformType.Vmap
             for level in functorch.get_interpreter_stack() or ()
@@ -199,8 +217,7 @@ def _recorded(
                 recorder.depth = depth
                 recorder.vmapped = vmapped
                 recorder.separate_views = separate_views
-                recorder.alternatives = follow.expected(func)
-                recorder.expected = next(iter(recorder.alternatives), None)
+                recorder.expect(follow.expected(func))
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
@@ -227,7 +244,11 @@ def _record(
     last: bool,
     look: bool,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
-    """Record `func` once; None if python's random numbers changed and another thread may be why."""
+    """Record `func` once; None where it must be recorded again.
+
+    So it is where python's random numbers changed and another thread may be why, and where the
+    function applied another `torch.autograd.Function` than the last time.
+    """
     call, randomness = recorder.call, recorder.randomness
     device = samples[0].device
     states = RandomStates(device)
@@ -245,6 +266,9 @@ def _record(
                     out = func(*args, **kwargs)
                     leaves, structure = flatten_outputs(out, call)  # numbers become tensors
                 recorder.refuse_seeds()
+            if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
+                follow.forget(func)
+                return None
         except Exception as error:
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
@@ -278,16 +302,16 @@ def _record(
                 "samples share; use "
                 "torch.autograd.grad(loss, parameters), which returns the gradients"
             )
-        if torch.is_grad_enabled():
-            _refuse_own_backwards(leaves, recorder, doors.hooked, call)
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
+        returned = [id(t) for t in (*leaves, *samples)]
+        del out, leaves
         # A program that came again as expected has been looked at.
-        known = recording.program is recorder.expected and not look
+        known = any(recording.program is p for p in recorder.remembered) and not look
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
-            kept=None if known else kept_tensors(recorder, leaves),
+            kept=None if known else kept_tensors(recorder, returned),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
@@ -302,44 +326,6 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
             tensor.grad = grad
             changed.append(tuple(tensor.shape))
     return changed
-
-
-def _refuse_own_backwards(
-    leaves: list[torch.Tensor], recorder: Recorder, hooked: list[Any], call: str
-) -> None:
-    """Refuse a backward of the user's, or a hook, before an output that requires grad.
-
-    Gradients from outside would not call it.
-    """
-    stop = {id(t.grad_fn) for _, t in recorder.captured.values() if t.grad_fn is not None}
-    keep_alive = [t.grad_fn for _, t in recorder.captured.values()]
-    queue = [t.grad_fn for t in leaves if t.requires_grad and t.grad_fn is not None]
-    seen: set[int] = set()
-    while queue:
-        node = queue.pop()
-        if id(node) in seen or id(node) in stop:
-            continue
-        seen.add(id(node))
-        keep_alive.append(node)
-        if any(node is h for h in hooked):
-            raise errors.AutogradFunctionError(
-                f"{call}: register_hook on a tensor between the inputs and an output that requires "
-                "grad, and outer gradients would not "
-                "call the hook; take the gradient inside the mapped function "
-                "(torch.autograd.grad), or change the gradient with torch "
-                "operators"
-            )
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise errors.AutogradFunctionError(
-                f"{call}: the custom autograd.Function "
-                f"{type(node).__name__.removesuffix('Backward')} lies between the inputs and "
-                "an output that "
-                "requires grad, and outer gradients would not use its backward; take the gradient "
-                "inside the mapped function "
-                "(torch.autograd.grad), call it under torch.no_grad(), or write it with torch "
-                "operators"
-            )
-        queue += [n for n, _ in node.next_functions if n is not None]
 
 
 def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:

@@ -50,16 +50,15 @@ def device_name(device: torch.device) -> str:
 
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers: element 0 of each batch.
-
-    Only plain tensors are selected from: the levels of the wrappers may be set aside.
-    """
-    if not functorch.is_functorch_wrapped_tensor(tensor):
-        return tensor
-    inner = element(functorch.get_unwrapped(tensor))
-    if functorch.is_batchedtensor(tensor):
-        return inner.select(functorch.maybe_get_bdim(tensor), 0)
-    return inner
+    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
+    dims = []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            dims.append(functorch.maybe_get_bdim(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    for dim in reversed(dims):  # a wrapper inside another must not meet the transforms around
+        tensor = tensor.select(dim, 0)
+    return tensor
 
 
 def flat_tensors(values: Any) -> list[torch.Tensor]:

@@ -11,15 +11,15 @@ from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
-from shardmap.trace.equations import Equations
 from shardmap.trace.generator import Generator
+from shardmap.trace.histories import Histories
 from shardmap.trace.recording import flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
 
-class Refusals(Equations):
+class Refusals(Histories):
     """The checks of a recording, each with its error."""
 
     def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):

@@ -123,6 +123,12 @@ class Variables:
         if self.device is None:
             self.device = sample.device
 
+    def add_cotangent(self, sample: torch.Tensor) -> Var:
+        """Declare `sample` as what a backward is given: it differs by sample."""
+        var = self._define(sample)
+        self.mapped_groups.add(var.group)
+        return var
+
     def belongs(self, tensor: torch.Tensor) -> bool:
         """Whether python may not look at the value of `tensor`.
 
@@ -231,6 +237,7 @@ class Variables:
                         # A view of captured memory that does not require grad, and itself does:
                         # what autograd saved, unpacked.
                         var = self._capture(value)
+                    var = self.with_history(value, var)
                     flags.append(GRAD)
             else:
                 flags.append(NO_GRAD)
@@ -293,6 +300,10 @@ class Variables:
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of another object with a recorded tensor's memory."""
         return None
+
+    def with_history(self, tensor: torch.Tensor, var: Var) -> Var:
+        """The variable of a tensor that requires grad, once autograd has given it a history."""
+        return var
 
     def made_zero(self, tensor: torch.Tensor) -> Var | None:
         """The variable of a view of a symbolic zero."""

@@ -1,0 +1,288 @@
+"""Results with a backward of the user's: what stands for such a Function at replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from shardmap import errors
+from shardmap.lower.apart import by_recorded_calls
+from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.replayed import restride
+from shardmap.lower.trial import Trial
+from shardmap.program.ir import Param, Program, Var
+from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of
+from shardmap.rules.lowering import B, Lowering, V
+from shardmap.trace.recording import element
+
+
+@dataclass(frozen=True)
+class OwnBackward:
+    """Gives results the history that a Function of the user's has given one sample's."""
+
+    text: str
+    """The recorded backward: see `shardmap.program.own_backward`."""
+    options: LoweringOptions
+    mapped: bool
+    """Whether the results, and with them the cotangents, have the mapped dimension."""
+    inputs: tuple[bool, ...]
+    """Which of the Function's arguments have it."""
+    kept: tuple[bool, ...]
+    """Which of the tensors that the backward keeps have it."""
+    differentiable: tuple[bool, ...]
+    """Which of them the backward may be differentiated by."""
+    lowered: Callable
+    """`shardmap.lower.cache.lowered`."""
+
+    def emit(
+        self,
+        b: Lowering,
+        numbers: Sequence[Param],
+        inputs: list[V],
+        outputs: list[V],
+        kept: list[V],
+    ) -> tuple[V, ...]:
+        """Emit the call that gives `outputs` their history."""
+        if self.mapped:
+            outputs = [b.batch(v) for v in outputs]
+        size = B if self.mapped else 1
+        return b.calls_several(
+            self, len(outputs), size, list(numbers), inputs, outputs, kept, mapped=self.mapped
+        )
+
+    def __call__(
+        self,
+        size: int,
+        numbers: Sequence[float],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        kept: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs, with a history.
+
+        Args:
+            size: How many samples there are.
+            numbers: The numbers that the backward takes from python.
+            inputs: The Function's arguments that require grad.
+            outputs: What its forward computed.
+            kept: What the backward keeps beside its outputs.
+        """
+        outputs = [t.detach() for t in outputs]
+        kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
+        return _Given.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
+
+    def gradients(
+        self,
+        size: int,
+        numbers: tuple[float, ...],
+        cotangents: Sequence[torch.Tensor | None],
+        kept: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor | None]:
+        """The gradient of each input, from the cotangents.
+
+        Args:
+            size: How many samples there are.
+            numbers: The numbers that the backward takes from python.
+            cotangents: One for each output.
+            kept: The outputs that the backward reads, then what it keeps beside them.
+        """
+        if self.text == TOO_DEEP:
+            raise errors.AutogradFunctionError(
+                f"{self.options.call}: a derivative of an order higher than three needs the "
+                "backward of a custom autograd.Function that its own backward applies; write it "
+                "with torch operators"
+            )
+        backward = backward_of(self.text)
+        given = [t for t in cotangents if t is not None]
+        if len(given) < len(cotangents):
+            return [None] * len(self.inputs)
+        program = self._program(backward)
+        count = len(backward.saved)
+        batches = [*given, *kept[:count]]
+        rest = list(kept[count:])
+        if not self.mapped:
+            size, batches = 1, [t.unsqueeze(0) for t in batches]
+        elif self.kept:
+            batches += [t for t, m in zip(rest, self.kept, strict=True) if m]
+            rest = [t for t, m in zip(rest, self.kept, strict=True) if not m]
+        inputs = [_with_rows(t, v) for t, v in zip(batches, program.inputs, strict=True)]
+        captured, literals = rest[: len(program.captured)], rest[len(program.captured) :]
+        return self._run(program, size, numbers, inputs, captured, literals)
+
+    def _program(self, backward: Backward) -> Program:
+        """The backward's program with what no sample changes among its captured tensors."""
+        program = backward.program
+        first = backward.cotangents + len(backward.saved)
+        own, kept = program.inputs[:first], program.inputs[first:]
+        flags = self.kept[: len(kept)] if self.mapped else (False,) * len(kept)
+        mapped = tuple([v for v, m in zip(kept, flags, strict=True) if m])
+        shared = tuple([v for v, m in zip(kept, flags, strict=True) if not m])
+        return program._replace(inputs=own + mapped, captured=shared)
+
+    def _run(
+        self,
+        program: Program,
+        size: int,
+        numbers: tuple[float, ...],
+        inputs: list[torch.Tensor],
+        captured: list[torch.Tensor],
+        literals: list[torch.Tensor],
+    ) -> list[torch.Tensor | None]:
+        device = inputs[0].device
+        options = replace(
+            self.options, grad=torch.is_grad_enabled(), summed=(), device_type=device.type
+        )
+
+        def tried() -> Trial:
+            return _trial(program, numbers, inputs, captured, literals)
+
+        with torch.no_grad():
+            low = self.lowered(
+                program,
+                options,
+                tuple([t.is_contiguous() for t in inputs]),
+                min(size, 2),
+                {},
+                tried,
+                False,
+            )
+        fixed = low.replay.fixed(device, 0, numbers, captured, literals)
+        outs = low.replay.chunk(size, 0, device, 0, numbers, fixed, inputs)
+        grads: list[torch.Tensor | None] = []
+        for out, v, mapped in zip(outs, low.batched.outputs, self.inputs, strict=True):
+            if not self.mapped:
+                grads.append(out.squeeze(0) if v.mapped else out)
+            elif mapped:
+                grads.append(out if v.mapped else out.expand(size, *out.shape))
+            else:
+                grads.append(out.sum(0) if v.mapped else out * size)
+        return grads
+
+
+def _with_rows(t: torch.Tensor, var: Var) -> torch.Tensor:
+    """A batch whose rows have the recorded strides, each in memory of its own."""
+    if t.shape[0] > 1 and t.stride(0) == 0:
+        t = t.contiguous()
+    return restride(t, var.spec.stride)
+
+
+def _trial(
+    program: Program,
+    numbers: tuple[float, ...],
+    inputs: list[torch.Tensor],
+    captured: list[torch.Tensor],
+    literals: list[torch.Tensor],
+) -> Trial:
+    """The first and the last sample of a backward, and what its recorded calls give for them."""
+    rows = [element(t).detach() for t in inputs]
+    size = min(rows[0].shape[0], 2)
+    step = max(rows[0].shape[0] - 1, 1)
+    trial = Trial(
+        device=rows[0].device,
+        seed=0,
+        size=size,
+        inputs=tuple([t[::step][:size] for t in rows]),
+        captured=tuple([element(t).detach() for t in captured]),
+        literals=tuple([element(t).detach() for t in literals]),
+        scalars=numbers,
+        written_inputs=frozenset(range(len(inputs))),
+        expected=(),
+        random=False,
+    )
+    expected = tuple([tuple(by_recorded_calls(program, trial, row)) for row in range(size)])
+    return replace(trial, expected=expected)
+
+
+class _Context(Protocol):
+    """What autograd keeps of one call."""
+
+    own: OwnBackward
+    size: int
+    numbers: tuple[float, ...]
+    count: int
+    call: str
+    why: str
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Say whether missing cotangents are zeros."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keep tensors for the backward."""
+
+
+class _Given(torch.autograd.Function):
+    """The outputs of a Function of the user's, with its backward for all samples."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        own: OwnBackward, size: int, numbers: tuple[float, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        first, last = _outputs(own, tensors)
+        return tuple([t.detach() for t in tensors[first:last]])
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        own, size, numbers, *tensors = inputs
+        ctx.own, ctx.size, ctx.numbers, ctx.count = own, size, numbers, len(tensors)
+        backward = backward_of(own.text) if own.text != TOO_DEEP else None
+        saved = backward.saved if backward is not None else ()
+        ctx.set_materialize_grads(backward is None or backward.materialised)
+        _, last = _outputs(own, tensors)
+        ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
+
+    @staticmethod
+    def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
+        own, saved = ctx.own, ctx.saved_tensors
+        once = backward_of(own.text).once if own.text != TOO_DEEP else ""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
+            grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
+        if once and torch.is_grad_enabled():
+            given = [g for g in grads if g is not None]
+            held = saved if backward_of(own.text).hook else ()
+            given = iter(
+                _GivenOnce.apply(own.options.call, once, len(given), *given, *cotangents, *held)
+            )
+            grads = [g if g is None else next(given) for g in grads]
+        return (None, None, None, *grads, *[None] * (ctx.count - len(grads)))
+
+    @staticmethod
+    def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple:
+        own = ctx.own
+        if own.text != TOO_DEEP and backward_of(own.text).hook:
+            return (tangents[3],)
+        raise errors.AutogradFunctionError(
+            f"{own.options.call}: forward-mode AD around the call differentiates through a custom "
+            "autograd.Function, whose own jvp a map does not follow; take the derivative inside "
+            "the mapped function (torch.func.jvp), or write it with torch operators"
+        )
+
+
+class _GivenOnce(torch.autograd.Function):
+    """Gradients that must not be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        call: str, why: str, count: int, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple([t.detach() for t in tensors[:count] if t is not None])
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        ctx.call, ctx.why = inputs[:2]
+
+    @staticmethod
+    def backward(ctx: _Context, *cotangents: torch.Tensor) -> tuple:
+        raise errors.AutogradFunctionError(f"{ctx.call}: {ctx.why}")
+
+
+def _outputs(own: OwnBackward, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Where the outputs begin and end among the arguments."""
+    return len(own.inputs), len(tensors) - len(own.kept)

@@ -1,0 +1,138 @@
+"""The operator that gives results a backward of the user's, and the program of that backward.
+
+A `torch.autograd.Function` computes its forward in recorded calls like any others, under
+`no_grad`. One more equation then says that gradients from outside reach its inputs by its own
+backward: `own_backward(inputs, outputs, kept, numbers, text)` returns the outputs with that
+history. The text is a `Backward`. A tensor hook is the same with one input that is the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import NamedTuple
+
+import torch
+
+from shardmap._torch import OpOverload
+from shardmap.program.ir import Equation, Program, Var
+from shardmap.program.operators import op_info
+
+_LIBRARY = torch.library.Library("shardmap", "DEF")
+_LIBRARY.define(
+    "own_backward(Tensor[] inputs, Tensor[] outputs, Tensor[] kept, Scalar[] numbers, "
+    "str backward) -> Tensor[]"
+)
+
+
+def _values(
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    kept: list[torch.Tensor],
+    numbers: list[float],
+    backward: str,
+) -> list[torch.Tensor]:
+    """The outputs as they are: their history matters to autograd only."""
+    return [t.detach() for t in outputs]
+
+
+_LIBRARY.impl("own_backward", _values, "CompositeExplicitAutograd")
+OWN_BACKWARD: OpOverload = torch.ops.shardmap.own_backward.default
+
+
+NO_EFFECT = ""
+"""The text where no gradient from outside arrives: the outputs are values."""
+
+TOO_DEEP = "too deep"
+"""The text where derivatives of so high an order have not been recorded."""
+
+
+class Backward(NamedTuple):
+    """What a backward of the user's does for one sample."""
+
+    program: Program
+    """Its inputs are the cotangents; then the outputs of `saved`; then what it keeps, of which
+    literals come last, as literals. It returns a gradient for each input."""
+    cotangents: int
+    """How many cotangents it takes, one for each output."""
+    saved: tuple[int, ...]
+    """Positions of the outputs that it reads."""
+    once: str
+    """Why it must not be differentiated itself; empty where it may be."""
+    hook: bool
+    """Whether it is that of a tensor's hooks, which do not matter to forward mode. If it must not
+    be differentiated, then not by what it keeps either, used or not."""
+    materialised: bool
+    """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
+
+    def dumps(self) -> str:
+        """The text that stands in the equation."""
+        return json.dumps([self.program.dumps(), *self[1:]])
+
+
+@functools.lru_cache(256)
+def backward_of(text: str) -> Backward:
+    """What `Backward.dumps` wrote; the same object for the same text."""
+    program, count, saved, *rest = json.loads(text)
+    return Backward(Program.loads(program), count, tuple(saved), *rest)
+
+
+_OF_ONE = {
+    "neg", "view", "reshape", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute",
+    "expand", "squeeze", "unsqueeze", "sum", "mean", "clone", "alias", "detach", "_to_copy",
+    "slice", "select", "narrow", "flip", "diagonal", "unfold", "contiguous", "real", "imag",
+    "conj", "_conj",
+}  # fmt: skip
+_OF_EITHER = {"mul", "mm", "bmm", "dot", "mv", "convolution"}
+_ZEROS = {"zeros_like", "new_zeros", "zeros"}
+
+
+@functools.lru_cache(256)
+def is_linear(text: str) -> bool:
+    """Whether the gradients are known to be linear in the cotangents.
+
+    If no sample changes what such a backward reads, it is as well run once on the sum of the
+    samples' cotangents, as autograd does with any shared tensor.
+    """
+    if text == TOO_DEEP:
+        return False
+    backward = backward_of(text)
+    program = backward.program
+    follow = {v.index for v in program.inputs[: backward.cotangents]}
+    zero: set[int] = set()
+    for eq in program.equations:
+        if not _stays_linear(eq, follow, zero):
+            return False
+    return all(v.index in follow or v.index in zero for v in program.outputs)
+
+
+def _stays_linear(eq: Equation, follow: set[int], zero: set[int]) -> bool:
+    """Whether one call keeps what follows from the cotangents linear in them."""
+    name = eq.op.name().removeprefix("aten::").partition(".")[0]
+    results = [v.index for v in eq.results()]
+    info = op_info(eq.op)
+    if name in _ZEROS:
+        zero.update(results)
+        return True
+    read = [v.index in follow for v in eq.inputs()]
+    if info.shape_only or not any(read):
+        return not (info.writes or info.writes_named)
+    first = isinstance(eq.args[0], Var) and eq.args[0].index in follow
+    good = (
+        (name in _OF_ONE and first and sum(read) == 1)
+        or (name in _OF_EITHER and sum(read) == 1)
+        or (name == "div" and first and sum(read) == 1 and "rounding_mode" not in dict(eq.kwargs))
+        or (name in ("add", "sub") and len(read) == 2 and all(read))
+        or (name == "where" and _chooses(eq, follow, zero))
+        or (name == "masked_fill" and first and sum(read) == 1 and eq.args[2] in (0, False))
+    )
+    follow.update(results)
+    return good
+
+
+def _chooses(eq: Equation, follow: set[int], zero: set[int]) -> bool:
+    condition, *values = eq.args
+    known = follow | zero
+    return condition.index not in follow and all(
+        isinstance(v, Var) and v.index in known for v in values
+    )

@@ -1,0 +1,242 @@
+"""Results of `torch.autograd.Function`s, recognised by the history that autograd gave them.
+
+No operator call shows that a Function was applied: the calls of its forward are recorded under
+`no_grad`, and then a result of theirs requires grad. Its node in autograd's graph tells whose it
+is. From the first use on it is a variable of its own, the result of `OWN_BACKWARD`, of which
+`own_backwards` finds the arguments once the function has returned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch.autograd import graph
+from torch.utils.hooks import RemovableHandle
+
+from shardmap.program.analysis import written
+from shardmap.program.ir import Equation, Program, Var
+from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
+from shardmap.trace.equations import Equations
+from shardmap.trace.tensor_table import Variables
+
+
+class Node(Protocol):
+    """What is read of a Function's node in autograd's graph, which is its `ctx`."""
+
+    @property
+    def next_functions(self) -> tuple[tuple[graph.Node | None, int], ...]:
+        """For each tensor argument, whose result it was."""
+        ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        """Which arguments require grad."""
+        ...
+
+    @property
+    def _input_metadata(self) -> Sequence[object]: ...
+
+    @property
+    def apply(self) -> Callable[..., object]:
+        """Its backward."""
+        ...
+
+
+@dataclass(slots=True)
+class Applied:
+    """One application of a Function."""
+
+    node: Node
+    position: int
+    """Number of the equation that stands for it."""
+    pairs: dict[int, tuple[Var, Var]] = field(default_factory=dict)
+    """By number of the result, as far as it is used: the variable that its forward computed, and
+    the one that has a history."""
+
+    def equation(self, args: tuple[object, ...], flags: tuple[int, ...]) -> Equation:
+        """The equation that stands for it."""
+        outs = tuple([made for _, (_, made) in sorted(self.pairs.items())])
+        return Equation(OWN_BACKWARD, args, (), outs, flags, True)
+
+    def without_effect(self) -> Equation:
+        """The equation where no gradient from outside arrives."""
+        values = tuple([value for _, (value, _) in sorted(self.pairs.items())])
+        return self.equation(((), values, (), (), NO_EFFECT), (0,) * len(values))
+
+
+@dataclass(slots=True)
+class Hook:
+    """A hook of the user's on a tensor."""
+
+    var: Var
+    node: graph.Node | None
+    """The node of autograd's graph whose result the tensor was when the hook was registered."""
+    number: int
+    """Number of that result."""
+    function: Callable[[torch.Tensor], torch.Tensor | None]
+    handle: RemovableHandle
+    position: int
+    """How many equations there were."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has not been removed."""
+        hooks = self.handle.hooks_dict_ref()
+        return hooks is not None and self.handle.id in hooks
+
+
+class HookNode:
+    """The hooks of one tensor, as if it had been given to a Function with that backward."""
+
+    def __init__(self, hooks: list[Hook]):
+        self.hooks = hooks
+        self.next_functions = ((hooks[0].node, hooks[0].number),)
+        self.needs_input_grad: tuple[bool, ...] = (True,)
+        self._input_metadata: tuple[object, ...] = (None,)
+
+    def apply(self, grad: torch.Tensor) -> torch.Tensor:
+        """What the hooks make of a gradient."""
+        for hook in self.hooks:
+            changed = hook.function(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+
+class Histories(Equations):
+    """The recorded calls, and the Functions among them."""
+
+    def __init__(self, call: str, outer: Variables | None, once: bool):
+        super().__init__(call, outer, once)
+        self.applied: dict[int, Applied] = {}
+        """By address of the node."""
+        self.hooks: list[Hook] = []
+        self.edges: dict[tuple[type, int, int], Var | None] = {}
+        """By kind and number of a node, and number of its result: the variable; None if several
+        have been seen."""
+        self.remembered: tuple[Program, ...] = ()
+        """What was recorded of the same code, the last one first."""
+        self.before: Program | None = None
+        """What was recorded of the same code the last time."""
+        self.is_repeating = False
+        """Whether calls are recognised as those of the last time, or have been."""
+
+    def expect(self, programs: tuple[Program, ...]) -> None:
+        """Expect one of `programs`, which were recorded of the same code: at first the first.
+
+        The calls of one are not recognised one by one where a Function is among them: which tensors
+        it was applied to shows only where arguments are looked at.
+        """
+        self.remembered = programs
+        self.alternatives = tuple([p for p in programs if not _has_own_backward(p)])
+        self.before = programs[0] if programs else None
+        same = bool(self.alternatives) and self.alternatives[0] is self.before
+        self.expected = self.before if same else None
+        self.is_repeating = self.expected is not None
+
+    def with_history(self, tensor: torch.Tensor, var: Var) -> Var:
+        """The variable of a tensor that requires grad: another one if a Function returned it."""
+        try:
+            node = tensor.grad_fn
+        except RuntimeError:  # autograd forbids to ask it of some views
+            return var
+        if node is None:
+            return var
+        number = tensor.output_nr
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and (
+            var.index not in self.captured
+        ):
+            var = self._returned(node, number, tensor, var)
+        key = type(node), node._sequence_nr(), number
+        known = self.edges.setdefault(key, var)
+        if known is not None and known.group != var.group:
+            self.edges[key] = None
+        return var
+
+    def _returned(self, node: Node, number: int, tensor: torch.Tensor, var: Var) -> Var:
+        applied = self.applied.get(id(node))
+        if applied is None:
+            applied = self.applied[id(node)] = Applied(node, len(self.equations))
+            self.expected = None
+            self.equations.append(applied.without_effect())
+        pair = applied.pairs.get(number)
+        if pair is None:
+            pair = applied.pairs[number] = var, Var(self.count, var.group, var.spec)
+            self.count += 1
+            self.equations[applied.position] = applied.without_effect()
+        self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
+        return pair[1]
+
+    def add_hook(
+        self,
+        tensor: torch.Tensor,
+        function: Callable[..., torch.Tensor | None],
+        handle: RemovableHandle,
+    ) -> None:
+        """Note that a gradient of `tensor` passes through `function`."""
+        var = self.encode(tensor, [], False)
+        node, number = (None, 0) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
+        self.hooks.append(Hook(var, node, number, function, handle, len(self.equations)))
+
+    def put_hooks(self, hooks: list[Hook]) -> HookNode:
+        """Put an equation for the hooks of one tensor before its first use.
+
+        Whatever uses the tensor from there on uses the result of that equation.
+        """
+        var = hooks[0].var
+        made = max(
+            (
+                i
+                for i, eq in enumerate(self.equations[: hooks[0].position])
+                if any(v.index == var.index for v in eq.results())
+                or any(v.group == var.group for v in written(eq))
+            ),
+            default=-1,
+        )
+        at = next(
+            (
+                i
+                for i, eq in enumerate(self.equations)
+                if i > made and any(v.index == var.index for v in eq.inputs())
+            ),
+            len(self.equations),
+        )
+        node, new = HookNode(hooks), Var(self.count, var.group, var.spec)
+        self.count += 1
+        for applied in self.applied.values():
+            applied.position += applied.position >= at
+            applied.pairs = {
+                k: (new if value == var else value, result)
+                for k, (value, result) in applied.pairs.items()
+            }
+        self.equations[at:] = [_renamed(eq, var, new) for eq in self.equations[at:]]
+        applied = self.applied[id(node)] = Applied(node, at, {0: (var, new)})
+        self.equations.insert(at, applied.without_effect())
+        self.edges = {key: new if v == var else v for key, v in self.edges.items()}
+        for key, (ref, v) in self.entries.items():
+            if v == var:
+                self.entries[key] = ref, new
+        for hook in self.hooks:
+            hook.position += hook.position > at
+            hook.var = new if hook.var == var else hook.var
+        self.expected = None
+        return node
+
+
+def _renamed(eq: Equation, old: Var, new: Var) -> Equation:
+    def name(value: object) -> object:
+        if type(value) is Var:
+            return new if value == old else value
+        return names(value) if type(value) is tuple else value
+
+    def names(values: tuple[object, ...]) -> tuple:
+        return tuple(map(name, values))
+
+    return eq._replace(args=names(eq.args), kwargs=names(eq.kwargs), outs=names(eq.outs))
+
+
+def _has_own_backward(program: Program) -> bool:
+    return any(eq.op is OWN_BACKWARD for eq in program.equations)

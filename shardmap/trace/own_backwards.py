@@ -1,0 +1,393 @@
+"""Record the backward of each `torch.autograd.Function` that gradients from outside reach.
+
+Once the function has returned, the backward is run on the sample's saved tensors and a sample
+cotangent, under the same recorder. Its calls are taken out of the recording and become a program
+of their own, in the equation that stands for the Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch.autograd import graph
+
+from shardmap import errors
+from shardmap._torch import pytree
+from shardmap.program.analysis import random_call, written
+from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
+from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
+from shardmap.trace.backward_calls import Calls
+from shardmap.trace.escapes import Doors
+from shardmap.trace.histories import Applied, Hook, HookNode
+from shardmap.trace.recorder import Recorder
+
+DEPTH = 3
+"""Derivatives of a higher order are refused where they need a Function's own backward: one that is
+called by its own backward would be recorded for ever."""
+
+
+def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[graph.Node]:
+    """The nodes of autograd's graph before `tensors`, as far as the function made them."""
+    held = [t.grad_fn for _, t in recorder.captured.values()]
+    stop = {id(node) for node in held if node is not None}
+    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
+    seen: dict[int, graph.Node] = {}
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen[id(node)] = node
+        queue += [n for n, _ in node.next_functions if n is not None]
+    return list(seen.values())
+
+
+def is_function(node: object) -> bool:
+    """Whether a node of autograd's graph is that of a Function written in python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
+    """Record the backwards that lead to an output; False if the recording must be made again.
+
+    So it is where the function was taken to do what it did the last time, and has applied another
+    Function.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        doors: The doors that were watched.
+        out: What the function returned.
+
+    Raises:
+        AutogradFunctionError: A backward cannot be recorded.
+    """
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
+    found = nodes_before(inside, recorder)
+    functions = list(filter(is_function, found))
+    if not functions and not recorder.applied and not recorder.hooks:
+        return True
+    for tensor in inside:
+        recorder.encode(tensor, [], False)
+    for node in functions:
+        if id(node) in recorder.applied:
+            continue
+        if recorder.is_repeating:
+            return False
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: {_name(node)} lies between the inputs "
+            "and an output that requires grad, and its result is not that of an operator in its "
+            f"forward, so that its backward cannot be followed; {_REMEDY}"
+        )
+    hooks = _hooks(recorder, {id(node) for node in found})
+    reached: list[object] = [*found, *[recorder.put_hooks(of_one) for of_one in hooks]]
+    count = len(recorder.hooks)
+    with doors, recorder:
+        _fill(recorder, reached, 0, 0)
+    if len(recorder.hooks) > count:
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: register_hook in a backward that gradients from outside reach, "
+            "which would not call the hook; change the gradient with torch operators"
+        )
+    for applied in recorder.applied.values():
+        vars(applied.node).clear()  # python's references to the sample's tensors
+    recorder.applied.clear()
+    recorder.hooks.clear()
+    return True
+
+
+_REMEDY = (
+    "take the gradient inside the mapped function (torch.autograd.grad), call it under "
+    "torch.no_grad(), or write it with torch operators"
+)
+
+
+def _name(node: object) -> str:
+    if isinstance(node, HookNode):
+        return "a hook (register_hook)"
+    return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
+
+
+def _saves_its_result(recorder: Recorder, node: object) -> bool:
+    """Whether a node of autograd's graph may keep its result, and differentiate by it."""
+    if is_function(node):
+        text = recorder.equations[recorder.applied[id(node)].position].args[4]
+        return text in (NO_EFFECT, TOO_DEEP) or bool(backward_of(text).saved)
+    names = [name for name in dir(type(node)) if name.startswith("_saved_result")]
+    return bool(names) and type(node).__name__ != "ReluBackward0"
+
+
+def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
+    """The hooks that are to be called by gradients from outside, those of one tensor together."""
+    found: dict[tuple[int, int], list[Hook]] = {}
+    for hook in recorder.hooks:
+        if not hook.is_active:
+            continue
+        if hook.var.index in recorder.captured:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: register_hook on a tensor of shape {hook.var.spec.shape} that "
+                "all samples share, which the loop would give a hook for each sample; register "
+                "it once, outside of the mapped function"
+            )
+        if id(hook.node) in reached:
+            found.setdefault((id(hook.node), hook.number), []).append(hook)
+    return list(found.values())
+
+
+def _fill(recorder: Recorder, reached: Iterable[object], start: int, depth: int) -> None:
+    """Give the equations from `start` on that stand for Functions their backwards."""
+    nodes = {id(node) for node in reached}
+    for applied in list(recorder.applied.values()):
+        if applied.position < start or id(applied.node) not in nodes:
+            continue
+        if depth == DEPTH:
+            args = _inputs(recorder, applied)
+            eq = applied.without_effect()
+            values = eq.args[1]
+            given = tuple([v for v in args if v is not None])
+            flags = (GRAD,) * len(given) + (NO_GRAD,) * len(values)
+            recorder.equations[applied.position] = applied.equation(
+                (given, values, (), (), TOO_DEEP), flags
+            )
+        else:
+            recorder.equations[applied.position] = _Recorded(recorder, applied, depth).equation()
+
+
+def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
+    """The variables of a Function's tensor arguments; None for those that do not require grad."""
+    if isinstance(applied.node, HookNode):
+        return [applied.pairs[0][0]]
+    found: list[Var | None] = []
+    for node, number in applied.node.next_functions:
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            var = recorder.known(leaf) or recorder.captured_var(leaf)
+            found.append(var if var.index in recorder.captured else None)
+            continue
+        var = recorder.edges.get((type(node), node._sequence_nr(), number))
+        if var is None:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: {_name(applied.node)} lies between "
+                "the inputs and an output that requires grad, and one of its arguments takes part "
+                f"in no operator of its forward, so that it cannot be followed; {_REMEDY}"
+            )
+        found.append(var)
+    return found
+
+
+class _Recorded:
+    """The backward of one application of a Function, run and recorded."""
+
+    def __init__(self, recorder: Recorder, applied: Applied, depth: int):
+        self.recorder = recorder
+        self.applied = applied
+        self.node = applied.node
+        self.depth = depth
+        self.start = len(recorder.equations)
+
+    def equation(self) -> Equation:
+        """The equation that stands for the application."""
+        recorder, node = self.recorder, self.node
+        self._refuse_hooks()
+        pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
+        inputs = _inputs(recorder, self.applied)
+        given, materialised = self._missing()
+        names = self._cotangents(given)
+        written_before = set(recorder.written_groups)
+        expected, recorder.expected = recorder.expected, None
+        try:
+            with torch.enable_grad():
+                wanted = self._wanted(node.apply(*given), inputs)
+                flags: list[int] = []
+                once = self._once([g for _, g in wanted])
+                outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
+            _fill(
+                recorder, nodes_before([g for _, g in wanted], recorder), self.start, self.depth + 1
+            )
+        except errors.ShardmapError:
+            raise
+        except Exception as error:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: the backward of {_name(node)}, "
+                f"which gradients from outside reach, raised {type(error).__name__} for one "
+                f"sample ({error}); {_REMEDY}"
+            ) from error
+        finally:
+            recorder.written_groups = written_before
+            recorder.expected = expected
+        equations = recorder.equations[self.start :]
+        del recorder.equations[self.start :]
+        out_flags = tuple([NO_GRAD if once else f for f in flags])
+        found = Calls(equations, names, outs, out_flags)
+        return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)
+
+    def _refuse_hooks(self) -> None:
+        if type(self.node).__name__ == "BackwardHookFunctionBackward":
+            raise errors.AutogradFunctionError(
+                f"{self.recorder.call}: a module with a full backward hook lies between the inputs "
+                "and an output that requires grad, and outer gradients would not call the hook; "
+                "take the gradient inside the mapped function (torch.autograd.grad), or remove "
+                "the hook"
+            )
+
+    def _once(self, grads: list[torch.Tensor]) -> str:
+        """Why gradients must not be differentiated again; empty where they may be."""
+        if any(type(g.grad_fn).__name__ == "Error" for g in grads):
+            return (
+                f"{_name(self.node)} is differentiated twice, and its backward is marked "
+                "@once_differentiable"
+            )
+        if isinstance(self.node, HookNode) and _saves_its_result(
+            self.recorder, self.node.hooks[0].node
+        ):
+            return (
+                "a tensor with a hook (register_hook) is differentiated twice, and the operator "
+                "that made it saved it for its own backward, where the hook would not be called; "
+                "register the hook on a view of the tensor (t.view_as(t)) that is used in its place"
+            )
+        return ""
+
+    def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
+        """What stands for the cotangent of each result, and whether missing ones are zeros.
+
+        Whether they are, the engine tells: it is asked for a gradient, with the Function's own
+        backward put aside.
+        """
+        node = self.node
+        count = len(node._input_metadata)
+        pairs = self.applied.pairs
+        if count == 1:
+            return [None], True
+        seen: list[tuple[torch.Tensor | None, ...]] = []
+
+        def spy(*grads: torch.Tensor | None) -> tuple[None, ...]:
+            seen.append(grads)
+            return (None,) * len(node.needs_input_grad)
+
+        first = min(pairs)
+        edges = [graph.GradientEdge(n, i) for n, i in node.next_functions if n]
+        start = graph.GradientEdge(cast(graph.Node, node), first)
+        vars(node)["apply"] = spy
+        paused, self.recorder.paused = self.recorder.paused, True
+        try:
+            value = self._sample(pairs[first][0])
+            torch.autograd.grad((start,), edges, (value,), retain_graph=True, allow_unused=True)
+        finally:
+            self.recorder.paused = paused
+            del vars(node)["apply"]
+        (grads,) = seen
+        absent = [k for k in range(count) if k != first and grads[k] is None]
+        if absent and len(pairs) > 1:
+            raise errors.AutogradFunctionError(
+                f"{self.recorder.call}: {_name(node)} has several "
+                "results and ctx.set_materialize_grads(False), so that its backward depends on "
+                f"which of them are used outside; leave missing gradients zeros, or {_REMEDY}"
+            )
+        return list(grads), not absent
+
+    def _sample(self, var: Var) -> torch.Tensor:
+        """Ones with the metadata of a result."""
+        spec = var.spec
+        device = torch.device(spec.device)
+        if 0 in spec.stride:
+            return torch.ones(spec.shape, dtype=spec.dtype, device=device)
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device).fill_(
+            1
+        )
+
+    def _cotangents(self, given: list[torch.Tensor | None]) -> tuple[Var, ...]:
+        """Put a sample cotangent in the place of each that a used result has."""
+        recorder = self.recorder
+        names = []
+        recorder.paused, paused = True, recorder.paused
+        for number, (value, _) in sorted(self.applied.pairs.items()):
+            sample = self._sample(value)
+            with torch.enable_grad():  # no leaf: an argument of a backward may be written to
+                leaf = torch.ones(
+                    sample.shape, dtype=sample.dtype, device=sample.device, requires_grad=True
+                )
+                cotangent = torch.empty_strided(
+                    sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
+                ).copy_(leaf)
+            given[number] = cotangent
+            names.append(recorder.add_cotangent(cotangent))
+        recorder.paused = paused
+        return tuple(names)
+
+    def _wanted(self, returned: object, inputs: list[Var | None]) -> list[tuple[Var, torch.Tensor]]:
+        """The gradients that lead on, each beside the variable that it is the gradient of.
+
+        As autograd takes them: summed to the shape of the argument, in its dtype.
+        """
+        needs = self.node.needs_input_grad
+        grads = returned if isinstance(returned, tuple) else (returned,)
+        grads = (*grads, *[None] * (len(needs) - len(grads)))
+        wanted = []
+        given = [g for g, need in zip(grads, needs, strict=False) if need]
+        for var, grad in zip(inputs, given, strict=True):
+            if var is None or not isinstance(grad, torch.Tensor):
+                continue
+            if grad.is_complex() and not var.spec.dtype.is_complex:
+                grad = grad.real
+            if tuple(grad.shape) != var.spec.shape:
+                grad = grad.sum_to_size(var.spec.shape)
+            wanted.append((var, grad.to(var.spec.dtype)))
+        return wanted
+
+    def _put_together(
+        self,
+        found: Calls,
+        pairs: list[tuple[Var, Var]],
+        wanted: list[Var],
+        once: str,
+        materialised: bool,
+    ) -> Equation:
+        """The equation that stands for the application, with the program of its backward."""
+        recorder = self.recorder
+        hook = isinstance(self.node, HookNode)
+        anchor = pairs[0][0] if once and hook else None
+        literals = {var.index for var, _ in recorder.literals}
+        program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
+        self._refuse(program, held, {v.group for v in found.cotangents})
+        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised)
+        args = (
+            tuple(wanted),
+            tuple([value for value, _ in pairs]),
+            tuple([var for var, _ in held]),
+            tuple(map(Param, numbers)),
+            backward.dumps(),
+        )
+        flags = (
+            *[GRAD] * len(wanted),
+            *[NO_GRAD] * len(pairs),
+            *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
+        )
+        return self.applied.equation(args, flags)
+
+    def _refuse(self, program: Program, held: list[tuple[Var, int]], own: set[int]) -> None:
+        """Refuse what cannot be run later, for all samples."""
+        recorder, name = self.recorder, _name(self.node)
+        before = f"{recorder.call}: the backward of {name}"
+        later = {
+            v.index for eq in recorder.equations[self.applied.position :] for v in eq.results()
+        }
+        if any(var.index in later for var, _ in held):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, reads a tensor that is made after "
+                f"the Function was applied; {_REMEDY}"
+            )
+        literals = {var.group for var, _ in recorder.literals}
+        outside = {var.group for var, _ in held} - literals - own
+        if any(v.group in outside for eq in program.equations for v in written(eq)):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, writes in place to a tensor that "
+                "was made before; clone it first"
+            )
+        if any(map(random_call, program.equations)):
+            raise errors.AutogradFunctionError(
+                f"{before}, which gradients from outside reach, draws random numbers; draw them in "
+                "its forward and save them"
+            )

@@ -1,0 +1,150 @@
+"""Forward mode around a map (`torch.autograd.forward_ad`), in every option, against the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import shardmap
+from shardmap import errors
+from tests.same import assert_same
+
+Tensor = torch.Tensor
+DTYPE = torch.float64
+
+torch.manual_seed(0)
+NET = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+class OwnJvp(torch.autograd.Function):
+    """A Function with a `jvp` that is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return 7 * tangents[0]
+
+
+def without_grad(r: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        a = r * w
+    return a * r * w
+
+
+def by_inner_autograd(r: Tensor, w: Tensor) -> Tensor:
+    with torch.enable_grad():
+        q = r.detach().requires_grad_()
+        (g,) = torch.autograd.grad((q * w).sin().sum(), q, create_graph=True)
+    return g * w
+
+
+def in_a_buffer(r: Tensor, w: Tensor) -> Tensor:
+    buffer = torch.zeros(3, dtype=DTYPE)
+    buffer[:2] = (r * w)[:2]
+    return buffer.cumsum(0)
+
+
+def hooked(r: Tensor, w: Tensor) -> Tensor:
+    t = r * w
+    if t.requires_grad:
+        t.register_hook(lambda g: g * 3)
+    return t.sin()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "net": lambda r, w: NET(r * w),
+    "detached": lambda r, w: (r * w).detach() * r * w,
+    "in_place": lambda r, w: (r * w).mul_(w).add_(r),
+    "inner_transform": lambda r, w: torch.func.grad(lambda q: (q * w).sin().sum())(r),
+    "norm": lambda r, w: nn.functional.layer_norm(r * w, (3,)).tanh(),
+    "captured_alone": lambda r, w: r * w.sin(),
+    "without_grad": without_grad,
+    "by_inner_autograd": by_inner_autograd,
+    "in_a_buffer": in_a_buffer,
+    "hooked": hooked,
+}
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "chunks_of_one": {"chunk_size": 1},
+    "chunks_of_three": {"chunk_size": 3},
+    "two_lanes": {"devices": ["cpu", "cpu"], "chunk_size": 2},
+    "once": {"trace": "once"},
+    "remat": {"remat": True, "chunk_size": 2},
+    "reduced": {"reduce": shardmap.reduce.sum()},
+}
+
+
+def tangents(
+    mapped: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]],
+    function: Callable[[Tensor, Tensor], Tensor],
+    dual: str,
+    grad: bool,
+) -> list[Tensor]:
+    """The value, its tangent, and the gradients of both."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 3, dtype=DTYPE, generator=generator).requires_grad_(grad)
+    w = torch.randn(3, dtype=DTYPE, generator=generator).requires_grad_(grad)
+    with forward_ad.dual_level():
+        dx = forward_ad.make_dual(x, x.detach().cos()) if "x" in dual else x
+        dw = forward_ad.make_dual(w, w.detach().cos()) if "w" in dual else w
+        out = mapped(lambda r: function(r, dw))(dx)
+        value, tangent = forward_ad.unpack_dual(out)
+        tangent = torch.zeros_like(value) if tangent is None else tangent
+        found = [value, tangent]
+        for t in (value, tangent):
+            if grad and t.requires_grad:
+                found += torch.autograd.grad(
+                    t.sum(), [x, w], retain_graph=True, materialize_grads=True
+                )
+        return [t.detach() for t in found]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tangents_are_those_of_the_loop(name: str, way: str) -> None:
+    function, options = FUNCTIONS[name], WAYS[way]
+
+    def by_loop(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        rows = lambda x: torch.stack([f(r) for r in x])  # noqa: E731
+        return (lambda x: rows(x).sum(0)) if "reduce" in options else rows
+
+    for dual in ("x", "w", "xw"):
+        for grad in (False, True):
+            want = tangents(by_loop, function, dual, grad)
+            got = tangents(lambda f: shardmap.vmap(f, **options), function, dual, grad)
+            for k, (a, b) in enumerate(zip(got, want, strict=True)):
+                assert_same(a, b, f"{name}, duals {dual}, grad {grad}, tensor {k}")
+
+
+@pytest.mark.parametrize("dual", ["x", "w"])
+def test_the_jvp_of_a_function_is_refused_in_words(dual: str) -> None:
+    def function(r: Tensor, w: Tensor) -> Tensor:
+        return OwnJvp.apply(r * w)
+
+    for options in WAYS.values():
+        with pytest.raises(errors.AutogradFunctionError, match="forward-mode"):
+            tangents(lambda f, o=options: shardmap.vmap(f, **o), function, dual, False)
+
+
+def test_a_kept_recording_is_not_taken_for_one_under_forward_mode() -> None:
+    mapped = shardmap.vmap(lambda r: OwnJvp.apply(r * 2), trace="once")
+    x = torch.randn(5, 3, dtype=DTYPE)
+    assert_same(mapped(x), (x * 2).sin(), "without duals")
+    with forward_ad.dual_level():
+        with pytest.raises(errors.AutogradFunctionError, match="forward-mode"):
+            mapped(forward_ad.make_dual(x, x.cos()))
+    assert_same(mapped(x), (x * 2).sin(), "without duals again")
