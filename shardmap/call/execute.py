@@ -21,6 +21,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
+from shardmap.rules.philox import Seeds
 from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
@@ -106,7 +107,7 @@ class Call:
         self.batch = batch
         self.options = options
         self.use = use
-        self._seed: int | None = None
+        self._seed: Seeds | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -230,6 +231,7 @@ class Call:
                 [v.spec for v in program.outputs],
                 options.randomness,
                 self.prepared.recording.random,
+                self.prepared.recording.generators,
                 how.grad or how.transformed,
                 options.call,
             )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardmap._torch import OpOverload, pytree
+from shardmap._torch import OpOverload, generator_id, pytree
 from shardmap.lower.cache import Lowered
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
@@ -168,6 +168,10 @@ class Memory:
             self._say(f"the function can reach {unknown.what}, which cannot be compared")
             return
         known = {id(r) for r in reads if isinstance(r, torch.Tensor)}
+        given = {generator_id(r) for r in reads if isinstance(r, torch.Generator)}
+        if any(generator_id(g) not in given for g in prepared.recording.generators):
+            self._say("a torch.Generator that the function draws from cannot be found by name")
+            return
         mapped = {i for i, _ in batch.mapped}
         leaves = {
             id(t): i

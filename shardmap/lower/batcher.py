@@ -305,11 +305,11 @@ class _Batcher:
                     self.tiers[name] = "functorch"
                     return out
         if random_call(eq) and not mapped:
-            return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
+            return seeded_loop(b, eq, args, kwargs, self.options.call)  # one draw for all samples
         self.to_loop(i, eq)
         self.tiers[name] = "loop"
         return (
-            seeded_loop(b, eq, args, kwargs)
+            seeded_loop(b, eq, args, kwargs, self.options.call)
             if random_call(eq)
             else loop_rule(b, eq, args, kwargs, self.options.call)
         )

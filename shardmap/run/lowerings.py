@@ -14,6 +14,7 @@ from shardmap.lower import cache
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.lower.trial import Trial
+from shardmap.rules.philox import Seeds
 from shardmap.trace.recording import Recording
 
 Samples = tuple[tuple[torch.Tensor, ...], ...]
@@ -71,7 +72,7 @@ class Lowerings:
         inputs: Callable[[], Sequence[torch.Tensor]],
         captured: Sequence[torch.Tensor],
         literals: Sequence[torch.Tensor],
-        seed: int,
+        seed: Seeds,
         fixes: Fixes | None = None,
     ) -> Lowered:
         """The lowering for chunks on `device`, tried there on the call's samples if it is new.
@@ -83,7 +84,7 @@ class Lowerings:
             inputs: Makes the samples, `[size, *shape]` each, on the device.
             captured: The captured tensors, there.
             literals: The literals, there.
-            seed: For random draws.
+            seed: For random draws, as `Seeds` says.
             fixes: What is known to be needed.
         """
         if self.instead is not None:

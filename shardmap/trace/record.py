@@ -17,6 +17,7 @@ from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
+from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import kept_tensors
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -98,6 +99,7 @@ def record(
     call: str,
     number: int = 0,
     look: bool = False,
+    generators: tuple[torch.Generator, ...] = (),
 ) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
 
@@ -110,19 +112,20 @@ def record(
         number: Which sample.
         look: Whether tensors that the function keeps are looked for although the recording is one
             that was expected.
+        generators: Those that an earlier recording has seen it draw from.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
             passes through unchanged.
     """
     try:
-        return _recorded(func, batch, randomness, once, call, number, look, False)
+        return _recorded(func, batch, randomness, once, call, number, look, generators, False)
     except RuntimeError as error:
         # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic zero of
         # forward mode, which torch forbids.
         if isinstance(error, errors.ShardmapError) or "ZeroTensors are immutable" not in str(error):
             raise
-    return _recorded(func, batch, randomness, once, call, number, look, True)
+    return _recorded(func, batch, randomness, once, call, number, look, generators, True)
 
 
 def _recorded(
@@ -133,6 +136,7 @@ def _recorded(
     call: str,
     number: int,
     look: bool,
+    generators: tuple[torch.Generator, ...],
     zeros_have_memory: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
@@ -152,6 +156,7 @@ def _recorded(
                 )
                 recorder.depth = depth
                 recorder.expected = follow.expected(func)
+                recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
@@ -185,6 +190,7 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
+                recorder.given.start()
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
                     out = func(*args, **kwargs)
@@ -199,6 +205,7 @@ def _record(
                 ) from error
             raise
         finally:
+            recorder.given.restore()
             drawn = states.restore()
             changed = _restore_grads(recorder)
         if drawn is not None and randomness != "same":

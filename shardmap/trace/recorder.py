@@ -28,7 +28,7 @@ from shardmap._torch import (
     schema_of,
     without_functions,
 )
-from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
+from shardmap.program.ir import NO_GRAD, Equation, Program, Var, generator_of, variables
 from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
@@ -61,6 +61,8 @@ class Recorder(Refusals, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.random = False
+        self.torchs_own = False
+        """Whether it draws from torch's own generator, and not from the user's alone."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
@@ -258,6 +260,7 @@ class Recorder(Refusals, TorchDispatchMode):
         if info.random and draws(func, args, kwargs):
             out = self.generators.run(func, args, kwargs)
             self.random = True
+            self.torchs_own = self.torchs_own or generator_of(encoded, named) is None
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
@@ -390,6 +393,8 @@ class Recorder(Refusals, TorchDispatchMode):
             self.random,
             self.sources,
             tuple(o.detach() for o in outputs) if real else (),
+            generators=self.given.finish(),
+            torchs_own=self.torchs_own,
         )
 
 

@@ -186,6 +186,7 @@ class Refusals(Equations):
 
     def refuse_seeds(self) -> None:
         """Refuse a seed set after the last draw: the next sample's draws would start from it."""
+        self.given.refuse_seeds()
         generator, self.generator = self.generator, None
         if generator is not None and generator.drawn and not generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
