@@ -34,11 +34,12 @@ from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
-from shardmap.trace.refusals import Refusals
+from shardmap.trace.sparse import SparseTensors
+from shardmap.trace.tensor_table import NotDense
 from shardmap.trace.unwritten import python_place
 
 
-class Recorder(Refusals, TorchDispatchMode):
+class Recorder(SparseTensors, TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
     def __init__(
@@ -52,7 +53,7 @@ class Recorder(Refusals, TorchDispatchMode):
         zeros_have_memory: bool = False,
     ):
         TorchDispatchMode.__init__(self)
-        Refusals.__init__(self, call, outer, once, randomness)
+        SparseTensors.__init__(self, call, outer, once, randomness)
         self.has_rule = has_rule
         self.decompose = decompose
         self.served: dict[int, tuple[bool, Any]] = {}
@@ -82,11 +83,25 @@ class Recorder(Refusals, TorchDispatchMode):
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
-        if function_mode_on():
-            # Called by C++ (a backward, a transform): the recorder's own questions are no doors.
+        marks = len(self.types), len(self.scalars)
+        try:
+            if function_mode_on():
+                # Called by C++ (a backward, a transform): the recorder's own questions are no
+                # doors.
+                with without_functions():
+                    return self._dispatch(func, args, kwargs)
+            return self._dispatch(func, args, kwargs)
+        except NotDense:
+            del self.types[marks[0] :], self.scalars[marks[1] :]
             with without_functions():
-                return self._dispatch(func, args, kwargs)
-        return self._dispatch(func, args, kwargs)
+                return self.with_sparse(func, args, kwargs)
+        except NotImplementedError:
+            if func is not aten._efficientzerotensor.default or "layout" not in kwargs:
+                raise
+            self.refuse_sparse(
+                "forward-mode derivatives through a sparse tensor, for which torch has no kernels",
+                "use reverse mode: shardmap.jacrev, also of a gradient for a Hessian",
+            )
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.paused:
@@ -147,6 +162,10 @@ class Recorder(Refusals, TorchDispatchMode):
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
+
+    def again(self) -> Recorder:
+        """The recording itself, for calls that stand for another one."""
+        return self
 
     def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operator below the recording."""

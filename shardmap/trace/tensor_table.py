@@ -34,6 +34,10 @@ def spec_of(tensor: torch.Tensor) -> Spec:
     )
 
 
+class NotDense(errors.UnsupportedOperatorError):
+    """A call takes or returns a tensor that is not strided."""
+
+
 class Variables:
     """Tensors known by identity, held weakly.
 
@@ -75,7 +79,7 @@ class Variables:
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
-            raise errors.UnsupportedOperatorError(
+            raise NotDense(
                 f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only "
                 "dense (strided) tensors can be "
                 "mapped: call .to_dense() on it first"
