@@ -10,7 +10,7 @@ import torch
 
 from shardmap import errors
 from shardmap.call import arguments as edges
-from shardmap.call import ragged
+from shardmap.call import ragged as groups
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map, surroundings
@@ -44,6 +44,8 @@ def vmap(
     trace: str = "each",
     check: str = "first",
     strict: bool = False,
+    max_paths: int = 64,
+    ragged: str = "error",
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -86,6 +88,11 @@ def vmap(
             call; "off" never. What differs by sample in other ways than by torch's operators is
             found so.
         strict: Refuse operators that only a loop over the batch can serve.
+        max_paths: How many different ways samples may go by what `func` asks about their values
+            (`if x > 0`, `.item()`, a loop until converged). Each way is recorded on a sample of its
+            own; the samples of further ways are run one by one, with a warning.
+        ragged: What becomes of results whose shapes differ by sample: "error" refuses them, "list"
+            returns a list of tensors in their place, "nested" a jagged nested tensor.
         remat: Where gradients are recorded from outside, compute each chunk again in backward, so
             that memory stays that of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -120,7 +127,8 @@ def vmap(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
-        joint.plain(reduce), out, resume, progress, call, check,
+        joint.plain(reduce), out, resume, progress, call, check, max_paths,
+        ragged,
     )  # fmt: skip
     options.refuse_wrong(func)
     of_sample = joint.composed(func, reduce, call) if joined else func
@@ -132,8 +140,8 @@ def vmap(
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        if ragged.among(args, kwargs):
-            result = ragged.run(
+        if groups.among(args, kwargs):
+            result = groups.run(
                 lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
             )
         else:
@@ -159,6 +167,8 @@ def plan(
     trace: str = "each",
     check: str = "first",
     strict: bool = False,
+    max_paths: int = 64,
+    ragged: str = "error",
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -185,6 +195,8 @@ def plan(
         trace: As for `vmap`.
         check: As for `vmap`.
         strict: As for `vmap`.
+        max_paths: As for `vmap`.
+        ragged: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -210,6 +222,7 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
+        max_paths, ragged,
     )  # fmt: skip
     options.refuse_wrong(func)
     of_sample = joint.composed(func, reduce, call) if joined else func
@@ -226,7 +239,7 @@ def plan(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
                 "outermost call"
             )
-        ragged.refuse_plan(args, kwargs, call)
+        groups.refuse_plan(args, kwargs, call)
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
         use = FirstUse(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
@@ -246,7 +259,8 @@ def plan(
         alone = passes is None
         what = (prepared, options) if passes is None else passes.passes[0][1:]
         call_of = Call(what[0], batch, what[1], surroundings(), use if alone else None)
-        job = call_of.job(call_of.by_sample())
+        call_of, instead = call_of.settled()
+        job = call_of.job(instead)
         on = prepare.Devices(job, options.budget.on)
         if cluster is not None:
             cut = on_ray.planned(job, chunk_size, cluster, options.budget)
@@ -278,6 +292,8 @@ def compare(
     trace: str = "each",
     check: str = "first",
     strict: bool = False,
+    max_paths: int = 64,
+    ragged: str = "error",
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -302,6 +318,8 @@ def compare(
         trace: As for `vmap`.
         check: As for `vmap`.
         strict: As for `vmap`.
+        max_paths: As for `vmap`.
+        ragged: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -323,6 +341,7 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
+        max_paths, ragged,
     )  # fmt: skip
     options.refuse_wrong(func)
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func

@@ -86,6 +86,10 @@ class VariesError(DataDependentError, StaleRecordingError):
     """A shape or an answer that was taken from the first sample is another for a later one."""
 
 
+class RaggedError(VariesError):
+    """Results have shapes of their own, and nothing says what is to become of them."""
+
+
 class MismatchError(ShardmapError, RuntimeError):
     """The replay does not give what the function returned for the sample that was recorded."""
 

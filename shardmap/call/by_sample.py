@@ -61,9 +61,9 @@ class SampleLoop:
         specs: The outputs' metadata for the first sample.
         randomness: As for `shardmap.vmap`.
         draws: Whether the function draws random numbers.
-        generators: The user's generators that it draws from.
         tracked: Whether autograd records from outside.
         call: The user's call, for errors.
+        generators: The user's generators that it draws from.
     """
 
     source = "the function itself, sample by sample"
@@ -76,9 +76,9 @@ class SampleLoop:
         specs: Sequence[Spec],
         randomness: str,
         draws: bool,
-        generators: Sequence[torch.Generator],
         tracked: bool,
         call: str,
+        generators: Sequence[torch.Generator] = (),
     ):
         self.func = func
         self.batch = batch
@@ -184,13 +184,16 @@ class SampleLoop:
                 "return one structure for all samples"
             )
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
-            if tuple(t.shape) != spec.shape or t.dtype != spec.dtype:
+            if tuple(t.shape) != spec.shape:
+                raise errors.RaggedError(
+                    f"{self.call}: output {k} of sample {number} has shape {list(t.shape)}, that "
+                    f"of others {list(spec.shape)}, so they cannot be stacked; pass ragged='list' "
+                    "or ragged='nested' to get them as they are, or pad them to one shape"
+                )
+            if torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
                 raise errors.VariesError(
-                    f"{self.call}: output {k} of sample {number} is {t.dtype} {tuple(t.shape)}, "
-                    "that "
-                    f"of the first sample {spec.dtype} {spec.shape}, so they cannot be stacked; "
-                    "pad "
-                    "them to one shape, or call the function in a loop"
+                    f"{self.call}: output {k} of sample {number} is of {t.dtype}, that of others "
+                    f"of {spec.dtype}; return one dtype for all samples"
                 )
         return leaves if self.tracked else [t.detach() for t in leaves]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shardmap.call import first_use
+from shardmap.call import first_use, paths, routes
 from shardmap.lower import cache
 from shardmap.trace import repeat
 
@@ -22,12 +22,16 @@ def clear_caches() -> None:
         >>> shardmap.clear_caches()
     """
     first_use.clear()
+    paths.clear()
+    routes.clear()
     cache.clear()
     repeat.clear()
 
 
 def _after_fork() -> None:
     first_use.after_fork()
+    paths.after_fork()
+    routes.after_fork()
     cache.after_fork()
 
 

@@ -130,7 +130,8 @@ def compare(
     outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
     use = FirstUse(func, batch, pair, options, False)
     call = Call(Prepared(*pair), batch, options, surroundings(), use)
-    job = call.job(call.by_sample())
+    call, instead = call.settled()
+    job = call.job(instead)
     low = prepare.Devices(job).on(str(job.home), job.samples > 1).low
     parted = None
     worst = next((out for out in outputs if not out.agrees), None)

@@ -15,6 +15,7 @@ from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call.by_sample import SampleLoop, lowering
 from shardmap.call.first_use import FirstUse
+from shardmap.call.forked import Forked, Instead
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
@@ -113,20 +114,36 @@ class Call:
 
     def run(self) -> Any:
         """The results, or the store that holds them."""
-        varies = "" if self.use is None else self.use.verdict().varies
-        if varies:
-            return self._run_by_sample(varies)
+        try:
+            return self._run_any()
+        except errors.RaggedError:
+            if self.options.ragged == "error" or self.use is None:
+                raise
+            return self._forked().ragged()
+
+    def _run_any(self) -> Any:
+        recording = self.prepared.recording
+        if self.use is not None:
+            verdict = self.use.verdict()
+            if verdict.varies:
+                return self._run_by_sample(verdict.varies)
+            # What is written cannot be taken back: then all samples are asked first.
+            late = self.options.out is not None or bool(recording.written_inputs)
+            if verdict.forks or (recording.asked and late):
+                return self._run_by_paths()
         try:
             return self._run(None)
         except errors.VariesError as error:
-            if self.use is None or self.around.inlined or self.prepared.recording.written_inputs:
+            if self.use is not None and recording.asked:
+                self.use.forked()
+                return self._run_by_paths()
+            if self.use is None or self.around.inlined or recording.written_inputs:
                 raise
-            why = str(error).removeprefix(f"{self.options.call}: ").partition(";")[0]
             if self.options.strict:
                 raise
-            return self._run_by_sample(self.use.varies(why).varies)
+            return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
-    def _run(self, by_sample: Callable[[LoweringOptions], Lowered] | None) -> Any:
+    def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
         plain = not around.plain or (
             torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
@@ -168,7 +185,7 @@ class Call:
         """The results, flat."""
         return flatten_outputs(self._run(None), self.options.call)[0]
 
-    def job(self, by_sample: Callable[[LoweringOptions], Lowered] | None = None) -> Job:
+    def job(self, by_sample: Instead | None = None) -> Job:
         """The call as executors take it."""
         around = self.around
         job = job_of(
@@ -184,24 +201,56 @@ class Call:
         self._seed = job.seed  # of the call, however often its job is made
         if self.use is None or by_sample is not None:
             return job
-        return with_expected(job, self._names(job), self.use)
+        return with_expected(job, self.names(job), self.use)
 
-    def _names(self, job: Job) -> tuple[str, ...]:
+    def names(self, job: Job) -> tuple[str, ...]:
         """The devices on which a new lowering is tried; for a cluster, where the samples are."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
         return names_of(job, self.options, inlined)
 
-    def by_sample(self) -> Callable[[LoweringOptions], Lowered] | None:
-        """The sample loop, where samples are known to differ in more than operators."""
-        varies = "" if self.use is None else self.use.verdict().varies
-        return self._loop(varies) if varies else None
+    def _run_by_paths(self) -> Any:
+        """Split the batch by the answers that its samples give, and run each on its own path."""
+        if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
+            return self._forked().by_groups()
+        call, instead = self._settled(self._forked())
+        return call._run(instead)
+
+    def _forked(self) -> Forked:
+        assert self.use is not None
+        return Forked(self.prepared, self.batch, self.options, self.use, self._part)
+
+    def _part(
+        self, prepared: Prepared, batch: Batch, options: Options, use: FirstUse | None
+    ) -> Call:
+        """A call that computes a part of this one."""
+        return Call(prepared, batch, options, self.around, use)
+
+    def _settled(self, forked: Forked) -> tuple[Call, Instead | None]:
+        try:
+            prepared, batch, use, instead = forked.whole()
+        except errors.VariesError as error:
+            if isinstance(error, errors.RaggedError) or self.options.strict:
+                raise
+            return self, self._loop(_why(error, self.options.call))
+        return self._part(prepared, batch, self.options, use), instead
+
+    def settled(self) -> tuple[Call, Instead | None]:
+        """The call as it is to run, and what runs in the place of a replay, if anything does."""
+        if self.use is None:
+            return self, None
+        verdict = self.use.verdict()
+        if verdict.varies:
+            return self, self._loop(verdict.varies)
+        if verdict.forks or self.prepared.recording.asked:
+            return self._settled(self._forked())
+        return self, None
 
     def _run_by_sample(self, why: str) -> Any:
         return self._run(self._loop(why))
 
-    def _loop(self, why: str) -> Callable[[LoweringOptions], Lowered]:
+    def _loop(self, why: str) -> Instead:
         """What runs the function itself, sample by sample.
 
         Raises:
@@ -233,9 +282,9 @@ class Call:
                 [v.spec for v in program.outputs],
                 options.randomness,
                 self.prepared.recording.random,
-                self.prepared.recording.generators,
                 how.grad or how.transformed,
                 options.call,
+                self.prepared.recording.generators,
             )
             return lowering(program, how, loop)
 
@@ -253,8 +302,13 @@ class Call:
             confirm.stored(job, store, edges.output_names(self.prepared.structure), expected)
         elif outputs is not None:
             confirm.outputs(job, outputs, expected)
-            if str(job.home) in self._names(job):
+            if str(job.home) in self.names(job):
                 confirm.reductions(job, expected)
+
+
+def _why(error: errors.VariesError, call: str) -> str:
+    """What varies, without the call and the remedy."""
+    return str(error).removeprefix(f"{call}: ").partition(";")[0]
 
 
 def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:

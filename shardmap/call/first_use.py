@@ -24,7 +24,7 @@ from shardmap.lower.cache import Kept
 from shardmap.program.ir import Program
 from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
-from shardmap.trace.compare import difference, rubbish_apart
+from shardmap.trace.compare import difference, forks, rubbish_apart
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 
@@ -39,6 +39,8 @@ class Verdict:
 
     varies: str = ""
     """What differs by sample although no operator shows it; empty if nothing does."""
+    forks: bool = False
+    """Whether samples go different ways: they answer questions about their values differently."""
     alone: str = ""
     """Why the function was run on one sample only."""
 
@@ -72,6 +74,7 @@ class FirstUse:
         options: The call's.
         once: Whether the recording is kept for later calls.
         program: Of the recording of an earlier call.
+        of_path: Whether the samples are those that take one path: their answers are known.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class FirstUse:
         options: Options,
         once: bool,
         program: Program | None = None,
+        of_path: bool = False,
     ):
+        self._of_path = of_path
         self.looked = False
         """Whether the function has been run to be compared."""
         self._program = program
@@ -144,7 +149,7 @@ class FirstUse:
         if check == "off" or size < 2:
             return Verdict()
         program = self._program or self.first()[0].program
-        key = identity(self.func)
+        key = self._key()
         if check == "always" or key is None:
             return self._look()
         quick = key, id(program), self.options.randomness
@@ -160,6 +165,10 @@ class FirstUse:
         _quick.replace(quick, (program, found))
         return found
 
+    def _key(self) -> Hashable | None:
+        key = identity(self.func)
+        return key if key is None or not self._of_path else ("path", key)
+
     @property
     def always(self) -> bool:
         """Whether the function is looked at at each call."""
@@ -167,7 +176,14 @@ class FirstUse:
 
     def varies(self, why: str) -> Verdict:
         """Remember that samples differ where the recordings of the first and the last did not."""
-        key, found = identity(self.func), Verdict(varies=why)
+        return self._remember(Verdict(varies=why))
+
+    def forked(self) -> Verdict:
+        """Remember that samples go different ways although the first and the last did not."""
+        return self._remember(Verdict(forks=True))
+
+    def _remember(self, found: Verdict) -> Verdict:
+        key = self._key()
         self._verdict = found
         program = self._program if self._first is None else self._first[0].program
         if key is not None and program is not None:
@@ -181,6 +197,8 @@ class FirstUse:
         if self._last is None:
             return Verdict(alone=self._alone)
         first, structure = self.first()
+        if first.asked and forks(first, self._last[0]):
+            return Verdict(forks=True)
         found = self._difference((first, structure), self._last)
         if found is None:
             return Verdict()

@@ -56,6 +56,8 @@ class Options:
     progress: bool | str
     call: str
     check: str = "first"
+    max_paths: int = 64
+    ragged: str = "error"
 
     def refuse_wrong(self, func: Any) -> None:
         """Refuse values that an option cannot have.
@@ -72,6 +74,7 @@ class Options:
             ("randomness", ("error", "same", "different")),
             ("trace", ("each", "once")),
             ("check", ("first", "always", "off")),
+            ("ragged", ("error", "list", "nested")),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
@@ -100,6 +103,12 @@ class Options:
             raise errors.OptionError(
                 f"{self.call}: progress={self.progress!r}; pass True, False, or 'always' to draw "
                 "without a terminal"
+            )
+        paths = self.max_paths
+        if isinstance(paths, bool) or not isinstance(paths, int) or paths < 1:
+            raise errors.OptionError(
+                f"{self.call}: max_paths={paths!r}; pass a positive number of ways that samples "
+                "may go"
             )
         self._check_chunk_size()
         fraction = self.memory_fraction

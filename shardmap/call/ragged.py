@@ -147,7 +147,7 @@ def run(
         CapturedWriteError: The function writes in place to a ragged argument.
         OutputError: Results of different groups do not fit together.
     """
-    _refuse(options)
+    refuse_groups(options, "a shardmap.Ragged argument", "shape")
     whole, given = _whole(args, kwargs, options)
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for row in range(whole.size):
@@ -173,42 +173,69 @@ def run(
         structure = shape
         found.append(leaves)
     assert structure is not None  # there are samples, and so there is a group
+    return joined(found, list(groups.values()), structure, options)
+
+
+def joined(
+    found: Sequence[Sequence[Tensor]],
+    groups: list[list[int]],
+    structure: pytree.TreeSpec,
+    options: Options,
+) -> Any:
+    """The results of all samples, from those of groups of them.
+
+    Args:
+        found: For each group, its outputs, flat: stacked, or reduced as `options` say.
+        groups: The numbers of its samples.
+        structure: Of what the function returns.
+        options: The call's.
+
+    Raises:
+        OutputError: Results of different groups do not fit together.
+    """
     tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
     how = edges.spread_reductions(options.reduce, tree, options.call)
-    order = list(groups.values())
     outputs = [
-        _joined([leaves[i] for leaves in found], order, how[i], options.call)
+        _joined([leaves[i] for leaves in found], groups, how[i], options)
         for i in range(structure.num_leaves)
     ]
     return unflatten_outputs(outputs, structure)
 
 
-def _refuse(options: Options) -> None:
-    """Refuse what cannot be had group by group."""
+def refuse_groups(options: Options, what: str, why: str) -> None:
+    """Refuse what cannot be had group by group.
+
+    Args:
+        options: The call's.
+        what: What makes the groups.
+        why: By what samples are grouped.
+
+    Raises:
+        OptionError: The message names the option.
+    """
     call = options.call
     if options.out is not None:
         raise errors.OptionError(
-            f"{call}: out= and a shardmap.Ragged argument: rows of a store have one shape; leave "
-            "out= away"
+            f"{call}: out= and {what}, which is computed group by group, and not row by row as a "
+            "store is written; leave out= away"
         )
     if options.out_dims != 0:
         raise errors.OptionError(
-            f"{call}: out_dims={options.out_dims!r} and a shardmap.Ragged argument, whose results "
-            "may be ragged too; leave out_dims at 0"
+            f"{call}: out_dims={options.out_dims!r} and {what}, whose results may be ragged; leave "
+            "out_dims at 0"
         )
     if options.randomness == "same":
         raise errors.OptionError(
-            f"{call}: randomness='same' and a shardmap.Ragged argument: samples of unequal shapes "
-            "cannot share a draw; draw outside of the "
-            "function and pass it, or use randomness='different'"
+            f"{call}: randomness='same' and {what}: samples of different groups cannot share a "
+            "draw; draw outside of the function and pass it, or use randomness='different'"
         )
     for given in pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one):
         reduction = reductions.parse(given, call)
         if reduction is not None and reduction.name not in COMBINED:
             raise errors.OptionError(
-                f"{call}: reduce={reduction.name!r} and a shardmap.Ragged argument: samples are "
-                "grouped by shape, and this reduction takes "
-                f"them all at once, in order; stack the results, or reduce by {', '.join(COMBINED)}"
+                f"{call}: reduce={reduction.name!r} and {what}: samples are grouped by {why}, and "
+                "this reduction takes them all at once, in order; stack the results, or reduce by "
+                f"{', '.join(COMBINED)}"
             )
 
 
@@ -260,10 +287,23 @@ def _group(whole: Batch, given: dict[int, Ragged], rows: list[int]) -> Batch:
     return dataclasses.replace(whole, leaves=leaves, size=len(rows))
 
 
+def as_asked(rows: list[Tensor], ragged: str) -> Any:
+    """One output of all samples: stacked where the shapes are equal, else as `ragged` says."""
+    if all(t.shape == rows[0].shape for t in rows):
+        return torch.stack(rows)
+    if ragged == "error":
+        return Ragged(rows)
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged) if ragged == "nested" else rows
+
+
 def _joined(
-    parts: list[Tensor], groups: list[list[int]], reduction: reductions.Reduction | None, call: str
-) -> Tensor | Ragged:
+    parts: list[Tensor],
+    groups: list[list[int]],
+    reduction: reductions.Reduction | None,
+    options: Options,
+) -> Any:
     """One output of all samples, from those of the groups."""
+    call = options.call
     if reduction is None:
         if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
             rows = torch.tensor([row for rows in groups for row in rows], device=parts[0].device)
@@ -273,7 +313,7 @@ def _joined(
             for rows, part in zip(groups, parts, strict=True)
             for row, result in zip(rows, part.unbind(0), strict=True)
         }
-        return Ragged([by_row[row] for row in range(len(by_row))])
+        return as_asked([by_row[row] for row in range(len(by_row))], options.ragged)
     if any(part.shape != parts[0].shape for part in parts):
         shapes = sorted({tuple(part.shape) for part in parts})
         raise errors.OutputError(

@@ -41,6 +41,7 @@ from shardmap.program.analysis import (
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
 from shardmap.rules import registry  # importing the package registers the families
+from shardmap.rules.counted import counted
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Call, Lowering, V, values
 from shardmap.rules.random import seeded_loop
@@ -280,9 +281,12 @@ class _Batcher:
     ) -> Any:
         b, name = self.b, eq.op.name()
         fix = None if op_info(eq.op).shape_only else self.fixes.tiers.get(i)
-        if eq.answer is not None and any(
-            self.env[v.index].mapped for v in deciders(eq.op, eq.args)
-        ):
+        deciding = deciders(eq.op, eq.args) if eq.answer is not None else ()
+        if any(self.env[v.index].mapped for v in deciding):
+            out = counted(b, eq, args, kwargs, self.options.call) if fix is None else NotImplemented
+            if out is not NotImplemented:
+                self.tiers[name] = "rule"
+                return out
             fix = "loop"  # each sample may have a shape of its own
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
@@ -308,11 +312,8 @@ class _Batcher:
             return seeded_loop(b, eq, args, kwargs, self.options.call)  # one draw for all samples
         self.to_loop(i, eq)
         self.tiers[name] = "loop"
-        return (
-            seeded_loop(b, eq, args, kwargs, self.options.call)
-            if random_call(eq)
-            else loop_rule(b, eq, args, kwargs, self.options.call)
-        )
+        below = seeded_loop if random_call(eq) else loop_rule
+        return below(b, eq, args, kwargs, self.options.call)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())

@@ -189,11 +189,10 @@ def draft(
     """The batched program as the rules give it, not tried: for what values do not decide."""
     quick = "draft", id(program), options, layout, registry.version()
     found = _by_identity.get(quick)
-    if found is None or found.program is not program:
-        found = _draft(_key(program, options, layout), program, options, sources)
-        if found.program is program:
-            _by_identity.replace(quick, found)
-    return found.batched
+    if found is None or found[0] is not program:
+        found = program, _draft(_key(program, options, layout), program, options, sources)
+        _by_identity.replace(quick, found)
+    return found[1].batched
 
 
 def notes(program: Program, options: LoweringOptions, layout: tuple[bool, ...]) -> Notes:
@@ -226,7 +225,7 @@ def known(
 ) -> Lowered | None:
     """The lowering of this very program object, if it was asked for before."""
     found = _by_identity.get((id(program), options, layout, size, slices, registry.version()))
-    return found if found is not None and found.program is program else None
+    return found[1] if found is not None and found[0] is program else None
 
 
 def lowered(
@@ -289,9 +288,8 @@ def lowered(
         )
 
     found = _lowered.made(_Key(key, size, tried is None, slices), make)
-    if found.program is program:
-        quick = id(program), options, layout, size, slices, registry.version()
-        _by_identity.replace(quick, found)
+    quick = id(program), options, layout, size, slices, registry.version()
+    _by_identity.replace(quick, (program, found))
     return found
 
 

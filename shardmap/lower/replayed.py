@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import functorch, is_view, schema_of
+from shardmap._torch import aten, functorch, is_view, schema_of
 from shardmap.trace.recording import flat_tensors
 
 
@@ -72,20 +72,22 @@ def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
 
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
-    """Ask again what the function asked about an unmapped value when it was recorded."""
+    """Ask again what the function asked about a value when it was recorded, of every sample."""
     tensors = flat_tensors(args)
+    if op in _SCALARS and any(mapped):
+        found = tensors[0].detach().reshape(-1)
+        same = found == expected if expected == expected else found != found
+        # One question for all samples: in a map inside a map it is one for the outer map, too.
+        if not bool(same.all()):
+            raise _varies(op, expected, None, call)
+        return
     rows = max((t.shape[0] for t, m in zip(tensors, mapped, strict=True) if m), default=1)
     for i in range(rows):
         sample = iter([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)])
         answer = op(*[next(sample) if isinstance(a, torch.Tensor) else a for a in args])
         if answer != expected and not (answer != answer and expected != expected):
             if any(mapped):
-                raise errors.VariesError(
-                    f"{call}: python asked for the value of a tensor that differs by sample "
-                    f"({schema_of(op).name}), and it is {expected} "
-                    f"for the first sample but {answer} for another; use torch.where, masks or "
-                    "comparisons that return tensors"
-                )
+                raise _varies(op, expected, answer, call)
             raise errors.StaleRecordingError(
                 f"{call}: python asked for the value of a tensor ({schema_of(op).name}), and it "
                 "was "
@@ -93,6 +95,18 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
                 "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"
             )
+
+
+_SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+
+
+def _varies(op: Any, expected: Any, answer: Any, call: str) -> errors.VariesError:
+    other = "another" if answer is None else answer
+    return errors.VariesError(
+        f"{call}: python asked for the value of a tensor that differs by sample "
+        f"({schema_of(op).name}), and it is {expected} for the first sample but {other} for a "
+        "later one; use torch.where, masks or comparisons that return tensors"
+    )
 
 
 def check_shapes(

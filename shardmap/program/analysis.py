@@ -133,6 +133,15 @@ def _leading(
     return live
 
 
+def leading_to(program: Program) -> Program:
+    """The program without the calls that lead to none of its outputs, assertions among them."""
+    groups = {v.group for eq in program.equations for v in written(eq)}
+    outputs = {v.index for v in program.outputs}
+    live = _leading(program, groups, outputs, {v.group for v in program.outputs} & groups)
+    kept = [eq for eq, leads in zip(program.equations, live, strict=True) if leads]
+    return program._replace(equations=tuple(kept))
+
+
 def never_written(program: Program) -> set[int]:
     """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
     made = {

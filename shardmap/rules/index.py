@@ -17,6 +17,7 @@ import torch
 
 from shardmap._torch import aten
 from shardmap.program.ir import SAMPLE_DEVICE
+from shardmap.rules.counted import put_rows
 from shardmap.rules.embedding import look_up
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.registry import register
@@ -233,7 +234,17 @@ def _masked_put(
     assert mask is not None
     trailing = target.ndim - lead - mask.ndim
     if source.ndim > trailing and source.shape[source.ndim - trailing - 1] != 1:
-        return NotImplemented  # as many values as the mask has true elements
+        # as many values as the mask has true elements
+        if lead or source.ndim != trailing + 1 or mask.dtype != torch.bool:
+            return NotImplemented
+        target = target if in_place else b.call(aten.clone.default, b.batch(target))
+        if not target.mapped:
+            return NotImplemented
+        put = b.call(
+            put_rows, target, mask, b.batch(source), accumulate, call="index_put_",
+            shape=target.shape, dtype=target.dtype,
+        )  # fmt: skip
+        return None if in_place else put
     if mask.dtype != torch.bool:
         mask = b.cast(mask, torch.bool)
     mask = b.view(mask, (*mask.shape, *(1,) * trailing))

@@ -42,6 +42,23 @@ def difference(first: Recording, second: Recording) -> str | None:
     return None
 
 
+def forks(first: Recording, second: Recording) -> bool:
+    """Whether two samples went different ways because they answered a question differently.
+
+    Up to that question both did the same.
+    """
+    asked = set(first.asked)
+    pairs = zip(first.program.equations, second.program.equations, strict=False)
+    for number, (a, b) in enumerate(pairs):
+        if a.op is not b.op:
+            return False
+        if number in asked and not alike(a.answer, b.answer):
+            return alike(a.args, b.args) and alike(a.kwargs, b.kwargs)
+        if not _same(a, b):
+            return False
+    return False
+
+
 def rubbish_apart(first: Recording, again: Recording) -> bool:
     """Whether two runs on one sample differ in memory that nobody wrote, and in nothing else.
 

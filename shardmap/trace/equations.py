@@ -26,6 +26,8 @@ class Equations(Variables):
         self.expected: Program | None = None
         """What was recorded of the same code the last time, as long as nothing has differed from
         it."""
+        self.alternatives: tuple[Program, ...] = ()
+        """What else was recorded of the same code."""
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
         """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
@@ -85,6 +87,9 @@ class Equations(Variables):
                 and follow.alike(wanted.kwargs, eq.kwargs)
             ):
                 eq = wanted
+            elif eq.answer is not None:  # another answer: it may go another known way from here
+                self.expected = follow.turn(self.alternatives, self.equations, eq)
+                eq = eq if self.expected is None else self.expected.equations[number]
             else:
                 self.expected = None
         self.equations.append(eq)

@@ -155,8 +155,9 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
-                recorder.expected = follow.expected(func)
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
+                recorder.alternatives = follow.expected(func)
+                recorder.expected = next(iter(recorder.alternatives), None)
                 samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)

@@ -67,9 +67,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
-        self.taken_for_all = ""
-        """What replay must refuse where a sample differs in a shape or an answer: says what it
-        was."""
+        self.asked: list[int] = []
+        """The equations that ask about what differs by sample."""
         self.sources: dict[str, str] = {}
 
     @classmethod
@@ -268,12 +267,13 @@ class Recorder(SparseTensors, TorchDispatchMode):
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
         if mapped and info.question and _looks_for_anomalies():
             return self._anomaly(func, args)
+        asks = False
         if (mapped and info.question) or varies:
             # One sample's shape or truth stands for all until replay finds a sample where it is
             # another.
-            if not (varies or func is aten.equal.default) or self.outer is not None or self.depth:
+            asks = True
+            if func is not aten.equal.default and not varies and self.depth:
                 raise errors.DataDependentError(self._data_dependent(func))
-            self.taken_for_all = self._data_dependent(func)
         if info.random and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
         if info.random and draws(func, args, kwargs):
@@ -287,6 +287,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
             self.generator.draw()
         if info.question:
             self.types.append((type(out), repr(out)))
+            if asks:
+                self.asked.append(len(self.equations))
             self._append(
                 Equation(
                     func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)
@@ -313,6 +315,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
             self.unwritten.make(results, python_place(self.serial, 4))
         answer = ("shape", tuple([v.spec.shape for v in results])) if dynamic else None
         source = None
+        if asks:
+            self.asked.append(len(self.equations))
         if varies or not self.served[id(func)][0]:
             name = func.name()
             if name not in self.sources:
@@ -383,10 +387,6 @@ class Recorder(SparseTensors, TorchDispatchMode):
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
         self._refuse_unwritten(out_vars)
-        if self.taken_for_all and not self.written_groups.isdisjoint(self.input_groups):
-            raise errors.DataDependentError(
-                self.taken_for_all
-            )  # a later sample would be refused after earlier ones were written
         program = Program(
             inputs=tuple(self.inputs),
             captured=tuple(var for var, _ in self.captured.values()),
@@ -412,6 +412,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             self.random,
             self.sources,
             tuple(o.detach() for o in outputs) if real else (),
+            tuple(self.asked),
             generators=self.given.finish(),
             torchs_own=self.torchs_own,
         )

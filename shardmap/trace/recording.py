@@ -28,6 +28,9 @@ class Recording:
     """The user's line for operators that have no rule of ours."""
     sample: tuple[torch.Tensor, ...]
     """What the function returned for the sample; none if the sample was made of zeros."""
+    asked: tuple[int, ...] = ()
+    """The equations that ask about what differs by sample: this sample's answers decided what the
+    function did next."""
     kept: tuple[str, ...] | None = ()
     """Tensors that differ by sample and that python still holds although they are no outputs: the
     loop would leave another sample's, or all of them. A line of text for each."""

@@ -10,8 +10,9 @@ nothing had been expected.
 from __future__ import annotations
 
 import collections
+import operator
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,12 @@ DIFFERENT = object()
 """What `repeat` returns where the call is not the expected one; nothing has been run then."""
 
 _CAPACITY = 256
-_last: collections.OrderedDict[Hashable, tuple[Program, dict[str, str]]] = collections.OrderedDict()
+_PATHS = 64
+"""How many programs of one code are expected: it may go different ways."""
+_last: collections.OrderedDict[Hashable, dict[int, tuple[Program, dict[str, str]]]] = (
+    collections.OrderedDict()
+)
+"""For each code, its programs with their sources by address, the last one last."""
 _lock = fork_safe_lock()
 
 
@@ -65,11 +71,24 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(func: Callable[..., Any]) -> Program | None:
-    """The last recording of this code."""
+def expected(func: Callable[..., Any]) -> tuple[Program, ...]:
+    """The recordings of this code that are remembered, the last one first."""
     key = code_of(func)
     with _lock:
-        return _last.get(key, (None,))[0]
+        return tuple([program for program, _ in reversed(_last.get(key, {}).values())])
+
+
+def turn(programs: Sequence[Program], before: list[Equation], question: Equation) -> Program | None:
+    """The program in which the same calls are followed by this question and its answer."""
+    number = len(before)
+    for program in programs:
+        equations = program.equations
+        if len(equations) > number and equations[number] == question:
+            if all(map(operator.is_, equations[:number], before)) or (
+                equations[:number] == tuple(before)
+            ):
+                return program
+    return None
 
 
 def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
@@ -81,10 +100,12 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
     if key is None:
         return sources
     with _lock:
-        before = _last.get(key)
-        if before is not None and before[0] is program:
-            sources = before[1] | sources
-        _last[key] = program, sources
+        known = _last.setdefault(key, {})
+        if id(program) in known:
+            sources = known.pop(id(program))[1] | sources
+        known[id(program)] = program, sources
+        if len(known) > _PATHS:
+            known.pop(next(iter(known)))
         _last.move_to_end(key)
         while len(_last) > _CAPACITY:
             _last.popitem(last=False)

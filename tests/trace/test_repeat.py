@@ -259,4 +259,4 @@ def test_the_same_recording_is_the_same_object() -> None:
     first = follow.expected(function)
     mapped(x + 1)
     assert first is not None
-    assert follow.expected(function) is first
+    assert follow.expected(function)[0] is first

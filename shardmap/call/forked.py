@@ -1,0 +1,261 @@
+"""A call whose samples go different ways: its paths are found, lowered and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import pytree
+from shardmap.call.by_sample import SampleLoop
+from shardmap.call.first_use import FirstUse, identity
+from shardmap.call.memo import Prepared
+from shardmap.call.options import Options
+from shardmap.call.paths import Branch, PathReplay, lowering, merged
+from shardmap.call.ragged import as_asked, joined, refuse_groups
+from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken
+from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.cache import Lowered
+from shardmap.run import prepare
+from shardmap.run.base import Job
+from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.record import record
+
+Instead = Callable[[LoweringOptions], Lowered]
+"""Makes what runs in the place of a replay."""
+
+
+class Part(Protocol):
+    """A call that computes a part of another one (`shardmap.call.execute.Call`)."""
+
+    def run_flat(self) -> Sequence[torch.Tensor]:
+        """The results, flat."""
+        ...
+
+    def job(self) -> Job:
+        """The call as executors take it."""
+        ...
+
+    def names(self, job: Job) -> tuple[str, ...]:
+        """The devices that it runs on."""
+        ...
+
+
+class Forked:
+    """A call whose samples go different ways.
+
+    Args:
+        prepared: The recording of one sample.
+        batch: The call's arguments.
+        options: The call's.
+        use: The function on the call's samples.
+        part: Makes the call of another recording on some of the samples.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        batch: Batch,
+        options: Options,
+        use: FirstUse,
+        part: Callable[[Prepared, Batch, Options, FirstUse | None], Part],
+    ):
+        self.prepared = prepared
+        self.batch = batch
+        self.options = options
+        self.use = use
+        self.part = part
+        self._found: Routes | None = None
+        self._alone = dataclasses.replace(
+            options, reduce=None, out=None, resume=False, out_dims=0, output_device=None,
+            progress=False,
+        )  # fmt: skip
+        """The options of a part that is computed by itself."""
+
+    def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
+        """What stands for all paths: a recording, its samples, and what runs in its place.
+
+        Raises:
+            VariesError: The paths do not fit together; `RaggedError` if it is for their shapes.
+        """
+        routes = self._routes()
+        paths = [path for path in routes.paths if len(path.rows)]
+        if len(paths) == 1 and not len(routes.looped):
+            path = paths[0]
+            use = self._use(path, self.batch) if path.recorded in (0, -1) else None
+            return path.prepared, self.batch, use, None
+        if not paths:
+            raise errors.VariesError(
+                f"{self.options.call}: the samples answer differently what python asks about their "
+                "values, and too few alike"
+            )
+        whole = merged(paths, self.options.call)
+        if whole.recording.written_inputs and torch.is_grad_enabled():
+            if any(t.requires_grad for t in self.batch.tensors()):
+                raise errors.VariesError(
+                    f"{self.options.call}: samples go different ways and are written in place "
+                    "where gradients are recorded"
+                )
+        return whole, self.batch, self.use, lambda how: self._lowering(whole, routes, how)
+
+    def ragged(self) -> Any:
+        """The results where their shapes differ by sample: a list of tensors for each output.
+
+        Raises:
+            OptionError: They are to be reduced, or stored.
+        """
+        options = self.options
+        if options.reduce is not None or options.out is not None or options.out_dims != 0:
+            raise errors.OptionError(
+                f"{options.call}: ragged={options.ragged!r} and reduce=, out= or out_dims=: "
+                "results of unequal shapes are handed back as they are; leave these away, or "
+                "return results of one shape"
+            )
+        asked = bool(self.prepared.recording.asked)
+        routes = self._routes() if asked else Routes([], torch.arange(self.batch.size))
+        rows: dict[int, Sequence[torch.Tensor]] = {}
+        structure = self.prepared.structure
+        for path in routes.paths:
+            if len(path.rows):
+                part = taken(self.batch, path.rows)
+                found = self.part(path.prepared, part, self._alone, None).run_flat()
+                _refuse_other(path.prepared.structure, structure, options.call)
+                rows |= zip(
+                    path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
+                )
+        tensors = self.batch.tensors()
+        for row in routes.looped.tolist():
+            args, kwargs = self.batch.unflatten([t[row] for t in tensors])
+            leaves, own = flatten_outputs(self.use.func(*args, **kwargs), options.call)
+            _refuse_other(own, structure, options.call)
+            rows[row] = leaves
+        columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
+        outputs = [as_asked(list(column), options.ragged) for column in columns]
+        return unflatten_outputs(outputs, structure)
+
+    def by_groups(self) -> Any:
+        """The results where the samples are computed elsewhere: path by path, on all workers.
+
+        Raises:
+            OptionError: An option cannot be served so.
+            VariesError: Some samples take no path, and only the function itself can serve them.
+        """
+        options = self.options
+        what = "a function whose samples go different ways by what python asks about their values"
+        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
+        # A worker has no function: every sample needs a path.
+        self.options = dataclasses.replace(options, strict=True)
+        paths = [path for path in self._routes().paths if len(path.rows)]
+        if len(self._routes().looped):
+            raise errors.VariesError(
+                f"{options.call}: some samples can only be served by the function itself, run "
+                f"where they are, and devices={options.devices!r}; use devices='auto'"
+            )
+        whole = merged(paths, options.call)
+        found = []
+        for path in paths:
+            part = taken(self.batch, path.rows)
+            use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
+            leaves = self.part(path.prepared, part, options, use).run_flat()
+            outputs = whole.recording.program.outputs
+            found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
+        rows = [path.rows.tolist() for path in paths]
+        return joined(found, rows, whole.structure, options)
+
+    def _routes(self) -> Routes:
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def _find(self) -> Routes:
+        use, options = self.use, self.options
+        if self.prepared.recording.random:
+            raise errors.VariesError(
+                f"{options.call}: the function draws random numbers, and its samples go different "
+                "ways"
+            )
+        derived = self.prepared.derived
+        known = [self.prepared, *derived.get("paths", ())] if use.once else [self.prepared]
+        paths = []
+        for number, prepared in enumerate(known):
+            recording = prepared.recording
+            paths.append(Path.of(prepared, 0 if number == 0 and recording.sample else -1))
+
+        def on(number: int) -> Prepared:
+            pair = record(
+                use.func, self.batch, options.randomness, use.once, options.call, number, use.always
+            )
+            return Prepared(*pair)
+
+        def compute(prepared: Prepared, part: Batch) -> Sequence[torch.Tensor]:
+            with torch.no_grad():
+                return self.part(prepared, part, self._alone, None).run_flat()
+
+        seen = seen_of(identity(use.func))
+        routes = Router(self.batch, self.options, paths, on, compute, seen).run()
+        if use.once:
+            leaves = {id(leaf) for leaf in self.batch.leaves}
+            derived["paths"] = [
+                path.prepared
+                for path in routes.paths[1:]
+                if not any(id(t) in leaves for t in path.prepared.recording.captured)
+            ]
+        return routes
+
+    def _use(self, path: Path, part: Batch) -> FirstUse:
+        """The function on samples that all take one path; the first is the one recorded."""
+        recording, structure = path.prepared.recording, path.prepared.structure
+        pair = None if path.recorded < 0 else (recording, structure)
+        return FirstUse(
+            self.use.func, part, pair, self._alone, self.use.once, recording.program, of_path=True
+        )
+
+    def _lowering(self, whole: Prepared, routes: Routes, how: LoweringOptions) -> Lowered:
+        branches, of_row = [], torch.full((self.batch.size,), LOOP)
+        for path in routes.paths:
+            branch = self._branch(path) if len(path.rows) else None
+            if branch is not None:
+                of_row[path.rows] = len(branches)
+                branches.append(branch)
+        program = whole.recording.program
+        specs = [v.spec for v in program.outputs]
+        loop = SampleLoop(
+            self.use.func, self.batch, whole.structure, specs, self.options.randomness, False,
+            how.grad or how.transformed, self.options.call,
+        )  # fmt: skip
+        replay = PathReplay(of_row, branches, loop, specs, whole.recording.written_inputs)
+        return lowering(program, how, replay)
+
+    def _branch(self, path: Path) -> Branch | None:
+        """One path, lowered and tried; None if its samples differ in more than operators."""
+        ends = int(path.rows[0]), int(path.rows[-1])
+        first = ends[0] if path.recorded < 0 else path.recorded
+        others = [row for row in reversed(ends) if row != first]
+        part = taken(self.batch, torch.tensor([first, *others[:1]]))
+        use = self._use(path, part)
+        verdict = use.verdict()
+        if verdict.varies or verdict.forks:
+            if self.options.strict:
+                raise errors.VariesError(
+                    f"{self.options.call}: {verdict.varies or 'samples go different ways'}; only a "
+                    "loop over the samples serves such a function, and strict=True refuses that"
+                )
+            return None
+        call = self.part(path.prepared, part, self._alone, use)
+        job = call.job()
+        on = prepare.Devices(job, self.options.budget.on)
+        with torch.set_grad_enabled(job.grad and torch.is_grad_enabled()):
+            ready = {name: on.on(name, job.samples > 1, slices=False) for name in call.names(job)}
+        return Branch(path.prepared, ready)
+
+
+def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:
+    if own != structure:
+        raise errors.VariesError(
+            f"{call}: the function returns another structure for one sample than for another "
+            f"({own} and {structure}), so the results do not fit together; return one structure "
+            "for all samples"
+        )

@@ -1,0 +1,235 @@
+"""A map whose samples go different ways: each chunk's samples run along their own paths.
+
+What the executors take for one program is here one for each path: a chunk's samples are sorted by
+path, each group is replayed, and its results go back to the rows that they belong to. So chunks,
+lanes, reductions, stores and autograd work as for any map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardmap import errors
+from shardmap.call.by_sample import SampleLoop
+from shardmap.call.memo import Prepared
+from shardmap.call.routes import LOOP, Path, rows_of
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.cache import Kept, Lowered, Notes
+from shardmap.program.ir import Program, Spec
+from shardmap.rules.lowering import V
+from shardmap.rules.philox import Seeds
+from shardmap.run.prepare import Ready
+
+_learned = Kept(256)
+"""What the planner has learned of maps that go several ways, by the lowerings of their paths."""
+
+
+def clear() -> None:
+    """Forget what was learned."""
+    _learned.clear()
+
+
+def after_fork() -> None:
+    """Make the lock of this module new."""
+    _learned.after_fork()
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One path, ready to run on each device of the call."""
+
+    prepared: Prepared
+    ready: dict[str, Ready]
+    """By device."""
+
+
+class PathReplay:
+    """Runs each sample of a chunk along its path, in the form of a replay (`codegen.Replay`).
+
+    Args:
+        of_row: The number of each sample's path, `LOOP` where the function itself is run.
+        branches: The paths.
+        loop: What runs the function itself.
+        specs: The outputs' metadata: what the results of all paths are brought to.
+        written: Positions of the inputs that the function writes in place.
+    """
+
+    source = "a program for each path"
+
+    def __init__(
+        self,
+        of_row: torch.Tensor,
+        branches: Sequence[Branch],
+        loop: SampleLoop,
+        specs: Sequence[Spec],
+        written: frozenset[int],
+    ):
+        self.of_row = of_row
+        self.branches = branches
+        self.loop = loop
+        self.specs = specs
+        self.written = written
+
+    def fixed(self, *_: object) -> tuple[()]:
+        """What no sample changes is computed once for each path, before the first chunk."""
+        return ()
+
+    def chunk(
+        self,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: Seeds,
+        scalars: object,
+        fixed: object,
+        inputs: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of one chunk, `[size, *shape]` each."""
+        paths = self.of_row[start : start + size]
+        numbers = paths.unique().tolist()
+        if len(numbers) == 1:
+            return self._along(numbers[0], size, start, device, seed, inputs)
+        parts, order = [], []
+        for number in numbers:
+            at = (paths == number).nonzero().flatten()
+            order.append(at)
+            rows = at.to(device)
+            own = [rows_of(t, rows) for t in inputs]
+            parts.append(self._along(number, len(at), start + int(at[0]), device, seed, own))
+            for i in self.written:
+                inputs[i].index_copy_(0, rows, own[i])
+        back = torch.cat(order).argsort().to(device)
+        return tuple(
+            [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
+        )
+
+    def chunk_into(
+        self,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: Seeds,
+        scalars: object,
+        fixed: object,
+        inputs: list[torch.Tensor],
+        slices: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """As `chunk`, written into memory that is there."""
+        paths = self.of_row[start : start + size]
+        for number in paths.unique().tolist():
+            at = (paths == number).nonzero().flatten()
+            rows = at.to(device)
+            own = inputs if len(at) == size else [rows_of(t, rows) for t in inputs]
+            found = self._along(number, len(at), start + int(at[0]), device, seed, own)
+            for t, where in zip(found, slices, strict=True):
+                if len(at) == size:
+                    where.copy_(t)
+                else:
+                    where.index_copy_(0, rows.to(where.device), t.to(where.device))
+            for i in self.written if own is not inputs else ():
+                inputs[i].index_copy_(0, rows, own[i])
+        return tuple(slices)
+
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`chunk`, or `chunk_into`, with one more argument that is told nothing."""
+        run = self.chunk_into if slices else self.chunk
+        return lambda *arguments: run(*arguments[:-1])
+
+    def _along(
+        self,
+        number: int,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: Seeds,
+        inputs: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of samples that all take one path."""
+        if number == LOOP:
+            found = self.loop.chunk(size, start, device, seed, (), (), inputs)
+        else:
+            branch = self.branches[number]
+            ready = branch.ready[str(device)]
+            scalars = branch.prepared.recording.scalars
+            outs = ready.low.replay.chunk(size, start, device, seed, scalars, ready.fixed, inputs)
+            found = tuple(
+                [
+                    t if v.mapped else t.expand(size, *t.shape)
+                    for t, v in zip(outs, ready.low.batched.outputs, strict=True)
+                ]
+            )
+        return tuple([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
+
+
+def merged(paths: Sequence[Path], call: str) -> Prepared:
+    """The recording that stands for all paths where their outputs are described.
+
+    Raises:
+        VariesError: The paths' outputs cannot be stacked.
+    """
+    first = paths[0].prepared
+    outputs = list(first.recording.program.outputs)
+    flags = list(first.recording.program.output_flags)
+    for path in paths[1:]:
+        if path.prepared.structure != first.structure:
+            raise errors.VariesError(
+                f"{call}: the function returns another structure for sample {int(path.rows[0])} "
+                f"than for others ({path.prepared.structure} and {first.structure}), so the "
+                "results cannot be stacked; return one structure for all samples"
+            )
+        program = path.prepared.recording.program
+        for k, (var, flag) in enumerate(zip(program.outputs, program.output_flags, strict=True)):
+            own, other = outputs[k].spec, var.spec
+            if own.shape != other.shape:
+                raise errors.RaggedError(
+                    f"{call}: output {k} has shape {list(own.shape)} for some samples and "
+                    f"{list(other.shape)} for others (sample {int(path.rows[0])}), so the results "
+                    "cannot be stacked; pass ragged='list' or ragged='nested' to get them as "
+                    "they are, or pad them to one shape"
+                )
+            dtype = torch.promote_types(own.dtype, other.dtype)
+            outputs[k] = outputs[k]._replace(spec=own._replace(dtype=dtype))
+            flags[k] = max(flags[k], flag)
+    program = first.recording.program._replace(outputs=tuple(outputs), output_flags=tuple(flags))
+    recording = first.recording
+    if any(path.prepared.recording.random for path in paths):
+        raise errors.VariesError(
+            f"{call}: the function draws random numbers and its samples go different ways"
+        )
+    written = frozenset().union(*[path.prepared.recording.written_inputs for path in paths])
+    recording = dataclasses.replace(
+        recording, program=program, written_inputs=written, sample=(), asked=()
+    )
+    return Prepared(recording, first.structure)
+
+
+def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> Lowered:
+    """The paths in the form in which executors take a lowering."""
+    count = len(program.inputs)
+    inputs = [V(i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.inputs)]
+    outputs = [
+        V(count + i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.outputs)
+    ]
+    ready = [next(iter(branch.ready.values())).low for branch in replay.branches]
+    tiers = {name: tier for low in ready for name, tier in low.batched.tiers.items()}
+    if bool((replay.of_row == LOOP).any()):
+        tiers["the function itself"] = "loop"
+    batched = BatchedProgram(
+        fixed=(),
+        chunk=(),
+        inputs=tuple(inputs),
+        captured=(),
+        literals=(),
+        outputs=tuple(outputs),
+        tiers=tiers,
+        values=count + len(outputs),
+        results={},
+    )
+    size = max([low.sample_bytes for low in ready], default=0)
+    key = "notes", *[id(low) for low in ready]
+    _, notes = _learned.made(key, lambda: (ready, Notes()))  # what it holds keeps its ids
+    return Lowered(program, options, batched, replay, Fixes(), frozenset(), notes, size)

@@ -1,0 +1,300 @@
+"""Which way each sample goes: the batch is split by the answers that its samples give.
+
+A recording holds one sample's answers to the questions that the function asks about values. What
+the questions are about is computed for the whole batch, question by question, and samples that
+answer otherwise leave: for them the function is recorded on one of their own. Paths form a tree:
+what is found of one sample holds for all with the same answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import pytree
+from shardmap.call.memo import Prepared
+from shardmap.call.options import Options
+from shardmap.lower.cache import Kept
+from shardmap.lower.replayed import restride
+from shardmap.program.analysis import random_call
+from shardmap.program.questions import Stage, answers, stages
+from shardmap.trace.batch import Batch
+
+logger = logging.getLogger("shardmap")
+
+WORTH = 8
+"""Samples from which a path is recorded, where the function was not seen to take it before. Below,
+recording and lowering cost more than running the function on each."""
+WORTH_KNOWN = 3
+"""The same where it was."""
+LOOP = -1
+"""Stands for the loop in the place of a path: the function itself, sample by sample."""
+
+_seen = Kept(512)
+"""Answers that functions were seen to give, by what identifies the function."""
+
+
+def clear() -> None:
+    """Forget which ways functions were seen to go."""
+    _seen.clear()
+
+
+def after_fork() -> None:
+    """Make the lock of this module new."""
+    _seen.after_fork()
+
+
+def seen_of(key: Hashable | None) -> set[Prefix]:
+    """Answers that a function was seen to give; a new set for one that nothing identifies."""
+    return set() if key is None else _seen.made(("answers", key), _Answers)
+
+
+Prefix = tuple[Hashable, ...]
+
+
+class _Answers(set[Prefix]):
+    """A set that is true although it is empty: `Kept` holds values that are true."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+Compute = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
+
+
+@dataclass(slots=True)
+class Path:
+    """What samples do that give certain answers."""
+
+    prepared: Prepared
+    answers: Prefix
+    recorded: int
+    """The sample that it was recorded on; -1 for one of an earlier call."""
+    stages: list[Stage]
+    """The programs that compute what is asked."""
+    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """The samples that take it, in order."""
+
+    @staticmethod
+    def of(prepared: Prepared, recorded: int) -> Path:
+        """The path of a recording; what is asked is worked out once for each program."""
+        recording = prepared.recording
+        key = "questions", id(recording.program), recording.asked
+        found = _seen.get(key)
+        if found is None or found[0] is not recording.program:
+            program = recording.program
+            given, through = answers(program, recording.asked), stages(program, recording.asked)
+            found = program, given, through
+            _seen.replace(key, found)
+        return Path(prepared, found[1], recorded, found[2])
+
+
+@dataclass(slots=True)
+class Routes:
+    """The paths of one call, and the samples that take none."""
+
+    paths: list[Path]
+    looped: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Samples for which the function itself is run."""
+
+    def of_row(self, size: int) -> torch.Tensor:
+        """The number of each sample's path, `LOOP` where it has none: `[size]`."""
+        found = torch.full((size,), LOOP)
+        for number, path in enumerate(self.paths):
+            found[path.rows] = number
+        return found
+
+
+class Router:
+    """Finds the paths of one call's samples.
+
+    Args:
+        batch: The call's arguments.
+        options: The call's.
+        known: The paths that are known; the first one is where every sample starts.
+        record: Records the function on a sample, by its number.
+        compute: Computes a program for a batch: what a stage asks about.
+        seen: Answers that the function was seen to give, in this call or before.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        options: Options,
+        known: Sequence[Path],
+        record: Callable[[int], Prepared],
+        compute: Compute,
+        seen: set[Prefix],
+    ):
+        self.batch = batch
+        self.options = options
+        self.record = record
+        self.compute = compute
+        self.seen = seen
+        self.routes = Routes(list(known))
+        self._full = False
+
+    def run(self) -> Routes:
+        """Split the batch.
+
+        Raises:
+            DataDependentError: `strict=True`, and there are more paths than `max_paths`.
+        """
+        every = torch.arange(self.batch.size)
+        waiting = collections.deque([(every, self.routes.paths[0], 0)])
+        while waiting:
+            rows, path, known = waiting.popleft()
+            for prefix, leaving in self._follow(path, rows, known).items():
+                self._send(prefix, torch.cat(leaving), waiting)
+        for path in self.routes.paths:
+            path.rows = path.rows.sort().values
+        self.routes.looped = self.routes.looped.sort().values
+        return self.routes
+
+    def _send(
+        self,
+        prefix: Prefix,
+        rows: torch.Tensor,
+        waiting: collections.deque[tuple[torch.Tensor, Path, int]],
+    ) -> None:
+        """Send samples that gave these answers on along a path that begins with them."""
+        for path in self.routes.paths:
+            if path.answers[: len(prefix)] == prefix:
+                waiting.append((rows, path, len(prefix)))
+                return
+        enough = WORTH_KNOWN if prefix in self.seen else WORTH
+        if len(self.routes.paths) >= self.options.max_paths:
+            self._refuse_more()
+        if self._full or (len(rows) < enough and not self.options.strict):
+            self._loop(rows)
+            return
+        first = int(rows[0])
+        path = Path.of(self.record(first), first)
+        if path.answers[: len(prefix)] != prefix:
+            # Batched kernels round otherwise than a sample's own: the loop decides.
+            self._loop(rows)
+            return
+        self.routes.paths.append(path)
+        self.seen.update(path.answers[:k] for k in range(len(path.answers) + 1))
+        path.rows = torch.cat([path.rows, rows[:1]])
+        waiting.append((rows[1:], path, len(prefix)))
+
+    def _loop(self, rows: torch.Tensor) -> None:
+        self.routes.looped = torch.cat([self.routes.looped, rows])
+
+    def _refuse_more(self) -> None:
+        path = self.routes.paths[-1]
+        equations = path.prepared.recording.program.equations
+        lines = [equations[at].source for at in path.prepared.recording.asked]
+        place = next((line for line in reversed(lines) if line), "a line that is not known")
+        text = (
+            f"{self.options.call}: the samples go more than max_paths={self.options.max_paths} "
+            f"different ways by what python asks about their values (the last at {place})"
+        )
+        if self.options.strict:
+            raise errors.DataDependentError(
+                f"{text}, and strict=True refuses to run the others one by one; keep the value in "
+                "a tensor (torch.where, masks), pass a larger max_paths, or strict=False"
+            )
+        if not self._full:
+            warnings.warn(
+                f"{text}, so the others are run one by one; keep the value in a tensor "
+                "(torch.where, masks), or pass a larger max_paths",
+                errors.SlowLoopWarning,
+                stacklevel=2,
+            )
+        self._full = True
+
+    def _follow(
+        self, path: Path, rows: torch.Tensor, known: int
+    ) -> dict[Prefix, list[torch.Tensor]]:
+        """Let samples go along a path; those that leave it, by the answers that they gave.
+
+        They are known to have given its first `known` answers.
+        """
+        if not len(rows):
+            return {}
+        try:
+            return self._walk(path, path.stages, rows, known)
+        except (errors.OverBudget, errors.VariesError):
+            raise
+        except Exception as error:  # of a sample that has left: it would not have come here
+            logger.debug("%s: question by question, for %s", self.options.call, error)
+        recording = path.prepared.recording
+        try:
+            singly = stages(recording.program, recording.asked, singly=True)
+            return self._walk(path, singly, rows, known)
+        except Exception as error:  # the function itself raises it, where it is the user's
+            logger.debug("%s: sample by sample, for %s", self.options.call, error)
+            self._loop(rows)
+            return {}
+
+    def _walk(
+        self, path: Path, through: Sequence[Stage], rows: torch.Tensor, known: int
+    ) -> dict[Prefix, list[torch.Tensor]]:
+        left: dict[Prefix, list[torch.Tensor]] = {}
+        for stage in through:
+            if not len(rows) or all(q.number < known for q in stage.questions):
+                continue
+            found = self._computed(path, stage, rows)
+            staying = torch.ones(len(rows), dtype=torch.bool)
+            for question in stage.questions:
+                given = [found[k] for k in question.outputs]
+                alike = question.alike(given).cpu() if given else staying
+                leaving = (staying & ~alike).nonzero().flatten()
+                if not len(leaving):
+                    continue
+                of_row, kinds = question.read(
+                    [t.index_select(0, leaving.to(t.device)) for t in given]
+                )
+                for number, kind in enumerate(kinds):
+                    prefix = (*path.answers[: question.number], kind)
+                    own = leaving[(of_row == number).cpu()]
+                    left.setdefault(prefix, []).append(rows[own])
+                staying &= alike
+            rows = rows[staying]
+        path.rows = torch.cat([path.rows, rows])
+        return left
+
+    def _computed(self, path: Path, stage: Stage, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        prepared = path.prepared
+        if any(random_call(eq) for eq in stage.program.equations):
+            raise errors.VariesError(
+                f"{self.options.call}: the function draws random numbers, and its samples go "
+                "different ways by them"
+            )
+        recording = dataclasses.replace(
+            prepared.recording, program=stage.program, sample=(), asked=(), random=False
+        )
+        structure = pytree.tree_flatten([0] * len(stage.program.outputs))[1]
+        writes = bool(recording.written_inputs)
+        part = (
+            self.batch if len(rows) == self.batch.size and not writes else taken(self.batch, rows)
+        )
+        return self.compute(Prepared(recording, structure), part)
+
+
+def taken(batch: Batch, rows: torch.Tensor) -> Batch:
+    """The batch of some samples, copied, each with the strides that it had."""
+    leaves = list(batch.leaves)
+    for position, (leaf, dim) in enumerate(batch.mapped):
+        if position in batch.columns:
+            column = batch.columns[position]
+            parts = [column.rows_between(row, row + 1) for row in rows.tolist()]
+            leaves[leaf] = torch.cat(parts)
+            continue
+        tensor = leaves[leaf].movedim(dim, 0)
+        leaves[leaf] = rows_of(tensor, rows.to(tensor.device)).movedim(0, dim)
+    return dataclasses.replace(batch, leaves=leaves, size=len(rows), columns={})
+
+
+def rows_of(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a batch, copied, with the strides that they had: recorded views need them."""
+    return restride(tensor.index_select(0, rows), tensor.stride()[1:])

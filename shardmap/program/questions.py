@@ -1,0 +1,256 @@
+"""What a function asks of its sample: questions about values, and shapes that depend on values.
+
+The answers of one sample are constants of its recording. Which other samples answer alike is seen
+by computing, for all of them, what was asked about: the operands of the questions, and what leads
+to them. Questions about what a shape depends on become questions about a count where that says the
+same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardmap._torch import OpOverload, aten
+from shardmap.program.analysis import leading_to
+from shardmap.program.ir import NO_GRAD, Equation, Program, Spec, Var
+
+_SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+_COUNTED = {
+    aten.nonzero.default: 0,
+    aten.masked_select.default: 1,
+    aten.repeat_interleave.Tensor: 0,
+}
+"""Operators whose result's first size is a count over an argument, and which argument that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, and how its answers are read from what a stage computes."""
+
+    number: int
+    """Its place among the questions of the program."""
+    answer: Hashable
+    """The recorded sample's."""
+    outputs: range
+    """Of the stage's program, by position."""
+    alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """Which samples answer as the recorded one did, from those outputs, `[samples, ...]` each."""
+    read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
+    """The answers that samples give: the number of each one's, and those answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Questions whose operands can be computed for all samples that answered those before alike."""
+
+    program: Program
+    questions: tuple[Question, ...]
+
+
+def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list[Stage]:
+    """The programs that compute what a program asks about.
+
+    A result whose shape depends on values can be computed for samples of one shape only, and so a
+    stage ends with each question about a shape.
+
+    Args:
+        program: What one sample does.
+        asked: The equations that ask about what differs by sample.
+        singly: Whether each question is a stage of its own: then nothing is computed for a sample
+            that has answered otherwise before.
+    """
+    found: list[Stage] = []
+    waiting: list[tuple[int, int]] = []
+    for number, position in enumerate(asked):
+        waiting.append((number, position))
+        answer = program.equations[position].answer
+        if singly or answer[0] == "shape" or number + 1 == len(asked):
+            found.append(_stage(program, waiting, set(asked)))
+            waiting = []
+    return found
+
+
+def answers(program: Program, asked: Sequence[int]) -> tuple[Hashable, ...]:
+    """What the recorded sample answered, in order."""
+    return tuple([_Asked(program, program.equations[at]).answer for at in asked])
+
+
+def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]) -> Stage:
+    fresh = _Fresh(program)
+    mine = {position: number for number, position in waiting}
+    equations: list[Equation] = []
+    outputs: list[Var] = []
+    questions: list[Question] = []
+    last = max(mine)
+    for position, eq in enumerate(program.equations[: last + 1]):
+        if position in mine:
+            question = _Asked(program, eq, fresh)
+            first = len(outputs)
+            equations += question.equations
+            outputs += question.outputs
+            span = range(first, len(outputs))
+            questions.append(
+                Question(mine[position], question.answer, span, question.alike, question.read)
+            )
+        if position < last and not (eq.answer is not None and eq.answer[0] == "value"):
+            equations.append(eq)
+    whole = program._replace(
+        equations=tuple(equations), outputs=tuple(outputs), output_flags=(NO_GRAD,) * len(outputs)
+    )
+    return Stage(leading_to(whole), tuple(questions))
+
+
+class _Fresh:
+    """Makes variables that a program does not have yet."""
+
+    def __init__(self, program: Program):
+        known = [*program.inputs, *program.captured, *program.literals]
+        for eq in program.equations:
+            known += eq.results()
+        self.index = max((v.index for v in known), default=0)
+        self.group = max((v.group for v in known), default=0)
+
+    def like(self, spec: Spec) -> Var:
+        """A variable in memory of its own."""
+        self.index += 1
+        self.group += 1
+        strides, step = [], 1
+        for size in reversed(spec.shape):
+            strides.append(step)
+            step *= max(size, 1)
+        own = Spec(spec.shape, tuple(reversed(strides)), spec.dtype, spec.device, 0)
+        return Var(self.index, self.group, own)
+
+
+class _Asked:
+    """One question: the calls that compute what it is about, and what its answers are."""
+
+    def __init__(self, program: Program, eq: Equation, fresh: _Fresh | None = None):
+        self.eq = eq
+        self.fresh = fresh or _Fresh(program)
+        self.equations: list[Equation] = []
+        self.outputs: list[Var] = []
+        self.answer: Hashable
+        self.alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+        self.read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
+        if eq.answer[0] == "value":
+            self._value(eq)
+        else:
+            self._shape(eq)
+
+    def _call(self, op: OpOverload, args: tuple[Any, ...], spec: Spec) -> Var:
+        out = self.fresh.like(spec)
+        flags = tuple([NO_GRAD for a in args if type(a) is Var])
+        self.equations.append(Equation(op, args, (), (out,), flags, False))
+        return out
+
+    def _value(self, eq: Equation) -> None:
+        value = eq.answer[1]
+        self.answer = key_of(value)
+        if eq.op in _SCALARS:
+            operand = eq.args[0]
+            self.outputs = [self._call(aten.clone.default, (operand,), operand.spec)]
+            self._numbers(value, truth=eq.op is aten.is_nonzero.default)
+        elif eq.op is aten.equal.default and eq.args[0].spec.shape == eq.args[1].spec.shape:
+            truth = Spec((), (), torch.bool, eq.args[0].spec.device, 0)
+            specs = eq.args[0].spec._replace(dtype=torch.bool)
+            unequal = self._call(aten.ne.Tensor, eq.args, specs)
+            differ = self._call(aten.any.default, (unequal,), truth)
+            self.outputs = [self._call(aten.logical_not.default, (differ,), truth)]
+            self._numbers(value)
+        else:
+            self._one_by_one(eq, key_of)
+
+    def _shape(self, eq: Equation) -> None:
+        shapes = eq.answer[1]
+        counted, place = None, 0
+        if eq.op in _COUNTED:
+            counted = eq.args[_COUNTED[eq.op]]
+            if eq.op is aten.masked_select.default and eq.args[0].spec.shape != counted.spec.shape:
+                counted = None
+        elif eq.op is aten.index.Tensor:
+            given = [(i, v) for i, v in enumerate(eq.args[1]) if v is not None]
+            if len(given) == 1:
+                place, counted = given[0]
+        if counted is None:
+            self.answer = shapes
+            self._one_by_one(eq, _shapes_of)
+            return
+        self.answer = key_of(shapes[0][place])
+        count = Spec((), (), torch.int64, counted.spec.device, 0)
+        op = aten.count_nonzero.default
+        if eq.op is aten.repeat_interleave.Tensor:
+            op = aten.sum.default
+        self.outputs = [self._call(op, (counted,), count)]
+        self._numbers(shapes[0][place])
+
+    def _numbers(self, value: Any, truth: bool = False) -> None:
+        """The one output holds the answers themselves, or (`truth`) what is nonzero for a yes."""
+
+        def flat(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            numbers = found[0].detach().reshape(-1)
+            return numbers != 0 if truth else numbers
+
+        def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            numbers = flat(found)
+            return numbers == value if value == value else numbers != numbers
+
+        def read(found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[Hashable]]:
+            kinds, of_row = torch.unique(flat(found), return_inverse=True)
+            return of_row, [key_of(v) for v in kinds.tolist()]
+
+        self.alike, self.read = alike, read
+
+    def _operands(self, eq: Equation) -> list[Var]:
+        return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]
+
+    def _one_by_one(self, eq: Equation, of: Callable[[Any], Hashable]) -> None:
+        """Ask the operator itself, for each sample."""
+        self.outputs = self._operands(eq)
+
+        def keys(found: Sequence[torch.Tensor]) -> list[Hashable]:
+            return [of(_called(eq, row)) for row in zip(*found, strict=True)]
+
+        def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.tensor([key == self.answer for key in keys(found)])
+
+        def read(found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[Hashable]]:
+            given = keys(found)
+            kinds = list(dict.fromkeys(given))
+            return torch.tensor([kinds.index(key) for key in given]), kinds
+
+        self.alike, self.read = alike, read
+
+
+def _called(eq: Equation, row: Sequence[torch.Tensor]) -> Any:
+    tensors = iter(row)
+    args = _filled(eq.args, tensors)
+    return eq.op(*args, **dict(_filled(eq.kwargs, tensors)))
+
+
+def _filled(values: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Arguments with tensors in the place of variables."""
+    if type(values) is Var:
+        return next(tensors)
+    if type(values) in (tuple, list):
+        return [_filled(v, tensors) for v in values]
+    return values
+
+
+def _shapes_of(found: Any) -> Hashable:
+    tensors = found if isinstance(found, tuple | list) else (found,)
+    return tuple([tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)])
+
+
+def key_of(value: Any) -> Hashable:
+    """An answer such that equal ones are the same to python: `1 == 1.0 == True`, and NaN is NaN."""
+    if isinstance(value, float):
+        return "float", "nan" if math.isnan(value) else value.hex()
+    if isinstance(value, complex):
+        return "complex", key_of(value.real), key_of(value.imag)
+    return type(value).__name__, value
