@@ -54,15 +54,34 @@ def default_generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.default_generator.get_state()}
     if device.type == "cuda" and torch.cuda.is_available():
         states[str(device)] = torch.cuda.get_rng_state(device)
+    if not _unrestored:
+        _unrestored.append(states)
     return states
 
 
 def restore_default_generators(states: dict[str, torch.Tensor]) -> None:
     """Restore what `default_generator_states` returned, unless other threads have started."""
-    if not states or not alone():
-        return
-    for device, state in states.items():
-        if device == "cpu":
-            torch.default_generator.set_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
+    if states and alone():
+        for device, state in states.items():
+            if device == "cpu":
+                torch.default_generator.set_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
+    if _unrestored and _unrestored[0] is states:
+        _unrestored.clear()
+
+
+_unrestored: list[dict[str, torch.Tensor]] = []
+"""The outermost states that are still to be restored. An interrupt may strike where they are about
+to be: then the call's outermost frame does it."""
+
+
+def restore_interrupted_generators() -> None:
+    """Restore the states that an interrupt has kept from being restored."""
+    while _unrestored:
+        restore_default_generators(_unrestored[0])
+
+
+def forget_interrupted_generators() -> None:
+    """Let go of states that nobody is going to restore: a call begins."""
+    _unrestored.clear()

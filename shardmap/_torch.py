@@ -282,6 +282,7 @@ version_of = _attribute(_tensor, "Tensor", "_version", "seeing that a batch was 
 is_view = _private("Tensor._is_view", "results that share memory with a captured tensor")
 is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
 typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorded tensor's memory")
+LinAlgError: type[RuntimeError] = _private("_C._LinAlgError", "errors of torch.linalg")
 set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"].__set__
 has_internal_overlap = _private(
     "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"

@@ -235,7 +235,10 @@ def _judge(setting: Setting, got: Seen, want: Seen, checks: Checks, slack: Seen 
     for i, (mine, theirs) in enumerate(zip(got.outputs, want.outputs, strict=True)):
         loose = slack.outputs[i] if slack else None
         assert_same(mine, theirs, f"output {i}", checks.precision, loose, entered)
-        if checks.requires_grad and mine.requires_grad != theirs.requires_grad:
+        # An integer tensor that is filled with one that requires grad does so too, and torch cannot
+        # differentiate by it: then nothing can be said of what comes of it.
+        sound = "isDifferentiableType" not in want.no_gradient
+        if checks.requires_grad and sound and mine.requires_grad != theirs.requires_grad:
             raise Mismatch(
                 f"output {i}: requires_grad {mine.requires_grad}, the loop has "
                 f"{theirs.requires_grad}"

@@ -129,12 +129,15 @@ class Call:
                 return self._run_by_sample(verdict.varies)
             # What is written cannot be taken back: then all samples are asked first.
             late = self.options.out is not None or bool(recording.written_inputs)
-            if verdict.forks or (recording.asked and late):
+            forks = verdict.forks or (recording.asked and late)
+            if forks and not self.around.inlined:
                 return self._run_by_paths()
         try:
             return self._run(None)
         except errors.VariesError as error:
             if self.use is not None and recording.asked:
+                if self.around.inlined:  # the outer function asks each inner sample
+                    return self._run_by_sample(_why(error, self.options.call))
                 self.use.forked()
                 return self._run_by_paths()
             if self.use is None or self.around.inlined or recording.written_inputs:

@@ -146,6 +146,8 @@ class FirstUse:
 
     def _found(self) -> Verdict:
         check, size = self.options.check, self.batch.size
+        if size > 1 and self._first is not None and self._first[0].caught:
+            return Verdict(varies=f"{self._first[0].caught}, which the function catches")
         if check == "off" or size < 2:
             return Verdict()
         program = self._program or self.first()[0].program

@@ -11,6 +11,7 @@ from shardmap import errors
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.planning import table
+from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
 from shardmap.run import local, storing, timeline
 from shardmap.run import ray as on_ray
@@ -86,12 +87,19 @@ class Plan:
         return table.overview(self._job.call, self.split)
 
     def _operators(self, everything: bool) -> str:
-        job, name = self._job, self.lanes[0].device
-        ready = self._on.on(name, job.samples > 1)
-        seen = None
-        if job.samples and not self.lanes[0].memory.bound:  # else running it would break the budget
-            seen = watched(ready, job)
-        return table.operators(self.split, ready.low, seen, everything)
+        ready = self._on.on(self.lanes[0].device, self._job.samples > 1)
+        return table.operators(self.split, ready.low, self._seen(), everything)
+
+    def _seen(self) -> Observation | None:
+        """What a chunk has been seen to cost; None where running one would break the budget."""
+        if not self._job.samples or self.lanes[0].memory.bound:
+            return None
+        return watched(self._on.on(self.lanes[0].device, self._job.samples > 1), self._job)
+
+    def _backward_unknown(self) -> str:
+        """Why nobody can say what gradients cost; empty where somebody can, or none are asked."""
+        seen = self._seen() if self._job.grad else None
+        return "" if seen is None else seen.backward_unknown
 
     def __repr__(self) -> str:
         lanes = ", ".join(
@@ -118,6 +126,12 @@ class Plan:
             parts.append(
                 "Gradients are recorded from outside: what backward needs of each chunk stays; "
                 "remat=True computes it again instead."
+            )
+        unknown = self._backward_unknown()
+        if unknown:
+            parts.append(
+                "The memory that gradients take is not known, and no part of the peaks above: "
+                f"computing them raises an error ({unknown})."
             )
         reduced = [o.reduction.name for o in job.outputs if o.reduction is not None]
         if reduced:

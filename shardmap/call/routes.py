@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
+from shardmap._torch import functorch, pytree
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
@@ -278,7 +278,14 @@ class Router:
         part = (
             self.batch if len(rows) == self.batch.size and not writes else taken(self.batch, rows)
         )
-        return self.compute(Prepared(recording, structure), part)
+        return [unwrapped(t) for t in self.compute(Prepared(recording, structure), part)]
+
+
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that transforms around the call differentiate by."""
+    while functorch.is_gradtrackingtensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 def taken(batch: Batch, rows: torch.Tensor) -> Batch:

@@ -1,8 +1,8 @@
 """Turn the program of one sample into a program for any number of samples.
 
 Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk
-loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording),
-`torch.func.vmap` of the one operator, a loop over the batch.
+loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording), functorch
+for one operator, a loop over the batch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import schema_of
 from shardmap.factors import sums
 from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
+from shardmap.lower.as_recorded import drop_dead, functional_call
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.out_calls import out_rule
 from shardmap.lower.rematerialise import postponed
@@ -25,8 +25,10 @@ from shardmap.lower.replayed import (
     check_shapes,
     copy,
     cut,
+    followed,
     fresh_leaf,
     no_view,
+    own_tangent,
     restride,
 )
 from shardmap.program.analysis import (
@@ -43,7 +45,7 @@ from shardmap.program.operators import deciders, op_info
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted
 from shardmap.rules.fallback import functorch_rule, loop_rule
-from shardmap.rules.lowering import B, Call, Lowering, V, values
+from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.random import seeded_loop
 from shardmap.rules.results import bound
 from shardmap.rules.view import refuse_offsets_of_inputs
@@ -83,6 +85,8 @@ class _Batcher:
         self.results: dict[int, tuple[Var, V]] = {}
         self.summed: set[int] = set()
         self.written: dict[int, tuple[tuple[Var, V], ...]] = {}
+        self.writer: dict[int, int] = {}
+        """The variable through which each group was written last."""
         enabled = not (options.grad or options.transformed or fixes.plain)
         self.builder = FactorBuilder(
             program, self.b, self.env, self.write_groups, self.mapped, enabled
@@ -168,14 +172,25 @@ class _Batcher:
         if kind is Var:
             v = self.env[value.index]
             flag = next(flags)
-            if mapped and not v.mapped and self.last_write.get(value.group, -1) > i:
-                v = self.b.call(
-                    torch.clone, v
-                )  # lifted writes that come later must not be seen here
+            if mapped and self.last_write.get(value.group, -1) > i:
+                # Writes that come later: lifted ones must not be seen here, and a rule's own calls
+                # may keep for their backward what the recorded call does not (`gather` for
+                # `index_select`).
+                if not v.mapped or self._may_be_kept(value, eq):
+                    v = self.b.call(torch.clone, v)
             return self._as_consumed(v, value, flag)
         if kind is tuple:
             return [self._argument(a, flags, i, eq, mapped) for a in value]
         return value
+
+    def _may_be_kept(self, var: Var, eq: Equation) -> bool:
+        """Whether autograd may keep `var` for the backward of calls other than the recorded one."""
+        return (
+            self.b.grad
+            and torch.Tag.pointwise not in eq.op.tags
+            and all(v.group != var.group for v in (*eq.results(), *written(eq)))
+            and any(v.index in self.needs for v in eq.inputs())
+        )
 
     def _as_consumed(self, v: V, var: Var, flag: int) -> V:
         """`v` with what autograd knew of the sample's tensor when it was consumed."""
@@ -217,20 +232,31 @@ class _Batcher:
         if eq.op in IDENTITIES:
             source = eq.args[0]
             for out in eq.results():
-                self.env[out.index] = self.env[source.index]
+                v = self.env[source.index]
+                self.env[out.index] = v
                 if out.index in self.written_through and (
                     self.options.grad or self.options.transformed
                 ):
                     # A write gives the detached tensor, and its views, a history of their own.
-                    self.env[out.index] = self._cut(self.env[source.index], out.group)
+                    self.env[out.index] = self._cut(v, out.group)
                     continue
                 self.identities.add(out.index)
                 if source.index in self.needs:
                     self.needs.add(out.index)
+                if eq.flags[0] == FRESH_LEAF:
+                    # `v.requires_grad_()` is known by how it is consumed, also by an alias alone.
+                    self.env[out.index] = self._as_consumed(v, source, FRESH_LEAF)
+                    if b.grad:
+                        self.needs.add(out.index)
             return
         mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (
             self.options.randomness == "different" and random_call(eq)
         )
+        for v in written(eq):
+            history = self.options.transformed or (b.grad and v.index in self.needs)
+            if history and self.writer.get(v.group, v.index) != v.index:
+                self.env[v.index] = b.call(followed, self.env[v.index])
+            self.writer[v.group] = v.index
         flags = iter(eq.flags)
         args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
         kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
@@ -239,7 +265,7 @@ class _Batcher:
                 check_answer,
                 eq.op,
                 eq.answer[1],
-                [v.mapped for v in _vs(args)],
+                [v.mapped for v in values(args)],
                 self.options.call,
                 args,
             )
@@ -283,7 +309,9 @@ class _Batcher:
         fix = None if op_info(eq.op).shape_only else self.fixes.tiers.get(i)
         deciding = deciders(eq.op, eq.args) if eq.answer is not None else ()
         if any(self.env[v.index].mapped for v in deciding):
-            out = counted(b, eq, args, kwargs, self.options.call) if fix is None else NotImplemented
+            out = NotImplemented
+            if fix is None:
+                out = counted(b, eq, args, kwargs, self.options.call)
             if out is not NotImplemented:
                 self.tiers[name] = "rule"
                 return out
@@ -376,6 +404,8 @@ class _Batcher:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
                 else:
                     v = views(b).contiguous(v)
+                    if self.options.transformed:
+                        v = b.call(own_tangent, v, shape=v.shape, dtype=v.dtype)
             owned.add(var.group)
             outputs.append(v)
         return tuple(outputs)
@@ -400,49 +430,3 @@ def lower(
     """
     refuse_offsets_of_inputs(program, options.call)
     return _Batcher(program, options, fixes, to_loop).run()
-
-
-def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Emit a recorded call as it is."""
-    returns = schema_of(eq.op).returns
-    if not returns or not list(eq.results()):
-        b.effect(eq.op, *args, **kwargs)
-        return None
-    if len(returns) == 1 and str(returns[0].type) == "Tensor":
-        return b.call(eq.op, *args, named=kwargs)
-    outs: list[Any] = []
-    if any(type(o) is tuple for o in eq.outs):
-
-        def flat(*a: Any, **k: Any) -> Any:
-            return tuple(_flat(eq.op(*a, **k)))
-
-        return b.calls_several(flat, len(list(eq.results())), *args, **kwargs)
-    got = iter(b.calls_several(eq.op, len(eq.outs), *args, **kwargs))
-    outs = [next(got) for _ in eq.outs]
-    return [v for v, o in zip(outs, eq.outs, strict=True) if o is not None]
-
-
-def drop_dead(
-    calls: list[Call], outputs: tuple[V, ...]
-) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
-    used = {v.index for v in outputs}
-    kept = []
-    for call in reversed(calls):
-        if not call.outs or call.writes or any(o in used for o in call.outs):
-            kept.append(call)
-            used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
-    kept.reverse()
-    return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)
-
-
-def _flat(result: Any) -> Any:
-    for item in result:
-        if isinstance(item, tuple | list):
-            yield from _flat(item)
-        else:
-            yield item
-
-
-def _vs(args: Any) -> list[V]:
-    return list(values(args))

@@ -183,6 +183,23 @@ class _Draft:
     replay: Replay
 
 
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """Lowers a program of which there is a draft already."""
+
+    program: Program
+    sources: dict[str, str]
+    first: _Draft
+    drafted: LoweringOptions
+
+    def __call__(
+        self, options: LoweringOptions, fixes: Fixes, quiet: bool = False
+    ) -> tuple[BatchedProgram, Replay]:
+        if options == self.drafted and fixes == Fixes():
+            return self.first.batched, self.first.replay
+        return lower_with(self.program, options, fixes, self.sources, quiet)
+
+
 def draft(
     program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
 ) -> BatchedProgram:
@@ -266,11 +283,7 @@ def lowered(
                 sample_bytes,
             )  # fmt: skip
 
-        def again(how: LoweringOptions, fixed: Fixes) -> tuple[BatchedProgram, Replay]:
-            if how == options and fixed == Fixes():
-                return first.batched, first.replay
-            return lower_with(program, how, fixed, sources)
-
+        again = _Again(program, sources, first, options)
         done = verified(program, options, again, tried(), fixes or Fixes(), slices)
         flags = [v.mapped for v in first.batched.outputs]
         assert [v.mapped for v in done.batched.outputs] == flags, (
@@ -294,14 +307,20 @@ def lowered(
 
 
 def lower_with(
-    program: Program, options: LoweringOptions, fixes: Fixes, sources: dict[str, str]
+    program: Program,
+    options: LoweringOptions,
+    fixes: Fixes,
+    sources: dict[str, str],
+    quiet: bool = False,
 ) -> tuple[BatchedProgram, Replay]:
     """The batched program and its functions, with `fixes` applied.
 
-    Warns of each operator that falls to the loop, or refuses it.
+    Warns of each operator that falls to the loop, or refuses it, unless it is to be quiet.
     """
 
     def to_loop(number: int, eq: Equation) -> None:
+        if quiet:
+            return
         name = eq.op.name()
         line = eq.source or sources.get(name, "an unknown line")
         if registry.lookup(eq.op) is not None and number in fixes.reasons:

@@ -9,9 +9,8 @@ Nothing that was handed on is changed.
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -26,8 +25,21 @@ from shardmap.program.ir import Program
 
 logger = logging.getLogger("shardmap")
 
-Lower = Callable[[LoweringOptions, Fixes], tuple[BatchedProgram, Replay]]
-"""Lowers one program."""
+
+class Lower(Protocol):
+    """Lowers one program."""
+
+    def __call__(
+        self, options: LoweringOptions, fixes: Fixes, quiet: bool = False
+    ) -> tuple[BatchedProgram, Replay]:
+        """The batched program and its functions.
+
+        Args:
+            options: How it is to be lowered.
+            fixes: What is known to be needed.
+            quiet: Whether calls that fall to the loop are neither warned of nor refused.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +175,7 @@ class _Attempt:
         example, where an index is out of bounds.
         """
         fixes = self.fixes.demoted(number, "loop", "")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", errors.SlowLoopWarning)
-            batched, _ = self.lower(replace(self.options, strict=False), fixes)
+        batched, _ = self.lower(self.options, fixes, quiet=True)
         trial.run(self.program, batched, fixes, self.tried)
 
     def _wrong_outputs(self, outputs: list[torch.Tensor]) -> dict[int, str]:

@@ -53,6 +53,8 @@ class Observation:
     """By recorded operator, in the order of first use."""
     backward: tuple[Level, ...] = ()
     """As `levels`, of a chunk whose gradients are computed at once; none without outer autograd."""
+    backward_unknown: str = ""
+    """Why nobody can say what gradients cost: the error that computing them raised."""
 
     @property
     def calls(self) -> int:

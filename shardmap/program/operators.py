@@ -25,6 +25,9 @@ _QUESTIONS = {
 }
 """Operators that answer python with a value."""
 
+CHECKS = {aten._linalg_check_errors.default}
+"""Operators that raise where an earlier one has failed for the sample, and return nothing."""
+
 _METADATA = {
     "is_same_size",
     "_has_same_storage_numel",
@@ -170,6 +173,7 @@ def _op_info(op: OpOverload) -> OpInfo:
         or info.question
         or info.metadata
         or info.hidden_writes
+        or op in CHECKS
     )
     plain = (
         not special

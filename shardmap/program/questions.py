@@ -18,6 +18,7 @@ import torch
 from shardmap._torch import OpOverload, aten
 from shardmap.program.analysis import leading_to
 from shardmap.program.ir import NO_GRAD, Equation, Program, Spec, Var
+from shardmap.program.operators import CHECKS
 
 _SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 _COUNTED = {
@@ -156,6 +157,10 @@ class _Asked:
             operand = eq.args[0]
             self.outputs = [self._call(aten.clone.default, (operand,), operand.spec)]
             self._numbers(value, truth=eq.op is aten.is_nonzero.default)
+        elif eq.op in CHECKS:
+            failed = Spec((), (), torch.bool, eq.args[0].spec.device, 0)
+            self.outputs = [self._call(aten.any.default, (eq.args[0],), failed)]
+            self._numbers(value)
         elif eq.op is aten.equal.default and eq.args[0].spec.shape == eq.args[1].spec.shape:
             truth = Spec((), (), torch.bool, eq.args[0].spec.device, 0)
             specs = eq.args[0].spec._replace(dtype=torch.bool)

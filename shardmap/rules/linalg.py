@@ -99,18 +99,29 @@ for _name, _dims in SEVERAL.items():
     registry.register("linalg", *registry.overloads(_name))(together(*_dims))
 
 
+def _factorises_transposes() -> bool:
+    """Whether this torch's `_linalg_solve_ex` factorises the transpose of a contiguous matrix."""
+    matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device="cpu")
+    factors = aten._linalg_solve_ex.default(matrix, matrix)[1]
+    return float(factors[0, 0]) == 2.0  # the largest entry of the first row; 3 is of the column
+
+
+_FACTORISES_TRANSPOSES = _factorises_transposes()
+
+
 @registry.register("linalg", *registry.overloads("_linalg_solve_ex"))
 def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A factorisation of each matrix, then a solution for each right-hand side.
 
-    The kernel factorises the transpose of a contiguous matrix, and its recorded backward relies on
-    that; whether a batch is contiguous says nothing of its samples. A vector on the right becomes a
-    column: with a map before it, it would be taken for a matrix.
+    In some versions of torch the kernel factorises the transpose of a contiguous matrix, and its
+    recorded backward relies on that; whether a batch is contiguous says nothing of its samples. A
+    vector on the right becomes a column: with a map before it, it would be taken for a matrix.
     """
     named = arguments(eq, tuple(args), kwargs)
     matrix, right = named["A"], named["B"]
     recorded = eq.args[0].spec
-    transposed = is_dense(recorded.shape, recorded.stride) and not matrix.dtype.is_complex
+    contiguous = is_dense(recorded.shape, recorded.stride)
+    transposed = _FACTORISES_TRANSPOSES and contiguous and not matrix.dtype.is_complex
     vector = right.ndim == 1 or right.shape == matrix.shape[:-1]
     column = b.view(right, (*right.shape, 1)) if vector else right
     leading = torch.broadcast_shapes(matrix.shape[:-2], column.shape[:-2])

@@ -48,6 +48,8 @@ _ELSEWHERE = set(
         "native_dropout_backward",
         "_conj_physical",
         "gelu_backward",
+        "lerp.Tensor",
+        "lerp_.Tensor",
     )
 )
 """Tagged, but with a rule below or in another family; `equal` is a question."""
@@ -181,6 +183,18 @@ def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     return _promoting(b, eq, args, kwargs, [condition, first, second], [first, second])
 
 
+@register("pointwise", aten.lerp.Tensor, aten.lerp_.Tensor)
+def lerp(b: Lowering, eq: Equation, args: tuple, kwargs: dict) -> object:
+    """`lerp` between integers by a real weight: its kernel promotes numbers, but no tensors."""
+    dtype = next(eq.results()).spec.dtype
+
+    def real(v: V) -> V:
+        return v if v.dtype.is_floating_point or v.dtype.is_complex else b.cast(v, dtype)
+
+    start, end, weight = args
+    return pointwise(b, eq, (real(start), real(end), real(weight)), kwargs)
+
+
 @register("pointwise", aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
     """`masked_fill` whose value is a tensor: a value for each sample is picked by `where`."""
@@ -198,8 +212,13 @@ def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
 
 @register("pointwise", aten.fill_.Tensor, aten.fill.Tensor)
 def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
-    """`fill` with a tensor without dimensions."""
+    """`fill` with a tensor without dimensions: one for each sample is copied.
+
+    One for all is filled in, as recorded: an integer tensor requires grad then, as in the loop.
+    """
     x, value = args
+    if not value.mapped:
+        return _emit(b, eq, args, kwargs, [x], NO_CASTS)
     if _in_place(eq.op):
         b.call(aten.copy_.default, x, aligned(b, value, x.ndim))
         return None

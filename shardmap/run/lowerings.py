@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from shardmap.lower import cache
+from shardmap.lower import cache, trial
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.lower.trial import Trial
@@ -69,11 +69,12 @@ class Lowerings:
         device: torch.device,
         size: int,
         slices: bool,
-        inputs: Callable[[], Sequence[torch.Tensor]],
+        inputs: Callable[[int], Sequence[torch.Tensor]],
         captured: Sequence[torch.Tensor],
         literals: Sequence[torch.Tensor],
         seed: Seeds,
         fixes: Fixes | None = None,
+        sibling: Lowered | None = None,
     ) -> Lowered:
         """The lowering for chunks on `device`, tried there on the call's samples if it is new.
 
@@ -81,29 +82,37 @@ class Lowerings:
             device: Where the chunks run.
             size: How many samples it is tried on: 0, 1 or 2.
             slices: Whether outputs may be computed into slices of a result.
-            inputs: Makes the samples, `[size, *shape]` each, on the device.
+            inputs: Makes that many samples, `[size, *shape]` each, on the device.
             captured: The captured tensors, there.
             literals: The literals, there.
             seed: For random draws, as `Seeds` says.
             fixes: What is known to be needed.
+            sibling: A lowering for chunks of several samples that was tried before. What it gives
+                is expected of this one, where the function itself was not run for this call.
         """
         if self.instead is not None:
             return self.instead
         recording = self.recording
 
-        def tried() -> Trial:
+        def on_samples(count: int, expected: Samples) -> Trial:
             return Trial(
                 device,
                 seed,
-                size,
-                tuple(inputs()),
+                count,
+                tuple(inputs(count)),
                 tuple(captured),
                 tuple(literals),
                 recording.scalars,
                 recording.written_inputs,
-                self.expected[:size],
+                expected,
                 recording.random,
             )
+
+        def tried() -> Trial:
+            expected = self.expected[:size]
+            if not expected and sibling is not None:
+                expected = _given_by(sibling, on_samples(2, ()))
+            return on_samples(size, expected)
 
         return cache.lowered(
             recording.program,
@@ -115,3 +124,17 @@ class Lowerings:
             slices,
             fixes or self.fixes,
         )
+
+
+def _given_by(low: Lowered, samples: Trial) -> Samples:
+    """What a lowering that has been compared gives for the first of several samples.
+
+    Empty where that cannot be told from rounding, or is a sum over samples.
+    """
+    if low.loose or low.batched.summed:
+        return ()
+    faults, outputs = trial.run(low.program, low.batched, low.fixes, samples)
+    if faults:
+        return ()
+    pairs = zip(low.batched.outputs, outputs, strict=True)
+    return (tuple([t[0] if v.mapped else t for v, t in pairs]),)

@@ -110,11 +110,15 @@ def _lowered(
         return found
     # Free memory is asked for here only: reading it takes as long as a small map.
     if several and not trial_affordable(job, device, 2, budget(device)):
-        return _lowered(job, device, False, slices, captured, literals, lambda device: None)
-    other = known(job, device, several, not slices)  # found what is needed to give the right values
+        return _lowered(job, device, False, slices, captured, literals, budget)
+    # Another lowering has found what is needed to give the right values.
+    sibling = tried(job, device, not several)
+    other = known(job, device, several, not slices) or sibling
     size = min(2 if several else 1, job.samples)
+    if size != 1 or not trial_affordable(job, device, 2, budget(device)):
+        sibling = None
 
-    def ends() -> list[torch.Tensor]:
+    def ends(size: int) -> list[torch.Tensor]:
         rows = samples_at_the_ends(job, size)
         return [r if r.device == device else to_device(r, device) for r in rows]
 
@@ -134,6 +138,7 @@ def _lowered(
                 [element(t) for t in literals],
                 counted(job.seed),
                 None if other is None else other.fixes,
+                sibling,
             )
         finally:
             restore_default_generators(states)

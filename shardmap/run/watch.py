@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from shardmap.planning.observe import Observation, observe
 from shardmap.run.affordable import direct, observed_sizes
 from shardmap.run.base import Job
 from shardmap.run.prepare import Ready, there
-
-logger = logging.getLogger("shardmap")
 
 
 def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
@@ -85,18 +82,26 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
         finally:
             restore_default_generators(states)
     if job.grad and not job.recording.written_inputs:
-        backward = _with_backward(ready, job, sizes)
-        if backward is not None:
-            found = dataclasses.replace(found, backward=backward.levels)
+        try:
+            found = dataclasses.replace(found, backward=_with_backward(ready, job, sizes).levels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # A derivative is missing, or forbidden. The map itself need not ask for one, and who
+            # does gets this error; the plan says that the memory of gradients is not known.
+            found = dataclasses.replace(found, backward_unknown=str(error).partition("\n")[0])
     low.notes.observed[key] = found
     return found
 
 
-def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation | None:
+def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
     """What a chunk costs whose gradients are computed at once, as `remat=True` does in backward.
 
     Of leaves of its own that share memory with the call's tensors: nothing reaches the caller's
-    graph. None where a derivative raises an error: whoever asks for it will see that.
+    graph.
+
+    Raises:
+        RuntimeError: A derivative raises it.
     """
     low, recording = ready.low, job.recording
     captured = [t.detach().requires_grad_(t.requires_grad) for t in ready.captured]
@@ -129,9 +134,6 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation 
                 ready.device, job.seed, recording.scalars, captured, ready.literals
             )
             return observe(low, run, sizes, known)
-        except RuntimeError as error:
-            logger.info("%s: the backward pass cannot be watched: %s", job.call, error)
-            return None
         finally:
             restore_default_generators(states)
 

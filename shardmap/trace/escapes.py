@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ from shardmap.trace import recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
+from shardmap.trace.separate_views import returns_several_views, separated
 
 if TYPE_CHECKING:
     from shardmap.trace.recorder import Recorder
@@ -181,6 +182,8 @@ class Doors(TorchFunctionMode):
             return encoder.zeroed(func(*args, **(kwargs or {})))
         if self.recorder.depth:
             args, kwargs = self._peel((args, kwargs or {}))
+            if self.recorder.separate_views and returns_several_views(func):
+                return self._separated(func, args, kwargs or {})
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in _CUDNN_FLAGS and args:
@@ -213,13 +216,26 @@ class Doors(TorchFunctionMode):
         elif func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooked.append(args[0].grad_fn)
         elif func in _PRINTS:
-            paused = self.recorder.paused
-            self.recorder.paused = True
-            try:
-                return func(*args, **(kwargs or {}))
-            finally:
-                self.recorder.paused = paused
+            return self._unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
+
+    def _unrecorded(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Run a call that the program need not know of."""
+        paused = self.recorder.paused
+        self.recorder.paused = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.paused = paused
+
+    def _separated(
+        self, func: Callable[..., Iterable[torch.Tensor]], args: tuple, kwargs: dict
+    ) -> object:
+        """The views that a call returns, recorded one by one."""
+        views: list[torch.Tensor] = []
+        self._unrecorded(lambda: views.extend(func(*args, **kwargs)), (), {})
+        found = tuple(separated(func, views, args, kwargs))
+        return iter(found) if func is Tensor.__iter__ else found
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a call so that python which it calls back is watched, too.

@@ -85,7 +85,7 @@ def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Te
             shape = tensor.shape[:d] + tensor.shape[d + 1 :]
             row = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            row = tensor.select(d, number)
+            row = element(tensor).select(d, number)
         grad = torch.is_grad_enabled() and (tensor.requires_grad or transformed)
         rows.append((row, grad and (row.is_floating_point() or row.is_complex())))
     return rows
@@ -118,14 +118,25 @@ def record(
         ShardmapError: The function does something that cannot be followed; an exception of its own
             passes through unchanged.
     """
-    try:
-        return _recorded(func, batch, randomness, once, call, number, look, generators, False)
-    except RuntimeError as error:
-        # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic zero of
-        # forward mode, which torch forbids.
-        if isinstance(error, errors.ShardmapError) or "ZeroTensors are immutable" not in str(error):
-            raise
-    return _recorded(func, batch, randomness, once, call, number, look, generators, True)
+    transformed = functorch.peek_interpreter_stack() is not None
+    zeros = views = False
+    while True:
+        try:
+            return _recorded(
+                func, batch, randomness, once, call, number, look, generators, zeros, views
+            )
+        except RuntimeError as error:
+            if isinstance(error, errors.ShardmapError):
+                raise
+            if not zeros and "ZeroTensors are immutable" in str(error):
+                # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic
+                # zero of forward mode, which torch forbids.
+                zeros = True
+            elif not views and transformed and "function that returns multiple views" in str(error):
+                # Samples require grad where the loop's rows have tangents only.
+                views = True
+            else:
+                raise
 
 
 def _recorded(
@@ -138,11 +149,17 @@ def _recorded(
     look: bool,
     generators: tuple[torch.Generator, ...],
     zeros_have_memory: bool,
+    separate_views: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with outer_recordings_suspended(), overrides_enabled():
-        rows = rows_of(batch, number, functorch.peek_interpreter_stack() is not None)
+        transformed = functorch.peek_interpreter_stack() is not None
+        vmapped = any(
+            level.key() == functorch.TransformType.Vmap
+            for level in functorch.get_interpreter_stack() or ()
+        )
         with transforms_set_aside() as depth:
+            rows = rows_of(batch, number, transformed)
             tries = _TRIES
             while True:
                 recorder = Recorder(
@@ -156,9 +173,11 @@ def _recorded(
                 )
                 recorder.depth = depth
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
+                recorder.vmapped = vmapped
+                recorder.separate_views = separate_views
                 recorder.alternatives = follow.expected(func)
                 recorder.expected = next(iter(recorder.alternatives), None)
-                samples = [sample_of(element(row).detach(), grad) for row, grad in rows]
+                samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:

@@ -18,6 +18,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import (
+    LinAlgError,
     OpOverload,
     TorchDispatchMode,
     aten,
@@ -29,7 +30,14 @@ from shardmap._torch import (
     without_functions,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, generator_of, variables
-from shardmap.program.operators import OpInfo, deciders, draws, op_info, shape_depends_on_values
+from shardmap.program.operators import (
+    CHECKS,
+    OpInfo,
+    deciders,
+    draws,
+    op_info,
+    shape_depends_on_values,
+)
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
@@ -61,9 +69,6 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if zeros_have_memory:
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
-        self.random = False
-        self.torchs_own = False
-        """Whether it draws from torch's own generator, and not from the user's alone."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
@@ -91,16 +96,14 @@ class Recorder(SparseTensors, TorchDispatchMode):
                     return self._dispatch(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
         except NotDense:
-            del self.types[marks[0] :], self.scalars[marks[1] :]
-            with without_functions():
-                return self.with_sparse(func, args, kwargs)
-        except NotImplementedError:
-            if func is not aten._efficientzerotensor.default or "layout" not in kwargs:
-                raise
-            self.refuse_sparse(
-                "forward-mode derivatives through a sparse tensor, for which torch has no kernels",
-                "use reverse mode: shardmap.jacrev, also of a gradient for a Hessian",
-            )
+            return self.with_sparse(func, args, kwargs, marks)
+        except Exception as error:
+            self.refuse_zeros_of(func, kwargs, error)
+            ours = isinstance(error, errors.ShardmapError)
+            asked = isinstance(error, LinAlgError) and func in CHECKS
+            if not (self.raised or ours or asked):
+                self.raised = f"{func.name().removeprefix('aten::')} raised {type(error).__name__}"
+            raise
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.paused:
@@ -161,10 +164,6 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if info.view_in_place is not None:
             return self._record_view_in_place(func, info.view_in_place, args, kwargs)
         return self._record(func, info, args, kwargs, writes)
-
-    def again(self) -> Recorder:
-        """The recording itself, for calls that stand for another one."""
-        return self
 
     def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operator below the recording."""
@@ -227,7 +226,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
     ) -> Any:
         """`t_`, `squeeze_` and their kin change how a tensor looks at its memory.
 
-        From now on it is the variable of the view.
+        From now on it is the variable of the view. No view is made, so that of a tensor without
+        grad the replay makes it in grad mode: one made under no_grad may not be written later.
         """
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, False) for a in args])
@@ -238,9 +238,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
         assert not mapped or var.group in self.mapped_groups, (
             f"{func} left the memory of its argument"
         )
-        self._append(
-            Equation(functional, encoded, named, (var,), tuple(flags), torch.is_grad_enabled())
-        )
+        grad_mode = torch.is_grad_enabled() or not args[0].requires_grad
+        self._append(Equation(functional, encoded, named, (var,), tuple(flags), grad_mode))
         return out
 
     def _record(
@@ -265,6 +264,9 @@ class Recorder(SparseTensors, TorchDispatchMode):
                 mapped = True
         dynamic = info.dynamic and shape_depends_on_values(func, args)
         varies = dynamic and any(v.group in groups for v in deciders(func, encoded))
+        if mapped and func in CHECKS:
+            eq = Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled())
+            return self._check_errors(eq, args, kwargs)
         if mapped and info.question and _looks_for_anomalies():
             return self._anomaly(func, args)
         asks = False
@@ -272,18 +274,19 @@ class Recorder(SparseTensors, TorchDispatchMode):
             # One sample's shape or truth stands for all until replay finds a sample where it is
             # another.
             asks = True
-            if func is not aten.equal.default and not varies and self.depth:
+            if func is not aten.equal.default and not varies and self.vmapped:
                 raise errors.DataDependentError(self._data_dependent(func))
-        if info.random and self.generator is not None and not self.generator.is_as_left():
+        drawing = info.random and draws(func, args, kwargs)  # attention without dropout does not
+        if drawing and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
-        if info.random and draws(func, args, kwargs):
+        if drawing:
             out = self.generators.run(func, args, kwargs)
             self.random = True
             self.torchs_own = self.torchs_own or generator_of(encoded, named) is None
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
-        if info.random and self.generator is not None:
+        if drawing and self.generator is not None:
             self.generator.draw()
         if info.question:
             self.types.append((type(out), repr(out)))
@@ -291,7 +294,14 @@ class Recorder(SparseTensors, TorchDispatchMode):
                 self.asked.append(len(self.equations))
             self._append(
                 Equation(
-                    func, encoded, named, (), tuple(flags), torch.is_grad_enabled(), ("value", out)
+                    func,
+                    encoded,
+                    named,
+                    (),
+                    tuple(flags),
+                    torch.is_grad_enabled(),
+                    ("value", out),
+                    user_line() if asks else None,
                 )
             )
             return out
@@ -327,6 +337,18 @@ class Recorder(SparseTensors, TorchDispatchMode):
             )
         )
         return out
+
+    def _check_errors(self, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Ask whether an operator of `torch.linalg` failed: the function may catch the error."""
+        error = None
+        try:
+            self.kernel(eq.op, args, kwargs)
+        except LinAlgError as failed:
+            error = failed
+        self.asked.append(len(self.equations))
+        self._append(eq._replace(answer=("value", error is not None), source=user_line()))
+        if error is not None:
+            raise error
 
     def _anomaly(self, func: OpOverload, args: tuple) -> Any:
         """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
@@ -413,6 +435,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             self.sources,
             tuple(o.detach() for o in outputs) if real else (),
             tuple(self.asked),
+            self.raised,
             generators=self.given.finish(),
             torchs_own=self.torchs_own,
         )

@@ -31,6 +31,8 @@ class Recording:
     asked: tuple[int, ...] = ()
     """The equations that ask about what differs by sample: this sample's answers decided what the
     function did next."""
+    caught: str = ""
+    """An error of an operator that the function has caught: another sample may not raise it."""
     kept: tuple[str, ...] | None = ()
     """Tensors that differ by sample and that python still holds although they are no outputs: the
     loop would leave another sample's, or all of them. A line of text for each."""
@@ -53,15 +55,16 @@ def device_name(device: torch.device) -> str:
 
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        inner = functorch.get_unwrapped(tensor)
-        tensor = (
-            inner.select(functorch.maybe_get_bdim(tensor), 0)
-            if functorch.is_batchedtensor(tensor)
-            else inner
-        )
-    return tensor
+    """The plain tensor inside functorch's wrappers: element 0 of each batch.
+
+    Only plain tensors are selected from: the levels of the wrappers may be set aside.
+    """
+    if not functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor
+    inner = element(functorch.get_unwrapped(tensor))
+    if functorch.is_batchedtensor(tensor):
+        return inner.select(functorch.maybe_get_bdim(tensor), 0)
+    return inner
 
 
 def flat_tensors(values: Any) -> list[torch.Tensor]:

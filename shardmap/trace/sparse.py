@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 
 from shardmap import errors
-from shardmap._torch import OpOverload, aten, schema_of
+from shardmap._torch import OpOverload, aten, schema_of, without_functions
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import op_info
 from shardmap.rules import sparse
@@ -33,13 +33,32 @@ class SparseTensors(Refusals):
         self.sparse: dict[int, tuple[torch.Tensor, tuple[Var, ...], Form]] = {}
         """By address of a sparse tensor: itself, the variables of its parts, and its form."""
 
-    def with_sparse(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
+    def with_sparse(
+        self, func: OpOverload, args: tuple, kwargs: dict[str, object], marks: tuple[int, int]
+    ) -> object:
         """Run a call that takes or returns a sparse tensor, and record it where it must be.
+
+        Args:
+            func: The operator.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            marks: How many types and scalars there were before the call was first described.
 
         Raises:
             UnsupportedOperatorError: It makes a sparse tensor that differs by sample, or is no
                 product.
         """
+        del self.types[marks[0] :], self.scalars[marks[1] :]
+        with without_functions():
+            try:
+                return self._with_sparse(func, args, kwargs)
+            except errors.ShardmapError:
+                raise
+            except Exception as error:
+                self.raised = self.raised or f"{schema_of(func).name} raised {type(error).__name__}"
+                raise
+
+    def _with_sparse(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         info = op_info(func)
         tensors = flat_tensors((*args, *kwargs.values()))
         matrices = [t for t in tensors if t.layout is not torch.strided]
@@ -135,20 +154,30 @@ class SparseTensors(Refusals):
     ) -> torch.Tensor:
         """`beta * added + alpha * first @ second`."""
         product = aten.mv.default if second.dim() == 1 else aten.mm.default
-        with self.again():
+        with cast(contextlib.AbstractContextManager[object], self):
             out = product(first, second)
             out = out if alpha == 1 else out * alpha
             if beta == 0:  # what is added may be NaN then
                 return out
             return out + (added if beta == 1 else added * beta)
 
-    def again(self) -> contextlib.AbstractContextManager[object]:
-        """The recording itself, for calls that stand for another one."""
-        raise NotImplementedError
-
     def kernel(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         """Run an operator below the recording."""
         raise NotImplementedError
+
+    def refuse_zeros_of(
+        self, func: OpOverload, kwargs: dict[str, object], error: Exception
+    ) -> None:
+        """Refuse forward mode through a sparse tensor, whose tangent torch cannot make.
+
+        Raises:
+            UnsupportedOperatorError: That is what has failed.
+        """
+        if func is aten._efficientzerotensor.default and isinstance(error, NotImplementedError):
+            self.refuse_sparse(
+                "forward-mode derivatives through a sparse tensor, for which torch has no kernels",
+                "use reverse mode: shardmap.jacrev, also of a gradient for a Hessian",
+            )
 
     def refuse_sparse(self, what: str, remedy: str) -> NoReturn:
         """Say what is not served, where, and what is.

@@ -24,7 +24,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from shardmap._threads import alone, fork_safe_lock
+from shardmap._threads import (
+    alone,
+    forget_interrupted_generators,
+    fork_safe_lock,
+    restore_interrupted_generators,
+)
 from shardmap._torch import (
     allow_saved_hooks,
     dispatch_depth,
@@ -115,6 +120,8 @@ class _Kept:
             self.outermost = around is None or around() is None
             if self.outermost:
                 _active[self.thread] = weakref.ref(self)
+        if self.outermost and alone():
+            forget_interrupted_generators()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -181,6 +188,7 @@ class _Kept:
         set_grad(self.grad)
         if self.outermost:
             stop_watching()
+            restore_interrupted_generators()
         for variable, value in zip(_variables, self.variables, strict=True):
             if variable.get() is not value:
                 variable.set(value)

@@ -41,6 +41,11 @@ OTHER_DTYPE = {
 }
 
 
+OUT_OF_BOUNDS = {"lu_unpack": ("stacked", "one_number")}
+"""Layouts in which torch's own kernel leaves its memory, in the plain loop as well: `lu_unpack`
+writes past one factorisation with several pivots, and reads past a pivot without dimensions."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator, one batch, one layout, one mode."""
@@ -74,12 +79,19 @@ class Case:
             return every
         return [other] if self.turn % 4 == 1 else [k for k in every if k != other]
 
-    def batches(self, noise: float = 0.0) -> list[torch.Tensor]:
-        """The operands: mapped ones with the samples in front, the others as one sample."""
+    def batches(self, noise: float = 0.0, wide: bool = False) -> list[torch.Tensor]:
+        """The operands: mapped ones with the samples in front, the others as one sample.
+
+        Args:
+            noise: By how many roundings they are off.
+            wide: Whether those in single precision are the same numbers in double precision.
+        """
         mapped = self.mapped()
         found = []
         for k, i in enumerate(self.at):
             batch: torch.Tensor = self.leaves[i].clone()
+            if wide and batch.dtype is torch.float32:
+                batch = batch.double()
             if noise and (batch.is_floating_point() or batch.is_complex()):
                 batch = batch * (1 + noise * torch.finfo(batch.dtype).eps)
             if self.layout == "one_number" and k == self.odd:
@@ -198,6 +210,7 @@ def cases(name: str, op: Any, group: str, samples: int, seeds: int) -> Iterator[
     """The cases of one operator."""
     if "as_strided" in name:
         return  # it reads the whole batch's memory, which each layout changes
+    left_out = OUT_OF_BOUNDS.get(name, ())
     for mode in GROUPS[group]:
         for dtype in dtypes_of(op, mode):
             batches = sweep.batches(op, dtype, samples)
@@ -206,6 +219,8 @@ def cases(name: str, op: Any, group: str, samples: int, seeds: int) -> Iterator[
                     continue
                 for seed in range(seeds):
                     for j, layout in enumerate(names_of_layouts(mode, len(at))):
+                        if layout in left_out:
+                            continue
                         turn = 3 * number + j + 5 * seed
                         yield Case(name, op, leaves, spec, at, mode, layout, turn)
 
@@ -214,8 +229,8 @@ def judge_case(case: Case) -> oracle.Verdict:
     """The case by `shardmap.vmap` and by the loop."""
     import shardmap
 
-    def build(noise: float = 0.0) -> oracle.Setting:
-        tensors, mapped = case.batches(noise), case.mapped()
+    def build(noise: float = 0.0, wide: bool = False) -> oracle.Setting:
+        tensors, mapped = case.batches(noise, wide), case.mapped()
         dims = tuple(0 if k in mapped else None for k in range(len(tensors)))
         function = subject_of(case)
 
@@ -236,10 +251,27 @@ def judge_case(case: Case) -> oracle.Verdict:
     return verdict
 
 
-def _singular(build: Callable[[], oracle.Setting]) -> bool:
-    """Whether the loop itself gives infinities, as for matrices with equal columns."""
-    leaves = pytree.tree_leaves(build().run(oracle.loop))
-    return any(not t.isfinite().all() for t in leaves if t.is_floating_point() or t.is_complex())
+def _singular(build: Callable[..., oracle.Setting]) -> bool:
+    """Whether the loop itself divides by zero, or by rounding, as for equal columns.
+
+    It gives infinities then, or something else in double precision.
+    """
+    singles, doubles = (
+        [
+            t
+            for t in pytree.tree_leaves(build(wide=wide).run(oracle.loop))
+            if t.is_floating_point() or t.is_complex()
+        ]
+        for wide in (False, True)
+    )
+    if any(not t.isfinite().all() for t in singles):
+        return True
+    pairs = zip(singles, doubles, strict=True)
+    return any(
+        float((a.to(b.dtype) - b).abs().max()) > 1e-3 * max(float(b.abs().max()), 1e-3)
+        for a, b in pairs
+        if a.numel()
+    )
 
 
 def draws_random(case: Case) -> bool:

@@ -163,3 +163,22 @@ def test_what_is_no_function_of_its_arguments_is_refused() -> None:
         pytest.raises(errors.MismatchError, match="something else when it is called again"),
     ):
         shardmap.vmap(lambda r: torch.ops.shardmap_verify_test.drift(r))(x)
+
+
+@pytest.mark.parametrize("wrong_for", ["all", "one"])
+@pytest.mark.parametrize("then", [1, 4, 6])
+def test_chunks_of_one_sample_after_a_call_at_once(
+    use: Callable[[Callable[..., Any]], None], then: int, wrong_for: str
+) -> None:
+    """They have a lowering of their own, which is tried later, when the function need not run.
+
+    7 samples in chunks of 4 leave no sample alone, in chunks of 6 or 1 they do.
+    """
+    use(lambda t: t * 3 if wrong_for == "all" or len(t) == 1 else t * 2)
+    batch = torch.randn(7, 2, 4, generator=torch.Generator().manual_seed(0))
+    want = torch.stack([answer(row[None])[0] for row in batch])
+    torch.testing.assert_close(want, batch.view(7, 8) * 2 + 1)
+    shardmap.clear_caches()
+    torch.testing.assert_close(answer(batch), want)
+    torch.testing.assert_close(answer(batch, chunk_size=then), want)
+    torch.testing.assert_close(answer(batch, chunk_size=then, devices=["cpu", "cpu"]), want)

@@ -248,3 +248,22 @@ def test_the_overview_has_straight_columns(lanes: int, budget: int | None) -> No
 def test_a_budget_that_nobody_knows_is_called_so_and_none_of_an_empty_batch() -> None:
     assert "unknown" in table.overview("plan(f)", Split(10, (lane(budget_bytes=None),)))
     assert "unknown" not in shardmap.plan(torch.sin)(torch.randn(0, 3)).summary
+
+
+def test_gradients_whose_memory_cannot_be_known() -> None:
+    """The map runs, and the plan says that computing gradients raises an error."""
+    weight = torch.ones(5, requires_grad=True)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        kept = (r * weight).exp()  # exp keeps its result for backward
+        out = kept.sum()
+        kept.add_(1)
+        return out
+
+    batch = torch.randn(7, 5)
+    plan = shardmap.plan(function)(batch)
+    text = plan.explain()
+    assert "The memory that gradients take is not known" in text
+    assert "modified by an inplace operation" in text
+    torch.testing.assert_close(plan.run(), torch.stack([function(r) for r in batch]))
+    assert "is not known" not in shardmap.plan(lambda r: (r * weight).exp())(batch).explain()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shardmap
+from shardmap.lower import cache
 from tests.rules.against_loop import check, real
 
 linalg = torch.linalg
@@ -128,3 +129,33 @@ def test_hessian_of_a_log_determinant() -> None:
         [torch.stack([(gradient(r + e) - gradient(r - e)) / 2e-6 for e in step]) for r in rows]
     )
     torch.testing.assert_close(shardmap.hessian(value)(rows), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"chunk_size": 2}])
+def test_gradients_of_a_solution(options, layout):
+    """What the kernel factorises depends on torch's version and on the matrix's layout."""
+    matrices = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+    matrices = matrices @ matrices.mT + 2 * torch.eye(3, dtype=torch.float64)
+    matrices += torch.arange(9.0).view(3, 3) / 10  # not symmetric
+    batch = matrices.mT.contiguous().mT if layout == "transposed" else matrices
+    right = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(2)).double()
+
+    def gradient(a, b):
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        return torch.autograd.grad(linalg.solve(a, b).cos().sum(), (a, b))
+
+    shardmap.clear_caches()
+    mapped = shardmap.vmap(gradient, **options)
+    found = mapped(batch, right)
+    for got, want in zip(found, zip(*map(gradient, batch, right), strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+    # By finite differences along one direction, too.
+    step, direction = 1e-6, torch.ones(3, 3, dtype=torch.float64)
+    for i in range(5):
+        ends = [linalg.solve(matrices[i] + s * step * direction, right[i]) for s in (1, -1)]
+        slope = (ends[0].cos().sum() - ends[1].cos().sum()) / (2 * step)
+        torch.testing.assert_close((found[0][i] * direction).sum(), slope, rtol=1e-5, atol=1e-6)
+    assert cache.lowerings()
+    for low in cache.lowerings():
+        assert low.batched.tiers["aten::_linalg_solve_ex"] == "rule"

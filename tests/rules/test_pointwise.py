@@ -6,6 +6,7 @@ Every operator of the table, promotion, broadcasting, in-place forms, layouts.
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -312,3 +313,22 @@ def test_one_call_for_one_call() -> None:
     (low,) = engine.lowerings()
     names = [getattr(c.target, "__name__", "") for c in low.batched.chunk]
     assert len(low.batched.chunk) == 4, names  # the three calls, and the output made contiguous
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+@pytest.mark.parametrize("weight", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", ["none", "start", "end"])
+def test_lerp_of_integers_by_a_weight_of_each_sample(number, weight, dtype):
+    """The kernel takes numbers of another dtype, which in a batch are tensors."""
+    start, end = torch.arange(-6, 9).view(5, 3).to(dtype), torch.arange(15).view(5, 3).to(dtype)
+    weights = torch.tensor([0.1, 0.5, 1.0, -2.0, 3.25], dtype=weight)
+
+    def function(a, b, w):
+        return torch.lerp(a[0] if number == "start" else a, b[0] if number == "end" else b, w)
+
+    want = torch.stack([function(*row) for row in zip(start, end, weights, strict=True)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", shardmap.SlowLoopWarning)
+        for options in ({"strict": True}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}):
+            got = shardmap.vmap(function, **options)(start, end, weights)
+            torch.testing.assert_close(got, want)

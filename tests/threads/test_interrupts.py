@@ -13,7 +13,8 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 import shardmap
-from shardmap.trace import generator
+from shardmap.run import prepare
+from shardmap.trace import generator, surroundings
 from tests.threads import process
 from tests.threads.interrupted import state
 
@@ -129,3 +130,32 @@ def test_an_error_of_the_function_changes_nothing() -> None:
         modes = torch.overrides._get_current_function_mode_stack()
         assert modes[0] is outer
         assert modes[1] is inner
+
+
+@pytest.mark.parametrize("kind", ["recording", "trial"])
+def test_an_interrupt_where_the_random_states_are_about_to_be_restored(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recording draws from torch's generator, to see seeds that a function sets."""
+    place = surroundings if kind == "recording" else prepare
+    restored = place.restore_default_generators
+
+    def interrupted(states: dict[str, torch.Tensor]) -> None:
+        monkeypatch.setattr(place, "restore_default_generators", restored)
+        torch.rand(3)  # as recording does
+        raise KeyboardInterrupt
+
+    batch = torch.arange(6.0).view(3, 2)
+    shardmap.clear_caches()
+    monkeypatch.setattr(place, "restore_default_generators", interrupted)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        shardmap.vmap(lambda r: r.sin())(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(shardmap.vmap(lambda r: r.sin())(batch), batch.sin())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    drawn = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):  # nothing is left that a later error would rewind to
+        shardmap.vmap(lambda r: r / (1 // 0))(batch)
+    assert torch.equal(torch.get_rng_state(), drawn)

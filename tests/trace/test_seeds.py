@@ -193,3 +193,19 @@ def test_a_seed_without_draws_is_harmless() -> None:
         return r * 2
 
     oracle.assert_same(shardmap.vmap(function)(x), x * 2, "no draws")
+
+
+def test_attention_without_dropout_after_a_seed() -> None:
+    """Its operator may draw and does not: no draw depends on the seed."""
+    x = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return F.scaled_dot_product_attention(r[None], r[None] * 2, r[None], dropout_p=0.0)
+
+    state = torch.get_rng_state()
+    found = shardmap.vmap(function)(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    want = torch.stack([function(r) for r in x])
+    torch.set_rng_state(state)
+    torch.testing.assert_close(found, want)
