@@ -334,6 +334,11 @@ _private(
 
 _storage, _tensor = torch.UntypedStorage, torch.Tensor
 storage_id = _attribute(_storage, "UntypedStorage", "_cdata", "telling which tensors share memory")
+generator_id = _attribute(
+    torch.Generator, "Generator", "_cdata", "telling generators apart: operators are given copies"
+)
+indices_of = _private("Tensor._indices", "products of a captured sparse matrix")
+values_of = _private("Tensor._values", "products of a captured sparse matrix")
 weak_reference = _private(
     "UntypedStorage._weak_ref", "keeping a storage's address from being used again"
 )

@@ -94,3 +94,14 @@ def test_targets_hold_from_512_mib_on() -> None:
     assert memory.judge(row | {"corrected": 1151 << 20}) == "FAIL"
     assert memory.judge(row | {"predicted": 700 << 20}) == "FAIL"
     assert memory.judge(row | {"measured": 100 << 20}) == ""
+
+
+def test_the_benchmark_of_dropout_writes_its_table(tmp_path: Path) -> None:
+    """It compares what is kept and scaled before it times anything."""
+    done = run(
+        "benchmarks.dropout", "--rounds", "2", "--threads", "1", "--output", str(tmp_path / "d.md")
+    )
+    assert done.returncode in (0, 1), done.stderr
+    text = (tmp_path / "d.md").read_text()
+    assert done.stdout == text
+    assert len(text.splitlines()) == 2 + 2 * 3

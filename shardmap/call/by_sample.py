@@ -24,6 +24,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.lowering import V
+from shardmap.rules.philox import Seeds
 from shardmap.trace.batch import Batch, flatten_outputs
 
 CHUNK_BYTES = 32 << 20
@@ -62,6 +63,7 @@ class SampleLoop:
         draws: Whether the function draws random numbers.
         tracked: Whether autograd records from outside.
         call: The user's call, for errors.
+        generators: The user's generators that it draws from.
     """
 
     source = "the function itself, sample by sample"
@@ -76,6 +78,7 @@ class SampleLoop:
         draws: bool,
         tracked: bool,
         call: str,
+        generators: Sequence[torch.Generator] = (),
     ):
         self.func = func
         self.batch = batch
@@ -83,6 +86,7 @@ class SampleLoop:
         self.specs = specs
         self.randomness = randomness
         self.draws = draws
+        self.generators = generators
         self.tracked = tracked
         self.call = call
         self.grad_mode = torch.is_grad_enabled()
@@ -97,7 +101,7 @@ class SampleLoop:
         size: int,
         start: int,
         device: torch.device,
-        seed: int,
+        seed: Seeds,
         scalars: object,
         fixed: object,
         inputs: list[torch.Tensor],
@@ -119,7 +123,7 @@ class SampleLoop:
         size: int,
         start: int,
         device: torch.device,
-        seed: int,
+        seed: Seeds,
         scalars: object,
         fixed: object,
         inputs: list[torch.Tensor],
@@ -149,13 +153,17 @@ class SampleLoop:
             yield
 
     @contextlib.contextmanager
-    def _drawing(self, seed: int, number: int) -> Iterator[None]:
-        """Draws that depend on the call's seed and the sample's number only."""
+    def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
+        """Draws that depend on the call's seeds and the sample's number only."""
         if not self.draws:
             yield
             return
-        own = seed if self.randomness == "same" else seed + (number + 1) * _SEED_STEP
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        step = 0 if self.randomness == "same" else (number + 1) * _SEED_STEP
+        own, *others = [seed + step for seed in seeds if isinstance(seed, int)]
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            _seeded(self.generators, others),
+        ):
             torch.manual_seed(own % (1 << 63))
             python, numbers = random.getstate(), np.random.get_state()
             random.seed(own)
@@ -188,6 +196,19 @@ class SampleLoop:
                     f"of {spec.dtype}; return one dtype for all samples"
                 )
         return leaves if self.tracked else [t.detach() for t in leaves]
+
+
+@contextlib.contextmanager
+def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iterator[None]:
+    """Generators of the user's with these seeds; afterwards they are as they were."""
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator, seed in zip(generators, seeds, strict=True):
+            generator.manual_seed(seed % (1 << 63))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:

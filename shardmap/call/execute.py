@@ -23,6 +23,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
+from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
@@ -121,7 +122,7 @@ class Call:
         self.batch = batch
         self.options = options
         self.use = use
-        self._seed: int | None = None
+        self._seed: Seeds | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -191,7 +192,9 @@ class Call:
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
             else:
-                outputs = _locally(job, options, around.inlined)
+                outputs = _locally(
+                    job, options, around.inlined or _shares_torchs_draws(job, options)
+                )
         self._confirm(job, outputs, None, by_sample is not None)
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
@@ -301,6 +304,7 @@ class Call:
                 self.prepared.recording.random,
                 how.grad or how.transformed,
                 options.call,
+                self.prepared.recording.generators,
             )
             return lowering(program, how, loop)
 
@@ -356,6 +360,15 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
             f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
             "devices='auto'"
         )
+
+
+def _shares_torchs_draws(job: Job, options: Options) -> bool:
+    """Whether samples share draws that torch makes again wherever they are asked for.
+
+    Such a call is not cut, and stays on one device.
+    """
+    drawn = any(isinstance(seed, TorchDraws) for seed in job.seed)
+    return drawn and options.randomness == "same"
 
 
 def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:

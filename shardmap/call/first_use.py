@@ -102,8 +102,16 @@ class FirstUse:
 
     def _record(self, number: int) -> Pair:
         options = self.options
+        known = () if self._first is None else self._first[0].generators
         return record(
-            self.func, self.batch, options.randomness, self.once, options.call, number, self.always
+            self.func,
+            self.batch,
+            options.randomness,
+            self.once,
+            options.call,
+            number,
+            self.always,
+            known,
         )
 
     def first(self) -> Pair:

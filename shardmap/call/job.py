@@ -21,11 +21,13 @@ from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.planning import device as device_names
 from shardmap.planning.split import Split, split
+from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import prepare
 from shardmap.run.base import Job, Output, unheard
 from shardmap.run.lowerings import Lowerings
 from shardmap.run.sites import collected, sites
 from shardmap.trace.batch import Batch
+from shardmap.trace.recording import Recording
 
 Pairs = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Maps a function of two tensors over many pairs of them."""
@@ -39,7 +41,7 @@ def job_of(
     transformed: bool,
     pairs: Pairs,
     by_sample: Callable[[LoweringOptions], Lowered] | None = None,
-    seed: int | None = None,
+    seed: Seeds | None = None,
     traced: bool = False,
 ) -> Job:
     """The call as every executor takes it; refuses what no executor can do.
@@ -52,7 +54,7 @@ def job_of(
         transformed: Whether transforms, or forward-mode AD, are active around the call.
         pairs: Maps a function that combines two results over many pairs.
         by_sample: Makes what runs the function itself, instead of a replay.
-        seed: For random draws; None to draw one from torch's generator.
+        seed: For random draws; None to draw it from torch's generator and the user's.
         traced: Whether the call is traced.
     """
     recording, call = prepared.recording, options.call
@@ -83,13 +85,12 @@ def job_of(
             "torch.export, FakeTensorMode), which would keep this call's draws for all calls; draw "
             "them outside (torch.randn for the whole batch) and pass them in as an argument"
         )
-    if recording.random and (inlined or (transformed and _inside_functorch_vmap())):
+    nested = recording.random and (inlined or (transformed and _inside_functorch_vmap()))
+    if nested and by_sample is not None:
         raise errors.RandomnessError(
-            f"{call}: the function draws random numbers and the call stands inside another map, "
-            "where each outer sample would "
-            "need draws of its "
-            "own; draw them outside (torch.randn for the whole batch) and pass them in as an "
-            "argument"
+            f"{call}: the function draws random numbers, has to be run sample by sample, and the "
+            "call stands inside another map, where each outer sample would need draws of its own; "
+            "draw them outside (torch.randn for the whole batch) and pass them in as an argument"
         )
     size = -1 if traced else batch.size  # which may be a symbol
     known = (home, grad, size, by_sample is None)
@@ -114,7 +115,7 @@ def job_of(
             "inside the function"
         )
     if seed is None:
-        seed = engine.draw_seed() if recording.random else 0
+        seed = _seeds(recording, nested)
     return Job(
         recording,
         inputs,
@@ -129,6 +130,14 @@ def job_of(
         call,
         columns=batch.columns,
     )
+
+
+def _seeds(recording: Recording, nested: bool) -> Seeds:
+    """The seeds of a call; inside another map torch draws, and that map sees it."""
+    if nested:
+        return tuple([TorchDraws(generator) for generator in (None, *recording.generators)])
+    own = engine.draw_seed() if recording.torchs_own else 0
+    return (own, *[engine.draw_seed(generator) for generator in recording.generators])
 
 
 def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from shardmap._torch import OpOverload, forward_level, pytree
+from shardmap._torch import OpOverload, forward_level, generator_id, pytree, storage_id
 from shardmap.lower.cache import Lowered
+from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
 
@@ -168,7 +169,13 @@ class Memory:
         if unknown is not None:
             self._say(f"the function can reach {unknown.what}, which cannot be compared")
             return
-        known = {id(r) for r in reads if isinstance(r, torch.Tensor)}
+        tensors = [r for r in reads if isinstance(r, torch.Tensor)]
+        known = {id(t) for t in tensors}
+        parts = {address for t in tensors for address in memory_of(t)}
+        given = {generator_id(r) for r in reads if isinstance(r, torch.Generator)}
+        if any(generator_id(g) not in given for g in prepared.recording.generators):
+            self._say("a torch.Generator that the function draws from cannot be found by name")
+            return
         mapped = {i for i, _ in batch.mapped}
         leaves = {
             id(t): i
@@ -182,7 +189,7 @@ class Memory:
                     fixed[leaves[id(tensor)]] = tensor
             elif id(tensor) in leaves:
                 arguments[position] = leaves[id(tensor)]
-            else:
+            elif storage_id(tensor.untyped_storage()) not in parts:
                 self._say(
                     f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name "
                     "(closure, global, "
@@ -227,7 +234,8 @@ def signature(batch: Batch) -> Any:
     for i, leaf in enumerate(batch.leaves):
         if isinstance(leaf, torch.Tensor):
             d = dims.get(i)
-            shape, stride = tuple(leaf.shape), leaf.stride()
+            shape = tuple(leaf.shape)
+            stride = leaf.stride() if leaf.layout is torch.strided else (str(leaf.layout),)
             if d is not None:
                 shape, stride = shape[:d] + shape[d + 1 :], stride[:d] + stride[d + 1 :]
             grad = leaf.requires_grad, leaf.is_leaf
@@ -297,10 +305,8 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
     if type(value) in _COMMON or isinstance(value, _VALUES):
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
-        strides = value.stride() if value.layout is torch.strided else None
-        found.append(
-            Snapshot((value.requires_grad, value.shape, strides, value.dtype, value.device))
-        )
+        place = value.stride() if value.layout is torch.strided else memory_of(value)
+        found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
         return
     if id(value) in seen:
         return

@@ -21,6 +21,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.lowering import V
+from shardmap.rules.philox import Seeds
 from shardmap.run.prepare import Ready
 
 _learned = Kept(256)
@@ -82,7 +83,7 @@ class PathReplay:
         size: int,
         start: int,
         device: torch.device,
-        seed: int,
+        seed: Seeds,
         scalars: object,
         fixed: object,
         inputs: list[torch.Tensor],
@@ -111,7 +112,7 @@ class PathReplay:
         size: int,
         start: int,
         device: torch.device,
-        seed: int,
+        seed: Seeds,
         scalars: object,
         fixed: object,
         inputs: list[torch.Tensor],
@@ -144,7 +145,7 @@ class PathReplay:
         size: int,
         start: int,
         device: torch.device,
-        seed: int,
+        seed: Seeds,
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of samples that all take one path."""

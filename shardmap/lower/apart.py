@@ -57,6 +57,8 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
         for sample in samples:
             sample.advance(min(call.equation, len(program.equations) - 1))
         out = call.target(*[value(a) for a in call.args], **{k: value(v) for k, v in call.kwargs})
+        if call.equation < len(program.equations):
+            _empty(program.equations[call.equation], out)
         if call.outs:
             for index, t in zip(call.outs, out if call.several else (out,), strict=True):
                 if index is None:
@@ -106,6 +108,16 @@ def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample
                 assert s is not None
                 t[row].copy_(s)
     return found
+
+
+def _empty(eq: Equation, out: object) -> None:
+    """Let memory that nobody has written hold the same for all: a copy of it may be compared."""
+    if not op_info(eq.op).uninitialised:
+        return
+    with torch.no_grad():
+        for t in _tensors(out):
+            if has_internal_overlap(t) != 1:
+                t.zero_()
 
 
 def _copy_written(
@@ -173,6 +185,7 @@ class _Sample:
             out = self.generators.run(eq.op, tuple(args), kwargs)
         else:
             out = eq.op(*args, **kwargs)
+        _empty(eq, out)
         results = list(_tensors(out))
         names = list(variables(eq.outs))
         if len(results) == len(names):

@@ -369,14 +369,11 @@ class _Batcher:
                     self.tiers[name] = "functorch"
                     return out
         if random_call(eq) and not mapped:
-            return seeded_loop(b, eq, args, kwargs)  # one draw for all samples
+            return seeded_loop(b, eq, args, kwargs, self.options.call)  # one draw for all samples
         self.to_loop(i, eq)
         self.tiers[name] = "loop"
-        return (
-            seeded_loop(b, eq, args, kwargs)
-            if random_call(eq)
-            else loop_rule(b, eq, args, kwargs, self.options.call)
-        )
+        below = seeded_loop if random_call(eq) else loop_rule
+        return below(b, eq, args, kwargs, self.options.call)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())

@@ -360,6 +360,10 @@ def plain_numerics() -> Iterator[None]:
         yield
 
 
-def draw_seed() -> int:
-    """Draw a seed from torch's generator: one per call, whatever its samples and devices."""
-    return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Draw a seed from torch's generator, or the user's.
+
+    One per call, whatever its samples and devices.
+    """
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64, device=device, generator=generator))

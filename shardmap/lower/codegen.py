@@ -44,9 +44,9 @@ class Replay:
     """A batched program as functions of real tensors.
 
     Attributes:
-        fixed: `fixed(device, seed, scalars, captured, literals)`: what no sample changes, in the
+        fixed: `fixed(device, seeds, scalars, captured, literals)`: what no sample changes, in the
             order that `chunk` takes it.
-        chunk: `chunk(B, start, device, seed, scalars, fixed, inputs)`: the outputs of one chunk,
+        chunk: `chunk(B, start, device, seeds, scalars, fixed, inputs)`: the outputs of one chunk,
             unmapped ones as they are.
         source: The generated text, for reading.
     """
@@ -70,7 +70,7 @@ class Replay:
 
     @property
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk_into(B, start, device, seed, scalars, fixed, inputs, slices)`.
+        """`chunk_into(B, start, device, seeds, scalars, fixed, inputs, slices)`.
 
         As `chunk`, written into memory that is there.
 
@@ -118,7 +118,7 @@ class _Writer:
         if kind is ChunkStart:
             return "start"
         if kind is Seed:
-            return "seed"
+            return f"seeds[{value.number}]"
         if kind is Param:
             return f"scalars[{value.scalar}]"
         if kind is SampleDevice:
@@ -210,7 +210,7 @@ def generate(program: BatchedProgram, track_grad: bool, copied: bool = False) ->
     )
     fixed.append(_pack(passed))
     fixed_function, fixed_source = _compiled(
-        "fixed(device, seed, scalars, captured, literals)", fixed, writer.constants
+        "fixed(device, seeds, scalars, captured, literals)", fixed, writer.constants
     )
     chunk_function, chunk_source = _function(program, "chunk", track_grad=track_grad)
     return Replay(
@@ -255,7 +255,7 @@ def _function(
         )
     )
     arguments = (
-        "B, start, device, seed, scalars, fixed, inputs"
+        "B, start, device, seeds, scalars, fixed, inputs"
         + (", slices" if slices else "")
         + (", mark" if marked else "")
     )

@@ -13,7 +13,8 @@ from shardmap.lower.batched import BatchedProgram, Fixes
 from shardmap.lower.closeness import has_values
 from shardmap.lower.replayed import restride
 from shardmap.program.ir import Program, Var
-from shardmap.rules.lowering import Call, V, values
+from shardmap.rules.lowering import Call, Seed, V, values
+from shardmap.rules.philox import Seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Trial:
     """
 
     device: torch.device
-    seed: int
+    seed: Seeds
     size: int
     """1 or 2 samples."""
     inputs: tuple[torch.Tensor, ...]
@@ -63,7 +64,6 @@ class Trial:
         symbols = {
             "BatchSize": self.size,
             "ChunkStart": 0,
-            "Seed": self.seed,
             "SampleDevice": self.device,
         }
 
@@ -73,6 +73,8 @@ class Trial:
                 return env[arg.index]
             if kind is list or kind is tuple:
                 return [value(a) for a in arg]
+            if kind is Seed:
+                return self.seed[arg.number]
             if kind.__name__ in symbols:
                 return symbols[kind.__name__]
             return self.scalars[arg.scalar] if kind.__name__ == "Param" else arg

@@ -16,6 +16,9 @@ import torch
 
 from shardmap._torch import OpOverload
 
+Named = tuple[tuple[str, Any], ...]
+"""Keyword arguments of a recorded call."""
+
 
 class Spec(NamedTuple):
     """The metadata of one sample's tensor."""
@@ -60,6 +63,28 @@ class Param(NamedTuple):
         return f"${self.scalar}"
 
 
+class GivenGenerator(NamedTuple):
+    """A `torch.Generator` of the user's that a call draws from.
+
+    An input of the program: its state is read at each call of the map.
+    """
+
+    number: int
+    """Which of the recording's generators."""
+    draw: int
+    """How many calls drew from it before. Numbers follow from the generator and this alone, so that
+    two generators with one state give the same ones in the same order."""
+
+    def __str__(self) -> str:
+        return f"generator{self.number}[{self.draw}]"
+
+
+def generator_of(args: tuple[object, ...], kwargs: Named) -> GivenGenerator | None:
+    """The generator of the user's that a recorded call draws from; None for torch's own."""
+    given = (*args, *[value for _, value in kwargs])
+    return next((value for value in given if type(value) is GivenGenerator), None)
+
+
 class SampleDevice(NamedTuple):
     """A placeholder for the samples' device: a program recorded on one runs on another."""
 
@@ -82,7 +107,7 @@ class Equation(NamedTuple):
     op: OpOverload
     args: tuple[Any, ...]
     """Positional arguments; tensors are `Var`, floats may be `Param`."""
-    kwargs: tuple[tuple[str, Any], ...]
+    kwargs: Named
     outs: tuple[Any, ...]
     """A `Var`, `None` or a tuple of them for each result of the operator."""
     flags: tuple[int, ...]
@@ -215,7 +240,10 @@ class Program(NamedTuple):
         return program
 
 
-_TUPLES = {kind.__name__: kind for kind in (Spec, Var, Param, SampleDevice, Equation, Program)}
+_TUPLES = {
+    kind.__name__: kind
+    for kind in (Spec, Var, Param, GivenGenerator, SampleDevice, Equation, Program)
+}
 
 
 def _encode(value: Any) -> Any:

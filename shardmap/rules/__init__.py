@@ -18,6 +18,7 @@ from shardmap.rules import (
     reduce,
     scatter,
     search,
+    sparse,
     view,
     weight_norm,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "reduce",
     "scatter",
     "search",
+    "sparse",
     "view",
     "weight_norm",
 ]

@@ -51,9 +51,10 @@ class ChunkStart(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """Stands for the seed that the call drew from torch's generator."""
+    """Stands for a seed of the call."""
 
-    tag: str = "seed"
+    number: int = 0
+    """0 for the one drawn from torch's generator, n + 1 for that of the user's generator n."""
 
 
 B = BatchSize()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,23 @@ _WORDS_PER_BLOCK = 4
 
 _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
 """Bits of a uniform draw in the small floating point types: more would round up to 1."""
+
+
+class TorchDraws(NamedTuple):
+    """Stands for a seed where torch's own operators draw, seen by what is around the call."""
+
+    generator: torch.Generator | None
+    """The user's, or None for torch's own."""
+
+
+Seeds = tuple[int | TorchDraws, ...]
+"""What the draws of a mapped call follow from: first torch's own generator, then each of the
+user's."""
+
+
+def counted(seeds: Seeds) -> Seeds:
+    """Seeds from which nothing of torch's draws: for trials, which leave no trace."""
+    return tuple([0 if isinstance(seed, TorchDraws) else seed for seed in seeds])
 
 
 class Stream(NamedTuple):
@@ -77,11 +94,6 @@ class Stream(NamedTuple):
 
 Draw = Callable[..., torch.Tensor]
 """`draw(stream, shape, dtype, device, *parameters)`: a tensor `[size, *shape]`."""
-
-
-def draw(function: Draw, size: int, start: int, seed: int, number: int, *rest: Any) -> torch.Tensor:
-    """What a rule emits: `function` on the stream of these samples."""
-    return function(Stream(size, start, seed, number), *rest)
 
 
 def _tensor(

@@ -13,29 +13,58 @@ from typing import Any
 
 import torch
 
+from shardmap import errors
 from shardmap._threads import fork_safe_lock
 from shardmap._torch import aten, schema_of
-from shardmap.program.ir import SAMPLE_DEVICE, Equation, Spec, variables
+from shardmap.program.ir import (
+    SAMPLE_DEVICE,
+    Equation,
+    GivenGenerator,
+    Spec,
+    generator_of,
+    variables,
+)
 from shardmap.program.private_generators import PrivateGenerators, takes_generator
 from shardmap.rules import philox as draws
+from shardmap.rules import torch_draws
 from shardmap.rules.fallback import _fill, _split
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import SEED, START, B, Lowering, V
+from shardmap.rules.lowering import SEED, START, B, Lowering, Seed, V
+from shardmap.rules.philox import TorchDraws
 from shardmap.rules.promote import aligned
 from shardmap.rules.registry import overloads, register
 
 
-def draw(b: Lowering, function: draws.Draw, spec: Spec, dtype: torch.dtype, *parameters: Any) -> V:
+def source(b: Lowering, eq: Equation) -> tuple[Seed, int]:
+    """What the draws of a call follow from: a seed, and a number of the call's own."""
+    given = generator_of(eq.args, eq.kwargs)
+    return (SEED, b.equation) if given is None else (Seed(given.number + 1), given.draw)
+
+
+def drawn(
+    function: draws.Draw, size: int, start: int, seed: int | TorchDraws, number: int, *rest: Any
+) -> torch.Tensor:
+    """What a rule emits: `function` on the stream of these samples, or the same by torch."""
+    if isinstance(seed, TorchDraws):
+        return torch_draws.drawn(function, size, seed.generator, *rest)
+    return function(draws.Stream(size, start, seed, number), *rest)
+
+
+def draw(
+    b: Lowering,
+    eq: Equation,
+    function: draws.Draw,
+    spec: Spec,
+    dtype: torch.dtype,
+    *parameters: Any,
+) -> V:
     """Emit a draw of `spec.shape` for each sample, or one for all."""
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
-    rest = (b.equation, list(spec.shape), dtype, device, *parameters)
+    rest = (function, B, START, *source(b, eq), list(spec.shape), dtype, device, *parameters)
     if b.randomness == "different":
-        return b.call(
-            draws.draw, function, B, START, SEED, *rest, shape=spec.shape, dtype=dtype, mapped=True
-        )
-    one = b.call(
-        draws.draw, function, 1, 0, SEED, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False
-    )
+        return b.call(drawn, *rest, shape=spec.shape, dtype=dtype, mapped=True)
+    rest = (function, 1, 0, *rest[3:])
+    one = b.call(drawn, *rest, shape=(1, *spec.shape), dtype=dtype, mapped=False)
     return b.call(aten.select.int, one, 0, 0, shape=spec.shape, dtype=dtype)
 
 
@@ -82,6 +111,15 @@ _DRAWS: dict[str, Any] = {
 """For each operator with fixed parameters: the draw and its parameters, or None where the loop
 must serve."""
 
+_DRAWS |= {
+    f"{name}{'_' if '.' in name else '.'}generator": _DRAWS[name]
+    for name in ("rand", "rand_like", "randn", "randn_like", "randint", "randint.low", "randperm")
+}
+_DRAWS |= {
+    "randint_like.generator": _integers,
+    "randint_like.low_generator_dtype": _integers,
+}
+
 
 @register("random", *overloads(*_DRAWS))
 def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -92,7 +130,7 @@ def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
         return NotImplemented
     function, *parameters = chosen
     spec = next(eq.results()).spec
-    out = draw(b, function, spec, spec.dtype, *parameters)
+    out = draw(b, eq, function, spec, spec.dtype, *parameters)
     if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
@@ -105,8 +143,8 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     if b.grad:
         return NotImplemented  # its gradient is zero, not missing
     spec = next(eq.results()).spec
-    p = args[-1]
-    uniform = draw(b, draws.uniform, spec, torch.float64, 0.0, 1.0)
+    p = args[0] if len(args) == 1 else args[1]
+    uniform = draw(b, eq, draws.uniform, spec, torch.float64, 0.0, 1.0)
     below = b.call(
         aten.lt.Tensor,
         uniform,
@@ -135,7 +173,7 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
     spec = eq.outs[0].spec
     if spec.dtype.is_complex:
         return NotImplemented
-    out = draw(b, draws.normal, spec, spec.dtype, 0.0, 1.0)
+    out = draw(b, eq, draws.normal, spec, spec.dtype, 0.0, 1.0)
     for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
         if type(parameter) is V:
             out = b.call(
@@ -159,7 +197,7 @@ def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
         return b.call(aten.clone.default, x), b.call(
             torch.ones_like, x, named={"dtype": torch.bool}
         )
-    mask = draw(b, draws.bernoulli, spec, spec.dtype, 1.0 - p)
+    mask = draw(b, eq, draws.bernoulli, spec, spec.dtype, 1.0 - p)
     kept = b.call(aten.mul.Tensor, x, mask, shape=x.shape, dtype=x.dtype)
     return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
 
@@ -172,22 +210,36 @@ def _on_cuda(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
-def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
     """Run any random operator sample by sample, each with a seeded generator of its own.
 
-    The tier below the rules.
+    The tier below the rules. `call` names the user's call in errors.
     """
     tensors, template, names, symbols, _ = _split(b, args, kwargs)
-    op, count, number, different = eq.op, len(tensors), b.equation, b.randomness == "different"
+    op, count, different = eq.op, len(tensors), b.randomness == "different"
+    seed_of, number = source(b, eq)
     batched = [v.mapped for v in tensors]
     mapped = different or any(batched)
     outs = list(variables(eq.outs))
     in_place = {v.index for v in eq.inputs()} >= {v.index for v in outs}
 
-    def one(seed: int, sample: int, rows: Sequence[Any]) -> Any:
-        own = draws.sample_seed(seed, number, sample if different else 0)
+    def one(seed: int | TorchDraws, sample: int, rows: Sequence[Any]) -> Any:
         positional, values = _fill(template, tuple(rows))
         named = dict(zip(names, values, strict=True))
+        if isinstance(seed, TorchDraws):
+            if mapped and not different:
+                raise errors.RandomnessError(
+                    f"{call}: randomness='same' and {op.name()}, whose draw cannot be shared by "
+                    "samples inside another map; draw outside (torch.rand) and pass the numbers "
+                    "in, or pass randomness='different'"
+                )
+            drawing = seed.generator
+            positional, values = [
+                [drawing if type(v) is GivenGenerator else v for v in given]
+                for given in (positional, values)
+            ]
+            return op(*positional, **dict(zip(names, values, strict=True)))
+        own = draws.sample_seed(seed, number, sample if different else 0)
         if takes_generator(op):
             return PrivateGenerators(own).run(op, tuple(positional), named)
         # Only torch's default generators can seed it, and they belong to all threads: for one call.
@@ -196,7 +248,7 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
             torch.manual_seed(own)
             return op(*positional, **named)
 
-    def random_loop(size: int, start: int, seed: int, *values: Any) -> Any:
+    def random_loop(size: int, start: int, seed: int | TorchDraws, *values: Any) -> Any:
         results = []
         for i in range(size):
             rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
@@ -215,7 +267,7 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
             return torch.stack(results)
         return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
-    where = (B, START, SEED) if mapped else (1, 0, SEED)
+    where = (B, START, seed_of) if mapped else (1, 0, seed_of)
     if in_place:
         b.effect(random_loop, *where, *tensors, *symbols)
         return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap.reduce import Reduction
+from shardmap.rules.philox import Seeds
 from shardmap.run.lowerings import Lowerings
 from shardmap.store.columns import Column
 from shardmap.trace.recording import Recording
@@ -66,7 +67,8 @@ class Job:
     outputs: tuple[Output, ...]
     lowerings: Lowerings
     """How it is lowered for each kind of device."""
-    seed: int
+    seed: Seeds
+    """What random draws follow from, as `Seeds` says."""
     grad: bool
     """Whether outer autograd records."""
     transformed: bool

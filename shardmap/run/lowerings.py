@@ -14,6 +14,7 @@ from shardmap.lower import cache, trial
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.lower.trial import Trial
+from shardmap.rules.philox import Seeds
 from shardmap.trace.recording import Recording
 
 Samples = tuple[tuple[torch.Tensor, ...], ...]
@@ -71,7 +72,7 @@ class Lowerings:
         inputs: Callable[[int], Sequence[torch.Tensor]],
         captured: Sequence[torch.Tensor],
         literals: Sequence[torch.Tensor],
-        seed: int,
+        seed: Seeds,
         fixes: Fixes | None = None,
         sibling: Lowered | None = None,
     ) -> Lowered:
@@ -84,7 +85,7 @@ class Lowerings:
             inputs: Makes that many samples, `[size, *shape]` each, on the device.
             captured: The captured tensors, there.
             literals: The literals, there.
-            seed: For random draws.
+            seed: For random draws, as `Seeds` says.
             fixes: What is known to be needed.
             sibling: A lowering for chunks of several samples that was tried before. What it gives
                 is expected of this one, where the function itself was not run for this call.

@@ -13,6 +13,7 @@ import torch
 from shardmap import errors
 from shardmap.lower.batched import Fixes, LoweringOptions
 from shardmap.planning.device import Budget
+from shardmap.rules.philox import Seeds
 from shardmap.run.base import ChunkRedone, Output
 from shardmap.run.packing import Packed
 from shardmap.store import Receipt, Store
@@ -82,7 +83,7 @@ class Constants:
     literals: tuple[tuple[Packed, bool], ...]
     """Each with whether it follows the samples to the worker's device; others stay on the CPU."""
     scalars: tuple[float, ...]
-    seed: int
+    seed: Seeds
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
     settings: Settings

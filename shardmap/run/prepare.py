@@ -16,6 +16,7 @@ from shardmap._threads import default_generator_states, restore_default_generato
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
 from shardmap.planning.cost import Learned
+from shardmap.rules.philox import counted
 from shardmap.run.affordable import (
     direct,
     trial_affordable,
@@ -138,7 +139,7 @@ def _lowered(
                 ends,
                 [element(t).detach() for t in captured],
                 [element(t) for t in literals],
-                job.seed,
+                counted(job.seed),
                 None if other is None else other.fixes,
                 sibling,
             )

@@ -299,7 +299,7 @@ def _seed(constants: Constants, start: int) -> None:
 
     One draw for all samples must be one on all workers.
     """
+    own = constants.seed[0]
+    assert isinstance(own, int), "a map inside another map is not sent to workers"
     if constants.options.randomness != "error":
-        torch.manual_seed(
-            constants.seed + (start if constants.options.randomness == "different" else 0)
-        )
+        torch.manual_seed(own + (start if constants.options.randomness == "different" else 0))

@@ -42,6 +42,10 @@ class Batch:
         """The mapped tensors, each with the mapped dimension first (a view)."""
         return [self.leaves[i].movedim(d, 0) if d else self.leaves[i] for i, d in self.mapped]
 
+    def generators(self) -> list[torch.Generator]:
+        """The generators among the arguments."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Generator)]
+
     def unflatten(self, samples: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` with the mapped tensors replaced by `samples`."""
         leaves = list(self.leaves)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import pytree
+from shardmap._torch import generator_id, pytree
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.operators import op_info
@@ -75,6 +75,8 @@ def _taken_from_python(first: Recording, second: Recording) -> str | None:
     found = _program_difference(first.program, second.program)
     if found is not None:
         return found
+    if list(map(generator_id, first.generators)) != list(map(generator_id, second.generators)):
+        return "it draws from another torch.Generator for one sample than for another"
     for number, (a, b) in enumerate(zip(first.scalars, second.scalars, strict=True)):
         if a.hex() != b.hex() and _number_matters(first.program, number):
             where = _where(first.program, number)

@@ -165,6 +165,8 @@ class Doors(TorchFunctionMode):
     ) -> Any:
         """Look at one call of torch's python interface, then run it."""
         self.recorder.serial += 1
+        if kwargs and type(kwargs.get("generator")) is torch.Generator:
+            self.recorder.given.seen(kwargs["generator"])
         ordinary = _ordinary.get(func)
         if ordinary is None:
             ordinary = _is_ordinary(func)

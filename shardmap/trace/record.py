@@ -27,6 +27,7 @@ from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
+from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import kept_tensors
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
@@ -126,6 +127,7 @@ def record(
     call: str,
     number: int = 0,
     look: bool = False,
+    generators: tuple[torch.Generator, ...] = (),
 ) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
 
@@ -138,6 +140,7 @@ def record(
         number: Which sample.
         look: Whether tensors that the function keeps are looked for although the recording is one
             that was expected.
+        generators: Those that an earlier recording has seen it draw from.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
@@ -147,7 +150,9 @@ def record(
     zeros = views = False
     while True:
         try:
-            return _recorded(func, batch, randomness, once, call, number, look, zeros, views)
+            return _recorded(
+                func, batch, randomness, once, call, number, look, generators, zeros, views
+            )
         except RuntimeError as error:
             if isinstance(error, errors.ShardmapError):
                 raise
@@ -183,6 +188,7 @@ def _recorded(
     call: str,
     number: int,
     look: bool,
+    generators: tuple[torch.Generator, ...],
     zeros_have_memory: bool,
     separate_views: bool,
 ) -> tuple[Recording, pytree.TreeSpec]:
@@ -215,6 +221,7 @@ def _recorded(
                     zeros_have_memory,
                 )
                 recorder.depth = depth
+                recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.vmapped = vmapped
                 recorder.separate_views = separate_views
                 recorder.expect(follow.expected(func))
@@ -261,6 +268,7 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
+                recorder.given.start()
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
                     out = func(*args, **kwargs)
@@ -279,6 +287,7 @@ def _record(
                 ) from error
             raise
         finally:
+            recorder.given.restore()
             drawn = states.restore()
             changed = _restore_grads(recorder)
         if drawn is not None and randomness != "same":

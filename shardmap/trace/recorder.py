@@ -29,7 +29,7 @@ from shardmap._torch import (
     schema_of,
     without_functions,
 )
-from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
+from shardmap.program.ir import NO_GRAD, Equation, Program, Var, generator_of, variables
 from shardmap.program.operators import (
     CHECKS,
     OpInfo,
@@ -42,11 +42,12 @@ from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
-from shardmap.trace.refusals import Refusals
+from shardmap.trace.sparse import SparseTensors
+from shardmap.trace.tensor_table import NotDense
 from shardmap.trace.unwritten import python_place
 
 
-class Recorder(Refusals, TorchDispatchMode):
+class Recorder(SparseTensors, TorchDispatchMode):
     """Records the calls made while it is active. `call` names the user's call in errors."""
 
     def __init__(
@@ -60,7 +61,7 @@ class Recorder(Refusals, TorchDispatchMode):
         zeros_have_memory: bool = False,
     ):
         TorchDispatchMode.__init__(self)
-        Refusals.__init__(self, call, outer, once, randomness)
+        SparseTensors.__init__(self, call, outer, once, randomness)
         self.has_rule = has_rule
         self.decompose = decompose
         self.served: dict[int, tuple[bool, Any]] = {}
@@ -68,7 +69,6 @@ class Recorder(Refusals, TorchDispatchMode):
         if zeros_have_memory:
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
-        self.random = False
         self.separate_views = False
         """Whether views are recorded as forward mode allows them: one by one, also under no_grad
         with gradients, which does not stop tangents."""
@@ -77,10 +77,6 @@ class Recorder(Refusals, TorchDispatchMode):
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
-        self.raised = ""
-        """The first error of an operator: a function that returns all the same has caught it."""
-        self.vmapped = False
-        """Whether `torch.func.vmap` is among the transforms around the call."""
         self.asked: list[int] = []
         """The equations that ask about what differs by sample."""
         self.sources: dict[str, str] = {}
@@ -96,6 +92,7 @@ class Recorder(Refusals, TorchDispatchMode):
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
+        marks = len(self.types), len(self.scalars)
         try:
             if function_mode_on():
                 # Called by C++ (a backward, a transform): the recorder's own questions are no
@@ -103,7 +100,10 @@ class Recorder(Refusals, TorchDispatchMode):
                 with without_functions():
                     return self._dispatch(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
+        except NotDense:
+            return self.with_sparse(func, args, kwargs, marks)
         except Exception as error:
+            self.refuse_zeros_of(func, kwargs, error)
             ours = isinstance(error, errors.ShardmapError)
             asked = isinstance(error, LinAlgError) and func in CHECKS
             if not (self.raised or ours or asked):
@@ -287,6 +287,7 @@ class Recorder(Refusals, TorchDispatchMode):
         if drawing:
             out = self.generators.run(func, args, kwargs)
             self.random = True
+            self.torchs_own = self.torchs_own or generator_of(encoded, named) is None
             mapped = mapped or self.randomness == "different"
         else:
             out = self.kernel(func, args, kwargs)
@@ -442,6 +443,8 @@ class Recorder(Refusals, TorchDispatchMode):
             tuple(o.detach() for o in outputs) if real else (),
             tuple(self.asked),
             self.raised,
+            generators=self.given.finish(),
+            torchs_own=self.torchs_own,
         )
 
 

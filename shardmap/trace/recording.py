@@ -36,6 +36,11 @@ class Recording:
     kept: tuple[str, ...] | None = ()
     """Tensors that differ by sample and that python still holds although they are no outputs: the
     loop would leave another sample's, or all of them. A line of text for each."""
+    generators: tuple[torch.Generator, ...] = ()
+    """The user's generators that the function draws from, by identity: their states are read at
+    each call."""
+    torchs_own: bool = False
+    """Whether it draws from torch's own generator."""
 
 
 _names: dict[torch.device, str] = {}

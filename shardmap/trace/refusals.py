@@ -25,6 +25,15 @@ class Refusals(Histories):
     def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):
         super().__init__(call, outer, once)
         self.randomness = randomness
+        self.random = False
+        self.torchs_own = False
+        """Whether it draws from torch's own generator, and not from the user's alone."""
+        self.separate_views = False
+        """Whether calls that return several views are recorded as a call for each view."""
+        self.raised = ""
+        """The first error of an operator: a function that returns all the same has caught it."""
+        self.vmapped = False
+        """Whether `torch.func.vmap` is among the transforms around the call."""
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
@@ -186,6 +195,7 @@ class Refusals(Histories):
 
     def refuse_seeds(self) -> None:
         """Refuse a seed set after the last draw: the next sample's draws would start from it."""
+        self.given.refuse_seeds()
         generator, self.generator = self.generator, None
         if generator is not None and generator.drawn and not generator.is_as_left():
             raise errors.RandomnessError(self._seeded())

@@ -20,6 +20,7 @@ from shardmap._torch import (
     weak_reference,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
 
@@ -33,6 +34,10 @@ def spec_of(tensor: torch.Tensor) -> Spec:
         device_name(tensor.device),
         int(tensor.storage_offset()),
     )
+
+
+class NotDense(errors.UnsupportedOperatorError):
+    """A call takes or returns a tensor that is not strided."""
 
 
 class Variables:
@@ -73,12 +78,13 @@ class Variables:
         self.types: list[Any] = []
         self.count = 0
         self.device: torch.device | None = None
+        self.given = GivenGenerators(call)
         self.lazy = False
         """Whether a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
-            raise errors.UnsupportedOperatorError(
+            raise NotDense(
                 f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only "
                 "dense (strided) tensors can be "
                 "mapped: call .to_dense() on it first"
@@ -268,11 +274,7 @@ class Variables:
                 "be recorded"
             )
         if isinstance(value, torch.Generator):
-            raise errors.RandomnessError(
-                f"{self.call}: the function draws from an explicit torch.Generator, which samples "
-                "cannot share; drop the generator "
-                "argument and seed torch's own with torch.manual_seed"
-            )
+            return self.given.encoded(value)
         if isinstance(value, float | np.floating):
             return self.encode(float(value), flags, param)
         if isinstance(value, int | np.integer):
