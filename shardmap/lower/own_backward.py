@@ -182,7 +182,7 @@ def _trial(
     step = max(rows[0].shape[0] - 1, 1)
     trial = Trial(
         device=rows[0].device,
-        seed=0,
+        seed=(0,),
         size=size,
         inputs=tuple([t[::step][:size] for t in rows]),
         captured=tuple([element(t).detach() for t in captured]),
