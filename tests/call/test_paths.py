@@ -380,3 +380,30 @@ def test_max_paths_is_a_number(value: Any) -> None:
 def test_ragged_is_one_of_three() -> None:
     with pytest.raises(errors.OptionError, match="ragged='pad'.*'error', 'list' or 'nested'"):
         shardmap.vmap(branch, ragged="pad")
+
+
+@pytest.mark.parametrize("size", [3, 5, 61])
+def test_draws_on_a_way_that_was_not_recorded_first(size: int) -> None:
+    """The first sample draws nothing; few or many others do."""
+    x = batch(size)
+    x[0] = 1
+
+    def function(r: Tensor) -> Tensor:
+        return r if r.sum() > 0 else r + torch.rand(3)
+
+    found = []
+    for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"], "chunk_size": 2}):
+        torch.manual_seed(0)
+        mapped = shardmap.vmap(function, randomness="different", **options)
+        found.append((mapped(x), mapped(x)))
+    draws = x.sum(1) <= 0
+    for first, second in found:
+        assert torch.equal(first, found[0][0])
+        assert torch.equal(second, found[0][1])
+        for drawn in (first - x)[draws], (second - x)[draws]:
+            assert ((drawn >= -1e-6) & (drawn < 1)).all()
+            assert len(drawn.unique(dim=0)) == len(drawn)
+        assert (first != second)[draws].any(1).all()
+        assert torch.equal(first[~draws], x[~draws])
+    with pytest.raises(errors.RandomnessError, match="randomness is 'error'"):
+        shardmap.vmap(function)(x)
