@@ -215,7 +215,7 @@ class Forked:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
                 path.prepared
-                for path in routes.paths[1:]
+                for path in routes.paths[1:][-4 * options.max_paths :]
                 if not any(id(t) in leaves for t in path.prepared.recording.captured)
             ]
         return routes
@@ -242,7 +242,7 @@ class Forked:
             whole.recording.random,
             how.grad or how.transformed, self.options.call,
         )  # fmt: skip
-        replay = PathReplay(of_row, branches, loop, specs, whole.recording.written_inputs)
+        replay = PathReplay(of_row, branches, loop, specs)
         return lowering(program, how, replay)
 
     def _branch(self, path: Path) -> Branch | None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from shardmap import errors
+from shardmap._torch import version_of
 from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
 from shardmap.call.routes import LOOP, Path, rows_of
@@ -55,7 +57,6 @@ class PathReplay:
         branches: The paths.
         loop: What runs the function itself.
         specs: The outputs' metadata: what the results of all paths are brought to.
-        written: Positions of the inputs that the function writes in place.
     """
 
     source = "a program for each path"
@@ -66,13 +67,11 @@ class PathReplay:
         branches: Sequence[Branch],
         loop: SampleLoop,
         specs: Sequence[Spec],
-        written: frozenset[int],
     ):
         self.of_row = of_row
         self.branches = branches
         self.loop = loop
         self.specs = specs
-        self.written = written
 
     def fixed(self, *_: object) -> tuple[()]:
         """What no sample changes is computed once for each path, before the first chunk."""
@@ -91,21 +90,38 @@ class PathReplay:
         """The outputs of one chunk, `[size, *shape]` each."""
         paths = self.of_row[start : start + size]
         numbers = paths.unique().tolist()
-        if len(numbers) == 1:
-            return self._along(numbers[0], size, start, device, seed, inputs)
         parts, order = [], []
         for number in numbers:
             at = (paths == number).nonzero().flatten()
             order.append(at)
-            rows = at.to(device)
-            own = [rows_of(t, rows) for t in inputs]
-            parts.append(self._along(number, len(at), start + int(at[0]), device, seed, own))
-            for i in self.written:
-                inputs[i].index_copy_(0, rows, own[i])
+            parts.append(self._rows(number, at, start, device, seed, inputs))
+        if len(parts) == 1:
+            return parts[0]
         back = torch.cat(order).argsort().to(device)
         return tuple(
             [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
         )
+
+    def _rows(
+        self,
+        number: int,
+        at: torch.Tensor,
+        start: int,
+        device: torch.device,
+        seed: Seeds,
+        inputs: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of the samples `at`, on one path; what they write reaches `inputs`."""
+        whole = len(at) == len(self.of_row[start : start + len(inputs[0])])
+        rows = at.to(device)
+        own = inputs if whole else [rows_of(t, rows) for t in inputs]
+        versions = [_version(t) for t in own]
+        found = self._along(number, len(at), start + int(at[0]), device, seed, own)
+        if not whole:
+            for t, copied, before in zip(inputs, own, versions, strict=True):
+                if before is None or _version(copied) != before:
+                    t.index_copy_(0, rows, copied)
+        return found
 
     def chunk_into(
         self,
@@ -122,22 +138,25 @@ class PathReplay:
         paths = self.of_row[start : start + size]
         for number in paths.unique().tolist():
             at = (paths == number).nonzero().flatten()
+            found = self._rows(number, at, start, device, seed, inputs)
             rows = at.to(device)
-            own = inputs if len(at) == size else [rows_of(t, rows) for t in inputs]
-            found = self._along(number, len(at), start + int(at[0]), device, seed, own)
             for t, where in zip(found, slices, strict=True):
                 if len(at) == size:
                     where.copy_(t)
                 else:
                     where.index_copy_(0, rows.to(where.device), t.to(where.device))
-            for i in self.written if own is not inputs else ():
-                inputs[i].index_copy_(0, rows, own[i])
         return tuple(slices)
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk`, or `chunk_into`, with one more argument that is told nothing."""
         run = self.chunk_into if slices else self.chunk
-        return lambda *arguments: run(*arguments[:-1])
+
+        def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
+            given = list(arguments[:-1])
+            given[6] = [t.clone() for t in given[6]]  # the function may write to them
+            return run(*given)
+
+        return watched
 
     def _along(
         self,
@@ -163,6 +182,11 @@ class PathReplay:
                 ]
             )
         return tuple([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
+
+
+def _version(t: torch.Tensor) -> int | None:
+    """How often a tensor has been written to; None where torch does not count."""
+    return None if t.is_inference() else version_of(t)
 
 
 def merged(paths: Sequence[Path], call: str) -> Prepared:

@@ -159,6 +159,8 @@ class Router:
         self.seen = seen
         self.routes = Routes(list(known))
         self._full = False
+        self._used = {id(path) for path in self.routes.paths[:1]}
+        """The paths that samples of this call take; others are known of earlier calls."""
 
     def run(self) -> Routes:
         """Split the batch.
@@ -186,9 +188,10 @@ class Router:
         """Send samples that gave these answers on along a path that begins with them."""
         for path in self.routes.paths:
             if path.answers[: len(prefix)] == prefix:
+                self._used.add(id(path))
                 waiting.append((rows, path, len(prefix)))
                 return
-        if len(self.routes.paths) >= self.options.max_paths:
+        if len(self._used) >= self.options.max_paths:
             self._refuse_more()
         if not self.options.strict and (self._full or not self.seen.is_worth(prefix, len(rows))):
             self._loop(rows)
@@ -200,6 +203,7 @@ class Router:
             self._loop(rows)
             return
         self.routes.paths.append(path)
+        self._used.add(id(path))
         self.seen.note(path.answers)
         path.rows = torch.cat([path.rows, rows[:1]])
         waiting.append((rows[1:], path, len(prefix)))

@@ -149,9 +149,7 @@ def _op_info(op: OpOverload) -> OpInfo:
         random=is_random,
         composite=composite and op not in _QUESTIONS and name not in _METADATA,
         dynamic=torch.Tag.dynamic_output_shape in op.tags,
-        question=op in _QUESTIONS
-        or torch.Tag.data_dependent_output in op.tags
-        or _answers_python(op, name),
+        question=op in _QUESTIONS or _answers_python(op, name),
         metadata=name in _METADATA
         or op.namespace in ("prim", "profiler")
         or name.startswith("sym_")

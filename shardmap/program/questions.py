@@ -78,7 +78,8 @@ def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list
 
 def answers(program: Program, asked: Sequence[int]) -> tuple[Hashable, ...]:
     """What the recorded sample answered, in order."""
-    return tuple([_Asked(program, program.equations[at]).answer for at in asked])
+    fresh = _Fresh(program)
+    return tuple([_Asked(program.equations[at], fresh).answer for at in asked])
 
 
 def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]) -> Stage:
@@ -90,7 +91,7 @@ def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]
     last = max(mine)
     for position, eq in enumerate(program.equations[: last + 1]):
         if position in mine:
-            question = _Asked(program, eq, fresh)
+            question = _Asked(eq, fresh)
             first = len(outputs)
             equations += question.equations
             outputs += question.outputs
@@ -131,9 +132,9 @@ class _Fresh:
 class _Asked:
     """One question: the calls that compute what it is about, and what its answers are."""
 
-    def __init__(self, program: Program, eq: Equation, fresh: _Fresh | None = None):
+    def __init__(self, eq: Equation, fresh: _Fresh):
         self.eq = eq
-        self.fresh = fresh or _Fresh(program)
+        self.fresh = fresh
         self.equations: list[Equation] = []
         self.outputs: list[Var] = []
         self.answer: Hashable

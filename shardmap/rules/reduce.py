@@ -244,3 +244,11 @@ def softmax_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, A
 def trace(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """The sum of the diagonal."""
     return b.call(aten.sum.dim_IntList, b.call(aten.diagonal.default, args[0], 0, 1, 2), [1])
+
+
+@register("reduce", aten._is_all_true.default, aten._is_any_true.default)
+def all_or_any_true(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Whether all elements, or any, are true."""
+    x: V = args[0]
+    op = aten.all.dim if eq.op is aten._is_all_true.default else aten.any.dim
+    return b.call(op, b.reshape(x, (x.numel,)), 1, shape=(), dtype=torch.bool)

@@ -137,7 +137,8 @@ def _program_difference(first: Program, second: Program) -> str | None:
 
 def _same(a: Equation, b: Equation) -> bool:
     return (
-        a[3:] == b[3:]
+        a[3:6] == b[3:6]
+        and a.source == b.source
         and alike(a.args, b.args)
         and alike(a.kwargs, b.kwargs)
         and alike(a.answer, b.answer)

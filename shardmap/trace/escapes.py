@@ -74,6 +74,21 @@ _READS: dict[Any, tuple[str, str]] = {
 _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 """Doors by which python gets to know a value; torch itself asks for storages."""
 
+_MOST_NUMBERS = 64
+"""Elements of a tensor up to which `tolist()` asks for each of them, as `item()` does."""
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _numbers(tensor: torch.Tensor) -> list[Any] | Any:
+    """The elements as `tolist()` nests them, each a question about a value."""
+    if tensor.dim() == 0:
+        return tensor.item()
+    return [_numbers(part) for part in tensor.unbind(0)]
+
+
 _PRINTS = {Tensor.__repr__, Tensor.__format__}
 
 
@@ -205,6 +220,10 @@ class Doors(TorchFunctionMode):
             copied = self._deepcopy(args[0], args[1])
             if copied is not None:
                 return copied
+        if func is Tensor.__format__ and args[0].dim() == 0 and _is_plain(args[0]):
+            return args[0].item().__format__(*args[1:])
+        if func is Tensor.tolist and args[0].numel() <= _MOST_NUMBERS and _is_plain(args[0]):
+            return _numbers(args[0])
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func], func in _VALUE_READS)

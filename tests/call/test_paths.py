@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,9 @@ import shardmap
 from shardmap import errors
 from shardmap.call import routes
 from tests import oracle
+from tests.call.paths import WAYS, batch, expected, nothing_is_known  # noqa: F401
 
 Tensor = torch.Tensor
-
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "chunk 1": {"chunk_size": 1},
-    "chunk 3": {"chunk_size": 3},
-    "chunk N": {"chunk_size": 61},
-    "two lanes": {"devices": ["cpu", "cpu"], "chunk_size": 7},
-    "once": {"trace": "once"},
-    "always": {"check": "always"},
-    "off": {"check": "off"},
-    "strict": {"strict": True, "max_paths": 100},
-}
 
 
 def branch(r: Tensor) -> Tensor:
@@ -147,27 +135,6 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     masked_in_place, positions, selected, repeats, equal_to_its_sort,
     jitter_until_positive_definite, caught, normalised,
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Paths are recorded for a few samples already: the batches here are small."""
-    monkeypatch.setattr(routes, "WORTH", 4)
-    monkeypatch.setattr(routes, "WORTH_KNOWN", 2)
-    shardmap.clear_caches()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
-        yield
-
-
-def batch(size: int, width: int = 3) -> Tensor:
-    """Different samples."""
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(size))
-
-
-def expected(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """What the loop returns."""
-    return torch.stack([function(*row) for row in zip(*columns, strict=True)])
 
 
 @pytest.mark.parametrize("way", WAYS)
