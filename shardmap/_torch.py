@@ -272,27 +272,19 @@ def not_compiled(function: _Function) -> _Function:
     _set_strategy(function.__code__, _strategy(_skip, _skip))
     vars(function)["_torchdynamo_disable"] = True
     vars(function)["_torchdynamo_disable_msg"] = (
-        "shardmap runs the function on a sample to record it, which cannot be compiled; call the "
-        "map outside of the compiled function, compile without fullgraph=True, or export with "
-        "strict=False"
+        "shardmap records the function on a sample, which cannot be compiled; call the map outside "
+        "of the compiled function, compile without fullgraph=True, or export with strict=False"
     )
     return function
 
 
-included_keys = _private(
-    "_C._dispatch_tls_local_include_set", "asking for a leaf's gradient node while recording"
-)
-excluded_keys = _private(
-    "_C._dispatch_tls_local_exclude_set", "showing lazy tensors to kernels while recording"
-)
-dispatch_key = _private("_C.DispatchKey", "showing lazy tensors to kernels while recording")
-key_set = _private("_C.DispatchKeySet", "asking for a leaf's gradient node while recording")
-undefined_key = _private(
-    "_C.DispatchKey.Undefined", "asking for a leaf's gradient node while recording"
-)
-force_keys = _private(
-    "_C._ForceDispatchKeyGuard", "asking for a leaf's gradient node while recording"
-)
+_LEAF, _LAZY = "asking for a leaf's gradient node", "showing lazy tensors to kernels"
+included_keys = _private("_C._dispatch_tls_local_include_set", _LEAF)
+excluded_keys = _private("_C._dispatch_tls_local_exclude_set", _LAZY)
+dispatch_key = _private("_C.DispatchKey", _LAZY)
+key_set = _private("_C.DispatchKeySet", _LEAF)
+undefined_key = _private("_C.DispatchKey.Undefined", _LEAF)
+force_keys = _private("_C._ForceDispatchKeyGuard", _LEAF)
 
 # -- torch.func
 
@@ -351,6 +343,7 @@ storage_of_weak_reference = _private(
 references_of_torch = _private("Tensor._use_count", "telling what a function keeps of a sample")
 version_of = _attribute(_tensor, "Tensor", "_version", "seeing that a batch was written to")
 is_view = _private("Tensor._is_view", "results that share memory with a captured tensor")
+sequence_number = operator.attrgetter("_sequence_nr")  # of a node: later ones have larger
 is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
 typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorded tensor's memory")
 LinAlgError: type[RuntimeError] = _private("_C._LinAlgError", "errors of torch.linalg")

@@ -15,13 +15,14 @@ from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
-from shardmap.call.execute import Call, run_map, surroundings
+from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import names_of, split_of
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
+from shardmap.call.surroundings import surroundings
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from shardmap import errors
+from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
@@ -156,7 +157,15 @@ class SampleLoop:
     def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
         """Draws that depend on the call's seeds and the sample's number only."""
         if not self.draws:
+            before = torch.get_rng_state() if self.randomness == "error" else None
             yield
+            if before is not None and alone() and not torch.equal(before, torch.get_rng_state()):
+                torch.set_rng_state(before)
+                raise errors.RandomnessError(
+                    f"{self.call}: the function draws random numbers for sample {number} and "
+                    "randomness is 'error'; pass randomness='different' (each sample its own draw) "
+                    "or 'same' (one draw for all)"
+                )
             return
         step = 0 if self.randomness == "same" else (number + 1) * _SEED_STEP
         own, *others = [seed + step for seed in seeds if isinstance(seed, int)]

@@ -12,10 +12,11 @@ from torch import nn
 
 from shardmap import errors
 from shardmap.call import outputs as out_edges
-from shardmap.call.execute import Call, run_map, surroundings
+from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse, consumed
 from shardmap.call.memo import Prepared, reachable
 from shardmap.call.options import Options
+from shardmap.call.surroundings import surroundings
 from shardmap.lower import apart
 from shardmap.lower.cache import Lowered
 from shardmap.lower.closeness import OUTPUT_TOLERANCE, close, largest

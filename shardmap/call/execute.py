@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import dispatch_depth, dispatch_modes, functorch, pytree
+from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
 from shardmap.call.by_sample import SampleLoop, lowering
 from shardmap.call.first_use import FirstUse
-from shardmap.call.forked import Forked, Instead
+from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
+from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds, TorchDraws
@@ -31,37 +32,7 @@ from shardmap.run.sites import small
 from shardmap.store import Header, OutputSpec, Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
-from shardmap.trace.recorder import Recorder
 from shardmap.trace.traced import is_traced, refuse_transforms, traced_recording
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a call stands in."""
-
-    inlined: bool
-    """Whether it is a part of a function that is being recorded: then it has no plan of its own."""
-    transformed: bool
-    """Whether `torch.func` transforms, or forward-mode AD, are active around it."""
-    traced: bool = False
-    """Whether its samples hold no values that python may look at."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is around it."""
-        return not (self.inlined or self.transformed)
-
-
-def surroundings() -> Surroundings:
-    """What a call that is made now stands in."""
-    return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
-
-
-def under_recording() -> bool:
-    """Whether the call is made inside a function that is being recorded."""
-    if dispatch_depth() == 0:
-        return False
-    return any(isinstance(m, Recorder) for m in dispatch_modes())
 
 
 def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
@@ -278,6 +249,10 @@ class Call:
         """
         options, use = self.options, self.use
         assert use is not None
+        if self.prepared.recording.asked:
+            if not self.prepared.recording.torchs_own:
+                self._seed = None  # none has been drawn
+            self.prepared = may_draw(self.prepared, options)
         text = f"{options.call}: {why}"
         if options.strict:
             raise errors.VariesError(

@@ -45,6 +45,17 @@ class Part(Protocol):
         ...
 
 
+def may_draw(prepared: Prepared, options: Options) -> Prepared:
+    """The recording of a call that runs the function itself on samples of which none was recorded.
+
+    Whether they draw random numbers is not known: it is taken for granted where they may.
+    """
+    if options.randomness == "error":
+        return prepared
+    recording = dataclasses.replace(prepared.recording, random=True, torchs_own=True)
+    return dataclasses.replace(prepared, recording=recording, outputs={})
+
+
 class Forked:
     """A call whose samples go different ways.
 
@@ -94,6 +105,8 @@ class Forked:
                 "values, and too few alike"
             )
         whole = merged(paths, self.options.call)
+        if len(routes.looped):
+            whole = may_draw(whole, self.options)
         if whole.recording.written_inputs and torch.is_grad_enabled():
             if any(t.requires_grad for t in self.batch.tensors()):
                 raise errors.VariesError(
@@ -225,7 +238,8 @@ class Forked:
         program = whole.recording.program
         specs = [v.spec for v in program.outputs]
         loop = SampleLoop(
-            self.use.func, self.batch, whole.structure, specs, self.options.randomness, False,
+            self.use.func, self.batch, whole.structure, specs, self.options.randomness,
+            whole.recording.random,
             how.grad or how.transformed, self.options.call,
         )  # fmt: skip
         replay = PathReplay(of_row, branches, loop, specs, whole.recording.written_inputs)

@@ -29,11 +29,11 @@ from shardmap.trace.batch import Batch
 
 logger = logging.getLogger("shardmap")
 
-WORTH = 8
-"""Samples from which a path is recorded, where the function was not seen to take it before. Below,
-recording and lowering cost more than running the function on each."""
-WORTH_KNOWN = 3
-"""The same where it was."""
+WORTH = 64
+"""Samples, in this call and those before, from which a new path is recorded: recording, lowering
+and trying it costs about as much as running the function itself on so many."""
+WORTH_KNOWN = 8
+"""Samples from which a path is followed that has been recorded before."""
 LOOP = -1
 """Stands for the loop in the place of a path: the function itself, sample by sample."""
 
@@ -51,19 +51,38 @@ def after_fork() -> None:
     _seen.after_fork()
 
 
-def seen_of(key: Hashable | None) -> set[Prefix]:
-    """Answers that a function was seen to give; a new set for one that nothing identifies."""
-    return set() if key is None else _seen.made(("answers", key), _Answers)
+def seen_of(key: Hashable | None) -> Seen:
+    """The answers that a function was seen to give; new ones for what nothing identifies."""
+    return Seen() if key is None else _seen.made(("answers", key), Seen)
 
 
 Prefix = tuple[Hashable, ...]
 
 
-class _Answers(set[Prefix]):
-    """A set that is true although it is empty: `Kept` holds values that are true."""
+class Seen:
+    """The answers that a function was seen to give, in all calls."""
 
-    def __bool__(self) -> bool:
-        return True
+    most = 4096
+    """Answers of samples without a path that are remembered."""
+
+    def __init__(self) -> None:
+        self.known: set[Prefix] = set()
+        """Those of paths that have been recorded."""
+        self.waiting: collections.Counter[Prefix] = collections.Counter()
+        """How many samples gave those that have no path yet."""
+
+    def is_worth(self, prefix: Prefix, samples: int) -> bool:
+        """Whether a path pays for these samples; if not, they count when others come."""
+        if prefix in self.known:
+            return samples >= WORTH_KNOWN
+        if len(self.waiting) >= self.most:
+            self.waiting.clear()
+        self.waiting[prefix] += samples
+        return self.waiting[prefix] >= WORTH
+
+    def note(self, answers: Prefix) -> None:
+        """Note that a path has been recorded."""
+        self.known.update(answers[:k] for k in range(len(answers) + 1))
 
 
 Compute = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
@@ -131,7 +150,7 @@ class Router:
         known: Sequence[Path],
         record: Callable[[int], Prepared],
         compute: Compute,
-        seen: set[Prefix],
+        seen: Seen,
     ):
         self.batch = batch
         self.options = options
@@ -169,10 +188,9 @@ class Router:
             if path.answers[: len(prefix)] == prefix:
                 waiting.append((rows, path, len(prefix)))
                 return
-        enough = WORTH_KNOWN if prefix in self.seen else WORTH
         if len(self.routes.paths) >= self.options.max_paths:
             self._refuse_more()
-        if self._full or (len(rows) < enough and not self.options.strict):
+        if not self.options.strict and (self._full or not self.seen.is_worth(prefix, len(rows))):
             self._loop(rows)
             return
         first = int(rows[0])
@@ -182,7 +200,7 @@ class Router:
             self._loop(rows)
             return
         self.routes.paths.append(path)
-        self.seen.update(path.answers[:k] for k in range(len(path.answers) + 1))
+        self.seen.note(path.answers)
         path.rows = torch.cat([path.rows, rows[:1]])
         waiting.append((rows[1:], path, len(prefix)))
 

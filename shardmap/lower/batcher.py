@@ -43,9 +43,9 @@ from shardmap.program.analysis import (
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
+from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
 from shardmap.rules import registry  # importing the package registers the families
-from shardmap.rules.counted import counted
+from shardmap.rules.counted import counted, refuse_traced
 from shardmap.rules.fallback import functorch_rule, loop_rule
 from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.random import seeded_loop
@@ -267,15 +267,10 @@ class _Batcher:
         flags = iter(eq.flags)
         args = tuple([self._argument(a, flags, i, eq, mapped) for a in eq.args])
         kwargs = {k: self._argument(a, flags, i, eq, mapped) for k, a in eq.kwargs}
+        call = self.options.call
         if eq.answer is not None and eq.answer[0] == "value":
-            b.effect(
-                check_answer,
-                eq.op,
-                eq.answer[1],
-                [v.mapped for v in values(args)],
-                self.options.call,
-                args,
-            )
+            differ = [v.mapped for v in values(args)]
+            b.effect(check_answer, eq.op, eq.answer[1], differ, call, args)
             return
         first = len(b.calls)
         out = self._apply(i, eq, args, kwargs, mapped)
@@ -283,33 +278,20 @@ class _Batcher:
         self._bind(i, eq, out, mapped)
         if eq.answer is not None:
             results = [self.env[v.index] for v in eq.results()]
-            b.effect(
-                check_shapes, eq.answer[1], self.options.call, [v.mapped for v in results], results
-            )
+            b.effect(check_shapes, eq.answer[1], call, [v.mapped for v in results], results)
 
     def _own_backward(self, i: int, eq: Equation) -> None:
         """Give results of a Function of the user's its backward; alone they are what they are."""
         b = self.b
-        values, text = eq.args[1], eq.args[4]
-        if text == NO_EFFECT or not (b.grad or self.options.transformed):
-            for out, value in zip(eq.results(), values, strict=True):
+        if eq.args[4] == NO_EFFECT or not (b.grad or self.options.transformed):
+            for out, value in zip(eq.results(), eq.args[1], strict=True):
                 self.env[out.index] = self.env[value.index]
             return
         flags = iter(eq.flags)
         inputs, outputs, kept = (self._argument(a, flags, i, eq, False) for a in eq.args[:3])
-        mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
-        differentiable = tuple([f == GRAD for f in eq.flags[len(inputs) + len(outputs) :]])
-        own = OwnBackward(
-            text,
-            self.options,
-            mapped,
-            tuple([v.mapped for v in inputs]),
-            tuple([v.mapped for v in kept]),
-            differentiable,
-            self.lowered,
-        )
+        own = OwnBackward.of(eq, (inputs, outputs, kept), self.options, self.lowered)
         outs = own.emit(b, eq.args[3], inputs, outputs, kept)
-        self._bind(i, eq, outs, mapped)
+        self._bind(i, eq, outs, own.mapped)
         self.needs.update(v.index for v in eq.results())
 
     def _mark_writes(self, number: int, eq: Equation, first: int) -> None:
@@ -341,6 +323,8 @@ class _Batcher:
         fix = None if op_info(eq.op).shape_only else self.fixes.tiers.get(i)
         deciding = deciders(eq.op, eq.args) if eq.answer is not None else ()
         if any(self.env[v.index].mapped for v in deciding):
+            if self.options.traced:
+                refuse_traced(name, self.options.call)
             out = NotImplemented
             if fix is None:
                 out = counted(b, eq, args, kwargs, self.options.call)

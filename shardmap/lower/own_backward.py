@@ -13,8 +13,8 @@ from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
-from shardmap.program.ir import Param, Program, Var
-from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of
+from shardmap.program.ir import GRAD, Equation, Param, Program, Var
+from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 
@@ -36,6 +36,27 @@ class OwnBackward:
     """Which of them the backward may be differentiated by."""
     lowered: Callable
     """`shardmap.lower.cache.lowered`."""
+
+    @staticmethod
+    def of(
+        eq: Equation,
+        given: tuple[list[V], list[V], list[V]],
+        options: LoweringOptions,
+        lowered: Callable,
+    ) -> OwnBackward:
+        """What stands for a Function that is applied to `given`: arguments, outputs, kept."""
+        inputs, outputs, kept = given
+        text = eq.args[4]
+        mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
+        return OwnBackward(
+            text,
+            options,
+            mapped,
+            tuple([v.mapped for v in inputs]),
+            tuple([v.mapped for v in kept]),
+            tuple([f == GRAD for f in eq.flags[len(inputs) + len(outputs) :]]),
+            lowered,
+        )
 
     def emit(
         self,

@@ -35,6 +35,18 @@ def counted(b: Lowering, eq: Equation, args: Any, kwargs: Any, call: str) -> Any
     return rule(b, eq, args, call)
 
 
+def refuse_traced(name: str, call: str) -> None:
+    """Refuse a result whose shape depends on values where a trace is made, which has none.
+
+    Raises:
+        DataDependentError: Always.
+    """
+    raise errors.DataDependentError(
+        f"{call}: the shape of {name}'s result depends on values, which a trace does not have; use "
+        "torch.where or masks"
+    )
+
+
 def _nonzero(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     spec = eq.outs[0].spec
     return b.call(nonzero_rows, B, args[0], spec.shape[0], call, shape=spec.shape, dtype=spec.dtype)

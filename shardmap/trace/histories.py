@@ -17,6 +17,7 @@ import torch
 from torch.autograd import graph
 from torch.utils.hooks import RemovableHandle
 
+from shardmap._torch import sequence_number
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
@@ -150,7 +151,7 @@ class Histories(Equations):
             var.index not in self.captured
         ):
             var = self._returned(node, number, tensor, var)
-        key = type(node), node._sequence_nr(), number
+        key = type(node), sequence_number(node)(), number
         known = self.edges.setdefault(key, var)
         if known is not None and known.group != var.group:
             self.edges[key] = None

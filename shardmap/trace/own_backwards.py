@@ -14,7 +14,7 @@ import torch
 from torch.autograd import graph
 
 from shardmap import errors
-from shardmap._torch import pytree
+from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
@@ -167,7 +167,7 @@ def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
             var = recorder.known(leaf) or recorder.captured_var(leaf)
             found.append(var if var.index in recorder.captured else None)
             continue
-        var = recorder.edges.get((type(node), node._sequence_nr(), number))
+        var = recorder.edges.get((type(node), sequence_number(node)(), number))
         if var is None:
             raise errors.AutogradFunctionError(
                 f"{recorder.call}: {_name(applied.node)} lies between "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from shardmap._torch import (
     function_mode_on,
     is_zero_tensor,
     kernel_of,
-    run_backward,
     schema_of,
     without_functions,
 )
@@ -41,7 +39,13 @@ from shardmap.program.operators import (
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
-from shardmap.trace.recording import Recording, flat_tensors, is_own_leaf, user_line
+from shardmap.trace.recording import (
+    Recording,
+    flat_tensors,
+    is_own_leaf,
+    looks_for_anomalies,
+    user_line,
+)
 from shardmap.trace.sparse import SparseTensors
 from shardmap.trace.tensor_table import NotDense
 from shardmap.trace.unwritten import python_place
@@ -77,8 +81,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""
-        self.asked: list[int] = []
-        """The equations that ask about what differs by sample."""
+        self.asked: list[int] = []  # equations that ask about what differs by sample
         self.sources: dict[str, str] = {}
 
     @classmethod
@@ -95,8 +98,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         marks = len(self.types), len(self.scalars)
         try:
             if function_mode_on():
-                # Called by C++ (a backward, a transform): the recorder's own questions are no
-                # doors.
+                # Called by C++ (a backward, a transform): our own questions are no doors.
                 with without_functions():
                     return self._dispatch(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
@@ -272,7 +274,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if mapped and func in CHECKS:
             eq = Equation(func, encoded, named, (), tuple(flags), torch.is_grad_enabled())
             return self._check_errors(eq, args, kwargs)
-        if mapped and info.question and _looks_for_anomalies():
+        if mapped and info.question and looks_for_anomalies():
             return self._anomaly(func, args)
         asks = False
         if (mapped and info.question) or varies:
@@ -446,11 +448,3 @@ class Recorder(SparseTensors, TorchDispatchMode):
             generators=self.given.finish(),
             torchs_own=self.torchs_own,
         )
-
-
-def _looks_for_anomalies() -> bool:
-    """Whether autograd's engine itself, and not python, is asking for a value."""
-    if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
-        return False
-    caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`
-    return caller.f_code is run_backward.__code__

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import force_keys, functorch, included_keys, key_set, undefined_key
+from shardmap._torch import (
+    force_keys,
+    functorch,
+    included_keys,
+    key_set,
+    run_backward,
+    undefined_key,
+)
 from shardmap.program.ir import Program
 
 
@@ -113,3 +120,11 @@ def user_line() -> str:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"
+
+
+def looks_for_anomalies() -> bool:
+    """Whether autograd's engine itself, and not python, is asking for a value."""
+    if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
+        return False
+    caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`
+    return caller.f_code is run_backward.__code__

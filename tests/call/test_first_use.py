@@ -170,7 +170,7 @@ def test_the_warning_names_what_varies_and_strict_refuses_it() -> None:
 
 def test_other_devices_are_refused_where_the_function_itself_has_to_run() -> None:
     with pytest.raises(errors.VariesError, match=r"devices='ray'.*devices='auto'"):
-        shardmap.vmap(VARYING["a length"], devices="ray")(x)
+        shardmap.vmap(VARYING["a printed number"], devices="ray")(x)
 
 
 def test_a_counter_is_refused_by_name() -> None:

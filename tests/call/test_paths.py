@@ -150,7 +150,10 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_known() -> Iterator[None]:
+def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Paths are recorded for a few samples already: the batches here are small."""
+    monkeypatch.setattr(routes, "WORTH", 4)
+    monkeypatch.setattr(routes, "WORTH_KNOWN", 2)
     shardmap.clear_caches()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
@@ -340,11 +343,28 @@ def test_a_path_is_recorded_on_one_sample_only() -> None:
     oracle.assert_same(once(x), expected(branch, x), "once")
 
 
-def test_few_samples_of_a_new_way_are_looped() -> None:
-    x = -batch(40).abs()
-    x[3] = -x[3]
-    assert routes.WORTH > 1
-    oracle.assert_same(shardmap.vmap(branch)(x), expected(branch, x), "result")
+def test_few_samples_of_a_new_way_are_looped_until_they_were_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    calls = 0
+
+    def function(r: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return branch(r)
+
+    x = batch(61)
+    x[0] = 1
+    others = int((x.sum(1) <= 0).sum())
+    assert others < routes.WORTH <= 3 * others
+    mapped, counts = shardmap.vmap(function), []
+    for _ in range(6):
+        calls = 0
+        oracle.assert_same(mapped(x), expected(branch, x), "result")
+        counts.append(calls)
+    assert counts[0] >= others
+    assert counts[-1] == 2
 
 
 def test_draws_that_decide_the_way_are_served_by_the_loop() -> None:
@@ -380,3 +400,30 @@ def test_max_paths_is_a_number(value: Any) -> None:
 def test_ragged_is_one_of_three() -> None:
     with pytest.raises(errors.OptionError, match="ragged='pad'.*'error', 'list' or 'nested'"):
         shardmap.vmap(branch, ragged="pad")
+
+
+@pytest.mark.parametrize("size", [3, 5, 61])
+def test_draws_on_a_way_that_was_not_recorded_first(size: int) -> None:
+    """The first sample draws nothing; few or many others do."""
+    x = batch(size)
+    x[0] = 1
+
+    def function(r: Tensor) -> Tensor:
+        return r if r.sum() > 0 else r + torch.rand(3)
+
+    found = []
+    for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"], "chunk_size": 2}):
+        torch.manual_seed(0)
+        mapped = shardmap.vmap(function, randomness="different", **options)
+        found.append((mapped(x), mapped(x)))
+    draws = x.sum(1) <= 0
+    for first, second in found:
+        assert torch.equal(first, found[0][0])
+        assert torch.equal(second, found[0][1])
+        for drawn in (first - x)[draws], (second - x)[draws]:
+            assert ((drawn >= -1e-6) & (drawn < 1)).all()
+            assert len(drawn.unique(dim=0)) == len(drawn)
+        assert (first != second)[draws].any(1).all()
+        assert torch.equal(first[~draws], x[~draws])
+    with pytest.raises(errors.RandomnessError, match="randomness is 'error'"):
+        shardmap.vmap(function)(x)
