@@ -389,3 +389,16 @@ def test_a_counter_is_passed_as_an_argument() -> None:
     numbers, count = torch.arange(1.0, 8.0), 0
     got = shardmap.vmap(lambda r, n: r * n)(x, numbers)
     oracle.assert_same(got, loop(counted)(x), "counted")
+
+
+def test_draws_of_several_ways_are_passed_in() -> None:
+    def function(r: Tensor) -> Tensor:
+        return r * torch.rand(()) if r.sum() > 0 else r
+
+    x = batch(3, size=200)
+    with pytest.raises(errors.ShardmapError, match="draws random numbers"):
+        shardmap.vmap(function, randomness="different", strict=True)(x)
+    given = lambda r, n: r * n if r.sum() > 0 else r  # noqa: E731
+    numbers = batch(size=200).abs()
+    got = shardmap.vmap(given, strict=True)(x, numbers)
+    oracle.assert_same(got, loop(given)(x, numbers), "passed in")
