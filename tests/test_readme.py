@@ -116,7 +116,7 @@ ROWS = [
         (X,),
         torch_func="equals the loop",
     ),
-    Row("`if x.sum() > 0:`", data_dependent, (X,), shardmap="refused"),
+    Row("`if x.sum() > 0:`", data_dependent, (X,)),
 ]
 
 

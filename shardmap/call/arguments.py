@@ -188,12 +188,13 @@ def collect(
         if d is None or not isinstance(leaf, torch.Tensor):
             continue
         if leaf.layout is not torch.strided or leaf.is_nested:
+            kind, remedy = f"tensor of layout {leaf.layout}", "call .to_dense() on it"
+            if leaf.is_nested:
+                kind = "nested tensor"
+                remedy = "pass shardmap.Ragged(list(x.unbind())), or torch.nested.to_padded_tensor"
             raise errors.UnsupportedOperatorError(
-                f"{call}: {_where(i, of_args)} is a "
-                f"{'nested tensor' if leaf.is_nested else f'tensor of layout {leaf.layout}'}; only "
-                "dense "
-                "(strided) tensors can be mapped: call .to_dense() on it, or "
-                "torch.nested.to_padded_tensor"
+                f"{call}: {_where(i, of_args)} is a {kind}; only dense (strided) tensors can be "
+                f"mapped: {remedy}"
             )
         if not -leaf.ndim <= d < leaf.ndim:
             raise errors.InDimsError(

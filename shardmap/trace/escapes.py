@@ -51,7 +51,11 @@ _SET_DATA: Any = set_data
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
-    Tensor.numpy: ("numpy()", "use torch's operators instead of numpy's"),
+    Tensor.numpy: (
+        "numpy()",
+        "use torch's operators instead of numpy's, or make the part in numpy an operator "
+        "(torch.library.custom_op)",
+    ),
     Tensor.__array__: (
         "a numpy function on a tensor",
         "use torch's operators instead of numpy's, such as torch.sin for np.sin",

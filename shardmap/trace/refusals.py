@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of
@@ -17,6 +19,21 @@ from shardmap.trace.recording import flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
+
+_BATCH_NORMS = {
+    batch_norm.forward.__code__
+    for batch_norm in (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+}
+
+
+def _under_batch_norm() -> bool:
+    """Tell if a batch normalisation module is running, which counts the batches it has seen."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _BATCH_NORMS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Refusals(Histories):
@@ -56,7 +73,8 @@ class Refusals(Histories):
                 )
             return
         name = schema_of(op).name.partition("::")[2]
-        if "norm" in name:
+        if "norm" in name or _under_batch_norm():
+            name = name if "norm" in name else "batch_norm"
             raise errors.CapturedWriteError(
                 f"{self.call}: {name} in training mode would update running statistics of shape "
                 f"{tuple(tensor.shape)} that all "

@@ -281,7 +281,7 @@ class Variables:
             return int(value)
         raise errors.EscapeError(
             f"{self.call}: an operator takes a {kind.__name__} argument ({value!r}), which cannot "
-            "be recorded"
+            "be recorded; make the part that calls it an operator (torch.library.custom_op)"
         )
 
     def _is_sample_device(self, device: torch.device) -> bool:
