@@ -229,8 +229,8 @@ class FirstUse:
         """
         if first.kept is None:  # recorded as expected, which nobody looks at
             repeat.forget(self.func)
-            self._first = self._record(0)
-            first = self._first[0]
+            self._first = self._recorded_again(0) or self._first
+            first = self.first()[0]
         if first.kept:
             repeat.forget(self.func)
             raise errors.EscapeError(
@@ -253,9 +253,12 @@ class FirstUse:
             return
         self.looked = True
         self.first()
-        number = self.batch.size - 1
+        self._last = self._recorded_again(self.batch.size - 1)
+
+    def _recorded_again(self, number: int) -> Pair | None:
+        """A further recording; None if the function cannot be run twice."""
         try:
-            self._last = self._record(number)
+            return self._record(number)
         except errors.ShardmapError:
             raise
         except Exception as error:
@@ -268,6 +271,7 @@ class FirstUse:
                 f"differentiates, so it cannot be run twice ({text[:60]})."
             )
             logger.debug("%s: %s", self.options.call, self._alone)
+        return None
 
 
 def consumed(error: Exception) -> bool:

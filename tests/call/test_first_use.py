@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import warnings
@@ -260,3 +261,20 @@ def test_an_unknown_check_is_refused() -> None:
         errors.OptionError, match="check='often'; choose 'first', 'always' or 'off'"
     ):
         shardmap.vmap(torch.sin, check="often")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_function_that_frees_the_graph_it_differentiates_can_be_called_again(size):
+    """A later call of the same code finds its recording as expected, and looks at it once more."""
+
+    def gradients(retain: bool, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, (left, right), row, retain_graph=retain)
+
+    for number in range(4):
+        left = torch.linspace(-1.0, 1.0, 3).add_(number).requires_grad_()
+        right = torch.linspace(0.5, 2.0, 3).requires_grad_()
+        out = (left @ right + (left**2).sum() + right.norm()).reshape(1) * right.exp()
+        rows = torch.randn(size, 3)
+        expected = [torch.stack(of) for of in zip(*(gradients(True, r) for r in rows), strict=True)]
+        found = shardmap.vmap(functools.partial(gradients, False), chunk_size=size)(rows)
+        torch.testing.assert_close(list(found), expected)

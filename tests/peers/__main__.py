@@ -59,7 +59,13 @@ def tests_of(peer: Peer, work: Path) -> Path:
 
 
 def run(
-    whose: str, tests: Path, paths: list[Path], options: list[str], report: Path, timeout: float
+    whose: str,
+    tests: Path,
+    paths: list[Path],
+    options: list[str],
+    report: Path,
+    timeout: float,
+    limit: float,
 ) -> Outcomes:
     """The outcome of each test with one of the two maps."""
     report.unlink(missing_ok=True)
@@ -68,20 +74,21 @@ def run(
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
         "PEERS_VMAP": whose,
         "PEERS_REPORT": str(report),
+        "PEERS_LIMIT": str(limit),
     }
     command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider"]
     command += ["-q", "--tb=no", "-o", "addopts=", "--continue-on-collection-errors"]
     command += [*options, str(tests)]
     with open(report.with_suffix(".log"), "w") as log:
-        subprocess.run(
-            command,
-            cwd=tests.parent,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            timeout=timeout,
-            check=False,
+        running = subprocess.Popen(
+            command, cwd=tests.parent, env=environment, stdout=log, stderr=log
         )
+        try:
+            running.wait(timeout)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            print(f"with {whose}'s map the run was cut off after {timeout:g} seconds")
     if not report.exists():
         raise SystemExit(f"pytest wrote no report: see {report.with_suffix('.log')}")
     return json.loads(report.read_text())
@@ -92,7 +99,8 @@ def compared(torch: Outcomes, ours: Outcomes) -> str:
     called = [test for test in torch if torch[test]["calls"]]
     passed = [test for test in called if torch[test]["outcome"] == "passed"]
     lost = [test for test in passed if ours.get(test, {}).get("outcome") != "passed"]
-    gained = [test for test in called if test not in passed and ours[test]["outcome"] == "passed"]
+    gained = [test for test in called if torch[test]["outcome"] != "passed"]
+    gained = [test for test in gained if ours.get(test, {}).get("outcome") == "passed"]
     lines = [
         f"{len(torch)} tests, of which {len(called)} call vmap; {len(passed)} of these pass with "
         f"torch.func.vmap, and {len(passed) - len(lost)} of those with shardmap.vmap"
@@ -112,6 +120,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where packages and reports are kept")
     parser.add_argument("--here", action="store_true", help="the peer is installed: leave pip out")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one test")
     parser.add_argument("-k", default="", help="as for pytest")
     given = parser.parse_args()
     peer = PEERS[given.peer]
@@ -123,7 +132,7 @@ def main() -> None:
     paths = [ours(work)] if given.here else [ours(work), installed(peer, work)]
     options = [*peer.options, *(["-k", given.k] if given.k else [])]
     found = [
-        run(whose, tests, paths, options, work / f"{whose}.json", given.timeout)
+        run(whose, tests, paths, options, work / f"{whose}.json", given.timeout, given.limit)
         for whose in ("torch", "shardmap")
     ]
     print(f"{given.peer}: {compared(*found)}")

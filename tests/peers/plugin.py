@@ -1,7 +1,8 @@
 """A pytest plugin that counts calls of `torch.func.vmap`, and may put `shardmap.vmap` in its place.
 
 `PEERS_VMAP` says whose `vmap` runs ("torch" or "shardmap"), `PEERS_REPORT` where the outcome of
-each test is written, as json.
+each test is written as json, as soon as it is known, and `PEERS_LIMIT` the seconds that a test may
+take.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator
@@ -81,7 +83,21 @@ def put_in_place() -> None:
     functorch.vmap = vmap
 
 
+def too_long(*_: object) -> None:
+    """Fail the test that runs."""
+    raise TimeoutError(f"the test took more than {os.environ['PEERS_LIMIT']} seconds")
+
+
 put_in_place()
+signal.signal(signal.SIGALRM, too_long)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Bound the time of the test."""
+    signal.setitimer(signal.ITIMER_REAL, float(os.environ.get("PEERS_LIMIT", "0")))
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -96,10 +112,17 @@ def pytest_runtest_makereport(
         found["outcome"] = report.outcome
         if call.excinfo is not None:
             found["error"] = f"{call.excinfo.typename}: {call.excinfo.value}"
+    if report.when == "teardown":
+        write()
 
 
 def pytest_sessionfinish() -> None:
-    """Write the outcomes."""
+    """Write the report even if no test ran."""
+    write()
+
+
+def write() -> None:
+    """Write the outcomes so far, so that a run which is cut off leaves them."""
     path = os.environ.get("PEERS_REPORT")
     if path:
         with open(path, "w") as file:

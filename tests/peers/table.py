@@ -22,10 +22,27 @@ class Peer:
 
 PEERS = {
     "curvlinops": Peer(
-        "curvlinops-for-pytorch", "test", ("backpack-for-pytorch", "einconv", "einops", "unfoldNd")
+        "curvlinops-for-pytorch",
+        "test",
+        (
+            "backpack-for-pytorch",
+            "einconv",
+            "einops",
+            "unfoldNd",
+            "linear_operator",
+            "jaxtyping",
+            "wadler_lindig",
+            "opt_einsum",
+            "scipy",
+        ),
     ),
-    "dattri": Peer("dattri", "test"),
-    "evotorch": Peer("evotorch", needs=("pandas",)),
+    "dattri": Peer("dattri", "test", ("pretty_midi", "mido", "torchvision")),
+    # Its conftest starts Ray in a mode that Ray no longer has: take that out of a checkout.
+    "evotorch": Peer(
+        "evotorch",
+        "tests",
+        ("pandas", "python-dateutil", "gymnasium", "farama-notifications", "cma"),
+    ),
     "evox": Peer("evox"),
     "opacus": Peer("opacus", "opacus/tests", ("opt_einsum",)),
     "posteriors": Peer("posteriors", "tests", ("tensordict", "pyvers", "torchopt", "optree")),
