@@ -105,3 +105,14 @@ def test_the_benchmark_of_dropout_writes_its_table(tmp_path: Path) -> None:
     text = (tmp_path / "d.md").read_text()
     assert done.stdout == text
     assert len(text.splitlines()) == 2 + 2 * 3
+
+
+def test_the_benchmark_of_paths_compares_and_writes_its_table(tmp_path: Path) -> None:
+    """Every sample is compared before anything is timed."""
+    done = run(
+        "benchmarks.paths", "--subjects", "two branches", "--rounds", "2", "--output",
+        str(tmp_path / "p.md"),
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    lines = (tmp_path / "p.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["two branches"] * 2
