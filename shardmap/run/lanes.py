@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from shardmap import errors
+from shardmap._torch import version_of
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
@@ -155,9 +157,20 @@ class Lane:
             return self._compute_into(ready, chunk, arguments, inputs)
         replay = ready.low.replay.chunk
         if job.remat:
-            outs = checkpoint(
-                lambda *inputs: replay(*arguments, list(inputs)), *inputs, use_reentrant=False
-            )
+            kept = [t for t in ready.captured if not t.is_inference()]
+            versions = [version_of(t) for t in kept]
+
+            def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                for t, version in zip(kept, versions, strict=True):
+                    if version_of(t) != version:
+                        raise errors.CapturedWriteError(
+                            f"{job.call}: remat=True computes chunks again in backward, and a "
+                            f"captured tensor of shape {tuple(t.shape)} has been written in place "
+                            "since; take the gradients before, or pass remat=False"
+                        )
+                return replay(*arguments, list(inputs))
+
+            outs = checkpoint(compute, *inputs, use_reentrant=False)
         else:
             outs = replay(*arguments, inputs)
         return list(self.gather.combined(outs, chunk.size))
