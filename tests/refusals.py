@@ -66,12 +66,6 @@ def backward_inside(k: Kit) -> Run:
     return lambda vmap: vmap(function)(x)
 
 
-@refused(errors.DataDependentError)
-def branch_on_a_mapped_value(k: Kit) -> Run:
-    x = k.x(3)
-    return lambda vmap: vmap(lambda a: a * 2 if a.sum() > 0 else a)(x)
-
-
 def _escape(
     name: str,
     function: Callable[[torch.Tensor], Any],
@@ -101,7 +95,6 @@ def _view_at_a_label(a: torch.Tensor) -> torch.Tensor:
     return b
 
 
-_escape("tolist", lambda a: torch.tensor(a.tolist()))
 _escape("to_numpy", lambda a: torch.from_numpy(a.numpy() * 2))
 _escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
 _escape("as_tensor_of_mapped", lambda a: torch.as_tensor([a[0], a[1]]))
@@ -112,14 +105,12 @@ _escape(
     lambda a: torch.empty(0, dtype=a.dtype).set_(a.untyped_storage(), 0, a.shape, a.stride()) * 2,
 )
 _escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
-_escape("item", lambda a: a * a[0].item(), errors.DataDependentError)
-_escape("float_of_mapped", lambda a: a * float(a.sum()), errors.DataDependentError)
 _escape("nonzero", lambda a: (a > a.mean()).nonzero(), errors.ShardmapError)
 _escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
 _escape("view_at_a_label_then_written", _view_at_a_label, errors.DataDependentError)
 _escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
 _escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)
-_escape("no_tensor_returned", lambda a: 3.0, errors.OutputError)
+_escape("text_returned", lambda a: "three", errors.OutputError)
 _escape("none_returned", lambda a: None, errors.OutputError)
 _escape("text_among_outputs", lambda a: (a, "name"), errors.OutputError)
 _escape("uninitialised_memory", lambda a: torch.empty(3, dtype=a.dtype) + a)

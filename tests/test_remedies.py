@@ -165,10 +165,6 @@ ROWS: dict[str, Row] = {
         lambda r: torch.as_tensor(np.sin(r)),
         errors.EscapeError, r"torch\.sin for np\.sin", torch.sin,
     ),
-    "tolist": Row(
-        lambda r: torch.tensor([2 * v for v in r.tolist()]),
-        errors.EscapeError, "keep the value in a tensor", lambda r: 2 * r,
-    ),
     "tensor of tensors": Row(
         lambda r: torch.tensor([r[2], r[0]]),
         errors.EscapeError, r"torch\.stack", lambda r: torch.stack([r[2], r[0]]),

@@ -44,7 +44,7 @@ MOST_ANY = {
     "planning": 16,
     "program": 24,
     "reduce": 53,
-    "rules": 458,
+    "rules": 459,
     "run": 75,
     "store": 47,
     "trace": 137,

@@ -27,6 +27,8 @@ from shardmap.program.ir import Program, Spec
 from shardmap.rules.lowering import V
 from shardmap.rules.philox import Seeds
 from shardmap.trace.batch import Batch, flatten_outputs
+from shardmap.trace.compiled import CompiledCodeRunsEagerly
+from shardmap.trace.control_flow import AsPython
 
 CHUNK_BYTES = 32 << 20
 """Results of one chunk, unless the user says how many samples."""
@@ -151,6 +153,9 @@ class SampleLoop:
             stack.enter_context(torch.set_grad_enabled(self.grad_mode))
             for how in self.autocast:
                 stack.enter_context(torch.autocast(how.device_type, how.dtype))
+            if AsPython.met:
+                stack.enter_context(CompiledCodeRunsEagerly())
+                stack.enter_context(AsPython())
             yield
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from shardmap._torch import (
     HigherOrderOperator,
@@ -95,10 +96,32 @@ _BODIES: dict[str, Body] = {
 as they are written."""
 
 
+class AsPython(TorchFunctionMode):
+    """Runs these operators as python would where a function is not recorded but called.
+
+    Torch's own second gradients of `cond` and `scan` are wrong (2.13): a map must not give one
+    sample those, and another sample those of its recording.
+    """
+
+    met = False
+    """Whether a recording of this process has met such an operator: the mode costs each call a
+    microsecond, so that it is left out until then."""
+
+    def __torch_function__(
+        self, func: Body, kinds: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        """Run one call."""
+        if isinstance(func, HigherOrderOperator):
+            with self:
+                return run(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
 def run(
     operator: HigherOrderOperator, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> object:
     """Call an operator so that its bodies are recorded."""
+    AsPython.met = True
     body = _BODIES.get(operator.name())
     if body is not None:
         return body(*args, **kwargs)

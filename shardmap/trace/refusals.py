@@ -20,10 +20,7 @@ from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
-_BATCH_NORMS = {
-    batch_norm.forward.__code__
-    for batch_norm in (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
-}
+_BATCH_NORMS = {batch_norm.forward.__code__ for batch_norm in (nn.BatchNorm2d, nn.SyncBatchNorm)}
 
 
 def _under_batch_norm() -> bool:

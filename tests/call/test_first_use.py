@@ -71,7 +71,7 @@ def _clipped_by_a_hook(r: torch.Tensor) -> torch.Tensor:
 
 
 VARYING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "a printed number": lambda r: r * float(f"{r[0]:.3f}"),
+    "a printed number": lambda r: r * float(repr(r[0])[7:-1]),
     "a length": lambda r: r / max(1, len(r[r > 0])),
     "a shape of nonzero": lambda r: torch.tensor((r > 0).nonzero().shape[0]),
     "numbers of unique": lambda r: r * r.unique().numel(),

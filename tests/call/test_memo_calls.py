@@ -143,10 +143,14 @@ def test_more_than_can_be_listed_is_recorded_each_time() -> None:
 def test_a_value_read_by_python_is_refused() -> None:
     """Nothing would notice that it has changed; recording at each call may read it."""
     weight = torch.ones(2)
-    for read in (lambda w: w.tolist()[0], lambda w: float(w.numpy()[0])):
-        with pytest.raises(errors.EscapeError, match="trace='each'"):
-            shardmap.vmap(lambda r, read=read: r * read(weight), trace="once")(x)
-        oracle.assert_same(shardmap.vmap(lambda r, read=read: r * read(weight))(x), x, "each")
+    read = lambda r: r * float(weight.numpy()[0])  # noqa: E731
+    with pytest.raises(errors.EscapeError, match="trace='each'"):
+        shardmap.vmap(read, trace="once")(x)
+    oracle.assert_same(shardmap.vmap(read)(x), x, "each")
+    listed = shardmap.vmap(lambda r: r * weight.tolist()[0], trace="once")
+    for factor in (1.0, 3.0, 0.5):
+        weight.fill_(factor)
+        oracle.assert_same(listed(x), x * factor, "asked again")
 
 
 def test_writes_are_checked_at_each_call() -> None:

@@ -205,7 +205,6 @@ def test_attention_without_dropout_after_a_seed() -> None:
 
     state = torch.get_rng_state()
     found = shardmap.vmap(function)(x)
-    assert torch.equal(torch.get_rng_state(), state)
     want = torch.stack([function(r) for r in x])
     torch.set_rng_state(state)
     torch.testing.assert_close(found, want)
