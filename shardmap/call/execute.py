@@ -32,13 +32,14 @@ from shardmap.run.sites import small
 from shardmap.store import Header, OutputSpec, Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
-from shardmap.trace.traced import is_traced, refuse_transforms, traced_recording
+from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
 def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
     """One call of a mapped function."""
     around = surroundings()
-    if is_traced(batch.leaves):
+    # Fake tensors alone are placed on the devices that are named, as real ones would be.
+    if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
         # A part of the graph that is made, computed at once: nothing can be compared or measured.
         around = Surroundings(True, True, True)
         options = dataclasses.replace(options, check="off")

@@ -43,6 +43,13 @@ def is_traced(leaves: Iterable[object]) -> bool:
     return any(isinstance(mode, FakeTensorMode | proxy_mode) for mode in dispatch_modes())
 
 
+def is_graph_made() -> bool:
+    """Whether a graph is made of what is called now, beside which fake tensors only have shapes."""
+    return bool(before_dispatch_depth()) or any(
+        isinstance(mode, proxy_mode) for mode in dispatch_modes()
+    )
+
+
 def refuse_transforms(call: str) -> None:
     """Refuse a call inside a `torch.func` transform that is traced before it is dispatched.
 
