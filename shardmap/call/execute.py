@@ -114,7 +114,9 @@ class Call:
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
             # What is written cannot be taken back: then all samples are asked first.
-            late = self.options.out is not None or bool(recording.written_inputs)
+            elsewhere = on_ray.asked_for(self.options.devices) is not None
+            stored = self.options.out is not None and not elsewhere
+            late = stored or bool(recording.written_inputs)
             forks = verdict.forks or (recording.asked and late)
             if forks and not self.around.inlined:
                 return self._run_by_paths()

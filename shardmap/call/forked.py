@@ -160,10 +160,10 @@ class Forked:
         """
         options = self.options
         what = "a function whose samples go different ways by what python asks about their values"
-        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
-        # A worker has no function: every sample needs a path.
+        # A worker has no function: every sample needs a path; one that raises does so here.
         self.options = dataclasses.replace(options, strict=True)
         paths = [path for path in self._routes().paths if len(path.rows)]
+        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
         if len(self._routes().looped):
             raise errors.VariesError(
                 f"{options.call}: some samples can only be served by the function itself, run "

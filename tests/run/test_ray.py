@@ -278,12 +278,23 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_error_names_the_samples_and_brings_the_workers_traceback() -> None:
+    table = torch.arange(5.0)
+    x = torch.zeros(13, 2, dtype=torch.int64)
+    x[7] = 9
+    look_up = lambda r: table.index_select(0, r)  # noqa: E731
+    with pytest.raises(errors.WorkerError, match=r"samples 6 to 8 failed") as caught:
+        shardmap.vmap(look_up, devices=TWO, chunk_size=3)(x)
+    assert "out of range" in str(caught.value)
+    assert "On the worker:\nTraceback" in str(caught.value)
+    same(look_up, x[:7])
+
+
+def test_a_sample_that_torch_linalg_refuses_raises_what_the_loop_raises() -> None:
+    """A function may catch it, so that it is a question, and the sample is run by itself."""
     x = torch.eye(3).repeat(13, 1, 1)
     x[7] = 0
-    with pytest.raises(errors.WorkerError, match=r"samples 6 to 8 failed") as caught:
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
         shardmap.vmap(torch.linalg.inv, devices=TWO, chunk_size=3)(x)
-    assert "LinAlgError" in str(caught.value)
-    assert "On the worker:\nTraceback" in str(caught.value)
     same(torch.linalg.inv, x[:7])
 
 
@@ -425,7 +436,7 @@ def test_a_worker_forgets_old_programs() -> None:
         (),
         (),
         (2.0,),
-        0,
+        (0,),
         {},
         messages.Settings.current(),
         outputs,
