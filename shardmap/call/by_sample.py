@@ -21,10 +21,11 @@ import torch
 from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import pytree
-from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.call import standin
+from shardmap.call.standin import ITSELF, StandIn
+from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.lowering import V
 from shardmap.rules.philox import Seeds
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
@@ -54,7 +55,7 @@ class _Autocast:
         )
 
 
-class SampleLoop:
+class SampleLoop(StandIn):
     """Runs a function sample by sample, in the form of a replay (`shardmap.lower.codegen.Replay`).
 
     Args:
@@ -69,7 +70,7 @@ class SampleLoop:
         generators: The user's generators that it draws from.
     """
 
-    source = "the function itself, sample by sample"
+    source = f"{ITSELF}, sample by sample"
 
     def __init__(
         self,
@@ -94,10 +95,6 @@ class SampleLoop:
         self.call = call
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
-
-    def fixed(self, *_: object) -> tuple[()]:
-        """Nothing is computed once for all samples."""
-        return ()
 
     def chunk(
         self,
@@ -141,11 +138,6 @@ class SampleLoop:
                     for t, where in zip(found, slices, strict=True):
                         where[i].copy_(t)
         return tuple(slices)
-
-    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk`, or `chunk_into`, with one more argument that is told nothing."""
-        run = self.chunk_into if slices else self.chunk
-        return lambda *arguments: run(*arguments[:-1])
 
     @contextlib.contextmanager
     def _as_called(self) -> Iterator[None]:
@@ -227,25 +219,9 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
 
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
     """The loop in the form in which executors take a lowering."""
-    count = len(program.inputs)
-    inputs = [V(i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.inputs)]
-    outputs = [
-        V(count + i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.outputs)
-    ]
-    batched = BatchedProgram(
-        fixed=(),
-        chunk=(),
-        inputs=tuple(inputs),
-        captured=(),
-        literals=(),
-        outputs=tuple(outputs),
-        tiers={"the function itself": "loop"},
-        values=count + len(outputs),
-        results={},
-    )
     size = sum(
         v.spec.dtype.itemsize * math.prod(v.spec.shape)
         for eq in program.equations
         for v in eq.results()
     )
-    return Lowered(program, options, batched, loop, Fixes(), frozenset(), Notes(), size)
+    return standin.lowering(program, options, loop, {ITSELF: "loop"}, size, Notes())

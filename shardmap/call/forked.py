@@ -16,7 +16,7 @@ from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, lowering, merged
 from shardmap.call.ragged import as_asked, joined, refuse_groups
-from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken
+from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken, warn_looped
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.run import prepare
@@ -99,12 +99,20 @@ class Forked:
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
             return path.prepared, self.batch, use, None
-        if not paths:
+        branches: dict[int, Branch] = {}
+        for number, path in enumerate(routes.paths):
+            branch = self._branch(path) if len(path.rows) else None
+            if branch is not None:
+                branches[number] = branch
+            else:
+                routes.looped = torch.cat([routes.looped, path.rows])
+        self._refuse_loop(routes)
+        if not branches:
             raise errors.VariesError(
                 f"{self.options.call}: the samples answer differently what python asks about their "
                 "values, and too few alike"
             )
-        whole = merged(paths, self.options.call)
+        whole = merged([routes.paths[number] for number in branches], self.options.call)
         if len(routes.looped):
             whole = may_draw(whole, self.options)
         if whole.recording.written_inputs and torch.is_grad_enabled():
@@ -113,7 +121,35 @@ class Forked:
                     f"{self.options.call}: samples go different ways and are written in place "
                     "where gradients are recorded"
                 )
-        return whole, self.batch, self.use, lambda how: self._lowering(whole, routes, how)
+        of_row = torch.full((self.batch.size,), LOOP)
+        for place, number in enumerate(branches):
+            of_row[routes.paths[number].rows] = place
+
+        def instead(how: LoweringOptions) -> Lowered:
+            program, options = whole.recording.program, self.options
+            specs = [v.spec for v in program.outputs]
+            loop = SampleLoop(
+                self.use.func, self.batch, whole.structure, specs, options.randomness,
+                whole.recording.random, how.grad or how.transformed, options.call,
+            )  # fmt: skip
+            replay = PathReplay(of_row, list(branches.values()), loop, specs)
+            return lowering(program, how, replay)
+
+        return whole, self.batch, self.use, instead
+
+    def _refuse_loop(self, routes: Routes) -> None:
+        """Refuse samples without a path where no loop is wanted.
+
+        Raises:
+            VariesError: There are some, and `strict=True`.
+        """
+        if len(routes.looped) and self.options.strict:
+            raise errors.VariesError(
+                f"{self.options.call}: sample {int(routes.looped[0])} and "
+                f"{len(routes.looped) - 1} others can only be served by the function itself, and "
+                "strict=True refuses that: keep values in tensors (torch.where, masks), or pass "
+                "strict=False"
+            )
 
     def ragged(self) -> Any:
         """The results where their shapes differ by sample: a list of tensors for each output.
@@ -188,10 +224,7 @@ class Forked:
     def _find(self) -> Routes:
         use, options = self.use, self.options
         if self.prepared.recording.random:
-            raise errors.VariesError(
-                f"{options.call}: the function draws random numbers, and its samples go different "
-                "ways"
-            )
+            raise self._draws()
         derived = self.prepared.derived
         known = [self.prepared, *derived.get("paths", ())] if use.once else [self.prepared]
         paths = []
@@ -211,6 +244,9 @@ class Forked:
 
         seen = seen_of(identity(use.func))
         routes = Router(self.batch, self.options, paths, on, compute, seen).run()
+        # Before a path is tried, which would draw a seed; and its samples are numbered anew.
+        if any(path.prepared.recording.random for path in routes.paths if len(path.rows)):
+            raise self._draws()
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
@@ -220,6 +256,12 @@ class Forked:
             ]
         return routes
 
+    def _draws(self) -> errors.VariesError:
+        return errors.VariesError(
+            f"{self.options.call}: the function draws random numbers, and its samples go different "
+            "ways; draw outside of the function and pass the numbers in as an argument"
+        )
+
     def _use(self, path: Path, part: Batch) -> FirstUse:
         """The function on samples that all take one path; the first is the one recorded."""
         recording, structure = path.prepared.recording, path.prepared.structure
@@ -227,23 +269,6 @@ class Forked:
         return FirstUse(
             self.use.func, part, pair, self._alone, self.use.once, recording.program, of_path=True
         )
-
-    def _lowering(self, whole: Prepared, routes: Routes, how: LoweringOptions) -> Lowered:
-        branches, of_row = [], torch.full((self.batch.size,), LOOP)
-        for path in routes.paths:
-            branch = self._branch(path) if len(path.rows) else None
-            if branch is not None:
-                of_row[path.rows] = len(branches)
-                branches.append(branch)
-        program = whole.recording.program
-        specs = [v.spec for v in program.outputs]
-        loop = SampleLoop(
-            self.use.func, self.batch, whole.structure, specs, self.options.randomness,
-            whole.recording.random,
-            how.grad or how.transformed, self.options.call,
-        )  # fmt: skip
-        replay = PathReplay(of_row, branches, loop, specs)
-        return lowering(program, how, replay)
 
     def _branch(self, path: Path) -> Branch | None:
         """One path, lowered and tried; None if its samples differ in more than operators."""
@@ -254,11 +279,8 @@ class Forked:
         use = self._use(path, part)
         verdict = use.verdict()
         if verdict.varies or verdict.forks:
-            if self.options.strict:
-                raise errors.VariesError(
-                    f"{self.options.call}: {verdict.varies or 'samples go different ways'}; only a "
-                    "loop over the samples serves such a function, and strict=True refuses that"
-                )
+            why = verdict.varies or "samples that answer alike together do not by themselves"
+            warn_looped(self.options.call, why, len(path.rows))
             return None
         call = self.part(path.prepared, part, self._alone, use)
         job = call.job()

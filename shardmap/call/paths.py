@@ -8,21 +8,21 @@ lanes, reductions, stores and autograd work as for any map.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from shardmap import errors
 from shardmap._torch import version_of
+from shardmap.call import standin
 from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
 from shardmap.call.routes import LOOP, Path, rows_of
-from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.call.standin import ITSELF, StandIn
+from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.lowering import V
 from shardmap.rules.philox import Seeds
 from shardmap.run.prepare import Ready
 
@@ -49,7 +49,7 @@ class Branch:
     """By device."""
 
 
-class PathReplay:
+class PathReplay(StandIn):
     """Runs each sample of a chunk along its path, in the form of a replay (`codegen.Replay`).
 
     Args:
@@ -73,10 +73,6 @@ class PathReplay:
         self.loop = loop
         self.specs = specs
 
-    def fixed(self, *_: object) -> tuple[()]:
-        """What no sample changes is computed once for each path, before the first chunk."""
-        return ()
-
     def chunk(
         self,
         size: int,
@@ -88,40 +84,16 @@ class PathReplay:
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each."""
-        paths = self.of_row[start : start + size]
-        numbers = paths.unique().tolist()
-        parts, order = [], []
-        for number in numbers:
-            at = (paths == number).nonzero().flatten()
+        order, parts = [], []
+        for at, found in self._groups(size, start, device, seed, inputs):
             order.append(at)
-            parts.append(self._rows(number, at, start, device, seed, inputs))
+            parts.append(found)
         if len(parts) == 1:
             return parts[0]
         back = torch.cat(order).argsort().to(device)
         return tuple(
             [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
         )
-
-    def _rows(
-        self,
-        number: int,
-        at: torch.Tensor,
-        start: int,
-        device: torch.device,
-        seed: Seeds,
-        inputs: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """The outputs of the samples `at`, on one path; what they write reaches `inputs`."""
-        whole = len(at) == len(self.of_row[start : start + len(inputs[0])])
-        rows = at.to(device)
-        own = inputs if whole else [rows_of(t, rows) for t in inputs]
-        versions = [_version(t) for t in own]
-        found = self._along(number, len(at), start + int(at[0]), device, seed, own)
-        if not whole:
-            for t, copied, before in zip(inputs, own, versions, strict=True):
-                if before is None or _version(copied) != before:
-                    t.index_copy_(0, rows, copied)
-        return found
 
     def chunk_into(
         self,
@@ -135,28 +107,41 @@ class PathReplay:
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """As `chunk`, written into memory that is there."""
-        paths = self.of_row[start : start + size]
-        for number in paths.unique().tolist():
-            at = (paths == number).nonzero().flatten()
-            found = self._rows(number, at, start, device, seed, inputs)
-            rows = at.to(device)
+        for at, found in self._groups(size, start, device, seed, inputs):
             for t, where in zip(found, slices, strict=True):
                 if len(at) == size:
                     where.copy_(t)
                 else:
-                    where.index_copy_(0, rows.to(where.device), t.to(where.device))
+                    where.index_copy_(0, at.to(where.device), t.to(where.device))
         return tuple(slices)
 
-    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk`, or `chunk_into`, with one more argument that is told nothing."""
-        run = self.chunk_into if slices else self.chunk
+    def _groups(
+        self,
+        size: int,
+        start: int,
+        device: torch.device,
+        seed: Seeds,
+        inputs: list[torch.Tensor],
+    ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+        """The samples of a chunk that take one path, by their places in it, and their outputs.
 
-        def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
-            given = list(arguments[:-1])
-            given[6] = [t.clone() for t in given[6]]  # the function may write to them
-            return run(*given)
-
-        return watched
+        What they write reaches `inputs`.
+        """
+        paths = self.of_row[start : start + size]
+        for number in paths.unique().tolist():
+            at = (paths == number).nonzero().flatten()
+            first = start + int(at[0])
+            if len(at) == size:
+                yield at, self._along(number, size, first, device, seed, inputs)
+                continue
+            rows = at.to(device)
+            own = [rows_of(t, rows) for t in inputs]
+            before = [_version(t) for t in own]
+            found = self._along(number, len(at), first, device, seed, own)
+            for t, copied, version in zip(inputs, own, before, strict=True):
+                if version is None or _version(copied) != version:
+                    t.index_copy_(0, rows, copied)
+            yield at, found
 
     def _along(
         self,
@@ -220,10 +205,6 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
             flags[k] = max(flags[k], flag)
     program = first.recording.program._replace(outputs=tuple(outputs), output_flags=tuple(flags))
     recording = first.recording
-    if any(path.prepared.recording.random for path in paths):
-        raise errors.VariesError(
-            f"{call}: the function draws random numbers and its samples go different ways"
-        )
     written = frozenset().union(*[path.prepared.recording.written_inputs for path in paths])
     recording = dataclasses.replace(
         recording, program=program, written_inputs=written, sample=(), asked=()
@@ -233,27 +214,11 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
 
 def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> Lowered:
     """The paths in the form in which executors take a lowering."""
-    count = len(program.inputs)
-    inputs = [V(i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.inputs)]
-    outputs = [
-        V(count + i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.outputs)
-    ]
     ready = [next(iter(branch.ready.values())).low for branch in replay.branches]
     tiers = {name: tier for low in ready for name, tier in low.batched.tiers.items()}
     if bool((replay.of_row == LOOP).any()):
-        tiers["the function itself"] = "loop"
-    batched = BatchedProgram(
-        fixed=(),
-        chunk=(),
-        inputs=tuple(inputs),
-        captured=(),
-        literals=(),
-        outputs=tuple(outputs),
-        tiers=tiers,
-        values=count + len(outputs),
-        results={},
-    )
+        tiers[ITSELF] = "loop"
     size = max([low.sample_bytes for low in ready], default=0)
     key = "notes", *[id(low) for low in ready]
     _, notes = _learned.made(key, lambda: (ready, Notes()))  # what it holds keeps its ids
-    return Lowered(program, options, batched, replay, Fixes(), frozenset(), notes, size)
+    return standin.lowering(program, options, replay, tiers, size, notes)

@@ -56,6 +56,20 @@ def seen_of(key: Hashable | None) -> Seen:
     return Seen() if key is None else _seen.made(("answers", key), Seen)
 
 
+_PASSED_ON = (errors.OverBudget, errors.VariesError)
+"""Errors that are about the call, and not about samples that have left a path."""
+
+
+def warn_looped(call: str, why: str, samples: int) -> None:
+    """Warn that the function itself is run on samples that could have had a path."""
+    warnings.warn(
+        f"{call}: {why}, so the function itself is run on {samples} samples; pass strict=True to "
+        "refuse that",
+        errors.SlowLoopWarning,
+        stacklevel=2,
+    )
+
+
 Prefix = tuple[Hashable, ...]
 
 
@@ -176,6 +190,8 @@ class Router:
                 self._send(prefix, torch.cat(leaving), waiting)
         for path in self.routes.paths:
             path.rows = path.rows.sort().values
+            if not bool((path.rows == path.recorded).any()):
+                path.recorded = -1  # by the batch's rounding it goes another way
         self.routes.looped = self.routes.looped.sort().values
         return self.routes
 
@@ -245,7 +261,7 @@ class Router:
             return {}
         try:
             return self._walk(path, path.stages, rows, known)
-        except (errors.OverBudget, errors.VariesError):
+        except _PASSED_ON:
             raise
         except Exception as error:  # of a sample that has left: it would not have come here
             logger.debug("%s: question by question, for %s", self.options.call, error)
@@ -253,8 +269,12 @@ class Router:
         try:
             singly = stages(recording.program, recording.asked, singly=True)
             return self._walk(path, singly, rows, known)
+        except _PASSED_ON:
+            raise
         except Exception as error:  # the function itself raises it, where it is the user's
-            logger.debug("%s: sample by sample, for %s", self.options.call, error)
+            if self.options.strict:
+                raise
+            warn_looped(self.options.call, f"what python asks raises {error!r}", len(rows))
             self._loop(rows)
             return {}
 

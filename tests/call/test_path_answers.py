@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import shardmap
+from shardmap import errors
+from shardmap.call import routes
 from tests import oracle
 from tests.call.paths import WAYS, batch, expected, nothing_is_known  # noqa: F401
 
@@ -73,3 +75,43 @@ def test_paths_of_earlier_calls_do_not_count() -> None:
     for seed in range(4):
         x = torch.randn(9, 2, generator=torch.Generator().manual_seed(seed))
         oracle.assert_same(mapped(x), expected(lambda r: r * r[0].item(), x), "result")
+
+
+def test_draws_on_several_ways_elsewhere_are_refused_and_the_remedy_works() -> None:
+    """Path by path the samples would be numbered anew, and the draws be others than here."""
+    x, noise = batch(20), torch.rand(20, 3, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(errors.VariesError, match="draws random numbers.*pass the numbers in"):
+        shardmap.vmap(
+            lambda r: r if r.sum() > 0 else r + torch.rand(3),
+            randomness="different",
+            ragged="list",
+            strict=True,
+        )(x)
+
+    def function(r: Tensor, drawn: Tensor) -> Tensor:
+        return r if r.sum() > 0 else r + drawn
+
+    oracle.assert_same(shardmap.vmap(function)(x, noise), expected(function, x, noise), "remedy")
+
+
+def test_strict_never_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample without a path of its own is refused by its number, not run by the function."""
+    calls = 0
+
+    def function(r: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return r.sin() if r.sum() > 0 else r.cos()
+
+    x = batch(61)
+    oracle.assert_same(
+        shardmap.vmap(function, strict=True)(x), expected(function, x), "each way is recorded"
+    )
+    assert calls < 20 + len(x)  # the loop's own calls count too
+    monkeypatch.setattr(
+        routes.Router, "_send", lambda self, prefix, rows, waiting: self._loop(rows)
+    )
+    shardmap.clear_caches()
+    with pytest.raises(errors.VariesError, match=r"sample \d+ and \d+ others.*strict=False"):
+        shardmap.vmap(function, strict=True)(x)
+    oracle.assert_same(shardmap.vmap(function)(x), expected(function, x), "not strict")
