@@ -282,7 +282,7 @@ def test_the_remedy_gives_what_the_loop_gives(name: str, way: str) -> None:
 
 def test_batch_norm_in_evaluation() -> None:
     model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    function = lambda r: model(torch.stack([r, 2 * r]))  # noqa: E731
+    function = lambda r: model(torch.stack([r, 2 * r]))
     with pytest.raises(errors.CapturedWriteError, match=r"\.eval\(\)"):
         shardmap.vmap(function)(batch(3))
     model.eval()
@@ -291,7 +291,7 @@ def test_batch_norm_in_evaluation() -> None:
 
 def test_batch_norm_replaced_as_torch_does_it() -> None:
     model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    function = lambda r: model(torch.stack([r, 2 * r]))  # noqa: E731
+    function = lambda r: model(torch.stack([r, 2 * r]))
     with pytest.raises(errors.CapturedWriteError, match="replace_all_batch_norm_modules_"):
         shardmap.vmap(function)(batch(3))
     torch.func.replace_all_batch_norm_modules_(model)
@@ -322,7 +322,7 @@ def test_unequal_results_come_back_as_they_are() -> None:
 def test_a_nested_batch_is_ragged_or_padded() -> None:
     rows = [batch(n, 2)[0] for n in (3, 1, 3)]
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    function = lambda r: r.sin().sum(0)  # noqa: E731
+    function = lambda r: r.sin().sum(0)
     with pytest.raises(errors.UnsupportedOperatorError, match=r"Ragged.*to_padded_tensor"):
         shardmap.vmap(function)(nested)
     want = torch.stack([function(r) for r in rows])
@@ -334,7 +334,7 @@ def test_a_nested_batch_is_ragged_or_padded() -> None:
 
 def test_more_ways_than_max_paths_with_strict() -> None:
     x = batch(3, size=150).repeat_interleave(5, 0)
-    function = lambda r: r * r.sum().item()  # noqa: E731
+    function = lambda r: r * r.sum().item()
     with pytest.raises(errors.DataDependentError, match="in a tensor.*larger max_paths.*strict"):
         shardmap.vmap(function, strict=True)(x)
     want = loop(function)(x)
@@ -394,7 +394,7 @@ def test_draws_of_several_ways_are_passed_in() -> None:
     x = batch(3, size=200)
     with pytest.raises(errors.ShardmapError, match="draws random numbers"):
         shardmap.vmap(function, randomness="different", strict=True)(x)
-    given = lambda r, n: r * n if r.sum() > 0 else r  # noqa: E731
+    given = lambda r, n: r * n if r.sum() > 0 else r
     numbers = batch(size=200).abs()
     got = shardmap.vmap(given, strict=True)(x, numbers)
     oracle.assert_same(got, loop(given)(x, numbers), "passed in")

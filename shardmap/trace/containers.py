@@ -13,7 +13,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 
@@ -138,8 +138,9 @@ class Constant:
         return hash(repr(self))
 
 
-def _with_keys(value: Opened) -> tuple[list[tuple[object, torch.Tensor]], Layout]:
-    keys = [pytree.MappingKey(name) for name in value.layout.names]
+def _with_keys(value: Opened) -> tuple[list[tuple[pytree.KeyEntry, torch.Tensor]], Layout]:
+    # Torch's keys differ from its own protocol of them in the name of a parameter.
+    keys = [cast(pytree.KeyEntry, pytree.MappingKey(name)) for name in value.layout.names]
     return list(zip(keys, value.leaves, strict=True)), value.layout
 
 
@@ -147,7 +148,7 @@ pytree.register_pytree_node(
     Opened,
     lambda value: (value.leaves, value.layout),
     lambda leaves, layout: Opened(list(leaves), layout),
-    flatten_with_keys_fn=_with_keys,  # type: ignore[arg-type]
+    flatten_with_keys_fn=_with_keys,
     serialized_type_name=f"{__name__}.Opened",
 )
 

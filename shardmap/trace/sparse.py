@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NoReturn, cast
 
 import torch
@@ -27,6 +28,9 @@ _METADATA = {"_nnz", "is_coalesced", "sparse_dim", "dense_dim", "_dimI", "_dimV"
 
 class SparseTensors(Refusals):
     """What a recording does with calls that take or return a sparse tensor."""
+
+    kernel: Callable[[OpOverload, tuple, dict[str, object]], object]
+    """Runs an operator below the recording: the recorder's."""
 
     def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):
         super().__init__(call, outer, once, randomness)
@@ -160,10 +164,6 @@ class SparseTensors(Refusals):
             if beta == 0:  # what is added may be NaN then
                 return out
             return out + (added if beta == 1 else added * beta)
-
-    def kernel(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        """Run an operator below the recording."""
-        raise NotImplementedError
 
     def refuse_zeros_of(
         self, func: OpOverload, kwargs: dict[str, object], error: Exception

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-
-import shardmap
-from shardmap.call import routes
 
 Tensor = torch.Tensor
 
@@ -25,17 +20,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "off": {"check": "off"},
     "strict": {"strict": True, "max_paths": 100},
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Paths are recorded for a few samples already: the batches here are small."""
-    monkeypatch.setattr(routes, "WORTH", 4)
-    monkeypatch.setattr(routes, "WORTH_KNOWN", 2)
-    shardmap.clear_caches()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
-        yield
 
 
 def batch(size: int, width: int = 3) -> Tensor:

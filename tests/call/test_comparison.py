@@ -86,7 +86,7 @@ def test_a_wrong_map_is_shown_with_the_operator(wrong: Any, named: str) -> None:
         return b.call(wrong, *args)
 
     try:
-        function = lambda r: torch.ops.shardmap_compare_test.twice(r) + 1  # noqa: E731
+        function = lambda r: torch.ops.shardmap_compare_test.twice(r) + 1
         found = shardmap.compare(function, check="off")(x)
     finally:
         registry._rules.clear()

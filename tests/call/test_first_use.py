@@ -106,7 +106,7 @@ def test_a_length_in_batches_of_every_size(size: int) -> None:
 def test_only_a_sample_in_the_middle_differs() -> None:
     """The recordings of the first and the last agree; the guard outlives the operator it guards."""
     rows = torch.tensor([[1.0, -1.0], [1.0, 2.0], [3.0, -2.0]])
-    function = lambda r: r / len(r[r > 0])  # noqa: E731
+    function = lambda r: r / len(r[r > 0])
     for options in ({}, {"chunk_size": 1}, {"trace": "once"}):
         for _ in range(2):
             got = shardmap.vmap(function, **options)(rows)
@@ -115,7 +115,7 @@ def test_only_a_sample_in_the_middle_differs() -> None:
 
 def test_reduced_stored_and_differentiated_sample_by_sample(tmp_path: Any) -> None:
     weight = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
-    function = lambda r: (r * weight).sin() / max(1, len(r[r > 0]))  # noqa: E731
+    function = lambda r: (r * weight).sin() / max(1, len(r[r > 0]))
     want = torch.stack([function(r) for r in x])
     got = shardmap.vmap(function, chunk_size=2)(x)
     (gradient,) = torch.autograd.grad(got.square().sum(), weight)
@@ -143,7 +143,7 @@ def test_a_loss_with_gradients_inside_is_served_sample_by_sample() -> None:
 
 
 def test_draws_sample_by_sample_depend_on_the_seed_and_the_sample_only() -> None:
-    function = lambda r: torch.randn(2) * len(r[r > 0])  # noqa: E731
+    function = lambda r: torch.randn(2) * len(r[r > 0])
     found = []
     for options in ({}, {"chunk_size": 1}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}):
         torch.manual_seed(3)

@@ -119,7 +119,7 @@ def test_tangents_are_those_of_the_loop(name: str, way: str) -> None:
     function, options = FUNCTIONS[name], WAYS[way]
 
     def by_loop(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        rows = lambda x: torch.stack([f(r) for r in x])  # noqa: E731
+        rows = lambda x: torch.stack([f(r) for r in x])
         return (lambda x: rows(x).sum(0)) if "reduce" in options else rows
 
     for dual in ("x", "w", "xw"):

@@ -143,7 +143,7 @@ def test_more_than_can_be_listed_is_recorded_each_time() -> None:
 def test_a_value_read_by_python_is_refused() -> None:
     """Nothing would notice that it has changed; recording at each call may read it."""
     weight = torch.ones(2)
-    read = lambda r: r * float(weight.numpy()[0])  # noqa: E731
+    read = lambda r: r * float(weight.numpy()[0])
     with pytest.raises(errors.EscapeError, match="trace='each'"):
         shardmap.vmap(read, trace="once")(x)
     oracle.assert_same(shardmap.vmap(read)(x), x, "each")

@@ -11,9 +11,10 @@ import shardmap
 from shardmap import errors
 from shardmap.call import routes
 from tests import oracle
-from tests.call.paths import WAYS, batch, expected, nothing_is_known  # noqa: F401
+from tests.call.paths import WAYS, batch, expected
 
 Tensor = torch.Tensor
+pytestmark = pytest.mark.usefixtures("paths_pay_early")
 
 WRITING: dict[str, Callable[[Tensor], Tensor]] = {
     "add_": lambda r: r.add_(1) * 1 if r.sum() > 0 else r * 1,

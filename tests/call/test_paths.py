@@ -13,9 +13,10 @@ import shardmap
 from shardmap import errors
 from shardmap.call import routes
 from tests import oracle
-from tests.call.paths import WAYS, batch, expected, nothing_is_known  # noqa: F401
+from tests.call.paths import WAYS, batch, expected
 
 Tensor = torch.Tensor
+pytestmark = pytest.mark.usefixtures("paths_pay_early")
 
 
 def branch(r: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def test_first_and_second_gradients(function: Callable[..., Any], way: str) -> N
 def test_a_wasted_way_leaves_no_nan_in_the_gradients() -> None:
     """The other way would divide by zero: its samples never take it."""
     x = torch.cat([torch.zeros(20), torch.rand(20)])[torch.randperm(40)].requires_grad_()
-    function = lambda r: r / r.sqrt() if r > 0 else r * 2  # noqa: E731
+    function = lambda r: r / r.sqrt() if r > 0 else r * 2
     (got,) = torch.autograd.grad(shardmap.vmap(function)(x).sum(), x)
     (want,) = torch.autograd.grad(expected(function, x).sum(), x)
     torch.testing.assert_close(got, want)
@@ -262,7 +263,7 @@ def test_under_gradients_of_torch_func() -> None:
 
 def test_ragged_results() -> None:
     x = batch(61)
-    function = lambda r: r[r > 0] * 2  # noqa: E731
+    function = lambda r: r[r > 0] * 2
     rows = [function(r) for r in x]
     with pytest.raises(errors.RaggedError, match="ragged='list'.*ragged='nested'"):
         shardmap.vmap(function)(x)
@@ -280,7 +281,7 @@ def test_ragged_results() -> None:
 def test_a_number_asked_for_goes_past_the_most_paths() -> None:
     x = batch(150)
     x = x.repeat_interleave(10, 0)
-    function = lambda r: r * r.sum().item()  # noqa: E731
+    function = lambda r: r * r.sum().item()
     with pytest.warns(shardmap.SlowLoopWarning, match=r"max_paths=64.*test_paths\.py"):
         got = shardmap.vmap(function)(x)
     oracle.assert_same(got, expected(function, x), "result")

@@ -40,7 +40,7 @@ class State:
 
 def nested(*batch: int) -> TensorDict:
     generator = torch.Generator().manual_seed(sum(batch))
-    draw = lambda *shape: torch.randn(*batch, *shape, generator=generator)  # noqa: E731
+    draw = lambda *shape: torch.randn(*batch, *shape, generator=generator)
     return TensorDict({"a": draw(3), "n": TensorDict({"b": draw()}, batch)}, batch)
 
 

@@ -188,7 +188,7 @@ def test_questions_about_values_are_refused_where_there_are_none(name: str) -> N
             make_fx(V(ASKS[name]), tracing_mode=mode)(x)
     with pytest.raises(RuntimeError):
         make_fx(V(ASKS[name]))(x)
-    remedy: Function = lambda r: torch.where(r.sum() > 0, r, -r)  # noqa: E731
+    remedy: Function = lambda r: torch.where(r.sum() > 0, r, -r)
     for mode in ("real", "fake", "symbolic"):
         assert_same(make_fx(V(remedy), tracing_mode=mode)(x)(x + 1), V(remedy)(x + 1), mode)
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import _higher_order_ops as higher
 
 from tests.conformance.suite import Cases, Function, weight
 
 Tensor = torch.Tensor
 case = Cases()
-higher: Any = torch._higher_order_ops  # type: ignore[attr-defined]
 matrix = weight(4, 4, seed=10)
 fixed = torch.tensor([0.5, -1.0, 1.5, 0.2])
 

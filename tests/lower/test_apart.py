@@ -85,7 +85,7 @@ def test_a_wrong_operator_in_a_chaotic_function_is_found() -> None:
     def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
         return b.call(lambda t: t * 2.5, *args)
 
-    function = lambda r: chaotic(torch.ops.shardmap_apart_test.twice(r) / 2)  # noqa: E731
+    function = lambda r: chaotic(torch.ops.shardmap_apart_test.twice(r) / 2)
     with pytest.warns(shardmap.SlowLoopWarning, match="shardmap_apart_test::twice"):
         shardmap.vmap(function)(x)
 

@@ -88,7 +88,7 @@ def cases() -> list[Any]:
 def test_products(kind: str, f: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> None:
     """Values, first and second derivatives inside, outer gradients; each way of running."""
     matrix = MATRICES[kind](A)
-    one = lambda r: f(matrix, r)  # noqa: E731
+    one = lambda r: f(matrix, r)
 
     def derivatives(r: Tensor) -> tuple[Tensor, Tensor]:
         r = r.detach().requires_grad_()
@@ -112,10 +112,10 @@ def test_products(kind: str, f: Callable[[Tensor, Tensor], Tensor], rows: Tensor
 def test_transforms(kind: str) -> None:
     """Jacobians, Hessians and per-sample gradients through a product."""
     matrix = MATRICES[kind](A)
-    f = lambda r: (matrix @ r).tanh()  # noqa: E731
+    f = lambda r: (matrix @ r).tanh()
     want = looped(lambda r: torch.autograd.functional.jacobian(f, r), x)
     torch.testing.assert_close(shardmap.jacrev(f)(x), want)
-    g = lambda r: (matrix @ r).tanh().sum()  # noqa: E731
+    g = lambda r: (matrix @ r).tanh().sum()
     want = looped(lambda r: torch.autograd.functional.hessian(g, r), x)
     for forward in (shardmap.hessian, shardmap.jacfwd):  # torch itself has no kernels for it
         with pytest.raises(errors.UnsupportedOperatorError, match="jacrev, also of a gradient"):
@@ -127,7 +127,7 @@ def test_transforms(kind: str) -> None:
 
     torch.testing.assert_close(shardmap.jacrev(gradient)(x), want)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    h = lambda r: torch.autograd.grad((weight @ (matrix @ r)).sin().sum(), weight)[0]  # noqa: E731
+    h = lambda r: torch.autograd.grad((weight @ (matrix @ r)).sin().sum(), weight)[0]
     torch.testing.assert_close(shardmap.vmap(h, chunk_size=3)(x), looped(h, x))
 
 
@@ -184,7 +184,7 @@ def test_a_large_graph_takes_one_product() -> None:
         return (graph @ (torch.relu(graph @ r) @ weight)).pow(2).mean()
 
     rows = torch.randn(12, 500, 6)
-    f = lambda r: torch.autograd.grad(loss(r), weight)[0]  # noqa: E731
+    f = lambda r: torch.autograd.grad(loss(r), weight)[0]
     torch.testing.assert_close(shardmap.vmap(f, strict=True)(rows), looped(f, rows))
 
 

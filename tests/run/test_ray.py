@@ -281,7 +281,7 @@ def test_an_error_names_the_samples_and_brings_the_workers_traceback() -> None:
     table = torch.arange(5.0)
     x = torch.zeros(13, 2, dtype=torch.int64)
     x[7] = 9
-    look_up = lambda r: table.index_select(0, r)  # noqa: E731
+    look_up = lambda r: table.index_select(0, r)
     with pytest.raises(errors.WorkerError, match=r"samples 6 to 8 failed") as caught:
         shardmap.vmap(look_up, devices=TWO, chunk_size=3)(x)
     assert "out of range" in str(caught.value)

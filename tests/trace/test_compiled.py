@@ -66,7 +66,7 @@ class Blocks(nn.Module):
 def test_compiled_functions_inside_a_map_run_eagerly_and_stay_compiled_outside() -> None:
     for fullgraph in (False, True):
         counter = dynamo_testing.CompileCounter()
-        written: Function = lambda r: r.sin() * 2  # noqa: E731
+        written: Function = lambda r: r.sin() * 2
         f = torch.compile(written, backend=counter, fullgraph=fullgraph)
         x = rows(3)
         for way in WAYS:

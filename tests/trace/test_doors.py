@@ -329,7 +329,7 @@ def test_printing_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_hooks_without_doors_are_followed() -> None:
     """Hooks of every kind that use torch's operators give the loop's gradients."""
-    twice: Door = lambda t: t.clamp(-1, 1) * 2  # noqa: E731
+    twice: Door = lambda t: t.clamp(-1, 1) * 2
     for place in PLACES:
         function = place(twice)
         want = torch.stack([function(r) for r in x])

@@ -109,7 +109,7 @@ def test_refused_unless_asked_for(passed: bool) -> None:
     """`randomness="error"` refuses, and leaves the generator's state alone."""
     g = Generator().manual_seed(1)
     before = g.get_state()
-    f = lambda r, g: r + torch.randn(3, generator=g)  # noqa: E731
+    f = lambda r, g: r + torch.randn(3, generator=g)
     mapped = shardmap.vmap(f, (0, None)) if passed else shardmap.vmap(lambda r, g=g: f(r, g))
     with pytest.raises(errors.RandomnessError, match="randomness='different'"):
         mapped(*((x, g) if passed else (x,)))
@@ -142,7 +142,7 @@ def test_torchs_own_generator_passed_by_name() -> None:
     torch.manual_seed(4)
     want = shardmap.vmap(lambda r: r + torch.randn(3), randomness="different")(x)
     torch.manual_seed(4)
-    f = lambda r: r + torch.randn(3, generator=torch.default_generator)  # noqa: E731
+    f = lambda r: r + torch.randn(3, generator=torch.default_generator)
     assert torch.equal(shardmap.vmap(f, randomness="different")(x), want)
 
 
@@ -172,7 +172,7 @@ def test_one_generator_in_two_maps() -> None:
 def test_another_generator_under_trace_once() -> None:
     """What is remembered is which generator it is; a call with another draws from that one."""
     holder = {"g": Generator().manual_seed(1)}
-    f = lambda r: r * 0 + torch.randn(3, generator=holder["g"])  # noqa: E731
+    f = lambda r: r * 0 + torch.randn(3, generator=holder["g"])
     mapped = shardmap.vmap(f, randomness="different", trace="once")
     first = mapped(x)
     old = holder["g"].get_state()
@@ -212,7 +212,7 @@ def test_gradients_go_through_the_draws() -> None:
 def test_stored_and_reduced() -> None:
     """The numbers are those of the stacked result."""
     g = Generator()
-    f = lambda r: r + torch.randn(3, generator=g)  # noqa: E731
+    f = lambda r: r + torch.randn(3, generator=g)
     g.manual_seed(9)
     want = shardmap.vmap(f, randomness="different")(x)
     g.manual_seed(9)
@@ -223,7 +223,7 @@ def test_stored_and_reduced() -> None:
 def test_written_to_a_store(tmp_path: Any) -> None:
     """A run that is resumed with the same state finds its units."""
     g = Generator()
-    f = lambda r: r + torch.randn(3, generator=g)  # noqa: E731
+    f = lambda r: r + torch.randn(3, generator=g)
     g.manual_seed(9)
     want = shardmap.vmap(f, randomness="different")(x)
     for _ in range(2):

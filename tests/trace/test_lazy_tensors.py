@@ -120,7 +120,7 @@ def test_the_transforms_of_the_package(name: str) -> None:
     second = torch.stack([torch.func.jacrev(torch.func.jacrev(f))(r) for r in x])
     torch.testing.assert_close(shardmap.hessian(f)(x), second)
     t = torch.randn(3, 3, dtype=torch.float64)
-    scalar = lambda r: f(r).sum()  # noqa: E731
+    scalar = lambda r: f(r).sum()
     hessians = torch.stack([torch.func.jacrev(torch.func.jacrev(scalar))(r) for r in x])
     torch.testing.assert_close(
         shardmap.hvp(scalar)(x, t)[1], torch.einsum("nij,nj->ni", hessians, t)
@@ -154,7 +154,7 @@ def test_a_symbolic_zero_made_inside(name: str) -> None:
 
 def test_a_captured_symbolic_zero() -> None:
     x, z = torch.randn(3, 3), zero(torch.randn(3))
-    f = lambda r: torch.mul(z, 2.0) + r  # noqa: E731
+    f = lambda r: torch.mul(z, 2.0) + r
     oracle.assert_same(shardmap.vmap(f)(x), x, "captured")
     oracle.assert_same(shardmap.vmap(lambda r: z)(x), torch.zeros(3, 3), "returned")
 

@@ -115,7 +115,7 @@ def test_modules_made_inside_are_never_refused() -> None:
     """Parameters are known by their memory: the objects that they were made of are gone."""
     x = torch.randn(5, 6)
     for _ in range(30):
-        net = lambda r: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))(r)  # noqa: E731
+        net = lambda r: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))(r)
         assert shardmap.vmap(net, randomness="different")(x).shape == (5, 2)
 
 
@@ -196,7 +196,7 @@ def same(got: Any, want: Any) -> None:
 
 def test_none_and_out_dims_and_names(tmp_path: Any) -> None:
     x = torch.randn(5, 3)
-    f = lambda r: (None, r.outer(r), {"k": None, "v": r})  # noqa: E731
+    f = lambda r: (None, r.outer(r), {"k": None, "v": r})
     got = shardmap.vmap(f, out_dims=(None, 2, 1))(x)
     assert got[0] is None
     assert got[2]["k"] is None

@@ -376,7 +376,7 @@ def test_the_remedies_of_a_refusal(name: str) -> None:
 
 def test_a_backward_marked_once_is_not_differentiated() -> None:
     x = batch(3, True)
-    function = lambda r: own.Once.apply(r * W) * r  # noqa: E731
+    function = lambda r: own.Once.apply(r * W) * r
     want = torch.autograd.grad(loop(function)(x).sum(), [x, W])
     out = shardmap.vmap(function)(x).sum()
     got = torch.autograd.grad(out, [x, W], create_graph=True)

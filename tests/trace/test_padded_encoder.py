@@ -55,7 +55,7 @@ def test_padded_positions_are_the_loops(pad: str, norm_first: bool, norm: bool, 
 
 def test_zeros_are_there_without_gradients_only() -> None:
     net, mask = encoder(), masks("left aligned")
-    f = lambda r, m: net(r[None], src_key_padding_mask=m[None])[0]  # noqa: E731
+    f = lambda r, m: net(r[None], src_key_padding_mask=m[None])[0]
     with torch.no_grad():
         assert not shardmap.vmap(f)(x, mask)[mask].any()
     assert shardmap.vmap(f)(x, mask)[mask].all()
@@ -91,7 +91,7 @@ def test_several_sequences_in_one_sample() -> None:
     mask = torch.stack(
         [masks("left aligned")[:2], masks("one is not aligned")[1:3], masks("none")[:2]]
     )
-    f = lambda r, m: net(r, src_key_padding_mask=m)  # noqa: E731
+    f = lambda r, m: net(r, src_key_padding_mask=m)
     with torch.no_grad():
         want = torch.stack([f(r, m) for r, m in zip(rows, mask, strict=True)])
         oracle.assert_same(shardmap.vmap(f)(rows, mask), want, "several")
@@ -126,13 +126,13 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
             )
 
     net = nn.TransformerEncoder(Own(8, 2, 16, batch_first=True), 2).eval()
-    f = lambda r, m: net(r[None], src_key_padding_mask=m[None])[0]  # noqa: E731
+    f = lambda r, m: net(r[None], src_key_padding_mask=m[None])[0]
     with torch.no_grad(), pytest.raises(errors.UnsupportedOperatorError, match="enable_nested"):
         shardmap.vmap(f)(x, masks("left aligned"))
     plain = nn.TransformerEncoder(
         Own(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
     ).eval()
-    g = lambda r, m: plain(r[None], src_key_padding_mask=m[None])[0]  # noqa: E731
+    g = lambda r, m: plain(r[None], src_key_padding_mask=m[None])[0]
     with torch.no_grad():
         mask = masks("left aligned")
         want = torch.stack([g(r, m) for r, m in zip(x, mask, strict=True)])
