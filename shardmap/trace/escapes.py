@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
@@ -35,6 +36,7 @@ from shardmap._torch import (
 )
 from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
+from shardmap.trace.compare import same_values
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 from shardmap.trace.separate_views import returns_several_views, separated
@@ -167,6 +169,33 @@ class _Watched:
             return self.function(*args, **kwargs)
 
 
+class _Saving(_Watched):
+    """What the user packs for the backward pass, unpacked at once to see whether it is the same.
+
+    The map's own backward saves what it saves: gradients from outside would not see a change.
+    """
+
+    def __init__(
+        self,
+        doors: Doors,
+        pack: Callable[[torch.Tensor], object],
+        unpack: Callable[[object], torch.Tensor],
+    ):
+        super().__init__(doors, pack)
+        self.unpack = unpack
+
+    def __call__(self, tensor: torch.Tensor) -> object:
+        packed = super().__call__(tensor)
+        if getattr(self.function, "__module__", "") != checkpoint.__name__:
+            with self.doors:
+                same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
+            self.doors.saved_changed = self.doors.saved_changed or not same
+        return packed
+
+    def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:
+        return same_values(self.unpack(packed), tensor)
+
+
 class Doors(TorchFunctionMode):
     """Refuses the doors for recorded tensors.
 
@@ -176,6 +205,8 @@ class Doors(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
+        self.saved_changed = False
+        """Whether a `saved_tensors_hooks` of the user's gives back something else."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -252,10 +283,10 @@ class Doors(TorchFunctionMode):
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
         elif func in _PRINTS:
-            return self._unrecorded(func, args, kwargs or {})
+            return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
 
-    def _unrecorded(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
+    def unrecorded(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """Run a call that the program need not know of."""
         paused = self.recorder.paused
         self.recorder.paused = True
@@ -267,7 +298,7 @@ class Doors(TorchFunctionMode):
     def _separated(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """The views that a call returns, recorded one by one."""
         # Of `iter(tensor)` the views are made one by one: all of them here.
-        views = self._unrecorded(lambda: list(cast(Iterable, func(*args, **kwargs))), (), {})
+        views = self.unrecorded(lambda: list(cast(Iterable, func(*args, **kwargs))), (), {})
         found = tuple(separated(func, cast(list[torch.Tensor], views), args, kwargs))
         return iter(found) if func is Tensor.__iter__ else found
 
@@ -287,7 +318,7 @@ class Doors(TorchFunctionMode):
         hooks = _saved_tensors_hooks()
         if hooks is None or isinstance(hooks[0], _Watched):
             return func(*args, **kwargs)
-        push_saved_hooks(_Watched(self, hooks[0]), hooks[1])
+        push_saved_hooks(_Saving(self, *hooks), hooks[1])
         try:
             return func(*args, **kwargs)
         finally:

@@ -274,6 +274,13 @@ def _record(
                     out = func(*args, **kwargs)
                     leaves, structure = flatten_outputs(out, call)  # numbers become tensors
                 recorder.refuse_seeds()
+            if doors.saved_changed and any(leaf.requires_grad for leaf in leaves):
+                raise errors.AutogradFunctionError(
+                    f"{call}: saved_tensors_hooks change what they save, before an output that "
+                    "requires grad, and gradients from outside would not see the change; take the "
+                    "gradient inside the mapped function (torch.autograd.grad), or put the hooks "
+                    "around the call of the map"
+                )
             if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
                 follow.forget(func)
                 return None

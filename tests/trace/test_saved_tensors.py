@@ -1,0 +1,59 @@
+"""`saved_tensors_hooks` inside a function, under gradients from outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import shardmap
+from shardmap import errors
+
+PACKS = {
+    "as it is": (lambda t: t, lambda t: t),
+    "a copy": (lambda t: t.clone(), lambda t: t),
+    "half of the bits": (lambda t: t.half(), lambda t: t.float()),
+    "twice as much": (lambda t: t, lambda t: t * 2),
+}
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_saved_tensors_that_change_are_refused_and_others_are_not(name: str) -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(*PACKS[name]):
+            return (weight @ r).sin()
+
+    def inside(r: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(function(r).sum(), weight)[0]
+
+    want = torch.stack([inside(r) for r in x])
+    torch.testing.assert_close(shardmap.vmap(inside)(x), want)
+    for options in ({}, {"chunk_size": 2}, {"trace": "once"}):
+        mapped = shardmap.vmap(function, **options)
+        if name in ("as it is", "a copy"):
+            (got,) = torch.autograd.grad(mapped(x).sum(), weight)
+            torch.testing.assert_close(got, want.sum(0))
+        else:
+            with pytest.raises(errors.AutogradFunctionError, match="saved_tensors_hooks.*inside"):
+                mapped(x)
+
+
+def test_saved_tensors_on_the_cpu_and_checkpoints_pass() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def offloaded(r: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return (weight @ r).sin()
+
+    def again(r: torch.Tensor) -> torch.Tensor:
+        step = lambda t: (weight @ t).sin()
+        return checkpoint(step, r, use_reentrant=False) * 1
+
+    for function in (offloaded, again):
+        (got,) = torch.autograd.grad(shardmap.vmap(function)(x).sum(), weight)
+        (want,) = torch.autograd.grad(torch.stack([function(r) for r in x]).sum(), weight)
+        torch.testing.assert_close(got, want)
