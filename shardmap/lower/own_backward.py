@@ -170,8 +170,9 @@ class OwnBackward:
                 tried,
                 False,
             )
-        fixed = low.replay.fixed(device, 0, numbers, captured, literals)
-        outs = low.replay.chunk(size, 0, device, 0, numbers, fixed, inputs)
+        seeds = (0,)  # a backward that draws is refused
+        fixed = low.replay.fixed(device, seeds, numbers, captured, literals)
+        outs = low.replay.chunk(size, 0, device, seeds, numbers, fixed, inputs)
         grads: list[torch.Tensor | None] = []
         for out, v, mapped in zip(outs, low.batched.outputs, self.inputs, strict=True):
             if not self.mapped:

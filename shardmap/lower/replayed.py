@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import aten, forward_ad, forward_level, functorch, is_view, schema_of
-from shardmap.program.operators import CHECKS
+from shardmap._torch import forward_ad, forward_level, functorch, is_view, schema_of
+from shardmap.program.operators import CHECKS, SCALARS
 from shardmap.trace.recording import flat_tensors
 
 
@@ -99,7 +99,7 @@ def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
     """Ask again what the function asked about a value when it was recorded, of every sample."""
     tensors = flat_tensors(args)
-    if op in _SCALARS and any(mapped):
+    if op in SCALARS and any(mapped):
         found = tensors[0].detach().reshape(-1)
         same = found == expected if expected == expected else found != found
         # One question for all samples: in a map inside a map it is one for the outer map, too.
@@ -127,9 +127,6 @@ def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: li
                 "recorded but is "
                 f"{answer} now; use trace='each', or torch.where"
             )
-
-
-_SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
 
 def _varies(op: Any, expected: Any, answer: Any, call: str) -> errors.VariesError:

@@ -25,6 +25,9 @@ _QUESTIONS = {
 }
 """Operators that answer python with a value."""
 
+SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+"""Those of them that ask for the one element of a tensor."""
+
 CHECKS = {aten._linalg_check_errors.default}
 """Operators that raise where an earlier one has failed for the sample, and return nothing."""
 

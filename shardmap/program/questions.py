@@ -18,9 +18,8 @@ import torch
 from shardmap._torch import OpOverload, aten
 from shardmap.program.analysis import leading_to
 from shardmap.program.ir import NO_GRAD, Equation, Program, Spec, Var
-from shardmap.program.operators import CHECKS
+from shardmap.program.operators import CHECKS, SCALARS
 
-_SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 _COUNTED = {
     aten.nonzero.default: 0,
     aten.masked_select.default: 1,
@@ -154,7 +153,7 @@ class _Asked:
     def _value(self, eq: Equation) -> None:
         value = eq.answer[1]
         self.answer = key_of(value)
-        if eq.op in _SCALARS:
+        if eq.op in SCALARS:
             operand = eq.args[0]
             self.outputs = [self._call(aten.clone.default, (operand,), operand.spec)]
             self._numbers(value, truth=eq.op is aten.is_nonzero.default)
