@@ -113,11 +113,7 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
-            # What is written cannot be taken back: then all samples are asked first.
-            elsewhere = on_ray.asked_for(self.options.devices) is not None
-            stored = self.options.out is not None and not elsewhere
-            late = stored or bool(recording.written_inputs)
-            forks = verdict.forks or (recording.asked and late)
+            forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
             if forks and not self.around.inlined:
                 return self._run_by_paths()
         try:
@@ -133,6 +129,11 @@ class Call:
             if self.options.strict:
                 raise
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
+
+    def _is_asked_first(self) -> bool:
+        """Whether all samples are asked before any is run: what is written cannot be taken back."""
+        stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
+        return stored or bool(self.prepared.recording.written_inputs)
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
