@@ -115,6 +115,8 @@ class Histories(Equations):
         self.applied: dict[int, Applied] = {}
         """By address of the node."""
         self.hooks: list[Hook] = []
+        self.first_handle = RemovableHandle.next_id
+        """Number of the first handle of a hook that the function may have registered."""
         self.edges: dict[tuple[type, int, int], Var | None] = {}
         """By kind and number of a node, and number of its result: the variable; None if several
         have been seen."""
