@@ -35,6 +35,8 @@ class BatchedProgram:
     factored: Mapping[int, str] = field(default_factory=dict)
     """By number of the recorded call: what is computed from factors instead
     (`shardmap.factors`)."""
+    saved: tuple[bool, ...] = ()
+    """For each output, whether autograd may save it; none where autograd records nothing."""
 
 
 @dataclass(frozen=True, slots=True)
