@@ -94,6 +94,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
         )
     for applied in recorder.applied.values():
         vars(applied.node).clear()  # python's references to the sample's tensors
+    for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
+        hook.handle.remove()
     recorder.applied.clear()
     recorder.hooks.clear()
     return True
@@ -133,6 +135,13 @@ def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
                 "it once, outside of the mapped function"
             )
         if id(hook.node) in reached:
+            if getattr(hook.function, "__globals__", None) is vars(graph):
+                raise errors.AutogradFunctionError(
+                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
+                    "grad, which gradients from outside would not call; take the gradients inside "
+                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
+                    "one with Tensor.register_hook"
+                )
             found.setdefault((id(hook.node), hook.number), []).append(hook)
     return list(found.values())
 
