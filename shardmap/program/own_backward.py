@@ -70,6 +70,8 @@ class Backward(NamedTuple):
     be differentiated, then not by what it keeps either, used or not."""
     materialised: bool
     """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
+    function: str
+    """The name of the Function, by which `python_state` finds what its backward reads."""
 
     def dumps(self) -> str:
         """The text that stands in the equation."""

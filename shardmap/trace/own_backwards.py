@@ -18,6 +18,7 @@ from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
+from shardmap.program.python_state import named
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
@@ -353,7 +354,9 @@ class _Recorded:
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised)
+        function = getattr(type(self.node), "_forward_cls", None)
+        name = named(function) if function is not None else ""
+        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised, name)
         args = (
             tuple(wanted),
             tuple([value for value, _ in pairs]),
