@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,8 @@ def test_an_interrupt_where_the_random_states_are_about_to_be_restored(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recording draws from torch's generator, to see seeds that a function sets."""
+    # Idle threads of other tests' tools would keep the states from being read.
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
     place = surroundings if kind == "recording" else prepare
     restored = place.restore_default_generators
 
