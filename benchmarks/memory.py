@@ -216,7 +216,7 @@ def alone(function: str, *arguments: Any, threads: int) -> dict[str, Any]:
 
 
 def judge(row: dict[str, Any]) -> str:
-    """Whether a case meets the targets."""
+    """True if a case meets the targets."""
     if row["measured"] < LARGE:
         return ""
     before, after = row["predicted"] / row["measured"], row["corrected"] / row["measured"]

@@ -1,4 +1,4 @@
-"""Whether one driver keeps a thousand workers busy: `python -m benchmarks.simulation`.
+"""True if one driver keeps a thousand workers busy: `python -m benchmarks.simulation`.
 
 - schedule: a million chunks on 10, 100, 1,000 and 10,000 simulated workers, some of which die, with the code that hands out chunks on a
   real cluster (`shardmap.run.schedule`): its own time for each chunk, which must not grow with the

@@ -35,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def alone() -> bool:
-    """Whether this is the only python thread.
+    """True if this is the only python thread.
 
     Only then may the state of a default generator be read: torch does so while it holds the
     generator's mutex, and a garbage collection at that moment (its finalizers hand the GIL to

@@ -267,7 +267,7 @@ class Growth:
         )
 
     def bare(self, name: str) -> bool:
-        """Whether a tensor claims to require grad but leads nowhere: a view made under no_grad."""
+        """True if a tensor claims to require grad but leads nowhere: a view made under no_grad."""
         t = self.envs[0].get(name)
         return t is not None and t._is_view() and t.requires_grad and t.is_leaf
 

@@ -100,7 +100,7 @@ def step(weight: float = 1.0) -> Callable[[Step], Step]:
 
 
 def is_int(t: torch.Tensor) -> bool:
-    """Whether `t` can index."""
+    """True if `t` can index."""
     return t.dtype in INTS
 
 

@@ -59,7 +59,7 @@ class Checks:
     precision: torch.dtype | None = None
     """The least precise dtype computed in on the way, where it is not that of the outputs."""
     cancels: bool = False
-    """Whether outputs may be what is left where products of the inputs cancel: a few units of
+    """True if outputs may be what is left where products of the inputs cancel: a few units of
     rounding of those products are no difference then."""
     refusals: tuple[type[BaseException], ...] = REFUSALS
     """What the subject may raise where the loop answers; anything else is a crash."""
@@ -83,7 +83,7 @@ class Verdict:
     """How far gradients were compared: "", "first", "second", or why the loop has none."""
 
     def __bool__(self) -> bool:
-        """Whether the subject did nothing wrong."""
+        """True if the subject did nothing wrong."""
         return self.kind != "wrong"
 
 

@@ -123,7 +123,7 @@ def batches(
 
 
 def same_kind(a: Any, b: Any) -> bool:
-    """Whether two leaves may stand in one batch."""
+    """True if two leaves may stand in one batch."""
     if isinstance(a, torch.Tensor):
         return (
             isinstance(b, torch.Tensor)

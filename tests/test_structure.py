@@ -111,7 +111,7 @@ def imported(name: str, tree: ast.Module) -> Iterator[tuple[str, str | None, boo
 
 
 def is_for_types(node: ast.AST) -> bool:
-    """Whether a statement is `if TYPE_CHECKING:`."""
+    """True if a statement is `if TYPE_CHECKING:`."""
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
@@ -183,7 +183,7 @@ def test_packages_of_one_rank_do_not_import_each_other_both_ways() -> None:
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore."""
+    """True if a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
 
 

@@ -24,7 +24,7 @@ LOCKS = {"lock._is_owned", "lock._at_fork_reinit"}
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore."""
+    """True if a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
 
 

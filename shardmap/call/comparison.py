@@ -40,7 +40,7 @@ class OutputDifference:
     sample: int
     """The sample in which they differ most."""
     agrees: bool
-    """Whether the difference is one of rounding."""
+    """True if the difference is one of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether every output of every compared sample is the loop's, up to rounding."""
+        """True if every output of every compared sample is the loop's, up to rounding."""
         return all(out.agrees for out in self.outputs)
 
     def __str__(self) -> str:

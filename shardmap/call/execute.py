@@ -131,7 +131,7 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """Whether all samples are asked before any is run: what is written cannot be taken back."""
+        """True if all samples are asked before any is run: what is written cannot be taken back."""
         stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
         return stored or bool(self.prepared.recording.written_inputs)
 
@@ -342,7 +342,7 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
 
 
 def _shares_torchs_draws(job: Job, options: Options) -> bool:
-    """Whether samples share draws that torch makes again wherever they are asked for.
+    """True if samples share draws that torch makes again wherever they are asked for.
 
     Such a call is not cut, and stays on one device.
     """

@@ -40,7 +40,7 @@ class Verdict:
     varies: str = ""
     """What differs by sample although no operator shows it; empty if nothing does."""
     forks: bool = False
-    """Whether samples go different ways: they answer questions about their values differently."""
+    """True if samples go different ways: they answer questions about their values differently."""
     alone: str = ""
     """Why the function was run on one sample only."""
 
@@ -89,7 +89,7 @@ class FirstUse:
     ):
         self._of_path = of_path
         self.looked = False
-        """Whether the function has been run to be compared."""
+        """True if the function has been run to be compared."""
         self._program = program
         self.func = func
         self.batch = batch
@@ -173,7 +173,7 @@ class FirstUse:
 
     @property
     def always(self) -> bool:
-        """Whether the function is looked at at each call."""
+        """True if the function is looked at at each call."""
         return self.options.check == "always"
 
     def varies(self, why: str) -> Verdict:
@@ -275,7 +275,7 @@ class FirstUse:
 
 
 def consumed(error: Exception) -> bool:
-    """Whether an error says that a function has freed the graph that it differentiates."""
+    """True if an error says that a function has freed the graph that it differentiates."""
     return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
         error
     )

@@ -300,7 +300,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
 
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
-    """Whether forward-mode AD around the call differentiates by one of its tensors."""
+    """True if forward-mode AD around the call differentiates by one of its tensors."""
     if forward_level(forward_ad) < 0:
         return False
     tensors = [t for t in (*batch.leaves, *captured) if isinstance(t, torch.Tensor)]

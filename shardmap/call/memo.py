@@ -271,7 +271,7 @@ def modes() -> tuple[Any, ...]:
 
 
 def same(before: list[Any], now: list[Any]) -> bool:
-    """Whether two listings hold the same objects and equal numbers."""
+    """True if two listings hold the same objects and equal numbers."""
     if len(before) != len(now):
         return False
     for a, b in zip(before, now, strict=True):

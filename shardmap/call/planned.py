@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every device's predicted peak is within its budget."""
+        """True if every device's predicted peak is within its budget."""
         return self.split.fits
 
     @property

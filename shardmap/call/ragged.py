@@ -105,7 +105,7 @@ class Ragged:
 
 
 def among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call's arguments hold ragged ones."""
+    """True if a call's arguments hold ragged ones."""
     if not kwargs and all(isinstance(leaf, Tensor) for leaf in args):  # flattening takes longer
         return False
     return any(isinstance(leaf, Ragged) for leaf in pytree.tree_leaves((args, kwargs)))

@@ -86,7 +86,7 @@ class Seen:
         """How many samples gave those that have no path yet."""
 
     def is_worth(self, prefix: Prefix, samples: int) -> bool:
-        """Whether a path pays for these samples; if not, they count when others come."""
+        """True if a path pays for these samples; if not, they count when others come."""
         if prefix in self.known:
             return samples >= WORTH_KNOWN
         if len(self.waiting) >= self.most:

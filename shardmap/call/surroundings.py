@@ -13,15 +13,15 @@ class Surroundings:
     """What a call stands in."""
 
     inlined: bool
-    """Whether it is a part of a function that is being recorded: then it has no plan of its own."""
+    """True if it is a part of a function that is being recorded: then it has no plan of its own."""
     transformed: bool
-    """Whether `torch.func` transforms, or forward-mode AD, are active around it."""
+    """True if `torch.func` transforms, or forward-mode AD, are active around it."""
     traced: bool = False
-    """Whether its samples hold no values that python may look at."""
+    """True if its samples hold no values that python may look at."""
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is around it."""
+        """True if nothing is around it."""
         return not (self.inlined or self.transformed)
 
 
@@ -31,7 +31,7 @@ def surroundings() -> Surroundings:
 
 
 def under_recording() -> bool:
-    """Whether the call is made inside a function that is being recorded."""
+    """True if the call is made inside a function that is being recorded."""
     if dispatch_depth() == 0:
         return False
     return any(isinstance(m, Recorder) for m in dispatch_modes())

@@ -30,7 +30,7 @@ class Term:
     scales: tuple[tuple[str, Any], ...] = ()
     """`("mul", s)` and `("div", s)`: numbers, and recorded values of one element."""
     flipped: bool = False
-    """Whether the value is the transpose, `[m, n]`."""
+    """True if the value is the transpose, `[m, n]`."""
 
     @property
     def cost(self) -> int:
@@ -67,7 +67,7 @@ class Patches(Term):
 
     @property
     def plain(self) -> bool:
-        """Whether `unfold` makes the patches: two dimensions, neither grouped nor transposed."""
+        """True if `unfold` makes the patches: two dimensions, neither grouped nor transposed."""
         transposed, _, groups = self.numbers[3:]
         return len(self.weight) == 4 and not transposed and groups == 1
 
@@ -182,7 +182,7 @@ class Factors:
         return None if rule is None else rule(self, eq, k, var)
 
     def _usable(self, *factors: Var) -> bool:
-        """Whether the factors will still be there when the value is asked for, with one dtype."""
+        """True if the factors will still be there when the value is asked for, with one dtype."""
         floats = {v.spec.dtype for v in factors if v.spec.dtype.is_floating_point}
         return (
             len(floats) == 1

@@ -245,7 +245,7 @@ def _factored(recording: Recording, found: Factored, add: Callable[..., int]) ->
 
 
 def _smaller(terms: Sequence[Term]) -> bool:
-    """Whether factors take less memory than the product, and comparing them no more operations."""
+    """True if factors take less memory than the product, and comparing them no more operations."""
     n, m = terms[0].n, terms[0].m
     positions = sum(t.positions for t in terms)
     if any(type(t) is Patches and not t.plain for t in terms):

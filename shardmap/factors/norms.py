@@ -117,7 +117,7 @@ def _plain(builder: FactorBuilder, var: Var) -> V:
 
 
 def worthwhile(found: Factored, wanted: bool) -> bool:
-    """Whether the norm from factors is cheaper.
+    """True if the norm from factors is cheaper.
 
     Args:
         found: The factors.

@@ -71,7 +71,7 @@ class Outcome:
     folder: Path
     """The run folder, where the report writes."""
     reduced: bool = False
-    """Whether the outputs are combined over all samples."""
+    """True if the outputs are combined over all samples."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The outputs by name, in memory, whether they are kept or reduced.

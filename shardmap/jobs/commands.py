@@ -154,7 +154,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _is_there(url: str) -> bool:
-    """Whether the store exists; a run makes it after it has recorded the function."""
+    """True if the store exists; a run makes it after it has recorded the function."""
     from shardmap.jobs.resume import opened
 
     try:

@@ -46,7 +46,7 @@ class RunFolder:
         """Use `create` or `reopen`."""
         self.path = path
         self.resumed = resumed
-        """Whether the run goes on in a folder that was there."""
+        """True if the run goes on in a folder that was there."""
         self._made_parents = made_parents
         self._log: TextIO | None = None
         self._handler: logging.Handler | None = None
@@ -165,7 +165,7 @@ class RunFolder:
 
     @property
     def keeps(self) -> bool:
-        """Whether the folder stays when the run stops.
+        """True if the folder stays when the run stops.
 
         Units are committed in it, or it was there before.
         """
@@ -257,7 +257,7 @@ def _running() -> dict[str, Any]:
 
 
 def _alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that a state names still runs on this machine.
+    """True if the process that a state names still runs on this machine.
 
     Of a process on another machine nothing is known: the answer is no.
     """

@@ -49,7 +49,7 @@ class Parts:
 
     @property
     def ragged(self) -> bool:
-        """Whether samples have shapes of their own.
+        """True if samples have shapes of their own.
 
         Each shape is a map by itself, so there is no plan, and no store.
         """

@@ -24,7 +24,7 @@ class Stopped:
     folder: Path | None
     """Its run folder; None if a new one is to be made."""
     complete: bool = False
-    """Whether nothing is missing."""
+    """True if nothing is missing."""
     before: RunConfig | None = None
     """The configuration as the folder holds it."""
 
@@ -47,7 +47,7 @@ class Stopped:
             )
 
     def partly(self) -> bool:
-        """Whether there is a store to go on with."""
+        """True if there is a store to go on with."""
         place = self.config.store or (None if self.folder is None else str(self.folder / RESULTS))
         try:
             return self.config.stored and place is not None and bool(opened(place).header)
@@ -145,7 +145,7 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
 
 
 def _gathered(path: Path) -> bool:
-    """Whether a folder's outputs were gathered in memory and saved, not written to a store."""
+    """True if a folder's outputs were gathered in memory and saved, not written to a store."""
     return (path / "outputs.safetensors").exists()
 
 

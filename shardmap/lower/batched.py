@@ -45,14 +45,14 @@ class LoweringOptions:
     randomness: str
     strict: bool
     grad: bool
-    """Whether outer autograd records."""
+    """True if outer autograd records."""
     transformed: bool
-    """Whether `torch.func` transforms are active around the call."""
+    """True if `torch.func` transforms are active around the call."""
     call: str
     summed: tuple[bool, ...] = ()
     """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
     traced: bool = False
-    """Whether the samples hold no values, because the call is traced: what is lowered so has not
+    """True if the samples hold no values, because the call is traced: what is lowered so has not
     been compared with anything, and is kept apart."""
 
 
@@ -67,9 +67,9 @@ class Fixes:
     restride: frozenset[int] = frozenset()
     """Calls whose results have other strides than the sample's."""
     plain: bool = False
-    """Whether nothing is computed from factors."""
+    """True if nothing is computed from factors."""
     copied: bool = False
-    """Whether outputs are copied into their slices instead of being computed there."""
+    """True if outputs are copied into their slices instead of being computed there."""
 
     def demoted(self, number: int, tier: str, reason: str) -> Fixes:
         """These fixes, with a recorded call served by a lower tier."""

@@ -188,7 +188,7 @@ class _Batcher:
         return value
 
     def _may_be_kept(self, var: Var, eq: Equation) -> bool:
-        """Whether autograd may keep `var` for the backward of calls other than the recorded one."""
+        """True if autograd may keep `var` for the backward of calls other than the recorded one."""
         return (
             self.b.grad
             and torch.Tag.pointwise not in eq.op.tags

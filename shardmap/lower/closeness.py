@@ -39,7 +39,7 @@ THIN_FROM = 1 << 16
 
 
 def has_values(t: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers; fake tensors, and those on the meta device, hold none."""
+    """True if a tensor holds numbers; fake tensors, and those on the meta device, hold none."""
     return t.device.type != "meta" and not isinstance(t, FakeTensor)
 
 
@@ -87,7 +87,7 @@ def close(
     entered: float,
     tolerances: dict[torch.dtype, float] = OUTPUT_TOLERANCE,
 ) -> bool:
-    """Whether two results of one shape and dtype agree.
+    """True if two results of one shape and dtype agree.
 
     Args:
         a: The result that is known to be right.

@@ -100,7 +100,7 @@ def _arguments(call: Call) -> list[V]:
 
 
 def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
-    """Whether a call's result surely has the slice's shape and dtype.
+    """True if a call's result surely has the slice's shape and dtype.
 
     `out=` of another shape would resize, of another dtype cast.
 

@@ -27,7 +27,7 @@ class OwnBackward:
     """The recorded backward: see `shardmap.program.own_backward`."""
     options: LoweringOptions
     mapped: bool
-    """Whether the results, and with them the cotangents, have the mapped dimension."""
+    """True if the results, and with them the cotangents, have the mapped dimension."""
     inputs: tuple[bool, ...]
     """Which of the Function's arguments have it."""
     kept: tuple[bool, ...]

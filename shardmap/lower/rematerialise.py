@@ -98,7 +98,7 @@ def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
 
 
 def _repeatable(call: Call) -> bool:
-    """Whether a call can be made again at any time.
+    """True if a call can be made again at any time.
 
     An operator with one result, that neither writes nor draws.
     """

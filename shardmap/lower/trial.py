@@ -40,11 +40,11 @@ class Trial:
     """What the function itself returned: for the first sample, and for the last if it could be run
     on it. Empty where nothing is to be compared."""
     random: bool
-    """Whether the program draws random numbers: a replay draws others than the function did."""
+    """True if the program draws random numbers: a replay draws others than the function did."""
 
     @property
     def comparable(self) -> bool:
-        """Whether the function's results are numbers that a replay must give again."""
+        """True if the function's results are numbers that a replay must give again."""
         return bool(self.expected) and all(has_values(t) for row in self.expected for t in row)
 
     def own_inputs(self) -> list[torch.Tensor]:
@@ -99,10 +99,10 @@ class Fault:
     """What a batched call did otherwise than the recorded one."""
 
     restride: bool
-    """Whether only the strides differ: a copy puts them right."""
+    """True if only the strides differ: a copy puts them right."""
     text: str
     raised: bool = False
-    """Whether the call raised an error."""
+    """True if the call raised an error."""
 
 
 def arguments(call: Call) -> list[V]:

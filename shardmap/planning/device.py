@@ -121,7 +121,7 @@ def _current(kind: str) -> str:
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether `device` is an accelerator that is really there.
+    """True if `device` is an accelerator that is really there.
 
     Under fake tensors it may exist in name only.
     """

@@ -44,11 +44,11 @@ class Workload:
     sample_seconds: float
     """That one worker computes for one sample."""
     measured: bool
-    """Whether `sample_seconds` was measured; otherwise it is a guess from operations and bytes."""
+    """True if `sample_seconds` was measured; otherwise it is a guess from operations and bytes."""
     chunk_size: Any = "auto"
     """As the user gave it."""
     reduced: bool = False
-    """Whether each task brings one partial result instead of a row per sample."""
+    """True if each task brings one partial result instead of a row per sample."""
     unit_rows: int | None = None
     """Samples per unit of the store that workers write to; None where results are gathered."""
     unit_objects: int = 1

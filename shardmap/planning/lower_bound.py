@@ -109,7 +109,7 @@ def _peak(steps: Iterable[_Step], kept: Collection[int]) -> int:
 
 
 def _fresh(call: Call, v: V, program: Program, batched: BatchedProgram) -> bool:
-    """Whether a call is sure to put a result into memory of its own."""
+    """True if a call is sure to put a result into memory of its own."""
     if call.writes:
         return False
     if call.op is not None:
@@ -127,7 +127,7 @@ def _fresh(call: Call, v: V, program: Program, batched: BatchedProgram) -> bool:
 
 
 def _from_slow_tier(equation: Equation, batched: BatchedProgram) -> bool:
-    """Whether `torch.func.vmap` or a loop serves a recorded call whose results are no views."""
+    """True if `torch.func.vmap` or a loop serves a recorded call whose results are no views."""
     if batched.tiers.get(equation.op.name()) not in ("functorch", "loop"):
         return False
     aliases = any(r.alias_info is not None for r in schema_of(equation.op).returns)

@@ -71,7 +71,7 @@ class MemoryModel:
     backward: tuple[Level, ...] = ()
     """The same while a chunk's gradients are computed, if autograd records from outside."""
     bound: bool = False
-    """Whether nothing has run, and these are the least bytes that it can take."""
+    """True if nothing has run, and these are the least bytes that it can take."""
     result_bytes: int = 0
     """One sample's row of the stacked results."""
     stacked_bytes: int = 0

@@ -53,7 +53,7 @@ class Lane:
     seconds: float
     """Expected for its rows."""
     measured: bool
-    """Whether `seconds` comes from chunks that have run; otherwise it is a guess from operations
+    """True if `seconds` comes from chunks that have run; otherwise it is a guess from operations
     and bytes."""
     worker: str = ""
     """The process of a cluster that it stands for; empty in this one."""
@@ -75,7 +75,7 @@ class Lane:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget."""
+        """True if the peak is within the budget."""
         return self.budget_bytes is None or not self.rows or self.peak_bytes <= self.budget_bytes
 
 
@@ -89,7 +89,7 @@ class Collected:
 
     @property
     def fits(self) -> bool:
-        """Whether they are within the budget."""
+        """True if they are within the budget."""
         return self.budget_bytes is None or self.bytes <= self.budget_bytes
 
 
@@ -103,7 +103,7 @@ class Split:
 
     @property
     def fits(self) -> bool:
-        """Whether every lane's peak is within its budget."""
+        """True if every lane's peak is within its budget."""
         return all(lane.fits for lane in self.lanes) and (
             self.collected is None or self.collected.fits
         )
@@ -224,7 +224,7 @@ class Site:
     budget_bytes: int | None
     learned: Learned
     whole: bool
-    """Whether cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
+    """True if cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
     observation: Observation | None
     """None where the map is too small to be worth watching."""
 

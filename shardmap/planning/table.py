@@ -254,7 +254,7 @@ def _hoisted(low: Lowered) -> dict[OpOverload, int]:
 
 
 def _is_view(op: OpOverload) -> bool:
-    """Whether it computes nothing."""
+    """True if it computes nothing."""
     return any(
         r.alias_info is not None and not r.alias_info.is_write for r in schema_of(op).returns
     )

@@ -40,7 +40,7 @@ def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[i
 
 
 def random_call(eq: Equation) -> bool:
-    """Whether a recorded call draws random numbers."""
+    """True if a recorded call draws random numbers."""
     return draws(eq.op, eq.args, dict(eq.kwargs))
 
 
@@ -83,7 +83,7 @@ def live_equations(program: Program, write_groups: set[int], kept_groups: set[in
 
 
 def is_effect(eq: Equation) -> bool:
-    """Whether a call matters although nothing uses its result.
+    """True if a call matters although nothing uses its result.
 
     It returns nothing (an assertion), or python has relied on its answer or its shape: every sample
     must give the same, also where the tensor itself is not used (`x / len(x[x > 0])`).

@@ -186,13 +186,13 @@ def _op_info(op: OpOverload) -> OpInfo:
 
 
 def _answers_python(op: OpOverload, name: str) -> bool:
-    """Whether an operator looks at tensors and gives python a number or a truth value."""
+    """True if an operator looks at tensors and gives python a number or a truth value."""
     kinds = {str(r.type) for r in schema_of(op).returns}
     return bool(kinds) and kinds <= {"bool", "int", "float", "number"} and name not in _METADATA
 
 
 def _without_tensors(schema: Any) -> bool:
-    """Whether an operator takes or returns objects, such as a profiler's range, and no tensors."""
+    """True if an operator takes or returns objects, such as a profiler's range, and no tensors."""
     kinds = [v.type for v in (*schema.arguments, *schema.returns)]
     return any(k.kind() == "ClassType" for k in kinds) and not any(
         "Tensor" in str(k) for k in kinds
@@ -224,7 +224,7 @@ def _functional(op: OpOverload, name: str) -> OpOverload | None:
 
 
 def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
+    """True if a call draws random numbers: not if its dropout is 0 or switched off."""
     if not op_info(op).random:
         return False
     for i, a in enumerate(schema_of(op).arguments):
@@ -241,7 +241,7 @@ def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def shape_depends_on_values(op: OpOverload, args: tuple) -> bool:
-    """Whether this call's result has a shape that depends on values."""
+    """True if this call's result has a shape that depends on values."""
     if op is aten.index.Tensor:  # dynamic only for masks
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return True

@@ -60,10 +60,10 @@ class Backward(NamedTuple):
     once: str
     """Why it must not be differentiated itself; empty where it may be."""
     hook: bool
-    """Whether it is that of a tensor's hooks, which do not matter to forward mode. If it must not
+    """True if it is that of a tensor's hooks, which do not matter to forward mode. If it must not
     be differentiated, then not by what it keeps either, used or not."""
     materialised: bool
-    """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
+    """True if missing cotangents are zeros; otherwise there is one, and none gives none."""
 
     def dumps(self) -> str:
         """The text that stands in the equation."""
@@ -89,7 +89,7 @@ _ZEROS = {"zeros_like", "new_zeros", "zeros"}
 
 @functools.lru_cache(256)
 def is_linear(text: str) -> bool:
-    """Whether the gradients are known to be linear in the cotangents.
+    """True if the gradients are known to be linear in the cotangents.
 
     If no sample changes what such a backward reads, it is as well run once on the sum of the
     samples' cotangents, as autograd does with any shared tensor.
@@ -107,7 +107,7 @@ def is_linear(text: str) -> bool:
 
 
 def _stays_linear(eq: Equation, follow: set[int], zero: set[int]) -> bool:
-    """Whether one call keeps what follows from the cotangents linear in them."""
+    """True if one call keeps what follows from the cotangents linear in them."""
     name = eq.op.name().removeprefix("aten::").partition(".")[0]
     results = [v.index for v in eq.results()]
     info = op_info(eq.op)

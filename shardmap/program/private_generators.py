@@ -64,7 +64,7 @@ class PrivateGenerators:
 
 
 def takes_generator(op: OpOverload) -> bool:
-    """Whether `PrivateGenerators` can serve a random operator."""
+    """True if `PrivateGenerators` can serve a random operator."""
     return op is aten.native_dropout.default or _with_generator(op) is not None
 
 

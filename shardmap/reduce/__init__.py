@@ -264,7 +264,7 @@ _NAMED = {"sum": sum, "mean": mean, "max": max, "min": min}
 
 
 def is_one(value: Any) -> bool:
-    """Whether `value` is a reduction itself, and not a structure that holds some."""
+    """True if `value` is a reduction itself, and not a structure that holds some."""
     pair = (
         isinstance(value, tuple)
         and len(value) == 2

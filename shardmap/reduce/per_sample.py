@@ -243,7 +243,7 @@ def _walk(reduce: Any, of_joint: Callable[[Joint], Any]) -> Any:
 
 
 def contains(reduce: Any) -> bool:
-    """Whether `reduce` holds a joint reduction."""
+    """True if `reduce` holds a joint reduction."""
     found: list[Joint] = []
     _walk(reduce, found.append)
     return bool(found)

@@ -131,7 +131,7 @@ def attend_backward(
 
 
 def same_device(b: Lowering, eq: Any) -> bool:
-    """Whether the program runs on the kind of device whose kernel was recorded."""
+    """True if the program runs on the kind of device whose kernel was recorded."""
     recorded = next(eq.results()).spec.device.partition(":")[0]
     return recorded == b.device_type
 

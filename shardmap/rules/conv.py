@@ -71,7 +71,7 @@ class Options:
 
     @property
     def pointwise(self) -> bool:
-        """Whether input and output positions are the same ones, if the kernel has one element."""
+        """True if input and output positions are the same ones, if the kernel has one element."""
         plain = (self.stride, 1), (self.padding, 0), (self.dilation, 1)
         return (
             not self.transposed

@@ -111,7 +111,7 @@ def zeros(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def large(b: Any, *sample: int) -> bool:
-    """Whether a result of this sample shape may be worth it.
+    """True if a result of this sample shape may be worth it.
 
     Decided once, when the program is lowered.
     """

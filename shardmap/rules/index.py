@@ -88,7 +88,7 @@ class Plan:
         return 0 if self.adjacent else self.count
 
     def _rows_in_front(self) -> bool:
-        """Whether the index's dimensions come first in the batched result only.
+        """True if the index's dimensions come first in the batched result only.
 
         In the sample's result they stand where the indexed dimensions were.
         """

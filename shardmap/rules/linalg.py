@@ -100,7 +100,7 @@ for _name, _dims in SEVERAL.items():
 
 
 def _factorises_transposes() -> bool:
-    """Whether this torch's `_linalg_solve_ex` factorises the transpose of a contiguous matrix."""
+    """True if this torch's `_linalg_solve_ex` factorises the transpose of a contiguous matrix."""
     matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device="cpu")
     factors = aten._linalg_solve_ex.default(matrix, matrix)[1]
     return float(factors[0, 0]) == 2.0  # the largest entry of the first row; 3 is of the column
@@ -147,7 +147,7 @@ def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a tensor of this shape and these strides is contiguous."""
+    """True if a tensor of this shape and these strides is contiguous."""
     step = 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
         if n > 1 and s != step:

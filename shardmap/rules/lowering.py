@@ -71,14 +71,14 @@ class Call(NamedTuple):
     outs: tuple[int | None, ...]
     """Indices of the values it defines; several when the target returns a tuple."""
     several: bool
-    """Whether the target returns a tuple."""
+    """True if the target returns a tuple."""
     grad: bool
-    """Whether autograd records it when outer autograd is recording."""
+    """True if autograd records it when outer autograd is recording."""
     equation: int
     """The recorded call that it serves."""
     mapped: bool
     writes: bool
-    """Whether it writes to an argument: never dropped."""
+    """True if it writes to an argument: never dropped."""
     op: OpOverload | None = None
     """The operator that `target` is the fastest way into; None for a function of ours."""
 
@@ -101,7 +101,7 @@ class Lowering:
         """Kind of device the program is lowered for, such as "cuda"."""
         self.randomness = randomness
         self.transformed = False
-        """Whether `torch.func` transforms are active around the call."""
+        """True if `torch.func` transforms are active around the call."""
         self.sample_device = device_type
         """Device of the recorded samples, which `SAMPLE_DEVICE` stands for."""
         self.calls: list[Call] = []

@@ -39,7 +39,7 @@ def affine(b: Lowering, out: V, weight: V | None, bias: V | None, shape: Sequenc
 
 
 def _mixed(x: V, *others: V | None) -> bool:
-    """Whether a mapped weight or bias has another dtype.
+    """True if a mapped weight or bias has another dtype.
 
     The kernel computes in the wider one, which two calls cannot.
     """
@@ -47,7 +47,7 @@ def _mixed(x: V, *others: V | None) -> bool:
 
 
 def any_mapped(*values: V | None) -> bool:
-    """Whether any of the values that are given differs by sample."""
+    """True if any of the values that are given differs by sample."""
     return any(v is not None and v.mapped for v in values)
 
 

@@ -36,9 +36,9 @@ class Operand(NamedTuple):
 
     dtype: torch.dtype
     number: bool
-    """Whether the sample's operand has no dimensions."""
+    """True if the sample's operand has no dimensions."""
     promotes: bool = True
-    """Whether it takes part in promotion; the condition of `where` does not."""
+    """True if it takes part in promotion; the condition of `where` does not."""
 
 
 def computation_dtype(
@@ -152,7 +152,7 @@ def _batch(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, units: float) -> bool:
-    """Whether two results differ by at most some units in the last place; NaN equals NaN."""
+    """True if two results differ by at most some units in the last place; NaN equals NaN."""
     inexact = want.is_floating_point() or want.is_complex()
     eps = torch.finfo(want.dtype).eps if inexact else 0.0
     wide = torch.complex128 if want.is_complex() else torch.float64 if inexact else want.dtype

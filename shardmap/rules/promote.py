@@ -122,7 +122,7 @@ def promoted(
 
 
 def _exact(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether `target` holds every number of `source`."""
+    """True if `target` holds every number of `source`."""
     real = source.is_floating_point or source.is_complex
     return source is torch.bool or (real and torch.promote_types(source, target) == target)
 

@@ -248,7 +248,7 @@ def trace(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 @register("reduce", aten._is_all_true.default, aten._is_any_true.default)
 def all_or_any_true(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Whether all elements, or any, are true."""
+    """Reduce each sample to the truth of all, or of any, of its elements."""
     x: V = args[0]
     op = aten.all.dim if eq.op is aten._is_all_true.default else aten.any.dim
     return b.call(op, b.reshape(x, (x.numel,)), 1, shape=(), dtype=torch.bool)

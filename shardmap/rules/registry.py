@@ -175,7 +175,7 @@ def batching_rule(*operators: Operator, replace: bool = False) -> Callable[[Rule
 
 
 def _is_composite(op: Operator) -> bool:
-    """Whether a call of `op` is always taken apart before it reaches a recording."""
+    """True if a call of `op` is always taken apart before it reaches a recording."""
     has = has_kernel
     return has(op.name(), "CompositeImplicitAutograd") and op not in _rules
 
@@ -201,7 +201,7 @@ def lookup(op: Operator) -> Rule | None:
 
 
 def has_rule(op: Operator) -> bool:
-    """Whether `op` has a rule of ours."""
+    """True if `op` has a rule of ours."""
     return op in _rules
 
 
@@ -211,7 +211,7 @@ def decomposition(op: Operator) -> Callable[..., Any] | None:
 
 
 def has_functorch_kernel(op: Operator) -> bool:
-    """Whether `torch.func.vmap` batches `op` without its slow loop."""
+    """True if `torch.func.vmap` batches `op` without its slow loop."""
     has = has_kernel
     return has(op.name(), "FuncTorchBatched") or has(op.name(), "FuncTorchBatchedDecomposition")
 

@@ -31,7 +31,7 @@ class Form(NamedTuple):
     layout: torch.layout
     coalesced: bool
     transposed: bool = False
-    """Whether the transpose of what the parts make is meant."""
+    """True if the transpose of what the parts make is meant."""
 
 
 def parts_of(matrix: Tensor) -> tuple[Tensor, ...]:

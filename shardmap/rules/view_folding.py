@@ -31,7 +31,7 @@ class Origin(NamedTuple):
     dims: Dims | None
     """None: the elements of `base` in their order, with another shape."""
     grad: bool
-    """Whether autograd recorded the view."""
+    """True if autograd recorded the view."""
 
 
 class Views:
@@ -60,7 +60,7 @@ class Views:
         return v
 
     def may_stand_for_its_view(self, v: V) -> bool:
-        """Whether autograd sees no difference between `v` and a view of it made here."""
+        """True if autograd sees no difference between `v` and a view of it made here."""
         if self.b.grad:
             return True
         for call in self.b.calls[self.seen :]:

@@ -25,7 +25,7 @@ OBSERVED = 2, 3
 
 
 def direct(job: Job, device: torch.device) -> bool:
-    """Whether chunks on `device` write their results to where they are collected."""
+    """True if chunks on `device` write their results to where they are collected."""
     # fake devices have memory in name only
     here = device.type == "cpu" or devices.accelerated(device)
     plain = not (job.grad or job.transformed)
@@ -124,7 +124,7 @@ def _chunk_bound(job: Job, device: torch.device) -> int:
 
 
 def trial_affordable(job: Job, device: torch.device, size: int, budget_bytes: int | None) -> bool:
-    """Whether trying the lowering on `size` samples, value by value, stays within a budget."""
+    """True if trying the lowering on `size` samples, value by value, stays within a budget."""
     if budget_bytes is None:
         return True
     outputs = job.lowerings.outline(device.type).outputs
@@ -134,7 +134,7 @@ def trial_affordable(job: Job, device: torch.device, size: int, budget_bytes: in
 
 
 def hopeless(job: Job, device: torch.device, least: MemoryModel, budget_bytes: int | None) -> bool:
-    """Whether a map is to be refused before anything is tried.
+    """True if a map is to be refused before anything is tried.
 
     The least that it needs exceeds the budget, and trying it would take time or memory.
     """

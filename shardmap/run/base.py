@@ -28,13 +28,13 @@ class Output:
     device: torch.device
     """Where the result goes."""
     mapped: bool
-    """Whether it differs by sample."""
+    """True if it differs by sample."""
     dim: int | None
     """Where the dimension of samples goes in the result; None: there is none."""
     reduction: Reduction | None
     requires_grad: bool
     summed: bool = False
-    """Whether a chunk gives only the sum over its samples."""
+    """True if a chunk gives only the sum over its samples."""
 
     @property
     def sample_bytes(self) -> int:
@@ -43,12 +43,12 @@ class Output:
 
     @property
     def stacked(self) -> bool:
-        """Whether the results of all samples are kept, one beside the other."""
+        """True if the results of all samples are kept, one beside the other."""
         return self.mapped and self.reduction is None
 
     @property
     def sliced(self) -> bool:
-        """Whether a chunk gives a row for each of its samples."""
+        """True if a chunk gives a row for each of its samples."""
         return self.mapped and not self.summed
 
 
@@ -70,11 +70,11 @@ class Job:
     seed: Seeds
     """What random draws follow from, as `Seeds` says."""
     grad: bool
-    """Whether outer autograd records."""
+    """True if outer autograd records."""
     transformed: bool
-    """Whether `torch.func` transforms are active around the call."""
+    """True if `torch.func` transforms are active around the call."""
     remat: bool
-    """Whether chunks are computed again in backward instead of keeping what they saved."""
+    """True if chunks are computed again in backward instead of keeping what they saved."""
     call: str
     """The user's call, for errors."""
     unit: int | None = None
@@ -86,7 +86,7 @@ class Job:
     sample's number."""
 
     partial: bool = False
-    """Whether reduced outputs are wanted as they are added up, to be added to those of other
+    """True if reduced outputs are wanted as they are added up, to be added to those of other
     parts."""
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
@@ -185,5 +185,5 @@ def emit(event: Event) -> None:
 
 
 def heard() -> bool:
-    """Whether anybody listens."""
+    """True if anybody listens."""
     return bool(_listeners.get())

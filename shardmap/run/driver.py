@@ -93,7 +93,7 @@ class Driver:
         self.killed: collections.Counter[Chunk] = collections.Counter()
         """How often a worker died of a task and nobody said why: it may have been its memory."""
         self.every = any(combined_here(o) and not o.mapped for o in job.outputs)
-        """Whether each task is to bring the outputs that no sample changes: they are counted
+        """True if each task is to bring the outputs that no sample changes: they are counted
         once per sample."""
         self.combiner = Combiner(self.ray, job.call, chunks, self.outputs, self.gather)
         program = self.key, self.digest, self.text, self.constants
@@ -390,7 +390,7 @@ class Driver:
 
 
 def _of_memory(exceptions: Any, error: Exception) -> bool:
-    """Whether Ray ended a worker because its machine was short of memory."""
+    """True if Ray ended a worker because its machine was short of memory."""
     return (
         isinstance(error, exceptions.OutOfMemoryError)
         or "OUT_OF_MEMORY" in str(error)

@@ -111,7 +111,7 @@ class Lane:
 
     @property
     def full(self) -> bool:
-        """Whether it can take no further chunk now."""
+        """True if it can take no further chunk now."""
         return len(self.flights) >= self.window
 
     def expects(self, size: int) -> float:
@@ -222,7 +222,7 @@ class Lane:
 
 
 def _worth_slices(job: Job, plan: LanePlan) -> bool:
-    """Whether to write into the result's slices.
+    """True to write into the result's slices.
 
     Not where one chunk is the result, and copies of it would be lost in the margin.
 
@@ -262,7 +262,7 @@ class Meter:
 
     @property
     def watching(self) -> bool:
-        """Whether the next chunk is to be measured."""
+        """True if the next chunk is to be measured."""
         return self.meter is not None and self.left > 0
 
     def start(self) -> None:

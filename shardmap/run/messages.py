@@ -109,7 +109,7 @@ class Task:
     inputs: tuple[Packed | None, ...]
     """Their values; None for a column that the worker reads."""
     unmapped: bool
-    """Whether to return the outputs that no sample changes: one task of a call does."""
+    """True to return the outputs that no sample changes: one task of a call does."""
     halvings: int = 0
     """How often workers have died of chunks that were too large: they are so often cut in two."""
     peers: int = 1
@@ -141,7 +141,7 @@ class Failure:
     kind: str = ""
     """The name of the error in `shardmap.errors`; empty if it is none of ours."""
     passing: bool = False
-    """Whether it may be otherwise the next time: a store or source that could not be reached."""
+    """True if it may be otherwise the next time: a store or source that could not be reached."""
 
     @staticmethod
     def of(error: Exception) -> Failure:

@@ -227,7 +227,7 @@ class Pool:
         return max(1, crowds.get(worker.node, 0))
 
     def is_connected(self) -> bool:
-        """Whether this process still belongs to the cluster that the workers run on."""
+        """True if this process still belongs to the cluster that the workers run on."""
         return (
             self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
         )

@@ -23,7 +23,7 @@ WIDE = 90
 """Columns of a terminal from which on there is room for words that can be guessed."""
 
 _drawing: contextvars.ContextVar[bool] = contextvars.ContextVar("shardmap_drawing", default=False)
-"""Whether something draws already: a terminal has room for one."""
+"""True if something draws already: a terminal has room for one."""
 keep(_drawing)
 
 
@@ -75,7 +75,7 @@ def _watched(always: bool, console: Any) -> bool:
 
 
 def _recorded() -> bool:
-    """Whether this map stands in a function that is being recorded.
+    """True if this map stands in a function that is being recorded.
 
     It is replayed as a part of another one.
 
@@ -155,7 +155,7 @@ class Outermost:
         self.open = 0
 
     def __call__(self, event: Event) -> bool:
-        """Whether the next event belongs to the outermost map."""
+        """True if the next event belongs to the outermost map."""
         if isinstance(event, RunStarted):
             self.open += 1
             return self.open == 1

@@ -172,7 +172,7 @@ class Schedule:
 
     @property
     def finished(self) -> bool:
-        """Whether everything has been computed."""
+        """True if everything has been computed."""
         return not self.waiting and not self.flying
 
     def _next(self) -> Chunk:

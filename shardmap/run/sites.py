@@ -43,7 +43,7 @@ def recorded_bytes(job: Job) -> int:
 
 
 def small(job: Job) -> bool:
-    """Whether a map is too small for its memory and its chunks to matter."""
+    """True if a map is too small for its memory and its chunks to matter."""
     if job.transformed or not job.samples:
         return True
     read = sum(_row_bytes(job.inputs[i]) for i in job.columns)

@@ -20,7 +20,7 @@ def read_there(job: Job) -> set[int]:
 
 
 def combined_here(out: Output) -> bool:
-    """Whether an output is combined by a function of the user's, which does not travel.
+    """True if an output is combined by a function of the user's, which does not travel.
 
     Then the driver calls it.
     """

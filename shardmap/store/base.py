@@ -63,7 +63,7 @@ class Store(ABC):
 
     @property
     def travels(self) -> bool:
-        """Whether other processes find the same store under its URL.
+        """True if other processes find the same store under its URL.
 
         All but the memory of this process.
         """

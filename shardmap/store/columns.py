@@ -26,7 +26,7 @@ class Column(ABC):
     """Of one row."""
     dtype: torch.dtype
     travels: bool
-    """Whether other processes can read the rows by themselves; otherwise they have to be sent."""
+    """True if other processes can read the rows by themselves; otherwise they have to be sent."""
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ class _Counter:
 
 
 def importable(obj: object) -> bool:
-    """Whether a worker can make this object from a small pickle.
+    """True if a worker can make this object from a small pickle.
 
     Its class can be imported there, and its data is not in it.
     """

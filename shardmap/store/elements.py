@@ -54,7 +54,7 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 
 def storable(dtype: torch.dtype) -> bool:
-    """Whether files can hold this dtype.
+    """True if files can hold this dtype.
 
     All but quantized ones and those of fewer than eight bits.
     """
@@ -158,6 +158,6 @@ def checksums(tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
 
 
 def agrees(t: torch.Tensor, expected: str) -> bool:
-    """Whether a tensor has the checksum; one by a hash that is unknown here agrees with nothing."""
+    """True if a tensor has the checksum; one by a hash that is unknown here agrees with nothing."""
     name = expected.partition(":")[0]
     return name in _HASHES and checksum(t, name) == expected

@@ -277,7 +277,7 @@ def differences(stored: Header, wanted: Header) -> list[str]:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 0 that a file's size can be."""
+    """True if a value is a whole number of at least 0 that a file's size can be."""
     return type(value) is int and 0 <= value <= MOST_BYTES
 
 

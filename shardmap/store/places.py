@@ -58,17 +58,17 @@ class Place(ABC):
     """A folder of files by name."""
 
     remote: bool
-    """Whether fsspec opens it: nothing can be appended to a file there, and writing one replaces
+    """True if fsspec opens it: nothing can be appended to a file there, and writing one replaces
     it whole."""
     travels: bool
-    """Whether other processes find the same files under this URL."""
+    """True if other processes find the same files under this URL."""
 
     def __init__(self, url: str):
         self.url = url
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
@@ -125,11 +125,11 @@ class LocalPlace(Place):
         return os.path.join(self.url, *name.split("/")) if name else self.url
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
         return os.path.exists(self.path(name))
 
     def is_folder(self) -> bool:
-        """Whether the place itself is there, as a folder."""
+        """True if the place itself is there, as a folder."""
         return os.path.isdir(self.url)
 
     def names(self, folder: str = "") -> list[str]:
@@ -191,7 +191,7 @@ class RemotePlace(Place):
         return join(self._root, name)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
         with self.explained(f"looking for {name or 'it'}"):
             return bool(self._files.exists(self._path(name)))
 

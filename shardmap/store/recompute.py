@@ -31,9 +31,9 @@ class Comparison:
     stop: int
     """One past the last row."""
     exact: bool
-    """Whether all outputs are equal to the last bit."""
+    """True if all outputs are equal to the last bit."""
     agrees: bool
-    """Whether they are equal within rounding."""
+    """True if they are equal within rounding."""
     difference: float
     """The largest between two numbers; NaN where one of them is, or they are no numbers."""
     output: str

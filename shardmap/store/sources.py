@@ -54,7 +54,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def travels(self) -> bool:
-        """Whether workers can read by themselves what this names; otherwise rows have to be sent.
+        """True if workers can read by themselves what this names; otherwise rows have to be sent.
 
         Files must be where they look.
         """
@@ -137,7 +137,7 @@ class Columns(Source):
 
     @property
     def travels(self) -> bool:
-        """Whether each column can be read by others."""
+        """True if each column can be read by others."""
         return all(column.travels for column in self._columns)
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class DatasetSource(Source):
 
     @property
     def travels(self) -> bool:
-        """Whether workers can import its class and its pickle is small."""
+        """True if workers can import its class and its pickle is small."""
         if self._travels is None:
             self._travels = datasets.importable(self.dataset)
         return self._travels
@@ -217,7 +217,7 @@ class ItemColumn(Column):
 
     @property
     def travels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  asked for late: finding out pickles the dataset
-        """Whether workers can read the dataset by themselves."""
+        """True if workers can read the dataset by themselves."""
         return self.dataset.travels
 
     def read(self, start: int, stop: int) -> torch.Tensor:

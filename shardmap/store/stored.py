@@ -162,7 +162,7 @@ def open_zarr(url: str) -> Any:
 
 
 def is_zarr(node: Any) -> bool:
-    """Whether this is an array or group of zarr, which is imported only if it is already."""
+    """True if this is an array or group of zarr, which is imported only if it is already."""
     return type(node).__module__.partition(".")[0] == "zarr" and type(node).__name__ in (
         "Array",
         "Group",

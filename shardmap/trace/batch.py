@@ -36,7 +36,7 @@ class Batch:
     """The mapped arguments that are copies of the caller's tensors, by position among the
     mapped."""
     opened: bool = False
-    """Whether the structure has containers that are to be put together."""
+    """True if the structure has containers that are to be put together."""
 
     def tensors(self) -> list[torch.Tensor]:
         """The mapped tensors, each with the mapped dimension first (a view)."""

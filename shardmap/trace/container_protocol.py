@@ -26,7 +26,7 @@ class Container(Protocol):
 
 @functools.lru_cache(4096)
 def has_methods(kind: type) -> bool:
-    """Whether a class has torch.func's methods for a batch of its own kind."""
+    """True if a class has torch.func's methods for a batch of its own kind."""
     return callable(getattr(kind, "_add_batch_dim", None))
 
 
@@ -36,5 +36,5 @@ def _is_kind(kind: type) -> bool:
 
 
 def is_container(value: object) -> TypeGuard[Container]:
-    """Whether `value` has torch.func's methods for a batch of its own kind, and is no tensor."""
+    """True if `value` has torch.func's methods for a batch of its own kind, and is no tensor."""
     return _is_kind(type(value))

@@ -43,9 +43,9 @@ class Layout:
     constants: tuple[tuple[int, Constant], ...] = ()
     """What is no tensor in a result, each with its position among the leaves."""
     locked: bool = False
-    """Whether it is a sample that refuses new entries."""
+    """True if it is a sample that refuses new entries."""
     from_stack: bool = False
-    """Whether it is an element of a lazy stack; what is returned of it is put in such a stack."""
+    """True if it is an element of a lazy stack; what is returned of it is put in such a stack."""
 
     def build(self, leaves: Sequence[object]) -> Container:
         """The container that holds `leaves`."""
@@ -254,7 +254,7 @@ def built(tree: object) -> pytree.PyTree:
 
 
 def is_opened(part: object) -> TypeGuard[Opened]:
-    """Whether a part of a tree is a container taken apart."""
+    """True if a part of a tree is a container taken apart."""
     return isinstance(part, Opened)
 
 
@@ -278,5 +278,5 @@ def _is_dense(value: object) -> bool:
 
 
 def contains(structure: pytree.TreeSpec, *kinds: type) -> bool:
-    """Whether a structure has nodes of these kinds."""
+    """True if a structure has nodes of these kinds."""
     return structure.type in kinds or any(contains(c, *kinds) for c in structure.children())

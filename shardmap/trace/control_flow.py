@@ -104,7 +104,7 @@ class AsPython(TorchFunctionMode):
     """
 
     met = False
-    """Whether a recording of this process has met such an operator: the mode costs each call a
+    """True if a recording of this process has met such an operator: the mode costs each call a
     microsecond, so that it is left out until then."""
 
     def __torch_function__(
@@ -133,7 +133,7 @@ def run(
 
 
 def _differs_under_vmap(tensor: Tensor) -> bool:
-    """Whether a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
+    """True if a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

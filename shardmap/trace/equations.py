@@ -54,7 +54,7 @@ class Equations(Variables):
         self.equations.append(eq)
 
     def _adopted(self, tensor: torch.Tensor, var: Any) -> bool:
-        """Whether a result is what `var` says.
+        """True if a result is what `var` says.
 
         The next variable, of this shape and dtype, in new memory or known memory.
         """

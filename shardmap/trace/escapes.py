@@ -142,7 +142,7 @@ _ordinary: dict[object, bool] = {}
 
 
 def _is_ordinary(func: object) -> bool:
-    """Whether a call is a plain operator: no door, nothing of the user's that it calls back.
+    """True if a call is a plain operator: no door, nothing of the user's that it calls back.
 
     Asked for each call of each recording, so it is remembered of functions that live for ever.
     """
@@ -206,7 +206,7 @@ class Doors(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.saved_changed = False
-        """Whether a `saved_tensors_hooks` of the user's gives back something else."""
+        """True if a `saved_tensors_hooks` of the user's gives back something else."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -423,7 +423,7 @@ class Doors(TorchFunctionMode):
         return value
 
     def _is_remembered(self) -> bool:
-        """Whether the outermost recording is kept for later calls."""
+        """True if the outermost recording is kept for later calls."""
         outermost = self.recorder
         while outermost.outer is not None:
             outermost = outermost.outer

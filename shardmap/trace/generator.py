@@ -61,7 +61,7 @@ class Generator:
         self._advance(1)
 
     def is_as_left(self) -> bool:
-        """Whether nothing but recorded draws has changed the state.
+        """True if nothing but recorded draws has changed the state.
 
         All threads share torch's generator: where there are others, their draws change it as well,
         and only another seed can be told, or that a call which sets the state was seen.

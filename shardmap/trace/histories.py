@@ -85,7 +85,7 @@ class Hook:
 
     @property
     def is_active(self) -> bool:
-        """Whether it has not been removed."""
+        """True if it has not been removed."""
         hooks = self.handle.hooks_dict_ref()
         return hooks is not None and self.handle.id in hooks
 
@@ -123,7 +123,7 @@ class Histories(Equations):
         self.before: Program | None = None
         """What was recorded of the same code the last time."""
         self.is_repeating = False
-        """Whether calls are recognised as those of the last time, or have been."""
+        """True if calls are recognised as those of the last time, or have been."""
 
     def expect(self, programs: tuple[Program, ...]) -> None:
         """Expect one of `programs`, which were recorded of the same code: at first the first.

@@ -30,7 +30,7 @@ hashing an operator runs python code."""
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether the memory of `tensor` does not hold its values.
+    """True if the memory of `tensor` does not hold its values.
 
     So it is with symbolic zeros of forward-mode AD (which have no memory), lazy conjugates and
     lazy negatives.

@@ -34,7 +34,7 @@ class LazyStack(Container, Protocol):
 
 
 def is_one(value: object) -> TypeGuard[LazyStack]:
-    """Whether `value` is a lazy stack."""
+    """True if `value` is a lazy stack."""
     tensordict = sys.modules.get("tensordict")
     return tensordict is not None and isinstance(value, tensordict.LazyStackedTensorDict)
 

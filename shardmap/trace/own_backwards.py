@@ -44,7 +44,7 @@ def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[gr
 
 
 def is_function(node: object) -> bool:
-    """Whether a node of autograd's graph is that of a Function written in python."""
+    """True if a node of autograd's graph is that of a Function written in python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
@@ -110,7 +110,7 @@ def _name(node: object) -> str:
 
 
 def _saves_its_result(recorder: Recorder, node: object) -> bool:
-    """Whether a node of autograd's graph may keep its result, and differentiate by it."""
+    """True if a node of autograd's graph may keep its result, and differentiate by it."""
     if is_function(node):
         text = recorder.equations[recorder.applied[id(node)].position].args[4]
         return text in (NO_EFFECT, TOO_DEEP) or bool(backward_of(text).saved)

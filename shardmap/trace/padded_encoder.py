@@ -32,7 +32,7 @@ class PaddedEncoder:
         self.sums = 0
 
     def is_last_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call of torch's interface gives the result of the layer."""
+        """True if a call of torch's interface gives the result of the layer."""
         if not self.layer.norm_first:
             weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
             return func is nn.functional.layer_norm and weight is self.layer.norm2.weight

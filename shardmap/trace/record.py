@@ -81,7 +81,7 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether forward-mode AD around the call differentiates by `tensor`.
+    """True if forward-mode AD around the call differentiates by `tensor`.
 
     Its samples require grad then, as under transforms: only so does the function's recording show
     a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
@@ -168,7 +168,7 @@ def record(
 
 
 def _forbidden_view(error: RuntimeError, batch: Batch) -> bool:
-    """Whether an error is what autograd says of views that forward mode allows to be written.
+    """True if an error is what autograd says of views that forward mode allows to be written.
 
     Of views that are made under no_grad, only where nothing else is recorded that no_grad would
     stop.
@@ -384,7 +384,7 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
 
 
 def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory.
+    """True if two elements may share memory.
 
     The steps of a tensor without overlap are each larger than all smaller ones reach.
     """

@@ -74,10 +74,10 @@ class Recorder(SparseTensors, TorchDispatchMode):
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.separate_views = False
-        """Whether views are recorded as forward mode allows them: one by one, also under no_grad
+        """True if views are recorded as forward mode allows them: one by one, also under no_grad
         with gradients, which does not stop tangents."""
         self.grad_lifted = False
-        """Whether that has let gradients pass where the function is under no_grad."""
+        """True if that has let gradients pass where the function is under no_grad."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
         """Called once, at the next operator: python may be called back from there on."""

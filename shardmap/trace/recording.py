@@ -47,7 +47,7 @@ class Recording:
     """The user's generators that the function draws from, by identity: their states are read at
     each call."""
     torchs_own: bool = False
-    """Whether it draws from torch's own generator."""
+    """True if it draws from torch's own generator."""
 
 
 _names: dict[torch.device, str] = {}
@@ -85,7 +85,7 @@ def flat_tensors(values: Any) -> list[torch.Tensor]:
 
 
 def is_own_leaf(leaf: torch.Tensor) -> bool:
-    """Whether gradients of `leaf` end at itself.
+    """True if gradients of `leaf` end at itself.
 
     A leaf that autograd saved and unpacked again accumulates into the original.
     """
@@ -123,7 +123,7 @@ def user_line() -> str:
 
 
 def looks_for_anomalies() -> bool:
-    """Whether autograd's engine itself, and not python, is asking for a value."""
+    """True if autograd's engine itself, and not python, is asking for a value."""
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
         return False
     caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`

@@ -57,7 +57,7 @@ CELLS: dict[Any, Cell] = {
 
 
 def served(func: Any, args: tuple) -> bool:
-    """Whether a call would run a kernel of one kind of device, and is served here instead."""
+    """True if a call would run a kernel of one kind of device, and is served here instead."""
     if func not in CELLS or not args[0].numel():
         return False
     return args[0].is_cuda or func is torch.lstm

@@ -41,13 +41,13 @@ class Refusals(Histories):
         self.randomness = randomness
         self.random = False
         self.torchs_own = False
-        """Whether it draws from torch's own generator, and not from the user's alone."""
+        """True if it draws from torch's own generator, and not from the user's alone."""
         self.separate_views = False
-        """Whether calls that return several views are recorded as a call for each view."""
+        """True if calls that return several views are recorded as a call for each view."""
         self.raised = ""
         """The first error of an operator: a function that returns all the same has caught it."""
         self.vmapped = False
-        """Whether `torch.func.vmap` is among the transforms around the call."""
+        """True if `torch.func.vmap` is among the transforms around the call."""
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while

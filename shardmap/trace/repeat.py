@@ -210,7 +210,7 @@ def repeat(
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two encoded arguments are the same to an operator.
+    """True if two encoded arguments are the same to an operator.
 
     To python `1 == 1.0 == True` and `0.0 == -0.0`.
     """

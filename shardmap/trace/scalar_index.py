@@ -36,7 +36,7 @@ class Copy(NamedTuple):
     indices: tuple[Any, ...]
 
     def is_at(self, indices: tuple[Any, ...]) -> bool:
-        """Whether it was taken with the same indices.
+        """True if it was taken with the same indices.
 
         The same objects, or equal ones that are no tensors.
         """

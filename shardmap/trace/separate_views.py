@@ -28,7 +28,7 @@ _FIXED_DIM = {"hsplit": 1, "vsplit": 0, "dsplit": 2}
 
 
 def returns_several_views(func: object) -> bool:
-    """Whether a function of torch's interface returns several views of one tensor."""
+    """True if a function of torch's interface returns several views of one tensor."""
     return func in _DIM_AT
 
 

@@ -189,5 +189,5 @@ class SparseTensors(Refusals):
 
 
 def _exchanges(args: tuple) -> bool:
-    """Whether a transpose of a matrix exchanges its two dimensions."""
+    """True if a transpose of a matrix exchanges its two dimensions."""
     return len(args) == 1 or (args[0].dim() == 2 and {d % 2 for d in args[1:]} == {0, 1})

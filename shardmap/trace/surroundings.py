@@ -68,7 +68,7 @@ def transforms_set_aside() -> Iterator[int]:
 
 
 def forward_mode_alone(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether neither a transform around the call nor `tensors` ask for gradients backwards."""
+    """True if neither a transform around the call nor `tensors` ask for gradients backwards."""
     levels = functorch.get_interpreter_stack() or []
     backwards = any(level.key() == functorch.TransformType.Grad for level in levels)
     return not backwards and not any(element(t).requires_grad for t in tensors)

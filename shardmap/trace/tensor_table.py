@@ -80,7 +80,7 @@ class Variables:
         self.device: torch.device | None = None
         self.given = GivenGenerators(call)
         self.lazy = False
-        """Whether a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
+        """True if a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
@@ -136,7 +136,7 @@ class Variables:
         return var
 
     def belongs(self, tensor: torch.Tensor) -> bool:
-        """Whether python may not look at the value of `tensor`.
+        """True if python may not look at the value of `tensor`.
 
         It differs by sample, or nothing would notice if it changed.
         """
@@ -175,11 +175,11 @@ class Variables:
         return found[1]
 
     def is_outer(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` belongs to a `torch.func` transform around the call."""
+        """True if `tensor` belongs to a `torch.func` transform around the call."""
         return 0 < functorch.maybe_get_level(tensor) <= self.depth
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
-        """Whether the value of a tensor differs by sample."""
+        """True if the value of a tensor differs by sample."""
         var = self.known(tensor)
         return var is not None and var.group in self.mapped_groups
 
@@ -312,7 +312,7 @@ class Variables:
         return None
 
     def _is_alias(self, tensor: torch.Tensor) -> bool:
-        """Whether a foreign storage lies in recorded memory, as numpy's and DLPack's views do."""
+        """True if a foreign storage lies in recorded memory, as numpy's and DLPack's views do."""
         storage = tensor.untyped_storage()
         if storage.resizable() or not storage.nbytes() or storage.device.type == "meta":
             return False

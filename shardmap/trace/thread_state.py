@@ -162,7 +162,7 @@ class _Kept:
                 note_that_no_dispatch_mode_is_on()
 
     def _changed(self) -> bool:
-        """Whether anything that a generator may still restore later is not as it was."""
+        """True if anything that a generator may still restore later is not as it was."""
         return (
             self.grad is not torch.is_grad_enabled()
             or self.inference is not torch.is_inference_mode_enabled()

@@ -35,7 +35,7 @@ from shardmap.trace.recording import Recording, element
 
 
 def is_traced(leaves: Iterable[object]) -> bool:
-    """Whether a call with these arguments is traced, or made of fake tensors."""
+    """True if a call with these arguments is traced, or made of fake tensors."""
     if any(type(leaf) is FakeTensor for leaf in leaves) or before_dispatch_depth():
         return True
     if not dispatch_depth():
@@ -44,7 +44,7 @@ def is_traced(leaves: Iterable[object]) -> bool:
 
 
 def is_graph_made() -> bool:
-    """Whether a graph is made of what is called now, beside which fake tensors only have shapes."""
+    """True if a graph is made of what is called now, beside which fake tensors only have shapes."""
     return bool(before_dispatch_depth()) or any(
         isinstance(mode, proxy_mode) for mode in dispatch_modes()
     )

@@ -98,7 +98,7 @@ def pulled_back(
 
 
 def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients of `outputs` reach anything that requires grad beside `own`."""
+    """True if gradients of `outputs` reach anything that requires grad beside `own`."""
     known = {id(t) for t in own}
     queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = {id(node) for node in queue}
@@ -178,7 +178,7 @@ def pushed_forward(
 
 
 def has_no_formula(error: BaseException) -> bool:
-    """Whether autograd said that an operator cannot be differentiated in this mode."""
+    """True if autograd said that an operator cannot be differentiated in this mode."""
     text = str(error)
     return isinstance(error, NotImplementedError | RuntimeError) and (
         "forward AD" in text

@@ -30,7 +30,7 @@ class Case:
     refused: type[Exception] | None
     """What the map raises instead, until it is mended."""
     positive: bool
-    """Whether all values are between 0.5 and 2."""
+    """True if all values are between 0.5 and 2."""
     plain: Function | None
     """The same in plain python, which the loop runs instead: for operators that torch has to
     compile, or cannot differentiate twice itself."""

@@ -47,7 +47,7 @@ def exact(name: str, stacked: torch.Tensor) -> torch.Tensor:
 
 
 def permitted(name: str, dtype: torch.dtype) -> bool:
-    """Whether the reduction is defined for the dtype."""
+    """True if the reduction is defined for the dtype."""
     if name == "mean":
         return dtype.is_floating_point or dtype.is_complex
     return name == "sum" or not dtype.is_complex

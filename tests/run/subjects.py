@@ -212,7 +212,7 @@ def calls(draw: Any, gradients: bool = False) -> dict[str, Any]:
 
 
 def differentiates(dtype: torch.dtype) -> bool:
-    """Whether tensors of that dtype have gradients."""
+    """True if tensors of that dtype have gradients."""
     return dtype.is_floating_point or dtype.is_complex
 
 

@@ -34,7 +34,7 @@ class BoundCall:
 
     @property
     def is_class(self) -> bool:
-        """Whether it is a class: it is constructed, and the instance is called."""
+        """True if it is a class: it is constructed, and the instance is called."""
         return inspect.isclass(self.function)
 
     def __call__(self, *leading: Any) -> Any:
@@ -286,7 +286,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold a value."""
+    """True if YAML can hold a value."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

@@ -58,9 +58,9 @@ class Histogram:
     counts: Sequence[int]
     edges: Sequence[float]
     logarithmic: bool
-    """Whether heights are to go by the logarithm: one bin would hide the others."""
+    """True if heights are to go by the logarithm: one bin would hide the others."""
     single: bool = False
-    """Whether each bin is one integer, in the middle of its edges."""
+    """True if each bin is one integer, in the middle of its edges."""
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -88,13 +88,13 @@ class Picture:
     high: float
     """The values at the ends of the colour scale."""
     diverging: bool
-    """Whether zero is in the middle of the scale."""
+    """True if zero is in the middle of the scale."""
     not_finite: bool
-    """Whether pixels are in the colour for NaN and infinity."""
+    """True if pixels are in the colour for NaN and infinity."""
     beyond: bool
-    """Whether values lie outside the scale."""
+    """True if values lie outside the scale."""
     square: bool = False
-    """Whether it is of a matrix with as many rows as columns."""
+    """True if it is of a matrix with as many rows as columns."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
 
 
 def looks_like_images(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are worth drawing: `[..., H, W]`, both between 4 and 256."""
+    """True if samples of this shape are worth drawing: `[..., H, W]`, both between 4 and 256."""
     return len(shape) >= 2 and all(LEAST_SIDE <= side <= LARGEST_SIDE for side in shape[-2:])
 
 

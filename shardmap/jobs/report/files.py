@@ -63,7 +63,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     more: bool
-    """Whether the file has more rows."""
+    """True if the file has more rows."""
     columns_left_out: int
     numeric: Sequence[bool]
     """For each column: whether every shown cell is a number or empty."""

@@ -26,7 +26,7 @@ class Block:
     width: float
     """Parts of the whole time."""
     again: bool
-    """Whether a chunk in it was computed again."""
+    """True if a chunk in it was computed again."""
     odd: bool
     """Every other block has another shade."""
     told: str
@@ -53,7 +53,7 @@ class Timeline:
     left_out: int
     """Lanes that are not drawn."""
     together: bool
-    """Whether blocks stand for several chunks."""
+    """True if blocks stand for several chunks."""
     again: bool
 
 
@@ -98,7 +98,7 @@ def timeline(record: Record) -> Timeline | None:
 
 
 def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
-    """Whether some of a chunk's samples were handed out a second time."""
+    """True if some of a chunk's samples were handed out a second time."""
     starts, stops, ends = (
         np.array([getattr(b, key) for b in bars]) for key in ("start", "stop", "ended")
     )

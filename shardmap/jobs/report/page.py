@@ -74,14 +74,14 @@ class Preview:
 
     @property
     def thinned(self) -> bool:
-        """Whether a pixel of the heat map stands for several values."""
+        """True if a pixel of the heat map stands for several values."""
         return (
             self.heat_map is not None and self.heat_map.width * self.heat_map.height < self.elements
         )
 
     @property
     def square(self) -> bool:
-        """Whether the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
+        """True if the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
         return self.heat_map is not None and self.heat_map.square
 
 

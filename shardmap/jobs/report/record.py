@@ -58,7 +58,7 @@ class Record:
     samples: int | None = None
     explain: str = ""
     finished: bool = True
-    """Whether the run says that it is complete."""
+    """True if the run says that it is complete."""
     predicted_seconds: float | None = None
     seconds: float | None = None
     """The seconds of the map, all lanes side by side."""
