@@ -54,8 +54,8 @@ class Graph:
         refuse_inference_mode(call)
         outside = torch.is_grad_enabled()
         with torch.enable_grad():
-            # One view each: the same tensor may be passed twice, and is then differentiated by on
-            # in each place.
+            # One view each: the same tensor may be passed twice, and is then differentiated by
+            # separately in each place.
             self.leaves = [
                 t.view_as(t) if outside and t.requires_grad else t.detach().requires_grad_()
                 for t in by.leaves
