@@ -384,7 +384,7 @@ def _rows_with_product(
 
 
 def check(groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> bool:
-    """Compare the first entry with the squared norm of the first sample's own output.
+    """True if the first entry is the squared norm of the first sample's own output.
 
     Args:
         groups: The outputs that the matrix compares.

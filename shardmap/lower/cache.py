@@ -78,7 +78,7 @@ class _Key:
 class Kept:
     """Cache of the last few values, each made under a lock of its own.
 
-    Two threads that ask for the same value wait for the one that makes it; other threads do not
+    Threads that request a value wait for the thread that makes it; other threads do not
     wait. The locks are reentrant: a signal handler may call a map while its thread is making one.
     """
 
@@ -142,7 +142,7 @@ class Kept:
         return len(self._values)
 
     def after_fork(self) -> None:
-        """Renew the locks: in a forked child nobody would release those that were held."""
+        """Renew the locks: in a forked child those that were held would never be released."""
         self._lock = threading.RLock()
         self._making = {}
 

@@ -83,7 +83,7 @@ class _Watch(TorchDispatchMode):
         self.trail: list[int] = []
         """Live bytes after each operator that made memory."""
         self.costs: dict[int, list[float]] = {}
-        """By number of the recorded call: kernels, operations, bytes."""
+        """Kernels, operations and bytes, by number of the recorded call."""
         self.equation = 0
 
     @classmethod

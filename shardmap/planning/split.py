@@ -14,7 +14,7 @@ from shardmap.planning.observe import Observation
 OVERHEAD = 0.1
 """Largest part of a chunk's time for the host's work around its kernels, where memory allows."""
 SATURATION = 20
-"""On an accelerator: least ratio of a chunk's computing time to its launches' time on the host, so
+"""Least ratio, on an accelerator, of a chunk's computing time to its launches' time on the host, so
 that the host stays ahead."""
 CHUNKS_PER_LANE = 4
 """Chunks for each of several lanes, so that a slow one can do less."""

@@ -100,7 +100,7 @@ def overview(call: str, split: Split) -> str:
 
 
 def _row(lane: Lane, samples: int) -> tuple[str, ...]:
-    unknown = "unknown" if samples else ""  # nothing is asked about an empty batch
+    unknown = "unknown" if samples else ""  # an empty batch has no budget
     budget = unknown if lane.budget_bytes is None else format_bytes(lane.budget_bytes)
     seconds = format_seconds(lane.seconds) if lane.measured else f"~{format_seconds(lane.seconds)}"
     mark = "" if lane.fits else "OVER BUDGET"

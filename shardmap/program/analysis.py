@@ -147,7 +147,7 @@ def leading_to(program: Program) -> Program:
 
 
 def never_written(program: Program) -> set[int]:
-    """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
+    """The memory groups that `torch.empty` made and no call wrote to: they may hold anything."""
     made = {
         v.group for eq in program.equations if op_info(eq.op).uninitialised for v in eq.results()
     }

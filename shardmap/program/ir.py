@@ -97,8 +97,8 @@ class SampleDevice(NamedTuple):
 SAMPLE_DEVICE = SampleDevice()
 
 NO_GRAD, GRAD, FRESH_LEAF = 0, 1, 2
-"""What autograd knew of an argument when a call used it. `FRESH_LEAF`: a leaf made inside the
-function, where outer gradients end."""
+"""Flags for autograd's knowledge of an argument when a call used it. `FRESH_LEAF`: a leaf made
+inside the function, where outer gradients end."""
 
 
 class Equation(NamedTuple):

@@ -26,7 +26,7 @@ _QUESTIONS = {
 """Operators that return a tensor's value to python."""
 
 SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
-"""Those of them that return the only element of a tensor."""
+"""Operators among them that return the only element of a tensor."""
 
 CHECKS = {aten._linalg_check_errors.default}
 """Operators that raise where an earlier one has failed for the sample, and return nothing."""

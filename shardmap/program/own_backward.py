@@ -91,8 +91,8 @@ _ZEROS = {"zeros_like", "new_zeros", "zeros"}
 def is_linear(text: str) -> bool:
     """True if the gradients are known to be linear in the cotangents.
 
-    If no sample changes what such a backward reads, it is as well run once on the sum of the
-    samples' cotangents, as autograd does with any shared tensor.
+    If the values that such a backward reads do not depend on the sample, it may run once on the sum
+    of the samples' cotangents, as autograd does with any shared tensor.
     """
     if text == TOO_DEEP:
         return False

@@ -33,7 +33,7 @@ class Question:
     """One question, and how its answers are read from what a stage computes."""
 
     number: int
-    """Its place among the questions of the program."""
+    """Index among the questions of the program."""
     answer: Hashable
     """The recorded sample's answer."""
     outputs: range

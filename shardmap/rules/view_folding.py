@@ -29,7 +29,7 @@ class Origin(NamedTuple):
 
     base: V
     dims: Dims | None
-    """None if the view has the elements of `base` in their order, with another shape."""
+    """Dimensions of the view; None for the elements of `base` in their order in another shape."""
     grad: bool
     """True if autograd recorded the view."""
 

@@ -124,12 +124,12 @@ class Done:
     """The result of a task."""
 
     outputs: tuple[Packed | None, ...]
-    """None for an output that went to the store, is returned apart, or was not requested."""
+    """The outputs; None for one that went to the store, is returned apart, or was not requested."""
     receipt: Receipt | None
     """Receipt for the rows that were written to a store."""
     seconds: float
     redone: tuple[ChunkRedone, ...] = ()
-    """Its chunks that were too large for the memory, by their numbers in the whole batch."""
+    """Chunks of the task that were too large for the memory, by their numbers in the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +137,11 @@ class Failure:
     """An error raised while a task was computed."""
 
     error: str
-    """Its type and message, on one line."""
+    """Type and message of the error, on one line."""
     traceback: str
     poisoned: bool
-    """The process can compute nothing more (an error inside a CUDA kernel): it must be replaced."""
+    """True if the process can compute no more (after an error in a CUDA kernel) and must be
+    replaced."""
     kind: str = ""
     """The name of the error in `shardmap.errors`; empty if it is none of ours."""
     passing: bool = False

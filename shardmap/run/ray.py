@@ -75,7 +75,7 @@ def run(
         MissingExtraError: Ray is not installed.
         ClusterError: The cluster cannot be reached.
         OptionError: Outer gradients would have to flow through the cluster, or it lacks what
-            `options` asks for.
+            `options` requires.
         OverBudget: The results do not fit where they are gathered, or not one sample fits on a
             worker.
         CapturedWriteError: The function writes in place to a mapped input.

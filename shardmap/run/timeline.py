@@ -161,7 +161,7 @@ def _samples(chunk: Bar | Failure) -> str:
 
 ROW, TOP, BOTTOM = 0.62, 0.72, 0.58
 LEFT, WIDTH, RIGHT_MARGIN = 1.1, 6.6, 1.6
-"""Inches."""
+"""Margins and width of the picture, in inches."""
 
 
 def draw(path: Path, split: Split, events: Sequence[Event]) -> None:

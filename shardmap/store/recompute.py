@@ -17,9 +17,9 @@ from shardmap.store.opening import open_store
 from shardmap.store.sink import Sink
 
 ROUNDING = {1: 1, 2: 4, 4: 64}
-"""By bytes of a real number: units in the last place of an output's largest value in a storage
-unit, by which numbers may differ that were summed in another order: other chunk sizes use other
-kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
+"""Tolerance by bytes of a real number: units in the last place of an output's largest value in a
+storage unit, by which numbers may differ that were summed in another order: other chunk sizes use
+other kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
 
 
 @dataclass(frozen=True, slots=True)

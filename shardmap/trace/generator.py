@@ -114,7 +114,7 @@ def stop_watching() -> None:
 
 
 _ENGINE = 624
-"""Words of the generator's state: as many draws replace them all."""
+"""Number of words in the generator's state: this many draws replace them all."""
 _numbers = itertools.count()
 _SETTERS = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"}
 

@@ -18,7 +18,7 @@ from shardmap.program.ir import GivenGenerator
 from shardmap.trace.recording import user_line
 
 _ENGINE = 625
-"""More than the words of a generator's state: as many draws replace them all."""
+"""Number of draws that replace all words of a generator's state."""
 
 
 class GivenGenerators:

@@ -85,7 +85,7 @@ def padded_encoder(call: str) -> PaddedEncoder | None:
 
 
 def _packs(encoder: nn.TransformerEncoder, src: torch.Tensor) -> bool:
-    """The conditions of `nn.TransformerEncoder.forward`, but for those on the masks' values."""
+    """True if `nn.TransformerEncoder.forward` would pack, whatever the masks' values."""
     first: Any = encoder.layers[0]
     attention = first.self_attn
     tensors: tuple[torch.Tensor, ...] = (
@@ -112,7 +112,7 @@ def _packs(encoder: nn.TransformerEncoder, src: torch.Tensor) -> bool:
 
 
 def _fast_paths_enabled() -> bool:
-    """The user's setting of `torch.backends.mha`, which recordings may have switched off."""
+    """True if the user enabled `torch.backends.mha`, which recordings may have switched off."""
     switch: Any = getattr(_torch, "transformer_fast_paths", None)
     return switch.before if switch is not None and switch.users else _enabled()
 

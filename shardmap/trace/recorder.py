@@ -69,7 +69,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         self.has_rule = has_rule
         self.decompose = decompose
         self.served: dict[int, tuple[bool, Any]] = {}
-        """By address of the operator: True if it has a rule, and its decomposition."""
+        """For an operator's address: True if it has a rule, and its decomposition."""
         if zeros_have_memory:
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     """A tensor index without dimensions, and the dimension of the source that it is for."""
 
     at: int
-    """Its position in the tuple of indices."""
+    """Position in the tuple of indices."""
     dim: int
     index: Tensor
 

@@ -35,7 +35,7 @@ class SparseTensors(Refusals):
     def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):
         super().__init__(call, outer, once, randomness)
         self.sparse: dict[int, tuple[torch.Tensor, tuple[Var, ...], Form]] = {}
-        """By address of a sparse tensor: the tensor, the variables of its parts, and its form."""
+        """For a sparse tensor's address: the tensor, the variables of its parts, and its form."""
 
     def with_sparse(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object], marks: tuple[int, int]

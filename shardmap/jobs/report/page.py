@@ -25,7 +25,7 @@ from shardmap.store import elements
 MOST_PREVIEWS = 60
 """The most outputs that are read; the others are listed by name, shape and size."""
 SHOWN, MOST_FACTOR = 640, 10
-"""The width of images in pixels of the screen, and the most screen pixels for one of theirs."""
+"""The width of images in pixels of the screen, and the most screen pixels for one image pixel."""
 ASKED = (
     "task",
     "function",
