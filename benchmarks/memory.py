@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Case, tuple[Any, ...]]] = {
     "reduction": (_reduction, (64, 256, 600, 1500, 2500)),
     "outer autograd": (_outer, (250, 1000, 2000, 4000, 8000)),
 }
-"""What is mapped, and at which chunk sizes."""
+"""The mapped functions, each with its chunk sizes."""
 
 
 def _wide(device: str) -> Any:

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and no mode left behind by another test."""
+"""Fixtures for all tests: one thread, and no mode left active by another test."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ NOT_RUNNABLE = (
     ZeroDivisionError,
     SyntaxError,
 )
-"""What a line that does not fit its operands may raise in the loop; it is taken back."""
+"""Errors that a line may raise in the loop if it does not fit its operands; it is dropped."""
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
@@ -73,12 +73,12 @@ class Input:
     """One tensor that a program is given."""
 
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
     dtype: torch.dtype
     in_dim: int | None
     """None: unmapped (captured tensors always are)."""
     layout: str
-    """How the batch lies in memory: contiguous, permuted, sliced."""
+    """Layout of the batch in memory: contiguous, permuted, sliced."""
     requires_grad: bool
 
     def make(self, size: int, seed: int, perturbed: bool) -> torch.Tensor:

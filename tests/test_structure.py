@@ -50,7 +50,7 @@ MOST_ANY = {
     "trace": 137,
     "transforms": 136,
 }
-"""How often a package may say `Any`; these ceilings may only fall."""
+"""Most uses of `Any` in each package; these ceilings may only fall."""
 
 
 def modules() -> dict[str, Path]:
@@ -73,7 +73,7 @@ def room(module: str) -> str:
 
 
 def rank(module: str) -> int:
-    """How high a module stands."""
+    """Rank of a module in the order of imports."""
     return next(i for i, names in enumerate(RANKS) if room(module) in names)
 
 
@@ -230,7 +230,7 @@ def test_no_file_is_long() -> None:
 
 
 def count_any(tree: ast.AST) -> int:
-    """How often a file's annotations and type arguments say `Any`."""
+    """Number of uses of `Any` in a file's annotations and type arguments."""
     return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
 
 

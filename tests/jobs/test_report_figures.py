@@ -1,4 +1,4 @@
-"""What reports show of outputs.
+"""Tests of a report's figures of outputs.
 
 Numbers as numpy has them, pixels that stand for values, and rows read within a bound.
 """

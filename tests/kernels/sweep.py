@@ -146,7 +146,7 @@ def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def subject_of(case: Case) -> Callable[..., Any]:
-    """What is mapped in the mode of `case`."""
+    """The function that is mapped in the mode of `case`."""
     function = case.function()
     if case.mode == "forward":
         return function

@@ -28,7 +28,7 @@ INSIDE = ("torch", "shardmap")
 
 
 class Calls:
-    """How often a mapped function has been called since the last test."""
+    """Counts the calls of a mapped function since the last test."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""What torch's own reductions make of stacked outputs."""
+"""Expected reductions, by torch's own reductions of stacked outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch_of(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def reduced(name: str, stacked: torch.Tensor) -> torch.Tensor:
-    """What torch makes of the loop's stack."""
+    """The reduction of the loop's stack by torch."""
     return {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax, "min": stacked.amin}[
         name
     ](0)

@@ -231,7 +231,7 @@ def several(x: torch.Tensor) -> dict[str, Any]:
 
 
 def apply(reduction: Any, stacked: torch.Tensor, out_dim: int) -> torch.Tensor:
-    """What one reduction makes of one stacked output."""
+    """The result of one reduction of one stacked output."""
     if reduction is None:
         return stacked.movedim(0, out_dim).contiguous()
     if isinstance(reduction, tuple):

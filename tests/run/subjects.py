@@ -38,10 +38,10 @@ class Subject:
     """One sample of each argument."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
     argument: torch.dtype | None = None
-    """Of the arguments, if not the dtype."""
+    """Dtype of the arguments, if it differs from `dtype`."""
     outputs: int = 1
     order: int = 2
-    """How often it can be differentiated."""
+    """Number of times that it can be differentiated."""
 
 
 SUBJECTS: dict[str, Subject] = {}

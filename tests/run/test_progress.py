@@ -215,7 +215,7 @@ def test_an_empty_batch_and_the_end() -> None:
 
 
 def test_where_nobody_watches_events_and_texts_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the command line uses it.
+    """The command line uses it in this way.
 
     Its log messages have somewhere to go, and rich is not asked for.
     """
@@ -282,7 +282,7 @@ def test_nothing_is_left_running_after_an_error(error: type[BaseException]) -> N
 def test_the_command_line_shows_what_jobs_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the map's line begins.
+    """Messages are shown at the begin of the map's line.
 
     Warnings stay above it, and the engine's own messages are for the log.
     """

@@ -28,7 +28,7 @@ def noisy(r: Tensor) -> Tensor:
 
 
 def beside(work: Callable[[], None], draw: Callable[[], float], least: int) -> list[float]:
-    """What `draw` gave in another thread while `work` ran, at least so often."""
+    """The values of `draw` in another thread while `work` ran; there are at least `least`."""
     drawn: list[float] = []
     done = threading.Event()
 

@@ -36,7 +36,7 @@ def test_three_hundred_interrupts(seed: int) -> None:
 
 @contextlib.contextmanager
 def entered_by_halves() -> Iterator[None]:
-    """What an interrupt leaves of torch's own managers, all at once."""
+    """Put torch's own managers into all states that an interrupt can leave."""
     try:
         functorch._grad_increment_nesting()
         functorch._jvp_increment_nesting()
@@ -57,7 +57,7 @@ def entered_by_halves() -> Iterator[None]:
 
 
 def watching() -> None:
-    """What an interrupt leaves where it strikes as the watch for seeds begins."""
+    """Leave the watch for seeds as an interrupt at its start does."""
     generator.Watch().__enter__()
 
 
