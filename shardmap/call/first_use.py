@@ -236,10 +236,8 @@ class FirstUse:
             raise errors.EscapeError(
                 f"{self.options.call}: the function keeps a tensor that differs by sample: "
                 f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where "
-                "a map "
-                "leaves the first sample's: return the tensor instead, or pass check='off' if "
-                "nobody "
-                "looks at what is kept"
+                "a map leaves the first sample's: return the tensor instead, or pass check='off' "
+                "if the kept tensor is not used"
             )
 
     def _difference(self, first: Pair, second: Pair) -> str | None:

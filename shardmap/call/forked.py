@@ -110,8 +110,8 @@ class Forked:
         self._refuse_loop(routes)
         if not branches:
             raise errors.VariesError(
-                f"{self.options.call}: the samples answer differently what python asks about their "
-                "values, and too few alike"
+                f"{self.options.call}: samples take different paths by what python asks about "
+                "their values, and too few take the same one"
             )
         whole = merged([routes.paths[number] for number in branches], self.options.call)
         if len(routes.looped):
@@ -119,8 +119,8 @@ class Forked:
         if whole.recording.written_inputs and torch.is_grad_enabled():
             if any(t.requires_grad for t in self.batch.tensors()):
                 raise errors.VariesError(
-                    f"{self.options.call}: samples go different ways and are written in place "
-                    "where gradients are recorded"
+                    f"{self.options.call}: samples take different paths, and the function writes "
+                    "to them in place where gradients are recorded"
                 )
         of_row = torch.full((self.batch.size,), LOOP)
         for place, number in enumerate(branches):

@@ -90,8 +90,8 @@ class Options:
             )
         if self.resume is True and self.out is None:
             raise errors.OptionError(
-                f"{self.call}: resume=True without out=: only what is in a store can be gone on "
-                "with; pass a sink"
+                f"{self.call}: resume=True without out=: only a run with a store can be "
+                "resumed; pass a sink"
             )
         for name in ("strict", "remat", "resume"):
             value = getattr(self, name)

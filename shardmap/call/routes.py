@@ -309,8 +309,8 @@ class Router:
         prepared = path.prepared
         if any(random_call(eq) for eq in stage.program.equations):
             raise errors.VariesError(
-                f"{self.options.call}: the function draws random numbers, and its samples go "
-                "different ways by them"
+                f"{self.options.call}: the function draws random numbers, and samples take "
+                "different paths depending on them"
             )
         recording = dataclasses.replace(
             prepared.recording, program=stage.program, sample=(), asked=(), random=False

@@ -127,8 +127,7 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
         key = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and key in PLACES:
             raise ConfigError(
-                f"{word}: {path} is gone on with where it is, and so are its outputs; leave "
-                f"--{key} out"
+                f"{word}: {path} is resumed in its place, with its outputs there; leave --{key} out"
             )
     before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
     state = state_of(path)

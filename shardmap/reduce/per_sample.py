@@ -203,7 +203,7 @@ def tensors_of(tree: Any, name: str) -> list[Tensor]:
     leaves = pytree.tree_leaves(tree)
     if not leaves:
         raise errors.OptionError(
-            f"reduce={name!r} of a function that returns no tensors; return those that are meant"
+            f"reduce={name!r} of a function that returns no tensors; return the ones to reduce"
         )
     for t in leaves:
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):

@@ -100,8 +100,8 @@ def per_sample_grad(
         return Transformed(model_or_fn.forward, of_sample, in_dims, options)
     if params is not None:
         raise TransformError(
-            f"{call}: params={params!r} selects a module's parameters by name; of a function, pass "
-            "those that are meant"
+            f"{call}: params={params!r} selects a module's parameters by name; a function is "
+            "differentiated by all that it gets, so pass it the chosen ones only"
         )
     of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
 
@@ -164,7 +164,7 @@ def select(
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
             why = (
-                "all its parameters are frozen; call requires_grad_() on those that are meant"
+                "all its parameters are frozen; call requires_grad_() on the ones to differentiate"
                 if named
                 else "it has no parameters"
             )
@@ -201,7 +201,7 @@ def select(
         wanted.update(first[id(aliases[name])] for name in found if aliases[name].requires_grad)
     if not wanted:
         raise TransformError(
-            f"{call}: params={params!r} fits frozen parameters only; unfreeze those that are meant"
+            f"{call}: params={params!r} fits frozen parameters only; unfreeze the ones you need"
         )
     return {name: p for name, p in named.items() if name in wanted}
 
