@@ -1,4 +1,4 @@
-"""What several threads share: locks that survive a fork, and torch's default generators."""
+"""Locks that survive a fork, and torch's default generators, which all threads share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fork_safe_lock() -> Any:
 
     Reentrant, because a signal handler, a finalizer or a callback may call a map in the thread that
     holds the lock. It is python's own C object: a class of ours around it could be interrupted
-    between taking the lock and saying so.
+    between taking the lock and recording that it did.
     """
     lock = threading.RLock()
     _locks.add(lock)
@@ -72,8 +72,8 @@ def restore_default_generators(states: dict[str, torch.Tensor]) -> None:
 
 
 _unrestored: list[dict[str, torch.Tensor]] = []
-"""The outermost states that are still to be restored. An interrupt may strike where they are about
-to be: then the call's outermost frame does it."""
+"""The outermost states that are still to be restored. If an interrupt strikes just before they are,
+the call's outermost frame restores them."""
 
 
 def restore_interrupted_generators() -> None:
@@ -83,5 +83,5 @@ def restore_interrupted_generators() -> None:
 
 
 def forget_interrupted_generators() -> None:
-    """Let go of states that nobody is going to restore: a call begins."""
+    """Drop states that no call will restore any more: a new call begins."""
     _unrestored.clear()

@@ -193,7 +193,7 @@ def plan(
         out_dims: As for `vmap`.
         randomness: As for `vmap`.
         kw_in_dims: As for `vmap`.
-        devices: As for `vmap`; a cluster is joined, and its workers asked for their memory.
+        devices: As for `vmap`; a cluster is joined, and its workers report their memory.
         chunk_size: As for `vmap`.
         output_device: As for `vmap`.
         memory_budget: As for `vmap`.

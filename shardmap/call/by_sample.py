@@ -1,9 +1,9 @@
-"""The function itself, one sample after another, for what no recording can stand for.
+"""Run the function itself, one sample after another, where no recording serves all samples.
 
-Where python reads a value that differs by sample through a door that is not an operator (numpy, a
-printed number, the length of a selection), the recording of one sample says nothing of the others.
-Then the loop over the samples is run, in the same chunks and to the same places as any replay: it
-is what the map promises, only not faster.
+If python reads a value that differs by sample without an operator of torch's (through numpy, a
+printed number, the length of a selection), the recording of one sample does not serve the others.
+Then a loop over the samples runs in the same chunks, and writes to the same memory, as a replay: it
+gives the results of the map, only not faster.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
 
 CHUNK_BYTES = 32 << 20
-"""Results of one chunk, unless the user says how many samples."""
+"""Bytes of one chunk's results, unless the user gives the number of samples."""
 _SEED_STEP = 0x9E3779B97F4A7C15
-"""Sets the seeds of neighbouring samples far apart."""
+"""Constant that sets the seeds of neighbouring samples far apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Autocast:
-    """Autocast as it was where the map was called: the function runs with it."""
+    """The autocast state of the map's caller, in which the function runs."""
 
     device_type: str
     dtype: torch.dtype
@@ -61,13 +61,13 @@ class SampleLoop(StandIn):
     Args:
         func: The user's function.
         batch: The call's arguments; those that are not mapped are passed as they are.
-        structure: Of what the function returned for the first sample.
+        structure: Structure of the function's result for the first sample.
         specs: The outputs' metadata for the first sample.
         randomness: As for `shardmap.vmap`.
-        draws: Whether the function draws random numbers.
-        tracked: Whether autograd records from outside.
+        draws: True if the function draws random numbers.
+        tracked: True if outer autograd is recording.
         call: The user's call, for errors.
-        generators: The user's generators that it draws from.
+        generators: The user's generators that the function draws from.
     """
 
     source = f"{ITSELF}, sample by sample"
@@ -129,7 +129,7 @@ class SampleLoop(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         with self._as_called():
             for i in range(size):
                 with self._drawing(seed, start + i):
@@ -152,7 +152,7 @@ class SampleLoop(StandIn):
 
     @contextlib.contextmanager
     def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
-        """Draws that depend on the call's seeds and the sample's number only."""
+        """Make random draws depend only on the call's seeds and the sample's number."""
         if not self.draws:
             before = torch.get_rng_state() if self.randomness == "error" else None
             yield
@@ -206,7 +206,7 @@ class SampleLoop(StandIn):
 
 @contextlib.contextmanager
 def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iterator[None]:
-    """Generators of the user's with these seeds; afterwards they are as they were."""
+    """Seed generators of the user's, and restore their states afterwards."""
     states = [generator.get_state() for generator in generators]
     try:
         for generator, seed in zip(generators, seeds, strict=True):
@@ -218,7 +218,7 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
 
 
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
-    """The loop in the form in which executors take a lowering."""
+    """Wrap the loop as a lowering, which executors take."""
     size = sum(
         v.spec.dtype.itemsize * math.prod(v.spec.shape)
         for eq in program.equations

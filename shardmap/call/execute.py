@@ -1,4 +1,4 @@
-"""One call of a mapped function: record or recall, look at it if it is new, plan, run, compare."""
+"""One call of a mapped function: record or recall it, check a new one, plan, run, compare."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, t
 
 
 def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
-    """One call of a mapped function."""
+    """Run one call of a mapped function, and return its results."""
     around = surroundings()
-    # Fake tensors alone are placed on the devices that are named, as real ones would be.
+    # Fake tensors alone are placed on the named devices, as real ones would be.
     if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
-        # A part of the graph that is made, computed at once: nothing can be compared or measured.
+        # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
         around = Surroundings(True, True, True)
         options = dataclasses.replace(options, check="off")
         refuse_transforms(options.call)
-        if options.reduce is not None:  # cut into parts, whose number is no symbol
+        if options.reduce is not None:  # cut into parts, whose number must not be a symbol
             batch = dataclasses.replace(batch, size=int(batch.size))
     if memory is not None and around.plain:
         remembered = memory.recall(batch)
@@ -60,7 +60,7 @@ def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Me
     look = options.check == "always"
     pair = record(func, batch, options.randomness, once, options.call, look=look)
     use = FirstUse(func, batch, pair, options, once)
-    use.verdict()  # may take another recording for the first one
+    use.verdict()  # may replace the first sample's recording
     prepared = Prepared(*use.first())
     if around.traced:
         recording = traced_recording(prepared.recording, options.call)
@@ -77,9 +77,9 @@ class Call:
         prepared: The recording.
         batch: The call's arguments.
         options: The call's options.
-        around: What it stands in.
-        use: The function on the call's samples; None for a map whose outputs the function does not
-            return (factors of what it returns).
+        around: The transforms and recordings around the call.
+        use: The function run on the call's samples; None for a map with outputs that the function
+            does not return (factors of what it returns).
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Call:
             return self._run(None)
         except errors.VariesError as error:
             if self.use is not None and recording.asked:
-                if self.around.inlined:  # the outer function asks each inner sample
+                if self.around.inlined:  # the outer function runs each inner sample
                     return self._run_by_sample(_why(error, self.options.call))
                 self.use.forked()
                 return self._run_by_paths()
@@ -131,7 +131,7 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """True if all samples are asked before any is run: what is written cannot be taken back."""
+        """True if all samples' answers are computed before any is run: writes cannot be undone."""
         stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
         return stored or bool(self.prepared.recording.written_inputs)
 
@@ -162,7 +162,7 @@ class Call:
                 store = _into_store(job, options, prepared.structure, cluster)
             self._confirm(job, None, store, by_sample is not None)
             return store
-        # Inside another map it is a part of that one, and nobody hears of it.
+        # Inside another map it is a part of that one, and reports no events.
         with unheard() if around.inlined else options.watching():
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
@@ -176,11 +176,11 @@ class Call:
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
 
     def run_flat(self) -> Sequence[torch.Tensor]:
-        """The results, flat."""
+        """The results as a flat list."""
         return flatten_outputs(self._run(None), self.options.call)[0]
 
     def job(self, by_sample: Instead | None = None) -> Job:
-        """The call as executors take it."""
+        """The job that executors run."""
         around = self.around
         job = job_of(
             self.prepared,
@@ -193,13 +193,13 @@ class Call:
             seed=self._seed,
             traced=around.traced,
         )
-        self._seed = job.seed  # of the call, however often its job is made
+        self._seed = job.seed  # one seed per call, even if its job is made again
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self.names(job), self.use)
 
     def names(self, job: Job) -> tuple[str, ...]:
-        """The devices on which a new lowering is tried; for a cluster, where the samples are."""
+        """The devices on which a new lowering is tried; for a cluster, that of the samples."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
@@ -232,7 +232,7 @@ class Call:
         return self._part(prepared, batch, self.options, use), instead
 
     def settled(self) -> tuple[Call, Instead | None]:
-        """The call as it is to run, and what runs in the place of a replay, if anything does."""
+        """The call to run, and what replaces its replay; None to run the replay."""
         if self.use is None:
             return self, None
         verdict = self.use.verdict()
@@ -246,7 +246,7 @@ class Call:
         return self._run(self._loop(why))
 
     def _loop(self, why: str) -> Instead:
-        """What runs the function itself, sample by sample.
+        """The stand-in that runs the function itself, sample by sample.
 
         Raises:
             VariesError: `strict=True` refuses it.
@@ -292,7 +292,7 @@ class Call:
     def _confirm(
         self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
     ) -> None:
-        """Compare the results with what the function returned, where it was run for that."""
+        """Compare the results with the function's own, if it was run for that."""
         use = self.use
         if use is None or looped or not use.looked or not self.around.plain:
             return
@@ -306,7 +306,7 @@ class Call:
 
 
 def _why(error: errors.VariesError, call: str) -> str:
-    """What varies, without the call and the remedy."""
+    """The cause of a VariesError, without the call and the remedy."""
     return str(error).removeprefix(f"{call}: ").partition(";")[0]
 
 
@@ -326,10 +326,10 @@ def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
-    """Refuse to run the function itself where it, and what it reads, are not.
+    """Refuse to run the function itself on other devices than the samples'.
 
     Raises:
-        VariesError: Other devices, or a cluster, are asked for.
+        VariesError: The call names other devices, or a cluster.
     """
     names = [] if cluster else names_of(job, options, inlined)
     if cluster or any(torch.device(name) != job.home for name in names):
@@ -342,7 +342,7 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
 
 
 def _shares_torchs_draws(job: Job, options: Options) -> bool:
-    """True if samples share draws that torch makes again wherever they are asked for.
+    """True if samples share draws that torch repeats each time they are computed.
 
     Such a call is not cut, and stays on one device.
     """
@@ -351,7 +351,7 @@ def _shares_torchs_draws(job: Job, options: Options) -> bool:
 
 
 def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
-    """Run on this machine: as one chunk what is small, planned what is not."""
+    """Run on this machine: as one chunk if the map is small, else by a plan."""
     names = names_of(job, options, inlined)
     size = None if inlined else options.chunk_size
     on = prepare.Devices(job, options.budget.on)
@@ -372,7 +372,7 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
 
 
 def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
-    """Refuse what cannot be written to a store, before anything is made."""
+    """Refuse results that cannot be written to a store, before anything is made."""
     call = options.call
     if inlined or job.transformed:
         raise errors.OptionError(
@@ -400,7 +400,7 @@ def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
 def _into_store(
     job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
 ) -> Store:
-    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
+    """Compute the units that the store lacks: here, or on the workers of a cluster."""
     sink, on = options.out, prepare.Devices(job, options.budget.on)
     assert sink is not None
     if cluster is not None:
@@ -408,7 +408,7 @@ def _into_store(
     workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
     names = names_of(job, options, False) if cluster is None else ()
     room = options.budget.on(torch.device("cpu")) if cluster is None else None
-    if room is not None:  # half of it for the units in the making: one for each lane, and one more
+    if room is not None:  # half of it for the units being filled: one for each lane, and one more
         room //= 2 * (len(names) + 1)
     resumed = sink if options.resume else None
     unit = storing.unit_of(job, options.chunk_size, resumed, workers, room)

@@ -1,4 +1,4 @@
-"""A call whose samples go different ways: its paths are found, lowered and put together."""
+"""Calls whose samples take different paths: the paths are found, lowered and combined."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 
 Instead = Callable[[LoweringOptions], Lowered]
-"""Makes what runs in the place of a replay."""
+"""Makes a lowering that replaces the replay."""
 
 
 class Part(Protocol):
@@ -37,7 +37,7 @@ class Part(Protocol):
         ...
 
     def job(self) -> Job:
-        """The call as executors take it."""
+        """The job that executors run."""
         ...
 
     def names(self, job: Job) -> tuple[str, ...]:
@@ -46,9 +46,9 @@ class Part(Protocol):
 
 
 def may_draw(prepared: Prepared, options: Options) -> Prepared:
-    """The recording of a call that runs the function itself on samples of which none was recorded.
+    """The recording marked as random, for samples on which it was not recorded.
 
-    Whether they draw random numbers is not known: it is taken for granted where they may.
+    The function may draw random numbers on them; it is assumed to if `randomness` allows it.
     """
     if options.randomness == "error":
         return prepared
@@ -57,14 +57,14 @@ def may_draw(prepared: Prepared, options: Options) -> Prepared:
 
 
 class Forked:
-    """A call whose samples go different ways.
+    """A call whose samples take different paths.
 
     Args:
         prepared: The recording of one sample.
         batch: The call's arguments.
-        options: The call's.
-        use: The function on the call's samples.
-        part: Makes the call of another recording on some of the samples.
+        options: The call's options.
+        use: The function run on the call's samples.
+        part: Makes the call that runs another recording on some of the samples.
     """
 
     def __init__(
@@ -85,13 +85,14 @@ class Forked:
             options, reduce=None, out=None, resume=False, out_dims=0, output_device=None,
             progress=False,
         )  # fmt: skip
-        """The options of a part that is computed by itself."""
+        """The options of a part that is computed as a call of its own."""
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
-        """What stands for all paths: a recording, its samples, and what runs in its place.
+        """A recording for all paths, its samples and first use, and what replaces its replay.
 
         Raises:
-            VariesError: The paths do not fit together; `RaggedError` if it is for their shapes.
+            VariesError: The paths' results do not fit together; `RaggedError` if their shapes
+                differ.
         """
         routes = self._routes()
         paths = [path for path in routes.paths if len(path.rows)]
@@ -138,7 +139,7 @@ class Forked:
         return whole, self.batch, self.use, instead
 
     def _refuse_loop(self, routes: Routes) -> None:
-        """Refuse samples without a path where no loop is wanted.
+        """Refuse samples without a path if `strict=True`.
 
         Raises:
             VariesError: There are some, and `strict=True`.
@@ -152,7 +153,7 @@ class Forked:
             )
 
     def ragged(self) -> Any:
-        """The results where their shapes differ by sample: a list of tensors for each output.
+        """The results if their shapes differ by sample: a list of tensors for each output.
 
         Raises:
             OptionError: They are to be reduced, or stored.
@@ -188,15 +189,15 @@ class Forked:
         return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 
     def by_groups(self) -> Any:
-        """The results where the samples are computed elsewhere: path by path, on all workers.
+        """The results of samples that are computed on a cluster: path by path, on all workers.
 
         Raises:
-            OptionError: An option cannot be served so.
+            OptionError: An option cannot be combined with a run path by path.
             VariesError: Some samples take no path, and only the function itself can serve them.
         """
         options = self.options
         what = "a function whose samples go different ways by what python asks about their values"
-        # A worker has no function: every sample needs a path; one that raises does so here.
+        # Workers do not have the function: every sample needs a path; one that raises does so here.
         self.options = dataclasses.replace(options, strict=True)
         paths = [path for path in self._routes().paths if len(path.rows)]
         refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
@@ -244,7 +245,7 @@ class Forked:
 
         seen = seen_of(identity(use.func))
         routes = Router(self.batch, self.options, paths, on, compute, seen).run()
-        # Before a path is tried, which would draw a seed; and its samples are numbered anew.
+        # Checked before a path is tried, which draws a seed and numbers its samples anew.
         if any(path.prepared.recording.random for path in routes.paths if len(path.rows)):
             raise self._draws()
         if use.once:
@@ -263,7 +264,7 @@ class Forked:
         )
 
     def _use(self, path: Path, part: Batch) -> FirstUse:
-        """The function on samples that all take one path; the first is the one recorded."""
+        """The function run on samples that all take one path; the first is the recorded one."""
         recording, structure = path.prepared.recording, path.prepared.structure
         pair = None if path.recorded < 0 else (recording, structure)
         return FirstUse(

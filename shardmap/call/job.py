@@ -1,4 +1,4 @@
-"""From a recording and a batch to the job that executors take."""
+"""Make the job that executors run from a recording and a batch."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def job_of(
     seed: Seeds | None = None,
     traced: bool = False,
 ) -> Job:
-    """The call as every executor takes it; refuses what no executor can do.
+    """Make the job of a call, or refuse what no executor can run.
 
     Args:
         prepared: The recording.
         batch: The call's arguments.
         options: The call's options.
-        inlined: Whether the call is a part of a recording.
-        transformed: Whether transforms, or forward-mode AD, are active around the call.
+        inlined: True if the call is a part of a recording.
+        transformed: True if transforms, or forward-mode AD, are active around the call.
         pairs: Maps a function that combines two results over many pairs.
-        by_sample: Makes what runs the function itself, instead of a replay.
-        seed: For random draws; None to draw it from torch's generator and the user's.
-        traced: Whether the call is traced.
+        by_sample: Makes the lowering that runs the function itself, instead of a replay.
+        seed: Seeds for random draws; None to draw it from torch's generator and the user's.
+        traced: True if the call is traced.
     """
     recording, call = prepared.recording, options.call
     program = recording.program
@@ -133,7 +133,7 @@ def job_of(
 
 
 def _seeds(recording: Recording, nested: bool) -> Seeds:
-    """The seeds of a call; inside another map torch draws, and that map sees it."""
+    """The seeds of a call; inside another map torch draws, and that map records it."""
     if nested:
         return tuple([TorchDraws(generator) for generator in (None, *recording.generators)])
     own = engine.draw_seed() if recording.torchs_own else 0
@@ -141,7 +141,7 @@ def _seeds(recording: Recording, nested: bool) -> Seeds:
 
 
 def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:
-    """Of which outputs only the sum over the samples is wanted.
+    """For each output: True if a sum over the samples suffices.
 
     It can be computed without the terms.
     """
@@ -164,7 +164,7 @@ def _outputs(
     grad: bool,
     pairs: Pairs,
 ) -> tuple[Output, ...]:
-    """What is to become of each output."""
+    """Describe each output: its device, position of the mapped dimension, reduction."""
     program, call = prepared.recording.program, options.call
     reduced = out_edges.spread_reductions(options.reduce, prepared.structure, call)
     dims = out_edges.place_outputs(
@@ -253,12 +253,12 @@ def split_of(
     inlined: bool,
     always: bool = False,
 ) -> Split:
-    """Who is to compute how much, and how many samples at a time."""
+    """Plan the lanes of the call: rows for each, and chunk sizes."""
     size = None if inlined else options.chunk_size
     if isinstance(size, Mapping):
         _check_devices_of(size, names, options.call)
     if size == "auto" and job.transformed:
-        size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
+        size = None  # outer transforms keep each chunk's values: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
     found = sites(job, on, names, options.budget.on, several, forced and not inlined)
@@ -283,14 +283,14 @@ def _inside_functorch_vmap() -> bool:
 
 
 def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
-    """The job with what the function returns for the samples that a new lowering is tried on.
+    """The job with the function's own results for samples on which a new lowering is tried.
 
     The function is run here, as it was called, and not where the lowering is made.
 
     Args:
         job: The call.
         names: The devices that it runs on.
-        use: The function on the call's samples.
+        use: The function run on the call's samples.
     """
     several = bool(job.samples > 1)
     if all(prepare.tried(job, torch.device(name), several) for name in set(names)):
@@ -300,7 +300,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
 
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
-    """True if forward-mode AD around the call differentiates by one of its tensors."""
+    """True if forward-mode AD around the call has tangents for one of its tensors."""
     if forward_level(forward_ad) < 0:
         return False
     tensors = [t for t in (*batch.leaves, *captured) if isinstance(t, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""`trace="once"`: replay a recording while what the function reads is the same.
+"""`trace="once"`: replay a recording while the values that the function reads stay the same.
 
 A recording holds tensors by identity and numbers by value. It goes stale when the caller rebinds
 what the function reads: `W = W - lr * g`, `model.weight = Parameter(...)`, `settings.scale = 2`. So
@@ -74,7 +74,7 @@ _CONTAINERS = frozenset(
         collections.deque,
     )
 )
-"""Kinds without attributes."""
+"""Container types without attributes."""
 _PLAIN = (
     type,
     property,
@@ -84,9 +84,9 @@ _PLAIN = (
     types.BuiltinFunctionType,
     OpOverload,
 )
-"""Kinds whose attributes are looked at in their own way, or never change."""
+"""Types whose attributes need treatment of their own, or never change."""
 _LIMIT = 200_000
-"""Most objects that are listed."""
+"""Largest number of listed objects."""
 
 
 class Snapshot(tuple[Any, ...]):
@@ -97,7 +97,7 @@ class Snapshot(tuple[Any, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """What the function can reach and nobody can compare."""
+    """An object that the function can reach and that cannot be compared between calls."""
 
     what: str
 
@@ -108,21 +108,21 @@ class Prepared:
 
     recording: Recording
     structure: pytree.TreeSpec
-    """Of what the function returned."""
+    """Structure of the function's result."""
     lowerings: dict[Any, Lowered] = field(default_factory=dict)
     outputs: dict[Any, Any] = field(default_factory=dict)
-    """What is to become of its outputs, by home, outer autograd and size of the batch."""
+    """Descriptions of its outputs, by device, outer autograd and size of the batch."""
     derived: dict[Any, Any] = field(default_factory=dict)
-    """Maps that compute something else from the same recording."""
+    """Prepared maps that compute something else from the same recording."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A recording, and what must be the same for it to be replayed."""
+    """A recording, and the values that must be unchanged for it to be replayed."""
 
     prepared: Prepared
     reads: list[Any]
-    """What the function could reach, as `reachable` lists it."""
+    """The objects and values that the function could reach, as listed by `reachable`."""
     arguments: dict[int, int]
     """Captured tensors that are unmapped arguments: position among the captured -> leaf of the
     call."""
@@ -151,7 +151,7 @@ class Memory:
         self.said = False
 
     def recall(self, batch: Batch) -> Remembered | None:
-        """The recording that serves this call; None if what the function reads has changed."""
+        """The recording that serves this call; None if the function reads changed values."""
         key = signature(batch)
         found = self.kept.get(key)
         if found is None:
@@ -163,7 +163,7 @@ class Memory:
         return found
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Remember a recording, unless it holds something that cannot be found again."""
+        """Keep a recording, unless the function reads something that cannot be compared."""
         reads = self._reads(batch)
         unknown = next((r for r in reads if type(r) is Unknown), None)
         if unknown is not None:
@@ -199,7 +199,7 @@ class Memory:
         if len(self.kept) >= 64:
             oldest = next(iter(list(self.kept)), None)  # the list is made in one step
             self.kept.pop(oldest, None)
-        # What the function returned is of this call's first sample: a later call's must not be
+        # The function's result is of this call's first sample: a later call's must not be
         # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())
         self.kept[signature(batch)] = Remembered(
@@ -219,14 +219,14 @@ class Memory:
             self.said = True
 
     def forget(self, batch: Batch) -> None:
-        """Drop the recording for this signature: it has gone stale."""
+        """Drop the recording for this signature because it is stale."""
         self.kept.pop(signature(batch), None)
 
 
 def signature(batch: Batch) -> Any:
-    """What of a call decides the recording.
+    """Key of the properties of a call that decide its recording.
 
-    Arguments but for their values and number of samples, and torch's modes.
+    They are those of the arguments, without values and number of samples, and torch's modes.
     """
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)
@@ -287,7 +287,7 @@ def same(before: list[Any], now: list[Any]) -> bool:
 def reachable(*roots: Any) -> list[Any]:
     """Everything that `roots` can read by name, in a fixed order.
 
-    Tensors and objects themselves, numbers and strings by value.
+    It lists tensors and objects themselves, numbers and strings by value.
     """
     found: list[Any] = []
     seen: set[int] = set()
@@ -304,7 +304,7 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
     found.append(value)
     if type(value) in _COMMON or isinstance(value, _VALUES):
         return
-    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
+    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
         place = value.stride() if value.layout is torch.strided else memory_of(value)
         found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
         return
@@ -362,7 +362,7 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
 
 def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -> None:
     if _is_library(func.__code__.co_filename):
-        for cell in func.__closure__ or ():  # a library's decorator around a function of the user
+        for cell in func.__closure__ or ():  # a library's decorator around a user's function
             _walk_cell(cell, found, seen, frozenset())
         return
     names = frozenset(_names(func.__code__))
@@ -412,7 +412,7 @@ def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[
 
 @functools.lru_cache(maxsize=4096)
 def _user_classes(kind: type) -> tuple[type, ...]:
-    """The classes that `kind` inherits from, itself among them, that are no library's."""
+    """The classes that `kind` inherits from, itself included, without those of libraries."""
     return tuple(
         [
             k

@@ -1,4 +1,4 @@
-"""The options of one mapped call, and what they may be."""
+"""The options of one mapped call, and their allowed values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MapOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user asked for; see `shardmap.vmap`."""
+    """The options of one call; see `shardmap.vmap`."""
 
     in_dims: Any
     out_dims: Any
@@ -152,11 +152,11 @@ class Options:
 
     @property
     def budget(self) -> Budget:
-        """What the map may add to what is in use on each device."""
+        """Bytes that the map may add on each device to those already in use."""
         return Budget(self._budget_bytes(), self.memory_fraction)
 
     def watching(self) -> AbstractContextManager[Any]:
-        """Draws the progress bar that was asked for while a map runs inside."""
+        """Context that draws the requested progress bar while a map runs inside."""
         return (
             progress.bar(always=self.progress == "always")
             if self.progress

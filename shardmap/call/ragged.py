@@ -1,6 +1,6 @@
 """Samples of unequal shapes: sentences, graphs, point clouds.
 
-A list of tensors that is mapped over, without padding.
+They are mapped over as a list of tensors, without padding.
 
 Samples of one shape are stacked and mapped together, group by group, so that each sample is
 computed as by itself: no padding takes part in its numbers, and none is paid for. Results go back
@@ -31,7 +31,7 @@ COMBINED = ("sum", "mean", "max", "min")
 
 
 class Ragged:
-    """A batch whose samples have shapes of their own.
+    """A batch whose samples have different shapes.
 
     Pass it to a mapped function as any batch, with in_dim 0. The function is recorded once for each
     shape among the samples, which takes milliseconds: of a thousand shapes, pad some to a common
@@ -105,7 +105,7 @@ class Ragged:
 
 
 def among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if a call's arguments hold ragged ones."""
+    """True if a call has a ragged argument."""
     if not kwargs and all(isinstance(leaf, Tensor) for leaf in args):  # flattening takes longer
         return False
     return any(isinstance(leaf, Ragged) for leaf in pytree.tree_leaves((args, kwargs)))
@@ -134,11 +134,11 @@ def run(
     """Map over samples of unequal shapes, group by group.
 
     Args:
-        map_group: Maps over a batch of samples of equal shapes, and returns their results, reduced
-            as `options` say.
+        map_group: Function that maps over samples of equal shapes, and returns their results,
+            reduced as `options` say.
         args: The call's arguments, some of them `Ragged`.
         kwargs: Its keyword arguments, likewise.
-        options: Those of the call.
+        options: The call's options.
 
     Returns:
         The results in the order of the samples, or reduced.
@@ -185,13 +185,13 @@ def joined(
     structure: pytree.TreeSpec,
     options: Options,
 ) -> Any:
-    """The results of all samples, from those of groups of them.
+    """Combine the results of groups of samples into those of all samples.
 
     Args:
         found: For each group, its outputs, flat: stacked, or reduced as `options` say.
         groups: The numbers of its samples.
-        structure: Of what the function returns.
-        options: The call's.
+        structure: Structure of the function's result.
+        options: The call's options.
 
     Raises:
         OutputError: Results of different groups do not fit together.
@@ -219,12 +219,12 @@ def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSp
 
 
 def refuse_groups(options: Options, what: str, why: str) -> None:
-    """Refuse what cannot be had group by group.
+    """Refuse options that cannot be served group by group.
 
     Args:
-        options: The call's.
-        what: What makes the groups.
-        why: By what samples are grouped.
+        options: The call's options.
+        what: Text for the argument or function that makes the groups.
+        why: Text for the property by which samples are grouped.
 
     Raises:
         OptionError: The message names the option.
@@ -293,7 +293,7 @@ def _group(whole: Batch, given: dict[int, Ragged], rows: list[int]) -> Batch:
     leaves = list(whole.leaves)
     for leaf, dim in whole.mapped:
         if leaf in given:
-            # Outside of inference mode, whose tensors count no writes.
+            # Outside of inference mode, whose tensors do not count writes.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 leaves[leaf] = torch.stack([given[leaf][row] for row in rows])
         else:
@@ -304,7 +304,7 @@ def _group(whole: Batch, given: dict[int, Ragged], rows: list[int]) -> Batch:
 
 
 def as_asked(rows: list[Tensor], ragged: str) -> Any:
-    """One output of all samples: stacked where the shapes are equal, else as `ragged` says."""
+    """One output of all samples: stacked if the shapes are equal, else as `ragged` says."""
     if all(t.shape == rows[0].shape for t in rows):
         return torch.stack(rows)
     if ragged == "error":

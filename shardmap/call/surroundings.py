@@ -1,4 +1,4 @@
-"""What a call stands in: another recording, transforms, a trace."""
+"""The surroundings of a call: another recording, transforms, a trace."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from shardmap.trace.recorder import Recorder
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a call stands in."""
+    """The recording, transforms and trace around a call."""
 
     inlined: bool
-    """True if it is a part of a function that is being recorded: then it has no plan of its own."""
+    """True if it is part of a function that is being recorded, and so has no plan of its own."""
     transformed: bool
     """True if `torch.func` transforms, or forward-mode AD, are active around it."""
     traced: bool = False
-    """True if its samples hold no values that python may look at."""
+    """True if its samples hold no values that python may read."""
 
     @property
     def plain(self) -> bool:
-        """True if nothing is around it."""
+        """True if there are neither recordings nor transforms around it."""
         return not (self.inlined or self.transformed)
 
 
 def surroundings() -> Surroundings:
-    """What a call that is made now stands in."""
+    """The surroundings of a call that is made now."""
     return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
 
 

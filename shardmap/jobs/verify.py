@@ -24,26 +24,26 @@ LOOPED = 8
 
 @dataclass(frozen=True)
 class Verified:
-    """The findings about a store."""
+    """The findings of a verification."""
 
     store: Store
     committed: int
-    """Units that were there, all of them hashed."""
+    """Number of committed units, all of which were hashed."""
     damaged: tuple[int, ...]
-    """Units whose bytes are not those that were written."""
+    """Units whose bytes differ from those that were written."""
     comparisons: tuple[UnitComparison, ...] | None
-    """The units that were computed again; None where the store does not say how."""
+    """Comparisons of units computed again; None if the store holds no configuration."""
     beside_loop: Comparison | None = None
-    """Some rows of such a unit by the map and by the plain loop; None if they were not compared."""
+    """Rows computed by the map and by the plain loop; None if they were not compared."""
 
     @property
     def differing(self) -> tuple[int, ...]:
-        """Units that were computed again and have other numbers, beyond rounding."""
+        """Units that were computed again and differ beyond rounding."""
         return tuple(c.unit for c in self.comparisons or () if not c.agrees)
 
     @property
     def wrong(self) -> tuple[int, ...]:
-        """Units that should be computed anew."""
+        """Units that should be computed again."""
         return tuple(sorted({*self.damaged, *self.differing}))
 
     @property
@@ -53,7 +53,7 @@ class Verified:
 
     @property
     def checksums(self) -> str:
-        """The result of the checksums, with a line for each damaged unit."""
+        """Text on the checksums, with a line for each damaged unit."""
         total = self.store.header.units
         lines = [
             f"{self.committed} of {total} units are committed; checksums: "
@@ -69,7 +69,7 @@ class Verified:
 
     @property
     def recomputed(self) -> str:
-        """The result of the comparison, with a line for each unit that differs."""
+        """Text on the comparison, with a line for each unit that differs."""
         if self.comparisons is None:
             return (
                 "not written by a configured run, so nothing was computed again; in a script, make "
@@ -112,21 +112,21 @@ def verify(
     rows of the first one are computed by the plain loop as well (`shardmap.compare`): units
     computed again show that the run is reproducible, the loop that it is right.
 
-    Data and model are made as for the run, all of them; the map computes the chosen rows only.
+    All data and the model are made as for the run; the map computes the chosen rows only.
     Nothing is written.
 
     Args:
-        store: As `shardmap.open_store` returns it.
-        units: How many units to compute again; None for all.
-        seed: Of the choice.
-        devices: Where to compute, on this machine; by default where the run did, if that was no
+        store: The store, opened by `shardmap.open_store`.
+        units: Number of units to compute again; None for all.
+        seed: Seed of the choice.
+        devices: Devices of this machine; by default those of the run, if that was no
             cluster.
         allow: As for `shardmap.jobs.config.bind`.
-        say: Receives what was found, as soon as it is known.
+        say: Receives the findings as soon as they are known.
         listener: Receives the events of the map, for a progress bar.
 
     Raises:
-        ConfigError: What the configuration names cannot be imported or found any more.
+        ConfigError: The configuration's functions or files cannot be imported or found any more.
         StoreMismatchError: Function, model or data are no longer those of the run.
     """
     receipts = store.receipts()

@@ -23,7 +23,7 @@ _FRESH_COMPOSITES = {aten.matmul.default, aten.linear.default, aten.outer.defaul
 
 
 class _Step(NamedTuple):
-    """One call, as memory sees it."""
+    """One call and the memory blocks that it makes and reads."""
 
     makes: tuple[tuple[int, int], ...]
     """The blocks of memory that it makes, each with its bytes."""

@@ -10,7 +10,7 @@ from shardmap.program.operators import draws, op_info
 from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
 
 IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
-"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
+"""Calls that return their argument's value; each use's flags hold what autograd should see."""
 
 
 def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
@@ -71,7 +71,7 @@ def written_through(program: Program) -> set[int]:
 
 
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
-    """Which calls lead to an output, to a caller's tensor, or have an effect."""
+    """For each call: True if it leads to an output or a caller's tensor, or has an effect."""
     groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
     return _leading(
         program,
@@ -92,7 +92,7 @@ def is_effect(eq: Equation) -> bool:
 
 
 def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
-    """Which calls lead, under outer autograd, to an output that requires grad.
+    """For each call: True if it leads to an output that requires grad, under outer autograd.
 
     The others run without it.
     """
@@ -111,10 +111,10 @@ def _leading(
     candidates: list[bool] | None = None,
     effect: Callable[[Equation], bool] = lambda eq: False,
 ) -> list[bool]:
-    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
+    """For each call: True if it leads to the given variables or groups, or has an effect.
 
-    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so
-    repeat until they settle.
+    Calls that are no candidates are left out. One pass backwards is enough for tensors that are
+    never written; written groups are live as a whole, so it is repeated until they settle.
     """
     live_vars, live_groups = set(live_vars), set(live_groups)
     live = [False] * len(program.equations)
@@ -147,7 +147,7 @@ def leading_to(program: Program) -> Program:
 
 
 def never_written(program: Program) -> set[int]:
-    """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
+    """The memory groups that `torch.empty` made and no call wrote to: they may hold anything."""
     made = {
         v.group for eq in program.equations if op_info(eq.op).uninitialised for v in eq.results()
     }

@@ -79,7 +79,7 @@ def _with_generator(op: OpOverload) -> OpOverload | None:
 
 
 def _device_of(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> torch.device:
-    """Where `op` draws: the device that it is given, that of its first tensor, or the default."""
+    """The device on which `op` draws: its `device` argument, its first tensor's, or the CPU."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
     for a, value in zip(schema_of(op).arguments, args, strict=False):

@@ -1,4 +1,4 @@
-"""Inputs that workers read themselves, outputs as workers return them.
+"""Inputs that workers read themselves, outputs that workers return, and their copy into place.
 
 And their copy into place.
 """

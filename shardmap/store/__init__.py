@@ -1,4 +1,4 @@
-"""Where results larger than memory are written, and where samples are read from."""
+"""Stores for results larger than memory, and sources that samples are read from."""
 
 from shardmap.store.base import Store
 from shardmap.store.header import Header, OutputSpec, Receipt

@@ -1,4 +1,4 @@
-"""The methods that torch.func asks of a container with a batch dimension of its own."""
+"""The methods that torch.func calls on a container with a batch dimension of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class Container(Protocol):
-    """What torch.func asks of a container that has a batch dimension of its own."""
+    """Protocol of a container that has a batch dimension of its own, as torch.func uses it."""
 
     def dim(self) -> int:
-        """How many batch dimensions it has."""
+        """The number of batch dimensions."""
         ...
 
     def size(self, dim: int, /) -> int:
-        """The size of one of them."""
+        """The size of a batch dimension."""
         ...
 
     def _add_batch_dim(self, *, in_dim: int, vmap_level: int) -> Container: ...

@@ -1,4 +1,4 @@
-"""What a recording refuses, or must know to refuse it later: writes, seeds, questions, copies."""
+"""Checks of a recording: writes, seeds, questions and copies that it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCH_NORMS = {batch_norm.forward.__code__ for batch_norm in (nn.BatchNorm2d, n
 
 
 def _under_batch_norm() -> bool:
-    """Tell if a batch normalisation module is running, which counts the batches it has seen."""
+    """True if a batch normalisation module is running, which counts the batches it has seen."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _BATCH_NORMS:
@@ -41,11 +41,12 @@ class Refusals(Histories):
         self.randomness = randomness
         self.random = False
         self.torchs_own = False
-        """True if it draws from torch's own generator, and not from the user's alone."""
+        """True if the function draws from torch's own generator."""
         self.separate_views = False
         """True if calls that return several views are recorded as a call for each view."""
         self.raised = ""
-        """The first error of an operator: a function that returns all the same has caught it."""
+        """The first error of an operator: if the function still returns, it has caught the
+        error."""
         self.vmapped = False
         """True if `torch.func.vmap` is among the transforms around the call."""
         self.written_groups: set[int] = set()
@@ -56,7 +57,7 @@ class Refusals(Histories):
         """Torch's generator, while the function runs."""
         self.unwritten = Unwritten()
         self.serial = 0
-        """How many calls of torch's python interface have been seen."""
+        """Number of calls of torch's python interface so far."""
         self.copies = Copies()
 
     def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
@@ -107,7 +108,7 @@ class Refusals(Histories):
                 )
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
-        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
+        """Record that `copy` replaces the view `source[indices]`, whose place differs by sample."""
         of, own = self.known(source) or self._capture(source), self.known(copy)
         assert own is not None
         self.copies.add(of.group, own.group, indices)
@@ -119,7 +120,7 @@ class Refusals(Histories):
         indices: tuple[Any, ...],
         put: Callable[[], None],
     ) -> None:
-        """Run `put`, which is `source[indices] = value`.
+        """Run `put`, which performs `source[indices] = value`.
 
         `value` may be a copy that was taken there.
         """
@@ -160,7 +161,7 @@ class Refusals(Histories):
         named: Any,
         writes: Any,
     ) -> tuple[list[Var], set[int]]:
-        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        """The variables that a call reads and no recorded call wrote, and groups that it writes."""
         overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
         if not self.unwritten.groups:
             return [], overwritten
@@ -226,7 +227,7 @@ class Refusals(Histories):
         )
 
     def _refuse_no_value(self, answer: object) -> None:
-        """Refuse a question to a fake tensor, which holds no value."""
+        """Refuse to read a fake tensor, which holds no value."""
         if isinstance(answer, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise errors.DataDependentError(
                 f"{self.call}: python asks for a value that is not known while the call is traced "

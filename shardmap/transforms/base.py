@@ -1,4 +1,4 @@
-"""The parts that all transforms share: the call they return, and the arguments they read."""
+"""Parts that all transforms share: the call that they return, and the arguments they read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Transformed:
 
     Args:
         func: The user's function, for its name and docstring.
-        sample: What is mapped: the transform of one sample.
+        sample: The mapped function: the transform of one sample.
         in_dims: As for `shardmap.vmap`.
         options: As for `shardmap.vmap`.
     """
@@ -55,7 +55,7 @@ class Transformed:
 
         Raises:
             OptionError: The transform writes to a store.
-            ShardmapError: As `shardmap.plan`.
+            ShardmapError: As for `shardmap.plan`.
         """
         if self._options.get("out") is not None:
             raise errors.OptionError(
@@ -125,12 +125,12 @@ class Differentiated:
 
     Args:
         args: The sample's positional arguments.
-        argnums: Which of them.
+        argnums: The numbers of the differentiated ones.
         call: The user's call, for errors.
 
     Raises:
         TransformError: `argnums` is out of range or names an argument twice, or an argument holds
-            something else than real floating-point tensors.
+            anything else than real floating-point tensors.
     """
 
     def __init__(self, args: tuple[Any, ...], argnums: int | tuple[int, ...], call: str):
@@ -154,7 +154,7 @@ class Differentiated:
         self.structure = (
             self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
         )
-        """The structure of derivatives by argument: a tuple only where `argnums` is one."""
+        """The structure of derivatives by argument: a tuple only if `argnums` is one."""
         for n, value in zip(self.numbers, chosen, strict=True):
             for leaf in pytree.tree_leaves(value):
                 _check_real(leaf, f"{call}: argument {n}", f"leave argument {n} out of argnums")
@@ -192,11 +192,11 @@ class Results:
 
     Args:
         out: The function's result, or the pair of result and aux.
-        has_aux: Whether it is that pair.
+        has_aux: True if it is that pair.
         call: The user's call, for errors.
 
     Raises:
-        TransformError: It is no pair although `has_aux` says so, or the result holds something else
+        TransformError: It is no pair although `has_aux` is true, or the result holds anything else
             than real floating-point tensors.
     """
 

@@ -20,7 +20,7 @@ class Bounds:
     least: float | None = None
     most: float | None = None
     above: float | None = None
-    """Like `least`, but not allowed itself."""
+    """Like `least`, but itself excluded."""
 
     def admits(self, value: float) -> bool:
         """True if `value` lies in the range."""
