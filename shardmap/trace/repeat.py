@@ -25,8 +25,9 @@ DIFFERENT = object()
 """What `repeat` returns where the call is not the expected one; nothing has been run then."""
 
 _CAPACITY = 256
-_PATHS = 64
-"""How many programs of one code are expected: it may go different ways."""
+_PATHS = 256
+"""How many programs of one code are expected: it may go different ways, for samples of many
+shapes."""
 _last: collections.OrderedDict[Hashable, dict[int, tuple[Program, dict[str, str]]]] = (
     collections.OrderedDict()
 )
@@ -71,11 +72,19 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(func: Callable[..., Any]) -> tuple[Program, ...]:
-    """The recordings of this code that are remembered, the last one first."""
+def expected(
+    func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]
+) -> tuple[Program, ...]:
+    """The recordings of this code that are remembered, the last one first.
+
+    Args:
+        func: The user's function.
+        shapes: Those of the sample that is to be recorded: samples of other shapes do other calls.
+    """
     key = code_of(func)
     with _lock:
-        return tuple([program for program, _ in reversed(_last.get(key, {}).values())])
+        known = [program for program, _ in reversed(_last.get(key, {}).values())]
+    return tuple([p for p in known if [v.spec.shape for v in p.inputs] == shapes])
 
 
 def turn(programs: Sequence[Program], before: list[Equation], question: Equation) -> Program | None:
