@@ -22,6 +22,7 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
+from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import surroundings
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
@@ -146,9 +147,11 @@ def vmap(
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         if groups.among(args, kwargs):
+            shapes = ShapesOfCall(of_sample, memory, randomness, call)
             result = groups.run(
-                lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
+                lambda batch: run_map(of_sample, batch, options, shapes), args, kwargs, options
             )
+            shapes.finish()
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
             result = run_map(of_sample, batch, options, memory)
