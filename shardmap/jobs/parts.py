@@ -165,6 +165,7 @@ def map_options(run: BoundRun) -> MapOptions:
     return {
         "devices": devices,
         "randomness": config.randomness,
+        "batch_norm": config.batch_norm,
         "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,
