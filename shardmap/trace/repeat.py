@@ -71,9 +71,7 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(
-    func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]
-) -> tuple[Program, ...]:
+def expected(func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Program, ...]:
     """The kept programs of this code, the last one first.
 
     Args:
