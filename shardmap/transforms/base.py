@@ -46,7 +46,7 @@ class Transformed:
         return self._mapped(*args, **kwargs)
 
     @not_compiled
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: object, **kwargs: object) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 
         Args:
@@ -65,7 +65,9 @@ class Transformed:
         return api.plan(self._sample, self._in_dims, **self._without_runs())(*args, **kwargs)
 
     @not_compiled
-    def compare(self, *args: Any, samples: int | Sequence[int] = 8, **kwargs: Any) -> Comparison:
+    def compare(
+        self, *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
         """Compare the transform of some samples with the plain loop, as `shardmap.compare` does.
 
         Args:

@@ -140,7 +140,11 @@ class OfParameters:
 
     @not_compiled
     def compare(
-        self, parameters: Any, *batch: Any, samples: int | Sequence[int] = 8, **kwargs: Any
+        self,
+        parameters: object,
+        *batch: object,
+        samples: int | Sequence[int] = 8,
+        **kwargs: object,
     ) -> Comparison:
         """Compare some samples' gradients with the plain loop's, as `shardmap.compare` does."""
         over = self._over(len(batch))
