@@ -13,6 +13,7 @@ from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
+from shardmap.call.batch_norms import served
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map
@@ -22,6 +23,7 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
+from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import surroundings
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
@@ -50,6 +52,7 @@ def vmap(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -97,6 +100,10 @@ def vmap(
             own; the samples of further ways are run one by one, with a warning.
         ragged: What becomes of results whose shapes differ by sample: "error" refuses them, "list"
             returns a list of tensors in their place, "nested" a jagged nested tensor.
+        batch_norm: How `func` normalises with running statistics in training mode, which would
+            update what all samples share: "error" refuses it, "per_sample" takes each sample's own
+            statistics, as the loop does, and leaves the running ones alone, "frozen" takes the
+            running ones, as in evaluation.
         remat: Where gradients are recorded from outside, compute each chunk again in backward, so
             that memory stays that of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -132,9 +139,10 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged,
+        ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
     memory = Memory(of_sample, call) if trace == "once" else None
 
@@ -146,9 +154,11 @@ def vmap(
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         if groups.among(args, kwargs):
+            shapes = ShapesOfCall(of_sample, memory, randomness, call)
             result = groups.run(
-                lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
+                lambda batch: run_map(of_sample, batch, options, shapes), args, kwargs, options
             )
+            shapes.finish()
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
             result = run_map(of_sample, batch, options, memory)
@@ -175,6 +185,7 @@ def plan(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -203,6 +214,7 @@ def plan(
         strict: As for `vmap`.
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
+        batch_norm: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -228,9 +240,10 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged,
+        max_paths, ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
     cluster = on_ray.asked_for(devices)
 
@@ -304,6 +317,7 @@ def compare(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -330,6 +344,7 @@ def compare(
         strict: As for `vmap`.
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
+        batch_norm: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -351,9 +366,10 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged,
+        max_paths, ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
 
     @not_compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ from tests import browser
 def pytest_configure() -> None:
     """Test processes run side by side: with more than one thread each they would be slower."""
     torch.set_num_threads(1)
+    # A shell starts background jobs with Ctrl-C ignored, and their children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

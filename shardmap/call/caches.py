@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shardmap.call import first_use, paths, routes
+from shardmap.call import first_use, paths, routes, shapes
 from shardmap.lower import cache
 from shardmap.trace import repeat
 
@@ -24,6 +24,7 @@ def clear_caches() -> None:
     first_use.clear()
     paths.clear()
     routes.clear()
+    shapes.clear()
     cache.clear()
     repeat.clear()
 
@@ -32,6 +33,7 @@ def _after_fork() -> None:
     first_use.after_fork()
     paths.after_fork()
     routes.after_fork()
+    shapes.after_fork()
     cache.after_fork()
 
 

@@ -14,8 +14,9 @@ from shardmap import errors
 from shardmap.call import outputs as out_edges
 from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse, consumed
-from shardmap.call.memo import Prepared, reachable
+from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.reachable import reachable
 from shardmap.call.surroundings import surroundings
 from shardmap.lower import apart
 from shardmap.lower.cache import Lowered

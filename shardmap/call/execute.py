@@ -21,6 +21,7 @@ from shardmap.call.gram_passes import compared
 from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
+from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
@@ -35,8 +36,20 @@ from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
-def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
-    """Run one call of a mapped function, and return its results."""
+def run_map(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    memory: Memory | ShapesOfCall | None,
+) -> Any:
+    """Run one call of a mapped function, and return its results.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        options: The call's options.
+        memory: Recordings of earlier calls that may serve this one.
+    """
     around = surroundings()
     # Fake tensors alone are placed on the named devices, as real ones would be.
     if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):

@@ -207,11 +207,11 @@ class FirstUse:
         again = self._record(0)
         if self._difference((first, structure), again) is None:
             return Verdict(varies=found)
-        if self._difference(again, self._last) is None:
-            self._first = (
-                again  # the first run made something that later ones find: caches, lazy modules
-            )
-            return Verdict()
+        # Where it is alike now, the first run made what later ones find: caches, lazy modules.
+        forked = bool(again[0].asked) and forks(again[0], self._last[0])
+        if forked or self._difference(again, self._last) is None:
+            self._first = again
+            return Verdict(forks=forked)
         if again[1] == structure and rubbish_apart(first, again[0]):
             return Verdict()
         raise errors.EscapeError(

@@ -27,6 +27,9 @@ class MapOptions(TypedDict, total=False):
     trace: str
     check: str
     strict: bool
+    max_paths: int
+    ragged: str
+    batch_norm: str
     remat: bool
     reduce: Any
     out: Sink | None
@@ -58,6 +61,7 @@ class Options:
     check: str = "first"
     max_paths: int = 64
     ragged: str = "error"
+    batch_norm: str = "error"
 
     def refuse_wrong(self, func: Any) -> None:
         """Refuse values that an option cannot have.
@@ -75,6 +79,7 @@ class Options:
             ("trace", ("each", "once")),
             ("check", ("first", "always", "off")),
             ("ragged", ("error", "list", "nested")),
+            ("batch_norm", ("error", "frozen", "per_sample")),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:

@@ -55,16 +55,16 @@ class Parts:
         """
         return any(isinstance(column, Ragged) for column in self.columns)
 
-    def head(self, rows: int) -> Parts:
-        """These parts with the first samples only."""
+    def between(self, start: int, stop: int) -> Parts:
+        """These parts with the samples from `start` up to `stop` only."""
         columns: list[Tensor | Column | Ragged] = []
         for column in self.columns:
             if isinstance(column, Ragged):
-                columns.append(Ragged(column.samples[:rows]))
+                columns.append(Ragged(column.samples[start:stop]))
+            elif isinstance(column, Tensor):
+                columns.append(column[start:stop])
             else:
-                columns.append(
-                    column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows)
-                )
+                columns.append(column.rows_between(start, stop))
         return dataclasses.replace(self, columns=columns)
 
     @property
@@ -165,6 +165,7 @@ def map_options(run: BoundRun) -> MapOptions:
     return {
         "devices": devices,
         "randomness": config.randomness,
+        "batch_norm": config.batch_norm,
         "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,

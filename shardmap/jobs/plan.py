@@ -84,7 +84,7 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
             planned.samples,
         ),
     )
-    tasks.planned(parts.head(rows), config, options).run()
+    tasks.planned(parts.between(0, rows), config, options).run()
 
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import shardmap
+from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.jobs.config import RunConfig
@@ -53,6 +54,25 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
         if sink is None or not plan.samples:
             return plan
         return plan.into(sink, config.chunk_size)
+
+
+def compared(parts: Parts, config: RunConfig, options: MapOptions) -> Comparison:
+    """All samples of `parts` by the run's map, beside the plain loop over them.
+
+    Args:
+        parts: What the configuration names, with few samples.
+        config: Which task, and what goes with it.
+        options: As for `shardmap.compare`.
+
+    Raises:
+        OptionError: The function draws random numbers, so that the loop draws others.
+    """
+    samples = range(len(parts.columns[0]))
+    if config.task == "vmap":
+        return shardmap.compare(parts.detached, **options)(*parts.columns, samples=samples)  # pyright: ignore[reportCallIssue]  a comparison has no out=
+    call = _transform(parts, config, options)
+    with torch.no_grad():
+        return call.compare(*_given(parts, config), samples=samples)
 
 
 def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:

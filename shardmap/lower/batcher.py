@@ -26,6 +26,7 @@ from shardmap.lower.replayed import (
     check_shapes,
     copy,
     cut,
+    data_of,
     followed,
     fresh_leaf,
     no_view,
@@ -43,7 +44,7 @@ from shardmap.program.analysis import (
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
+from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted, refuse_traced
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -217,8 +218,7 @@ class _Batcher:
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
         # Operators that run below autograd consume intermediate results that it does not know yet
-        # (zero tensors of forward-mode AD
-        # do): only a detach ends a gradient.
+        # (zero tensors of forward-mode AD do): only a detach ends a gradient.
         return (
             self._cut(v, var.group)
             if var.index in self.needs and var.index in self.identities
@@ -238,11 +238,11 @@ class _Batcher:
             for out in eq.results():
                 v = self.env[source.index]
                 self.env[out.index] = v
-                if out.index in self.written_through and (
-                    self.options.grad or self.options.transformed
-                ):
+                history = self.options.grad or self.options.transformed
+                if out.index in self.written_through and history:
                     # A write gives the detached tensor, and its views, a history of their own.
-                    self.env[out.index] = self._cut(v, out.group)
+                    data = eq.op is DATA and not self.options.transformed
+                    self.env[out.index] = b.call(data_of, v) if data else self._cut(v, out.group)
                     continue
                 self.identities.add(out.index)
                 if source.index in self.needs:

@@ -31,6 +31,11 @@ def cut(t: torch.Tensor) -> torch.Tensor:
     return t.detach() if t.requires_grad else t
 
 
+def data_of(t: torch.Tensor) -> torch.Tensor:
+    """`t.data`: what is written to it is hidden from autograd."""
+    return t.data
+
+
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
     """A leaf with the value of `t`: outer gradients end here, as they do in the loop."""
     return (

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from shardmap._torch import aten
 from shardmap.program.ir import Equation, Program, Var, variables
 from shardmap.program.operators import draws, op_info
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
+from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
-IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
+IDENTITIES = {
+    aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default, DATA,
+}  # fmt: skip
 """Calls that return their argument's value; each use's flags hold what autograd should see."""
 
 

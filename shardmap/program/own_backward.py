@@ -36,6 +36,12 @@ def _values(
     return [t.detach() for t in outputs]
 
 
+_LIBRARY.define("data(Tensor(a) tensor) -> Tensor(a)")
+_LIBRARY.impl("data", torch.Tensor.detach, "CompositeExplicitAutograd")
+DATA: OpOverload = torch.ops.shardmap.data.default
+"""`tensor.data`: a write to it is hidden from autograd, which would else refuse to differentiate by
+what it has saved of the memory."""
+
 _LIBRARY.impl("own_backward", _values, "CompositeExplicitAutograd")
 OWN_BACKWARD: OpOverload = torch.ops.shardmap.own_backward.default
 

@@ -236,13 +236,15 @@ def _masked_put(
     trailing = target.ndim - lead - mask.ndim
     if source.ndim > trailing and source.shape[source.ndim - trailing - 1] != 1:
         # as many values as the mask has true elements
-        if lead or source.ndim != trailing + 1 or mask.dtype != torch.bool:
+        if source.ndim > lead + 1 + trailing:
             return NotImplemented
         target = target if in_place else b.call(aten.clone.default, b.batch(target))
         if not target.mapped:
             return NotImplemented
+        source = align_to(b, b.batch(source), lead + 1 + trailing)
+        mask = mask if mask.dtype == torch.bool else b.cast(mask, torch.bool)
         put = b.call(
-            put_rows, target, mask, b.batch(source), accumulate, call="index_put_",
+            put_rows, target, mask, source, accumulate, lead, call="index_put_",
             shape=target.shape, dtype=target.dtype,
         )  # fmt: skip
         return None if in_place else put

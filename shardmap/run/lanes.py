@@ -21,6 +21,7 @@ from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
+from shardmap.program.own_backward import DATA
 from shardmap.rules import huge_pages as pages
 from shardmap.run.affordable import direct
 from shardmap.run.base import Job
@@ -169,7 +170,9 @@ class Lane:
                         )
                 return replay(*arguments, list(inputs))
 
-            outs = checkpoint(compute, *inputs, use_reentrant=False)
+            # What is written behind autograd's back changes what was saved before: no early end.
+            hidden = any(eq.op is DATA for eq in job.recording.program.equations)
+            outs = checkpoint(compute, *inputs, use_reentrant=False, early_stop=not hidden)
         else:
             outs = replay(*arguments, inputs)
         return list(self.gather.combined(outs, chunk.size))

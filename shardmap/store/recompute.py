@@ -23,7 +23,7 @@ other kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 1
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class UnitComparison:
     """Comparison of one unit, computed again, with the stored one."""
 
     unit: int
@@ -132,7 +132,7 @@ class Recomputed(Store, known=False):
     def __init__(self, stored: Store, units: Sequence[int]):
         super().__init__(stored.url, stored.header)
         self.stored = stored
-        self.comparisons: list[Comparison] = []
+        self.comparisons: list[UnitComparison] = []
         self._left = sorted(units)
 
     def __reduce__(self) -> tuple:
@@ -189,7 +189,7 @@ class _Worst:
     agrees: bool = True
 
 
-def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> Comparison:
+def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> UnitComparison:
     start, stop = stored.header.rows(unit)
     worst = _Worst()
     for index, (new, spec) in enumerate(zip(tensors, stored.header.outputs, strict=True)):
@@ -201,7 +201,9 @@ def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> Compa
         worst.agrees &= difference <= allowed
         if not worst.output or not difference <= worst.difference:  # NaN is worse than any number
             worst.difference, worst.output = difference, spec.name
-    return Comparison(unit, start, stop, worst.exact, worst.agrees, worst.difference, worst.output)
+    return UnitComparison(
+        unit, start, stop, worst.exact, worst.agrees, worst.difference, worst.output
+    )
 
 
 def _difference(old: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from shardmap._torch import (
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import op_info
+from shardmap.program.own_backward import DATA
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.tensor_table import Variables, spec_of
@@ -101,6 +102,14 @@ class Equations(Variables):
             else:
                 self.expected = None
         self.equations.append(eq)
+
+    def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
+        """Note that `data` is `tensor.data`, which no operator call shows."""
+        source = self.known(tensor)
+        if source is not None and source.group not in self.captured_groups:
+            grad_mode = torch.is_grad_enabled()
+            var = self._define(data)
+            self._append(Equation(DATA, (source,), (), (var,), (NO_GRAD,), grad_mode))
 
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of a new tensor object with the memory and metadata of a recorded one.

@@ -50,6 +50,7 @@ _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_
 """Functions that make a tensor from python data, and the position of that data."""
 
 _SET_DATA: Any = set_data
+_GET_DATA = cast(Any, Tensor.data).__get__
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -128,7 +129,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *_READS, *_FROM_DATA, *_PRINTS, *_CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS, left_aligned,
-    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook,
+    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, _GET_DATA,
     torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -283,6 +284,10 @@ class Doors(TorchFunctionMode):
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
+        elif func == _GET_DATA and _is_plain(args[0]):
+            data = cast(torch.Tensor, func(*args))
+            self.recorder.took_data(args[0], data)
+            return data
         elif func in _PRINTS:
             return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
@@ -441,7 +446,6 @@ class Doors(TorchFunctionMode):
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that "
-                "is computed inside the function "
-                "leaves it through "
+                "is computed inside the function leaves it through "
                 f"{door}; what becomes of it cannot be recorded: {remedy}"
             )

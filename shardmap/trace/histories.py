@@ -115,6 +115,8 @@ class Histories(Equations):
         self.applied: dict[int, Applied] = {}
         """Applications by address of their node."""
         self.hooks: list[Hook] = []
+        self.first_handle = RemovableHandle.next_id
+        """Number of the first handle of a hook that the function may have registered."""
         self.edges: dict[tuple[type, int, int], Var | None] = {}
         """The variable for a node's kind and number, and the index of its result; None if several
         have been seen."""

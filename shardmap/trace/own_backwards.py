@@ -21,6 +21,7 @@ from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backwar
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
+from shardmap.trace.node_hooks import refuse_node_hooks
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
@@ -65,6 +66,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
     found = nodes_before(inside, recorder)
+    refuse_node_hooks(recorder, found)
     functions = list(filter(is_function, found))
     if not functions and not recorder.applied and not recorder.hooks:
         return True
@@ -191,7 +193,6 @@ class _Recorded:
     def equation(self) -> Equation:
         """Make the equation of the application."""
         recorder, node = self.recorder, self.node
-        self._refuse_hooks()
         pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
         inputs = _inputs(recorder, self.applied)
         given, materialised = self._missing()
@@ -223,15 +224,6 @@ class _Recorded:
         out_flags = tuple([NO_GRAD if once else f for f in flags])
         found = Calls(equations, names, outs, out_flags)
         return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)
-
-    def _refuse_hooks(self) -> None:
-        if type(self.node).__name__ == "BackwardHookFunctionBackward":
-            raise errors.AutogradFunctionError(
-                f"{self.recorder.call}: a module with a full backward hook lies between the inputs "
-                "and an output that requires grad, and outer gradients would not call the hook; "
-                "take the gradient inside the mapped function (torch.autograd.grad), or remove "
-                "the hook"
-            )
 
     def _once(self, grads: list[torch.Tensor]) -> str:
         """Reason why gradients must not be differentiated again; empty if they may."""

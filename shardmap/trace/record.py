@@ -224,8 +224,8 @@ def _recorded(
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.vmapped = vmapped
                 recorder.separate_views = separate_views
-                recorder.expect(follow.expected(func))
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
+                recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of
@@ -20,17 +21,20 @@ from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
-_BATCH_NORMS = {batch_norm.forward.__code__ for batch_norm in (nn.BatchNorm2d, nn.SyncBatchNorm)}
 
-
-def _under_batch_norm() -> bool:
-    """True if a batch normalisation module is running, which counts the batches it has seen."""
-    frame = sys._getframe(1)
+def _running_norm() -> str | None:
+    """Name of the running module with running statistics, as in the outermost module; or None."""
+    frame, norm, name = sys._getframe(1), None, ""
     while frame is not None:
-        if frame.f_code in _BATCH_NORMS:
-            return True
+        module = frame.f_locals.get("self") if frame.f_code.co_argcount else None
+        if norm is None and isinstance(module, _NormBase):
+            norm = module
+        elif norm is not None and isinstance(module, nn.Module) and module is not norm:
+            name = next((n for n, m in module.named_modules() if m is norm), name)
         frame = frame.f_back
-    return False
+    if norm is None:
+        return None
+    return f"{type(norm).__name__}({norm.num_features}){f' {name!r}' if name else ''}"
 
 
 class Refusals(Histories):
@@ -71,13 +75,14 @@ class Refusals(Histories):
                 )
             return
         name = schema_of(op).name.partition("::")[2]
-        if "norm" in name or _under_batch_norm():
-            name = name if "norm" in name else "batch_norm"
+        norm = _running_norm()
+        if "norm" in name or norm is not None:
             raise errors.CapturedWriteError(
-                f"{self.call}: {name} in training mode would update running statistics of shape "
-                f"{tuple(tensor.shape)} that all "
-                "samples share; "
-                "call .eval() on the model, or use track_running_stats=False, or GroupNorm "
+                f"{self.call}: {norm or name} in training mode would update running statistics of "
+                f"shape {tuple(tensor.shape)} that all samples share; pass batch_norm='per_sample' "
+                "(each sample's own statistics; the running ones are left alone) or 'frozen' (the "
+                "running ones, as in evaluation), call .eval() on the model, or use "
+                "track_running_stats=False, or GroupNorm "
                 "(torch.func.replace_all_batch_norm_modules_)"
             )
         raise errors.CapturedWriteError(

@@ -25,8 +25,8 @@ DIFFERENT = object()
 """Result of `repeat` for a call that is not the expected one and has not been run."""
 
 _CAPACITY = 256
-_PATHS = 64
-"""Most programs of one code that are kept: it may take different paths."""
+_PATHS = 256
+"""Most programs of one code that are kept: it may take different paths, for many shapes."""
 _last: collections.OrderedDict[Hashable, dict[int, tuple[Program, dict[str, str]]]] = (
     collections.OrderedDict()
 )
@@ -71,11 +71,17 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(func: Callable[..., Any]) -> tuple[Program, ...]:
-    """The kept programs of this code, the last one first."""
+def expected(func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Program, ...]:
+    """The kept programs of this code, the last one first.
+
+    Args:
+        func: The user's function.
+        shapes: Shapes of the sample to be recorded: samples of other shapes make other calls.
+    """
     key = code_of(func)
     with _lock:
-        return tuple([program for program, _ in reversed(_last.get(key, {}).values())])
+        known = [program for program, _ in reversed(_last.get(key, {}).values())]
+    return tuple([p for p in known if [v.spec.shape for v in p.inputs] == shapes])
 
 
 def turn(programs: Sequence[Program], before: list[Equation], question: Equation) -> Program | None:

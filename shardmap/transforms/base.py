@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from shardmap import api, errors
 from shardmap._torch import not_compiled, pytree
+from shardmap.call.comparison import Comparison
 from shardmap.call.planned import Plan
 
 _OF_RUNS = ("out", "resume")
@@ -17,7 +18,7 @@ _OF_RUNS = ("out", "resume")
 
 
 class Transformed:
-    """A transformed function of the batch: call it, or `plan` the call.
+    """A transformed function of the batch: call it, `plan` the call, or `compare` it with the loop.
 
     Args:
         func: The user's function, for its name and docstring.
@@ -45,7 +46,7 @@ class Transformed:
         return self._mapped(*args, **kwargs)
 
     @not_compiled
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: object, **kwargs: object) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 
         Args:
@@ -61,8 +62,29 @@ class Transformed:
                 f"{self!r}.plan: out={self._options['out']!r}: a plan runs into memory; leave out= "
                 "away"
             )
-        options = {name: value for name, value in self._options.items() if name not in _OF_RUNS}
-        return api.plan(self._sample, self._in_dims, **options)(*args, **kwargs)
+        return api.plan(self._sample, self._in_dims, **self._without_runs())(*args, **kwargs)
+
+    @not_compiled
+    def compare(
+        self, *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
+        """Compare the transform of some samples with the plain loop, as `shardmap.compare` does.
+
+        Args:
+            *args: The batch.
+            samples: How many random samples to compare, or their numbers.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            OptionError: The function draws random numbers, or there is nothing to compare.
+            ShardmapError: As `shardmap.compare`.
+        """
+        options = {k: v for k, v in self._without_runs().items() if k != "progress"}
+        compared = api.compare(self._sample, self._in_dims, **options)
+        return compared(*args, samples=samples, **kwargs)
+
+    def _without_runs(self) -> dict[str, Any]:
+        return {name: value for name, value in self._options.items() if name not in _OF_RUNS}
 
     def __repr__(self) -> str:
         return f"shardmap.{name_of(self._sample)}"

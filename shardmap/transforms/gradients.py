@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardmap._torch import not_compiled, pytree
+from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
@@ -136,6 +137,18 @@ class OfParameters:
     def plan(self, parameters: Any, *batch: Any, **kwargs: Any) -> Plan:
         """Plan the call without running it, as `shardmap.plan` does."""
         return self._over(len(batch)).plan(parameters, *batch, **kwargs)
+
+    @not_compiled
+    def compare(
+        self,
+        parameters: object,
+        *batch: object,
+        samples: int | Sequence[int] = 8,
+        **kwargs: object,
+    ) -> Comparison:
+        """Compare some samples' gradients with the plain loop's, as `shardmap.compare` does."""
+        over = self._over(len(batch))
+        return over.compare(parameters, *batch, samples=samples, **kwargs)
 
     def _over(self, arguments: int) -> Transformed:
         made = self._by_arguments.get(arguments)

@@ -334,7 +334,7 @@ class Jacobians(Transformed):
                     raise
 
     @not_compiled
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: object, **kwargs: object) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 
         Args:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shardmap
-from shardmap.call.memo import reachable, same
+from shardmap.call.reachable import reachable, same
 from tests import oracle
 
 Function = Callable[[torch.Tensor], torch.Tensor]

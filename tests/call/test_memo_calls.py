@@ -14,7 +14,7 @@ from torch import nn
 
 import shardmap
 from shardmap import errors
-from shardmap.call.memo import Unknown, reachable
+from shardmap.call.reachable import Unknown, reachable
 from tests import oracle
 
 x = torch.arange(6.0).view(3, 2) + 1

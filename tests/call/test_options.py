@@ -48,6 +48,10 @@ AT_ONCE: list[tuple[str, Any, str]] = [
         for value in ("random", None, True, 0, ["same"])
     ],
     *[("trace", value, "'each' or 'once'") for value in ("twice", None, True, 1, ["once"])],
+    *[
+        ("batch_norm", value, "'error', 'frozen' or 'per_sample'")
+        for value in ("eval", None, True, "Frozen", ["error"])
+    ],
     *[("strict", value, "True or False") for value in (None, 1, "yes")],
     *[("remat", value, "True or False") for value in (None, 0, "no")],
     *[("progress", value, "'always'") for value in (None, 1, "sometimes", "never", ["always"])],

@@ -120,6 +120,9 @@ class RunConfig:
     free memory."""
     randomness: Literal["error", "same", "different"] = "error"
     """The treatment of random calls inside the function, as in `torch.func.vmap`."""
+    batch_norm: Literal["error", "frozen", "per_sample"] = "error"
+    """The statistics that batch norm in training mode takes inside the function: it is refused, or
+    takes the running ones, or each sample's own."""
     check: Literal["first", "always", "off"] = "first"
     """The time at which results are compared with the function's own: at the first use of its
     program, at every call, or never."""
@@ -178,7 +181,7 @@ class RunConfig:
 
 IDENTITY_KEYS = (
     "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method",
-    "argnums", "columns", "randomness", "reduce", "seed",
+    "argnums", "columns", "randomness", "batch_norm", "reduce", "seed",
 )  # fmt: skip
 """The keys that decide what is computed."""
 SECTIONS = tuple(
