@@ -40,7 +40,7 @@ class Verdict:
     varies: str = ""
     """Description of a value that differs by sample though no operator shows it, or empty."""
     forks: bool = False
-    """True if samples go different ways: they answer questions about their values differently."""
+    """True if samples take different paths: they answer questions about values differently."""
     alone: str = ""
     """Reason why the function was run on one sample only; empty if it was not."""
 

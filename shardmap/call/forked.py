@@ -156,7 +156,7 @@ class Forked:
         """The results if their shapes differ by sample: a list of tensors for each output.
 
         Raises:
-            OptionError: They are to be reduced, or stored.
+            OptionError: `reduce=` or `out=` is given.
         """
         options = self.options
         if options.reduce is not None or options.out is not None or options.out_dims != 0:

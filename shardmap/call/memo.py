@@ -70,7 +70,7 @@ class Memory:
     """The recordings of one mapped function, by signature."""
 
     most = 64
-    """Signatures that are remembered."""
+    """Largest number of signatures that are kept."""
 
     def __init__(self, func: Callable[..., Any], call: str):
         self.call = call
@@ -146,7 +146,7 @@ class Memory:
         )
 
     def held(self, reads: list[Any]) -> list[Any]:
-        """What is kept of a listing."""
+        """The part of a listing that is kept: all of it."""
         return reads
 
     def reads(self, batch: Batch) -> list[Any]:

@@ -57,11 +57,11 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
 
 
 def compared(parts: Parts, config: RunConfig, options: MapOptions) -> Comparison:
-    """All samples of `parts` by the run's map, beside the plain loop over them.
+    """Compare the run's map with the plain loop over all samples of `parts`.
 
     Args:
-        parts: What the configuration names, with few samples.
-        config: Which task, and what goes with it.
+        parts: The run's samples, model and function, with few samples.
+        config: The configuration, for the task and its keys.
         options: As for `shardmap.compare`.
 
     Raises:

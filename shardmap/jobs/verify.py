@@ -19,7 +19,7 @@ from shardmap.store import Recompute, Recomputed, UnitComparison
 from shardmap.store.recompute import choose
 
 LOOPED = 8
-"""Rows that the plain loop computes too."""
+"""Number of rows that the plain loop computes too.""" 
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Verified:
 
     @property
     def right(self) -> bool:
-        """True if nothing was found."""
+        """True if no fault was found."""
         return not self.wrong and (self.beside_loop is None or self.beside_loop.agrees)
 
     @property

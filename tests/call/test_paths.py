@@ -1,4 +1,4 @@
-"""Samples that go different ways: every sample against the loop, on each way that a map runs."""
+"""Samples that take different paths: each against the loop, on each way that a map runs."""
 
 from __future__ import annotations
 
