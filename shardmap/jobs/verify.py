@@ -19,7 +19,7 @@ from shardmap.store import Recompute, Recomputed, UnitComparison
 from shardmap.store.recompute import choose
 
 LOOPED = 8
-"""Number of rows that the plain loop computes too.""" 
+"""Number of rows that the plain loop computes too."""
 
 
 @dataclass(frozen=True)
