@@ -26,7 +26,7 @@ def fork_safe_lock() -> Any:
 
 def _free_locks() -> None:
     for lock in _locks:
-        if not lock._is_owned():  # the thread that forked goes on, and releases what it holds
+        if not lock._is_owned():  # the forking thread continues, and releases its own locks
             lock._at_fork_reinit()  # what threading itself does with its locks
 
 

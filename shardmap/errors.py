@@ -146,7 +146,7 @@ class StoreDamagedError(StoreError):
 
 
 class SourceError(ShardmapError, ValueError):
-    """Samples cannot be read from what was given.
+    """Samples cannot be read from the given object or path.
 
     Unknown kind, missing path, columns of unequal length.
     """

@@ -46,7 +46,7 @@ class OutputDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Some samples of a map beside the plain loop. `print` it.
+    """Comparison of some samples of a map with the plain loop. `print` it.
 
     Attributes:
         call: The user's call.

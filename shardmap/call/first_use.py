@@ -69,7 +69,7 @@ class FirstUse:
     Args:
         func: The user's function.
         batch: The call's arguments.
-        pair: The recording of the first sample, and the structure of what was returned; None if
+        pair: The recording of the first sample, and the structure of its result; None if
             the recording is one of an earlier call.
         options: The call's options.
         once: True if the recording is kept for later calls.

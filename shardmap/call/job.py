@@ -62,7 +62,7 @@ def job_of(
     inputs = batch.tensors()
     if (
         not recording.written_inputs
-    ):  # the sample is resolved: what was recorded may view it as real numbers
+    ):  # the sample was resolved: recorded calls may view it as real numbers
         inputs = [t.resolve_conj().resolve_neg() for t in inputs]
     home = inputs[0].device
     writes_with_grad = bool(recording.written_inputs) and any(

@@ -67,7 +67,7 @@ class Options:
         """Refuse values that an option cannot have.
 
         Raises:
-            OptionError: The message carries the call, the option, its value and what it may be.
+            OptionError: The message has the call, the option, its value and the allowed ones.
         """
         if not callable(func):
             raise errors.OptionError(

@@ -3,7 +3,7 @@
 They are mapped over as a list of tensors, without padding.
 
 Samples of one shape are stacked and mapped together, group by group, so that each sample is
-computed as by itself: no padding takes part in its numbers, and none is paid for. Results go back
+computed without the others: no padding enters its numbers, and none costs time. Results go back
 in the order of the samples: stacked where their shapes are equal, as a `Ragged` where they are not.
 """
 

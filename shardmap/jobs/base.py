@@ -23,7 +23,7 @@ class Dataset:
     A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a
     `shardmap.Ragged`, whose samples have different shapes.
 
-    The run's `columns` say which of them the mapped function receives; the others are there for the
+    The run's `columns` say which of them the mapped function receives; the others are for the
     report.
     """
 

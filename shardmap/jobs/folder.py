@@ -305,7 +305,7 @@ class _JsonLines(logging.Handler):
 
 
 def environment() -> dict[str, Any]:
-    """Describe what a run ran on: versions, processor, memory, accelerators."""
+    """Describe the environment of a run: versions, processor, memory, accelerators."""
     versions = {}
     for package in (
         "shardmap",

@@ -19,7 +19,7 @@ EVERY_SECONDS = 0.01
 
 
 class Peaks:
-    """A context that measures the peak memory of each device above what was in use before.
+    """A context that measures the peak memory of each device above the use before.
 
     The process's own record is exact if the map has set it. If earlier code has
     used more, training for example, the peak is the largest use found every hundredth of a

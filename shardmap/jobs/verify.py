@@ -178,7 +178,7 @@ def _recomputed(
         stop = min(stop, start + LOOPED)
         try:
             beside = compared(parts.between(start, stop), config, options)
-        except OptionError as error:  # it draws, or runs once only: the sentence says which
+        except OptionError as error:  # it draws, or runs only once: the error says which
             say(f"not compared with the plain loop: {error}")
             return found
         say(f"rows {start} to {stop - 1}: {beside}")

@@ -203,7 +203,7 @@ class _Batcher:
             return v
         if (
             self.options.transformed
-        ):  # tangents of forward mode stop at detach only, whatever the grad mode
+        ):  # tangents of forward mode stop only at detach, in any grad mode
             if var.index not in self.identities:
                 return v
             # Only tensors that are written must stay views of their memory; a read has no tangent,

@@ -37,7 +37,8 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
         call: The user's call, for errors.
 
     Raises:
-        DeviceError: A name is malformed or its device is absent; the message lists what is there.
+        DeviceError: A name is malformed or its device is absent; the message lists the existing
+            ones.
     """
     if isinstance(devices, str | torch.device):
         names = _expand(str(devices), home, devices, call)

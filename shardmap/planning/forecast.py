@@ -181,7 +181,7 @@ def forecast(workload: Workload, workers: int) -> Forecast:
 
     Args:
         workload: The map.
-        workers: Number of workers, each as fast as `workload.sample_seconds` says.
+        workers: Number of workers, each with the speed of `workload.sample_seconds`.
     """
     samples, gathers = workload.samples, workload.unit_rows is None
     row = workload.sample_bytes + (workload.result_bytes if gathers and not workload.reduced else 0)

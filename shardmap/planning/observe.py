@@ -44,10 +44,10 @@ class Observation:
     """Cost of running a chunk of a program."""
 
     levels: tuple[Level, ...]
-    """Live bytes at their peaks, counting only what the chunk makes: no inputs, no captured
+    """Live bytes at their peaks, of tensors that the chunk makes: no inputs, no captured
     tensors, no slices of the result."""
     kept: Level
-    """Live bytes when the chunk is done, outputs included; under outer autograd also what it saved
+    """Live bytes when the chunk is done, outputs included; under outer autograd also those saved
     for backward."""
     costs: tuple[OpCost, ...]
     """Cost of each recorded operator, in the order of first use."""
@@ -158,7 +158,7 @@ def observe(
         low: The lowered program.
         run: `run(size, mark)` computes a chunk of that many samples and returns its outputs.
         sizes: One or two numbers of samples.
-        known: For a size, the tensors that are there before: inputs, captured, slices of the
+        known: For a size, the tensors that exist before: inputs, captured, slices of the
             result.
     """
     watched = []

@@ -1,4 +1,4 @@
-"""Cut a batch among devices, and choose how many samples each computes at a time."""
+"""Cut a batch among devices, and choose the chunk size of each."""
 
 from __future__ import annotations
 
@@ -244,8 +244,8 @@ def split(
         sites: One per entry of `devices`.
         chunk_size: "auto", an int, None for all of a device's share, or a mapping from device names
             to any of these.
-        uniform: Whether all devices take chunks of one size, so that how partial results are
-            combined does not depend on who computes them.
+        uniform: True if all devices take chunks of one size, so that the combination of partial
+            results does not depend on which device computes them.
         collected: The results, if they are collected on a device that computes nothing.
         sharing: Processes that compute on this machine side by side, and so share its CPU's cache.
     """

@@ -124,8 +124,8 @@ def operators(split: Split, low: Lowered, seen: Observation | None, everything: 
     Args:
         split: Who computes how much.
         low: The program, lowered for the first lane's device.
-        seen: What a chunk costs there; None for an empty batch.
-        everything: Whether to list every operator; otherwise the most costly and those that only a
+        seen: Cost of a chunk there; None for an empty batch.
+        everything: True to list every operator; otherwise the most costly and those that only a
             loop serves, the others as one row.
     """
     once = _hoisted(low)

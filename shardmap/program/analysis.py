@@ -1,4 +1,4 @@
-"""Facts about a program: what differs by sample, what is written, what leads to an output."""
+"""Facts about a program: values that differ by sample, written tensors, calls that are needed."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def random_call(eq: Equation) -> bool:
 def written(eq: Equation) -> list[Var]:
     """The tensors that a recorded call writes in place."""
     info = op_info(eq.op)
-    if (
-        info.hidden_writes is not None
-    ):  # what it writes depends on whether it trains, whatever its schema says
+    if info.hidden_writes is not None:  # it writes only in training, which its schema does not tell
         first, second, training = info.hidden_writes
         trains = training < len(eq.args) and eq.args[training]
         return list(variables((eq.args[first], eq.args[second]))) if trains else []
@@ -99,7 +97,7 @@ def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
     The others run without it.
     """
     required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
-    # The caller's tensor learns of what is written into it.
+    # A write gives the caller's tensor a history.
     groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
     carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
     return _leading(program, write_groups, {v.index for v in required}, groups, carries)

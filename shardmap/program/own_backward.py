@@ -1,7 +1,7 @@
 """The operator that gives results a user-defined backward, and the program of that backward.
 
 A `torch.autograd.Function` computes its forward in recorded calls like any others, under
-`no_grad`. One more equation then says that gradients from outside reach its inputs by its own
+`no_grad`. One more equation then tells that outer gradients reach its inputs by its own
 backward: `own_backward(inputs, outputs, kept, numbers, text)` returns the outputs with that
 history. The text is a `Backward`. A tensor hook is the same with one input that is the output.
 """

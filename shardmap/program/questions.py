@@ -30,7 +30,7 @@ _COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question, and how its answers are read from what a stage computes."""
+    """One question, and functions that read its answers from the outputs of a stage."""
 
     number: int
     """Index among the questions of the program."""
@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list[Stage]:
-    """The programs that compute what a program asks about.
+    """The programs that compute the operands of a program's questions.
 
     A result whose shape depends on values can be computed for samples of one shape only, and so a
     stage ends with each question about a shape.
@@ -62,7 +62,7 @@ def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list
     Args:
         program: What one sample does.
         asked: The equations that ask about values which differ by sample.
-        singly: Whether each question is a stage of its own: then nothing is computed for a sample
+        singly: True if each question is a stage of its own: then nothing is computed for a sample
             that has already given another answer.
     """
     found: list[Stage] = []

@@ -3,7 +3,7 @@
 They are norms of its gradient, clipped sums, Gram matrices and projections.
 
 They are written as functions of one sample, recorded with the mapped function, so that the rules
-(and `shardmap.factors`) see all of it; what is left for the batch is a sum, a mean, or nothing.
+(and `shardmap.factors`) see all of it; over the batch there is only a sum, a mean, or nothing.
 """
 
 from __future__ import annotations

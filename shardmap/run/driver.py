@@ -125,7 +125,7 @@ class Driver:
             result = self._finish()
         except BaseException as error:
             # A task that runs cannot be interrupted, and would delay the next call: the worker
-            # goes. After Ctrl-C all go.
+            # is ended. After Ctrl-C all are ended.
             interrupted = not isinstance(error, Exception)
             busy = {id(flight.worker) for flight in self.flying.values()}
             for worker in self.workers:

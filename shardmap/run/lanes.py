@@ -170,7 +170,7 @@ class Lane:
                         )
                 return replay(*arguments, list(inputs))
 
-            # What is written behind autograd's back changes what was saved before: no early end.
+            # Writes that autograd does not see change saved values: no early end.
             hidden = any(eq.op is DATA for eq in job.recording.program.equations)
             outs = checkpoint(compute, *inputs, use_reentrant=False, early_stop=not hidden)
         else:

@@ -76,7 +76,7 @@ def run(
             executor.run()
             result = executor.gather.finish()
     except BaseException as error:
-        executor.abandon()  # the traceback keeps the frames, and with them whatever they hold
+        executor.abandon()  # the traceback keeps the frames and their tensors alive
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -162,7 +162,7 @@ class _Run:
     def run(self) -> None:
         if (
             self.job.recording.written_inputs
-        ):  # checks look at the first samples: before anything is written to them
+        ):  # checks use the first samples: before the function writes to them
             for lane in self.lanes:
                 for several in {False, self.job.samples > 1}:
                     self.on.on(lane.plan.device, several, lane.direct)
@@ -210,7 +210,7 @@ class _Run:
         size = min(lane.limit, left)
         if (
             len(self.lanes) > 1 and not self.reduced
-        ):  # a share of what is left, so that lanes finish together
+        ):  # a share of the rest, so that lanes finish together
             size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
         chunk = Chunk(self.next, self.next + size)
         self.next += size

@@ -85,7 +85,7 @@ class Lowerings:
             inputs: Makes a given number of samples, `[size, *shape]` each, on the device.
             captured: The captured tensors on the device.
             literals: The literals on the device.
-            seed: For random draws, as `Seeds` says.
+            seed: Seeds for random draws.
             fixes: Fixes that are known to be needed.
             sibling: A lowering for chunks of several samples that was tried before. Its results
                 are expected of this one if the function itself was not run for this call.

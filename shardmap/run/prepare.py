@@ -114,7 +114,7 @@ def _lowered(
     # Free memory is read here only: reading it takes as long as a small map.
     if several and not trial_affordable(job, device, 2, budget(device)):
         return _lowered(job, device, False, slices, captured, literals, budget)
-    # Another lowering has found what is needed to give the right values.
+    # Another lowering has found the fixes that give the right values.
     sibling = tried(job, device, not several)
     other = known(job, device, several, not slices) or sibling
     size = _trial_size(job, several)

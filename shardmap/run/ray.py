@@ -49,7 +49,7 @@ def worker_count(options: Ray, call: str) -> int:
     Raises:
         MissingExtraError: Ray is not installed.
         ClusterError: The cluster cannot be reached.
-        OptionError: No machine of it has what a worker needs.
+        OptionError: No machine of it has the resources of a worker.
     """
     if options.workers is not None:
         return options.workers

@@ -88,9 +88,7 @@ def memory_model(
         for o in job.outputs
         if o.reduction is not None and o.reduction.name == "fold"
     )
-    extra += Level(
-        folds, folds
-    )  # pairs combined and put beside each other, while the chunk's results are there
+    extra += Level(folds, folds)  # combined and concatenated pairs, while the chunk's results exist
     if direct(job, device):
         extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
     elif accelerated:
@@ -108,7 +106,7 @@ def memory_model(
         resident += sum(_bytes(t) for t in ready.captured if t.requires_grad)
         resident += 2 * sum(_bytes(t) for t in job.inputs if t.requires_grad)
     if job.remat:
-        resident += stacked * job.samples  # the chunks, and what they are concatenated to
+        resident += stacked * job.samples  # the chunks, and their concatenation
     elif job.grad:
         kept = seen.kept
         resident += kept.at(share)
@@ -170,7 +168,7 @@ def sites(
         lanes, room = names.count(name), budget(device)
         least = least_memory(job, device, lanes, known.scale)
         if hopeless(job, device, least, room):
-            # trying it, or watching a chunk, would break the budget by itself
+            # a trial, or a measured chunk, would exceed the budget by itself
             found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
             continue
         ready = on.on(name, several)

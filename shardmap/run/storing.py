@@ -123,7 +123,7 @@ def unit_of(
     if stored is not None:
         with contextlib.suppress(
             StoreError
-        ):  # there is none yet, or `create` says what is wrong with it
+        ):  # there is none yet, or `create` will report its fault
             return open_store(stored.where).header.unit
     if isinstance(chunk_size, int):
         return chunk_size

@@ -102,7 +102,7 @@ def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """
     native = numpy_dtype(dtype)
     if torch_dtype(a.dtype) is dtype and a.dtype.newbyteorder("=") != native:
-        a = np.ascontiguousarray(a).view(native)  # an extension type: the bits are what it holds
+        a = np.ascontiguousarray(a).view(native)  # an extension type holds the same bits
     a = np.asarray(a, dtype=native)
     # Torch has no negative strides, and crashes on complex128 that numpy aligned to 8 bytes.
     if (

@@ -150,7 +150,7 @@ def open_zarr(url: str) -> Any:
     """The zarr array or group at a URL or path.
 
     Raises:
-        SourceError: No zarr array or group is there.
+        SourceError: There is no zarr array or group.
     """
     zarr = _zarr()
     try:

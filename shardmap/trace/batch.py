@@ -75,7 +75,7 @@ pytree.register_pytree_node(
 def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
     """The tensors that the function returned, and their structure.
 
-    A python number becomes a tensor, as `torch.as_tensor` makes it. A None beside tensors belongs
+    A python number becomes a tensor, as `torch.as_tensor` makes it. A None among tensors belongs
     to the structure, and is no leaf of it.
 
     Raises:

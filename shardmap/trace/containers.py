@@ -224,7 +224,7 @@ def open_batch(value: Container, dim: int) -> tuple[Opened, list[int | None], bo
         which each is mapped, None for one that is not; and True if tensors are copies.
 
     Raises:
-        ValueError: The samples do not fit in one batch; it says why.
+        ValueError: The samples do not fit in one batch; the message has the reason.
     """
     dense, stack = lazy_stacks.gathered(value, dim)
     with _level(value.size(dim)) as level:

@@ -104,7 +104,7 @@ class Equations(Variables):
         self.equations.append(eq)
 
     def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
-        """Note that `data` is `tensor.data`, which no operator call shows."""
+        """Record that `data` is `tensor.data`, which no operator call shows."""
         source = self.known(tensor)
         if source is not None and source.group not in self.captured_groups:
             grad_mode = torch.is_grad_enabled()

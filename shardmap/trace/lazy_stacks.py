@@ -55,7 +55,7 @@ def gathered(value: Any, dim: int) -> tuple[Container, bool]:
         The container, `value` itself if it has no list of samples, and True if `value` is one.
 
     Raises:
-        ValueError: The samples do not fit in one batch; it says why.
+        ValueError: The samples do not fit in one batch; the message has the reason.
     """
     tensordict = sys.modules.get("tensordict")
     if tensordict is None or not isinstance(value, tensordict.TensorDictBase):

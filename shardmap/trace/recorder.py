@@ -141,7 +141,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         hidden = info.hidden_writes
         evaluating = (
             hidden is not None and len(args) > hidden[2] and not args[hidden[2]]
-        )  # the schema says writes, the kernel only reads
+        )  # by its schema it writes, but its kernel only reads
         for i in info.writes if not evaluating else ():
             if i < len(args):
                 self._check_writes(func, args[i])
@@ -409,7 +409,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
         if self.lazy:
-            with self:  # the loop stacks what it returns: its zeros have memory
+            with self:  # the loop stacks the results: its zeros have memory
                 outputs = [o.clone() if is_zero_tensor(o) else o for o in outputs]
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])

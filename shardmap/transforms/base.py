@@ -72,7 +72,7 @@ class Transformed:
 
         Args:
             *args: The batch.
-            samples: How many random samples to compare, or their numbers.
+            samples: Number of random samples to compare, or their numbers.
             **kwargs: Its keyword arguments.
 
         Raises:

@@ -49,7 +49,7 @@ def per_sample_grad(
     Args:
         model_or_fn: A module, written for one sample unless `batch_of_one`, or a function of
             parameters (a pytree of tensors) and of one sample.
-        loss: Takes the output for one sample and what the batch holds besides; returns one number.
+        loss: Takes the output for one sample and its other arguments; returns one number.
         params: The parameters of a module: a name, a pattern such as "*.weight" or "encoder.*",
             or several; by default all that require grad.
         flat: Return all gradients of a sample as one row, in the order of the parameters.

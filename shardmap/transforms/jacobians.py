@@ -44,7 +44,7 @@ def jacrev(
     Reverse mode takes a backward pass for each element of the output.
 
     `jacrev(func)(x)` is `torch.stack([torch.func.jacrev(func)(row) for row in x])`. Good where
-    outputs are fewer than inputs. `func` may use whatever autograd can differentiate backward.
+    outputs are fewer than inputs. `func` may use all that autograd can differentiate backward.
     If outer autograd is recording and tensors that `func` captures require grad, so do the
     Jacobians: call it under `torch.no_grad()` to have values only.
 

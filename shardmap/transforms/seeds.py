@@ -58,7 +58,7 @@ class Seeding:
     """The largest number taken at a time in the recordings that were made with this `most`."""
 
     def at_once(self, each: int, count: int, device: torch.device) -> int:
-        """Choose how many of `count` unit vectors to take at a time, by the bytes of each."""
+        """Choose the number of unit vectors at a time, of `count`, by the bytes of each."""
         if isinstance(self.asked, int):
             size = self.asked
         elif self.asked is None:
