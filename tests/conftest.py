@@ -24,7 +24,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what opens a browser where there is none.
 
-    Not in CI, and not when it is asked for: there it fails and says what to do.
+    Not in CI, and not on request: there it fails with instructions.
     """
     if browser.find() or os.environ.get("CI") == "true" or "browser" in config.option.markexpr:
         return

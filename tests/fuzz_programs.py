@@ -82,7 +82,7 @@ class Input:
     requires_grad: bool
 
     def make(self, size: int, seed: int, perturbed: bool) -> torch.Tensor:
-        """The values, and where asked for the same with rounding errors of a few units."""
+        """The values, and on request the same with rounding errors of a few units."""
         generator = torch.Generator().manual_seed(seed)
         shape = list(self.shape)
         if self.in_dim is not None:

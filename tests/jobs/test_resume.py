@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with, by the name of their folder."""
+"""Runs that are killed and resumed, by the name of their folder."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], Any]] = {
 def chunks(
     function: Callable[..., Any], batch: torch.Tensor, stop: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """A chunk's mapped outputs into fresh memory, the same into slices full of rubbish, and what
+    """A chunk's mapped outputs into fresh memory, the same into slices filled with other values, and what
     was returned for those."""
     plan = shardmap.plan(function, randomness="different")(batch)
     job = plan._job

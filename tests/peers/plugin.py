@@ -75,7 +75,7 @@ def vmap(
 
 
 def put_in_place() -> None:
-    """Have whoever imports `vmap` from torch from now on get this one."""
+    """Replace torch's `vmap` for all later imports of it."""
     torch.func.vmap = torch.vmap = vmap
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -296,7 +296,7 @@ def test_a_reduction_that_does_not_fit_is_refused(reduce: Any) -> None:
 
 
 def unchanged_outputs_count_for_each_sample(**options: Any) -> None:
-    """Sums, means, extremes and folds of what no sample changes, on any executor."""
+    """Sums, means, extremes and folds of unmapped outputs, on any executor."""
     weight = batch_of(torch.float64, 3)
     batch = batch_of(torch.float64, 7, 3)
 

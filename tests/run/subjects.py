@@ -48,7 +48,7 @@ SUBJECTS: dict[str, Subject] = {}
 
 
 def differentiable(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or where nobody outside asks for its gradient, a leaf of the function's own."""
+    """`t`, or a leaf of the function's own if `t` needs no outer gradient."""
     return t if t.requires_grad else t.detach().requires_grad_()
 
 

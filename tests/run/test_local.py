@@ -231,7 +231,7 @@ def test_one_call_draws_one_seed_whatever_its_chunks() -> None:
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("samples", [0, 1, 13])
 def test_every_sample_is_computed_once(devices: Any, chunk_size: Any, samples: int) -> None:
-    """Chunks partition the batch, none larger than was asked for."""
+    """Chunks partition the batch, none larger than requested."""
     events: list[Any] = []
     with listen(events.append):
         shardmap.vmap(torch.sin, devices=devices, chunk_size=chunk_size)(torch.zeros(samples))

@@ -175,7 +175,7 @@ print(shardmap.vmap(lambda r: inner(r).sum(), chunk_size=2, progress={value!r})(
 
 
 def test_there_is_one_bar_at_a_time() -> None:
-    """A map inside another one's bar, however it is asked to show itself, draws nothing of its own."""
+    """A map inside another one's bar draws nothing of its own, whatever its option."""
     console = rich.console.Console(
         file=io.StringIO(), force_terminal=True, width=100, color_system=None
     )
@@ -217,7 +217,7 @@ def test_an_empty_batch_and_the_end() -> None:
 def test_where_nobody_watches_events_and_texts_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line uses it in this way.
 
-    Its log messages have somewhere to go, and rich is not asked for.
+    Its log messages are handled, and rich is not imported.
     """
     monkeypatch.setattr(progress, "require", None)
     for stream in (io.StringIO(), None):

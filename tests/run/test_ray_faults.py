@@ -252,7 +252,7 @@ def test_a_worker_short_of_memory_halves_its_chunks(folder: Path) -> None:
 
 
 def test_workers_killed_for_their_memory_get_smaller_chunks(folder: Path, tmp_path: Path) -> None:
-    """Nobody says why they died: the second time, the chunk is halved, then again."""
+    """The cause of death is unknown: the second time, the chunk is halved, then again."""
     (folder / "largest-chunk").write_text("4")
     x = batch(32, 300)
     store = shardmap.vmap(

@@ -149,7 +149,7 @@ DRIVER = """
 
 
 def test_a_killed_driver_is_resumed(cluster: Any, tmp_path: Path) -> None:
-    """The cluster goes on without it; its workers end; what was committed is not computed again."""
+    """The cluster continues without it; its workers end; what was committed is not computed again."""
     node(cluster)
     node(cluster)
     (tmp_path / "orders").mkdir()

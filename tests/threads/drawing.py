@@ -1,7 +1,7 @@
 """Random numbers in several threads: `python -m tests.threads.drawing WHAT`.
 
 What a recording draws comes from generators of its own, so that a thread that draws with torch
-meanwhile sees the same stream as ever, and no number twice.
+meanwhile sees the usual stream, and no number twice.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_two_generators_with_one_seed_draw_the_same() -> None:
 
 
 def test_one_generator_in_two_maps() -> None:
-    """The second call goes on where the first has stopped."""
+    """The second call continues the stream of the first."""
     g = Generator().manual_seed(5)
     one = shardmap.vmap(lambda r: torch.rand(3, generator=g), randomness="different")
     two = shardmap.vmap(lambda r: torch.rand(3, generator=g) * 1, randomness="different")
@@ -305,7 +305,7 @@ def test_states_set_inside_are_refused(function: Draw, passed: bool, randomness:
         mapped = shardmap.vmap(f, (0, None) if passed else 0, randomness=randomness)
         with pytest.raises(errors.RandomnessError, match="before the call"):
             mapped(*((x, g) if passed else (x,)))
-        if passed or function is not seeded_before:  # nobody knew of it before it was seeded
+        if passed or function is not seeded_before:  # it was unknown before it was seeded
             assert torch.equal(g.get_state(), before)
     outside = Generator().manual_seed(3)
     out = shardmap.vmap(lambda r: torch.randn(3, generator=outside), randomness="same")(x)
