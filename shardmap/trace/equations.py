@@ -103,13 +103,14 @@ class Equations(Variables):
                 self.expected = None
         self.equations.append(eq)
 
-    def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
-        """Record that `data` is `tensor.data`, which no operator call shows."""
+    def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        """Record that `data` is `tensor.data`, which no operator call shows, and return it."""
         source = self.known(tensor)
         if source is not None and source.group not in self.captured_groups:
             grad_mode = torch.is_grad_enabled()
             var = self._define(data)
             self._append(Equation(DATA, (source,), (), (var,), (NO_GRAD,), grad_mode))
+        return data
 
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of a new tensor object with the memory and metadata of a recorded one.

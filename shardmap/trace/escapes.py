@@ -285,9 +285,7 @@ class Doors(TorchFunctionMode):
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
         elif func == _GET_DATA and _is_plain(args[0]):
-            data = cast(torch.Tensor, func(*args))
-            self.recorder.took_data(args[0], data)
-            return data
+            return self.recorder.took_data(args[0], cast(torch.Tensor, func(*args)))
         elif func in _PRINTS:
             return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
