@@ -36,6 +36,8 @@ class BatchedProgram:
     factored: Mapping[int, str] = field(default_factory=dict)
     """For the number of a recorded call that is computed from factors (`shardmap.factors`): a text
     about it."""
+    saved: tuple[bool, ...] = ()
+    """For each output, True if autograd may save it; empty where autograd records nothing."""
 
 
 @dataclass(frozen=True, slots=True)

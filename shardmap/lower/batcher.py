@@ -33,6 +33,7 @@ from shardmap.lower.replayed import (
     own_tangent,
     restride,
 )
+from shardmap.lower.saved_results import saved_results
 from shardmap.program.analysis import (
     IDENTITIES,
     grad_equations,
@@ -139,6 +140,7 @@ class _Batcher:
             frozenset(self.summed),
             self.written,
             self.builder.notes,
+            saved_results(program) if self.options.grad or self.options.transformed else (),
         )
 
     def _kept_outputs(self) -> list[Var]:
@@ -206,8 +208,7 @@ class _Batcher:
         ):  # tangents of forward mode stop only at detach, in any grad mode
             if var.index not in self.identities:
                 return v
-            # Only tensors that are written must stay views of their memory; a read has no tangent,
-            # whatever else the memory holds.
+            # Only what is written must stay a view of its memory; what is read has no tangent.
             return (
                 self._cut(v, var.group)
                 if var.index in self.written_through
@@ -217,8 +218,8 @@ class _Batcher:
             return v
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
-        # Operators that run below autograd consume intermediate results that it does not know yet
-        # (zero tensors of forward-mode AD do): only a detach ends a gradient.
+        # What runs below autograd consumes results that it does not know yet (zeros of forward
+        # mode): only a detach ends a gradient.
         return (
             self._cut(v, var.group)
             if var.index in self.needs and var.index in self.identities
@@ -409,9 +410,8 @@ class _Batcher:
                 continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
-                v = b.call(
-                    cut, v
-                )  # a view made under no_grad of what requires grad claims to require it
+                # A view made under no_grad of what requires grad claims to require it.
+                v = b.call(cut, v)
             if v.mapped:
                 # Under transforms a view made without grad must not be used itself: the loop
                 # stacks it, which autograd records.

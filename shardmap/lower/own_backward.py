@@ -17,6 +17,7 @@ from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
+from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class OwnBackward:
         def tried() -> Trial:
             return _trial(program, numbers, inputs, captured, literals)
 
-        with torch.no_grad():
+        with outer_recordings_suspended(), transforms_set_aside(), torch.no_grad():
             low = self.lowered(
                 program,
                 options,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardmap import errors
 from shardmap._torch import version_of
+from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
@@ -175,6 +176,9 @@ class Lane:
             outs = checkpoint(compute, *inputs, use_reentrant=False, early_stop=not hidden)
         else:
             outs = replay(*arguments, inputs)
+            if chunk.size == job.samples:  # of several chunks, results are copied together
+                saved = zip(ready.low.batched.saved, job.outputs, strict=False)
+                outs = unsaved(outs, [s and o.stacked for s, o in saved])
         return list(self.gather.combined(outs, chunk.size))
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import set_grad
 from shardmap.lower import cache as engine
+from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
@@ -112,7 +113,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             )
             result = [
                 placed(t.to(o.device), o, job.samples)
-                for t, o in zip(outs, job.outputs, strict=True)
+                for t, o in zip(unsaved(outs, ready.low.batched.saved), job.outputs, strict=True)
             ]
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)

@@ -118,9 +118,22 @@ class AsPython(TorchFunctionMode):
 
 
 def run(
-    operator: HigherOrderOperator, args: tuple[object, ...], kwargs: dict[str, object]
+    operator: HigherOrderOperator,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    depth: int = 0,
 ) -> object:
-    """Call an operator so that its bodies are recorded."""
+    """Call an operator so that its bodies are recorded.
+
+    Args:
+        operator: The operator.
+        args: Its arguments.
+        kwargs: Its arguments that are named.
+        depth: How many inert levels stand for transforms around the map.
+    """
+    top = functorch.peek_interpreter_stack()
+    if operator.name() == "custom_function_call" and top is not None and top.level() <= depth:
+        return _applied(*args)
     AsPython.met = True
     body = _BODIES.get(operator.name())
     if body is not None:
@@ -130,6 +143,16 @@ def run(
     if kernel is not None and not key.name.startswith("Autocast"):
         return kernel(*args, **kwargs)
     return operator.dispatch(key, *args, **kwargs)
+
+
+def _applied(function: type[torch.autograd.Function], *args: object) -> object:
+    """Apply a Function as where no transform is: inert levels must not ask it for a rule."""
+    allowed = functorch.get_single_level_autograd_function_allowed()
+    functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return super(torch.autograd.Function, function).apply(*args)
+    finally:
+        functorch.set_single_level_autograd_function_allowed(allowed)
 
 
 def _differs_under_vmap(tensor: Tensor) -> bool:

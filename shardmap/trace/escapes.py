@@ -313,7 +313,7 @@ class Doors(TorchFunctionMode):
         """
         if isinstance(func, HigherOrderOperator):
             with self:
-                return control_flow.run(func, args, kwargs)
+                return control_flow.run(func, args, kwargs, self.recorder.depth)
         if func in _CALLS_BACK:
             return self._call_back(func, args, kwargs)
         if getattr(func, "__module__", "") == _NN_FUNCTIONAL:
