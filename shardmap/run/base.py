@@ -88,6 +88,11 @@ class Job:
     partial: bool = False
     """Whether reduced outputs are wanted as they are added up, to be added to those of other
     parts."""
+    places: torch.Tensor | None = None
+    """Where each sample's results belong among those of all, `[N]`, if not in the samples' order:
+    samples of unequal shapes are computed shape by shape."""
+    parts: tuple[Job, ...] = ()
+    """The jobs of samples of each shape, which stand in the place of this one's program."""
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
         """The samples `start` to `stop` of each input, where they are.

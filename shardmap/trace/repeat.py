@@ -72,9 +72,7 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(
-    func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]
-) -> tuple[Program, ...]:
+def expected(func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Program, ...]:
     """The recordings of this code that are remembered, the last one first.
 
     Args:
