@@ -14,6 +14,7 @@ from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
 from shardmap.call.batch_norms import served
+from shardmap.call.by_shape import planned_by_shape, run_by_shape
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map
@@ -23,7 +24,6 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
-from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import surroundings
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
@@ -153,12 +153,9 @@ def vmap(
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        if groups.among(args, kwargs):
-            shapes = ShapesOfCall(of_sample, memory, randomness, call)
-            result = groups.run(
-                lambda batch: run_map(of_sample, batch, options, shapes), args, kwargs, options
-            )
-            shapes.finish()
+        args, kwargs, is_ragged = groups.given(args, kwargs, options)
+        if is_ragged:
+            result = run_by_shape(of_sample, args, kwargs, options, memory)
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
             result = run_map(of_sample, batch, options, memory)
@@ -258,7 +255,12 @@ def plan(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
                 "outermost call"
             )
-        groups.refuse_plan(args, kwargs, call)
+        args, kwargs, is_ragged = groups.given(args, kwargs, options)
+        if is_ragged:
+            return planned_by_shape(
+                of_sample, args, kwargs, options,
+                lambda result: joint.finished(reduce, result, call) if joined else result,
+            )  # fmt: skip
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
         use = FirstUse(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False

@@ -59,16 +59,42 @@ def run_map(
         refuse_transforms(options.call)
         if options.reduce is not None:  # cut into parts, whose number must not be a symbol
             batch = dataclasses.replace(batch, size=int(batch.size))
-    if memory is not None and around.plain:
-        remembered = memory.recall(batch)
-        if remembered is not None:
-            prepared = remembered.rebound(batch)
-            refuse_shared_writes(prepared.recording, batch, options.call)
-            use = FirstUse(func, batch, None, options, True, prepared.recording.program)
-            try:
-                return Call(prepared, batch, options, around, use).run()
-            except errors.StaleRecordingError:
-                memory.forget(batch)
+    call = recalled(func, batch, options, around, memory)
+    if memory is not None and call is not None:
+        try:
+            return call.run()
+        except errors.StaleRecordingError:
+            memory.forget(batch)
+    return recorded(func, batch, options, around, memory).run()
+
+
+def recalled(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    around: Surroundings,
+    memory: Memory | ShapesOfCall | None,
+) -> Call | None:
+    """The call with a recording of an earlier one; None if none serves it."""
+    if memory is None or not around.plain:
+        return None
+    remembered = memory.recall(batch)
+    if remembered is None:
+        return None
+    prepared = remembered.rebound(batch)
+    refuse_shared_writes(prepared.recording, batch, options.call)
+    use = FirstUse(func, batch, None, options, True, prepared.recording.program)
+    return Call(prepared, batch, options, around, use)
+
+
+def recorded(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    around: Surroundings,
+    memory: Memory | ShapesOfCall | None,
+) -> Call:
+    """The call, recorded now."""
     once = memory is not None and around.plain
     look = options.check == "always"
     pair = record(func, batch, options.randomness, once, options.call, look=look)
@@ -80,7 +106,7 @@ def run_map(
         prepared = dataclasses.replace(prepared, recording=recording)
     if once and memory is not None:
         memory.keep(batch, prepared)
-    return Call(prepared, batch, options, around, use).run()
+    return Call(prepared, batch, options, around, use)
 
 
 class Call:
@@ -168,11 +194,11 @@ class Call:
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
         if by_sample is not None:
-            _refuse_elsewhere(job, options, around.inlined, cluster is not None)
+            refuse_elsewhere(job, options, around.inlined, cluster is not None)
         if options.out is not None:
-            _refuse_store(job, options, around.inlined)
+            refuse_store(job, options, around.inlined)
             with options.watching():
-                store = _into_store(job, options, prepared.structure, cluster)
+                store = into_store(job, options, prepared.structure, cluster)
             self._confirm(job, None, store, by_sample is not None)
             return store
         # Inside another map it is a part of that one, and reports no events.
@@ -180,13 +206,17 @@ class Call:
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
             else:
-                outputs = _locally(
+                outputs = locally(
                     job, options, around.inlined or _shares_torchs_draws(job, options)
                 )
         self._confirm(job, outputs, None, by_sample is not None)
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
+
+    def run_as(self, instead: Instead | None) -> Any:
+        """The results, with `instead` in the place of a replay."""
+        return self._run(instead)
 
     def run_flat(self) -> Sequence[torch.Tensor]:
         """The results as a flat list."""
@@ -338,7 +368,7 @@ def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
     return pairs
 
 
-def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
+def refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
     """Refuse to run the function itself on other devices than the samples'.
 
     Raises:
@@ -363,7 +393,7 @@ def _shares_torchs_draws(job: Job, options: Options) -> bool:
     return drawn and options.randomness == "same"
 
 
-def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
+def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     """Run on this machine: as one chunk if the map is small, else by a plan."""
     names = names_of(job, options, inlined)
     size = None if inlined else options.chunk_size
@@ -384,7 +414,7 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     return local.run(job, cut, on)
 
 
-def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
+def refuse_store(job: Job, options: Options, inlined: bool) -> None:
     """Refuse results that cannot be written to a store, before anything is made."""
     call = options.call
     if inlined or job.transformed:
@@ -410,7 +440,7 @@ def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
         )
 
 
-def _into_store(
+def into_store(
     job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
 ) -> Store:
     """Compute the units that the store lacks: here, or on the workers of a cluster."""

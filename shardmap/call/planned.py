@@ -44,6 +44,7 @@ class Plan:
         finish: Callable[[list[Any]], Any],
         compared: Sequence[str],
         looked: str = "",
+        shapes: str = "",
     ):
         self.split = split
         self._job = job
@@ -52,6 +53,7 @@ class Plan:
         self._finish = finish
         self._compared = compared
         self._looked = looked
+        self._shapes = shapes
         self._events: list[Any] = []
 
     @property
@@ -142,8 +144,7 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
-        if self._looked:
-            parts.append(self._looked)
+        parts += [text for text in (self._shapes, self._looked) if text]
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
@@ -168,10 +169,12 @@ class Plan:
             chunk_size: The user's option.
         """
         job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
+        if job.places is not None:  # rows of a store are computed in their order
+            job = dataclasses.replace(job, inputs=[job.places.sort().values], places=None)
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, options, self._finish, self._compared, self._looked)
+        return Plan(job, cut, on, options, self._finish, self._compared, self._looked, self._shapes)
 
     @not_compiled
     def run(self) -> Any:

@@ -8,6 +8,7 @@ reach are unchanged, those of the other shapes are used; else all are made anew.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
@@ -101,7 +102,13 @@ class ShapesOfCall:
             return None
         if self._reads is None:
             self._reads = self._memory.reads(batch)
-        return self._memory.recall(batch, self._reads) if self._trusted else None
+        found = self._memory.recall(batch, self._reads) if self._trusted else None
+        if found is None:
+            return None
+        # What becomes of outputs is the options', and maps of one function may have others.
+        derived = found.prepared.derived if self._once else {}
+        own = dataclasses.replace(found.prepared, lowerings={}, outputs={}, derived=derived)
+        return dataclasses.replace(found, prepared=own)
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call."""
@@ -117,6 +124,10 @@ class ShapesOfCall:
             self._memory.kept.clear()
         self._recorded = batch
         self._memory.keep(batch, prepared, self._reads)
+
+    def record_all(self) -> None:
+        """Record all shapes anew in this call."""
+        self._trusted = False
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for samples of this shape because it is stale."""

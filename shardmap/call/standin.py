@@ -19,7 +19,7 @@ from shardmap.rules.philox import Seeds
 
 ITSELF = "the function itself"
 """Name of the loop over the samples among the operators."""
-_INPUTS = 6
+INPUTS = 6
 """The position of the samples among the arguments of `chunk`."""
 
 
@@ -60,7 +60,7 @@ class StandIn(ABC):
 
         def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
             given = list(arguments[:-1])
-            given[_INPUTS] = [t.clone() for t in given[_INPUTS]]
+            given[INPUTS] = [t.clone() for t in given[INPUTS]]
             return run(*given)
 
         return watched

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from shardmap._torch import pytree
-from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError
 from shardmap.store import Source, Store
 from shardmap.store.columns import Column
+from shardmap.store.ragged import Ragged
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import shardmap
 from shardmap._extras import require
 from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
-from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError, DeviceError, SourceError
 from shardmap.jobs import weights
 from shardmap.jobs.base import Dataset
@@ -25,6 +24,7 @@ from shardmap.planning.device import resolve
 from shardmap.planning.memory import parse_bytes
 from shardmap.store import Source
 from shardmap.store.columns import Column
+from shardmap.store.ragged import Ragged
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def direct(job: Job, device: torch.device) -> bool:
     """True if chunks on `device` write their results to where they are collected."""
     # fake devices have memory in name only
     here = device.type == "cpu" or devices.accelerated(device)
-    plain = not (job.grad or job.transformed)
+    plain = not (job.grad or job.transformed or job.places is not None)
     return here and plain and all(o.device == device and not o.dim for o in job.outputs)
 
 

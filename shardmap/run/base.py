@@ -88,6 +88,11 @@ class Job:
     partial: bool = False
     """True if reduced outputs are returned as unfinished totals, to be combined with those of other
     parts."""
+    places: torch.Tensor | None = None
+    """Where each sample's results belong among those of all, `[N]`, if not in the samples' order:
+    samples of unequal shapes are computed shape by shape."""
+    parts: tuple[Job, ...] = ()
+    """The jobs of samples of each shape, which stand in the place of this one's program."""
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
         """The samples `start` to `stop` of each input, on the device where they are.

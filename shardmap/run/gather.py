@@ -100,6 +100,10 @@ class Gather:
                     self.single[k] = t.to(out.device)
             elif self.concatenate or stop - start == self.job.samples:
                 self.parts.setdefault(k, {})[start] = t.to(out.device)
+            elif self.job.places is not None:
+                whole = self.stacked(k)
+                places = self.job.places[start:stop].to(whole.device)
+                whole.index_copy_(0, places, t.to(whole.device))
             else:
                 self.put(self.slot(k, start, stop), t)
 
@@ -129,7 +133,10 @@ class Gather:
             return placed(self.single[k], out, self.job.samples)
         if k in self.parts:
             parts = [part for _, part in sorted(self.parts[k].items(), key=lambda item: item[0])]
-            return placed(parts[0] if len(parts) == 1 else torch.cat(parts), out, self.job.samples)
+            found = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if self.job.places is not None:
+                found = found.index_select(0, self.job.places.argsort().to(found.device))
+            return placed(found, out, self.job.samples)
         return self.stacked(k).movedim(0, out.dim or 0)
 
 

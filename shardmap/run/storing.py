@@ -137,6 +137,8 @@ def unit_of(
 
 def identity(job: Job, unit: int) -> dict[str, str]:
     """Hashes that identify this run: of the program, the samples, and the cut into units."""
+    if job.parts:
+        return _identity_of_parts(job, unit)
     recording = job.recording
     program = hashlib.blake2b(digest_size=16)
     program.update(recording.program.dumps().encode())
@@ -146,6 +148,17 @@ def identity(job: Job, unit: int) -> dict[str, str]:
     _update(program, (*recording.captured, *recording.literals))
     plan = hashlib.blake2b(f"{job.samples} {unit}".encode(), digest_size=16)
     return {"program": program.hexdigest(), "data": _digest(job), "plan": plan.hexdigest()}
+
+
+def _identity_of_parts(job: Job, unit: int) -> dict[str, str]:
+    """The hashes of a run whose samples have programs of their own, by shape."""
+    own = [identity(part, unit) for part in job.parts]
+    found = {
+        key: hashlib.blake2b("\n".join([one[key] for one in own]).encode(), digest_size=16)
+        for key in own[0]
+    }
+    _update(found["plan"], job.inputs)  # which sample is of which shape shows in the data alone
+    return {key: digest.hexdigest() for key, digest in found.items()}
 
 
 def _digest(job: Job) -> str:
