@@ -42,6 +42,8 @@ class Question:
     """Which samples answer as the recorded one did, from those outputs, `[samples, ...]` each."""
     read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
     """The answers that samples give: the number of each one's, and those answers."""
+    numbers: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    """The answers themselves, one for each sample; None where the operator itself is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,11 @@ def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]
             outputs += question.outputs
             span = range(first, len(outputs))
             questions.append(
-                Question(mine[position], question.answer, span, question.alike, question.read)
-            )
+                Question(
+                    mine[position], question.answer, span, question.alike, question.read,
+                    question.numbers,
+                )
+            )  # fmt: skip
         if position < last and not (eq.answer is not None and eq.answer[0] == "value"):
             equations.append(eq)
     whole = program._replace(
@@ -137,6 +142,7 @@ class _Asked:
         self.equations: list[Equation] = []
         self.outputs: list[Var] = []
         self.answer: Hashable
+        self.numbers: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
         self.alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
         self.read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
         if eq.answer[0] == "value":
@@ -209,7 +215,7 @@ class _Asked:
             kinds, of_row = torch.unique(flat(found), return_inverse=True)
             return of_row, [key_of(v) for v in kinds.tolist()]
 
-        self.alike, self.read = alike, read
+        self.alike, self.read, self.numbers = alike, read, flat
 
     def _operands(self, eq: Equation) -> list[Var]:
         return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]
