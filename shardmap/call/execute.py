@@ -20,6 +20,7 @@ from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
+from shardmap.call.nested import Nested, Unsplit
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, surroundings
@@ -152,15 +153,15 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
+            if self.around.inlined and recording.asked and self.batch.size:
+                return self._run_nested()
             forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
             if forks and not self.around.inlined:
                 return self._run_by_paths()
         try:
             return self._run(None)
         except errors.VariesError as error:
-            if self.use is not None and recording.asked:
-                if self.around.inlined:  # the outer function runs each inner sample
-                    return self._run_by_sample(_why(error, self.options.call))
+            if self.use is not None and recording.asked and not self.around.inlined:
                 self.use.forked()
                 return self._run_by_paths()
             if self.use is None or self.around.inlined or recording.written_inputs:
@@ -254,6 +255,26 @@ class Call:
             return self._forked().by_groups()
         call, instead = self._settled(self._forked())
         return call._run(instead)
+
+    def _run_nested(self) -> Any:
+        """Split inner samples by their answers, as a part of the outer recording."""
+        use, options = self.use, self.options
+        assert use is not None
+
+        def on(number: int) -> Prepared:
+            return Prepared(
+                *record(use.func, self.batch, options.randomness, False, options.call, number)
+            )
+
+        def run(prepared: Prepared, batch: Batch) -> Sequence[torch.Tensor]:
+            return self._part(prepared, batch, options.alone(), None).run_flat()
+
+        nested = Nested(self.prepared, self.batch, on, run, options)
+        try:
+            prepared, instead = nested.whole()
+        except Unsplit as error:  # the outer function asks each inner sample
+            return self._run_by_sample(str(error))
+        return self._part(prepared, self.batch, options, None)._run(instead)
 
     def _forked(self) -> Forked:
         assert self.use is not None

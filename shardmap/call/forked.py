@@ -81,10 +81,7 @@ class Forked:
         self.use = use
         self.part = part
         self._found: Routes | None = None
-        self._alone = dataclasses.replace(
-            options, reduce=None, out=None, resume=False, out_dims=0, output_device=None,
-            progress=False,
-        )  # fmt: skip
+        self._alone = options.alone()
         """The options of a part that is computed as a call of its own."""
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,6 +63,13 @@ class Options:
     max_paths: int = 64
     ragged: str = "error"
     batch_norm: str = "error"
+
+    def alone(self) -> Options:
+        """The options of a part of the call that is computed by itself."""
+        return dataclasses.replace(
+            self, reduce=None, out=None, resume=False, out_dims=0, output_device=None,
+            progress=False,
+        )  # fmt: skip
 
     def refuse_wrong(self, func: Any) -> None:
         """Refuse values that an option cannot have.

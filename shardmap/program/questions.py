@@ -43,6 +43,8 @@ class Question:
     gives the recorded answer."""
     read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
     """Compute from them the index of each sample's answer, and the list of distinct answers."""
+    numbers: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    """The answers themselves, one for each sample; None where the operator itself is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,11 @@ def _stage(program: Program, waiting: Sequence[tuple[int, int]], asked: set[int]
             outputs += question.outputs
             span = range(first, len(outputs))
             questions.append(
-                Question(mine[position], question.answer, span, question.alike, question.read)
-            )
+                Question(
+                    mine[position], question.answer, span, question.alike, question.read,
+                    question.numbers,
+                )
+            )  # fmt: skip
         if position < last and not (eq.answer is not None and eq.answer[0] == "value"):
             equations.append(eq)
     whole = program._replace(
@@ -138,6 +143,7 @@ class _Asked:
         self.equations: list[Equation] = []
         self.outputs: list[Var] = []
         self.answer: Hashable
+        self.numbers: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
         self.alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
         self.read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
         if eq.answer[0] == "value":
@@ -210,7 +216,7 @@ class _Asked:
             kinds, of_row = torch.unique(flat(found), return_inverse=True)
             return of_row, [key_of(v) for v in kinds.tolist()]
 
-        self.alike, self.read = alike, read
+        self.alike, self.read, self.numbers = alike, read, flat
 
     def _operands(self, eq: Equation) -> list[Var]:
         return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]
