@@ -100,15 +100,13 @@ kernels_of = _attribute(
     "operators that call functions",
 )
 dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
-has_kernel = _private(
-    "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
-)
-operator_names = _private(
-    "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
-)
+has_kernel = _private("_C._dispatch_has_kernel_for_dispatch_key", "which operators are composite")
+operator_names = _private("_C._dispatch_get_all_op_names", "finding pointwise operators by tag")
 compute_keyset = _private(
     "_ops._compute_keyset", "checkpoints and other operators that call functions"
 )
+
+NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
 
 # -- modes and settings of the thread
 

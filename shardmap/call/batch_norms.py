@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+
+from shardmap._torch import NormBase
 
 Function = Callable[..., Any]
 
@@ -100,7 +101,7 @@ def _is_count(tensor: object, frame: FrameType | None) -> bool:
     while frame is not None and isinstance(frame.f_locals.get("self"), TorchFunctionMode):
         frame = frame.f_back
     module = None if frame is None else frame.f_locals.get("self")
-    return isinstance(module, _NormBase) and tensor is module.num_batches_tracked
+    return isinstance(module, NormBase) and tensor is module.num_batches_tracked
 
 
 def served(func: Function, how: str) -> Function:

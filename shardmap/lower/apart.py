@@ -18,7 +18,7 @@ from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.closeness import OPERATOR_TOLERANCE, close, largest
 from shardmap.lower.trial import Trial, arguments
 from shardmap.program.analysis import random_call
-from shardmap.program.ir import Equation, Param, Program, SampleDevice, Var, variables
+from shardmap.program.ir import Equation, Packed, Param, Program, SampleDevice, Var, variables
 from shardmap.program.operators import op_info
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.rules.lowering import V
@@ -201,6 +201,8 @@ class _Sample:
             return [self._value(a) for a in arg]
         if kind is Param:
             return self.trial.scalars[arg.scalar]
+        if kind is Packed:
+            return arg.value
         return self.trial.device if kind is SampleDevice else arg
 
     def outputs(self) -> list[torch.Tensor]:

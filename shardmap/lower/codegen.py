@@ -14,7 +14,7 @@ import torch
 from shardmap._torch import set_grad
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
-from shardmap.program.ir import Param, SampleDevice
+from shardmap.program.ir import Packed, Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
 
 
@@ -124,7 +124,7 @@ class _Writer:
             return f"scalars[{value.scalar}]"
         if kind is SampleDevice:
             return "device"
-        return self.constant(value, "k")
+        return self.constant(value.value if kind is Packed else value, "k")
 
     def body(
         self,

@@ -12,7 +12,7 @@ from shardmap import errors
 from shardmap.lower.batched import BatchedProgram, Fixes
 from shardmap.lower.closeness import has_values
 from shardmap.lower.replayed import restride
-from shardmap.program.ir import Program, Var
+from shardmap.program.ir import Packed, Program, Var
 from shardmap.rules.lowering import Call, Seed, V, values
 from shardmap.rules.philox import Seeds
 
@@ -77,6 +77,8 @@ class Trial:
                 return self.seed[arg.number]
             if kind.__name__ in symbols:
                 return symbols[kind.__name__]
+            if kind is Packed:
+                return arg.value
             return self.scalars[arg.scalar] if kind.__name__ == "Param" else arg
 
         return value

@@ -7,7 +7,9 @@ knows nothing of batches, devices or rules. Equations are small named tuples, af
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -83,6 +85,45 @@ def generator_of(args: tuple[object, ...], kwargs: Named) -> GivenGenerator | No
     """The generator of the user's that a recorded call draws from; None for torch's own."""
     given = (*args, *[value for _, value in kwargs])
     return next((value for value in given if type(value) is GivenGenerator), None)
+
+
+class Packed:
+    """The packed weights of a quantised layer, a constant of the program that is no tensor.
+
+    Two are equal if they are the same object of C++, whose address torch gives as the hash of
+    whatever stands for it in python.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: torch.ScriptObject):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Packed and hash(other.value) == hash(self.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __repr__(self) -> str:
+        return "packed"
+
+    @staticmethod
+    def holds(value: torch.ScriptObject) -> bool:
+        """Tell if an object of torch's C++ is the packed weights of a quantised layer."""
+        return "ParamsBase" in str(value)  # "ScriptObject <...quantized.LinearPackedParamsBase>"
+
+    def text(self) -> str:
+        """The object as text, for workers."""
+        stream = io.BytesIO()
+        torch.save(self.value, stream)
+        return base64.b64encode(stream.getvalue()).decode()
+
+    @staticmethod
+    def of_text(text: str) -> Packed:
+        """What `text` wrote."""
+        stream = io.BytesIO(base64.b64decode(text))
+        return Packed(torch.load(stream, weights_only=False))
 
 
 class SampleDevice(NamedTuple):
@@ -258,7 +299,7 @@ def _encode(value: Any) -> Any:
         return [kind.__name__, *map(_encode, value)]
     if kind in (tuple, list):
         return ["tuple", *map(_encode, value)]
-    if kind is OpOverload:
+    if isinstance(value, OpOverload):
         return ["op", value.name()]
     if kind is type:
         return ["type", value.__name__]
@@ -266,6 +307,8 @@ def _encode(value: Any) -> Any:
         return ["torch", str(value).removeprefix("torch.")]
     if kind is torch.device:
         return ["torch_device", str(value)]
+    if kind is Packed:
+        return ["packed", value.text()]
     raise AssertionError(f"a program holds a {kind.__name__}, which has no text form: {value!r}")
 
 
@@ -283,6 +326,7 @@ def _decode(value: Any) -> Any:
         "type": {"int": int, "float": float, "bool": bool, "complex": complex}.__getitem__,
         "torch": functools.partial(getattr, torch),
         "torch_device": torch.device,
+        "packed": Packed.of_text,
     }
     return decoders[tag](*rest)
 

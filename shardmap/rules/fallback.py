@@ -13,7 +13,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import aten, schema_of
-from shardmap.program.ir import Equation, Var, variables
+from shardmap.program.ir import Equation, Packed, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
 logger = logging.getLogger("shardmap")
@@ -61,7 +61,7 @@ def _split(
         if type(value).__name__ in ("SampleDevice", "Param"):
             symbols.append(value)
             return _Slot(len(tensors) + len(symbols) - 1)
-        return value
+        return value.value if type(value) is Packed else value
 
     template = symbolic(template)
     return tensors, template, list(kwargs), symbols, [0 if v.mapped else None for v in tensors]

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from shardmap import errors
-from shardmap._torch import OpOverload, aten, schema_of
+from shardmap._torch import NormBase, OpOverload, aten, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
 from shardmap.trace.generator import Generator
@@ -27,7 +26,7 @@ def _running_norm() -> str | None:
     frame, norm, name = sys._getframe(1), None, ""
     while frame is not None:
         module = frame.f_locals.get("self") if frame.f_code.co_argcount else None
-        if norm is None and isinstance(module, _NormBase):
+        if norm is None and isinstance(module, NormBase):
             norm = module
         elif norm is not None and isinstance(module, nn.Module) and module is not norm:
             name = next((n for n, m in module.named_modules() if m is norm), name)

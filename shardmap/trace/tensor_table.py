@@ -19,7 +19,7 @@ from shardmap._torch import (
     storage_of_weak_reference,
     weak_reference,
 )
-from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Packed, Param, Spec, Var
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
@@ -275,6 +275,8 @@ class Variables:
             )
         if isinstance(value, torch.Generator):
             return self.given.encoded(value)
+        if isinstance(value, torch.ScriptObject) and Packed.holds(value):
+            return Packed(value)
         if isinstance(value, float | np.floating):
             return self.encode(float(value), flags, param)
         if isinstance(value, int | np.integer):
