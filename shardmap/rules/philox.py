@@ -8,7 +8,10 @@ is drawn on the host, by numpy: one stream for all kinds of devices.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,8 +21,23 @@ import torch
 _WORDS_PER_BLOCK = 4
 """64-bit words that Philox makes from one count."""
 
+_SHORTS_PER_BLOCK = 4 * _WORDS_PER_BLOCK
+"""Numbers of 16 bits that Philox makes from one count."""
+
+_CACHED = 2**16
+"""Elements that are decided at a time: their words stay in the processor's cache."""
+
+_PER_THREAD = 2**18
+"""Fewest elements for which a thread of its own is worth its start."""
+
 _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
 """Bits of a uniform draw in the small floating point types: more would round up to 1."""
+
+
+def _parts(rows: int, elements: int) -> list[int]:
+    """The bounds of what each thread computes of `rows`: as many threads as torch would take."""
+    threads = max(1, min(torch.get_num_threads(), elements // _PER_THREAD, rows))
+    return [rows * i // threads for i in range(threads + 1)]
 
 
 class TorchDraws(NamedTuple):
@@ -65,6 +83,66 @@ class Stream(NamedTuple):
             (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
         )
         return np.ascontiguousarray(drawn[:, :count])
+
+    def below(self, count: int, p: float) -> np.ndarray:
+        """True with probability `p`, else False, `[size, count]`.
+
+        A bit generator's word decides four elements, by 16 bits each: at most one of 65,536
+        elements falls on the threshold itself, and a number of its own decides that one.
+        """
+        level, share = divmod(p * 2**16, 1.0)
+        out = np.empty((self.size, count), dtype=np.bool_)
+        if level >= 2**16:
+            out.fill(True)
+            return out
+        blocks = -(-count // _SHORTS_PER_BLOCK)
+        decide = functools.partial(self._decide, threshold=np.uint16(level), share=share)
+        if blocks * _SHORTS_PER_BLOCK == count:  # rows follow on each other without a gap
+            rows, first, each = out.reshape(-1, _SHORTS_PER_BLOCK), self.start * blocks, 1
+        else:
+            rows, first, each = out, self.start * blocks, blocks
+        bounds = _parts(len(rows), out.size)
+        parts = [
+            threading.Thread(target=decide, args=(rows[a:b], first + a * each, each))
+            for a, b in itertools.pairwise(bounds[:-1])
+        ]
+        for part in parts:
+            part.start()
+        last = bounds[-2]
+        decide(rows[last:], first + last * each, each)
+        for part in parts:
+            part.join()
+        return out
+
+    def _decide(
+        self, rows: np.ndarray, first: int, blocks: int, threshold: np.uint16, share: float
+    ) -> None:
+        """Fill rows whose numbers start at count `first`, `blocks` counts for each row."""
+        stream = np.random.Philox(key=(self.number << 64) | self.seed, counter=first)
+        width = rows.shape[1]
+        step = max(1, _CACHED // (blocks * _SHORTS_PER_BLOCK))
+        for at in range(0, len(rows), step):
+            part = rows[at : at + step]
+            words = stream.random_raw(len(part) * blocks * _WORDS_PER_BLOCK).astype(
+                "<u8", copy=False
+            )
+            drawn = words.view("<u2").reshape(len(part), -1)[:, :width]
+            np.less(drawn, threshold, out=part)
+            if share:
+                found = np.flatnonzero(drawn == threshold)
+                if len(found):
+                    row, column = np.divmod(found, width)
+                    count = first + (at + row) * blocks
+                    below = self._one_of_many(count * _SHORTS_PER_BLOCK + column) < share
+                    part[row, column] = below
+
+    def _one_of_many(self, places: np.ndarray) -> np.ndarray:
+        """A uniform number for each place: by the mixing function of `sample_seed`."""
+        state = np.full(places.shape, sample_seed(self.seed, self.number, 0), dtype=np.uint64)
+        state += np.uint64(0x9E3779B97F4A7C15) * (places.astype(np.uint64) + np.uint64(1))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
     def normal(self, count: int) -> np.ndarray:
         """Standard normal numbers, `[size, count]`, by Box and Muller.
@@ -159,10 +237,7 @@ def bernoulli(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
 ) -> torch.Tensor:
     """One with probability `p`, else zero."""
-    single = (
-        1e-3 <= p <= 1.0 - 1e-3
-    )  # near 0 and 1 the 24 bits of single precision would change the probability
-    return _tensor(stream.uniform(math.prod(shape), single) < p, shape, dtype, device)
+    return _tensor(stream.below(math.prod(shape), p), shape, dtype, device)
 
 
 def integers(
