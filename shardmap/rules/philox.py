@@ -8,10 +8,7 @@ is drawn on the host, by numpy: one stream for all kinds of devices.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,17 +24,8 @@ _SHORTS_PER_BLOCK = 4 * _WORDS_PER_BLOCK
 _CACHED = 2**16
 """Elements that are decided at a time: their words stay in the processor's cache."""
 
-_PER_THREAD = 2**18
-"""Fewest elements for which a thread of its own is worth its start."""
-
 _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
 """Bits of a uniform draw in the small floating point types: more would round up to 1."""
-
-
-def _parts(rows: int, elements: int) -> list[int]:
-    """The bounds of what each thread computes of `rows`: as many threads as torch would take."""
-    threads = max(1, min(torch.get_num_threads(), elements // _PER_THREAD, rows))
-    return [rows * i // threads for i in range(threads + 1)]
 
 
 class TorchDraws(NamedTuple):
@@ -96,22 +84,11 @@ class Stream(NamedTuple):
             out.fill(True)
             return out
         blocks = -(-count // _SHORTS_PER_BLOCK)
-        decide = functools.partial(self._decide, threshold=np.uint16(level), share=share)
         if blocks * _SHORTS_PER_BLOCK == count:  # rows follow on each other without a gap
-            rows, first, each = out.reshape(-1, _SHORTS_PER_BLOCK), self.start * blocks, 1
+            rows, each = out.reshape(-1, _SHORTS_PER_BLOCK), 1
         else:
-            rows, first, each = out, self.start * blocks, blocks
-        bounds = _parts(len(rows), out.size)
-        parts = [
-            threading.Thread(target=decide, args=(rows[a:b], first + a * each, each))
-            for a, b in itertools.pairwise(bounds[:-1])
-        ]
-        for part in parts:
-            part.start()
-        last = bounds[-2]
-        decide(rows[last:], first + last * each, each)
-        for part in parts:
-            part.join()
+            rows, each = out, blocks
+        self._decide(rows, self.start * blocks, each, np.uint16(level), share)
         return out
 
     def _decide(
@@ -121,20 +98,19 @@ class Stream(NamedTuple):
         stream = np.random.Philox(key=(self.number << 64) | self.seed, counter=first)
         width = rows.shape[1]
         step = max(1, _CACHED // (blocks * _SHORTS_PER_BLOCK))
+        ties = []
         for at in range(0, len(rows), step):
             part = rows[at : at + step]
-            words = stream.random_raw(len(part) * blocks * _WORDS_PER_BLOCK).astype(
-                "<u8", copy=False
-            )
-            drawn = words.view("<u2").reshape(len(part), -1)[:, :width]
+            words = stream.random_raw(len(part) * blocks * _WORDS_PER_BLOCK)
+            shorts = words.astype("<u8", copy=False).view("<u2")
+            drawn = shorts.reshape(len(part), -1)[:, :width]
             np.less(drawn, threshold, out=part)
             if share:
-                found = np.flatnonzero(drawn == threshold)
-                if len(found):
-                    row, column = np.divmod(found, width)
-                    count = first + (at + row) * blocks
-                    below = self._one_of_many(count * _SHORTS_PER_BLOCK + column) < share
-                    part[row, column] = below
+                ties.append(np.flatnonzero(drawn == threshold) + at * width)
+        if ties:
+            row, column = np.divmod(np.concatenate(ties), width)
+            places = (first + row * blocks) * _SHORTS_PER_BLOCK + column
+            rows[row, column] = self._one_of_many(places) < share
 
     def _one_of_many(self, places: np.ndarray) -> np.ndarray:
         """A uniform number for each place: by the mixing function of `sample_seed`."""
