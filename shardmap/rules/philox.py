@@ -18,6 +18,12 @@ import torch
 _WORDS_PER_BLOCK = 4
 """Number of 64-bit words that Philox makes from one count."""
 
+_SHORTS_PER_BLOCK = 4 * _WORDS_PER_BLOCK
+"""Numbers of 16 bits that Philox makes from one count."""
+
+_CACHED = 2**16
+"""Elements that are decided at a time: their words stay in the processor's cache."""
+
 _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
 """Bits of a uniform draw in the small floating-point types: more could round up to 1."""
 
@@ -65,6 +71,54 @@ class Stream(NamedTuple):
             (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
         )
         return np.ascontiguousarray(drawn[:, :count])
+
+    def below(self, count: int, p: float) -> np.ndarray:
+        """True with probability `p`, else False, `[size, count]`.
+
+        A bit generator's word decides four elements, by 16 bits each: at most one of 65,536
+        elements falls on the threshold itself, and a number of its own decides that one.
+        """
+        level, share = divmod(p * 2**16, 1.0)
+        out = np.empty((self.size, count), dtype=np.bool_)
+        if level >= 2**16:
+            out.fill(True)
+            return out
+        blocks = -(-count // _SHORTS_PER_BLOCK)
+        if blocks * _SHORTS_PER_BLOCK == count:  # rows follow on each other without a gap
+            rows, each = out.reshape(-1, _SHORTS_PER_BLOCK), 1
+        else:
+            rows, each = out, blocks
+        self._decide(rows, self.start * blocks, each, np.uint16(level), share)
+        return out
+
+    def _decide(
+        self, rows: np.ndarray, first: int, blocks: int, threshold: np.uint16, share: float
+    ) -> None:
+        """Fill rows whose numbers start at count `first`, `blocks` counts for each row."""
+        stream = np.random.Philox(key=(self.number << 64) | self.seed, counter=first)
+        width = rows.shape[1]
+        step = max(1, _CACHED // (blocks * _SHORTS_PER_BLOCK))
+        ties = []
+        for at in range(0, len(rows), step):
+            part = rows[at : at + step]
+            words = stream.random_raw(len(part) * blocks * _WORDS_PER_BLOCK)
+            shorts = words.astype("<u8", copy=False).view("<u2")
+            drawn = shorts.reshape(len(part), -1)[:, :width]
+            np.less(drawn, threshold, out=part)
+            if share:
+                ties.append(np.flatnonzero(drawn == threshold) + at * width)
+        if ties:
+            row, column = np.divmod(np.concatenate(ties), width)
+            places = (first + row * blocks) * _SHORTS_PER_BLOCK + column
+            rows[row, column] = self._one_of_many(places) < share
+
+    def _one_of_many(self, places: np.ndarray) -> np.ndarray:
+        """A uniform number for each place: by the mixing function of `sample_seed`."""
+        state = np.full(places.shape, sample_seed(self.seed, self.number, 0), dtype=np.uint64)
+        state += np.uint64(0x9E3779B97F4A7C15) * (places.astype(np.uint64) + np.uint64(1))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
     def normal(self, count: int) -> np.ndarray:
         """Standard normal numbers, `[size, count]`, by the method of Box and Muller.
@@ -159,10 +213,7 @@ def bernoulli(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
 ) -> torch.Tensor:
     """Ones with probability `p`, else zeros."""
-    single = (
-        1e-3 <= p <= 1.0 - 1e-3
-    )  # near 0 and 1 the 24 bits of single precision would change the probability
-    return _tensor(stream.uniform(math.prod(shape), single) < p, shape, dtype, device)
+    return _tensor(stream.below(math.prod(shape), p), shape, dtype, device)
 
 
 def integers(

@@ -130,7 +130,9 @@ def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
         return NotImplemented
     function, *parameters = chosen
     spec = next(eq.results()).spec
-    out = draw(b, eq, function, spec, spec.dtype, *parameters)
+    # What is written in place is converted as it is written.
+    bits = function is draws.bernoulli and schema_of(eq.op).is_mutable
+    out = draw(b, eq, function, spec, torch.bool if bits else spec.dtype, *parameters)
     if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
