@@ -210,7 +210,9 @@ class Program:
         if not at:
             raise TypeError("nothing to transform by")
         if self.outer == "jvp":
-            return torch.func.jvp(by_floats, floats, tuple(t.cos() for t in floats))
+            values, tangents = torch.func.jvp(by_floats, floats, tuple(t.cos() for t in floats))
+            # Torch's own are float64 where a 0-dimensional float32 was multiplied by a number.
+            return values, tuple(t.to(v.dtype) for t, v in zip(tangents, values, strict=True))
         if self.outer == "vmap":
             return torch.func.vmap(by_floats)(*(torch.stack([t, t * 0.5]) for t in floats))
         outputs, pull = torch.func.vjp(by_floats, *floats)[:2]

@@ -278,8 +278,13 @@ def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], cal
 
 
 def _inside_functorch_vmap() -> bool:
+    """Whether an outer sample of a `torch.func.vmap` around may want draws of its own."""
     levels = functorch.get_interpreter_stack() or []
-    return any(level.key() == functorch.TransformType.Vmap for level in levels)
+    maps = [level for level in levels if level.key() == functorch.TransformType.Vmap]
+    return any(functorch.CVmapInterpreterPtr(level).randomness() != _SAME for level in maps)
+
+
+_SAME = functorch.RandomnessType.Same
 
 
 def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:

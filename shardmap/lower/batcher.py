@@ -124,6 +124,7 @@ class _Batcher:
             if live[i]:
                 b.equation, b.grad = i, grads[i]
                 self._equation(i, eq)
+            b.drawn += random_call(eq)
         b.equation, b.grad = len(program.equations), self.options.grad
         outputs = self._outputs()
         fixed, chunk = postponed(*drop_dead(b.calls, outputs), outputs)
@@ -218,8 +219,7 @@ class _Batcher:
             return v
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
-        # What runs below autograd consumes results that it does not know yet (zeros of forward
-        # mode): only a detach ends a gradient.
+        # Below autograd, results are consumed that it does not know yet: only a detach ends it.
         return (
             self._cut(v, var.group)
             if var.index in self.needs and var.index in self.identities

@@ -70,6 +70,8 @@ class Backward(NamedTuple):
     differentiated, then not by what it keeps either, used or not."""
     materialised: bool
     """True if missing cotangents are passed as zeros; else the only cotangent is never missing."""
+    function: str
+    """Name of the Function, by which `python_state` finds what its backward reads."""
 
     def dumps(self) -> str:
         """The text form that an equation carries."""

@@ -107,6 +107,8 @@ class Lowering:
         self.calls: list[Call] = []
         self.count = 0
         self.equation = -1
+        self.drawn = 0
+        """How many recorded calls have drawn so far: the number of a call that draws."""
         self.grad = False
         self.notes: dict[str, Any] = {}
         """Data that rules keep about the values of this lowering, by the name of their owner."""

@@ -17,6 +17,7 @@ from shardmap import errors
 from shardmap._threads import fork_safe_lock
 from shardmap._torch import aten, schema_of
 from shardmap.program.ir import (
+    GRAD,
     SAMPLE_DEVICE,
     Equation,
     GivenGenerator,
@@ -36,9 +37,13 @@ from shardmap.rules.registry import overloads, register
 
 
 def source(b: Lowering, eq: Equation) -> tuple[Seed, int]:
-    """The source of a call's draws: a seed, and a number of the call's own."""
+    """The source of a call's draws: a seed, and a number of the call's own.
+
+    Calls that draw have a numbering of their own: transforms around the map change which other
+    calls are recorded.
+    """
     given = generator_of(eq.args, eq.kwargs)
-    return (SEED, b.equation) if given is None else (Seed(given.number + 1), given.draw)
+    return (SEED, b.drawn) if given is None else (Seed(given.number + 1), given.draw)
 
 
 def drawn(
@@ -139,11 +144,28 @@ def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     return None
 
 
+def _nothing_of(t: torch.Tensor) -> torch.Tensor:
+    """Zeros that follow from `t`, whatever it holds."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=t.device), t, 0)
+
+
+def _followed(b: Lowering, out: V, *parameters: V) -> V:
+    """A draw with gradients of zero to its parameters: they are not missing."""
+    for v in parameters:
+        nothing = b.cast(b.call(_nothing_of, v), out.dtype)
+        out = b.call(
+            aten.add.Tensor,
+            out,
+            aligned(b, nothing, len(out.shape)),
+            shape=out.shape,
+            dtype=out.dtype,
+        )
+    return out
+
+
 @register("random", *overloads("bernoulli", "bernoulli.Tensor", "bernoulli_.Tensor"))
 def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch draws with a tensor of probabilities: they are compared with uniform numbers."""
-    if b.grad:
-        return NotImplemented  # its gradient is zero, not missing
     spec = next(eq.results()).spec
     p = args[0] if len(args) == 1 else args[1]
     uniform = draw(b, eq, draws.uniform, spec, torch.float64, 0.0, 1.0)
@@ -155,6 +177,8 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         dtype=torch.bool,
     )
     out = b.cast(below, spec.dtype)
+    if GRAD in eq.flags:
+        out = _followed(b, out, p)
     if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
@@ -169,15 +193,15 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
 
     Standard normal numbers, one for each element, are scaled and shifted.
     """
-    if b.grad:
-        return NotImplemented  # its gradient is zero, not missing
     named = arguments(eq, args, kwargs)
     spec = eq.outs[0].spec
     if spec.dtype.is_complex:
         return NotImplemented
     out = draw(b, eq, draws.normal, spec, spec.dtype, 0.0, 1.0)
+    given = [v for v in (named["std"], named["mean"]) if type(v) is V]
     for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
         if type(parameter) is V:
+            parameter = b.call(torch.Tensor.detach, parameter)
             out = b.call(
                 op.Tensor,
                 out,
@@ -187,7 +211,7 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
             )
         else:
             out = b.call(op.Scalar, out, parameter, shape=spec.shape, dtype=spec.dtype)
-    return out
+    return _followed(b, out, *given) if GRAD in eq.flags else out
 
 
 @register("random", aten.native_dropout.default)

@@ -8,6 +8,7 @@ condition is a question about a value, as in `if condition:`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -133,7 +134,7 @@ def run(
     """
     top = functorch.peek_interpreter_stack()
     if operator.name() == "custom_function_call" and top is not None and top.level() <= depth:
-        return _applied(*args)
+        return _applied(cast(type[torch.autograd.Function], args[0]), *args[1:])
     AsPython.met = True
     body = _BODIES.get(operator.name())
     if body is not None:
@@ -150,7 +151,7 @@ def _applied(function: type[torch.autograd.Function], *args: object) -> object:
     allowed = functorch.get_single_level_autograd_function_allowed()
     functorch.set_single_level_autograd_function_allowed(True)
     try:
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
     finally:
         functorch.set_single_level_autograd_function_allowed(allowed)
 

@@ -18,6 +18,7 @@ from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
+from shardmap.program.python_state import named
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
@@ -94,6 +95,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
         )
     for applied in recorder.applied.values():
         vars(applied.node).clear()  # python's references to the sample's tensors
+    for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
+        hook.handle.remove()
     recorder.applied.clear()
     recorder.hooks.clear()
     return True
@@ -133,6 +136,13 @@ def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
                 "it once, outside of the mapped function"
             )
         if id(hook.node) in reached:
+            if getattr(hook.function, "__globals__", None) is vars(graph):
+                raise errors.AutogradFunctionError(
+                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
+                    "grad, which gradients from outside would not call; take the gradients inside "
+                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
+                    "one with Tensor.register_hook"
+                )
             found.setdefault((id(hook.node), hook.number), []).append(hook)
     return list(found.values())
 
@@ -344,7 +354,9 @@ class _Recorded:
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised)
+        function = getattr(type(self.node), "_forward_cls", None)
+        name = named(function) if function is not None else ""
+        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised, name)
         args = (
             tuple(wanted),
             tuple([value for value, _ in pairs]),

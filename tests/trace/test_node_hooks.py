@@ -1,8 +1,9 @@
-"""Hooks on nodes of autograd's graph inside a function, under gradients from outside."""
+"""Hooks on nodes, of several gradients, and on tensors that they read, under outer gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,58 @@ def test_gradients_taken_inside_call_hooks_on_nodes(way: str) -> None:
     got = shardmap.vmap(taken_inside, **WAYS[way])(x)
     for k, want in enumerate(zip(*[taken_inside(r) for r in x], strict=True)):
         torch.testing.assert_close(got[k], torch.stack(want))
+
+
+def reads_its_tensor(r: Tensor) -> Tensor:
+    t = (r * W).sin()
+    t.register_hook(lambda g: g * (t > 0))
+    return t * 2
+
+
+def reads_its_view_and_its_base(r: Tensor) -> Tensor:
+    base = (r * W).sin()
+    t = base.view(1, 3)
+    t.register_hook(lambda g: g * (t > 0) * base.detach().exp())
+    return t[0] * 2
+
+
+def reads_a_saved_result(r: Tensor) -> Tensor:
+    t = (r * W).exp()
+    v = t.view_as(t)
+    v.register_hook(lambda g: g * t.detach().clamp(max=1))
+    return v * r
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "function", [reads_its_tensor, reads_its_view_and_its_base, reads_a_saved_result]
+)
+def test_a_hook_may_read_its_own_tensor(function: Callable[[Tensor], Tensor], way: str) -> None:
+    for rows, grad in ((5, True), (3, False), (1, True)):
+        compared(function, batch(rows, grad), function.__name__, **WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_a_hook_of_several_gradients_is_refused_and_its_remedies_work(mode: Any, way: str) -> None:
+    def function(r: Tensor) -> Tensor:
+        t, s = (r * W).sin(), (r * W).cos()
+        torch.autograd.graph.register_multi_grad_hook((t, s), lambda grads: None, mode=mode)
+        return t * s
+
+    with pytest.raises(errors.AutogradFunctionError, match="register_multi_grad_hook.*inside"):
+        shardmap.vmap(function, **WAYS[way])(batch(5, True))
+
+    def each(r: Tensor) -> Tensor:
+        t, s = (r * W).sin(), (r * W).cos()
+        t.register_hook(lambda g: g * 2)
+        s.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        return t * s
+
+    compared(each, batch(5, True), "a hook on each", **WAYS[way])
+
+    def inside(r: Tensor) -> tuple[Tensor, ...]:
+        t, s = (r * W).sin(), (r * W).cos()
+        return (t * s, *torch.autograd.grad((t * s).sum(), (t, s), create_graph=True))
+
+    compared(inside, batch(5, False), "inside", **WAYS[way])
