@@ -170,7 +170,11 @@ class ByShape:
                 self.refuse_unequal(f"out_dims={options.out_dims!r} is of equal results,")
             if any(r is not None and r.name not in ragged.COMBINED for r in self._reduced):
                 self.refuse_unequal(f"reduce={options.reduce!r} takes equal results,")
-            return self._unequal()
+            return self._by_groups()
+        if cluster is not None:
+            outputs = flat(self._by_groups(), self._alone)[0]
+            outputs, dims = self._compared(outputs, [0] * len(outputs))
+            return unflatten_outputs(outputs, self.structure, dims, self.size)
         large = recorded_bytes(self.groups[0].job) * self.size >= WATCHED_FROM
         job = self.job(scattered=large and not self.folds)
         with options.watching():
@@ -239,14 +243,14 @@ class ByShape:
             outputs[own[0]] = matrix
         return outputs, placed
 
-    def _unequal(self) -> Any:
-        """Results of unequal shapes: group by group."""
+    def _by_groups(self) -> Any:
+        """The results, group by group: of unequal shapes, or computed by a cluster's workers."""
         found = []
         for group in self.groups:
             result = group.call.run_as(group.instead)
             found.append(flat(result, self._alone)[0])
         rows = [group.rows for group in self.groups]
-        return joined(found, rows, self.structure, self.options)
+        return joined(found, rows, self.structure, self._alone)
 
     def job(self, scattered: bool) -> Job:
         """All samples as executors take them.

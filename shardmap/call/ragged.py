@@ -99,23 +99,20 @@ def _rows(whole: Batch, ragged: dict[int, Ragged]) -> list[list[int]]:
     return list(groups.values())
 
 
+def reduction_names(options: Options) -> set[str]:
+    """The names of a call's reductions."""
+    entries = pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one)
+    parsed = [reductions.parse(entry, options.call) for entry in entries]
+    return {reduction.name for reduction in parsed if reduction is not None}
+
+
 def is_whole(options: Options) -> bool:
     """Whether a call is one map over all shapes, and not one for each.
 
     What is added up is so for each shape: the sum can be had without its terms.
     """
-    if options.reduce is None:
-        return True
-    names = [
-        None if r is None else r.name
-        for r in (
-            reductions.parse(given, options.call)
-            for given in pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one)
-        )
-    ]
-    return not any(name in COMBINED for name in names) or any(
-        name not in (None, *COMBINED) for name in names
-    )
+    names = reduction_names(options)
+    return not names or not names <= set(COMBINED)
 
 
 def run(

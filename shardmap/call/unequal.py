@@ -36,8 +36,10 @@ def run_by_shape(
     around = surroundings()
     cluster = None if around.inlined else on_ray.asked_for(options.devices)
     alone = around.plain and not is_traced(pytree.tree_leaves((args, kwargs)))
-    stored = cluster is not None and options.out is not None
-    if alone and (stored or (cluster is None and ragged.is_whole(options))):
+    whole = ragged.is_whole(options)
+    if cluster is not None:  # what is folded is so by a function that does not travel
+        whole = options.out is not None or ragged.reduction_names(options) == {"gram"}
+    if alone and whole:
         try:
             return _whole(func, args, kwargs, options, memory, cluster)
         except errors.VariesError as error:

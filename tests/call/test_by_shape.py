@@ -94,8 +94,8 @@ def test_stores_hold_the_rows_in_the_order_of_the_samples(sink, options, tmp_pat
     changed = [*samples[:-1], samples[-1] + 1]
     with pytest.raises(errors.StoreMismatchError, match="samples have changed"):
         shardmap.vmap(summary, out=made, resume=True, **options)(Ragged(changed))
+    other = [samples[1], samples[0], *samples[2:]]
     with pytest.raises(errors.StoreMismatchError):
-        other = [samples[1], samples[0], *samples[2:]]
         shardmap.vmap(summary, out=made, resume=True, **options)(Ragged(other))
 
 
