@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -77,7 +76,7 @@ class ByShape:
 
     def __init__(
         self,
-        func: Any,
+        func: Callable[..., object],
         groups: Sequence[tuple[list[int], Batch]],
         options: Options,
         around: Surroundings,
@@ -151,7 +150,7 @@ class ByShape:
         """Whether results are combined in the order of the samples."""
         return any(r is not None and r.name == "fold" for r in self._kept)
 
-    def run(self, cluster: on_ray.Ray | None) -> Any:
+    def run(self, cluster: on_ray.Ray | None) -> object:
         """The results of all samples, in their order, or the store that holds them."""
         options = self.options
         if options.out is not None:
@@ -173,8 +172,8 @@ class ByShape:
             return self._by_groups()
         if cluster is not None:
             outputs = flat(self._by_groups(), self._alone)[0]
-            outputs, dims = self._compared(outputs, [0] * len(outputs))
-            return unflatten_outputs(outputs, self.structure, dims, self.size)
+            results, dims = self._compared(outputs, [0] * len(outputs))
+            return unflatten_outputs(results, self.structure, dims, self.size)
         large = recorded_bytes(self.groups[0].job) * self.size >= WATCHED_FROM
         job = self.job(scattered=large and not self.folds)
         with options.watching():
@@ -182,7 +181,7 @@ class ByShape:
         self._confirm(outputs, None)
         return self.finish(outputs, job)
 
-    def finish(self, outputs: Sequence[torch.Tensor], job: Job) -> Any:
+    def finish(self, outputs: Sequence[torch.Tensor], job: Job) -> object:
         """What the mapped function returns, from the outputs of a run."""
         options, placed = self.options, [o.dim for o in job.outputs]
         found, placed = self._compared(outputs, placed)
@@ -229,21 +228,22 @@ class ByShape:
         store.finish()
 
     def _compared(
-        self, outputs: Sequence[Any], placed: list[int | None]
-    ) -> tuple[list[Any], list[int | None]]:
+        self, outputs: Sequence[torch.Tensor], placed: list[int | None]
+    ) -> tuple[list[object], list[int | None]]:
         """The outputs with the matrices of inner products in the places of what they compare."""
-        outputs, placed = list(outputs), list(placed)
+        found: list[object] = [*outputs]
+        placed = list(placed)
         marks = {id(r): r for r in self._reduced if _is_gram(r)}
         for mark in marks.values():
             own = [k for k, r in enumerate(self._reduced) if r is mark]
             parts = [gram.Part(dense=k) for k in own]
             matrix = gram.add_to(None, parts, outputs, self.size)
             for k in own:
-                outputs[k], placed[k] = None, None
-            outputs[own[0]] = matrix
-        return outputs, placed
+                found[k], placed[k] = None, None
+            found[own[0]] = matrix
+        return found, placed
 
-    def _by_groups(self) -> Any:
+    def _by_groups(self) -> object:
         """The results, group by group: of unequal shapes, or computed by a cluster's workers."""
         found = []
         for group in self.groups:

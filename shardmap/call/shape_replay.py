@@ -7,7 +7,7 @@ computed shape by shape and put back to where they belong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ class ShapeReplay(StandIn):
                 where.index_copy_(0, at.to(where.device), t.to(where.device))
         return tuple(slices)
 
-    def marked(self, slices: bool) -> Any:
+    def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk`, or `chunk_into`, of samples of the largest shape."""
         run = super().marked(slices)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -26,12 +25,12 @@ from shardmap.trace.traced import is_traced
 
 
 def run_by_shape(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    func: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     options: Options,
     memory: Memory | None,
-) -> Any:
+) -> object:
     """One call of a mapped function over samples of unequal shapes."""
     around = surroundings()
     cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -52,13 +51,13 @@ def run_by_shape(
 
 
 def _whole(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    func: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     options: Options,
     memory: Memory | None,
     cluster: on_ray.Ray | None,
-) -> Any:
+) -> object:
     around, found = surroundings(), ragged.grouped(args, kwargs, options)
     shapes = ShapesOfCall(func, memory, options.randomness, options.call)
     if options.out is not None:
@@ -71,11 +70,11 @@ def _whole(
 
 
 def planned_by_shape(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    func: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     options: Options,
-    finished: Callable[[Any], Any],
+    finished: Callable[[object], object],
 ) -> Plan:
     """The plan of a call over samples of unequal shapes.
 
@@ -98,7 +97,7 @@ def planned_by_shape(
     on = prepare.Devices(job, options.budget.on)
     cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
-    def finish(outputs: list[torch.Tensor]) -> Any:
+    def finish(outputs: list[torch.Tensor]) -> object:
         return finished(found.finish(outputs, job))
 
     return Plan(job, cut, on, options, finish, [], shapes=found.described())
