@@ -14,7 +14,6 @@ from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
 from shardmap.call.batch_norms import served
-from shardmap.call.by_shape import planned_by_shape, run_by_shape
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map
@@ -25,6 +24,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
 from shardmap.call.surroundings import surroundings
+from shardmap.call.unequal import planned_by_shape, run_by_shape
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray

@@ -1,18 +1,14 @@
 """A call whose samples have unequal shapes: one map for all of them.
 
-Samples of one shape have a recording, a lowering and inputs of their own. What executors take for
-one program stands for all of these: its samples are numbers of rows, and each chunk's rows are
-computed shape by shape and put back to where they belong. So chunks, lanes, stores, reductions and
-autograd work as for any map. Results stay in the order of the samples; rows are computed in the
-order of their shapes, the largest first.
+So chunks, lanes, stores, reductions and autograd work as for any map. Results stay in the order of
+the samples; rows are computed in the order of their shapes, the largest first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,40 +16,37 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.call import confirm, ragged, standin
 from shardmap.call import outputs as out_edges
+from shardmap.call.arguments import HEAD
 from shardmap.call.execute import (
-    Call,
-    into_store,
     locally,
     pairs_of,
     recalled,
     recorded,
     refuse_elsewhere,
-    refuse_store,
-    run_map,
 )
-from shardmap.call.forked import Instead
-from shardmap.call.job import job_of, names_of, split_of
-from shardmap.call.memo import Memory, Prepared
+from shardmap.call.into_store import into_store, refuse_store
+from shardmap.call.job import job_of
+from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
-from shardmap.call.planned import Plan
 from shardmap.call.ragged import flat, joined
+from shardmap.call.routes import rows_of
+from shardmap.call.shape_replay import Group, ShapeReplay
 from shardmap.call.shapes import ShapesOfCall
-from shardmap.call.standin import StandIn
-from shardmap.call.surroundings import Surroundings, surroundings
+from shardmap.call.surroundings import Surroundings
 from shardmap.factors import gram
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.reduce.reduction import Reduction
-from shardmap.rules.philox import Seeds
-from shardmap.run import prepare
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job
-from shardmap.run.prepare import there
 from shardmap.run.sites import WATCHED_FROM, recorded_bytes
 from shardmap.store import Store
+from shardmap.store.ragged import PickedColumn
 from shardmap.trace.batch import Batch, unflatten_outputs
-from shardmap.trace.traced import is_traced
+
+ROUND_BYTES = 256 << 20
+"""Results of a cluster's workers that are put together to units of a store at a time."""
 
 _learned = Kept(64)
 """What the planner has learned of maps over several shapes, by their programs."""
@@ -69,141 +62,6 @@ def after_fork() -> None:
     _learned.after_fork()
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The samples of one shape."""
-
-    rows: list[int]
-    """Their numbers among all, ascending."""
-    call: Call
-    """The map over them."""
-    instead: Instead | None
-    """What runs in the place of a replay."""
-    job: Job
-
-    @property
-    def shapes(self) -> str:
-        """Those of a sample's mapped arguments, in words."""
-        shapes = [list(v.spec.shape) for v in self.job.recording.program.inputs]
-        return " and ".join(map(str, shapes))
-
-
-class ShapeReplay(StandIn):
-    """Computes a chunk's rows shape by shape, in the form of a replay (`codegen.Replay`).
-
-    Args:
-        groups: The samples of each shape.
-        specs: The outputs' metadata.
-        budget: What the map may add on a device.
-    """
-
-    source = "a program for each shape"
-
-    def __init__(self, groups: Sequence[Group], specs: Sequence[Spec], options: Options):
-        self.specs = specs
-        self.jobs = [group.job for group in groups]
-        self.grad = torch.is_grad_enabled()
-        self._on = [prepare.Devices(job, options.budget.on) for job in self.jobs]
-        size = sum(len(group.rows) for group in groups)
-        self.of_row = torch.empty(size, dtype=torch.int64)
-        """The number of each row's shape: `[N]`."""
-        self.place = torch.empty(size, dtype=torch.int64)
-        """Its number among the samples of that shape: `[N]`."""
-        for number, group in enumerate(groups):
-            rows = torch.tensor(group.rows)
-            self.of_row[rows] = number
-            self.place[rows] = torch.arange(len(rows))
-        self.largest = torch.tensor(groups[0].rows[:3])
-        """Rows that show what a chunk costs at most."""
-
-    def chunk(
-        self,
-        size: int,
-        start: int,
-        device: torch.device,
-        seed: Seeds,
-        scalars: object,
-        fixed: object,
-        inputs: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """The outputs of one chunk, `[size, *shape]` each; `inputs` is the numbers of its rows."""
-        order, parts = [], []
-        for at, found in self._groups(device, inputs[0]):
-            order.append(at)
-            parts.append(found)
-        if len(parts) == 1:
-            return parts[0]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        where = torch.cat(order)
-        if torch.equal(where, torch.arange(len(where))):
-            return tuple(columns)
-        back = where.argsort().to(device)
-        return tuple([column.index_select(0, back) for column in columns])
-
-    def chunk_into(
-        self,
-        size: int,
-        start: int,
-        device: torch.device,
-        seed: Seeds,
-        scalars: object,
-        fixed: object,
-        inputs: list[torch.Tensor],
-        slices: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
-        for at, found in self._groups(device, inputs[0]):
-            for t, where in zip(found, slices, strict=True):
-                where.index_copy_(0, at.to(where.device), t.to(where.device))
-        return tuple(slices)
-
-    def marked(self, slices: bool) -> Any:
-        """`chunk`, or `chunk_into`, of samples of the largest shape."""
-        run = super().marked(slices)
-
-        def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
-            given = list(arguments)
-            rows = given[standin.INPUTS][0]
-            largest = self.largest.repeat(-(-len(rows) // len(self.largest)))[: len(rows)]
-            given[standin.INPUTS] = [largest]
-            return run(*given)
-
-        return watched
-
-    def _groups(
-        self, device: torch.device, rows: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-        """The samples of each shape in a chunk, by their places in it, and their outputs."""
-        rows = rows.cpu()
-        of_row = self.of_row[rows]
-        for number in of_row.unique().tolist():
-            at = (of_row == number).nonzero().flatten()
-            places = self.place[rows[at]]
-            first, count = int(places[0]), len(places)
-            if torch.equal(places, torch.arange(first, first + count)):
-                yield at, self._rows(number, device, first, first + count)
-                continue
-            singly = [self._rows(number, device, p, p + 1) for p in places.tolist()]
-            yield at, tuple([torch.cat(column) for column in zip(*singly, strict=True)])
-
-    def _rows(
-        self, number: int, device: torch.device, start: int, stop: int
-    ) -> tuple[torch.Tensor, ...]:
-        """The outputs of consecutive samples of one shape."""
-        job, size = self.jobs[number], stop - start
-        with torch.set_grad_enabled(job.grad and self.grad):
-            ready = self._on[number].on(str(device), job.samples > 1, slices=False)
-            inputs = [there(t, device) for t in job.read(start, stop)]
-            outs = ready.low.replay.chunk(
-                size, start, device, job.seed, job.recording.scalars, ready.fixed, inputs
-            )
-        wide = [
-            t if v.mapped else t.expand(size, *t.shape)
-            for t, v in zip(outs, ready.low.batched.outputs, strict=True)
-        ]
-        return tuple([t.to(spec.dtype) for t, spec in zip(wide, self.specs, strict=True)])
-
-
 class ByShape:
     """One call over samples of several shapes.
 
@@ -213,15 +71,17 @@ class ByShape:
         options: The call's.
         around: What it stands in.
         shapes: What earlier calls have recorded.
+        cluster: Whether it is computed by the workers of a cluster.
     """
 
     def __init__(
         self,
-        func: Any,
+        func: Callable[..., object],
         groups: Sequence[tuple[list[int], Batch]],
         options: Options,
         around: Surroundings,
         shapes: ShapesOfCall,
+        cluster: bool = False,
     ):
         self.options = options
         self._alone = dataclasses.replace(
@@ -242,7 +102,7 @@ class ByShape:
                 )
             job = call.job(instead)
             if instead is not None:
-                refuse_elsewhere(job, options, False, False)
+                refuse_elsewhere(job, options, False, cluster)
             found.append(Group(rows, call, instead, job))
         shapes.finish()
         structure = found[0].call.prepared.structure
@@ -290,7 +150,7 @@ class ByShape:
         """True if results are combined in the order of the samples."""
         return any(r is not None and r.name == "fold" for r in self._kept)
 
-    def run(self, cluster: on_ray.Ray | None) -> Any:
+    def run(self, cluster: on_ray.Ray | None) -> object:
         """The results of all samples, in their order, or the store that holds them."""
         options = self.options
         if options.out is not None:
@@ -298,7 +158,10 @@ class ByShape:
             job = self.job(scattered=False)
             refuse_store(job, options, False)
             with options.watching():
-                store = into_store(job, options, self.structure, cluster)
+                compute = None
+                if cluster is not None:
+                    compute = functools.partial(self._fill, cluster=cluster)
+                store = into_store(job, options, self.structure, cluster, compute)
             self._confirm(None, store)
             return store
         if self.unequal is not None:
@@ -306,7 +169,11 @@ class ByShape:
                 self.refuse_unequal(f"out_dims={options.out_dims!r} is of equal results,")
             if any(r is not None and r.name not in ragged.COMBINED for r in self._reduced):
                 self.refuse_unequal(f"reduce={options.reduce!r} takes equal results,")
-            return self._unequal()
+            return self._by_groups()
+        if cluster is not None:
+            outputs = flat(self._by_groups(), self._alone)[0]
+            results, dims = self._compared(outputs, [0] * len(outputs))
+            return unflatten_outputs(results, self.structure, dims, self.size)
         large = recorded_bytes(self.groups[0].job) * self.size >= WATCHED_FROM
         job = self.job(scattered=large and not self.folds)
         with options.watching():
@@ -314,36 +181,76 @@ class ByShape:
         self._confirm(outputs, None)
         return self.finish(outputs, job)
 
-    def finish(self, outputs: Sequence[torch.Tensor], job: Job) -> Any:
+    def finish(self, outputs: Sequence[torch.Tensor], job: Job) -> object:
         """What the mapped function returns, from the outputs of a run."""
         options, placed = self.options, [o.dim for o in job.outputs]
         found, placed = self._compared(outputs, placed)
         dims = out_edges.result_dims(self.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(found, self.structure, dims, self.size)
 
+    def _fill(self, store: Store, cluster: on_ray.Ray) -> None:
+        """Fill a store by the workers of a cluster: a few units at a time, shape by shape.
+
+        Raises:
+            OptionError: The function draws random numbers.
+        """
+        options, outputs = self.options, self.groups[0].job.outputs
+        if any(group.job.recording.random for group in self.groups):
+            raise errors.OptionError(
+                f"{options.call}: out=, devices={options.devices!r} and samples of unequal shapes "
+                "for which the function draws random numbers; draw them outside and pass them as "
+                "an argument, or use devices='auto'"
+            )
+        header = store.header
+        specs = [spec for spec in header.outputs]
+        row_bytes = sum(out.sample_bytes for out in outputs)
+        several = max(1, ROUND_BYTES // max(1, row_bytes * header.unit))
+        missing = list(store.missing())
+        for at in range(0, len(missing), several):
+            units = missing[at : at + several]
+            rows = torch.cat([torch.arange(*header.rows(unit)) for unit in units])
+            columns = [torch.empty((len(rows), *s.shape), dtype=s.dtype) for s in specs]
+            for group in self.groups:
+                inside = torch.isin(torch.tensor(group.rows), rows).nonzero().flatten()
+                if not len(inside):
+                    continue
+                where = torch.searchsorted(rows, torch.tensor(group.rows)[inside])
+                job = _part(group.job, inside)
+                found = on_ray.run(job, options.chunk_size, cluster, options.budget)
+                for column, t in zip(columns, found, strict=True):
+                    column.index_copy_(0, where, t.to(device="cpu", dtype=column.dtype))
+            start = 0
+            for unit in units:
+                first, last = header.rows(unit)
+                stop = start + last - first
+                store.commit(store.write(unit, [column[start:stop] for column in columns]))
+                start = stop
+        store.finish()
+
     def _compared(
-        self, outputs: Sequence[Any], placed: list[int | None]
-    ) -> tuple[list[Any], list[int | None]]:
+        self, outputs: Sequence[torch.Tensor], placed: list[int | None]
+    ) -> tuple[list[object], list[int | None]]:
         """The outputs with the matrices of inner products in the places of what they compare."""
-        outputs, placed = list(outputs), list(placed)
+        found: list[object] = [*outputs]
+        placed = list(placed)
         marks = {id(r): r for r in self._reduced if _is_gram(r)}
         for mark in marks.values():
             own = [k for k, r in enumerate(self._reduced) if r is mark]
             parts = [gram.Part(dense=k) for k in own]
             matrix = gram.add_to(None, parts, outputs, self.size)
             for k in own:
-                outputs[k], placed[k] = None, None
-            outputs[own[0]] = matrix
-        return outputs, placed
+                found[k], placed[k] = None, None
+            found[own[0]] = matrix
+        return found, placed
 
-    def _unequal(self) -> Any:
-        """Results of unequal shapes: group by group."""
+    def _by_groups(self) -> object:
+        """The results, group by group: of unequal shapes, or computed by a cluster's workers."""
         found = []
         for group in self.groups:
             result = group.call.run_as(group.instead)
             found.append(flat(result, self._alone)[0])
         rows = [group.rows for group in self.groups]
-        return joined(found, rows, self.structure, self.options)
+        return joined(found, rows, self.structure, self._alone)
 
     def job(self, scattered: bool) -> Job:
         """All samples as executors take them.
@@ -440,82 +347,21 @@ class ByShape:
         return "\n".join([f"Samples of {len(lines)} shapes, each a program of its own:", *lines])
 
 
+def _part(job: Job, numbers: torch.Tensor) -> Job:
+    """The job of some of its samples."""
+    columns = {i: PickedColumn(c, numbers.tolist()) for i, c in job.columns.items()}
+    inputs = [
+        columns[i].rows_between(0, min(HEAD, len(numbers)))
+        if i in columns
+        else rows_of(t, numbers.to(t.device))
+        for i, t in enumerate(job.inputs)
+    ]
+    # What the function returned for the last sample is not known of another one.
+    lowerings = dataclasses.replace(job.lowerings, expected=())
+    return dataclasses.replace(
+        job, inputs=inputs, columns=columns, samples=len(numbers), lowerings=lowerings
+    )
+
+
 def _is_gram(reduction: Reduction | None) -> bool:
     return reduction is not None and reduction.name == "gram"
-
-
-def run_by_shape(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    memory: Memory | None,
-) -> Any:
-    """One call of a mapped function over samples of unequal shapes."""
-    around = surroundings()
-    cluster = None if around.inlined else on_ray.asked_for(options.devices)
-    alone = around.plain and not is_traced(pytree.tree_leaves((args, kwargs)))
-    stored = cluster is not None and options.out is not None
-    if alone and (stored or (cluster is None and ragged.is_whole(options))):
-        try:
-            return _whole(func, args, kwargs, options, memory, cluster)
-        except errors.VariesError as error:
-            if options.out is not None or isinstance(error, errors.RaggedError):
-                raise
-    shapes = ShapesOfCall(func, memory, options.randomness, options.call)
-    result = ragged.run(lambda batch: run_map(func, batch, options, shapes), args, kwargs, options)
-    shapes.finish()
-    return result
-
-
-def _whole(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    memory: Memory | None,
-    cluster: on_ray.Ray | None,
-) -> Any:
-    around, found = surroundings(), ragged.grouped(args, kwargs, options)
-    shapes = ShapesOfCall(func, memory, options.randomness, options.call)
-    if options.out is not None:
-        shapes.record_all()  # what is written cannot be taken back
-    try:
-        return ByShape(func, found, options, around, shapes).run(cluster)
-    except errors.StaleRecordingError:
-        shapes.record_all()
-        return ByShape(func, found, options, around, shapes).run(cluster)
-
-
-def planned_by_shape(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    finished: Callable[[Any], Any],
-) -> Plan:
-    """The plan of a call over samples of unequal shapes.
-
-    Raises:
-        OptionError: The call is for a cluster.
-        RaggedError: Results have unequal shapes.
-    """
-    call = options.call
-    if on_ray.asked_for(options.devices) is not None:
-        raise errors.OptionError(
-            f"{call}: a plan for devices={options.devices!r} of samples of unequal shapes, which "
-            "are handed to the cluster shape by shape; plan it for this machine, devices='auto', "
-            "or call the mapped function"
-        )
-    shapes = ShapesOfCall(func, None, options.randomness, call)
-    shapes.record_all()
-    found = ByShape(func, ragged.grouped(args, kwargs, options), options, surroundings(), shapes)
-    found.refuse_unequal("a plan is of equal results,")
-    job = found.job(scattered=not found.folds)
-    on = prepare.Devices(job, options.budget.on)
-    cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-
-    def finish(outputs: list[torch.Tensor]) -> Any:
-        return finished(found.finish(outputs, job))
-
-    return Plan(job, cut, on, options, finish, [], shapes=found.described())

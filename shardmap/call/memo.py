@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Remembered:
     """A recording, and the values that must be unchanged for it to be replayed."""
 
     prepared: Prepared
-    reads: list[Any]
+    reads: list[object]
     """The objects and values that the function could reach, as listed by `reachable`."""
     arguments: dict[int, int]
     """Captured tensors that are unmapped arguments: position among the captured -> leaf of the
@@ -74,11 +74,11 @@ class Memory:
 
     def __init__(self, func: Callable[..., Any], call: str):
         self.call = call
-        self._func: Callable[[], Any] = lambda: func
-        self.kept: dict[Any, Remembered] = {}
+        self._func: Callable[[], object] = lambda: func
+        self.kept: dict[object, Remembered] = {}
         self.said = False
 
-    def recall(self, batch: Batch, reads: list[Any] | None = None) -> Remembered | None:
+    def recall(self, batch: Batch, reads: list[object] | None = None) -> Remembered | None:
         """The recording that serves this call; None if the function reads changed values.
 
         Args:
@@ -95,7 +95,7 @@ class Memory:
             return None
         return found
 
-    def keep(self, batch: Batch, prepared: Prepared, reads: list[Any] | None = None) -> None:
+    def keep(self, batch: Batch, prepared: Prepared, reads: list[object] | None = None) -> None:
         """Keep a recording, unless the function reads something that cannot be compared.
 
         Args:
@@ -145,11 +145,11 @@ class Memory:
             dataclasses.replace(prepared, recording=recording), self.held(reads), arguments, fixed
         )
 
-    def held(self, reads: list[Any]) -> list[Any]:
+    def held(self, reads: list[object]) -> list[object]:
         """The part of a listing that is kept: all of it."""
         return reads
 
-    def reads(self, batch: Batch) -> list[Any]:
+    def reads(self, batch: Batch) -> list[object]:
         """Objects that the function can reach, by name or through arguments that hold others."""
         return reachable(
             self._func(),
@@ -166,7 +166,7 @@ class Memory:
         self.kept.pop(signature(batch), None)
 
 
-def signature(batch: Batch) -> Any:
+def signature(batch: Batch) -> Hashable:
     """Key of the properties of a call that decide its recording.
 
     They are those of the arguments, without values and number of samples, and torch's modes.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +32,8 @@ COMBINED = ("sum", "mean", "max", "min")
 
 
 def given(
-    args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
-) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
+) -> tuple[tuple[object, ...], dict[str, object], bool]:
     """A call's arguments, and whether some of them are ragged.
 
     A nested tensor becomes a `Ragged`, and so does a list of tensors whose first sizes differ: as a
@@ -56,7 +55,7 @@ def given(
     return args, kwargs, any(isinstance(t, Ragged) for t in pytree.tree_leaves((args, kwargs)))
 
 
-def _as_ragged(value: Any, dim: object) -> Any:
+def _as_ragged(value: object, dim: object) -> object:
     if type(dim) is not int or dim != 0:
         return value
     if isinstance(value, Tensor):
@@ -64,19 +63,18 @@ def _as_ragged(value: Any, dim: object) -> Any:
     return Ragged(value) if type(value) is list and _is_unequal(value) else value
 
 
-def _is_unequal(values: list[Any]) -> bool:
+def _is_unequal(values: list[object]) -> bool:
     """True if a list holds samples of unequal lengths, and no batches."""
-    if len(values) < 2 or not all(isinstance(t, Tensor) and not t.is_nested for t in values):
+    tensors = [t for t in values if isinstance(t, Tensor) and not t.is_nested]
+    if len(tensors) < max(2, len(values)):
         return False
-    first = values[0]
-    alike = all(
-        (t.ndim, t.dtype, t.device) == (first.ndim, first.dtype, first.device) for t in values
-    )
-    return alike and first.ndim > 0 and any(t.shape[0] != first.shape[0] for t in values)
+    kinds = {(t.ndim, t.dtype, t.device) for t in tensors}
+    sizes = {t.shape[0] for t in tensors if t.ndim}
+    return len(kinds) == 1 and len(sizes) > 1
 
 
 def grouped(
-    args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
 ) -> list[tuple[list[int], Batch]]:
     """The samples of each shape: the numbers of the rows, ascending, and the batch of them.
 
@@ -99,31 +97,28 @@ def _rows(whole: Batch, ragged: dict[int, Ragged]) -> list[list[int]]:
     return list(groups.values())
 
 
+def reduction_names(options: Options) -> set[str]:
+    """The names of a call's reductions."""
+    entries = pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one)
+    parsed = [reductions.parse(entry, options.call) for entry in entries]
+    return {reduction.name for reduction in parsed if reduction is not None}
+
+
 def is_whole(options: Options) -> bool:
     """True if a call is one map over all shapes, and not one for each.
 
     What is added up is so for each shape: the sum can be had without its terms.
     """
-    if options.reduce is None:
-        return True
-    names = [
-        None if r is None else r.name
-        for r in (
-            reductions.parse(given, options.call)
-            for given in pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one)
-        )
-    ]
-    return not any(name in COMBINED for name in names) or any(
-        name not in (None, *COMBINED) for name in names
-    )
+    names = reduction_names(options)
+    return not names or not names <= set(COMBINED)
 
 
 def run(
-    map_group: Callable[[Batch], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    map_group: Callable[[Batch], object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     options: Options,
-) -> Any:
+) -> object:
     """Map over samples of unequal shapes, group by group.
 
     Args:
@@ -179,7 +174,7 @@ def joined(
     groups: list[list[int]],
     structure: pytree.TreeSpec,
     options: Options,
-) -> Any:
+) -> object:
     """The results of all samples, from those of groups of them.
 
     Args:
@@ -254,7 +249,7 @@ def refuse_groups(options: Options, what: str, why: str, whole: bool = False) ->
 
 
 def _whole(
-    args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
 ) -> tuple[Batch, dict[int, Ragged]]:
     """The batch of all samples with stand-ins for ragged arguments, and those by their position."""
     call = options.call
@@ -304,7 +299,7 @@ def _group(whole: Batch, ragged: dict[int, Ragged], rows: list[int]) -> Batch:
     return dataclasses.replace(whole, leaves=leaves, size=len(rows), columns=columns)
 
 
-def as_asked(rows: list[Tensor], ragged: str) -> Any:
+def as_asked(rows: list[Tensor], ragged: str) -> object:
     """One output of all samples: stacked where the shapes are equal, else as `ragged` says."""
     if all(t.shape == rows[0].shape for t in rows):
         return torch.stack(rows)
@@ -318,7 +313,7 @@ def _joined(
     groups: list[list[int]],
     reduction: reductions.Reduction | None,
     options: Options,
-) -> Any:
+) -> object:
     """One output of all samples, from those of the groups."""
     call = options.call
     if reduction is None:

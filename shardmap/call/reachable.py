@@ -89,7 +89,7 @@ class Unknown:
     what: str
 
 
-def same(before: list[Any], now: list[Any]) -> bool:
+def same(before: list[object], now: list[object]) -> bool:
     """True if two listings hold the same objects and equal numbers."""
     if len(before) != len(now):
         return False
@@ -107,7 +107,7 @@ def same(before: list[Any], now: list[Any]) -> bool:
     return True
 
 
-def held_weakly(found: list[Any]) -> list[Any]:
+def held_weakly(found: list[object]) -> list[object]:
     """A listing that keeps only numbers, texts and objects without weak references alive.
 
     Containers are left out; their contents are listed behind them.
@@ -124,12 +124,12 @@ def held_weakly(found: list[Any]) -> list[Any]:
     return [weak(value) for value in found]
 
 
-def reachable(*roots: Any) -> list[Any]:
+def reachable(*roots: Any) -> list[object]:
     """Everything that `roots` can read by name, in a fixed order.
 
     It lists tensors and objects themselves, numbers and strings by value.
     """
-    found: list[Any] = []
+    found: list[object] = []
     seen: set[int] = set()
     for root in roots:
         _walk(root, found, seen, frozenset())
@@ -138,7 +138,7 @@ def reachable(*roots: Any) -> list[Any]:
     return found
 
 
-def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
+def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]) -> None:
     if len(found) > _LIMIT:
         return
     found.append(value)
@@ -200,7 +200,7 @@ def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -
         _walk_object(value, found, seen, names)
 
 
-def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -> None:
+def _walk_function(func: types.FunctionType, found: list[object], seen: set[int]) -> None:
     if _is_library(func.__code__.co_filename):
         for cell in func.__closure__ or ():  # a library's decorator around a user's function
             _walk_cell(cell, found, seen, frozenset())
@@ -222,7 +222,7 @@ def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -
 
 
 def _walk_cell(
-    cell: types.CellType, found: list[Any], seen: set[int], names: frozenset[str]
+    cell: types.CellType, found: list[object], seen: set[int], names: frozenset[str]
 ) -> None:
     try:
         contents = cell.cell_contents
@@ -232,7 +232,7 @@ def _walk_cell(
     _walk(contents, found, seen, names)
 
 
-def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
+def _walk_object(value: Any, found: list[object], seen: set[int], names: frozenset[str]) -> None:
     kind = type(value)
     if kind in _CONTAINERS:
         return

@@ -12,7 +12,6 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -30,21 +29,21 @@ class ShapeMemory(Memory):
 
     most = SHAPES
 
-    def __init__(self, func: Callable[..., Any], call: str):
+    def __init__(self, func: Callable[..., object], call: str):
         super().__init__(func, call)
         self._func = weakref.ref(func)
         self.said = True  # no warning: the user did not request it
 
-    def is_of(self, func: Callable[..., Any]) -> bool:
+    def is_of(self, func: Callable[..., object]) -> bool:
         """True if the recordings are those of this very function."""
         return self._func() is func
 
-    def held(self, reads: list[Any]) -> list[Any]:
+    def held(self, reads: list[object]) -> list[object]:
         """The part of a listing that is kept."""
         return held_weakly(reads)
 
 
-_memories: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], ShapeMemory]] = (
+_memories: weakref.WeakKeyDictionary[object, dict[tuple[str, str], ShapeMemory]] = (
     weakref.WeakKeyDictionary()
 )
 _lock = threading.RLock()
@@ -62,7 +61,7 @@ def after_fork() -> None:
     _lock = threading.RLock()
 
 
-def _memory_of(func: Callable[..., Any], randomness: str, call: str) -> ShapeMemory | None:
+def _memory_of(func: Callable[..., object], randomness: str, call: str) -> ShapeMemory | None:
     """The recordings of a function; None for one without a hash or weak references."""
     key = randomness, call
     try:
@@ -86,12 +85,14 @@ class ShapesOfCall:
         call: The user's call.
     """
 
-    def __init__(self, func: Callable[..., Any], memory: Memory | None, randomness: str, call: str):
+    def __init__(
+        self, func: Callable[..., object], memory: Memory | None, randomness: str, call: str
+    ):
         self._once = memory is not None
         self._memory = _memory_of(func, randomness, call) if memory is None else memory
         self._trusted: bool | None = self._once or None
         """True if earlier recordings may be used; None until one shape has been recorded."""
-        self._reads: list[Any] | None = None
+        self._reads: list[object] | None = None
         self._recorded: Batch | None = None
         if self._once and self._memory is not None:
             self._memory.most = max(self._memory.most, SHAPES)

@@ -49,10 +49,7 @@ class Parts:
 
     @property
     def ragged(self) -> bool:
-        """True if samples have different shapes.
-
-        Each shape is mapped separately, so there is no plan, and no store.
-        """
+        """True if samples have different shapes."""
         return any(isinstance(column, Ragged) for column in self.columns)
 
     def between(self, start: int, stop: int) -> Parts:
@@ -60,7 +57,7 @@ class Parts:
         columns: list[Tensor | Column | Ragged] = []
         for column in self.columns:
             if isinstance(column, Ragged):
-                columns.append(Ragged(column.samples[start:stop]))
+                columns.append(column.between(start, stop))
             elif isinstance(column, Tensor):
                 columns.append(column[start:stop])
             else:
@@ -120,11 +117,6 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         weights.load(module, state, config.weights)
     loss = None if run.loss is None else _loss(run.loss)
     parts = Parts(dataset, model, columns, call, leading, loss, name)
-    if parts.ragged and config.store is not None:
-        raise ConfigError(
-            f"store: {config.store!r}, and samples are a shardmap.Ragged: rows of a store have one "
-            "shape; leave store out"
-        )
     _check_task(config, parts, names)
     what = "" if config.task == "vmap" else f"{config.task} of "
     named = config.function or config.model

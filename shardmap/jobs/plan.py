@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
+from shardmap.errors import ConfigError, RaggedError
 from shardmap.jobs import tasks
 from shardmap.jobs.config import BoundRun, RunConfig
 from shardmap.jobs.folder import RESULTS
@@ -54,7 +55,10 @@ def plan(
     check_machine(config)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        planned = tasks.planned(parts, config, options)
+        try:
+            planned = tasks.planned(parts, config, options)
+        except RaggedError as error:
+            raise ConfigError(f"function: {error}") from error
         if measure and planned.samples:
             _measure(planned, parts, config, options)
             planned = tasks.planned(parts, config, options)
@@ -89,13 +93,16 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:
     job, samples = planned.job, planned.samples
+    jobs = job.parts or (job,)
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
+    given = sum(one.samples * sum(t[:1].nbytes for t in one.inputs) for one in jobs)
+    programs = sum(len(one.recording.program.dumps().encode()) for one in jobs)
     return Workload(
         samples=samples,
-        sample_bytes=sum(t.nbytes // max(1, samples) for t in job.inputs),
+        sample_bytes=given // max(1, samples),
         result_bytes=sum(o.sample_bytes for o in job.outputs),
-        program_bytes=len(recording.program.dumps().encode()) + captured,
+        program_bytes=programs + captured,
         sample_seconds=planned.seconds / max(1, samples),
         measured=all(lane.measured for lane in planned.lanes),
         chunk_size=config.chunk_size,

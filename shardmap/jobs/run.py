@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmap import Plan, Store
-from shardmap.errors import ConfigError, StoreMismatchError
+from shardmap.errors import ConfigError, RaggedError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.config import BoundRun, RunConfig, to_yaml
 from shardmap.jobs.folder import (
@@ -165,19 +165,21 @@ def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) ->
     """Plan the map, and prepare it."""
     config, options = run.config, map_options(run)
     samples = len(parts.dataset)
-    sink = sink_of(config, folder.path) if config.stored and not parts.ragged else None
+    sink = sink_of(config, folder.path) if config.stored else None
     if sink is not None and config.store is None:
         found = folder.found()
-    plan = (
-        None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
-    )
+    try:
+        plan = None if config.devices == "ray" else planned(parts, config, options, sink)
+    except RaggedError as error:
+        if config.store is not None:
+            raise ConfigError(f"store: {error}") from error
+        text = f"{samples} samples of unequal shapes and results, a map for each shape"
+        return _Map(text, None, mapped(parts, config, options))
     if sink is None:
         text = (
             f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many "
             "workers there are"
         )
-        if parts.ragged:
-            text = f"{samples} samples of unequal shapes, a map for each shape"
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
     again = config.resume or config.store is None
     work = mapped(parts, config, {**options, "out": sink, "resume": again})

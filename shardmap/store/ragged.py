@@ -151,9 +151,9 @@ class Ragged:
             return torch.stack([self._samples[number] for number in numbers])
         return SampleColumn(self, numbers)
 
-    def head(self, count: int) -> Ragged:
-        """The first samples, in memory."""
-        return Ragged([self[number] for number in range(min(count, len(self)))])
+    def between(self, start: int, stop: int) -> Ragged:
+        """The samples from `start` up to `stop`, in memory."""
+        return Ragged([self[number] for number in range(start, min(stop, len(self)))])
 
     @property
     def travels(self) -> bool:
