@@ -16,6 +16,7 @@ from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse, consumed
 from shardmap.call.memo import Prepared, reachable
 from shardmap.call.options import Options
+from shardmap.call.standin import ways_of
 from shardmap.call.surroundings import surroundings
 from shardmap.lower import apart
 from shardmap.lower.cache import Lowered
@@ -53,6 +54,8 @@ class Comparison:
         outputs: One entry per output.
         parted: The operator where map and loop part, in words; None where they agree.
         tiers: For each operator, what serves it: "rule", "functorch" or "loop".
+        ways: Which samples take which way, in words, where they go several by what `func` asks
+            about their values; else empty.
         parameter_share: Of the parameters that the function reads and that require grad, the part
             (0 to 1) whose gradient is among the outputs and is not zero in every compared sample;
             None if no output has the shape of a parameter.
@@ -64,6 +67,7 @@ class Comparison:
     parted: str | None
     tiers: Mapping[str, str]
     parameter_share: float | None
+    ways: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -89,6 +93,8 @@ class Comparison:
         lines.append(
             f"  operators: {served or 'none'}" + (f" ({', '.join(loops)})" if loops else "")
         )
+        if self.ways:
+            lines.append("  " + self.ways.replace("\n", "\n  "))
         if self.parameter_share is not None:
             lines.append(f"  parameters with a gradient: {self.parameter_share:.1%}")
         return "\n".join(lines)
@@ -140,7 +146,8 @@ def compare(
     if worst is not None and job.lowerings.instead is None:
         parted = _parted(job, low, worst.sample)
     share = _share(func, batch, found, numbers, dims)
-    return Comparison(options.call, tuple(numbers), outputs, parted, dict(low.batched.tiers), share)
+    tiers, ways = dict(low.batched.tiers), ways_of(low)
+    return Comparison(options.call, tuple(numbers), outputs, parted, tiers, share, ways)
 
 
 def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:

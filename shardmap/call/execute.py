@@ -14,7 +14,7 @@ from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
-from shardmap.call.by_sample import SampleLoop, lowering
+from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
@@ -138,20 +138,19 @@ class Call:
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
-        plain = not around.plain or (
+        single = around.plain and by_sample is None
+        plain = not single or (
             torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
         )
-        comparison = compared(prepared, options, batch.size, plain, several=around.plain)
+        comparison = compared(prepared, options, batch.size, plain, several=single)
         if comparison is not None:
             if by_sample is not None:
-                raise errors.VariesError(
-                    f"{options.call}: reduce='gram' of a function that is run sample by sample; "
-                    "stack "
-                    "the results (reduce=None) and multiply them"
+                stacked = Call(prepared, batch, comparison.stacked, around, self.use)
+                outputs = comparison.whole(stacked.run_flat(by_sample), batch.size)
+            else:
+                outputs = comparison.outputs(
+                    lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
                 )
-            outputs = comparison.outputs(
-                lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
-            )
             return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -176,9 +175,9 @@ class Call:
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
 
-    def run_flat(self) -> Sequence[torch.Tensor]:
+    def run_flat(self, by_sample: Instead | None = None) -> Sequence[torch.Tensor]:
         """The results, flat."""
-        return flatten_outputs(self._run(None), self.options.call)[0]
+        return flatten_outputs(self._run(by_sample), self.options.call)[0]
 
     def job(self, by_sample: Instead | None = None) -> Job:
         """The call as executors take it."""
@@ -210,8 +209,20 @@ class Call:
         """Split the batch by the answers that its samples give, and run each on its own path."""
         if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
             return self._forked().by_groups()
-        call, instead = self._settled(self._forked())
-        return call._run(instead)
+        forked = self._forked()
+        while True:
+            call, instead = self._settled(forked)
+            try:
+                return call._run(instead)
+            except WiderError as error:
+                self._widen(error)
+                forked.widen(error.dtypes)
+
+    def _widen(self, error: WiderError) -> None:
+        """Bring outputs to wider dtypes, as `torch.stack` does; not in a store, which is made."""
+        if self.options.out is not None or self.prepared.recording.written_inputs:
+            raise error
+        self.prepared = widened(self.prepared, error.dtypes)
 
     def _run_nested(self) -> Any:
         """Split inner samples by their answers, as a part of the outer recording."""
@@ -264,7 +275,12 @@ class Call:
         return self, None
 
     def _run_by_sample(self, why: str) -> Any:
-        return self._run(self._loop(why))
+        instead = self._loop(why)
+        while True:
+            try:
+                return self._run(instead)
+            except WiderError as error:
+                self._widen(error)
 
     def _loop(self, why: str) -> Instead:
         """What runs the function itself, sample by sample.
@@ -282,30 +298,22 @@ class Call:
         if options.strict:
             raise errors.VariesError(
                 f"{text}; only a loop over the samples serves such a function, and strict=True "
-                "refuses "
-                "that: use torch's operators for it, or pass strict=False"
+                "refuses that: use torch's operators for it, or pass strict=False"
             )
         warnings.warn(
             f"{text}, so the function itself is run sample by sample; use torch's operators for "
-            "it, "
-            "or pass strict=True to refuse such functions",
+            "it, or pass strict=True to refuse such functions",
             errors.SlowLoopWarning,
             stacklevel=2,
         )
-        program = self.prepared.recording.program
 
         def instead(how: LoweringOptions) -> Lowered:
+            recording = self.prepared.recording
+            program, specs = recording.program, [v.spec for v in recording.program.outputs]
             loop = SampleLoop(
-                use.func,
-                self.batch,
-                self.prepared.structure,
-                [v.spec for v in program.outputs],
-                options.randomness,
-                self.prepared.recording.random,
-                how.grad or how.transformed,
-                options.call,
-                self.prepared.recording.generators,
-            )
+                use.func, self.batch, self.prepared.structure, specs, options.randomness,
+                recording.random, how.grad or how.transformed, options.call, recording.generators,
+            )  # fmt: skip
             return lowering(program, how, loop)
 
         return instead
@@ -356,9 +364,8 @@ def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) 
     if cluster or any(torch.device(name) != job.home for name in names):
         raise errors.VariesError(
             f"{options.call}: the function has to be run sample by sample, where its samples are, "
-            "and "
-            f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
-            "devices='auto'"
+            f"and devices={options.devices!r}; use torch's operators for what differs by sample, "
+            "or devices='auto'"
         )
 
 

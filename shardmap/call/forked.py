@@ -10,7 +10,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.call.by_sample import SampleLoop
+from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
@@ -81,8 +81,13 @@ class Forked:
         self.use = use
         self.part = part
         self._found: Routes | None = None
+        self._dtypes: Sequence[torch.dtype] = ()
         self._alone = options.alone()
         """The options of a part that is computed by itself."""
+
+    def widen(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Bring outputs to these dtypes: samples that take no path have wider ones."""
+        self._dtypes = dtypes
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
         """What stands for all paths: a recording, its samples, and what runs in its place.
@@ -110,6 +115,8 @@ class Forked:
                 "values, and too few alike"
             )
         whole = merged([routes.paths[number] for number in branches], self.options.call)
+        if self._dtypes:
+            whole = widened(whole, self._dtypes)
         if len(routes.looped):
             whole = may_draw(whole, self.options)
         if whole.recording.written_inputs and torch.is_grad_enabled():

@@ -73,6 +73,19 @@ class PathReplay(StandIn):
         self.loop = loop
         self.specs = specs
 
+    def described(self) -> str:
+        """The samples of each path, and what they answer."""
+        size, lines = len(self.of_row), []
+        for number, branch in enumerate(self.branches):
+            count = int((self.of_row == number).sum())
+            lines.append(f"  {count} of {size}, batched: {answered(branch.prepared)}")
+        looped = int((self.of_row == LOOP).sum())
+        if looped:
+            lines.append(f"  {looped} of {size}, one by one: {ITSELF}")
+        ways = len(self.branches) + bool(looped)
+        lines.insert(0, f"Samples go {ways} ways by what python asks about their values:")
+        return "\n".join(lines)
+
     def chunk(
         self,
         size: int,
@@ -167,6 +180,25 @@ class PathReplay(StandIn):
                 ]
             )
         return tuple([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
+
+
+_MOST_ANSWERS = 4
+"""Answers of a path that are shown."""
+
+
+def answered(prepared: Prepared) -> str:
+    """What the samples of a path answer, in words, and at which lines."""
+    recording = prepared.recording
+    asked = [recording.program.equations[at] for at in recording.asked]
+    shown = []
+    for eq in asked[:_MOST_ANSWERS]:
+        what = eq.answer[1]
+        if eq.answer[0] == "shape":
+            what = ", ".join(f"shape {list(shape)}" for shape in what)
+        where = f" at {eq.source}" if eq.source else ""
+        shown.append(f"{what}{where}")
+    more = len(asked) - _MOST_ANSWERS
+    return ", ".join(shown) + (f" and {more} answers more" if more > 0 else "")
 
 
 def _version(t: torch.Tensor) -> int | None:

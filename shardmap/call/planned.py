@@ -11,6 +11,7 @@ from shardmap import errors
 from shardmap._torch import not_compiled
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
+from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
@@ -142,6 +143,9 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
+        ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
+        if ways:
+            parts.append(ways)
         if self._looked:
             parts.append(self._looked)
         return "\n\n".join(parts)

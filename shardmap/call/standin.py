@@ -29,6 +29,10 @@ class StandIn(ABC):
     source: str
     """What runs, in words."""
 
+    def described(self) -> str:
+        """Which samples take which way, in words; empty where there is one way."""
+        return ""
+
     def fixed(self, *_: object) -> tuple[()]:
         """Nothing is computed once for all chunks here."""
         return ()
@@ -64,6 +68,11 @@ class StandIn(ABC):
             return run(*given)
 
         return watched
+
+
+def ways_of(low: Lowered) -> str:
+    """Which samples of a call take which way, in words; empty where there is one way."""
+    return low.replay.described() if isinstance(low.replay, StandIn) else ""
 
 
 def lowering(
