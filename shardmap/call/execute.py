@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
@@ -18,6 +17,7 @@ from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
+from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Unsplit
@@ -26,11 +26,11 @@ from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds, TorchDraws
-from shardmap.run import local, prepare, storing
+from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
 from shardmap.run.sites import small
-from shardmap.store import Header, OutputSpec, Store
+from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
@@ -157,9 +157,9 @@ class Call:
         if by_sample is not None:
             _refuse_elsewhere(job, options, around.inlined, cluster is not None)
         if options.out is not None:
-            _refuse_store(job, options, around.inlined)
+            refuse_store(job, options, around.inlined)
             with options.watching():
-                store = _into_store(job, options, prepared.structure, cluster)
+                store = into_store(job, options, prepared.structure, cluster)
             self._confirm(job, None, store, by_sample is not None)
             return store
         # Inside another map it is a part of that one, and nobody hears of it.
@@ -397,63 +397,3 @@ def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
     return local.run(job, cut, on)
-
-
-def _refuse_store(job: Job, options: Options, inlined: bool) -> None:
-    """Refuse what cannot be written to a store, before anything is made."""
-    call = options.call
-    if inlined or job.transformed:
-        raise errors.OptionError(
-            f"{call}: out= and the call stands inside another map or transform, of which it is a "
-            "part; leave out= away there"
-        )
-    if any(o.requires_grad for o in job.outputs):
-        raise errors.OptionError(
-            f"{call}: out= and an output that requires grad: what is in a store has no history; "
-            "call it under torch.no_grad(), or detach "
-            "what the function returns"
-        )
-    if any(o.reduction is not None for o in job.outputs):
-        raise errors.OptionError(
-            f"{call}: out= and reduce=: what is reduced fits in memory; leave out= away, or map "
-            "twice"
-        )
-    if any(o.dim != 0 for o in job.outputs):
-        raise errors.OptionError(
-            f"{call}: out= and out_dims={options.out_dims!r}: a store holds a row for each sample; "
-            "leave out_dims at 0"
-        )
-
-
-def _into_store(
-    job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
-) -> Store:
-    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
-    sink, on = options.out, prepare.Devices(job, options.budget.on)
-    assert sink is not None
-    if cluster is not None:
-        on_ray.refuse(job, options.chunk_size, None)
-    workers = on_ray.worker_count(cluster, options.call) if cluster is not None else 0
-    names = names_of(job, options, False) if cluster is None else ()
-    room = options.budget.on(torch.device("cpu")) if cluster is None else None
-    if room is not None:  # half of it for the units in the making: one for each lane, and one more
-        room //= 2 * (len(names) + 1)
-    resumed = sink if options.resume else None
-    unit = storing.unit_of(job, options.chunk_size, resumed, workers, room)
-    job = on.job = dataclasses.replace(job, unit=unit)
-    cut = split_of(job, on, names, options, False) if cluster is None else None
-    refusal = None if cut is None else cut.refusal()
-    if refusal is not None:
-        raise errors.OverBudget(f"{options.call}: {refusal}")
-    columns = out_edges.output_names(structure)
-    specs = tuple(
-        [OutputSpec(name, o.shape, o.dtype) for name, o in zip(columns, job.outputs, strict=True)]
-    )
-    attributes = {"call": options.call, "torch": torch.__version__}
-    header = Header(job.samples, unit, specs, storing.identity(job, unit), attributes)
-    store = sink.create(header, resume=options.resume)
-    if cut is not None:
-        local.run(job, cut, on, store)
-    elif cluster is not None:
-        on_ray.run(job, options.chunk_size, cluster, options.budget, store)
-    return store
