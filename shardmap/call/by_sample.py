@@ -28,7 +28,7 @@ from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds, number_of
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
@@ -126,7 +126,7 @@ class SampleLoop(StandIn):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -141,14 +141,15 @@ class SampleLoop(StandIn):
         rows = []
         with self._as_called():
             for i in range(size):
-                with self._drawing(seed, start + i):
-                    rows.append(self._one([t[i] for t in inputs], start + i))
+                number = number_of(start, i)
+                with self._drawing(seed, number):
+                    rows.append(self._one([t[i] for t in inputs], number))
             return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
 
     def chunk_into(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -159,8 +160,9 @@ class SampleLoop(StandIn):
         """As `chunk`, written into memory that is there."""
         with self._as_called():
             for i in range(size):
-                with self._drawing(seed, start + i):
-                    found = self._one([t[i] for t in inputs], start + i)
+                number = number_of(start, i)
+                with self._drawing(seed, number):
+                    found = self._one([t[i] for t in inputs], number)
                 with torch.no_grad():
                     for t, where in zip(found, slices, strict=True):
                         where[i].copy_(t)

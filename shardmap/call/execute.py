@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
@@ -18,7 +19,7 @@ from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.into_store import into_store, refuse_store
-from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
+from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Unsplit
 from shardmap.call.options import Options
@@ -33,6 +34,7 @@ from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.recording import Recording
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -96,6 +98,7 @@ class Call:
         self.options = options
         self.use = use
         self._seed: Seeds | None = None
+        self._numbers: np.ndarray | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -194,6 +197,8 @@ class Call:
             traced=around.traced,
         )
         self._seed = job.seed  # of the call, however often its job is made
+        if self._numbers is not None:
+            job = dataclasses.replace(job, numbers=self._numbers)
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self.names(job), self.use)
@@ -246,7 +251,18 @@ class Call:
 
     def _forked(self) -> Forked:
         assert self.use is not None
-        return Forked(self.prepared, self.batch, self.options, self.use, self._part)
+        return Forked(
+            self.prepared, self.batch, self.options, self.use, self._part, self._seeds_for
+        )
+
+    def _seeds_for(self, recording: Recording) -> Seeds:
+        """The seeds of another recording of this call: those that were drawn are not drawn anew."""
+        drawn = None if self._seed is None else (self.prepared.recording, self._seed)
+        return seeds_of(recording, False, drawn)
+
+    def draw_by(self, seeds: Seeds, numbers: np.ndarray | None) -> None:
+        """Draw by these seeds, and by these numbers of its samples."""
+        self._seed, self._numbers = seeds, numbers
 
     def _part(
         self, prepared: Prepared, batch: Batch, options: Options, use: FirstUse | None
@@ -261,7 +277,10 @@ class Call:
             if isinstance(error, errors.RaggedError) or self.options.strict:
                 raise
             return self, self._loop(_why(error, self.options.call))
-        return self._part(prepared, batch, self.options, use), instead
+        call = self._part(prepared, batch, self.options, use)
+        if self._seed is not None and not any(isinstance(s, TorchDraws) for s in self._seed):
+            call.draw_by(self._seeds_for(prepared.recording), None)
+        return call, instead
 
     def settled(self) -> tuple[Call, Instead | None]:
         """The call as it is to run, and what runs in the place of a replay, if anything does."""

@@ -15,7 +15,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program
 from shardmap.rules.lowering import V
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 
 ITSELF = "the function itself"
 """The name under which the loop over the samples stands among the operators."""
@@ -41,7 +41,7 @@ class StandIn(ABC):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,

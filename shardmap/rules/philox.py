@@ -34,6 +34,21 @@ Seeds = tuple[int | TorchDraws, ...]
 user's."""
 
 
+SampleNumbers = int | np.ndarray
+"""The number of the first of some samples that are one behind the other, or all their numbers,
+ascending."""
+
+
+def number_of(start: SampleNumbers, i: int) -> int:
+    """The number of the sample at place `i`."""
+    return start + i if isinstance(start, int) else int(start[i])
+
+
+def numbers_at(start: SampleNumbers, places: np.ndarray) -> np.ndarray:
+    """The numbers of the samples at these places."""
+    return start + places if isinstance(start, int) else start[places]
+
+
 def counted(seeds: Seeds) -> Seeds:
     """Seeds from which nothing of torch's draws: for trials, which leave no trace."""
     return tuple([0 if isinstance(seed, TorchDraws) else seed for seed in seeds])
@@ -44,8 +59,8 @@ class Stream(NamedTuple):
 
     size: int
     """How many samples."""
-    start: int
-    """Index of the first."""
+    start: SampleNumbers
+    """Their numbers."""
     seed: int
     """Seed of the mapped call."""
     number: int
@@ -56,6 +71,8 @@ class Stream(NamedTuple):
 
         Single precision is twice as fast: a word makes two numbers.
         """
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.uniform(count, single))
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
         stream = np.random.Generator(
@@ -65,6 +82,13 @@ class Stream(NamedTuple):
             (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
         )
         return np.ascontiguousarray(drawn[:, :count])
+
+    def _apart(self, draw: Callable[[Stream], np.ndarray]) -> np.ndarray:
+        """The numbers of samples that are apart: those of all between them, and out of these."""
+        numbers = np.asarray(self.start)
+        first = int(numbers[0]) if len(numbers) else 0
+        last = int(numbers[-1]) if len(numbers) else -1
+        return draw(self._replace(size=last + 1 - first, start=first))[numbers - first]
 
     def normal(self, count: int) -> np.ndarray:
         """Standard normal numbers, `[size, count]`, by Box and Muller.
@@ -79,6 +103,8 @@ class Stream(NamedTuple):
 
     def signs(self, count: int) -> np.ndarray:
         """+1 and -1 with equal chance, `[size, count]` of 8-bit integers: one bit each."""
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.signs(count))
         blocks = -(-count // (64 * _WORDS_PER_BLOCK))
         bits = np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
         words = (

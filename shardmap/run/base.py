@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from shardmap.reduce import Reduction
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 from shardmap.run.lowerings import Lowerings
 from shardmap.store.columns import Column
 from shardmap.trace.recording import Recording
@@ -85,9 +86,16 @@ class Job:
     """The number of the first sample, where this job is a part of a larger one: draws go by a
     sample's number."""
 
+    numbers: np.ndarray | None = None
+    """The numbers of all samples, ascending, where this job is of samples that are apart."""
+
     partial: bool = False
     """Whether reduced outputs are wanted as they are added up, to be added to those of other
     parts."""
+
+    def numbered(self, start: int, stop: int) -> SampleNumbers:
+        """What the draws of the samples `start` to `stop` go by."""
+        return self.offset + start if self.numbers is None else self.numbers[start:stop]
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
         """The samples `start` to `stop` of each input, where they are.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
@@ -114,6 +115,8 @@ class Task:
     """How often workers have died of chunks that were too large: they are so often cut in two."""
     peers: int = 1
     """Workers that share this one's memory, itself among them."""
+    numbers: np.ndarray | None = None
+    """The numbers of samples that are apart, by which they draw."""
 
 
 @dataclass(frozen=True, slots=True)

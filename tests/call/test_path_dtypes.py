@@ -69,7 +69,7 @@ def test_gradients(way: str) -> None:
 def test_a_store_is_not_made_anew(tmp_path: Any) -> None:
     """It is refused in words, and the remedy works."""
     x = torch.cat([torch.ones(1, 3), batch(61)])
-    options = {"max_paths": 1, "chunk_size": 7}
+    options: dict[str, Any] = {"max_paths": 1, "chunk_size": 7}
     function = lambda r: r if r.sum() > 0 else r.double() * 2
     with pytest.raises(errors.VariesError, match="return one dtype for all samples"):
         shardmap.vmap(function, out=shardmap.MemmapSink(tmp_path / "a"), **options)(x)
