@@ -266,21 +266,22 @@ def plan(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
         )
         verdict = use.verdict()
-        recording, structure = use.first()
-        prepared = Prepared(recording, structure)
-        grad = torch.is_grad_enabled() and any(recording.program.output_flags)
-        passes = compared(prepared, options, batch.size, grad, several=False)
+        call_of = Call(Prepared(*use.first()), batch, options, surroundings(), use)
+        call_of, instead = call_of.settled()
+        prepared, structure = call_of.prepared, call_of.prepared.structure
+        grad = torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
+        plain = grad or instead is not None
+        passes = compared(prepared, options, batch.size, plain, several=False)
         notes = [] if passes is None else passes.notes
-        direct = compared(prepared, options, batch.size, grad, several=True)
+        direct = None if plain else compared(prepared, options, batch.size, grad, several=True)
         if direct is not None and len(direct.passes) > 1:
             notes.append(
                 "gram: this plan keeps all of it at once; a call of the mapped function takes "
                 f"{len(direct.passes)} passes instead"
             )
-        alone = passes is None
-        what = (prepared, options) if passes is None else passes.passes[0][1:]
-        call_of = Call(what[0], batch, what[1], surroundings(), use if alone else None)
-        call_of, instead = call_of.settled()
+        if passes is not None:
+            what = passes.passes[0][1:] if instead is None else (prepared, passes.stacked)
+            call_of = Call(what[0], batch, what[1], surroundings(), None)
         job = call_of.job(instead)
         on = prepare.Devices(job, options.budget.on)
         if cluster is not None:
@@ -289,7 +290,11 @@ def plan(
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
         def finish(outputs: list[torch.Tensor]) -> Any:
-            found = outputs if passes is None else passes.outputs(lambda _, __: outputs, batch.size)
+            found: Sequence[Any] = outputs
+            if passes is not None and instead is not None:
+                found = passes.whole(outputs, batch.size)
+            elif passes is not None:
+                found = passes.outputs(lambda _, __: outputs, batch.size)
             placed = [o.dim for o in job.outputs] if passes is None else passes.dims
             dims = out_edges.result_dims(structure, out_dims, placed, call)
             result = unflatten_outputs(found, structure, dims, batch.size)

@@ -9,6 +9,7 @@ gives the results of the map, only not faster.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,12 @@ from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.call import standin
+from shardmap.call.memo import Prepared
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds, number_of
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
@@ -53,6 +55,31 @@ class _Autocast:
                 if torch.is_autocast_enabled(kind)
             ]
         )
+
+
+class WiderError(errors.VariesError):
+    """A sample's output is of a dtype that does not fit into that of others.
+
+    Args:
+        text: The message.
+        dtypes: For each output the dtype that holds this sample's and the others'.
+    """
+
+    def __init__(self, text: str, dtypes: Sequence[torch.dtype]):
+        super().__init__(text)
+        self.dtypes = tuple(dtypes)
+
+
+def widened(prepared: Prepared, dtypes: Sequence[torch.dtype]) -> Prepared:
+    """The recording with outputs of these dtypes, of what is not computed by its program."""
+    recording = prepared.recording
+    outputs = [
+        v._replace(spec=v.spec._replace(dtype=dtype))
+        for v, dtype in zip(recording.program.outputs, dtypes, strict=True)
+    ]
+    program = recording.program._replace(outputs=tuple(outputs))
+    recording = dataclasses.replace(recording, program=program)
+    return dataclasses.replace(prepared, recording=recording, outputs={})
 
 
 class SampleLoop(StandIn):
@@ -99,7 +126,7 @@ class SampleLoop(StandIn):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -114,14 +141,15 @@ class SampleLoop(StandIn):
         rows = []
         with self._as_called():
             for i in range(size):
-                with self._drawing(seed, start + i):
-                    rows.append(self._one([t[i] for t in inputs], start + i))
+                number = number_of(start, i)
+                with self._drawing(seed, number):
+                    rows.append(self._one([t[i] for t in inputs], number))
             return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
 
     def chunk_into(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -132,8 +160,9 @@ class SampleLoop(StandIn):
         """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         with self._as_called():
             for i in range(size):
-                with self._drawing(seed, start + i):
-                    found = self._one([t[i] for t in inputs], start + i)
+                number = number_of(start, i)
+                with self._drawing(seed, number):
+                    found = self._one([t[i] for t in inputs], number)
                 with torch.no_grad():
                     for t, where in zip(found, slices, strict=True):
                         where[i].copy_(t)
@@ -197,10 +226,13 @@ class SampleLoop(StandIn):
                     "or ragged='nested' to get them as they are, or pad them to one shape"
                 )
             if torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
-                raise errors.VariesError(
+                pairs = zip(leaves, self.specs, strict=True)
+                raise WiderError(
                     f"{self.call}: output {k} of sample {number} is of {t.dtype}, that of others "
-                    f"of {spec.dtype}; return one dtype for all samples"
+                    f"of {spec.dtype}; return one dtype for all samples",
+                    [torch.promote_types(t.dtype, spec.dtype) for t, spec in pairs],
                 )
+        leaves = [t.to(spec.dtype) for t, spec in zip(leaves, self.specs, strict=True)]
         return leaves if self.tracked else [t.detach() for t in leaves]
 
 

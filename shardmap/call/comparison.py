@@ -17,6 +17,7 @@ from shardmap.call.first_use import FirstUse, consumed
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.reachable import reachable
+from shardmap.call.standin import ways_of
 from shardmap.call.surroundings import surroundings
 from shardmap.lower import apart
 from shardmap.lower.cache import Lowered
@@ -54,6 +55,7 @@ class Comparison:
         outputs: One entry per output.
         parted: Text about the first operator where map and loop differ; None if they agree.
         tiers: For each operator, the tier that serves it: "rule", "functorch" or "loop".
+        ways: Text about which samples take which path, if samples take several; else empty.
         parameter_share: The part, among parameters that the function reads and that require grad,
             (0 to 1) whose gradient is among the outputs and is not zero in every compared sample;
             None if no output has the shape of a parameter.
@@ -65,6 +67,7 @@ class Comparison:
     parted: str | None
     tiers: Mapping[str, str]
     parameter_share: float | None
+    ways: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -90,6 +93,8 @@ class Comparison:
         lines.append(
             f"  operators: {served or 'none'}" + (f" ({', '.join(loops)})" if loops else "")
         )
+        if self.ways:
+            lines.append("  " + self.ways.replace("\n", "\n  "))
         if self.parameter_share is not None:
             lines.append(f"  parameters with a gradient: {self.parameter_share:.1%}")
         return "\n".join(lines)
@@ -141,7 +146,8 @@ def compare(
     if worst is not None and job.lowerings.instead is None:
         parted = _parted(job, low, worst.sample)
     share = _share(func, batch, found, numbers, dims)
-    return Comparison(options.call, tuple(numbers), outputs, parted, dict(low.batched.tiers), share)
+    tiers, ways = dict(low.batched.tiers), ways_of(low)
+    return Comparison(options.call, tuple(numbers), outputs, parted, tiers, share, ways)
 
 
 def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:

@@ -94,6 +94,7 @@ def reductions(job: Job, expected: Samples) -> None:
         samples=2,
         columns={},
         offset=0,
+        numbers=None,
     )
     on, name = prepare.Devices(pair), str(job.home)
     states = default_generator_states(job.home)

@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
-from shardmap.call.by_sample import SampleLoop, lowering
+from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.into_store import into_store, refuse_store
-from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
+from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Unsplit
 from shardmap.call.options import Options
@@ -34,6 +35,7 @@ from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.recording import Recording
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -135,6 +137,7 @@ class Call:
         self.options = options
         self.use = use
         self._seed: Seeds | None = None
+        self._numbers: np.ndarray | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -177,20 +180,19 @@ class Call:
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
-        plain = not around.plain or (
+        single = around.plain and by_sample is None
+        plain = not single or (
             torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
         )
-        comparison = compared(prepared, options, batch.size, plain, several=around.plain)
+        comparison = compared(prepared, options, batch.size, plain, several=single)
         if comparison is not None:
             if by_sample is not None:
-                raise errors.VariesError(
-                    f"{options.call}: reduce='gram' of a function that is run sample by sample; "
-                    "stack "
-                    "the results (reduce=None) and multiply them"
+                stacked = Call(prepared, batch, comparison.stacked, around, self.use)
+                outputs = comparison.whole(stacked.run_flat(by_sample), batch.size)
+            else:
+                outputs = comparison.outputs(
+                    lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
                 )
-            outputs = comparison.outputs(
-                lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
-            )
             return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -219,9 +221,9 @@ class Call:
         """The results, with `instead` in the place of a replay."""
         return self._run(instead)
 
-    def run_flat(self) -> Sequence[torch.Tensor]:
+    def run_flat(self, by_sample: Instead | None = None) -> Sequence[torch.Tensor]:
         """The results as a flat list."""
-        return flatten_outputs(self._run(None), self.options.call)[0]
+        return flatten_outputs(self._run(by_sample), self.options.call)[0]
 
     def job(self, by_sample: Instead | None = None) -> Job:
         """The job that executors run."""
@@ -238,6 +240,8 @@ class Call:
             traced=around.traced,
         )
         self._seed = job.seed  # one seed per call, even if its job is made again
+        if self._numbers is not None:
+            job = dataclasses.replace(job, numbers=self._numbers)
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self.names(job), self.use)
@@ -253,8 +257,20 @@ class Call:
         """Split the batch by the answers that its samples give, and run each on its own path."""
         if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
             return self._forked().by_groups()
-        call, instead = self._settled(self._forked())
-        return call._run(instead)
+        forked = self._forked()
+        while True:
+            call, instead = self._settled(forked)
+            try:
+                return call._run(instead)
+            except WiderError as error:
+                self._widen(error)
+                forked.widen(error.dtypes)
+
+    def _widen(self, error: WiderError) -> None:
+        """Bring outputs to wider dtypes, as `torch.stack` does; not in a store, which is made."""
+        if self.options.out is not None or self.prepared.recording.written_inputs:
+            raise error
+        self.prepared = widened(self.prepared, error.dtypes)
 
     def _run_nested(self) -> Any:
         """Split inner samples by their answers, as a part of the outer recording."""
@@ -278,7 +294,18 @@ class Call:
 
     def _forked(self) -> Forked:
         assert self.use is not None
-        return Forked(self.prepared, self.batch, self.options, self.use, self._part)
+        return Forked(
+            self.prepared, self.batch, self.options, self.use, self._part, self._seeds_for
+        )
+
+    def _seeds_for(self, recording: Recording) -> Seeds:
+        """The seeds of another recording of this call: those that were drawn are not drawn anew."""
+        drawn = None if self._seed is None else (self.prepared.recording, self._seed)
+        return seeds_of(recording, False, drawn)
+
+    def draw_by(self, seeds: Seeds, numbers: np.ndarray | None) -> None:
+        """Draw by these seeds, and by these numbers of its samples."""
+        self._seed, self._numbers = seeds, numbers
 
     def _part(
         self, prepared: Prepared, batch: Batch, options: Options, use: FirstUse | None
@@ -293,7 +320,10 @@ class Call:
             if isinstance(error, errors.RaggedError) or self.options.strict:
                 raise
             return self, self._loop(_why(error, self.options.call))
-        return self._part(prepared, batch, self.options, use), instead
+        call = self._part(prepared, batch, self.options, use)
+        if self._seed is not None and not any(isinstance(s, TorchDraws) for s in self._seed):
+            call.draw_by(self._seeds_for(prepared.recording), None)
+        return call, instead
 
     def settled(self) -> tuple[Call, Instead | None]:
         """The call to run, and what replaces its replay; None to run the replay."""
@@ -307,7 +337,12 @@ class Call:
         return self, None
 
     def _run_by_sample(self, why: str) -> Any:
-        return self._run(self._loop(why))
+        instead = self._loop(why)
+        while True:
+            try:
+                return self._run(instead)
+            except WiderError as error:
+                self._widen(error)
 
     def _loop(self, why: str) -> Instead:
         """The stand-in that runs the function itself, sample by sample.
@@ -325,30 +360,22 @@ class Call:
         if options.strict:
             raise errors.VariesError(
                 f"{text}; only a loop over the samples serves such a function, and strict=True "
-                "refuses "
-                "that: use torch's operators for it, or pass strict=False"
+                "refuses that: use torch's operators for it, or pass strict=False"
             )
         warnings.warn(
             f"{text}, so the function itself is run sample by sample; use torch's operators for "
-            "it, "
-            "or pass strict=True to refuse such functions",
+            "it, or pass strict=True to refuse such functions",
             errors.SlowLoopWarning,
             stacklevel=2,
         )
-        program = self.prepared.recording.program
 
         def instead(how: LoweringOptions) -> Lowered:
+            recording = self.prepared.recording
+            program, specs = recording.program, [v.spec for v in recording.program.outputs]
             loop = SampleLoop(
-                use.func,
-                self.batch,
-                self.prepared.structure,
-                [v.spec for v in program.outputs],
-                options.randomness,
-                self.prepared.recording.random,
-                how.grad or how.transformed,
-                options.call,
-                self.prepared.recording.generators,
-            )
+                use.func, self.batch, self.prepared.structure, specs, options.randomness,
+                recording.random, how.grad or how.transformed, options.call, recording.generators,
+            )  # fmt: skip
             return lowering(program, how, loop)
 
         return instead
@@ -399,9 +426,8 @@ def refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -
     if cluster or any(torch.device(name) != job.home for name in names):
         raise errors.VariesError(
             f"{options.call}: the function has to be run sample by sample, where its samples are, "
-            "and "
-            f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
-            "devices='auto'"
+            f"and devices={options.devices!r}; use torch's operators for what differs by sample, "
+            "or devices='auto'"
         )
 
 

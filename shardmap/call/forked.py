@@ -6,24 +6,27 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.call.by_sample import SampleLoop
+from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
-from shardmap.call.paths import Branch, PathReplay, lowering, merged
+from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
 from shardmap.call.ragged import as_asked, joined, refuse_groups
 from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken, warn_looped
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
+from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
+from shardmap.trace.recording import Recording
 
 Instead = Callable[[LoweringOptions], Lowered]
 """Makes a lowering that replaces the replay."""
@@ -42,6 +45,10 @@ class Part(Protocol):
 
     def names(self, job: Job) -> tuple[str, ...]:
         """The devices that it runs on."""
+        ...
+
+    def draw_by(self, seeds: Seeds, numbers: np.ndarray | None) -> None:
+        """Draw by these seeds, and by these numbers of its samples."""
         ...
 
 
@@ -65,6 +72,7 @@ class Forked:
         options: The call's options.
         use: The function run on the call's samples.
         part: Makes the call that runs another recording on some of the samples.
+        seeds: Gives the seeds of a recording's draws in this call.
     """
 
     def __init__(
@@ -74,15 +82,22 @@ class Forked:
         options: Options,
         use: FirstUse,
         part: Callable[[Prepared, Batch, Options, FirstUse | None], Part],
+        seeds: Callable[[Recording], Seeds],
     ):
         self.prepared = prepared
         self.batch = batch
         self.options = options
         self.use = use
         self.part = part
+        self.seeds = seeds
         self._found: Routes | None = None
+        self._dtypes: Sequence[torch.dtype] = ()
         self._alone = options.alone()
         """The options of a part that is computed as a call of its own."""
+
+    def widen(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Bring outputs to these dtypes: samples that take no path have wider ones."""
+        self._dtypes = dtypes
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
         """A recording for all paths, its samples and first use, and what replaces its replay.
@@ -111,6 +126,8 @@ class Forked:
                 "their values, and too few take the same one"
             )
         whole = merged([routes.paths[number] for number in branches], self.options.call)
+        if self._dtypes:
+            whole = widened(whole, self._dtypes)
         if len(routes.looped):
             whole = may_draw(whole, self.options)
         if whole.recording.written_inputs and torch.is_grad_enabled():
@@ -119,6 +136,10 @@ class Forked:
                     f"{self.options.call}: samples take different paths, and the function writes "
                     "to them in place where gradients are recorded"
                 )
+        placed = [
+            dataclasses.replace(b, seeds=seeds_within(b.prepared.recording, whole.recording))
+            for b in branches.values()
+        ]
         of_row = torch.full((self.batch.size,), LOOP)
         for place, number in enumerate(branches):
             of_row[routes.paths[number].rows] = place
@@ -129,8 +150,9 @@ class Forked:
             loop = SampleLoop(
                 self.use.func, self.batch, whole.structure, specs, options.randomness,
                 whole.recording.random, how.grad or how.transformed, options.call,
+                whole.recording.generators,
             )  # fmt: skip
-            replay = PathReplay(of_row, list(branches.values()), loop, specs)
+            replay = PathReplay(of_row, placed, loop, specs)
             return lowering(program, how, replay)
 
         return whole, self.batch, self.use, instead
@@ -164,13 +186,19 @@ class Forked:
             )
         asked = bool(self.prepared.recording.asked)
         routes = self._routes() if asked else Routes([], torch.arange(self.batch.size))
+        whole = drawing(self.prepared.recording, routes.paths)
+        if whole.random and len(routes.looped) and routes.paths:
+            raise self._draws()
+        seeds = self.seeds(whole)
         rows: dict[int, Sequence[torch.Tensor]] = {}
         structure = self.prepared.structure
         for path in routes.paths:
             if len(path.rows):
                 part = taken(self.batch, path.rows)
-                found = self.part(path.prepared, part, self._alone, None).run_flat()
                 _refuse_other(path.prepared.structure, structure, options.call)
+                call = self.part(path.prepared, part, self._alone, None)
+                _draw(call, path, whole, seeds)
+                found = call.run_flat()
                 rows |= zip(
                     path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
                 )
@@ -204,11 +232,14 @@ class Forked:
                 f"where they are, and devices={options.devices!r}; use devices='auto'"
             )
         whole = merged(paths, options.call)
+        seeds = self.seeds(whole.recording)
         found = []
         for path in paths:
             part = taken(self.batch, path.rows)
             use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
-            leaves = self.part(path.prepared, part, options, use).run_flat()
+            call = self.part(path.prepared, part, options, use)
+            _draw(call, path, whole.recording, seeds)
+            leaves = call.run_flat()
             outputs = whole.recording.program.outputs
             found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
         rows = [path.rows.tolist() for path in paths]
@@ -221,8 +252,6 @@ class Forked:
 
     def _find(self) -> Routes:
         use, options = self.use, self.options
-        if self.prepared.recording.random:
-            raise self._draws()
         derived = self.prepared.derived
         known = [self.prepared, *derived.get("paths", ())] if use.once else [self.prepared]
         paths = []
@@ -242,9 +271,6 @@ class Forked:
 
         seen = seen_of(identity(use.func))
         routes = Router(self.batch, self.options, paths, on, compute, seen).run()
-        # Checked before a path is tried, which draws a seed and numbers its samples anew.
-        if any(path.prepared.recording.random for path in routes.paths if len(path.rows)):
-            raise self._draws()
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
@@ -280,12 +306,20 @@ class Forked:
             why = verdict.varies or "samples that answer alike together do not by themselves"
             warn_looped(self.options.call, why, len(path.rows))
             return None
+        recording = path.prepared.recording
         call = self.part(path.prepared, part, self._alone, use)
+        call.draw_by((0,) * (1 + len(recording.generators)), None)  # a trial leaves no trace
         job = call.job()
         on = prepare.Devices(job, self.options.budget.on)
         with torch.set_grad_enabled(job.grad and torch.is_grad_enabled()):
             ready = {name: on.on(name, job.samples > 1, slices=False) for name in call.names(job)}
-        return Branch(path.prepared, ready)
+        return Branch(path.prepared, ready, ())
+
+
+def _draw(call: Part, path: Path, whole: Recording, seeds: Seeds) -> None:
+    """Let the samples of a path draw what they draw in the whole call."""
+    own = [seeds[k] for k in seeds_within(path.prepared.recording, whole)]
+    call.draw_by(tuple(own), path.rows.numpy())
 
 
 def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:

@@ -41,6 +41,8 @@ class Compared:
     groups: tuple[tuple[int, ...], ...]
     """For each matrix: positions of the outputs that it compares."""
     original: Prepared
+    options: Options
+    """The call's."""
     call: str
     dims: tuple[int | None, ...]
     """For each of the function's outputs: position of the mapped dimension, or None if it has
@@ -50,6 +52,27 @@ class Compared:
     def notes(self) -> list[str]:
         """Sentences about the outputs that are compared by factors."""
         return gram.described([one for one, _, _ in self.passes])
+
+    @property
+    def stacked(self) -> Options:
+        """The options under which the function's own outputs are stacked where they are compared.
+
+        So they are where no single program gives factors of them: `whole` takes the results.
+        """
+        structure, options = self.original.structure, self.options
+        how = out_edges.spread_reductions(options.reduce, structure, self.call)
+        others = [None if r is not None and r.name == "gram" else r for r in how]
+        return dataclasses.replace(options, reduce=pytree.tree_unflatten(others, structure))
+
+    def whole(self, found: Sequence[Tensor], samples: int) -> list[Any]:
+        """As `outputs`, from the function's own outputs, computed with the options `stacked`."""
+        one, own = self.passes[0][0], self.original.recording.program.outputs
+        place = {at: k for k, at in enumerate(one.kept) if at >= 0}
+        for at, var in enumerate(one.program.outputs):
+            if at not in place:
+                place[at] = next(k for group in self.groups for k in group if own[k] == var)
+        ordered = [found[place[at]] for at in range(len(one.program.outputs))]
+        return self.outputs(lambda _, __: ordered, samples)
 
     def outputs(
         self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int
@@ -136,6 +159,7 @@ def compared(
             _chunk(program, options, limit),
         )
     groups, made, chunk = found
+    whole = options
     options = dataclasses.replace(options, chunk_size=chunk)
     maps = []
     for one, derived in made:
@@ -152,7 +176,7 @@ def compared(
             )
         )
     dims = tuple([0 if r is None else None for r in reduced])
-    return Compared(tuple(maps), tuple(groups), prepared, options.call, dims)
+    return Compared(tuple(maps), tuple(groups), prepared, whole, options.call, dims)
 
 
 def _refuse_size(program: Program, matrices: int, samples: int, options: Options) -> None:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap import reduce as reductions
-from shardmap._torch import forward_level, functorch
+from shardmap._torch import forward_level, functorch, generator_id
 from shardmap.call import outputs as out_edges
 from shardmap.call.first_use import FirstUse
 from shardmap.call.memo import Prepared
@@ -115,7 +115,7 @@ def job_of(
             "inside the function"
         )
     if seed is None:
-        seed = _seeds(recording, nested)
+        seed = seeds_of(recording, nested)
     return Job(
         recording,
         inputs,
@@ -132,12 +132,26 @@ def job_of(
     )
 
 
-def _seeds(recording: Recording, nested: bool) -> Seeds:
-    """The seeds of a call; inside another map torch draws, and that map records it."""
+def seeds_of(
+    recording: Recording, nested: bool, drawn: tuple[Recording, Seeds] | None = None
+) -> Seeds:
+    """The seeds of a call; inside another map torch draws, and that map records it.
+
+    Args:
+        recording: The recording to be run.
+        nested: True if the call stands inside another map.
+        drawn: Another recording of the same call, and the seeds that were drawn for it.
+    """
     if nested:
         return tuple([TorchDraws(generator) for generator in (None, *recording.generators)])
-    own = engine.draw_seed() if recording.torchs_own else 0
-    return (own, *[engine.draw_seed(generator) for generator in recording.generators])
+    known: dict[object, int | TorchDraws] = {}
+    if drawn is not None:
+        names = [generator_id(g) for g in drawn[0].generators]
+        known = dict(zip(names, drawn[1][1:], strict=True))
+        if drawn[0].torchs_own:
+            known[None] = drawn[1][0]
+    own = known[None] if None in known else engine.draw_seed() if recording.torchs_own else 0
+    return (own, *[known.get(generator_id(g)) or engine.draw_seed(g) for g in recording.generators])
 
 
 def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:

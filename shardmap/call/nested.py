@@ -27,7 +27,7 @@ from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import Spec
 from shardmap.program.questions import Question, key_of, stages
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 from shardmap.trace.batch import Batch
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.surroundings import outer_recordings_suspended
@@ -94,7 +94,9 @@ class Nested:
         if random and self.randomness == "same":
             raise Unsplit("inner samples go different ways and share their draws")
         # Each group draws for itself: the recording that stands for all draws nothing.
-        recording = dataclasses.replace(whole.recording, random=False, torchs_own=False)
+        recording = dataclasses.replace(
+            whole.recording, random=False, torchs_own=False, generators=()
+        )
         whole = dataclasses.replace(whole, recording=recording)
 
         def instead(how: LoweringOptions) -> Lowered:
@@ -133,8 +135,9 @@ class Nested:
         if question.numbers is None:
             raise Unsplit("what python asks of inner samples is no number")
         computes = dataclasses.replace(
-            recording, program=stage.program, sample=(), asked=(), random=False
-        )
+            recording, program=stage.program, sample=(), asked=(), random=False,
+            torchs_own=False, generators=(),
+        )  # fmt: skip
         structure = pytree.tree_flatten([0] * len(stage.program.outputs))[1]
         with torch.no_grad():
             outputs = self.run(Prepared(computes, structure), part_of(self.batch, group.rows))
@@ -251,7 +254,7 @@ class NestedReplay(StandIn):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -259,7 +262,6 @@ class NestedReplay(StandIn):
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of all inner samples, `[size, *shape]` each."""
-        assert start == 0
         assert size == self.batch.size, "a map inside a map is not cut"
         parts, orders = [], []
         for group in self.groups:

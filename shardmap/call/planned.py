@@ -11,6 +11,7 @@ from shardmap import errors
 from shardmap._torch import not_compiled
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
+from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
@@ -144,7 +145,8 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
-        parts += [text for text in (self._shapes, self._looked) if text]
+        ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
+        parts += [text for text in (self._shapes, ways, self._looked) if text]
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:

@@ -209,7 +209,9 @@ class Router:
                 return
         if len(self._used) >= self.options.max_paths:
             self._refuse_more()
-        if not self.options.strict and (self._full or not self.seen.is_worth(prefix, len(rows))):
+        # What a sample draws must not depend on whether its path has been worth recording.
+        asked = self.options.strict or self.options.randomness != "error"
+        if self._full or not (asked or self.seen.is_worth(prefix, len(rows))):
             self._loop(rows)
             return
         first = int(rows[0])
@@ -313,8 +315,9 @@ class Router:
                 "different paths depending on them"
             )
         recording = dataclasses.replace(
-            prepared.recording, program=stage.program, sample=(), asked=(), random=False
-        )
+            prepared.recording, program=stage.program, sample=(), asked=(), random=False,
+            torchs_own=False, generators=(),
+        )  # fmt: skip
         structure = pytree.tree_flatten([0] * len(stage.program.outputs))[1]
         writes = bool(recording.written_inputs)
         part = (

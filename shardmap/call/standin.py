@@ -15,7 +15,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import Program
 from shardmap.rules.lowering import V
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 
 ITSELF = "the function itself"
 """Name of the loop over the samples among the operators."""
@@ -29,6 +29,10 @@ class StandIn(ABC):
     source: str
     """Description of the code that runs."""
 
+    def described(self) -> str:
+        """Which samples take which way, in words; empty where there is one way."""
+        return ""
+
     def fixed(self, *_: object) -> tuple[()]:
         """The values that are computed once for all chunks: none."""
         return ()
@@ -37,7 +41,7 @@ class StandIn(ABC):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -64,6 +68,11 @@ class StandIn(ABC):
             return run(*given)
 
         return watched
+
+
+def ways_of(low: Lowered) -> str:
+    """Which samples of a call take which way, in words; empty where there is one way."""
+    return low.replay.described() if isinstance(low.replay, StandIn) else ""
 
 
 def lowering(

@@ -210,11 +210,17 @@ class _Asked:
 
         def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:
             numbers = flat(found)
-            return numbers == value if value == value else numbers != numbers
+            if value != value:
+                return numbers != numbers
+            same = numbers == value
+            if value == 0 and numbers.is_floating_point():  # -0.0 is another answer than 0.0
+                same &= numbers.signbit() == (math.copysign(1, value) < 0)
+            return same
 
         def read(found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[Hashable]]:
-            kinds, of_row = torch.unique(flat(found), return_inverse=True)
-            return of_row, [key_of(v) for v in kinds.tolist()]
+            numbers = flat(found)
+            kinds, of_row = torch.unique(_told_apart(numbers), return_inverse=True)
+            return of_row, [key_of(v) for v in kinds.view(numbers.dtype).tolist()]
 
         self.alike, self.read, self.numbers = alike, read, flat
 
@@ -237,6 +243,17 @@ class _Asked:
             return torch.tensor([kinds.index(key) for key in given]), kinds
 
         self.alike, self.read = alike, read
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a floating-point number: the integers that hold its bits."""
+
+
+def _told_apart(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers of which equal ones are the same answer to python: -0.0 is not 0.0, NaN is NaN."""
+    if not numbers.is_floating_point() or numbers.itemsize not in _BITS:
+        return numbers
+    return numbers.masked_fill(numbers.isnan(), math.nan).view(_BITS[numbers.itemsize])
 
 
 def _called(eq: Equation, row: Sequence[torch.Tensor]) -> Any:

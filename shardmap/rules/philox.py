@@ -40,6 +40,21 @@ Seeds = tuple[int | TorchDraws, ...]
 user's."""
 
 
+SampleNumbers = int | np.ndarray
+"""The number of the first of some samples that are one behind the other, or all their numbers,
+ascending."""
+
+
+def number_of(start: SampleNumbers, i: int) -> int:
+    """The number of the sample at place `i`."""
+    return start + i if isinstance(start, int) else int(start[i])
+
+
+def numbers_at(start: SampleNumbers, places: np.ndarray) -> np.ndarray:
+    """The numbers of the samples at these places."""
+    return start + places if isinstance(start, int) else start[places]
+
+
 def counted(seeds: Seeds) -> Seeds:
     """Seeds that never draw from torch's generators: for trials, which leave no trace."""
     return tuple([0 if isinstance(seed, TorchDraws) else seed for seed in seeds])
@@ -50,8 +65,8 @@ class Stream(NamedTuple):
 
     size: int
     """Number of samples."""
-    start: int
-    """Index of the first sample."""
+    start: SampleNumbers
+    """Index of the first sample, or the indices of all."""
     seed: int
     """Seed of the mapped call."""
     number: int
@@ -62,6 +77,8 @@ class Stream(NamedTuple):
 
         Single precision is twice as fast: a word makes two numbers.
         """
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.uniform(count, single))
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
         stream = np.random.Generator(
@@ -78,6 +95,8 @@ class Stream(NamedTuple):
         A bit generator's word decides four elements, by 16 bits each: at most one of 65,536
         elements falls on the threshold itself, and a number of its own decides that one.
         """
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.below(count, p))
         level, share = divmod(p * 2**16, 1.0)
         out = np.empty((self.size, count), dtype=np.bool_)
         if level >= 2**16:
@@ -120,6 +139,13 @@ class Stream(NamedTuple):
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
+    def _apart(self, draw: Callable[[Stream], np.ndarray]) -> np.ndarray:
+        """The numbers of samples that are apart: those of all between them, and out of these."""
+        numbers = np.asarray(self.start)
+        first = int(numbers[0]) if len(numbers) else 0
+        last = int(numbers[-1]) if len(numbers) else -1
+        return draw(self._replace(size=last + 1 - first, start=first))[numbers - first]
+
     def normal(self, count: int) -> np.ndarray:
         """Standard normal numbers, `[size, count]`, by the method of Box and Muller.
 
@@ -133,6 +159,8 @@ class Stream(NamedTuple):
 
     def signs(self, count: int) -> np.ndarray:
         """+1 and -1 with equal chance, `[size, count]` of 8-bit integers, from one bit each."""
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.signs(count))
         blocks = -(-count // (64 * _WORDS_PER_BLOCK))
         bits = np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
         words = (

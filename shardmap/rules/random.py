@@ -47,7 +47,12 @@ def source(b: Lowering, eq: Equation) -> tuple[Seed, int]:
 
 
 def drawn(
-    function: draws.Draw, size: int, start: int, seed: int | TorchDraws, number: int, *rest: Any
+    function: draws.Draw,
+    size: int,
+    start: draws.SampleNumbers,
+    seed: int | TorchDraws,
+    number: int,
+    *rest: Any,
 ) -> torch.Tensor:
     """Draw by `function` on the stream of these samples, or by torch."""
     if isinstance(seed, TorchDraws):
@@ -275,11 +280,13 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], 
             torch.manual_seed(own)
             return op(*positional, **named)
 
-    def random_loop(size: int, start: int, seed: int | TorchDraws, *values: Any) -> Any:
+    def random_loop(
+        size: int, start: draws.SampleNumbers, seed: int | TorchDraws, *values: Any
+    ) -> Any:
         results = []
         for i in range(size):
             rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
-            results.append(one(seed, start + i, [*rows, *values[count:]]))
+            results.append(one(seed, draws.number_of(start, i), [*rows, *values[count:]]))
         if in_place:
             return None
         if not mapped:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from shardmap.reduce import Reduction
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 from shardmap.run.lowerings import Lowerings
 from shardmap.store.columns import Column
 from shardmap.trace.recording import Recording
@@ -85,6 +86,9 @@ class Job:
     """Index of the first sample in the larger job of which this one is a part: random draws depend
     on a sample's index in it."""
 
+    numbers: np.ndarray | None = None
+    """The numbers of all samples, ascending, where this job is of samples that are apart."""
+
     partial: bool = False
     """True if reduced outputs are returned as unfinished totals, to be combined with those of other
     parts."""
@@ -93,6 +97,10 @@ class Job:
     samples of unequal shapes are computed shape by shape."""
     parts: tuple[Job, ...] = ()
     """The jobs of samples of each shape, which stand in the place of this one's program."""
+
+    def numbered(self, start: int, stop: int) -> SampleNumbers:
+        """What the draws of the samples `start` to `stop` go by."""
+        return self.offset + start if self.numbers is None else self.numbers[start:stop]
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
         """The samples `start` to `stop` of each input, on the device where they are.

@@ -179,6 +179,7 @@ class Driver:
         inputs = tuple([None if t is None else pack(t) for t in self._rows(chunk)])
         unmapped = self.every or chunk.start == 0
         halvings = self.halvings + max(0, self.killed[chunk] - 1)
+        numbers = self.job.numbers
         task = Task(
             chunk.start,
             chunk.size,
@@ -186,6 +187,7 @@ class Driver:
             unmapped,
             halvings,
             self.pool.peers(worker, self.crowds),
+            None if numbers is None else numbers[chunk.start : chunk.stop],
         )
         arguments = (self.key, self.digest, self.text, self.constants, task)
         if self.combiner.used:

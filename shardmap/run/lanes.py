@@ -148,7 +148,7 @@ class Lane:
         inputs = self.samples(chunk)
         arguments = (
             chunk.size,
-            job.offset + chunk.start,
+            job.numbered(chunk.start, chunk.stop),
             self.device,
             job.seed,
             job.recording.scalars,

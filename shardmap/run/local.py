@@ -104,7 +104,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
             outs = ready.low.replay.chunk(
                 job.samples,
-                job.offset,
+                job.numbered(0, job.samples),
                 job.home,
                 job.seed,
                 job.recording.scalars,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
@@ -117,6 +118,8 @@ class Task:
     times."""
     peers: int = 1
     """Number of workers that share this one's memory, itself included."""
+    numbers: np.ndarray | None = None
+    """Indices of samples that are not consecutive, by which they draw; else None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class _Bound:
         job = Job(
             self.recording, inputs, task.size, self.device, constants.outputs, lowerings,
             constants.seed, False, False, False,
-            constants.options.call, offset=task.start, partial=True,
+            constants.options.call, offset=task.start, partial=True, numbers=task.numbers,
         )  # fmt: skip
         on = self.devices.get(layout)
         if on is None:

@@ -94,6 +94,7 @@ class Equations(Variables):
                 and wanted == eq
                 and follow.alike(wanted.args, eq.args)
                 and follow.alike(wanted.kwargs, eq.kwargs)
+                and follow.alike(wanted.answer, eq.answer)
             ):
                 eq = wanted
             elif eq.answer is not None:  # another answer: it may go another known way from here

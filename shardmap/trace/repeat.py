@@ -89,7 +89,11 @@ def turn(programs: Sequence[Program], before: list[Equation], question: Equation
     number = len(before)
     for program in programs:
         equations = program.equations
-        if len(equations) > number and equations[number] == question:
+        if (
+            len(equations) > number
+            and equations[number] == question
+            and alike(equations[number].answer, question.answer)
+        ):
             if all(map(operator.is_, equations[:number], before)) or (
                 equations[:number] == tuple(before)
             ):

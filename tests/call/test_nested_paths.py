@@ -180,6 +180,24 @@ def test_inner_arguments_that_are_written_are_served_one_by_one() -> None:
     oracle.assert_same(own, theirs, "argument")
 
 
+def test_draws_on_one_way_of_the_inner_map() -> None:
+    x = rows(17, 3)
+
+    def outer(r: Tensor) -> Tensor:
+        draw = lambda q: q if q.sum() > 0 else q + torch.rand(3)
+        return shardmap.vmap(draw, randomness="different")(r)
+
+    found = []
+    for options in ({}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"], "chunk_size": 2}):
+        torch.manual_seed(3)
+        found.append(shardmap.vmap(outer, randomness="different", **options)(x))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    drawn = (found[0] - x)[x.sum(-1) <= 0]
+    assert ((drawn >= -1e-6) & (drawn < 1)).all()
+    assert len(drawn.unique(dim=0)) == len(drawn)
+    assert torch.equal(found[0][x.sum(-1) > 0], x[x.sum(-1) > 0])
+
+
 def test_draws_that_decide_the_way_of_an_inner_sample_are_refused() -> None:
     x = rows(17, 3)
     draw = lambda q: q if torch.rand(()) > 0.5 else q * 2

@@ -395,3 +395,17 @@ def test_draws_on_a_way_that_was_not_recorded_first(size: int) -> None:
         assert torch.equal(first[~draws], x[~draws])
     with pytest.raises(errors.RandomnessError, match="randomness is 'error'"):
         shardmap.vmap(function)(x)
+
+
+def test_a_plan_and_a_comparison_say_the_ways() -> None:
+    """How many samples take each way, what they answer, and at which lines."""
+    x = batch(61)
+    positive = int((x[:, 0] > 0).sum())
+    for text in (shardmap.plan(branch_in_a_branch)(x).explain(),
+                 str(shardmap.compare(branch_in_a_branch)(x))):  # fmt: skip
+        assert "Samples go 3 ways by what python asks about their values:" in text
+        assert f"{positive} of 61, batched: True at {__file__}:" in text
+        assert len([line for line in text.splitlines() if "of 61, batched: False at" in line]) == 2
+    assert "ways by what python asks" not in shardmap.plan(torch.sin)(x).explain()
+    few = shardmap.plan(lambda r: r * r.sum().item(), max_paths=3)(x).explain()
+    assert "60 of 61, one by one: the function itself" in few or "58 of 61, one by one" in few
