@@ -9,7 +9,9 @@ is what the map promises, only not faster.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.call import standin
+from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
@@ -33,6 +36,8 @@ from shardmap.trace.control_flow import AsPython
 
 CHUNK_BYTES = 32 << 20
 """Results of one chunk, unless the user says how many samples."""
+_BLOCK = 64
+"""Samples whose results are copied together, and between which random states are compared."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Sets the seeds of neighbouring samples far apart."""
 
@@ -95,6 +100,7 @@ class SampleLoop(StandIn):
         self.call = call
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
+        self._alike = _is_positional(batch)
 
     def chunk(
         self,
@@ -111,11 +117,8 @@ class SampleLoop(StandIn):
         Raises:
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
-        rows = []
         with self._as_called():
-            for i in range(size):
-                with self._drawing(seed, start + i):
-                    rows.append(self._one([t[i] for t in inputs], start + i))
+            rows = list(self._rows(size, start, seed, inputs))
             return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
 
     def chunk_into(
@@ -131,13 +134,62 @@ class SampleLoop(StandIn):
     ) -> tuple[torch.Tensor, ...]:
         """As `chunk`, written into memory that is there."""
         with self._as_called():
+            rows = self._rows(size, start, seed, inputs)
+            for first in range(0, size, _BLOCK):
+                block = list(itertools.islice(rows, _BLOCK))
+                with torch.no_grad():
+                    for column, where in zip(zip(*block, strict=True), slices, strict=True):
+                        where[first : first + len(block)].copy_(torch.stack(column))
+        return tuple(slices)
+
+    def _rows(
+        self, size: int, start: int, seed: Seeds, inputs: list[torch.Tensor]
+    ) -> Iterator[list[torch.Tensor]]:
+        """What the function returns for one sample after another."""
+        if self.draws:
             for i in range(size):
                 with self._drawing(seed, start + i):
                     found = self._one([t[i] for t in inputs], start + i)
-                with torch.no_grad():
-                    for t, where in zip(found, slices, strict=True):
-                        where[i].copy_(t)
-        return tuple(slices)
+                yield found
+            return
+        for first in range(0, size, _BLOCK):
+            watched = self.randomness == "error" and alone()
+            before = torch.get_rng_state() if watched else None
+            last = min(first + _BLOCK, size) - 1
+            for i in range(first, last + 1):
+                yield self._one([t[i] for t in inputs], start + i)
+            if before is not None and not torch.equal(before, torch.get_rng_state()) and alone():
+                torch.set_rng_state(before)
+                which = f"sample {start + first}"
+                if last > first:
+                    which = f"one of samples {start + first} to {start + last}"
+                raise errors.RandomnessError(
+                    f"{self.call}: the function draws random numbers for {which} and randomness is "
+                    "'error'; pass randomness='different' (each sample its own draw) or 'same' "
+                    "(one draw for all)"
+                )
+
+    def answered(self) -> list[Answers]:
+        """The answers that python is given to what it asks of each sample's values.
+
+        Nothing is kept of these runs, which must not draw, nor write to what was there before.
+
+        Raises:
+            RuntimeError: The function does.
+        """
+        tensors, found = self.batch.tensors(), []
+        python, numbers = random.getstate(), np.random.get_state()
+        try:
+            with self._as_called():
+                for number in range(self.batch.size):
+                    row = [_own(t[number]) for t in tensors]
+                    with Asked(row) as asked:
+                        self._called(row)
+                    found.append(tuple(asked.answers))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+        return found
 
     @contextlib.contextmanager
     def _as_called(self) -> Iterator[None]:
@@ -153,17 +205,6 @@ class SampleLoop(StandIn):
     @contextlib.contextmanager
     def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
         """Draws that depend on the call's seeds and the sample's number only."""
-        if not self.draws:
-            before = torch.get_rng_state() if self.randomness == "error" else None
-            yield
-            if before is not None and alone() and not torch.equal(before, torch.get_rng_state()):
-                torch.set_rng_state(before)
-                raise errors.RandomnessError(
-                    f"{self.call}: the function draws random numbers for sample {number} and "
-                    "randomness is 'error'; pass randomness='different' (each sample its own draw) "
-                    "or 'same' (one draw for all)"
-                )
-            return
         step = 0 if self.randomness == "same" else (number + 1) * _SEED_STEP
         own, *others = [seed + step for seed in seeds if isinstance(seed, int)]
         with (
@@ -181,8 +222,11 @@ class SampleLoop(StandIn):
                 np.random.set_state(numbers)
 
     def _one(self, row: list[torch.Tensor], number: int) -> list[torch.Tensor]:
-        args, kwargs = self.batch.unflatten(row)
-        leaves, structure = flatten_outputs(self.func(*args, **kwargs), self.call)
+        out = self._called(row)
+        if type(out) is torch.Tensor and self.structure.is_leaf():
+            leaves, structure = [out], self.structure
+        else:
+            leaves, structure = flatten_outputs(out, self.call)
         if structure != self.structure:
             raise errors.VariesError(
                 f"{self.call}: the function returns another structure for sample {number} than for "
@@ -190,18 +234,46 @@ class SampleLoop(StandIn):
                 "return one structure for all samples"
             )
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
-            if tuple(t.shape) != spec.shape:
+            if t.shape != spec.shape:
                 raise errors.RaggedError(
                     f"{self.call}: output {k} of sample {number} has shape {list(t.shape)}, that "
                     f"of others {list(spec.shape)}, so they cannot be stacked; pass ragged='list' "
                     "or ragged='nested' to get them as they are, or pad them to one shape"
                 )
-            if torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
+            same = t.dtype is spec.dtype
+            if not same and torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
                 raise errors.VariesError(
                     f"{self.call}: output {k} of sample {number} is of {t.dtype}, that of others "
                     f"of {spec.dtype}; return one dtype for all samples"
                 )
-        return leaves if self.tracked else [t.detach() for t in leaves]
+        if self.tracked:
+            return leaves
+        return [t.detach() if t.requires_grad else t for t in leaves]
+
+    def _called(self, row: list[torch.Tensor]) -> object:
+        """What the function returns for one sample's arguments."""
+        if self._alike:
+            return self.func(*row)
+        args, kwargs = self.batch.unflatten(row)
+        return self.func(*args, **kwargs)
+
+
+def _own(row: torch.Tensor) -> torch.Tensor:
+    """A row that a function may write to and differentiate by, and nobody hears of it."""
+    own = row.detach()
+    return own.requires_grad_().view_as(own) if row.requires_grad else own
+
+
+def _is_positional(batch: Batch) -> bool:
+    """Whether the arguments are the mapped tensors, in order, and nothing else.
+
+    To put arguments together takes as long as some functions do.
+    """
+    if batch.opened or [i for i, _ in batch.mapped] != list(range(len(batch.leaves))):
+        return False
+    tensors = batch.tensors()
+    args, kwargs = batch.unflatten(tensors)
+    return not kwargs and len(args) == len(tensors) and all(map(operator.is_, args, tensors))
 
 
 @contextlib.contextmanager
@@ -219,9 +291,13 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
 
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
     """The loop in the form in which executors take a lowering."""
-    size = sum(
-        v.spec.dtype.itemsize * math.prod(v.spec.shape)
-        for eq in program.equations
-        for v in eq.results()
-    )
-    return standin.lowering(program, options, loop, {ITSELF: "loop"}, size, Notes())
+    size = sum([_bytes(v.spec) for eq in program.equations for v in eq.results()])
+    notes = Notes()
+    # One sample is there at a time, and what autograd keeps of it stays however chunks are cut: so
+    # only the results tell whether a call is too small to be watched, which costs 50 samples.
+    notes.recorded_bytes.append(sum([_bytes(v.spec) for v in program.outputs]))
+    return standin.lowering(program, options, loop, {ITSELF: "loop"}, size, notes)
+
+
+def _bytes(spec: Spec) -> int:
+    return spec.dtype.itemsize * math.prod(spec.shape)

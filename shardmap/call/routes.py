@@ -21,6 +21,7 @@ from shardmap import errors
 from shardmap._torch import functorch, pytree
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.spread import Answers, Spread
 from shardmap.lower.cache import Kept
 from shardmap.lower.replayed import restride
 from shardmap.program.analysis import random_call
@@ -70,9 +71,6 @@ def warn_looped(call: str, why: str, samples: int) -> None:
     )
 
 
-Prefix = tuple[Hashable, ...]
-
-
 class Seen:
     """The answers that a function was seen to give, in all calls."""
 
@@ -80,21 +78,24 @@ class Seen:
     """Answers of samples without a path that are remembered."""
 
     def __init__(self) -> None:
-        self.known: set[Prefix] = set()
+        self.known: set[Answers] = set()
         """Those of paths that have been recorded."""
-        self.waiting: collections.Counter[Prefix] = collections.Counter()
+        self.waiting: collections.Counter[Answers] = collections.Counter()
         """How many samples gave those that have no path yet."""
+        self.spread = Spread()
+        """How samples that were tried spread over paths."""
 
-    def is_worth(self, prefix: Prefix, samples: int) -> bool:
+    def is_worth(self, prefix: Answers, samples: int) -> bool:
         """Whether a path pays for these samples; if not, they count when others come."""
         if prefix in self.known:
             return samples >= WORTH_KNOWN
         if len(self.waiting) >= self.most:
             self.waiting.clear()
-        self.waiting[prefix] += samples
+        # As many are taken to have come in calls whose samples were all looped.
+        self.waiting[prefix] += samples * (1 + self.spread.looped)
         return self.waiting[prefix] >= WORTH
 
-    def note(self, answers: Prefix) -> None:
+    def note(self, answers: Answers) -> None:
         """Note that a path has been recorded."""
         self.known.update(answers[:k] for k in range(len(answers) + 1))
 
@@ -107,7 +108,7 @@ class Path:
     """What samples do that give certain answers."""
 
     prepared: Prepared
-    answers: Prefix
+    answers: Answers
     recorded: int
     """The sample that it was recorded on; -1 for one of an earlier call."""
     stages: list[Stage]
@@ -197,7 +198,7 @@ class Router:
 
     def _send(
         self,
-        prefix: Prefix,
+        prefix: Answers,
         rows: torch.Tensor,
         waiting: collections.deque[tuple[torch.Tensor, Path, int]],
     ) -> None:
@@ -252,7 +253,7 @@ class Router:
 
     def _follow(
         self, path: Path, rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
+    ) -> dict[Answers, list[torch.Tensor]]:
         """Let samples go along a path; those that leave it, by the answers that they gave.
 
         They are known to have given its first `known` answers.
@@ -280,8 +281,8 @@ class Router:
 
     def _walk(
         self, path: Path, through: Sequence[Stage], rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
-        left: dict[Prefix, list[torch.Tensor]] = {}
+    ) -> dict[Answers, list[torch.Tensor]]:
+        left: dict[Answers, list[torch.Tensor]] = {}
         for stage in through:
             if not len(rows) or all(q.number < known for q in stage.questions):
                 continue
