@@ -121,6 +121,10 @@ class FirstUse:
             self._first = self._record(0)
         return self._first
 
+    def programs(self) -> list[Program]:
+        """What was recorded of the samples that the function has been run on to be compared."""
+        return [pair[0].program for pair in (self._first, self._last) if pair is not None]
+
     def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Return the function's own results for the first sample, and for the last one."""
         if self.options.check == "off" or not self.batch.size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,13 +12,15 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
+from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
 from shardmap.call.ragged import as_asked, joined, refuse_groups
-from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken, warn_looped
+from shardmap.call.routes import LOOP, Path, Router, Routes, Seen, seen_of, taken, warn_looped
+from shardmap.call.spread import Spread, given_in
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds
@@ -27,6 +30,8 @@ from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
+
+logger = logging.getLogger("shardmap")
 
 Instead = Callable[[LoweringOptions], Lowered]
 """Makes a lowering that replaces the replay."""
@@ -112,6 +117,8 @@ class Forked:
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
             return path.prepared, self.batch, use, None
+        if not paths:
+            return self._by_loop()
         branches: dict[int, Branch] = {}
         for number, path in enumerate(routes.paths):
             branch = self._branch(path) if len(path.rows) else None
@@ -145,17 +152,31 @@ class Forked:
             of_row[routes.paths[number].rows] = place
 
         def instead(how: LoweringOptions) -> Lowered:
-            program, options = whole.recording.program, self.options
+            program = whole.recording.program
             specs = [v.spec for v in program.outputs]
-            loop = SampleLoop(
-                self.use.func, self.batch, whole.structure, specs, options.randomness,
-                whole.recording.random, how.grad or how.transformed, options.call,
-                whole.recording.generators,
-            )  # fmt: skip
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
             replay = PathReplay(of_row, placed, loop, specs)
             return lowering(program, how, replay)
 
         return whole, self.batch, self.use, instead
+
+    def _by_loop(self) -> tuple[Prepared, Batch, FirstUse, Instead]:
+        """What stands for a call whose samples are all looped: no path is worth following."""
+        whole = may_draw(self.prepared, self.options)
+
+        def instead(how: LoweringOptions) -> Lowered:
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
+            return by_sample.lowering(whole.recording.program, how, loop)
+
+        return whole, self.batch, self.use, instead
+
+    def _loop_of(self, batch: Batch, prepared: Prepared, tracked: bool) -> SampleLoop:
+        recording = prepared.recording
+        specs = [v.spec for v in recording.program.outputs]
+        return SampleLoop(
+            self.use.func, batch, prepared.structure, specs, self.options.randomness,
+            recording.random, tracked, self.options.call, recording.generators,
+        )  # fmt: skip
 
     def _refuse_loop(self, routes: Routes) -> None:
         """Refuse samples without a path if `strict=True`.
@@ -270,15 +291,53 @@ class Forked:
                 return self.part(prepared, part, self._alone, None).run_flat()
 
         seen = seen_of(identity(use.func))
-        routes = Router(self.batch, self.options, paths, on, compute, seen).run()
+        if not self._pays(seen):
+            seen.spread.was_looped()
+            return Routes([], torch.arange(self.batch.size))
+        found = Router(self.batch, self.options, paths, on, compute, seen).run()
+        size = self.batch.size
+        seen.spread.was_split(size - len(found.looped), size)
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
                 path.prepared
-                for path in routes.paths[1:][-4 * options.max_paths :]
+                for path in found.paths[1:][-4 * options.max_paths :]
                 if not any(id(t) in leaves for t in path.prepared.recording.captured)
             ]
-        return routes
+        return found
+
+    def _pays(self, seen: Seen) -> bool:
+        """True to split the batch: where few samples answer alike, looping them is faster."""
+        spread, size, options = seen.spread, self.batch.size, self.options
+        verdict = self.use.verdict()
+        if options.strict or verdict.alone or not verdict.forks:
+            # Looping is refused, or no sample can be tried, or all are taken to answer alike.
+            return True
+        if spread.is_due():
+            numbers = spread.next_tried(size)
+            given = [given_in(program) for program in self.use.programs()]
+            try:
+                if numbers:
+                    part = taken(self.batch, torch.tensor(numbers))
+                    given += self._loop_of(part, self.prepared, False).answered()
+            except Exception as error:  # the function's own is raised again where samples are asked
+                logger.debug("%s: a sample that was tried: %s", options.call, error)
+                return True
+            spread.look(given, size, routes.WORTH_KNOWN, routes.WORTH)
+        if not spread.splits and size >= routes.WORTH:
+            warn_looped(options.call, self._many(spread), size)
+        return spread.splits
+
+    def _many(self, spread: Spread) -> str:
+        """Why no path is worth following."""
+        recording = self.prepared.recording
+        lines = [recording.program.equations[at].source for at in recording.asked]
+        place = next((line for line in reversed(lines) if line), "a line that is not known")
+        return (
+            f"{spread.counts.total()} samples that were tried gave {len(spread.counts)} different "
+            f"sequences of answers to what python asks about their values (the last at {place}), "
+            "and too few alike for a batch of each"
+        )
 
     def _draws(self) -> errors.VariesError:
         return errors.VariesError(

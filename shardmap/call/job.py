@@ -292,7 +292,7 @@ def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], cal
 
 
 def _inside_functorch_vmap() -> bool:
-    """Whether an outer sample of a `torch.func.vmap` around may want draws of its own."""
+    """True if an outer sample of a `torch.func.vmap` around may want draws of its own."""
     levels = functorch.get_interpreter_stack() or []
     maps = [level for level in levels if level.key() == functorch.TransformType.Vmap]
     return any(functorch.CVmapInterpreterPtr(level).randomness() != _SAME for level in maps)

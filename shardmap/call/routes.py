@@ -21,6 +21,7 @@ from shardmap import errors
 from shardmap._torch import functorch, pytree
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.spread import Answers, Spread
 from shardmap.lower.cache import Kept
 from shardmap.lower.replayed import restride
 from shardmap.program.analysis import random_call
@@ -70,9 +71,6 @@ def warn_looped(call: str, why: str, samples: int) -> None:
     )
 
 
-Prefix = tuple[Hashable, ...]
-
-
 class Seen:
     """The answers that a function has given, in all calls."""
 
@@ -80,21 +78,24 @@ class Seen:
     """Most answers without a path that are remembered."""
 
     def __init__(self) -> None:
-        self.known: set[Prefix] = set()
+        self.known: set[Answers] = set()
         """Answers of paths that have been recorded."""
-        self.waiting: collections.Counter[Prefix] = collections.Counter()
+        self.waiting: collections.Counter[Answers] = collections.Counter()
         """Number of samples that gave answers without a path, by answers."""
+        self.spread = Spread()
+        """How samples that were tried are distributed over paths."""
 
-    def is_worth(self, prefix: Prefix, samples: int) -> bool:
+    def is_worth(self, prefix: Answers, samples: int) -> bool:
         """True if a path pays for these samples; if not, they count for later calls."""
         if prefix in self.known:
             return samples >= WORTH_KNOWN
         if len(self.waiting) >= self.most:
             self.waiting.clear()
-        self.waiting[prefix] += samples
+        # As many are taken to have come in calls whose samples were all looped.
+        self.waiting[prefix] += samples * (1 + self.spread.looped)
         return self.waiting[prefix] >= WORTH
 
-    def note(self, answers: Prefix) -> None:
+    def note(self, answers: Answers) -> None:
         """Add the answers of a path that has been recorded."""
         self.known.update(answers[:k] for k in range(len(answers) + 1))
 
@@ -107,7 +108,7 @@ class Path:
     """The path of samples that give certain answers: its recording, answers and samples."""
 
     prepared: Prepared
-    answers: Prefix
+    answers: Answers
     recorded: int
     """The sample that it was recorded on; -1 for one of an earlier call."""
     stages: list[Stage]
@@ -197,7 +198,7 @@ class Router:
 
     def _send(
         self,
-        prefix: Prefix,
+        prefix: Answers,
         rows: torch.Tensor,
         waiting: collections.deque[tuple[torch.Tensor, Path, int]],
     ) -> None:
@@ -254,7 +255,7 @@ class Router:
 
     def _follow(
         self, path: Path, rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
+    ) -> dict[Answers, list[torch.Tensor]]:
         """Follow a path with some samples; return those that leave it, by their answers.
 
         They are known to have given its first `known` answers.
@@ -282,8 +283,8 @@ class Router:
 
     def _walk(
         self, path: Path, through: Sequence[Stage], rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
-        left: dict[Prefix, list[torch.Tensor]] = {}
+    ) -> dict[Answers, list[torch.Tensor]]:
+        left: dict[Answers, list[torch.Tensor]] = {}
         for stage in through:
             if not len(rows) or all(q.number < known for q in stage.questions):
                 continue
