@@ -45,7 +45,7 @@ NOT_RUNNABLE = (
     ZeroDivisionError,
     SyntaxError,
 )
-"""What a line that does not fit its operands may raise in the loop; it is taken back."""
+"""Errors that a line may raise in the loop if it does not fit its operands; it is dropped."""
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
@@ -73,16 +73,16 @@ class Input:
     """One tensor that a program is given."""
 
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
     dtype: torch.dtype
     in_dim: int | None
     """None: unmapped (captured tensors always are)."""
     layout: str
-    """How the batch lies in memory: contiguous, permuted, sliced."""
+    """Layout of the batch in memory: contiguous, permuted, sliced."""
     requires_grad: bool
 
     def make(self, size: int, seed: int, perturbed: bool) -> torch.Tensor:
-        """The values, and where asked for the same with rounding errors of a few units."""
+        """The values, and on request the same with rounding errors of a few units."""
         generator = torch.Generator().manual_seed(seed)
         shape = list(self.shape)
         if self.in_dim is not None:
@@ -269,7 +269,7 @@ class Growth:
         )
 
     def bare(self, name: str) -> bool:
-        """Whether a tensor claims to require grad but leads nowhere: a view made under no_grad."""
+        """True if a tensor claims to require grad but leads nowhere: a view made under no_grad."""
         t = self.envs[0].get(name)
         return t is not None and t._is_view() and t.requires_grad and t.is_leaf
 

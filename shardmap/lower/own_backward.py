@@ -1,4 +1,4 @@
-"""Results with a backward of the user's: what stands for such a Function at replay."""
+"""Results with a user-defined backward: the replay of an `autograd.Function`."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from shardmap.trace.surroundings import outer_recordings_suspended, transforms_s
 
 @dataclass(frozen=True)
 class OwnBackward:
-    """Gives results the history that a Function of the user's has given one sample's."""
+    """Gives batched results the history that a user-defined Function gave one sample's."""
 
     text: str
     """The recorded backward: see `shardmap.program.own_backward`."""
     options: LoweringOptions
     mapped: bool
-    """Whether the results, and with them the cotangents, have the mapped dimension."""
+    """True if the results, and with them the cotangents, have the mapped dimension."""
     inputs: tuple[bool, ...]
-    """Which of the Function's arguments have it."""
+    """For each of the Function's arguments: True if it has the mapped dimension."""
     kept: tuple[bool, ...]
-    """Which of the tensors that the backward keeps have it."""
+    """For each tensor that the backward keeps: True if it has the mapped dimension."""
     differentiable: tuple[bool, ...]
-    """Which of them the backward may be differentiated by."""
+    """For each of those: True if the backward may be differentiated by it."""
     lowered: Callable
-    """`shardmap.lower.cache.lowered`."""
+    """The function `shardmap.lower.cache.lowered`."""
 
     @staticmethod
     def of(
@@ -46,7 +46,7 @@ class OwnBackward:
         options: LoweringOptions,
         lowered: Callable,
     ) -> OwnBackward:
-        """What stands for a Function that is applied to `given`: arguments, outputs, kept."""
+        """The replay of a Function applied to `given`: its arguments, outputs, kept tensors."""
         inputs, outputs, kept = given
         text = eq.args[4]
         mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
@@ -87,11 +87,11 @@ class OwnBackward:
         """The outputs, with a history.
 
         Args:
-            size: How many samples there are.
+            size: Number of samples.
             numbers: The numbers that the backward takes from python.
             inputs: The Function's arguments that require grad.
-            outputs: What its forward computed.
-            kept: What the backward keeps beside its outputs.
+            outputs: The outputs of its forward.
+            kept: The tensors that the backward keeps beside its outputs.
         """
         outputs = [t.detach() for t in outputs]
         kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
@@ -107,10 +107,10 @@ class OwnBackward:
         """The gradient of each input, from the cotangents.
 
         Args:
-            size: How many samples there are.
+            size: Number of samples.
             numbers: The numbers that the backward takes from python.
             cotangents: One for each output.
-            kept: The outputs that the backward reads, then what it keeps beside them.
+            kept: The outputs that the backward reads, then the tensors it keeps beside them.
         """
         if self.text == TOO_DEEP:
             raise errors.AutogradFunctionError(
@@ -136,7 +136,7 @@ class OwnBackward:
         return self._run(program, size, numbers, inputs, captured, literals)
 
     def _program(self, backward: Backward) -> Program:
-        """The backward's program with what no sample changes among its captured tensors."""
+        """The backward's program with unmapped values among its captured tensors."""
         program = backward.program
         first = backward.cotangents + len(backward.saved)
         own, kept = program.inputs[:first], program.inputs[first:]
@@ -200,7 +200,7 @@ def _trial(
     captured: list[torch.Tensor],
     literals: list[torch.Tensor],
 ) -> Trial:
-    """The first and the last sample of a backward, and what its recorded calls give for them."""
+    """The trial of a backward on two samples, with the results of the recorded calls."""
     rows = [element(t).detach() for t in inputs]
     size = min(rows[0].shape[0], 2)
     step = max(rows[0].shape[0] - 1, 1)
@@ -221,7 +221,7 @@ def _trial(
 
 
 class _Context(Protocol):
-    """What autograd keeps of one call."""
+    """The object in which autograd keeps data of one call."""
 
     own: OwnBackward
     size: int
@@ -234,14 +234,14 @@ class _Context(Protocol):
     saved_tensors: tuple[torch.Tensor, ...]
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Say whether missing cotangents are zeros."""
+        """Set whether missing cotangents are passed as zeros."""
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         """Keep tensors for the backward."""
 
 
 class _Given(torch.autograd.Function):
-    """The outputs of a Function of the user's, with its backward for all samples."""
+    """Autograd node for outputs of a user-defined Function, with its backward for all samples."""
 
     generate_vmap_rule = True
 
@@ -319,5 +319,5 @@ class _GivenOnce(torch.autograd.Function):
 
 
 def _outputs(own: OwnBackward, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Where the outputs begin and end among the arguments."""
+    """The begin and end of the outputs among the arguments."""
     return len(own.inputs), len(tensors) - len(own.kept)

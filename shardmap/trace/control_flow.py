@@ -1,6 +1,6 @@
 """Operators that call functions (`torch.cond`, `while_loop`, `scan`, `map`, `flex_attention`).
 
-Torch compiles their bodies, or hands them to modes one by one. While recording, the bodies are
+Torch compiles their bodies, or passes them to modes one by one. While recording, the bodies are
 called as python calls them, so that their operators are recorded, and derivatives of them too. A
 condition is a question about a value, as in `if condition:`.
 """
@@ -93,19 +93,19 @@ _BODIES: dict[str, Body] = {
     "invoke_quant": _subgraph,
     "strict_mode": _strict,
 }
-"""What runs the operators whose own kernels refuse to run under a mode, or are not differentiable
-as they are written."""
+"""For an operator's name: the function that runs it, if its own kernel refuses to run under a mode
+or is not differentiable."""
 
 
 class AsPython(TorchFunctionMode):
-    """Runs these operators as python would where a function is not recorded but called.
+    """Mode that runs these operators as python control flow when a function is not recorded.
 
-    Torch's own second gradients of `cond` and `scan` are wrong (2.13): a map must not give one
-    sample those, and another sample those of its recording.
+    Torch's own second gradients of `cond` and `scan` are wrong (2.13): without it a map would give
+    one sample those, and others those of the recording.
     """
 
     met = False
-    """Whether a recording of this process has met such an operator: the mode costs each call a
+    """True if a recording of this process has met such an operator: the mode costs each call a
     microsecond, so that it is left out until then."""
 
     def __torch_function__(
@@ -157,7 +157,7 @@ def _applied(function: type[torch.autograd.Function], *args: object) -> object:
 
 
 def _differs_under_vmap(tensor: Tensor) -> bool:
-    """Whether a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
+    """True if a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

@@ -1,8 +1,8 @@
 """Find the hooks that a function registers on nodes of autograd's graph (`y.grad_fn`).
 
-Nodes do not tell their hooks. But handles are numbered throughout the process, so that a recording
-in which none was made but those of tensors is known to have none; otherwise each node is given a
-hook for a moment, beside which the others stand.
+Nodes do not list their hooks. But handles are numbered throughout the process, so that a recording
+that only made handles of tensors is known to have none; otherwise each node gets a
+hook for a moment, and the others are found beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
 
     Args:
         recorder: The recorder, once the function has returned.
-        nodes: The nodes that gradients from outside reach.
+        nodes: The nodes that outer gradients reach.
 
     Raises:
         AutogradFunctionError: There are such hooks; they are removed.
@@ -50,7 +50,7 @@ def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
 
 
 def _removed(node: graph.Node, first: int) -> bool:
-    """Remove a node's hooks whose handles are numbered from `first` on; tell if there were any."""
+    """Remove a node's hooks whose handles are numbered from `first` on; True if there were any."""
     found = False
     for register in (node.register_hook, node.register_prehook):
         handle = register(_nothing)
