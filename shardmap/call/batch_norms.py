@@ -101,7 +101,7 @@ def _is_count(tensor: object, frame: FrameType | None) -> bool:
     while frame is not None and isinstance(frame.f_locals.get("self"), TorchFunctionMode):
         frame = frame.f_back
     module = None if frame is None else frame.f_locals.get("self")
-    return isinstance(module, NormBase) and tensor is module.num_batches_tracked
+    return isinstance(module, NormBase) and tensor is getattr(module, "num_batches_tracked", None)
 
 
 def served(func: Function, how: str) -> Function:

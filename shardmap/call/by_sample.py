@@ -171,7 +171,7 @@ class SampleLoop(StandIn):
         return tuple(slices)
 
     def _rows(
-        self, size: int, start: int, seed: Seeds, inputs: list[torch.Tensor]
+        self, size: int, start: SampleNumbers, seed: Seeds, inputs: list[torch.Tensor]
     ) -> Iterator[list[torch.Tensor]]:
         """What the function returns for one sample after another."""
         if self.draws:
