@@ -58,7 +58,8 @@ def ctc_by_its_length(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
 
 
 def ctc_by_a_number(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
-    return F.ctc_loss(r[:, None].log_softmax(-1), target[None], [6], [int(length)])
+    numbers: Any = [6], [int(length)]  # torch's annotation has tensors only
+    return F.ctc_loss(r[:, None].log_softmax(-1), target[None], *numbers)
 
 
 def ctc_unbatched(r: Tensor, target: Tensor) -> Tensor:
@@ -126,6 +127,8 @@ def test_equals_the_loop(name: str, way: str) -> None:
             assert mine.requires_grad == loops.requires_grad
             oracle.assert_same(mine.detach(), loops.detach(), name)
         if want[0].requires_grad:
-            (mine,) = torch.autograd.grad(sum(g.sin().sum() for g in got), x)
-            (loops,) = torch.autograd.grad(sum(w.sin().sum() for w in want), x, retain_graph=True)
+            (mine,), (loops,) = [
+                torch.autograd.grad([o.sin().sum() for o in outs], x, retain_graph=True)
+                for outs in (got, want)
+            ]
             torch.testing.assert_close(mine, loops, rtol=1e-4, atol=1e-5)
