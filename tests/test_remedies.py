@@ -315,8 +315,9 @@ def test_a_nested_batch_is_ragged_or_padded() -> None:
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
     function = lambda r: r.sin().sum(0)
     with pytest.raises(errors.UnsupportedOperatorError, match=r"Ragged.*to_padded_tensor"):
-        shardmap.vmap(function)(nested)
+        shardmap.vmap(lambda tree: function(tree["rows"]))({"rows": nested})
     want = torch.stack([function(r) for r in rows])
+    oracle.assert_same(shardmap.vmap(function)(nested), want, "nested")
     ragged = shardmap.Ragged(list(nested.unbind()))
     oracle.assert_same(shardmap.vmap(function)(ragged), want, "ragged")
     padded = torch.nested.to_padded_tensor(nested, 0.0)

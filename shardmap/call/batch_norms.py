@@ -1,7 +1,8 @@
-"""`batch_norm=`: how normalisation with running statistics is served in training mode.
+"""The option `batch_norm=`: normalisation with running statistics in training mode.
 
-In training mode `nn.BatchNorm1d`, its kin and `nn.InstanceNorm1d` with `track_running_stats=True`
-normalise by the statistics of their input and update the running statistics, which all samples
+In training mode `nn.BatchNorm1d`, its variants and `nn.InstanceNorm1d` with
+`track_running_stats=True` normalise by the statistics of their input and update the running
+statistics, which all samples
 share: the loop updates them sample after sample, in order.
 """
 
@@ -46,11 +47,11 @@ _NORMS: Mapping[object, tuple[inspect.Signature, str]] = {
         "use_input_stats",
     ),
 }
-"""The signature of each function, and the parameter that asks for the input's own statistics."""
+"""For each function: its signature, and the parameter for the input's own statistics."""
 
 
 class _Served(TorchFunctionMode):
-    """Serves each normalisation in training mode as the option says.
+    """Mode that serves each normalisation in training mode by the option.
 
     Args:
         how: "frozen" normalises by the running statistics, "per_sample" by the input's own. Neither
@@ -68,7 +69,7 @@ class _Served(TorchFunctionMode):
         args: tuple = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        """Run one call of torch's python interface, or what stands in its place."""
+        """Run one call of torch's python interface, or its replacement."""
         kwargs = kwargs or {}
         if func in _NORMS:
             signature, switch = _NORMS[func]
@@ -76,7 +77,7 @@ class _Served(TorchFunctionMode):
         if func is Tensor.add_ and _is_count(args[0], sys._getframe(1)):
             return args[0]
         if func is Tensor.__float__ and _is_count(args[0], sys._getframe(1)):
-            return 1.0  # the momentum of a mean over all batches, of statistics that are left alone
+            return 1.0  # the momentum of a mean over all batches; the statistics do not change
         return func(*args, **kwargs)
 
     def _normalised(
@@ -93,7 +94,7 @@ class _Served(TorchFunctionMode):
 
 
 def _is_count(tensor: object, frame: FrameType | None) -> bool:
-    """Tell if `tensor` counts the batches of the module whose method called torch.
+    """True if `tensor` counts the batches of the module whose method called torch.
 
     `frame` is the caller's, or that of another function mode which has passed the call on.
     """
@@ -104,7 +105,7 @@ def _is_count(tensor: object, frame: FrameType | None) -> bool:
 
 
 def served(func: Function, how: str) -> Function:
-    """`func` with its normalisations in training mode served as `how`, the option, says."""
+    """Wrap `func` so that its normalisations in training mode follow the option `how`."""
     if how == "error":
         return func
 

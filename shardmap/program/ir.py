@@ -1,4 +1,4 @@
-"""What one sample does: a flat list of operator calls, as frozen data.
+"""The program of one sample: a flat list of operator calls, as frozen data.
 
 A `Program` is what recording a function once leaves behind (see `shardmap.trace.recorder`). It
 knows nothing of batches, devices or rules. Equations are small named tuples, after JAX's autodidax;
@@ -27,7 +27,7 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """In elements, as the sample had them: recorded views depend on them."""
+    """Strides in elements, as the sample had them: recorded views depend on them."""
     dtype: torch.dtype
     device: str
     offset: int
@@ -72,10 +72,10 @@ class GivenGenerator(NamedTuple):
     """
 
     number: int
-    """Which of the recording's generators."""
+    """Index among the recording's generators."""
     draw: int
-    """How many calls drew from it before. Numbers follow from the generator and this alone, so that
-    two generators with one state give the same ones in the same order."""
+    """Number of earlier calls that drew from it. The draws follow from the generator and this
+    number alone, so that two generators with one state give the same numbers in the same order."""
 
     def __str__(self) -> str:
         return f"generator{self.number}[{self.draw}]"
@@ -138,8 +138,8 @@ class SampleDevice(NamedTuple):
 SAMPLE_DEVICE = SampleDevice()
 
 NO_GRAD, GRAD, FRESH_LEAF = 0, 1, 2
-"""What autograd knew of an argument when it was consumed. `FRESH_LEAF`: a leaf made inside the
-function, where outer gradients end."""
+"""Flags for autograd's knowledge of an argument when a call used it. `FRESH_LEAF`: a leaf made
+inside the function, where outer gradients end."""
 
 
 class Equation(NamedTuple):
@@ -155,7 +155,7 @@ class Equation(NamedTuple):
     """For each tensor argument in order: `NO_GRAD`, `GRAD` or `FRESH_LEAF`."""
     grad_mode: bool
     answer: Any = None
-    """The python value that a question about an unmapped tensor gave; checked again at replay."""
+    """The python value returned by a question about an unmapped tensor; checked again at replay."""
     source: str | None = None
     """The user's line, recorded only for operators without a rule of ours."""
 
@@ -192,7 +192,7 @@ def variables(values: Any) -> Iterator[Var]:
 
 
 def show(value: Any) -> str:
-    """An argument as it stands in the text form of a program."""
+    """The text of an argument in the printed form of a program."""
     if type(value) in (tuple, list):
         return f"[{', '.join(map(show, value))}]"
     if isinstance(value, torch.dtype):
@@ -210,13 +210,13 @@ class Program(NamedTuple):
     literals: tuple[Var, ...]
     """Tensors made from python data inside the function; each replay owns its copy."""
     scalars: int
-    """How many floats are bound at each call."""
+    """Number of floats that are bound at each call."""
     equations: tuple[Equation, ...]
     outputs: tuple[Var, ...]
     output_flags: tuple[int, ...]
-    """What autograd knew of each output, as in `Equation.flags`."""
+    """For each output: `NO_GRAD`, `GRAD` or `FRESH_LEAF`, as in `Equation.flags`."""
     types: tuple[Any, ...]
-    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two
+    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two different
     programs equal."""
 
     def __str__(self) -> str:
@@ -265,7 +265,7 @@ class Program(NamedTuple):
         assert len(self.output_flags) == len(self.outputs), f"one flag per output\n{self}"
 
     def dumps(self) -> str:
-        """The program as JSON text, operators by name: what travels to a worker."""
+        """The program as JSON text, with operators by name; sent to the workers in this form."""
         return json.dumps(_encode(self))
 
     @staticmethod

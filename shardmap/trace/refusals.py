@@ -1,4 +1,4 @@
-"""What a recording refuses, or must know to refuse it later: writes, seeds, questions, copies."""
+"""Checks of a recording: writes, seeds, questions and copies that it refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shardmap.trace.unwritten import Unwritten, python_place
 
 
 def _running_norm() -> str | None:
-    """The module with running statistics that is running, named as in the outermost module."""
+    """Name of the running module with running statistics, as in the outermost module; or None."""
     frame, norm, name = sys._getframe(1), None, ""
     while frame is not None:
         module = frame.f_locals.get("self") if frame.f_code.co_argcount else None
@@ -44,13 +44,14 @@ class Refusals(Histories):
         self.randomness = randomness
         self.random = False
         self.torchs_own = False
-        """Whether it draws from torch's own generator, and not from the user's alone."""
+        """True if the function draws from torch's own generator."""
         self.separate_views = False
-        """Whether calls that return several views are recorded as a call for each view."""
+        """True if calls that return several views are recorded as a call for each view."""
         self.raised = ""
-        """The first error of an operator: a function that returns all the same has caught it."""
+        """The first error of an operator: if the function still returns, it has caught the
+        error."""
         self.vmapped = False
-        """Whether `torch.func.vmap` is among the transforms around the call."""
+        """True if `torch.func.vmap` is among the transforms around the call."""
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
@@ -59,7 +60,7 @@ class Refusals(Histories):
         """Torch's generator, while the function runs."""
         self.unwritten = Unwritten()
         self.serial = 0
-        """How many calls of torch's python interface have been seen."""
+        """Number of calls of torch's python interface so far."""
         self.copies = Copies()
 
     def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
@@ -111,7 +112,7 @@ class Refusals(Histories):
                 )
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
-        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
+        """Record that `copy` replaces the view `source[indices]`, whose place differs by sample."""
         of, own = self.known(source) or self._capture(source), self.known(copy)
         assert own is not None
         self.copies.add(of.group, own.group, indices)
@@ -123,7 +124,7 @@ class Refusals(Histories):
         indices: tuple[Any, ...],
         put: Callable[[], None],
     ) -> None:
-        """Run `put`, which is `source[indices] = value`.
+        """Run `put`, which performs `source[indices] = value`.
 
         `value` may be a copy that was taken there.
         """
@@ -164,7 +165,7 @@ class Refusals(Histories):
         named: Any,
         writes: Any,
     ) -> tuple[list[Var], set[int]]:
-        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        """The variables that a call reads and no recorded call wrote, and groups that it writes."""
         overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
         if not self.unwritten.groups:
             return [], overwritten
@@ -230,7 +231,7 @@ class Refusals(Histories):
         )
 
     def _refuse_no_value(self, answer: object) -> None:
-        """Refuse a question to a fake tensor, which holds no value."""
+        """Refuse to read a fake tensor, which holds no value."""
         if isinstance(answer, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise errors.DataDependentError(
                 f"{self.call}: python asks for a value that is not known while the call is traced "

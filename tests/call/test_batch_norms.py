@@ -69,7 +69,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def loop(model: nn.Module, x: Tensor, **mode: bool) -> Tensor:
-    """What python's loop returns, with a copy of the model; its parameters stay the model's."""
+    """The results of the loop with a copy of the model that shares its parameters."""
     alone = copy.deepcopy(model).train(**mode)
     state: dict[str, Tensor] = dict(model.named_parameters())
     return torch.stack([functional_call(alone, state, (r,)) for r in x])
