@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import shardmap
 from shardmap import errors
@@ -193,6 +194,11 @@ ROWS: dict[str, Row] = {
     "backward": Row(
         accumulated, errors.CapturedWriteError, r"torch\.autograd\.grad\(loss, parameters\)",
         lambda r: torch.autograd.grad((r * V).sum().sin(), V)[0],
+    ),
+    "a reentrant checkpoint, gradients from outside": Row(
+        lambda r: checkpoint(lambda a: a * V, r.clone().requires_grad_(), use_reentrant=True).sum(),
+        errors.CapturedWriteError, "use_reentrant=False for a checkpoint",
+        lambda r: checkpoint(lambda a: a * V, r.clone().requires_grad_(), use_reentrant=False).sum(),
     ),
     "batch norm in training, untracked": Row(
         lambda r: norm(torch.stack([r, 2 * r])),

@@ -156,22 +156,20 @@ class _Batcher:
         self.env[var.index] = v
         return v
 
-    def _materialise(self, v: V, var: Var) -> V:
+    def _materialise(self, v: V, var: Var, empty: bool = False) -> V:
         """Give each sample a copy of an unmapped value that samples will write to.
 
+        Of an `empty` one, which nobody has written to yet, nothing is copied.
         Each copy has the sample's strides.
         """
-        stride = var.spec.stride
-        span = (
-            1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True))
-            if 0 not in var.spec.shape
-            else 0
-        )
+        shape, stride = var.spec.shape, var.spec.stride
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
-            if t.is_contiguous() and t.stride() == stride:
+            if not empty and t.is_contiguous() and t.stride() == stride:
                 return t.expand(size, *t.shape).clone(memory_format=torch.contiguous_format)
-            return t.new_empty_strided((size, *t.shape), (span, *stride)).copy_(t)
+            made = t.new_empty_strided((size, *t.shape), (span, *stride))
+            return made if empty else made.copy_(t)
 
         return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
 
@@ -377,7 +375,7 @@ class _Batcher:
             if i in self.fixes.restride and v.mapped:
                 v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
             if var.group in self.mapped and not v.mapped:
-                v = self._materialise(v, var)
+                v = self._materialise(v, var, op_info(eq.op).uninitialised)
             elif v.mapped and var.group in self.write_groups and var.group not in read_groups:
                 v = self.b.call(no_view, v)
             self.env[var.index] = v

@@ -40,6 +40,9 @@ _METADATA = {
 }
 """Operators that return metadata to python, the same for every sample."""
 
+_PACKS = aten._pack_padded_sequence.default
+"""Its results are as long as the lengths say, though torch does not tag it so."""
+
 _UNINITIALISED = {
     aten.empty.memory_format,
     aten.empty_like.default,
@@ -150,7 +153,7 @@ def _op_info(op: OpOverload) -> OpInfo:
         writes_named=named,
         random=is_random,
         composite=composite and op not in _QUESTIONS and name not in _METADATA,
-        dynamic=torch.Tag.dynamic_output_shape in op.tags,
+        dynamic=torch.Tag.dynamic_output_shape in op.tags or op is _PACKS,
         question=op in _QUESTIONS or _answers_python(op, name),
         metadata=name in _METADATA
         or op.namespace in ("prim", "profiler")
@@ -254,6 +257,8 @@ def deciders(op: OpOverload, args: tuple) -> Iterator[Var]:
         return iter(())
     if op is aten._ctc_loss.Tensor:
         return variables(args[2:4])
+    if op is _PACKS:
+        return variables(args[1:2])
     if op is aten.linalg_lstsq.default:
         return iter(
             ()

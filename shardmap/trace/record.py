@@ -316,12 +316,13 @@ def _record(
                 f"{call}: .backward() inside the function accumulates into the .grad of a tensor "
                 f"of shape {changed[0]} that all "
                 "samples share; use "
-                "torch.autograd.grad(loss, parameters), which returns the gradients"
+                "torch.autograd.grad(loss, parameters), which returns the gradients, and "
+                "use_reentrant=False for a checkpoint"
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         returned = [id(t) for t in (*leaves, *samples)]
-        del out, leaves
+        del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
         # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
         recording = dataclasses.replace(
