@@ -344,7 +344,11 @@ class ByShape:
             + ("" if group.instead is None else ", samples answer differently")
             for group in self.groups
         ]
-        return "\n".join([f"Samples of {len(lines)} shapes, each a program of its own:", *lines])
+        head = (
+            f"Samples of {len(lines)} shapes, each a program of its own; the operators, the memory "
+            "of a chunk and the time above are those of the largest:"
+        )
+        return "\n".join([head, *lines])
 
 
 def _part(job: Job, numbers: torch.Tensor) -> Job:
