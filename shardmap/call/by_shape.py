@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -292,6 +293,7 @@ class ByShape:
         return dataclasses.replace(
             job,
             places=order if scattered else None,
+            bounds=tuple(itertools.accumulate([len(g.rows) for g in groups])) if scattered else (),
             parts=tuple([group.job for group in parts]),
         )
 
