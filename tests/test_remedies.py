@@ -86,12 +86,6 @@ def cumulated(x: Tensor) -> Tensor:
     return torch.from_numpy(np.cumsum(x.detach().numpy()))
 
 
-@torch.library.custom_op("shardmap_remedies::quantised", mutates_args=())
-def quantised(x: Tensor) -> Tensor:
-    """A dynamically quantised layer as an operator."""
-    return quantised_layer(x)
-
-
 W = torch.tensor([0.5, -1.5, 2.0])
 V = W.clone().requires_grad_()
 norm = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
@@ -100,11 +94,6 @@ untracked = made(
 )
 grouped = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)))
 kept: list[Tensor] = []
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    quantised_layer: Any = torch.ao.quantization.quantize_dynamic(
-        made(lambda: nn.Sequential(nn.Linear(3, 4))), {nn.Linear}, dtype=torch.qint8
-    )
 
 
 def accumulated(r: Tensor) -> Tensor:
@@ -178,10 +167,6 @@ ROWS: dict[str, Row] = {
         errors.EscapeError, "use torch's operators", lambda r: r * 2,
     ),
     ".data =": Row(set_data, errors.EscapeError, r"copy_ under torch\.no_grad\(\)", copied),
-    "a quantised module": Row(
-        lambda r: quantised_layer(r[None]), errors.EscapeError, r"torch\.library\.custom_op",
-        lambda r: quantised(r[None]),
-    ),
     "memory that grows": Row(
         lambda r: torch.sin(r, out=torch.empty(0)),
         errors.EscapeError, "of the result's shape",

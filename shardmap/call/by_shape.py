@@ -148,7 +148,7 @@ class ByShape:
 
     @property
     def folds(self) -> bool:
-        """Whether results are combined in the order of the samples."""
+        """True if results are combined in the order of the samples."""
         return any(r is not None and r.name == "fold" for r in self._kept)
 
     def run(self, cluster: on_ray.Ray | None) -> object:

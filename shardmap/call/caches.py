@@ -1,4 +1,4 @@
-"""What the process remembers of the functions that it has mapped, forgotten at one call."""
+"""The process's caches about the functions that it has mapped, cleared by one call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from shardmap.trace import repeat
 
 
 def clear_caches() -> None:
-    """Forget every lowering, and what was seen when functions were mapped for the first time.
+    """Clear the caches of lowerings and of checks made when functions were first mapped.
 
     The next call of each map records, lowers and checks as if it were the first of the process.
-    What a map with `trace="once"` keeps is its own and stays.
+    A map with `trace="once"` keeps its own recordings, which stay.
 
     Example:
         >>> import torch, shardmap

@@ -1,4 +1,4 @@
-"""One call of a mapped function: record or recall, look at it if it is new, plan, run, compare."""
+"""One call of a mapped function: record or recall it, check a new one, plan, run, compare."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardmap import errors
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
-from shardmap.call.by_sample import SampleLoop, lowering
+from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.into_store import into_store, refuse_store
-from shardmap.call.job import has_tangents, job_of, names_of, split_of, with_expected
+from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, split_of, with_expected
 from shardmap.call.memo import Memory, Prepared
+from shardmap.call.nested import Nested, Unsplit
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, surroundings
@@ -33,6 +35,7 @@ from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.recording import Recording
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -42,7 +45,7 @@ def run_map(
     options: Options,
     memory: Memory | ShapesOfCall | None,
 ) -> Any:
-    """One call of a mapped function.
+    """Run one call of a mapped function, and return its results.
 
     Args:
         func: The user's function.
@@ -51,13 +54,13 @@ def run_map(
         memory: Recordings of earlier calls that may serve this one.
     """
     around = surroundings()
-    # Fake tensors alone are placed on the devices that are named, as real ones would be.
+    # Fake tensors alone are placed on the named devices, as real ones would be.
     if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
-        # A part of the graph that is made, computed at once: nothing can be compared or measured.
+        # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
         around = Surroundings(True, True, True)
         options = dataclasses.replace(options, check="off")
         refuse_transforms(options.call)
-        if options.reduce is not None:  # cut into parts, whose number is no symbol
+        if options.reduce is not None:  # cut into parts, whose number must not be a symbol
             batch = dataclasses.replace(batch, size=int(batch.size))
     call = recalled(func, batch, options, around, memory)
     if memory is not None and call is not None:
@@ -99,7 +102,7 @@ def recorded(
     look = options.check == "always"
     pair = record(func, batch, options.randomness, once, options.call, look=look)
     use = FirstUse(func, batch, pair, options, once)
-    use.verdict()  # may take another recording for the first one
+    use.verdict()  # may replace the first sample's recording
     prepared = Prepared(*use.first())
     if around.traced:
         recording = traced_recording(prepared.recording, options.call)
@@ -116,9 +119,9 @@ class Call:
         prepared: The recording.
         batch: The call's arguments.
         options: The call's options.
-        around: What it stands in.
-        use: The function on the call's samples; None for a map whose outputs the function does not
-            return (factors of what it returns).
+        around: The transforms and recordings around the call.
+        use: The function run on the call's samples; None for a map with outputs that the function
+            does not return (factors of what it returns).
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Call:
         self.options = options
         self.use = use
         self._seed: Seeds | None = None
+        self._numbers: np.ndarray | None = None
         tangents = has_tangents(batch, prepared.recording.captured)
         self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
 
@@ -152,15 +156,15 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
+            if self.around.inlined and recording.asked and self.batch.size:
+                return self._run_nested()
             forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
             if forks and not self.around.inlined:
                 return self._run_by_paths()
         try:
             return self._run(None)
         except errors.VariesError as error:
-            if self.use is not None and recording.asked:
-                if self.around.inlined:  # the outer function asks each inner sample
-                    return self._run_by_sample(_why(error, self.options.call))
+            if self.use is not None and recording.asked and not self.around.inlined:
                 self.use.forked()
                 return self._run_by_paths()
             if self.use is None or self.around.inlined or recording.written_inputs:
@@ -170,26 +174,25 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """Whether all samples are asked before any is run: what is written cannot be taken back."""
+        """True if all samples' answers are computed before any is run: writes cannot be undone."""
         stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
         return stored or bool(self.prepared.recording.written_inputs)
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
-        plain = not around.plain or (
+        single = around.plain and by_sample is None
+        plain = not single or (
             torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
         )
-        comparison = compared(prepared, options, batch.size, plain, several=around.plain)
+        comparison = compared(prepared, options, batch.size, plain, several=single)
         if comparison is not None:
             if by_sample is not None:
-                raise errors.VariesError(
-                    f"{options.call}: reduce='gram' of a function that is run sample by sample; "
-                    "stack "
-                    "the results (reduce=None) and multiply them"
+                stacked = Call(prepared, batch, comparison.stacked, around, self.use)
+                outputs = comparison.whole(stacked.run_flat(by_sample), batch.size)
+            else:
+                outputs = comparison.outputs(
+                    lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
                 )
-            outputs = comparison.outputs(
-                lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
-            )
             return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -201,7 +204,7 @@ class Call:
                 store = into_store(job, options, prepared.structure, cluster)
             self._confirm(job, None, store, by_sample is not None)
             return store
-        # Inside another map it is a part of that one, and nobody hears of it.
+        # Inside another map it is a part of that one, and reports no events.
         with unheard() if around.inlined else options.watching():
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
@@ -218,12 +221,12 @@ class Call:
         """The results, with `instead` in the place of a replay."""
         return self._run(instead)
 
-    def run_flat(self) -> Sequence[torch.Tensor]:
-        """The results, flat."""
-        return flatten_outputs(self._run(None), self.options.call)[0]
+    def run_flat(self, by_sample: Instead | None = None) -> Sequence[torch.Tensor]:
+        """The results as a flat list."""
+        return flatten_outputs(self._run(by_sample), self.options.call)[0]
 
     def job(self, by_sample: Instead | None = None) -> Job:
-        """The call as executors take it."""
+        """The job that executors run."""
         around = self.around
         job = job_of(
             self.prepared,
@@ -236,13 +239,15 @@ class Call:
             seed=self._seed,
             traced=around.traced,
         )
-        self._seed = job.seed  # of the call, however often its job is made
+        self._seed = job.seed  # one seed per call, even if its job is made again
+        if self._numbers is not None:
+            job = dataclasses.replace(job, numbers=self._numbers)
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self.names(job), self.use)
 
     def names(self, job: Job) -> tuple[str, ...]:
-        """The devices on which a new lowering is tried; for a cluster, where the samples are."""
+        """The devices on which a new lowering is tried; for a cluster, that of the samples."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
@@ -252,12 +257,55 @@ class Call:
         """Split the batch by the answers that its samples give, and run each on its own path."""
         if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
             return self._forked().by_groups()
-        call, instead = self._settled(self._forked())
-        return call._run(instead)
+        forked = self._forked()
+        while True:
+            call, instead = self._settled(forked)
+            try:
+                return call._run(instead)
+            except WiderError as error:
+                self._widen(error)
+                forked.widen(error.dtypes)
+
+    def _widen(self, error: WiderError) -> None:
+        """Bring outputs to wider dtypes, as `torch.stack` does; not in a store, which is made."""
+        if self.options.out is not None or self.prepared.recording.written_inputs:
+            raise error
+        self.prepared = widened(self.prepared, error.dtypes)
+
+    def _run_nested(self) -> Any:
+        """Split inner samples by their answers, as a part of the outer recording."""
+        use, options = self.use, self.options
+        assert use is not None
+
+        def on(number: int) -> Prepared:
+            return Prepared(
+                *record(use.func, self.batch, options.randomness, False, options.call, number)
+            )
+
+        def run(prepared: Prepared, batch: Batch) -> Sequence[torch.Tensor]:
+            return self._part(prepared, batch, options.alone(), None).run_flat()
+
+        nested = Nested(self.prepared, self.batch, on, run, options)
+        try:
+            prepared, instead = nested.whole()
+        except Unsplit as error:  # the outer function asks each inner sample
+            return self._run_by_sample(str(error))
+        return self._part(prepared, self.batch, options, None)._run(instead)
 
     def _forked(self) -> Forked:
         assert self.use is not None
-        return Forked(self.prepared, self.batch, self.options, self.use, self._part)
+        return Forked(
+            self.prepared, self.batch, self.options, self.use, self._part, self._seeds_for
+        )
+
+    def _seeds_for(self, recording: Recording) -> Seeds:
+        """The seeds of another recording of this call: those that were drawn are not drawn anew."""
+        drawn = None if self._seed is None else (self.prepared.recording, self._seed)
+        return seeds_of(recording, False, drawn)
+
+    def draw_by(self, seeds: Seeds, numbers: np.ndarray | None) -> None:
+        """Draw by these seeds, and by these numbers of its samples."""
+        self._seed, self._numbers = seeds, numbers
 
     def _part(
         self, prepared: Prepared, batch: Batch, options: Options, use: FirstUse | None
@@ -272,10 +320,13 @@ class Call:
             if isinstance(error, errors.RaggedError) or self.options.strict:
                 raise
             return self, self._loop(_why(error, self.options.call))
-        return self._part(prepared, batch, self.options, use), instead
+        call = self._part(prepared, batch, self.options, use)
+        if self._seed is not None and not any(isinstance(s, TorchDraws) for s in self._seed):
+            call.draw_by(self._seeds_for(prepared.recording), None)
+        return call, instead
 
     def settled(self) -> tuple[Call, Instead | None]:
-        """The call as it is to run, and what runs in the place of a replay, if anything does."""
+        """The call to run, and what replaces its replay; None to run the replay."""
         if self.use is None:
             return self, None
         verdict = self.use.verdict()
@@ -286,10 +337,15 @@ class Call:
         return self, None
 
     def _run_by_sample(self, why: str) -> Any:
-        return self._run(self._loop(why))
+        instead = self._loop(why)
+        while True:
+            try:
+                return self._run(instead)
+            except WiderError as error:
+                self._widen(error)
 
     def _loop(self, why: str) -> Instead:
-        """What runs the function itself, sample by sample.
+        """The stand-in that runs the function itself, sample by sample.
 
         Raises:
             VariesError: `strict=True` refuses it.
@@ -304,30 +360,22 @@ class Call:
         if options.strict:
             raise errors.VariesError(
                 f"{text}; only a loop over the samples serves such a function, and strict=True "
-                "refuses "
-                "that: use torch's operators for it, or pass strict=False"
+                "refuses that: use torch's operators for it, or pass strict=False"
             )
         warnings.warn(
             f"{text}, so the function itself is run sample by sample; use torch's operators for "
-            "it, "
-            "or pass strict=True to refuse such functions",
+            "it, or pass strict=True to refuse such functions",
             errors.SlowLoopWarning,
             stacklevel=2,
         )
-        program = self.prepared.recording.program
 
         def instead(how: LoweringOptions) -> Lowered:
+            recording = self.prepared.recording
+            program, specs = recording.program, [v.spec for v in recording.program.outputs]
             loop = SampleLoop(
-                use.func,
-                self.batch,
-                self.prepared.structure,
-                [v.spec for v in program.outputs],
-                options.randomness,
-                self.prepared.recording.random,
-                how.grad or how.transformed,
-                options.call,
-                self.prepared.recording.generators,
-            )
+                use.func, self.batch, self.prepared.structure, specs, options.randomness,
+                recording.random, how.grad or how.transformed, options.call, recording.generators,
+            )  # fmt: skip
             return lowering(program, how, loop)
 
         return instead
@@ -335,7 +383,7 @@ class Call:
     def _confirm(
         self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
     ) -> None:
-        """Compare the results with what the function returned, where it was run for that."""
+        """Compare the results with the function's own, if it was run for that."""
         use = self.use
         if use is None or looped or not use.looked or not self.around.plain:
             return
@@ -349,7 +397,7 @@ class Call:
 
 
 def _why(error: errors.VariesError, call: str) -> str:
-    """What varies, without the call and the remedy."""
+    """The cause of a VariesError, without the call and the remedy."""
     return str(error).removeprefix(f"{call}: ").partition(";")[0]
 
 
@@ -369,23 +417,22 @@ def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
-    """Refuse to run the function itself where it, and what it reads, are not.
+    """Refuse to run the function itself on other devices than the samples'.
 
     Raises:
-        VariesError: Other devices, or a cluster, are asked for.
+        VariesError: The call names other devices, or a cluster.
     """
     names = [] if cluster else names_of(job, options, inlined)
     if cluster or any(torch.device(name) != job.home for name in names):
         raise errors.VariesError(
             f"{options.call}: the function has to be run sample by sample, where its samples are, "
-            "and "
-            f"devices={options.devices!r}; use torch's operators for what differs by sample, or "
-            "devices='auto'"
+            f"and devices={options.devices!r}; use torch's operators for what differs by sample, "
+            "or devices='auto'"
         )
 
 
 def _shares_torchs_draws(job: Job, options: Options) -> bool:
-    """Whether samples share draws that torch makes again wherever they are asked for.
+    """True if samples share draws that torch repeats each time they are computed.
 
     Such a call is not cut, and stays on one device.
     """
@@ -394,7 +441,7 @@ def _shares_torchs_draws(job: Job, options: Options) -> bool:
 
 
 def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
-    """Run on this machine: as one chunk what is small, planned what is not."""
+    """Run on this machine: as one chunk if the map is small, else by a plan."""
     names = names_of(job, options, inlined)
     size = None if inlined else options.chunk_size
     on = prepare.Devices(job, options.budget.on)

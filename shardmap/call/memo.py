@@ -1,4 +1,4 @@
-"""`trace="once"`: replay a recording while what the function reads is the same.
+"""`trace="once"`: replay a recording while the values that the function reads stay the same.
 
 A recording holds tensors by identity and numbers by value. It goes stale when the caller rebinds
 what the function reads: `W = W - lr * g`, `model.weight = Parameter(...)`, `settings.scale = 2`. So
@@ -33,21 +33,21 @@ class Prepared:
 
     recording: Recording
     structure: pytree.TreeSpec
-    """Of what the function returned."""
+    """Structure of the function's result."""
     lowerings: dict[Any, Lowered] = field(default_factory=dict)
     outputs: dict[Any, Any] = field(default_factory=dict)
-    """What is to become of its outputs, by home, outer autograd and size of the batch."""
+    """Descriptions of its outputs, by device, outer autograd and size of the batch."""
     derived: dict[Any, Any] = field(default_factory=dict)
-    """Maps that compute something else from the same recording."""
+    """Prepared maps that compute something else from the same recording."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A recording, and what must be the same for it to be replayed."""
+    """A recording, and the values that must be unchanged for it to be replayed."""
 
     prepared: Prepared
     reads: list[object]
-    """What the function could reach, as `reachable` lists it."""
+    """The objects and values that the function could reach, as listed by `reachable`."""
     arguments: dict[int, int]
     """Captured tensors that are unmapped arguments: position among the captured -> leaf of the
     call."""
@@ -70,7 +70,7 @@ class Memory:
     """The recordings of one mapped function, by signature."""
 
     most = 64
-    """Signatures that are remembered."""
+    """Largest number of signatures that are kept."""
 
     def __init__(self, func: Callable[..., Any], call: str):
         self.call = call
@@ -79,7 +79,7 @@ class Memory:
         self.said = False
 
     def recall(self, batch: Batch, reads: list[object] | None = None) -> Remembered | None:
-        """The recording that serves this call; None if what the function reads has changed.
+        """The recording that serves this call; None if the function reads changed values.
 
         Args:
             batch: The call's arguments.
@@ -96,7 +96,7 @@ class Memory:
         return found
 
     def keep(self, batch: Batch, prepared: Prepared, reads: list[object] | None = None) -> None:
-        """Remember a recording, unless it holds something that cannot be found again.
+        """Keep a recording, unless the function reads something that cannot be compared.
 
         Args:
             batch: The call's arguments.
@@ -138,7 +138,7 @@ class Memory:
         if len(self.kept) >= self.most:
             oldest = next(iter(list(self.kept)), None)  # the list is made in one step
             self.kept.pop(oldest, None)
-        # What the function returned is of this call's first sample: a later call's must not be
+        # The function's result is of this call's first sample: a later call's must not be
         # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())
         self.kept[signature(batch)] = Remembered(
@@ -146,7 +146,7 @@ class Memory:
         )
 
     def held(self, reads: list[object]) -> list[object]:
-        """What is kept of a listing."""
+        """The part of a listing that is kept: all of it."""
         return reads
 
     def reads(self, batch: Batch) -> list[object]:
@@ -162,14 +162,14 @@ class Memory:
             self.said = True
 
     def forget(self, batch: Batch) -> None:
-        """Drop the recording for this signature: it has gone stale."""
+        """Drop the recording for this signature because it is stale."""
         self.kept.pop(signature(batch), None)
 
 
 def signature(batch: Batch) -> Hashable:
-    """What of a call decides the recording.
+    """Key of the properties of a call that decide its recording.
 
-    Arguments but for their values and number of samples, and torch's modes.
+    They are those of the arguments, without values and number of samples, and torch's modes.
     """
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)

@@ -1,6 +1,6 @@
-"""A map whose samples go different ways: each chunk's samples run along their own paths.
+"""Maps whose samples take different paths: each chunk's samples run along their own paths.
 
-What the executors take for one program is here one for each path: a chunk's samples are sorted by
+The executors see one program, though there is one for each path: a chunk's samples are sorted by
 path, each group is replayed, and its results go back to the rows that they belong to. So chunks,
 lanes, reductions, stores and autograd work as for any map.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from shardmap import errors
-from shardmap._torch import version_of
+from shardmap._torch import generator_id, version_of
 from shardmap.call import standin
 from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
@@ -23,20 +23,21 @@ from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.philox import Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds
 from shardmap.run.prepare import Ready
+from shardmap.trace.recording import Recording
 
 _learned = Kept(256)
-"""What the planner has learned of maps that go several ways, by the lowerings of their paths."""
+"""The planner's notes on maps with several paths, by the lowerings of their paths."""
 
 
 def clear() -> None:
-    """Forget what was learned."""
+    """Clear the notes."""
     _learned.clear()
 
 
 def after_fork() -> None:
-    """Make the lock of this module new."""
+    """Renew the lock of this module."""
     _learned.after_fork()
 
 
@@ -46,7 +47,9 @@ class Branch:
 
     prepared: Prepared
     ready: dict[str, Ready]
-    """By device."""
+    """The prepared program on each device, by the device's name."""
+    seeds: tuple[int, ...]
+    """Positions, among the call's seeds, of those that the path's draws follow from."""
 
 
 class PathReplay(StandIn):
@@ -55,8 +58,8 @@ class PathReplay(StandIn):
     Args:
         of_row: The number of each sample's path, `LOOP` where the function itself is run.
         branches: The paths.
-        loop: What runs the function itself.
-        specs: The outputs' metadata: what the results of all paths are brought to.
+        loop: The loop that runs the function itself.
+        specs: The outputs' metadata: all paths' results are converted to these.
     """
 
     source = "a program for each path"
@@ -72,6 +75,19 @@ class PathReplay(StandIn):
         self.branches = branches
         self.loop = loop
         self.specs = specs
+
+    def described(self) -> str:
+        """The samples of each path, and what they answer."""
+        size, lines = len(self.of_row), []
+        for number, branch in enumerate(self.branches):
+            count = int((self.of_row == number).sum())
+            lines.append(f"  {count} of {size}, batched: {answered(branch.prepared)}")
+        looped = int((self.of_row == LOOP).sum())
+        if looped:
+            lines.append(f"  {looped} of {size}, one by one: {ITSELF}")
+        ways = len(self.branches) + bool(looped)
+        lines.insert(0, f"Samples go {ways} ways by what python asks about their values:")
+        return "\n".join(lines)
 
     def chunk(
         self,
@@ -106,7 +122,7 @@ class PathReplay(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         for at, found in self._groups(size, start, device, seed, inputs):
             for t, where in zip(found, slices, strict=True):
                 if len(at) == size:
@@ -123,21 +139,21 @@ class PathReplay(StandIn):
         seed: Seeds,
         inputs: list[torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-        """The samples of a chunk that take one path, by their places in it, and their outputs.
+        """Yield for each path the positions of its samples in the chunk, and their outputs.
 
-        What they write reaches `inputs`.
+        In-place writes to samples reach `inputs`.
         """
         paths = self.of_row[start : start + size]
         for number in paths.unique().tolist():
             at = (paths == number).nonzero().flatten()
-            first = start + int(at[0])
             if len(at) == size:
-                yield at, self._along(number, size, first, device, seed, inputs)
+                yield at, self._along(number, size, start, device, seed, inputs)
                 continue
+            numbers = start + at.numpy()
             rows = at.to(device)
             own = [rows_of(t, rows) for t in inputs]
             before = [_version(t) for t in own]
-            found = self._along(number, len(at), first, device, seed, own)
+            found = self._along(number, len(at), numbers, device, seed, own)
             for t, copied, version in zip(inputs, own, before, strict=True):
                 if version is None or _version(copied) != version:
                     t.index_copy_(0, rows, copied)
@@ -147,7 +163,7 @@ class PathReplay(StandIn):
         self,
         number: int,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         inputs: list[torch.Tensor],
@@ -159,7 +175,8 @@ class PathReplay(StandIn):
             branch = self.branches[number]
             ready = branch.ready[str(device)]
             scalars = branch.prepared.recording.scalars
-            outs = ready.low.replay.chunk(size, start, device, seed, scalars, ready.fixed, inputs)
+            own = tuple([seed[k] for k in branch.seeds])
+            outs = ready.low.replay.chunk(size, start, device, own, scalars, ready.fixed, inputs)
             found = tuple(
                 [
                     t if v.mapped else t.expand(size, *t.shape)
@@ -169,13 +186,32 @@ class PathReplay(StandIn):
         return tuple([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
 
 
+_MOST_ANSWERS = 4
+"""Answers of a path that are shown."""
+
+
+def answered(prepared: Prepared) -> str:
+    """What the samples of a path answer, in words, and at which lines."""
+    recording = prepared.recording
+    asked = [recording.program.equations[at] for at in recording.asked]
+    shown = []
+    for eq in asked[:_MOST_ANSWERS]:
+        what = eq.answer[1]
+        if eq.answer[0] == "shape":
+            what = ", ".join(f"shape {list(shape)}" for shape in what)
+        where = f" at {eq.source}" if eq.source else ""
+        shown.append(f"{what}{where}")
+    more = len(asked) - _MOST_ANSWERS
+    return ", ".join(shown) + (f" and {more} answers more" if more > 0 else "")
+
+
 def _version(t: torch.Tensor) -> int | None:
-    """How often a tensor has been written to; None where torch does not count."""
+    """Number of writes to a tensor so far; None if torch does not count them."""
     return None if t.is_inference() else version_of(t)
 
 
 def merged(paths: Sequence[Path], call: str) -> Prepared:
-    """The recording that stands for all paths where their outputs are described.
+    """A recording that describes the outputs of all paths.
 
     Raises:
         VariesError: The paths' outputs cannot be stacked.
@@ -209,16 +245,35 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     recording = dataclasses.replace(
         recording, program=program, written_inputs=written, sample=(), asked=()
     )
+    recording = drawing(recording, paths)
     return Prepared(recording, first.structure)
 
 
+def drawing(recording: Recording, paths: Sequence[Path]) -> Recording:
+    """A recording that draws whatever one of the paths draws."""
+    of_paths = [path.prepared.recording for path in paths]
+    generators = {generator_id(g): g for r in of_paths for g in r.generators}
+    return dataclasses.replace(
+        recording,
+        random=any(r.random for r in of_paths),
+        torchs_own=any(r.torchs_own for r in of_paths),
+        generators=tuple(generators.values()),
+    )
+
+
+def seeds_within(part: Recording, whole: Recording) -> tuple[int, ...]:
+    """Which of a call's seeds the draws of one path follow from."""
+    places = {generator_id(g): 1 + at for at, g in enumerate(whole.generators)}
+    return (0, *[places[generator_id(g)] for g in part.generators])
+
+
 def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> Lowered:
-    """The paths in the form in which executors take a lowering."""
+    """Wrap the paths as a lowering, which executors take."""
     ready = [next(iter(branch.ready.values())).low for branch in replay.branches]
     tiers = {name: tier for low in ready for name, tier in low.batched.tiers.items()}
     if bool((replay.of_row == LOOP).any()):
         tiers[ITSELF] = "loop"
     size = max([low.sample_bytes for low in ready], default=0)
     key = "notes", *[id(low) for low in ready]
-    _, notes = _learned.made(key, lambda: (ready, Notes()))  # what it holds keeps its ids
+    _, notes = _learned.made(key, lambda: (ready, Notes()))  # holding `ready` keeps the ids
     return standin.lowering(program, options, replay, tiers, size, notes)

@@ -1,4 +1,4 @@
-"""What `shardmap.plan` returns: look at it, run it, look at what happened."""
+"""The plan that `shardmap.plan` returns: print it, run it, and look at the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shardmap import errors
 from shardmap._torch import not_compiled
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
+from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
@@ -23,9 +24,9 @@ from shardmap.store import Sink
 
 
 class Plan:
-    """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
+    """A map that is ready to run: samples per device and chunk, memory and time needed.
 
-    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan
+    `print(plan)` shows the devices, the most costly operators and those computed once. The plan
     holds the call's tensors.
 
     Example:
@@ -63,22 +64,22 @@ class Plan:
 
     @property
     def job(self) -> Job:
-        """The call that is planned: its recording, its inputs, and what becomes of its outputs."""
+        """The planned call: its recording, its inputs, and its outputs."""
         return self._job
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
-        """One per entry of `devices`."""
+        """The lanes, one per entry of `devices`."""
         return self.split.lanes
 
     @property
     def fits(self) -> bool:
-        """Whether every device's predicted peak is within its budget."""
+        """True if every device's predicted peak is within its budget."""
         return self.split.fits
 
     @property
     def seconds(self) -> float:
-        """Predicted for the run."""
+        """Predicted seconds for the run."""
         return self.split.seconds
 
     def __str__(self) -> str:
@@ -94,13 +95,13 @@ class Plan:
         return table.operators(self.split, ready.low, self._seen(), everything)
 
     def _seen(self) -> Observation | None:
-        """What a chunk has been seen to cost; None where running one would break the budget."""
+        """Measured cost of a chunk; None if running one would exceed the budget."""
         if not self._job.samples or self.lanes[0].memory.bound:
             return None
         return watched(self._on.on(self.lanes[0].device, self._job.samples > 1), self._job)
 
     def _backward_unknown(self) -> str:
-        """Why nobody can say what gradients cost; empty where somebody can, or none are asked."""
+        """Reason why the cost of gradients is unknown; empty if it is known or not needed."""
         seen = self._seen() if self._job.grad else None
         return "" if seen is None else seen.backward_unknown
 
@@ -112,10 +113,10 @@ class Plan:
 
     @not_compiled
     def explain(self) -> str:
-        """The plan in full.
+        """The plan in full, as text.
 
-        What `print` shows with every operator, then the memory of each device and how the map runs
-        in words.
+        It has the text of `print` with every operator, then paragraphs on each device's memory and
+        on how the map runs.
         """
         job = self._job
         parts = [self.summary, self._operators(everything=True)]
@@ -144,11 +145,12 @@ class Plan:
                 f"({', '.join(dict.fromkeys(reduced))})."
             )
         parts += self._from_factors()
-        parts += [text for text in (self._shapes, self._looked) if text]
+        ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
+        parts += [text for text in (self._shapes, ways, self._looked) if text]
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
-        """What is computed without the per-sample values that it is of."""
+        """Paragraph on the outputs that are computed without their per-sample values."""
         low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
             f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
@@ -162,11 +164,11 @@ class Plan:
     def into(self, sink: Sink, chunk_size: Any) -> Plan:
         """The plan of the same map whose results go to a store.
 
-        Memory then holds the units that are being put together, and no more.
+        Memory then holds only the units that are being filled.
 
         Args:
-            sink: Where the results go.
-            chunk_size: As the user gave it.
+            sink: The store for the results.
+            chunk_size: The user's option.
         """
         job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
         if job.places is not None:  # rows of a store are computed in their order
@@ -184,7 +186,7 @@ class Plan:
 
         Raises:
             OverBudget: A device's predicted peak exceeds its budget.
-            ShardmapError: As `shardmap.vmap`.
+            ShardmapError: Any error of `shardmap.vmap`.
         """
         refusal = self.split.refusal()
         if refusal is not None:
@@ -202,9 +204,9 @@ class Plan:
         return self._finish(outputs)
 
     def timeline(self, path: str | Path) -> None:
-        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev.
+        """Write a timeline of the last run, for chrome://tracing or https://ui.perfetto.dev.
 
-        One lane per device.
+        It has one lane per device.
 
         Args:
             path: The JSON file to write.
@@ -217,10 +219,10 @@ class Plan:
     def plot(self, path: str | Path) -> None:
         """Draw the last run, one lane per device.
 
-        Chunks as they were computed, predicted against measured.
+        The picture shows the computed chunks, and predicted against measured times.
 
         Args:
-            path: The picture to write; its ending says which kind.
+            path: The picture to write; its suffix says which kind.
 
         Raises:
             OptionError: The plan has not run.

@@ -64,7 +64,7 @@ def _as_ragged(value: object, dim: object) -> object:
 
 
 def _is_unequal(values: list[object]) -> bool:
-    """Whether a list holds samples of unequal lengths, and no batches."""
+    """True if a list holds samples of unequal lengths, and no batches."""
     tensors = [t for t in values if isinstance(t, Tensor) and not t.is_nested]
     if len(tensors) < max(2, len(values)):
         return False
@@ -105,7 +105,7 @@ def reduction_names(options: Options) -> set[str]:
 
 
 def is_whole(options: Options) -> bool:
-    """Whether a call is one map over all shapes, and not one for each.
+    """True if a call is one map over all shapes, and not one for each.
 
     What is added up is so for each shape: the sum can be had without its terms.
     """

@@ -1,4 +1,4 @@
-"""What a function can read by name, listed so that two listings can be compared."""
+"""The objects that a function can read by name, listed so that two listings can be compared."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _CONTAINERS = frozenset(
         collections.deque,
     )
 )
-"""Kinds without attributes."""
+"""Container types without attributes."""
 _PLAIN = (
     type,
     property,
@@ -71,9 +71,9 @@ _PLAIN = (
     types.BuiltinFunctionType,
     OpOverload,
 )
-"""Kinds whose attributes are looked at in their own way, or never change."""
+"""Types whose attributes need treatment of their own, or never change."""
 _LIMIT = 200_000
-"""Most objects that are listed."""
+"""Largest number of listed objects."""
 
 
 class Snapshot(tuple[Any, ...]):
@@ -84,13 +84,13 @@ class Snapshot(tuple[Any, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """What the function can reach and nobody can compare."""
+    """An object that the function can reach and that cannot be compared between calls."""
 
     what: str
 
 
 def same(before: list[object], now: list[object]) -> bool:
-    """Whether two listings hold the same objects and equal numbers."""
+    """True if two listings hold the same objects and equal numbers."""
     if len(before) != len(now):
         return False
     for a, b in zip(before, now, strict=True):
@@ -108,9 +108,9 @@ def same(before: list[object], now: list[object]) -> bool:
 
 
 def held_weakly(found: list[object]) -> list[object]:
-    """A listing that keeps nothing alive but numbers, texts and what has no weak references.
+    """A listing that keeps only numbers, texts and objects without weak references alive.
 
-    Of a container nothing is left but its contents, which are listed behind it.
+    Containers are left out; their contents are listed behind them.
     """
 
     def weak(value: Any) -> Any:
@@ -127,7 +127,7 @@ def held_weakly(found: list[object]) -> list[object]:
 def reachable(*roots: Any) -> list[object]:
     """Everything that `roots` can read by name, in a fixed order.
 
-    Tensors and objects themselves, numbers and strings by value.
+    It lists tensors and objects themselves, numbers and strings by value.
     """
     found: list[object] = []
     seen: set[int] = set()
@@ -144,7 +144,7 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     found.append(value)
     if type(value) in _COMMON or isinstance(value, VALUES):
         return
-    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
+    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
         place = value.stride() if value.layout is torch.strided else memory_of(value)
         found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
         return
@@ -202,7 +202,7 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
 
 def _walk_function(func: types.FunctionType, found: list[object], seen: set[int]) -> None:
     if _is_library(func.__code__.co_filename):
-        for cell in func.__closure__ or ():  # a library's decorator around a function of the user
+        for cell in func.__closure__ or ():  # a library's decorator around a user's function
             _walk_cell(cell, found, seen, frozenset())
         return
     names = frozenset(_names(func.__code__))
@@ -252,7 +252,7 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
 
 @functools.lru_cache(maxsize=4096)
 def _user_classes(kind: type) -> tuple[type, ...]:
-    """The classes that `kind` inherits from, itself among them, that are no library's."""
+    """The classes that `kind` inherits from, itself included, without those of libraries."""
     return tuple(
         [
             k

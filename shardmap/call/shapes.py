@@ -1,9 +1,9 @@
-"""The recordings of one function for samples of many shapes, remembered from call to call.
+"""The recordings of one function for samples of many shapes, kept between calls.
 
-Recording costs as much as a few samples, so that of forty shapes it would cost more than computing
-two thousand samples. With `trace="once"` the recordings are those of the map. With `trace="each"`
-one shape is recorded at each call: where that recording and all that the function can reach are
-what they were, those of the other shapes stand; else all are made anew.
+A recording costs as much as a few samples, so that for forty shapes it could cost more than
+computing two thousand samples. With `trace="once"` the recordings are those of the map. With
+`trace="each"` one shape is recorded at each call: if that recording and all that the function can
+reach are unchanged, those of the other shapes are used; else all are made anew.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
 
 SHAPES = 1024
-"""Signatures of one function that are remembered."""
+"""Number of signatures of one function whose recordings are kept."""
 
 
 class ShapeMemory(Memory):
-    """The recordings of a function for samples of each shape, which keep the function not alive."""
+    """The recordings of a function by the samples' shape; they do not keep the function alive."""
 
     most = SHAPES
 
     def __init__(self, func: Callable[..., object], call: str):
         super().__init__(func, call)
         self._func = weakref.ref(func)
-        self.said = True  # nobody has asked for it
+        self.said = True  # no warning: the user did not request it
 
     def is_of(self, func: Callable[..., object]) -> bool:
-        """Whether the recordings are those of this very function."""
+        """True if the recordings are those of this very function."""
         return self._func() is func
 
     def held(self, reads: list[object]) -> list[object]:
-        """What is kept of a listing."""
+        """The part of a listing that is kept."""
         return held_weakly(reads)
 
 
@@ -50,13 +50,13 @@ _lock = threading.RLock()
 
 
 def clear() -> None:
-    """Forget the recordings of all functions."""
+    """Drop the recordings of all functions."""
     with _lock:
         _memories.clear()
 
 
 def after_fork() -> None:
-    """Make the lock of this module new."""
+    """Renew the lock of this module."""
     global _lock
     _lock = threading.RLock()
 
@@ -76,7 +76,7 @@ def _memory_of(func: Callable[..., object], randomness: str, call: str) -> Shape
 
 
 class ShapesOfCall:
-    """What one call of several shapes recalls of earlier ones, and what it adds.
+    """The recordings that one call of several shapes reuses and adds.
 
     Args:
         func: The user's function.
@@ -91,14 +91,14 @@ class ShapesOfCall:
         self._once = memory is not None
         self._memory = _memory_of(func, randomness, call) if memory is None else memory
         self._trusted: bool | None = self._once or None
-        """Whether recordings of earlier calls stand; None until one shape has been recorded."""
+        """True if earlier recordings may be used; None until one shape has been recorded."""
         self._reads: list[object] | None = None
         self._recorded: Batch | None = None
         if self._once and self._memory is not None:
             self._memory.most = max(self._memory.most, SHAPES)
 
     def recall(self, batch: Batch) -> Remembered | None:
-        """The recording that serves samples of this shape, if there is one that stands."""
+        """The recording that serves samples of this shape, if there is a valid one."""
         if self._memory is None:
             return None
         if self._reads is None:
@@ -112,7 +112,7 @@ class ShapesOfCall:
         return dataclasses.replace(found, prepared=own)
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Remember a recording of this call."""
+        """Keep a recording of this call."""
         if self._memory is None:
             return
         if self._trusted is None:
@@ -131,12 +131,12 @@ class ShapesOfCall:
         self._trusted = False
 
     def forget(self, batch: Batch) -> None:
-        """Drop the recording for samples of this shape: it has gone stale."""
+        """Drop the recording for samples of this shape because it is stale."""
         if self._memory is not None:
             self._memory.forget(batch)
 
     def finish(self) -> None:
-        """Forget what was recorded if what the function reads has changed meanwhile."""
+        """Drop the call's recordings if values that the function reads have changed meanwhile."""
         if self._recorded is None or self._memory is None:
             return
         assert self._reads is not None
@@ -145,7 +145,7 @@ class ShapesOfCall:
 
 
 def _same(before: Recording, now: Recording) -> bool:
-    """Whether two recordings are of the same calls with the same tensors and numbers."""
+    """True if two recordings have the same calls with the same tensors and numbers."""
     return (
         before.program is now.program
         and before.scalars == now.scalars

@@ -63,21 +63,21 @@ def execute(
     Args:
         run: The configuration with its import paths resolved, as `shardmap.jobs.config.bind`
             returns it.
-        folder: A folder to go on in; by default a new one is made.
-        say: Receives what a person wants to read: the plan, the findings.
+        folder: A folder to continue in; by default a new one is made.
+        say: Receives texts for people: the plan, the findings.
         listener: Receives the events of the map while it works, for a progress bar.
 
     Returns:
-        The run folder and what the report found; None without a report.
+        The run folder and the report's findings; None without a report.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there. Nothing is left
+        ConfigError: The configuration does not fit the data. Nothing is left
             behind, but for committed units.
-        StoreMismatchError: The store that is to be gone on with holds another run.
+        StoreMismatchError: The store that is resumed holds another run.
         RunInterrupted: Ctrl-C, and committed units are left in the folder.
     """
     config = run.config
-    check_machine(config)  # a device that is not there is answered before anything is loaded
+    check_machine(config)  # an absent device is refused before anything is loaded
     found = check_store(config)
     folder = folder or _folder(config, found, say)
     try:
@@ -162,7 +162,7 @@ def _carry_out(
 
 
 def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) -> _Map:
-    """Plan the map, and make it ready."""
+    """Plan the map, and prepare it."""
     config, options = run.config, map_options(run)
     samples = len(parts.dataset)
     sink = sink_of(config, folder.path) if config.stored else None
@@ -215,7 +215,7 @@ def _mapped(
     """Run the map and write its measurements into the folder.
 
     Returns:
-        The outputs, and how many chunks were computed again, by cause.
+        The outputs, and the number of chunks that were computed again, by cause.
     """
     events: list[Event] = []
 

@@ -1,7 +1,7 @@
 """Batching rules for results whose shape depends on values: `x[mask]`, `nonzero`, `masked_select`.
 
 The samples of a chunk have been sorted so that all of them select as many elements: one call on the
-whole batch selects them in order, and the result is cut into samples. That they do is checked.
+whole batch selects them in order, and the result is cut into samples. Replay checks that they do.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ def counted(b: Lowering, eq: Equation, args: Any, kwargs: Any, call: str) -> Any
 
 
 def refuse_traced(name: str, call: str) -> None:
-    """Refuse a result whose shape depends on values where a trace is made, which has none.
-
-    Raises:
-        DataDependentError: Always.
-    """
+    """Refuse a result whose shape depends on values in a trace, which has no values."""
     raise errors.DataDependentError(
         f"{call}: the shape of {name}'s result depends on values, which a trace does not have; use "
         "torch.where or masks"
@@ -61,20 +57,21 @@ def _select(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
 
 def _index(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     x, indices = args
-    mask = indices[0]
-    others = any(i is not None for i in indices[1:])
-    if mask is None or others or mask.dtype not in MASKS or not mask.mapped or not mask.ndim:
+    given = [(at, index) for at, index in enumerate(indices) if index is not None]
+    lead, mask = given[0]
+    if len(given) > 1 or mask.dtype not in MASKS or not mask.mapped or not mask.ndim:
         return NotImplemented
-    return _selected(b, eq, x, mask, call)
+    return _selected(b, eq, x, mask, call, lead)
 
 
-def _selected(b: Lowering, eq: Equation, x: V, mask: V, call: str) -> Any:
+def _selected(b: Lowering, eq: Equation, x: V, mask: V, call: str, lead: int = 0) -> Any:
     spec = eq.outs[0].spec
     if mask.dtype != torch.bool:
         mask = b.cast(mask, torch.bool)
     return b.call(
-        select_rows, B, b.batch(x), mask, spec.shape[0], call, shape=spec.shape, dtype=spec.dtype
-    )
+        select_rows, B, b.batch(x), mask, spec.shape[lead], lead, call,
+        shape=spec.shape, dtype=spec.dtype,
+    )  # fmt: skip
 
 
 def _repeat(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
@@ -97,15 +94,25 @@ def nonzero_rows(size: int, x: torch.Tensor, count: int, call: str) -> torch.Ten
 
 
 def select_rows(
-    size: int, x: torch.Tensor, mask: torch.Tensor, count: int, call: str
+    size: int, x: torch.Tensor, mask: torch.Tensor, count: int, lead: int, call: str
 ) -> torch.Tensor:
-    """Each sample's elements where its mask is true, `[size, count, ...]`."""
+    """Each sample's elements where its mask is true, `[size, *lead, count, ...]`.
+
+    The mask is one of the dimensions behind the first `lead` ones.
+    """
     _same_count(mask, count, "a selection by a mask", call)
-    return x[mask].reshape(size, count, *x.shape[mask.ndim :])
+    x = _mask_in_front(x, mask, lead)
+    return x[mask].reshape(size, count, *x.shape[mask.ndim :]).movedim(1, 1 + lead)
+
+
+def _mask_in_front(x: torch.Tensor, mask: torch.Tensor, lead: int) -> torch.Tensor:
+    """A view with the mask's dimensions right behind that of the samples."""
+    dims = range(1 + lead, lead + mask.ndim)
+    return x.movedim(tuple(dims), tuple(range(1, mask.ndim))) if lead else x
 
 
 def repeat_rows(size: int, repeats: torch.Tensor, count: int, call: str) -> torch.Tensor:
-    """Each sample's numbers of what is repeated, `[size, count]`."""
+    """The repeated indices of each sample, `[size, count]`."""
     sums = repeats.sum(1)
     if bool((sums != count).any()):
         raise _varies("repeat_interleave", count, call)
@@ -114,11 +121,24 @@ def repeat_rows(size: int, repeats: torch.Tensor, count: int, call: str) -> torc
 
 
 def put_rows(
-    x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor, accumulate: bool, call: str
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    source: torch.Tensor,
+    accumulate: bool,
+    lead: int,
+    call: str,
 ) -> torch.Tensor:
-    """Write each sample's values where its mask is true; `source` is `[size, count, ...]`."""
-    _same_count(mask, source.shape[1], "a selection by a mask", call)
-    return aten.index_put_(x, [mask], source.reshape(-1, *source.shape[2:]), accumulate)
+    """Write each sample's values where its mask is true; `source` is `[size, *lead, count, ...]`.
+
+    Dimensions of `source` before and behind the count may be ones.
+    """
+    count = source.shape[1 + lead]
+    _same_count(mask, count, "a selection by a mask", call)
+    into = _mask_in_front(x, mask, lead)
+    rest = into.shape[mask.ndim :]
+    values = source.movedim(1 + lead, 1).expand(len(x), count, *rest)
+    aten.index_put_(into, [mask], values.reshape(-1, *rest), accumulate)
+    return x
 
 
 def _same_count(mask: torch.Tensor, count: int, what: str, call: str) -> None:

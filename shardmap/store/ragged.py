@@ -151,13 +151,13 @@ class Ragged:
             return torch.stack([self._samples[number] for number in numbers])
         return SampleColumn(self, numbers)
 
-    def head(self, count: int) -> Ragged:
-        """The first samples, in memory."""
-        return Ragged([self[number] for number in range(min(count, len(self)))])
+    def between(self, start: int, stop: int) -> Ragged:
+        """The samples from `start` up to `stop`, in memory."""
+        return Ragged([self[number] for number in range(start, min(stop, len(self)))])
 
     @property
     def travels(self) -> bool:
-        """Whether other processes can read the samples by themselves."""
+        """True if other processes can read the samples by themselves."""
         return self._values is not None and self._values.travels
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class PickedColumn(Column):
 
     @property
     def travels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  as the column's
-        """Whether other processes can read the rows by themselves."""
+        """True if other processes can read the rows by themselves."""
         return self.column.travels
 
     def read(self, start: int, stop: int) -> Tensor:

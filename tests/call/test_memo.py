@@ -320,7 +320,7 @@ def test_a_change_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(CHANGES) - {"in_place_update_of_a_number"}))
 def test_nothing_changed_is_the_same(name: str) -> None:
-    """What a function reads compares equal to itself.
+    """A listing of the values that a function reads equals itself.
 
     Nothing in the listing is made anew each time.
     """

@@ -160,7 +160,7 @@ def test_what_cannot_be_found_by_name_is_recorded_at_each_call(calls):
         return (x @ next(hidden)).sum() if len(x) == 3 else x.sum()
 
     weights = torch.randn(2)
-    hidden = iter(lambda: weights, None)  # an iterator: nobody can compare it
+    hidden = iter(lambda: weights, None)  # an iterator, which cannot be compared
     for _ in range(3):
         calls.clear()
         check(function, samples())

@@ -1,4 +1,4 @@
-"""What a run is made of: samples in files, classes, weights, samples of unequal shapes."""
+"""Tests of a run's inputs: samples in files, classes, weights, samples of unequal shapes."""
 
 from pathlib import Path
 

@@ -1,0 +1,5 @@
+"""What tests of reductions share."""
+
+from tests.call.conftest import paths_pay_early
+
+__all__ = ["paths_pay_early"]
