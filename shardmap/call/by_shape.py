@@ -19,12 +19,11 @@ from shardmap.call import confirm, ragged, standin
 from shardmap.call import outputs as out_edges
 from shardmap.call.arguments import HEAD
 from shardmap.call.execute import (
-    locally,
     pairs_of,
     recalled,
     recorded,
-    refuse_elsewhere,
 )
+from shardmap.call.here import locally, refuse_elsewhere
 from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import job_of
 from shardmap.call.memo import Prepared
