@@ -289,7 +289,7 @@ def plan(
         else:
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
-        def finish(outputs: list[torch.Tensor]) -> Any:
+        def finish(outputs: list[torch.Tensor]) -> object:
             found: Sequence[Any] = outputs
             if passes is not None and instead is not None:
                 found = passes.whole(outputs, batch.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,12 +19,11 @@ from shardmap.call import confirm, ragged, standin
 from shardmap.call import outputs as out_edges
 from shardmap.call.arguments import HEAD
 from shardmap.call.execute import (
-    locally,
     pairs_of,
     recalled,
     recorded,
-    refuse_elsewhere,
 )
+from shardmap.call.here import locally, refuse_elsewhere
 from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import job_of
 from shardmap.call.memo import Prepared
@@ -292,6 +292,7 @@ class ByShape:
         return dataclasses.replace(
             job,
             places=order if scattered else None,
+            bounds=tuple(itertools.accumulate([len(g.rows) for g in groups])) if scattered else (),
             parts=tuple([group.job for group in parts]),
         )
 
@@ -344,7 +345,11 @@ class ByShape:
             + ("" if group.instead is None else ", samples answer differently")
             for group in self.groups
         ]
-        return "\n".join([f"Samples of {len(lines)} shapes, each a program of its own:", *lines])
+        head = (
+            f"Samples of {len(lines)} shapes, each a program of its own; the operators, the memory "
+            "of a chunk and the time above are those of the largest:"
+        )
+        return "\n".join([head, *lines])
 
 
 def _part(job: Job, numbers: torch.Tensor) -> Job:

@@ -18,8 +18,9 @@ from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
+from shardmap.call.here import locally, refuse_elsewhere, shares_torchs_draws
 from shardmap.call.into_store import into_store, refuse_store
-from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, split_of, with_expected
+from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Unsplit
 from shardmap.call.options import Options
@@ -28,10 +29,8 @@ from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds, TorchDraws
-from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
-from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
@@ -209,9 +208,7 @@ class Call:
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
             else:
-                outputs = locally(
-                    job, options, around.inlined or _shares_torchs_draws(job, options)
-                )
+                outputs = locally(job, options, around.inlined or shares_torchs_draws(job, options))
         self._confirm(job, outputs, None, by_sample is not None)
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
@@ -414,48 +411,3 @@ def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
         return run_map(combine, edges.collect((a, b), {}, 0, None, call), options, memory)
 
     return pairs
-
-
-def refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
-    """Refuse to run the function itself on other devices than the samples'.
-
-    Raises:
-        VariesError: The call names other devices, or a cluster.
-    """
-    names = [] if cluster else names_of(job, options, inlined)
-    if cluster or any(torch.device(name) != job.home for name in names):
-        raise errors.VariesError(
-            f"{options.call}: the function has to be run sample by sample, where its samples are, "
-            f"and devices={options.devices!r}; use torch's operators for what differs by sample, "
-            "or devices='auto'"
-        )
-
-
-def _shares_torchs_draws(job: Job, options: Options) -> bool:
-    """True if samples share draws that torch repeats each time they are computed.
-
-    Such a call is not cut, and stays on one device.
-    """
-    drawn = any(isinstance(seed, TorchDraws) for seed in job.seed)
-    return drawn and options.randomness == "same"
-
-
-def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
-    """Run on this machine: as one chunk if the map is small, else by a plan."""
-    names = names_of(job, options, inlined)
-    size = None if inlined else options.chunk_size
-    on = prepare.Devices(job, options.budget.on)
-    uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
-    plain = (
-        uncut
-        and len(names) == 1
-        and options.memory_budget is None
-        and not any(o.reduction for o in job.outputs)
-    )
-    if plain and names[0] == str(job.home) and (inlined or small(job)):
-        return local.run_whole(job, on)
-    cut = split_of(job, on, names, options, inlined)
-    refusal = cut.refusal()
-    if refusal is not None:
-        raise errors.OverBudget(f"{options.call}: {refusal}")
-    return local.run(job, cut, on)

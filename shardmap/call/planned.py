@@ -172,7 +172,9 @@ class Plan:
         """
         job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
         if job.places is not None:  # rows of a store are computed in their order
-            job = dataclasses.replace(job, inputs=[job.places.sort().values], places=None)
+            job = dataclasses.replace(
+                job, inputs=[job.places.sort().values], places=None, bounds=()
+            )
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)

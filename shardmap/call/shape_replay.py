@@ -19,12 +19,15 @@ from shardmap.call.execute import (
 )
 from shardmap.call.forked import Instead
 from shardmap.call.options import Options
+from shardmap.call.routes import rows_of
 from shardmap.call.standin import StandIn
+from shardmap.lower.cache import Lowered
 from shardmap.program.ir import Spec
 from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.run.prepare import there
+from shardmap.store.ragged import PickedColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +119,28 @@ class ShapeReplay(StandIn):
         return tuple(slices)
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk`, or `chunk_into`, of samples of the largest shape."""
-        run = super().marked(slices)
+        """`chunk`, or `chunk_into`, of samples of the largest shape, told call by call."""
+        plain = super().marked(slices)
 
         def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
-            given = list(arguments)
-            rows = given[standin.INPUTS][0]
-            largest = self.largest.repeat(-(-len(rows) // len(self.largest)))[: len(rows)]
-            given[standin.INPUTS] = [largest]
-            return run(*given)
+            size, _, device = arguments[:3]
+            job = self.jobs[0]
+            ready = self._on[0].on(str(device), job.samples > 1, slices=False)
+            if isinstance(ready.low.replay, StandIn):
+                given = list(arguments)
+                given[standin.INPUTS] = [self.largest[torch.arange(size) % len(self.largest)]]
+                return plain(*given)
+            numbers = torch.arange(size) % job.samples
+            inputs = [there(t, device) for t in picked(job, numbers)]
+            outs = ready.low.replay.marked(slices=False)(
+                size, 0, device, job.seed, job.recording.scalars, ready.fixed, inputs, arguments[-1]
+            )
+            found = self._as_results(ready.low, outs, size)
+            if not slices:
+                return found
+            for t, where in zip(found, arguments[standin.INPUTS + 1], strict=True):
+                where.copy_(t)
+            return tuple(arguments[standin.INPUTS + 1])
 
         return watched
 
@@ -155,8 +171,24 @@ class ShapeReplay(StandIn):
             outs = ready.low.replay.chunk(
                 size, start, device, job.seed, job.recording.scalars, ready.fixed, inputs
             )
+        return self._as_results(ready.low, outs, size)
+
+    def _as_results(
+        self, low: Lowered, outs: Sequence[torch.Tensor], size: int
+    ) -> tuple[torch.Tensor, ...]:
+        """A replay's outputs with a row for each sample, in the dtypes of all shapes' results."""
         wide = [
             t if v.mapped else t.expand(size, *t.shape)
-            for t, v in zip(outs, ready.low.batched.outputs, strict=True)
+            for t, v in zip(outs, low.batched.outputs, strict=True)
         ]
         return tuple([t.to(spec.dtype) for t, spec in zip(wide, self.specs, strict=True)])
+
+
+def picked(job: Job, numbers: torch.Tensor) -> list[torch.Tensor]:
+    """Some samples of each input, copied, where they are."""
+    return [
+        PickedColumn(job.columns[i], numbers.tolist()).rows_between(0, len(numbers))
+        if i in job.columns
+        else rows_of(t, numbers.to(t.device))
+        for i, t in enumerate(job.inputs)
+    ]

@@ -95,6 +95,8 @@ class Job:
     places: torch.Tensor | None = None
     """Where each sample's results belong among those of all, `[N]`, if not in the samples' order:
     samples of unequal shapes are computed shape by shape."""
+    bounds: tuple[int, ...] = ()
+    """Where samples of one shape end, ascending: chunks end there where they can."""
     parts: tuple[Job, ...] = ()
     """The jobs of samples of each shape, which stand in the place of this one's program."""
 

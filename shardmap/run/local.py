@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import logging
 import time
@@ -213,8 +214,11 @@ class _Run:
             len(self.lanes) > 1 and not self.reduced
         ):  # a share of the rest, so that lanes finish together
             size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
-        chunk = Chunk(self.next, self.next + size)
-        self.next += size
+        stop = self.next + size
+        bounds = self.job.bounds
+        last = bounds[bisect.bisect_right(bounds, stop) - 1] if bounds else 0
+        chunk = Chunk(self.next, last if self.next < last < stop else stop)
+        self.next = chunk.stop
         return chunk
 
     def _submit(self, lane: Lane, chunk: Chunk) -> None:
