@@ -12,9 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardmap._torch import OpOverload
+from shardmap._torch import OpOverload, TorchDispatchMode
 from shardmap.program.ir import Program
 from shardmap.program.operators import op_info, shape_depends_on_values
 

@@ -64,6 +64,16 @@ class Parts:
                 columns.append(column.rows_between(start, stop))
         return dataclasses.replace(self, columns=columns)
 
+    def stacked(self) -> Parts:
+        """These parts with the samples of ragged columns stacked: their shapes must be equal."""
+        columns = [
+            torch.stack([column[i] for i in range(len(column))])
+            if isinstance(column, Ragged)
+            else column
+            for column in self.columns
+        ]
+        return dataclasses.replace(self, columns=columns)
+
     @property
     def one_sample(self) -> Callable[..., Any]:
         """The function of one sample's values of the columns."""

@@ -60,13 +60,14 @@ def compared(parts: Parts, config: RunConfig, options: MapOptions) -> Comparison
     """Compare the run's map with the plain loop over all samples of `parts`.
 
     Args:
-        parts: The run's samples, model and function, with few samples.
+        parts: The run's samples, model and function, with few samples, of equal shapes.
         config: The configuration, for the task and its keys.
         options: As for `shardmap.compare`.
 
     Raises:
         OptionError: The function draws random numbers, so that the loop draws others.
     """
+    parts = parts.stacked()
     samples = range(len(parts.columns[0]))
     if config.task == "vmap":
         return shardmap.compare(parts.detached, **options)(*parts.columns, samples=samples)  # pyright: ignore[reportCallIssue]  a comparison has no out=

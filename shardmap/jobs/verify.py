@@ -175,7 +175,7 @@ def _recomputed(
         found = dataclasses.replace(found, comparisons=tuple(recomputed.comparisons))
         say(found.recomputed)
         start, stop = store.header.rows(chosen[0])
-        stop = min(stop, start + LOOPED)
+        stop = start + 1 if parts.ragged else min(stop, start + LOOPED)
         try:
             beside = compared(parts.between(start, stop), config, options)
         except OptionError as error:  # it draws, or runs only once: the error says which
