@@ -154,7 +154,7 @@ def own_numbers_with_gradients() -> Subject:
         "shardmap": gradient(shardmap.vmap(scaled)),
         FIRST: gradient(lambda t: _first(scaled)(t)),
     }
-    other = gradient(lambda t: rows(scaled, t))
+    other = gradient(lambda t: rows(scaled, list(t)))
     return Subject(ours, "the loop", other, NOT_SLOWER, 1e-4, NOT_SLOWER)
 
 
