@@ -4,12 +4,15 @@
 
 Each subject is mapped with default options (and with trace="once") and compared with what serves it
 otherwise: the plain loop, or torch.func.vmap of a form without branches. Every sample is compared
-before anything is timed; the maps have been called three times then.
+before anything is timed; the maps have been called three times then. Where each sample has answers
+of its own, no batch is worth splitting, and a first call (after `shardmap.clear_caches()`) is timed
+too: neither may take a tenth more than the loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +39,17 @@ class Subject:
     at_least: float
     """Target for the speed over the other's."""
     tolerance: float
+    first_at_least: float | None = None
+    """The same for a first call, where it is timed."""
+
+    def wanted(self, way: str) -> float:
+        """How many times the other's speed is wanted of one way."""
+        return self.first_at_least if way == FIRST and self.first_at_least else self.at_least
+
+
+FIRST = "first call"
+NOT_SLOWER = 1 / 1.1
+"""The most that looking at a batch may cost where it cannot be split."""
 
 
 def rows(function: Callable[..., Any], *columns: Sequence[Any]) -> Any:
@@ -95,7 +109,53 @@ def adaptive_steps() -> Subject:
 
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(256, 2, generator=generator, dtype=torch.float64)
-    return _against_the_loop(solution, (start,), 5, 1e-9)
+    return _against_the_loop(solution, (start,), 5, 1e-9, NOT_SLOWER)
+
+
+def own_numbers() -> Subject:
+    """Thirty operations with a float that is asked for of each of 512 samples."""
+
+    def scaled(r: Tensor) -> Tensor:
+        scale = r.sum().item()
+        for _ in range(30):
+            r = (r * 0.9 + scale).sin()
+        return r
+
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    return _against_the_loop(scaled, (x,), NOT_SLOWER, 1e-5, NOT_SLOWER)
+
+
+def own_steps() -> Subject:
+    """As many steps as each of 512 samples says: 97 paths of about five samples."""
+
+    def steps(r: Tensor) -> Tensor:
+        for _ in range(int(r[0].abs() * 1000) % 97):
+            r = r * 0.99 + 0.01
+        return r
+
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    return _against_the_loop(steps, (x,), NOT_SLOWER, 1e-5, NOT_SLOWER)
+
+
+def own_numbers_with_gradients() -> Subject:
+    """The gradients of 512 samples by a float that is asked for of each."""
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def scaled(r: Tensor) -> Tensor:
+        scale = r.detach().sum().item()
+        for _ in range(10):
+            r = (r * 0.9 + scale).sin()
+        return r
+
+    def gradient(mapped: Callable[[Tensor], Tensor]) -> Call:
+        return lambda: torch.autograd.grad(mapped(x).square().sum(), x)[0]
+
+    ours = {
+        "shardmap": gradient(shardmap.vmap(scaled)),
+        FIRST: gradient(lambda t: _first(scaled)(t)),
+    }
+    other = gradient(lambda t: rows(scaled, list(t)))
+    return Subject(ours, "the loop", other, NOT_SLOWER, 1e-4, NOT_SLOWER)
 
 
 class LossOf(nn.Module):
@@ -173,6 +233,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "Newton": newton,
     "two branches": branches,
     "dopri5": adaptive_steps,
+    "a float of each": own_numbers,
+    "a float of each, gradients": own_numbers_with_gradients,
+    "97 numbers of steps": own_steps,
     "BERT, 16 lengths": bert,
     "GPT-2, 16 lengths": gpt2,
     "2,000 sentences": sentences,
@@ -180,11 +243,24 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 
 
 def _against_the_loop(
-    function: Callable[..., Any], columns: tuple[Tensor, ...], at_least: float, tolerance: float
+    function: Callable[..., Any],
+    columns: tuple[Tensor, ...],
+    at_least: float,
+    tolerance: float,
+    first_at_least: float | None = None,
 ) -> Subject:
     each, once = shardmap.vmap(function), shardmap.vmap(function, trace="once")
     ours = {"shardmap": lambda: each(*columns), 'trace="once"': lambda: once(*columns)}
-    return Subject(ours, "the loop", lambda: rows(function, *columns), at_least, tolerance)
+    if first_at_least is not None:
+        ours[FIRST] = lambda: _first(function)(*columns)
+    loop = functools.partial(rows, function, *columns)
+    return Subject(ours, "the loop", loop, at_least, tolerance, first_at_least)
+
+
+def _first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A map of which nothing is known."""
+    shardmap.clear_caches()
+    return shardmap.vmap(function)
 
 
 def check(name: str, subject: Subject) -> None:
@@ -228,11 +304,10 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = timer.run({subject.baseline: subject.other, **subject.ours})
         for way in subject.ours:
             faster = common.ratio(seconds, subject.baseline, way)
-            passed = "pass" if faster.median >= subject.at_least else "FAIL"
-            missed |= passed == "FAIL" and way == "shardmap"
-            lines.append(
-                [name, way, subject.baseline, faster.text(), f">= {subject.at_least:g}", passed]
-            )
+            wanted = subject.wanted(way)
+            passed = "pass" if faster.median >= wanted else "FAIL"
+            missed |= passed == "FAIL" and way in ("shardmap", FIRST)
+            lines.append([name, way, subject.baseline, faster.text(), f">= {wanted:.3g}", passed])
     header = ["subject", "way", "other", "other's time / ours", "target", ""]
     text = f"{common.markdown(header, lines)}\n\n{common.machine_line(common.machine())}\n"
     print(text)

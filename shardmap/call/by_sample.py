@@ -41,6 +41,8 @@ CHUNK_BYTES = 32 << 20
 _BLOCK = 64
 """Number of samples whose results are copied together; random states are compared between such
 blocks."""
+_UNBOUND = "This view is the output of a function that returns multiple views"
+"""Start of torch's error for a write to one of many views while gradients are recorded."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Constant that sets the seeds of neighbouring samples far apart."""
 
@@ -129,6 +131,8 @@ class SampleLoop(StandIn):
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
         self._alike = _is_positional(batch)
+        self.singly = False
+        """Whether each row is taken by itself, so that it may be written under gradients."""
 
     def chunk(
         self,
@@ -146,7 +150,12 @@ class SampleLoop(StandIn):
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
         with self._as_called():
-            rows = list(self._rows(size, start, seed, inputs))
+            try:
+                rows = list(self._rows(size, start, seed, inputs))
+            except RuntimeError as error:
+                if not self._is_refused(error):
+                    raise
+                rows = list(self._rows(size, start, seed, inputs))
             return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
 
     def chunk_into(
@@ -162,23 +171,33 @@ class SampleLoop(StandIn):
     ) -> tuple[torch.Tensor, ...]:
         """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         with self._as_called():
-            rows = self._rows(size, start, seed, inputs)
-            for first in range(0, size, _BLOCK):
-                block = list(itertools.islice(rows, _BLOCK))
-                with torch.no_grad():
-                    for column, where in zip(zip(*block, strict=True), slices, strict=True):
-                        where[first : first + len(block)].copy_(torch.stack(column))
+            try:
+                self._fill(slices, self._rows(size, start, seed, inputs), size)
+            except RuntimeError as error:
+                if not self._is_refused(error):
+                    raise
+                self._fill(slices, self._rows(size, start, seed, inputs), size)
         return tuple(slices)
+
+    def _fill(
+        self, slices: list[torch.Tensor], rows: Iterator[list[torch.Tensor]], size: int
+    ) -> None:
+        for first in range(0, size, _BLOCK):
+            block = list(itertools.islice(rows, _BLOCK))
+            with torch.no_grad():
+                for column, where in zip(zip(*block, strict=True), slices, strict=True):
+                    where[first : first + len(block)].copy_(torch.stack(column))
 
     def _rows(
         self, size: int, start: SampleNumbers, seed: Seeds, inputs: list[torch.Tensor]
     ) -> Iterator[list[torch.Tensor]]:
         """What the function returns for one sample after another."""
+        columns = inputs if self.singly else list(map(_rows_of, inputs))
         if self.draws:
             for i in range(size):
                 number = number_of(start, i)
                 with self._drawing(seed, number):
-                    found = self._one([t[i] for t in inputs], number)
+                    found = self._one([rows[i] for rows in columns], number)
                 yield found
             return
         for first in range(0, size, _BLOCK):
@@ -186,7 +205,7 @@ class SampleLoop(StandIn):
             before = torch.get_rng_state() if watched else None
             last = min(first + _BLOCK, size) - 1
             for i in range(first, last + 1):
-                yield self._one([t[i] for t in inputs], number_of(start, i))
+                yield self._one([rows[i] for rows in columns], number_of(start, i))
             if before is not None and not torch.equal(before, torch.get_rng_state()) and alone():
                 torch.set_rng_state(before)
                 which = f"sample {number_of(start, first)}"
@@ -197,6 +216,15 @@ class SampleLoop(StandIn):
                     "'error'; pass randomness='different' (each sample its own draw) or 'same' "
                     "(one draw for all)"
                 )
+
+    def _is_refused(self, error: RuntimeError) -> bool:
+        """Whether torch has refused that a row is written for how rows were taken; others follow.
+
+        Nothing has been written then.
+        """
+        refused = not self.singly and _UNBOUND in str(error)
+        self.singly |= refused
+        return refused
 
     def answered(self) -> list[Answers]:
         """The answers that python is given to its questions about each sample's values.
@@ -288,6 +316,14 @@ class SampleLoop(StandIn):
             return self.func(*row)
         args, kwargs = self.batch.unflatten(row)
         return self.func(*args, **kwargs)
+
+
+def _rows_of(batch: torch.Tensor) -> Sequence[torch.Tensor] | torch.Tensor:
+    """The rows as `for row in batch` gives them.
+
+    Each `batch[i]` would have a gradient of the size of the whole batch.
+    """
+    return batch.unbind(0) if batch.requires_grad and torch.is_grad_enabled() else batch
 
 
 def _own(row: torch.Tensor) -> torch.Tensor:

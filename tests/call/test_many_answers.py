@@ -89,6 +89,23 @@ def test_sizes(size: int) -> None:
         oracle.assert_same(got, expected(a_number, x) if size else torch.empty(0, 3), "result")
 
 
+@pytest.mark.parametrize("way", ["plain", "chunk 3", "two lanes"])
+def test_gradients_of_rows_that_are_written(way: str) -> None:
+    def function(r: Tensor) -> Tensor:
+        if r[0].item() > 0:
+            r.mul_(2)
+        return r * r.sum().item()
+
+    got, want = batch(SIZE).requires_grad_(), batch(SIZE).requires_grad_()
+    mapped = shardmap.vmap(function, **OWN_WAYS[way])(got * 1)
+    own = want * 1
+    looped = torch.stack([function(own[i]) for i in range(SIZE)])
+    oracle.assert_same(mapped, looped, "result")
+    weight = batch(SIZE) + 2
+    grads = [torch.autograd.grad((o * weight).sum(), x) for o, x in ((mapped, got), (looped, want))]
+    oracle.assert_same(grads[0][0], grads[1][0], "gradient")
+
+
 def test_structures_and_reductions() -> None:
     x = batch(SIZE)
     rows = [two_results(r) for r in x]
