@@ -136,8 +136,7 @@ class Call:
 
     def _is_asked_first(self) -> bool:
         """Whether all samples are asked before any is run: what is written cannot be taken back."""
-        stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
-        return stored or bool(self.prepared.recording.written_inputs)
+        return self.options.out is not None or bool(self.prepared.recording.written_inputs)
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
@@ -212,9 +211,10 @@ class Call:
 
     def _run_by_paths(self) -> Any:
         """Split the batch by the answers that its samples give, and run each on its own path."""
-        if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
-            return self._forked().by_groups()
         forked = self._forked()
+        elsewhere = not self.around.inlined and on_ray.asked_for(self.options.devices) is not None
+        if elsewhere and forked.parts():
+            return forked.by_groups()
         while True:
             call, instead = self._settled(forked)
             try:

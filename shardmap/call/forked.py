@@ -11,8 +11,10 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
+from shardmap.call import by_sample
 from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
+from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
@@ -22,7 +24,9 @@ from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
+from shardmap.run import ray as on_ray
 from shardmap.run.base import Job
+from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
@@ -39,7 +43,7 @@ class Part(Protocol):
         """The results, flat."""
         ...
 
-    def job(self) -> Job:
+    def job(self, by_sample: Instead | None = None) -> Job:
         """The call as executors take it."""
         ...
 
@@ -144,14 +148,9 @@ class Forked:
             of_row[routes.paths[number].rows] = place
 
         def instead(how: LoweringOptions) -> Lowered:
-            program, options = whole.recording.program, self.options
+            program = whole.recording.program
             specs = [v.spec for v in program.outputs]
-            loop = SampleLoop(
-                self.use.func, self.batch, whole.structure, specs, options.randomness,
-                whole.recording.random, how.grad or how.transformed, options.call,
-                whole.recording.generators,
-            )  # fmt: skip
-            replay = PathReplay(of_row, placed, loop, specs)
+            replay = PathReplay(of_row, placed, self._loop(whole, how), specs)
             return lowering(program, how, replay)
 
         return whole, self.batch, self.use, instead
@@ -196,7 +195,7 @@ class Forked:
                 part = taken(self.batch, path.rows)
                 _refuse_other(path.prepared.structure, structure, options.call)
                 call = self.part(path.prepared, part, self._alone, None)
-                _draw(call, path, whole, seeds)
+                _draw(call, path, path.rows, whole, seeds)
                 found = call.run_flat()
                 rows |= zip(
                     path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
@@ -212,6 +211,13 @@ class Forked:
         refuse_unequal(outputs, structure, options.call)
         return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 
+    def parts(self) -> bool:
+        """Whether samples go several ways, of those that are computed elsewhere."""
+        # A worker has no function: every sample needs a path; one that raises does so here.
+        self.options = dataclasses.replace(self.options, strict=True)
+        taken_by = [path for path in self._routes().paths if len(path.rows)]
+        return len(taken_by) > 1 or len(self._routes().looped) > 0
+
     def by_groups(self) -> Any:
         """The results where the samples are computed elsewhere: path by path, on all workers.
 
@@ -221,28 +227,65 @@ class Forked:
         """
         options = self.options
         what = "a function whose samples go different ways by what python asks about their values"
-        # A worker has no function: every sample needs a path; one that raises does so here.
-        self.options = dataclasses.replace(options, strict=True)
         paths = [path for path in self._routes().paths if len(path.rows)]
-        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
+        if options.out is None:
+            refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
         if len(self._routes().looped):
             raise errors.VariesError(
                 f"{options.call}: some samples can only be served by the function itself, run "
                 f"where they are, and devices={options.devices!r}; use devices='auto'"
             )
+        paths.sort(key=lambda path: int(path.rows[0]))
         whole = merged(paths, options.call)
         seeds = self.seeds(whole.recording)
-        found = []
-        for path in paths:
-            part = taken(self.batch, path.rows)
-            use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
-            call = self.part(path.prepared, part, options, use)
-            _draw(call, path, whole.recording, seeds)
-            leaves = call.run_flat()
-            outputs = whole.recording.program.outputs
-            found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
-        rows = [path.rows.tolist() for path in paths]
-        return joined(found, rows, whole.structure, options)
+        if options.out is not None:
+            return self._groups_into_store(paths, whole, seeds)
+        found = [self._group(path, path.rows, whole, seeds, options) for path in paths]
+        return joined(found, [path.rows.tolist() for path in paths], whole.structure, options)
+
+    def _group(
+        self, path: Path, rows: torch.Tensor, whole: Prepared, seeds: Seeds, options: Options
+    ) -> list[torch.Tensor]:
+        """The outputs of samples that take one path."""
+        part = taken(self.batch, rows)
+        use = self._use(path, part) if path.recorded == int(rows[0]) else None
+        call = self.part(path.prepared, part, options, use)
+        _draw(call, path, rows, whole.recording, seeds)
+        outputs = whole.recording.program.outputs
+        return [t.to(v.spec.dtype) for t, v in zip(call.run_flat(), outputs, strict=True)]
+
+    def _groups_into_store(self, paths: Sequence[Path], whole: Prepared, seeds: Seeds) -> Store:
+        """Write the results of paths that are computed elsewhere to a store."""
+        options, cluster = self.options, on_ray.asked_for(self.options.devices)
+        assert cluster is not None
+        program = whole.recording.program
+
+        def instead(how: LoweringOptions) -> Lowered:
+            loop = self._loop(whole, how)
+            return by_sample.lowering(program, how, loop)
+
+        def compute(start: int, stop: int) -> list[torch.Tensor]:
+            found, order = [], []
+            for path in paths:
+                rows = path.rows[(path.rows >= start) & (path.rows < stop)]
+                if len(rows):
+                    found.append(self._group(path, rows, whole, seeds, options.alone()))
+                    order.append(rows)
+            back = torch.cat(order).argsort()
+            return [torch.cat(column)[back] for column in zip(*found, strict=True)]
+
+        call = self.part(whole, self.batch, options, None)
+        call.draw_by(seeds, None)
+        return groups_into_store(call.job(instead), options, whole.structure, cluster, compute)
+
+    def _loop(self, whole: Prepared, how: LoweringOptions) -> SampleLoop:
+        """What runs the function itself."""
+        recording, options = whole.recording, self.options
+        specs = [v.spec for v in recording.program.outputs]
+        return SampleLoop(
+            self.use.func, self.batch, whole.structure, specs, options.randomness,
+            recording.random, how.grad or how.transformed, options.call, recording.generators,
+        )  # fmt: skip
 
     def _routes(self) -> Routes:
         if self._found is None:
@@ -315,10 +358,10 @@ class Forked:
         return Branch(path.prepared, ready, ())
 
 
-def _draw(call: Part, path: Path, whole: Recording, seeds: Seeds) -> None:
-    """Let the samples of a path draw what they draw in the whole call."""
+def _draw(call: Part, path: Path, rows: torch.Tensor, whole: Recording, seeds: Seeds) -> None:
+    """Let samples of a path draw what they draw in the whole call."""
     own = [seeds[k] for k in seeds_within(path.prepared.recording, whole)]
-    call.draw_by(tuple(own), path.rows.numpy())
+    call.draw_by(tuple(own), rows.numpy())
 
 
 def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:
