@@ -282,7 +282,7 @@ def plan(
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
         def finish(outputs: list[torch.Tensor]) -> Any:
-            found: Sequence[Any] = outputs
+            found: Sequence[object] = outputs
             if passes is not None and instead is not None:
                 found = passes.whole(outputs, batch.size)
             elif passes is not None:

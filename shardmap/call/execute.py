@@ -26,6 +26,7 @@ from shardmap.call.options import Options
 from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
+from shardmap.program.analysis import asking_about
 from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
@@ -34,7 +35,7 @@ from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
-from shardmap.trace.recording import Recording
+from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -117,6 +118,8 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
+            if self.around.transformed and recording.asked:
+                self._refuse_mapped()
             if self.around.inlined and recording.asked and self.batch.size:
                 return self._run_nested()
             forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
@@ -228,6 +231,25 @@ class Call:
         if self.options.out is not None or self.prepared.recording.written_inputs:
             raise error
         self.prepared = widened(self.prepared, error.dtypes)
+
+    def _refuse_mapped(self) -> None:
+        """Refuse questions about what a `torch.func.vmap` around the call maps.
+
+        Raises:
+            DataDependentError: An argument, or what is captured, differs by its samples.
+        """
+        recording = self.prepared.recording
+        program = recording.program
+        pairs = [*zip(program.inputs, self.batch.tensors(), strict=True)]
+        pairs += zip(program.captured, recording.captured, strict=True)
+        asking = asking_about(program, {v.group for v, t in pairs if is_mapped_outside(t)})
+        if asking:
+            place = program.equations[asking[0]].source or "a line that is not known"
+            raise errors.DataDependentError(
+                f"{self.options.call}: python asks for values that differ by sample (at {place}), "
+                "and a torch.func.vmap around the call maps them too; use shardmap.vmap around it, "
+                "or torch.where, masks or comparisons that return tensors"
+            )
 
     def _run_nested(self) -> Any:
         """Split inner samples by their answers, as a part of the outer recording."""

@@ -361,7 +361,7 @@ class Forked:
 def _draw(call: Part, path: Path, rows: torch.Tensor, whole: Recording, seeds: Seeds) -> None:
     """Let samples of a path draw what they draw in the whole call."""
     own = [seeds[k] for k in seeds_within(path.prepared.recording, whole)]
-    call.draw_by(tuple(own), rows.numpy())
+    call.draw_by(tuple(own), np.array(rows.tolist()))
 
 
 def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:

@@ -24,7 +24,7 @@ from shardmap.call.routes import Path, taken, unwrapped
 from shardmap.call.standin import StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
-from shardmap.program.analysis import random_call, written
+from shardmap.program.analysis import asking_about, random_call
 from shardmap.program.ir import Spec
 from shardmap.program.questions import Question, key_of, stages
 from shardmap.rules.philox import SampleNumbers, Seeds
@@ -174,12 +174,7 @@ def _all_asked(prepared: Prepared) -> Prepared:
     for var, tensor in zip(program.captured, recording.captured, strict=True):
         if any(m.is_mapped(unwrapped(tensor)) for m in outer):
             reached.add(var.group)
-    asked = set(recording.asked)
-    for at, eq in enumerate(program.equations):
-        if any(v.group in reached for v in eq.inputs()):
-            reached.update(v.group for v in (*eq.results(), *written(eq)))
-            if eq.answer is not None:
-                asked.add(at)
+    asked = {*recording.asked, *asking_about(program, reached)}
     recording = dataclasses.replace(recording, asked=tuple(sorted(asked)))
     return dataclasses.replace(prepared, recording=recording)
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shardmap import errors
@@ -23,7 +24,7 @@ from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.philox import SampleNumbers, Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds, numbers_at
 from shardmap.run.prepare import Ready
 from shardmap.trace.recording import Recording
 
@@ -92,7 +93,7 @@ class PathReplay(StandIn):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -114,7 +115,7 @@ class PathReplay(StandIn):
     def chunk_into(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -134,7 +135,7 @@ class PathReplay(StandIn):
     def _groups(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         inputs: list[torch.Tensor],
@@ -143,13 +144,14 @@ class PathReplay(StandIn):
 
         What they write reaches `inputs`.
         """
+        assert isinstance(start, int), "a chunk is a run of samples"
         paths = self.of_row[start : start + size]
         for number in paths.unique().tolist():
             at = (paths == number).nonzero().flatten()
             if len(at) == size:
                 yield at, self._along(number, size, start, device, seed, inputs)
                 continue
-            numbers = start + at.numpy()
+            numbers = numbers_at(start, np.array(at.tolist()))
             rows = at.to(device)
             own = [rows_of(t, rows) for t in inputs]
             before = [_version(t) for t in own]

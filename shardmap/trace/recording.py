@@ -73,6 +73,15 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def is_mapped_outside(tensor: torch.Tensor) -> bool:
+    """Whether a `torch.func.vmap` around the call maps the values of a tensor, at any level."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def flat_tensors(values: Any) -> list[torch.Tensor]:
     """The tensors in nested arguments."""
     flat = []

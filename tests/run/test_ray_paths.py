@@ -101,7 +101,8 @@ def test_one_way_is_written_by_the_workers(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("function", [on_both, loops])
 def test_draws_are_those_of_any_other_device(function: Any, tmp_path: Path) -> None:
     x, found = batch(131), []
-    for options in ({}, {"devices": TWO, "chunk_size": 7}, {"devices": TWO}):
+    ways: list[dict[str, Any]] = [{}, {"devices": TWO, "chunk_size": 7}, {"devices": TWO}]
+    for options in ways:
         torch.manual_seed(1)
         found.append(shardmap.vmap(function, randomness="different", **options)(x))
     sink = shardmap.MemmapSink(tmp_path / "rows")
