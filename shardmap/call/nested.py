@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -260,7 +259,7 @@ class NestedReplay(StandIn):
         assert size == self.batch.size, "a map inside a map is not cut"
         parts, orders = [], []
         for group in self.groups:
-            found = self.run(_unasked(group.path.prepared), part_of(self.batch, group.rows))
+            found = self.run(unasked(group.path.prepared), part_of(self.batch, group.rows))
             parts.append([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
             orders.append(group.rows)
         if len(parts) == 1 and orders[0] is None:
@@ -270,14 +269,25 @@ class NestedReplay(StandIn):
             [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
         )
 
-    def chunk_into(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there: one more argument, a list of slices."""
-        for t, where in zip(self.chunk(*arguments[:-1]), arguments[-1], strict=True):
+    def chunk_into(
+        self,
+        size: int,
+        start: SampleNumbers,
+        device: torch.device,
+        seed: Seeds,
+        scalars: object,
+        fixed: object,
+        inputs: list[torch.Tensor],
+        slices: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """As `chunk`, written into memory that is there."""
+        found = self.chunk(size, start, device, seed, scalars, fixed, inputs)
+        for t, where in zip(found, slices, strict=True):
             where.copy_(t)
-        return tuple(arguments[-1])
+        return tuple(slices)
 
 
-def _unasked(prepared: Prepared) -> Prepared:
+def unasked(prepared: Prepared) -> Prepared:
     """The recording of a path for samples that are known to take it: nothing is asked again."""
     recording, asked = prepared.recording, set(prepared.recording.asked)
     equations = [
