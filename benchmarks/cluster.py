@@ -2,13 +2,16 @@
 
 `python -m benchmarks.cluster [speed] [driver] [store]`, all three by default.
 
-- speed: per-sample gradient norms (small results) on two workers of one core against one worker, and against the local executor on two
+- speed: per-sample gradient norms (small results) on two workers of one core against one worker,
+and against the local executor on two
   threads: medians of five interleaved rounds, each run right after two untimed ones with the same
   workers, so that no start-up is in it; and what two plain processes gain over one, which is what
   the machine allows. The stacked gradients of a part of the samples stand beside them.
-- driver: CPU time of the driver's process, all of its threads, per task: with half a megabyte of samples sent for each, and with samples
+- driver: CPU time of the driver's process, all of its threads, per task: with half a megabyte of
+samples sent for each, and with samples
   that workers read from a file themselves.
-- store: 10 GB of per-sample gradients, written to zarr by two workers: what it adds to the driver's memory at most, and the rate against
+- store: 10 GB of per-sample gradients, written to zarr by two workers: what it adds to the driver's
+memory at most, and the rate against
   the disk's own sequential write, measured before and after.
 """
 
@@ -110,7 +113,7 @@ def plain_process(name: str, samples: int, rounds: int, barrier: Any, queue: Any
 
 
 def ceiling(name: str, samples: int, rounds: int) -> float:
-    """How much two processes compute more than one on this machine, where nothing but its memory is between them."""
+    """Speed of two processes over one on this machine, if only its memory is shared."""
     context = multiprocessing.get_context("spawn")
     took = []
     for processes in (1, 2):
@@ -168,8 +171,9 @@ def speed(rounds: int) -> list[dict[str, Any]]:
             found.append(
                 {
                     "model": name, "what": what, "samples": size, "seconds": median,
-                    "speedup": statistics.median(ratios), "against local": statistics.median(locals_),
-                    "ceiling": ceiling(make.__name__, size, rounds) if what == "norms" else None,
+                    "speedup": statistics.median(ratios), "against local":
+                    statistics.median(locals_), "ceiling": ceiling(make.__name__, size, rounds) if
+                    what == "norms" else None,
                 }
             )  # fmt: skip
             print(found[-1], file=sys.stderr)
@@ -199,7 +203,7 @@ def driver(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def disk_bytes_per_second(folder: Path, size: int = 3 << 30) -> float:
-    """What the disk writes in a row, synced."""
+    """Bytes per second of sequential writes to the disk, synced."""
     block = np.random.default_rng(0).bytes(32 << 20)
     path = folder / "raw"
     began = time.perf_counter()
@@ -213,7 +217,8 @@ def disk_bytes_per_second(folder: Path, size: int = 3 << 30) -> float:
 
 
 class Peak:
-    """The most memory of this process of its own (without pages shared with others), looked at every few milliseconds."""
+    """The most memory of this process of its own (without pages shared with others), looked at
+    every few milliseconds."""
 
     def __init__(self) -> None:
         self.process = psutil.Process()
@@ -261,9 +266,9 @@ def store(folder: Path, samples: int) -> dict[str, float]:
         for k, g in enumerate(gradient(model)(x[i], y[i])):
             torch.testing.assert_close(written.read(k, i, i + 1)[0], g, rtol=1e-4, atol=1e-6)
     return {
-        "gigabytes": size / 1e9, "seconds": seconds, "rate": size / seconds / 1e6, "disk": (before + after) / 2e6,
-        "disk before": before / 1e6, "disk after": after / 1e6, "share": size / seconds / ((before + after) / 2), "driver MiB": memory,
-        "units": written.header.units,
+        "gigabytes": size / 1e9, "seconds": seconds, "rate": size / seconds / 1e6, "disk": (before +
+        after) / 2e6, "disk before": before / 1e6, "disk after": after / 1e6, "share": size /
+        seconds / ((before + after) / 2), "driver MiB": memory, "units": written.header.units,
     }  # fmt: skip
 
 
@@ -283,9 +288,9 @@ def report(found: dict[str, Any]) -> str:
             ]
             rows.append(
                 [
-                    f"{row['model']}, {row['what']}", f"{row['samples']:,}", *(f"{seconds[k]:.2f}" for k in seconds),
-                    f"{row['speedup']:.2f} {marks[0]}", "" if row["ceiling"] is None else f"{row['ceiling']:.2f}",
-                    f"{row['against local']:.2f} {marks[1]}",
+                    f"{row['model']}, {row['what']}", f"{row['samples']:,}", *(f"{seconds[k]:.2f}"
+                    for k in seconds), f"{row['speedup']:.2f} {marks[0]}", "" if row["ceiling"] is
+                    None else f"{row['ceiling']:.2f}", f"{row['against local']:.2f} {marks[1]}",
                 ]
             )  # fmt: skip
         header = [
@@ -306,7 +311,8 @@ def report(found: dict[str, Any]) -> str:
         parts.append(f"## Speed\n\n{told}\n\n" + markdown(header, rows))
     if "driver" in found:
         rows = [
-            [{"sent": "0.5 MB of samples sent", "read": "samples read by the workers"}[k], f"{v['cpu_ms']:.2f}", f"{v['wall_ms']:.2f}",
+            [{"sent": "0.5 MB of samples sent", "read": "samples read by the workers"}[k],
+            f"{v['cpu_ms']:.2f}", f"{v['wall_ms']:.2f}",
              f"{TARGETS[k]:g}", verdict(v["cpu_ms"], TARGETS[k])]
             for k, v in found["driver"].items()
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the first call costs, in fresh processes: `python -m benchmarks.first_call`.
+"""Time of the first call in fresh processes: `python -m benchmarks.first_call`.
 
 A process imports shardmap, makes a model and takes per-sample gradients twice: the first call
 records, lowers, checks and plans, the second replays. With `--against PATH`, another checkout of

@@ -420,7 +420,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run what is asked for and write the tables; 1 if a target is missed."""
+    """Run the requested benchmarks and write the tables; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

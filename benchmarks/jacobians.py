@@ -54,7 +54,7 @@ one with the lowest median."""
 
 @dataclass(frozen=True)
 class Case:
-    """A function of one sample, a batch, and what is asked for."""
+    """A function of one sample, a batch, and the wanted derivatives."""
 
     function: Callable[[Tensor], Tensor]
     batch: Tensor
@@ -338,7 +338,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure what is asked for and write the tables; 1 if a target is missed."""
+    """Run the requested benchmarks and write the tables; return 1 if a target is missed."""
     names = list(cases())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

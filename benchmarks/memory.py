@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Case, tuple[Any, ...]]] = {
     "reduction": (_reduction, (64, 256, 600, 1500, 2500)),
     "outer autograd": (_outer, (250, 1000, 2000, 4000, 8000)),
 }
-"""What is mapped, and at which chunk sizes."""
+"""The mapped functions, each with its chunk sizes."""
 
 
 def _wide(device: str) -> Any:
@@ -216,7 +216,7 @@ def alone(function: str, *arguments: Any, threads: int) -> dict[str, Any]:
 
 
 def judge(row: dict[str, Any]) -> str:
-    """Whether a case meets the targets."""
+    """True if a case meets the targets."""
     if row["measured"] < LARGE:
         return ""
     before, after = row["predicted"] / row["measured"], row["corrected"] / row["measured"]
@@ -269,7 +269,7 @@ def report(rows: list[dict[str, Any]], budget: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Measure what is asked for and write the tables; 1 if a target is missed."""
+    """Run the requested benchmarks and write the tables; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

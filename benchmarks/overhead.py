@@ -1,4 +1,4 @@
-"""What a call costs beyond its arithmetic, against torch.func: `python -m benchmarks.overhead`.
+"""Time of a call beyond its arithmetic, against torch.func: `python -m benchmarks.overhead`.
 
 The arithmetic is next to nothing (4x4 matrices, a batch of 8), so the time is that of recording, of
 replaying and of calling torch. One thread; the calls run in turn, many rounds, and are compared

@@ -34,7 +34,7 @@ class Subject:
     baseline: str
     other: Call
     at_least: float
-    """How many times the other's speed is wanted."""
+    """Target for the speed over the other's."""
     tolerance: float
 
 

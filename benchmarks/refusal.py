@@ -1,4 +1,4 @@
-"""What refusing a map costs that cannot fit: `python -m benchmarks.refusal`.
+"""Time of the refusal of a map that cannot fit: `python -m benchmarks.refusal`.
 
 One sample's result is 860 MiB (`--mebibytes`), the budget 100 MiB (`--budget`). Planning must find
 out from the one sample that is recorded: the seconds from its end to `OverBudget`, and the most

@@ -1,11 +1,14 @@
-"""Whether one driver keeps a thousand workers busy: `python -m benchmarks.simulation`.
+"""True if one driver keeps a thousand workers busy: `python -m benchmarks.simulation`.
 
-- schedule: a million chunks on 10, 100, 1,000 and 10,000 simulated workers, some of which die, with the code that hands out chunks on a
+- schedule: a million chunks on 10, 100, 1,000 and 10,000 simulated workers, some of which die, with
+the code that hands out chunks on a
   real cluster (`shardmap.run.schedule`): its own time for each chunk, which must not grow with the
   workers, and that of the whole run.
-- driver: what the driver spends on a chunk outside of that code (cutting samples, calling Ray, taking results in), measured on a Ray of
+- driver: what the driver spends on a chunk outside of that code (cutting samples, calling Ray,
+taking results in), measured on a Ray of
   this machine with two workers. `--no-ray` leaves it out.
-- bottleneck: simulated, how much longer a run takes than with a driver that costs nothing, for chunks of different length, and the
+- bottleneck: simulated, how much longer a run takes than with a driver that costs nothing, for
+chunks of different length, and the
   shortest one for which that is 5%, if the driver takes 2 ms or 4 ms for each chunk, or what its
   thread took on Ray.
 """
@@ -29,8 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 MOST_SECONDS = 20.0
 """For a simulated run of a million chunks."""
 MOST_GROWTH = 2.0
-"""Of the schedule's time per chunk from 10 workers to 1,000: what they hold no longer fits the
-fastest cache, and nothing else grows."""
+"""Largest growth of the schedule's time per chunk from 10 workers to 1,000: its data no longer fit
+the fastest cache, and nothing else grows."""
 SLOWER = 1.05
 """Than with a driver that costs nothing: from here on it is called a bottleneck."""
 
@@ -44,15 +47,17 @@ def schedule(workers: Sequence[int], chunks: int) -> list[dict[str, Any]]:
         outcome = simulate(cluster, chunks)
         rows.append(
             {
-                "workers": count, "chunks": chunks, "deaths": outcome.deaths, "redone": outcome.redone,
-                "schedule_seconds": outcome.schedule_seconds, "real_seconds": time.perf_counter() - began,
+                "workers": count, "chunks": chunks, "deaths": outcome.deaths, "redone":
+                outcome.redone, "schedule_seconds": outcome.schedule_seconds, "real_seconds":
+                time.perf_counter() - began,
             }
         )  # fmt: skip
     return rows
 
 
 def driver(chunks: int) -> list[dict[str, Any]]:
-    """Processor time that the driver's process, Ray's threads in it included, spends on a chunk of two workers."""
+    """Processor time that the driver's process, Ray's threads in it included, spends on a chunk of
+    two workers."""
     rows = []
     for elements in (1, 1 << 18):  # of each chunk's sample and result: 4 bytes, 1 MiB
         batch = torch.zeros(chunks, elements)
@@ -62,8 +67,8 @@ def driver(chunks: int) -> list[dict[str, Any]]:
         mapped(batch)
         rows.append(
             {
-                "bytes": 4 * elements, "chunks": chunks, "process_seconds": (time.process_time() - began) / chunks,
-                "thread_seconds": (time.thread_time() - began_thread) / chunks,
+                "bytes": 4 * elements, "chunks": chunks, "process_seconds": (time.process_time() -
+                began) / chunks, "thread_seconds": (time.thread_time() - began_thread) / chunks,
             }
         )  # fmt: skip
     return rows
@@ -102,7 +107,7 @@ def shortest(workers: int, driver_seconds: float) -> float:
 def bottleneck(
     workers: int, driver_seconds: Sequence[float], chunk_seconds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """How much longer runs take, and how busy the driver is."""
+    """Growth of the run time, and load of the driver."""
     return [
         {
             "driver_seconds": spent,
@@ -121,7 +126,7 @@ def bottleneck(
 
 
 def judged(results: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """What is measured against a target, the number, and the most that it may be."""
+    """Measurements with a target: the text, the number, and its limit."""
     rows = results["schedule"]
     few, many = (
         next((row["schedule_seconds"] for row in rows if row["workers"] == n), None)
@@ -146,8 +151,8 @@ def report(results: dict[str, Any]) -> str:
     """The tables."""
     cells = [
         [
-            f"{row['workers']:,}", f"{1e6 * row['schedule_seconds']:.2f}", f"{row['real_seconds']:.1f}", f"{row['deaths']:,}",
-            f"{row['redone']:,}",
+            f"{row['workers']:,}", f"{1e6 * row['schedule_seconds']:.2f}",
+            f"{row['real_seconds']:.1f}", f"{row['deaths']:,}", f"{row['redone']:,}",
         ]
         for row in results["schedule"]
     ]  # fmt: skip

@@ -117,7 +117,7 @@ def choose(wanted: str, versions: Sequence[str]) -> str | None:
 
 
 def requirements() -> list[str]:
-    """What the package and its tests need besides torch, from pyproject.toml."""
+    """Requirements of the package and its tests besides torch, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["run"], *extras["test"]]

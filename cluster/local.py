@@ -37,16 +37,16 @@ STORE_BYTES = 200 * 2**20
 """Object store of each node. It lies in /dev/shm, which containers often keep small."""
 
 WORKER = "ray::Worker"
-"""What Ray calls the processes of shardmap's pool: after the actor's class,
+"""Ray's name for the processes of shardmap's pool: after the actor's class,
 `shardmap.run.remote.Worker`."""
 STARTING = (".__init__", ".bind")
-"""How the title of a worker ends that has computed nothing yet."""
+"""Endings of the title of a worker that has computed nothing yet."""
 
 _TICK_SECONDS = 0.1
 """Between looks at the command and at the clock of chaos: Ctrl-C and SIGTERM end the pause, and
 nothing else has to."""
 _GRACE_SECONDS = 10.0
-"""How long a command that is told to end may take."""
+"""Time in which a command that is told to end must end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -126,7 +126,7 @@ def after_a_step(
     found = torch.empty(len(samples))
     for start in range(
         0, task.taught, BLOCK
-    ):  # a block of teachers is read once, whoever learns from it
+    ):  # a block of teachers is read once for all its learners
         block = range(start, min(start + BLOCK, task.taught))
         learning = ((teachers >= block.start) & (teachers < block.stop)).nonzero().flatten()
         if len(learning):

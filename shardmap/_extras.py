@@ -30,7 +30,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there; something that it needs is not
+            raise  # the package is installed; one of its dependencies is not
         raise MissingExtraError(
             f'{package} is needed {purpose} and is not installed: pip install "shardmap[{extra}]"',
             name=package,

@@ -1,4 +1,4 @@
-"""What several threads share: locks that survive a fork, and torch's default generators."""
+"""Locks that survive a fork, and torch's default generators, which all threads share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fork_safe_lock() -> Any:
 
     Reentrant, because a signal handler, a finalizer or a callback may call a map in the thread that
     holds the lock. It is python's own C object: a class of ours around it could be interrupted
-    between taking the lock and saying so.
+    between taking the lock and recording that it did.
     """
     lock = threading.RLock()
     _locks.add(lock)
@@ -26,7 +26,7 @@ def fork_safe_lock() -> Any:
 
 def _free_locks() -> None:
     for lock in _locks:
-        if not lock._is_owned():  # the thread that forked goes on, and releases what it holds
+        if not lock._is_owned():  # the forking thread continues, and releases its own locks
             lock._at_fork_reinit()  # what threading itself does with its locks
 
 
@@ -35,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def alone() -> bool:
-    """Whether this is the only python thread.
+    """True if this is the only python thread.
 
     Only then may the state of a default generator be read: torch does so while it holds the
     generator's mutex, and a garbage collection at that moment (its finalizers hand the GIL to
@@ -72,8 +72,8 @@ def restore_default_generators(states: dict[str, torch.Tensor]) -> None:
 
 
 _unrestored: list[dict[str, torch.Tensor]] = []
-"""The outermost states that are still to be restored. An interrupt may strike where they are about
-to be: then the call's outermost frame does it."""
+"""The outermost states that are still to be restored. If an interrupt strikes just before they are,
+the call's outermost frame restores them."""
 
 
 def restore_interrupted_generators() -> None:
@@ -83,5 +83,5 @@ def restore_interrupted_generators() -> None:
 
 
 def forget_interrupted_generators() -> None:
-    """Let go of states that nobody is going to restore: a call begins."""
+    """Drop states that no call will restore any more: a new call begins."""
     _unrestored.clear()

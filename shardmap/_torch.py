@@ -1,9 +1,9 @@
-"""Every private name of torch that shardmap uses, in one place, each with what it is for.
+"""Every private name of torch that shardmap uses, in one place, each with its purpose.
 
-Private names move between versions. One that this torch lacks is bound to a stand-in that refuses
-in words when it is used, and `missing()` lists it; an operator that it lacks is left out of the
+Private names move between versions. One that this torch lacks is bound to a stand-in that raises
+an error when it is used, and `missing()` lists it; an operator that it lacks is left out of the
 tables that name it, and `absent_operators()` lists it. So `import shardmap` goes through with any
-torch, and what does not work is said where it is asked for.
+torch, and only the use of a missing name fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _missing: dict[str, str] = {}
 
 
 def missing() -> dict[str, str]:
-    """The private names that this torch lacks, each with what then does not work."""
+    """The private names that this torch lacks, each with what does not work without it."""
     return dict(_missing)
 
 
@@ -100,15 +100,13 @@ kernels_of = _attribute(
     "operators that call functions",
 )
 dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
-has_kernel = _private(
-    "_C._dispatch_has_kernel_for_dispatch_key", "which operators are made of others"
-)
-operator_names = _private(
-    "_C._dispatch_get_all_op_names", "finding the pointwise operators by their tag"
-)
+has_kernel = _private("_C._dispatch_has_kernel_for_dispatch_key", "which operators are composite")
+operator_names = _private("_C._dispatch_get_all_op_names", "finding pointwise operators by tag")
 compute_keyset = _private(
     "_ops._compute_keyset", "checkpoints and other operators that call functions"
 )
+
+NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
 
 # -- modes and settings of the thread
 
@@ -235,7 +233,7 @@ for _name in (
 
 
 def note_that_no_dispatch_mode_is_on() -> None:
-    """Torch notes per process that a dispatch mode is on: from now on it knows of none."""
+    """Clear torch's per-process notes that a dispatch mode is on."""
     _dispatch_notes._is_in_torch_dispatch_mode = False
     _dispatch_notes._is_in_non_infra_torch_dispatch_mode = False
     _dispatch_notes._is_in_any_mode_without_ignore_compile_internals = False
@@ -247,7 +245,7 @@ _of_thread = _private("_guards._TLS", "compiled functions inside a map, which ru
 
 
 def tracing_context() -> object:
-    """The tracing context of this thread, which `torch.compile` asks; None if there is none."""
+    """The tracing context of this thread, which `torch.compile` reads; None if there is none."""
     return getattr(_of_thread, "tracing_context", None)
 
 
@@ -265,7 +263,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def not_compiled(function: _Function) -> _Function:
-    """Mark a function that `torch.compile` is to call as it is, with all that it calls.
+    """Mark a function that `torch.compile` must call as it is, with all that it calls.
 
     This is what `torch.compiler.disable` does, which would import torch._dynamo for seconds.
     """
@@ -387,7 +385,7 @@ class AbsentOperator:
         _absent.add(name)
 
     def __getattr__(self, form: str) -> AbsentOperator:
-        """Return itself for any overload; python's own names are not answered."""
+        """Return itself for any overload; names of python's own (`__x__`) raise AttributeError."""
         if form.startswith("__"):
             raise AttributeError(form)
         return self

@@ -13,6 +13,7 @@ from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
+from shardmap.call.batch_norms import served
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map
@@ -23,6 +24,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
 from shardmap.call.surroundings import surroundings
+from shardmap.call.unequal import planned_by_shape, run_by_shape
 from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray
@@ -50,6 +52,7 @@ def vmap(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -59,16 +62,16 @@ def vmap(
     """Map `func`, a function of one sample, over a batch.
 
     `vmap(func)(*batch)` returns what the loop `torch.stack([func(*row) for row in rows])` returns:
-    values, dtypes, structure and gradients. `func` runs once, on the first sample; what it does is
-    recorded and replayed for the whole batch.
+    values, dtypes, structure and gradients. `func` runs once, on the first sample; its calls of
+    torch are recorded and replayed for the whole batch.
 
     Args:
         func: Takes one sample (tensors in any pytree, and other python values) and returns a pytree
             of tensors.
-        in_dims: Which dimension of each positional argument holds the samples: an int for all, or a
-            tuple of ints, Nones and pytrees of them; None shares an argument among all samples.
+        in_dims: The mapped dimension of each positional argument: an int for all, or a tuple of
+            ints, Nones and pytrees of them; None shares an argument among all samples.
             Negative dimensions count from the end.
-        out_dims: Where the dimension of samples goes in each output.
+        out_dims: The position of the mapped dimension in each output.
         randomness: "error" refuses random calls; "different" gives each sample draws of its own,
             which depend on torch's seed and the sample's index only; "same" gives all samples one
             draw.
@@ -76,37 +79,41 @@ def vmap(
             shared.
         devices: "auto" (where the inputs are), "cpu", "cuda:*", "cuda:0,2", a list (a device named
             twice takes two shares), or a Ray cluster: "ray" or `shardmap.Ray(...)`.
-        chunk_size: Most samples computed at a time. "auto" plans: what fits in memory and stays in
-            the CPU's cache, or saturates the GPU. An int; None for all of a device's share; or a
-            mapping from devices ("cuda:0", "cuda") to any of these.
-        output_device: Where results go; by default where the first mapped input is.
-        memory_budget: What the map may add on each device to what is in use there: bytes, or text
-            such as "6GiB". By default what is free.
-        memory_fraction: How much of the free memory may be taken where no budget is given, above 0
+        chunk_size: Most samples computed at a time. "auto" plans a size that fits in memory and
+            stays in the CPU's cache, or saturates the GPU. An int; None for all of a device's
+            share; or a mapping from devices ("cuda:0", "cuda") to any of these.
+        output_device: Device of the results; by default that of the first mapped input.
+        memory_budget: Bytes that the map may add on each device to those in use, or text such as
+            "6GiB". By default the free memory.
+        memory_fraction: Part of the free memory that may be used if no budget is given, above 0
             and at most 1.
         trace: "each" records `func` at each call; "once" records once per signature of the
             arguments and replays that while the tensors and numbers that `func` reads are the same
             objects.
         check: "first" runs `func` on the batch's last sample as well when it is mapped for the
             first time, and compares both samples' results with the map's; "always" does so at each
-            call; "off" never. What differs by sample in other ways than by torch's operators is
-            found so.
+            call; "off" never. The check finds values that differ by sample without an operator
+            of torch's.
         strict: Refuse operators that only a loop over the batch can serve.
-        max_paths: How many different ways samples may go by what `func` asks about their values
-            (`if x > 0`, `.item()`, a loop until converged). Each way is recorded on a sample of its
-            own; the samples of further ways are run one by one, with a warning.
-        ragged: What becomes of results whose shapes differ by sample: "error" refuses them, "list"
+        max_paths: Most different paths that samples may take when `func` reads their values
+            (`if x > 0`, `.item()`, a loop until converged). Each path is recorded on one of its
+            samples; the samples of further paths are run one by one, with a warning.
+        ragged: Treatment of results whose shapes differ by sample: "error" refuses them, "list"
             returns a list of tensors in their place, "nested" a jagged nested tensor.
-        remat: Where gradients are recorded from outside, compute each chunk again in backward, so
-            that memory stays that of one chunk. Costs one more forward pass.
+        batch_norm: Treatment of normalisation with running statistics in training mode, which would
+            update values that all samples share: "error" refuses it, "per_sample" uses each
+            sample's own statistics, as the loop does, and does not change the running ones,
+            "frozen" uses the running ones, as in evaluation.
+        remat: Under outer autograd, compute each chunk again in backward, so that memory stays that
+            of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
             of `shardmap.reduce`; for each output, as a pytree prefix, None to stack. Memory does
             not grow with the batch.
         out: Write the results to a store as they are computed, instead of keeping them:
             `shardmap.ZarrSink(path)`, `SafetensorsSink(folder)` or `MemmapSink(folder)`. The call
             then returns the `Store`. Results may be larger than memory.
-        resume: Go on with what the store holds of the same call, after it was killed: the function,
-            what it captures, the samples and the seed must be the same.
+        resume: Continue the same call after it was killed, from the units in the store: the
+            function, the tensors that it captures, the samples and the seed must be the same.
         progress: True draws a progress bar on a terminal, "always" anywhere.
 
     Returns:
@@ -132,9 +139,10 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged,
+        ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
     memory = Memory(of_sample, call) if trace == "once" else None
 
@@ -145,10 +153,9 @@ def vmap(
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        if groups.among(args, kwargs):
-            result = groups.run(
-                lambda batch: run_map(of_sample, batch, options, memory), args, kwargs, options
-            )
+        args, kwargs, is_ragged = groups.given(args, kwargs, options)
+        if is_ragged:
+            result = run_by_shape(of_sample, args, kwargs, options, memory)
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
             result = run_map(of_sample, batch, options, memory)
@@ -175,6 +182,7 @@ def plan(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -183,9 +191,8 @@ def plan(
 
     `plan(func, ...)(*batch)` takes what `vmap` takes and returns the `Plan`.
 
-    The function is recorded, lowered and tried on at most three samples, which is where the plan's
-    numbers come from. A plan that does not fit is returned all the same, marked, and refuses to
-    run.
+    The function is recorded, lowered and tried on at most three samples, from which the plan's
+    numbers follow. A plan that does not fit is returned too, but marked, and refuses to run.
 
     Args:
         func: As for `vmap`, like every other argument.
@@ -193,7 +200,7 @@ def plan(
         out_dims: As for `vmap`.
         randomness: As for `vmap`.
         kw_in_dims: As for `vmap`.
-        devices: As for `vmap`; a cluster is joined, and its workers asked for their memory.
+        devices: As for `vmap`; a cluster is joined, and its workers report their memory.
         chunk_size: As for `vmap`.
         output_device: As for `vmap`.
         memory_budget: As for `vmap`.
@@ -203,6 +210,7 @@ def plan(
         strict: As for `vmap`.
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
+        batch_norm: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -228,9 +236,10 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged,
+        max_paths, ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
     cluster = on_ray.asked_for(devices)
 
@@ -246,7 +255,12 @@ def plan(
                 f"{call}: inside another map or transform there is nothing to plan; plan the "
                 "outermost call"
             )
-        groups.refuse_plan(args, kwargs, call)
+        args, kwargs, is_ragged = groups.given(args, kwargs, options)
+        if is_ragged:
+            return planned_by_shape(
+                of_sample, args, kwargs, options,
+                lambda result: joint.finished(reduce, result, call) if joined else result,
+            )  # fmt: skip
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
         use = FirstUse(
             of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
@@ -281,7 +295,7 @@ def plan(
         else:
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
-        def finish(outputs: list[torch.Tensor]) -> Any:
+        def finish(outputs: list[torch.Tensor]) -> object:
             found: Sequence[object] = outputs
             if passes is not None and instead is not None:
                 found = passes.whole(outputs, batch.size)
@@ -315,6 +329,7 @@ def compare(
     strict: bool = False,
     max_paths: int = 64,
     ragged: str = "error",
+    batch_norm: str = "error",
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -322,8 +337,8 @@ def compare(
 
     `compare(func, ...)(*batch, samples=8)` takes what `vmap` takes, computes the whole batch by the
     map, some random samples by calling `func` itself, and returns a `Comparison` of the two: the
-    largest difference of each output, the operator where they part, what serves each operator, and
-    how much of the parameters that `func` reads has a gradient.
+    largest difference of each output, the operator where they differ first, the tier that serves
+    each operator, and the share of the parameters that `func` reads which has a gradient.
 
     Args:
         func: As for `vmap`, like every other argument.
@@ -341,6 +356,7 @@ def compare(
         strict: As for `vmap`.
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
+        batch_norm: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -362,9 +378,10 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged,
+        max_paths, ragged, batch_norm,
     )  # fmt: skip
     options.refuse_wrong(func)
+    func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joint.contains(reduce) else func
 
     @not_compiled

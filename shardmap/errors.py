@@ -24,7 +24,7 @@ class OutDimsError(ShardmapError, ValueError):
 
 
 class OptionError(ShardmapError, ValueError):
-    """An option (`chunk_size`, `randomness`, `trace`, ...) has a value that it cannot have."""
+    """An option (`chunk_size`, `randomness`, `trace`, ...) has a value that is not allowed."""
 
 
 class DeviceError(ShardmapError, ValueError):
@@ -36,9 +36,9 @@ class OutputError(ShardmapError, ValueError):
 
 
 class TransformError(ShardmapError, ValueError):
-    """A function cannot be differentiated as asked.
+    """A function cannot be differentiated in the requested way.
 
-    What it takes or returns, or the parameters that were named, do not fit.
+    Its arguments or results, or the named parameters, do not fit.
     """
 
 
@@ -51,7 +51,7 @@ class CapturedWriteError(ShardmapError, RuntimeError):
 
 
 class EscapeError(ShardmapError, RuntimeError):
-    """A value that differs by sample leaves the recording by a door that cannot be followed."""
+    """A value that differs by sample is read by python without an operator that can be batched."""
 
 
 class DataDependentError(ShardmapError, RuntimeError):
@@ -71,11 +71,11 @@ class UnsupportedOperatorError(ShardmapError, NotImplementedError):
 
 
 class TorchVersionError(ShardmapError, NotImplementedError):
-    """This version of torch lacks a part of torch that shardmap needs for what was asked."""
+    """This version of torch lacks a private part that shardmap needs for the call."""
 
 
 class RuleError(ShardmapError, RuntimeError):
-    """A batching rule returned something else than the batch of results of its operator."""
+    """A batching rule returned anything else than the batch of results of its operator."""
 
 
 class StaleRecordingError(ShardmapError, RuntimeError):
@@ -83,15 +83,15 @@ class StaleRecordingError(ShardmapError, RuntimeError):
 
 
 class VariesError(DataDependentError, StaleRecordingError):
-    """A shape or an answer that was taken from the first sample is another for a later one."""
+    """A shape or value on which the recording relied is another for a later sample."""
 
 
 class RaggedError(VariesError):
-    """Results have shapes of their own, and nothing says what is to become of them."""
+    """Results have shapes that differ by sample, and `ragged` does not allow that."""
 
 
 class MismatchError(ShardmapError, RuntimeError):
-    """The replay does not give what the function returned for the sample that was recorded."""
+    """The replay does not give the function's own results for the recorded sample."""
 
 
 class MissingExtraError(ShardmapError, ImportError):
@@ -103,7 +103,7 @@ class ConfigError(ShardmapError, ValueError):
 
 
 class OverBudget(ShardmapError, MemoryError):
-    """A map needs more memory than it may take; nothing has run."""
+    """A map needs more memory than its budget; nothing has run."""
 
 
 class OutOfMemory(ShardmapError, MemoryError):
@@ -138,15 +138,15 @@ class StoreError(ShardmapError, RuntimeError):
 
 
 class StoreMismatchError(StoreError):
-    """A stored run is not the one that is to be resumed."""
+    """A stored run is not the one that a call resumes."""
 
 
 class StoreDamagedError(StoreError):
-    """Rows that were committed are not what was written: a file is gone, cut short, or changed."""
+    """Committed rows differ from what was written: a file is gone, cut short, or changed."""
 
 
 class SourceError(ShardmapError, ValueError):
-    """Samples cannot be read from what was given.
+    """Samples cannot be read from the given object or path.
 
     Unknown kind, missing path, columns of unequal length.
     """

@@ -38,7 +38,7 @@ def find() -> str | None:
 
 
 class Page:
-    """An open page, with all that it asked for and complained about."""
+    """An open page, with all its requests and errors."""
 
     def __init__(self, commands: int, answers: int):
         self._commands, self._answers = commands, answers

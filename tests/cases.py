@@ -88,7 +88,7 @@ def case(second_order: bool = True, **checks: Any) -> Callable[[Case], Case]:
 
 
 def setting(function: Case, size: int = 3, **options: Any) -> Callable[[], oracle.Setting]:
-    """What `oracle.compare` needs; `options` go to every map that the case makes."""
+    """The arguments of `oracle.compare`; `options` go to every map that the case makes."""
 
     def build() -> oracle.Setting:
         kit = Kit(size)

@@ -32,7 +32,7 @@ def judge(
     program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS
 ) -> oracle.Verdict:
     """Compares the subject with the loop on one program."""
-    aliasing = program.outer != "vmap"  # torch's own map repeats what no sample changes as a view
+    aliasing = program.outer != "vmap"  # torch's own map repeats unmapped values as a view
     checks = oracle.Checks(
         second_order=program.second_order,
         aliasing=aliasing,

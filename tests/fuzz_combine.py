@@ -93,7 +93,7 @@ def join(s: Scope) -> str | None:
 
 @step(4)
 def make(s: Scope) -> str | None:
-    """Tensors made inside, that no sample changes yet."""
+    """Tensors made inside that do not depend on the sample yet."""
     v = s.pick()
     if v is None:
         return None

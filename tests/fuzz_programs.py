@@ -45,7 +45,7 @@ NOT_RUNNABLE = (
     ZeroDivisionError,
     SyntaxError,
 )
-"""What a line that does not fit its operands may raise in the loop; it is taken back."""
+"""Errors that a line may raise in the loop if it does not fit its operands; it is dropped."""
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
@@ -73,16 +73,16 @@ class Input:
     """One tensor that a program is given."""
 
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
     dtype: torch.dtype
     in_dim: int | None
     """None: unmapped (captured tensors always are)."""
     layout: str
-    """How the batch lies in memory: contiguous, permuted, sliced."""
+    """Layout of the batch in memory: contiguous, permuted, sliced."""
     requires_grad: bool
 
     def make(self, size: int, seed: int, perturbed: bool) -> torch.Tensor:
-        """The values, and where asked for the same with rounding errors of a few units."""
+        """The values, and on request the same with rounding errors of a few units."""
         generator = torch.Generator().manual_seed(seed)
         shape = list(self.shape)
         if self.in_dim is not None:
@@ -210,7 +210,9 @@ class Program:
         if not at:
             raise TypeError("nothing to transform by")
         if self.outer == "jvp":
-            return torch.func.jvp(by_floats, floats, tuple(t.cos() for t in floats))
+            values, tangents = torch.func.jvp(by_floats, floats, tuple(t.cos() for t in floats))
+            # Torch's own are float64 where a 0-dimensional float32 was multiplied by a number.
+            return values, tuple(t.to(v.dtype) for t, v in zip(tangents, values, strict=True))
         if self.outer == "vmap":
             return torch.func.vmap(by_floats)(*(torch.stack([t, t * 0.5]) for t in floats))
         outputs, pull = torch.func.vjp(by_floats, *floats)[:2]
@@ -267,7 +269,7 @@ class Growth:
         )
 
     def bare(self, name: str) -> bool:
-        """Whether a tensor claims to require grad but leads nowhere: a view made under no_grad."""
+        """True if a tensor claims to require grad but leads nowhere: a view made under no_grad."""
         t = self.envs[0].get(name)
         return t is not None and t._is_view() and t.requires_grad and t.is_leaf
 

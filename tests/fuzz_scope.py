@@ -1,4 +1,4 @@
-"""What the steps of a random program see and how they are registered.
+"""The scope of the steps of a random program, and their registration.
 
 A step is a function of a `Scope`; it returns source text, or None where nothing at hand fits it. It
 need not be careful: the generator runs each line on every row and takes back those that raise, blow
@@ -21,7 +21,7 @@ STEPS: list[tuple[float, Step]] = []
 
 
 class Scope:
-    """What a step may look at: the tensors of the first row by name, and the dice."""
+    """The data that a step may read: the tensors of the first row by name, and the dice."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ def step(weight: float = 1.0) -> Callable[[Step], Step]:
 
 
 def is_int(t: torch.Tensor) -> bool:
-    """Whether `t` can index."""
+    """True if `t` can index."""
     return t.dtype in INTS
 
 

@@ -43,7 +43,7 @@ def pids() -> list[int]:
 
 
 def gone(pid: int, seconds: float = 20.0) -> bool:
-    """Whether a process ends within that time."""
+    """True if a process ends within that time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:

@@ -50,7 +50,7 @@ REFUSALS: tuple[type[BaseException], ...] = (ShardmapError,)
 
 @dataclass(frozen=True)
 class Checks:
-    """Which of the checks apply, and how precise the comparison is."""
+    """The checks that apply, and the precision of the comparison."""
 
     gradient: bool = True
     second_order: bool = False
@@ -59,10 +59,10 @@ class Checks:
     precision: torch.dtype | None = None
     """The least precise dtype computed in on the way, where it is not that of the outputs."""
     cancels: bool = False
-    """Whether outputs may be what is left where products of the inputs cancel: a few units of
+    """True if outputs may be what is left where products of the inputs cancel: a few units of
     rounding of those products are no difference then."""
     refusals: tuple[type[BaseException], ...] = REFUSALS
-    """What the subject may raise where the loop answers; anything else is a crash."""
+    """Errors that the subject may raise though the loop has a result; any other is a crash."""
 
 
 EVERYTHING = Checks()
@@ -71,7 +71,7 @@ EVERYTHING = Checks()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found.
+    """The result of a comparison.
 
     `right`, `refused`, `wrong`, or `skipped` where the loop itself fails.
     """
@@ -80,10 +80,11 @@ class Verdict:
     detail: str = ""
     fallback: bool = False
     gradient: str = ""
-    """How far gradients were compared: "", "first", "second", or why the loop has none."""
+    """Order of the compared gradients: "", "first", "second", or the reason why the loop has
+    none."""
 
     def __bool__(self) -> bool:
-        """Whether the subject did nothing wrong."""
+        """True if the subject did nothing wrong."""
         return self.kind != "wrong"
 
 

@@ -242,7 +242,7 @@ _option("no_devices", errors.DeviceError, devices=[])
 
 
 class OwnError(Exception):
-    """Stands for any exception of the user's."""
+    """A placeholder for any exception of the user's."""
 
 
 @refused(OwnError)

@@ -11,7 +11,7 @@ import torch
 
 SCOREBOARD = Path(__file__).parent / "data" / "op_db_scoreboard.json"
 RANKS = {"refused": 0, "fallback": 1, "right": 2}
-"""What a scoreboard entry may become: only more."""
+"""Ranks of scoreboard entries: an entry may only rise."""
 DIRECTIONS = ("forward", "gradient")
 
 
@@ -25,7 +25,7 @@ def load() -> dict[str, Any]:
 
 
 def complaints(name: str, result: dict[str, Any], board: dict[str, Any]) -> list[str]:
-    """What is not allowed of a fresh result of shardmap.
+    """Complaints about a fresh result of shardmap.
 
     Wrong, worse than stored, or less than `torch.func.vmap` does.
     """

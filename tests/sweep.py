@@ -46,7 +46,7 @@ UNINITIALISED = {
     "new_empty_strided",
 }
 PATHS: tuple[dict[str, Any], ...] = ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]})
-"""How a batch is computed: at once, two samples at a time, on two lanes."""
+"""Ways to compute a batch: at once, two samples at a time, on two lanes."""
 PREFERRED = (
     torch.float32,
     torch.float64,
@@ -123,7 +123,7 @@ def batches(
 
 
 def same_kind(a: Any, b: Any) -> bool:
-    """Whether two leaves may stand in one batch."""
+    """True if two leaves may stand in one batch."""
     if isinstance(a, torch.Tensor):
         return (
             isinstance(b, torch.Tensor)
@@ -137,7 +137,7 @@ def same_kind(a: Any, b: Any) -> bool:
 
 
 def choices(at: list[int]) -> list[list[int]]:
-    """Which tensors are mapped: all, the first, all but the first."""
+    """Choices of mapped tensors: all, the first, all but the first."""
     return [at, at[:1], at[1:]] if len(at) > 1 else [at]
 
 

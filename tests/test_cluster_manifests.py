@@ -71,7 +71,7 @@ def keys(words: list[str]) -> dict[str, str]:
 
 
 def local_path(path: str) -> Path:
-    """Where a file of the image lies in the repository."""
+    """Path in the repository of a file of the image."""
     (workdir,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)
     return ROOT / path.removeprefix(workdir + "/")
 

@@ -32,7 +32,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def beside_the_examples(monkeypatch):
-    """As for a script: modules beside it can be imported."""
+    """Let modules beside the examples be imported, as in a script."""
     monkeypatch.syspath_prepend(EXAMPLES)
 
 

@@ -1,6 +1,6 @@
 """Random programs against the loop.
 
-A fixed range of seeds at each run, thousands when asked for.
+A fixed range of seeds at each run, thousands on request.
 """
 
 from __future__ import annotations

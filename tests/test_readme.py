@@ -121,7 +121,7 @@ ROWS = [
 
 
 def judge(vmap: Callable[..., Any], row: Row) -> str:
-    """What `vmap` makes of a row, by the loop."""
+    """The verdict on `vmap` for a row, by comparison with the loop."""
     rows = [
         row.function(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in row.batch))
         for i in range(5)

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import shardmap
 from shardmap import errors
@@ -86,12 +87,6 @@ def cumulated(x: Tensor) -> Tensor:
     return torch.from_numpy(np.cumsum(x.detach().numpy()))
 
 
-@torch.library.custom_op("shardmap_remedies::quantised", mutates_args=())
-def quantised(x: Tensor) -> Tensor:
-    """A dynamically quantised layer as an operator."""
-    return quantised_layer(x)
-
-
 W = torch.tensor([0.5, -1.5, 2.0])
 V = W.clone().requires_grad_()
 norm = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
@@ -100,11 +95,6 @@ untracked = made(
 )
 grouped = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)))
 kept: list[Tensor] = []
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    quantised_layer: Any = torch.ao.quantization.quantize_dynamic(
-        made(lambda: nn.Sequential(nn.Linear(3, 4))), {nn.Linear}, dtype=torch.qint8
-    )
 
 
 def accumulated(r: Tensor) -> Tensor:
@@ -178,10 +168,6 @@ ROWS: dict[str, Row] = {
         errors.EscapeError, "use torch's operators", lambda r: r * 2,
     ),
     ".data =": Row(set_data, errors.EscapeError, r"copy_ under torch\.no_grad\(\)", copied),
-    "a quantised module": Row(
-        lambda r: quantised_layer(r[None]), errors.EscapeError, r"torch\.library\.custom_op",
-        lambda r: quantised(r[None]),
-    ),
     "memory that grows": Row(
         lambda r: torch.sin(r, out=torch.empty(0)),
         errors.EscapeError, "of the result's shape",
@@ -208,6 +194,11 @@ ROWS: dict[str, Row] = {
     "backward": Row(
         accumulated, errors.CapturedWriteError, r"torch\.autograd\.grad\(loss, parameters\)",
         lambda r: torch.autograd.grad((r * V).sum().sin(), V)[0],
+    ),
+    "a reentrant checkpoint, gradients from outside": Row(
+        lambda r: checkpoint(lambda a: a * V, r.clone().requires_grad_(), use_reentrant=True).sum(),
+        errors.CapturedWriteError, "use_reentrant=False for a checkpoint",
+        lambda r: checkpoint(lambda a: a * V, r.clone().requires_grad_(), use_reentrant=False).sum(),
     ),
     "batch norm in training, untracked": Row(
         lambda r: norm(torch.stack([r, 2 * r])),
@@ -324,8 +315,9 @@ def test_a_nested_batch_is_ragged_or_padded() -> None:
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
     function = lambda r: r.sin().sum(0)
     with pytest.raises(errors.UnsupportedOperatorError, match=r"Ragged.*to_padded_tensor"):
-        shardmap.vmap(function)(nested)
+        shardmap.vmap(lambda tree: function(tree["rows"]))({"rows": nested})
     want = torch.stack([function(r) for r in rows])
+    oracle.assert_same(shardmap.vmap(function)(nested), want, "nested")
     ragged = shardmap.Ragged(list(nested.unbind()))
     oracle.assert_same(shardmap.vmap(function)(ragged), want, "ragged")
     padded = torch.nested.to_padded_tensor(nested, 0.0)

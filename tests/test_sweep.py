@@ -48,7 +48,7 @@ def test_all(index: int) -> None:
 
 
 def test_scoreboard_holds_nothing_wrong() -> None:
-    """What is stored of shardmap is right, served by the slow loop, or refused.
+    """Stored results of shardmap are right, served by the slow loop, or refused.
 
     And it covers the reference.
     """

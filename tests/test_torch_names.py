@@ -20,11 +20,11 @@ SOURCES = sorted(path for path in (ROOT / "shardmap").rglob("*.py") if path.name
 NOT_TORCHS = {"_replace", "_asdict", "_fields", "_make", "_getframe", "_strip_protocol", "_mmap"}
 """Underscored names of python's named tuples and `sys`, and of fsspec and numpy."""
 LOCKS = {"lock._is_owned", "lock._at_fork_reinit"}
-"""What `_threads.py` asks of python's own locks, as `threading` does."""
+"""Private methods of python's own locks that `_threads.py` uses, as `threading` does."""
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore."""
+    """True if a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
 
 

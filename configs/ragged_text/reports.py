@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from text import loss_gradient, taught
+from text import loss_gradient, padded, taught
 from torch import Tensor
 
 import shardmap
@@ -17,21 +17,20 @@ from shardmap.jobs.report import FAINT, INK, RIGHT, WRONG, write_csv
 
 
 def gradients_by_length(outcome: Outcome) -> Findings:
-    """Compare the gradient norms of padded sentences with those of the sentences alone.
+    """Compare the gradient norms of the sentences alone with those of padded ones.
 
     Args:
-        outcome: Columns `words`, `length` and `topic`; one output, the norm of each sentence's
-            gradient, [N].
+        outcome: Columns `words` and `topic`; one output, the norm of each sentence's gradient, [N].
 
     Returns:
-        How many new sentences are read right, how far the norms are from those without padding, how
-        many a reader that takes the padding for words would get wrong, and how much harder new
-        sentences pull than those taught.
+        How many new sentences are read right, how far the norms are from those of padded sentences
+        whose padding is left out, how many a reader that takes the padding for words would get
+        wrong, and how much harder new sentences pull than those taught.
 
     Raises:
         ConfigError: The output is no norm for each sentence.
     """
-    words, length, topic = (outcome.dataset[name] for name in ("words", "length", "topic"))
+    (words, length), topic = padded(outcome.dataset["words"]), outcome.dataset["topic"]
     (norms, *others) = outcome.tensors().values()
     if others or norms.shape != length.shape:
         raise ConfigError(
@@ -42,19 +41,16 @@ def gradients_by_length(outcome: Outcome) -> Findings:
     def gradient(*sample: Tensor) -> dict[str, Tensor]:
         return loss_gradient(model, *sample)
 
-    alone = shardmap.Ragged([row[:n] for row, n in zip(words, length.tolist(), strict=True)])
-    bare = shardmap.vmap(gradient, reduce="norm")(alone, length, topic)
-    fooled = shardmap.vmap(gradient, reduce="norm")(
-        words, torch.full_like(length, words.shape[1]), topic
-    )
+    masked = shardmap.vmap(gradient, reduce="norm")(words, topic, length)
+    fooled = shardmap.vmap(gradient, reduce="norm")(words, topic)
     with torch.no_grad():
         logits = model(words, length)
     right = (logits.argmax(1) == topic).double()
-    difference = float((norms - bare).abs().max() / norms.max())
-    changed = float(((fooled - bare).abs() > 0.1 * bare).double().mean())
+    difference = float((norms - masked).abs().max() / norms.max())
+    changed = float(((fooled - norms).abs() > 0.1 * norms).double().mean())
     columns = {
         "norm": norms,
-        "norm_without_padding": bare,
+        "norm_of_padded": masked,
         "loss": F.cross_entropy(logits, topic, reduction="none"),
         "length": length,
     }
@@ -62,31 +58,30 @@ def gradients_by_length(outcome: Outcome) -> Findings:
     write_csv(
         outcome.folder / "norms.csv", {name: column.tolist() for name, column in columns.items()}
     )
-    _draw(outcome, norms, fooled, first)
+    _draw(outcome, norms, fooled, length, first)
     harder = float(norms[first:].median() / norms[:first].median())
     numbers = {
         "new_read_right": round(float(right[first:].mean()), 5),
         "taught_read_right": round(float(right[:first].mean()), 5),
-        "difference_without_padding": difference,
+        "difference_of_padded": difference,
         "changed_if_padding_were_read": round(changed, 5),
         "new_pull_harder": round(harder, 4),
     }
     headline = (
         f"{numbers['new_read_right']:.1%} of {len(norms) - first} new sentences are read right; "
         f"they pull {harder:.1f} times as hard as "
-        "those taught (medians).\nThe gradient norms are those of the sentences without padding, "
-        f"within {difference:.0e} of the largest; "
+        "those taught (medians).\nPadded sentences have the same gradient norms where padding is "
+        f"left out, within {difference:.0e} of the largest; "
         f"if padding were read as words, {changed:.0%} of them would be wrong by more than a tenth."
     )
     return Findings(headline, numbers)
 
 
-def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, first: int) -> None:
+def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, length: Tensor, first: int) -> None:
     """Norms by length, of sentences taught and new, and what padding would make of each."""
     figure = Figure(figsize=(10.4, 4.6), facecolor="white")
     panels: Any = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.78, bottom=0.12, wspace=0.2)
-    length = outcome.dataset["length"]
     shifted = length + 0.6 * (
         torch.rand(len(length), generator=torch.Generator().manual_seed(0)) - 0.5
     )  # so that dots do not cover others
@@ -130,8 +125,8 @@ def _draw(outcome: Outcome, norms: Tensor, fooled: Tensor, first: int) -> None:
         va="top",
     )
     note = (
-        f"gradients of {len(norms):,} sentences of unequal lengths, padded; "
-        "the padding behind the last word takes no part in them"
+        f"gradients of {len(norms):,} sentences of unequal lengths, "
+        "computed as they are, without padding"
     )
     figure.text(0.07, 0.87, note, fontsize=9, color=FAINT, va="top")
     figure.savefig(outcome.folder / "norms.png", dpi=140)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardmap import Ragged
 from shardmap.jobs import Bounds, Dataset, one_thread
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def load(*, sentences: Annotated[int, Bounds(least=1)] = 1000) -> Dataset:
         sentences: At most how many.
 
     Returns:
-        Columns `words` ([N, 24], numbers of words, 0 behind the last), `length` ([N]) and `topic`
-        ([N], the subpackage).
+        Columns `words` (for each sentence the numbers of its words, [T]) and `topic` ([N], the
+        subpackage).
     """
     owners: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
     for topic, package in enumerate(TOPICS):
@@ -64,13 +65,15 @@ def load(*, sentences: Annotated[int, Bounds(least=1)] = 1000) -> Dataset:
         word: number
         for number, word in enumerate(sorted(w for w, n in counts.items() if n > 1), start=RARE + 1)
     }
-    words = torch.full((len(found), MOST), END)
-    for row, (sentence, _) in enumerate(found):
-        words[row, : len(sentence)] = torch.tensor([numbers.get(word, RARE) for word in sentence])
-    lengths = torch.tensor([len(sentence) for sentence, _ in found])
-    return Dataset(
-        {"words": words, "length": lengths, "topic": torch.tensor([topic for _, topic in found])}
-    )
+    words = [torch.tensor([numbers.get(word, RARE) for word in words]) for words, _ in found]
+    topics = torch.tensor([topic for _, topic in found])
+    return Dataset({"words": Ragged(words), "topic": topics})
+
+
+def padded(words: Ragged) -> tuple[Tensor, Tensor]:
+    """Sentences padded to the longest one, [N, T], and how many words each has, [N]."""
+    lengths = torch.tensor([len(sentence) for sentence in words])
+    return nn.utils.rnn.pad_sequence(list(words), True, END), lengths
 
 
 class Reader(nn.Module):
@@ -87,14 +90,16 @@ class Reader(nn.Module):
         self.recurrent = nn.GRU(width, width, batch_first=True)
         self.out = nn.Linear(width, len(TOPICS))
 
-    def forward(self, words: Tensor, length: Tensor) -> Tensor:
+    def forward(self, words: Tensor, length: Tensor | None = None) -> Tensor:
         """Logits of the topics.
 
         Args:
-            words: [T], or [N, T]; what stands behind the last word changes nothing.
-            length: How many of them are words: a number, or [N].
+            words: [T]; or [N, T], padded: what stands behind the last word changes nothing.
+            length: How many of them are words, a number, or [N]; by default all.
         """
         states = self.recurrent(self.embedding(words))[0]  # [..., T, width]
+        if length is None:
+            return self.out(states[..., -1, :])
         last = (length - 1)[..., None, None].expand(*length.shape, 1, states.shape[-1])
         return self.out(states.gather(-2, last).squeeze(-2))
 
@@ -109,7 +114,8 @@ def train(
     """Train a `Reader` on the first three quarters of the sentences: plain PyTorch.
 
     Args:
-        dataset: Columns `words`, `length` and `topic`.
+        dataset: Columns `words` and `topic`. Only here, where batches are trained on, sentences are
+            padded.
         epochs: Passes over them.
         learning_rate: Of Adam.
         width: Of the network.
@@ -117,8 +123,8 @@ def train(
     Returns:
         The network, in eval mode.
     """
-    model = Reader(1 + int(dataset["words"].max()), width)
-    words, length, topic = (dataset[name] for name in ("words", "length", "topic"))
+    (words, length), topic = padded(dataset["words"]), dataset["topic"]
+    model = Reader(1 + int(words.max()), width)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     with one_thread():
         for epoch in range(1, epochs + 1):
@@ -140,15 +146,15 @@ def taught(dataset: Dataset) -> int:
 
 
 def loss_gradient(
-    model: nn.Module, words: Tensor, length: Tensor, topic: Tensor
+    model: nn.Module, words: Tensor, topic: Tensor, length: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The gradient of one sentence's loss.
 
     Args:
         model: A `Reader`.
         words: [T].
-        length: A number, as a tensor.
         topic: A number, as a tensor.
+        length: How many of `words` are words, as a tensor; by default all.
 
     Returns:
         One gradient per parameter, by name.

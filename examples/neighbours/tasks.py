@@ -37,7 +37,7 @@ class Task:
     model: nn.Module
     loss: Callable[..., Tensor]
     """The loss of one sample, or the mean over a batch: `loss(model, *samples)`; any function of
-    the inputs may stand for the model."""
+    the inputs may replace the model."""
     batch: tuple[Tensor, ...]
     """The arguments of `loss`, [N, ...] each."""
     looks: Tensor

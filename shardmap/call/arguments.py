@@ -1,4 +1,4 @@
-"""The arguments of a mapped call: which of them are mapped, over which dimension."""
+"""The arguments of a mapped call: the mapped ones among them, and their mapped dimensions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardmap.trace.container_protocol import is_container
 from shardmap.trace.containers import Opened, contains, open_batch
 
 HEAD = 3
-"""Rows of a source that are read when the function is recorded, tried and watched."""
+"""Number of rows of a source that are read to record, try and measure the function."""
 
 
 def spread(
@@ -28,7 +28,7 @@ def spread(
     name: str,
     error: type[errors.ShardmapError],
 ) -> list[Any]:
-    """A prefix of `dims` over the leaves of a structure: one entry per leaf."""
+    """Spread a prefix `dims` over the leaves of a structure: one entry per leaf."""
     flat = broadcast(dims, spec, lambda part: node_type(part) not in pytree.SUPPORTED_NODES)
     if flat is None:
         raise error(
@@ -48,12 +48,12 @@ def broadcast(
 ) -> list[Any] | None:
     """One entry of `given` per leaf of `spec`; None if `given` is no prefix of it.
 
-    A mapping stands for any mapping of the same keys, a sequence for any of the same length.
+    A mapping matches any mapping of the same keys, a sequence any of the same length.
 
     Args:
         given: Entries in a pytree.
         spec: The structure.
-        is_entry: Whether a part of `given` is an entry itself, for all leaves there.
+        is_entry: True if a part of `given` is an entry itself, for all leaves there.
     """
     if is_entry(given):
         return [given] * spec.num_leaves
@@ -95,7 +95,7 @@ def _keys(spec: pytree.TreeSpec) -> list[Any]:
 
 
 def spec_text(spec: pytree.TreeSpec) -> str:
-    """A structure, with `*` for leaves."""
+    """The text of a structure, with `*` for leaves."""
     if spec.type is None:
         return "*"
     parts = [spec_text(child) for child in spec.children()]
@@ -114,7 +114,7 @@ def spec_text(spec: pytree.TreeSpec) -> str:
 def collect(
     args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, kw_in_dims: Any, call: str
 ) -> Batch:
-    """The batch that a call's arguments make.
+    """Collect a call's arguments into a batch.
 
     Raises:
         InDimsError: `in_dims` does not fit, sizes disagree, or nothing is mapped.
@@ -234,10 +234,10 @@ def collect(
 def _opened(
     leaves: list[pytree.PyTree], dims: list[int | None], structure: pytree.TreeSpec, call: str
 ) -> tuple[list[pytree.PyTree], list[int | None], pytree.TreeSpec, set[int]]:
-    """The leaves with containers taken apart, their dims and structure, and which are copies.
+    """Open mapped containers; return the leaves, dims and structure, and the positions of copies.
 
-    A container that is shared by the samples, or has no batch dimension there, is what pytrees
-    make of it.
+    A container that is shared by the samples, or has no batch dimension there, is flattened as
+    pytrees do.
     """
     if not any(map(is_container, leaves)):
         return leaves, dims, structure, set()
@@ -266,7 +266,7 @@ def _opened(
 
 @functools.lru_cache(64)
 def _of_leaves(count: int) -> pytree.TreeSpec:
-    """The structure of a call with tensors for arguments: flattening anew takes longer."""
+    """The structure of a call whose arguments are tensors: flattening anew takes longer."""
     return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
@@ -279,7 +279,7 @@ def _disagree(first: str, size: int, other: str, found: Any, call: str) -> error
 
 
 def _checked(leaf: Column | Source, d: int | None, where: str, call: str) -> Column:
-    """The column, unless it is a whole source, or not mapped over its rows."""
+    """The column, or an error if it is a whole source or not mapped over its rows."""
     if isinstance(leaf, Source):
         names = ", ".join(spec.name for spec in leaf.specs)
         raise errors.InDimsError(
@@ -305,6 +305,6 @@ def _where(leaf: int, of_args: pytree.TreeSpec) -> str:
 
 
 def call_name(func: Callable[..., Any], in_dims: Any, maker: str = "vmap") -> str:
-    """How the user's call is written in errors."""
+    """The text of the user's call in errors."""
     name = getattr(func, "__name__", None) or type(func).__name__
     return f"shardmap.{maker}({name}, in_dims={in_dims!r})"

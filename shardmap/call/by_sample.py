@@ -1,16 +1,18 @@
-"""The function itself, one sample after another, for what no recording can stand for.
+"""Run the function itself, one sample after another, where no recording serves all samples.
 
-Where python reads a value that differs by sample through a door that is not an operator (numpy, a
-printed number, the length of a selection), the recording of one sample says nothing of the others.
-Then the loop over the samples is run, in the same chunks and to the same places as any replay: it
-is what the map promises, only not faster.
+If python reads a value that differs by sample without an operator of torch's (through numpy, a
+printed number, the length of a selection), the recording of one sample does not serve the others.
+Then a loop over the samples runs in the same chunks, and writes to the same memory, as a replay: it
+gives the results of the map, only not faster.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.call import standin
 from shardmap.call.memo import Prepared
+from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
@@ -34,14 +37,17 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
 
 CHUNK_BYTES = 32 << 20
-"""Results of one chunk, unless the user says how many samples."""
+"""Bytes of one chunk's results, unless the user gives the number of samples."""
+_BLOCK = 64
+"""Number of samples whose results are copied together; random states are compared between such
+blocks."""
 _SEED_STEP = 0x9E3779B97F4A7C15
-"""Sets the seeds of neighbouring samples far apart."""
+"""Constant that sets the seeds of neighbouring samples far apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Autocast:
-    """Autocast as it was where the map was called: the function runs with it."""
+    """The autocast state of the map's caller, in which the function runs."""
 
     device_type: str
     dtype: torch.dtype
@@ -88,13 +94,13 @@ class SampleLoop(StandIn):
     Args:
         func: The user's function.
         batch: The call's arguments; those that are not mapped are passed as they are.
-        structure: Of what the function returned for the first sample.
+        structure: Structure of the function's result for the first sample.
         specs: The outputs' metadata for the first sample.
         randomness: As for `shardmap.vmap`.
-        draws: Whether the function draws random numbers.
-        tracked: Whether autograd records from outside.
+        draws: True if the function draws random numbers.
+        tracked: True if outer autograd is recording.
         call: The user's call, for errors.
-        generators: The user's generators that it draws from.
+        generators: The user's generators that the function draws from.
     """
 
     source = f"{ITSELF}, sample by sample"
@@ -122,6 +128,7 @@ class SampleLoop(StandIn):
         self.call = call
         self.grad_mode = torch.is_grad_enabled()
         self.autocast = _Autocast.current()
+        self._alike = _is_positional(batch)
 
     def chunk(
         self,
@@ -138,12 +145,8 @@ class SampleLoop(StandIn):
         Raises:
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
-        rows = []
         with self._as_called():
-            for i in range(size):
-                number = number_of(start, i)
-                with self._drawing(seed, number):
-                    rows.append(self._one([t[i] for t in inputs], number))
+            rows = list(self._rows(size, start, seed, inputs))
             return tuple([torch.stack(column) for column in zip(*rows, strict=True)])
 
     def chunk_into(
@@ -157,16 +160,65 @@ class SampleLoop(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         with self._as_called():
+            rows = self._rows(size, start, seed, inputs)
+            for first in range(0, size, _BLOCK):
+                block = list(itertools.islice(rows, _BLOCK))
+                with torch.no_grad():
+                    for column, where in zip(zip(*block, strict=True), slices, strict=True):
+                        where[first : first + len(block)].copy_(torch.stack(column))
+        return tuple(slices)
+
+    def _rows(
+        self, size: int, start: SampleNumbers, seed: Seeds, inputs: list[torch.Tensor]
+    ) -> Iterator[list[torch.Tensor]]:
+        """What the function returns for one sample after another."""
+        if self.draws:
             for i in range(size):
                 number = number_of(start, i)
                 with self._drawing(seed, number):
                     found = self._one([t[i] for t in inputs], number)
-                with torch.no_grad():
-                    for t, where in zip(found, slices, strict=True):
-                        where[i].copy_(t)
-        return tuple(slices)
+                yield found
+            return
+        for first in range(0, size, _BLOCK):
+            watched = self.randomness == "error" and alone()
+            before = torch.get_rng_state() if watched else None
+            last = min(first + _BLOCK, size) - 1
+            for i in range(first, last + 1):
+                yield self._one([t[i] for t in inputs], number_of(start, i))
+            if before is not None and not torch.equal(before, torch.get_rng_state()) and alone():
+                torch.set_rng_state(before)
+                which = f"sample {number_of(start, first)}"
+                if last > first:
+                    which = f"one of samples {number_of(start, first)} to {number_of(start, last)}"
+                raise errors.RandomnessError(
+                    f"{self.call}: the function draws random numbers for {which} and randomness is "
+                    "'error'; pass randomness='different' (each sample its own draw) or 'same' "
+                    "(one draw for all)"
+                )
+
+    def answered(self) -> list[Answers]:
+        """The answers that python is given to its questions about each sample's values.
+
+        The results of these runs are dropped. They must not draw, nor write to outside tensors.
+
+        Raises:
+            RuntimeError: The function does.
+        """
+        tensors, found = self.batch.tensors(), []
+        python, numbers = random.getstate(), np.random.get_state()
+        try:
+            with self._as_called():
+                for number in range(self.batch.size):
+                    row = [_own(t[number]) for t in tensors]
+                    with Asked(row) as asked:
+                        self._called(row)
+                    found.append(tuple(asked.answers))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+        return found
 
     @contextlib.contextmanager
     def _as_called(self) -> Iterator[None]:
@@ -181,18 +233,7 @@ class SampleLoop(StandIn):
 
     @contextlib.contextmanager
     def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
-        """Draws that depend on the call's seeds and the sample's number only."""
-        if not self.draws:
-            before = torch.get_rng_state() if self.randomness == "error" else None
-            yield
-            if before is not None and alone() and not torch.equal(before, torch.get_rng_state()):
-                torch.set_rng_state(before)
-                raise errors.RandomnessError(
-                    f"{self.call}: the function draws random numbers for sample {number} and "
-                    "randomness is 'error'; pass randomness='different' (each sample its own draw) "
-                    "or 'same' (one draw for all)"
-                )
-            return
+        """Make random draws depend only on the call's seeds and the sample's number."""
         step = 0 if self.randomness == "same" else (number + 1) * _SEED_STEP
         own, *others = [seed + step for seed in seeds if isinstance(seed, int)]
         with (
@@ -210,8 +251,11 @@ class SampleLoop(StandIn):
                 np.random.set_state(numbers)
 
     def _one(self, row: list[torch.Tensor], number: int) -> list[torch.Tensor]:
-        args, kwargs = self.batch.unflatten(row)
-        leaves, structure = flatten_outputs(self.func(*args, **kwargs), self.call)
+        out = self._called(row)
+        if type(out) is torch.Tensor and self.structure.is_leaf():
+            leaves, structure = [out], self.structure
+        else:
+            leaves, structure = flatten_outputs(out, self.call)
         if structure != self.structure:
             raise errors.VariesError(
                 f"{self.call}: the function returns another structure for sample {number} than for "
@@ -219,13 +263,14 @@ class SampleLoop(StandIn):
                 "return one structure for all samples"
             )
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
-            if tuple(t.shape) != spec.shape:
+            if t.shape != spec.shape:
                 raise errors.RaggedError(
                     f"{self.call}: output {k} of sample {number} has shape {list(t.shape)}, that "
                     f"of others {list(spec.shape)}, so they cannot be stacked; pass ragged='list' "
                     "or ragged='nested' to get them as they are, or pad them to one shape"
                 )
-            if torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
+            same = t.dtype is spec.dtype
+            if not same and torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
                 pairs = zip(leaves, self.specs, strict=True)
                 raise WiderError(
                     f"{self.call}: output {k} of sample {number} is of {t.dtype}, that of others "
@@ -233,12 +278,39 @@ class SampleLoop(StandIn):
                     [torch.promote_types(t.dtype, spec.dtype) for t, spec in pairs],
                 )
         leaves = [t.to(spec.dtype) for t, spec in zip(leaves, self.specs, strict=True)]
-        return leaves if self.tracked else [t.detach() for t in leaves]
+        if self.tracked:
+            return leaves
+        return [t.detach() if t.requires_grad else t for t in leaves]
+
+    def _called(self, row: list[torch.Tensor]) -> object:
+        """Call the function with one sample's arguments."""
+        if self._alike:
+            return self.func(*row)
+        args, kwargs = self.batch.unflatten(row)
+        return self.func(*args, **kwargs)
+
+
+def _own(row: torch.Tensor) -> torch.Tensor:
+    """A row that a function may write to and differentiate by, without effect outside."""
+    own = row.detach()
+    return own.requires_grad_().view_as(own) if row.requires_grad else own
+
+
+def _is_positional(batch: Batch) -> bool:
+    """True if the arguments are exactly the mapped tensors, in order.
+
+    Unflattening the arguments takes as long as some functions do.
+    """
+    if batch.opened or [i for i, _ in batch.mapped] != list(range(len(batch.leaves))):
+        return False
+    tensors = batch.tensors()
+    args, kwargs = batch.unflatten(tensors)
+    return not kwargs and len(args) == len(tensors) and all(map(operator.is_, args, tensors))
 
 
 @contextlib.contextmanager
 def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iterator[None]:
-    """Generators of the user's with these seeds; afterwards they are as they were."""
+    """Seed generators of the user's, and restore their states afterwards."""
     states = [generator.get_state() for generator in generators]
     try:
         for generator, seed in zip(generators, seeds, strict=True):
@@ -250,10 +322,14 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
 
 
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
-    """The loop in the form in which executors take a lowering."""
-    size = sum(
-        v.spec.dtype.itemsize * math.prod(v.spec.shape)
-        for eq in program.equations
-        for v in eq.results()
-    )
-    return standin.lowering(program, options, loop, {ITSELF: "loop"}, size, Notes())
+    """Wrap the loop as a lowering, which executors take."""
+    size = sum([_bytes(v.spec) for eq in program.equations for v in eq.results()])
+    notes = Notes()
+    # One sample is computed at a time, and autograd keeps the same however chunks are cut. So the
+    # results alone decide if a call is too small to be measured, which takes 50 samples' time.
+    notes.recorded_bytes.append(sum([_bytes(v.spec) for v in program.outputs]))
+    return standin.lowering(program, options, loop, {ITSELF: "loop"}, size, notes)
+
+
+def _bytes(spec: Spec) -> int:
+    return spec.dtype.itemsize * math.prod(spec.shape)

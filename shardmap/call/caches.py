@@ -1,19 +1,19 @@
-"""What the process remembers of the functions that it has mapped, forgotten at one call."""
+"""The process's caches about the functions that it has mapped, cleared by one call."""
 
 from __future__ import annotations
 
 import os
 
-from shardmap.call import first_use, paths, routes
+from shardmap.call import by_shape, first_use, paths, routes, shapes
 from shardmap.lower import cache
 from shardmap.trace import repeat
 
 
 def clear_caches() -> None:
-    """Forget every lowering, and what was seen when functions were mapped for the first time.
+    """Clear the caches of lowerings and of checks made when functions were first mapped.
 
     The next call of each map records, lowers and checks as if it were the first of the process.
-    What a map with `trace="once"` keeps is its own and stays.
+    A map with `trace="once"` keeps its own recordings, which stay.
 
     Example:
         >>> import torch, shardmap
@@ -21,17 +21,21 @@ def clear_caches() -> None:
         tensor([0., 0., 0.])
         >>> shardmap.clear_caches()
     """
+    by_shape.clear()
     first_use.clear()
     paths.clear()
     routes.clear()
+    shapes.clear()
     cache.clear()
     repeat.clear()
 
 
 def _after_fork() -> None:
+    by_shape.after_fork()
     first_use.after_fork()
     paths.after_fork()
     routes.after_fork()
+    shapes.after_fork()
     cache.after_fork()
 
 

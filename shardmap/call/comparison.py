@@ -1,4 +1,4 @@
-"""`shardmap.compare`: some samples by the plain loop, beside the rows that the map gives them."""
+"""`shardmap.compare`: the plain loop on some samples, compared with the map's rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from shardmap import errors
 from shardmap.call import outputs as out_edges
 from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse, consumed
-from shardmap.call.memo import Prepared, reachable
+from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.reachable import reachable
 from shardmap.call.standin import ways_of
 from shardmap.call.surroundings import surroundings
 from shardmap.lower import apart
@@ -30,7 +31,7 @@ from shardmap.trace.record import record, rows_of, sample_of
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
-    """How one output of the map differs from the loop's."""
+    """Difference between one output of the map and the loop's."""
 
     name: str
     largest: float
@@ -41,22 +42,21 @@ class OutputDifference:
     sample: int
     """The sample in which they differ most."""
     agrees: bool
-    """Whether the difference is one of rounding."""
+    """True if the difference is one of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Some samples of a map beside the plain loop. `print` it.
+    """Comparison of some samples of a map with the plain loop. `print` it.
 
     Attributes:
         call: The user's call.
         samples: The numbers of the samples that were compared.
         outputs: One entry per output.
-        parted: The operator where map and loop part, in words; None where they agree.
-        tiers: For each operator, what serves it: "rule", "functorch" or "loop".
-        ways: Which samples take which way, in words, where they go several by what `func` asks
-            about their values; else empty.
-        parameter_share: Of the parameters that the function reads and that require grad, the part
+        parted: Text about the first operator where map and loop differ; None if they agree.
+        tiers: For each operator, the tier that serves it: "rule", "functorch" or "loop".
+        ways: Text about which samples take which path, if samples take several; else empty.
+        parameter_share: The part, among parameters that the function reads and that require grad,
             (0 to 1) whose gradient is among the outputs and is not zero in every compared sample;
             None if no output has the shape of a parameter.
     """
@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether every output of every compared sample is the loop's, up to rounding."""
+        """True if every output of every compared sample is the loop's, up to rounding."""
         return all(out.agrees for out in self.outputs)
 
     def __str__(self) -> str:
@@ -109,11 +109,11 @@ def compare(
         func: The function of one sample.
         batch: The call's arguments.
         options: The call's options.
-        samples: How many random samples, or which.
+        samples: Number of random samples, or the samples' numbers.
 
     Raises:
         OptionError: The function draws random numbers, or there are no samples to compare.
-        ShardmapError: As the map itself.
+        ShardmapError: Any error of the map itself.
     """
     numbers = _chosen(batch, samples, options.call)
     own = [_run_on(func, batch, number, options.call) for number in numbers]
@@ -174,7 +174,7 @@ def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
 
 
 def _run_on(func: Callable[..., Any], batch: Batch, number: int, call: str) -> list[torch.Tensor]:
-    """What the function returns for one sample, called plainly on a copy of it."""
+    """Call the function on a copy of one sample, and return its outputs."""
     rows = [sample_of(row.detach(), grad) for row, grad in rows_of(batch, number, False)]
     args, kwargs = batch.unflatten(rows)
     try:
@@ -222,7 +222,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _parted(job: Job, low: Lowered, sample: int) -> str:
-    """The first operator whose batched result is not the sample's own."""
+    """Text about the first operator whose batched result differs from the sample's own."""
     if low.batched.factored or low.batched.summed:
         return "results from factors, which stand for several operators"
     shifted = replace(
@@ -267,7 +267,7 @@ def _share(
     numbers: Sequence[int],
     dims: Sequence[int | None],
 ) -> float | None:
-    """The part of the parameters that have a gradient among the outputs which is not zero."""
+    """The part of the parameters with a gradient among the outputs that is not zero."""
     others = [leaf for i, leaf in enumerate(batch.leaves) if i not in dict(batch.mapped)]
     parameters = {
         id(p): p

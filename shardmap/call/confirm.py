@@ -1,6 +1,6 @@
-"""Compare the assembled results of a map with what the function returned for two samples.
+"""Compare the assembled results of a map with the function's own results for two samples.
 
-The lowering has been tried before; what is seen here is the way that really ran: slices, chunks,
+The lowering has been tried before; this compares the path that really ran: slices, chunks,
 lanes, workers, stores, reductions.
 """
 
@@ -29,7 +29,7 @@ def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
     Args:
         job: The call.
         found: Its results.
-        expected: What the function returned for the first sample, and the last.
+        expected: The function's own results for the first sample, and the last.
 
     Raises:
         MismatchError: A row differs.
@@ -48,9 +48,9 @@ def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> N
 
     Args:
         job: The call.
-        store: Where its results are.
+        store: The store of its results.
         names: The outputs' names there.
-        expected: What the function returned for the first sample, and the last.
+        expected: The function's own results for the first sample, and the last.
 
     Raises:
         MismatchError: A row differs.
@@ -68,17 +68,17 @@ def reductions(job: Job, expected: Samples) -> None:
 
     Args:
         job: The call.
-        expected: What the function returned for the first sample, and the last.
+        expected: The function's own results for the first sample, and the last.
 
     Raises:
-        MismatchError: The reduction of the two is not that of what the function returned.
+        MismatchError: The reduction of the two is not that of the function's own results.
     """
     reduced = [k for k, out in enumerate(job.outputs) if out.reduction is not None]
     if not reduced or len(expected) < 2 or job.recording.random or job.grad:
         return
     if job.recording.written_inputs:
         return
-    # Without what finishes a fold: it is the user's, and runs once.
+    # Without the `finish` of a fold: it is user-defined, and runs once.
     unfinished = tuple(
         [
             dataclasses.replace(o, reduction=dataclasses.replace(o.reduction, finish=None))
@@ -110,7 +110,7 @@ def reductions(job: Job, expected: Samples) -> None:
 
 
 def _reduced(out: Output, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """What the reduction of two samples is, computed plainly."""
+    """The reduction of two samples' results, computed without the map."""
     reduction = out.reduction
     assert reduction is not None
     first, last = first.detach(), last.detach()
@@ -124,14 +124,14 @@ def _reduced(out: Output, first: torch.Tensor, last: torch.Tensor) -> torch.Tens
 
 
 def _rows(job: Job, expected: Samples) -> list[tuple[int, tuple[torch.Tensor, ...]]]:
-    """The numbers of the samples that the function was run on, each with what it returned."""
+    """The numbers of the samples that the function was run on, each with its own results."""
     if job.recording.random:
         return []
     return list(zip((0, job.samples - 1), expected, strict=False))
 
 
 def _compared(job: Job) -> set[int]:
-    """The outputs whose numbers must be those of the function."""
+    """Positions of the outputs that must equal the function's own."""
     program = job.recording.program
     empty = never_written(program)
     low = prepare.tried(job, job.home, several=job.samples > 1)
@@ -140,10 +140,10 @@ def _compared(job: Job) -> set[int]:
 
 
 def _weights_entered(job: Job) -> float:
-    """What rounding is measured by where the samples say nothing of it: a part of the weights.
+    """Scale of rounding errors if the samples do not tell it: a tenth of the largest weight.
 
-    The gradient of an attention's key bias is 0 but for the rounding of what weights and tokens
-    gave, and tokens are no magnitudes.
+    The gradient of an attention's key bias is 0 except for the rounding of products of weights and
+    tokens, and integer tokens have no magnitude.
     """
     return max([largest(t) for t in job.recording.captured], default=0.0) / 10
 

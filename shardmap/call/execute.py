@@ -1,4 +1,4 @@
-"""One call of a mapped function: record or recall, look at it if it is new, plan, run, compare."""
+"""One call of a mapped function: record or recall it, check a new one, plan, run, compare."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from shardmap.call.first_use import FirstUse
 from shardmap.call.flattened import Flattened
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
+from shardmap.call.here import locally, refuse_elsewhere, shares_torchs_draws
 from shardmap.call.into_store import into_store, refuse_store
-from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, split_of, with_expected
+from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Run, Unsplit
 from shardmap.call.options import Options
+from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.program.analysis import asking_about
 from shardmap.rules.philox import Seeds, TorchDraws
-from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
-from shardmap.run.sites import small
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
@@ -41,39 +41,77 @@ from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
-def run_map(func: Callable[..., Any], batch: Batch, options: Options, memory: Memory | None) -> Any:
-    """One call of a mapped function."""
+def run_map(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    memory: Memory | ShapesOfCall | None,
+) -> Any:
+    """Run one call of a mapped function, and return its results.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        options: The call's options.
+        memory: Recordings of earlier calls that may serve this one.
+    """
     around = surroundings()
-    # Fake tensors alone are placed on the devices that are named, as real ones would be.
+    # Fake tensors alone are placed on the named devices, as real ones would be.
     if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
-        # A part of the graph that is made, computed at once: nothing can be compared or measured.
+        # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
         around = Surroundings(True, True, True)
         options = dataclasses.replace(options, check="off")
         refuse_transforms(options.call)
-        if options.reduce is not None:  # cut into parts, whose number is no symbol
+        if options.reduce is not None:  # cut into parts, whose number must not be a symbol
             batch = dataclasses.replace(batch, size=int(batch.size))
-    if memory is not None and around.plain:
-        remembered = memory.recall(batch)
-        if remembered is not None:
-            prepared = remembered.rebound(batch)
-            refuse_shared_writes(prepared.recording, batch, options.call)
-            use = FirstUse(func, batch, None, options, True, prepared.recording.program)
-            try:
-                return Call(prepared, batch, options, around, use).run()
-            except errors.StaleRecordingError:
-                memory.forget(batch)
+    call = recalled(func, batch, options, around, memory)
+    if memory is not None and call is not None:
+        try:
+            return call.run()
+        except errors.StaleRecordingError:
+            memory.forget(batch)
+    return recorded(func, batch, options, around, memory).run()
+
+
+def recalled(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    around: Surroundings,
+    memory: Memory | ShapesOfCall | None,
+) -> Call | None:
+    """The call with a recording of an earlier one; None if none serves it."""
+    if memory is None or not around.plain:
+        return None
+    remembered = memory.recall(batch)
+    if remembered is None:
+        return None
+    prepared = remembered.rebound(batch)
+    refuse_shared_writes(prepared.recording, batch, options.call)
+    use = FirstUse(func, batch, None, options, True, prepared.recording.program)
+    return Call(prepared, batch, options, around, use)
+
+
+def recorded(
+    func: Callable[..., Any],
+    batch: Batch,
+    options: Options,
+    around: Surroundings,
+    memory: Memory | ShapesOfCall | None,
+) -> Call:
+    """The call, recorded now."""
     once = memory is not None and around.plain
     look = options.check == "always"
     pair = record(func, batch, options.randomness, once, options.call, look=look)
     use = FirstUse(func, batch, pair, options, once)
-    use.verdict()  # may take another recording for the first one
+    use.verdict()  # may replace the first sample's recording
     prepared = Prepared(*use.first())
     if around.traced:
         recording = traced_recording(prepared.recording, options.call)
         prepared = dataclasses.replace(prepared, recording=recording)
     if once and memory is not None:
         memory.keep(batch, prepared)
-    return Call(prepared, batch, options, around, use).run()
+    return Call(prepared, batch, options, around, use)
 
 
 class Call:
@@ -83,9 +121,9 @@ class Call:
         prepared: The recording.
         batch: The call's arguments.
         options: The call's options.
-        around: What it stands in.
-        use: The function on the call's samples; None for a map whose outputs the function does not
-            return (factors of what it returns).
+        around: The transforms and recordings around the call.
+        use: The function run on the call's samples; None for a map with outputs that the function
+            does not return (factors of what it returns).
     """
 
     def __init__(
@@ -140,7 +178,7 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """Whether all samples are asked before any is run: what is written cannot be taken back."""
+        """True if all samples' answers are computed before any is run: writes cannot be undone."""
         return self.options.out is not None or bool(self.prepared.recording.written_inputs)
 
     def _run(self, by_sample: Instead | None) -> Any:
@@ -162,32 +200,34 @@ class Call:
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
         if by_sample is not None:
-            _refuse_elsewhere(job, options, around.inlined, cluster is not None)
+            refuse_elsewhere(job, options, around.inlined, cluster is not None)
         if options.out is not None:
             refuse_store(job, options, around.inlined)
             with options.watching():
                 store = into_store(job, options, prepared.structure, cluster)
             self._confirm(job, None, store, by_sample is not None)
             return store
-        # Inside another map it is a part of that one, and nobody hears of it.
+        # Inside another map it is a part of that one, and reports no events.
         with unheard() if around.inlined else options.watching():
             if cluster is not None:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
             else:
-                outputs = _locally(
-                    job, options, around.inlined or _shares_torchs_draws(job, options)
-                )
+                outputs = locally(job, options, around.inlined or shares_torchs_draws(job, options))
         self._confirm(job, outputs, None, by_sample is not None)
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
 
+    def run_as(self, instead: Instead | None) -> Any:
+        """The results, with `instead` in the place of a replay."""
+        return self._run(instead)
+
     def run_flat(self, by_sample: Instead | None = None) -> Sequence[torch.Tensor]:
-        """The results, flat."""
+        """The results as a flat list."""
         return flatten_outputs(self._run(by_sample), self.options.call)[0]
 
     def job(self, by_sample: Instead | None = None) -> Job:
-        """The call as executors take it."""
+        """The job that executors run."""
         around = self.around
         job = job_of(
             self.prepared,
@@ -200,7 +240,7 @@ class Call:
             seed=self._seed,
             traced=around.traced,
         )
-        self._seed = job.seed  # of the call, however often its job is made
+        self._seed = job.seed  # one seed per call, even if its job is made again
         if self._numbers is not None:
             job = dataclasses.replace(job, numbers=self._numbers)
         if self.use is None or by_sample is not None:
@@ -208,7 +248,7 @@ class Call:
         return with_expected(job, self.names(job), self.use)
 
     def names(self, job: Job) -> tuple[str, ...]:
-        """The devices on which a new lowering is tried; for a cluster, where the samples are."""
+        """The devices on which a new lowering is tried; for a cluster, that of the samples."""
         inlined = self.around.inlined
         if not inlined and on_ray.asked_for(self.options.devices) is not None:
             return (str(job.home),)
@@ -307,7 +347,7 @@ class Call:
         return call, instead
 
     def settled(self) -> tuple[Call, Instead | None]:
-        """The call as it is to run, and what runs in the place of a replay, if anything does."""
+        """The call to run, and what replaces its replay; None to run the replay."""
         if self.use is None:
             return self, None
         verdict = self.use.verdict()
@@ -326,7 +366,7 @@ class Call:
                 self._widen(error)
 
     def _loop(self, why: str) -> Instead:
-        """What runs the function itself, sample by sample.
+        """The stand-in that runs the function itself, sample by sample.
 
         Raises:
             VariesError: `strict=True` refuses it.
@@ -364,7 +404,7 @@ class Call:
     def _confirm(
         self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
     ) -> None:
-        """Compare the results with what the function returned, where it was run for that."""
+        """Compare the results with the function's own, if it was run for that."""
         use = self.use
         if use is None or looped or not use.looked or not self.around.plain:
             return
@@ -378,7 +418,7 @@ class Call:
 
 
 def _why(error: errors.VariesError, call: str) -> str:
-    """What varies, without the call and the remedy."""
+    """The cause of a VariesError, without the call and the remedy."""
     return str(error).removeprefix(f"{call}: ").partition(";")[0]
 
 
@@ -395,48 +435,3 @@ def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:
         return run_map(combine, edges.collect((a, b), {}, 0, None, call), options, memory)
 
     return pairs
-
-
-def _refuse_elsewhere(job: Job, options: Options, inlined: bool, cluster: bool) -> None:
-    """Refuse to run the function itself where it, and what it reads, are not.
-
-    Raises:
-        VariesError: Other devices, or a cluster, are asked for.
-    """
-    names = [] if cluster else names_of(job, options, inlined)
-    if cluster or any(torch.device(name) != job.home for name in names):
-        raise errors.VariesError(
-            f"{options.call}: the function has to be run sample by sample, where its samples are, "
-            f"and devices={options.devices!r}; use torch's operators for what differs by sample, "
-            "or devices='auto'"
-        )
-
-
-def _shares_torchs_draws(job: Job, options: Options) -> bool:
-    """Whether samples share draws that torch makes again wherever they are asked for.
-
-    Such a call is not cut, and stays on one device.
-    """
-    drawn = any(isinstance(seed, TorchDraws) for seed in job.seed)
-    return drawn and options.randomness == "same"
-
-
-def _locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
-    """Run on this machine: as one chunk what is small, planned what is not."""
-    names = names_of(job, options, inlined)
-    size = None if inlined else options.chunk_size
-    on = prepare.Devices(job, options.budget.on)
-    uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
-    plain = (
-        uncut
-        and len(names) == 1
-        and options.memory_budget is None
-        and not any(o.reduction for o in job.outputs)
-    )
-    if plain and names[0] == str(job.home) and (inlined or small(job)):
-        return local.run_whole(job, on)
-    cut = split_of(job, on, names, options, inlined)
-    refusal = cut.refusal()
-    if refusal is not None:
-        raise errors.OverBudget(f"{options.call}: {refusal}")
-    return local.run(job, cut, on)

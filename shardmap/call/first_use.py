@@ -1,8 +1,8 @@
-"""What is looked at when a function is mapped for the first time: it is run on a second sample.
+"""Checks of a function that is mapped for the first time: it is run on a second sample.
 
-The recording of one sample stands for all others. Whether it may is seen by running the function on
-the last sample as well: both recordings must be the same program with the same constants. What
-varies came to python by a door that is no operator.
+The recording of one sample is replayed for all others. To check that, the function is also run on
+the last sample: both recordings must be the same program with the same constants. A difference
+was read by python without an operator of torch's.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ Pair = tuple[Recording, pytree.TreeSpec]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What running a function on a second sample has shown."""
+    """The findings from running a function on a second sample."""
 
     varies: str = ""
-    """What differs by sample although no operator shows it; empty if nothing does."""
+    """Description of a value that differs by sample though no operator shows it, or empty."""
     forks: bool = False
-    """Whether samples go different ways: they answer questions about their values differently."""
+    """True if samples take different paths: they answer questions about values differently."""
     alone: str = ""
-    """Why the function was run on one sample only."""
+    """Reason why the function was run on one sample only; empty if it was not."""
 
 
 _verdicts = Kept(512)
 _quick = Kept(512)
 """The same verdicts by address of their programs, which the values hold: a program that was
-expected and came is not hashed again."""
+expected and recorded again is not hashed again."""
 
 
 def clear() -> None:
-    """Forget what was seen."""
+    """Clear the verdicts."""
     _verdicts.clear()
     _quick.clear()
 
 
 def after_fork() -> None:
-    """Make the locks of this module new."""
+    """Renew the locks of this module."""
     _verdicts.after_fork()
     _quick.after_fork()
 
 
 class FirstUse:
-    """One call's samples, run as far as somebody asks for them.
+    """One call's samples, on which the function is run as needed.
 
     Args:
         func: The user's function.
         batch: The call's arguments.
-        pair: The recording of the first sample, and the structure of what was returned; None if
+        pair: The recording of the first sample, and the structure of its result; None if
             the recording is one of an earlier call.
-        options: The call's.
-        once: Whether the recording is kept for later calls.
-        program: Of the recording of an earlier call.
-        of_path: Whether the samples are those that take one path: their answers are known.
+        options: The call's options.
+        once: True if the recording is kept for later calls.
+        program: The program of an earlier call's recording.
+        of_path: True if the samples are those of one path: their answers are known.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FirstUse:
     ):
         self._of_path = of_path
         self.looked = False
-        """Whether the function has been run to be compared."""
+        """True if the function has been run to compare its results."""
         self._program = program
         self.func = func
         self.batch = batch
@@ -121,6 +121,10 @@ class FirstUse:
             self._first = self._record(0)
         return self._first
 
+    def programs(self) -> list[Program]:
+        """What was recorded of the samples that the function has been run on to be compared."""
+        return [pair[0].program for pair in (self._first, self._last) if pair is not None]
+
     def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Return the function's own results for the first sample, and for the last one."""
         if self.options.check == "off" or not self.batch.size:
@@ -135,7 +139,7 @@ class FirstUse:
         return tuple(rows)
 
     def verdict(self) -> Verdict:
-        """What a second sample shows of this function and this recording; looked at once.
+        """The verdict of a second sample on this function and recording, found once.
 
         Raises:
             EscapeError: The function does something else each time that it is called.
@@ -158,7 +162,7 @@ class FirstUse:
         known = _quick.get(quick)
         if known is not None and known[0] is program:
             return known[1]
-        # No lock is held while the user's function runs: two threads may both look.
+        # No lock is held while the user's function runs: two threads may both run it.
         whole = key, program, self.options.randomness
         found = _verdicts.get(whole)
         if found is None:
@@ -173,15 +177,15 @@ class FirstUse:
 
     @property
     def always(self) -> bool:
-        """Whether the function is looked at at each call."""
+        """True if the function is checked at each call."""
         return self.options.check == "always"
 
     def varies(self, why: str) -> Verdict:
-        """Remember that samples differ where the recordings of the first and the last did not."""
+        """Record the verdict that samples differ though the first and the last did not."""
         return self._remember(Verdict(varies=why))
 
     def forked(self) -> Verdict:
-        """Remember that samples go different ways although the first and the last did not."""
+        """Record the verdict that samples take different paths, unlike the first and the last."""
         return self._remember(Verdict(forks=True))
 
     def _remember(self, found: Verdict) -> Verdict:
@@ -227,7 +231,7 @@ class FirstUse:
         Raises:
             EscapeError: It keeps a tensor that differs by sample.
         """
-        if first.kept is None:  # recorded as expected, which nobody looks at
+        if first.kept is None:  # recorded as expected: such tensors were not looked for
             repeat.forget(self.func)
             self._first = self._recorded_again(0) or self._first
             first = self.first()[0]
@@ -236,10 +240,8 @@ class FirstUse:
             raise errors.EscapeError(
                 f"{self.options.call}: the function keeps a tensor that differs by sample: "
                 f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where "
-                "a map "
-                "leaves the first sample's: return the tensor instead, or pass check='off' if "
-                "nobody "
-                "looks at what is kept"
+                "a map leaves the first sample's: return the tensor instead, or pass check='off' "
+                "if the kept tensor is not used"
             )
 
     def _difference(self, first: Pair, second: Pair) -> str | None:
@@ -256,7 +258,7 @@ class FirstUse:
         self._last = self._recorded_again(self.batch.size - 1)
 
     def _recorded_again(self, number: int) -> Pair | None:
-        """A further recording; None if the function cannot be run twice."""
+        """Record the function on a sample again; None if it cannot be run twice."""
         try:
             return self._record(number)
         except errors.ShardmapError:
@@ -264,7 +266,7 @@ class FirstUse:
         except Exception as error:
             text = str(error).partition("\n")[0]
             if not consumed(error):
-                self._record(0)  # an error of the last sample's own is the user's to see
+                self._record(0)  # an error that only the last sample raises is the user's
                 raise
             self._alone = (
                 "The function was compared on the first sample alone: it frees the graph that it "
@@ -275,16 +277,16 @@ class FirstUse:
 
 
 def consumed(error: Exception) -> bool:
-    """Whether an error says that a function has freed the graph that it differentiates."""
+    """True if an error says that a function has freed the graph that it differentiates."""
     return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
         error
     )
 
 
 def identity(func: Callable[..., Any]) -> Hashable | None:
-    """What tells the code of a function from that of others; None if nothing does.
+    """A key that identifies the code of a function; None if there is none.
 
-    Two closures of one code are the same function to us unless they close over different code: what
+    Two closures of one code count as the same function unless they close over different code: what
     else they close over is in their recordings.
     """
     return _identity(func, frozenset())
@@ -307,12 +309,12 @@ def _identity(value: Any, seen: frozenset[int]) -> Hashable | None:
         return value
     try:
         return _Token.of(value)
-    except TypeError:  # no weak references: nobody would know when it is another
+    except TypeError:  # no weak references: another object at its address would not be noticed
         return None
 
 
 def _part(value: Any, seen: frozenset[int]) -> Hashable | None:
-    """What a part of a function adds to its identity: its code, if it has any."""
+    """The key of a function's part: that of its code if it is callable, else None."""
     if callable(value) and not isinstance(value, torch.Tensor):
         return _identity(value, seen)
     return None
@@ -329,7 +331,7 @@ def _cells(func: types.FunctionType) -> list[Any]:
 
 
 class _Token:
-    """Stands for one object: equal to no other, nor to what comes after it at its address."""
+    """Token of one object: equal to no other, nor to a later object at its address."""
 
     _by_id: dict[int, tuple[weakref.ref[Any], _Token]] = {}
 

@@ -1,8 +1,9 @@
-"""A call whose samples go different ways: its paths are found, lowered and put together."""
+"""Calls whose samples take different paths: the paths are found, lowered and combined."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.call import by_sample
+from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.into_store import groups_into_store
@@ -19,7 +20,8 @@ from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
 from shardmap.call.ragged import as_asked, joined, refuse_groups
-from shardmap.call.routes import LOOP, Path, Router, Routes, seen_of, taken, warn_looped
+from shardmap.call.routes import LOOP, Path, Router, Routes, Seen, seen_of, taken, warn_looped
+from shardmap.call.spread import Spread, given_in
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds
@@ -32,8 +34,10 @@ from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 
+logger = logging.getLogger("shardmap")
+
 Instead = Callable[[LoweringOptions], Lowered]
-"""Makes what runs in the place of a replay."""
+"""Makes a lowering that replaces the replay."""
 
 
 class Part(Protocol):
@@ -44,7 +48,7 @@ class Part(Protocol):
         ...
 
     def job(self, by_sample: Instead | None = None) -> Job:
-        """The call as executors take it."""
+        """The job that executors run."""
         ...
 
     def names(self, job: Job) -> tuple[str, ...]:
@@ -57,9 +61,9 @@ class Part(Protocol):
 
 
 def may_draw(prepared: Prepared, options: Options) -> Prepared:
-    """The recording of a call that runs the function itself on samples of which none was recorded.
+    """The recording marked as random, for samples on which it was not recorded.
 
-    Whether they draw random numbers is not known: it is taken for granted where they may.
+    The function may draw random numbers on them; it is assumed to if `randomness` allows it.
     """
     if options.randomness == "error":
         return prepared
@@ -68,15 +72,15 @@ def may_draw(prepared: Prepared, options: Options) -> Prepared:
 
 
 class Forked:
-    """A call whose samples go different ways.
+    """A call whose samples take different paths.
 
     Args:
         prepared: The recording of one sample.
         batch: The call's arguments.
-        options: The call's.
-        use: The function on the call's samples.
-        part: Makes the call of another recording on some of the samples.
-        seeds: What the draws of a recording follow from in this call.
+        options: The call's options.
+        use: The function run on the call's samples.
+        part: Makes the call that runs another recording on some of the samples.
+        seeds: Gives the seeds of a recording's draws in this call.
     """
 
     def __init__(
@@ -97,17 +101,18 @@ class Forked:
         self._found: Routes | None = None
         self._dtypes: Sequence[torch.dtype] = ()
         self._alone = options.alone()
-        """The options of a part that is computed by itself."""
+        """The options of a part that is computed as a call of its own."""
 
     def widen(self, dtypes: Sequence[torch.dtype]) -> None:
         """Bring outputs to these dtypes: samples that take no path have wider ones."""
         self._dtypes = dtypes
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
-        """What stands for all paths: a recording, its samples, and what runs in its place.
+        """A recording for all paths, its samples and first use, and what replaces its replay.
 
         Raises:
-            VariesError: The paths do not fit together; `RaggedError` if it is for their shapes.
+            VariesError: The paths' results do not fit together; `RaggedError` if their shapes
+                differ.
         """
         routes = self._routes()
         paths = [path for path in routes.paths if len(path.rows)]
@@ -115,6 +120,8 @@ class Forked:
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
             return path.prepared, self.batch, use, None
+        if not paths:
+            return self._by_loop()
         branches: dict[int, Branch] = {}
         for number, path in enumerate(routes.paths):
             branch = self._branch(path) if len(path.rows) else None
@@ -125,8 +132,8 @@ class Forked:
         self._refuse_loop(routes)
         if not branches:
             raise errors.VariesError(
-                f"{self.options.call}: the samples answer differently what python asks about their "
-                "values, and too few alike"
+                f"{self.options.call}: samples take different paths by what python asks about "
+                "their values, and too few take the same one"
             )
         whole = merged([routes.paths[number] for number in branches], self.options.call)
         if self._dtypes:
@@ -136,8 +143,8 @@ class Forked:
         if whole.recording.written_inputs and torch.is_grad_enabled():
             if any(t.requires_grad for t in self.batch.tensors()):
                 raise errors.VariesError(
-                    f"{self.options.call}: samples go different ways and are written in place "
-                    "where gradients are recorded"
+                    f"{self.options.call}: samples take different paths, and the function writes "
+                    "to them in place where gradients are recorded"
                 )
         placed = [
             dataclasses.replace(b, seeds=seeds_within(b.prepared.recording, whole.recording))
@@ -150,13 +157,32 @@ class Forked:
         def instead(how: LoweringOptions) -> Lowered:
             program = whole.recording.program
             specs = [v.spec for v in program.outputs]
-            replay = PathReplay(of_row, placed, self._loop(whole, how), specs)
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
+            replay = PathReplay(of_row, placed, loop, specs)
             return lowering(program, how, replay)
 
         return whole, self.batch, self.use, instead
 
+    def _by_loop(self) -> tuple[Prepared, Batch, FirstUse, Instead]:
+        """What stands for a call whose samples are all looped: no path is worth following."""
+        whole = may_draw(self.prepared, self.options)
+
+        def instead(how: LoweringOptions) -> Lowered:
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
+            return by_sample.lowering(whole.recording.program, how, loop)
+
+        return whole, self.batch, self.use, instead
+
+    def _loop_of(self, batch: Batch, prepared: Prepared, tracked: bool) -> SampleLoop:
+        recording = prepared.recording
+        specs = [v.spec for v in recording.program.outputs]
+        return SampleLoop(
+            self.use.func, batch, prepared.structure, specs, self.options.randomness,
+            recording.random, tracked, self.options.call, recording.generators,
+        )  # fmt: skip
+
     def _refuse_loop(self, routes: Routes) -> None:
-        """Refuse samples without a path where no loop is wanted.
+        """Refuse samples without a path if `strict=True`.
 
         Raises:
             VariesError: There are some, and `strict=True`.
@@ -170,10 +196,10 @@ class Forked:
             )
 
     def ragged(self) -> Any:
-        """The results where their shapes differ by sample: a list of tensors for each output.
+        """The results if their shapes differ by sample: a list of tensors for each output.
 
         Raises:
-            OptionError: They are to be reduced, or stored.
+            OptionError: `reduce=` or `out=` is given.
         """
         options = self.options
         if options.reduce is not None or options.out is not None or options.out_dims != 0:
@@ -219,10 +245,10 @@ class Forked:
         return len(taken_by) > 1 or len(self._routes().looped) > 0
 
     def by_groups(self) -> Any:
-        """The results where the samples are computed elsewhere: path by path, on all workers.
+        """The results of samples that are computed on a cluster: path by path, on all workers.
 
         Raises:
-            OptionError: An option cannot be served so.
+            OptionError: An option cannot be combined with a run path by path.
             VariesError: Some samples take no path, and only the function itself can serve them.
         """
         options = self.options
@@ -261,7 +287,7 @@ class Forked:
         program = whole.recording.program
 
         def instead(how: LoweringOptions) -> Lowered:
-            loop = self._loop(whole, how)
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
             return by_sample.lowering(program, how, loop)
 
         def compute(start: int, stop: int) -> list[torch.Tensor]:
@@ -277,15 +303,6 @@ class Forked:
         call = self.part(whole, self.batch, options, None)
         call.draw_by(seeds, None)
         return groups_into_store(call.job(instead), options, whole.structure, cluster, compute)
-
-    def _loop(self, whole: Prepared, how: LoweringOptions) -> SampleLoop:
-        """What runs the function itself."""
-        recording, options = whole.recording, self.options
-        specs = [v.spec for v in recording.program.outputs]
-        return SampleLoop(
-            self.use.func, self.batch, whole.structure, specs, options.randomness,
-            recording.random, how.grad or how.transformed, options.call, recording.generators,
-        )  # fmt: skip
 
     def _routes(self) -> Routes:
         if self._found is None:
@@ -312,15 +329,54 @@ class Forked:
                 return self.part(prepared, part, self._alone, None).run_flat()
 
         seen = seen_of(identity(use.func))
-        routes = Router(self.batch, self.options, paths, on, compute, seen).run()
+        if not self._pays(seen):
+            seen.spread.was_looped()
+            return Routes([], torch.arange(self.batch.size))
+        found = Router(self.batch, self.options, paths, on, compute, seen).run()
+        size = self.batch.size
+        seen.spread.was_split(size - len(found.looped), size)
         if use.once:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
                 path.prepared
-                for path in routes.paths[1:][-4 * options.max_paths :]
+                for path in found.paths[1:][-4 * options.max_paths :]
                 if not any(id(t) in leaves for t in path.prepared.recording.captured)
             ]
-        return routes
+        return found
+
+    def _pays(self, seen: Seen) -> bool:
+        """True to split the batch: where few samples answer alike, looping them is faster."""
+        spread, size, options = seen.spread, self.batch.size, self.options
+        verdict = self.use.verdict()
+        if options.strict or options.randomness != "error" or verdict.alone or not verdict.forks:
+            # Looping is refused, or would draw other numbers; or no sample can be tried, or all
+            # are taken to answer alike.
+            return True
+        if spread.is_due():
+            numbers = spread.next_tried(size)
+            given = [given_in(program) for program in self.use.programs()]
+            try:
+                if numbers:
+                    part = taken(self.batch, torch.tensor(numbers))
+                    given += self._loop_of(part, self.prepared, False).answered()
+            except Exception as error:  # the function's own is raised again where samples are asked
+                logger.debug("%s: a sample that was tried: %s", options.call, error)
+                return True
+            spread.look(given, size, routes.WORTH_KNOWN, routes.WORTH)
+        if not spread.splits and size >= routes.WORTH:
+            warn_looped(options.call, self._many(spread), size)
+        return spread.splits
+
+    def _many(self, spread: Spread) -> str:
+        """Why no path is worth following."""
+        recording = self.prepared.recording
+        lines = [recording.program.equations[at].source for at in recording.asked]
+        place = next((line for line in reversed(lines) if line), "a line that is not known")
+        return (
+            f"{spread.counts.total()} samples that were tried gave {len(spread.counts)} different "
+            f"sequences of answers to what python asks about their values (the last at {place}), "
+            "and too few alike for a batch of each"
+        )
 
     def _draws(self) -> errors.VariesError:
         return errors.VariesError(
@@ -329,7 +385,7 @@ class Forked:
         )
 
     def _use(self, path: Path, part: Batch) -> FirstUse:
-        """The function on samples that all take one path; the first is the one recorded."""
+        """The function run on samples that all take one path; the first is the recorded one."""
         recording, structure = path.prepared.recording, path.prepared.structure
         pair = None if path.recorded < 0 else (recording, structure)
         return FirstUse(

@@ -1,6 +1,6 @@
-"""`reduce=shardmap.reduce.gram()`.
+"""Maps for `reduce=shardmap.reduce.gram()`.
 
-Maps return factors of the outputs, and the matrices are made of what they returned.
+They return factors of the outputs, from which the matrices are computed.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from shardmap.program.ir import Program
 from shardmap.reduce.reduction import Reduction
 
 PASS_BYTES = 4 << 20
-"""Results of one map that are not worth a second one."""
+"""Bytes of one map's results below which they are not split over two maps."""
 PASSES = 6
 """Most maps, unless one output of one sample is larger than a sixth of all."""
 
 CACHED_BYTES = 16 << 20
-"""Above it automatic chunks are the smaller ones."""
+"""Bytes above which automatic chunks are the smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Maps whose outputs stand for others."""
+    """Maps that return factors in place of the function's outputs."""
 
     passes: tuple[tuple[gram.Pass, Prepared, Options], ...]
     groups: tuple[tuple[int, ...], ...]
-    """For each matrix the outputs that it compares."""
+    """For each matrix: positions of the outputs that it compares."""
     original: Prepared
     options: Options
     """The call's."""
     call: str
     dims: tuple[int | None, ...]
-    """Where the dimension of samples is in each of the function's outputs; None where there is
+    """For each of the function's outputs: position of the mapped dimension, or None if it has
     none."""
 
     @property
     def notes(self) -> list[str]:
-        """What is compared by factors, in words."""
+        """Sentences about the outputs that are compared by factors."""
         return gram.described([one for one, _, _ in self.passes])
 
     @property
@@ -77,16 +77,16 @@ class Compared:
     def outputs(
         self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int
     ) -> list[Any]:
-        """What the function's outputs become.
+        """Run the maps and return the function's outputs.
 
-        The matrix in the place of the first output that it compares, None in that of the others.
+        A matrix replaces the first of the outputs that it compares, None the others.
 
         Args:
-            run: Runs a map.
+            run: Function that runs a map.
             samples: N.
 
         Raises:
-            MismatchError: The factors do not give what the function returned for the first sample.
+            MismatchError: The factors do not give the function's own result for the first sample.
         """
         out: list[Any] = [None] * len(self.passes[0][0].kept)
         matrices: list[Tensor | None] = [None] * len(self.groups)
@@ -115,18 +115,18 @@ class Compared:
 def compared(
     prepared: Prepared, options: Options, samples: int, plain: bool, several: bool
 ) -> Compared | None:
-    """The maps that return factors instead; None where nothing is compared.
+    """The maps that return factors; None if no output is compared.
 
     Args:
         prepared: The recording.
-        options: The call's.
+        options: The call's options.
         samples: N.
-        plain: Whether the outputs are compared as they are: inside transforms and other maps, and
+        plain: True to compare the outputs themselves: inside transforms and other maps, and
             where gradients are recorded.
-        several: Whether there may be more than one map.
+        several: True if there may be more than one map.
 
     Raises:
-        OptionError: An option that the outputs of such a map cannot have.
+        OptionError: An option cannot be combined with such a map.
     """
     if options.reduce is None:
         return None
@@ -183,7 +183,7 @@ def _refuse_size(program: Program, matrices: int, samples: int, options: Options
     """Refuse matrices that do not fit, before anything is computed.
 
     Raises:
-        OverBudget: They take more than the call may.
+        OverBudget: They need more memory than the budget.
     """
     spec = program.outputs[0].spec
     needed = matrices * samples**2 * spec.dtype.itemsize
@@ -200,9 +200,9 @@ def _refuse_size(program: Program, matrices: int, samples: int, options: Options
 def _chunk(program: Program, options: Options, limit: int | None) -> Any:
     """The chunk size.
 
-    On a CPU no chunk that is to be planned takes more than what all samples leave.
+    On a CPU, a chunk that is planned takes no more than the results of all samples.
 
-    Measured for a small CNN on 500 digits, of chunks that the cache would hold: a third of the
+    Measured for a small CNN on 500 digits, against chunks sized for the cache: a third of the
     memory, and half the time.
     """
     on_cpu = program.inputs[0].spec.device == "cpu" and options.devices in ("auto", "cpu")
@@ -222,7 +222,7 @@ def _listed(one: gram.Pass) -> pytree.TreeSpec:
 def _limit(
     program: Program, groups: Sequence[Sequence[int]], samples: int, options: Options
 ) -> int:
-    """Bytes that the outputs of one map may take."""
+    """Most bytes of the outputs of one map."""
     specs = [program.outputs[k].spec for group in groups for k in group]
     total = samples * sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     limit = max(PASS_BYTES, total // PASSES)

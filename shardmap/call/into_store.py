@@ -1,4 +1,4 @@
-"""Results that are written to a store as they are computed, instead of being kept."""
+"""A call whose results go to a store."""
 
 from __future__ import annotations
 
@@ -45,9 +45,21 @@ def refuse_store(job: Job, options: Options, inlined: bool) -> None:
 
 
 def into_store(
-    job: Job, options: Options, structure: pytree.TreeSpec, cluster: on_ray.Ray | None
+    job: Job,
+    options: Options,
+    structure: pytree.TreeSpec,
+    cluster: on_ray.Ray | None,
+    compute: Callable[[Store], None] | None = None,
 ) -> Store:
-    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster."""
+    """Compute what the store lacks, unit by unit: here, or on the workers of a cluster.
+
+    Args:
+        job: The call.
+        options: The call's.
+        structure: Of what the function returned for one sample.
+        cluster: The workers.
+        compute: Fills the store, where no executor takes the job.
+    """
     sink, on = options.out, prepare.Devices(job, options.budget.on)
     assert sink is not None
     if cluster is not None:
@@ -64,7 +76,9 @@ def into_store(
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
     store = _created(sink, job, unit, options, structure)
-    if cut is not None:
+    if compute is not None:
+        compute(store)
+    elif cut is not None:
         local.run(job, cut, on, store)
     elif cluster is not None:
         on_ray.run(job, options.chunk_size, cluster, options.budget, store)

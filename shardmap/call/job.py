@@ -1,4 +1,4 @@
-"""From a recording and a batch to the job that executors take."""
+"""Make the job that executors run from a recording and a batch."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def job_of(
     seed: Seeds | None = None,
     traced: bool = False,
 ) -> Job:
-    """The call as every executor takes it; refuses what no executor can do.
+    """Make the job of a call, or refuse what no executor can run.
 
     Args:
         prepared: The recording.
         batch: The call's arguments.
         options: The call's options.
-        inlined: Whether the call is a part of a recording.
-        transformed: Whether transforms, or forward-mode AD, are active around the call.
+        inlined: True if the call is a part of a recording.
+        transformed: True if transforms, or forward-mode AD, are active around the call.
         pairs: Maps a function that combines two results over many pairs.
-        by_sample: Makes what runs the function itself, instead of a replay.
-        seed: For random draws; None to draw it from torch's generator and the user's.
-        traced: Whether the call is traced.
+        by_sample: Makes the lowering that runs the function itself, instead of a replay.
+        seed: Seeds for random draws; None to draw it from torch's generator and the user's.
+        traced: True if the call is traced.
     """
     recording, call = prepared.recording, options.call
     program = recording.program
     inputs = batch.tensors()
     if (
         not recording.written_inputs
-    ):  # the sample is resolved: what was recorded may view it as real numbers
+    ):  # the sample was resolved: recorded calls may view it as real numbers
         inputs = [t.resolve_conj().resolve_neg() for t in inputs]
     home = inputs[0].device
     writes_with_grad = bool(recording.written_inputs) and any(
@@ -135,11 +135,11 @@ def job_of(
 def seeds_of(
     recording: Recording, nested: bool, drawn: tuple[Recording, Seeds] | None = None
 ) -> Seeds:
-    """The seeds of a call; inside another map torch draws, and that map sees it.
+    """The seeds of a call; inside another map torch draws, and that map records it.
 
     Args:
-        recording: What is to be run.
-        nested: Whether the call stands inside another map.
+        recording: The recording to be run.
+        nested: True if the call stands inside another map.
         drawn: Another recording of the same call, and the seeds that were drawn for it.
     """
     if nested:
@@ -155,7 +155,7 @@ def seeds_of(
 
 
 def _summed(prepared: Prepared, options: Options) -> tuple[bool, ...]:
-    """Of which outputs only the sum over the samples is wanted.
+    """For each output: True if a sum over the samples suffices.
 
     It can be computed without the terms.
     """
@@ -178,7 +178,7 @@ def _outputs(
     grad: bool,
     pairs: Pairs,
 ) -> tuple[Output, ...]:
-    """What is to become of each output."""
+    """Describe each output: its device, position of the mapped dimension, reduction."""
     program, call = prepared.recording.program, options.call
     reduced = out_edges.spread_reductions(options.reduce, prepared.structure, call)
     dims = out_edges.place_outputs(
@@ -267,12 +267,12 @@ def split_of(
     inlined: bool,
     always: bool = False,
 ) -> Split:
-    """Who is to compute how much, and how many samples at a time."""
+    """Plan the lanes of the call: rows for each, and chunk sizes."""
     size = None if inlined else options.chunk_size
     if isinstance(size, Mapping):
         _check_devices_of(size, names, options.call)
     if size == "auto" and job.transformed:
-        size = None  # what transforms from outside hold of a chunk is theirs: cutting saves nothing
+        size = None  # outer transforms keep each chunk's values: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
     found = sites(job, on, names, options.budget.on, several, forced and not inlined)
@@ -292,19 +292,24 @@ def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], cal
 
 
 def _inside_functorch_vmap() -> bool:
+    """True if an outer sample of a `torch.func.vmap` around may want draws of its own."""
     levels = functorch.get_interpreter_stack() or []
-    return any(level.key() == functorch.TransformType.Vmap for level in levels)
+    maps = [level for level in levels if level.key() == functorch.TransformType.Vmap]
+    return any(functorch.CVmapInterpreterPtr(level).randomness() != _SAME for level in maps)
+
+
+_SAME = functorch.RandomnessType.Same
 
 
 def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
-    """The job with what the function returns for the samples that a new lowering is tried on.
+    """The job with the function's own results for samples on which a new lowering is tried.
 
     The function is run here, as it was called, and not where the lowering is made.
 
     Args:
         job: The call.
         names: The devices that it runs on.
-        use: The function on the call's samples.
+        use: The function run on the call's samples.
     """
     several = bool(job.samples > 1)
     if all(prepare.tried(job, torch.device(name), several) for name in set(names)):
@@ -314,7 +319,7 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
 
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
-    """Whether forward-mode AD around the call differentiates by one of its tensors.
+    """True if forward-mode AD around the call has tangents for one of its tensors.
 
     Under transforms, which count as such already, nobody can ask.
     """

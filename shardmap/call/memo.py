@@ -1,4 +1,4 @@
-"""`trace="once"`: replay a recording while what the function reads is the same.
+"""`trace="once"`: replay a recording while the values that the function reads stay the same.
 
 A recording holds tensors by identity and numbers by value. It goes stale when the caller rebinds
 what the function reads: `W = W - lr * g`, `model.weight = Parameter(...)`, `settings.scale = 2`. So
@@ -8,98 +8,23 @@ parameters, containers) is listed when it is recorded and compared at each call.
 
 from __future__ import annotations
 
-import array
-import collections
-import contextvars
 import dataclasses
-import functools
 import logging
-import os
-import sys
-import sysconfig
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from shardmap._torch import OpOverload, forward_level, generator_id, pytree, storage_id
+from shardmap._torch import forward_level, generator_id, pytree, storage_id
+from shardmap.call.reachable import VALUES, Unknown, reachable, same
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
 
 logger = logging.getLogger("shardmap")
-
-_VALUES = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    range,
-    slice,
-    type(Ellipsis),
-)
-_LIBRARIES = tuple(
-    os.path.join(path, "")
-    for path in {
-        sysconfig.get_path("stdlib"),
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-    }
-    if path
-) + (
-    os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(os.path.dirname(os.path.dirname(__file__)), ""),
-)
-_COMMON = frozenset((bool, int, float, str, type(None)))
-_CONTAINERS = frozenset(
-    (
-        dict,
-        list,
-        tuple,
-        set,
-        frozenset,
-        collections.OrderedDict,
-        collections.defaultdict,
-        collections.deque,
-    )
-)
-"""Kinds without attributes."""
-_PLAIN = (
-    type,
-    property,
-    types.ModuleType,
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    OpOverload,
-)
-"""Kinds whose attributes are looked at in their own way, or never change."""
-_LIMIT = 200_000
-"""Most objects that are listed."""
-
-
-class Snapshot(tuple[Any, ...]):
-    """Facts about an object that can change while it stays the same object."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """What the function can reach and nobody can compare."""
-
-    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +33,21 @@ class Prepared:
 
     recording: Recording
     structure: pytree.TreeSpec
-    """Of what the function returned."""
+    """Structure of the function's result."""
     lowerings: dict[Any, Lowered] = field(default_factory=dict)
     outputs: dict[Any, Any] = field(default_factory=dict)
-    """What is to become of its outputs, by home, outer autograd and size of the batch."""
+    """Descriptions of its outputs, by device, outer autograd and size of the batch."""
     derived: dict[Any, Any] = field(default_factory=dict)
-    """Maps that compute something else from the same recording."""
+    """Prepared maps that compute something else from the same recording."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A recording, and what must be the same for it to be replayed."""
+    """A recording, and the values that must be unchanged for it to be replayed."""
 
     prepared: Prepared
-    reads: list[Any]
-    """What the function could reach, as `reachable` lists it."""
+    reads: list[object]
+    """The objects and values that the function could reach, as listed by `reachable`."""
     arguments: dict[int, int]
     """Captured tensors that are unmapped arguments: position among the captured -> leaf of the
     call."""
@@ -144,27 +69,41 @@ class Remembered:
 class Memory:
     """The recordings of one mapped function, by signature."""
 
+    most = 64
+    """Largest number of signatures that are kept."""
+
     def __init__(self, func: Callable[..., Any], call: str):
-        self.func = func
         self.call = call
-        self.kept: dict[Any, Remembered] = {}
+        self._func: Callable[[], object] = lambda: func
+        self.kept: dict[object, Remembered] = {}
         self.said = False
 
-    def recall(self, batch: Batch) -> Remembered | None:
-        """The recording that serves this call; None if what the function reads has changed."""
+    def recall(self, batch: Batch, reads: list[object] | None = None) -> Remembered | None:
+        """The recording that serves this call; None if the function reads changed values.
+
+        Args:
+            batch: The call's arguments.
+            reads: What the function reads now, if it has been listed.
+        """
         key = signature(batch)
         found = self.kept.get(key)
         if found is None:
             return None
         unchanged = all(batch.leaves[leaf] is tensor for leaf, tensor in found.fixed.items())
-        if not unchanged or not same(found.reads, self._reads(batch)):
+        if not unchanged or not same(found.reads, reads or self.reads(batch)):
             self.kept.pop(key, None)
             return None
         return found
 
-    def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Remember a recording, unless it holds something that cannot be found again."""
-        reads = self._reads(batch)
+    def keep(self, batch: Batch, prepared: Prepared, reads: list[object] | None = None) -> None:
+        """Keep a recording, unless the function reads something that cannot be compared.
+
+        Args:
+            batch: The call's arguments.
+            prepared: The recording.
+            reads: What the function reads, if it has been listed.
+        """
+        reads = reads or self.reads(batch)
         unknown = next((r for r in reads if type(r) is Unknown), None)
         if unknown is not None:
             self._say(f"the function can reach {unknown.what}, which cannot be compared")
@@ -196,21 +135,25 @@ class Memory:
                     "attribute, module parameter)"
                 )
                 return
-        if len(self.kept) >= 64:
+        if len(self.kept) >= self.most:
             oldest = next(iter(list(self.kept)), None)  # the list is made in one step
             self.kept.pop(oldest, None)
-        # What the function returned is of this call's first sample: a later call's must not be
+        # The function's result is of this call's first sample: a later call's must not be
         # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())
         self.kept[signature(batch)] = Remembered(
-            dataclasses.replace(prepared, recording=recording), reads, arguments, fixed
+            dataclasses.replace(prepared, recording=recording), self.held(reads), arguments, fixed
         )
 
-    def _reads(self, batch: Batch) -> list[Any]:
+    def held(self, reads: list[object]) -> list[object]:
+        """The part of a listing that is kept: all of it."""
+        return reads
+
+    def reads(self, batch: Batch) -> list[object]:
         """Objects that the function can reach, by name or through arguments that hold others."""
         return reachable(
-            self.func,
-            *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *_VALUES))],
+            self._func(),
+            *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *VALUES))],
         )
 
     def _say(self, why: str) -> None:
@@ -219,14 +162,14 @@ class Memory:
             self.said = True
 
     def forget(self, batch: Batch) -> None:
-        """Drop the recording for this signature: it has gone stale."""
+        """Drop the recording for this signature because it is stale."""
         self.kept.pop(signature(batch), None)
 
 
-def signature(batch: Batch) -> Any:
-    """What of a call decides the recording.
+def signature(batch: Batch) -> Hashable:
+    """Key of the properties of a call that decide its recording.
 
-    Arguments but for their values and number of samples, and torch's modes.
+    They are those of the arguments, without values and number of samples, and torch's modes.
     """
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)
@@ -241,7 +184,7 @@ def signature(batch: Batch) -> Any:
             grad = leaf.requires_grad, leaf.is_leaf
             twin = firsts.setdefault(id(leaf), i)  # one tensor passed twice is recorded as one
             parts.append((shape, stride, leaf.dtype, leaf.device, *grad, leaf.is_inference(), twin))
-        elif isinstance(leaf, _VALUES):
+        elif isinstance(leaf, VALUES):
             parts.append((type(leaf), repr(leaf)))
     return (*_hashable(parts), modes())
 
@@ -267,183 +210,4 @@ def modes() -> tuple[Any, ...]:
             cuda.math_sdp_enabled(),
             cuda.cudnn_sdp_enabled(),
         ),
-    )
-
-
-def same(before: list[Any], now: list[Any]) -> bool:
-    """Whether two listings hold the same objects and equal numbers."""
-    if len(before) != len(now):
-        return False
-    for a, b in zip(before, now, strict=True):
-        if a is b or (type(a) is Snapshot and type(b) is Snapshot and a == b):
-            continue
-        if type(a) is not type(b) or not isinstance(a, _VALUES):
-            return False
-        if a != b or repr(a) != repr(b):
-            return False
-    return True
-
-
-def reachable(*roots: Any) -> list[Any]:
-    """Everything that `roots` can read by name, in a fixed order.
-
-    Tensors and objects themselves, numbers and strings by value.
-    """
-    found: list[Any] = []
-    seen: set[int] = set()
-    for root in roots:
-        _walk(root, found, seen, frozenset())
-    if len(found) > _LIMIT:
-        found.append(Unknown(f"more than {_LIMIT:,} objects"))
-    return found
-
-
-def _walk(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
-    if len(found) > _LIMIT:
-        return
-    found.append(value)
-    if type(value) in _COMMON or isinstance(value, _VALUES):
-        return
-    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change what a tensor is
-        place = value.stride() if value.layout is torch.strided else memory_of(value)
-        found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if type(value) in _CONTAINERS and not value:
-        return
-    if isinstance(value, dict | types.MappingProxyType):
-        for key, item in value.items():
-            found.append(key if isinstance(key, _VALUES) else id(key))
-            _walk(item, found, seen, names)
-    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
-        found.append(len(value))
-        for item in value:
-            _walk(item, found, seen, names)
-    elif isinstance(value, types.FunctionType):
-        _walk_function(value, found, seen)
-    elif isinstance(value, types.MethodType):
-        _walk(value.__self__, found, seen, names)
-        _walk(value.__func__, found, seen, names)
-    elif isinstance(value, functools.partial):
-        for part in (value.func, value.args, value.keywords):
-            _walk(part, found, seen, names)
-    elif isinstance(value, types.ModuleType):
-        if not _is_library(getattr(value, "__file__", None)):
-            for name in sorted(names & vars(value).keys()):
-                _walk(vars(value)[name], found, seen, names)
-    elif isinstance(value, type):
-        for kind in _user_classes(value):
-            for name, item in vars(kind).items():
-                if not name.startswith("__") or name in ("__call__", "__init__"):
-                    _walk(
-                        item.__func__ if isinstance(item, classmethod | staticmethod) else item,
-                        found,
-                        seen,
-                        names,
-                    )
-    elif isinstance(value, property):
-        for part in (value.fget, value.fset):
-            _walk(part, found, seen, names)
-    elif isinstance(value, np.ndarray):
-        found.append(Snapshot((value.shape, value.dtype.str, value.tobytes())))
-        for item in value.flat if value.dtype.hasobject else ():
-            _walk(item, found, seen, names)
-    elif isinstance(value, bytearray | array.array | memoryview):
-        found.append(bytes(value))
-    elif isinstance(value, contextvars.ContextVar):
-        _walk(value.get(None), found, seen, names)
-    elif isinstance(value, Iterator):
-        found.append(Unknown(f"an iterator ({type(value).__name__})"))
-    if not isinstance(value, _PLAIN):
-        _walk_object(value, found, seen, names)
-
-
-def _walk_function(func: types.FunctionType, found: list[Any], seen: set[int]) -> None:
-    if _is_library(func.__code__.co_filename):
-        for cell in func.__closure__ or ():  # a library's decorator around a function of the user
-            _walk_cell(cell, found, seen, frozenset())
-        return
-    names = frozenset(_names(func.__code__))
-    for cell in func.__closure__ or ():
-        _walk_cell(cell, found, seen, names)
-    for value in (
-        *(func.__defaults__ or ()),
-        *(func.__kwdefaults__ or {}).values(),
-        *func.__dict__.values(),
-    ):
-        _walk(value, found, seen, names)
-    for name in sorted(names):
-        if name in func.__globals__:
-            _walk(func.__globals__[name], found, seen, names)
-        elif name in sys.modules:  # imported inside the function
-            _walk(sys.modules[name], found, seen, names)
-
-
-def _walk_cell(
-    cell: types.CellType, found: list[Any], seen: set[int], names: frozenset[str]
-) -> None:
-    try:
-        contents = cell.cell_contents
-    except ValueError:  # not assigned yet
-        found.append("empty cell")
-        return
-    _walk(contents, found, seen, names)
-
-
-def _walk_object(value: Any, found: list[Any], seen: set[int], names: frozenset[str]) -> None:
-    kind = type(value)
-    if kind in _CONTAINERS:
-        return
-    _walk(kind, found, seen, names)
-    attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and attributes:
-        for key, item in attributes.items():
-            found.append(key)
-            if type(item) in _COMMON:
-                found.append(item)
-            elif type(item) not in _CONTAINERS or item:
-                _walk(item, found, seen, names)
-    for slot in _slots(kind):
-        if hasattr(value, slot):
-            _walk(getattr(value, slot), found, seen, names)
-
-
-@functools.lru_cache(maxsize=4096)
-def _user_classes(kind: type) -> tuple[type, ...]:
-    """The classes that `kind` inherits from, itself among them, that are no library's."""
-    return tuple(
-        [
-            k
-            for k in kind.__mro__
-            if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
-        ]
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
-    slots: list[str] = []
-    for base in kind.__mro__:
-        own = base.__dict__.get("__slots__", ())
-        slots += [own] if isinstance(own, str) else own
-    return tuple(slots)
-
-
-@functools.cache
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(_names(constant))
-    return tuple(sorted(names))
-
-
-@functools.cache
-def _is_library(filename: str | None) -> bool:
-    return (
-        filename is None
-        or filename.startswith("<frozen")
-        or os.path.abspath(filename).startswith(_LIBRARIES)
     )

@@ -1,4 +1,4 @@
-"""The options of one mapped call, and what they may be."""
+"""The options of one mapped call, and their allowed values."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class MapOptions(TypedDict, total=False):
     trace: str
     check: str
     strict: bool
+    max_paths: int
+    ragged: str
+    batch_norm: str
     remat: bool
     reduce: Any
     out: Sink | None
@@ -37,7 +40,7 @@ class MapOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user asked for; see `shardmap.vmap`."""
+    """The options of one call; see `shardmap.vmap`."""
 
     in_dims: Any
     out_dims: Any
@@ -59,6 +62,7 @@ class Options:
     check: str = "first"
     max_paths: int = 64
     ragged: str = "error"
+    batch_norm: str = "error"
 
     def alone(self) -> Options:
         """The options of a part of the call that is computed by itself."""
@@ -71,7 +75,7 @@ class Options:
         """Refuse values that an option cannot have.
 
         Raises:
-            OptionError: The message carries the call, the option, its value and what it may be.
+            OptionError: The message has the call, the option, its value and the allowed ones.
         """
         if not callable(func):
             raise errors.OptionError(
@@ -83,6 +87,7 @@ class Options:
             ("trace", ("each", "once")),
             ("check", ("first", "always", "off")),
             ("ragged", ("error", "list", "nested")),
+            ("batch_norm", ("error", "frozen", "per_sample")),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
@@ -98,8 +103,8 @@ class Options:
             )
         if self.resume is True and self.out is None:
             raise errors.OptionError(
-                f"{self.call}: resume=True without out=: only what is in a store can be gone on "
-                "with; pass a sink"
+                f"{self.call}: resume=True without out=: only a run with a store can be "
+                "resumed; pass a sink"
             )
         for name in ("strict", "remat", "resume"):
             value = getattr(self, name)
@@ -160,11 +165,11 @@ class Options:
 
     @property
     def budget(self) -> Budget:
-        """What the map may add to what is in use on each device."""
+        """Bytes that the map may add on each device to those already in use."""
         return Budget(self._budget_bytes(), self.memory_fraction)
 
     def watching(self) -> AbstractContextManager[Any]:
-        """Draws the progress bar that was asked for while a map runs inside."""
+        """Context that draws the requested progress bar while a map runs inside."""
         return (
             progress.bar(always=self.progress == "always")
             if self.progress

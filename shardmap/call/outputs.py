@@ -1,4 +1,4 @@
-"""The results of a mapped call: where the samples go in each, how it is reduced, and its name."""
+"""The results of a mapped call: position of the mapped dimension, reduction, and name of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spread_reductions(
     """One reduction, or None, per output.
 
     Args:
-        reduce: As the user gave it: a reduction for all outputs, or a prefix of their structure.
+        reduce: The user's option: a reduction for all outputs, or a prefix of their structure.
         structure: The outputs' structure.
         call: The user's call, for errors.
 
@@ -50,16 +50,16 @@ def place_outputs(
     call: str,
     reduced: Sequence[reductions.Reduction | None] = (),
 ) -> list[int | None]:
-    """Where the mapped dimension goes in each result: one dimension per output, never negative.
+    """Position of the mapped dimension in each result: one per output, never negative.
 
     None for an unmapped result. The tensors of a container have the samples first, whatever
     `out_dims` says of the container: see `result_dims`.
 
     Args:
         ndims: Dimensions of each output for one sample.
-        mapped: Whether each differs by sample.
-        structure: Their pytree.
-        out_dims: As the user gave it.
+        mapped: For each output: True if it differs by sample.
+        structure: The outputs' pytree.
+        out_dims: The user's option.
         call: The user's call, for errors.
         reduced: The outputs' reductions: a reduced output has no dimension of samples, whatever
             `out_dims` says of it.
@@ -95,11 +95,11 @@ def place_outputs(
 def result_dims(
     structure: pytree.TreeSpec, out_dims: object, placed: Sequence[int | None], call: str
 ) -> Sequence[int | None]:
-    """Where the dimension of samples goes in each result; of a container's tensor, in that.
+    """Position of the mapped dimension in each result; for a container's tensor, inside it.
 
     Args:
         structure: The outputs' pytree.
-        out_dims: As the user gave it.
+        out_dims: The user's option.
         placed: As `place_outputs` returned it.
         call: The user's call, for errors.
     """
@@ -113,7 +113,7 @@ def result_dims(
 
 
 def _of_one(out_dims: object, structure: pytree.TreeSpec) -> object:
-    """`out_dims`, or its only entry where the function returns one tensor or container."""
+    """`out_dims`, or its only entry if the function returns one tensor or container."""
     single = structure.is_leaf() or structure.type is Opened
     if isinstance(out_dims, tuple | list) and len(out_dims) == 1 and single:
         return out_dims[0]
@@ -121,9 +121,9 @@ def _of_one(out_dims: object, structure: pytree.TreeSpec) -> object:
 
 
 def _counted(structure: pytree.TreeSpec, ndims: list[int]) -> tuple[list[int], list[bool]]:
-    """The dimensions that an out_dim of each output counts, and whether a container holds it.
+    """Number of dimensions that an out_dim of each output counts; True if a container holds it.
 
-    Of a container, those of its batch.
+    For a container these are the dimensions of its batch.
     """
     if structure.type is Opened:
         count = structure.num_leaves
@@ -143,7 +143,7 @@ def _counted(structure: pytree.TreeSpec, ndims: list[int]) -> tuple[list[int], l
 def output_names(structure: pytree.TreeSpec) -> list[str]:
     """A name for each output: its keys, joined by dots.
 
-    `result` where the function returns one tensor.
+    It is `result` if the function returns one tensor.
     """
     return [name or "result" for name in _names(structure)]
 

@@ -1,6 +1,6 @@
-"""A map whose samples go different ways: each chunk's samples run along their own paths.
+"""Maps whose samples take different paths: each chunk's samples run along their own paths.
 
-What the executors take for one program is here one for each path: a chunk's samples are sorted by
+The executors see one program, though there is one for each path: a chunk's samples are sorted by
 path, each group is replayed, and its results go back to the rows that they belong to. So chunks,
 lanes, reductions, stores and autograd work as for any map.
 """
@@ -29,16 +29,16 @@ from shardmap.run.prepare import Ready
 from shardmap.trace.recording import Recording
 
 _learned = Kept(256)
-"""What the planner has learned of maps that go several ways, by the lowerings of their paths."""
+"""The planner's notes on maps with several paths, by the lowerings of their paths."""
 
 
 def clear() -> None:
-    """Forget what was learned."""
+    """Clear the notes."""
     _learned.clear()
 
 
 def after_fork() -> None:
-    """Make the lock of this module new."""
+    """Renew the lock of this module."""
     _learned.after_fork()
 
 
@@ -48,9 +48,9 @@ class Branch:
 
     prepared: Prepared
     ready: dict[str, Ready]
-    """By device."""
+    """The prepared program on each device, by the device's name."""
     seeds: tuple[int, ...]
-    """Which of the call's seeds its draws follow from."""
+    """Positions, among the call's seeds, of those that the path's draws follow from."""
 
 
 class PathReplay(StandIn):
@@ -59,8 +59,8 @@ class PathReplay(StandIn):
     Args:
         of_row: The number of each sample's path, `LOOP` where the function itself is run.
         branches: The paths.
-        loop: What runs the function itself.
-        specs: The outputs' metadata: what the results of all paths are brought to.
+        loop: The loop that runs the function itself.
+        specs: The outputs' metadata: all paths' results are converted to these.
     """
 
     source = "a program for each path"
@@ -123,7 +123,7 @@ class PathReplay(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         for at, found in self._groups(size, start, device, seed, inputs):
             for t, where in zip(found, slices, strict=True):
                 if len(at) == size:
@@ -140,9 +140,9 @@ class PathReplay(StandIn):
         seed: Seeds,
         inputs: list[torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-        """The samples of a chunk that take one path, by their places in it, and their outputs.
+        """Yield for each path the positions of its samples in the chunk, and their outputs.
 
-        What they write reaches `inputs`.
+        In-place writes to samples reach `inputs`.
         """
         assert isinstance(start, int), "a chunk is a run of samples"
         paths = self.of_row[start : start + size]
@@ -208,12 +208,12 @@ def answered(prepared: Prepared) -> str:
 
 
 def _version(t: torch.Tensor) -> int | None:
-    """How often a tensor has been written to; None where torch does not count."""
+    """Number of writes to a tensor so far; None if torch does not count them."""
     return None if t.is_inference() else version_of(t)
 
 
 def merged(paths: Sequence[Path], call: str) -> Prepared:
-    """The recording that stands for all paths where their outputs are described.
+    """A recording that describes the outputs of all paths.
 
     Raises:
         VariesError: The paths' outputs cannot be stacked.
@@ -293,12 +293,12 @@ def seeds_within(part: Recording, whole: Recording) -> tuple[int, ...]:
 
 
 def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> Lowered:
-    """The paths in the form in which executors take a lowering."""
+    """Wrap the paths as a lowering, which executors take."""
     ready = [next(iter(branch.ready.values())).low for branch in replay.branches]
     tiers = {name: tier for low in ready for name, tier in low.batched.tiers.items()}
     if bool((replay.of_row == LOOP).any()):
         tiers[ITSELF] = "loop"
     size = max([low.sample_bytes for low in ready], default=0)
     key = "notes", *[id(low) for low in ready]
-    _, notes = _learned.made(key, lambda: (ready, Notes()))  # what it holds keeps its ids
+    _, notes = _learned.made(key, lambda: (ready, Notes()))  # holding `ready` keeps the ids
     return standin.lowering(program, options, replay, tiers, size, notes)

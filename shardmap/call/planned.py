@@ -1,4 +1,4 @@
-"""What `shardmap.plan` returns: look at it, run it, look at what happened."""
+"""The plan that `shardmap.plan` returns: print it, run it, and look at the run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from shardmap.store import Sink
 
 
 class Plan:
-    """A map that is ready to run: who computes how much, how many samples at a time, what it needs.
+    """A map that is ready to run: samples per device and chunk, memory and time needed.
 
-    `print(plan)` shows the devices, the most costly operators and what is computed once. The plan
+    `print(plan)` shows the devices, the most costly operators and those computed once. The plan
     holds the call's tensors.
 
     Example:
@@ -45,6 +45,7 @@ class Plan:
         finish: Callable[[list[Any]], Any],
         compared: Sequence[str],
         looked: str = "",
+        shapes: str = "",
     ):
         self.split = split
         self._job = job
@@ -53,6 +54,7 @@ class Plan:
         self._finish = finish
         self._compared = compared
         self._looked = looked
+        self._shapes = shapes
         self._events: list[Any] = []
 
     @property
@@ -62,22 +64,22 @@ class Plan:
 
     @property
     def job(self) -> Job:
-        """The call that is planned: its recording, its inputs, and what becomes of its outputs."""
+        """The planned call: its recording, its inputs, and its outputs."""
         return self._job
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
-        """One per entry of `devices`."""
+        """The lanes, one per entry of `devices`."""
         return self.split.lanes
 
     @property
     def fits(self) -> bool:
-        """Whether every device's predicted peak is within its budget."""
+        """True if every device's predicted peak is within its budget."""
         return self.split.fits
 
     @property
     def seconds(self) -> float:
-        """Predicted for the run."""
+        """Predicted seconds for the run."""
         return self.split.seconds
 
     def __str__(self) -> str:
@@ -93,13 +95,13 @@ class Plan:
         return table.operators(self.split, ready.low, self._seen(), everything)
 
     def _seen(self) -> Observation | None:
-        """What a chunk has been seen to cost; None where running one would break the budget."""
+        """Measured cost of a chunk; None if running one would exceed the budget."""
         if not self._job.samples or self.lanes[0].memory.bound:
             return None
         return watched(self._on.on(self.lanes[0].device, self._job.samples > 1), self._job)
 
     def _backward_unknown(self) -> str:
-        """Why nobody can say what gradients cost; empty where somebody can, or none are asked."""
+        """Reason why the cost of gradients is unknown; empty if it is known or not needed."""
         seen = self._seen() if self._job.grad else None
         return "" if seen is None else seen.backward_unknown
 
@@ -111,10 +113,10 @@ class Plan:
 
     @not_compiled
     def explain(self) -> str:
-        """The plan in full.
+        """The plan in full, as text.
 
-        What `print` shows with every operator, then the memory of each device and how the map runs
-        in words.
+        It has the text of `print` with every operator, then paragraphs on each device's memory and
+        on how the map runs.
         """
         job = self._job
         parts = [self.summary, self._operators(everything=True)]
@@ -144,14 +146,11 @@ class Plan:
             )
         parts += self._from_factors()
         ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
-        if ways:
-            parts.append(ways)
-        if self._looked:
-            parts.append(self._looked)
+        parts += [text for text in (self._shapes, ways, self._looked) if text]
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
-        """What is computed without the per-sample values that it is of."""
+        """Paragraph on the outputs that are computed without their per-sample values."""
         low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
             f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
@@ -165,17 +164,21 @@ class Plan:
     def into(self, sink: Sink, chunk_size: Any) -> Plan:
         """The plan of the same map whose results go to a store.
 
-        Memory then holds the units that are being put together, and no more.
+        Memory then holds only the units that are being filled.
 
         Args:
-            sink: Where the results go.
-            chunk_size: As the user gave it.
+            sink: The store for the results.
+            chunk_size: The user's option.
         """
         job = dataclasses.replace(self._job, unit=storing.unit_of(self._job, chunk_size, sink))
+        if job.places is not None:  # rows of a store are computed in their order
+            job = dataclasses.replace(
+                job, inputs=[job.places.sort().values], places=None, bounds=()
+            )
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, options, self._finish, self._compared, self._looked)
+        return Plan(job, cut, on, options, self._finish, self._compared, self._looked, self._shapes)
 
     @not_compiled
     def run(self) -> Any:
@@ -183,7 +186,7 @@ class Plan:
 
         Raises:
             OverBudget: A device's predicted peak exceeds its budget.
-            ShardmapError: As `shardmap.vmap`.
+            ShardmapError: Any error of `shardmap.vmap`.
         """
         refusal = self.split.refusal()
         if refusal is not None:
@@ -201,9 +204,9 @@ class Plan:
         return self._finish(outputs)
 
     def timeline(self, path: str | Path) -> None:
-        """Write what happened in the last run, for chrome://tracing or https://ui.perfetto.dev.
+        """Write a timeline of the last run, for chrome://tracing or https://ui.perfetto.dev.
 
-        One lane per device.
+        It has one lane per device.
 
         Args:
             path: The JSON file to write.
@@ -216,10 +219,10 @@ class Plan:
     def plot(self, path: str | Path) -> None:
         """Draw the last run, one lane per device.
 
-        Chunks as they were computed, predicted against measured.
+        The picture shows the computed chunks, and predicted against measured times.
 
         Args:
-            path: The picture to write; its ending says which kind.
+            path: The picture to write; its suffix says which kind.
 
         Raises:
             OptionError: The plan has not run.

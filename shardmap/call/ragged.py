@@ -10,8 +10,7 @@ in the order of the samples: stacked where their shapes are equal, as a `Ragged`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from shardmap._torch import pytree, version_of
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call.options import Options
+from shardmap.store.columns import Column
+from shardmap.store.ragged import PickedColumn, Ragged
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.container_protocol import is_container
 from shardmap.trace.containers import open_batch, refuse_unequal
@@ -30,107 +31,94 @@ COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
 
 
-class Ragged:
-    """A batch whose samples have shapes of their own.
+def given(
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
+) -> tuple[tuple[object, ...], dict[str, object], bool]:
+    """A call's arguments, and whether some of them are ragged.
 
-    Pass it to a mapped function as any batch, with in_dim 0. The function is recorded once for each
-    shape among the samples, which takes milliseconds: of a thousand shapes, pad some to a common
-    one. Sums and means of half precision are rounded once for each shape, too.
-
-    Args:
-        samples: One tensor per sample, all of one dtype and on one device.
-
-    Raises:
-        OptionError: The samples are no such list.
-
-    Example:
-        >>> import torch, shardmap
-        >>> words = shardmap.Ragged([torch.tensor(w) for w in ([3., 4.], [1., 2., 2.], [0., 1.])])
-        >>> shardmap.vmap(torch.linalg.vector_norm)(words)
-        tensor([5., 3., 1.])
-        >>> shardmap.vmap(torch.cumsum, in_dims=(0, None))(words, 0)
-        Ragged(3 samples of torch.float32: 2 x [2], 1 x [3])
+    A nested tensor becomes a `Ragged`, and so does a list of tensors whose first sizes differ: as a
+    pytree of batches it would have no one size.
     """
-
-    def __init__(self, samples: Sequence[Tensor]):
-        if isinstance(samples, Tensor) or not isinstance(samples, Sequence):
-            raise errors.OptionError(
-                f"shardmap.Ragged: samples is a {type(samples).__name__}; pass a list with a "
-                "tensor for each sample, or a tensor as it is"
-            )
-        for number, sample in enumerate(samples):
-            if (
-                not isinstance(sample, Tensor)
-                or sample.layout is not torch.strided
-                or sample.is_nested
-            ):
-                found = (
-                    f"a tensor of layout {sample.layout}"
-                    if isinstance(sample, Tensor)
-                    else f"a {type(sample).__name__}"
-                )
-                raise errors.OptionError(
-                    f"shardmap.Ragged: sample {number} is {found}; pass a dense tensor for each "
-                    "sample"
-                )
-            if (sample.dtype, sample.device) != (samples[0].dtype, samples[0].device):
-                raise errors.OptionError(
-                    f"shardmap.Ragged: sample {number} is of {sample.dtype} on {sample.device}, "
-                    f"sample 0 of {samples[0].dtype} on "
-                    f"{samples[0].device}; bring all to one dtype and one device"
-                )
-        self.samples: tuple[Tensor, ...] = tuple(samples)
-
-    def __len__(self) -> int:
-        """The number of samples."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """One sample."""
-        return self.samples[index]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """The samples in order."""
-        return iter(self.samples)
-
-    def __repr__(self) -> str:
-        if not self.samples:
-            return "Ragged(no samples)"
-        counts: dict[tuple[int, ...], int] = {}
-        for sample in self.samples:
-            counts[tuple(sample.shape)] = counts.get(tuple(sample.shape), 0) + 1
-        shapes = [f"{count} x {list(shape)}" for shape, count in sorted(counts.items())]
-        shown = shapes if len(shapes) <= 4 else [*shapes[:2], "...", shapes[-1]]
-        return f"Ragged({len(self.samples)} samples of {self.samples[0].dtype}: {', '.join(shown)})"
+    if not kwargs and all(isinstance(leaf, Tensor) and not leaf.is_nested for leaf in args):
+        return args, kwargs, False  # flattening takes longer
+    dims = options.in_dims
+    if isinstance(dims, list | tuple):
+        of_args = dims if len(dims) == len(args) else (None,) * len(args)
+    else:
+        of_args = (dims,) * len(args)
+    args = tuple([_as_ragged(a, d) for a, d in zip(args, of_args, strict=True)])
+    own = options.kw_in_dims
+    kwargs = {
+        name: _as_ragged(value, own.get(name) if isinstance(own, dict) else own)
+        for name, value in kwargs.items()
+    }
+    return args, kwargs, any(isinstance(t, Ragged) for t in pytree.tree_leaves((args, kwargs)))
 
 
-def among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call's arguments hold ragged ones."""
-    if not kwargs and all(isinstance(leaf, Tensor) for leaf in args):  # flattening takes longer
+def _as_ragged(value: object, dim: object) -> object:
+    if type(dim) is not int or dim != 0:
+        return value
+    if isinstance(value, Tensor):
+        return Ragged(value.unbind()) if value.is_nested else value
+    return Ragged(value) if type(value) is list and _is_unequal(value) else value
+
+
+def _is_unequal(values: list[object]) -> bool:
+    """True if a list holds samples of unequal lengths, and no batches."""
+    tensors = [t for t in values if isinstance(t, Tensor) and not t.is_nested]
+    if len(tensors) < max(2, len(values)):
         return False
-    return any(isinstance(leaf, Ragged) for leaf in pytree.tree_leaves((args, kwargs)))
+    kinds = {(t.ndim, t.dtype, t.device) for t in tensors}
+    sizes = {t.shape[0] for t in tensors if t.ndim}
+    return len(kinds) == 1 and len(sizes) > 1
 
 
-def refuse_plan(args: tuple[Any, ...], kwargs: dict[str, Any], call: str) -> None:
-    """Refuse to plan a call with ragged arguments.
+def grouped(
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
+) -> list[tuple[list[int], Batch]]:
+    """The samples of each shape: the numbers of the rows, ascending, and the batch of them.
 
     Raises:
-        OptionError: There are some.
+        OptionError: An option cannot be served for samples of several shapes.
+        InDimsError: A ragged argument is not mapped over its samples, or the sizes disagree.
+        EmptyBatchError: There are no samples.
     """
-    if among(args, kwargs):
-        raise errors.OptionError(
-            f"{call}: an argument is a shardmap.Ragged, of which each shape is a map with a plan "
-            "of its own; plan it for samples of one "
-            "shape, stacked"
-        )
+    refuse_groups(options, "a shardmap.Ragged argument", "shape", whole=True)
+    whole, ragged = _whole(args, kwargs, options)
+    return [(rows, _group(whole, ragged, rows)) for rows in _rows(whole, ragged)]
+
+
+def _rows(whole: Batch, ragged: dict[int, Ragged]) -> list[list[int]]:
+    """The numbers of the samples of each shape."""
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    shapes = [samples.shapes for samples in ragged.values()]
+    for row in range(whole.size):
+        groups.setdefault(tuple([own[row] for own in shapes]), []).append(row)
+    return list(groups.values())
+
+
+def reduction_names(options: Options) -> set[str]:
+    """The names of a call's reductions."""
+    entries = pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one)
+    parsed = [reductions.parse(entry, options.call) for entry in entries]
+    return {reduction.name for reduction in parsed if reduction is not None}
+
+
+def is_whole(options: Options) -> bool:
+    """True if a call is one map over all shapes, and not one for each.
+
+    What is added up is so for each shape: the sum can be had without its terms.
+    """
+    names = reduction_names(options)
+    return not names or not names <= set(COMBINED)
 
 
 def run(
-    map_group: Callable[[Batch], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    map_group: Callable[[Batch], object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     options: Options,
-) -> Any:
+) -> object:
     """Map over samples of unequal shapes, group by group.
 
     Args:
@@ -151,22 +139,20 @@ def run(
         OutputError: Results of different groups do not fit together.
     """
     refuse_groups(options, "a shardmap.Ragged argument", "shape")
-    whole, given = _whole(args, kwargs, options)
-    groups: dict[tuple[torch.Size, ...], list[int]] = {}
-    for row in range(whole.size):
-        groups.setdefault(tuple([samples[row].shape for samples in given.values()]), []).append(row)
+    whole, ragged = _whole(args, kwargs, options)
+    groups = _rows(whole, ragged)
     structure, found = None, []
-    for rows in groups.values():
-        batch = _group(whole, given, rows)
-        versions = [version_of(batch.leaves[leaf]) for leaf in given]
+    for rows in groups:
+        batch = _group(whole, ragged, rows)
+        versions = [_version(batch.leaves[leaf]) for leaf, _ in batch.mapped]
         result = map_group(batch)
-        if versions != [version_of(batch.leaves[leaf]) for leaf in given]:
+        if versions != [_version(batch.leaves[leaf]) for leaf, _ in batch.mapped]:
             raise errors.CapturedWriteError(
-                f"{options.call}: the function writes in place to a shardmap.Ragged argument, of "
-                "which it is given copies; clone the "
-                "argument inside the function"
+                f"{options.call}: the function writes in place to a mapped argument of a call with "
+                "a shardmap.Ragged argument, of which it is given copies; clone the argument "
+                "inside the function"
             )
-        leaves, shape = _flat(result, options)
+        leaves, shape = flat(result, options)
         if structure is not None and shape != structure:
             raise errors.OutputError(
                 f"{options.call}: the function returns {shape} for samples of one shape and "
@@ -176,7 +162,11 @@ def run(
         structure = shape
         found.append(leaves)
     assert structure is not None  # there are samples, and so there is a group
-    return joined(found, list(groups.values()), structure, options)
+    return joined(found, groups, structure, options)
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else version_of(t)
 
 
 def joined(
@@ -184,7 +174,7 @@ def joined(
     groups: list[list[int]],
     structure: pytree.TreeSpec,
     options: Options,
-) -> Any:
+) -> object:
     """The results of all samples, from those of groups of them.
 
     Args:
@@ -206,7 +196,7 @@ def joined(
     return unflatten_outputs(outputs, structure, dims, sum(map(len, groups)))
 
 
-def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSpec]:
+def flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSpec]:
     """The results of one group, and the structure of one sample's."""
     parts, structure = pytree.tree_flatten(result, is_leaf=is_container)
     if any(map(is_container, parts)):
@@ -218,18 +208,26 @@ def _flat(result: object, options: Options) -> tuple[list[Tensor], pytree.TreeSp
     return flatten_outputs(result, options.call)
 
 
-def refuse_groups(options: Options, what: str, why: str) -> None:
+def refuse_groups(options: Options, what: str, why: str, whole: bool = False) -> None:
     """Refuse what cannot be had group by group.
 
     Args:
         options: The call's.
         what: What makes the groups.
         why: By what samples are grouped.
+        whole: Whether one map over all groups puts results where they belong.
 
     Raises:
         OptionError: The message names the option.
     """
     call = options.call
+    if options.randomness == "same":
+        raise errors.OptionError(
+            f"{call}: randomness='same' and {what}: samples of different groups cannot share a "
+            "draw; draw outside of the function and pass it, or use randomness='different'"
+        )
+    if whole:
+        return
     if options.out is not None:
         raise errors.OptionError(
             f"{call}: out= and {what}, which is computed group by group, and not row by row as a "
@@ -239,11 +237,6 @@ def refuse_groups(options: Options, what: str, why: str) -> None:
         raise errors.OptionError(
             f"{call}: out_dims={options.out_dims!r} and {what}, whose results may be ragged; leave "
             "out_dims at 0"
-        )
-    if options.randomness == "same":
-        raise errors.OptionError(
-            f"{call}: randomness='same' and {what}: samples of different groups cannot share a "
-            "draw; draw outside of the function and pass it, or use randomness='different'"
         )
     for given in pytree.tree_leaves(options.reduce, is_leaf=reductions.is_one):
         reduction = reductions.parse(given, call)
@@ -256,7 +249,7 @@ def refuse_groups(options: Options, what: str, why: str) -> None:
 
 
 def _whole(
-    args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
 ) -> tuple[Batch, dict[int, Ragged]]:
     """The batch of all samples with stand-ins for ragged arguments, and those by their position."""
     call = options.call
@@ -268,9 +261,8 @@ def _whole(
                 f"{call}: a shardmap.Ragged argument has no samples, so the shape of a result "
                 "cannot be inferred"
             )
-        leaves[i] = (
-            samples[0].new_empty(1).expand(len(samples), *[1] * samples[0].ndim)
-        )  # sizes and dims are checked with it
+        first = samples[0]  # sizes and dims are checked with what stands for it
+        leaves[i] = first.new_empty(1).expand(len(samples), *[1] * first.ndim)
     stand_ins, keywords = pytree.tree_unflatten(leaves, structure)
     whole = edges.collect(stand_ins, keywords, options.in_dims, options.kw_in_dims, call)
     dims = dict(whole.mapped)
@@ -280,30 +272,34 @@ def _whole(
                 f"{call}: a shardmap.Ragged argument has in_dim {dims.get(i)}; it can only be "
                 "mapped over its samples: give it in_dim 0"
             )
-    if whole.columns:
-        raise errors.OptionError(
-            f"{call}: a shardmap.Ragged argument together with a column of a source; read the "
-            "column first: column.read(0, len(column))"
-        )
     return whole, given
 
 
-def _group(whole: Batch, given: dict[int, Ragged], rows: list[int]) -> Batch:
+def _group(whole: Batch, ragged: dict[int, Ragged], rows: list[int]) -> Batch:
     """The batch of some samples, whose shapes are equal."""
     leaves = list(whole.leaves)
-    for leaf, dim in whole.mapped:
-        if leaf in given:
+    columns: dict[int, Column] = {}
+    for position, (leaf, dim) in enumerate(whole.mapped):
+        if leaf in ragged or position in whole.columns:
             # Outside of inference mode, whose tensors count no writes.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-                leaves[leaf] = torch.stack([given[leaf][row] for row in rows])
+                found = (
+                    ragged[leaf].rows(rows)
+                    if leaf in ragged
+                    else PickedColumn(whole.columns[position], rows)
+                )
+            if isinstance(found, Column):
+                columns[position] = found
+                found = found.rows_between(0, min(edges.HEAD, len(rows)))
+            leaves[leaf] = found
         else:
             leaves[leaf] = leaves[leaf].index_select(
                 dim, torch.tensor(rows, device=leaves[leaf].device)
             )
-    return dataclasses.replace(whole, leaves=leaves, size=len(rows))
+    return dataclasses.replace(whole, leaves=leaves, size=len(rows), columns=columns)
 
 
-def as_asked(rows: list[Tensor], ragged: str) -> Any:
+def as_asked(rows: list[Tensor], ragged: str) -> object:
     """One output of all samples: stacked where the shapes are equal, else as `ragged` says."""
     if all(t.shape == rows[0].shape for t in rows):
         return torch.stack(rows)
@@ -317,7 +313,7 @@ def _joined(
     groups: list[list[int]],
     reduction: reductions.Reduction | None,
     options: Options,
-) -> Any:
+) -> object:
     """One output of all samples, from those of the groups."""
     call = options.call
     if reduction is None:

@@ -1,9 +1,9 @@
-"""Which way each sample goes: the batch is split by the answers that its samples give.
+"""Find each sample's path: the batch is split by the answers that its samples give.
 
-A recording holds one sample's answers to the questions that the function asks about values. What
-the questions are about is computed for the whole batch, question by question, and samples that
-answer otherwise leave: for them the function is recorded on one of their own. Paths form a tree:
-what is found of one sample holds for all with the same answers.
+A recording holds one sample's answers to the questions that the function asks about values. The
+operands of the questions are computed for the whole batch, question by question; samples with other
+answers leave the path, and the function is recorded on one of them. Paths form a tree:
+a recording serves all samples with the same answers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shardmap import errors
 from shardmap._torch import functorch, pytree
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.spread import Answers, Spread
 from shardmap.lower.cache import Kept
 from shardmap.lower.replayed import restride
 from shardmap.program.analysis import random_call
@@ -30,34 +31,34 @@ from shardmap.trace.batch import Batch
 logger = logging.getLogger("shardmap")
 
 WORTH = 64
-"""Samples, in this call and those before, from which a new path is recorded: recording, lowering
-and trying it costs about as much as running the function itself on so many."""
+"""Number of samples, in this call and those before, from which a new path is recorded: recording,
+lowering and trying it costs about as much as running the function itself on this many."""
 WORTH_KNOWN = 8
-"""Samples from which a path is followed that has been recorded before."""
+"""Number of samples from which a path recorded before is used."""
 LOOP = -1
-"""Stands for the loop in the place of a path: the function itself, sample by sample."""
+"""Path number of samples for which the function itself is run, sample by sample."""
 
 _seen = Kept(512)
-"""Answers that functions were seen to give, by what identifies the function."""
+"""Answers that functions have given, by the functions' identity."""
 
 
 def clear() -> None:
-    """Forget which ways functions were seen to go."""
+    """Clear the answers."""
     _seen.clear()
 
 
 def after_fork() -> None:
-    """Make the lock of this module new."""
+    """Renew the lock of this module."""
     _seen.after_fork()
 
 
 def seen_of(key: Hashable | None) -> Seen:
-    """The answers that a function was seen to give; new ones for what nothing identifies."""
+    """The answers that a function has given; a new record for a function without identity."""
     return Seen() if key is None else _seen.made(("answers", key), Seen)
 
 
 _PASSED_ON = (errors.OverBudget, errors.VariesError)
-"""Errors that are about the call, and not about samples that have left a path."""
+"""Errors about the call, and not about samples that have left a path."""
 
 
 def warn_looped(call: str, why: str, samples: int) -> None:
@@ -70,32 +71,32 @@ def warn_looped(call: str, why: str, samples: int) -> None:
     )
 
 
-Prefix = tuple[Hashable, ...]
-
-
 class Seen:
-    """The answers that a function was seen to give, in all calls."""
+    """The answers that a function has given, in all calls."""
 
     most = 4096
-    """Answers of samples without a path that are remembered."""
+    """Most answers without a path that are remembered."""
 
     def __init__(self) -> None:
-        self.known: set[Prefix] = set()
-        """Those of paths that have been recorded."""
-        self.waiting: collections.Counter[Prefix] = collections.Counter()
-        """How many samples gave those that have no path yet."""
+        self.known: set[Answers] = set()
+        """Answers of paths that have been recorded."""
+        self.waiting: collections.Counter[Answers] = collections.Counter()
+        """Number of samples that gave answers without a path, by answers."""
+        self.spread = Spread()
+        """How samples that were tried are distributed over paths."""
 
-    def is_worth(self, prefix: Prefix, samples: int) -> bool:
-        """Whether a path pays for these samples; if not, they count when others come."""
+    def is_worth(self, prefix: Answers, samples: int) -> bool:
+        """True if a path pays for these samples; if not, they count for later calls."""
         if prefix in self.known:
             return samples >= WORTH_KNOWN
         if len(self.waiting) >= self.most:
             self.waiting.clear()
-        self.waiting[prefix] += samples
+        # As many are taken to have come in calls whose samples were all looped.
+        self.waiting[prefix] += samples * (1 + self.spread.looped)
         return self.waiting[prefix] >= WORTH
 
-    def note(self, answers: Prefix) -> None:
-        """Note that a path has been recorded."""
+    def note(self, answers: Answers) -> None:
+        """Add the answers of a path that has been recorded."""
         self.known.update(answers[:k] for k in range(len(answers) + 1))
 
 
@@ -104,20 +105,20 @@ Compute = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
 
 @dataclass(slots=True)
 class Path:
-    """What samples do that give certain answers."""
+    """The path of samples that give certain answers: its recording, answers and samples."""
 
     prepared: Prepared
-    answers: Prefix
+    answers: Answers
     recorded: int
     """The sample that it was recorded on; -1 for one of an earlier call."""
     stages: list[Stage]
-    """The programs that compute what is asked."""
+    """The programs that compute the operands of the questions."""
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """The samples that take it, in order."""
 
     @staticmethod
     def of(prepared: Prepared, recorded: int) -> Path:
-        """The path of a recording; what is asked is worked out once for each program."""
+        """Make the path of a recording; its questions are worked out once for each program."""
         recording = prepared.recording
         key = "questions", id(recording.program), recording.asked
         found = _seen.get(key)
@@ -150,11 +151,11 @@ class Router:
 
     Args:
         batch: The call's arguments.
-        options: The call's.
-        known: The paths that are known; the first one is where every sample starts.
+        options: The call's options.
+        known: The paths that are known; every sample starts on the first one.
         record: Records the function on a sample, by its number.
-        compute: Computes a program for a batch: what a stage asks about.
-        seen: Answers that the function was seen to give, in this call or before.
+        compute: Computes the program of a stage for a batch.
+        seen: Answers that the function has given, in this call or before.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class Router:
         self.routes = Routes(list(known))
         self._full = False
         self._used = {id(path) for path in self.routes.paths[:1]}
-        """The paths that samples of this call take; others are known of earlier calls."""
+        """Paths that samples of this call take; the others are from earlier calls."""
 
     def run(self) -> Routes:
         """Split the batch.
@@ -191,13 +192,13 @@ class Router:
         for path in self.routes.paths:
             path.rows = path.rows.sort().values
             if not bool((path.rows == path.recorded).any()):
-                path.recorded = -1  # by the batch's rounding it goes another way
+                path.recorded = -1  # with the batch's rounding it takes another path
         self.routes.looped = self.routes.looped.sort().values
         return self.routes
 
     def _send(
         self,
-        prefix: Prefix,
+        prefix: Answers,
         rows: torch.Tensor,
         waiting: collections.deque[tuple[torch.Tensor, Path, int]],
     ) -> None:
@@ -217,7 +218,7 @@ class Router:
         first = int(rows[0])
         path = Path.of(self.record(first), first)
         if path.answers[: len(prefix)] != prefix:
-            # Batched kernels round otherwise than a sample's own: the loop decides.
+            # Batched kernels round differently from a sample's own: run the loop.
             self._loop(rows)
             return
         self.routes.paths.append(path)
@@ -254,8 +255,8 @@ class Router:
 
     def _follow(
         self, path: Path, rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
-        """Let samples go along a path; those that leave it, by the answers that they gave.
+    ) -> dict[Answers, list[torch.Tensor]]:
+        """Follow a path with some samples; return those that leave it, by their answers.
 
         They are known to have given its first `known` answers.
         """
@@ -265,7 +266,7 @@ class Router:
             return self._walk(path, path.stages, rows, known)
         except _PASSED_ON:
             raise
-        except Exception as error:  # of a sample that has left: it would not have come here
+        except Exception as error:  # of a sample that has left the path before
             logger.debug("%s: question by question, for %s", self.options.call, error)
         recording = path.prepared.recording
         try:
@@ -273,7 +274,7 @@ class Router:
             return self._walk(path, singly, rows, known)
         except _PASSED_ON:
             raise
-        except Exception as error:  # the function itself raises it, where it is the user's
+        except Exception as error:  # if it is the user's error, the function itself raises it
             if self.options.strict:
                 raise
             warn_looped(self.options.call, f"what python asks raises {error!r}", len(rows))
@@ -282,8 +283,8 @@ class Router:
 
     def _walk(
         self, path: Path, through: Sequence[Stage], rows: torch.Tensor, known: int
-    ) -> dict[Prefix, list[torch.Tensor]]:
-        left: dict[Prefix, list[torch.Tensor]] = {}
+    ) -> dict[Answers, list[torch.Tensor]]:
+        left: dict[Answers, list[torch.Tensor]] = {}
         for stage in through:
             if not len(rows) or all(q.number < known for q in stage.questions):
                 continue
@@ -311,8 +312,8 @@ class Router:
         prepared = path.prepared
         if any(random_call(eq) for eq in stage.program.equations):
             raise errors.VariesError(
-                f"{self.options.call}: the function draws random numbers, and its samples go "
-                "different ways by them"
+                f"{self.options.call}: the function draws random numbers, and samples take "
+                "different paths depending on them"
             )
         recording = dataclasses.replace(
             prepared.recording, program=stage.program, sample=(), asked=(), random=False,
@@ -327,14 +328,14 @@ class Router:
 
 
 def unwrapped(t: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that transforms around the call differentiate by."""
+    """The plain values of a tensor that outer transforms differentiate by."""
     while functorch.is_gradtrackingtensor(t):
         t = functorch.get_unwrapped(t)
     return t
 
 
 def taken(batch: Batch, rows: torch.Tensor) -> Batch:
-    """The batch of some samples, copied, each with the strides that it had."""
+    """The batch of some samples, copied, with the strides that each had."""
     leaves = list(batch.leaves)
     for position, (leaf, dim) in enumerate(batch.mapped):
         if position in batch.columns:

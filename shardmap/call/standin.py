@@ -1,6 +1,6 @@
-"""What stands in the place of a lowered program where one recording does not stand for all samples.
+"""Stand-ins for a lowered program where one recording does not serve all samples.
 
-Executors take it for a lowering: they ask it for chunks and need nothing else of it.
+Executors treat a stand-in as a lowering: they only call it for chunks.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from shardmap.rules.lowering import V
 from shardmap.rules.philox import SampleNumbers, Seeds
 
 ITSELF = "the function itself"
-"""The name under which the loop over the samples stands among the operators."""
-_INPUTS = 6
+"""Name of the loop over the samples among the operators."""
+INPUTS = 6
 """The position of the samples among the arguments of `chunk`."""
 
 
 class StandIn(ABC):
-    """Has the functions of a replay (`shardmap.lower.codegen.Replay`)."""
+    """Base of stand-ins, with the functions of a replay (`shardmap.lower.codegen.Replay`)."""
 
     source: str
-    """What runs, in words."""
+    """Description of the code that runs."""
 
     def described(self) -> str:
         """Which samples take which way, in words; empty where there is one way."""
         return ""
 
     def fixed(self, *_: object) -> tuple[()]:
-        """Nothing is computed once for all chunks here."""
+        """The values that are computed once for all chunks: none."""
         return ()
 
     @abstractmethod
@@ -52,19 +52,19 @@ class StandIn(ABC):
 
     @abstractmethod
     def chunk_into(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there: one more argument, a list of slices."""
+        """Compute one chunk as `chunk` does, with one more argument: the slices to write into."""
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """`chunk`, or `chunk_into`, with one more argument that is told nothing.
+        """`chunk`, or `chunk_into`, with one more argument, a mark that is never called.
 
-        It is run to be watched, and once more for its results: the function may write to what it
+        It is run to be measured, and once more for its results: the function may write to what it
         is given, so that it is given copies.
         """
         run = self.chunk_into if slices else self.chunk
 
         def watched(*arguments: Any) -> tuple[torch.Tensor, ...]:
             given = list(arguments[:-1])
-            given[_INPUTS] = [t.clone() for t in given[_INPUTS]]
+            given[INPUTS] = [t.clone() for t in given[INPUTS]]
             return run(*given)
 
         return watched
@@ -83,15 +83,15 @@ def lowering(
     sample_bytes: int,
     notes: Notes,
 ) -> Lowered:
-    """A stand-in in the form in which executors take a lowering.
+    """Wrap a stand-in as a lowering, which executors take.
 
     Args:
         program: Describes the inputs and the outputs.
-        options: What the map is lowered for.
-        stand_in: What runs.
-        tiers: What serves each operator, by name.
-        sample_bytes: Bytes of all results of one sample, those on the way included.
-        notes: What the planner learns.
+        options: The options of the lowering.
+        stand_in: The stand-in.
+        tiers: The tier that serves each operator, by name.
+        sample_bytes: Bytes of all results of one sample, intermediate ones included.
+        notes: The planner's notes.
     """
     count = len(program.inputs)
     inputs = [V(i, True, v.spec.shape, v.spec.dtype) for i, v in enumerate(program.inputs)]

@@ -1,4 +1,4 @@
-"""What a call stands in: another recording, transforms, a trace."""
+"""The surroundings of a call: another recording, transforms, a trace."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from shardmap.trace.recorder import Recorder
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a call stands in."""
+    """The recording, transforms and trace around a call."""
 
     inlined: bool
-    """Whether it is a part of a function that is being recorded: then it has no plan of its own."""
+    """True if it is part of a function that is being recorded, and so has no plan of its own."""
     transformed: bool
-    """Whether `torch.func` transforms, or forward-mode AD, are active around it."""
+    """True if `torch.func` transforms, or forward-mode AD, are active around it."""
     traced: bool = False
-    """Whether its samples hold no values that python may look at."""
+    """True if its samples hold no values that python may read."""
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is around it."""
+        """True if there are neither recordings nor transforms around it."""
         return not (self.inlined or self.transformed)
 
 
 def surroundings() -> Surroundings:
-    """What a call that is made now stands in."""
+    """The surroundings of a call that is made now."""
     return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
 
 
 def under_recording() -> bool:
-    """Whether the call is made inside a function that is being recorded."""
+    """True if the call is made inside a function that is being recorded."""
     if dispatch_depth() == 0:
         return False
     return any(isinstance(m, Recorder) for m in dispatch_modes())

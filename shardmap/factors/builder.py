@@ -1,6 +1,6 @@
 """The builder of calls that work on factors: activations and cotangents instead of their product.
 
-It knows the values of recorded tensors, and which of them are products of which factors.
+It knows the values of recorded tensors, and the factors of those that are products.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class FactorBuilder:
     """The factors of one program, and the builder of calls that work on them.
 
     Args:
-        program: What one sample does.
+        program: The program of one sample.
         b: Its lowering.
         env: The values of its variables so far.
         written: Memory groups that are written in place.
         mapped: Memory groups that differ by sample.
-        enabled: Whether to use factors at all.
+        enabled: False to use no factors.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class FactorBuilder:
         self.enabled = enabled
         self.factors = Factors(program, written, mapped)
         self.kept: list[Factored] = []
-        """Products that are computed anyhow: outputs that are not summed."""
+        """Products that are computed in any case: outputs that are not summed."""
         self.notes: dict[int, str] = {}
-        """What was done, by number of the recorded call."""
+        """Texts on the rewritten calls, by number of the recorded call."""
         self._numbers = {id(eq): i for i, eq in enumerate(program.equations)}
         self._made: dict[Any, V] = {}
 
@@ -59,7 +59,7 @@ class FactorBuilder:
         return self.b.reshape(self.env[var.index], ())
 
     def wanted(self, var: Var) -> bool:
-        """True if the product `var` is computed anyhow, as an output that is not summed."""
+        """True if the product `var` is computed in any case, as an output that is not summed."""
         found = self.factors.of(var)
         factors = (
             {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()
@@ -69,7 +69,7 @@ class FactorBuilder:
         )
 
     def once(self, name: str, target: Callable[..., Any], *args: Any, shape: tuple[int, ...]) -> V:
-        """A call that several results share."""
+        """Emit a call that several results share, once."""
         key = name, *[a.index if type(a) is V else tuple(a) if type(a) is list else a for a in args]
         made = self._made.get(key)
         if made is None:
@@ -77,6 +77,6 @@ class FactorBuilder:
         return made
 
     def note(self, eq: Equation | None, text: str) -> None:
-        """Remember for `plan.explain()` what was done to a recorded call."""
+        """Note for `plan.explain()` how a recorded call was rewritten."""
         if eq is not None:
             self.notes[self._numbers[id(eq)]] = text

@@ -1,6 +1,6 @@
-"""Which recorded values are products, and of what.
+"""Find the recorded values that are products, and their factors.
 
-Read backwards from a value through the calls that only rearrange or scale it.
+The search goes backwards from a value through calls that only rearrange or scale it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Term:
     n: int
     m: int
     positions: int
-    """T, over how many the product sums."""
+    """T, the number of positions that the product sums over."""
     scales: tuple[tuple[str, Any], ...] = ()
     """`("mul", s)` and `("div", s)`: numbers, and recorded values of one element."""
     flipped: bool = False
-    """Whether the value is the transpose, `[m, n]`."""
+    """True if the value is the transpose, `[m, n]`."""
 
     @property
     def cost(self) -> int:
-        """Operations that computing it takes."""
+        """Number of operations to compute it."""
         return 2 * self.n * self.m * self.positions
 
 
@@ -45,7 +45,7 @@ class Product(Term):
 
 @dataclass(frozen=True, slots=True)
 class Rows(Term):
-    """Rows of cotangents added up where the indices say: the gradient of an embedding.
+    """Rows of cotangents added up by index: the gradient of an embedding.
 
     `left` holds T indices, `right [T, m]`.
     """
@@ -63,25 +63,25 @@ class Patches(Term):
     weight: tuple[int, ...] = ()
     """The weight's shape."""
     numbers: tuple[Any, ...] = ()
-    """stride, padding, dilation, transposed, output_padding, groups, as the operator takes them."""
+    """The operator's stride, padding, dilation, transposed, output_padding, groups."""
 
     @property
     def plain(self) -> bool:
-        """Whether `unfold` makes the patches: two dimensions, neither grouped nor transposed."""
+        """True if `unfold` makes the patches: two dimensions, neither grouped nor transposed."""
         transposed, _, groups = self.numbers[3:]
         return len(self.weight) == 4 and not transposed and groups == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """A recorded value as a sum of terms that are alike in size, rearranged to `shape`."""
+    """A recorded value as a sum of terms of equal size, rearranged to `shape`."""
 
     terms: tuple[Term, ...]
     shape: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """The dtype of the factors."""
         return self.terms[0].right.spec.dtype
 
     def scaled(self, how: str, by: Any) -> Factored:
@@ -92,12 +92,12 @@ class Factored:
 
 
 def sizes(terms: Sequence[Term]) -> str:
-    """What a product is made of, in words."""
+    """Text on the sizes of a product's factors."""
     return f"[{terms[0].n}, T] x [T, {terms[0].m}], T = {sum(t.positions for t in terms)}"
 
 
 MOST_TERMS = 256
-"""Uses of one weight: beyond, as in long recurrences, factors are no gain."""
+"""Most uses of one weight: beyond, as in long recurrences, factors do not pay."""
 
 REARRANGED = {
     aten.detach.default,
@@ -120,8 +120,8 @@ class Factors:
     """The factors of the values of one program.
 
     Args:
-        program: What one sample does.
-        written: Memory groups that are written in place: what lies there may be another value
+        program: The program of one sample.
+        written: Memory groups that are written in place: their values may change
             later.
         mapped: Memory groups that differ by sample.
     """
@@ -138,13 +138,13 @@ class Factors:
         }
         self._known: dict[int, Factored | None] = {}
         self._read = 0
-        """How many calls have been looked at: in their order, so that long chains are no deep
+        """Number of calls that have been visited: in their order, so that long chains need no deep
         recursion."""
 
     def of(self, var: Var) -> Factored | None:
         """`var` as a sum of products.
 
-        None if it is none that is known, or differs in no way by sample.
+        None if it is not a known product or does not depend on the sample.
         """
         if var.index not in self.makers or var.group in self.written:
             return None
@@ -161,7 +161,7 @@ class Factors:
         return None if found is None else found[0]
 
     def same(self, var: Var) -> Var:
-        """What `var` has the elements of, in their order."""
+        """The variable whose elements `var` has, in the same order."""
         eq = self.maker(var)
         while eq is not None and eq.op in REARRANGED and var.group not in self.written:
             (var,) = eq.args[:1]
@@ -182,7 +182,7 @@ class Factors:
         return None if rule is None else rule(self, eq, k, var)
 
     def _usable(self, *factors: Var) -> bool:
-        """Whether the factors will still be there when the value is asked for, with one dtype."""
+        """True if the factors still hold their values when they are used, and have one dtype."""
         floats = {v.spec.dtype for v in factors if v.spec.dtype.is_floating_point}
         return (
             len(floats) == 1

@@ -1,6 +1,6 @@
-"""Inner products of the outputs of all pairs of samples, from factors where those are smaller.
+"""Inner products of the outputs of all pairs of samples, from factors if those are smaller.
 
-The map returns the factors of what the function returns (`passes`); the matrix is computed from
+The map returns the factors of the function's outputs (`passes`); the matrix is computed from
 them in blocks (`add_to`). For linear layers `<A_i B_i, A_j B_j> = <A_i^T A_j, B_i B_j^T>`; over one
 position the product of two Gram matrices, of cotangents and activations.
 """
@@ -24,45 +24,45 @@ from shardmap.program.ir import NO_GRAD, Equation, Param, Program, Var
 from shardmap.trace.recording import Recording
 
 BLOCK_BYTES = 32 << 20
-"""What a block's temporaries may take; there are about four of that size."""
+"""Bytes of one of a block's temporaries; there are about four of that size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One output of the function: a sum of terms, or itself.
 
-    Numbers are positions among the outputs of the map.
+    The numbers are positions among the outputs of the map.
     """
 
     terms: tuple[tuple[Term, int, int], ...] = ()
-    """Each with where its factors are."""
+    """Each term, with the positions of its factors."""
     scales: tuple[tuple[tuple[str, float | int, bool], ...], ...] = ()
-    """For each term how it is scaled: "mul" or "div", a number or where it is, and whether it is
-    the latter."""
+    """For each term its scales: "mul" or "div", then a number or a position, then True if it is a
+    position."""
     dense: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One map of the samples, and what its outputs are for."""
+    """One map of the samples, and the use of its outputs."""
 
     program: Program
     kept: tuple[int, ...]
-    """Of the function's outputs that are not compared, where they are now; -1 for the others,
-    and in all passes but the first."""
+    """For each of the function's outputs that is not compared: its position among the map's; -1 for
+    the others, and in all passes but the first."""
     parts: tuple[tuple[Part, ...], ...]
     """For each matrix, the parts that this pass adds to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part before it has a place: what it is of, and how much of it one sample has."""
+    """A part before it has positions: its output, and its bytes per sample."""
 
     group: int
     output: int
     factored: Factored | None
     rows: tuple[int, int] | None
-    """Of an output that is cut, which of its rows."""
+    """The rows of an output that is cut into pieces; None for all."""
     sample_bytes: int
 
 
@@ -74,18 +74,18 @@ def passes(
     samples: int,
     limit_bytes: int | None,
 ) -> tuple[Pass, ...]:
-    """Maps of the same function that return factors of what is compared.
+    """Maps of the same function that return factors of the compared outputs.
 
-    Where all of it would be large, each map returns some of it, so that only that much is there at
-    a time.
+    If all factors would be large, each map returns some of them, so that only those are in memory
+    at a time.
 
     Args:
-        recording: Of the function.
+        recording: The recording of the function.
         groups: For each matrix, the positions of the outputs that it compares.
-        randomness: As the map has it.
-        enabled: Whether to use factors: not under transforms and gradients from outside.
+        randomness: The map's option.
+        enabled: True to use factors: not under transforms and outer autograd.
         samples: N.
-        limit_bytes: What the outputs of one map may take; None for one map, whatever they take.
+        limit_bytes: Most bytes of the outputs of one map; None for one map, whatever they take.
     """
     program = recording.program
     writes = {v.group for eq in program.equations for v in written(eq)}
@@ -115,7 +115,7 @@ def passes(
 
 
 def described(made: Sequence[Pass]) -> list[str]:
-    """What is compared by factors, in words."""
+    """Sentences about the products that are compared by factors."""
     products = [
         [term for term, _, _ in part.terms]
         for one in made
@@ -140,7 +140,7 @@ def _bytes(var: Var) -> int:
 
 
 def _cut(program: Program, piece: _Piece, most_bytes: int) -> list[_Piece]:
-    """A piece in rows of its output, where it is larger than a map may return for a sample."""
+    """Cut a piece into rows of its output if it is larger than a map may return for a sample."""
     shape = program.outputs[piece.output].spec.shape
     if piece.factored is not None or piece.sample_bytes <= most_bytes or not shape or shape[0] < 2:
         return [piece]
@@ -158,7 +158,7 @@ def _cut(program: Program, piece: _Piece, most_bytes: int) -> list[_Piece]:
 
 
 def _binned(pieces: Sequence[_Piece], most_bytes: int) -> list[list[_Piece]]:
-    """The pieces in as many maps as are needed: the largest first, each where it still fits."""
+    """Distribute the pieces over maps: the largest first, each into the first with room."""
     bins: list[list[_Piece]] = []
     for piece in sorted(pieces, key=lambda p: -p.sample_bytes):
         for taken in bins:
@@ -216,7 +216,7 @@ def _variables(program: Program) -> list[Var]:
 
 
 def _rows(var: Var, rows: tuple[int, int], index: int) -> Var:
-    """Some rows of a recorded tensor, as a view of it."""
+    """A view of some rows of a recorded tensor."""
     start, stop = rows
     spec = var.spec
     return Var(
@@ -245,7 +245,7 @@ def _factored(recording: Recording, found: Factored, add: Callable[..., int]) ->
 
 
 def _smaller(terms: Sequence[Term]) -> bool:
-    """Whether factors take less memory than the product, and comparing them no more operations."""
+    """True if factors take less memory than the product and no more operations to compare."""
     n, m = terms[0].n, terms[0].m
     positions = sum(t.positions for t in terms)
     if any(type(t) is Patches and not t.plain for t in terms):
@@ -257,13 +257,13 @@ def _smaller(terms: Sequence[Term]) -> bool:
 def add_to(
     out: Tensor | None, parts: Sequence[Part], outs: Sequence[Tensor], samples: int
 ) -> Tensor | None:
-    """The matrix, `[N, N]`, with what one map gave added, block by block.
+    """Add one map's part to the matrix `[N, N]`, block by block.
 
     Only blocks on and above the diagonal are computed.
 
     Args:
-        out: What there is so far.
-        parts: What is added.
+        out: The matrix so far.
+        parts: The parts that are added.
         outs: The outputs of the map, `[N, ...]` each.
         samples: N.
     """
@@ -326,7 +326,7 @@ def _inner(
     rows: slice,
     columns: slice,
 ) -> Tensor:
-    """`[I, J]`, inner products of one term of some samples and one term of others."""
+    """Inner products `[I, J]` of one term of some samples and one term of others."""
     (a, *_), (b, *_) = x, y
     if type(a) is Rows and type(b) is not Rows:
         return _rows_with_product(x, y, outs, rows, columns)
@@ -347,7 +347,7 @@ def _inner(
 
 
 def _over_positions(products: Tensor, mine: int, others: int) -> Tensor:
-    """`[I*T, J*S] -> [I, J]`."""
+    """Sum over positions: `[I*T, J*S] -> [I, J]`."""
     if mine == others == 1:
         return products
     return products.unflatten(1, (-1, others)).unflatten(0, (-1, mine)).sum((1, 3))
@@ -384,11 +384,11 @@ def _rows_with_product(
 
 
 def check(groups: Sequence[int], sample: Sequence[Tensor], found: Tensor) -> bool:
-    """Compare the first entry with the squared norm of the first sample's own output.
+    """True if the first entry is the squared norm of the first sample's own output.
 
     Args:
-        groups: The outputs that it compares.
-        sample: What the function returned.
+        groups: The outputs that the matrix compares.
+        sample: The function's own result.
         found: The matrix.
     """
     if not sample or not len(found):

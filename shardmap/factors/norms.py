@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 PASS = 30
-"""What writing an element and reading it again costs, in operations of a product: an estimate
-(12 bytes at 10 GB/s against 25 GFLOP/s)."""
+"""Cost of writing an element and reading it again, in operations of a product: an estimate (12
+bytes at 10 GB/s against 25 GFLOP/s)."""
 
 
 def square(eq: Equation | None) -> Var | None:
-    """The value of which a call takes the square, entry by entry."""
+    """The value that a call squares entry by entry, or None."""
     if eq is None:
         return None
     if eq.op is aten.pow.Tensor_Scalar and type(eq.args[1]) in (int, float) and eq.args[1] == 2:
@@ -40,7 +40,7 @@ def square(eq: Equation | None) -> Var | None:
 
 
 def summed_square(eq: Equation, builder: FactorBuilder) -> Var | None:
-    """The value of which a call is the sum of all squares."""
+    """The value whose squares a call sums up, or None."""
     named, args = dict(eq.kwargs), list(eq.args)
     if named.get("dtype") is not None:
         return None
@@ -54,7 +54,7 @@ def summed_square(eq: Equation, builder: FactorBuilder) -> Var | None:
 
 
 def _shape(eq: Equation) -> tuple[int, ...]:
-    """Of the call's only result."""
+    """Shape of the call's only result."""
     (out,) = eq.results()
     return tuple(out.spec.shape)
 
@@ -62,7 +62,7 @@ def _shape(eq: Equation) -> tuple[int, ...]:
 def norm(builder: FactorBuilder, eq: Equation) -> V | None:
     """A sum of squares, or a 2-norm, computed from factors.
 
-    None where there are none, or computing it plainly is cheaper.
+    None if there are no factors, or the plain computation is cheaper.
     """
     target = summed_square(eq, builder)
     root = False
@@ -86,7 +86,7 @@ def norm(builder: FactorBuilder, eq: Equation) -> V | None:
 
 
 def _of(builder: FactorBuilder, var: Var, eq: Equation) -> V | None:
-    """`[B]`, the sum of the squares of a value; of parts put side by side the sum over them."""
+    """`[B]`, the sum of the squares of a value; for concatenated parts the sum over them."""
     inner = builder.factors.same(var)
     maker = builder.factors.maker(inner)
     if (
@@ -117,11 +117,11 @@ def _plain(builder: FactorBuilder, var: Var) -> V:
 
 
 def worthwhile(found: Factored, wanted: bool) -> bool:
-    """Whether the norm from factors is cheaper.
+    """True if the norm from factors is cheaper.
 
     Args:
         found: The factors.
-        wanted: Whether the product itself is computed anyhow.
+        wanted: True if the product itself is computed in any case.
     """
     term = found.terms[0]
     positions = sum(t.positions for t in found.terms)
@@ -135,7 +135,7 @@ def worthwhile(found: Factored, wanted: bool) -> bool:
         else PASS * (term.n + term.m)
     )
     if any(type(t) is Patches for t in found.terms):
-        factored += PASS * term.m * positions  # the patches, put side by side
+        factored += PASS * term.m * positions  # the concatenated patches
     return factored < plain
 
 
@@ -164,7 +164,7 @@ def _combined(builder: FactorBuilder, found: Factored) -> V:
 
 
 def _of_one_product(builder: FactorBuilder, found: Factored) -> V:
-    """The uses of a weight side by side, as one product over all their positions."""
+    """The norm of several uses of a weight, as one product over all their positions."""
     positions = sum(t.positions for t in found.terms)
     n, m = found.terms[0].n, found.terms[0].m
     rights = []
@@ -234,7 +234,7 @@ def _energy(builder: FactorBuilder, v: V) -> V:
 
 
 def factors_of(builder: FactorBuilder, term: Term) -> tuple[V, V]:
-    """`[B, n, T]` and `[B, T, m]`."""
+    """The factors of a term: `[B, n, T]` and `[B, T, m]`."""
     left, right = builder.batched(term.left), builder.batched(term.right)
     if type(term) is Product:
         return left, right
@@ -254,29 +254,29 @@ def factors_of(builder: FactorBuilder, term: Term) -> tuple[V, V]:
 
 
 def weighted(t: Tensor, weight: Tensor | None) -> Tensor:
-    """`[B, ...]` times a number for each sample, `[B]`, or for all."""
+    """Multiply `[B, ...]` by a number for each sample, `[B]`, or for all."""
     if weight is None:
         return t
     return t * (weight.reshape(-1, *[1] * (t.dim() - 1)) if weight.dim() else weight)
 
 
 def energy(t: Tensor) -> Tensor:
-    """`[B, ...] -> [B]`, the sums of squares."""
+    """Sums of squares: `[B, ...] -> [B]`."""
     return torch.linalg.vector_norm(t.flatten(1), dim=1).square_()
 
 
 def columns(left: Tensor, other: Tensor) -> Tensor:
-    """`[B, n, T], [B, n, S] -> [B, T, S]`, inner products of columns."""
+    """Inner products of columns: `[B, n, T], [B, n, S] -> [B, T, S]`."""
     return torch.bmm(left.transpose(1, 2), other)
 
 
 def rows_of(right: Tensor, other: Tensor) -> Tensor:
-    """`[B, T, m], [B, S, m] -> [B, T, S]`, inner products of rows."""
+    """Inner products of rows: `[B, T, m], [B, S, m] -> [B, T, S]`."""
     return torch.bmm(right, other.transpose(1, 2))
 
 
 def inner_of(a: Tensor, b: Tensor) -> Tensor:
-    """`[B, T, S], [B, T, S] -> [B]`."""
+    """Inner products of matrices: `[B, T, S], [B, T, S] -> [B]`."""
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
@@ -297,7 +297,7 @@ def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
 def rows_rows(i: Tensor, a: Tensor, j: Tensor, b: Tensor, i_padding: int, j_padding: int) -> Tensor:
     """Inner products of two sums of rows, `i [B, T], a [B, T, m]`.
 
-    Rows meet where their indices are the same.
+    Rows are paired if their indices are the same.
     """
     i, j = i.flatten(1), j.flatten(1)
     a, b = a.reshape(*i.shape, a.shape[-1]), b.reshape(*j.shape, b.shape[-1])
@@ -307,7 +307,7 @@ def rows_rows(i: Tensor, a: Tensor, j: Tensor, b: Tensor, i_padding: int, j_padd
         & (j != j_padding).unsqueeze(1)
     )
     products = torch.bmm(a, b.transpose(1, 2))
-    return products.masked_fill_(~meet, 0).sum((1, 2))  # a NaN that meets nothing is no part of it
+    return products.masked_fill_(~meet, 0).sum((1, 2))  # a NaN without a partner is left out
 
 
 def rows_product(

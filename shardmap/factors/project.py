@@ -2,9 +2,9 @@
 
 The matrix is drawn block by block from a counter-based generator, and never stored.
 
-Row r of the matrix belongs to entry r of a sample's outputs, so that it does not matter how these
-are cut. Where the outputs are products, rows of the products are computed from the factors as they
-are needed.
+Row r of the matrix belongs to entry r of a sample's outputs, so that the result does not depend on
+how these are cut. Where the outputs are products, rows of the products are computed from the
+factors as they are needed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 BLOCK_ENTRIES = 1 << 20
-"""Entries of the matrix that are there at a time."""
+"""Number of the matrix's entries that are in memory at a time."""
 _STREAM = 0x70726F6A
-"""Number of the generator's stream: the matrix of a seed has nothing to do with draws of mapped
-functions under it."""
+"""Number of the generator's stream: the matrix of a seed is independent of the draws of mapped
+functions with the same seed."""
 
 
 @torch.library.custom_op("shardmap::project", mutates_args=())
@@ -50,21 +50,21 @@ OPERATOR = torch.ops.shardmap.project.default
 
 
 def project(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
-    """A random matrix times one sample's tensor, laid out as a vector: `[dim]`.
+    """Multiply a random matrix by one sample's tensor, flattened: `[dim]`.
 
     Args:
-        t: Of any shape.
+        t: Tensor of any shape.
         dim: Rows of the result.
         kind: "rademacher" or "gaussian".
-        seed: Which matrix.
-        offset: How many entries of the matrix's other dimension belong to tensors before this one.
+        seed: Seed of the matrix.
+        offset: Number of the matrix's rows that belong to tensors before this one.
     """
     return torch.ops.shardmap.project(t, dim, kind, seed, offset)
 
 
 @register("project", OPERATOR)
 def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
-    """One product with each block for all samples."""
+    """Multiply each block of the matrix by all samples at once."""
     t, *rest = args
     return b.call(projected, t, *rest, shape=eq.outs[0].spec.shape)
 
@@ -72,7 +72,7 @@ def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
 def from_factors(builder: FactorBuilder, eq: Equation) -> V | None:
     """The projection of a product, without all of the product.
 
-    None where the call is no such projection.
+    None if the call is no such projection.
     """
     if eq.op is not OPERATOR:
         return None
@@ -83,7 +83,7 @@ def from_factors(builder: FactorBuilder, eq: Equation) -> V | None:
 def _of(
     builder: FactorBuilder, eq: Equation, var: Var, which: tuple[int, str, int], offset: int
 ) -> V | None:
-    """Of a value; of parts put side by side the sum over them."""
+    """The projection of a value; for concatenated parts the sum over them."""
     inner = builder.factors.same(var)
     maker = builder.factors.maker(inner)
     if (
@@ -158,7 +158,7 @@ def rows_of_matrix(start: int, count: int, dim: int, kind: str, seed: int, like:
 
 
 def projected(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
-    """`[B, ...] -> [B, dim]`."""
+    """Projection of a batch: `[B, ...] -> [B, dim]`."""
     flat = t.reshape(t.shape[0], math.prod(t.shape[1:]))
     step = max(1, BLOCK_ENTRIES // dim)
     total = t.new_zeros((len(flat), dim))
@@ -171,7 +171,7 @@ def projected(t: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 def projected_product(
     left: Tensor, right: Tensor, dim: int, kind: str, seed: int, offset: int, flipped: bool
 ) -> Tensor:
-    """`projected` of the product of two factors, some rows of it at a time.
+    """Projection of the product of two factors, some rows of it at a time.
 
     `[B, n, T], [B, T, m] -> [B, dim]`.
     """
@@ -189,5 +189,5 @@ def projected_product(
 
 
 def scaled(t: Tensor, scale: Tensor) -> Tensor:
-    """`[B, dim]` times a number for each sample, or for all."""
+    """Multiply `[B, dim]` by a number for each sample, or for all."""
     return t * (scale.unsqueeze(1) if scale.dim() else scale)

@@ -1,6 +1,6 @@
-"""What a recorded call becomes where its argument is a product.
+"""Rewrite recorded calls whose argument is a product.
 
-One place that asks each of the ways.
+This is the one place that tries each rewrite.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shardmap.rules.lowering import V
 def from_factors(builder: FactorBuilder, eq: Equation) -> V | None:
     """The result of a recorded call, computed from factors of its argument.
 
-    None where it has none, or that would not pay.
+    None if it has no factors, or they do not pay.
     """
     found = norms.norm(builder, eq)
     return project.from_factors(builder, eq) if found is None else found

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def scale_of(builder: FactorBuilder, term: Term) -> Any:
     """The product of a term's scales.
 
-    A value of one element for each sample, `[B]`, or for all, or None.
+    It is a value of one element for each sample, `[B]`, or for all, or None.
     """
     return combined(builder, term.scales, term.right.spec.dtype)
 
@@ -26,7 +26,7 @@ def scale_of(builder: FactorBuilder, term: Term) -> Any:
 def combined(
     builder: FactorBuilder, scales: tuple[tuple[str, Any], ...], dtype: torch.dtype
 ) -> V | None:
-    """The product of several scales; None of none."""
+    """The product of several scales; None for none."""
     total: V | None = None
     for how, by in scales:
         value = builder.number(by) if type(by) is Var else by
@@ -46,6 +46,6 @@ def _first(builder: FactorBuilder, how: str, value: Any, dtype: torch.dtype) -> 
 
 
 def plain(value: float, inverted: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A python number as a tensor."""
+    """A python number, or its reciprocal, as a tensor."""
     number = torch.tensor(value, dtype=dtype)
     return number.reciprocal() if inverted else number

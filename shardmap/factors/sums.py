@@ -1,9 +1,9 @@
 """Sums over the samples of a chunk, from the factors.
 
-One product over all samples and positions, as in an ordinary backward pass.
+A sum is one product over all samples and positions, as in an ordinary backward pass.
 
 `sum_i w_i A_i B_i = [w_1 A_1 | w_2 A_2 | ...] [B_1; B_2; ...]`; the weights are those of clipped
-sums. What has no factors is summed as it is.
+sums. Values without factors are summed themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Scales = tuple[tuple[str, Any], ...]
 
 
 DEEPEST = 32
-"""Calls between an output and the products that it is of."""
+"""Most calls between an output and the products that it consists of."""
 
 
 def summed(builder: FactorBuilder, var: Var, scales: Scales = (), depth: int = 0) -> V:
@@ -91,7 +91,7 @@ def _sample_number(by: Any, var: Var) -> bool:
 
 
 def _part(builder: FactorBuilder, target: Any, *args: Any, shape: tuple[int, ...]) -> V:
-    """A value of the chunk without the dimension of samples."""
+    """Emit a value of the chunk without the mapped dimension."""
     return builder.b.call(target, *args, shape=shape, mapped=True)
 
 
@@ -138,7 +138,7 @@ def _term(builder: FactorBuilder, term: Term, weight: V | None) -> V:
 
 
 def _of_squares(builder: FactorBuilder, found: Factored, scales: Scales) -> V:
-    """The squares of an outer product are the outer product of the squares."""
+    """Sum the squares of an outer product: they are the outer product of the squares."""
     term = found.terms[0]
     number = scale_of(builder, term)
     weight = combined(builder, scales, term.right.spec.dtype)
@@ -187,12 +187,12 @@ def _flipped(target: Any) -> Any:
 
 
 def side_by_side(d: int, *parts: Tensor) -> Tensor:
-    """Parts of a sum put side by side."""
+    """Concatenate parts of a sum along dimension `d`."""
     return torch.cat(parts, d)
 
 
 def dense(t: Tensor, weight: Tensor | None) -> Tensor:
-    """`[B, *shape] -> [*shape]`; a weighted sum is a product with the weights."""
+    """Sum over samples: `[B, *shape] -> [*shape]`; a weighted sum is a product with the weights."""
     if weight is None:
         return t.sum(0)
     if t.dim() == 1 or weight.dim() == 0:
@@ -201,19 +201,19 @@ def dense(t: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, weight: Tensor | None) -> Tensor:
-    """`[B, n, T], [B, T, m] -> [n, m]`."""
+    """Sum of products: `[B, n, T], [B, T, m] -> [n, m]`."""
     lefts, rights = _rows(left, right, weight)
     return lefts.t() @ rights
 
 
 def product_flipped(left: Tensor, right: Tensor, weight: Tensor | None) -> Tensor:
-    """`[B, n, T], [B, T, m] -> [m, n]`."""
+    """Sum of products, transposed: `[B, n, T], [B, T, m] -> [m, n]`."""
     lefts, rights = _rows(left, right, weight)
     return rights.t() @ lefts
 
 
 def _rows(left: Tensor, right: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`[B*T, n], [B*T, m]`, the narrower one weighted."""
+    """Flatten both factors to `[B*T, n], [B*T, m]`, the narrower one weighted."""
     if left.shape[1] <= right.shape[2]:
         left = weighted(left, weight)
     else:
@@ -239,9 +239,9 @@ def convolution(
     output_padding: Any,
     groups: int,
 ) -> Tensor:
-    """The gradient of a convolution's weight, `[n, m]`, of all samples.
+    """The gradient of a convolution's weight, `[n, m]`, summed over all samples.
 
-    The ordinary backward pass over the batch.
+    It is the ordinary backward pass over the batch.
     """
     grad, x = weighted(grad, weight).flatten(0, 1), x.flatten(0, 1)
     if not grad.shape[0]:

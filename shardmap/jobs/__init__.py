@@ -1,6 +1,6 @@
 """Runs: samples, a function that is mapped over them, and a report, named by a configuration.
 
-What the python beside a configuration needs is here, and in `shardmap.jobs.report`.
+The python beside a configuration imports from here, and from `shardmap.jobs.report`.
 """
 
 from shardmap.jobs.base import Dataset, Findings, Outcome

@@ -1,4 +1,4 @@
-"""Values that the parts of a run hand to each other: dataset, outcome, findings."""
+"""Values that the parts of a run pass to each other: dataset, outcome, findings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from shardmap._torch import pytree
-from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError
 from shardmap.store import Source, Store
 from shardmap.store.columns import Column
+from shardmap.store.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Dataset:
     """Named columns, each with one row per sample.
 
     A column is a tensor, one of a `shardmap.Source`, whose rows are read as they are needed, or a
-    `shardmap.Ragged`, whose samples have shapes of their own.
+    `shardmap.Ragged`, whose samples have different shapes.
 
-    The run's `columns` say which of them the mapped function receives; the others are there for the
+    The run's `columns` say which of them the mapped function receives; the others are for the
     report.
     """
 
@@ -71,7 +71,7 @@ class Outcome:
     folder: Path
     """The run folder, where the report writes."""
     reduced: bool = False
-    """Whether the outputs are combined over all samples."""
+    """True if the outputs are combined over all samples."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The outputs by name, in memory, whether they are kept or reduced.
@@ -88,7 +88,7 @@ class Outcome:
         return named(self.outputs)
 
     def rows(self) -> list[Tensor]:
-        """Each output with one row per sample, in memory: from a store all of it is read.
+        """Each output with one row per sample, in memory; a store is read entirely.
 
         Raises:
             ConfigError: There are no such rows: the run has reduced them.
@@ -106,9 +106,9 @@ class Findings:
     """The findings of a report, for people and for machines."""
 
     headline: str
-    """A sentence or a few, printed at the end of the run."""
+    """One or a few sentences, printed at the end of the run."""
     numbers: Mapping[str, float | int | str]
-    """Written to `summary.json`."""
+    """Numbers and texts that are written to `summary.json`."""
 
 
 def named(tree: Any) -> dict[str, Tensor]:

@@ -23,10 +23,10 @@ from shardmap.jobs.printing import complain
 
 USAGE_ERROR = 2
 MISTAKES = (ValueError, MissingExtraError, OverBudget, StoreMismatchError, ClusterError)
-"""Errors that the user can mend: wrong values (`ConfigError` is a ValueError), and missing
+"""Errors that the user can correct: wrong values (`ConfigError` is a ValueError), and missing
 packages, memory, stores or clusters."""
 SCOREBOARD = Path(__file__).resolve().parents[2] / "tests" / "data" / "op_db_scoreboard.json"
-"""The stored sweep over PyTorch's operator database; it is there in a checkout."""
+"""The stored sweep over PyTorch's operator database; it exists in a checkout."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0; 1 for an error of shardmap while it ran, or a store that is not as it
-        should be; 2 for a wrong command line or configuration; 130 after Ctrl-C. An exception
+        The exit code: 0; 1 for an error of shardmap while it ran, or a damaged store;
+        2 for a wrong command line or configuration; 130 after Ctrl-C. An exception
         raised by the user's own function passes through with its traceback.
     """
     parser = _parser()
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser of all commands; it leaves the keys of a configuration over."""
+    """The parser of all commands; it leaves unknown words, the configuration's keys, over."""
     parser = _Parser(
         prog="shardmap",
         description="Map a PyTorch function over a batch: in chunks, on every device you name.",

@@ -23,7 +23,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(path: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Check everything, then carry out the run, with a progress bar if someone watches."""
+    """Check everything, then carry out the run, with a progress bar on a terminal."""
     from shardmap.jobs.config import bind, load
 
     _import_from_here()
@@ -48,7 +48,7 @@ def resume(place: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
 
 
 def _carry_out(bound: BoundRun, folder: RunFolder | None) -> int:
-    # after the checks: a wrong key is answered without loading more
+    # after the checks: a wrong key is refused without loading more
     from shardmap.jobs.run import RunInterrupted, execute
 
     config = bound.config
@@ -136,8 +136,10 @@ def verify(options: argparse.Namespace) -> int:
             say=say,
             listener=listener,
         )
-    if not found.wrong:
+    if found.right:
         return 0
+    if not found.wrong:
+        return 1  # computing such rows anew by the same map would not mend them
     if options.discard:
         for unit in found.wrong:
             store.discard(unit)
@@ -154,7 +156,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _is_there(url: str) -> bool:
-    """Whether the store exists; a run makes it after it has recorded the function."""
+    """True if the store exists; a run makes it only after it has recorded the function."""
     from shardmap.jobs.resume import opened
 
     try:

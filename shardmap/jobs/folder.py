@@ -34,7 +34,7 @@ RESULTS = "results.zarr"
 
 
 class RunFolder:
-    """A folder that says whether it is complete.
+    """A run folder, marked as complete at the end.
 
     `state.json` turns from `unfinished` to `complete` when all else is written.
 
@@ -46,7 +46,7 @@ class RunFolder:
         """Use `create` or `reopen`."""
         self.path = path
         self.resumed = resumed
-        """Whether the run goes on in a folder that was there."""
+        """True if the run continues in an existing folder."""
         self._made_parents = made_parents
         self._log: TextIO | None = None
         self._handler: logging.Handler | None = None
@@ -56,7 +56,7 @@ class RunFolder:
         """Make a run folder, with its state and configuration in it from the beginning.
 
         Args:
-            output: Its path. The next free one (`NAME-2`, ...) is taken if something is there. Its
+            output: Path of the folder. The next free one (`NAME-2`, ...) is used if it exists. Its
                 parent is made if it is missing.
             configuration: The text of `config.yaml`.
 
@@ -88,7 +88,7 @@ class RunFolder:
         """Open the folder of a run that has stopped, to resume it.
 
         Raises:
-            ConfigError: The run still runs, or the folder cannot be written.
+            ConfigError: The run is still running, or the folder cannot be written.
         """
         state = state_of(path)
         assert state is not None, path
@@ -108,13 +108,13 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """The path of the store for outputs that the configuration names no place for."""
+        """The path of the store for outputs if the configuration names none."""
         return self.path / RESULTS
 
     def found(self) -> Store | None:
         """The store in the folder; None if there is none.
 
-        A folder that a run was killed in before its store was complete is removed: it is empty.
+        A store folder whose run was killed before its header was written is removed: it is empty.
         """
         try:
             return open_store(self.results)
@@ -124,7 +124,7 @@ class RunFolder:
             return None
 
     def __enter__(self) -> RunFolder:
-        """Start the log, or go on with it."""
+        """Start the log, or continue it."""
         log = self.path / "log.jsonl"
         torn = log.exists() and log.read_bytes()[-1:] not in (
             b"",
@@ -155,8 +155,8 @@ class RunFolder:
         if self.keeps:
             with contextlib.suppress(
                 OSError
-                # a full disk: the state says that a process runs which does not, and that is found
-                # out
+                # a full disk: the state then names a process that does not run, which is
+                # detected
             ):
                 write_json(self.path / STATE, {"state": UNFINISHED})
         else:
@@ -165,9 +165,9 @@ class RunFolder:
 
     @property
     def keeps(self) -> bool:
-        """Whether the folder stays when the run stops.
+        """True if the folder is kept when the run stops.
 
-        Units are committed in it, or it was there before.
+        That is so if units are committed in it, or if it existed before.
         """
         if self.resumed:
             return True
@@ -223,7 +223,7 @@ def state_of(path: Path) -> dict[str, Any] | None:
     """Read `state.json` of a folder; None if it is no run folder.
 
     Raises:
-        ConfigError: It cannot be understood.
+        ConfigError: It cannot be parsed.
     """
     file = path / STATE
     try:
@@ -240,7 +240,7 @@ def state_of(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is there as a whole or not at all."""
+    """Write a JSON file completely or not at all."""
     hidden = path.with_name(f".{path.name}.new")
     hidden.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     hidden.replace(path)
@@ -257,16 +257,16 @@ def _running() -> dict[str, Any]:
 
 
 def _alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that a state names still runs on this machine.
+    """True if the process that a state names is still running on this machine.
 
-    Of a process on another machine nothing is known: the answer is no.
+    For a process on another machine it is False, as nothing is known.
     """
     if state.get("host") != platform.node() or "process" not in state:
         return False
     try:
         return (
             abs(psutil.Process(state["process"]).create_time() - state["started"]) < 1
-        )  # another process may have its number by now
+        )  # another process may have its number now
     except psutil.Error:
         return False
 
@@ -276,7 +276,7 @@ def _renamed(hidden: Path, wanted: Path) -> Path:
     for number in itertools.count(1):
         final = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
-            hidden.rename(final)  # refused where a file or a folder with something in it stands
+            hidden.rename(final)  # refused if a file or a folder with content exists
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
@@ -287,7 +287,7 @@ def _renamed(hidden: Path, wanted: Path) -> Path:
 
 def _remove(parents: list[Path]) -> None:
     for parent in reversed(parents):
-        with contextlib.suppress(OSError):  # something else is in it by now
+        with contextlib.suppress(OSError):  # other files are in it now
             parent.rmdir()
 
 
@@ -305,7 +305,7 @@ class _JsonLines(logging.Handler):
 
 
 def environment() -> dict[str, Any]:
-    """Describe what a run ran on: versions, processor, memory, accelerators."""
+    """Describe the environment of a run: versions, processor, memory, accelerators."""
     versions = {}
     for package in (
         "shardmap",
@@ -335,7 +335,7 @@ def environment() -> dict[str, Any]:
 def save_tensors(path: Path, tree: Any) -> None:
     """Save a pytree of tensors as safetensors, each named by its place in the tree.
 
-    `result` where there is one, `0`, `loss.1`.
+    A single tensor is named `result`, others `0` or `loss.1`.
     """
     safetensors = require("safetensors.torch", extra="run", purpose="to save outputs")
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named(tree).items()}

@@ -15,16 +15,16 @@ from shardmap.run.base import ChunkDone, Event, RunFinished
 from shardmap.run.progress import Outermost
 
 EVERY_SECONDS = 0.01
-"""Between two looks at the memory in use: reading it takes some 50 microseconds."""
+"""Seconds between two readings of the memory in use: one takes some 50 microseconds."""
 
 
 class Peaks:
-    """A context that measures the peak memory of each device above what was in use before.
+    """A context that measures the peak memory of each device above the use before.
 
-    The process's own record says it exactly where the map has set it. Where something before has
-    used more, training for example, it is the largest of what was in use every hundredth of a
-    second: a peak that is shorter may be missed. Memory that the process had used and freed before,
-    and takes again, is not seen on a CPU.
+    The process's own record is exact if the map has set it. If earlier code has
+    used more, training for example, the peak is the largest use found every hundredth of a
+    second: a shorter peak may be missed. Memory that the process had used and freed before,
+    and reuses, is not counted on a CPU.
     """
 
     def __init__(self, devices: Iterable[str]):
@@ -38,7 +38,7 @@ class Peaks:
         """The peak by device; devices that cannot be measured are left out."""
 
     def __enter__(self) -> Peaks:
-        """Note the memory in use, and start to watch it."""
+        """Record the memory in use, and start to watch it."""
         self._before = self._read()
         self._most = {name: used for name, (used, _) in self._before.items()}
         self._thread = threading.Thread(target=self._watch, name="shardmap peaks", daemon=True)
@@ -73,13 +73,13 @@ def measured(
     """Make the contents of `measured.json`.
 
     Args:
-        events: What the executor reported.
-        peak_bytes: By device, as `Peaks` found them.
+        events: Events that the executor reported.
+        peak_bytes: Peak of each device, measured by `Peaks`.
         lanes: The device of each lane that was planned.
 
     Returns:
-        Seconds of the map, tasks that were handed out again, and for each lane its chunks as they
-        were completed, their seconds together, and the peak of its device, which lanes of one
+        Seconds of the map, tasks that were handed out again, and for each lane its chunks in the
+        order of completion, their total seconds, and the peak of its device, which lanes of one
         device share.
     """
     chunks: dict[str, list[dict[str, Any]]] = {name: [] for name in lanes}

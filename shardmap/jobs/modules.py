@@ -1,4 +1,4 @@
-"""The python modules beside a run's configuration, under names that no other run has.
+"""Import the python modules beside a run's configuration, under names unique to the run.
 
 The folders that a configuration lists under `python:` form a package, and the package's name holds
 their paths: `shardmap.jobs.modules./home/me/gradients.digits` is `/home/me/gradients/digits.py`.
@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 __path__: list[str] = []
-"""Makes this module a package to the import system; `_Finder` finds what lies in it."""
+"""Makes this module a package for the import system; `_Finder` finds its modules."""
 
 _PREFIX = f"{__name__}."
 _BETWEEN = ":"
@@ -33,8 +33,8 @@ _BETWEEN = ":"
 def folder_of(name: str, folders: Sequence[Path]) -> Path | None:
     """The first of a run's folders that holds the module `name`.
 
-    `NAME.py` is taken before anything that is installed, as beside a script. A package, a folder
-    with an `__init__.py`, is taken only where python itself finds none of that name, so that a
+    `NAME.py` is preferred to installed modules, as beside a script. A package, a folder
+    with an `__init__.py`, is used only if python itself finds none of that name, so that a
     configuration in the root of a repository does not load its package twice.
 
     Args:
@@ -42,7 +42,7 @@ def folder_of(name: str, folders: Sequence[Path]) -> Path | None:
         folders: The run's `python:` folders.
 
     Returns:
-        None if the module is not in them: then it is imported as usual.
+        None if the module is not in them, and is imported as usual.
     """
     for folder in folders:
         if (folder / f"{name}.py").is_file():
@@ -65,28 +65,28 @@ def import_module(name: str, folders: Sequence[Path]) -> ModuleType:
     """
     if folder_of(name.partition(".")[0], folders) is None:
         return importlib.import_module(name)
-    importlib.invalidate_caches()  # the file may be younger than the last look at its folder
+    importlib.invalidate_caches()  # the file may be newer than the cached listing of its folder
     return importlib.import_module(f"{_package(folders)}.{name}")
 
 
 def _package(folders: Sequence[Path]) -> str:
-    """The name of the package that a run's folders form; a dot would end the component."""
+    """The name of the package formed by a run's folders; a dot would end the component."""
     quoted = [quote(str(folder)).replace(".", "%2E") for folder in folders]
     return _PREFIX + _BETWEEN.join(quoted)
 
 
 def _folders(package: str) -> list[Path]:
-    """The folders that a package's name holds."""
+    """The folders in a package's name."""
     return [Path(unquote(part)) for part in package.removeprefix(_PREFIX).split(_BETWEEN)]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the packages that are made of folders, and the modules in them."""
+    """Finds the packages formed by folders, and the modules in them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Look a name up, if it is one of ours."""
+        """Find a module, if its name is one of these packages."""
         if not fullname.startswith(_PREFIX):
             return None
         if "." not in fullname.removeprefix(_PREFIX):
@@ -113,7 +113,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _import_for(package: str) -> Callable[..., Any]:
-    """The `__import__` of the modules in a package that is made of folders."""
+    """The `__import__` of the modules in a package formed by folders."""
     folders = _folders(package)
 
     def import_(

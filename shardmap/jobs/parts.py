@@ -16,7 +16,6 @@ import shardmap
 from shardmap._extras import require
 from shardmap._torch import pytree
 from shardmap.call.options import MapOptions
-from shardmap.call.ragged import Ragged
 from shardmap.errors import ConfigError, DeviceError, SourceError
 from shardmap.jobs import weights
 from shardmap.jobs.base import Dataset
@@ -25,6 +24,7 @@ from shardmap.planning.device import resolve
 from shardmap.planning.memory import parse_bytes
 from shardmap.store import Source
 from shardmap.store.columns import Column
+from shardmap.store.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Parts:
 
     dataset: Dataset
     model: Any
-    """None without one."""
+    """The model; None without one."""
     columns: list[Tensor | Column | Ragged]
     """The columns that are mapped, in the order of the function's parameters."""
     call: Callable[..., Any]
-    """The function with its arguments bound, or the object that the class makes; the model where
-    there is no function."""
+    """The function with its arguments bound, or the object that the class makes; the model if there
+    is no function."""
     leading: tuple[Any, ...]
     """The arguments of `call` before a sample's values of the columns: the model, if there is one
     beside the function."""
@@ -49,22 +49,19 @@ class Parts:
 
     @property
     def ragged(self) -> bool:
-        """Whether samples have shapes of their own.
-
-        Each shape is a map by itself, so there is no plan, and no store.
-        """
+        """True if samples have different shapes."""
         return any(isinstance(column, Ragged) for column in self.columns)
 
-    def head(self, rows: int) -> Parts:
-        """These parts with the first samples only."""
+    def between(self, start: int, stop: int) -> Parts:
+        """These parts with the samples from `start` up to `stop` only."""
         columns: list[Tensor | Column | Ragged] = []
         for column in self.columns:
             if isinstance(column, Ragged):
-                columns.append(Ragged(column.samples[:rows]))
+                columns.append(column.between(start, stop))
+            elif isinstance(column, Tensor):
+                columns.append(column[start:stop])
             else:
-                columns.append(
-                    column[:rows] if isinstance(column, Tensor) else column.rows_between(0, rows)
-                )
+                columns.append(column.rows_between(start, stop))
         return dataclasses.replace(self, columns=columns)
 
     @property
@@ -95,15 +92,15 @@ class Parts:
 def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
     """Make the samples, the model with its weights, and the function of a configuration.
 
-    Torch must be seeded with the run's seed: draws depend on what was drawn before.
+    Torch must be seeded with the run's seed: draws depend on earlier ones.
 
     Raises:
-        ConfigError: What they return, or a column, is not what is needed.
+        ConfigError: Their results, or a column, have the wrong type.
     """
     config = run.config
     state = (
         None if config.weights is None else weights.read(config.weights)
-    )  # before what takes longer
+    )  # before the slower parts
     dataset = _samples(run)
     names = list(dataset.columns) if config.columns is None else config.columns
     columns = _pick_columns(dataset, config.columns)
@@ -120,11 +117,6 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
         weights.load(module, state, config.weights)
     loss = None if run.loss is None else _loss(run.loss)
     parts = Parts(dataset, model, columns, call, leading, loss, name)
-    if parts.ragged and config.store is not None:
-        raise ConfigError(
-            f"store: {config.store!r}, and samples are a shardmap.Ragged: rows of a store have one "
-            "shape; leave store out"
-        )
     _check_task(config, parts, names)
     what = "" if config.task == "vmap" else f"{config.task} of "
     named = config.function or config.model
@@ -134,11 +126,11 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Refuse what this machine cannot do, before anything is loaded.
+    """Refuse a configuration that this machine cannot run, before anything is loaded.
 
     Raises:
-        ConfigError: A device is not there, or an amount of memory is none.
-        MissingExtraError: Ray is asked for, and not installed.
+        ConfigError: A device is absent, or an amount of memory cannot be parsed.
+        MissingExtraError: Ray is needed, and not installed.
     """
     if config.devices == "ray":
         require("ray", extra="ray", purpose="for devices: ray")
@@ -165,6 +157,7 @@ def map_options(run: BoundRun) -> MapOptions:
     return {
         "devices": devices,
         "randomness": config.randomness,
+        "batch_norm": config.batch_norm,
         "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,
@@ -305,7 +298,7 @@ def _check_call(function: Callable[..., Any], keys: tuple[str, ...], given: list
         signature = inspect.signature(
             function.forward if isinstance(function, nn.Module) else function
         )
-    except (ValueError, TypeError):  # written in C: it says itself what it misses
+    except (ValueError, TypeError):  # written in C: it reports missing arguments itself
         return
     try:
         signature.bind(*given)

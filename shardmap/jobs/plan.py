@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
+from shardmap.errors import ConfigError, RaggedError
 from shardmap.jobs import tasks
 from shardmap.jobs.config import BoundRun, RunConfig
 from shardmap.jobs.folder import RESULTS
@@ -17,7 +18,7 @@ from shardmap.planning.memory import format_bytes
 from shardmap.run.storing import unit_of
 
 MEASURED_SECONDS = 1.0
-"""About how long a measurement computes, by the guess that it replaces."""
+"""Approximate computing time of a measurement, by the guess that it replaces."""
 MEASURED_BYTES = 256 << 20
 """The most bytes of results that a measurement keeps."""
 
@@ -31,18 +32,18 @@ def plan(
 ) -> tuple[Plan, Forecast | None]:
     """Plan a run's map for this machine's devices, and forecast it for a cluster of such machines.
 
-    Data and model are made as for the run; of the map, at most three samples are computed, or some
-    seconds' worth to measure.
+    Data and model are made as for the run; the map computes at most three samples, or some
+    seconds' worth for a measurement.
 
     Args:
         run: The configuration with its import paths resolved.
-        workers: How many workers to forecast for; by default the configuration's, if it names
+        workers: Number of workers to forecast for; by default the configuration's, if it names
             Ray's.
-        measure: Whether to compute some samples, so that seconds are no guess.
+        measure: True to compute some samples, so that the seconds are measured.
         say: Receives the plan and the forecast.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there.
+        ConfigError: The configuration does not fit the data.
     """
     workers = workers or run.config.workers
     config = (
@@ -54,7 +55,10 @@ def plan(
     check_machine(config)
     with one_seed(config.seed):
         parts = load_parts(run, say)
-        planned = tasks.planned(parts, config, options)
+        try:
+            planned = tasks.planned(parts, config, options)
+        except RaggedError as error:
+            raise ConfigError(f"function: {error}") from error
         if measure and planned.samples:
             _measure(planned, parts, config, options)
             planned = tasks.planned(parts, config, options)
@@ -74,7 +78,7 @@ def plan(
 
 
 def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions) -> None:
-    """Compute some samples, so that the next plan knows how long they take."""
+    """Compute some samples, so that the next plan has their measured time."""
     most = MEASURED_BYTES // max(1, sum(o.sample_bytes for o in planned.job.outputs))
     rows = max(
         2,
@@ -84,18 +88,21 @@ def _measure(planned: Plan, parts: Parts, config: RunConfig, options: MapOptions
             planned.samples,
         ),
     )
-    tasks.planned(parts.head(rows), config, options).run()
+    tasks.planned(parts.between(0, rows), config, options).run()
 
 
 def _workload(planned: Plan, config: RunConfig, workers: int, stored: bool) -> Workload:
     job, samples = planned.job, planned.samples
+    jobs = job.parts or (job,)
     recording = job.recording
     captured = sum(t.nbytes for t in (*recording.captured, *recording.literals))
+    given = sum(one.samples * sum(t[:1].nbytes for t in one.inputs) for one in jobs)
+    programs = sum(len(one.recording.program.dumps().encode()) for one in jobs)
     return Workload(
         samples=samples,
-        sample_bytes=sum(t.nbytes // max(1, samples) for t in job.inputs),
+        sample_bytes=given // max(1, samples),
         result_bytes=sum(o.sample_bytes for o in job.outputs),
-        program_bytes=len(recording.program.dumps().encode()) + captured,
+        program_bytes=programs + captured,
         sample_seconds=planned.seconds / max(1, samples),
         measured=all(lane.measured for lane in planned.lanes),
         chunk_size=config.chunk_size,

@@ -1,4 +1,4 @@
-"""Output of the command line: results on stdout, complaints and progress on stderr."""
+"""Output of the command line: results on stdout, errors and progress on stderr."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from shardmap.run.base import Event
 
 
 def say(text: str) -> None:
-    """Print a result, at once."""
+    """Print a result, and flush."""
     print(text, flush=True)
 
 
 def complain(message: str) -> None:
-    """Print a mistake or a warning on stderr, as one line."""
+    """Print an error or a warning on stderr, as one line."""
     print("shardmap: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[Event], None]]:
-    """Draw a map's events on stderr, and what is logged before it begins.
+    """Draw a map's events, and the log messages before it begins, on stderr.
 
-    Nothing is drawn where stderr is not a terminal.
+    Nothing is drawn if stderr is not a terminal.
     """
     with drawing.bars(preparing=True) as drawn:
         with _heard(drawn.say):

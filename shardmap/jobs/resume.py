@@ -1,4 +1,4 @@
-"""The run that a path or URL stands for, and how much of it is complete."""
+"""Find the run of a path or URL, and how much of it is complete."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ class Stopped:
 
     config: RunConfig
     folder: Path | None
-    """Its run folder; None if a new one is to be made."""
+    """Its run folder; None if a new one must be made."""
     complete: bool = False
-    """Whether nothing is missing."""
+    """True if nothing is missing."""
     before: RunConfig | None = None
-    """The configuration as the folder holds it."""
+    """The configuration stored in the folder."""
 
     def check(self, config: RunConfig) -> None:
-        """Refuse overrides that make another run of it.
+        """Refuse overrides that turn it into another run.
 
         Args:
-            config: With its import paths resolved: only then arguments have their types.
+            config: The configuration with resolved import paths: only then arguments have their
+                types.
 
         Raises:
             ConfigError: It is another run.
@@ -47,7 +48,7 @@ class Stopped:
             )
 
     def partly(self) -> bool:
-        """Whether there is a store to go on with."""
+        """True if there is a store that the run can continue."""
         place = self.config.store or (None if self.folder is None else str(self.folder / RESULTS))
         try:
             return self.config.stored and place is not None and bool(opened(place).header)
@@ -55,19 +56,19 @@ class Stopped:
             return False
 
     def reopen(self) -> RunFolder | None:
-        """The folder to go on in."""
+        """Reopen the folder in which the run continues, if there is one."""
         return None if self.folder is None else RunFolder.reopen(self.folder)
 
 
 def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
-    """The run that a run folder or a store belongs to.
+    """Find the run that a run folder or a store belongs to.
 
     Args:
         place: A run folder, complete or not, or the path or URL of a run's store.
         overrides: As for `shardmap.jobs.config.load`.
 
     Raises:
-        ConfigError: Nothing of a run is there, or the overrides make another run of it.
+        ConfigError: There is no run, or the overrides turn it into another one.
     """
     path = Path(place)
     if "://" not in place and path.name == RESULTS and state_of(path.parent) is not None:
@@ -85,10 +86,10 @@ def find(place: str, overrides: Sequence[str] = ()) -> Stopped:
 
 
 def store_in(place: str) -> Store:
-    """The store at a path or URL, or the one that a run folder's outputs went to.
+    """Open the store at a path or URL, or the store of a run folder's outputs.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no store.
     """
     path = Path(place)
     if "://" in place or state_of(path) is None:
@@ -110,10 +111,10 @@ def store_in(place: str) -> Store:
 
 
 def opened(url: str) -> Store:
-    """The store at a path or URL.
+    """Open the store at a path or URL.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no store.
     """
     try:
         return open_store(url)
@@ -126,8 +127,7 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
         key = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and key in PLACES:
             raise ConfigError(
-                f"{word}: {path} is gone on with where it is, and so are its outputs; leave "
-                f"--{key} out"
+                f"{word}: {path} is resumed in its place, with its outputs there; leave --{key} out"
             )
     before, config = load(path / "config.yaml"), load(path / "config.yaml", overrides)
     state = state_of(path)
@@ -145,16 +145,16 @@ def _in_folder(path: Path, overrides: Sequence[str]) -> Stopped:
 
 
 def _gathered(path: Path) -> bool:
-    """Whether a folder's outputs were gathered in memory and saved, not written to a store."""
+    """True if a folder's outputs were gathered in memory and saved, not written to a store."""
     return (path / "outputs.safetensors").exists()
 
 
 def unfinished_folder(store: Store, config: RunConfig) -> Path | None:
-    """The folder of the run that began a store, if that run has stopped and is the one given.
+    """The folder of the stopped run that began a store, if it is the given run.
 
     Args:
-        store: Where its outputs go.
-        config: The run as it is to go on.
+        store: The store of its outputs.
+        config: The configuration of the run that continues.
     """
     named, begun = (
         store.header.attributes.get("run"),

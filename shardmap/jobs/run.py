@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmap import Plan, Store
-from shardmap.errors import ConfigError, StoreMismatchError
+from shardmap.errors import ConfigError, RaggedError, StoreMismatchError
 from shardmap.jobs.base import Findings, Outcome
 from shardmap.jobs.config import BoundRun, RunConfig, to_yaml
 from shardmap.jobs.folder import (
@@ -63,21 +63,21 @@ def execute(
     Args:
         run: The configuration with its import paths resolved, as `shardmap.jobs.config.bind`
             returns it.
-        folder: A folder to go on in; by default a new one is made.
-        say: Receives what a person wants to read: the plan, the findings.
+        folder: A folder to continue in; by default a new one is made.
+        say: Receives texts for people: the plan, the findings.
         listener: Receives the events of the map while it works, for a progress bar.
 
     Returns:
-        The run folder and what the report found; None without a report.
+        The run folder and the report's findings; None without a report.
 
     Raises:
-        ConfigError: The configuration turned out wrong once the data was there. Nothing is left
+        ConfigError: The configuration does not fit the data. Nothing is left
             behind, but for committed units.
-        StoreMismatchError: The store that is to be gone on with holds another run.
+        StoreMismatchError: The store that is resumed holds another run.
         RunInterrupted: Ctrl-C, and committed units are left in the folder.
     """
     config = run.config
-    check_machine(config)  # a device that is not there is answered before anything is loaded
+    check_machine(config)  # an absent device is refused before anything is loaded
     found = check_store(config)
     folder = folder or _folder(config, found, say)
     try:
@@ -162,22 +162,24 @@ def _carry_out(
 
 
 def _map(run: BoundRun, parts: Parts, folder: RunFolder, found: Store | None) -> _Map:
-    """Plan the map, and make it ready."""
+    """Plan the map, and prepare it."""
     config, options = run.config, map_options(run)
     samples = len(parts.dataset)
-    sink = sink_of(config, folder.path) if config.stored and not parts.ragged else None
+    sink = sink_of(config, folder.path) if config.stored else None
     if sink is not None and config.store is None:
         found = folder.found()
-    plan = (
-        None if config.devices == "ray" or parts.ragged else planned(parts, config, options, sink)
-    )
+    try:
+        plan = None if config.devices == "ray" else planned(parts, config, options, sink)
+    except RaggedError as error:
+        if config.store is not None:
+            raise ConfigError(f"store: {error}") from error
+        text = f"{samples} samples of unequal shapes and results, a map for each shape"
+        return _Map(text, None, mapped(parts, config, options))
     if sink is None:
         text = (
             f"{samples} samples on Ray, in a few chunks per worker, cut when it is known how many "
             "workers there are"
         )
-        if parts.ragged:
-            text = f"{samples} samples of unequal shapes, a map for each shape"
         return _Map(text if plan is None else plan.summary, plan, mapped(parts, config, options))
     again = config.resume or config.store is None
     work = mapped(parts, config, {**options, "out": sink, "resume": again})
@@ -213,7 +215,7 @@ def _mapped(
     """Run the map and write its measurements into the folder.
 
     Returns:
-        The outputs, and how many chunks were computed again, by cause.
+        The outputs, and the number of chunks that were computed again, by cause.
     """
     events: list[Event] = []
 

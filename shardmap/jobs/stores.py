@@ -1,6 +1,6 @@
-"""A run's store, which holds the run's configuration.
+"""The store of a run, which also holds the run's configuration.
 
-So it can be resumed and verified without the run folder.
+So the run can be resumed and verified without the run folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sink_of(config: RunConfig, folder: Path | None = None) -> PlaceSink:
 
     Args:
         config: The run; it has a store.
-        folder: The run folder; the store lies in it where the configuration names no place.
+        folder: The run folder; the store is in it if the configuration names no place.
     """
     named = config.function or config.model
     place = config.store
@@ -61,16 +61,16 @@ def versions() -> dict[str, str]:
 
 
 def check_store(config: RunConfig) -> Store | None:
-    """Refuse a place that cannot take the run's store, before anything is loaded.
+    """Refuse a place that cannot hold the run's store, before anything is loaded.
 
     Args:
         config: The run.
 
     Returns:
-        The store that is there and is to be gone on with.
+        The existing store that is resumed, if any.
 
     Raises:
-        ConfigError: Something is there that may be neither gone on with nor replaced.
+        ConfigError: The place holds data that may be neither continued nor replaced.
     """
     if config.store is None:
         return None
@@ -94,14 +94,14 @@ def check_store(config: RunConfig) -> Store | None:
 
 
 def configuration_of(store: Store, overrides: Sequence[str] = ()) -> RunConfig | None:
-    """The configuration that a run has left in its store; None if the store is of another call.
+    """The configuration that a run has left in its store; None for the store of another call.
 
     Args:
-        store: Where the results are.
+        store: The store of the results.
         overrides: As for `shardmap.jobs.config.load`.
 
     Raises:
-        ConfigError: It cannot be understood any more.
+        ConfigError: It cannot be parsed any more.
     """
     values = store.header.attributes.get("configuration")
     if not isinstance(values, dict):
@@ -140,7 +140,7 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as they are written on the command line: `model.init_args.epochs`."""
+    """Flatten nested keys to the command line's form: `model.init_args.epochs`."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

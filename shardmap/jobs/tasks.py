@@ -1,4 +1,4 @@
-"""The library's call that a run makes: a map of the function, or one of its derivatives."""
+"""The call of the library that a run makes: a map of the function, or one of its derivatives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import shardmap
+from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.jobs.config import RunConfig
@@ -19,8 +20,8 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
     """The run's computation over all of its samples, ready to be called.
 
     Args:
-        parts: What the configuration names, made.
-        config: Which task, and what goes with it.
+        parts: The run's samples, model and function.
+        config: The configuration, for the task and its keys.
         options: As for `shardmap.vmap`.
     """
     if config.task == "vmap":
@@ -29,7 +30,7 @@ def mapped(parts: Parts, config: RunConfig, options: MapOptions) -> Callable[[],
     call = _transform(parts, config, options)
 
     def run() -> Any:
-        with torch.no_grad():  # values only: nobody differentiates what ends in files
+        with torch.no_grad():  # values only: results in files are not differentiated
             return call(*_given(parts, config))
 
     return run
@@ -42,17 +43,36 @@ def planned(parts: Parts, config: RunConfig, options: MapOptions, sink: Sink | N
     plan.
 
     Args:
-        parts: What the configuration names, made.
-        config: Which task, and what goes with it.
+        parts: The run's samples, model and function.
+        config: The configuration, for the task and its keys.
         options: As for `shardmap.plan`.
-        sink: Where the outputs go, if that is a store: memory then holds those that are being put
-            together, and no more.
+        sink: Store for the outputs, if there is one: memory then holds only units that are being
+            filled.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         plan = _plan(parts, config, options)
         if sink is None or not plan.samples:
             return plan
         return plan.into(sink, config.chunk_size)
+
+
+def compared(parts: Parts, config: RunConfig, options: MapOptions) -> Comparison:
+    """Compare the run's map with the plain loop over all samples of `parts`.
+
+    Args:
+        parts: The run's samples, model and function, with few samples.
+        config: The configuration, for the task and its keys.
+        options: As for `shardmap.compare`.
+
+    Raises:
+        OptionError: The function draws random numbers, so that the loop draws others.
+    """
+    samples = range(len(parts.columns[0]))
+    if config.task == "vmap":
+        return shardmap.compare(parts.detached, **options)(*parts.columns, samples=samples)  # pyright: ignore[reportCallIssue]  a comparison has no out=
+    call = _transform(parts, config, options)
+    with torch.no_grad():
+        return call.compare(*_given(parts, config), samples=samples)
 
 
 def _plan(parts: Parts, config: RunConfig, options: MapOptions) -> Plan:
@@ -78,6 +98,6 @@ def _transform(parts: Parts, config: RunConfig, options: MapOptions) -> Any:
 
 
 def _given(parts: Parts, config: RunConfig) -> tuple[Any, ...]:
-    """The arguments of the call; a function of parameters gets those first."""
+    """The arguments of the call; a function of parameters gets the parameters first."""
     leading = parts.leading if config.task == "per_sample_grad" and parts.loss is None else ()
     return (*leading, *parts.columns)

@@ -1,4 +1,4 @@
-"""A module's parameters and buffers from a file.
+"""Load a module's parameters and buffers from a file.
 
 No pickle is run: safetensors, or a state dict read with `weights_only=True`.
 """
@@ -17,7 +17,7 @@ from shardmap._extras import require
 from shardmap.errors import ConfigError
 
 SHOWN = 4
-"""Names that a message lists; of more, their number."""
+"""Number of names that a message lists; the others are counted."""
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def read(path: str) -> dict[str, Tensor]:
             path)` has written.
 
     Raises:
-        ConfigError: It is not there, cannot be read, or holds something else than named tensors.
+        ConfigError: It does not exist, cannot be read, or holds anything else than named tensors.
     """
     file = Path(path)
     if file.suffix not in (".safetensors", ".pt", ".pth"):
@@ -70,7 +70,7 @@ def read(path: str) -> dict[str, Tensor]:
         IndexError,
         AttributeError,
         TypeError,
-    ) as error:  # whatever bytes it has
+    ) as error:  # its bytes may be anything
         raise ConfigError(
             f"weights: {path!r} cannot be read ({_line(error)}); save module.state_dict() again"
         ) from error
@@ -89,12 +89,12 @@ def read(path: str) -> dict[str, Tensor]:
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    """Put weights into a module: every parameter and buffer, and no other.
+    """Load weights into a module: every parameter and buffer, and no other.
 
     Args:
         module: The module.
-        state: What was read.
-        path: Where from, for errors.
+        state: The state dict of `read`.
+        path: The file's path, for errors.
 
     Raises:
         ConfigError: A name is missing or unknown, a shape is another, or a number would lose

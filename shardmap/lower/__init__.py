@@ -1,1 +1,1 @@
-"""From the program of one sample to functions that run whole batches."""
+"""Lowering: turns the program of one sample into functions that run whole batches."""

@@ -1,8 +1,8 @@
-"""Where a replay and the recording part: operator by operator, each from the recorded operands.
+"""Compare a replay with the recording operator by operator, from the recorded operands.
 
-Rounding grows along a program, without bound in a chaotic one, so that outputs which differ do not
-show a wrong rule. Here every batched call is given the operands that the samples' own calls had.
-Then each result differs by the rounding of one operator only, and what differs by more is wrong.
+Rounding errors grow along a program, without bound in a chaotic one, so that different outputs do
+not prove a wrong rule. Here every batched call gets the operands of the samples' own calls.
+Then each result differs by the rounding of one operator only, and a larger difference is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.closeness import OPERATOR_TOLERANCE, close, largest
 from shardmap.lower.trial import Trial, arguments
 from shardmap.program.analysis import random_call
-from shardmap.program.ir import Equation, Param, Program, SampleDevice, Var, variables
+from shardmap.program.ir import Equation, Packed, Param, Program, SampleDevice, Var, variables
 from shardmap.program.operators import op_info
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.rules.lowering import V
@@ -26,10 +26,10 @@ from shardmap.rules.lowering import V
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """What comparing operator by operator found."""
+    """Result of the comparison operator by operator."""
 
     wrong: dict[int, str]
-    """By number of the recorded call: how its batched result differs."""
+    """For the number of a recorded call: a text on how its batched result differs."""
     outputs: list[torch.Tensor]
     """The outputs of the batched program, computed from the recorded operands."""
     samples: list[list[torch.Tensor]]
@@ -40,8 +40,9 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
     """Compare each batched call with the recorded one, both given the samples' own operands.
 
     Args:
-        program: What one sample does.
-        batched: The same for a batch, each sample's values kept (nothing summed or from factors).
+        program: The program of one sample.
+        batched: The same program for a batch, each sample's values kept (nothing summed or from
+            factors).
         trial: The samples.
     """
     samples = [_Sample(program, trial, row) for row in range(trial.size)]
@@ -88,7 +89,7 @@ def by_recorded_calls(program: Program, trial: Trial, row: int) -> list[torch.Te
 
 
 def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample]) -> str | None:
-    """Compare a batched result with the samples' own, then put those in its place."""
+    """Compare a batched result with the samples' own, then replace it by those."""
     own = [sample.env.get(var.index) for sample in samples]
     if any(s is None for s in own):
         return None  # dead in the recording by now: made again where it is used
@@ -111,7 +112,7 @@ def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample
 
 
 def _empty(eq: Equation, out: object) -> None:
-    """Let memory that nobody has written hold the same for all: a copy of it may be compared."""
+    """Fill uninitialised memory with one value everywhere, as a copy of it may be compared."""
     if not op_info(eq.op).uninitialised:
         return
     with torch.no_grad():
@@ -136,14 +137,14 @@ def _copy_written(
 
 
 class _Sample:
-    """One sample, computed by the recorded calls themselves."""
+    """One sample that is computed by the recorded calls themselves."""
 
     def __init__(self, program: Program, trial: Trial, row: int):
         self.program = program
         self.trial = trial
         self.env: dict[int, Any] = {}
         self.operands: list[torch.Tensor] = []
-        """The tensors that the last call was given."""
+        """The operand tensors of the last call."""
         self.next = 0
         self.generators = PrivateGenerators()
         inputs = [t[row] for t in trial.own_inputs()]
@@ -160,7 +161,7 @@ class _Sample:
             self.last[var.index] = len(program.equations)
 
     def advance(self, number: int) -> None:
-        """Run the recorded calls up to this one."""
+        """Run the recorded calls up to `number`, inclusive."""
         while self.next <= number:
             eq = self.program.equations[self.next]
             for var in self._ended(self.next - 1):
@@ -181,7 +182,7 @@ class _Sample:
         args = [self._value(a) for a in eq.args]
         kwargs = {k: self._value(a) for k, a in eq.kwargs}
         self.operands = [self.env[var.index] for var in eq.inputs()]
-        if random_call(eq):  # from no generator of the process: nothing else may draw otherwise
+        if random_call(eq):  # from a private generator: the process's own must not advance
             out = self.generators.run(eq.op, tuple(args), kwargs)
         else:
             out = eq.op(*args, **kwargs)
@@ -200,10 +201,12 @@ class _Sample:
             return [self._value(a) for a in arg]
         if kind is Param:
             return self.trial.scalars[arg.scalar]
+        if kind is Packed:
+            return arg.value
         return self.trial.device if kind is SampleDevice else arg
 
     def outputs(self) -> list[torch.Tensor]:
-        """What the program returns for this sample."""
+        """The outputs of the program for this sample."""
         return [self.env[var.index] for var in self.program.outputs]
 
 

@@ -1,4 +1,4 @@
-"""Calls that a batched program takes from the recording as they are, and which of them it needs."""
+"""Emit recorded calls unchanged, and drop the calls that a batched program does not need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardmap.rules.lowering import Call, Lowering, V, values
 
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Emit a recorded call as it is."""
+    """Emit a recorded call unchanged."""
     returns = schema_of(eq.op).returns
     if not returns or not list(eq.results()):
         b.effect(eq.op, *args, **kwargs)
@@ -32,7 +32,7 @@ def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
 def drop_dead(
     calls: list[Call], outputs: tuple[V, ...]
 ) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """Keep the calls that serve an output or have an effect: the fixed ones, and the chunk's."""
+    """Split the calls that lead to an output or have an effect into fixed ones and the chunk's."""
     used = {v.index for v in outputs}
     kept = []
     for call in reversed(calls):

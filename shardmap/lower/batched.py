@@ -1,4 +1,4 @@
-"""What lowering takes besides a program, and the batched program that it makes: frozen data."""
+"""The batched program and the options of lowering, as frozen data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from shardmap.rules.lowering import Call, V
 
 @dataclass(frozen=True, slots=True)
 class BatchedProgram:
-    """What a program does to a chunk of samples, on one kind of device."""
+    """A program for a chunk of samples, on one kind of device."""
 
     fixed: tuple[Call, ...]
-    """Calls that no sample changes: once per device."""
+    """Calls that do not depend on the sample: run once per device."""
     chunk: tuple[Call, ...]
     """Calls on whole chunks."""
     inputs: tuple[V, ...]
@@ -24,52 +24,55 @@ class BatchedProgram:
     tiers: Mapping[str, str]
     """For each operator in use, the tier that serves it."""
     values: int
-    """How many values the calls define."""
+    """Number of values that the calls define."""
     results: Mapping[int, tuple[Var, V]]
-    """By value index: the recorded tensor that it is the batch of, for the checks of the first
+    """For a value's index: the recorded tensor that it is the batch of, for the checks of the first
     run."""
     summed: frozenset[int] = frozenset()
-    """By value index: mapped outputs that are summed over the chunk's samples, `[*shape]`."""
+    """Indices of mapped outputs that are summed over the chunk's samples, `[*shape]`."""
     written: Mapping[int, tuple[tuple[Var, V], ...]] = field(default_factory=dict)
-    """By number of a recorded call that writes: the tensors that it writes, and their batches."""
+    """For the number of a recorded call that writes in place: the written tensors, and their
+    batches."""
     factored: Mapping[int, str] = field(default_factory=dict)
-    """By number of the recorded call: what is computed from factors instead
-    (`shardmap.factors`)."""
+    """For the number of a recorded call that is computed from factors (`shardmap.factors`): a text
+    about it."""
+    saved: tuple[bool, ...] = ()
+    """For each output, True if autograd may save it; empty where autograd records nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoweringOptions:
-    """What besides the program decides how it is lowered."""
+    """The options that decide, with the program, how it is lowered."""
 
     device_type: str
     randomness: str
     strict: bool
     grad: bool
-    """Whether outer autograd records."""
+    """True if outer autograd is recording."""
     transformed: bool
-    """Whether `torch.func` transforms are active around the call."""
+    """True if `torch.func` transforms are active around the call."""
     call: str
     summed: tuple[bool, ...] = ()
-    """For each output, whether only its sum over the samples is wanted; none if nothing is said."""
+    """For each output: True if only its sum over the samples is needed; empty for none."""
     traced: bool = False
-    """Whether the samples hold no values, because the call is traced: what is lowered so has not
-    been compared with anything, and is kept apart."""
+    """True if the samples hold no values, because the call is traced: such a lowering has not been
+    compared with anything, and is kept apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fixes:
-    """What trying a program has shown to be needed, by number of the recorded call."""
+    """Changes to a lowering that trials have shown to be needed, by number of the recorded call."""
 
     tiers: Mapping[int, str] = field(default_factory=dict)
     """"functorch" or "loop": the result of a higher tier was not the recorded one."""
     reasons: Mapping[int, str] = field(default_factory=dict)
-    """For each entry of `tiers`, what the higher tier did wrong."""
+    """For each entry of `tiers`, the fault of the higher tier."""
     restride: frozenset[int] = frozenset()
-    """Calls whose results have other strides than the sample's."""
+    """Calls whose results need a copy to have the strides of the sample's."""
     plain: bool = False
-    """Whether nothing is computed from factors."""
+    """True if nothing is computed from factors."""
     copied: bool = False
-    """Whether outputs are copied into their slices instead of being computed there."""
+    """True if outputs are copied into their slices instead of being computed there."""
 
     def demoted(self, number: int, tier: str, reason: str) -> Fixes:
         """These fixes, with a recorded call served by a lower tier."""
@@ -77,5 +80,5 @@ class Fixes:
         return replace(self, tiers=tiers, reasons={**self.reasons, number: reason})
 
     def restrided(self, numbers: Iterable[int]) -> Fixes:
-        """These fixes, with the strides of some calls' results put right by a copy."""
+        """These fixes, with the strides of some calls' results corrected by a copy."""
         return replace(self, restride=self.restride.union(numbers))

@@ -1,8 +1,8 @@
 """Turn the program of one sample into a program for any number of samples.
 
-Decides what must be mapped, drops what leads nowhere, lifts what no sample changes out of the chunk
-loop, and applies the rules in four tiers: ours, PyTorch's decompositions (at recording), functorch
-for one operator, a loop over the batch.
+It decides which values are mapped, drops dead calls, moves calls that do not depend on the sample
+out of the chunk loop, and serves operators in four tiers: ours, PyTorch's decompositions (at
+recording), functorch for one operator, a loop over the batch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from shardmap.lower.replayed import (
     check_shapes,
     copy,
     cut,
+    data_of,
     followed,
     fresh_leaf,
     no_view,
     own_tangent,
     restride,
 )
+from shardmap.lower.saved_results import saved_results
 from shardmap.program.analysis import (
     IDENTITIES,
     grad_equations,
@@ -43,7 +45,7 @@ from shardmap.program.analysis import (
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
+from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted, refuse_traced
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -90,7 +92,7 @@ class _Batcher:
         self.summed: set[int] = set()
         self.written: dict[int, tuple[tuple[Var, V], ...]] = {}
         self.writer: dict[int, int] = {}
-        """The variable through which each group was written last."""
+        """For each memory group, the variable through which it was last written."""
         enabled = not (options.grad or options.transformed or fixes.plain)
         self.builder = FactorBuilder(
             program, self.b, self.env, self.write_groups, self.mapped, enabled
@@ -122,6 +124,7 @@ class _Batcher:
             if live[i]:
                 b.equation, b.grad = i, grads[i]
                 self._equation(i, eq)
+            b.drawn += random_call(eq)
         b.equation, b.grad = len(program.equations), self.options.grad
         outputs = self._outputs()
         fixed, chunk = postponed(*drop_dead(b.calls, outputs), outputs)
@@ -138,10 +141,11 @@ class _Batcher:
             frozenset(self.summed),
             self.written,
             self.builder.notes,
+            saved_results(program) if self.options.grad or self.options.transformed else (),
         )
 
     def _kept_outputs(self) -> list[Var]:
-        """The outputs of which each sample's value is wanted."""
+        """The outputs that are needed for each sample."""
         wanted = self.options.summed or [False] * len(self.program.outputs)
         return [
             var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum
@@ -152,22 +156,20 @@ class _Batcher:
         self.env[var.index] = v
         return v
 
-    def _materialise(self, v: V, var: Var) -> V:
-        """An unmapped value that samples will write to.
+    def _materialise(self, v: V, var: Var, empty: bool = False) -> V:
+        """Give each sample a copy of an unmapped value that samples will write to.
 
-        A copy for each sample, with the sample's strides.
+        Of an `empty` one, which nobody has written to yet, nothing is copied.
+        Each copy has the sample's strides.
         """
-        stride = var.spec.stride
-        span = (
-            1 + sum((n - 1) * s for n, s in zip(var.spec.shape, stride, strict=True))
-            if 0 not in var.spec.shape
-            else 0
-        )
+        shape, stride = var.spec.shape, var.spec.stride
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
-            if t.is_contiguous() and t.stride() == stride:
+            if not empty and t.is_contiguous() and t.stride() == stride:
                 return t.expand(size, *t.shape).clone(memory_format=torch.contiguous_format)
-            return t.new_empty_strided((size, *t.shape), (span, *stride)).copy_(t)
+            made = t.new_empty_strided((size, *t.shape), (span, *stride))
+            return made if empty else made.copy_(t)
 
         return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
 
@@ -188,7 +190,7 @@ class _Batcher:
         return value
 
     def _may_be_kept(self, var: Var, eq: Equation) -> bool:
-        """Whether autograd may keep `var` for the backward of calls other than the recorded one."""
+        """True if autograd may keep `var` for the backward of calls other than the recorded one."""
         return (
             self.b.grad
             and torch.Tag.pointwise not in eq.op.tags
@@ -197,16 +199,15 @@ class _Batcher:
         )
 
     def _as_consumed(self, v: V, var: Var, flag: int) -> V:
-        """`v` with what autograd knew of the sample's tensor when it was consumed."""
+        """`v` with the autograd flag that the sample's tensor had when a call used it."""
         if flag == GRAD:
             return v
         if (
             self.options.transformed
-        ):  # tangents of forward mode stop at detach only, whatever the grad mode
+        ):  # tangents of forward mode stop only at detach, in any grad mode
             if var.index not in self.identities:
                 return v
-            # Only what is written must stay a view of its memory; what is read has no tangent,
-            # whatever else the memory holds.
+            # Only what is written must stay a view of its memory; what is read has no tangent.
             return (
                 self._cut(v, var.group)
                 if var.index in self.written_through
@@ -216,9 +217,7 @@ class _Batcher:
             return v
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
-        # Operators that run below autograd consume intermediate results that it does not know yet
-        # (zero tensors of forward-mode AD
-        # do): only a detach ends a gradient.
+        # Below autograd, results are consumed that it does not know yet: only a detach ends it.
         return (
             self._cut(v, var.group)
             if var.index in self.needs and var.index in self.identities
@@ -226,7 +225,7 @@ class _Batcher:
         )
 
     def _cut(self, v: V, group: int) -> V:
-        """`v` unknown to autograd. Outer transforms can carry tangents, which only detach stops."""
+        """`v` detached from autograd. Under outer transforms only detach stops tangents."""
         if self.options.transformed and group not in self.write_groups:
             return self.b.call(torch.Tensor.detach, v)
         return self.b.call(cut, v)
@@ -238,11 +237,11 @@ class _Batcher:
             for out in eq.results():
                 v = self.env[source.index]
                 self.env[out.index] = v
-                if out.index in self.written_through and (
-                    self.options.grad or self.options.transformed
-                ):
+                history = self.options.grad or self.options.transformed
+                if out.index in self.written_through and history:
                     # A write gives the detached tensor, and its views, a history of their own.
-                    self.env[out.index] = self._cut(v, out.group)
+                    data = eq.op is DATA and not self.options.transformed
+                    self.env[out.index] = b.call(data_of, v) if data else self._cut(v, out.group)
                     continue
                 self.identities.add(out.index)
                 if source.index in self.needs:
@@ -281,7 +280,7 @@ class _Batcher:
             b.effect(check_shapes, eq.answer[1], call, [v.mapped for v in results], results)
 
     def _own_backward(self, i: int, eq: Equation) -> None:
-        """Give results of a Function of the user's its backward; alone they are what they are."""
+        """Give results of a user-defined Function its backward, if gradients are recorded."""
         b = self.b
         if eq.args[4] == NO_EFFECT or not (b.grad or self.options.transformed):
             for out, value in zip(eq.results(), eq.args[1], strict=True):
@@ -295,10 +294,10 @@ class _Batcher:
         self.needs.update(v.index for v in eq.results())
 
     def _mark_writes(self, number: int, eq: Equation, first: int) -> None:
-        """Mark the calls by which a recorded write reaches the written memory.
+        """Mark the emitted calls by which a recorded write reaches the written memory.
 
-        An operator's schema says that it writes, a function of ours that stands for one does not:
-        unmarked, its write would be taken for no use of the memory at all, and an output would be
+        An operator's schema says that it writes, that of our function in its place does not:
+        unmarked, its write would not count as a use of the memory, and an output would be
         copied out before it.
         """
         pairs = tuple([(v, self.env[v.index]) for v in written(eq)])
@@ -331,7 +330,7 @@ class _Batcher:
             if out is not NotImplemented:
                 self.tiers[name] = "rule"
                 return out
-            fix = "loop"  # each sample may have a shape of its own
+            fix = "loop"  # samples may have different shapes
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
             return functional_call(b, eq, args, kwargs)
@@ -376,7 +375,7 @@ class _Batcher:
             if i in self.fixes.restride and v.mapped:
                 v = self.b.call(restride, v, var.spec.stride, shape=v.shape, dtype=v.dtype)
             if var.group in self.mapped and not v.mapped:
-                v = self._materialise(v, var)
+                v = self._materialise(v, var, op_info(eq.op).uninitialised)
             elif v.mapped and var.group in self.write_groups and var.group not in read_groups:
                 v = self.b.call(no_view, v)
             self.env[var.index] = v
@@ -409,11 +408,10 @@ class _Batcher:
                 continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
-                v = b.call(
-                    cut, v
-                )  # a view made under no_grad of what requires grad claims to require it
+                # A view made under no_grad of what requires grad claims to require it.
+                v = b.call(cut, v)
             if v.mapped:
-                # Under transforms a view made without grad must not stand for itself: the loop
+                # Under transforms a view made without grad must not be used itself: the loop
                 # stacks it, which autograd records.
                 bare = self.options.transformed and flag == FRESH_LEAF
                 if var.group in owned or v in outputs or bare:
@@ -434,14 +432,14 @@ def lower(
     to_loop: Callable[[int, Equation], None],
     lowered: Callable,
 ) -> BatchedProgram:
-    """The batched program.
+    """Lower a program to a batched program.
 
     Args:
-        program: What one sample does.
+        program: The program of one sample.
         options: Device, randomness, strictness, outer autograd.
-        fixes: What trying the program has shown to be needed.
-        to_loop: Called with each recorded call that falls to the loop; it may refuse.
-        lowered: Lowers a program that is part of this one, and keeps it (`cache.lowered`).
+        fixes: Fixes that trials of the program have shown to be needed.
+        to_loop: Called for each recorded call that only the loop serves; it may refuse.
+        lowered: Lowers a program that is part of this one, and caches it (`cache.lowered`).
 
     Raises:
         ShardmapError: `to_loop` refuses.

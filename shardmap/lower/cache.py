@@ -1,4 +1,4 @@
-"""Lowerings, each made and checked once, and kept: finished values only."""
+"""Cache of lowerings: each is made and checked once; only finished values are kept."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ SlowLoopWarning = errors.SlowLoopWarning
 
 @dataclass(slots=True)
 class Notes:
-    """What the planner has learned of a program, whoever lowered it.
+    """The planner's measurements of a program, shared by all its lowerings.
 
-    The one part of a lowering that changes: it grows as chunks run.
+    They are the only part of a lowering that changes.
     """
 
     observed: dict[Any, Any] = field(default_factory=dict)
-    """What a chunk has been seen to cost, by device and the way that it runs."""
+    """Measured costs of a chunk, by device and the way that it runs."""
     learned: dict[str, Any] = field(default_factory=dict)
-    """What running chunks has shown, by device."""
+    """Measurements of chunks that ran, by device."""
     recorded_bytes: list[int] = field(default_factory=list)
-    """Bytes of all recorded results of one sample, once somebody has added them up."""
+    """Bytes of all recorded results of one sample, once they have been added up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Lowered:
     batched: BatchedProgram
     replay: Executable
     fixes: Fixes
-    """What trying it has shown to be needed."""
+    """Fixes that trials have shown to be needed."""
     loose: frozenset[int]
-    """Outputs, by position, whose values cannot be compared: rounding grows along the program."""
+    """Positions of outputs whose values cannot be compared: rounding grows along the program."""
     notes: Notes
     sample_bytes: int
     """Bytes of all recorded results of one sample."""
@@ -76,10 +76,10 @@ class _Key:
 
 
 class Kept:
-    """The last few values that were made, each under a lock of its own.
+    """Cache of the last few values, each made under a lock of its own.
 
-    Two threads that ask for the same value wait for the one that makes it; others are not held up.
-    The locks are reentrant: a signal handler may call a map while its thread is making one.
+    Threads that request a value wait for the thread that makes it; other threads do not
+    wait. The locks are reentrant: a signal handler may call a map while its thread is making one.
     """
 
     def __init__(self, capacity: int):
@@ -97,7 +97,7 @@ class Kept:
             return found
 
     def made(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value, made now if there is none; an error leaves nothing behind."""
+        """The value, made now if there is none; an error leaves no entry."""
         found = self.get(key)
         if found is not None:
             return found
@@ -121,7 +121,7 @@ class Kept:
                     self._making.pop(key, None)
 
     def replace(self, key: Hashable, value: Any) -> None:
-        """Put another value in the place of what is kept."""
+        """Replace the kept value."""
         with self._lock:
             self._values[key] = value
             self._values.move_to_end(key)
@@ -129,12 +129,12 @@ class Kept:
                 self._values.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Drop all values."""
         with self._lock:
             self._values.clear()
 
     def values(self) -> list[Any]:
-        """What is kept, oldest first."""
+        """The kept values, oldest first."""
         with self._lock:
             return list(self._values.values())
 
@@ -142,7 +142,7 @@ class Kept:
         return len(self._values)
 
     def after_fork(self) -> None:
-        """Make new locks: in a forked child nobody would release those that were held."""
+        """Renew the locks: in a forked child those that were held would never be released."""
         self._lock = threading.RLock()
         self._making = {}
 
@@ -151,32 +151,32 @@ CAPACITY = 256
 _drafts = Kept(CAPACITY)
 _lowered = Kept(CAPACITY)
 _notes = Kept(CAPACITY)
-"""Kept apart, because a plan and a map are different calls of one program."""
+"""Notes are kept apart, as a plan and a map are different calls of one program."""
 _by_identity = Kept(4 * CAPACITY)
-"""The same lowerings by address of their programs: a program that was expected and came is not
+"""The same lowerings by address of their programs: a program that was expected and recorded is not
 compared again. The values hold their programs, so that no address is used twice."""
 
 
 def clear() -> None:
-    """Forget all lowerings."""
+    """Drop all lowerings."""
     for kept in (_by_identity, _lowered, _drafts, _notes):
         kept.clear()
 
 
 def lowerings() -> list[Lowered]:
-    """The lowerings that are kept, oldest first."""
+    """The kept lowerings, oldest first."""
     return _lowered.values()
 
 
 def after_fork() -> None:
-    """Make the locks of this module new."""
+    """Renew the locks of this module."""
     for kept in (_by_identity, _lowered, _drafts, _notes):
         kept.after_fork()
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A program lowered without having been tried."""
+    """A program that has been lowered but not tried."""
 
     program: Program
     batched: BatchedProgram
@@ -185,7 +185,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _Again:
-    """Lowers a program of which there is a draft already."""
+    """Lowers a program of which there already is a draft."""
 
     program: Program
     sources: dict[str, str]
@@ -203,7 +203,7 @@ class _Again:
 def draft(
     program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
 ) -> BatchedProgram:
-    """The batched program as the rules give it, not tried: for what values do not decide."""
+    """The batched program as the rules make it, untried: for facts that values do not decide."""
     quick = "draft", id(program), options, layout, registry.version()
     found = _by_identity.get(quick)
     if found is None or found[0] is not program:
@@ -213,7 +213,7 @@ def draft(
 
 
 def notes(program: Program, options: LoweringOptions, layout: tuple[bool, ...]) -> Notes:
-    """What has been learned of a program, whoever lowered it."""
+    """The notes on a program, shared by all its lowerings."""
     quick = "notes", id(program), options, layout
     found = _by_identity.get(quick)
     if found is not None and found[0] is program:
@@ -240,7 +240,7 @@ def _key(program: Program, options: LoweringOptions, layout: tuple[bool, ...]) -
 def known(
     program: Program, options: LoweringOptions, layout: tuple[bool, ...], size: int, slices: bool
 ) -> Lowered | None:
-    """The lowering of this very program object, if it was asked for before."""
+    """The lowering of this very program object, if it was requested before."""
     found = _by_identity.get((id(program), options, layout, size, slices, registry.version()))
     return found[1] if found is not None and found[0] is program else None
 
@@ -258,14 +258,14 @@ def lowered(
     """The lowering of `program`, tried on samples and frozen; made once.
 
     Args:
-        program: What one sample does.
-        options: What else decides how it is lowered.
-        layout: For each mapped input, whether samples lie one after another in memory.
-        size: For how many samples at a time it is tried: 1 or 2; 0 for an empty batch.
+        program: The program of one sample.
+        options: The options that also decide how it is lowered.
+        layout: For each mapped input, True if samples lie one after another in memory.
+        size: Number of samples that it is tried on: 1 or 2; 0 for an empty batch.
         sources: The user's line for operators without a rule of ours, for warnings.
-        tried: Makes the samples that it is tried on; None to take it as the rules give it.
-        slices: Whether its outputs may be computed into slices of a result.
-        fixes: What is known to be needed, from another process that has tried it.
+        tried: Makes the samples that it is tried on; None for no trial.
+        slices: True if its outputs may be computed into slices of a result.
+        fixes: Fixes that another process has found to be needed.
     """
     found = known(program, options, layout, size, slices)
     if found is not None:
@@ -315,7 +315,7 @@ def lower_with(
 ) -> tuple[BatchedProgram, Replay]:
     """The batched program and its functions, with `fixes` applied.
 
-    Warns of each operator that falls to the loop, or refuses it, unless it is to be quiet.
+    Warns of each operator that only the loop serves, or refuses it, unless `quiet`.
     """
 
     def to_loop(number: int, eq: Equation) -> None:
@@ -349,7 +349,7 @@ def lower_with(
 
 @contextlib.contextmanager
 def plain_numerics() -> Iterator[None]:
-    """Switch autocast off while a program is replayed: its casts have been recorded."""
+    """Switch autocast off during a replay: its casts have been recorded."""
     entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
     if not entered:
         yield
@@ -363,7 +363,7 @@ def plain_numerics() -> Iterator[None]:
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """Draw a seed from torch's generator, or the user's.
 
-    One per call, whatever its samples and devices.
+    One is drawn per call, whatever its samples and devices.
     """
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device=device, generator=generator))

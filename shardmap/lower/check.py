@@ -1,9 +1,9 @@
-"""Try a lowering on real samples and return one that gives what the function gave.
+"""Try a lowering on real samples and return one that gives the function's own results.
 
-Kernels choose the strides of their results by their inputs, so that no rule can promise them for
-every layout, and a rule may be wrong. What is found leads to a new lowering: other strides are put
-right by a copy after the call; a call of another shape, dtype or value is served by the next tier.
-Nothing that was handed on is changed.
+Kernels choose the strides of their results by their inputs, so that no rule can guarantee them for
+every layout, and a rule may be wrong. A fault leads to a new lowering: other strides are corrected
+by a copy after the call; a call of another shape, dtype or value is served by the next tier.
+Earlier lowerings are not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("shardmap")
 
 
 class Lower(Protocol):
-    """Lowers one program."""
+    """Function that lowers one program."""
 
     def __call__(
         self, options: LoweringOptions, fixes: Fixes, quiet: bool = False
@@ -35,23 +35,23 @@ class Lower(Protocol):
         """The batched program and its functions.
 
         Args:
-            options: How it is to be lowered.
-            fixes: What is known to be needed.
-            quiet: Whether calls that fall to the loop are neither warned of nor refused.
+            options: The options of the lowering.
+            fixes: Fixes that are known to be needed.
+            quiet: True to neither warn of nor refuse calls that only the loop serves.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A lowering that gives what the function gave for the samples that it was tried on."""
+    """A lowering that gives the function's own results for the samples of its trial."""
 
     batched: BatchedProgram
     replay: Replay
     fixes: Fixes
     loose: frozenset[int]
-    """Outputs, by position, whose rounding grows so far along the program that values cannot be
-    compared: each operator by itself was right."""
+    """Positions of outputs whose rounding errors grow so far along the program that values cannot
+    be compared: each operator by itself was right."""
 
 
 def verified(
@@ -62,20 +62,7 @@ def verified(
     fixes: Fixes,
     slices: bool,
 ) -> Verified:
-    """The lowering of `program`, tried on samples.
-
-    Args:
-        program: What one sample does.
-        options: How it is to be lowered.
-        lower: Lowers it, with fixes.
-        tried: The samples.
-        fixes: What is known to be needed.
-        slices: Whether outputs may be computed into slices of a result.
-
-    Raises:
-        MismatchError: Not even a loop over the samples gives what the function returned: it is not
-            a function of its arguments.
-    """
+    """Lower `program`, try it on samples, and mend it until its results are right."""
     batched, replay = lower(options, fixes)
     rewritten = bool(batched.summed or batched.factored)
     if not rewritten:
@@ -84,8 +71,8 @@ def verified(
         found = attempt.found
         outputs = attempt.outputs
     else:
-        # First as each sample's values would be computed one by one: those can be compared with
-        # what the function returned.
+        # First without sums over samples and factors: such values can be compared with
+        # the function's own results.
         attempt = _Attempt(program, replace(options, summed=()), lower, tried)
         attempt.settle(replace(fixes, plain=True), None)
         found, outputs = _rewritten(program, options, lower, tried, attempt)
@@ -95,7 +82,7 @@ def verified(
 
 
 class _Attempt:
-    """Lower, try, and lower again until the outputs are those of the function."""
+    """Lowers and tries a program until the outputs are those of the function."""
 
     def __init__(self, program: Program, options: LoweringOptions, lower: Lower, tried: Trial):
         self.program = program
@@ -113,7 +100,7 @@ class _Attempt:
         return Verified(*self.pair, self.fixes, self.loose)
 
     def settle(self, fixes: Fixes, pair: tuple[BatchedProgram, Replay] | None) -> None:
-        """Find the fixes by which the program gives what the function returned."""
+        """Find the fixes with which the program gives the function's own results."""
         self.fixes = fixes
         self.pair = pair or self.lower(self.options, fixes)
         self._mend()
@@ -133,7 +120,7 @@ class _Attempt:
         raise AssertionError(f"{self.options.call}: the lowering of the program does not settle")
 
     def _mend(self) -> None:
-        """Try until every result has the recorded shape, dtype and strides."""
+        """Lower again until every result has the recorded shape, dtype and strides."""
         while True:
             assert self.pair is not None
             faults, self.outputs = trial.run(self.program, self.pair[0], self.fixes, self.tried)
@@ -169,7 +156,7 @@ class _Attempt:
         self.fixes = self.fixes.demoted(number, tier, reason)
 
     def _blame_the_data(self, number: int) -> None:
-        """Let an error pass that the loop over the samples raises too.
+        """Let an error pass that a loop over the samples raises too.
 
         `torch.func.vmap`, the next tier, may overlook it: it reads another sample's row, for
         example, where an index is out of bounds.
@@ -179,14 +166,14 @@ class _Attempt:
         trial.run(self.program, batched, fixes, self.tried)
 
     def _wrong_outputs(self, outputs: list[torch.Tensor]) -> dict[int, str]:
-        """The outputs that are not what the function returned, each with a sample that shows it."""
+        """The outputs that are not the function's own results, each with a sample that shows it."""
         assert self.pair is not None
         if self.tried.random:
             return {}
         return differences(self.program, self.pair[0], self.tried, outputs)
 
     def _demote(self, wrong: dict[int, str]) -> bool:
-        """Find which operators are wrong and serve them by lower tiers; False if none is."""
+        """Find the wrong operators and serve them by lower tiers; False if there are none."""
         assert self.pair is not None
         found = apart.compare(self.program, self.pair[0], self.tried)
         for number, text in found.wrong.items():
@@ -211,11 +198,11 @@ class _Attempt:
         return False
 
     def _refuse_other_samples(self, found: apart.Apart, wrong: dict[int, str]) -> None:
-        """Refuse a program that does not give again what the function returned.
+        """Refuse a program that does not reproduce the function's own results.
 
         Raises:
-            MismatchError: The recorded calls, one sample at a time, give something else; or an
-                output is put together wrongly.
+            MismatchError: The recorded calls, one sample at a time, give other results; or an
+                output is assembled wrongly.
         """
         assert self.pair is not None
         own = [torch.stack(column) for column in zip(*found.samples, strict=True)]
@@ -235,14 +222,7 @@ class _Attempt:
 def differences(
     program: Program, batched: BatchedProgram, tried: Trial, outputs: list[torch.Tensor]
 ) -> dict[int, str]:
-    """The outputs whose rows are not what the function returned for their samples.
-
-    Args:
-        program: What one sample does.
-        batched: The same for a batch.
-        tried: The samples.
-        outputs: What the batch gave: `[size, *shape]` each, or `shape` where no sample changes it.
-    """
+    """The outputs whose rows are not the function's own results for their samples."""
     empty = never_written(program)
     tensors = [t for row in tried.expected for t in row]
     entered = max([largest(t) for t in (*tensors, *tried.inputs)], default=0.0)
@@ -262,10 +242,7 @@ def differences(
 def _rewritten(
     program: Program, options: LoweringOptions, lower: Lower, tried: Trial, attempt: _Attempt
 ) -> tuple[Verified, list[torch.Tensor]]:
-    """Compare what is computed from factors, or summed, with the values of samples one by one.
-
-    Where they differ no factors are used.
-    """
+    """Compare results from factors, or summed ones, with the samples' values one by one."""
     plain = attempt.outputs
     for fixes in (replace(attempt.fixes, plain=False), attempt.fixes):
         batched, replay = lower(options, fixes)
@@ -312,7 +289,7 @@ def _into_slices(
     found: Verified,
     outputs: list[torch.Tensor],
 ) -> Verified:
-    """Try the form that computes into slices of a result; copy into them where that differs."""
+    """Try the form that computes into slices; copy into them if its results differ."""
     for fixes in (found.fixes, replace(found.fixes, copied=True)):
         if fixes is not found.fixes:
             batched, replay = lower(options, fixes)
@@ -352,7 +329,7 @@ def _into_slices(
 
 
 def _filled(like: torch.Tensor) -> torch.Tensor:
-    """Dense memory that holds nothing which could be taken for a result."""
+    """Dense memory filled with values that no result has."""
     memory = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     if like.is_floating_point() or like.is_complex():
         return memory.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""Tolerances within which results agree: kernels for batches round differently."""
+"""Tolerances for comparing results: kernels for batches round differently."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ OUTPUT_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Of the largest entry of an output. Wide, because rounding adds up along a program; where outputs
-differ by more, the operators are compared one by one before anything is called wrong."""
+"""Tolerances as part of the largest entry of an output. They are wide, because rounding adds up
+along a program; where outputs differ by more, the operators are compared one by one before a rule
+is called wrong."""
 
 OPERATOR_TOLERANCE = {
     torch.float64: 1e-9,
@@ -27,19 +28,20 @@ OPERATOR_TOLERANCE = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
-"""Of the largest entry of one operator's result, computed from the same operands."""
+"""Tolerances as part of the largest entry of one operator's result, from equal operands."""
 
 ROUNDINGS = 100
-"""Times the rounding error of the largest magnitude that entered: what is left where all
-cancels."""
+"""Tolerance as a multiple of the rounding error of the largest operand: for results in which
+everything cancels."""
 
 
 THIN_FROM = 1 << 16
-"""Elements of a tensor from which some stand for all where memory is compared, not rounding."""
+"""Number of elements above which a sample of them is compared, where memory is compared and not
+rounding."""
 
 
 def has_values(t: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers; fake tensors, and those on the meta device, hold none."""
+    """True if a tensor holds numbers; fake tensors, and those on the meta device, hold none."""
     return t.device.type != "meta" and not isinstance(t, FakeTensor)
 
 
@@ -58,7 +60,7 @@ def largest(tensor: torch.Tensor) -> float:
 
 
 def _computable(t: torch.Tensor) -> torch.Tensor:
-    """The tensor in a dtype that every kernel of a comparison has: complex halves have few."""
+    """The tensor in a dtype that all kernels of a comparison support: complex halves have few."""
     if t.dtype is torch.complex32:
         return t.to(torch.complex64)
     if t.is_floating_point() and t.dtype not in OUTPUT_TOLERANCE:
@@ -67,14 +69,14 @@ def _computable(t: torch.Tensor) -> torch.Tensor:
 
 
 def _maximum(t: torch.Tensor) -> float:
-    """The largest magnitude, in one pass and without a copy; NaN or infinite where one is."""
+    """The largest magnitude, in one pass and without a copy; NaN or infinite if an entry is."""
     return float(torch.linalg.vector_norm(t, math.inf))
 
 
 def thinned(t: torch.Tensor) -> torch.Tensor:
     """Some of the elements of a large tensor, evenly spread over it.
 
-    Enough to see that memory holds something else altogether, at a small part of the cost.
+    They suffice to see that memory holds other data altogether, at a small part of the cost.
     """
     if t.numel() <= THIN_FROM:
         return t
@@ -87,11 +89,11 @@ def close(
     entered: float,
     tolerances: dict[torch.dtype, float] = OUTPUT_TOLERANCE,
 ) -> bool:
-    """Whether two results of one shape and dtype agree.
+    """True if two results of one shape and dtype agree.
 
     Args:
         a: The result that is known to be right.
-        b: The other one.
+        b: The other result.
         entered: The largest magnitude of the operands. Where everything cancels (the gradient of a
             bias before a normalisation), what is left is rounding of the magnitudes that entered,
             not of the result.

@@ -1,6 +1,7 @@
-"""Turn a batched program into two python functions: straight lists of calls with `del` at last use.
+"""Generate two python functions from a batched program: flat lists of calls.
 
-A generated function ran 2,000 calls in 15 ms where an interpreter over an environment took 22.
+Each value is deleted after its last use. A generated function ran 2,000 calls in 15 ms where an
+interpreter over an environment took 22.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ import torch
 from shardmap._torch import set_grad
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.output_slices import place
-from shardmap.program.ir import Param, SampleDevice
+from shardmap.program.ir import Packed, Param, SampleDevice
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
 
 
 class Executable(Protocol):
-    """The functions that compute chunks; executors need nothing else of a lowering."""
+    """The functions that compute chunks: all that executors need of a lowering."""
 
     @property
     def fixed(self) -> Callable[..., Any]:
-        """As `Replay.fixed`."""
+        """The function of `Replay.fixed`."""
         ...
 
     @property
     def chunk(self) -> Callable[..., Any]:
-        """As `Replay.chunk`."""
+        """The function of `Replay.chunk`."""
         ...
 
     @property
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """As `Replay.chunk_into`."""
+        """The function of `Replay.chunk_into`."""
         ...
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """As `Replay.marked`."""
+        """The function of `Replay.marked`."""
         ...
 
 
@@ -44,10 +45,10 @@ class Replay:
     """A batched program as functions of real tensors.
 
     Attributes:
-        fixed: `fixed(device, seeds, scalars, captured, literals)`: what no sample changes, in the
+        fixed: `fixed(device, seeds, scalars, captured, literals)`: unmapped values, in the
             order that `chunk` takes it.
         chunk: `chunk(B, start, device, seeds, scalars, fixed, inputs)`: the outputs of one chunk,
-            unmapped ones as they are.
+            unmapped ones without the mapped dimension.
         source: The generated text, for reading.
     """
 
@@ -72,9 +73,9 @@ class Replay:
     def chunk_into(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk_into(B, start, device, seeds, scalars, fixed, inputs, slices)`.
 
-        As `chunk`, written into memory that is there.
+        Like `chunk`, but writes the outputs into the given memory.
 
-        `slices` holds a dense tensor `[B, *shape]` for each mapped output that is not summed, in
+        `slices` has a dense tensor `[B, *shape]` for each mapped output that is not summed, in
         their order. Not for outer autograd.
         """
         if self._into is None:
@@ -123,7 +124,7 @@ class _Writer:
             return f"scalars[{value.scalar}]"
         if kind is SampleDevice:
             return "device"
-        return self.constant(value, "k")
+        return self.constant(value.value if kind is Packed else value, "k")
 
     def body(
         self,
@@ -137,13 +138,13 @@ class _Writer:
         """The lines of `calls`.
 
         Args:
-            calls: In order.
+            calls: Calls in their order.
             returned: Values that outlive the lines.
-            keep: Indices of others that do.
-            track_grad: Whether to switch grad mode where the calls say so.
-            writes: By number of a call, what computes its result into the first of the places
-                behind it, and those that it is copied to.
-            marked: Whether to say, before each call, which recorded call it serves.
+            keep: Indices of other values that do.
+            track_grad: True to switch grad mode where calls need it.
+            writes: For the number of a call: the function that computes its result into the first
+                place of the list, and the places; the others get copies.
+            marked: True to emit a mark with the number of the recorded call before each call.
         """
         writes = writes or {}
         last: dict[int, int] = {}
@@ -193,14 +194,14 @@ class _Writer:
 
 
 def generate(program: BatchedProgram, track_grad: bool, copied: bool = False) -> Replay:
-    """The functions that run `program`.
+    """Generate the functions that run `program`.
 
     Args:
         program: The batched program.
-        track_grad: Whether outer autograd records: then the calls that lead to no output that
+        track_grad: True if outer autograd is recording: then the calls that lead to no output that
             requires grad run without it. Otherwise the caller runs the functions under
             `torch.no_grad()`.
-        copied: Whether results are copied into slices instead of being computed there.
+        copied: True if results are copied into slices instead of being computed there.
     """
     writer = _Writer()
     passed = _passed(program)
@@ -263,7 +264,7 @@ def _function(
 
 
 def _passed(program: BatchedProgram) -> list[V]:
-    """What no sample changes and a chunk needs."""
+    """The unmapped values that a chunk needs."""
     defined = {v.index for v in (*program.captured, *program.literals)}
     defined |= {o for c in program.fixed for o in c.outs if o is not None}
     defined -= {

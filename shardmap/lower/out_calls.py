@@ -22,7 +22,7 @@ def out_rule(eq: Equation) -> registry.Rule | None:
         eq: The recorded call.
 
     Returns:
-        None if the call has no `out=`, or its operator no rule.
+        None if the call has no `out=`, or its operator has no rule.
     """
     plain = _without_out(eq.op)
     if plain is None or registry.lookup(plain) is None:
@@ -70,7 +70,7 @@ def _without_out(op: Operator) -> Operator | None:
 
 
 def _specs(op: Operator, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Any:
-    """The metadata of what one sample's call returns: `out=` may have another dtype."""
+    """The metadata of the results of one sample's call: `out=` may have another dtype."""
 
     def fake(value: Any) -> Any:
         kind = type(value)
@@ -86,7 +86,7 @@ def _specs(op: Operator, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], .
     with FakeTensorMode(), torch.no_grad():
         try:
             out = op(*[fake(a) for a in args], **{k: fake(v) for k, v in kwargs})
-        except NotImplementedError:  # no fake kernel: the call falls to a lower tier
+        except NotImplementedError:  # no fake kernel: a lower tier serves the call
             return None
     results = [out] if isinstance(out, torch.Tensor) else list(out)
     return [

@@ -1,4 +1,4 @@
-"""How a call writes its result into memory that is there already.
+"""Variants of calls that write their result into existing memory.
 
 A chunk's results belong in their slices of one preallocated output. Where the last call of an
 output can write there itself (`out=`), nothing is computed into memory of its own first and copied:
@@ -40,11 +40,11 @@ _OURS: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 def into(call: Call) -> Callable[..., torch.Tensor] | None:
-    """What computes `call` into its argument `out`, which has the result's shape and dtype.
+    """The function that computes `call` into an argument `out` of the result's shape and dtype.
 
-    None if nothing does.
+    None if there is none.
 
-    Only for memory that no argument shares, and where autograd does not record.
+    It is only for memory that no argument shares, and must not run under autograd.
     """
     if call.several or len(call.outs) != 1 or call.writes or not call.mapped:
         return None

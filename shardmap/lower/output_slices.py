@@ -1,6 +1,6 @@
-"""Where the outputs of a chunk are written.
+"""Write the outputs of a chunk into their slices of the result.
 
-Each into its slice of the result, as early and as directly as can be.
+Each is written as early and as directly as possible.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _JOINS = (aten.stack.default, aten.cat.default)
 
 @dataclass(slots=True)
 class Placement:
-    """The calls of a chunk, and how its outputs get to their places.
+    """The calls of a chunk, and the places that its outputs are written to.
 
     A place is python text that makes the tensor to write to.
     """
 
     calls: list[Call]
-    """Without those that only made an output dense, or put its parts side by side."""
+    """The chunk's calls, without those that only made an output dense or concatenated its parts."""
     writes: dict[int, tuple[Callable[..., Any] | None, list[str]]] = field(default_factory=dict)
-    """By number of a call: what computes its result into the first place, and the places that it
-    is copied to; None: into all."""
+    """For the number of a call: the function that computes its result into the first place, and the
+    places; the others get copies, as do all if the function is None."""
     after: list[tuple[V, str]] = field(default_factory=list)
-    """What is copied at the end, and where."""
+    """Values that are copied at the end, and their places."""
 
 
 def place(program: BatchedProgram, outputs: Sequence[V], copied: bool = False) -> Placement:
-    """How each output gets into its slice, `d<index>`, a dense tensor.
+    """Plan how each output gets into its slice, `d<index>`, a dense tensor.
 
     Args:
         program: The batched program.
         outputs: Its mapped outputs.
-        copied: Whether every output is computed into memory of its own and copied at the end.
+        copied: True if every output is computed into memory of its own and copied at the end.
     """
     if copied:
         return Placement(list(program.chunk), after=[(v, f"d{v.index}") for v in outputs])
@@ -100,9 +100,9 @@ def _arguments(call: Call) -> list[V]:
 
 
 def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
-    """Whether a call's result surely has the slice's shape and dtype.
+    """True if a call's result is known to have the slice's shape and dtype.
 
-    `out=` of another shape would resize, of another dtype cast.
+    `out=` would be resized for another shape, and cast for another dtype.
 
     Results of recorded calls have been compared with the recording before the first run; an output
     that is no such result was made dense by the rules themselves.
@@ -113,9 +113,9 @@ def _shape_is_known(program: BatchedProgram, v: V, dense: bool) -> bool:
 
 
 def _parts(maker: Call | None, where: str) -> list[tuple[V, str]] | None:
-    """The parts that a call puts side by side, each with its slot.
+    """The parts that a call concatenates, each with its slot.
 
-    None if it does something else.
+    None if it is no concatenation.
     """
     if maker is None or maker.op not in _JOINS or not maker.mapped:
         return None

@@ -1,4 +1,4 @@
-"""Results with a backward of the user's: what stands for such a Function at replay."""
+"""Results with a user-defined backward: the replay of an `autograd.Function`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
+from shardmap.program.python_state import State, backward_named, changed, state
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
+from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
 
 
 @dataclass(frozen=True)
 class OwnBackward:
-    """Gives results the history that a Function of the user's has given one sample's."""
+    """Gives batched results the history that a user-defined Function gave one sample's."""
 
     text: str
     """The recorded backward: see `shardmap.program.own_backward`."""
     options: LoweringOptions
     mapped: bool
-    """Whether the results, and with them the cotangents, have the mapped dimension."""
+    """True if the results, and with them the cotangents, have the mapped dimension."""
     inputs: tuple[bool, ...]
-    """Which of the Function's arguments have it."""
+    """For each of the Function's arguments: True if it has the mapped dimension."""
     kept: tuple[bool, ...]
-    """Which of the tensors that the backward keeps have it."""
+    """For each tensor that the backward keeps: True if it has the mapped dimension."""
     differentiable: tuple[bool, ...]
-    """Which of them the backward may be differentiated by."""
+    """For each of those: True if the backward may be differentiated by it."""
     lowered: Callable
-    """`shardmap.lower.cache.lowered`."""
+    """The function `shardmap.lower.cache.lowered`."""
 
     @staticmethod
     def of(
@@ -44,7 +46,7 @@ class OwnBackward:
         options: LoweringOptions,
         lowered: Callable,
     ) -> OwnBackward:
-        """What stands for a Function that is applied to `given`: arguments, outputs, kept."""
+        """The replay of a Function applied to `given`: its arguments, outputs, kept tensors."""
         inputs, outputs, kept = given
         text = eq.args[4]
         mapped = any(v.mapped for v in (*inputs, *outputs, *kept)) or not is_linear(text)
@@ -85,11 +87,11 @@ class OwnBackward:
         """The outputs, with a history.
 
         Args:
-            size: How many samples there are.
+            size: Number of samples.
             numbers: The numbers that the backward takes from python.
             inputs: The Function's arguments that require grad.
-            outputs: What its forward computed.
-            kept: What the backward keeps beside its outputs.
+            outputs: The outputs of its forward.
+            kept: The tensors that the backward keeps beside its outputs.
         """
         outputs = [t.detach() for t in outputs]
         kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
@@ -105,10 +107,10 @@ class OwnBackward:
         """The gradient of each input, from the cotangents.
 
         Args:
-            size: How many samples there are.
+            size: Number of samples.
             numbers: The numbers that the backward takes from python.
             cotangents: One for each output.
-            kept: The outputs that the backward reads, then what it keeps beside them.
+            kept: The outputs that the backward reads, then the tensors it keeps beside them.
         """
         if self.text == TOO_DEEP:
             raise errors.AutogradFunctionError(
@@ -134,7 +136,7 @@ class OwnBackward:
         return self._run(program, size, numbers, inputs, captured, literals)
 
     def _program(self, backward: Backward) -> Program:
-        """The backward's program with what no sample changes among its captured tensors."""
+        """The backward's program with unmapped values among its captured tensors."""
         program = backward.program
         first = backward.cotangents + len(backward.saved)
         own, kept = program.inputs[:first], program.inputs[first:]
@@ -160,7 +162,7 @@ class OwnBackward:
         def tried() -> Trial:
             return _trial(program, numbers, inputs, captured, literals)
 
-        with torch.no_grad():
+        with outer_recordings_suspended(), transforms_set_aside(), torch.no_grad():
             low = self.lowered(
                 program,
                 options,
@@ -198,7 +200,7 @@ def _trial(
     captured: list[torch.Tensor],
     literals: list[torch.Tensor],
 ) -> Trial:
-    """The first and the last sample of a backward, and what its recorded calls give for them."""
+    """The trial of a backward on two samples, with the results of the recorded calls."""
     rows = [element(t).detach() for t in inputs]
     size = min(rows[0].shape[0], 2)
     step = max(rows[0].shape[0] - 1, 1)
@@ -219,7 +221,7 @@ def _trial(
 
 
 class _Context(Protocol):
-    """What autograd keeps of one call."""
+    """The object in which autograd keeps data of one call."""
 
     own: OwnBackward
     size: int
@@ -227,17 +229,19 @@ class _Context(Protocol):
     count: int
     call: str
     why: str
+    reads: Callable[..., object] | None
+    state: State
     saved_tensors: tuple[torch.Tensor, ...]
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Say whether missing cotangents are zeros."""
+        """Set whether missing cotangents are passed as zeros."""
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         """Keep tensors for the backward."""
 
 
 class _Given(torch.autograd.Function):
-    """The outputs of a Function of the user's, with its backward for all samples."""
+    """Autograd node for outputs of a user-defined Function, with its backward for all samples."""
 
     generate_vmap_rule = True
 
@@ -255,12 +259,21 @@ class _Given(torch.autograd.Function):
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
+        ctx.reads = backward_named(backward.function) if backward is not None else None
+        ctx.state = state(ctx.reads) if ctx.reads is not None else {}
         _, last = _outputs(own, tensors)
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own, saved = ctx.own, ctx.saved_tensors
+        other = changed(ctx.state, state(ctx.reads)) if ctx.reads is not None else ""
+        if other:
+            raise errors.AutogradFunctionError(
+                f"{own.options.call}: the backward of a custom autograd.Function reads {other}, "
+                "which has changed between the map and its gradient, and the map has read it when "
+                "it ran; pass it to apply and keep it on ctx, or take the gradient before"
+            )
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
             grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
@@ -306,5 +319,5 @@ class _GivenOnce(torch.autograd.Function):
 
 
 def _outputs(own: OwnBackward, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Where the outputs begin and end among the arguments."""
+    """The begin and end of the outputs among the arguments."""
     return len(own.inputs), len(tensors) - len(own.kept)

@@ -1,6 +1,6 @@
 """Rebuild large input-free constants in each chunk instead of keeping them alive.
 
-Unit vectors, masks and zeros are quick to make and only as large as somebody's shape: the rows of
+Unit vectors, masks and zeros are quick to make and may be large: the rows of
 an identity by which an output of 20,000 numbers is differentiated are 1.6 GB, 313 of them at a time
 are 25 MB.
 """
@@ -14,10 +14,11 @@ from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import Call, V, values
 
 FROM_BYTES = 1 << 20
-"""Smaller values are kept: making them again would cost more than the memory is worth."""
+"""Least size of a rebuilt value: making smaller ones again costs more than their memory is
+worth."""
 
 MANY_BYTES = 64 << 20
-"""From so much on, all of them together, what is freed in between is given back to the system."""
+"""Total size from which memory freed in between is given back to the system."""
 
 
 def postponed(
@@ -26,9 +27,9 @@ def postponed(
     """Move large input-free constants from the calls that run once to those of a chunk.
 
     Args:
-        fixed: The calls that no sample changes.
+        fixed: The calls that do not depend on the sample.
         chunk: The calls on whole chunks.
-        outputs: What the program returns.
+        outputs: The outputs of the program.
     """
     makers: dict[int, Call] = {}
     for call in fixed:
@@ -68,7 +69,7 @@ def postponed(
 
 
 def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Give free memory back before each large input-free constant, where there are many."""
+    """Give free memory back before each large input-free constant, if there are many."""
     sizes = {v.index: v.numel * v.dtype.itemsize for call in calls for v in _arguments(call)}
     makers = [
         i
@@ -98,9 +99,9 @@ def _tidied(calls: Sequence[Call]) -> tuple[Call, ...]:
 
 
 def _repeatable(call: Call) -> bool:
-    """Whether a call can be made again at any time.
+    """True if a call can be repeated at any time.
 
-    An operator with one result, that neither writes nor draws.
+    It is an operator with one result that neither writes nor draws.
     """
     return (
         call.op is not None

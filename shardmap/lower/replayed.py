@@ -1,4 +1,4 @@
-"""What the calls that a lowering emits do at replay, besides operators."""
+"""Functions that a lowering emits as calls beside operators."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ def no_view(t: torch.Tensor) -> torch.Tensor:
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:
-    """`t` as the sample's call saw it: unknown to autograd.
+    """`t` as the sample's call saw it: detached from autograd.
 
-    One that is unknown already stays itself: its views remain views.
+    A tensor that does not require grad is returned itself: its views remain views.
     """
     return t.detach() if t.requires_grad else t
 
 
+def data_of(t: torch.Tensor) -> torch.Tensor:
+    """`t.data`: what is written to it is hidden from autograd."""
+    return t.data
+
+
 def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
-    """A leaf with the value of `t`: gradients from outside end here, as they do for the loop."""
+    """A leaf with the value of `t`: outer gradients end here, as they do in the loop."""
     return (
         t.detach()
         if functorch.peek_interpreter_stack() is not None
@@ -42,14 +47,14 @@ def fresh_leaf(t: torch.Tensor) -> torch.Tensor:
 
 
 def copy(t: torch.Tensor) -> torch.Tensor:
-    """`t` in memory of its own."""
+    """A copy of `t` in memory of its own."""
     return t.clone(memory_format=torch.contiguous_format)
 
 
 def followed(t: torch.Tensor) -> torch.Tensor:
     """`t` with the history that writes to other views of its memory gave it.
 
-    Autograd makes it when it is asked for, and takes a view without it for a leaf when it is
+    Autograd makes it on access, and treats a view without it as a leaf when it is
     written to. A tensor of `torch.func` transforms has one for each level.
     """
     inner = t
@@ -98,7 +103,7 @@ def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:
 
 
 def check_answer(op: Any, expected: Any, mapped: list[bool], call: str, args: list[Any]) -> None:
-    """Ask again what the function asked about a value when it was recorded, of every sample."""
+    """Check that every sample gives the answer recorded for a question about a value."""
     tensors = flat_tensors(args)
     if op in SCALARS and any(mapped):
         found = tensors[0].detach().reshape(-1)

@@ -1,4 +1,4 @@
-"""The samples that a new lowering is tried on, and a run of it call by call."""
+"""Trials of a new lowering: the samples, and a run call by call."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from shardmap import errors
 from shardmap.lower.batched import BatchedProgram, Fixes
 from shardmap.lower.closeness import has_values
 from shardmap.lower.replayed import restride
-from shardmap.program.ir import Program, Var
+from shardmap.program.ir import Packed, Program, Var
 from shardmap.rules.lowering import Call, Seed, V, values
 from shardmap.rules.philox import Seeds
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The first sample of a batch, and the last one where there are several.
+    """The first sample of a batch, and the last one if there are several.
 
-    They are different samples: a rule that mixes samples up, or a kernel that is wrong for all but
-    the first, shows in the last.
+    They are different samples: the last one shows a rule that mixes samples up, or a kernel that is
+    wrong for all but the first.
     """
 
     device: torch.device
     seed: Seeds
     size: int
-    """1 or 2 samples."""
+    """Number of samples, 1 or 2."""
     inputs: tuple[torch.Tensor, ...]
     """`[size, *shape]`, with the rows' strides."""
     captured: tuple[torch.Tensor, ...]
@@ -37,18 +37,18 @@ class Trial:
     written_inputs: frozenset[int]
     """Positions of inputs that the program writes in place."""
     expected: tuple[tuple[torch.Tensor, ...], ...]
-    """What the function itself returned: for the first sample, and for the last if it could be run
-    on it. Empty where nothing is to be compared."""
+    """The function's own results: for the first sample, and for the last if it could be run on it.
+    Empty if nothing is compared."""
     random: bool
-    """Whether the program draws random numbers: a replay draws others than the function did."""
+    """True if the program draws random numbers: a replay draws others than the function."""
 
     @property
     def comparable(self) -> bool:
-        """Whether the function's results are numbers that a replay must give again."""
+        """True if the function's results are numbers that a replay must reproduce."""
         return bool(self.expected) and all(has_values(t) for row in self.expected for t in row)
 
     def own_inputs(self) -> list[torch.Tensor]:
-        """The inputs; a copy of each that the program writes to."""
+        """The inputs, with a copy of each that the program writes to."""
         return [private(t) if i in self.written_inputs else t for i, t in enumerate(self.inputs)]
 
     def own_literals(self) -> list[torch.Tensor]:
@@ -56,10 +56,10 @@ class Trial:
         return [t.clone() for t in self.literals]
 
     def values(self, env: dict[int, Any]) -> Callable[[Any], Any]:
-        """What stands for an argument of a batched call.
+        """Function that gives the value of an argument of a batched call.
 
         Args:
-            env: The tensors that stand for values, by index.
+            env: The tensors of the batched program's values, by index.
         """
         symbols = {
             "BatchSize": self.size,
@@ -77,6 +77,8 @@ class Trial:
                 return self.seed[arg.number]
             if kind.__name__ in symbols:
                 return symbols[kind.__name__]
+            if kind is Packed:
+                return arg.value
             return self.scalars[arg.scalar] if kind.__name__ == "Param" else arg
 
         return value
@@ -89,20 +91,20 @@ class Trial:
 
 
 def private(rows: torch.Tensor) -> torch.Tensor:
-    """A copy of rows that the program writes to, with their strides."""
+    """A copy of `rows` with their strides, which the program may write to."""
     copy = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
     return copy.copy_(rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a batched call did otherwise than the recorded one."""
+    """Difference between a batched call and the recorded one."""
 
     restride: bool
-    """Whether only the strides differ: a copy puts them right."""
+    """True if only the strides differ: a copy corrects them."""
     text: str
     raised: bool = False
-    """Whether the call raised an error."""
+    """True if the call raised an error."""
 
 
 def arguments(call: Call) -> list[V]:
@@ -116,13 +118,13 @@ def run(
     """Run the batched calls one by one and compare shapes, dtypes and strides with the recording.
 
     Args:
-        program: What one sample does.
-        batched: The same for a batch.
-        fixes: What is known to be needed already.
+        program: The program of one sample.
+        batched: The same program for a batch.
+        fixes: Fixes that are known to be needed.
         trial: The samples.
 
     Returns:
-        What differs, by number of the recorded call, and the outputs; none if a call failed.
+        The faults, by number of the recorded call, and the outputs; no outputs if a call failed.
     """
     env = trial.bound(batched)
     value = trial.values(env)
@@ -175,7 +177,7 @@ def _results(call: Call, out: Any) -> Iterable[Any]:
 
 
 def _compare(var: Var, v: V, t: torch.Tensor, size: int) -> Fault | None:
-    """How the batch `t` of the recorded tensor `var` differs from it in shape, dtype or strides."""
+    """Fault of the batch `t` of the recorded tensor `var` in shape, dtype or strides, or None."""
     text = (
         f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}; "
         f"got {tuple(t.shape)} {t.dtype} strides {t.stride()}"

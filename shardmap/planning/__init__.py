@@ -1,1 +1,1 @@
-"""Which samples run where: devices, shards, chunks."""
+"""Plans: how a batch is divided among devices and cut into chunks."""

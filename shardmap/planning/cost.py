@@ -1,8 +1,8 @@
-"""How long a chunk takes: operations and bytes give a first guess, chunks that have run the rest.
+"""Predicted time of a chunk: a guess from operations and bytes, then from measured chunks.
 
 No calibration: the guess only orders devices and operators before anything has run. From the first
 chunk on, the seconds that it took count, and chunks are handed out as devices become free, so that
-a wrong guess costs nothing but balance in the first moments.
+a wrong guess costs only balance in the first moments.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from shardmap.planning.observe import Observation
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a kind of device does, roughly."""
+    """Rough speed of a kind of device."""
 
     flops: float
     """Floating-point operations per second, in kernels of everyday size."""
     bandwidth: float
     """Bytes per second from memory."""
     launch_seconds: float
-    """Per call, spent by the host."""
+    """Seconds per call, spent by the host."""
     chunk_seconds: float
-    """Per chunk, spent by the host outside of calls."""
+    """Seconds per chunk, spent by the host outside of calls."""
 
 
 def machine(device_type: str) -> Machine:
@@ -40,7 +40,7 @@ def machine(device_type: str) -> Machine:
 
 
 def sample_seconds(observation: Observation, device_type: str) -> float:
-    """The guess for one sample inside a large chunk.
+    """A guess of the seconds for one sample inside a large chunk.
 
     Each operator is bound by arithmetic or by memory.
     """
@@ -49,27 +49,27 @@ def sample_seconds(observation: Observation, device_type: str) -> float:
 
 
 def host_seconds(observation: Observation, device_type: str) -> float:
-    """The guess for what a chunk costs the host, whatever its size."""
+    """A guess of the seconds that a chunk costs the host, whatever its size."""
     m = machine(device_type)
     return m.chunk_seconds + m.launch_seconds * observation.calls
 
 
 TELLING = 0.01
-"""Seconds in chunks from which on their speed says more than the noise around them."""
+"""Seconds spent in chunks above which their measured speed is trusted."""
 
 
 @dataclass(slots=True)
 class Learned:
-    """What running a program on a device has shown."""
+    """Measurements of earlier runs of a program on a device."""
 
     seconds: float = 0.0
-    """In chunks so far."""
+    """Seconds spent in chunks so far."""
     samples: int = 0
-    """In chunks so far."""
+    """Samples computed in chunks so far."""
     ceiling: int | None = None
-    """Most samples in a chunk, after memory ran out."""
+    """Most samples in a chunk, found when memory ran out; None if it never did."""
     scale: float | None = None
-    """Measured over predicted bytes of a chunk."""
+    """Measured bytes of a chunk divided by predicted bytes; None before a measurement."""
 
     @property
     def sample_seconds(self) -> float | None:

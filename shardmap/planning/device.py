@@ -1,4 +1,4 @@
-"""Which devices a call means, which of them are there, and how much memory they have left."""
+"""Devices: the ones that a call names, the ones that exist, and the memory that they have left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def resolve(devices: Any, home: torch.device, call: str) -> tuple[str, ...]:
         call: The user's call, for errors.
 
     Raises:
-        DeviceError: A name is malformed or its device is absent; the message lists what is there.
+        DeviceError: A name is malformed or its device is absent; the message lists the existing
+            ones.
     """
     if isinstance(devices, str | torch.device):
         names = _expand(str(devices), home, devices, call)
@@ -121,7 +122,7 @@ def _current(kind: str) -> str:
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether `device` is an accelerator that is really there.
+    """True if `device` is an accelerator that is really there.
 
     Under fake tensors it may exist in name only.
     """
@@ -133,7 +134,7 @@ def accelerated(device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can still take on `device`; None where nobody can say."""
+    """Bytes that this process can still take on `device`; None if unknown."""
     if device.type == "cpu":
         return min(psutil.virtual_memory().available, *_cgroup_rooms())
     if not accelerated(device):
@@ -148,7 +149,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 @functools.cache
 def _cgroup_limits() -> tuple[tuple[int, Path], ...]:
-    """The memory limits of this process's control groups, each with the file that says its use."""
+    """The memory limits of this process's control groups, each with the file of its use."""
     root, found = Path("/sys/fs/cgroup"), []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -185,7 +186,7 @@ def _cgroup_rooms() -> list[int]:
             )
             reclaimable = int(
                 stat.get("inactive_file", stat.get("total_inactive_file", 0))
-            )  # page cache goes when memory is asked for
+            )  # page cache is released when memory is needed
             rooms.append(max(0, limit - max(0, used - reclaimable)))
         except (OSError, ValueError):
             continue
@@ -194,22 +195,22 @@ def _cgroup_rooms() -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a map may add on each device to what is in use there."""
+    """Bytes that a map may add on each device to those already in use."""
 
     bytes: int | None
-    """As the user gave it; None for a part of what is free."""
+    """Bytes that the user gave; None to take a part of the free memory."""
     fraction: float
-    """Of what is free."""
+    """Part of the free memory, between 0 and 1."""
 
     def on(self, device: torch.device, peers: int = 1) -> int | None:
-        """Bytes on `device`, of which `peers` processes take equal parts where nothing is given.
+        """Bytes on `device`: those given, or an equal part of the free ones for each of `peers`.
 
-        None where nobody can say.
+        None if unknown.
         """
         return self.of(free_bytes(device) if self.bytes is None else None, peers)
 
     def of(self, free: int | None, peers: int) -> int | None:
-        """The same where so many bytes are free."""
+        """The same, given the number of free bytes."""
         if self.bytes is not None:
             return self.bytes
         return None if free is None else int(free * self.fraction / peers)
@@ -218,7 +219,7 @@ class Budget:
 class Meter:
     """Reads the bytes that this process has in use on a device, and the most it ever had.
 
-    Nothing is reset: whoever else measures the process must find its own peaks: so a chunk's peak
+    Nothing is reset, because other code may measure the process too, and so a chunk's peak
     is known only if it exceeds every one before.
     """
 
@@ -226,7 +227,7 @@ class Meter:
         self.device = device
 
     def read(self) -> tuple[int, int] | None:
-        """Bytes in use now, and at most so far; None where nobody can say."""
+        """Bytes in use now, and at most so far; None if unknown."""
         if self.device.type == "cpu":
             return _resident()
         if not accelerated(self.device):
@@ -251,7 +252,7 @@ def _resident() -> tuple[int, int] | None:
 
 @functools.cache
 def cache_bytes() -> int:
-    """Size of the last-level cache of the CPU; 16 MiB where nobody says."""
+    """Size of the last-level cache of the CPU; 16 MiB if unknown."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:

@@ -1,6 +1,6 @@
-"""What a map would take on a cluster: time, bytes through the driver, requests to the store.
+"""Forecast of a map on a cluster: time, bytes through the driver, requests to the store.
 
-Arithmetic, nothing is run.
+Arithmetic only; nothing is run.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from shardmap.planning.memory import format_bytes
 from shardmap.planning.table import format_seconds, layout, wrap
 
 TASK_SECONDS = 0.6e-3
-"""Of the driver for each task whose samples or results pass through it: to cut, hand out and
-gather. As measured on two cores (`benchmarks/cluster.py`)."""
+"""Driver time for each task whose samples or results pass through it: to cut, hand out and gather.
+Measured on two cores (`benchmarks/cluster.py`)."""
 STORE_TASK_SECONDS = 0.8e-3
-"""Of the driver for each task whose worker reads and writes by itself: to hand out, and to
-commit. As measured."""
+"""Driver time for each task whose worker reads and writes by itself: to hand out, and to commit.
+Measured."""
 BYTE_SECONDS = 1.0e-9
-"""Of the driver for each byte that passes through it, 1 ms per MB: into and out of Ray's object
-store. As measured."""
+"""Driver time for each byte that passes through it, 1 ms per MB: into and out of Ray's object
+store. Measured."""
 WINDOW = 2
 """Tasks that a worker has at a time: one that it computes, one whose samples travel meanwhile."""
 REQUESTS_PER_SECOND = 3500
-"""Writes that an object store takes under one prefix: what Amazon S3 documents (PUT, COPY, POST,
-DELETE)."""
+"""Writes per second that an object store takes under one prefix: what Amazon S3 documents (PUT,
+COPY, POST, DELETE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +35,21 @@ class Workload:
     samples: int
     """N, the size of the batch."""
     sample_bytes: int
-    """Of one sample on its way from the driver to a worker; 0 where workers read samples
+    """Bytes of one sample sent from the driver to a worker; 0 where workers read samples
     themselves."""
     result_bytes: int
-    """Of one sample's results."""
+    """Bytes of one sample's results."""
     program_bytes: int
-    """Of the recorded program and the tensors that it captures, which each worker gets once."""
+    """Bytes of the recorded program and the tensors that it captures, which each worker gets
+    once."""
     sample_seconds: float
-    """That one worker computes for one sample."""
+    """Seconds that one worker computes for one sample."""
     measured: bool
-    """Whether `sample_seconds` was measured; otherwise it is a guess from operations and bytes."""
+    """True if `sample_seconds` was measured; otherwise it is a guess from operations and bytes."""
     chunk_size: Any = "auto"
-    """As the user gave it."""
+    """The user's option."""
     reduced: bool = False
-    """Whether each task brings one partial result instead of a row per sample."""
+    """True if each task brings one partial result instead of a row per sample."""
     unit_rows: int | None = None
     """Samples per unit of the store that workers write to; None where results are gathered."""
     unit_objects: int = 1
@@ -57,34 +58,34 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a map would take with a number of workers, once they have started."""
+    """Predicted time and traffic of a map with a number of workers that have started."""
 
     workload: Workload
     workers: int
     task_samples: int
-    """Samples of each task but the last."""
+    """Samples in each task but the last."""
     tasks: int
     compute_seconds: float
-    """Until the last worker is done, if nothing kept them waiting."""
+    """Seconds until the last worker is done, if nothing kept them waiting."""
     driver_seconds: float
-    """That the driver is busy."""
+    """Seconds that the driver is busy."""
     store_seconds: float
-    """That the store needs for its requests; 0 without one."""
+    """Seconds that the store needs for its requests; 0 without a store."""
     sent_bytes: int
-    """Samples, from the driver to workers."""
+    """Bytes of samples sent from the driver to workers."""
     gathered_bytes: int
-    """Results, from workers to the driver."""
+    """Bytes of results sent from workers to the driver."""
     program_bytes: int
-    """Program and captured tensors, to all workers that have work."""
+    """Bytes of program and captured tensors sent to all workers that have work."""
     driver_peak_bytes: int
-    """What the driver's machine holds at most beside the batch: results, and samples of tasks
-    that workers have."""
+    """Most bytes on the driver's machine beside the batch: results, and samples of unfinished
+    tasks."""
     store_requests: int
-    """Objects written: for each unit its files and its entry in the manifest."""
+    """Number of objects written: for each unit its files and its entry in the manifest."""
 
     @property
     def seconds(self) -> float:
-        """Predicted for the run.
+        """Predicted seconds for the run.
 
         Workers, driver and store work side by side, so the slowest of them counts.
         """
@@ -92,7 +93,7 @@ class Forecast:
 
     @property
     def bottleneck(self) -> str:
-        """Which of them it is: "workers", "driver" or "store"."""
+        """The slowest of the three: "workers", "driver" or "store"."""
         named = {
             "workers": self.compute_seconds,
             "driver": self.driver_seconds,
@@ -102,7 +103,7 @@ class Forecast:
 
     @property
     def driver_bytes(self) -> int:
-        """All that passes through the driver."""
+        """Bytes that pass through the driver."""
         return self.sent_bytes + self.gathered_bytes + self.program_bytes
 
     def __str__(self) -> str:
@@ -176,11 +177,11 @@ class Forecast:
 
 
 def forecast(workload: Workload, workers: int) -> Forecast:
-    """What a map would take on a cluster.
+    """Predict time, driver traffic and store requests of a map on a cluster.
 
     Args:
         workload: The map.
-        workers: How many workers, each as fast as `workload.sample_seconds` says.
+        workers: Number of workers, each with the speed of `workload.sample_seconds`.
     """
     samples, gathers = workload.samples, workload.unit_rows is None
     row = workload.sample_bytes + (workload.result_bytes if gathers and not workload.reduced else 0)
@@ -210,7 +211,7 @@ def forecast(workload: Workload, workers: int) -> Forecast:
 
 
 def _task_seconds(workload: Workload) -> float:
-    """Of the driver for one task."""
+    """Seconds of the driver for one task."""
     return (
         TASK_SECONDS if workload.sample_bytes or workload.unit_rows is None else STORE_TASK_SECONDS
     )

@@ -1,6 +1,6 @@
 """The least memory that a program needs, found from its text: nothing runs.
 
-A recorded sample says how large every value is. Walking the calls in their order, with each value
+A recorded sample tells the size of every value. Walking the calls in their order, with each value
 alive from the call that makes it to the last one that reads it, gives the bytes that must be there
 at once. Kernels' workspaces come on top, so what exceeds a budget here exceeds it when it runs, and
 can be refused at once.
@@ -23,7 +23,7 @@ _FRESH_COMPOSITES = {aten.matmul.default, aten.linear.default, aten.outer.defaul
 
 
 class _Step(NamedTuple):
-    """One call, as memory sees it."""
+    """One call and the memory blocks that it makes and reads."""
 
     makes: tuple[tuple[int, int], ...]
     """The blocks of memory that it makes, each with its bytes."""
@@ -34,7 +34,7 @@ class _Step(NamedTuple):
 def recorded_peak(program: Program) -> int:
     """Bytes that are alive at once when the recorded calls are computed for one sample.
 
-    Without the sample itself and the captured tensors. What is returned is alive to the end.
+    The sample itself and the captured tensors do not count. Outputs are alive to the end.
     """
     given = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
     sizes: dict[int, int] = {}
@@ -56,7 +56,7 @@ def chunk_bound(program: Program, batched: BatchedProgram, elsewhere: Collection
     """Bytes that a chunk of one sample holds at least, beside its inputs and captured tensors.
 
     Args:
-        program: What was recorded.
+        program: The recorded program.
         batched: The same, lowered.
         elsewhere: Positions of outputs whose memory is counted elsewhere: chunks write them into
             the result.
@@ -109,7 +109,7 @@ def _peak(steps: Iterable[_Step], kept: Collection[int]) -> int:
 
 
 def _fresh(call: Call, v: V, program: Program, batched: BatchedProgram) -> bool:
-    """Whether a call is sure to put a result into memory of its own."""
+    """True if a call is sure to put a result into memory of its own."""
     if call.writes:
         return False
     if call.op is not None:
@@ -127,7 +127,7 @@ def _fresh(call: Call, v: V, program: Program, batched: BatchedProgram) -> bool:
 
 
 def _from_slow_tier(equation: Equation, batched: BatchedProgram) -> bool:
-    """Whether `torch.func.vmap` or a loop serves a recorded call whose results are no views."""
+    """True if `torch.func.vmap` or a loop serves a recorded call whose results are no views."""
     if batched.tiers.get(equation.op.name()) not in ("functorch", "loop"):
         return False
     aliases = any(r.alias_info is not None for r in schema_of(equation.op).returns)
@@ -149,6 +149,6 @@ def _mentioned(batched: BatchedProgram) -> Iterator[V]:
 
 
 def _touched(spec: Spec) -> int:
-    """Bytes of the distinct elements: an expanded tensor is as large as what it is made of."""
+    """Bytes of the distinct elements: an expanded tensor is as large as its base."""
     extents = [n for n, s in zip(spec.shape, spec.stride, strict=True) if s or not n]
     return math.prod(extents) * spec.dtype.itemsize

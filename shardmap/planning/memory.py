@@ -1,6 +1,6 @@
-"""How much memory a map needs.
+"""Model of the memory that a map needs.
 
-Fixed bytes and bytes per sample, on each device, solved for the largest chunk that fits.
+Fixed bytes and bytes per sample on each device, solved for the largest chunk that fits.
 
 The words, as they are used everywhere here:
 
@@ -10,7 +10,7 @@ The words, as they are used everywhere here:
 - *chunk*: bytes that live only while one chunk is computed: copied inputs, intermediates, outputs
   before they are moved.
 - *scale*: measured over predicted bytes of a chunk: kernels' workspaces and the allocator's gaps.
-- *margin*: bytes that a process needs besides: kernels' buffers per thread and the allocator's
+- *margin*: bytes added for what the model leaves out: kernels' buffers per thread and allocator
   gaps. A twenty-fifth, at most 32 MiB.
 - *peak*: resident + scale * chunk + margin, an upper bound.
 - *budget*: bytes that the map may add to those in use on the device when it begins.
@@ -33,13 +33,13 @@ map."""
 
 
 class Level(NamedTuple):
-    """Bytes as a line in the number of samples."""
+    """Bytes as a linear function of the number of samples."""
 
     fixed_bytes: int
     sample_bytes: int
 
     def at(self, samples: int) -> int:
-        """Bytes for that many samples."""
+        """Bytes for this many samples."""
         return self.fixed_bytes + samples * self.sample_bytes
 
     def __add__(self, other: tuple[int, ...]) -> Level:
@@ -67,22 +67,22 @@ class MemoryModel:
     chunk: tuple[Level, ...]
     """One chunk's bytes at each of its peaks, by its number of samples."""
     scale: float = 1.0
-    """Measured over predicted bytes of the first chunk."""
+    """Measured bytes of the first chunk divided by predicted bytes."""
     backward: tuple[Level, ...] = ()
-    """The same while a chunk's gradients are computed, if autograd records from outside."""
+    """The same while a chunk's gradients are computed, if outer autograd is recording."""
     bound: bool = False
-    """Whether nothing has run, and these are the least bytes that it can take."""
+    """True if nothing has run, and these are a lower bound."""
     result_bytes: int = 0
-    """One sample's row of the stacked results."""
+    """Bytes of one sample's row of the stacked results."""
     stacked_bytes: int = 0
-    """Of the resident bytes, the stacked results."""
+    """Part of `resident_bytes` that the stacked results take."""
     stored_bytes: int | None = None
-    """What stays of the stacked results if `out=` writes them to a store; None where it cannot."""
+    """Bytes of the results kept in memory if `out=` writes them to a store; None if it cannot."""
     reduced_bytes: int | None = None
-    """What stays of the stacked results if `reduce=` combines them; None where it cannot."""
+    """Bytes of the results kept in memory if `reduce=` combines them; None if it cannot."""
 
     def chunk_bytes(self, samples: int) -> int:
-        """Upper bound of what a chunk of that many samples adds while it is computed."""
+        """Upper bound of the bytes that a chunk of this many samples adds while it is computed."""
         if samples == 0:
             return 0
         return math.ceil(
@@ -90,14 +90,14 @@ class MemoryModel:
         )
 
     def peak_bytes(self, samples: int) -> int:
-        """Upper bound for a run in chunks of that many samples."""
+        """Upper bound of the bytes for a run in chunks of this many samples."""
         needed = self.resident_bytes + self.chunk_bytes(samples)
         return needed + min(MARGIN_BYTES, needed // MARGIN_PART)
 
     def room_bytes(self, budget_bytes: int) -> int:
-        """What a chunk may need for the peak to stay within the budget.
+        """Bytes that a chunk may need for the peak to stay within the budget.
 
-        Negative if what is resident exceeds it already.
+        Negative if the resident bytes exceed it already.
         """
         return (
             max(budget_bytes - MARGIN_BYTES, budget_bytes * MARGIN_PART // (MARGIN_PART + 1))
@@ -105,7 +105,7 @@ class MemoryModel:
         )
 
     def instead(self, results_bytes: int | None) -> MemoryModel | None:
-        """The same map where its stacked results take other bytes; None where they cannot."""
+        """The same model with other bytes for the stacked results; None if that is not possible."""
         if results_bytes is None or results_bytes >= self.stacked_bytes:
             return None
         resident = self.resident_bytes - self.stacked_bytes + results_bytes
@@ -116,7 +116,7 @@ class MemoryModel:
 
         0 if not even one fits.
 
-        Solved: each level is a line, so each gives a bound, and the smallest bound holds.
+        Each level is a line, so each gives a bound, and the smallest bound holds.
         """
         asked = most
         for level in (*self.chunk, *self.backward):
@@ -134,11 +134,11 @@ class MemoryModel:
 
 
 NOTHING = MemoryModel(0, (Level(0, 0),))
-"""Of a map that is too small to matter."""
+"""Model of a map that is too small for its memory to matter."""
 
 
 def format_bytes(count: float) -> str:
-    """`9.1 GiB`, as plans and errors write it."""
+    """Format bytes for plans and errors: `9.1 GiB`."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,11 +1,11 @@
-"""What a chunk costs, found by running two or three samples and watching.
+"""Measure what a chunk costs by running two or three samples under a dispatch mode.
 
-Live bytes, operations, traffic.
+The costs are live bytes, operations and memory traffic.
 
-Nothing is guessed from shapes: a dispatch mode sees every tensor that the replay makes, the
-temporaries inside composite calls and what autograd saves among them, and when each dies. Run for
-two and for three samples, each live byte is either fixed or of a sample. The tiny peak tracker
-after cubed's and `torch.distributed._tools.mem_tracker`; operations after PyTorch's own
+Nothing is estimated from shapes: the mode sees every tensor that the replay makes, the
+temporaries inside composite calls and what autograd saves among them, and when each dies. By runs
+of two and of three samples each live byte is either fixed or per sample. The small peak tracker is
+modelled on cubed's and `torch.distributed._tools.mem_tracker`; operations are counted as in
 `torch.utils.flop_counter`.
 """
 
@@ -28,7 +28,7 @@ from shardmap.trace.recording import flat_tensors
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """What the calls that serve one recorded operator cost, for one sample."""
+    """Cost of the calls that serve one recorded operator, for one sample."""
 
     name: str
     calls: int
@@ -41,20 +41,20 @@ class OpCost:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What running a chunk of a program costs."""
+    """Cost of running a chunk of a program."""
 
     levels: tuple[Level, ...]
-    """Live bytes at their peaks, what the chunk makes only: no inputs, no captured tensors, no
-    slices of the result."""
+    """Live bytes at their peaks, of tensors that the chunk makes: no inputs, no captured
+    tensors, no slices of the result."""
     kept: Level
-    """Live bytes when the chunk is done, outputs included: with outer autograd what it saved for
-    backward."""
+    """Live bytes when the chunk is done, outputs included; under outer autograd also those saved
+    for backward."""
     costs: tuple[OpCost, ...]
-    """By recorded operator, in the order of first use."""
+    """Cost of each recorded operator, in the order of first use."""
     backward: tuple[Level, ...] = ()
-    """As `levels`, of a chunk whose gradients are computed at once; none without outer autograd."""
+    """The same as `levels` for a chunk with its backward pass; empty without outer autograd."""
     backward_unknown: str = ""
-    """Why nobody can say what gradients cost: the error that computing them raised."""
+    """Error that computing gradients raised, if their cost is unknown for that reason."""
 
     @property
     def calls(self) -> int:
@@ -73,7 +73,7 @@ class Observation:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator below autograd: the memory that it makes, its operations and traffic."""
+    """Dispatch mode that sees every operator below autograd: its memory, operations and traffic."""
 
     def __init__(self, known: Sequence[torch.Tensor]):
         super().__init__()
@@ -83,7 +83,7 @@ class _Watch(TorchDispatchMode):
         self.trail: list[int] = []
         """Live bytes after each operator that made memory."""
         self.costs: dict[int, list[float]] = {}
-        """By number of the recorded call: kernels, operations, bytes."""
+        """Kernels, operations and bytes, by number of the recorded call."""
         self.equation = 0
 
     @classmethod
@@ -158,7 +158,7 @@ def observe(
         low: The lowered program.
         run: `run(size, mark)` computes a chunk of that many samples and returns its outputs.
         sizes: One or two numbers of samples.
-        known: For a size, the tensors that are there before: inputs, captured, slices of the
+        known: For a size, the tensors that exist before: inputs, captured, slices of the
             result.
     """
     watched = []

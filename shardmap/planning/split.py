@@ -1,4 +1,4 @@
-"""Cut a batch among devices, and choose how many samples each computes at a time."""
+"""Cut a batch among devices, and choose the chunk size of each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardmap.planning.memory import MIB, NOTHING, MemoryModel, format_bytes
 from shardmap.planning.observe import Observation
 
 OVERHEAD = 0.1
-"""Of a chunk's time may go to the host's work around its kernels, where memory allows."""
+"""Largest part of a chunk's time for the host's work around its kernels, where memory allows."""
 SATURATION = 20
-"""On an accelerator a chunk computes for this many times what its launches cost the host: the
-host must stay ahead of it."""
+"""Least ratio, on an accelerator, of a chunk's computing time to its launches' time on the host, so
+that the host stays ahead."""
 CHUNKS_PER_LANE = 4
-"""With several lanes, so that a slow one can do less."""
+"""Chunks for each of several lanes, so that a slow one can do less."""
 
 
 class Chunk(NamedTuple):
@@ -35,53 +35,53 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One entry of `devices`: what it is expected to do.
+    """One entry of `devices` and the work that it is expected to do.
 
     Chunks are handed out as lanes become free.
     """
 
     name: str
-    """The device, and a number where it is named more than once: `cpu#2`."""
+    """The device, with a number if it is named more than once: `cpu#2`."""
     device: str
     rows: int
-    """Samples that it is expected to compute."""
+    """Number of samples that it is expected to compute."""
     chunk: int
     """Most samples computed at a time."""
     memory: MemoryModel
     budget_bytes: int | None
-    """What the map may add to what is in use on the device; None where nobody can say."""
+    """Bytes that the map may add to what the device already uses; None if unknown."""
     seconds: float
-    """Expected for its rows."""
+    """Expected seconds for its rows."""
     measured: bool
-    """Whether `seconds` comes from chunks that have run; otherwise it is a guess from operations
+    """True if `seconds` comes from chunks that have run; otherwise it is a guess from operations
     and bytes."""
     worker: str = ""
-    """The process of a cluster that it stands for; empty in this one."""
+    """The cluster process that computes it; empty for this process."""
 
     @property
     def turns(self) -> tuple[str, str]:
-        """What lanes take turns on: a device of one process."""
+        """Worker and device; lanes that share both take turns."""
         return self.worker, self.device
 
     @property
     def chunks(self) -> int:
-        """How many chunks its rows make."""
+        """Number of chunks its rows make."""
         return -(-self.rows // self.chunk) if self.rows else 0
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted upper bound of what the map adds on the device."""
+        """Predicted upper bound of the bytes that the map adds on the device."""
         return self.memory.peak_bytes(min(self.chunk, self.rows))
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget."""
+        """True if the peak is within the budget."""
         return self.budget_bytes is None or not self.rows or self.peak_bytes <= self.budget_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Results that are collected on a device which computes nothing."""
+    """Results that are collected on a device that computes nothing."""
 
     device: str
     bytes: int
@@ -89,7 +89,7 @@ class Collected:
 
     @property
     def fits(self) -> bool:
-        """Whether they are within the budget."""
+        """True if they are within the budget."""
         return self.budget_bytes is None or self.bytes <= self.budget_bytes
 
 
@@ -103,21 +103,21 @@ class Split:
 
     @property
     def fits(self) -> bool:
-        """Whether every lane's peak is within its budget."""
+        """True if every lane's peak is within its budget."""
         return all(lane.fits for lane in self.lanes) and (
             self.collected is None or self.collected.fits
         )
 
     @property
     def seconds(self) -> float:
-        """Expected: devices compute side by side, lanes of one device in turn."""
+        """Expected seconds: devices compute side by side, lanes of one device in turn."""
         seconds: dict[tuple[str, str], float] = {}
         for lane in self.lanes:
             seconds[lane.turns] = seconds.get(lane.turns, 0.0) + lane.seconds
         return max(seconds.values(), default=0.0)
 
     def refusal(self) -> str | None:
-        """Why the split cannot run: the first device over its budget, in words."""
+        """Sentence that says why the split cannot run: the first device over its budget."""
         if self.collected is not None and not self.collected.fits:
             needed, budget = (
                 format_bytes(self.collected.bytes),
@@ -156,7 +156,7 @@ class Split:
 
 
 def _remedy(lane: Lane) -> str:
-    """What would make the map of a lane that is over its budget fit, in words."""
+    """Sentence that says how to make the map of a lane over its budget fit."""
     memory, budget = lane.memory, lane.budget_bytes or 0
     ways = [
         way
@@ -203,9 +203,9 @@ def cut(samples: int, parts: int) -> list[int]:
 
 
 def lane_names(names: Sequence[str]) -> list[str]:
-    """A name for each lane.
+    """Names of the lanes.
 
-    That of its device, numbered where the device is named more than once.
+    A lane has the name of its device, numbered where the device is named more than once.
     """
     seen: dict[str, int] = {}
     out = []
@@ -217,16 +217,16 @@ def lane_names(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What is known of a device before the batch is cut."""
+    """Facts about a device that are known before the batch is cut."""
 
     device: str
     memory: MemoryModel
     budget_bytes: int | None
     learned: Learned
     whole: bool
-    """Whether cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
+    """True if cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
     observation: Observation | None
-    """None where the map is too small to be worth watching."""
+    """Cost of a chunk; None if the map is too small to be worth measuring."""
 
 
 def split(
@@ -244,8 +244,8 @@ def split(
         sites: One per entry of `devices`.
         chunk_size: "auto", an int, None for all of a device's share, or a mapping from device names
             to any of these.
-        uniform: Whether all devices take chunks of one size, so that how partial results are
-            combined does not depend on who computes them.
+        uniform: True if all devices take chunks of one size, so that the combination of partial
+            results does not depend on which device computes them.
         collected: The results, if they are collected on a device that computes nothing.
         sharing: Processes that compute on this machine side by side, and so share its CPU's cache.
     """
@@ -289,7 +289,7 @@ def _sample_seconds(site: Site) -> float:
 
 
 def _seconds(site: Site, share: int, size: int) -> float:
-    """Expected for a device's share, in chunks of that size."""
+    """Expected seconds for a device's share, in chunks of this size."""
     seconds = share * _sample_seconds(site)
     if site.learned.sample_seconds is None and site.observation is not None:
         seconds += -(-share // size) * host_seconds(site.observation, site.device.partition(":")[0])
@@ -297,7 +297,7 @@ def _seconds(site: Site, share: int, size: int) -> float:
 
 
 def _shares(samples: int, speeds: Sequence[float]) -> list[int]:
-    """Samples for each device by its speed; what rounding leaves goes to the first."""
+    """Samples for each device in proportion to its speed; the first gets the remainder."""
     total = sum(speeds)
     shares = [int(samples * s / total) for s in speeds]
     if len(set(speeds)) == 1:
@@ -314,7 +314,7 @@ def _wanted(chunk_size: Any, device: str) -> Any:
 
 
 def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharing: int) -> int:
-    """Most samples at a time on one device."""
+    """The most samples that one device computes at a time."""
     most = (
         max(1, share) if site.learned.ceiling is None else max(1, min(share, site.learned.ceiling))
     )
@@ -351,15 +351,15 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharin
 
 
 def _cached(memory: MemoryModel, most: int, enough: int, sharing: int) -> int:
-    """The samples whose intermediates stay in the CPU's cache.
+    """Number of samples whose intermediates stay in the CPU's cache.
 
-    More where the host's work per chunk would weigh too much. A process's part of half of the
-    last-level cache, and never more than 8 MiB. Per-sample gradient norms of 784-256-256-10 took
+    More if the host's work per chunk would weigh too much. The target is a process's part of half
+    the last-level cache, at most 8 MiB. Per-sample gradient norms of 784-256-256-10 took
     659 ms on one thread where 16 MiB took 913, their mean on two threads 531 and 755, though norms
     on two threads 431 and 377; a CNN gained 2 to 12%.
     """
     target = min(devices.cache_bytes() // (2 * sharing), 8 * MIB)
-    memory = replace(memory, backward=())  # what the backward pass takes is no matter of speed here
+    memory = replace(memory, backward=())  # only the forward's memory matters for speed
     return max(
         memory.largest_chunk(target, most), min(enough, memory.largest_chunk(2 * target, most)), 1
     )

@@ -15,7 +15,7 @@ from shardmap.planning.observe import Observation, OpCost
 from shardmap.planning.split import Lane, Split
 
 TIERS = {"rule": "rule", "functorch": "torch.func.vmap", "loop": "loop over the samples"}
-"""What serves an operator, as it is called in text."""
+"""Name of each tier that serves operators, for text."""
 WIDTH, NAME = 120, 44
 """Characters in a line, and in an operator's name."""
 MOST = 8
@@ -23,7 +23,7 @@ MOST = 8
 
 
 def layout(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Rows of cells as text, right-aligned but for the columns in `left`."""
+    """Format rows of cells as text, right-aligned but for the columns in `left`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -36,7 +36,7 @@ def layout(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`1.2 s`, `3.4 ms`, as plans write it."""
+    """Format a time for plans: `1.2 s`, `3.4 ms`."""
     if seconds >= 60:
         return f"{seconds / 60:.1f} min"
     if seconds >= 1:
@@ -45,14 +45,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def wrap(text: str) -> str:
-    """Sentences in lines no longer than tables are."""
+    """Wrap sentences to the width of the tables."""
     return textwrap.fill(
         text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 
 def overview(call: str, split: Split) -> str:
-    """A table with a row for each device, and what they come to together."""
+    """A table with a row for each device, and their totals."""
     rows = [("device", "rows", "chunk", "chunks", "predicted peak", "budget", "predicted time", "")]
     rows += [_row(lane, split.samples) for lane in split.lanes]
     if split.collected is not None:
@@ -100,7 +100,7 @@ def overview(call: str, split: Split) -> str:
 
 
 def _row(lane: Lane, samples: int) -> tuple[str, ...]:
-    unknown = "unknown" if samples else ""  # nothing is asked about an empty batch
+    unknown = "unknown" if samples else ""  # an empty batch has no budget
     budget = unknown if lane.budget_bytes is None else format_bytes(lane.budget_bytes)
     seconds = format_seconds(lane.seconds) if lane.measured else f"~{format_seconds(lane.seconds)}"
     mark = "" if lane.fits else "OVER BUDGET"
@@ -119,13 +119,13 @@ def _row(lane: Lane, samples: int) -> tuple[str, ...]:
 def operators(split: Split, low: Lowered, seen: Observation | None, everything: bool) -> str:
     """The operators by cost with the tier that serves each.
 
-    What is computed once for all samples is listed after them.
+    Operators that are computed once for all samples are listed after them.
 
     Args:
         split: Who computes how much.
         low: The program, lowered for the first lane's device.
-        seen: What a chunk costs there; None for an empty batch.
-        everything: Whether to list every operator; otherwise the most costly and those that only a
+        seen: Cost of a chunk there; None for an empty batch.
+        everything: True to list every operator; otherwise the most costly and those that only a
             loop serves, the others as one row.
     """
     once = _hoisted(low)
@@ -139,7 +139,7 @@ def operators(split: Split, low: Lowered, seen: Observation | None, everything: 
 
 
 def memory(split: Split) -> str:
-    """What the map needs on each device, in words."""
+    """Paragraphs about the memory that the map needs on each device."""
     devices: dict[str, list[Lane]] = {}
     for lane in split.lanes:
         devices.setdefault(lane.worker or lane.device, []).append(lane)
@@ -238,12 +238,12 @@ def _costs(
 
 
 def _hoisted(low: Lowered) -> dict[OpOverload, int]:
-    """What is computed once per device.
+    """Count of recorded calls that are computed once per device, by operator.
 
-    By operator, how many of its recorded calls no chunk has a part in.
+    No chunk has a part in these calls.
 
     A rule may prepare what all samples share (a transposed weight) of a call that it computes in
-    each chunk: that one is not meant.
+    each chunk: such a call is not counted.
     """
     equations = low.program.equations
     in_chunks = {call.equation for call in low.batched.chunk}
@@ -254,7 +254,7 @@ def _hoisted(low: Lowered) -> dict[OpOverload, int]:
 
 
 def _is_view(op: OpOverload) -> bool:
-    """Whether it computes nothing."""
+    """True if an operator only returns views and computes nothing."""
     return any(
         r.alias_info is not None and not r.alias_info.is_write for r in schema_of(op).returns
     )
@@ -293,12 +293,12 @@ def _name(op: OpOverload) -> str:
 
 
 def _short(name: str) -> str:
-    """A long name without its middle."""
+    """Shorten a long name by leaving out its middle."""
     return name if len(name) <= NAME else f"{name[: NAME - 18]}…{name[-17:]}"
 
 
 def _digits(largest: float) -> int:
-    """Decimals with which the largest of a column shows three digits."""
+    """Number of decimals that shows three digits of a column's largest value."""
     return max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
 
 

@@ -1,1 +1,1 @@
-"""What one sample does, as frozen data: the program, and what is known of its operators."""
+"""The recording of one sample as frozen data: the program, and facts about its operators."""

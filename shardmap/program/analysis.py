@@ -1,4 +1,4 @@
-"""Facts about a program: what differs by sample, what is written, what leads to an output."""
+"""Facts about a program: values that differ by sample, written tensors, calls that are needed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 from shardmap._torch import aten
 from shardmap.program.ir import Equation, Program, Var, variables
 from shardmap.program.operators import draws, op_info
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD, is_linear
+from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
-IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default}
-"""Calls that are the value itself: what autograd is to know of it is in the flags of each use."""
+IDENTITIES = {
+    aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default, DATA,
+}  # fmt: skip
+"""Calls that return their argument's value; each use's flags hold what autograd should see."""
 
 
 def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[int]:
@@ -40,16 +42,14 @@ def mapped_groups(program: Program, randomness: str, transformed: bool) -> set[i
 
 
 def random_call(eq: Equation) -> bool:
-    """Whether a recorded call draws random numbers."""
+    """True if a recorded call draws random numbers."""
     return draws(eq.op, eq.args, dict(eq.kwargs))
 
 
 def written(eq: Equation) -> list[Var]:
     """The tensors that a recorded call writes in place."""
     info = op_info(eq.op)
-    if (
-        info.hidden_writes is not None
-    ):  # what it writes depends on whether it trains, whatever its schema says
+    if info.hidden_writes is not None:  # it writes only in training, which its schema does not tell
         first, second, training = info.hidden_writes
         trains = training < len(eq.args) and eq.args[training]
         return list(variables((eq.args[first], eq.args[second]))) if trains else []
@@ -82,7 +82,7 @@ def written_through(program: Program) -> set[int]:
 
 
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:
-    """Which calls lead to an output, to a caller's tensor, or have an effect."""
+    """For each call: True if it leads to an output or a caller's tensor, or has an effect."""
     groups = kept_groups | {v.group for v in program.outputs if v.group in write_groups}
     return _leading(
         program,
@@ -94,7 +94,7 @@ def live_equations(program: Program, write_groups: set[int], kept_groups: set[in
 
 
 def is_effect(eq: Equation) -> bool:
-    """Whether a call matters although nothing uses its result.
+    """True if a call matters although nothing uses its result.
 
     It returns nothing (an assertion), or python has relied on its answer or its shape: every sample
     must give the same, also where the tensor itself is not used (`x / len(x[x > 0])`).
@@ -103,12 +103,12 @@ def is_effect(eq: Equation) -> bool:
 
 
 def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
-    """Which calls lead, under outer autograd, to an output that requires grad.
+    """For each call: True if it leads to an output that requires grad, under outer autograd.
 
     The others run without it.
     """
     required = [v for v, flag in zip(program.outputs, program.output_flags, strict=True) if flag]
-    # The caller's tensor learns of what is written into it.
+    # A write gives the caller's tensor a history.
     groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
     carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
     return _leading(program, write_groups, {v.index for v in required}, groups, carries)
@@ -122,10 +122,10 @@ def _leading(
     candidates: list[bool] | None = None,
     effect: Callable[[Equation], bool] = lambda eq: False,
 ) -> list[bool]:
-    """Which calls, of the candidates, lead to the given variables and groups, or have an effect.
+    """For each call: True if it leads to the given variables or groups, or has an effect.
 
-    Backwards once is enough for tensors nobody writes to; written groups are live as a whole, so
-    repeat until they settle.
+    Calls that are no candidates are left out. One pass backwards is enough for tensors that are
+    never written; written groups are live as a whole, so it is repeated until they settle.
     """
     live_vars, live_groups = set(live_vars), set(live_groups)
     live = [False] * len(program.equations)
@@ -158,7 +158,7 @@ def leading_to(program: Program) -> Program:
 
 
 def never_written(program: Program) -> set[int]:
-    """Memory that `torch.empty` made and nobody wrote to: it may hold anything."""
+    """The memory groups that `torch.empty` made and no call wrote to: they may hold anything."""
     made = {
         v.group for eq in program.equations if op_info(eq.op).uninitialised for v in eq.results()
     }

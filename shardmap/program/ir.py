@@ -1,4 +1,4 @@
-"""What one sample does: a flat list of operator calls, as frozen data.
+"""The program of one sample: a flat list of operator calls, as frozen data.
 
 A `Program` is what recording a function once leaves behind (see `shardmap.trace.recorder`). It
 knows nothing of batches, devices or rules. Equations are small named tuples, after JAX's autodidax;
@@ -7,7 +7,9 @@ knows nothing of batches, devices or rules. Equations are small named tuples, af
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """In elements, as the sample had them: recorded views depend on them."""
+    """Strides in elements, as the sample had them: recorded views depend on them."""
     dtype: torch.dtype
     device: str
     offset: int
@@ -70,10 +72,10 @@ class GivenGenerator(NamedTuple):
     """
 
     number: int
-    """Which of the recording's generators."""
+    """Index among the recording's generators."""
     draw: int
-    """How many calls drew from it before. Numbers follow from the generator and this alone, so that
-    two generators with one state give the same ones in the same order."""
+    """Number of earlier calls that drew from it. The draws follow from the generator and this
+    number alone, so that two generators with one state give the same numbers in the same order."""
 
     def __str__(self) -> str:
         return f"generator{self.number}[{self.draw}]"
@@ -83,6 +85,45 @@ def generator_of(args: tuple[object, ...], kwargs: Named) -> GivenGenerator | No
     """The generator of the user's that a recorded call draws from; None for torch's own."""
     given = (*args, *[value for _, value in kwargs])
     return next((value for value in given if type(value) is GivenGenerator), None)
+
+
+class Packed:
+    """The packed weights of a quantised layer, a constant of the program that is no tensor.
+
+    Two are equal if they are the same object of C++, whose address torch gives as the hash of
+    whatever stands for it in python.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: torch.ScriptObject):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Packed and hash(other.value) == hash(self.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __repr__(self) -> str:
+        return "packed"
+
+    @staticmethod
+    def holds(value: torch.ScriptObject) -> bool:
+        """Tell if an object of torch's C++ is the packed weights of a quantised layer."""
+        return "ParamsBase" in str(value)  # "ScriptObject <...quantized.LinearPackedParamsBase>"
+
+    def text(self) -> str:
+        """The object as text, for workers."""
+        stream = io.BytesIO()
+        torch.save(self.value, stream)
+        return base64.b64encode(stream.getvalue()).decode()
+
+    @staticmethod
+    def of_text(text: str) -> Packed:
+        """What `text` wrote."""
+        stream = io.BytesIO(base64.b64decode(text))
+        return Packed(torch.load(stream, weights_only=False))
 
 
 class SampleDevice(NamedTuple):
@@ -97,8 +138,8 @@ class SampleDevice(NamedTuple):
 SAMPLE_DEVICE = SampleDevice()
 
 NO_GRAD, GRAD, FRESH_LEAF = 0, 1, 2
-"""What autograd knew of an argument when it was consumed. `FRESH_LEAF`: a leaf made inside the
-function, where outer gradients end."""
+"""Flags for autograd's knowledge of an argument when a call used it. `FRESH_LEAF`: a leaf made
+inside the function, where outer gradients end."""
 
 
 class Equation(NamedTuple):
@@ -114,7 +155,7 @@ class Equation(NamedTuple):
     """For each tensor argument in order: `NO_GRAD`, `GRAD` or `FRESH_LEAF`."""
     grad_mode: bool
     answer: Any = None
-    """The python value that a question about an unmapped tensor gave; checked again at replay."""
+    """The python value returned by a question about an unmapped tensor; checked again at replay."""
     source: str | None = None
     """The user's line, recorded only for operators without a rule of ours."""
 
@@ -151,7 +192,7 @@ def variables(values: Any) -> Iterator[Var]:
 
 
 def show(value: Any) -> str:
-    """An argument as it stands in the text form of a program."""
+    """The text of an argument in the printed form of a program."""
     if type(value) in (tuple, list):
         return f"[{', '.join(map(show, value))}]"
     if isinstance(value, torch.dtype):
@@ -169,13 +210,13 @@ class Program(NamedTuple):
     literals: tuple[Var, ...]
     """Tensors made from python data inside the function; each replay owns its copy."""
     scalars: int
-    """How many floats are bound at each call."""
+    """Number of floats that are bound at each call."""
     equations: tuple[Equation, ...]
     outputs: tuple[Var, ...]
     output_flags: tuple[int, ...]
-    """What autograd knew of each output, as in `Equation.flags`."""
+    """For each output: `NO_GRAD`, `GRAD` or `FRESH_LEAF`, as in `Equation.flags`."""
     types: tuple[Any, ...]
-    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two
+    """Types and bits of the python scalars in order: `1 == 1.0 == True` must not make two different
     programs equal."""
 
     def __str__(self) -> str:
@@ -224,7 +265,7 @@ class Program(NamedTuple):
         assert len(self.output_flags) == len(self.outputs), f"one flag per output\n{self}"
 
     def dumps(self) -> str:
-        """The program as JSON text, operators by name: what travels to a worker."""
+        """The program as JSON text, with operators by name; sent to the workers in this form."""
         return json.dumps(_encode(self))
 
     @staticmethod
@@ -258,7 +299,7 @@ def _encode(value: Any) -> Any:
         return [kind.__name__, *map(_encode, value)]
     if kind in (tuple, list):
         return ["tuple", *map(_encode, value)]
-    if kind is OpOverload:
+    if isinstance(value, OpOverload):
         return ["op", value.name()]
     if kind is type:
         return ["type", value.__name__]
@@ -266,6 +307,8 @@ def _encode(value: Any) -> Any:
         return ["torch", str(value).removeprefix("torch.")]
     if kind is torch.device:
         return ["torch_device", str(value)]
+    if kind is Packed:
+        return ["packed", value.text()]
     raise AssertionError(f"a program holds a {kind.__name__}, which has no text form: {value!r}")
 
 
@@ -283,6 +326,7 @@ def _decode(value: Any) -> Any:
         "type": {"int": int, "float": float, "bool": bool, "complex": complex}.__getitem__,
         "torch": functools.partial(getattr, torch),
         "torch_device": torch.device,
+        "packed": Packed.of_text,
     }
     return decoders[tag](*rest)
 

@@ -1,6 +1,6 @@
-"""What the recorder must know of an operator before it runs.
+"""Facts about an operator that the recorder needs before it runs.
 
-It follows from the schema, the tags, and short lists of what those hide.
+They come from the schema, the tags, and short lists of what those do not tell.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _QUESTIONS = {
     aten.item.default,
     aten.allclose.default,
 }
-"""Operators that answer python with a value."""
+"""Operators that return a tensor's value to python."""
 
 SCALARS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
-"""Those of them that ask for the one element of a tensor."""
+"""Operators among them that return the only element of a tensor."""
 
 CHECKS = {aten._linalg_check_errors.default}
 """Operators that raise where an earlier one has failed for the sample, and return nothing."""
@@ -38,7 +38,10 @@ _METADATA = {
     "is_pinned",
     "_debug_has_internal_overlap",
 }
-"""Operators that answer python with metadata, the same for every sample."""
+"""Operators that return metadata to python, the same for every sample."""
+
+_PACKS = aten._pack_padded_sequence.default
+"""Its results are as long as the lengths say, though torch does not tag it so."""
 
 _UNINITIALISED = {
     aten.empty.memory_format,
@@ -60,8 +63,7 @@ _SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_full.default,
 }
-"""Operators that look at the shape, strides, dtype and device of their tensor and not at its
-values."""
+"""Operators that read the shape, strides, dtype and device of their tensor and not its values."""
 
 OPEN_SCALARS = {
     getattr(getattr(aten, name), overload)
@@ -81,13 +83,13 @@ _TRAINING_WRITES = {
     "_batch_norm_impl_index": (3, 4, 5),
     "instance_norm": (3, 4, 5),
 }
-"""Operators that write running statistics when training, and do not say so: (mean, variance,
-training) positions."""
+"""Operators that write running statistics in training although their schema does not say so:
+positions of (mean, variance, training)."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpInfo:
-    """What the recorder must know of an operator before it runs."""
+    """Facts about an operator that the recorder needs before it runs."""
 
     op: OpOverload
     writes: tuple[int, ...]
@@ -95,26 +97,26 @@ class OpInfo:
     writes_named: tuple[str, ...]
     random: bool
     composite: bool
-    """Reaches the recorder whole although it is defined by other operators."""
+    """True if it reaches the recorder undecomposed although it is defined by other operators."""
     dynamic: bool
-    """The shape of its result depends on values."""
+    """True if the shape of its result depends on values."""
     question: bool
     metadata: bool
     shape_only: bool
-    """Makes a tensor by the metadata of another: its result does not differ by sample even where
-    that tensor does."""
+    """True if it makes a tensor from the metadata of another: its result does not differ by sample
+    even where that tensor does."""
     view_in_place: OpOverload | None
     """For an operator that changes its argument's shape or strides in place: the operator that
     returns such a view."""
     resizes: bool
-    """Gives its argument other memory or another size."""
+    """True if it gives its argument other memory or another size."""
     hidden_writes: tuple[int, int, int] | None
-    """Positions of running mean, running variance and the training flag, for operators that
-    write without saying so."""
+    """Positions of running mean, running variance and the training flag, for operators that write
+    them although their schema does not say so."""
     open_scalars: bool
     uninitialised: bool
     plain: bool
-    """None of the above matters: the call is only recorded."""
+    """True if none of the above applies: the call is only recorded."""
 
 
 _infos: dict[int, OpInfo] = {}
@@ -151,7 +153,7 @@ def _op_info(op: OpOverload) -> OpInfo:
         writes_named=named,
         random=is_random,
         composite=composite and op not in _QUESTIONS and name not in _METADATA,
-        dynamic=torch.Tag.dynamic_output_shape in op.tags,
+        dynamic=torch.Tag.dynamic_output_shape in op.tags or op is _PACKS,
         question=op in _QUESTIONS or _answers_python(op, name),
         metadata=name in _METADATA
         or op.namespace in ("prim", "profiler")
@@ -186,13 +188,13 @@ def _op_info(op: OpOverload) -> OpInfo:
 
 
 def _answers_python(op: OpOverload, name: str) -> bool:
-    """Whether an operator looks at tensors and gives python a number or a truth value."""
+    """True if an operator reads tensors and returns a number or a truth value to python."""
     kinds = {str(r.type) for r in schema_of(op).returns}
     return bool(kinds) and kinds <= {"bool", "int", "float", "number"} and name not in _METADATA
 
 
 def _without_tensors(schema: Any) -> bool:
-    """Whether an operator takes or returns objects, such as a profiler's range, and no tensors."""
+    """True if an operator takes or returns objects, such as a profiler's range, and no tensors."""
     kinds = [v.type for v in (*schema.arguments, *schema.returns)]
     return any(k.kind() == "ClassType" for k in kinds) and not any(
         "Tensor" in str(k) for k in kinds
@@ -205,7 +207,7 @@ _VIEWS_IN_PLACE = {"swapaxes_": "transpose", "swapdims_": "transpose"}
 def _functional(op: OpOverload, name: str) -> OpOverload | None:
     """The operator that returns the view that `op` makes of its argument in place.
 
-    None for `resize_` and its kin.
+    None for operators that are no views, such as `resize_`.
     """
     if name == "set_":  # other memory, not a view
         return None
@@ -224,7 +226,7 @@ def _functional(op: OpOverload, name: str) -> OpOverload | None:
 
 
 def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call draws random numbers: not if its dropout is 0 or switched off."""
+    """True if a call draws random numbers: not if its dropout is 0 or switched off."""
     if not op_info(op).random:
         return False
     for i, a in enumerate(schema_of(op).arguments):
@@ -241,7 +243,7 @@ def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def shape_depends_on_values(op: OpOverload, args: tuple) -> bool:
-    """Whether this call's result has a shape that depends on values."""
+    """True if this call's result has a shape that depends on values."""
     if op is aten.index.Tensor:  # dynamic only for masks
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return True
@@ -255,6 +257,8 @@ def deciders(op: OpOverload, args: tuple) -> Iterator[Var]:
         return iter(())
     if op is aten._ctc_loss.Tensor:
         return variables(args[2:4])
+    if op is _PACKS:
+        return variables(args[1:2])
     if op is aten.linalg_lstsq.default:
         return iter(
             ()

@@ -1,7 +1,7 @@
-"""The operator that gives results a backward of the user's, and the program of that backward.
+"""The operator that gives results a user-defined backward, and the program of that backward.
 
 A `torch.autograd.Function` computes its forward in recorded calls like any others, under
-`no_grad`. One more equation then says that gradients from outside reach its inputs by its own
+`no_grad`. One more equation then tells that outer gradients reach its inputs by its own
 backward: `own_backward(inputs, outputs, kept, numbers, text)` returns the outputs with that
 history. The text is a `Backward`. A tensor hook is the same with one input that is the output.
 """
@@ -36,6 +36,12 @@ def _values(
     return [t.detach() for t in outputs]
 
 
+_LIBRARY.define("data(Tensor(a) tensor) -> Tensor(a)")
+_LIBRARY.impl("data", torch.Tensor.detach, "CompositeExplicitAutograd")
+DATA: OpOverload = torch.ops.shardmap.data.default
+"""`tensor.data`: a write to it is hidden from autograd, which would else refuse to differentiate by
+what it has saved of the memory."""
+
 _LIBRARY.impl("own_backward", _values, "CompositeExplicitAutograd")
 OWN_BACKWARD: OpOverload = torch.ops.shardmap.own_backward.default
 
@@ -48,31 +54,33 @@ TOO_DEEP = "too deep"
 
 
 class Backward(NamedTuple):
-    """What a backward of the user's does for one sample."""
+    """The backward of a user-defined `autograd.Function` for one sample."""
 
     program: Program
-    """Its inputs are the cotangents; then the outputs of `saved`; then what it keeps, of which
-    literals come last, as literals. It returns a gradient for each input."""
+    """Inputs: the cotangents; then the outputs listed in `saved`; then what the backward keeps, of
+    which literals come last, as literals. Returns a gradient for each input."""
     cotangents: int
-    """How many cotangents it takes, one for each output."""
+    """Number of cotangents that it takes, one for each output."""
     saved: tuple[int, ...]
     """Positions of the outputs that it reads."""
     once: str
-    """Why it must not be differentiated itself; empty where it may be."""
+    """Reason why it must not be differentiated itself; empty if it may be."""
     hook: bool
-    """Whether it is that of a tensor's hooks, which do not matter to forward mode. If it must not
-    be differentiated, then not by what it keeps either, used or not."""
+    """True if it is the backward of a tensor's hooks, which forward mode ignores. If it must not be
+    differentiated, then not by what it keeps either, used or not."""
     materialised: bool
-    """Whether missing cotangents are zeros; otherwise there is one, and none gives none."""
+    """True if missing cotangents are passed as zeros; else the only cotangent is never missing."""
+    function: str
+    """Name of the Function, by which `python_state` finds what its backward reads."""
 
     def dumps(self) -> str:
-        """The text that stands in the equation."""
+        """The text form that an equation carries."""
         return json.dumps([self.program.dumps(), *self[1:]])
 
 
 @functools.lru_cache(256)
 def backward_of(text: str) -> Backward:
-    """What `Backward.dumps` wrote; the same object for the same text."""
+    """The backward that `Backward.dumps` wrote; the same object for the same text."""
     program, count, saved, *rest = json.loads(text)
     return Backward(Program.loads(program), count, tuple(saved), *rest)
 
@@ -89,10 +97,10 @@ _ZEROS = {"zeros_like", "new_zeros", "zeros"}
 
 @functools.lru_cache(256)
 def is_linear(text: str) -> bool:
-    """Whether the gradients are known to be linear in the cotangents.
+    """True if the gradients are known to be linear in the cotangents.
 
-    If no sample changes what such a backward reads, it is as well run once on the sum of the
-    samples' cotangents, as autograd does with any shared tensor.
+    If the values that such a backward reads do not depend on the sample, it may run once on the sum
+    of the samples' cotangents, as autograd does with any shared tensor.
     """
     if text == TOO_DEEP:
         return False
@@ -107,7 +115,7 @@ def is_linear(text: str) -> bool:
 
 
 def _stays_linear(eq: Equation, follow: set[int], zero: set[int]) -> bool:
-    """Whether one call keeps what follows from the cotangents linear in them."""
+    """True if one call keeps what follows from the cotangents linear in them."""
     name = eq.op.name().removeprefix("aten::").partition(".")[0]
     results = [v.index for v in eq.results()]
     info = op_info(eq.op)

@@ -64,7 +64,7 @@ class PrivateGenerators:
 
 
 def takes_generator(op: OpOverload) -> bool:
-    """Whether `PrivateGenerators` can serve a random operator."""
+    """True if `PrivateGenerators` can serve a random operator."""
     return op is aten.native_dropout.default or _with_generator(op) is not None
 
 
@@ -79,7 +79,7 @@ def _with_generator(op: OpOverload) -> OpOverload | None:
 
 
 def _device_of(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> torch.device:
-    """Where `op` draws: the device that it is given, that of its first tensor, or the default."""
+    """The device on which `op` draws: its `device` argument, its first tensor's, or the CPU."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
     for a, value in zip(schema_of(op).arguments, args, strict=False):

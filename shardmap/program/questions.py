@@ -1,9 +1,9 @@
-"""What a function asks of its sample: questions about values, and shapes that depend on values.
+"""Questions of a function about its sample: about values, and shapes that depend on values.
 
-The answers of one sample are constants of its recording. Which other samples answer alike is seen
-by computing, for all of them, what was asked about: the operands of the questions, and what leads
-to them. Questions about what a shape depends on become questions about a count where that says the
-same.
+The answers of one sample are constants of its recording. Samples with the same answers are found
+by computing, for all samples, the operands of the questions and the calls that lead
+to them. Questions about what a shape depends on become questions about a count where that is
+equivalent.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ _COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question, and how its answers are read from what a stage computes."""
+    """One question, and functions that read its answers from the outputs of a stage."""
 
     number: int
-    """Its place among the questions of the program."""
+    """Index among the questions of the program."""
     answer: Hashable
-    """The recorded sample's."""
+    """The recorded sample's answer."""
     outputs: range
-    """Of the stage's program, by position."""
+    """Positions of its operands among the outputs of the stage's program."""
     alike: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    """Which samples answer as the recorded one did, from those outputs, `[samples, ...]` each."""
+    """Compute from those outputs (`[samples, ...]` each) a truth value for each sample: whether it
+    gives the recorded answer."""
     read: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, list[Hashable]]]
-    """The answers that samples give: the number of each one's, and those answers."""
+    """Compute from them the index of each sample's answer, and the list of distinct answers."""
     numbers: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
     """The answers themselves, one for each sample; None where the operator itself is asked."""
 
@@ -55,16 +56,16 @@ class Stage:
 
 
 def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list[Stage]:
-    """The programs that compute what a program asks about.
+    """The programs that compute the operands of a program's questions.
 
     A result whose shape depends on values can be computed for samples of one shape only, and so a
     stage ends with each question about a shape.
 
     Args:
         program: What one sample does.
-        asked: The equations that ask about what differs by sample.
-        singly: Whether each question is a stage of its own: then nothing is computed for a sample
-            that has answered otherwise before.
+        asked: The equations that ask about values which differ by sample.
+        singly: True if each question is a stage of its own: then nothing is computed for a sample
+            that has already given another answer.
     """
     found: list[Stage] = []
     waiting: list[tuple[int, int]] = []
@@ -78,7 +79,7 @@ def stages(program: Program, asked: Sequence[int], singly: bool = False) -> list
 
 
 def answers(program: Program, asked: Sequence[int]) -> tuple[Hashable, ...]:
-    """What the recorded sample answered, in order."""
+    """The recorded sample's answers, in order."""
     fresh = _Fresh(program)
     return tuple([_Asked(program.equations[at], fresh).answer for at in asked])
 
@@ -134,7 +135,7 @@ class _Fresh:
 
 
 class _Asked:
-    """One question: the calls that compute what it is about, and what its answers are."""
+    """One question: the calls that compute its operands, and how its answers are read from them."""
 
     def __init__(self, eq: Equation, fresh: _Fresh):
         self.eq = eq
@@ -201,7 +202,7 @@ class _Asked:
         self._numbers(shapes[0][place])
 
     def _numbers(self, value: Any, truth: bool = False) -> None:
-        """The one output holds the answers themselves, or (`truth`) what is nonzero for a yes."""
+        """Read the answers from the one output itself, or (`truth`) yes where it is nonzero."""
 
         def flat(found: Sequence[torch.Tensor]) -> torch.Tensor:
             numbers = found[0].detach().reshape(-1)
@@ -227,7 +228,7 @@ class _Asked:
         return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]
 
     def _one_by_one(self, eq: Equation, of: Callable[[Any], Hashable]) -> None:
-        """Ask the operator itself, for each sample."""
+        """Call the recorded operator itself for each sample."""
         self.outputs = self._operands(eq)
 
         def keys(found: Sequence[torch.Tensor]) -> list[Hashable]:

@@ -1,4 +1,4 @@
-"""What becomes of the samples' results where they are not stacked: `shardmap.vmap(fn, reduce=...)`.
+"""Reductions, which combine the samples' results instead of stacking them (`reduce=`).
 
 A reduction is given for each output of the mapped function, or for a whole subtree of them, as
 `out_dims` is. Nothing is stacked: a chunk's results are combined as soon as they are computed, in
@@ -6,8 +6,8 @@ the order of the samples, so that memory does not grow with the batch and the nu
 on which device was faster.
 
 `sum`, `mean`, `max`, `min` and `fold` treat each output by itself. `norm`, `clipped_sum`,
-`second_moment`, `gram` and `project` are made for gradients: they take all outputs below the place
-where they stand as one vector, a sample's gradient. Of the weights of linear layers, convolutions
+`second_moment`, `gram` and `project` are made for gradients: they take all outputs below their
+place in the tree as one vector, a sample's gradient. For the weights of linear layers, convolutions
 and embeddings that gradient is a product of activations and cotangents, and is not computed where
 the products of the factors are cheaper (`plan.explain()` says where): "ghost" norms, after
 Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679).
@@ -43,7 +43,7 @@ def sum() -> Reduction:
 
 
 def mean() -> Reduction:
-    """The mean over the samples, as `torch.stack(results).mean(0)`; of no samples it is NaN.
+    """The mean over the samples, as `torch.stack(results).mean(0)`; for an empty batch it is NaN.
 
     Example:
         >>> import torch, shardmap
@@ -82,7 +82,7 @@ def min() -> Reduction:
 def fold(
     combine: Callable[[Tensor, Tensor], Tensor], finish: Callable[[Tensor], Tensor] | None = None
 ) -> Reduction:
-    """A reduction of one's own; `reduce=(combine, finish)` says the same.
+    """A user-defined reduction; `reduce=(combine, finish)` means the same.
 
     Args:
         combine: Takes the results of two runs of neighbouring samples, each with the shape of one
@@ -103,9 +103,9 @@ def fold(
 
 
 def norm() -> joint.Joint:
-    """The 2-norm of each sample's outputs, all together: `[N]`.
+    """The 2-norm of all of a sample's outputs together: `[N]`.
 
-    Of gradients that is the per-sample gradient norm.
+    For gradients it is the per-sample gradient norm.
 
     Example:
         >>> import torch, shardmap
@@ -117,7 +117,7 @@ def norm() -> joint.Joint:
 
 
 def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
-    """Sum the outputs, each sample's scaled down to a norm of at most `max_norm` (DP-SGD).
+    """Sum the outputs, each sample's scaled to a norm of at most `max_norm` (DP-SGD).
 
     Args:
         max_norm: C, the largest norm of all of a sample's outputs together.
@@ -151,7 +151,7 @@ def clipped_sum(max_norm: float, noise_multiplier: float = 0.0) -> joint.Joint:
 def second_moment() -> joint.Joint:
     """The mean over the samples of the squares of each entry.
 
-    Of gradients, the diagonal of the empirical Fisher matrix.
+    For gradients it is the diagonal of the empirical Fisher matrix.
 
     Returns:
         The structure of one sample's outputs.
@@ -166,12 +166,12 @@ def second_moment() -> joint.Joint:
 
 
 def gram() -> joint.Joint:
-    """The inner products of all pairs of samples, of all their outputs together: `[N, N]`.
+    """The inner products of all pairs of samples, over all their outputs: `[N, N]`.
 
-    Of gradients, the empirical NTK.
+    For gradients it is the empirical NTK.
 
     It is computed in blocks, from the factors of the gradients where they are smaller than the
-    gradients. What the blocks are made of is kept for all samples.
+    gradients. The factors or gradients of all samples are kept in memory.
 
     Source: Jacot et al. 2018, "Neural Tangent Kernel" (arXiv:1806.07572).
 
@@ -186,7 +186,7 @@ def gram() -> joint.Joint:
 
 
 def project(dim: int, kind: str = "rademacher", seed: int = 0) -> joint.Joint:
-    """A random projection of each sample's outputs, all together, to few dimensions: `[N, dim]`.
+    """A random projection of all of a sample's outputs to few dimensions: `[N, dim]`.
 
     It keeps inner products on average.
 
@@ -195,9 +195,9 @@ def project(dim: int, kind: str = "rademacher", seed: int = 0) -> joint.Joint:
     process, so that projections of different batches can be compared.
 
     Args:
-        dim: k, the dimensions that are left.
+        dim: k, the number of dimensions of the projection.
         kind: "rademacher", entries of +1 and -1, or "gaussian".
-        seed: Which matrix.
+        seed: Seed of the matrix.
 
     Raises:
         OptionError: An argument is out of range.
@@ -233,7 +233,7 @@ def together(**parts: Any) -> joint.Joint:
     """Several reductions of the same outputs, in one pass over the samples.
 
     Args:
-        **parts: Reductions by the names that they are to have in the result: those of this module,
+        **parts: Reductions by their names in the result: those of this module,
             or their names; None stacks.
 
     Returns:
@@ -264,7 +264,7 @@ _NAMED = {"sum": sum, "mean": mean, "max": max, "min": min}
 
 
 def is_one(value: Any) -> bool:
-    """Whether `value` is a reduction itself, and not a structure that holds some."""
+    """True if `value` is a reduction itself, and not a structure that holds some."""
     pair = (
         isinstance(value, tuple)
         and len(value) == 2
@@ -275,10 +275,10 @@ def is_one(value: Any) -> bool:
 
 
 def parse(value: Any, call: str) -> Reduction | None:
-    """The reduction that a user's `value` names; None stacks.
+    """Parse a user's `value` into a reduction; None means stacking.
 
     Raises:
-        OptionError: It names none.
+        OptionError: It names no reduction.
     """
     if value is None or isinstance(value, Reduction):
         return value

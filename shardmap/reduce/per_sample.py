@@ -1,9 +1,9 @@
-"""Reductions of all of a sample's outputs together.
+"""Joint reductions: they take all of a sample's outputs together.
 
-Norms of its gradient, clipped sums, Gram matrices, projections.
+They are norms of its gradient, clipped sums, Gram matrices and projections.
 
 They are written as functions of one sample, recorded with the mapped function, so that the rules
-(and `shardmap.factors`) see all of it; what is left for the batch is a sum, a mean, or nothing.
+(and `shardmap.factors`) see all of it; over the batch there is only a sum, a mean, or nothing.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from shardmap.reduce.reduction import Reduction
 
 @dataclass(frozen=True)
 class Joint(abc.ABC):
-    """One way to combine all outputs of a sample, and then those of all samples."""
+    """Base of joint reductions: combine all outputs of a sample, then those of all samples."""
 
     name: ClassVar[str]
-    """As it is written after `shardmap.reduce`."""
+    """Name in `shardmap.reduce`."""
 
     @property
     def then(self) -> Any:
-        """What becomes of the results of samples.
+        """The reduction of the results of `of_sample` over the samples.
 
-        As `reduce=` takes it, a prefix of what `of_sample` returns.
+        It has the form of `reduce=`, a prefix of the structure that `of_sample` returns.
         """
         return None
 
     @abc.abstractmethod
     def of_sample(self, tree: Any) -> Any:
-        """Of one sample's outputs."""
+        """Combine one sample's outputs."""
 
     def finish(self, result: Any) -> Any:
-        """Of the combination of all samples."""
+        """Finish the combination of all samples."""
         return result
 
 
@@ -70,7 +70,7 @@ class ClippedSum(Joint):
 
     @property
     def then(self) -> Any:
-        """Summed over the samples."""
+        """The sum over the samples."""
         return "sum"
 
     def of_sample(self, tree: Any) -> Any:
@@ -80,9 +80,9 @@ class ClippedSum(Joint):
         return pytree.tree_map(lambda t: t * factor.to(t.dtype), tree)
 
     def finish(self, result: Any) -> Any:
-        """With noise, drawn from torch's generator.
+        """Add noise, drawn from torch's generator.
 
-        One draw for each entry, whatever the number of samples.
+        Each entry gets one draw, whatever the number of samples.
         """
         if not self.noise_multiplier:
             return result
@@ -100,7 +100,7 @@ class SecondMoment(Joint):
 
     @property
     def then(self) -> Any:
-        """Averaged over the samples."""
+        """The mean over the samples."""
         return "mean"
 
     def of_sample(self, tree: Any) -> Any:
@@ -117,7 +117,7 @@ class Gram(Joint):
 
     @property
     def then(self) -> Any:
-        """Compared with each other: the leaves are marked, and what runs them looks for factors."""
+        """A mark on each leaf: the call then computes inner products, if possible from factors."""
         return Reduction("gram")
 
     def of_sample(self, tree: Any) -> Any:
@@ -125,7 +125,7 @@ class Gram(Joint):
         return [t.reshape(-1) if t.dim() == 0 else t for t in tensors_of(tree, self.name)]
 
     def finish(self, result: Any) -> Any:
-        """The matrix stands in the place of the first output."""
+        """The matrix, which is in the place of the first output."""
         return result[0]
 
 
@@ -140,7 +140,7 @@ class Project(Joint):
     name = "project"
 
     def of_sample(self, tree: Any) -> Tensor:
-        """`[dim]`: a random matrix times all outputs, one behind the other.
+        """Multiply a random matrix by all outputs, concatenated: `[dim]`.
 
         Rows of the matrix are drawn as they are needed.
         """
@@ -167,7 +167,7 @@ class Together(Joint):
 
     @property
     def then(self) -> Any:
-        """A dict of what becomes of each."""
+        """A dict of the parts' reductions over the samples."""
         return {name: plain(part) for name, part in self.parts}
 
     def of_sample(self, tree: Any) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Together(Joint):
         }
 
     def finish(self, result: Any) -> Any:
-        """Each by itself."""
+        """Finish each part by itself."""
         return {
             name: part.finish(result[name]) if isinstance(part, Joint) else result[name]
             for name, part in self.parts
@@ -195,7 +195,7 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 
 def tensors_of(tree: Any, name: str) -> list[Tensor]:
-    """The outputs of one sample, as a joint reduction takes them.
+    """The outputs of one sample as a list of floating-point tensors.
 
     Raises:
         OptionError: There are none, or one holds integers.
@@ -203,7 +203,7 @@ def tensors_of(tree: Any, name: str) -> list[Tensor]:
     leaves = pytree.tree_leaves(tree)
     if not leaves:
         raise errors.OptionError(
-            f"reduce={name!r} of a function that returns no tensors; return those that are meant"
+            f"reduce={name!r} of a function that returns no tensors; return the ones to reduce"
         )
     for t in leaves:
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
@@ -217,7 +217,7 @@ def tensors_of(tree: Any, name: str) -> list[Tensor]:
 
 
 def parse(value: Any) -> Any:
-    """A joint reduction that is named by text, as itself; anything else as it is."""
+    """The joint reduction that a text names; any other value unchanged."""
     named: Mapping[str, Callable[[], Joint]] = {
         "norm": Norm,
         "second_moment": SecondMoment,
@@ -227,7 +227,7 @@ def parse(value: Any) -> Any:
 
 
 def plain(reduce: Any) -> Any:
-    """`reduce` with what is left for the batch in the place of each joint reduction."""
+    """`reduce` with each joint reduction replaced by its reduction over the samples."""
     return _walk(reduce, lambda part: part.then)
 
 
@@ -243,7 +243,7 @@ def _walk(reduce: Any, of_joint: Callable[[Joint], Any]) -> Any:
 
 
 def contains(reduce: Any) -> bool:
-    """Whether `reduce` holds a joint reduction."""
+    """True if `reduce` holds a joint reduction."""
     found: list[Joint] = []
     _walk(reduce, found.append)
     return bool(found)
@@ -274,7 +274,7 @@ def _zipped(reduce: Any, tree: Any, of_joint: Callable[[Joint, Any], Any], call:
 
 
 def composed(func: Callable[..., Any], reduce: Any, call: str) -> Callable[..., Any]:
-    """`func`, and then what `reduce` does to each sample's outputs."""
+    """Compose `func` with the joint reductions of each sample's outputs."""
 
     @functools.wraps(func, updated=())
     def reduced(*args: Any, **kwargs: Any) -> Any:
@@ -297,10 +297,10 @@ def finished(reduce: Any, result: Any, call: str) -> Any:
 
 
 def number(value: Any, name: str, call: str, least: float = 0.0, zero: bool = True) -> float:
-    """A number that a reduction is made with.
+    """Check a number that a reduction is made with.
 
     Raises:
-        OptionError: It is none, or out of range.
+        OptionError: It is no number, or out of range.
     """
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value < least or (not zero and value == least):

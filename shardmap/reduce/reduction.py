@@ -1,4 +1,4 @@
-"""What a reduction is, as data."""
+"""Reductions as data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """One way to combine results of samples."""
+    """A reduction over the samples."""
 
     name: str
     combine: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Of a reduction of the user's own."""
+    """Function of a user-defined reduction; None for one of ours."""
     finish: Callable[[Tensor], Tensor] | None = None

@@ -1,12 +1,12 @@
-"""Fused attention.
+"""Batching rules for fused attention.
 
-The map folded into the batch dimension, `[B, b, heads, length, features] -> [B*b, ...]`, one call
-for all samples.
+The map is folded into the batch dimension, `[B, b, heads, length, features] -> [B*b, ...]`, one
+call for all samples.
 
-Why rules of ours: `torch.func.vmap` has no kernel for the CPU's fused attention and loops over the
-samples with a warning. And a kernel exists on one kind of device only, while a program recorded on
-one must run on another: there it is lowered to products and a softmax, forward and backward alike,
-with the log-sum-exp in the place where the recorded backward expects it.
+Reasons for rules of ours: `torch.func.vmap` has no kernel for the CPU's fused attention and loops
+over the samples with a warning. And a kernel exists on one kind of device only, while a program
+recorded on one must run on another: there it is lowered to products and a softmax, forward and
+backward, with the log-sum-exp where the recorded backward expects it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 
 
 def bind(eq: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by the names of the operator's schema, defaults filled in."""
+    """The arguments by the names of the operator's schema, with defaults."""
     names = schema_of(eq.op).arguments
     values = {a.name: a.default_value for a in names if a.has_default_value()}
     values.update((a.name, value) for a, value in zip(names, args, strict=False))
@@ -35,9 +35,9 @@ def bind(eq: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
-    """A mask for the folded batch.
+    """Make a mask for the folded batch.
 
-    A shared one of one batch stays as it is, the others get a row for each sample and batch.
+    A shared mask of one batch stays as it is, others get a row for each sample and batch.
     """
     if mask is None:
         return None
@@ -53,11 +53,11 @@ def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
     return fold(b, mask)
 
 
-# -- the same by products, on any device
+# -- attention by products, on any device
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """What the softmax is taken of.
+    """The scores, whose softmax is taken.
 
     `[n, h, l, d], [n, h, s, d] -> [n, h, l, s]`, in the precision of the fused kernels' sums.
     """
@@ -74,7 +74,7 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
 
 
 def widened(t: Tensor, heads: int) -> Tensor:
-    """Keys or values with a head for each of the queries', where several share one."""
+    """Keys or values with one head for each of the queries', if several queries share one."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
 
@@ -131,13 +131,13 @@ def attend_backward(
 
 
 def same_device(b: Lowering, eq: Any) -> bool:
-    """Whether the program runs on the kind of device whose kernel was recorded."""
+    """True if the program runs on the kind of device whose kernel was recorded."""
     recorded = next(eq.results()).spec.device.partition(":")[0]
     return recorded == b.device_type
 
 
 def padded(t: Tensor, length: int) -> Tensor:
-    """`[n, h, l]` with zeros up to `length`: some kernels pad their log-sum-exp."""
+    """Pad `[n, h, l]` with zeros up to `length`: some kernels pad their log-sum-exp."""
     return t if t.shape[-1] == length else torch.nn.functional.pad(t, (0, length - t.shape[-1]))
 
 
@@ -153,7 +153,7 @@ FORWARD = (
 
 @register("attention", *FORWARD)
 def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """One call on a larger batch; without dropout, because draws would have to differ by sample."""
+    """Batch attention as one call on a larger batch; not dropout, whose draws differ by sample."""
     a = bind(eq, args, kwargs)
     if a.get("dropout_p") or a.get("return_debug_mask") or a["query"].ndim != 4:
         return NotImplemented
@@ -199,7 +199,7 @@ def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
         unfold(b, V(v.index, True, s.shape, s.dtype), s.shape)
         for v, s in zip(got[:2], specs[:2], strict=True)
     ]
-    # Seeds and the like are the call's, not the samples'.
+    # Seeds and similar results belong to the call, not to the samples.
     shared = [V(v.index, False, s.shape, s.dtype) for v, s in zip(got[2:], specs[2:], strict=True)]
     return (
         *found,
@@ -221,7 +221,7 @@ BACKWARD = (
 
 
 def first_row(b: Lowering, v: Any) -> Any:
-    """A value of the call that was expanded over the samples, as the call gave it."""
+    """The call's own result that a value was expanded from over the samples."""
     if type(v) is not V or not v.mapped:
         return v
     return V(
@@ -233,7 +233,7 @@ def first_row(b: Lowering, v: Any) -> Any:
 def attention_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """One call of the kernel's backward on a larger batch."""
+    """Batch the backward as one call of the kernel on a larger batch."""
     a = bind(eq, args, kwargs)
     if a.get("dropout_p") or a["query"].ndim != 4:
         return NotImplemented

@@ -1,7 +1,7 @@
 """Batching rules for batch and instance norm: samples join the batch, or become channels.
 
-With statistics that all samples share (eval mode) a sample is more of the batch. With statistics
-of its own, computed or kept, each sample's channels are channels of their own.
+With statistics that all samples share (eval mode) a sample is a part of a larger batch. With
+statistics of its own, computed or kept, each sample's channels are channels of their own.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def _batch_norm(
     training: bool,
     numbers: Sequence[float],
 ) -> Any:
-    """`numbers`: momentum and epsilon. Statistics of the sample itself: samples become channels.
+    """Batch a normalisation; `numbers` are momentum and epsilon.
 
-    Shared ones: samples join the batch.
+    With a sample's own statistics samples become channels, with shared ones they join the batch.
     """
     updated = training and mean is not None
     if training and mean is not None and not (mean.mapped and var.mapped):
@@ -89,14 +89,14 @@ def _batch_norm(
 
 @register("norm", aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
 def batch_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """With shared statistics (eval mode) or the sample's own (instance norm)."""
+    """Batch norm with shared statistics (eval mode) or the sample's own (instance norm)."""
     x, weight, bias, mean, var, training, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, mean, var, training, numbers)
 
 
 @register("norm", aten._native_batch_norm_legit_no_training.default)
 def batch_norm_eval(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """In eval mode."""
+    """Batch norm in eval mode."""
     x, weight, bias, mean, var, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, mean, var, False, numbers)
 
@@ -105,7 +105,7 @@ def batch_norm_eval(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict
 def batch_norm_without_stats(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """With the sample's own statistics."""
+    """Batch norm with the sample's own statistics."""
     x, weight, bias, training, *numbers = args
     return _batch_norm(b, eq, x, weight, bias, None, None, training, numbers)
 
@@ -114,7 +114,7 @@ def batch_norm_without_stats(
 def batch_norm_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Samples as channels: the kernel's sums over a channel are then those of one sample."""
+    """Batch the backward with samples as channels: sums over a channel are a sample's."""
     grad, x, weight, mean, var, save_mean, save_invstd, train, eps, _ = args
     mask = given_results(eq)
     channels = x.shape[1]

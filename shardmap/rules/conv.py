@@ -1,9 +1,9 @@
-"""Convolutions: the map goes into the batch if the weight is shared, into the groups if it is not.
+"""Convolutions: the map joins the batch if the weight is shared, the groups if it is not.
 
-Hot: the gradient of a weight for each sample. Measured on one CPU core, milliseconds for 32 samples
-(grouped convolution / one call per sample / channels-last im2col in chunks and `bmm`): 16->32
-channels 28x28 3x3 1.3 / 3.6 / 3.6; 64->64 14x14 3x3 2.9 / 8.3 / 6.3; 20->50 12x12 5x5 1.4 / 7.8 /
-2.1; 1->20 28x28 5x5 0.6 / 1.5 / 0.8. So it is one grouped convolution, whose groups are the
+The gradient of a weight for each sample takes most time. Measured on one CPU core, milliseconds for
+32 samples (grouped convolution / one call per sample / channels-last im2col in chunks and `bmm`):
+16->32 channels 28x28 3x3 1.3 / 3.6 / 3.6; 64->64 14x14 3x3 2.9 / 8.3 / 6.3; 20->50 12x12 5x5 1.4 /
+7.8 / 2.1; 1->20 28x28 5x5 0.6 / 1.5 / 0.8. So it is one grouped convolution, whose groups are the
 samples. Two exceptions: 1x1 is a plain `bmm` (0.6 against 0.75), and for a few input channels under
 a large kernel the grouped kernel falls back to a slow one: 3->32 32x32 5x5 9.8 / 2.3 / 4.2 and
 3->64 56x56 7x7 (16 samples) 20 / 10 / 33, so there each sample has its call.
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 
 
 class Options:
-    """The numbers of a convolution, as its operators take them."""
+    """The options of a convolution, as its operators take them."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Options:
         self.transposed, self.output_padding, self.groups = transposed, output_padding, groups
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, times: int) -> Tensor:
-        """The convolution with `times` as many groups."""
+        """Convolve with `times` as many groups."""
         return aten.convolution(
             x,
             weight,
@@ -58,7 +58,7 @@ class Options:
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, times: int, mask: Sequence[bool]
     ) -> tuple[Any, ...]:
-        """The gradients that `mask` asks for, with `times` as many groups; no bias."""
+        """The gradients that `mask` selects, with `times` as many groups; no bias."""
         numbers = (
             self.stride,
             self.padding,
@@ -71,7 +71,7 @@ class Options:
 
     @property
     def pointwise(self) -> bool:
-        """Whether input and output positions are the same ones, if the kernel has one element."""
+        """True if input and output positions are equal for a kernel of one element."""
         plain = (self.stride, 1), (self.padding, 0), (self.dilation, 1)
         return (
             not self.transposed
@@ -81,27 +81,27 @@ class Options:
 
 
 def into_channels(t: Tensor) -> Tensor:
-    """`[B, n, c, ...] -> [n, B*c, ...]`: without a copy where samples have `n = 1`."""
+    """Move samples into channels: `[B, n, c, ...] -> [n, B*c, ...]`; no copy if `n = 1`."""
     return t.transpose(0, 1).flatten(1, 2)
 
 
 def out_of_channels(t: Tensor, size: int, channels: int) -> Tensor:
-    """`[n, B*c, ...] -> [B, n, c, ...]`."""
+    """Move samples out of channels: `[n, B*c, ...] -> [B, n, c, ...]`."""
     return t.view(t.shape[0], size, channels, *t.shape[2:]).transpose(0, 1)
 
 
 def of_no_samples(shape: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
-    """The result of an empty batch, `[0, *shape]`: no samples make no groups, which kernels refuse.
+    """The result of an empty batch, `[0, *shape]`: kernels refuse a call without groups.
 
-    Gradients lead to both.
+    It is differentiable by both arguments.
     """
     return (x.sum() * y.sum()).expand(0, *shape)
 
 
 def grouped(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tensor:
-    """Each sample with its own weight.
+    """Convolve each sample with its own weight.
 
-    `[B, n, c, ...], [B, o, c/g, ...] -> [B, n, o, ...]`, samples as groups.
+    `[B, n, c, ...], [B, o, c/g, ...] -> [B, n, o, ...]`, with samples as groups.
     """
     size = x.shape[0]
     return out_of_channels(
@@ -110,7 +110,7 @@ def grouped(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tenso
 
 
 def shared_input(options: Options, x: Tensor, weight: Tensor, channels: int) -> Tensor:
-    """One input under every sample's weight: the samples are further output channels."""
+    """Convolve one input with every sample's weight: the samples are further output channels."""
     size, groups = weight.shape[0], options.groups
     if options.transposed:  # [B, c, o/g, ...] -> [c, B*o/g, ...]
         merged = weight.transpose(0, 1).flatten(1, 2)
@@ -126,9 +126,10 @@ def shared_input(options: Options, x: Tensor, weight: Tensor, channels: int) -> 
 
 @register("conv", aten.convolution.default)
 def convolution(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Shared weight: more samples in the batch.
+    """Batch a convolution.
 
-    Mapped weight: more groups, or more output channels of one input.
+    A shared weight gets a larger batch; a mapped one more groups, or more output channels of one
+    input.
     """
     x, weight, bias, *numbers = args
     options, spec = Options(*numbers), eq.outs[0].spec
@@ -176,9 +177,9 @@ def convolution(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str
 def weight_gradient(
     options: Options, shape: tuple[int, ...], per_sample_call: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of the mapped gradient and input.
+    """Make a function of the mapped gradient and input.
 
-    The gradient of each sample's weight, `[B, *shape]`.
+    It returns the gradient of each sample's weight, `[B, *shape]`.
     """
     point = options.pointwise and math.prod(shape[2:]) == 1
 
@@ -216,9 +217,9 @@ def weight_gradient(
 def convolution_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The three gradients apart.
+    """Batch the backward as three separate gradients.
 
-    The input's by folding, the weight's as groups, the bias's as a sum.
+    The input's is folded into the batch, the weight's uses groups, the bias's is a sum.
     """
     grad, x, weight, _, *numbers, _ = args
     options, mask, outs = Options(*numbers), given_results(eq), []
@@ -245,7 +246,7 @@ def convolution_backward(
                 )[1]
 
             outs.append(b.call(shared, grad, x, shape=shape, dtype=weight.dtype))
-        # A kernel for images gives the gradient of a row that nobody asked for with a column more.
+        # A kernel for images returns an unneeded gradient of a row with one column too many.
         outs[-1] = b.view(outs[-1], eq.outs[1].spec.shape)
     if mask[2]:
         over = [d + int(grad.mapped) for d in range(grad.ndim) if d != 1]

@@ -1,7 +1,7 @@
 """Batching rules for results whose shape depends on values: `x[mask]`, `nonzero`, `masked_select`.
 
 The samples of a chunk have been sorted so that all of them select as many elements: one call on the
-whole batch selects them in order, and the result is cut into samples. That they do is checked.
+whole batch selects them in order, and the result is cut into samples. Replay checks that they do.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ def counted(b: Lowering, eq: Equation, args: Any, kwargs: Any, call: str) -> Any
 
 
 def refuse_traced(name: str, call: str) -> None:
-    """Refuse a result whose shape depends on values where a trace is made, which has none.
-
-    Raises:
-        DataDependentError: Always.
-    """
+    """Refuse a result whose shape depends on values in a trace, which has no values."""
     raise errors.DataDependentError(
         f"{call}: the shape of {name}'s result depends on values, which a trace does not have; use "
         "torch.where or masks"
@@ -116,7 +112,7 @@ def _mask_in_front(x: torch.Tensor, mask: torch.Tensor, lead: int) -> torch.Tens
 
 
 def repeat_rows(size: int, repeats: torch.Tensor, count: int, call: str) -> torch.Tensor:
-    """Each sample's numbers of what is repeated, `[size, count]`."""
+    """The repeated indices of each sample, `[size, count]`."""
     sums = repeats.sum(1)
     if bool((sums != count).any()):
         raise _varies("repeat_interleave", count, call)

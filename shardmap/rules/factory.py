@@ -1,7 +1,7 @@
 """Rules of the factory family: tensors made in the likeness of a mapped one.
 
-They depend on its shape, strides, dtype and device, which all samples have in common. So the result
-is not mapped: it is made once, not once per chunk, and so is everything that follows from it alone
+They depend on its shape, strides, dtype and device, which all samples share. So the result
+is not mapped: it is made once, not once per chunk, and so are values that depend on it alone
 (the cotangent of every backward starts as `ones_like(loss)`). Where samples write to it later, the
 batcher gives each sample its copy.
 """
@@ -46,7 +46,7 @@ def filled_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """A batch of such tensors, made by the tensor that they are in the likeness of."""
+    """A batch of such tensors, made by `like`, the tensor that they resemble."""
     span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
     out = like.new_empty_strided((size, *shape), (span, *stride), dtype=dtype, device=device)
     return out if value is None else out.fill_(value)
@@ -59,7 +59,7 @@ def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> 
     value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
     spec = eq.outs[0].spec
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
-    # an outer torch.func.vmap batches what is made from its tensors, and lets nothing else be
+    # an outer torch.func.vmap batches tensors made from its tensors, and lets no others be
     # written to
     if b.transformed:
         like = args[0]

@@ -1,6 +1,6 @@
-"""The tiers below our own rules.
+"""The tiers below the rules of this package.
 
-`torch.func.vmap` of a single operator, and a loop over the batch.
+They are `torch.func.vmap` of a single operator, and a loop over the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import aten, schema_of
-from shardmap.program.ir import Equation, Var, variables
+from shardmap.program.ir import Equation, Packed, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
 logger = logging.getLogger("shardmap")
@@ -47,7 +47,7 @@ def _fill(args: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
 def _split(
     b: Lowering, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[V], Any, list[str], list[Any], list[Any]]:
-    """The tensors of a call, and its other arguments.
+    """Split a call into its tensors and its other arguments.
 
     Symbolic ones among the others (the device, numbers) are passed at replay.
     """
@@ -61,7 +61,7 @@ def _split(
         if type(value).__name__ in ("SampleDevice", "Param"):
             symbols.append(value)
             return _Slot(len(tensors) + len(symbols) - 1)
-        return value
+        return value.value if type(value) is Packed else value
 
     template = symbolic(template)
     return tensors, template, list(kwargs), symbols, [0 if v.mapped else None for v in tensors]
@@ -70,14 +70,14 @@ def _split(
 def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch one operator with `torch.func.vmap`; the batch comes first in the results."""
     if b.grad and eq.op is aten.native_layer_norm_backward.default:
-        # its decomposition takes the statistics for constants: wrong when differentiated again
+        # its decomposition treats the statistics as constants: wrong when differentiated again
         return NotImplemented
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     if torch.Tag.pointwise in eq.op.tags and any(
         v.mapped and not v.ndim and any(v.dtype != other.dtype for other in tensors)
         for v in tensors
     ):
-        # It rounds a number to the dtype of the tensor beside it, whatever the kernel would do.
+        # It rounds a number to the dtype of the other tensor, whatever the kernel would do.
         return NotImplemented
     op, count = eq.op, len(tensors)
 
@@ -136,7 +136,7 @@ def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], ca
 
 
 def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> None:
-    """Refuse a sample whose result has another shape than that of the sample that was recorded."""
+    """Refuse a sample whose result has another shape than the recorded sample's."""
     expected = [v.spec.shape for v in variables(eq.outs)]
     if shapes != expected:
         name = schema_of(eq.op).name.partition("::")[2]

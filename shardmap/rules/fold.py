@@ -1,6 +1,6 @@
-"""The map folded into a batch dimension that the operator has already.
+"""Fold the map into a batch dimension that the operator has already.
 
-`[B, n, ...] -> [B*n, ...]` and back.
+Shapes go from `[B, n, ...]` to `[B*n, ...]` and back.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from shardmap.rules.lowering import B, Lowering, V
 
 
 def flat_rows(t: torch.Tensor) -> torch.Tensor:
-    """`[B, ...] -> [B, n]`, also of no samples, where -1 could be anything."""
+    """Flatten samples: `[B, ...] -> [B, n]`, also for an empty batch, where -1 is ambiguous."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def fold(b: Lowering, v: V) -> V:
-    """`v` as one larger batch, expanded first if unmapped: `[B, n, ...] -> [B*n, ...]`.
+    """Make `v` one larger batch, expanded first if unmapped: `[B, n, ...] -> [B*n, ...]`.
 
     Its `shape` stays that of the sample.
     """
@@ -28,9 +28,9 @@ def fold(b: Lowering, v: V) -> V:
 
 
 def fold_to(b: Lowering, v: V, ndim: int) -> V:
-    """`v` with `ndim` dimensions, the first of which takes in the map.
+    """Make `v` a tensor of `ndim` dimensions, the first of which includes the map.
 
-    Samples may come with or without it.
+    Samples may have that dimension or lack it.
     """
     assert v.ndim in (ndim, ndim - 1), (
         f"a sample of shape {v.shape} for an operator on {ndim} dimensions"
@@ -39,11 +39,11 @@ def fold_to(b: Lowering, v: V, ndim: int) -> V:
 
 
 def unfold(b: Lowering, v: V, shape: Sequence[int]) -> V:
-    """The result of a call on folded values.
+    """Undo `fold` for the result of a call on folded values.
 
     `[B*n, ...] -> [B, n, ...]`, where `shape` is the sample's, with `n` first.
 
-    A view whatever the strides, because only the first dimension is split.
+    It is a view for any strides, because only the first dimension is split.
     """
     shape = tuple(shape)
     return b.call(torch.Tensor.view, v, [B, *shape], shape=shape, dtype=v.dtype, mapped=True)

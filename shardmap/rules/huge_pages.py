@@ -1,4 +1,4 @@
-"""Large results on huge pages.
+"""Memory on huge pages for large results.
 
 The per-sample gradients of a model are far larger than anything else in the program, and on CPU
 filling fresh memory costs more than computing them: an outer product of 128 x 256 x 784 float32
@@ -20,10 +20,10 @@ import torch
 from shardmap._torch import dispatch_depth, functorch
 
 FROM_BYTES = 4 << 20
-"""Where numpy's allocator begins to ask for huge pages."""
+"""Bytes from which numpy's allocator requests huge pages."""
 WORTHWHILE_PER_SAMPLE = 1 << 12
-"""In elements: with less for each sample the look at the size costs more than it brings in all
-but huge batches."""
+"""Least number of elements per sample for huge pages: with fewer, checking the size costs more than
+it saves except in huge batches."""
 
 _NUMPY = {
     torch.float32: np.float32,
@@ -34,9 +34,9 @@ _NUMPY = {
 
 
 def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
-    """Memory on huge pages for a result.
+    """Allocate memory on huge pages for a result.
 
-    None where a plain call is better, or another mode has to see the allocation.
+    None if a plain call is better, or another mode has to see the allocation.
     """
     dtype = _NUMPY.get(like.dtype)
     if (
@@ -58,7 +58,7 @@ def keep_freed_memory() -> None:
     process frees, up to 32 MiB. A process that has freed no large one yet fills fresh pages in each
     chunk: per-sample gradient norms of a small CNN took 60 us instead of 30.
     """
-    np.empty(31 << 20, np.uint8)  # never written to; numpy's, for a torch mode may make fake ones
+    np.empty(31 << 20, np.uint8)  # never written to; numpy's, as a torch mode may make fake tensors
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def give_back() -> None:
 def whole(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for a stacked result of any dtype.
 
-    It lies on huge pages where it is large and on the CPU.
+    It lies on huge pages if it is large and on the CPU.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < FROM_BYTES or dispatch_depth():
@@ -111,8 +111,8 @@ def zeros(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def large(b: Any, *sample: int) -> bool:
-    """Whether a result of this sample shape may be worth it.
+    """True if a result of this sample shape may be worth huge pages.
 
-    Decided once, when the program is lowered.
+    It is decided once, when the program is lowered.
     """
     return not b.grad and b.device_type == "cpu" and math.prod(sample) >= WORTHWHILE_PER_SAMPLE

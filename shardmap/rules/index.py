@@ -34,7 +34,7 @@ def positions(b: Lowering, ndim: int) -> V:
 
 
 def align_to(b: Lowering, v: V, ndim: int) -> V:
-    """`v` with ones in front, for samples of `ndim` dimensions; unmapped values as well."""
+    """`v` with dimensions of size 1 in front, for samples of `ndim` dimensions."""
     return v if v.ndim >= ndim else b.view(v, (1,) * (ndim - v.ndim) + v.shape)
 
 
@@ -52,11 +52,11 @@ def permute(b: Lowering, v: V, order: Sequence[int]) -> V:
 
 
 class Plan:
-    """How one indexing call is batched.
+    """The batched form of one indexing call.
 
-    The batched indices, and where the dimensions of its result lie.
+    It holds the batched indices, and the positions of the result's dimensions.
 
-    The result of `x[..., i, ...]` has the index's dimensions in the place of the indexed ones if
+    The result of `x[..., i, ...]` has the index's dimensions where the indexed ones were if
     these are adjacent, and in front if they are not. An index for the samples added in front is
     adjacent to the others or not, which moves them.
     """
@@ -70,7 +70,7 @@ class Plan:
             any(index.mapped for index in indices if index is not None),
         )
         self.count = max(index.ndim for index in indices if index is not None)
-        """Dimensions of the indices, broadcast together."""
+        """Number of dimensions of the indices, broadcast together."""
         self.adjacent = used == list(range(used[0], used[-1] + 1))
         self.rest = target.ndim - len(used)
         self.ndim = self.count + self.rest
@@ -82,15 +82,15 @@ class Plan:
         self.indices = ([positions(b, self.count)] if target.mapped else []) + aligned
 
     def _batch_at(self) -> int:
-        """Where the mapped dimension lies in the batched result."""
+        """Position of the mapped dimension in the batched result."""
         if self.mapped:
             return self.lead if self.adjacent and not self.target.mapped else 0
         return 0 if self.adjacent else self.count
 
     def _rows_in_front(self) -> bool:
-        """Whether the index's dimensions come first in the batched result only.
+        """True if the index's dimensions come first in the batched result but not in the sample's.
 
-        In the sample's result they stand where the indexed dimensions were.
+        In the sample's result they are where the indexed dimensions were.
         """
         return self.mapped and self.target.mapped and self.adjacent and self.lead > 0
 
@@ -104,7 +104,7 @@ class Plan:
         )
 
     def result(self, v: V) -> V:
-        """The batched result as a batch of results."""
+        """Convert the batched call's result to a batch of results."""
         at, order = self._batch_at(), self._order()
         if at:
             v = self.b.call(aten.movedim.int, v, at, 0, shape=v.shape)
@@ -118,7 +118,7 @@ class Plan:
         return v
 
     def source(self, v: V) -> V:
-        """A batch of values to be written, as the batched call takes it."""
+        """Convert a batch of values that are written to the layout of the batched call."""
         b, at = self.b, self._batch_at()
         v = permute(b, align_to(b, v, self.ndim), self._order())
         if not at:
@@ -129,9 +129,9 @@ class Plan:
 
 
 def _without_masks(b: Lowering, indices: Sequence[V | None]) -> list[V | None]:
-    """Masks as the positions where they are true.
+    """Replace masks by the positions where they are true.
 
-    Only unmapped ones have a number of them that all samples share.
+    Only for unmapped masks do all samples have the same number of them.
     """
     plain: list[V | None] = []
     mapped = any(index is not None and index.mapped for index in indices)
@@ -160,7 +160,7 @@ def _given(indices: Sequence[Any]) -> list[Any]:
 
 @register("index", aten.index.Tensor)
 def index(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """`x[i, j]`: the index counts samples too."""
+    """Batch `x[i, j]` with one more index, which counts samples."""
     target, indices = args
     if _unsupported_mask(indices):
         return NotImplemented
@@ -181,17 +181,18 @@ def index(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 def look_up_wrapped(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`rows[b][index[b]]` for every `b`, negative indices counted from the end.
+    """Look up `rows[b][index[b]]` for every `b`; negative indices count from the end.
 
-    20 times faster than with a second index.
+    It is 20 times faster than a second index.
     """
     return look_up(rows, torch.where(index < 0, index + rows.shape[1], index))
 
 
 def _unsupported_mask(indices: Sequence[V | None]) -> bool:
-    """A mapped mask selects another number of elements for each sample.
+    """True if a mask cannot be batched.
 
-    One of no dimensions adds a dimension.
+    A mapped one selects another number of elements for each sample, one without dimensions adds
+    one.
     """
     return any(i is not None and i.dtype in MASKS and (i.mapped or i.ndim == 0) for i in indices)
 
@@ -225,7 +226,7 @@ def _index_put(b: Lowering, args: Any, kwargs: Any, in_place: bool) -> Any:
 def _masked_put(
     b: Lowering, target: V, indices: Sequence[V | None], source: V, accumulate: bool, in_place: bool
 ) -> Any:
-    """`x[mask] = value` with a mask that differs by sample.
+    """Batch `x[mask] = value` with a mask that differs by sample.
 
     The value is the same wherever the mask is true, so it is a `where`.
     """
@@ -268,7 +269,7 @@ def _masked_put(
 def _bind(
     args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]
 ) -> list[Any]:
-    """The arguments by the names of the schema; `defaults` are those of the last names."""
+    """Bind arguments to the names of the schema; `defaults` are those of the last names."""
     values = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
     values.update(zip(names, args, strict=False))
     values.update(kwargs)
@@ -277,12 +278,12 @@ def _bind(
 
 @register("index", aten.index_put.default)
 def index_put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """`x[i, j] = v` on a copy."""
+    """Batch `x[i, j] = v` on a copy."""
     return _index_put(b, args, kwargs, in_place=False)
 
 
 @register("index", aten.index_put_.default, aten._index_put_impl_.default)
 def index_put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """`x[i, j] = v` in place."""
+    """Batch `x[i, j] = v` in place."""
     kwargs = {k: v for k, v in kwargs.items() if k != "unsafe"}
     return _index_put(b, args[:4], kwargs, in_place=True)

@@ -1,9 +1,9 @@
 """Rules of the linear algebra family.
 
-Kernels that take any number of leading dimensions, so that the map is one more.
+Their kernels take any number of leading dimensions, so that the map is one more.
 
-Only what an operand lacks is put in: an unmapped one is expanded, and ones stand where it has fewer
-dimensions than another.
+Operands get only the dimensions that they lack: an unmapped one is expanded, and one with fewer
+dimensions than another gets dimensions of size 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _emit(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def together(*matrix_dims: int) -> Callable[..., Any]:
-    """The rule for operators on several stacks, whose kernels are not to be trusted to broadcast.
+    """Make the rule for operators on several stacks, whose kernels do not broadcast reliably.
 
     On CPU `linalg_lu_solve` solves with the first factors only where one factorisation meets
     several right-hand sides in a batch of such pairs, and `linalg_ldl_solve` reads out of bounds.
@@ -92,7 +92,7 @@ SEVERAL = {
     "linalg_householder_product": (2, 1),
     "ormqr": (2, 1, 2),
 }
-"""Dimensions of a matrix or vector by operand."""
+"""Dimensions of a matrix (2) or vector (1), for each operand."""
 
 registry.register("linalg", *registry.overloads(*ONE_OPERAND))(one_stack)
 for _name, _dims in SEVERAL.items():
@@ -100,7 +100,7 @@ for _name, _dims in SEVERAL.items():
 
 
 def _factorises_transposes() -> bool:
-    """Whether this torch's `_linalg_solve_ex` factorises the transpose of a contiguous matrix."""
+    """True if this torch's `_linalg_solve_ex` factorises the transpose of a contiguous matrix."""
     matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device="cpu")
     factors = aten._linalg_solve_ex.default(matrix, matrix)[1]
     return float(factors[0, 0]) == 2.0  # the largest entry of the first row; 3 is of the column
@@ -111,11 +111,11 @@ _FACTORISES_TRANSPOSES = _factorises_transposes()
 
 @registry.register("linalg", *registry.overloads("_linalg_solve_ex"))
 def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A factorisation of each matrix, then a solution for each right-hand side.
+    """Batch `solve` as a factorisation of each matrix, then a solution for each right-hand side.
 
     In some versions of torch the kernel factorises the transpose of a contiguous matrix, and its
-    recorded backward relies on that; whether a batch is contiguous says nothing of its samples. A
-    vector on the right becomes a column: with a map before it, it would be taken for a matrix.
+    recorded backward relies on that; whether a batch is contiguous does not tell if its samples
+    are. A vector on the right becomes a column: with a map before it, it would be read as a matrix.
     """
     named = arguments(eq, tuple(args), kwargs)
     matrix, right = named["A"], named["B"]
@@ -147,7 +147,7 @@ def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a tensor of this shape and these strides is contiguous."""
+    """True if a tensor of this shape and these strides is contiguous."""
     step = 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
         if n > 1 and s != step:
@@ -158,16 +158,16 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 @registry.register("linalg", *registry.overloads("_linalg_check_errors"))
 def check_errors(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raises if any sample failed."""
+    """Raise if any sample failed."""
     info, name, *_ = args
     b.effect(eq.op, info, name, is_matrix=False)
 
 
 @registry.register("linalg", *registry.overloads("lu_unpack"))
 def lu_unpack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What was not asked for is an empty tensor without the mapped dimension.
+    """Batch `lu_unpack`; results that were not requested are empty tensors of each sample.
 
-    Each sample has its own.
+    The kernel returns them without the mapped dimension.
     """
     factors, *rest = args
     if any(type(v) is V and v.ndim != factors.ndim - 1 for v in rest):

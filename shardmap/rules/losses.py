@@ -1,6 +1,6 @@
 """Rules of the elementwise losses.
 
-A loss for each element, reduced over the sample and never over the batch.
+There is a loss for each element, reduced over the sample and never over the batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BACKWARD = """
 
 
 def arguments(eq: Equation, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by their name in the schema, defaults filled in."""
+    """All arguments by their names in the schema, with defaults."""
     named: dict[str, Any] = {}
     for i, a in enumerate(schema_of(eq.op).arguments):
         named[a.name] = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
@@ -38,7 +38,7 @@ def arguments(eq: Equation, args: tuple, kwargs: dict[str, Any]) -> dict[str, An
 
 @register("losses", *overloads(*_FORWARD.split()))
 def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """The loss of each element, then the reduction over a sample's dimensions."""
+    """Compute the loss of each element, then reduce over a sample's dimensions."""
     named = arguments(eq, args, kwargs)
     tensors = [v for v in named.values() if type(v) is V]
     shape = torch.broadcast_shapes(*(v.shape for v in tensors))
@@ -56,9 +56,9 @@ def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 @register("losses", *overloads(*_BACKWARD.split()))
 def loss_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Gradient of each element.
+    """Compute the gradient of each element.
 
-    A mean divides by the elements of a sample, so it is taken as a sum of a smaller cotangent.
+    A mean divides by the elements of a sample, so it is computed as a sum with a smaller cotangent.
     """
     named = arguments(eq, args, kwargs)
     x, target, grad = named["self"], named["target"], named["grad_output"]

@@ -1,8 +1,8 @@
-"""What a rule works with: values of the batched program and the builder that emits calls.
+"""Values of the batched program, and the builder with which rules emit calls.
 
-The batched program has two parts. `fixed` holds the calls that no sample changes: they run once per
-device. `chunk` holds the rest and runs once per chunk. A call whose arguments are all unmapped goes
-to `fixed` by itself.
+The batched program has two parts. `fixed` holds the calls that do not depend on the sample: they
+run once per device. `chunk` holds the rest and runs once per chunk. A call whose arguments are all
+unmapped goes to `fixed` by itself.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ class V(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Dimensions of one sample."""
+        """Number of dimensions of one sample."""
         return len(self.shape)
 
     @property
     def numel(self) -> int:
-        """Elements of one sample."""
+        """Number of elements of one sample."""
         return math.prod(self.shape)
 
 
 class BatchSize(NamedTuple):
-    """Stands for the number of samples in a chunk wherever an integer argument may stand."""
+    """Placeholder for the number of samples in a chunk, allowed for any integer argument."""
 
     tag: str = "B"
 
 
 class ChunkStart(NamedTuple):
-    """Stands for the index of the chunk's first sample."""
+    """Placeholder for the index of the chunk's first sample."""
 
     tag: str = "start"
 
 
 class Seed(NamedTuple):
-    """Stands for a seed of the call."""
+    """Placeholder for a seed of the call."""
 
     number: int = 0
-    """0 for the one drawn from torch's generator, n + 1 for that of the user's generator n."""
+    """0 for the seed drawn from torch's generator, n + 1 for that from the user's generator n."""
 
 
 B = BatchSize()
@@ -71,16 +71,16 @@ class Call(NamedTuple):
     outs: tuple[int | None, ...]
     """Indices of the values it defines; several when the target returns a tuple."""
     several: bool
-    """Whether the target returns a tuple."""
+    """True if the target returns a tuple."""
     grad: bool
-    """Whether autograd records it when outer autograd is recording."""
+    """True if autograd records it when outer autograd is recording."""
     equation: int
     """The recorded call that it serves."""
     mapped: bool
     writes: bool
-    """Whether it writes to an argument: never dropped."""
+    """True if it writes to an argument: never dropped."""
     op: OpOverload | None = None
-    """The operator that `target` is the fastest way into; None for a function of ours."""
+    """The operator of which `target` is the fastest form; None for a function of ours."""
 
 
 def values(args: Iterable[Any]) -> Iterable[V]:
@@ -101,18 +101,20 @@ class Lowering:
         """Kind of device the program is lowered for, such as "cuda"."""
         self.randomness = randomness
         self.transformed = False
-        """Whether `torch.func` transforms are active around the call."""
+        """True if `torch.func` transforms are active around the call."""
         self.sample_device = device_type
-        """Device of the recorded samples, which `SAMPLE_DEVICE` stands for."""
+        """Device of the recorded samples, for which `SAMPLE_DEVICE` is the placeholder."""
         self.calls: list[Call] = []
         self.count = 0
         self.equation = -1
+        self.drawn = 0
+        """How many recorded calls have drawn so far: the number of a call that draws."""
         self.grad = False
         self.notes: dict[str, Any] = {}
-        """What rules remember of the values of this lowering, by who remembers it."""
+        """Data that rules keep about the values of this lowering, by the name of their owner."""
 
     def value(self, mapped: bool, shape: Sequence[int], dtype: torch.dtype) -> V:
-        """A new value that nothing defines yet."""
+        """Make a new value that no call defines yet."""
         self.count += 1
         return V(self.count - 1, mapped, tuple(shape), dtype)
 
@@ -132,9 +134,9 @@ class Lowering:
             target: An operator overload or a function on real tensors; its results must not depend
                 on how samples are grouped.
             *args: Its arguments: `V` for tensors, `B` for the batch size, anything else as is.
-            shape: The result's sample shape, if the rule goes on computing with it.
+            shape: The result's sample shape, if the rule computes with it.
             dtype: The result's dtype, by default that of the first tensor.
-            mapped: Whether the result has the mapped dimension, by default whether an argument has.
+            mapped: True if the result has the mapped dimension; by default, if an argument has it.
             named: Keyword arguments of the target, whatever their names: `dtype` and `shape` here
                 are about the result.
             **kwargs: Its other keyword arguments.
@@ -203,12 +205,12 @@ class Lowering:
             )
         )
 
-    # -- what many rules need
+    # -- helpers of many rules
 
     def batch(self, v: V) -> V:
         """`v` with the mapped dimension.
 
-        As it is, or expanded (a view that must not be written to).
+        It is `v` itself, or `v` expanded (a view that must not be written to).
         """
         if v.mapped:
             return v
@@ -219,7 +221,7 @@ class Lowering:
     def align(self, v: V, ndim: int) -> V:
         """A mapped value viewed with `ndim` sample dimensions, for broadcasting.
 
-        Ones go between batch and sample.
+        Dimensions of size 1 are put between batch and sample.
         """
         if not v.mapped or v.ndim >= ndim:
             return v
@@ -236,7 +238,7 @@ class Lowering:
         )
 
     def reshape(self, v: V, shape: Sequence[int]) -> V:
-        """`v` with another sample shape, copied where a view cannot have it."""
+        """`v` with another sample shape, copied if a view is not possible."""
         shape = tuple(shape)
         if shape == v.shape:
             return v
@@ -260,22 +262,22 @@ class Lowering:
 
 
 def dim(d: int, ndim: int) -> int:
-    """A sample's dimension as the batched tensor counts it.
+    """Convert a sample's dimension to that of the batched tensor.
 
-    Never negative, behind the mapped one.
+    It is never negative, and follows the mapped one.
     """
     return (d + ndim if d < 0 else d) + 1
 
 
 def dims(ds: Sequence[int], ndim: int) -> list[int]:
-    """Several dimensions, each as `dim` gives it."""
+    """Convert several dimensions as `dim` does."""
     return [dim(d, ndim) for d in ds]
 
 
 def given_results(eq: Equation) -> list[bool]:
-    """For each result that the operator declares: whether the recorded call gave it.
+    """For each result that the operator declares: True if the recorded call returned it.
 
-    Backward operators take a mask of the gradients that are asked for, but some kernels give more
+    Backward operators take a mask of the wanted gradients, but some kernels return more
     than that: the bias's alone comes with the weight's.
     """
     return [out is not None for out in eq.outs]

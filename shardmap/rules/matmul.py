@@ -1,11 +1,11 @@
 """Rules of the matmul family.
 
-Matrix, vector and batched products, in every choice of mapped operands.
+They are matrix, vector and batched products, in every choice of mapped operands.
 
-A product with an unmapped right operand is one product with the map folded into the rows: better
-kernels than a batched product, and the operand is read once. Products of rows and columns work on
-the vectors behind them (`shardmap.rules.view_folding`), so that the views that autograd records
-around each product cost nothing.
+A product with an unmapped right operand is one product with the map folded into the rows: its
+kernels are better than batched ones, and the operand is read once. Products of rows and columns
+work on the vectors behind them (`shardmap.rules.view_folding`), so that the views that autograd
+records around each product cost nothing.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def _t(b: Lowering, x: V) -> V:
 
 
 def _flat(b: Lowering, x: V) -> V:
-    """The vector of a matrix with one row or one column."""
+    """View a matrix with one row or one column as a vector."""
     return views(b).reshaped(x, (x.numel,)) if x.mapped else b.view(x, (x.numel,))
 
 
 def _column(b: Lowering, x: V) -> V:
-    """A mapped vector as a matrix with one column."""
+    """View a mapped vector as a matrix with one column."""
     return views(b).rearrange(x, (0, None))
 
 
 def _row(b: Lowering, x: V) -> V:
-    """A mapped vector as a matrix with one row."""
+    """View a mapped vector as a matrix with one row."""
     return views(b).rearrange(x, (None, 0))
 
 
@@ -81,7 +81,7 @@ def _stacked(b: Lowering, x: V) -> V:
 
 @rules("mm")
 def mm(b: Lowering, x: V, y: V) -> V:
-    """`[m, k] @ [k, n]` for each sample."""
+    """Batch `[m, k] @ [k, n]`."""
     (m, k), n = x.shape, y.shape[1]
     if not y.mapped:
         if m == 1:
@@ -103,7 +103,7 @@ def mm(b: Lowering, x: V, y: V) -> V:
 
 @rules("addmm")
 def addmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
-    """`beta * bias + alpha * x @ y`; a zero `beta` drops even a NaN."""
+    """Batch `beta * bias + alpha * x @ y`; a zero `beta` drops even a NaN."""
     (m, k), n = x.shape, y.shape[1]
     weights = {"beta": beta, "alpha": alpha}
     if not y.mapped and x.mapped:
@@ -138,14 +138,14 @@ def addmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) ->
 
 
 def _bias_row(b: Lowering, bias: V) -> V:
-    """What is added to `[B, n]`: `[B, n]`, `[B, 1]` or an unmapped vector."""
+    """The bias for a sum with `[B, n]`: `[B, n]`, `[B, 1]` or an unmapped vector."""
     if not bias.mapped:
         return bias if bias.ndim < 2 else b.view(bias, bias.shape[-1:])
     return views(b).reshaped(bias, bias.shape[-1:] or (1,))
 
 
 def _broad(b: Lowering, bias: V, ndim: int) -> V:
-    """What is added to `[B, ...]` with `ndim` sample dimensions."""
+    """The bias for a sum with `[B, ...]` with `ndim` sample dimensions."""
     if not bias.mapped:
         return bias
     return views(b).rearrange(bias, (*[None] * (ndim - bias.ndim), *range(bias.ndim)))
@@ -156,7 +156,7 @@ def _broad(b: Lowering, bias: V, ndim: int) -> V:
 
 @rules("bmm")
 def bmm(b: Lowering, x: V, y: V) -> V:
-    """`[b, m, k] @ [b, k, n]` for each sample."""
+    """Batch `[b, m, k] @ [b, k, n]`."""
     (size, m, k), n = x.shape, y.shape[2]
     if x.mapped and y.mapped:
         wide_x, wide_y = views(b).in_order(x), views(b).in_order(y)
@@ -177,14 +177,14 @@ def bmm(b: Lowering, x: V, y: V) -> V:
 
 
 def _shared_right(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`[B, b, m, k] @ [b, k, n]`, contiguous."""
+    """Multiply `[B, b, m, k] @ [b, k, n]`, contiguous."""
     count, size, m, k = x.shape
     rows = x.transpose(0, 1).reshape(size, count * m, k)
     return torch.bmm(rows, y).view(size, count, m, y.shape[2]).transpose(0, 1).contiguous()
 
 
 def _shared_left(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`[b, m, k] @ [B, b, k, n]`, contiguous."""
+    """Multiply `[b, m, k] @ [B, b, k, n]`, contiguous."""
     count, size, k, n = y.shape
     columns = y.permute(1, 2, 0, 3).reshape(size, k, count * n)
     return torch.bmm(x, columns).view(size, x.shape[1], count, n).permute(2, 0, 1, 3).contiguous()
@@ -192,7 +192,7 @@ def _shared_left(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @rules("baddbmm")
 def baddbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
-    """`beta * bias + alpha * x @ y` with a leading dimension of the sample's own."""
+    """Batch `beta * bias + alpha * x @ y` with a leading dimension of the sample's own."""
     (size, m, k), n = x.shape, y.shape[2]
 
     def baddbmm_flat(bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ def baddbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) 
 
 @rules("addbmm")
 def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
-    """The sum over a batch of products is one product: `[m, b*k] @ [b*k, n]`."""
+    """Batch the sum over a batch of products as one product: `[m, b*k] @ [b*k, n]`."""
     (size, m, k), n = x.shape, y.shape[2]
     shift = int(x.mapped)
     wide = b.call(aten.permute.default, x, [0, 2, 1, 3] if shift else [1, 0, 2], shape=(m, size, k))
@@ -227,7 +227,7 @@ def addbmm(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -
 
 @rules("mv")
 def mv(b: Lowering, x: V, y: V) -> V:
-    """`[m, k] @ [k]`."""
+    """Batch `[m, k] @ [k]`."""
     if not y.mapped:
         return b.call(torch.matmul, x, y, shape=x.shape[:1])
     if not x.mapped:
@@ -237,7 +237,7 @@ def mv(b: Lowering, x: V, y: V) -> V:
 
 @rules("dot")
 def dot(b: Lowering, x: V, y: V) -> V:
-    """`[k] @ [k]`."""
+    """Batch `[k] @ [k]`."""
     if x.mapped and y.mapped:
         out = b.call(aten.bmm.default, _row(b, x), _column(b, y), shape=(1, 1))
         return views(b).reshaped(out, ())
@@ -247,13 +247,13 @@ def dot(b: Lowering, x: V, y: V) -> V:
 
 @rules("vdot")
 def vdot(b: Lowering, x: V, y: V) -> V:
-    """`conj([k]) @ [k]`."""
+    """Batch `conj([k]) @ [k]`."""
     return dot(b, b.call(torch.conj, x, shape=x.shape) if x.dtype.is_complex else x, y)
 
 
 @rules("addmv")
 def addmv(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
-    """`beta * bias + alpha * x @ y`."""
+    """Batch `beta * bias + alpha * x @ y` for a matrix and a vector."""
     if not x.mapped and y.mapped:
         added = bias if not bias.mapped else _bias_row(b, bias)
         return b.call(
@@ -269,7 +269,7 @@ def addmv(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) ->
 
 @rules("addr")
 def addr(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> V:
-    """`beta * bias + alpha * x y^T`."""
+    """Batch `beta * bias + alpha * x y^T`."""
     if x.dtype == torch.bool or x.dtype != y.dtype or bias.dtype != x.dtype:
         return NotImplemented
     column = _column(b, x) if x.mapped else b.view(x, (x.numel, 1))

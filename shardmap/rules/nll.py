@@ -1,6 +1,6 @@
-"""Losses over classes: every element at once without reduction, then each sample's own sum or mean.
+"""Losses over classes: unreduced for all samples at once, then each sample's sum or mean.
 
-Hot: cross-entropy ends nearly every per-sample gradient. `torch.func.vmap` decomposes `nll_loss`
+Cross-entropy is part of nearly every per-sample gradient. `torch.func.vmap` decomposes `nll_loss`
 into a dozen calls; here the kernel takes all samples' rows in one. The kernels check that each
 target is a class.
 """
@@ -21,9 +21,9 @@ NONE, MEAN = 0, 1
 
 
 def rows(t: Tensor, trailing: int) -> Tensor:
-    """Everything before the last `trailing` dimensions as one.
+    """Flatten all dimensions before the last `trailing` ones.
 
-    `[B, n, *rest] -> [B*n, *rest]` numbers as rows of one.
+    `[B, n, *rest] -> [B*n, *rest]`; numbers become rows of one.
     """
     return t.flatten(0, t.dim() - trailing - 1) if t.dim() > trailing else t.unsqueeze(1)
 
@@ -47,7 +47,7 @@ class Loss:
         self.backward = aten.nll_loss2d_backward if space else aten.nll_loss_backward
 
     def elements(self, x: Tensor, target: Tensor, ignored: int) -> Tensor:
-        """The loss of each target without weights.
+        """Compute the loss of each target without weights.
 
         `[B, *n, classes, *space], [B, *n, *space] -> [B, *n, *space]`.
         """
@@ -57,7 +57,7 @@ class Loss:
         return got.view(target.shape)
 
     def gradient(self, grad: Tensor, x: Tensor, target: Tensor, ignored: int) -> Tensor:
-        """The gradient by `x` of `elements`."""
+        """Compute the gradient of `elements` by `x`."""
         flat, like = rows(x, 1 + self.space), grad.new_zeros(())
         got = self.backward(
             rows(grad, self.space), flat, rows(target, self.space), None, NONE, ignored, like
@@ -128,7 +128,7 @@ def _reduced(each: Tensor, reduction: int, size: int, shape: tuple[int, ...]) ->
 
 
 def _spread(grad: Tensor, reduction: int, size: int, count: int) -> Tensor:
-    """The cotangent of each row, `[B*n]`, from that of the reduced loss."""
+    """Spread the cotangent of the reduced loss over rows, `[B*n]`."""
     if reduction == NONE:
         return grad.reshape(-1)
     grad = grad / count if reduction == MEAN else grad
@@ -141,7 +141,7 @@ def _rows_of(x: V) -> int:
 
 @register("nll", aten.multi_margin_loss.default)
 def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Rows of all samples, reduced by sample."""
+    """Batch by rows of all samples, reduced by sample."""
     given: list[Any] = [*args, *(1, 1.0, None, MEAN)[len(args) - 2 :]]
     x, target, p, margin, weight, reduction = given
     if kwargs or (weight is not None and weight.mapped):
@@ -157,7 +157,7 @@ def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("nll", aten.multi_margin_loss_backward.default)
 def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Rows of all samples, each with its share of its sample's cotangent."""
+    """Batch the backward by rows, each with its share of its sample's cotangent."""
     given: list[Any] = [*args, *(None, MEAN)[len(args) - 5 :]]
     grad, x, target, p, margin, weight, reduction = given
     if kwargs or (weight is not None and weight.mapped):
@@ -177,7 +177,7 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("nll", aten.multilabel_margin_loss_forward.default)
 def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Rows of all samples, reduced by sample."""
+    """Batch by rows of all samples, reduced by sample."""
     x, target, reduction = args
     shape = eq.outs[0].spec.shape
 
@@ -190,7 +190,7 @@ def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("nll", aten.multilabel_margin_loss_backward.default)
 def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Rows of all samples, each with its share of its sample's cotangent."""
+    """Batch the backward by rows, each with its share of its sample's cotangent."""
     grad, x, target, reduction, marked = args
     count = _rows_of(x)
 

@@ -2,8 +2,8 @@
 
 Gradients of weights are sums over each sample's rows.
 
-Why rules of ours: `torch.func.vmap` decomposes the backward of `layer_norm`. Measured on one CPU
-core with 32 samples of 128 rows of 256: 2.2 ms; the kernel for the input's gradient and two
+Reason for rules of ours: `torch.func.vmap` decomposes the backward of `layer_norm`. Measured on one
+CPU core with 32 samples of 128 rows of 256: 2.2 ms; the kernel for the input's gradient and two
 products for the weights' take 0.5 (8 samples of 512 rows of 768: 12.8; 1.6). Where a sample fills
 the cache, its own call of the kernel beats any batched form (0.6 ms against 1.7 for these 8).
 """
@@ -25,7 +25,7 @@ from shardmap.rules.registry import register
 Tensor = torch.Tensor
 
 CACHE_ELEMENTS = 2**17
-"""From this size of a sample on, one call per sample is faster than sums over a batch of
+"""Number of elements of a sample from which one call per sample is faster than sums over a batch of
 products that has left the cache."""
 
 
@@ -39,15 +39,15 @@ def affine(b: Lowering, out: V, weight: V | None, bias: V | None, shape: Sequenc
 
 
 def _mixed(x: V, *others: V | None) -> bool:
-    """Whether a mapped weight or bias has another dtype.
+    """True if a weight or bias has another dtype than `x`.
 
-    The kernel computes in the wider one, which two calls cannot.
+    The kernel computes in the wider one, which two separate calls cannot.
     """
     return any(v is not None and v.dtype != x.dtype for v in others)
 
 
 def any_mapped(*values: V | None) -> bool:
-    """Whether any of the values that are given differs by sample."""
+    """True if any of the given values differs by sample."""
     return any(v is not None and v.mapped for v in values)
 
 
@@ -56,7 +56,7 @@ def any_mapped(*values: V | None) -> bool:
 
 @register("norm", aten.native_layer_norm.default)
 def layer_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Rows are normalised whatever the number of them; a mapped weight is applied afterwards."""
+    """Batch `layer_norm` by rows; a mapped weight is applied afterwards."""
     x, normalized, weight, bias, eps = args
     shared = not any_mapped(weight, bias)
     if not shared and _mixed(x, weight, bias):
@@ -72,7 +72,7 @@ def layer_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str,
 
 @register("norm", aten._fused_rms_norm.default)
 def rms_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """As for `layer_norm`."""
+    """Batch `rms_norm` by rows; a mapped weight is applied afterwards."""
     x, normalized, weight, eps = args
     shared = not any_mapped(weight)
     if not shared and _mixed(x, weight):
@@ -108,7 +108,7 @@ def layer_weights(
 ) -> tuple[Tensor, ...]:
     """The gradients of each sample's weight and bias.
 
-    `[B, *m, *normalized] -> [B, *normalized]`, those that `mask` asks for.
+    `[B, *m, *normalized] -> [B, *normalized]`, those that `mask` selects.
     """
     size, k = grad.shape[0], len(normalized)
     width = math.prod(normalized)
@@ -117,7 +117,7 @@ def layer_weights(
     found = []
     if mask[0]:
         centred = x.reshape(size, m, width) - mean.reshape(size, m, 1)
-        # A fresh page costs more than what is computed in it, so one temporary serves for both
+        # A fresh page costs more than the computation in it, so one temporary serves for both
         # where autograd does not need the first.
         plain = current_level() is None and not (centred.requires_grad or rows.requires_grad)
         centred = centred.mul_(rows) if plain else centred * rows
@@ -134,7 +134,7 @@ def statistics(
 
     The kernel's results are constants to autograd.
 
-    The epsilon that the forward added is what its result leaves over.
+    The epsilon that the forward added is recovered from its result.
     """
     over = tuple(range(-len(normalized), 0))
     variance = x.var(over, correction=0, keepdim=True)
@@ -146,9 +146,9 @@ def statistics(
 def layer_norm_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The input's gradient by the kernel.
+    """Batch the backward: the input's gradient by the kernel.
 
-    Those of weight and bias as sums over each sample's rows.
+    Those of weight and bias are sums over each sample's rows.
     """
     grad, x, normalized, mean, rstd, weight, bias, _ = args
     mask = given_results(eq)
@@ -169,7 +169,7 @@ def layer_norm_backward(
             mean, rstd = (
                 mean.contiguous(),
                 rstd.contiguous(),
-            )  # the kernel reads others out of bounds, without a word
+            )  # the kernel reads others out of bounds, without an error
             return aten.native_layer_norm_backward(
                 grad, x, normalized, mean, rstd, weight, None, [True, False, False]
             )[0]
@@ -213,7 +213,7 @@ def layer_norm_backward(
 def rms_norm_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """As for `layer_norm`, without a mean."""
+    """Batch the backward as for `layer_norm`, without a mean."""
     grad, x, normalized, rstd, weight, _ = args
     mask = given_results(eq)
     normalized = list(normalized)
@@ -254,7 +254,7 @@ def rms_norm_backward(
 
 @register("norm", aten.native_group_norm.default)
 def group_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """More samples in the batch; a mapped weight is applied afterwards."""
+    """Batch `group_norm` as a larger batch; a mapped weight is applied afterwards."""
     x, weight, bias, n, channels, area, groups, eps = args
     shared = not any_mapped(weight, bias)
     if not shared and _mixed(x, weight, bias):
@@ -282,9 +282,9 @@ def group_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str,
 def group_norm_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The input's gradient by the kernel on more samples.
+    """Batch the backward: the input's gradient by the kernel on a larger batch.
 
-    Those of weight and bias from sums over each channel.
+    Those of weight and bias are computed from sums over each channel.
     """
     grad, x, mean, rstd, weight, n, channels, area, groups, _ = args
     mask = given_results(eq)
@@ -303,7 +303,7 @@ def group_norm_backward(
             numbers = (x.shape[0], channels, area, groups, [True, False, False])
             dense = [
                 t.contiguous() for t in (grad, x, mean, rstd)
-            ]  # the kernel reads others out of bounds, without a word
+            ]  # the kernel reads others out of bounds, without an error
             return aten.native_group_norm_backward(*dense, weight, *numbers)[0]
 
         folded = [fold(b, v) for v in (scaled, x, mean, rstd)]

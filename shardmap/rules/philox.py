@@ -1,9 +1,9 @@
-"""Random numbers that depend on the seed, the recorded call and the sample's index only.
+"""Random numbers that depend only on the seed, the recorded call and the sample's index.
 
 A counter-based generator (Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3") gives every sample whole blocks of its own. So a chunk is one jump and one fill, and the same
-sample draws the same numbers under any chunk size, number of devices and order of work. Everything
-is drawn on the host, by numpy: one stream for all kinds of devices.
+3") gives every sample whole blocks of its own. So a chunk takes one jump and one fill, and the same
+sample draws the same numbers under any chunk size, number of devices and order of work. All numbers
+are drawn on the host, by numpy: one stream for all kinds of devices.
 """
 
 from __future__ import annotations
@@ -16,21 +16,27 @@ import numpy as np
 import torch
 
 _WORDS_PER_BLOCK = 4
-"""64-bit words that Philox makes from one count."""
+"""Number of 64-bit words that Philox makes from one count."""
+
+_SHORTS_PER_BLOCK = 4 * _WORDS_PER_BLOCK
+"""Numbers of 16 bits that Philox makes from one count."""
+
+_CACHED = 2**16
+"""Elements that are decided at a time: their words stay in the processor's cache."""
 
 _COARSE_BITS = {torch.float16: 11, torch.bfloat16: 8}
-"""Bits of a uniform draw in the small floating point types: more would round up to 1."""
+"""Bits of a uniform draw in the small floating-point types: more could round up to 1."""
 
 
 class TorchDraws(NamedTuple):
-    """Stands for a seed where torch's own operators draw, seen by what is around the call."""
+    """Placeholder for a seed: torch's own operators draw, visible to the maps around the call."""
 
     generator: torch.Generator | None
-    """The user's, or None for torch's own."""
+    """The user's generator, or None for torch's own."""
 
 
 Seeds = tuple[int | TorchDraws, ...]
-"""What the draws of a mapped call follow from: first torch's own generator, then each of the
+"""Seeds of the draws of a mapped call: first for torch's own generator, then for each of the
 user's."""
 
 
@@ -50,17 +56,17 @@ def numbers_at(start: SampleNumbers, places: np.ndarray) -> np.ndarray:
 
 
 def counted(seeds: Seeds) -> Seeds:
-    """Seeds from which nothing of torch's draws: for trials, which leave no trace."""
+    """Seeds that never draw from torch's generators: for trials, which leave no trace."""
     return tuple([0 if isinstance(seed, TorchDraws) else seed for seed in seeds])
 
 
 class Stream(NamedTuple):
-    """The numbers of one recorded call, for a run of samples."""
+    """The numbers of one recorded call, for consecutive samples."""
 
     size: int
-    """How many samples."""
+    """Number of samples."""
     start: SampleNumbers
-    """Their numbers."""
+    """Index of the first sample, or the indices of all."""
     seed: int
     """Seed of the mapped call."""
     number: int
@@ -75,13 +81,64 @@ class Stream(NamedTuple):
             return self._apart(lambda run: run.uniform(count, single))
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
-        stream = np.random.Generator(
-            np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
-        )
+        # Samples of other paths may draw more or less in a call of this number: by the key their
+        # blocks are never these.
+        key = (((blocks << 32) | self.number) << 64) | self.seed
+        stream = np.random.Generator(np.random.Philox(key=key, counter=self.start * blocks))
         drawn = stream.random(
             (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
         )
         return np.ascontiguousarray(drawn[:, :count])
+
+    def below(self, count: int, p: float) -> np.ndarray:
+        """True with probability `p`, else False, `[size, count]`.
+
+        A bit generator's word decides four elements, by 16 bits each: at most one of 65,536
+        elements falls on the threshold itself, and a number of its own decides that one.
+        """
+        if not isinstance(self.start, int):
+            return self._apart(lambda run: run.below(count, p))
+        level, share = divmod(p * 2**16, 1.0)
+        out = np.empty((self.size, count), dtype=np.bool_)
+        if level >= 2**16:
+            out.fill(True)
+            return out
+        blocks = -(-count // _SHORTS_PER_BLOCK)
+        if blocks * _SHORTS_PER_BLOCK == count:  # rows follow on each other without a gap
+            rows, each = out.reshape(-1, _SHORTS_PER_BLOCK), 1
+        else:
+            rows, each = out, blocks
+        self._decide(rows, self.start * blocks, each, np.uint16(level), share)
+        return out
+
+    def _decide(
+        self, rows: np.ndarray, first: int, blocks: int, threshold: np.uint16, share: float
+    ) -> None:
+        """Fill rows whose numbers start at count `first`, `blocks` counts for each row."""
+        stream = np.random.Philox(key=(self.number << 64) | self.seed, counter=first)
+        width = rows.shape[1]
+        step = max(1, _CACHED // (blocks * _SHORTS_PER_BLOCK))
+        ties = []
+        for at in range(0, len(rows), step):
+            part = rows[at : at + step]
+            words = stream.random_raw(len(part) * blocks * _WORDS_PER_BLOCK)
+            shorts = words.astype("<u8", copy=False).view("<u2")
+            drawn = shorts.reshape(len(part), -1)[:, :width]
+            np.less(drawn, threshold, out=part)
+            if share:
+                ties.append(np.flatnonzero(drawn == threshold) + at * width)
+        if ties:
+            row, column = np.divmod(np.concatenate(ties), width)
+            places = (first + row * blocks) * _SHORTS_PER_BLOCK + column
+            rows[row, column] = self._one_of_many(places) < share
+
+    def _one_of_many(self, places: np.ndarray) -> np.ndarray:
+        """A uniform number for each place: by the mixing function of `sample_seed`."""
+        state = np.full(places.shape, sample_seed(self.seed, self.number, 0), dtype=np.uint64)
+        state += np.uint64(0x9E3779B97F4A7C15) * (places.astype(np.uint64) + np.uint64(1))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
     def _apart(self, draw: Callable[[Stream], np.ndarray]) -> np.ndarray:
         """The numbers of samples that are apart: those of all between them, and out of these."""
@@ -91,9 +148,9 @@ class Stream(NamedTuple):
         return draw(self._replace(size=last + 1 - first, start=first))[numbers - first]
 
     def normal(self, count: int) -> np.ndarray:
-        """Standard normal numbers, `[size, count]`, by Box and Muller.
+        """Standard normal numbers, `[size, count]`, by the method of Box and Muller.
 
-        A fixed number of words each, which rejection has not.
+        It takes a fixed number of words for each, unlike rejection.
         """
         half = -(-count // 2)
         uniform = self.uniform(2 * half)
@@ -102,7 +159,7 @@ class Stream(NamedTuple):
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
 
     def signs(self, count: int) -> np.ndarray:
-        """+1 and -1 with equal chance, `[size, count]` of 8-bit integers: one bit each."""
+        """+1 and -1 with equal chance, `[size, count]` of 8-bit integers, from one bit each."""
         if not isinstance(self.start, int):
             return self._apart(lambda run: run.signs(count))
         blocks = -(-count // (64 * _WORDS_PER_BLOCK))
@@ -119,7 +176,7 @@ class Stream(NamedTuple):
 
 
 Draw = Callable[..., torch.Tensor]
-"""`draw(stream, shape, dtype, device, *parameters)`: a tensor `[size, *shape]`."""
+"""Type of the draws, `draw(stream, shape, dtype, device, *parameters)`: `[size, *shape]`."""
 
 
 def _tensor(
@@ -141,7 +198,7 @@ def uniform(
     low: float,
     high: float,
 ) -> torch.Tensor:
-    """Uniform in [low, high)."""
+    """Uniform numbers in [low, high)."""
     if dtype.is_complex:
         parts = uniform(stream, [*shape, 2], dtype.to_real(), device, low, high)
         return torch.view_as_complex(parts)
@@ -162,7 +219,7 @@ def normal(
     mean: float,
     std: float,
 ) -> torch.Tensor:
-    """Normal; a complex number has half of the variance in each part."""
+    """Normal numbers; a complex one has half of the variance in each part."""
     if dtype.is_complex:
         parts = normal(stream, [*shape, 2], dtype.to_real(), device, 0.0, std * math.sqrt(0.5))
         return torch.view_as_complex(parts) + mean
@@ -177,18 +234,15 @@ def log_normal(
     mean: float,
     std: float,
 ) -> torch.Tensor:
-    """The exponential of a normal number."""
+    """Exponentials of normal numbers."""
     return _tensor(np.exp(stream.normal(math.prod(shape)) * std + mean), shape, dtype, device)
 
 
 def bernoulli(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
 ) -> torch.Tensor:
-    """One with probability `p`, else zero."""
-    single = (
-        1e-3 <= p <= 1.0 - 1e-3
-    )  # near 0 and 1 the 24 bits of single precision would change the probability
-    return _tensor(stream.uniform(math.prod(shape), single) < p, shape, dtype, device)
+    """Ones with probability `p`, else zeros."""
+    return _tensor(stream.below(math.prod(shape), p), shape, dtype, device)
 
 
 def integers(
@@ -213,7 +267,7 @@ def permutation(
 def exponential(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, rate: float
 ) -> torch.Tensor:
-    """Exponential, and never zero: its logarithm is what a Gumbel draw takes."""
+    """Exponential numbers above zero, as a Gumbel draw takes their logarithm."""
     values = -np.log1p(-stream.uniform(math.prod(shape))) / rate
     return _tensor(np.maximum(values, torch.finfo(dtype).tiny), shape, dtype, device)
 
@@ -226,7 +280,7 @@ def cauchy(
     median: float,
     sigma: float,
 ) -> torch.Tensor:
-    """Cauchy, by the inverse of its distribution."""
+    """Cauchy numbers, by the inverse of their distribution."""
     values = np.tan(math.pi * (stream.uniform(math.prod(shape)) - 0.5))
     return _tensor(median + sigma * values, shape, dtype, device)
 
@@ -234,7 +288,7 @@ def cauchy(
 def geometric(
     stream: Stream, shape: list[int], dtype: torch.dtype, device: torch.device, p: float
 ) -> torch.Tensor:
-    """Trials up to the first success: 1, 2, ..."""
+    """Numbers of trials up to the first success: 1, 2, ..."""
     values = np.log1p(-stream.uniform(math.prod(shape))) / math.log1p(-p)
     return _tensor(np.floor(values) + 1, shape, dtype, device)
 

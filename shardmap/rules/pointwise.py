@@ -1,9 +1,9 @@
 """Rules of the pointwise family: each result element depends on one element of each operand.
 
 A batch of such calls is the same call on batches, once operands have one rank and promote as the
-sample's did. So the common case emits exactly the recorded call. The table is derived: what PyTorch
-tags as pointwise, the in-place forms of that, and the list below of operators that are pointwise
-without the tag.
+sample's did. So the common case emits exactly the recorded call. The table is derived: it has the
+operators that PyTorch tags as pointwise, their in-place forms, and the list below of operators that
+are pointwise without the tag.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _ELSEWHERE = set(
         "lerp_.Tensor",
     )
 )
-"""Tagged, but with a rule below or in another family; `equal` is a question."""
+"""Tagged operators with a rule below or in another family; `equal` is a question."""
 
 
 def pointwise(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The recorded call on batches, operands aligned and promoted as the sample's were."""
+    """Emit the recorded call on batches, with operands aligned and promoted as the sample's."""
     tensors = [a for a in (*args, *kwargs.values()) if type(a) is V]
     if len(tensors) == 1:
         return _emit(b, eq, args, kwargs, tensors, NO_CASTS)
@@ -77,7 +77,7 @@ def _promoting(
     tensors: list[V],
     promoting: list[V],
 ) -> Any:
-    """The call with those operands cast that would be promoted differently in a batch."""
+    """Emit the call with casts of operands that a batch would promote differently."""
     in_place = _in_place(eq.op)
     op = _functional(eq.op) if in_place else eq.op
     casts = promoted(b, eq, op or eq.op, args, kwargs, promoting)
@@ -178,14 +178,14 @@ register(
 
 @register("pointwise", aten.where.self)
 def where(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`where`: the condition takes no part in promotion."""
+    """Batch `where`: the condition takes no part in promotion."""
     condition, first, second = args
     return _promoting(b, eq, args, kwargs, [condition, first, second], [first, second])
 
 
 @register("pointwise", aten.lerp.Tensor, aten.lerp_.Tensor)
 def lerp(b: Lowering, eq: Equation, args: tuple, kwargs: dict) -> object:
-    """`lerp` between integers by a real weight: its kernel promotes numbers, but no tensors."""
+    """Batch `lerp` of integers by a real weight: its kernel promotes numbers, but no tensors."""
     dtype = next(eq.results()).spec.dtype
 
     def real(v: V) -> V:
@@ -197,7 +197,7 @@ def lerp(b: Lowering, eq: Equation, args: tuple, kwargs: dict) -> object:
 
 @register("pointwise", aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
-    """`masked_fill` whose value is a tensor: a value for each sample is picked by `where`."""
+    """Batch `masked_fill` with a tensor as value: a mapped one is selected by `where`."""
     x, mask, value = args
     if not value.mapped:
         return _emit(b, eq, args, kwargs, [x, mask], NO_CASTS)
@@ -212,9 +212,9 @@ def masked_fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) 
 
 @register("pointwise", aten.fill_.Tensor, aten.fill.Tensor)
 def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | None:
-    """`fill` with a tensor without dimensions: one for each sample is copied.
+    """Batch `fill` with a tensor without dimensions: a mapped one is copied.
 
-    One for all is filled in, as recorded: an integer tensor requires grad then, as in the loop.
+    An unmapped one is filled in, as recorded: an integer tensor requires grad then, as in the loop.
     """
     x, value = args
     if not value.mapped:
@@ -226,12 +226,12 @@ def fill(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V | 
     return b.call(aten.copy_.default, empty, aligned(b, value, x.ndim))
 
 
-# -- copies: which strides a result has is asked of one sample, not of the batch
+# -- copies: the strides of a result follow those of one sample, not of the batch
 
 
 @register("pointwise", aten.clone.default, aten._to_copy.default)
 def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Copies.
+    """Batch `clone`.
 
     A batch of channels-last samples has one dimension more than PyTorch's format of that name
     knows.
@@ -250,21 +250,21 @@ def clone(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 @register("pointwise", aten.glu.default)
 def glu(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """`glu` halves a dimension."""
+    """Batch `glu`, which halves a dimension."""
     x, d = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
     return b.call(eq.op, x, dim(d, x.ndim))
 
 
 @register("pointwise", aten.glu_backward.default)
 def glu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Backward of `glu`: its kernel does not broadcast."""
+    """Batch the backward of `glu`, whose kernel does not broadcast."""
     grad, x, d = args
     return b.call(eq.op, whole(b, grad, grad.shape), whole(b, x, x.shape), dim(d, x.ndim))
 
 
 @register("pointwise", aten.gelu_backward.default)
 def gelu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Backward of `gelu`: the kernel of oneDNN reads past an operand that must be broadcast."""
+    """Batch `gelu_backward`: oneDNN's kernel reads past an operand that must be broadcast."""
     shape = torch.broadcast_shapes(*(v.shape for v in args if type(v) is V))
     given = [whole(b, v, shape) if type(v) is V else v for v in args]
     return b.call(eq.op, *given, named=kwargs)
@@ -274,7 +274,7 @@ def gelu_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]
 def log_sigmoid_forward(
     b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[V, V]:
-    """`log_sigmoid` and the buffer `exp(-|x|)`, which only the CPU kernel fills."""
+    """Batch `log_sigmoid` and the buffer `exp(-|x|)`, which only the CPU kernel fills."""
     out, buffer = b.calls_several(eq.op, 2, *args)
     spec = eq.outs[1].spec
     x = args[0]
@@ -287,9 +287,10 @@ def log_sigmoid_forward(
 
 @register("pointwise", aten.log_sigmoid_backward.default)
 def log_sigmoid_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Backward of `log_sigmoid`.
+    """Batch the backward of `log_sigmoid`.
 
-    Recorded where no kernel fills the buffer and run where one reads it, it is computed here.
+    If it was recorded where no kernel fills the buffer and runs where one reads it, it is computed
+    here.
     """
     grad, x, buffer = args
     shape = eq.outs[0].spec.shape

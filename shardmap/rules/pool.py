@@ -1,8 +1,8 @@
 """Operators on `[n, channels, *space]`: pooling, resizing, padding, shuffling. The map joins `n`.
 
-Why rules of ours: half of them have no kernel in `torch.func.vmap` and loop there (3-dimensional
-max pooling, anti-aliased resizing, most backward calls); the others pay its dispatch at each call.
-All are one table: which arguments have space, and how much.
+Reasons for rules of ours: half of them have no kernel in `torch.func.vmap` and loop there
+(3-dimensional max pooling, anti-aliased resizing, most backward calls); the others pay its dispatch
+at each call. All are one table of the arguments with spatial dimensions, and their number.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from shardmap.rules.registry import overloads, register
 
 
 def over_space(ndim: int, sized: str | None = None) -> Any:
-    """A rule for an operator on tensors of channels and space, with or without a batch in front.
+    """Make the rule of an operator on channels and space, with or without a batch in front.
 
     Args:
-        ndim: Dimensions besides the one that the map joins.
+        ndim: Number of dimensions besides the one that the map joins.
         sized: Name of an argument that holds the size of the input, the first of which grows with
             the map.
     """
@@ -90,7 +90,7 @@ WITH_BACKWARD = {
         "max_unpool3d:",
     ),
 }
-"""By dimensions; a colon marks those without a backward operator of their own."""
+"""Names by number of dimensions; a colon marks those without a backward operator."""
 
 for _ndim, _names in WITH_BACKWARD.items():
     for _name in _names:
@@ -119,7 +119,7 @@ for _ndim, _names in RESIZING.items():
 
 @register("pool", aten.channel_shuffle.default)
 def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Any number of dimensions, but the first is the batch."""
+    """Batch `channel_shuffle` of any number of dimensions, the first of which is the batch."""
     v = args[0]
     return unfold(b, b.call(aten.channel_shuffle.default, fold(b, v), args[1]), v.shape)
 
@@ -128,7 +128,7 @@ def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict
 
 
 def _grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Image and grid both fold into the batch."""
+    """Batch by folding image and grid into the batch."""
     given = [fold(b, a) if type(a) is V else a for a in args]
     outs = [o for o in eq.outs if type(o) is Var]
     op, kept = eq.op, [type(o) is Var for o in eq.outs]
@@ -157,7 +157,7 @@ register(
 
 @register("pool", aten.affine_grid_generator.default)
 def affine_grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The size that it is given has the batch in it."""
+    """Batch `affine_grid`, whose size argument includes the batch."""
     theta, size, corners = args
     rest = tuple(size[1:])
 

@@ -1,10 +1,10 @@
-"""The precision in which a kernel takes a number of another dtype than the tensor beside it has.
+"""The precision in which a kernel uses a number whose dtype differs from the other tensor's.
 
-A tensor without dimensions takes part in promotion less than others do: `float16 [n] / float32 []`
+A tensor without dimensions counts less in promotion than others do: `float16 [n] / float32 []`
 is float16. Some kernels round the number to float16 first, others compute in float32 and round the
 result: 1e-3 / 70000. is 0 in the one and 1.4e-8 in the other. In a batch the number has a
-dimension, so that one of the two must be said. Which one is asked of the kernel itself, once per
-operator and dtypes, on values that the narrower dtype cannot hold.
+dimension, so that one of the two must be chosen. It is found by calls of the kernel itself, once
+per operator and dtypes, with values that the narrower dtype cannot hold.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _NUMBERS = (1 / 3, 70000.7, 1e-6, -2.1, 2049.0, 1.0, 300.2, 1e39)
 """Numbers that a narrower dtype rounds, overflows or loses."""
 
 _LENGTH = 67
-"""Elements of a probe: some go through vectorised code, some through what is left over."""
+"""Number of elements of a probe: some go through vectorised code, some through its remainder."""
 
 
 class Operand(NamedTuple):
-    """A tensor operand as promotion sees it."""
+    """The facts about a tensor operand that promotion depends on."""
 
     dtype: torch.dtype
     number: bool
-    """Whether the sample's operand has no dimensions."""
+    """True if the sample's operand has no dimensions."""
     promotes: bool = True
-    """Whether it takes part in promotion; the condition of `where` does not."""
+    """True if it takes part in promotion; the condition of `where` does not."""
 
 
 def computation_dtype(
@@ -67,7 +67,7 @@ def computation_dtype(
 
 
 class Slot(NamedTuple):
-    """Stands for an operand among the arguments of a probe."""
+    """Placeholder for an operand among the arguments of a probe."""
 
     operand: int
 
@@ -113,7 +113,7 @@ def _answer(
     arguments: tuple[Any, ...],
     named: tuple[tuple[str, Any], ...],
 ) -> torch.Tensor | None:
-    """What the kernel gives for `tensors`, or None if it refuses them."""
+    """Run the kernel on `tensors`; None if it refuses them."""
 
     def filled(a: Any) -> Any:
         return tensors[a.operand] if type(a) is Slot else a
@@ -125,7 +125,7 @@ def _answer(
 
 
 def _values(operand: Operand, number: float, position: int, device: str) -> torch.Tensor:
-    """An operand of a probe: `number` itself, or a row of values of every size."""
+    """Make an operand of a probe: `number` itself, or a row of values of every size."""
     dtype, wide = operand.dtype, torch.float64
     if operand.number:
         value = torch.tensor(number, dtype=wide)
@@ -146,13 +146,13 @@ def _values(operand: Operand, number: float, position: int, device: str) -> torc
 
 
 def _batch(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Two equal samples in another dtype, as a rule hands them to the kernel."""
+    """Two equal samples in another dtype, as a rule passes them to the kernel."""
     t = t.to(dtype)
     return t.view(1, 1).expand(2, 1) if t.dim() == 0 else t.expand(2, *t.shape)
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, units: float) -> bool:
-    """Whether two results differ by at most some units in the last place; NaN equals NaN."""
+    """True if two results differ by at most some units in the last place; NaN equals NaN."""
     inexact = want.is_floating_point() or want.is_complex()
     eps = torch.finfo(want.dtype).eps if inexact else 0.0
     wide = torch.complex128 if want.is_complex() else torch.float64 if inexact else want.dtype

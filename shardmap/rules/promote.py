@@ -1,6 +1,6 @@
-"""Operands of elementwise calls, made ready for the batch.
+"""Prepare operands of elementwise calls for the batch.
 
-One rank, and the dtype that the sample's call computed in.
+They get one rank, and the dtype that the sample's call computed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardmap.rules.registry import Operator
 def common_dtype(tensors: Iterable[V]) -> torch.dtype:
     """The dtype to which one sample's call promotes these operands.
 
-    A tensor without dimensions counts only where its kind (bool, integer, real, complex) is above
+    A tensor without dimensions counts only if its kind (bool, integer, real, complex) is above
     that of all tensors with dimensions; see
     https://docs.pytorch.org/docs/stable/tensor_attributes.html#type-promotion-doc.
     """
@@ -42,9 +42,9 @@ def common_dtype(tensors: Iterable[V]) -> torch.dtype:
 
 
 def aligned(b: Lowering, v: V, ndim: int) -> V:
-    """`v` ready to broadcast against `[B, *(ndim sample dimensions)]`.
+    """Prepare `v` to broadcast against `[B, *(ndim sample dimensions)]`.
 
-    An unmapped value already is.
+    An unmapped value needs no change.
     """
     return b.align(v, ndim) if v.mapped and v.ndim < ndim else v
 
@@ -65,18 +65,18 @@ def dense_expand(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def whole(b: Lowering, v: V, shape: tuple[int, ...]) -> V:
-    """`v` as a dense `[B, *shape]`, for kernels that read past operands that must be broadcast."""
+    """Make `v` a dense `[B, *shape]`, for kernels that read past operands that are broadcast."""
     v = aligned(b, v, len(shape))
     return b.call(dense_expand, v, [B, *shape], shape=shape, mapped=True)
 
 
 class Casts(NamedTuple):
-    """How the operands of a batched call are cast so that it computes what the sample's does."""
+    """Casts of the operands of a batched call, so that it computes what the sample's call does."""
 
     of: dict[V, V]
-    """For each operand that needs a cast, the cast one."""
+    """For each operand that needs a cast, the cast operand."""
     wider: torch.dtype | None = None
-    """The dtype that the call computes in, if its result is to be rounded to the recorded one."""
+    """The dtype that the call computes in, if its result must be rounded to the recorded one."""
 
 
 NO_CASTS = Casts({})
@@ -93,7 +93,7 @@ def promoted(
     """Casts for operands that the batch would promote differently than the sample did.
 
     Args:
-        b: Where the casts are emitted.
+        b: The builder that the casts are emitted to.
         eq: The recorded call.
         op: Its operator, or the form of it that writes to no operand.
         args: Its positional arguments.
@@ -122,7 +122,7 @@ def promoted(
 
 
 def _exact(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether `target` holds every number of `source`."""
+    """True if `target` holds every number of `source`."""
     real = source.is_floating_point or source.is_complex
     return source is torch.bool or (real and torch.promote_types(source, target) == target)
 
@@ -135,7 +135,7 @@ def _asked(
     tensors: list[V],
     common: torch.dtype,
 ) -> torch.dtype | None:
-    """What the kernel itself says of the dtype that it computes in."""
+    """The dtype in which the kernel computes, found by probes of the kernel itself."""
     operands: list[Operand] = []
 
     def described(a: Any) -> Any:

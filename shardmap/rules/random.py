@@ -1,9 +1,9 @@
 """Rules of the random family: each sample draws by its own index, or all share one draw.
 
-`randomness="different"`: the draw of a sample depends on the seed, the recorded call and the
-sample's index only. `randomness="same"`: all samples have the draw that the sample of index 0 would
-have. Operators without a rule, whose kernels draw as they go, run sample by sample, each with a
-seed of its own.
+With `randomness="different"` the draw of a sample depends only on the seed, the recorded call and
+the sample's index. With `randomness="same"` all samples have the draw that the sample of index 0
+would have. Operators without a rule, whose kernels draw as they go, run sample by sample, each with
+a seed of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from shardmap import errors
 from shardmap._threads import fork_safe_lock
 from shardmap._torch import aten, schema_of
 from shardmap.program.ir import (
+    GRAD,
     SAMPLE_DEVICE,
     Equation,
     GivenGenerator,
@@ -36,9 +37,13 @@ from shardmap.rules.registry import overloads, register
 
 
 def source(b: Lowering, eq: Equation) -> tuple[Seed, int]:
-    """What the draws of a call follow from: a seed, and a number of the call's own."""
+    """The source of a call's draws: a seed, and a number of the call's own.
+
+    Calls that draw have a numbering of their own: transforms around the map change which other
+    calls are recorded.
+    """
     given = generator_of(eq.args, eq.kwargs)
-    return (SEED, b.equation) if given is None else (Seed(given.number + 1), given.draw)
+    return (SEED, b.drawn) if given is None else (Seed(given.number + 1), given.draw)
 
 
 def drawn(
@@ -49,7 +54,7 @@ def drawn(
     number: int,
     *rest: Any,
 ) -> torch.Tensor:
-    """What a rule emits: `function` on the stream of these samples, or the same by torch."""
+    """Draw by `function` on the stream of these samples, or by torch."""
     if isinstance(seed, TorchDraws):
         return torch_draws.drawn(function, size, seed.generator, *rest)
     return function(draws.Stream(size, start, seed, number), *rest)
@@ -63,7 +68,7 @@ def draw(
     dtype: torch.dtype,
     *parameters: Any,
 ) -> V:
-    """Emit a draw of `spec.shape` for each sample, or one for all."""
+    """Emit a draw of `spec.shape` for each sample, or one for all samples."""
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)
     rest = (function, B, START, *source(b, eq), list(spec.shape), dtype, device, *parameters)
     if b.randomness == "different":
@@ -113,8 +118,8 @@ _DRAWS: dict[str, Any] = {
     "cauchy_": lambda a: (draws.cauchy, float(a["median"]), float(a["sigma"])),
     "geometric_": lambda a: (draws.geometric, float(a["p"])),
 }
-"""For each operator with fixed parameters: the draw and its parameters, or None where the loop
-must serve."""
+"""For each operator with fixed parameters: the draw and its parameters, or None if only the loop
+serves it."""
 
 _DRAWS |= {
     f"{name}{'_' if '.' in name else '.'}generator": _DRAWS[name]
@@ -128,25 +133,44 @@ _DRAWS |= {
 
 @register("random", *overloads(*_DRAWS))
 def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Draws whose parameters are numbers."""
+    """Batch draws whose parameters are numbers."""
     name = eq.op.name().removeprefix("aten::")
     chosen = _DRAWS[name](arguments(eq, args, kwargs))
     if chosen is None:
         return NotImplemented
     function, *parameters = chosen
     spec = next(eq.results()).spec
-    out = draw(b, eq, function, spec, spec.dtype, *parameters)
+    # What is written in place is converted as it is written.
+    bits = function is draws.bernoulli and schema_of(eq.op).is_mutable
+    out = draw(b, eq, function, spec, torch.bool if bits else spec.dtype, *parameters)
     if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
     return None
 
 
+def _nothing_of(t: torch.Tensor) -> torch.Tensor:
+    """Zeros that follow from `t`, whatever it holds."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=t.device), t, 0)
+
+
+def _followed(b: Lowering, out: V, *parameters: V) -> V:
+    """A draw with gradients of zero to its parameters: they are not missing."""
+    for v in parameters:
+        nothing = b.cast(b.call(_nothing_of, v), out.dtype)
+        out = b.call(
+            aten.add.Tensor,
+            out,
+            aligned(b, nothing, len(out.shape)),
+            shape=out.shape,
+            dtype=out.dtype,
+        )
+    return out
+
+
 @register("random", *overloads("bernoulli", "bernoulli.Tensor", "bernoulli_.Tensor"))
 def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Probabilities in a tensor: a uniform number for each element, compared with it."""
-    if b.grad:
-        return NotImplemented  # its gradient is zero, not missing
+    """Batch draws with a tensor of probabilities: they are compared with uniform numbers."""
     spec = next(eq.results()).spec
     p = args[0] if len(args) == 1 else args[1]
     uniform = draw(b, eq, draws.uniform, spec, torch.float64, 0.0, 1.0)
@@ -158,6 +182,8 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
         dtype=torch.bool,
     )
     out = b.cast(below, spec.dtype)
+    if GRAD in eq.flags:
+        out = _followed(b, out, p)
     if not schema_of(eq.op).is_mutable:
         return out
     b.call(aten.copy_.default, args[0], out)
@@ -168,19 +194,19 @@ def bernoulli(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) ->
     "random", *overloads("normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor")
 )
 def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Mean or standard deviation in a tensor.
+    """Batch draws with a tensor as mean or standard deviation.
 
-    A standard normal number for each element, scaled and shifted.
+    Standard normal numbers, one for each element, are scaled and shifted.
     """
-    if b.grad:
-        return NotImplemented  # its gradient is zero, not missing
     named = arguments(eq, args, kwargs)
     spec = eq.outs[0].spec
     if spec.dtype.is_complex:
         return NotImplemented
     out = draw(b, eq, draws.normal, spec, spec.dtype, 0.0, 1.0)
+    given = [v for v in (named["std"], named["mean"]) if type(v) is V]
     for op, parameter in ((aten.mul, named["std"]), (aten.add, named["mean"])):
         if type(parameter) is V:
+            parameter = b.call(torch.Tensor.detach, parameter)
             out = b.call(
                 op.Tensor,
                 out,
@@ -190,12 +216,12 @@ def normal(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> An
             )
         else:
             out = b.call(op.Scalar, out, parameter, shape=spec.shape, dtype=spec.dtype)
-    return out
+    return _followed(b, out, *given) if GRAD in eq.flags else out
 
 
 @register("random", aten.native_dropout.default)
 def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Dropout and its mask."""
+    """Batch dropout and its mask."""
     x, p, train = args
     spec = eq.outs[1].spec
     if train is False or p == 0:
@@ -218,7 +244,7 @@ def _on_cuda(value: Any) -> bool:
 def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
     """Run any random operator sample by sample, each with a seeded generator of its own.
 
-    The tier below the rules. `call` names the user's call in errors.
+    This is the tier below the rules. `call` names the user's call in errors.
     """
     tensors, template, names, symbols, _ = _split(b, args, kwargs)
     op, count, different = eq.op, len(tensors), b.randomness == "different"
@@ -247,7 +273,8 @@ def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], 
         own = draws.sample_seed(seed, number, sample if different else 0)
         if takes_generator(op):
             return PrivateGenerators(own).run(op, tuple(positional), named)
-        # Only torch's default generators can seed it, and they belong to all threads: for one call.
+        # Only torch's default generators can seed it, and they belong to all threads: one call at a
+        # time.
         cuda = {t.device.index for t in rows if _on_cuda(t)}
         with _seeding, torch.random.fork_rng(devices=sorted(cuda)):
             torch.manual_seed(own)

@@ -1,9 +1,9 @@
 """Rules of the reduce family.
 
-Reductions, scans, softmax, sorting and selection along dimensions of a sample.
+They are reductions, scans, softmax, sorting and selection along dimensions of a sample.
 
-All are one index algebra: a dimension `d` of the sample is `d + 1` of the batch, no dimension means
-all of the sample's, and a sample without dimensions gets one.
+All share one index algebra: a dimension `d` of the sample is `d + 1` of the batch, no dimension
+means all of the sample's, and a sample without dimensions gets one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MANY = {
     "count_nonzero": "count_nonzero.dim_IntList",
     "count_nonzero.dim_IntList": None,
 }
-"""Reductions over any number of dimensions: what is recorded, and the form of it that takes
+"""Reductions over any number of dimensions: the recorded operator, and its form that takes
 dimensions."""
 
 _ONE = {
@@ -72,11 +72,11 @@ _ALONG = """
     cumsum cumsum_ cumprod cumprod_ logcumsumexp cummax cummin sort sort.stable argsort.stable topk
     _softmax _log_softmax _safe_softmax
 """
-"""Along one dimension, which stays."""
+"""Operators along one dimension, which stays."""
 
 
 def _send(b: Lowering, op: Operator, named: dict[str, Any]) -> Any:
-    """Emit `op` with arguments by name, as far as it takes them; defaults are left out."""
+    """Emit `op` with those of the arguments that it takes, by name; defaults are left out."""
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
     for a in schema_of(op).arguments:
@@ -91,7 +91,7 @@ def _send(b: Lowering, op: Operator, named: dict[str, Any]) -> Any:
 
 
 def _viewed(b: Lowering, eq: Equation, out: Any) -> Any:
-    """The results with the recorded shapes."""
+    """View the results with the recorded shapes."""
     if isinstance(out, V):
         return b.call(aten.view.default, out, [B, *eq.outs[0].spec.shape])
     return tuple(
@@ -110,7 +110,7 @@ def _form(eq: Equation, table: dict[str, str | None]) -> Operator:
 
 @register("reduce", *overloads(*_MANY))
 def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A reduction over some dimensions of each sample."""
+    """Batch a reduction over some dimensions of each sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
     form = _form(eq, _MANY)
@@ -124,8 +124,8 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
             named | {"self": b.view(x, (1,)), "dim": 1 if takes_one else [1], "keepdim": False},
         )
     if ds is not None and not ds and eq.outs[0].spec.shape == x.shape:
-        # `all` and `any` over an empty list of dimensions keep every element; most reductions take
-        # it for all dimensions.
+        # `all` and `any` over an empty list of dimensions keep every element; for most reductions
+        # it means all dimensions.
         return _send(
             b,
             form,
@@ -140,7 +140,7 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _squared(b: Lowering, x: V) -> V | None:
-    """The value that `x` is the square of, or None where one pass for both would not pay.
+    """The value whose square `x` is, or None if one pass for both would not pay.
 
     Norms of gradients are sums of squares of tensors that are larger than anything else; written
     out and read again they cost twice the time (12.2 against 6.2 microseconds for each 256 x 784
@@ -159,7 +159,7 @@ def _squared(b: Lowering, x: V) -> V | None:
     for number in range(len(b.calls) - 1, -1, -1):
         call = b.calls[number]
         if call.writes:
-            return None  # the values may be others by now
+            return None  # the values may have changed by now
         if x.index in call.outs:
             break
     else:
@@ -184,14 +184,14 @@ def _squared(b: Lowering, x: V) -> V | None:
 
 
 _WORTHWHILE = 1 << 12
-"""Elements of one sample."""
+"""Least number of elements of one sample for one pass."""
 _MOST_IN_ONE_NORM = 1 << 12
-"""Elements: the kernel adds up in order, which over 3 million loses four digits; over rows of
-784 it is as exact as a sum of squares."""
+"""Most elements in one norm: the kernel adds up in order, which over 3 million loses four digits;
+over rows of 784 it is as exact as a sum of squares."""
 
 
 def _sum_of_squares(b: Lowering, x: V) -> V:
-    """Row by row in one pass, then over the rows."""
+    """Sum squares row by row in one pass, then over the rows."""
     rows = b.call(aten.linalg_vector_norm.default, x, 2, [x.ndim], shape=x.shape[:-1])
     return b.call(
         aten.sum.dim_IntList, b.call(aten.square.default, rows), list(range(1, x.ndim)), shape=()
@@ -200,7 +200,7 @@ def _sum_of_squares(b: Lowering, x: V) -> V:
 
 @register("reduce", *overloads(*_ONE))
 def one(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A reduction over one dimension of each sample, or over the flattened sample."""
+    """Batch a reduction over one dimension of each sample, or over the flattened sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
     form = _form(eq, _ONE)
@@ -217,7 +217,7 @@ def one(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 @register("reduce", *overloads(*_ALONG.split()))
 def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A scan, softmax or sort along one dimension of each sample."""
+    """Batch a scan, softmax or sort along one dimension of each sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
     if x.ndim:
@@ -231,7 +231,7 @@ def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
 
 @register("reduce", aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
 def softmax_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Backward of softmax and log_softmax; the kernels do not broadcast."""
+    """Batch the backward of softmax and log_softmax, whose kernels do not broadcast."""
     grad, output, d, dtype = args
     shape = output.shape or (1,)
     out = b.call(
@@ -242,13 +242,13 @@ def softmax_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, A
 
 @register("reduce", aten.trace.default)
 def trace(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """The sum of the diagonal."""
+    """Batch the sum of the diagonal."""
     return b.call(aten.sum.dim_IntList, b.call(aten.diagonal.default, args[0], 0, 1, 2), [1])
 
 
 @register("reduce", aten._is_all_true.default, aten._is_any_true.default)
 def all_or_any_true(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Whether all elements, or any, are true."""
+    """Reduce each sample to the truth of all, or of any, of its elements."""
     x: V = args[0]
     op = aten.all.dim if eq.op is aten._is_all_true.default else aten.any.dim
     return b.call(op, b.reshape(x, (x.numel,)), 1, shape=(), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The one table of batching rules: which operator is batched how, and by which family.
+"""The table of batching rules: for each operator its rule, and the rule's family.
 
 A rule lowers one recorded call to calls on whole batches. It has one shape for all operators::
 
@@ -64,7 +64,7 @@ _version = 0
 def version() -> int:
     """A number that grows whenever a rule is registered or replaced.
 
-    What was lowered under another version may be lowered differently now.
+    Programs lowered under another version may be lowered differently now.
     """
     return _version
 
@@ -75,7 +75,7 @@ def _changed() -> None:
 
 
 def register(family: str, *operators: Operator, replace: bool = False) -> Callable[[Rule], Rule]:
-    """Register the decorated rule for `operators`, but for those that this torch lacks.
+    """Register the decorated rule for those of `operators` that this torch has.
 
     Raises:
         ValueError: An operator has a rule already and `replace` is false, or is not an operator
@@ -120,14 +120,14 @@ def batching_rule(*operators: Operator, replace: bool = False) -> Callable[[Rule
 
     Args:
         *operators: Operator overloads, such as `torch.ops.mylib.scale.default`.
-        replace: Whether to put the rule in the place of one that an operator has already.
+        replace: True to replace a rule that an operator has already.
 
     Returns:
-        A decorator that returns the rule as it is.
+        A decorator that returns the rule unchanged.
 
     Raises:
         OptionError: An operator has a rule already and `replace` is false, is not an operator
-            overload, or is recorded as the operators that it calls; or what is decorated is no
+            overload, or is recorded as the operators that it calls; or the decorated object is no
             function.
 
     Example:
@@ -175,13 +175,13 @@ def batching_rule(*operators: Operator, replace: bool = False) -> Callable[[Rule
 
 
 def _is_composite(op: Operator) -> bool:
-    """Whether a call of `op` is always taken apart before it reaches a recording."""
+    """True if a call of `op` is always decomposed before it reaches a recording."""
     has = has_kernel
     return has(op.name(), "CompositeImplicitAutograd") and op not in _rules
 
 
 def register_decomposition(op: Operator, function: Callable[..., Any]) -> None:
-    """Have `op` recorded as the operators that `function` calls.
+    """Record `op` as the operators that `function` calls.
 
     Raises:
         ValueError: The operator has a rule or a decomposition already.
@@ -201,7 +201,7 @@ def lookup(op: Operator) -> Rule | None:
 
 
 def has_rule(op: Operator) -> bool:
-    """Whether `op` has a rule of ours."""
+    """True if `op` has a rule of ours."""
     return op in _rules
 
 
@@ -211,15 +211,15 @@ def decomposition(op: Operator) -> Callable[..., Any] | None:
 
 
 def has_functorch_kernel(op: Operator) -> bool:
-    """Whether `torch.func.vmap` batches `op` without its slow loop."""
+    """True if `torch.func.vmap` batches `op` without its slow loop."""
     has = has_kernel
     return has(op.name(), "FuncTorchBatched") or has(op.name(), "FuncTorchBatchedDecomposition")
 
 
 def tier(op: Operator) -> str:
-    """How `op` is batched.
+    """The tier that batches `op`.
 
-    "rule", "decomposition", "functorch" (`torch.func.vmap` of the one operator) or "loop".
+    It is "rule", "decomposition", "functorch" (`torch.func.vmap` of the one operator) or "loop".
     """
     if op in _rules:
         return "rule"
@@ -236,7 +236,7 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def lacking() -> list[str]:
-    """What this torch lacks, a sentence each: operators without a rule, and private names."""
+    """Sentences on the parts that this torch lacks: operators without a rule, and private names."""
     absent, torchs = absent_operators(), f"torch {torch.__version__}"
     found = [f"{torchs} lacks, and so no rule is registered for: {', '.join(absent)}"]
     names = [f"{torchs} has no {name}: {purpose} fails" for name, purpose in missing().items()]

@@ -1,4 +1,4 @@
-"""What a rule may return, checked where its results are bound to the recorded ones."""
+"""Check the results of a rule where they are bound to the recorded ones."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from shardmap.rules.lowering import V
 
 
 def bound(eq: Equation, returned: Any) -> list[V | None]:
-    """The results of a rule, one for each tensor that the recorded call gave.
+    """Bind the results of a rule, one for each tensor that the recorded call returned.
 
     Args:
         eq: The recorded call.
-        returned: What the rule returned: a `V`, a tuple of them, or None where all results are
+        returned: The rule's result: a `V`, a tuple of them, or None if all results are
             arguments that the call wrote to. A tuple may hold None for such a result, and for a
-            result that the recorded call did not give.
+            result that the recorded call did not return.
 
     Returns:
-        A `V` for each of `eq.results()`; None for one that is an argument which was written to.
+        A `V` for each of `eq.results()`; None for an argument that was written to.
 
     Raises:
-        RuleError: It is something else, or there are more or fewer.
+        RuleError: The result has another type, or another number of tensors.
     """
     outs = list(eq.results())
     if returned is None:
@@ -55,7 +55,7 @@ def _flat(eq: Equation, returned: Any) -> list[V | None]:
 
 
 def _shown(value: Any) -> str:
-    """A value that is no `V`, in words."""
+    """Text about a value that is no `V`."""
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"a {type(value).__name__} of shape {tuple(shape)}"

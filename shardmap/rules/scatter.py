@@ -31,7 +31,7 @@ def _row(b: Lowering, v: V) -> V:
 
 @register("index", aten.gather.default)
 def gather(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Every operand batched: an unmapped one is expanded, which `gather` reads without a copy."""
+    """Batch `gather` with every operand mapped: `gather` reads an expanded one without a copy."""
     target, d, index = args[:3]
     shape = eq.outs[0].spec.shape
     rows, at = _row(b, target), _row(b, index)
@@ -82,7 +82,7 @@ for _name, _at in {
 
 
 def along(b: Lowering, index: V, like: Sequence[int], d: int) -> V:
-    """A one-dimensional mapped index as `gather` and `scatter` take it.
+    """Expand a one-dimensional mapped index for `gather` and `scatter`.
 
     `[B, n] -> [B, ..., n, ...]`, `n` at sample dimension `d`.
     """
@@ -99,7 +99,7 @@ def along(b: Lowering, index: V, like: Sequence[int], d: int) -> V:
 def index_select(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """`index_select` by a shared index in one call, by a mapped one in one call or as a `gather`.
 
-    One call selects from a tensor that all samples share, `gather` from one that is mapped.
+    One call selects from an unmapped tensor, `gather` from a mapped one.
     """
     target, d, index = args
     shape = eq.outs[0].spec.shape
@@ -134,15 +134,15 @@ def index_select(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any:
-    """A rule for `op(self, dim, index, ...)`.
+    """Make a rule for `op(self, dim, index, ...)`.
 
     `scatter` is its twin with an index of its own for each sample.
 
     Args:
         op: The operator.
         scatter: Its twin: takes the same arguments, with the index as wide as the source.
-        source_at: Where the source stands behind the index, or None if there is only a number.
-        wraps: Whether negative indices count from the end.
+        source_at: Position of the source behind the index, or None if there is only a number.
+        wraps: True if negative indices count from the end.
     """
     in_place = schema_of(op).is_mutable
 
@@ -206,7 +206,7 @@ for _name, _twin, _at, _wraps in (
 
 @register("index", *overloads("index_fill.int_Tensor", "index_fill_.int_Tensor"))
 def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """A mask of each sample's positions.
+    """Batch `index_fill` by a mask of each sample's positions.
 
     `torch.func.vmap` gives wrong numbers where index and value are both mapped.
     """

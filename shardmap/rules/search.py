@@ -1,7 +1,7 @@
 """Batching rules for flat positions, searches in sorted tensors, and distances between rows.
 
-Why rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and `searchsorted`
-with mapped boundaries, and for the backward of distances.
+Reason for rules of ours: `torch.func.vmap` loops over the samples for `take`, `put` and
+`searchsorted` with mapped boundaries, and for the backward of distances.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Tensor = torch.Tensor
 
 
 def numbers_of_samples(t: Tensor) -> Tensor:
-    """`[B, ...] -> [B, 1]`."""
+    """Number the samples: `[B, ...] -> [B, 1]`."""
     return torch.arange(t.shape[0], device=t.device).unsqueeze(1)
 
 
 @register("search", aten.take.default)
 def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The elements of each sample in their order, whatever its strides."""
+    """Batch `take` of each sample's elements in their order, whatever its strides."""
     x, index = args
     shape = eq.outs[0].spec.shape
     if not x.mapped:
@@ -47,7 +47,7 @@ def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.put.default)
 def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The write of each sample, on a copy."""
+    """Batch `put` on a copy."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
 
@@ -60,9 +60,9 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.put_.default)
 def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """In place, through a flat view.
+    """Batch `put_` in place, through a flat view.
 
-    A sample that cannot be viewed flat is written by another tier.
+    Another tier serves samples that cannot be viewed flat.
     """
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
@@ -82,7 +82,7 @@ def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.masked_scatter.default)
 def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """A true element takes the source's element of its rank among the mask's true ones."""
+    """Batch `masked_scatter`: a true element takes the source's element of its rank in the mask."""
     x, mask, source = args
     shape = eq.outs[0].spec.shape
     if source.numel == 0 or math.prod(shape) == 0 or mask.dtype != torch.bool:
@@ -107,7 +107,7 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.searchsorted.Tensor)
 def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """One shared sequence takes any values; a sequence for each sample has its values in rows."""
+    """Batch `searchsorted`: a shared sequence takes any values, mapped ones take values in rows."""
     boundaries, values = args[:2]
     if values.dtype != boundaries.dtype:
         return NotImplemented
@@ -140,7 +140,7 @@ def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.bucketize.Tensor)
 def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """A search with the arguments the other way round."""
+    """Batch `bucketize`, a search with the arguments exchanged."""
     values, boundaries = args[:2]
     shape, dtype = eq.outs[0].spec.shape, eq.outs[0].spec.dtype
     if not boundaries.mapped:
@@ -164,7 +164,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten._cdist_forward.default, aten._cdist_backward.default)
 def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """The kernels take any number of leading dimensions: the map is one more of them."""
+    """Batch `cdist`, whose kernels take the map as one more leading dimension."""
     spec = eq.outs[0].spec
     ndim = max(a.ndim for a in args if type(a) is V)
     given = [b.align(b.batch(a), ndim) if type(a) is V else a for a in args]

@@ -1,7 +1,7 @@
-"""Products of a sparse matrix that all samples share and dense operands.
+"""Products of dense operands with a sparse matrix that all samples share.
 
 A program holds the parts of such a matrix (indices and values), which are dense tensors like any
-others: they are sent, stored and compared as those are. The matrix itself is put together where it
+others: they are sent, stored and compared like them. The matrix itself is assembled where it
 is multiplied, without a copy.
 """
 
@@ -21,17 +21,17 @@ from shardmap.rules.registry import register
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
 LAYOUTS = (torch.sparse_coo, *_BY_ROW, *_BY_COLUMN)
-"""The layouts that are taken apart."""
+"""The layouts that are split into parts."""
 
 
 class Form(NamedTuple):
-    """How a sparse matrix is put together from its parts."""
+    """The form of a sparse matrix, by which it is assembled from its parts."""
 
     size: tuple[int, ...]
     layout: torch.layout
     coalesced: bool
     transposed: bool = False
-    """Whether the transpose of what the parts make is meant."""
+    """True if the matrix is the transpose of the assembled parts."""
 
 
 def parts_of(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -52,13 +52,13 @@ def memory_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def form_of(matrix: Tensor) -> Form:
-    """How `parts_of` are put together again."""
+    """The form by which the results of `parts_of` are assembled."""
     coalesced = matrix.layout is torch.sparse_coo and matrix.is_coalesced()
     return Form(tuple(matrix.shape), matrix.layout, coalesced)
 
 
 def assembled(parts: Sequence[Tensor], form: Form) -> Tensor:
-    """The sparse matrix of these parts."""
+    """Assemble a sparse matrix from its parts."""
     if form.layout is torch.sparse_coo:
         matrix = torch.sparse_coo_tensor(
             parts[0],
@@ -98,12 +98,13 @@ def _product(
 
 
 OPERATOR = torch.ops.shardmap.sparse_product.default
-"""A sparse matrix times one sample's operand, or the operand times the matrix where not `left`."""
+"""The operator that multiplies a sparse matrix by one sample's operand, or the operand by the
+matrix if not `left`."""
 
 
 @register("sparse", OPERATOR)
 def rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, object]) -> V:
-    """One product for all samples, side by side."""
+    """Batch the product as one product with all samples concatenated."""
     spec = eq.outs[0].spec
     return b.call(product_of_all, *args, shape=spec.shape, dtype=spec.dtype)
 

@@ -1,7 +1,7 @@
 """The fastest way to call an operator from python.
 
-A replay is a list of calls on small tensors as often as on large ones, and there what counts is the
-way into the operator. Measured for torch 2.13 on [8, 4] tensors, in microseconds:
+A replay often consists of calls on small tensors, whose time is mostly that of the
+entry into the operator. Measured for torch 2.13 on [8, 4] tensors, in microseconds:
 `torch.ops.aten.unsqueeze.default` 1.06, `torch.Tensor.unsqueeze` 0.64; `view` 1.56 and 0.64; `mm`
 1.32 and 1.03; `tanh` 1.16 and 0.88; `mul.Tensor` 1.79 and 1.42; `expand` 1.83 and 0.88. Methods
 parse their arguments against generated signatures, operator overloads against schemas at run time.
@@ -48,7 +48,7 @@ _METHODS = {
     "amax": "amax",
     "amin": "amin",
 }
-"""The tensor method that is the operator, with the same arguments behind the first."""
+"""For an operator: the tensor method that is equal to it, with the same other arguments."""
 
 _table: dict[Any, Callable[..., Any]] = {
     op: getattr(torch.Tensor, method)
@@ -58,5 +58,5 @@ _table: dict[Any, Callable[..., Any]] = {
 
 
 def fastest(op: OpOverload) -> Callable[..., Any]:
-    """What to call for `op` with a tensor as first positional argument."""
+    """The fastest function for `op` with a tensor as first positional argument."""
     return _table.get(op) or kernel_of(op)

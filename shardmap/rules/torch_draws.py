@@ -1,7 +1,7 @@
-"""The draws of `shardmap.rules.philox`, made of torch's own `rand` and `randn`.
+"""The draws of `shardmap.rules.philox`, made by torch's own `rand` and `randn`.
 
-A map inside another map, or inside `torch.func.vmap`, draws so: what is around it sees the
-operators, and gives each of its own samples the draws that its own randomness asks for.
+A map inside another map, or inside `torch.func.vmap`, draws so: the outer map sees the
+operators, and gives each of its own samples the draws of its own randomness.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Generator = torch.Generator | None
 def drawn(
     function: philox.Draw, size: int, generator: Generator, shape: Sequence[int], *rest: object
 ) -> torch.Tensor:
-    """A tensor `[size, *shape]` distributed as `function` draws it.
+    """Draw a tensor `[size, *shape]` with the distribution of `function`.
 
     Args:
         function: One of the draws of `shardmap.rules.philox`.
-        size: How many samples.
-        generator: The user's, or None for torch's own.
-        shape: Of one sample.
+        size: Number of samples.
+        generator: The user's generator, or None for torch's own.
+        shape: Shape of one sample's draw.
         *rest: Dtype, device and the parameters of the distribution.
     """
     return _DRAWS[function](generator, [size, *shape], *rest)
@@ -56,7 +56,7 @@ def _normal(
 
 
 def _fine(generator: Generator, shape: list[int], device: torch.device) -> torch.Tensor:
-    """Uniform numbers of 53 bits, from which the other distributions are made."""
+    """Uniform numbers of 53 bits, from which the other distributions are computed."""
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
 
 

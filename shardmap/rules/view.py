@@ -1,8 +1,8 @@
-"""Rules of the view family: other ways to see the same memory, and the copies that rearrange it.
+"""Rules of the view family: views of the same memory, and the copies that rearrange it.
 
-The samples' dimensions stand one further back in the batch; that is all there is to most of these.
-Views that only reorder dimensions, put in or leave out ones, or regroup elements in order are
-remembered by `shardmap.rules.view_folding`, so that what uses them can often use their base.
+The samples' dimensions are one further back in the batch; most rules only account for that.
+Views that only reorder dimensions, insert or drop ones of size 1, or regroup elements in order are
+known to `shardmap.rules.view_folding`, so that calls on them can often use their base.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def rules(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V:
-    """The recorded operator (or `target`) on the whole batch, its result as recorded."""
+    """Emit the recorded operator (or `target`) on the whole batch, its result as recorded."""
     spec = eq.outs[0].spec
     return b.call(target or eq.op, x, *args, shape=spec.shape, dtype=spec.dtype, mapped=True)
 
@@ -49,15 +49,15 @@ def emit(b: Lowering, eq: Equation, x: Any, *args: Any, target: Any = None) -> V
 
 @rules("view", "_reshape_alias")
 def view(b: Lowering, eq: Equation, x: V, size: Any, stride: Any = None) -> V:
-    """`[B, *x] -> [B, *size]`; the recorded result says what -1 was."""
+    """Batch `view` as `[B, *x] -> [B, *size]`; the recorded result tells the value of -1."""
     return views(b).reshaped(x, eq.outs[0].spec.shape)
 
 
 @rules("_unsafe_view", "view_copy", "_reshape_copy")
 def unsafe_view(b: Lowering, eq: Equation, x: V, size: Any) -> V:
-    """Like `view`, but autograd does not call it one.
+    """Batch `unsafe_view`, which autograd does not treat as a view.
 
-    It may be written to though its base is saved for a backward.
+    Its result may be written to even if its base is saved for a backward.
     """
     shape = eq.outs[0].spec.shape
     return emit(b, eq, x, [B, *shape])
@@ -65,7 +65,7 @@ def unsafe_view(b: Lowering, eq: Equation, x: V, size: Any) -> V:
 
 @rules("unsqueeze")
 def unsqueeze(b: Lowering, eq: Equation, x: V, d: int) -> V:
-    """Put in a dimension of size 1."""
+    """Insert a dimension of size 1."""
     d = d + x.ndim + 1 if d < 0 else d
     order = list(range(x.ndim))
     return views(b).rearrange(x, (*order[:d], None, *order[d:]))
@@ -73,7 +73,7 @@ def unsqueeze(b: Lowering, eq: Equation, x: V, d: int) -> V:
 
 @rules("squeeze", "squeeze.dim", "squeeze.dims")
 def squeeze(b: Lowering, eq: Equation, x: V, d: int | Sequence[int] | None = None) -> V:
-    """Leave out dimensions of size 1, never that of the batch."""
+    """Drop dimensions of size 1, never that of the batch."""
     if d is None:
         chosen = set(range(x.ndim))
     else:
@@ -85,13 +85,13 @@ def squeeze(b: Lowering, eq: Equation, x: V, d: int | Sequence[int] | None = Non
 
 @rules("t")
 def t(b: Lowering, eq: Equation, x: V) -> V:
-    """Of a matrix; a vector is its own."""
+    """Transpose a matrix; a vector stays itself."""
     return views(b).rearrange(x, tuple(reversed(range(x.ndim))))
 
 
 @rules("transpose.int")
 def transpose(b: Lowering, eq: Equation, x: V, dim0: int, dim1: int) -> V:
-    """Two dimensions exchanged."""
+    """Exchange two dimensions."""
     order = list(range(x.ndim))
     if x.ndim:
         order[dim0], order[dim1] = order[dim1], order[dim0]
@@ -100,13 +100,13 @@ def transpose(b: Lowering, eq: Equation, x: V, dim0: int, dim1: int) -> V:
 
 @rules("permute")
 def permute(b: Lowering, eq: Equation, x: V, order: Sequence[int]) -> V:
-    """All dimensions in another order."""
+    """Reorder all dimensions."""
     return views(b).rearrange(x, tuple(d % x.ndim for d in order))
 
 
 @rules("expand")
 def expand(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool = False) -> V:
-    """Sizes of 1 repeated; new dimensions go between batch and sample."""
+    """Repeat sizes of 1; new dimensions go between batch and sample."""
     shape = eq.outs[0].spec.shape
     whole = ones_before(b, x, len(shape))
     return emit(b, eq, whole, B, *shape, target=torch.Tensor.expand)
@@ -114,13 +114,13 @@ def expand(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool 
 
 @rules("expand_copy")
 def expand_copy(b: Lowering, eq: Equation, x: V, size: Sequence[int], implicit: bool = False) -> V:
-    """Sizes of 1 repeated in memory."""
+    """Repeat sizes of 1 in memory."""
     shape = eq.outs[0].spec.shape
     return emit(b, eq, ones_before(b, x, len(shape)), [B, *shape])
 
 
 def ones_before(b: Lowering, x: V, ndim: int) -> V:
-    """A mapped value with `ndim` sample dimensions."""
+    """View a mapped value with `ndim` sample dimensions."""
     return (
         views(b).rearrange(x, (*[None] * (ndim - x.ndim), *range(x.ndim))) if x.ndim < ndim else x
     )
@@ -131,14 +131,14 @@ def ones_before(b: Lowering, x: V, ndim: int) -> V:
 
 @rules("select.int", "diagonal", "slice.Tensor", "narrow_copy", "unfold", "flip")
 def with_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
-    """Operators with arguments that are dimensions of a tensor: each one further back."""
+    """Batch an operator whose dimension arguments are one further back."""
     if x.ndim == 0:
         return at_least_one_dim(b, eq, x, *args, **kwargs)
     return b.call(eq.op, x, *shifted(eq.op, x.ndim, args, kwargs), shape=eq.outs[0].spec.shape)
 
 
 def at_least_one_dim(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> Any:
-    """Some operators take a number for a vector of one: `unfold`, `flip`."""
+    """Batch an operator that treats a number as a vector of one: `unfold`, `flip`."""
     shape = eq.outs[0].spec.shape
     out = b.call(
         eq.op, views(b).rearrange(x, (None,)), *shifted(eq.op, 1, args, kwargs), shape=(1, *shape)
@@ -153,7 +153,7 @@ DIMENSIONS = {"dim", "dim0", "dim1", "dim2", "dims", "dimension"}
 def shifted(
     op: OpOverload, ndim: int, args: Sequence[Any], kwargs: dict[str, Any], skip: int = 1
 ) -> list[Any]:
-    """All arguments behind the first `skip`, with defaults filled in.
+    """All arguments behind the first `skip`, with defaults.
 
     Dimensions of an `ndim`-dimensional sample are one further back.
     """
@@ -180,7 +180,7 @@ def shifted(
     "split_with_sizes_copy",
 )
 def parts(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> tuple[V, ...]:
-    """Operators that return a list of parts."""
+    """Batch an operator that returns a list of parts."""
     return b.calls_several(eq.op, len(list(eq.results())), x, *shifted(eq.op, x.ndim, args, kwargs))
 
 
@@ -193,11 +193,11 @@ def as_strided(
     stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> V:
-    """The sample's memory through other strides, from where the sample's tensor begins.
+    """Batch `as_strided`, from where the sample's tensor begins.
 
-    An explicit offset is absolute in the sample's memory: what counts is how far it is from the
+    An explicit offset is absolute in the sample's memory: the rule uses its distance from the
     argument's own. On a mapped input, where it would be absolute in the memory of the whole batch,
-    `refuse_offsets_of_inputs` does.
+    `refuse_offsets_of_inputs` refuses it.
     """
     step = 0 if storage_offset is None else storage_offset - eq.args[0].spec.offset
 
@@ -211,7 +211,7 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
     """Refuse `as_strided` with an explicit offset on a mapped input.
 
     Raises:
-        EscapeError: In the loop that offset counts from the start of the whole batch, in the
+        EscapeError: In the loop the offset counts from the start of the whole batch, in the
             recording from that of the sample.
     """
     inputs = {v.group for v in program.inputs}
@@ -241,7 +241,7 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
     "lift_fresh_copy",
 )
 def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
-    """The last dimension, or each element, seen otherwise."""
+    """Batch a view of the last dimension, or of each element."""
     return emit(b, eq, x, *args)
 
 
@@ -250,7 +250,7 @@ def elementwise(b: Lowering, eq: Equation, x: V, *args: Any) -> V:
 
 @rules("roll")
 def roll(b: Lowering, eq: Equation, x: V, shifts: Any, over: Sequence[int] = ()) -> V:
-    """Without dimensions the sample is rolled as if flat."""
+    """Batch `roll`; without dimensions the sample is rolled as if flat."""
     if over:
         return (
             emit(b, eq, x, shifts, [d % max(x.ndim, 1) + 1 for d in over])
@@ -263,15 +263,15 @@ def roll(b: Lowering, eq: Equation, x: V, shifts: Any, over: Sequence[int] = ())
 
 @rules("repeat")
 def repeat(b: Lowering, eq: Equation, x: V, repeats: Sequence[int]) -> V:
-    """New dimensions go between batch and sample."""
+    """Batch `repeat`; new dimensions go between batch and sample."""
     return emit(b, eq, ones_before(b, x, len(repeats)), [1, *repeats])
 
 
 @rules("cat")
 def cat(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
-    """A vector without elements fits anything, by an old rule of PyTorch's.
+    """Batch `cat`.
 
-    In the batch it would not.
+    PyTorch lets a vector without elements fit anything, but not in the batch.
     """
     spec = eq.outs[0].spec
     kept = [x for x in tensors if x.shape != (0,) or spec.ndim == 1]
@@ -282,14 +282,14 @@ def cat(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
 
 @rules("stack")
 def stack(b: Lowering, eq: Equation, tensors: Sequence[V], d: int = 0) -> V:
-    """All made mapped; the new dimension one further back."""
+    """Batch `stack` of mapped values; the new dimension is one further back."""
     spec = eq.outs[0].spec
     return emit(b, eq, [b.cast(b.batch(x), spec.dtype) for x in tensors], dim(d, spec.ndim))
 
 
 @rules("constant_pad_nd", "tril", "triu")
 def last_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> V:
-    """Operators on the last dimensions, whatever stands before them."""
+    """Batch an operator on the last dimensions."""
     return b.call(eq.op, x, *args, shape=eq.outs[0].spec.shape, **kwargs)
 
 
@@ -297,7 +297,7 @@ def last_dims(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> V:
 def diag_embed(
     b: Lowering, eq: Equation, x: V, offset: int = 0, dim1: int = -2, dim2: int = -1
 ) -> V:
-    """Dimensions are the result's."""
+    """Batch `diag_embed`, whose dimensions are the result's."""
     if x.ndim == 0:
         return NotImplemented
     return emit(b, eq, x, offset, dim(dim1, x.ndim + 1), dim(dim2, x.ndim + 1))
@@ -310,7 +310,7 @@ def diag_embed(
 def backward_of_part(
     b: Lowering, eq: Equation, grad: V, size: Sequence[int], *args: Any, **kwargs: Any
 ) -> V:
-    """Zeros of the whole's size with the gradient in its place."""
+    """Batch the backward of a part: zeros of the whole's size with the gradient of the part."""
     if not size:
         return NotImplemented
     return emit(b, eq, grad, [B, *size], *shifted(eq.op, len(size), args, kwargs, skip=2))
@@ -318,7 +318,7 @@ def backward_of_part(
 
 @rules("slice_scatter", "select_scatter", "diagonal_scatter")
 def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs: Any) -> V:
-    """A copy of `x` with `part` in its place."""
+    """Batch a copy of `x` with `part` written into it."""
     return emit(b, eq, b.batch(x), b.batch(part), *shifted(eq.op, x.ndim, args, kwargs, skip=2))
 
 
@@ -326,7 +326,7 @@ def scatter_part(b: Lowering, eq: Equation, x: V, part: V, *args: Any, **kwargs:
 
 
 def _copied(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The view `op` in memory of its own."""
+    """The view `op` as a copy."""
     return op(*args, **kwargs).clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Weight normalisation: `v * (g / |v|)` by plain operators, because its kernel knows no batches."""
+"""Weight normalisation, `v * (g / |v|)`, by plain operators, as its kernel supports no batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def _norm_over(v: Tensor, kept: int) -> Tensor:
-    """The norm of `[B, *shape]` over all dimensions but the map and `kept`, which stay."""
+    """The norm of `[B, *shape]` over all dimensions except the map and `kept`, which stay."""
     over = [d for d in range(1, v.dim()) if d != kept]
     return torch.linalg.vector_norm(v, 2, over, keepdim=True)
 
@@ -28,7 +28,7 @@ def _kept(args: Sequence[Any], position: int, ndim: int) -> int:
 
 @register("norm", aten._weight_norm_interface.default)
 def weight_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`v * (g / |v|)` by plain operators: the kernel knows no batches."""
+    """Batch `v * (g / |v|)` by plain operators, as the kernel supports no batches."""
     v, g = args[:2]
     kept = _kept(args, 2, v.ndim) if "dim" not in kwargs else kwargs["dim"] % v.ndim + 1
     if g.dtype != v.dtype or eq.outs[1].spec.dtype != v.dtype:
@@ -45,7 +45,7 @@ def weight_norm(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str
 def weight_norm_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The derivative of `v * (g / |v|)`."""
+    """Batch the derivative of `v * (g / |v|)`."""
     grad, v, g, norms, d = args
     kept = d % v.ndim + 1
     if any(t.dtype != v.dtype for t in (grad, g, norms)):

@@ -1,7 +1,7 @@
-"""The part of a map's memory that is known before anything has run, set against a budget.
+"""A lower bound of a map's memory, known before anything has run, compared with a budget.
 
-Trying a lowering and watching a chunk take memory themselves. What one recorded sample shows is
-enough to refuse a map that cannot fit, and to choose on how many samples trying is affordable.
+Trying a lowering and measuring a chunk take memory themselves. One recorded sample tells enough
+to refuse a map that cannot fit, and to choose the number of samples for a trial.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from shardmap.run.base import Job
 from shardmap.run.gather import wider
 
 CHEAP_BYTES = 4 << 20
-"""Of recorded results of one sample: up to there trying takes a moment and next to no memory, and
-the refusal can say more."""
+"""Bytes of one sample's recorded results up to which a trial is made even if the map cannot fit: it
+takes a moment and next to no memory, and makes the refusal more precise."""
 OBSERVED = 2, 3
-"""Samples in the chunks that are watched: two sizes tell fixed bytes from bytes per sample."""
+"""Samples in the measured chunks: two sizes tell fixed bytes from bytes per sample."""
 
 
 def direct(job: Job, device: torch.device) -> bool:
-    """Whether chunks on `device` write their results to where they are collected."""
+    """True if chunks on `device` write their results to where they are collected."""
     # fake devices have memory in name only
     here = device.type == "cpu" or devices.accelerated(device)
-    plain = not (job.grad or job.transformed)
+    plain = not (job.grad or job.transformed or job.places is not None)
     return here and plain and all(o.device == device and not o.dim for o in job.outputs)
 
 
 def held_rows(job: Job, lanes: int) -> int:
-    """Rows of results that are in memory at once.
+    """Number of rows of results that are in memory at once.
 
-    All, or those of a store's units in the making.
+    All rows, or those of the store's units that are being filled.
     """
     return job.samples if job.unit is None else min(job.samples, job.unit * (lanes + 1))
 
 
 def stacked_bytes(job: Job, device: torch.device) -> int:
-    """Bytes of one sample's results among those that are stacked on `device`."""
+    """Bytes of one sample's results that are stacked on `device`."""
     return sum(o.sample_bytes for o in job.outputs if o.device == device and o.stacked)
 
 
@@ -62,9 +62,9 @@ def results_bytes(job: Job, device: torch.device, lanes: int) -> int:
 
 
 class Results(TypedDict):
-    """The fields of `MemoryModel` that say what the stacked results take.
+    """The fields of `MemoryModel` about the bytes of the stacked results.
 
-    And could take instead.
+    Also the bytes that they would take with `out=` and with `reduce=`.
     """
 
     result_bytes: int
@@ -74,7 +74,7 @@ class Results(TypedDict):
 
 
 def stacked_results(job: Job, device: torch.device, lanes: int) -> Results:
-    """The bytes of stacked results, and what would stay of them with `out=` and with `reduce=`."""
+    """The bytes of stacked results, and those that `out=` and `reduce=` would keep in memory."""
     each = stacked_bytes(job, device)
     stored = None
     if job.unit is None and not job.grad:
@@ -89,13 +89,13 @@ def stacked_results(job: Job, device: torch.device, lanes: int) -> Results:
 
 
 def least_memory(job: Job, device: torch.device, lanes: int, scale: float | None) -> MemoryModel:
-    """The least that a map needs on a device, found without running anything.
+    """Lower bound of the memory that a map needs on a device, found without running anything.
 
     Args:
         job: The mapped call.
-        device: Where it is to be computed.
-        lanes: How often the device is named.
-        scale: What chunks were measured to need over what their tensors say, if any have run.
+        device: The device that computes it.
+        lanes: Number of entries of `devices` that name the device.
+        scale: Measured bytes of chunks over those of their tensors, if any have run.
     """
     resident = results_bytes(job, device, lanes)
     if job.remat:
@@ -124,7 +124,7 @@ def _chunk_bound(job: Job, device: torch.device) -> int:
 
 
 def trial_affordable(job: Job, device: torch.device, size: int, budget_bytes: int | None) -> bool:
-    """Whether trying the lowering on `size` samples, value by value, stays within a budget."""
+    """True if a trial of the lowering on `size` samples stays within a budget."""
     if budget_bytes is None:
         return True
     outputs = job.lowerings.outline(device.type).outputs
@@ -134,7 +134,7 @@ def trial_affordable(job: Job, device: torch.device, size: int, budget_bytes: in
 
 
 def hopeless(job: Job, device: torch.device, least: MemoryModel, budget_bytes: int | None) -> bool:
-    """Whether a map is to be refused before anything is tried.
+    """True if a map is refused before anything is tried.
 
     The least that it needs exceeds the budget, and trying it would take time or memory.
     """
@@ -144,9 +144,9 @@ def hopeless(job: Job, device: torch.device, least: MemoryModel, budget_bytes: i
 
 
 def observed_sizes(job: Job, device: torch.device, budget_bytes: int | None) -> list[int]:
-    """Numbers of samples in the chunks that are watched, as far as a budget allows.
+    """Numbers of samples in the chunks that are measured, as far as a budget allows.
 
-    One sample is always watched: recording it has taken as much.
+    One sample is always measured: recording it has taken as much.
     """
     full = sorted({min(size, job.samples) for size in OBSERVED})
     if budget_bytes is None:

@@ -1,4 +1,4 @@
-"""What every executor shares: the job it is given, and the events it reports while it runs."""
+"""Types that all executors share: the job that they run, and the events that they report."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from shardmap.trace.thread_state import keep
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is to become of one output of the mapped function."""
+    """One output of the mapped function: its shape and dtype, and where its results go."""
 
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape for one sample."""
     dtype: torch.dtype
     device: torch.device
-    """Where the result goes."""
+    """Device of the result."""
     mapped: bool
-    """Whether it differs by sample."""
+    """True if it differs by sample."""
     dim: int | None
-    """Where the dimension of samples goes in the result; None: there is none."""
+    """Position of the mapped dimension in the result; None if the result has none."""
     reduction: Reduction | None
     requires_grad: bool
     summed: bool = False
-    """Whether a chunk gives only the sum over its samples."""
+    """True if a chunk gives only the sum over its samples."""
 
     @property
     def sample_bytes(self) -> int:
@@ -44,12 +44,12 @@ class Output:
 
     @property
     def stacked(self) -> bool:
-        """Whether the results of all samples are kept, one beside the other."""
+        """True if the results of all samples are kept, stacked."""
         return self.mapped and self.reduction is None
 
     @property
     def sliced(self) -> bool:
-        """Whether a chunk gives a row for each of its samples."""
+        """True if a chunk gives a row for each of its samples."""
         return self.mapped and not self.summed
 
 
@@ -59,48 +59,55 @@ class Job:
 
     recording: Recording
     inputs: list[torch.Tensor]
-    """The mapped tensors, mapped dimension first; of a column that is read from a source, the
+    """The mapped tensors, mapped dimension first; for a column that is read from a source, its
     first few rows."""
     samples: int
     """N, the size of the batch."""
     home: torch.device
-    """Where the samples are."""
+    """Device of the samples."""
     outputs: tuple[Output, ...]
     lowerings: Lowerings
-    """How it is lowered for each kind of device."""
+    """Lowerings of the program, one for each kind of device."""
     seed: Seeds
-    """What random draws follow from, as `Seeds` says."""
+    """Seeds of the random draws."""
     grad: bool
-    """Whether outer autograd records."""
+    """True if outer autograd is recording."""
     transformed: bool
-    """Whether `torch.func` transforms are active around the call."""
+    """True if `torch.func` transforms are active around the call."""
     remat: bool
-    """Whether chunks are computed again in backward instead of keeping what they saved."""
+    """True if chunks are computed again in backward instead of keeping what they saved."""
     call: str
     """The user's call, for errors."""
     unit: int | None = None
-    """Samples per storage unit, where results go to a store: chunks do not cross units."""
+    """Samples per storage unit if results go to a store: chunks do not cross units."""
     columns: Mapping[int, Column] = field(default_factory=dict)
     """The inputs, by position, that are read from sources as they are needed."""
     offset: int = 0
-    """The number of the first sample, where this job is a part of a larger one: draws go by a
-    sample's number."""
+    """Index of the first sample in the larger job of which this one is a part: random draws depend
+    on a sample's index in it."""
 
     numbers: np.ndarray | None = None
     """The numbers of all samples, ascending, where this job is of samples that are apart."""
 
     partial: bool = False
-    """Whether reduced outputs are wanted as they are added up, to be added to those of other
+    """True if reduced outputs are returned as unfinished totals, to be combined with those of other
     parts."""
+    places: torch.Tensor | None = None
+    """Where each sample's results belong among those of all, `[N]`, if not in the samples' order:
+    samples of unequal shapes are computed shape by shape."""
+    bounds: tuple[int, ...] = ()
+    """Where samples of one shape end, ascending: chunks end there where they can."""
+    parts: tuple[Job, ...] = ()
+    """The jobs of samples of each shape, which stand in the place of this one's program."""
 
     def numbered(self, start: int, stop: int) -> SampleNumbers:
         """What the draws of the samples `start` to `stop` go by."""
         return self.offset + start if self.numbers is None else self.numbers[start:stop]
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
-        """The samples `start` to `stop` of each input, where they are.
+        """The samples `start` to `stop` of each input, on the device where they are.
 
-        Nobody may write to what is read from a source.
+        Rows that are read from a source must not be written to.
         """
         if not self.columns and start == 0 and stop == self.samples:
             return list(self.inputs)
@@ -114,12 +121,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A map begins: how many samples, in how many chunks as planned."""
+    """A map begins; carries its number of samples and of planned chunks."""
 
     samples: int
     chunks: int
     devices: tuple[str, ...]
-    """The lanes by name: a device named twice is two of them."""
+    """Names of the lanes: a device named twice is two of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +140,12 @@ class ChunkDone:
     seconds: float
     """Wall time on the host between hand-out and completion."""
     at: float = field(default_factory=time.perf_counter)
-    """When it was complete, on the clock of `time.perf_counter`."""
+    """Time of completion, on the clock of `time.perf_counter`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRedone:
-    """A chunk failed and goes back to be computed again, here in halves or on another device."""
+    """A chunk failed and is computed again in this process, in halves or on another device."""
 
     device: str
     start: int
@@ -153,7 +160,7 @@ class RunFinished:
 
     seconds: float
     redone: Mapping[str, int] = field(default_factory=dict)
-    """How many chunks were handed out again, by cause."""
+    """Number of chunks that were handed out again, by cause."""
     at: float = field(default_factory=time.perf_counter)
 
 
@@ -178,7 +185,7 @@ def listen(listener: Listener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Report nothing of the maps inside this context: they are part of another one."""
+    """Report no events of the maps inside this context: they are part of another one."""
     token = _listeners.set(())
     try:
         yield
@@ -193,5 +200,5 @@ def emit(event: Event) -> None:
 
 
 def heard() -> bool:
-    """Whether anybody listens."""
+    """True if there is a listener in this context."""
     return bool(_listeners.get())

@@ -69,7 +69,7 @@ class Combiner:
         size = sum(2 * o.sample_bytes for o in outputs if o.reduction is not None)
         groups = list(_grouped(chunks)) if size >= APART_BYTES and len(chunks) > FAN else []
         self.used = bool(groups)
-        """Whether tasks return their reduced outputs apart, to be combined here."""
+        """True if tasks return their reduced outputs apart, to be combined here."""
         self.left = len(groups)
         """Groups that have not been gathered yet."""
         self.flying: dict[Any, tuple[_Group, RayWorker]] = {}

@@ -1,10 +1,10 @@
 """The driver's side of a map on a Ray cluster.
 
-Hand out tasks, take what comes back, replace workers that die.
+It hands out tasks, takes in their results, and replaces workers that die.
 
-A task is a run of consecutive samples. What comes back are results to gather, sums to add up, or
-receipts for what workers have written to a store. The driver holds a few tasks at a time, whatever
-the size of the batch.
+A task is a run of consecutive samples. Workers return results to gather, sums to add up, or
+receipts for rows that they have written to a store. The driver holds a few tasks at a time,
+whatever the size of the batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _GROW_SECONDS = 2.0
 
 @dataclass(slots=True)
 class _Flight:
-    """A task on its way."""
+    """A task that a worker has and has not returned."""
 
     worker: RayWorker
     chunk: Chunk
@@ -60,7 +60,7 @@ class _Flight:
 class Driver:
     """One mapped call on the pool.
 
-    Hands out tasks, gathers results in whatever order they come, replaces workers that die.
+    It hands out tasks, gathers results in any order, and replaces workers that die.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Driver:
         self.workers = sorted(pool.workers, key=lambda w: not w.ready)[: max(1, len(chunks))]
         self.tasks = len(chunks)
         self.key = uuid.uuid4().hex
-        # Refusals and warnings of the lowering come from here, and what trying it shows.
+        # Refusals, warnings and fixes of the lowering come from this trial in the driver.
         low = Devices(job).on(str(job.home), job.samples > 1).low
         self.digest, self.text = pool.text(job.recording.program)
         self.read_there = read_there(job)
@@ -86,15 +86,16 @@ class Driver:
         self.schedule = Schedule(chunks, WINDOW, RETRIES, expected=len(self.workers))
         self.flying: dict[Any, _Flight] = {}
         self.later: list[tuple[float, RayWorker, Chunk]] = []
-        """What is tried again, and when."""
+        """Tasks that are tried again: the time of the next attempt, the worker, the task."""
         self.redone: collections.Counter[str] = collections.Counter()
         self.halvings = 0
         self.crowds = pool.crowds()
         self.killed: collections.Counter[Chunk] = collections.Counter()
-        """How often a worker died of a task and nobody said why: it may have been its memory."""
+        """Number of workers that died of each task without a stated cause: it may have been
+        memory."""
         self.every = any(combined_here(o) and not o.mapped for o in job.outputs)
-        """Whether each task is to bring the outputs that no sample changes: they are counted
-        once per sample."""
+        """True if each task must return the outputs that do not depend on the sample: a
+        user-defined reduction counts them once per sample."""
         self.combiner = Combiner(self.ray, job.call, chunks, self.outputs, self.gather)
         program = self.key, self.digest, self.text, self.constants
         self.startup = Startup(self.ray, job.call, self.workers, program)
@@ -107,14 +108,14 @@ class Driver:
         columns = {i: job.columns[i] for i in self.read_there}
         store = (
             self.store if self.store is not None and self.store.travels else None
-        )  # otherwise results come here to be written
+        )  # otherwise workers return results and the driver writes them
         return Constants(
             low.options, captured, literals, recording.scalars, job.seed, recording.sources,
             Settings.current(), self.outputs, budget, columns, store, chunk_size, low.fixes,
         )  # fmt: skip
 
     def run(self) -> list[torch.Tensor]:
-        """Everything, from the first task to the last."""
+        """Run the call from the first task to the last, and return its outputs."""
         started = time.perf_counter()
         emit(RunStarted(self.job.samples, self.tasks, tuple([w.name for w in self.workers])))
         try:
@@ -124,7 +125,7 @@ class Driver:
             result = self._finish()
         except BaseException as error:
             # A task that runs cannot be interrupted, and would delay the next call: the worker
-            # goes. After Ctrl-C all go.
+            # is ended. After Ctrl-C all are ended.
             interrupted = not isinstance(error, Exception)
             busy = {id(flight.worker) for flight in self.flying.values()}
             for worker in self.workers:
@@ -205,7 +206,7 @@ class Driver:
             else:
                 yield t[chunk.start : chunk.stop]
 
-    # -- what comes back
+    # -- results
 
     def _wait(self) -> None:
         starting = self.startup.pending()
@@ -216,7 +217,7 @@ class Driver:
             timeout = min(
                 timeout, max(0.0, min(item[0] for item in self.later) - time.perf_counter())
             )
-        if not refs:  # all that is left waits for a place to be reached again
+        if not refs:  # all remaining tasks wait for another attempt to reach a store
             assert self.later
             time.sleep(timeout)
             return
@@ -263,7 +264,7 @@ class Driver:
         self.schedule.done(worker, chunk)
         if flight.apart is not None:
             self.combiner.add(chunk, flight.apart)
-        for event in outcome.redone:  # its clock is another machine's
+        for event in outcome.redone:  # its times are of another machine's clock
             self.redone["memory ran out in a task"] += 1
             emit(ChunkRedone(worker.name, event.start, event.stop, event.reason))
             logger.warning(
@@ -309,7 +310,7 @@ class Driver:
     def _failed(self, ref: Any, worker: RayWorker, chunk: Chunk, failure: Failure) -> None:
         """A worker could not compute a task.
 
-        What may pass is tried again, what is the function's own is not.
+        Temporary failures are tried again, errors of the function itself are not.
         """
         if failure.poisoned:
             self._lost(worker, "device failed", f"{failure.error}\n{failure.traceback}")
@@ -372,7 +373,7 @@ class Driver:
         reason: str,
         quiet: bool = False,
     ) -> None:
-        """Note that tasks are handed out again."""
+        """Count tasks that are handed out again."""
         self.redone[cause] += len(chunks)
         for chunk in chunks:
             emit(ChunkRedone(worker.name, chunk.start, chunk.stop, f"{cause}: {reason}"))
@@ -384,7 +385,7 @@ class Driver:
         return worker.failed_with(self.job.call, chunk)
 
     def _told(self, worker: RayWorker, chunk: Chunk, message: str) -> str:
-        """A worker's own sentence, with the samples that it was about."""
+        """A worker's error message with the range of samples that it is about."""
         text = message.removeprefix(f"{self.job.call}: ")
         return (
             f"{self.job.call}: {text} (samples {chunk.start} to {chunk.stop - 1}, {worker.place})"
@@ -392,7 +393,7 @@ class Driver:
 
 
 def _of_memory(exceptions: Any, error: Exception) -> bool:
-    """Whether Ray ended a worker because its machine was short of memory."""
+    """True if Ray ended a worker because its machine was short of memory."""
     return (
         isinstance(error, exceptions.OutOfMemoryError)
         or "OUT_OF_MEMORY" in str(error)

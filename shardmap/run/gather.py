@@ -1,6 +1,6 @@
 """Put the results of chunks together.
 
-Stacked in place, concatenated with autograd kept, or reduced.
+They are stacked in place, concatenated with autograd kept, or reduced.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _WIDER = {
     torch.float32: torch.float64,
     torch.complex64: torch.complex128,
 }
-"""In what the sums of chunks are added up: thousands of additions in float32 would lose two
-digits."""
+"""The wider dtype in which the sums of chunks are added up: thousands of additions in float32 would
+lose two digits."""
 
 _TOGETHER = 16
-"""Chunks that are added up in their own width before."""
+"""Number of chunks that are first added up in their own dtype."""
 _WITHOUT_FLOAT64 = ("mps",)
 
 
 def wider(dtype: torch.dtype) -> int:
-    """How many times as wide as the results totals are."""
+    """Width of the totals' dtype over that of the results."""
     return 2 if dtype in _WIDER else 1
 
 
 class Gather:
-    """Puts chunks together in the order of the batch, in whatever order they come.
+    """Puts chunks together in the order of the batch, in any order of their arrival.
 
     Without outer autograd each chunk is written into its slice of one preallocated output:
     concatenating at the end would double the memory. With it, chunks are concatenated so that
@@ -42,14 +42,15 @@ class Gather:
 
     Args:
         job: The mapped call.
-        memory: Where stacked outputs go, by position: `[N, *shape]` each; what is not there is
+        memory: Memory for stacked outputs, by position, `[N, *shape]` each; that of others is
             allocated.
     """
 
     def __init__(self, job: Job, memory: Mapping[int, torch.Tensor] | None = None):
         self.job = job
         self.concatenate = job.grad or job.transformed
-        """Outer transforms cannot write a chunk of theirs into a plain tensor."""
+        """True under outer autograd and outer transforms, which cannot write into a plain
+        tensor."""
         self.parts: dict[int, dict[int, torch.Tensor]] = {}
         self.single: dict[int, torch.Tensor] = {}
         self.whole: dict[int, torch.Tensor] = dict(memory or {})
@@ -71,23 +72,23 @@ class Gather:
         return whole
 
     def slot(self, k: int, start: int, stop: int) -> torch.Tensor:
-        """Where the results of the samples `start` to `stop` belong, of the stacked output `k`."""
+        """The rows `start` to `stop` of the stacked output `k`, where a chunk is written."""
         return self.stacked(k)[start:stop]
 
     def forget(self) -> None:
-        """Let go of all results: lanes hold this object, and tracebacks hold them."""
+        """Drop all results: lanes hold this object, and tracebacks hold them."""
         for held in (self.parts, self.single, self.whole, self.totals):
             held.clear()
 
     @property
     def waiting(self) -> int:
-        """Partial results that came before their turn."""
+        """Number of partial results that came before their turn."""
         return max((len(t.waiting) for t in self.totals.values()), default=0)
 
     def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
         """Take the outputs of the samples `start` to `stop`, reduced ones combined.
 
-        What is in its place already (or not sent) is None.
+        An output that is already written in place, or was not sent, is None.
         """
         for k, (t, out) in enumerate(zip(outs, self.job.outputs, strict=True)):
             if t is None:
@@ -99,11 +100,15 @@ class Gather:
                     self.single[k] = t.to(out.device)
             elif self.concatenate or stop - start == self.job.samples:
                 self.parts.setdefault(k, {})[start] = t.to(out.device)
+            elif self.job.places is not None:
+                whole = self.stacked(k)
+                places = self.job.places[start:stop].to(whole.device)
+                whole.index_copy_(0, places, t.to(whole.device))
             else:
                 self.put(self.slot(k, start, stop), t)
 
     def put(self, slot: torch.Tensor, t: torch.Tensor) -> None:
-        """Copy a chunk's results to where they belong."""
+        """Copy a chunk's results into their slice of the output."""
         slot.copy_(t)
 
     def combined(self, outs: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
@@ -117,7 +122,7 @@ class Gather:
     def finish(self) -> list[torch.Tensor]:
         """The results, each as the loop would stack it, or reduced.
 
-        Of a job that is a part of a larger one, what that one adds up.
+        For a part of a larger job: the unfinished totals.
         """
         return [self._finish(k, out) for k, out in enumerate(self.job.outputs)]
 
@@ -128,17 +133,21 @@ class Gather:
             return placed(self.single[k], out, self.job.samples)
         if k in self.parts:
             parts = [part for _, part in sorted(self.parts[k].items(), key=lambda item: item[0])]
-            return placed(parts[0] if len(parts) == 1 else torch.cat(parts), out, self.job.samples)
+            found = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if self.job.places is not None:
+                found = found.index_select(0, self.job.places.argsort().to(found.device))
+            return placed(found, out, self.job.samples)
         return self.stacked(k).movedim(0, out.dim or 0)
 
 
 def placed(t: torch.Tensor, out: Output, samples: int) -> torch.Tensor:
-    """An output with its dimension of samples where it goes.
+    """An output with its dimension of samples at `out.dim`.
 
     Its memory is laid out as torch.stack does it: flatten() depends on that.
 
     Args:
-        t: `[N, *shape]`, or `shape` if no sample changes it: then it is copied for each.
+        t: `[N, *shape]`, or `shape` if it does not depend on the sample: then it is copied for
+            each.
         out: The output.
         samples: N.
     """
@@ -166,16 +175,16 @@ class Total:
         self.samples = samples
         self.in_place = not grad
         self.recent: torch.Tensor | None = None
-        """The sum of the last few chunks, in their own width: adding each of them up in twice
-        the width costs four times as much."""
+        """The sum of the last few chunks in their own dtype: adding each of them to the wider total
+        costs four times as much."""
         self.recently = 0
         self.value: torch.Tensor | None = None
         self.next = 0
-        """The sample that is to come next."""
+        """The sample whose chunk is added next."""
         self.waiting: dict[int, tuple[int, torch.Tensor]] = {}
 
     def add(self, start: int, stop: int, partial: torch.Tensor) -> None:
-        """Take a chunk's combination."""
+        """Take in a chunk's combination."""
         if start == stop:
             return
         self.waiting[start] = stop, partial.to(self.out.device)
@@ -184,9 +193,9 @@ class Total:
             self._take(partial)
 
     def partial(self, t: torch.Tensor, size: int) -> torch.Tensor:
-        """A chunk's combination, on its device.
+        """Combine the results of one chunk, on its device.
 
-        Of its results, `[n, *shape]`, or of one sample's that is the same for all.
+        The results are `[n, *shape]`, or one sample's if it is the same for all.
         """
         if self.out.summed:
             return t
@@ -242,7 +251,7 @@ class Total:
         self.recent, self.recently = None, 0
 
     def so_far(self) -> torch.Tensor:
-        """The combination of the samples that were taken, in the width in which it is added up."""
+        """The combination of the samples taken so far, in the wider dtype of the total."""
         self._settle()
         assert self.value is not None, "a part of a job has samples"
         return self.value
@@ -268,7 +277,7 @@ class Total:
 
 
 def _folded(combine: Callable[[Any, Any], Any], t: torch.Tensor) -> torch.Tensor:
-    """`[n, *shape] -> [*shape]`.
+    """Reduce `[n, *shape]` to `[*shape]` by a pairwise tree.
 
     Neighbours are combined, then neighbouring pairs, in the order of the samples.
     """
@@ -277,4 +286,4 @@ def _folded(combine: Callable[[Any, Any], Any], t: torch.Tensor) -> torch.Tensor
         merged = combine(t[0 : 2 * pairs : 2], t[1 : 2 * pairs : 2])
         t = torch.cat([merged, t[2 * pairs :]]) if t.shape[0] % 2 else merged
         del merged
-    return t[0].clone()  # one sample's chunk may lie in memory that the next one is computed into
+    return t[0].clone()  # the memory of a one-sample chunk may be written by the next chunk

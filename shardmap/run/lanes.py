@@ -1,6 +1,6 @@
-"""One lane per entry of `devices`.
+"""Lanes, one per entry of `devices`.
 
-Takes a chunk's samples, computes it, and hands its results over.
+A lane takes a chunk's samples, computes it, and hands its results over.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from shardmap import errors
 from shardmap._torch import version_of
+from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
+from shardmap.program.own_backward import DATA
 from shardmap.rules import huge_pages as pages
 from shardmap.run.affordable import direct
 from shardmap.run.base import Job
@@ -28,38 +30,37 @@ from shardmap.run.gather import Gather
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
 
 LEARN_FROM = 32 << 20
-"""Bytes of a chunk from which its measured peak says more than the noise of the process around
-it."""
+"""Bytes of a chunk from which its measured peak is larger than the noise of the process."""
 CHUNKS = 4
-"""How many of them are measured."""
+"""Number of chunks whose peaks are measured."""
 MARGIN, LEAST, MOST = 1.05, 0.75, 4.0
-"""A chunk's measured peak over the predicted one: with a margin, and within what other work in
-the process cannot fake."""
+"""Bounds of a chunk's measured peak over the predicted one: a margin is added, and the ratio is
+clamped to [0.75, 4] so that unrelated allocations cannot skew it."""
 
 
 @dataclass(slots=True)
 class Flight:
-    """A chunk on its way."""
+    """A chunk that is being computed."""
 
     chunk: Chunk
     began: float
-    """On the clock of `time.perf_counter`."""
+    """Time of its submission, on the clock of `time.perf_counter`."""
     outs: list[torch.Tensor | None]
     done: Any = None
-    """An event on the device; None where the host has waited."""
+    """An event on the device; None if the host has waited already."""
     ended: float = 0.0
     keep: list[object] = field(default_factory=list)
-    """What must live until the chunk is complete."""
+    """Objects that must live until the chunk is complete."""
 
 
 class Lane:
     """Computes chunks on a device that the host waits for.
 
-    The CPU, and accelerators without streams of their own here.
+    It serves the CPU, and accelerators for which no streams are used here.
     """
 
     window = 1
-    """Chunks in flight."""
+    """Most chunks in flight."""
 
     def __init__(
         self, number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool
@@ -76,7 +77,7 @@ class Lane:
         """Most samples in a chunk; less after memory ran out."""
         self.alive = True
         self.busy = 0.0
-        """Seconds in chunks so far."""
+        """Seconds spent in chunks so far."""
         self.flights: collections.deque[Flight] = collections.deque()
         self.direct = direct(job, self.device) and _worth_slices(job, plan)
         self.scratch: dict[int, torch.Tensor] = {}
@@ -88,15 +89,15 @@ class Lane:
 
     @property
     def learned(self) -> Learned:
-        """What chunks of this program on this device have shown."""
+        """Measurements of this program's chunks on this device."""
         if self._learned is None:
             self._learned = learned(self.job, self.plan.device)
         return self._learned
 
     def _meter(self, alone: bool) -> Meter:
-        """What measures the first chunks.
+        """The meter of the first chunks' peaks.
 
-        With other lanes, which take memory meanwhile, only the first.
+        Beside other lanes, which take memory meanwhile, only the first chunk is measured.
         """
         job = self.job
         resident = (
@@ -111,16 +112,16 @@ class Lane:
 
     @property
     def full(self) -> bool:
-        """Whether it can take no further chunk now."""
+        """True if it can take no further chunk now."""
         return len(self.flights) >= self.window
 
     def expects(self, size: int) -> float:
-        """When a chunk of that many samples would be done, in seconds of this lane's work."""
+        """Time at which a chunk of `size` samples would be done, in seconds of this lane's work."""
         waiting = sum(f.chunk.size for f in self.flights)
         return self.busy + (waiting + size) * (self.learned.sample_seconds or 0.0)
 
     def submit(self, chunk: Chunk) -> None:
-        """Compute a chunk; its flight is then among `flights`."""
+        """Compute a chunk and add it to `flights`."""
         ready = self._prepared(chunk)
         began = time.perf_counter()
         if self.meter.watching:
@@ -134,7 +135,7 @@ class Lane:
         self.flights.append(Flight(chunk, began, outs, ended=time.perf_counter()))
 
     def _prepared(self, chunk: Chunk) -> Ready:
-        """The program on this device, checked for a chunk of one sample, or of several."""
+        """The program on this device, checked for chunks of one sample, or of several."""
         several = chunk.size > 1
         ready = self.ready.get(several)
         if ready is None:
@@ -142,7 +143,7 @@ class Lane:
         return ready
 
     def compute(self, ready: Ready, chunk: Chunk) -> list[torch.Tensor | None]:
-        """A chunk's outputs, reduced ones combined; None for one that is in its place already."""
+        """A chunk's outputs, reduced ones combined; None for one already written in place."""
         job = self.job
         inputs = self.samples(chunk)
         arguments = (
@@ -170,9 +171,14 @@ class Lane:
                         )
                 return replay(*arguments, list(inputs))
 
-            outs = checkpoint(compute, *inputs, use_reentrant=False)
+            # Writes that autograd does not see change saved values: no early end.
+            hidden = any(eq.op is DATA for eq in job.recording.program.equations)
+            outs = checkpoint(compute, *inputs, use_reentrant=False, early_stop=not hidden)
         else:
             outs = replay(*arguments, inputs)
+            if chunk.size == job.samples:  # of several chunks, results are copied together
+                saved = zip(ready.low.batched.saved, job.outputs, strict=False)
+                outs = unsaved(outs, [s and o.stacked for s, o in saved])
         return list(self.gather.combined(outs, chunk.size))
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
@@ -182,7 +188,7 @@ class Lane:
     def _compute_into(
         self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]
     ) -> list[Any]:
-        """Compute into the slices of the result, and into scratch memory what is to be reduced."""
+        """Compute into slices of the result, and into scratch memory for outputs to be reduced."""
         slices = []
         for k, out in enumerate(self.job.outputs):
             if not out.sliced:
@@ -209,24 +215,24 @@ class Lane:
         return done
 
     def drop(self) -> list[Chunk]:
-        """Forget the chunks in flight, and return them."""
+        """Drop the chunks in flight, and return them."""
         chunks = [f.chunk for f in self.flights]
         self.flights.clear()
         return chunks
 
     def release(self) -> None:
-        """Let go of everything that occupies memory on the device."""
+        """Drop everything that occupies memory on the device."""
         self.flights.clear()
         self.scratch.clear()
         self.ready.clear()
 
 
 def _worth_slices(job: Job, plan: LanePlan) -> bool:
-    """Whether to write into the result's slices.
+    """True if chunks should write into slices of the result.
 
-    Not where one chunk is the result, and copies of it would be lost in the margin.
+    Not if one chunk is the whole result and its copy is smaller than the margin.
 
-    Results that no kernel can write in place cost a copy there: for a batch of a small transformer
+    Results that no kernel can write into a slice cost a copy: for a batch of a small transformer
     a twentieth of its time.
     """
     if (
@@ -239,9 +245,10 @@ def _worth_slices(job: Job, plan: LanePlan) -> bool:
 
 
 class Meter:
-    """The peaks of a lane's first chunks against what was predicted, where the process shows them.
+    """Compares the peaks of a lane's first chunks with the prediction, where they can be measured.
 
-    Not of the first alone: the allocator's gaps grow for a chunk or two before they are used again.
+    The first alone is not enough: the allocator's gaps grow for a chunk or two before they are
+    reused.
     """
 
     def __init__(
@@ -255,23 +262,23 @@ class Meter:
             else None
         )
         self.result_bytes = result_bytes
-        """Of each sample: pages of the result that become resident as they are written."""
+        """Bytes per sample of the result's pages that become resident as they are written."""
         self.left = chunks
         self.before: tuple[int, int] | None = None
         self.samples = 0
 
     @property
     def watching(self) -> bool:
-        """Whether the next chunk is to be measured."""
+        """True if the next chunk is measured."""
         return self.meter is not None and self.left > 0
 
     def start(self) -> None:
-        """A chunk begins."""
+        """Begin to measure a chunk."""
         if self.before is None and self.meter is not None:
             self.before = self.meter.read()
 
     def finish(self, chunk: Chunk) -> None:
-        """A chunk is complete: remember its peak, if it exceeded every one before."""
+        """End the measurement of a chunk: keep its peak if it exceeds all before."""
         self.left -= 1
         self.samples += chunk.size
         after = self.meter.read() if self.meter is not None else None
@@ -293,7 +300,7 @@ def make_lane(
 class CudaLane(Lane):
     """Computes chunks on a GPU.
 
-    Launches run ahead of it; samples from the host arrive, and results leave for it, on streams of
+    Launches run ahead of it; samples and results are copied from and to the host on streams of
     their own while others compute.
     """
 
@@ -306,10 +313,10 @@ class CudaLane(Lane):
         self.up, self.down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.free_since = 0.0
         self.keep: list[object] = []
-        """What the chunk that is being launched needs until it is complete."""
+        """Objects that the chunk being launched needs until it is complete."""
 
     def submit(self, chunk: Chunk) -> None:
-        """Launch a chunk; it is in flight until its event on the device has happened."""
+        """Launch a chunk; it is in flight until its event on the device has occurred."""
         with torch.cuda.device(self.device):
             ready = self._prepared(chunk)
             began = time.perf_counter()
@@ -328,7 +335,7 @@ class CudaLane(Lane):
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device.
 
-        From the host they are copied out of pinned memory while other chunks compute.
+        Samples on the host are copied through pinned memory while other chunks compute.
         """
         moved_there = []
         for part in self.job.read(chunk.start, chunk.stop):
@@ -346,9 +353,9 @@ class CudaLane(Lane):
         return moved_there
 
     def _home(self, outs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The outputs on their way to where the result is.
+        """Send the outputs to the device of the result.
 
-        To the host through pinned memory, without waiting.
+        Copies to the host go through pinned memory, without waiting.
         """
         self.down.wait_stream(torch.cuda.current_stream(self.device))
         sent: list[torch.Tensor | None] = []
@@ -396,5 +403,5 @@ def _pinned(t: torch.Tensor) -> torch.Tensor:
 
 
 def _page_locked(t: torch.Tensor) -> torch.Tensor:
-    """Dense page-locked memory for what `t` holds."""
+    """Dense page-locked memory of the shape and dtype of `t`."""
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)

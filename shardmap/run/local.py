@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import logging
 import time
@@ -15,6 +16,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import set_grad
 from shardmap.lower import cache as engine
+from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
@@ -28,12 +30,12 @@ from shardmap.store import Store
 logger = logging.getLogger("shardmap")
 
 AHEAD_PER_LANE = 8
-"""Partial results that may wait for a slower device's: where chunks are reduced in order, the
-others then wait for it."""
+"""Most partial results that wait for those of a slower device: where chunks are reduced in order,
+the other lanes pause then."""
 
 LEAST_SHARE = 4
-"""The last chunks are smaller, so that lanes finish together, but not below this part of a full
-one."""
+"""Smallest part of a full chunk that the last chunks have: they are smaller, so that lanes finish
+together."""
 
 
 def run(
@@ -47,11 +49,11 @@ def run(
 
     Args:
         job: The mapped call.
-        split: Who is expected to compute how much.
-        on: The devices, as far as they are ready.
+        split: The planned lanes and chunks.
+        on: The devices of the call.
         store: Where results go instead of memory; only the units that are missing there are
             computed.
-        memory: Where stacked outputs go, by position; what is not there is allocated.
+        memory: Memory for stacked outputs, by position; that of others is allocated.
 
     Raises:
         OutOfMemory: Not even one sample fits.
@@ -76,7 +78,7 @@ def run(
             executor.run()
             result = executor.gather.finish()
     except BaseException as error:
-        executor.abandon()  # the traceback keeps the frames, and with them whatever they hold
+        executor.abandon()  # the traceback keeps the frames and their tensors alive
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -86,9 +88,9 @@ def run(
 
 
 def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
-    """The stacked outputs of a map that is small.
+    """The stacked outputs of a small map.
 
-    One chunk, where the samples are, with nothing in the way.
+    It is one chunk on the device of the samples.
     """
     started = time.perf_counter()
     name = str(job.home)
@@ -112,7 +114,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             )
             result = [
                 placed(t.to(o.device), o, job.samples)
-                for t, o in zip(outs, job.outputs, strict=True)
+                for t, o in zip(unsaved(outs, ready.low.batched.saved), job.outputs, strict=True)
             ]
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
@@ -127,7 +129,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
 
 @dataclass(slots=True)
 class _Fault:
-    """A chunk failed; the error itself is gone, for its traceback holds the chunk's tensors."""
+    """The failure of a chunk, without the error: its traceback holds the chunk's tensors."""
 
     kind: str
     """"memory" or "device"."""
@@ -135,7 +137,7 @@ class _Fault:
 
 
 class _Run:
-    """One call: a queue of samples, and lanes that take chunks from it as they become free."""
+    """One call: a queue of samples, and lanes that take chunks from it when they are free."""
 
     def __init__(self, job: Job, split: Split, on: Devices, gather: Gather, store: Store | None):
         self.job = job
@@ -146,13 +148,13 @@ class _Run:
             for i, plan in enumerate(split.lanes)
         ]
         self.next = 0
-        """The first sample that no lane has had."""
+        """The first sample that has not been handed to a lane."""
         self.again: collections.deque[Chunk] = collections.deque()
-        """Chunks that failed, in order; of a store, the units that are missing."""
+        """Chunks that failed, in order; for a store, the units that are missing."""
         self.redone: collections.Counter[str] = collections.Counter()
         """Chunks that were handed out again, by cause."""
         self.failures: collections.Counter[int] = collections.Counter()
-        """How many devices a sample's chunk has failed on, by the chunk's first sample."""
+        """Number of devices that a chunk has failed on, by the chunk's first sample."""
         if store is not None:
             self.next = split.samples
             self.again.extend(Chunk(*store.header.rows(unit)) for unit in store.missing())
@@ -162,7 +164,7 @@ class _Run:
     def run(self) -> None:
         if (
             self.job.recording.written_inputs
-        ):  # checks look at the first samples: before anything is written to them
+        ):  # checks use the first samples: before the function writes to them
             for lane in self.lanes:
                 for several in {False, self.job.samples > 1}:
                     self.on.on(lane.plan.device, several, lane.direct)
@@ -197,7 +199,7 @@ class _Run:
         return None if lane.full else lane
 
     def _take(self, lane: Lane) -> Chunk:
-        """The next chunk for a lane: what failed before comes first."""
+        """The next chunk for a lane; chunks that failed before come first."""
         self.empty = False
         if self.again:
             chunk = self.again.popleft()
@@ -210,24 +212,27 @@ class _Run:
         size = min(lane.limit, left)
         if (
             len(self.lanes) > 1 and not self.reduced
-        ):  # a share of what is left, so that lanes finish together
+        ):  # a share of the rest, so that lanes finish together
             size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
-        chunk = Chunk(self.next, self.next + size)
-        self.next += size
+        stop = self.next + size
+        bounds = self.job.bounds
+        last = bounds[bisect.bisect_right(bounds, stop) - 1] if bounds else 0
+        chunk = Chunk(self.next, last if self.next < last < stop else stop)
+        self.next = chunk.stop
         return chunk
 
     def _submit(self, lane: Lane, chunk: Chunk) -> None:
         written = self._backup(chunk)
         try:
-            with unheard():  # a map inside an operator of the user's is no event of this one
+            with unheard():  # maps inside a user-defined operator report no events here
                 lane.submit(chunk)
             return
         except Exception as error:
             fault = _classify(error)
             if fault is None:
                 raise
-        # Out of the except block: the error's traceback held the frames of the chunk, and they its
-        # memory.
+        # Outside the except block, as the error's traceback held the frames of the chunk, and they
+        # its memory.
         self._restore(chunk, written, fault)
         self._failed(lane, [chunk], fault)
 
@@ -268,7 +273,7 @@ class _Run:
             emit(ChunkRedone(lane.name, chunk.start, chunk.stop, fault.reason))
 
     def _halve(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
-        """Free what can be freed, and compute less at a time from now on."""
+        """Free memory, and compute smaller chunks from now on."""
         while lane.flights:
             self._collect(lane, wait=True)
         if devices.accelerated(lane.device):
@@ -293,7 +298,7 @@ class _Run:
         )  # fmt: skip
 
     def _move(self, lane: Lane, chunks: list[Chunk], fault: _Fault) -> None:
-        """Go on without the device, if that can be."""
+        """Go on without the device, if another can take over."""
         chunks += [
             c
             for other in self.lanes
@@ -362,7 +367,7 @@ class _Run:
             self.job.inputs[i][chunk.start : chunk.stop].copy_(t)
 
     def abandon(self) -> None:
-        """Let go of everything: after an error or Ctrl-C nothing of the call may stay in memory."""
+        """Drop everything: after an error or Ctrl-C nothing of the call may stay in memory."""
         for lane in self.lanes:
             lane.release()
         self.on.forget()
@@ -376,7 +381,7 @@ _MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Unabl
 
 
 def _classify(error: Exception) -> _Fault | None:
-    """What an error says of memory or the device; None if it is the function's own."""
+    """Sort an error into a fault of memory or device; None if it is the function's own."""
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if isinstance(error, errors.ShardmapError):
         return None

@@ -1,4 +1,4 @@
-"""The lowerings of one call.
+"""The lowerings of one call: for each kind of device, for chunks of one sample and of several.
 
 For each kind of device, and for chunks of one sample and of several.
 """
@@ -22,22 +22,22 @@ Samples = tuple[tuple[torch.Tensor, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Lowerings:
-    """How one call's program is lowered; each lowering is asked of the cache when it is needed.
+    """The lowerings of one call's program; each is looked up in the cache when it is needed.
 
     A program that is found by its identity costs nothing; one that is new is tried on samples.
     """
 
     recording: Recording
     options: LoweringOptions
-    """For any device; the kind is put in."""
+    """Options for any device; the kind of device is put in by `how`."""
     layout: tuple[bool, ...]
-    """For each input, whether samples lie one after another in memory."""
+    """For each input: True if samples lie one after another in memory."""
     expected: Samples = ()
-    """What the function returns for the first sample, and the last; empty if it was not run."""
+    """The function's results for the first and the last sample; empty if it was not run."""
     fixes: Fixes = field(default_factory=Fixes)
-    """What another process has found to be needed."""
+    """Fixes that another process has found to be needed."""
     instead: Lowered | None = None
-    """What runs in the place of any lowering: the function itself, sample by sample."""
+    """Replaces every lowering if given: runs the function itself, sample by sample."""
 
     def how(self, device_type: str) -> LoweringOptions:
         """The options for a kind of device."""
@@ -49,9 +49,9 @@ class Lowerings:
         )
 
     def outline(self, device_type: str) -> BatchedProgram:
-        """The batched program as the rules give it.
+        """The batched program as the rules make it, before any trial.
 
-        Which outputs differ by sample, what is summed.
+        It tells which outputs differ by sample and which are summed.
         """
         if self.instead is not None:
             return self.instead.batched
@@ -59,7 +59,7 @@ class Lowerings:
         return cache.draft(recording.program, self.how(device_type), self.layout, recording.sources)
 
     def notes(self, device_type: str) -> Notes:
-        """What has been learned of the program on this kind of device."""
+        """Measurements of the program on this kind of device."""
         if self.instead is not None:
             return self.instead.notes
         return cache.notes(self.recording.program, self.how(device_type), self.layout)
@@ -79,16 +79,16 @@ class Lowerings:
         """The lowering for chunks on `device`, tried there on the call's samples if it is new.
 
         Args:
-            device: Where the chunks run.
-            size: How many samples it is tried on: 0, 1 or 2.
-            slices: Whether outputs may be computed into slices of a result.
-            inputs: Makes that many samples, `[size, *shape]` each, on the device.
-            captured: The captured tensors, there.
-            literals: The literals, there.
-            seed: For random draws, as `Seeds` says.
-            fixes: What is known to be needed.
-            sibling: A lowering for chunks of several samples that was tried before. What it gives
-                is expected of this one, where the function itself was not run for this call.
+            device: The device of the chunks.
+            size: Number of samples that it is tried on: 0, 1 or 2.
+            slices: True if outputs may be computed into slices of a result.
+            inputs: Makes a given number of samples, `[size, *shape]` each, on the device.
+            captured: The captured tensors on the device.
+            literals: The literals on the device.
+            seed: Seeds for random draws.
+            fixes: Fixes that are known to be needed.
+            sibling: A lowering for chunks of several samples that was tried before. Its results
+                are expected of this one if the function itself was not run for this call.
         """
         if self.instead is not None:
             return self.instead
@@ -127,9 +127,9 @@ class Lowerings:
 
 
 def _given_by(low: Lowered, samples: Trial) -> Samples:
-    """What a lowering that has been compared gives for the first of several samples.
+    """The results of a compared lowering for the first of several samples.
 
-    Empty where that cannot be told from rounding, or is a sum over samples.
+    Empty if they are equal only up to rounding, or if an output is a sum over samples.
     """
     if low.loose or low.batched.summed:
         return ()

@@ -25,7 +25,7 @@ HOST = torch.device("cpu")
 LASTING = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 )
-"""Failures of a disk that trying again does not mend."""
+"""Failures of a disk that another attempt does not cure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Settings:
     deterministic_warn_only: bool
     matmul_precision: str
     attention: tuple[bool, bool, bool, bool]
-    """Which kernels scaled_dot_product_attention may choose: flash, memory-efficient, math,
+    """The kernels that scaled_dot_product_attention may choose: flash, memory-efficient, math,
     cuDNN."""
 
     @staticmethod
     def current() -> Settings:
-        """Those of this process."""
+        """The settings of this process."""
         cuda = torch.backends.cuda
         return Settings(
             torch.get_default_dtype(),
@@ -61,7 +61,7 @@ class Settings:
         )
 
     def apply(self) -> None:
-        """Set them in this process."""
+        """Set these settings in this process."""
         torch.set_default_dtype(self.default_dtype)
         torch.use_deterministic_algorithms(
             self.deterministic, warn_only=self.deterministic_warn_only
@@ -76,60 +76,63 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What one call sends to each worker once, besides the program's text."""
+    """Data that one call sends to each worker once, besides the program's text."""
 
     options: LoweringOptions
-    """For the kind of device that the program was recorded on; a worker puts in its own."""
+    """Options for the kind of device that the program was recorded on; a worker puts in its own."""
     captured: tuple[Packed, ...]
     literals: tuple[tuple[Packed, bool], ...]
-    """Each with whether it follows the samples to the worker's device; others stay on the CPU."""
+    """Each literal with True if it moves to the worker's device with the samples; others stay on
+    the CPU."""
     scalars: tuple[float, ...]
     seed: Seeds
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
     settings: Settings
     outputs: tuple[Output, ...]
-    """As a worker gives them: on the host, samples first; those that it can reduce, reduced."""
+    """The outputs as a worker returns them: on the host, samples first; reduced if it can reduce
+    them."""
     budget: Budget
     columns: Mapping[int, Column] = field(default_factory=dict)
     """The inputs, by position, that workers read themselves."""
     store: Store | None = None
-    """Where workers write their results; without one they return them."""
+    """Store that workers write their results to; without one they return them."""
     chunk_size: Any = None
-    """Most samples at a time: "auto", or None for all of a task."""
+    """Most samples computed at a time: "auto", or None for all of a task."""
     fixes: Fixes = field(default_factory=Fixes)
-    """What the driver found to be needed when it tried the program."""
+    """Fixes that the driver found to be needed when it tried the program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Consecutive samples."""
+    """Consecutive samples that a worker computes."""
 
     start: int
     size: int
     inputs: tuple[Packed | None, ...]
-    """Their values; None for a column that the worker reads."""
+    """The samples' values, by input; None for a column that the worker reads."""
     unmapped: bool
-    """Whether to return the outputs that no sample changes: one task of a call does."""
+    """True to return the outputs that do not depend on the sample: one task of a call does."""
     halvings: int = 0
-    """How often workers have died of chunks that were too large: they are so often cut in two."""
+    """Number of workers that died because chunks were too large: chunks are halved that many
+    times."""
     peers: int = 1
-    """Workers that share this one's memory, itself among them."""
+    """Number of workers that share this one's memory, itself included."""
     numbers: np.ndarray | None = None
-    """The numbers of samples that are apart, by which they draw."""
+    """Indices of samples that are not consecutive, by which they draw; else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A task is computed."""
+    """The result of a task."""
 
     outputs: tuple[Packed | None, ...]
-    """None for what went to the store, is returned apart, or was not asked for."""
+    """The outputs; None for one that went to the store, is returned apart, or was not requested."""
     receipt: Receipt | None
-    """For what was written."""
+    """Receipt for the rows that were written to a store."""
     seconds: float
     redone: tuple[ChunkRedone, ...] = ()
-    """Chunks of it that were too large for the memory, by their numbers in the whole batch."""
+    """Chunks of the task that were too large for the memory, by their numbers in the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +140,19 @@ class Failure:
     """An error raised while a task was computed."""
 
     error: str
-    """Its type and message, on one line."""
+    """Type and message of the error, on one line."""
     traceback: str
     poisoned: bool
-    """The process can compute nothing more (an error inside a CUDA kernel): it must be replaced."""
+    """True if the process can compute no more (after an error in a CUDA kernel) and must be
+    replaced."""
     kind: str = ""
     """The name of the error in `shardmap.errors`; empty if it is none of ours."""
     passing: bool = False
-    """Whether it may be otherwise the next time: a store or source that could not be reached."""
+    """True if another attempt may succeed: a store or source could not be reached."""
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """What is to be said of an error that is being handled."""
+        """Describe an error that is being handled."""
         message = "\n".join(traceback.format_exception_only(error)).strip()
         poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(
             error, torch.OutOfMemoryError

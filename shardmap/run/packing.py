@@ -1,4 +1,4 @@
-"""Tensors on their way to other processes: plain bytes with their strides beside them.
+"""Pack tensors for other processes: plain bytes with their strides beside them.
 
 Pickling a torch tensor would send its whole storage, copied twice, where numpy's buffers go to
 shared memory as they are and are read there without a copy.
@@ -18,13 +18,13 @@ _ALIGNMENT = 64
 
 
 class Packed(NamedTuple):
-    """A tensor on its way: its distinct elements, and how they lay in memory."""
+    """A packed tensor: its distinct elements and their layout in memory."""
 
     data: np.ndarray | None
     """The elements as bytes, row by row; None for a tensor on the meta device, which has none."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """In elements; recorded views depend on them. Dimensions of stride 0 are sent once."""
+    """Strides in elements; recorded views depend on them. Dimensions of stride 0 are sent once."""
     dtype: torch.dtype
     misalignment: int
     """Bytes from the last multiple of 64 to the first element on the CPU. Kernels add up in another
@@ -37,7 +37,7 @@ def _repeated(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
 
 
 def pack(t: torch.Tensor) -> Packed:
-    """The elements of `t`, and only those: nothing else of the storage that it views.
+    """Pack the elements of `t`, without the rest of its storage.
 
     Args:
         t: Any strided tensor, on any device. Bytes are shared where it is dense, so send them
@@ -61,9 +61,9 @@ def pack(t: torch.Tensor) -> Packed:
 
 
 def unpack(p: Packed, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`, with the strides that it was packed with.
+    """Unpack the tensor on `device`, with the strides that it was packed with.
 
-    On the CPU a dense tensor shares the bytes of `p`, which nobody may write to.
+    On the CPU a dense tensor shares the bytes of `p`, which must not be written to.
     """
     if p.data is None:
         return torch.empty_strided(p.shape, p.stride, dtype=p.dtype, device="meta")
@@ -101,9 +101,9 @@ def _tensor_of(data: np.ndarray) -> torch.Tensor:
 
 @functools.cache
 def _accept_read_only_memory() -> None:
-    """Torch warns, once per process, when a tensor shares memory that must not be written.
+    """Suppress torch's warning, once per process, about tensors in memory that is read-only.
 
-    We only read it.
+    The memory is only read.
     """
     data = np.zeros(1, np.uint8)
     data.flags.writeable = False

@@ -1,7 +1,7 @@
-"""The worker processes of this process on a Ray cluster: joined, started, replaced, and let go.
+"""The pool of workers on a Ray cluster: joined, started, replaced, and released.
 
 Starting a worker costs seconds (it imports torch), so the pool outlives the call: it is kept for
-the process, and its workers are let go when they have been idle for a while, so that other work on
+the process, and its workers end when they have been idle for a while, so that other work on
 the same cluster gets their slots.
 """
 
@@ -39,7 +39,7 @@ class Ray:
     machine.
 
     Args:
-        workers: How many worker processes; None for one per GPU, or one per `num_cpus` cores where
+        workers: Number of worker processes; None for one per GPU, or one per `num_cpus` cores where
             the cluster has no GPU.
         num_cpus: Cores per worker, and its number of torch threads.
         num_gpus: GPUs per worker, which may be a fraction; None for 1 where the cluster has GPUs,
@@ -103,27 +103,27 @@ class RayWorker:
 
     number: int
     remote: Any
-    """Makes an actor."""
+    """Function that makes an actor."""
     actor: Any = None
     ready: bool = False
     pid: int | None = None
     node: str = ""
-    """The machine that it is on."""
+    """The machine of the process."""
     device: str = ""
-    """What it computes with."""
+    """The device that it computes on."""
     free_bytes: int | None = None
-    """What its device had left when it started."""
+    """Bytes that its device had left when the process started."""
     starting: Any = None
 
     @property
     def name(self) -> str:
-        """As events, the progress bar and the plan call it."""
+        """Name of the worker in events, the progress bar and the plan."""
         return f"ray:{self.number}"
 
     def start(self) -> Any:
-        """The reference that is ready once the process is.
+        """A reference that is ready once the process is.
 
-        A process is started where there is none.
+        The process is started if there is none.
         """
         if self.actor is None:
             self.actor = self.remote()
@@ -131,7 +131,7 @@ class RayWorker:
         return self.starting
 
     def started(self, info: Mapping[str, Any]) -> None:
-        """The process has said what it is."""
+        """Take in the facts that a started process reports."""
         self.ready, self.pid, self.node, self.device = (
             True,
             info["pid"],
@@ -155,7 +155,7 @@ class RayWorker:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Name, process and machine of the worker, for messages."""
         return (
             f"{self.name} (process {self.pid} on {self.node})"
             if self.pid is not None
@@ -175,9 +175,9 @@ class Pool:
     gone."""
     workers: list[RayWorker]
     make: Any
-    """Makes an actor."""
+    """Function that makes an actor."""
     gpus: float
-    """Of each worker."""
+    """GPUs of each worker."""
     texts: collections.OrderedDict[Program, tuple[str, Any]] = field(
         default_factory=collections.OrderedDict
     )
@@ -198,9 +198,9 @@ class Pool:
         return known
 
     def grow(self) -> list[RayWorker]:
-        """The workers for slots that have joined the cluster since.
+        """Add workers for slots that have joined the cluster since, and return them.
 
-        Where their number was left open.
+        There are none if the user fixed the number of workers.
         """
         if self.options.workers is not None:
             return []
@@ -214,20 +214,20 @@ class Pool:
         return fresh
 
     def crowds(self) -> collections.Counter[str]:
-        """How many workers are ready on each machine."""
+        """Number of ready workers on each machine."""
         return collections.Counter([worker.node for worker in self.workers if worker.ready])
 
     def peers(self, worker: RayWorker, crowds: Mapping[str, int]) -> int:
-        """How many workers share a worker's memory, itself among them.
+        """Number of workers that share a worker's memory, itself included.
 
-        Those on its machine, or on its part of a GPU.
+        They are those on its machine, or those on its GPU.
         """
         if worker.device.startswith("cuda"):
             return max(1, round(1 / self.gpus)) if 0 < self.gpus < 1 else 1
         return max(1, crowds.get(worker.node, 0))
 
     def is_connected(self) -> bool:
-        """Whether this process still belongs to the cluster that the workers run on."""
+        """True if this process still belongs to the cluster that the workers run on."""
         return (
             self.ray.is_initialized() and self.ray.get_runtime_context().get_job_id() == self.job_id
         )
@@ -251,7 +251,7 @@ _registered = False
 def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
     """The pool for `options`, for one call at a time.
 
-    Its workers are let go when it has been idle.
+    Its workers end when it has been idle for a while.
 
     Raises:
         ClusterError: This thread is in the middle of a call on the cluster, which a signal handler
@@ -290,9 +290,9 @@ def pool_of(ray: Any, options: Ray, call: str) -> Iterator[Pool]:
 
 
 def _join(ray: Any, options: Ray, call: str) -> None:
-    """Join the cluster that was named, or start a Ray of this machine alone.
+    """Join the named cluster, or start Ray on this machine alone.
 
-    Unless this process has joined one.
+    Nothing is done if this process has joined one already.
 
     Raises:
         ClusterError: It cannot be reached, or this process has joined another one.
@@ -308,8 +308,8 @@ def _join(ray: Any, options: Ray, call: str) -> None:
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = options.address or os.environ.get("RAY_ADDRESS")
-    # Ray reports usage unless told otherwise, and says so on the console, which is kept quiet here:
-    # nobody would know.
+    # Ray reports usage unless told otherwise, and says so only on the console, which is quiet here,
+    # so that the user would not know.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address or address == "local":
         ray.init(address="local", num_cpus=_cores(), include_dashboard=False, **quiet)
@@ -379,7 +379,7 @@ def _made(ray: Any, options: Ray, call: str) -> Pool:
 
 
 def _slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
-    """How many workers the machines have room for: each lives on one of them."""
+    """Number of workers that the machines have room for; each worker lives on one machine."""
     asked = {"CPU": cpus, "GPU": gpus}
     return sum(
         min((int(n.get(kind, 0) // each) for kind, each in asked.items() if each), default=_cores())
@@ -400,12 +400,12 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first: Ray's go on for a page."""
+    """The first line of an error's message: Ray's fill a page."""
     return str(error).strip().partition("\n")[0]
 
 
 def _release_if_idle(pool: Pool) -> None:
-    """End the pool's workers, unless a call is using them or has used them since."""
+    """End the pool's workers, unless a call uses them or has used them since."""
     if _lock.acquire(blocking=False):
         try:
             if _pool is pool and pool.timer is threading.current_thread():

@@ -1,6 +1,7 @@
-"""What a device needs before its first chunk: the lowering, checked; captured tensors, copied.
+"""Preparation of a device for its first chunk.
 
-What no sample changes, computed.
+The lowering is checked, captured tensors are copied, and values that do not depend on the sample
+are computed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Ready:
     captured: list[torch.Tensor]
     literals: list[torch.Tensor]
     fixed: tuple[torch.Tensor, ...]
-    """What no sample changes."""
+    """Values that do not depend on the sample."""
 
 
 class Devices:
@@ -52,18 +53,18 @@ class Devices:
     ):
         self.job = job
         self.budget = budget
-        """What the call may add on a device: trying the lowering stays within it."""
+        """Bytes that the call may add on a device: a trial of the lowering stays within it."""
         self._ready: dict[tuple[str, bool, bool], Ready] = {}
         self._held: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        """Captured tensors and literals, by device."""
+        """Captured tensors and literals of each device."""
 
     def on(self, name: str, several: bool, slices: bool | None = None) -> Ready:
         """The device by its name, ready for chunks of one sample, or of several.
 
         Args:
             name: The device.
-            several: Whether chunks have more than one sample.
-            slices: Whether their results may be computed into slices of the whole; by default where
+            several: True if chunks have more than one sample.
+            slices: True if results may be computed into slices of the whole; by default where
                 that can be.
         """
         job, device = self.job, torch.device(name)
@@ -89,7 +90,7 @@ class Devices:
         return held
 
     def forget(self) -> None:
-        """Let go of all tensors."""
+        """Drop all tensors."""
         self._ready.clear()
         self._held.clear()
 
@@ -105,15 +106,15 @@ def _lowered(
 ) -> Lowered:
     """The lowering for chunks on a device, tried on the first and the last sample if it is new.
 
-    Leaves no trace of having been tried.
+    The trial leaves no trace.
     """
     found = known(job, device, several, slices)
     if found is not None:
         return found
-    # Free memory is asked for here only: reading it takes as long as a small map.
+    # Free memory is read here only: reading it takes as long as a small map.
     if several and not trial_affordable(job, device, 2, budget(device)):
         return _lowered(job, device, False, slices, captured, literals, budget)
-    # Another lowering has found what is needed to give the right values.
+    # Another lowering has found the fixes that give the right values.
     sibling = tried(job, device, not several)
     other = known(job, device, several, not slices) or sibling
     size = _trial_size(job, several)
@@ -148,7 +149,7 @@ def _lowered(
 
 
 def _trial_size(job: Job, several: bool) -> int:
-    """For how many samples a lowering is tried; the number of all may be a symbol."""
+    """Number of samples for a trial; the batch size may be a symbol."""
     most = 2 if several else 1
     return most if job.samples >= most else int(job.samples)
 
@@ -162,7 +163,7 @@ def known(job: Job, device: torch.device, several: bool, slices: bool) -> Lowere
     how = lowerings.how(device.type)
     program, layout = job.recording.program, lowerings.layout
     found = cache.known(program, how, layout, size, slices)
-    # One that was tried on slices too serves where none are.
+    # A lowering that was tried on slices too also serves where none are used.
     return found if found is not None or slices else cache.known(program, how, layout, size, True)
 
 
@@ -172,9 +173,9 @@ def tried(job: Job, device: torch.device, several: bool) -> Lowered | None:
 
 
 def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:
-    """The first sample of each input, and of two also the last, with the rows' strides.
+    """The first sample of each input, and for two samples also the last, with the rows' strides.
 
-    `[size, *shape]`.
+    Each is `[size, *shape]`.
     """
     last = job.samples - 1
     found = []
@@ -195,7 +196,7 @@ def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:
 
 
 def learned(job: Job, name: str) -> Learned:
-    """What earlier chunks of the program have shown on a device."""
+    """Measurements of the program's earlier chunks on a device."""
     notes = job.lowerings.notes(torch.device(name).type)
     return notes.learned.setdefault(name, Learned())
 
@@ -206,7 +207,7 @@ def captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def there(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Rows on `device`."""
+    """The rows `t` on `device`."""
     return t if t.device == device else to_device(t, device)
 
 

@@ -1,6 +1,6 @@
 """A progress bar for a map.
 
-Chunks, samples per second and time left, in all and per device, drawn by rich.
+It shows chunks, samples per second and time left, in all and per device, drawn by rich.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from shardmap.trace.recorder import Recorder
 from shardmap.trace.thread_state import keep
 
 WIDE = 90
-"""Columns of a terminal from which on there is room for words that can be guessed."""
+"""Width of a terminal, in columns, from which optional words are shown."""
 
 _drawing: contextvars.ContextVar[bool] = contextvars.ContextVar("shardmap_drawing", default=False)
-"""Whether something draws already: a terminal has room for one."""
+"""True if a bar is already drawn: a terminal has room for one."""
 keep(_drawing)
 
 
@@ -47,9 +47,9 @@ def bar(always: bool = False, console: Any = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bars(always: bool = False, preparing: bool = False, console: Any = None) -> Iterator[Bars]:
-    """What draws events while this context lasts.
+    """Yield an object that draws events while this context lasts.
 
-    It draws nothing, and needs no rich, where nobody watches.
+    It draws nothing, and needs no rich, if stderr is not a terminal.
 
     Args:
         always: Draw where stderr is not a terminal, too.
@@ -75,12 +75,12 @@ def _watched(always: bool, console: Any) -> bool:
 
 
 def _recorded() -> bool:
-    """Whether this map stands in a function that is being recorded.
+    """True if this map is inside a function that is being recorded.
 
     It is replayed as a part of another one.
 
-    Nor may anything be drawn there: the import of rich moves python's random state, and a recording
-    takes that for the function's doing.
+    Nothing may be drawn there either: the import of rich moves python's random state, which a
+    recording would attribute to the function.
     """
     return any(isinstance(mode, Recorder) for mode in dispatch_modes())
 
@@ -88,7 +88,7 @@ def _recorded() -> bool:
 def _progress(always: bool, console: Any) -> Any:
     """A rich progress display.
 
-    What a line says is plain text, for reasons and paths are full of what rich takes for markup.
+    Lines are plain text, as reasons and paths are full of characters that rich takes for markup.
     """
     rich_progress, rich_table, rich_text = [
         require(f"rich.{name}", extra="run", purpose="to show progress")
@@ -101,7 +101,7 @@ def _progress(always: bool, console: Any) -> Any:
     class Bar(rich_progress.BarColumn):
         """A bar for the whole map.
 
-        For a device its share of what is done, since it has no total of its own.
+        A device's bar shows its share of the finished samples, as it has no total of its own.
         """
 
         def render(self, task: Any) -> Any:
@@ -113,7 +113,7 @@ def _progress(always: bool, console: Any) -> Any:
             )
 
     class Time(rich_progress.ProgressColumn):
-        """The time left, or how long it took."""
+        """The time left, or the time taken."""
 
         def render(self, task: Any) -> Any:
             ends = task.fields["ends"]
@@ -148,14 +148,14 @@ def _clock(seconds: float | None) -> str:
 class Outermost:
     """Tells the events of a map from those of maps inside it.
 
-    Which a user's own operator may run.
+    A user's own operator may run.
     """
 
     def __init__(self) -> None:
         self.open = 0
 
     def __call__(self, event: Event) -> bool:
-        """Whether the next event belongs to the outermost map."""
+        """True if the next event belongs to the outermost map."""
         if isinstance(event, RunStarted):
             self.open += 1
             return self.open == 1
@@ -181,7 +181,7 @@ class _Line:
         self.start(None, 0)
 
     def start(self, total: int | None, planned: int) -> None:
-        """Count from nothing."""
+        """Reset the counts."""
         self.total, self.planned = total, planned
         self.samples = self.chunks = self.again = 0
         self.began = time.perf_counter()
@@ -190,7 +190,7 @@ class _Line:
             self.progress.reset(self.task, total=total, description="mapping", **said)
 
     def count(self, size: int) -> None:
-        """One more chunk is done."""
+        """Count a finished chunk."""
         self.samples += size
         self.chunks += 1
         now = time.perf_counter()
@@ -209,12 +209,12 @@ class _Line:
         )
 
     def redo(self) -> None:
-        """A chunk goes back."""
+        """Count a chunk that is computed again."""
         self.again += 1
         self.progress.update(self.task, chunks=self._chunks())
 
     def _chunks(self) -> str:
-        """Done and planned.
+        """Number of chunks done and planned.
 
         After memory ran out, and at the end of a run, chunks are smaller and more than were
         planned.
@@ -238,7 +238,7 @@ class Bars:
         self.outermost = Outermost()
 
     def say(self, text: str) -> None:
-        """Put a text where the map's line begins."""
+        """Write a text at the begin of the map's line."""
         if self.whole is not None:
             self.progress.update(self.whole.task, description=" ".join(text.split()))
 

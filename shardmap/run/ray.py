@@ -1,9 +1,9 @@
 """Run a map on a Ray cluster.
 
-Tasks for a pool of worker processes, which receive the recorded program and never the user's
+Tasks go to a pool of worker processes, which receive the recorded program and never the user's
 function.
 
-What a cluster can do and what not, how a batch is cut for it, and the plan of a map on it;
+This module refuses maps that a cluster cannot run, cuts the batch, and plans maps on a cluster;
 `shardmap.run.driver` hands out the tasks.
 """
 
@@ -31,25 +31,25 @@ from shardmap.store import Store
 from shardmap.trace.recording import element
 
 _START_SECONDS = 30.0
-"""That a plan waits for workers to say what they have."""
+"""Seconds that a plan waits for workers to report their memory."""
 
 
 def asked_for(devices: Any) -> Ray | None:
-    """The cluster that `devices` means, if it means one."""
+    """The cluster that `devices` names, or None."""
     if isinstance(devices, Ray):
         return devices
     return Ray() if isinstance(devices, str) and devices == "ray" else None
 
 
 def worker_count(options: Ray, call: str) -> int:
-    """How many workers a call would have.
+    """Number of workers that a call would have.
 
-    Of the number that was asked for, or one per slot of the cluster.
+    It is the number in `options`, or one per slot of the cluster.
 
     Raises:
         MissingExtraError: Ray is not installed.
         ClusterError: The cluster cannot be reached.
-        OptionError: No machine of it has what a worker needs.
+        OptionError: No machine of it has the resources of a worker.
     """
     if options.workers is not None:
         return options.workers
@@ -64,18 +64,18 @@ def run(
 
     Args:
         job: The mapped call.
-        chunk_size: Samples per task; "auto" or None for about eight tasks per worker. Of a store,
+        chunk_size: Samples per task; "auto" or None for about eight tasks per worker. For a store
             its units are the tasks.
-        options: How many workers, and what each of them has.
-        budget: What the map may add in this process, and in each worker.
-        store: Where workers write instead of returning; only the units that are missing there are
-            computed.
+        options: Number of workers, and the resources of each.
+        budget: Bytes that the map may add in this process, and in each worker.
+        store: Store that workers write to instead of returning; only the units that are missing
+            there are computed.
 
     Raises:
         MissingExtraError: Ray is not installed.
         ClusterError: The cluster cannot be reached.
         OptionError: Outer gradients would have to flow through the cluster, or it lacks what
-            `options` asks for.
+            `options` requires.
         OverBudget: The results do not fit where they are gathered, or not one sample fits on a
             worker.
         CapturedWriteError: The function writes in place to a mapped input.
@@ -105,18 +105,18 @@ def _ray() -> Any:
 
 
 def _travelling_bytes(job: Job) -> int:
-    """Of one sample and its results, between the driver and a worker."""
+    """Bytes of one sample and its results that pass between the driver and a worker."""
     sent = sum(t[:1].nbytes for i, t in enumerate(job.inputs) if i not in read_there(job))
     return sent + sum(o.sample_bytes for o in job.outputs if o.stacked or combined_here(o))
 
 
 def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
-    """Refuse what a cluster cannot do, before anything is started.
+    """Refuse a map that a cluster cannot run, before anything is started.
 
     Args:
         job: The mapped call.
-        chunk_size: As the user gave it.
-        budget: What the map may add in this process, where results are gathered; None where they
+        chunk_size: The user's option.
+        budget: Bytes that the map may add in this process if results are gathered; None if they
             are not.
     """
     call = job.call
@@ -126,7 +126,7 @@ def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
             "int, or 'auto'"
         )
     if job.grad or any(element(t) is not t for t in (*job.inputs, *job.recording.captured)):
-        # Its place, when it is built: an autograd node whose backward is another map, over the same
+        # Could be supported here by an autograd node whose backward is another map, over the same
         # samples and their cotangents.
         raise errors.OptionError(
             f"{call}: devices='ray' and an output would require grad: gradients from outside do "
@@ -157,16 +157,16 @@ def refuse(job: Job, chunk_size: Any, budget: Budget | None) -> None:
 
 
 def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
-    """Who is expected to compute how much, from what the workers report.
+    """The plan of a map on a cluster, from the facts that its workers report.
 
-    The memory of one task on each, its chunks, its time.
+    It predicts each worker's chunks, the time, and the memory of one task.
 
-    A task is observed in this process; where workers have GPUs and this one has none, its memory
+    A task is measured in this process; where workers have GPUs and this one has none, its memory
     there is a guess.
 
     Raises:
         ClusterError: The cluster cannot be reached.
-        OptionError: The cluster lacks what is asked for.
+        OptionError: The cluster lacks the resources in `options`.
     """
     ray = _ray()
     refuse(job, chunk_size, None)
@@ -193,7 +193,7 @@ def planned(job: Job, chunk_size: Any, options: Ray, budget: Budget) -> Split:
         home = str(job.home)
         outputs = tuple([on_worker(o, stored=False) for o in job.outputs])
         heads = [t.narrow(0, 0, min(step, t.shape[0])) for t in job.inputs]
-        # what the function returned for the last sample is not known of the task's last
+        # the function's result is not known for the task's last sample
         unknown = dataclasses.replace(job.lowerings, expected=())
         task = dataclasses.replace(
             job,

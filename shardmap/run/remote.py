@@ -1,9 +1,9 @@
-"""What a worker process does: load the recorded program once, then compute task after task.
+"""A worker process: it loads the recorded program once, then computes task after task.
 
-Knows nothing of Ray.
+It does not depend on Ray.
 
-A task is computed as any map on this machine's devices is (`shardmap.run.local`): in chunks that
-the worker plans by its own memory, and halves when that runs out.
+A task is computed like any map on this machine's devices (`shardmap.run.local`): in chunks that
+the worker plans for its own memory and halves when that runs out.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class _Bound:
     device: torch.device
     recording: Recording
     devices: dict[tuple[bool, ...], prepare.Devices] = field(default_factory=dict)
-    """By layout of the inputs."""
+    """The prepared devices, by layout of the inputs."""
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Of stacked outputs: filling fresh pages for each task would cost more than computing."""
+    """Memory of stacked outputs, kept between tasks: filling fresh pages would cost more than
+    computing."""
 
     def job(self, inputs: list[torch.Tensor], task: Task) -> tuple[Job, prepare.Devices]:
         """A task as a map of its own."""
@@ -70,7 +71,7 @@ class _Bound:
         return job, on
 
     def room(self, job: Job) -> dict[int, torch.Tensor]:
-        """Memory for the stacked outputs of a job."""
+        """The memory for the stacked outputs of a job."""
         for k, out in enumerate(job.outputs):
             held = self.memory.get(k)
             if out.stacked and (held is None or held.shape[0] < job.samples):
@@ -81,12 +82,12 @@ class _Bound:
 class Worker:
     """Computes tasks of recorded programs in a process of its own.
 
-    Every call brings the program and its constants along by reference, and the worker keeps what it
-    has made of them: a replacement for a worker that died needs nothing told again.
+    Every call brings the program and its constants by reference, and the worker keeps what it
+    made of them, so that a replacement for a worker that died needs no messages of its own.
     """
 
     PROGRAMS = 32
-    """Most programs kept."""
+    """Most programs that are kept."""
 
     def __init__(self, threads: int, device_type: str):
         torch.set_num_threads(threads)
@@ -99,7 +100,7 @@ class Worker:
         self.bound: _Bound | None = None
 
     def info(self) -> dict[str, Any]:
-        """Which process this is, what it computes with, and how much memory that has left."""
+        """Facts about this process: its machine, device, free memory, threads and programs."""
         return {
             "pid": os.getpid(),
             "node": platform.node(),
@@ -114,13 +115,13 @@ class Worker:
         }
 
     def forget(self) -> None:
-        """Let go of the last call's tensors."""
+        """Drop the last call's tensors."""
         self.bound = None
 
     def bind(
         self, call: str, digest: str, text: np.ndarray, constants: Constants
     ) -> Failure | None:
-        """Make ready for a call's tasks: what takes long is done before there is one to lose.
+        """Prepare for a call's tasks, so that no task is lost if this fails.
 
         Returns:
             The failure, if there is one.
@@ -138,30 +139,30 @@ class Worker:
         """Compute one task.
 
         Args:
-            call: Tells one mapped call from the next.
-            digest: Tells one program from the next.
+            call: Identifies the mapped call.
+            digest: Identifies the program.
             text: The program's text, as bytes.
-            constants: What all tasks of the call share.
+            constants: Data that all tasks of the call share.
             task: The samples.
 
         Returns:
-            Its outputs, or the receipt for what was written to the store; or the failure.
+            Its outputs, or the receipt for rows written to the store; or the failure.
         """
         try:
             bound = self._bind(call, digest, text, constants)
             with torch.no_grad():
                 return _compute(bound, task)
         except Exception as error:
-            # the traceback's frames and the bound tensors go: they may be what memory was short of
+            # the traceback's frames and the bound tensors are dropped, as they may fill the memory
             self.bound = None
             return Failure.of(error)
 
     def task_apart(
         self, call: str, digest: str, text: np.ndarray, constants: Constants, task: Task
     ) -> tuple[Done | Failure, tuple[Packed | None, ...]]:
-        """Compute one task, and return what is reduced as an object of its own.
+        """Compute one task, and return its reduced outputs as a separate object.
 
-        It need not go to the driver.
+        That object need not go to the driver.
         """
         done = self.task(call, digest, text, constants, task)
         if isinstance(done, Failure):
@@ -174,11 +175,11 @@ class Worker:
     def combine(
         self, names: Sequence[str | None], *parts: Sequence[Packed | None]
     ) -> tuple[Packed | None, ...]:
-        """Neighbouring tasks' reduced outputs, put together in the order of the samples.
+        """Combine neighbouring tasks' reduced outputs in the order of the samples.
 
         Args:
             names: The reduction of each output, None for one that is not reduced.
-            parts: What tasks returned apart.
+            parts: The reduced outputs of each task.
         """
         return tuple(
             [
@@ -252,7 +253,7 @@ def _compute(bound: _Bound, task: Task) -> Done:
 
 
 def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch.Tensor]:
-    """A task's outputs: as one chunk what is small, planned what is not."""
+    """Compute a task: as one chunk if it is small, else by a plan."""
     budget = bound.constants.budget
     always = budget.bytes is not None
     if not (always or task.halvings or any(o.reduction for o in job.outputs)) and small(job):
@@ -274,7 +275,7 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
 
 
 def _halved(cut: Split, times: int) -> Split:
-    """The same with smaller chunks: the plan was wrong about this worker's memory."""
+    """The same plan with smaller chunks: it was wrong about this worker's memory."""
     lanes = [dataclasses.replace(lane, chunk=max(1, lane.chunk >> times)) for lane in cut.lanes]
     return dataclasses.replace(cut, lanes=tuple(lanes))
 

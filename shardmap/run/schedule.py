@@ -1,6 +1,6 @@
-"""Which worker computes which chunk next: handing out, and bounded retries.
+"""The schedule of a cluster: it hands out chunks to workers, with bounded retries.
 
-Knows nothing of Ray, tensors or time.
+It does not depend on Ray, tensors or clocks.
 
 The executor for a cluster and its simulation (`shardmap.run.simulate`) run this same code. Each
 step costs the same for three workers as for a thousand: a million chunks pass through in seconds.
@@ -14,19 +14,20 @@ from collections.abc import Hashable, Iterator, Sequence
 from shardmap.planning.split import Chunk
 
 RETRIES = 3
-"""How often a task is computed again after its worker died or a store could not be reached."""
+"""Most times that a task is computed again after its worker died or a store could not be
+reached."""
 
 
 class Schedule:
     """The chunks of one run and the workers that compute them.
 
     Args:
-        chunks: What is to be computed, in order; taken from as it is needed.
+        chunks: The chunks to compute, in order; read one by one.
         window: Chunks handed to a worker at a time: one that it computes, and others whose samples
             travel meanwhile.
-        retries: How often a chunk is computed again after the worker that had it died.
-        expected: Workers that are to come: where there are few chunks, each of those that come
-            first takes only one.
+        retries: Most times that a chunk is computed again after its worker died.
+        expected: Number of workers expected to join: if there are few chunks, each of those that
+            join first takes only one.
     """
 
     def __init__(self, chunks: Sequence[Chunk], window: int, retries: int, expected: int = 0):
@@ -34,38 +35,37 @@ class Schedule:
         self.retries = retries
         self.expected = expected
         self.redone = 0
-        """Chunks that were handed out again."""
+        """Number of chunks that were handed out again."""
         self._fresh = iter(chunks)
         self._again: collections.deque[Chunk] = collections.deque()
         self._rooms: list[collections.OrderedDict[Hashable, None]] = [
             collections.OrderedDict() for _ in range(window + 1)
         ]
-        """By the number of chunks that they can still take: the workers, in the order in which they
-        came to it.
+        """Workers by the number of chunks that they can still take, in order of arrival there.
 
         A plain dict looks for its first key past all that were deleted before: handing out to n
         workers would take n * n / 2 steps.
         """
         self._flying: dict[Hashable, dict[Chunk, None]] = {}
         self.flying = 0
-        """Chunks that workers have."""
+        """Number of chunks that workers have."""
         self._deaths: collections.Counter[int] = collections.Counter()
         self._fruitless = 0
-        """Losses since a chunk was last finished."""
+        """Number of losses since a chunk was last finished."""
         self._most = 0
-        """Workers at a time."""
+        """Largest number of workers so far."""
         self._suspects: collections.deque[tuple[int, Chunk]] = collections.deque()
-        """Chunks that were to blame, each with the number of chunks that are to be handed out
+        """Chunks that may have killed their worker, each with the number of chunks to hand out
         before it."""
         self._handed = 0
-        """Chunks handed out so far."""
+        """Number of chunks handed out so far."""
         self._unseen = len(chunks)
-        """Chunks that have never been handed out."""
+        """Number of chunks that have never been handed out."""
 
     # -- workers
 
     def join(self, worker: Hashable) -> None:
-        """A worker is ready."""
+        """Add a worker that is ready."""
         assert worker not in self._flying, (
             f"{worker} has joined already: its chunks would be forgotten"
         )
@@ -74,11 +74,11 @@ class Schedule:
         self._most = max(self._most, len(self._flying))
 
     def leave(self, worker: Hashable) -> list[Chunk]:
-        """A worker is gone.
+        """Remove a worker that is gone, and return its chunks.
 
-        Its chunks go back to the queue, and are returned, the one that it was computing first.
+        Its chunks go back to the queue; the first of them is the one that it was computing.
 
-        That one waits until every worker has had others: where workers die of something else, a
+        That one waits until every worker has had others: if workers die of another cause, a
         fresh worker's first chunk would be the same one time after time.
         """
         chunks = list(self._flying.pop(worker, ()))
@@ -94,12 +94,12 @@ class Schedule:
         return chunks
 
     def blame(self, chunk: Chunk) -> bool:
-        """A chunk was lost with the worker that computed it, or could not be finished.
+        """Count a chunk that was lost with its worker, or could not be finished.
 
-        Whether it may be tried again.
+        Returns True if it may be tried again.
 
-        Where others are lost too it may be tried as much more often: then it is rather the workers
-        that fail. But not if nothing gets done.
+        If other chunks are lost too it may be tried more often, as the workers rather than the
+        chunk fail. It may not if no chunk gets finished.
         """
         self._deaths[chunk.start] += 1
         self._fruitless += 1
@@ -109,18 +109,18 @@ class Schedule:
         ] <= self.retries + others and self._fruitless <= self.retries * (2 + self._most)
 
     def deaths(self, chunk: Chunk) -> int:
-        """How often `chunk` was to blame."""
+        """Number of losses that `chunk` was blamed for."""
         return self._deaths[chunk.start]
 
     @property
     def workers(self) -> list[Hashable]:
-        """Those that are ready."""
+        """The workers that are ready."""
         return list(self._flying)
 
     # -- chunks
 
     def assignments(self) -> Iterator[tuple[Hashable, Chunk]]:
-        """Hand out chunks until none is left or nobody has room.
+        """Hand out chunks until none is left or no worker has room.
 
         The emptiest workers first, so that the last chunks are spread.
         """
@@ -130,7 +130,7 @@ class Schedule:
                 absent = max(0, self.expected - len(self._flying))
                 if self.waiting <= absent * (
                     self.window - room
-                ):  # as many as this worker has, for each of those that are to come
+                ):  # each expected worker gets as many as this one has
                     return
                 chunk = self._next()
                 worker, _ = waiting.popitem(last=False)
@@ -141,7 +141,7 @@ class Schedule:
                 yield worker, chunk
 
     def done(self, worker: Hashable, chunk: Chunk) -> None:
-        """A worker has finished a chunk."""
+        """Count a chunk that a worker has finished."""
         flying = self._flying[worker]
         room = self.window - len(flying)
         del self._rooms[room][worker], flying[chunk]
@@ -150,7 +150,7 @@ class Schedule:
         self.flying -= 1
 
     def again(self, worker: Hashable, chunk: Chunk) -> None:
-        """A worker could not finish a chunk, for a reason that may pass.
+        """Take back a chunk that a worker could not finish for a temporary reason.
 
         It goes back to the front of the queue.
         """
@@ -161,18 +161,18 @@ class Schedule:
         self.redone += 1
 
     def put_back(self, chunks: Sequence[Chunk]) -> None:
-        """Chunks that were finished are lost, and go to the front of the queue."""
+        """Put chunks whose results were lost at the front of the queue."""
         self._again.extendleft(reversed(chunks))
         self.redone += len(chunks)
 
     @property
     def waiting(self) -> int:
-        """Chunks that wait to be handed out."""
+        """Number of chunks that wait to be handed out."""
         return self._unseen + len(self._again) + len(self._suspects)
 
     @property
     def finished(self) -> bool:
-        """Whether everything has been computed."""
+        """True if everything has been computed."""
         return not self.waiting and not self.flying
 
     def _next(self) -> Chunk:

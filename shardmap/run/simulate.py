@@ -1,15 +1,15 @@
-"""A run on a cluster that is not there: the executor's own schedule under a clock of events.
+"""Simulate a run on a cluster: the executor's own schedule under a discrete-event clock.
 
-For what no machine at hand can show: whether one driver keeps a thousand workers busy, what deaths
-cost, how long a run takes. Chunks, starts and deaths take random times from a seeded generator;
-what is handed out to whom is decided by the code that runs on a real cluster
+It answers questions that need a large cluster: whether one driver keeps a thousand workers busy,
+the cost of worker deaths, the time of a run. Chunks, starts and deaths take random times from a
+seeded generator; chunks are assigned by the code that runs on a real cluster
 (`shardmap.run.schedule`), and its own time is measured beside the time that the model gives the
 driver for each chunk.
 
 The model: the driver does one thing at a time. It sends a chunk, which travels, waits until the
 worker has computed what it was sent before, is computed, and travels back; the driver takes the
-results in and hands out again. A worker that dies takes with it what it has not brought back, and
-another is asked for in its place. The network's bandwidth and the store's are not modelled.
+results in and hands out again. The unfinished chunks of a worker that dies are lost, and
+another worker is requested in its place. The network's bandwidth and the store's are not modelled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardmap.planning.split import Chunk
 from shardmap.run.schedule import Schedule
 
 _DRAWS = 1 << 14
-"""Random numbers drawn at a time: one by one they would take longer than the events."""
+"""Number of random numbers drawn at a time: drawing one by one would dominate the run time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +36,22 @@ class Change:
     """Workers that join a run later, or leave it for good."""
 
     seconds: float
-    """When, from the run's begin."""
+    """Time of the change, from the begin of the run."""
     workers: int
-    """How many are asked for; negative: how many leave, those that came first. Nobody replaces
-    them."""
+    """Number of workers that join; if negative, number of workers that leave (the oldest first) and
+    are not replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What is simulated.
+    """Parameters of the simulated cluster.
 
     Raises:
         OptionError: A value is out of range.
     """
 
     workers: int
-    """Asked for at the begin."""
+    """Number of workers requested at the begin."""
     chunk_seconds: float
     """Mean time of a chunk on a worker."""
     chunk_spread: float = 0.2
@@ -59,22 +59,22 @@ class Cluster:
     worker_spread: float = 0.2
     """The same, from worker to worker: a slow one is slow with every chunk."""
     travel_seconds: float = 0.005
-    """Of samples to a worker, and of results back."""
+    """Time that samples take to a worker, and that results take back."""
     start_seconds: float = 5.0
-    """Mean time from asking for a worker to its being ready."""
+    """Mean time from the request for a worker until it is ready."""
     driver_seconds: float = 0.002
-    """Of the driver for each chunk, half of it before the chunk is sent, half to take in its
+    """Driver time for each chunk, half of it before the chunk is sent, half to take in its
     results."""
     lifetime_seconds: float = math.inf
-    """Mean time from a worker's being ready to its death."""
+    """Mean time from a worker's start to its death."""
     deadly: Mapping[int, int] = field(default_factory=dict)
-    """By a chunk's number: how many workers die of it, one after the other, when they are half
-    through with it."""
+    """For a chunk's number: the number of workers that die in the middle of computing it, one after
+    the other."""
     changes: tuple[Change, ...] = ()
     window: int = 2
-    """Chunks that a worker has at a time."""
+    """Most chunks that a worker has at a time."""
     retries: int = 3
-    """How often a chunk is computed again after the worker that had it died."""
+    """Most times that a chunk is computed again after its worker died."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -87,23 +87,23 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a simulated run came to."""
+    """Result of a simulated run."""
 
     seconds: float
-    """Simulated, from asking for workers to taking in the last result."""
+    """Simulated time from the request for workers to the last result."""
     computed: int
-    """Chunks whose results came in: all of them, each once."""
+    """Number of chunks whose results came in: all of them, each once."""
     redone: int
-    """Chunks handed out again, as their worker was gone."""
+    """Number of chunks handed out again because their worker was gone."""
     deaths: int
-    """Workers that died."""
+    """Number of workers that died."""
     departures: int
-    """Workers that left for good."""
+    """Number of workers that left for good."""
     busy: float
-    """Share of the time for which workers were ready that went into results."""
+    """Share of the workers' ready time that produced results."""
     driver_busy: float
-    """Share of the time since the first worker was ready for which the driver worked; near 1 it
-    is the bottleneck."""
+    """Share of the time since the first worker was ready in which the driver worked; near 1 it is
+    the bottleneck."""
     schedule_seconds: float
     """Real time of the schedule's own code, for each chunk computed."""
 
@@ -112,12 +112,12 @@ def simulate(cluster: Cluster, chunks: int, seed: int = 0) -> Outcome:
     """Run `chunks` chunks on a simulated cluster.
 
     Args:
-        cluster: What it is like.
-        chunks: How many chunks there are.
-        seed: Of the random times: the same one gives the same run.
+        cluster: Its parameters.
+        chunks: Number of chunks.
+        seed: Seed of the random times: the same one gives the same run.
 
     Returns:
-        What the run came to.
+        The times and counts of the run.
 
     Raises:
         WorkerError: The workers of one chunk died more often than it is retried, or all have left
@@ -136,19 +136,19 @@ def simulate(cluster: Cluster, chunks: int, seed: int = 0) -> Outcome:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One process from its start to its death; its machine's next one is another."""
+    """One process from its start to its death; its replacement is another object."""
 
     slowness: float
-    """Its time for a chunk over the mean."""
+    """Its time for a chunk divided by the mean."""
     ready: float = math.nan
-    """When it was."""
+    """Time at which it became ready."""
     free: float = 0.0
-    """When it will have computed all that it was sent."""
+    """Time at which it will have computed all chunks sent to it."""
     gone: bool = False
 
 
 class _Singles(Sequence[Chunk]):
-    """Chunks of one sample, made as they are asked for.
+    """Chunks of one sample, made on access.
 
     A million of them would take longer to make than to hand out.
     """
@@ -180,19 +180,19 @@ class _Run:
         self.deadly = dict(cluster.deadly)
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.number = 0
-        """Of events so far: of those at the same time the first one comes first."""
+        """Number of events so far: of events at the same time the earlier one comes first."""
         self.clock = 0.0
         self.driver_free = 0.0
-        """When the driver will have done all that it has begun."""
+        """Time at which the driver will have finished the work it has begun."""
         self.driver_half = cluster.driver_seconds / 2
         self.first_ready = math.nan
         self.present: dict[_Worker, None] = {}
-        """Asked for and not gone."""
+        """Workers that were requested and are not gone."""
         self.sent = self.computed = self.deaths = self.departures = 0
         self.worked = 0.0
-        """Seconds of workers that went into results."""
+        """Worker seconds that produced results."""
         self.there = 0.0
-        """Seconds for which workers were ready, of those that are gone."""
+        """Ready seconds of the workers that are gone."""
         self.schedule_seconds = 0.0
 
     def run(self) -> Outcome:
@@ -259,7 +259,7 @@ class _Run:
         self._hand_out()
 
     def _die(self, worker: _Worker, chunk: Chunk | None) -> None:
-        """Of old age, or of a chunk."""
+        """Let a worker die, of age or of a chunk."""
         if worker.gone:
             return
         self.deaths += 1

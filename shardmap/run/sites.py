@@ -1,6 +1,6 @@
-"""What planning is told of each device.
+"""Facts for the planner about each device.
 
-The map's memory there, its budget, what earlier runs showed.
+They are the map's memory there, its budget, and measurements of earlier runs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from shardmap.run.prepare import Devices, Ready, learned
 from shardmap.run.watch import watched
 
 WATCHED_FROM = 4 << 20
-"""Bytes of recorded results, all samples together, from which a map is worth watching and
-planning; below, it is one chunk."""
+"""Bytes of all samples' recorded results from which a map is measured and planned; below, it is one
+chunk."""
 
 
 def recorded_bytes(job: Job) -> int:
@@ -43,7 +43,7 @@ def recorded_bytes(job: Job) -> int:
 
 
 def small(job: Job) -> bool:
-    """Whether a map is too small for its memory and its chunks to matter."""
+    """True if a map is too small for its memory and its chunks to matter."""
     if job.transformed or not job.samples:
         return True
     read = sum(_row_bytes(job.inputs[i]) for i in job.columns)
@@ -58,12 +58,12 @@ def memory_model(
     Args:
         ready: The program on the device.
         job: The mapped call.
-        seen: What a chunk costs.
-        share: Samples that the device is expected to compute: what outer autograd saves of them
-            stays there.
-        lanes: How often the device is named; on an accelerator their chunks are in flight side by
+        seen: Cost of a chunk.
+        share: Samples that the device is expected to compute: activations that outer autograd saves
+            for them stay there.
+        lanes: Entries that name the device; on an accelerator their chunks are in flight side by
             side.
-        known: What earlier chunks have shown.
+        known: Measurements of earlier chunks.
     """
     device = ready.device
     stacked = stacked_bytes(job, device)
@@ -88,16 +88,14 @@ def memory_model(
         for o in job.outputs
         if o.reduction is not None and o.reduction.name == "fold"
     )
-    extra += Level(
-        folds, folds
-    )  # pairs combined and put beside each other, while the chunk's results are there
+    extra += Level(folds, folds)  # combined and concatenated pairs, while the chunk's results exist
     if direct(job, device):
         extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
     elif accelerated:
-        extra += seen.kept  # the chunk before, on its way home
+        extra += seen.kept  # the chunk before, while it is copied to the result
     levels = [level + extra for level in seen.levels]
-    # glibc keeps what backward frees among what stays: 8 layers of 512 in chunks of 2.7 MB took
-    # 2.4 times their tensors with remat=True and 1.24 times without
+    # glibc keeps memory that backward frees between live blocks: 8 layers of 512 in chunks of 2.7
+    # MB took 2.4 times their tensors with remat=True and 1.24 times without
     gaps = 2.5 if job.remat and device.type == "cpu" else 1.25
     backward = [
         Level(int(a.fixed_bytes * gaps), int(a.sample_bytes * gaps)) + extra for a in seen.backward
@@ -108,7 +106,7 @@ def memory_model(
         resident += sum(_bytes(t) for t in ready.captured if t.requires_grad)
         resident += 2 * sum(_bytes(t) for t in job.inputs if t.requires_grad)
     if job.remat:
-        resident += stacked * job.samples  # the chunks, and what they are concatenated to
+        resident += stacked * job.samples  # the chunks, and their concatenation
     elif job.grad:
         kept = seen.kept
         resident += kept.at(share)
@@ -126,7 +124,7 @@ def memory_model(
 
 
 def _beside(kept: Level, level: Level) -> Level:
-    """A level without what stays of each chunk, which is counted for all of them together."""
+    """A level without the bytes that each chunk leaves behind, which are counted together."""
     return Level(
         max(0, level.fixed_bytes - kept.fixed_bytes), max(0, level.sample_bytes - kept.sample_bytes)
     )
@@ -148,15 +146,15 @@ def sites(
     several: bool,
     always: bool,
 ) -> list[Site]:
-    """What is known of each entry of `devices`.
+    """The facts about each device that `names` names.
 
     Args:
         job: The mapped call.
         on: Its devices.
         names: One per lane.
-        budget: What the map may add on a device.
-        several: Whether chunks have more than one sample.
-        always: Whether to look closely also where the map is too small for it to matter.
+        budget: Bytes that the map may add on a device.
+        several: True if chunks have more than one sample.
+        always: True to measure even a map that is too small for it to matter.
     """
     found: dict[str, Site] = {}
     for name in names:
@@ -170,7 +168,7 @@ def sites(
         lanes, room = names.count(name), budget(device)
         least = least_memory(job, device, lanes, known.scale)
         if hopeless(job, device, least, room):
-            # trying it, or watching a chunk, would break the budget by itself
+            # a trial, or a measured chunk, would exceed the budget by itself
             found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
             continue
         ready = on.on(name, several)
@@ -190,7 +188,7 @@ def sites(
 def collected(
     job: Job, names: Sequence[str], budget: Callable[[torch.device], int | None]
 ) -> Collected | None:
-    """The results, where they are collected on a device that is not among `names`."""
+    """The results, if they are collected on a device that is not among `names`; else None."""
     elsewhere = [o for o in job.outputs if str(o.device) not in names]
     if not elsewhere or small(job):
         return None

@@ -1,4 +1,4 @@
-"""The start of a call's workers: their processes come up and receive the recorded program."""
+"""Start of a call's workers: their processes come up and receive the recorded program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Startup:
         self.workers = workers
         self.program = program
         self.waiting = dict.fromkeys(workers)
-        """Workers whose process has not started, or which do not have the program yet."""
+        """Workers whose process has not started or has not received the program yet."""
         self._binding: dict[RayWorker, Any] = {}
         """References that are ready once workers have the program."""
         self._failures = 0
@@ -62,7 +62,7 @@ class Startup:
             ref: One of `pending()`, which is ready.
 
         Returns:
-            Whether the worker can compute tasks from now on.
+            True if the worker can compute tasks from now on.
 
         Raises:
             WorkerError: Worker processes do not start, or cannot load the program.

@@ -1,6 +1,6 @@
-"""Results that go to a store as they are computed.
+"""Gather results into storage units and write them to a store as they are computed.
 
-Memory holds the units that are being put together, and nothing else.
+Memory holds only the units that are being filled.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from shardmap.store import Sink, Store, open_store, source
 from shardmap.trace.recording import element
 
 UNIT_BYTES = 32 << 20
-"""Of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to
+"""Bytes of a storage unit, unless the user cuts the batch: large enough for a disk, small enough to
 lose little."""
 
 
 @dataclass(slots=True)
 class _Unit:
-    """A storage unit that is being put together."""
+    """A storage unit that is being filled."""
 
     first: int
     left: int
-    """Rows that are not there yet."""
+    """Number of rows that are still missing."""
     columns: list[torch.Tensor]
 
 
 class StoreGather(Gather):
-    """Puts chunks together to storage units; each is written and committed when it is whole.
+    """Puts chunks together into storage units; each is written and committed when it is complete.
 
     Chunks lie within one unit.
     """
@@ -47,17 +47,17 @@ class StoreGather(Gather):
         self.store = store
         self.units: dict[int, _Unit] = {}
         self.spare: list[list[torch.Tensor]] = []
-        """Memory of units that are written: filling fresh pages costs more than computing."""
+        """Memory of units that have been written: filling fresh pages costs more than computing."""
 
     def slot(self, k: int, start: int, stop: int) -> torch.Tensor:
-        """Where the rows of output `k` belong."""
+        """The rows `start` to `stop` of output `k` in their unit."""
         unit = self._unit(start)
         return unit.columns[k][start - unit.first : stop - unit.first]
 
     def add(self, start: int, stop: int, outs: Sequence[torch.Tensor | None]) -> None:
         """Take the outputs of the samples `start` to `stop`.
 
-        What is in its place already is None.
+        An output that is already written in place is None.
         """
         if start == stop:
             return
@@ -77,12 +77,12 @@ class StoreGather(Gather):
             self.spare.append(self.units.pop(number).columns)
 
     def finish(self) -> list[torch.Tensor]:
-        """Everything is written."""
+        """Finish the store; no output is returned."""
         self.store.finish()
         return []
 
     def forget(self) -> None:
-        """Let go of all results."""
+        """Drop all results."""
         super().forget()
         self.units.clear()
         self.spare.clear()
@@ -108,22 +108,22 @@ def unit_of(
     workers: int = 0,
     room_bytes: int | None = None,
 ) -> int:
-    """Samples per storage unit.
+    """Number of samples per storage unit.
 
-    Those of the store that is to be resumed, the user's chunks, or about 32 MiB; less where workers
-    wait, or where memory is short.
+    It is that of the store that is resumed, the user's chunk size, or about 32 MiB; less if workers
+    would wait, or if memory is short.
 
     Args:
         job: The mapped call.
-        chunk_size: As the user gave it.
-        stored: The sink that is to be resumed, if one is.
-        workers: Of a cluster, where a unit is a task; 0 without one.
-        room_bytes: What one unit that is being put together may take; None where nothing limits it.
+        chunk_size: The user's option.
+        stored: The sink that is resumed, if any.
+        workers: Number of workers of a cluster, where a unit is a task; 0 without one.
+        room_bytes: Most bytes of a unit that is being filled; None if unlimited.
     """
     if stored is not None:
         with contextlib.suppress(
             StoreError
-        ):  # there is none yet, or `create` says what is wrong with it
+        ):  # there is none yet, or `create` will report its fault
             return open_store(stored.where).header.unit
     if isinstance(chunk_size, int):
         return chunk_size
@@ -136,7 +136,9 @@ def unit_of(
 
 
 def identity(job: Job, unit: int) -> dict[str, str]:
-    """The hashes that tell this run from another: what is computed, of what, cut how."""
+    """Hashes that identify this run: of the program, the samples, and the cut into units."""
+    if job.parts:
+        return _identity_of_parts(job, unit)
     recording = job.recording
     program = hashlib.blake2b(digest_size=16)
     program.update(recording.program.dumps().encode())
@@ -148,8 +150,19 @@ def identity(job: Job, unit: int) -> dict[str, str]:
     return {"program": program.hexdigest(), "data": _digest(job), "plan": plan.hexdigest()}
 
 
+def _identity_of_parts(job: Job, unit: int) -> dict[str, str]:
+    """The hashes of a run whose samples have programs of their own, by shape."""
+    own = [identity(part, unit) for part in job.parts]
+    found = {
+        key: hashlib.blake2b("\n".join([one[key] for one in own]).encode(), digest_size=16)
+        for key in own[0]
+    }
+    _update(found["plan"], job.inputs)  # which sample is of which shape shows in the data alone
+    return {key: digest.hexdigest() for key, digest in found.items()}
+
+
 def _digest(job: Job) -> str:
-    """Of the samples: of columns in a store the checksums that are there, all else is read once."""
+    """Digest of the samples; columns in a store give their checksums, the rest is read once."""
     if not job.samples:
         return "no samples"
     known = {

@@ -1,4 +1,4 @@
-"""What happened in a run, as a Chrome trace and as a picture."""
+"""The history of a run, as a Chrome trace and as a picture."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from shardmap.run.progress import Outermost
 
 DPI = 150
 NARROW = 2.0
-"""Pixels below which a chunk is drawn together with its neighbours: stripes as narrow show the
-grid of pixels, and no chunks."""
+"""Width in pixels below which a chunk is drawn together with its neighbours: narrower stripes only
+show the pixel grid."""
 SECOND, TOGETHER, EXPECTED = "#7fb0dc", "#548fc6", "#c4c9d4"
-"""Every other chunk; chunks drawn together; the prediction."""
+"""Colours of every other chunk, of chunks drawn together, and of the prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Bar:
     start: int
     stop: int
     began: float
-    """When the lane turned to it: a chunk that is handed out while another is computed waits for
-    that."""
+    """Time at which the lane began with it: a chunk that is handed out while another is computed
+    waits for that."""
     ended: float
     seconds: float
-    """Between hand-out and completion."""
+    """Seconds between hand-out and completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A run, in order."""
+    """The events of a run, in order."""
 
     lanes: tuple[str, ...]
     bars: tuple[Bar, ...]
@@ -92,11 +92,11 @@ def history(events: Sequence[Event]) -> History:
 def write(path: Path, events: Sequence[Event]) -> None:
     """Write a run in Chrome's trace format.
 
-    A thread for each lane, a complete event for each chunk, an instant for each that went back.
+    Each lane is a thread, each chunk a complete event, each failed chunk an instant.
 
     Args:
         path: The JSON file to write.
-        events: What the executor reported.
+        events: Events that the executor reported.
 
     Raises:
         OptionError: The file cannot be written.
@@ -161,18 +161,18 @@ def _samples(chunk: Bar | Failure) -> str:
 
 ROW, TOP, BOTTOM = 0.62, 0.72, 0.58
 LEFT, WIDTH, RIGHT_MARGIN = 1.1, 6.6, 1.6
-"""Inches."""
+"""Margins and width of the picture, in inches."""
 
 
 def draw(path: Path, split: Split, events: Sequence[Event]) -> None:
     """Draw a run, one lane per device.
 
-    Its chunks, those that went back, and how long it was expected to take.
+    The picture shows its chunks, the failed ones, and the predicted time.
 
     Args:
-        path: The picture to write; its ending says which kind.
-        split: What was expected.
-        events: What the executor reported.
+        path: The picture to write; its suffix says which kind.
+        split: The plan with the predicted times.
+        events: Events that the executor reported.
 
     Raises:
         OptionError: The file cannot be written, or its ending names no kind of picture.
@@ -241,7 +241,7 @@ def _titles(split: Split, run: History, merged: bool) -> tuple[str, str]:
 def _draw_lane(
     axes: Any, row: int, name: str, run: History, expected: float, longest: float, scale: float
 ) -> bool:
-    """Draw one lane; whether chunks were drawn together."""
+    """Draw one lane; return True if chunks were drawn together."""
     pixel = longest / (WIDTH * DPI)
     bars = [b for b in run.bars if b.lane == name]
     spans = _merged(bars, NARROW * pixel)
@@ -283,7 +283,7 @@ def _draw_lane(
 
 
 def _merged(bars: Sequence[Bar], narrow: float) -> list[tuple[float, float, int]]:
-    """What is drawn of a lane: when it begins and ends, and how many chunks it stands for.
+    """The spans drawn for a lane: begin, end, and number of chunks in it.
 
     Only chunks too narrow to see are merged.
     """
@@ -308,9 +308,9 @@ def _short(name: str) -> str:
 
 
 def _put(path: Path, what: str, data: bytes) -> None:
-    """Write a file under another name first.
+    """Write a file under a temporary name, then rename it.
 
-    So that what has the name is complete and nothing else is left behind.
+    So a file with the final name is complete, and no other is left behind.
     """
     target = path.parent / f".{uuid.uuid4().hex}.unfinished"
     try:

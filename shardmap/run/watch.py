@@ -1,4 +1,4 @@
-"""Measure what a chunk costs: run two or three samples and watch every allocation."""
+"""Measure what a chunk costs: run two or three samples under a mode that sees all allocations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from shardmap.run.prepare import Ready, there
 
 
 def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
-    """What a chunk costs on this device.
+    """Cost of a chunk on this device.
 
-    Found once per lowering, by running two and three samples, or fewer where the budget is small.
+    It is found once per lowering, by running two and three samples, or fewer if the budget is
+    small.
     """
     low, into = ready.low, direct(job, ready.device)
     how = ready.device.type, "into" if into else "remat" if job.remat else "plain"
@@ -38,7 +39,7 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
     slices: dict[int, list[torch.Tensor]] = {}
 
     def take(size: int) -> None:
-        """Make ready a chunk of that many samples, and let go of the one before."""
+        """Prepare a chunk of `size` samples, and drop the one before."""
         inputs.clear()
         slices.clear()
         taken = [there(t.narrow(0, 0, size), ready.device) for t in job.inputs]
@@ -87,18 +88,18 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # A derivative is missing, or forbidden. The map itself need not ask for one, and who
-            # does gets this error; the plan says that the memory of gradients is not known.
+            # A derivative is missing, or forbidden. The map itself may not need it, and if it does
+            # it raises this error; the plan says that the memory of gradients is not known.
             found = dataclasses.replace(found, backward_unknown=str(error).partition("\n")[0])
     low.notes.observed[key] = found
     return found
 
 
 def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
-    """What a chunk costs whose gradients are computed at once, as `remat=True` does in backward.
+    """Cost of a chunk with its gradients computed at once, as `remat=True` does in backward.
 
-    Of leaves of its own that share memory with the call's tensors: nothing reaches the caller's
-    graph.
+    Gradients are of new leaves that share memory with the call's tensors: nothing reaches the
+    caller's graph.
 
     Raises:
         RuntimeError: A derivative raises it.
@@ -124,7 +125,7 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
         if not roots or not leaves:
             return outs
         ones = [torch.ones_like(t) for t in roots]
-        # the graph is kept for what is made once for all chunks; theirs dies with `outs`
+        # the graph of values made once for all chunks is kept; that of chunks dies with `outs`
         gradients = torch.autograd.grad(roots, leaves, ones, retain_graph=True, allow_unused=True)
         return outs, gradients
 
@@ -139,7 +140,7 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
 
 
 def _copy_of(t: torch.Tensor) -> torch.Tensor:
-    """Rows that the program may write to, with their strides."""
+    """Copy of rows that the program may write to, with their strides."""
     return (
         torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         .copy_(t.detach())

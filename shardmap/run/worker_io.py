@@ -1,4 +1,4 @@
-"""Inputs that workers read themselves, outputs as workers return them.
+"""Inputs that workers read themselves, outputs that workers return, and their copy into place.
 
 And their copy into place.
 """
@@ -20,7 +20,7 @@ def read_there(job: Job) -> set[int]:
 
 
 def combined_here(out: Output) -> bool:
-    """Whether an output is combined by a function of the user's, which does not travel.
+    """True if an output is combined by a function of the user's, which does not travel.
 
     Then the driver calls it.
     """

@@ -1,17 +1,17 @@
-"""Where results larger than memory are written, and where samples are read from."""
+"""Stores for results larger than memory, and sources that samples are read from."""
 
 from shardmap.store.base import Store
 from shardmap.store.header import Header, OutputSpec, Receipt
 from shardmap.store.memmap import MemmapSink
 from shardmap.store.opening import open_store
-from shardmap.store.recompute import Comparison, Recompute, Recomputed
+from shardmap.store.recompute import Recompute, Recomputed, UnitComparison
 from shardmap.store.safetensors import SafetensorsSink
 from shardmap.store.sink import Sink
 from shardmap.store.sources import Source, source
 from shardmap.store.zarr import ZarrSink
 
 __all__ = [
-    "Comparison",
+    "UnitComparison",
     "Header",
     "MemmapSink",
     "OutputSpec",

@@ -1,10 +1,10 @@
-"""Stores.
+"""The base of all stores.
 
-Where results larger than memory go, unit by unit, and what every kind of them has in common.
+A store holds results larger than memory, written unit by unit.
 
 The driver creates a store from the user's sink and sends it to workers. A worker writes a unit and
-returns a receipt; the driver commits it. What is not committed does not exist, whatever files are
-there, so a run that stopped anywhere can be resumed.
+returns a receipt; the driver commits it. Uncommitted units do not count, whatever files are
+there, so that a run can be resumed wherever it stopped.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from shardmap.store.manifest import Head, Manifest, find_manifest
 from shardmap.store.places import Place, place_of
 
 _SMALL_BYTES = 1 << 20
-"""Units below it are hashed in less time than it takes to start a thread."""
+"""Bytes of a unit below which it is hashed in less time than it takes to start a thread."""
 
 KINDS: dict[str, type[Store]] = {}
-"""By the name in the manifest; each kind that has one puts itself here."""
+"""Store classes by their name in the manifest; each class with a name adds itself."""
 
 
 class Store(ABC):
     """Rows of several outputs at one place, some of them committed.
 
-    Cheap to pickle: only the place and the header travel. Any process may write units, each unit by
-    one at a time; one process commits.
+    It is cheap to pickle: only the place and the header are sent. Any process may write units, each
+    unit by one at a time; one process commits.
     """
 
     kind: ClassVar[str]
-    """As the manifest names it."""
+    """Name of the kind in the manifest."""
 
     def __init_subclass__(cls, known: bool = True) -> None:
         if known:
@@ -49,7 +49,7 @@ class Store(ABC):
         self.url = url
         self.header = header
         self._names = header.files
-        """Of the outputs, for files."""
+        """Names of the outputs that are safe in file names."""
         self._place: Place = place_of(url)
         self._manifest: Manifest | None = None
 
@@ -63,19 +63,19 @@ class Store(ABC):
 
     @property
     def travels(self) -> bool:
-        """Whether other processes find the same store under its URL.
+        """True if other processes find the same store under its URL.
 
-        All but the memory of this process.
+        That is so for all places but the memory of this process.
         """
         return self._place.travels
 
-    # What workers do.
+    # Methods for workers.
 
     def check_here(self) -> None:
-        """Refuse where this process does not see the store that the driver has made.
+        """Refuse to run in a process that does not see the store that the driver has made.
 
         Raises:
-            StoreError: It is not there, or another one is: each machine would write to a disk of
+            StoreError: It is missing or another store: each machine would write to a disk of
                 its own.
         """
         manifest = find_manifest(self._place)
@@ -89,15 +89,15 @@ class Store(ABC):
     def write(self, unit: int, tensors: Sequence[torch.Tensor]) -> Receipt:
         """Write one unit: its files are replaced whole or stay as they were.
 
-        Writing it again is harmless.
+        A unit may be written again.
 
         Args:
-            unit: Its number.
+            unit: Number of the unit.
             tensors: One per output, on the CPU, `[rows, *shape]` of the declared dtype. Contiguous
                 ones are not copied.
 
         Returns:
-            What the driver commits.
+            The receipt that the driver commits.
 
         Raises:
             StoreError: A tensor is not as declared, or the place cannot be written to.
@@ -135,7 +135,7 @@ class Store(ABC):
                     f"{self.url}: unit {unit}, output {spec.name}: got {got}, declared was {wanted}"
                 )
 
-    # What the driver does.
+    # Methods for the driver.
 
     def missing(self) -> list[int]:
         """The units that are not committed, in order."""
@@ -147,9 +147,9 @@ class Store(ABC):
         return self._record.receipts()
 
     def commit(self, receipt: Receipt) -> None:
-        """Record that a unit is done, in the driver's process only.
+        """Record that a unit is done; called only in the driver's process.
 
-        On return the record is on the disk.
+        The record is on the disk when this returns.
 
         Raises:
             StoreError: The receipt is not one of this store, or the record cannot be written.
@@ -164,7 +164,7 @@ class Store(ABC):
         self._record.commit(receipt)
 
     def discard(self, unit: int) -> None:
-        """Take a commit back: the unit is missing again, and resuming computes it.
+        """Undo a commit: the unit is missing again, and resuming computes it.
 
         Raises:
             StoreError: There is no such unit.
@@ -174,7 +174,7 @@ class Store(ABC):
             self._record.withdraw(unit)
 
     def finish(self) -> None:
-        """Close a run: remove what killed writers left behind.
+        """Close a run: remove the files that killed writers left behind.
 
         Raises:
             StoreError: Units are missing.
@@ -186,18 +186,18 @@ class Store(ABC):
             )
         self._tidy()
 
-    # What readers do.
+    # Methods for readers.
 
     def read(self, output: str | int, start: int, stop: int) -> torch.Tensor:
-        """Rows of one output.
+        """Read rows of one output.
 
         Args:
-            output: Its name or position.
+            output: The output's name or position.
             start: The first row.
             stop: One past the last.
 
         Returns:
-            `[stop - start, *shape]`, memory of its own.
+            `[stop - start, *shape]`, in memory of its own.
 
         Raises:
             StoreError: Rows are out of range or not committed.
@@ -218,15 +218,15 @@ class Store(ABC):
             return self._read(index, start, stop)
 
     def read_unit(self, unit: int) -> list[torch.Tensor]:
-        """All outputs of one unit; raises what `read` does."""
+        """Read all outputs of one unit; the errors are those of `read`."""
         start, stop = self.header.rows(unit)
         return [self.read(i, start, stop) for i in range(len(self.header.outputs))]
 
     def corrupt(self, units: Iterable[int] | None = None) -> list[int]:
-        """The units that are not what was written: bytes changed, files cut short or gone.
+        """Find the units whose data differ from what was written: changed, cut short or gone.
 
         Args:
-            units: Which committed units to read and hash; None for all of them.
+            units: The committed units to read and hash; None for all of them.
 
         Returns:
             Their numbers, in order. `discard` them and resume to compute them again.
@@ -288,26 +288,26 @@ class Store(ABC):
             "resume the run"
         )
 
-    # What each kind does.
+    # Methods that each kind implements.
 
     @abstractmethod
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Write a unit's contiguous tensors, whole or not at all, and sync them to the disk."""
+        """Write a unit's contiguous tensors, entirely or not at all, and sync them to the disk."""
 
     @abstractmethod
     def _read(self, index: int, start: int, stop: int) -> torch.Tensor:
-        """Rows of an output that are committed, at least one row of at least one byte.
+        """Read rows of an output that are committed, at least one row of at least one byte.
 
         Raises:
-            StoreDamagedError: They are not there.
+            StoreDamagedError: The rows' data are missing.
         """
 
     @abstractmethod
     def _files(self) -> list[str]:
-        """The names of all files and folders of data that the store has or may have."""
+        """The names of all data files and folders that the store has or may have."""
 
     def _tidy(self) -> None:  # noqa: B027 - most kinds need it, not all
-        """Remove what killed writers left behind."""
+        """Remove the files that killed writers left behind."""
 
 
 def kind_of(head: Head, url: str) -> type[Store]:
@@ -325,7 +325,7 @@ def kind_of(head: Head, url: str) -> type[Store]:
 
 
 def _ranges(units: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2, 5`, the first few."""
+    """Format unit numbers: `[0, 1, 2, 5]` as `0-2, 5`, the first few."""
     out: list[tuple[int, int]] = []
     for unit in units:
         if out and out[-1][1] == unit - 1:

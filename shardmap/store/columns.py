@@ -1,6 +1,6 @@
 """Columns that samples are read from, in memory or in a `.npy` file.
 
-Rows by number, without loading the rest.
+Rows are read by number, without loading the rest.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class Column(ABC):
 
     rows: int
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
     dtype: torch.dtype
     travels: bool
-    """Whether other processes can read the rows by themselves; otherwise they have to be sent."""
+    """True if other processes can read the rows by themselves; otherwise rows are sent."""
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows that are there, `[stop - start, *shape]`.
+        """Read existing rows, `[stop - start, *shape]`.
 
-        Nobody may write to them: they may share memory with the data.
+        They must not be written to: they may share memory with the data.
         """
 
     def rows_between(self, start: int, stop: int) -> torch.Tensor:
-        """Rows as a dense tensor, also none at all: each row lies in memory as every other."""
+        """Read rows, perhaps none, as a dense tensor: all rows have the same layout in memory."""
         if start == stop:
             return torch.empty((0, *self.shape), dtype=self.dtype)
         return self.read(start, stop).contiguous()
@@ -75,10 +75,10 @@ class TensorColumn(Column):
         return TensorColumn, (
             t if whole else t.clone(),
             "",
-        )  # a view would carry all of what it views
+        )  # a view would be pickled with all of its base
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows, as a view."""
+        """Read rows as a view."""
         return self.tensor[start:stop]
 
 
@@ -97,7 +97,7 @@ class ArrayColumn(Column):
         self.rows, self.shape = a.shape[0], tuple(a.shape[1:])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows, as a view where torch can have one."""
+        """Read rows, as a view if torch supports it."""
         return elements.as_tensor(self.array[start:stop], self.dtype)
 
 
@@ -137,10 +137,10 @@ class MappedColumn(Column):
 
     @property
     def array(self) -> np.ndarray:
-        """The file's array, mapped when it is first asked for.
+        """The file's array, mapped on the first access.
 
         Raises:
-            SourceError: The file is not there on this machine, or too short.
+            SourceError: The file is missing on this machine, or too short.
         """
         if self._array is None:
             shape = (self.rows, *self.shape)
@@ -159,15 +159,15 @@ class MappedColumn(Column):
         return self._array
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows, copied out of the mapping."""
+        """Read rows as a copy."""
         return elements.as_tensor(np.array(self.array[start:stop]), self.dtype)
 
 
 def numpy_column_dtype(dtype: np.dtype, what: str) -> torch.dtype:
-    """What torch calls the dtype of a column.
+    """The torch dtype for a column's numpy dtype.
 
     Raises:
-        SourceError: It has nothing like it.
+        SourceError: Torch has no such dtype.
     """
     found = elements.torch_dtype(dtype)
     if found is None:
@@ -179,20 +179,20 @@ def numpy_column_dtype(dtype: np.dtype, what: str) -> torch.dtype:
 
 
 def from_array(a: np.ndarray, what: str) -> Column:
-    """The column of an array.
+    """Make the column of an array.
 
-    A mapped one is mapped again by each process instead of being sent.
+    A memory-mapped array is mapped again by each process instead of being sent.
     """
     if not isinstance(a, np.memmap) or not a.ndim or not a.size:
         return ArrayColumn(a, what)
     memory, filename = getattr(a, "_mmap", None), a.filename
     if (
         memory is None or filename is None or a.mode == "c"
-    ):  # copy on write: what was written is in this process only
+    ):  # copy on write: writes are visible in this process only
         return ArrayColumn(a, what)
     dtype = numpy_column_dtype(a.dtype, what)
     a.flush()
-    # A slice keeps the offset of what it is a slice of, so that its place in the file is known from
+    # A slice keeps the offset of its base, so that its position in the file is known from
     # its address only.
     begin = a.offset - a.offset % mmap.ALLOCATIONGRANULARITY
     mapped: Any = np.frombuffer(memory, np.uint8)
@@ -201,10 +201,10 @@ def from_array(a: np.ndarray, what: str) -> Column:
 
 
 def from_npy(path: str) -> Column:
-    """The column of a `.npy` file.
+    """Make the column of a `.npy` file.
 
     Raises:
-        SourceError: It is none, is cut short, or holds what no tensor can.
+        SourceError: It is no such file, is cut short, or holds data that no tensor can.
     """
     try:
         with open(path, "rb") as f:

@@ -13,7 +13,7 @@ from shardmap.errors import SourceError
 from shardmap.store import elements
 
 _LARGE_BYTES = 16 << 20
-"""A dataset that pickles to more than this has its data in memory: rows are sent rather than all
+"""Size of a pickled dataset from which its data count as in memory: rows are sent rather than all
 of it to every worker."""
 
 
@@ -22,7 +22,7 @@ class _TooLargeError(Exception):
 
 
 class _Counter:
-    """A file that only counts what is written to it."""
+    """A file that only counts the bytes written to it."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -36,21 +36,21 @@ class _Counter:
 
 
 def importable(obj: object) -> bool:
-    """Whether a worker can make this object from a small pickle.
+    """True if a worker can make this object from a small pickle.
 
-    Its class can be imported there, and its data is not in it.
+    That is so if its class can be imported there, and its pickle does not hold its data.
     """
     if type(obj).__module__ == "__main__" or "<locals>" in type(obj).__qualname__:
         return False
     try:
         pickle.Pickler(_Counter()).dump(obj)  # type: ignore[arg-type]
-    except Exception:  # too large, or whatever the object's own pickling raises
+    except Exception:  # too large, or any error of the object's own pickling
         return False
     return True
 
 
 def _columns(items: Any, what: str) -> dict[str, torch.Tensor]:
-    """A collated batch as named columns.
+    """Convert a collated batch to named columns.
 
     Raises:
         SourceError: It is nested, or something in it is no tensor.
@@ -76,11 +76,7 @@ def _columns(items: Any, what: str) -> dict[str, torch.Tensor]:
 
 
 def fetch(dataset: Any, start: int, stop: int, what: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """Items in order, collated to columns, and whether the columns' names come from the items.
-
-    Raises:
-        SourceError: They do not fit together.
-    """
+    """Fetch items, collated to columns; True if the columns' names come from the items."""
     numbers = list(range(start, stop))
     many = getattr(dataset, "__getitems__", None)
     items: Any = many(numbers) if callable(many) else [dataset[i] for i in numbers]

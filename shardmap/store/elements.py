@@ -1,4 +1,4 @@
-"""How the elements of a tensor lie in files, and their checksums."""
+"""Layout of tensors' elements in files, and their checksums."""
 
 from __future__ import annotations
 
@@ -37,42 +37,42 @@ _BITS: dict[torch.dtype, torch.dtype] = {
     torch.float8_e5m2fnuz: torch.uint8,
     torch.float8_e8m0fnu: torch.uint8,
 }
-"""What numpy lacks, and the unsigned integers that hold the same bits."""
+"""For dtypes that numpy lacks: the unsigned integers that hold the same bits."""
 
 _NAMES = {str(t).removeprefix("torch."): t for t in (*_NUMPY, *_BITS)}
 _FROM_NUMPY = {np.dtype(name): t for t, name in _NUMPY.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`"bfloat16"` for `torch.bfloat16`."""
+    """The name of a dtype, such as `"bfloat16"` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype of this name, None if results cannot have it."""
+    """The dtype of this name, or None if results cannot have it."""
     return _NAMES.get(name)
 
 
 def storable(dtype: torch.dtype) -> bool:
-    """Whether files can hold this dtype.
+    """True if files can hold this dtype.
 
-    All but quantized ones and those of fewer than eight bits.
+    That is so for all but quantized ones and those of fewer than eight bits.
     """
     return dtype in _NUMPY or dtype in _BITS
 
 
 def bits_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself where numpy has it, otherwise the integers of the same bits."""
+    """The dtype itself if numpy has it, otherwise the integers of the same bits."""
     return _BITS.get(dtype, dtype)
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    """Of the array that holds elements of `dtype`."""
+    """The numpy dtype of arrays that hold elements of `dtype`."""
     return np.dtype(_NUMPY[bits_of(dtype)])
 
 
 def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
-    """What torch calls numpy's dtype, in whichever byte order; None if it has nothing like it.
+    """The torch dtype for a numpy dtype in any byte order, or None.
 
     Extension types that jax and ml_dtypes register with numpy (`bfloat16`, `float8_e4m3fn`) are
     known by their names.
@@ -82,18 +82,18 @@ def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
 
 
 def as_numpy(t: torch.Tensor) -> np.ndarray:
-    """The tensor's elements without a copy where it is contiguous.
+    """The tensor's elements as an array, without a copy if it is contiguous.
 
-    Bits where numpy lacks the dtype.
+    They are the bits if numpy lacks the dtype.
     """
     dense = t.detach().resolve_conj().resolve_neg().contiguous()
     return dense.view(bits_of(dense.dtype)).numpy()
 
 
 def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """The array as a tensor of `dtype`.
+    """Convert an array to a tensor of `dtype`.
 
-    Memory is shared where it is writable, aligned, and in the machine's byte order.
+    Memory is shared if it is writable, aligned, and in the machine's byte order.
 
     Args:
         a: Of `numpy_dtype(dtype)`, in any byte order, or of an extension type with the name of
@@ -102,7 +102,7 @@ def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """
     native = numpy_dtype(dtype)
     if torch_dtype(a.dtype) is dtype and a.dtype.newbyteorder("=") != native:
-        a = np.ascontiguousarray(a).view(native)  # an extension type: the bits are what it holds
+        a = np.ascontiguousarray(a).view(native)  # an extension type holds the same bits
     a = np.asarray(a, dtype=native)
     # Torch has no negative strides, and crashes on complex128 that numpy aligned to 8 bytes.
     if (
@@ -115,7 +115,7 @@ def as_tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def raw(t: torch.Tensor) -> memoryview:
-    """The tensor's bytes, row by row, without a copy where it is contiguous."""
+    """The tensor's bytes, row by row, without a copy if it is contiguous."""
     return as_numpy(t).reshape(-1).view(np.uint8).data
 
 
@@ -130,7 +130,7 @@ _HASHES: dict[str, _Hash] = {
 def fastest_hash() -> str:
     """The faster of the two collision-safe hashes on this processor.
 
-    SHA-256 where the processor has instructions for it (2.0 GiB/s against blake2b's 1.4 on an
+    It is SHA-256 if the processor has instructions for it (2.0 GiB/s against blake2b's 1.4 on an
     EPYC), otherwise blake2b (about 1 GiB/s against 0.4). A checksum carries the name of its hash,
     so workers on different processors may differ.
     """
@@ -147,17 +147,17 @@ def fastest_hash() -> str:
 
 
 def checksum(t: torch.Tensor, name: str | None = None) -> str:
-    """Hash of a tensor's raw bytes, 128 bits of it, for example `"sha256:1f0c..."`."""
+    """Hash a tensor's raw bytes to 128 bits, for example `"sha256:1f0c..."`."""
     name = name or fastest_hash()
     return f"{name}:{_HASHES[name](raw(t)).hexdigest()[:32]}"
 
 
 def checksums(tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-    """The checksum of each."""
+    """The checksum of each tensor."""
     return tuple(checksum(t) for t in tensors)
 
 
 def agrees(t: torch.Tensor, expected: str) -> bool:
-    """Whether a tensor has the checksum; one by a hash that is unknown here agrees with nothing."""
+    """True if a tensor has the checksum; False if its hash function is unknown here."""
     name = expected.partition(":")[0]
     return name in _HASHES and checksum(t, name) == expected

@@ -1,6 +1,6 @@
-"""What a store holds, as frozen data.
+"""The header of a store, and the receipt for a unit, as frozen data.
 
-The header that says so, and the receipt for one unit that was written.
+The header describes the rows; a receipt confirms one unit that was written.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ IDENTITY = {
     "data": "the samples have changed",
     "plan": "the batch is cut into other units",
 }
-"""The hashes that tell one run from another, and what it means when one differs."""
+"""The hashes that identify a run, and the cause of a difference in each."""
 
 MOST_UNITS = 1 << 24
-"""Each is a line of the manifest, and a file of some kinds."""
+"""Most units of a store: each is a line of the manifest, and a file of some kinds."""
 MOST_BYTES = (1 << 63) - 1
-"""Of one output: what a file can have."""
+"""Most bytes of one output: the largest size of a file."""
 
 _RESERVED: tuple[str, ...] = ("manifest", "manifest.jsonl", "zarr.json")
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """One column of rows: an output of a map, or what a source gives."""
+    """One column of rows: an output of a map, or a column of a source."""
 
     name: str
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
     dtype: torch.dtype
 
     @property
@@ -52,23 +52,23 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a store holds, and of which run it is.
+    """The description of a store's rows, and the identity of its run.
 
     Raises:
         StoreError: Names are empty or given twice, a dtype cannot be stored, an identity is
-            missing, attributes are no JSON.
+            missing, attributes cannot be JSON.
     """
 
     samples: int
-    """Rows of every output."""
+    """Number of rows of every output."""
     unit: int
     """Rows per storage unit: unit k holds the rows from k * unit to (k + 1) * unit, the last one
-    what is left."""
+    the remainder."""
     outputs: tuple[OutputSpec, ...]
     identity: dict[str, str]
     """Hashes named "program", "data" and "plan"."""
     attributes: dict[str, Any]
-    """Anything JSON: versions, names, the configuration's hash. Not compared when a run is
+    """Any JSON data: versions, names, the configuration's hash. Not compared when a run is
     resumed."""
 
     def __post_init__(self) -> None:
@@ -109,11 +109,11 @@ class Header:
             plain = json.loads(json.dumps(self.attributes))
         except (TypeError, ValueError) as error:
             raise StoreError(f"attributes cannot be written as JSON: {error}") from error
-        object.__setattr__(self, "attributes", plain)  # as they will be read back: tuples are lists
+        object.__setattr__(self, "attributes", plain)  # as they are read back: tuples become lists
 
     @property
     def units(self) -> int:
-        """How many units the rows make."""
+        """Number of units that the rows make."""
         return -(-self.samples // self.unit)
 
     def rows(self, unit: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class Header:
     def files(self) -> tuple[str, ...]:
         """A name for each output that is safe in files and URLs.
 
-        And unique in any case of letters.
+        It is unique even if upper and lower case are not distinguished.
         """
         return file_names([spec.name for spec in self.outputs])
 
@@ -157,7 +157,7 @@ class Header:
         return output % len(names)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON can hold."""
+        """The header as JSON data."""
         outputs = [
             {"name": s.name, "shape": list(s.shape), "dtype": elements.dtype_name(s.dtype)}
             for s in self.outputs
@@ -172,10 +172,10 @@ class Header:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Header:
-        """Back from `to_json`.
+        """Make the header from the data of `to_json`.
 
         Raises:
-            StoreError: Something is missing or cannot be understood.
+            StoreError: Data are missing or cannot be understood.
         """
         try:
             outputs = []
@@ -198,9 +198,9 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a worker returns for a unit that it has written.
+    """A worker's confirmation of a unit that it has written.
 
-    Nothing is done until the driver has committed it.
+    The unit counts only when the driver has committed it.
     """
 
     unit: int
@@ -208,12 +208,12 @@ class Receipt:
     stop: int
     """One past the last row."""
     bytes: int
-    """Of all outputs, as in memory."""
+    """Bytes of all outputs in memory."""
     checksums: tuple[str, ...]
-    """One per output, of its raw bytes, with the name of the hash."""
+    """Hash of each output's raw bytes, with the name of the hash function."""
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON can hold."""
+        """The receipt as JSON data."""
         return {
             "unit": self.unit,
             "start": self.start,
@@ -224,7 +224,7 @@ class Receipt:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Receipt:
-        """Back from `to_json`; raises KeyError or TypeError on anything else."""
+        """Make the receipt from the data of `to_json`; KeyError or TypeError for other data."""
         unit, start, stop, size = (data[key] for key in ("unit", "start", "stop", "bytes"))
         checksums = data["checksums"]
         if not all(map(_is_count, (unit, start, stop, size))) or not isinstance(checksums, list):
@@ -234,7 +234,7 @@ class Receipt:
         return Receipt(unit, start, stop, size, tuple(checksums))
 
     def misfit(self, header: Header) -> str | None:
-        """The first field that no unit of a store with this header has, in words."""
+        """Sentence on the first field that no unit of a store with this header has, or None."""
         if not 0 <= self.unit < header.units:
             return f"unit is {self.unit}, and there are {header.units} units"
         start, stop = header.rows(self.unit)
@@ -251,7 +251,7 @@ class Receipt:
 
 
 def differences(stored: Header, wanted: Header) -> list[str]:
-    """What tells two runs apart, each in words; nothing if the one can be resumed as the other."""
+    """Sentences on the differences between two runs; none if one can be resumed as the other."""
     out = [
         f"{key}: {meaning} ({stored.identity[key][:12]} is stored, {wanted.identity[key][:12]} is "
         "wanted)"
@@ -277,7 +277,7 @@ def differences(stored: Header, wanted: Header) -> list[str]:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 0 that a file's size can be."""
+    """True if a value is an integer from 0 to the largest size of a file."""
     return type(value) is int and 0 <= value <= MOST_BYTES
 
 
@@ -294,16 +294,16 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def file_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names for files.
+    """Safe and unique file names for outputs.
 
-    Other characters than letters of ASCII, digits, `.`, `-` and `_` become `_`, equal ones get
+    Characters other than ASCII letters, digits, `.`, `-` and `_` become `_`; equal names get
     numbers.
     """
     taken = set(_RESERVED)
     out = []
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100].lstrip(".")
-        if safe.startswith("__") or not safe:  # zarr keeps names that begin so to itself
+        if safe.startswith("__") or not safe:  # zarr reserves names that begin so
             safe = "x" + safe
         number, unique = 1, safe
         while unique.casefold() in taken:

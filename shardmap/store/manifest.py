@@ -1,11 +1,11 @@
-"""What of a store is done: a header, and an entry for each unit that was committed.
+"""The manifest of a store: a header, and an entry for each committed unit.
 
-Nothing else decides it.
+It alone decides which units count as done.
 
-A folder has `manifest.jsonl`, a line per entry, appended and synced to the disk. Where nothing can
-be appended to a file (object stores) each entry is a small object under `manifest/`. Entries carry
-a CRC-32 of their text: it tells a changed digit from a good one at no cost (the data has hashes),
-and a line that was cut short in a crash from one that is whole.
+A folder has `manifest.jsonl`, a line per entry, appended and synced to the disk. Where files cannot
+be appended to (object stores) each entry is a small object under `manifest/`. Entries carry
+a CRC-32 of their text: it detects a changed digit at no cost (the data have hashes of their own),
+and a line that a crash cut short.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _REMEDY = "restore it from a copy, or write the results anew to another place"
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first entry: which kind of store this is, and what it holds."""
+    """The first entry: the kind of the store, and its header."""
 
     kind: str
     header: Header
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON can hold."""
+        """The entry as JSON data."""
         return {"shardmap": {"format": FORMAT, "kind": self.kind}, **self.header.to_json()}
 
     @staticmethod
     def from_json(data: dict[str, Any], url: str) -> Head:
-        """Back from `to_json`.
+        """Make the entry from the data of `to_json`.
 
         Raises:
-            StoreError: It is of a later version, or no such thing.
+            StoreError: It is of a later version, or no such entry.
         """
         about = data.get("shardmap")
         if not isinstance(about, dict) or type(about.get("format")) is not int:
@@ -69,13 +69,13 @@ class Head:
 
 
 def encode(entry: dict[str, Any]) -> bytes:
-    """An entry as one line of JSON that ends with the CRC-32 of what is before it."""
+    """Encode an entry as one line of JSON that ends with its CRC-32."""
     body = json.dumps(entry, separators=(",", ":")).encode()[:-1]
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """Back from `encode`; None if the line is not what was written."""
+    """Decode a line; None if it differs from what `encode` wrote."""
     body, mark, rest = line.rstrip(b"\n").rpartition(b',"crc":"')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
         return None
@@ -83,14 +83,14 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 class Manifest(ABC):
-    """The record of one store."""
+    """Base of manifests: the record of one store's committed units."""
 
     def __init__(self, place: Place):
         self.place = place
 
     @abstractmethod
     def head(self) -> Head:
-        """Which kind of store this is, and what it holds."""
+        """The kind of the store, and its header."""
 
     @abstractmethod
     def receipts(self) -> dict[int, Receipt]:
@@ -98,7 +98,7 @@ class Manifest(ABC):
 
     @abstractmethod
     def known(self) -> dict[int, Receipt]:
-        """The units that were committed when somebody last looked."""
+        """The committed units at the last reading, without a new one."""
 
     @abstractmethod
     def commit(self, receipt: Receipt) -> None:
@@ -106,33 +106,33 @@ class Manifest(ABC):
 
     @abstractmethod
     def withdraw(self, unit: int) -> None:
-        """Record that a unit is not done after all."""
+        """Record that a unit is not done any more."""
 
     @abstractmethod
     def start(self, head: Head) -> None:
-        """Begin with this header and no units, whatever was there before."""
+        """Begin a manifest with this header and no units, replacing any other."""
 
 
 @dataclass(slots=True)
 class _State:
-    """A journal as it was read."""
+    """The content of a journal at its last reading."""
 
     signature: Any
     head: Head
     receipts: dict[int, Receipt]
     valid: int
-    """Bytes of the lines that are whole; what comes after them was cut short by a crash."""
+    """Number of bytes in complete lines; a crash cut the rest short."""
 
 
 class Journal(Manifest):
-    """`manifest.jsonl`, which one process appends to."""
+    """The manifest `manifest.jsonl`, which one process appends to."""
 
     def __init__(self, place: Place):
         super().__init__(place)
         self._state: _State | None = None
 
     def head(self) -> Head:
-        """Which kind of store this is, and what it holds."""
+        """The kind of the store, and its header."""
         return self._load().head
 
     def receipts(self) -> dict[int, Receipt]:
@@ -140,11 +140,11 @@ class Journal(Manifest):
         return dict(self._load().receipts)
 
     def known(self) -> dict[int, Receipt]:
-        """The units that were committed when somebody last looked."""
+        """The committed units at the last reading, without a new one."""
         return (self._state or self._load()).receipts
 
     def start(self, head: Head) -> None:
-        """Begin with this header and no units, whatever was there before."""
+        """Begin a manifest with this header and no units, replacing any other."""
         self._local()
         self.place.write(JOURNAL, encode(head.to_json()))
         self._state = None
@@ -155,7 +155,7 @@ class Journal(Manifest):
         self.known()[receipt.unit] = receipt
 
     def withdraw(self, unit: int) -> None:
-        """Append a line that takes a commit back."""
+        """Append a line that withdraws a commit."""
         self._append({"withdrawn": unit})
         self.known().pop(unit, None)
 
@@ -178,7 +178,7 @@ class Journal(Manifest):
         with place.explained(f"appending to {JOURNAL}"):
             handle = os.open(place.path(JOURNAL), os.O_WRONLY)
             try:
-                os.ftruncate(handle, state.valid)  # a line that a crash cut short goes
+                os.ftruncate(handle, state.valid)  # a line that a crash cut short is removed
                 try:
                     _write_all(handle, line, state.valid)
                     os.fsync(handle)
@@ -201,10 +201,10 @@ def _write_all(handle: int, data: bytes, at: int) -> None:
 def _parse(data: bytes, signature: Any, url: str) -> _State:
     *lines, _ = data.split(
         b"\n"
-    )  # after the last line's end there is nothing, or a line that was cut short
+    )  # after the last newline there is nothing, or a line that was cut short
     entries = [decode(line) for line in lines]
     if len(entries) > 1 and entries[-1] is None:
-        entries.pop()  # the disk may have the length of a line before it has the line
+        entries.pop()  # a file may grow on disk before the data of its line are written
     if not entries or entries[0] is None:
         raise StoreError(f"{url}: the first line of {JOURNAL} is damaged; {_REMEDY}")
     head = Head.from_json(entries[0], url)
@@ -233,7 +233,7 @@ def _parse(data: bytes, signature: Any, url: str) -> _State:
 
 
 def _check_fits(receipt: Receipt, header: Header, where: str) -> None:
-    """Refuse a receipt that is not of a store with this header."""
+    """Refuse a receipt that does not belong to a store with this header."""
     misfit = receipt.misfit(header)
     if misfit is not None:
         raise StoreDamagedError(f"{where}: {misfit}; {_REMEDY}")
@@ -247,15 +247,16 @@ def _receipt(entry: dict[str, Any] | None) -> Receipt | None:
 
 
 class Objects(Manifest):
-    """A small object per entry under `manifest/`, for places where nothing can be appended."""
+    """A manifest of one small object per entry in `manifest/`, for places without appending."""
 
     def __init__(self, place: Place):
         super().__init__(place)
         self._seen: dict[str, Receipt] | None = None
-        """What was read, by name of the object: one is written once, or once more with the same."""
+        """Receipts read so far, by object name: an object is only ever rewritten with equal
+        content."""
 
     def head(self) -> Head:
-        """Which kind of store this is, and what it holds."""
+        """The kind of the store, and its header."""
         entry = decode(self.place.read(_HEAD))
         if entry is None:
             raise StoreError(f"{self.place.url}: {_HEAD} is damaged; {_REMEDY}")
@@ -276,11 +277,11 @@ class Objects(Manifest):
         return self._by_unit()
 
     def known(self) -> dict[int, Receipt]:
-        """The units that were committed when somebody last looked."""
+        """The committed units at the last reading, without a new one."""
         return self.receipts() if self._seen is None else self._by_unit()
 
     def start(self, head: Head) -> None:
-        """Begin with this header and no units, whatever was there before."""
+        """Begin a manifest with this header and no units, replacing any other."""
         self.place.remove(FOLDER)
         self.place.write(_HEAD, encode(head.to_json()))
         self._seen = None
@@ -319,12 +320,12 @@ def _entry_name(unit: int) -> str:
 
 
 def find_manifest(place: Place) -> Manifest | None:
-    """The manifest of the store at a place, of whichever form; None if there is no store."""
+    """The manifest of the store at a place, of either form; None if there is no store."""
     if place.exists(JOURNAL):
         return Journal(place)
     return Objects(place) if place.exists(_HEAD) else None
 
 
 def new_manifest(place: Place) -> Manifest:
-    """A manifest of the form that suits a place; `start` makes it."""
+    """Make a manifest of the form that suits a place; `start` writes it."""
     return Objects(place) if place.remote else Journal(place)

@@ -1,4 +1,4 @@
-"""Results as one `.npy` file per output, which numpy maps into memory."""
+"""Store of one `.npy` file per output, which numpy maps into memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from shardmap.store.places import Place, local_only, replacing
 from shardmap.store.sink import PlaceSink
 
 _UNREADABLE = (ValueError, TypeError, OverflowError, SyntaxError, tokenize.TokenError)
-"""What numpy's reader of headers raises for text that numpy has not written."""
+"""Errors of numpy's header reader for text that is no header."""
 
 
 @dataclass(frozen=True)
 class MemmapSink(PlaceSink):
-    """Write results to files `<output>.npy` of their final size; rows not written yet take no room.
+    """Write results to sparse files `<output>.npy` of their final size.
 
-    `np.load(path, mmap_mode="r")` reads them. What numpy lacks is stored as unsigned integers of
-    the same bits (bfloat16 as uint16). A unit is written in its place, so it is whole only once it
-    is committed.
+    `np.load(path, mmap_mode="r")` reads them. Dtypes that numpy lacks are stored as unsigned
+    integers of the same bits (bfloat16 as uint16). A unit is written in its place, so it is
+    complete only once it is committed.
 
     Args:
-        folder: Where the files go. Writers on several machines share files: a network file system
-            must let them (Lustre, GPFS and NFS do); prefer ZarrSink where you are not sure.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is
-            there never is.
+        folder: Folder of the files. Writers on several machines share files: a network file system
+            must support that (Lustre, GPFS and NFS do); prefer ZarrSink if you are not sure.
+        overwrite: True to replace a store that is there already. Anything else that is there is
+            never replaced.
         attributes: Names and values that the store keeps with its header; anything that JSON can
             hold.
     """
@@ -44,7 +44,7 @@ class MemmapSink(PlaceSink):
 
     @property
     def where(self) -> str:
-        """The folder as it was given."""
+        """The folder that the user gave."""
         return os.fspath(self.folder)
 
     def _store(self, url: str, header: Header) -> Store:
@@ -80,8 +80,8 @@ class MemmapStore(Store):
         return os.path.join(self.url, f"{self._names[index]}.npy")
 
     def _write(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        # Through the file, not the mapping: when a disk is full, a write to a mapping kills the
-        # process (SIGBUS).
+        # Written through the file, not the mapping: when a disk is full, a write to a mapping kills
+        # the process (SIGBUS).
         start, _ = self.header.rows(unit)
         for index, t in enumerate(tensors):
             offset = self._offset(index) + start * self.header.outputs[index].row_bytes
@@ -106,7 +106,7 @@ class MemmapStore(Store):
         return out
 
     def _offset(self, index: int) -> int:
-        """Where the rows of an output begin in its file, whose header is checked."""
+        """Check the header of an output's file, and return the offset of its rows."""
         path, spec = self._path(index), self.header.outputs[index]
         name = os.path.basename(path)
         try:
@@ -130,9 +130,9 @@ class MemmapStore(Store):
 
 
 def _allocate(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A `.npy` file of zeros that takes no room.
+    """Make a sparse `.npy` file of zeros.
 
-    `np.lib.format.open_memmap` makes no empty ones, and leaves half of one on failure.
+    `np.lib.format.open_memmap` refuses empty arrays, and leaves a partial file on failure.
     """
     with replacing(path) as temporary, open(temporary, "wb") as f:
         np.lib.format.write_array_header_1_0(
@@ -149,7 +149,7 @@ def _write_all(handle: int, data: memoryview, at: int) -> None:
 
 
 def _read_all(f: IO[bytes], into: memoryview) -> int:
-    """Fill `into`; the number of bytes that there were."""
+    """Fill `into` from a file, and return the number of bytes read."""
     done = 0
     while done < len(into):
         count = f.readinto(into[done:])  # type: ignore[attr-defined]
@@ -160,12 +160,12 @@ def _read_all(f: IO[bytes], into: memoryview) -> int:
 
 
 def read_npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read a `.npy` file's shape, whether it is in Fortran's order, and its dtype.
+    """Read a `.npy` file's shape, dtype, and True if it is in Fortran order.
 
-    The file is left where its elements begin.
+    The file position is then at its elements.
 
     Raises:
-        ValueError: It is none, or holds Python objects.
+        ValueError: It is no `.npy` file, or holds Python objects.
     """
     version = np.lib.format.read_magic(f)
     readers = {

@@ -1,4 +1,4 @@
-"""Find a store again by its place."""
+"""Open an existing store by its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardmap.store.places import place_of
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """Open what a run has written, or is writing.
+    """Open the store of a run that has finished, or is writing.
 
     Args:
         url: The folder or URL that was given to the sink.

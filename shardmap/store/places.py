@@ -1,6 +1,6 @@
-"""Where files are: a folder of this machine, or a URL that fsspec opens.
+"""Places of files: a folder of this machine, or a URL that fsspec opens.
 
-Failures are put into words here.
+Failures become errors with a remedy here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REMEDIES = {
 
 
 def reason(error: BaseException) -> str:
-    """An error on one line, with the remedy where there is a known one."""
+    """The text of an error on one line, with a remedy if one is known."""
     number = error.errno if isinstance(error, OSError) else None
     text = (
         os.strerror(number)
@@ -55,51 +55,50 @@ def join(folder: str, name: str) -> str:
 
 
 class Place(ABC):
-    """A folder of files by name."""
+    """Base of places: a folder of files by name."""
 
     remote: bool
-    """Whether fsspec opens it: nothing can be appended to a file there, and writing one replaces
-    it whole."""
+    """True if fsspec opens it: files cannot be appended to, and a write replaces a file whole."""
     travels: bool
-    """Whether other processes find the same files under this URL."""
+    """True if other processes find the same files under this URL."""
 
     def __init__(self, url: str):
         self.url = url
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """What lies directly in a folder, sorted; nothing if it is not there."""
+        """The names in a folder, sorted; none if it does not exist."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A file's content."""
+        """Read a file's content."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file whole, or make it."""
+        """Replace a file whole, or create it."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
+        """Remove a file, or a folder with its content, if it exists."""
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """The content of several files."""
+        """Read the content of several files."""
         return [self.read(name) for name in names]
 
     def signature(self, name: str) -> Any:
-        """Something that changes when the file does; None where that is not known."""
+        """A value that changes when the file does; None if there is none."""
         return None
 
     @contextlib.contextmanager
     def explained(self, doing: str) -> Iterator[None]:
-        """Put what fails inside into words.
+        """Turn errors inside into a StoreError.
 
         Raises:
-            StoreError: The place, what failed, and the remedy.
+            StoreError: Its message has the place, the failure and the remedy.
         """
         try:
             yield
@@ -110,7 +109,8 @@ class Place(ABC):
         except Exception as error:
             if not self.remote:
                 raise
-            # Each client of an object store has errors of its own (botocore, aiohttp, google.auth).
+            # Each client of an object store raises errors of its own (botocore, aiohttp,
+            # google.auth).
             raise StoreError(f"{self.url}: {doing} failed: {reason(error)}") from error
 
 
@@ -121,19 +121,19 @@ class LocalPlace(Place):
     travels = True
 
     def path(self, name: str = "") -> str:
-        """Of a file in it."""
+        """The path of a file in the folder."""
         return os.path.join(self.url, *name.split("/")) if name else self.url
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
         return os.path.exists(self.path(name))
 
     def is_folder(self) -> bool:
-        """Whether the place itself is there, as a folder."""
+        """True if the place itself exists, as a folder."""
         return os.path.isdir(self.url)
 
     def names(self, folder: str = "") -> list[str]:
-        """What lies directly in a folder, sorted; nothing if it is not there."""
+        """The names in a folder, sorted; none if it does not exist."""
         with self.explained("listing"):
             try:
                 return sorted(os.listdir(self.path(folder)))
@@ -141,12 +141,12 @@ class LocalPlace(Place):
                 return []
 
     def read(self, name: str) -> bytes:
-        """A file's content."""
+        """Read a file's content."""
         with self.explained(f"reading {name}"), open(self.path(name), "rb") as f:
             return f.read()
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file whole, or make it, so that it stays after a loss of power."""
+        """Replace a file whole, or create it, so that it survives a loss of power."""
         with self.explained(f"writing {name}"):
             path = self.path(name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -154,7 +154,7 @@ class LocalPlace(Place):
                 f.write(data)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
+        """Remove a file, or a folder with its content, if it exists."""
         with self.explained(f"removing {name}"):
             path = self.path(name)
             if os.path.isdir(path) and not os.path.islink(path):
@@ -164,7 +164,7 @@ class LocalPlace(Place):
                     os.remove(path)
 
     def signature(self, name: str) -> Any:
-        """Something that changes when the file does."""
+        """A value that changes when the file does."""
         with self.explained(f"reading {name}"):
             info = os.stat(self.path(name))
             return info.st_ino, info.st_size, info.st_mtime_ns
@@ -191,15 +191,15 @@ class RemotePlace(Place):
         return join(self._root, name)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+        """True if there is a file or folder of this name."""
         with self.explained(f"looking for {name or 'it'}"):
             return bool(self._files.exists(self._path(name)))
 
     def names(self, folder: str = "") -> list[str]:
-        """What lies directly in a folder, sorted; nothing if it is not there."""
+        """The names in a folder, sorted; none if it does not exist."""
         path = self._path(folder)
         with self.explained("listing"):
-            # fsspec remembers listings, and workers write behind its back
+            # fsspec caches listings, and workers write without its knowledge
             self._files.invalidate_cache()
             try:
                 found = self._files.ls(path, detail=False)
@@ -211,12 +211,12 @@ class RemotePlace(Place):
             return sorted(names - {""})
 
     def read(self, name: str) -> bytes:
-        """A file's content."""
+        """Read a file's content."""
         with self.explained(f"reading {name}"):
             return self._files.cat_file(self._path(name))
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """The content of several files, asked for side by side."""
+        """Read the content of several files concurrently."""
         if not names:
             return []
         with self.explained(f"reading {names[0]} and {len(names) - 1} more"):
@@ -225,14 +225,14 @@ class RemotePlace(Place):
             return [found[self._files._strip_protocol(p)] for p in paths]
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file whole, or make it."""
+        """Replace a file whole, or create it."""
         with self.explained(f"writing {name}"):
             path = self._path(name)
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(path, data)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
+        """Remove a file, or a folder with its content, if it exists."""
         with self.explained(f"removing {name}"), contextlib.suppress(FileNotFoundError):
             self._files.rm(self._path(name), recursive=True)
 
@@ -240,7 +240,7 @@ class RemotePlace(Place):
 def place_of(url: str | os.PathLike[str]) -> Place:
     """The place that a path or URL names.
 
-    Paths become absolute: workers have another working directory.
+    Paths become absolute, as workers have another working directory.
     """
     text = os.fspath(url)
     if not isinstance(text, str) or not text:
@@ -254,7 +254,7 @@ def place_of(url: str | os.PathLike[str]) -> Place:
 
 
 def local_only(place: Place, sink: str) -> None:
-    """Refuse a URL where files of a folder are to be written.
+    """Refuse a URL for a sink that writes files of a folder.
 
     Raises:
         StoreError: The place is no folder.
@@ -267,7 +267,7 @@ def local_only(place: Place, sink: str) -> None:
 
 
 def sync(path: str) -> None:
-    """Wait until a file's or folder's content is on the disk."""
+    """Wait until the content of a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -279,14 +279,14 @@ def sync(path: str) -> None:
 
 
 TEMPORARY = ".tmp"
-"""How the names of files that are being written end."""
+"""Ending of the names of unfinished files."""
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
     """A temporary name beside `path`.
 
-    What is written to it takes the place of `path` at the end, or is removed on failure.
+    The file of that name replaces `path` at the end, or is removed on failure.
     """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
@@ -302,7 +302,7 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def sweep(folder: str, ending: str) -> None:
-    """Remove what writers that were killed left behind."""
+    """Remove the files that killed writers left behind."""
     if not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
@@ -312,9 +312,9 @@ def sweep(folder: str, ending: str) -> None:
 
 
 def warn_if_full(place: Place, needed: int) -> None:
-    """Say so where the disk has less room than results need.
+    """Warn if the disk has less room than the results need.
 
-    A run of hours should not end there.
+    A run of hours should not fail for that at its end.
     """
     if isinstance(place, LocalPlace):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Compute units of a store again, and compare: the store is read, nothing of it is written."""
+"""Compute units of a store again, and compare; the store is only read."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from shardmap.store.opening import open_store
 from shardmap.store.sink import Sink
 
 ROUNDING = {1: 1, 2: 4, 4: 64}
-"""By bytes of a real number: units in the last place of an output's largest value in a storage
-unit, by which numbers may differ that were summed in another order: other chunk sizes take other
-kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
+"""Tolerance by bytes of a real number: units in the last place of an output's largest value in a
+storage unit, by which numbers may differ that were summed in another order: other chunk sizes use
+other kernels. Up to 6 in float32 for the runs in `configs`, in chunks of 1 to 100."""
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One unit, computed again, beside what is stored."""
+class UnitComparison:
+    """Comparison of one unit, computed again, with the stored one."""
 
     unit: int
     start: int
     stop: int
     """One past the last row."""
     exact: bool
-    """Whether all outputs are equal to the last bit."""
+    """True if all outputs are equal to the last bit."""
     agrees: bool
-    """Whether they are equal within rounding."""
+    """True if they are equal within rounding."""
     difference: float
-    """The largest between two numbers; NaN where one of them is, or they are no numbers."""
+    """The largest difference between two numbers; NaN if one of them is NaN or no number."""
     output: str
-    """The name of the output that has it."""
+    """Name of the output with that difference."""
 
     def __str__(self) -> str:
         where = f"unit {self.unit} (rows {self.start} to {self.stop - 1})"
@@ -52,10 +52,10 @@ def choose(store: Store, count: int, seed: int = 0, damaged: Sequence[int] = ())
     """A random sample of the committed units, in order.
 
     Args:
-        store: Where they are.
-        count: How many; all of them if there are fewer.
-        seed: Of the choice.
-        damaged: Units that cannot be compared with anything.
+        store: The store of the units.
+        count: Number of units to choose; all of them if there are fewer.
+        seed: Seed of the choice.
+        damaged: Units that cannot be compared.
     """
     there = sorted(set(store.receipts()) - set(damaged))
     return sorted(random.Random(seed).sample(there, min(count, len(there))))
@@ -63,17 +63,17 @@ def choose(store: Store, count: int, seed: int = 0, damaged: Sequence[int] = ())
 
 @dataclass(frozen=True)
 class Recompute(Sink):
-    """Compare a random sample of a store's units with what the same call computes now.
+    """Compare a random sample of a store's units with the results of the same call now.
 
-    `vmap(fn, out=Recompute(url), resume=True)(*batch)`.
+    It is used as `vmap(fn, out=Recompute(url), resume=True)(*batch)`.
 
-    The call returns a store whose `comparisons` say what was found. Function, captured tensors,
+    The call returns a store whose `comparisons` hold the results. Function, captured tensors,
     samples and seed must be those of the call that was stored.
 
     Args:
         url: The store's folder or URL.
-        units: How many of its committed units, or which ones.
-        seed: Of the choice.
+        units: Number of its committed units, or their numbers.
+        seed: Seed of the choice.
 
     Example:
         >>> import tempfile, torch, shardmap
@@ -91,18 +91,18 @@ class Recompute(Sink):
 
     @property
     def where(self) -> str:
-        """The path or URL as it was given."""
+        """The path or URL that the user gave."""
         return os.fspath(self.url)
 
     def create(self, header: Header, resume: bool = False) -> Store:
-        """The store whose missing units are those that are to be compared.
+        """Make a store whose missing units are those that are compared.
 
         Args:
-            header: Of the call as it is made now.
+            header: Header of the present call.
             resume: Must be true: the batch is cut as it was when it was stored.
 
         Raises:
-            StoreMismatchError: The call is another one; the message lists what differs.
+            StoreMismatchError: The call is another one; the message lists the differences.
             StoreError: There is no store.
         """
         stored = open_store(self.where)
@@ -125,14 +125,14 @@ class Recompute(Sink):
 
 
 class Recomputed(Store, known=False):
-    """A store to whoever computes it: what is written to it is compared with what is stored."""
+    """A store that compares units written to it with the stored ones."""
 
     kind = "recomputed"
 
     def __init__(self, stored: Store, units: Sequence[int]):
         super().__init__(stored.url, stored.header)
         self.stored = stored
-        self.comparisons: list[Comparison] = []
+        self.comparisons: list[UnitComparison] = []
         self._left = sorted(units)
 
     def __reduce__(self) -> tuple:
@@ -140,7 +140,7 @@ class Recomputed(Store, known=False):
 
     @property
     def travels(self) -> bool:
-        """Never: comparisons are kept here."""
+        """False: comparisons are kept in this process."""
         return False
 
     def missing(self) -> list[int]:
@@ -148,14 +148,14 @@ class Recomputed(Store, known=False):
         return list(self._left)
 
     def write(self, unit: int, tensors: Sequence[torch.Tensor]) -> Receipt:
-        """Compare a unit with what is stored.
+        """Compare a unit with the stored one.
 
         Args:
-            unit: Its number.
+            unit: Number of the unit.
             tensors: As for `Store.write`.
 
         Raises:
-            StoreDamagedError: What is stored cannot be read.
+            StoreDamagedError: The stored unit cannot be read.
         """
         start, stop = self.header.rows(unit)
         self._check(unit, stop - start, tensors)
@@ -163,11 +163,11 @@ class Recomputed(Store, known=False):
         return Receipt(unit, start, stop, 0, ("",) * len(tensors))
 
     def commit(self, receipt: Receipt) -> None:
-        """The unit is compared; the record of the store is left alone."""
+        """Mark the unit as compared; the stored record is not changed."""
         self._left.remove(receipt.unit)
 
     def finish(self) -> None:
-        """Nothing was written."""
+        """Sort the comparisons; nothing was written."""
         assert not self._left
         self.comparisons.sort(key=lambda c: c.unit)
 
@@ -189,7 +189,7 @@ class _Worst:
     agrees: bool = True
 
 
-def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> Comparison:
+def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> UnitComparison:
     start, stop = stored.header.rows(unit)
     worst = _Worst()
     for index, (new, spec) in enumerate(zip(tensors, stored.header.outputs, strict=True)):
@@ -201,11 +201,13 @@ def _compare(stored: Store, unit: int, tensors: Sequence[torch.Tensor]) -> Compa
         worst.agrees &= difference <= allowed
         if not worst.output or not difference <= worst.difference:  # NaN is worse than any number
             worst.difference, worst.output = difference, spec.name
-    return Comparison(unit, start, stop, worst.exact, worst.agrees, worst.difference, worst.output)
+    return UnitComparison(
+        unit, start, stop, worst.exact, worst.agrees, worst.difference, worst.output
+    )
 
 
 def _difference(old: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
-    """The largest difference between two numbers, and how large rounding may make it."""
+    """The largest difference between two numbers, and the largest that rounding explains."""
     if not (old.is_floating_point() or old.is_complex()):
         return float(
             (new.to(torch.float64) - old.to(torch.float64)).abs().max()

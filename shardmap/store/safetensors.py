@@ -1,4 +1,4 @@
-"""Results as safetensors files, one per unit: exact dtypes, readable wherever models are."""
+"""Store of one safetensors file per unit: exact dtypes, readable by model tools."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _REAL = {
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
 }
-"""Complex numbers are stored as pairs: the format has none, or one of them in late versions."""
+"""Real dtypes for complex ones, which are stored as pairs: the format has none, or one of them in
+late versions."""
 _BITS = {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
-"""Stored as uint8: only late versions of the format have them."""
+"""Dtypes stored as uint8: only late versions of the format have them."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class SafetensorsSink(PlaceSink):
     files' metadata says so.
 
     Args:
-        folder: Where the files go. Several machines need a folder that all of them see.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is
-            there never is.
+        folder: Folder of the files. Several machines need a folder that all of them see.
+        overwrite: True to replace a store that is there already. Anything else that is
+            there is never replaced.
         attributes: Names and values that the store keeps with its header; anything that JSON can
             hold.
     """
@@ -50,7 +51,7 @@ class SafetensorsSink(PlaceSink):
 
     @property
     def where(self) -> str:
-        """The folder as it was given."""
+        """The folder that the user gave."""
         return os.fspath(self.folder)
 
     def _store(self, url: str, header: Header) -> Store:
@@ -158,9 +159,9 @@ def _error() -> type[Exception]:
 
 
 def _as_os_error(error: Exception) -> Exception:
-    """The library puts what the system said into a text.
+    """Convert the library's error, whose text has the system's error number, to an OSError.
 
-    `I/O error: No space left on device (os error 28)`.
+    Such a text is `I/O error: No space left on device (os error 28)`.
     """
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))
     if found is None:

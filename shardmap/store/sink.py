@@ -1,6 +1,6 @@
 """Sinks: the user's side of a store.
 
-One place is laid out once, found again, or refused in words.
+A sink creates the store at a place, finds it again, or refuses the place.
 """
 
 from __future__ import annotations
@@ -26,53 +26,53 @@ from shardmap.store.places import LocalPlace, Place, place_of, warn_if_full
 
 
 class Sink(ABC):
-    """What the user passes as `out=`: it makes the store that results go to."""
+    """Base of sinks, the values of `out=`: a sink makes the store for the results."""
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """The path or URL as it was given."""
+        """The path or URL that the user gave."""
 
     @abstractmethod
     def create(self, header: Header, resume: bool = False) -> Store:
         """Make the store, or find it again.
 
         Args:
-            header: What it is to hold, and of which run it is.
-            resume: Go on with what is stored there; what is not there is made.
+            header: The description of the rows and the identity of the run.
+            resume: Continue the stored run; missing files are created.
 
         Returns:
             The store, ready for workers.
 
         Raises:
-            StoreError: It cannot be made or gone on with.
+            StoreError: It cannot be made or continued.
         """
 
 
 class PlaceSink(Sink):
-    """Where results are to be written, and how. Kinds are frozen dataclasses."""
+    """Base of sinks that write to a place. Kinds are frozen dataclasses."""
 
     overwrite: bool
     attributes: Mapping[str, Any] | None
 
     @abstractmethod
     def _store(self, url: str, header: Header) -> Store:
-        """The store of this kind."""
+        """Make the store object of this kind."""
 
     @abstractmethod
     def _lay_out(self, store: Store) -> None:
-        """Make the files that all units share, as far as they are not there.
+        """Create those files shared by all units that do not exist yet.
 
         Raises:
-            StoreDamagedError: Units are committed, and what they were written to is gone.
+            StoreDamagedError: Units are committed, but their files are gone.
         """
 
     @abstractmethod
     def _check(self, place: Place, header: Header) -> None:
-        """Refuse what this kind cannot write, or not there, before anything is made.
+        """Refuse results or a place that this kind cannot write to, before anything is made.
 
         Raises:
-            StoreError: What it is.
+            StoreError: The message has the reason.
             MissingExtraError: A package is not installed.
         """
 
@@ -80,15 +80,15 @@ class PlaceSink(Sink):
         """Make the store, or find it again.
 
         Args:
-            header: What it is to hold, and of which run it is.
-            resume: Go on with what is stored there; what is not there is made. Otherwise the place
+            header: The description of the rows and the identity of the run.
+            resume: Continue the stored run; missing files are created. Otherwise the place
                 must be empty, or hold a store that `overwrite=True` allows to replace.
 
         Returns:
             The store, ready for workers.
 
         Raises:
-            StoreMismatchError: What is stored is of another run; the message lists what differs.
+            StoreMismatchError: The store is of another run; the message lists the differences.
             StoreError: The place is not empty, holds something else, or cannot be written to.
         """
         place = place_of(self.where)
@@ -105,16 +105,16 @@ class PlaceSink(Sink):
         return store
 
     def check(self, resume: bool = False) -> Store | None:
-        """Refuse a place where no store can be made or resumed, before anything is computed for it.
+        """Refuse a place where no store can be made or resumed, before anything is computed.
 
         Args:
             resume: As for `create`.
 
         Returns:
-            The store that is there.
+            The existing store, if any.
 
         Raises:
-            StoreError: As `create`, as far as it can be known without the run.
+            StoreError: As for `create`, as far as it can be known without the run.
         """
         place = place_of(self.where)
         manifest = self._found(place, resume)
@@ -134,9 +134,9 @@ class PlaceSink(Sink):
         return dataclasses.replace(header, attributes={**header.attributes, **self.attributes})
 
     def _found(self, place: Place, resume: bool) -> Manifest | None:
-        """The manifest of the store that is there.
+        """The manifest of the existing store.
 
-        Refuses what is there and may be neither gone on with nor replaced.
+        Refuses data that may be neither continued nor replaced.
         """
         if isinstance(place, LocalPlace) and place.exists("") and not place.is_folder():
             raise StoreError(
@@ -187,12 +187,12 @@ class PlaceSink(Sink):
 
 
 def _clear(manifest: Manifest, place: Place) -> None:
-    """Remove a store, and nothing that is not of one."""
+    """Remove a store, and only its own files."""
     head = manifest.head()
     old = kind_of(head, place.url)(place.url, head.header)
     names = old._files()
     if isinstance(manifest, Objects) or not place.remote:
-        manifest.start(head)  # first nothing is committed any more, then the files go
+        manifest.start(head)  # first the commits are dropped, then the files
     for name in names:
         place.remove(name)
     for name in (JOURNAL, FOLDER):

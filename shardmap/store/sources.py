@@ -1,4 +1,4 @@
-"""Sources: where workers read samples from, whatever holds them."""
+"""Sources that samples are read from, by workers if possible."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shardmap.store.header import OutputSpec
 from shardmap.store.places import LocalPlace, place_of
 
 _BLOCK_BYTES = 16 << 20
-"""Read at a time for a digest."""
+"""Bytes that are read at a time for a digest."""
 
 
 class Source(ABC):
     """Samples as columns with one row each.
 
-    Picklable, and cheap to pickle where `travels` is true.
+    It can be pickled, cheaply if `travels` is true.
     """
 
     specs: tuple[OutputSpec, ...]
@@ -36,13 +36,13 @@ class Source(ABC):
     @property
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
-        """What a mapped function takes, an argument each: `shardmap.vmap(fn)(*source.columns)`."""
+        """Arguments of a mapped function, one per column: `shardmap.vmap(fn)(*source.columns)`."""
 
     def __getitem__(self, name: str) -> Column:
         """The column of that name: `shardmap.vmap(fn)(source["image"], source["label"])`.
 
         Raises:
-            SourceError: There is none.
+            SourceError: There is no such column.
         """
         names = [spec.name for spec in self.specs]
         if name not in names:
@@ -54,28 +54,28 @@ class Source(ABC):
     @property
     @abstractmethod
     def travels(self) -> bool:
-        """Whether workers can read by themselves what this names; otherwise rows have to be sent.
+        """True if workers can read the samples by themselves; otherwise rows are sent.
 
-        Files must be where they look.
+        Files must exist at the same path on the workers.
         """
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        """Rows of each column, at least one."""
+        """Read rows of each column, at least one."""
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        """Rows of each column.
+        """Read rows of each column.
 
         Args:
             start: The first row.
             stop: One past the last.
 
         Returns:
-            One tensor per column, `[stop - start, *shape]`. Nobody may write to them: they may
+            One tensor per column, `[stop - start, *shape]`. They must not be written to: they may
             share memory with the data.
 
         Raises:
@@ -90,9 +90,9 @@ class Source(ABC):
     def digest(self) -> str:
         """Hash of all rows, their shapes and dtypes: equal for equal data, whatever holds it.
 
-        Reads everything once.
+        It reads all rows once.
 
-        blake2b on every machine, because runs are told apart by it, also when another machine
+        blake2b on every machine, because it identifies runs, also when another machine
         resumes them.
         """
         if self._digest is None:
@@ -132,12 +132,12 @@ class Columns(Source):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """They are read independently of each other."""
+        """The columns, which are read independently of each other."""
         return self._columns
 
     @property
     def travels(self) -> bool:
-        """Whether each column can be read by others."""
+        """True if each column can be read by others."""
         return all(column.travels for column in self._columns)
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ class DatasetSource(Source):
         self._travels: bool | None = None
         self._block: tuple[int, int] | None = None
         self._waiting: dict[int, torch.Tensor] = {}
-        """Of the items that were read last: what no column has asked for yet."""
+        """Rows of the items read last that other columns have not requested yet."""
         if not len(dataset):
             raise SourceError(
                 f"{self._what} is empty, so that nothing tells the shapes of its items: give "
@@ -163,7 +163,7 @@ class DatasetSource(Source):
             )
         first, named = datasets.fetch(dataset, 0, 1, self._what)
         self._keys = _chosen(tuple(first), named, names)
-        """Of the items, by column."""
+        """Keys of the items, by column."""
         shown = self._keys if names is None else tuple(names)
         self.specs = tuple(
             OutputSpec(n, tuple(first[k].shape[1:]), first[k].dtype)
@@ -172,12 +172,12 @@ class DatasetSource(Source):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """They share what is read: an item is asked for once, and gives a row to each."""
+        """The columns, which share the read items: an item is fetched once for all columns."""
         return tuple(ItemColumn(self, i) for i in range(len(self.specs)))
 
     @property
     def travels(self) -> bool:
-        """Whether workers can import its class and its pickle is small."""
+        """True if workers can import its class and its pickle is small."""
         if self._travels is None:
             self._travels = datasets.importable(self.dataset)
         return self._travels
@@ -186,7 +186,7 @@ class DatasetSource(Source):
         return len(self.dataset)
 
     def part(self, index: int, start: int, stop: int) -> torch.Tensor:
-        """One column's rows; the others wait for whoever asks next."""
+        """Read one column's rows; those of the others are kept for their requests."""
         if self._block != (start, stop) or index not in self._waiting:
             self._waiting = dict(enumerate(self.read(start, stop)))
             self._block = (start, stop)
@@ -217,16 +217,16 @@ class ItemColumn(Column):
 
     @property
     def travels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  asked for late: finding out pickles the dataset
-        """Whether workers can read the dataset by themselves."""
+        """True if workers can read the dataset by themselves."""
         return self.dataset.travels
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows; the items are kept until each column has had its part."""
+        """Read rows; the items are kept until each column has read its part."""
         return self.dataset.part(self.index, start, stop)
 
 
 def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
-    """Whatever holds samples, as columns that can be read row by row.
+    """Make columns that can be read row by row from any holder of samples.
 
     Args:
         obj: A tensor or array (a column whose first dimension is that of samples); a tuple, list or
@@ -235,16 +235,16 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
             a zarr array, a zarr group, or a store that shardmap wrote; an open one of these; a
             map-style `torch.utils.data.Dataset`, whose items are tensors, numbers, or a tuple or
             dict of them.
-        names: Which columns, and in which order, where they have names (dict, zarr group,
-            safetensors, store, dataset of dicts); otherwise what to call them.
+        names: The columns to take, in order, if they have names (dict, zarr group,
+            safetensors, store, dataset of dicts); otherwise their names.
 
     Returns:
         The source. `np.memmap` arrays and files are mapped by each process that reads them; no
         pickle is ever loaded from data.
 
     Raises:
-        SourceError: The kind is unknown, a path is not there, columns are of unequal length, or of
-            a dtype that tensors cannot have.
+        SourceError: The kind is unknown, a path does not exist, columns are of unequal length, or
+            of a dtype that tensors cannot have.
 
     Examples:
         >>> import torch, shardmap
@@ -284,7 +284,7 @@ def source(obj: Any, *, names: Sequence[str] | None = None) -> Source:
 
 
 def _columns(obj: Any) -> tuple[dict[str, Column], bool] | None:
-    """Columns by name, and whether the names mean something; None for what may be a dataset."""
+    """Columns by name, and True if the names are the data's own; None for a possible dataset."""
     if isinstance(obj, Store):
         return stored.from_store(obj), True
     if stored.is_zarr(obj):
@@ -305,7 +305,7 @@ def _columns(obj: Any) -> tuple[dict[str, Column], bool] | None:
 
 
 def _one(obj: Any, what: str) -> Column:
-    """One column of a tuple, list or dict."""
+    """Make one column of a tuple, list or dict."""
     if isinstance(obj, Column):
         return obj
     if isinstance(obj, torch.Tensor):
@@ -360,7 +360,7 @@ def _existing(text: str) -> str:
 
 
 def _chosen(keys: tuple[str, ...], named: bool, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The columns that `names` selects, or all of them where `names` renames them."""
+    """The columns that `names` selects, or all of them if `names` renames them."""
     if names is None:
         return keys
     if isinstance(names, str) or not names or len(set(names)) != len(names):

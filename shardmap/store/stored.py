@@ -1,6 +1,6 @@
 """Columns that samples are read from in stores.
 
-Zarr arrays, safetensors files, what shardmap wrote.
+They are zarr arrays, safetensors files, and stores that shardmap wrote.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ZarrColumn(Column):
         named = elements.dtype_named(str(array.attrs.get("torch_dtype", "")))
         bits = (
             named is not None and elements.numpy_dtype(named) == array.dtype
-        )  # as ZarrSink stores what numpy lacks
+        )  # as ZarrSink stores dtypes that numpy lacks
         self.dtype = named if named is not None and bits else held
         self.rows, self.shape = array.shape[0], tuple(array.shape[1:])
 
@@ -44,12 +44,12 @@ class ZarrColumn(Column):
         return ZarrColumn, (self.array,)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows; chunks that are not there are read as the array's fill value, as zarr has it."""
+        """Read rows; missing chunks read as the array's fill value, as in zarr."""
         if start == stop or 0 in self.shape:
             return torch.empty((stop - start, *self.shape), dtype=self.dtype)
         try:
             return elements.as_tensor(self.array[start:stop], self.dtype)
-        except Exception as error:  # codecs, clients of object stores: each has errors of its own
+        except Exception as error:  # codecs and clients raise errors of their own
             raise SourceError(
                 f"{self.array.store_path}: rows {start} to {stop} cannot be read: {error}"
             ) from error
@@ -64,12 +64,12 @@ class SafetensorsColumn(Column):
         self, files: Sequence[tuple[str, int]], key: str, shape: tuple[int, ...], dtype: torch.dtype
     ):
         self.files = tuple(files)
-        """Paths, and how many rows each has."""
+        """Paths of the files, and the number of rows in each."""
         self.key, self.shape, self.dtype = key, shape, dtype
         self.rows = sum(rows for _, rows in self.files)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows, copied from as many files as they are in."""
+        """Read rows, copied from all files that hold them."""
         out, module, first = (
             torch.empty((stop - start, *self.shape), dtype=self.dtype),
             _safetensors(),
@@ -99,9 +99,9 @@ class StoreColumn(Column):
         self.rows, self.shape, self.dtype = store.header.samples, spec.shape, spec.dtype
 
     def checksum(self) -> str:
-        """Of the checksums that the units were committed with.
+        """Hash of the checksums with which the units were committed.
 
-        A store may be larger than one cares to read.
+        The rows are not read, as a store may be very large.
         """
         digest = hashlib.blake2b(digest_size=16)
         for unit, receipt in sorted(self.store.receipts().items()):
@@ -109,12 +109,12 @@ class StoreColumn(Column):
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows, all of which are committed."""
+        """Read rows, all of which are committed."""
         return self.store.read(self.index, start, stop)
 
 
 def from_store(store: Store) -> dict[str, Column]:
-    """A column for each output.
+    """Make a column for each output.
 
     Raises:
         SourceError: Units are missing.
@@ -128,9 +128,9 @@ def from_store(store: Store) -> dict[str, Column]:
 
 
 def from_zarr(node: Any) -> tuple[dict[str, Column], bool]:
-    """The columns of a zarr group, by name in order of the alphabet; of an array, itself.
+    """Make the columns of a zarr group, by name in alphabetical order; of an array, itself.
 
-    And whether the names mean something.
+    Also returns True if the names are the group's own.
 
     Args:
         node: A `zarr.Array` or `zarr.Group`.
@@ -150,7 +150,7 @@ def open_zarr(url: str) -> Any:
     """The zarr array or group at a URL or path.
 
     Raises:
-        SourceError: No zarr array or group is there.
+        SourceError: There is no zarr array or group.
     """
     zarr = _zarr()
     try:
@@ -162,7 +162,7 @@ def open_zarr(url: str) -> Any:
 
 
 def is_zarr(node: Any) -> bool:
-    """Whether this is an array or group of zarr, which is imported only if it is already."""
+    """True if `node` is an array or group of zarr, which is not imported for this."""
     return type(node).__module__.partition(".")[0] == "zarr" and type(node).__name__ in (
         "Array",
         "Group",
@@ -170,7 +170,7 @@ def is_zarr(node: Any) -> bool:
 
 
 def from_safetensors(paths: Sequence[str]) -> dict[str, Column]:
-    """A column for each tensor by name.
+    """Make a column for each tensor by name.
 
     The rows of several files follow each other in the order of the files.
 
@@ -212,7 +212,7 @@ def from_safetensors(paths: Sequence[str]) -> dict[str, Column]:
 
 
 def _absolute(array: Any) -> Any:
-    """The array, found from any working directory."""
+    """The array with an absolute path, so that it is found from any working directory."""
     storage = _zarr().storage
     if isinstance(array.store, storage.LocalStore) and not array.store.root.is_absolute():
         root = storage.LocalStore(array.store.root.absolute(), read_only=True)
@@ -239,7 +239,7 @@ def _safetensors() -> Any:
 
 
 def store_at(url: str) -> Store | None:
-    """The store at a place, None if something else is there, or nothing."""
+    """The store at a place, or None if there is none."""
     try:
         place = place_of(url)
         return open_store(url) if find_manifest(place) is not None else None

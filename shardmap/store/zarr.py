@@ -1,6 +1,6 @@
-"""Results as a zarr group.
+"""Store in a zarr group.
 
-An array per output, a chunk per unit, so that no two writers share a file.
+It has an array per output and a chunk per unit, so that no two writers share a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardmap.store.places import LocalPlace, Place, sweep, sync
 from shardmap.store.sink import PlaceSink
 
 _UNDECODABLE = (ValueError, TypeError, RuntimeError, LookupError, OverflowError)
-"""What zarr's codecs raise for a chunk that is too short or is not what they wrote."""
+"""Errors of zarr's codecs for a chunk that is cut short or damaged."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class ZarrSink(PlaceSink):
     """Write results to a zarr group (format 3) in a folder or at a URL.
 
     Each output is an array `[samples, *shape]` with chunks of one unit, which
-    `zarr.open_group(url)` reads. What numpy lacks is stored as unsigned integers of the same bits:
-    bfloat16 as uint16, float8 as uint8; the attribute `torch_dtype` says so.
+    `zarr.open_group(url)` reads. Dtypes that numpy lacks are stored as unsigned integers of the
+    same bits: bfloat16 as uint16, float8 as uint8; the attribute `torch_dtype` names them.
 
     Args:
         url: A folder, or a URL that fsspec opens, such as `s3://bucket/run`. Several machines need
             a folder that all of them see.
-        overwrite: Whether a store that is there already may be replaced. Anything else that is
-            there never is.
-        compressors: What zarr's `create_array` takes; None stores plain bytes. Floats hardly get
+        overwrite: True to replace a store that is there already. Anything else that is
+            there is never replaced.
+        compressors: As for zarr's `create_array`; None stores plain bytes. Floats hardly get
             smaller and take long.
         attributes: Names and values that the store keeps with its header; anything that JSON can
             hold.
@@ -50,7 +50,7 @@ class ZarrSink(PlaceSink):
 
     @property
     def where(self) -> str:
-        """The path or URL as it was given."""
+        """The path or URL that the user gave."""
         return os.fspath(self.url)
 
     def _store(self, url: str, header: Header) -> Store:
@@ -94,8 +94,8 @@ class ZarrSink(PlaceSink):
             )
             fresh = True
         if fresh:
-            # zarr warns that this is no part of the format yet; readers that do not know it pass
-            # over it
+            # zarr warns that this is no part of the format yet; readers that do not know it skip
+            # it
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # Without it zarr lists the folder, and warns readers of the manifest that it finds
@@ -119,16 +119,16 @@ class ZarrStore(Store):
         return self._opened[mode][index]
 
     def _arrays(self, mode: str) -> list[Any]:
-        """All arrays, each compared with what the store's own header says of it."""
+        """Open all arrays, and compare each with the store's own header."""
         try:
             group = _zarr().open_group(self.url, mode=mode)
             # Otherwise zarr leaves out chunks that are equal to the fill value: it compares all
-            # elements, takes -0.0 for 0.0 in complex numbers, and a chunk that was lost could not
+            # elements, treats -0.0 as 0.0 in complex numbers, and a lost chunk could not
             # be told from one of zeros.
             arrays = [group[n].with_config({"write_empty_chunks": True}) for n in self._names]
         except OSError:
-            raise  # the system's own words say more
-        except Exception as error:  # zarr raises whatever its parts raise for what it did not write
+            raise  # the system's own error says more
+        except Exception as error:  # zarr lets errors of its parts through for damaged data
             raise self._damaged(
                 f"zarr cannot open its arrays ({type(error).__name__}: {error})"
             ) from error

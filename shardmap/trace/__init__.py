@@ -1,1 +1,1 @@
-"""Run a function on one real sample and record what it does."""
+"""Record the calls that a function makes for one real sample."""

@@ -1,4 +1,4 @@
-"""From the calls of a recorded backward to a program of its own."""
+"""Turn the calls of a recorded backward into a program of its own."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a backward called, taken out of a recording."""
+    """The calls of a backward, taken out of a recording."""
 
     equations: list[Equation]
     cotangents: tuple[Var, ...]
-    """What it was given."""
+    """The arguments of the backward."""
     outs: tuple[Var, ...]
     """The gradients that it returned."""
     out_flags: tuple[int, ...]
-    """What autograd knew of each, as in `Equation.flags`."""
+    """For each gradient: `NO_GRAD`, `GRAD` or `FRESH_LEAF`, as in `Equation.flags`."""
 
     def program(
         self, results: Sequence[Var], literals: set[int], anchor: Var | None
     ) -> tuple[Program, tuple[int, ...], list[tuple[Var, int]], list[int]]:
-        """The program, and what it needs from the recording that it was a part of.
+        """Make the program, and list its uses of the recording that it was a part of.
 
         Args:
-            results: What the Function returned: what the cotangents belong to.
+            results: The Function's results, to which the cotangents belong.
             literals: Indices of the recording's literals.
-            anchor: A tensor to be kept whether it is used or not.
+            anchor: A tensor that is kept whether it is used or not.
 
         Returns:
-            The program; which of the results it reads, by position; the other tensors that it
-            reads, literals last, each with what autograd must know of it; the numbers of the
-            recording that it takes.
+            The program; positions of the results that it reads; the other tensors that it
+            reads, literals last, each with its flag as in `Equation.flags`; the numbers of the
+            recording that it uses.
         """
         equations = self._leading()
         kept = self._read_from_outside(equations)
@@ -62,7 +62,7 @@ class Calls:
     def _leading(self) -> list[Equation]:
         """The calls that lead to a result, write to memory or have an effect.
 
-        Autograd's own call of `detach`, where it unpacks a saved result, is none of them.
+        The `detach` by which autograd unpacks a saved result is not among them.
         """
         used = {v.index for v in self.outs}
         kept = []
@@ -73,7 +73,7 @@ class Calls:
         return kept[::-1]
 
     def _read_from_outside(self, equations: list[Equation]) -> dict[int, tuple[Var, int]]:
-        """What was made before, and whether any call reads it by its history."""
+        """Tensors made before the backward, each with `GRAD` if its history is used."""
         inside = {v.index for v in self.cotangents}
         found: dict[int, tuple[Var, int]] = {}
 
@@ -92,7 +92,7 @@ class Calls:
 
 
 def _numbers(equations: list[Equation]) -> list[int]:
-    """The numbers of the recording that calls take, in order."""
+    """The indices of the recording's numbers that calls take, in order."""
     found: dict[int, None] = {}
 
     def look(value: object) -> None:
@@ -109,7 +109,7 @@ def _numbers(equations: list[Equation]) -> list[int]:
 
 
 def _renumbered(eq: Equation, places: dict[int, int]) -> Equation:
-    """A call with its numbers at their places in the program."""
+    """A call with its numbers replaced by their positions in the program."""
 
     def new(value: object) -> object:
         if type(value) is Param:

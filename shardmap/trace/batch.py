@@ -1,4 +1,4 @@
-"""The arguments of one mapped call, flat, and what the function returned for a sample."""
+"""The flattened arguments of one mapped call, and the flattened results for a sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardmap.trace.containers import Opened
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The arguments of one call, flat."""
+    """The flattened arguments of one call."""
 
     leaves: list[Any]
     """All leaves of `(args, kwargs)`: tensors and anything else."""
@@ -30,13 +30,13 @@ class Batch:
     size: int
     """N, the number of samples."""
     columns: dict[int, Column] = field(default_factory=dict)
-    """The mapped arguments that are read from sources, by position among the mapped; their leaf
-    is the first few rows."""
+    """The mapped arguments that are read from sources, by position among the mapped; their leaf is
+    the first few rows."""
     copies: frozenset[int] = frozenset()
     """The mapped arguments that are copies of the caller's tensors, by position among the
     mapped."""
     opened: bool = False
-    """Whether the structure has containers that are to be put together."""
+    """True if the structure has opened containers that must be built again."""
 
     def tensors(self) -> list[torch.Tensor]:
         """The mapped tensors, each with the mapped dimension first (a view)."""
@@ -56,7 +56,7 @@ class Batch:
 
 
 class Absent:
-    """Stands for a None among the outputs: a part of their structure that holds no tensor."""
+    """Placeholder for a None among the outputs: a part of their structure without a tensor."""
 
     def __repr__(self) -> str:
         return "None"
@@ -75,7 +75,7 @@ pytree.register_pytree_node(
 def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
     """The tensors that the function returned, and their structure.
 
-    A python number becomes a tensor, as `torch.as_tensor` makes it. A None beside tensors belongs
+    A python number becomes a tensor, as `torch.as_tensor` makes it. A None among tensors belongs
     to the structure, and is no leaf of it.
 
     Raises:
@@ -101,7 +101,7 @@ def _is_tensor(leaf: object) -> bool:
 
 
 def _as_part(leaf: object, call: str) -> object:
-    """What stands for a leaf of a function's result among tensors."""
+    """Convert a leaf of a function's result to a tensor, a placeholder or an opened container."""
     if leaf is None:
         return _ABSENT
     if isinstance(leaf, bool | int | float | complex | np.generic):
@@ -115,16 +115,16 @@ def unflatten_outputs(
     dims: Sequence[int | None],
     size: int,
 ) -> pytree.PyTree:
-    """What the mapped function returns: `outputs` in the structure of one sample's, and its Nones.
+    """Build the mapped function's result: `outputs` in the structure of one sample's, with Nones.
 
     `pytree.tree_unflatten` leaves an `Absent` for each None, so that the structure keeps its
     number of leaves when it is flattened again, and an `Opened` for each container.
 
     Args:
         outputs: The results.
-        structure: Of what the function returned for one sample.
-        dims: Where the dimension of samples is in each result; for the tensors of a container,
-            where it goes in the container (it is first in the tensors).
+        structure: Structure of the function's result for one sample.
+        dims: Position of the mapped dimension in each result; for the tensors of a container,
+            its position in the container (it is first in the tensors).
         size: N, the number of samples.
     """
     tree = pytree.tree_unflatten(outputs, structure)

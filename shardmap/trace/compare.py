@@ -17,9 +17,9 @@ from shardmap.trace.unwritten import valued
 
 
 def difference(first: Recording, second: Recording) -> str | None:
-    """What the function did otherwise for the second sample, in words; None if nothing.
+    """Sentence on the first difference between two recordings; None if there is none.
 
-    Everything that the function took from python counts: operators and their arguments, shapes,
+    All data that the function took from python count: operators and their arguments, shapes,
     numbers, tensors made of python data, and the values of tensors that were made where the
     recorder does not look (numpy, threads, files).
     """
@@ -43,7 +43,7 @@ def difference(first: Recording, second: Recording) -> str | None:
 
 
 def forks(first: Recording, second: Recording) -> bool:
-    """Whether two samples went different ways because they answered a question differently.
+    """True if two samples took different paths because they answered a question differently.
 
     Up to that question both did the same.
     """
@@ -60,10 +60,10 @@ def forks(first: Recording, second: Recording) -> bool:
 
 
 def rubbish_apart(first: Recording, again: Recording) -> bool:
-    """Whether two runs on one sample differ in memory that nobody wrote, and in nothing else.
+    """True if two runs on one sample differ only in uninitialised memory.
 
-    Torch's own code passes such memory on before it fills it (circular padding). What the function
-    returned is the same then.
+    Torch's own code passes such memory on before it fills it (circular padding). The function's
+    results are the same then.
     """
     if _taken_from_python(first, again) is not None or not first.sample:
         return False
@@ -71,7 +71,7 @@ def rubbish_apart(first: Recording, again: Recording) -> bool:
 
 
 def _taken_from_python(first: Recording, second: Recording) -> str | None:
-    """What differs in the calls, and in the numbers that they take from python."""
+    """Sentence on a difference in the calls, or in numbers that they take from python."""
     found = _program_difference(first.program, second.program)
     if found is not None:
         return found
@@ -88,15 +88,15 @@ def _taken_from_python(first: Recording, second: Recording) -> str | None:
 
 
 def _matters(program: Program, literal: Var) -> bool:
-    """Whether the values of a literal reach an output, or an answer that python was given.
+    """True if the values of a literal reach an output, or an answer that python was given.
 
-    Those of memory that was never written often do not: only its shape is used.
+    Values of memory that was never written often do not: only its shape is used.
     """
     return _reaches(program, {literal.group})
 
 
 def _number_matters(program: Program, number: int) -> bool:
-    """Whether a number does: not where a finalizer computes something of its own, for example."""
+    """True if a number reaches one: a finalizer's own computations, for example, do not."""
     return _reaches(program, set(), number)
 
 
@@ -146,7 +146,7 @@ def _same(a: Equation, b: Equation) -> bool:
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits, NaNs included."""
+    """True if two tensors hold the same bits, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
         return False
     if a.device.type == "meta":
@@ -172,7 +172,7 @@ def _name(eq: Equation) -> str:
 
 
 def _takes(eq: Equation, number: int) -> bool:
-    """Whether a number is among the arguments of a call, in lists too."""
+    """True if a number is among the arguments of a call, in lists too."""
     leaves = pytree.tree_leaves((eq.args, eq.kwargs), is_leaf=lambda v: hasattr(v, "scalar"))
     return any(getattr(value, "scalar", None) == number for value in leaves)
 

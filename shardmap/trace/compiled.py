@@ -1,10 +1,10 @@
 """Compiled functions inside a recording: they run eagerly, so that each operator is seen.
 
-`torch.compile` would compile the recorder with them, or skip them for good: what was seen of the
+`torch.compile` would compile the recorder with them, or skip them for good: facts learned about the
 function while it is recorded decides whether it is compiled in later calls of the user's. Its
 stance "force_eager" holds for the process, and other threads' compiled functions would be eager as
-long as a recording runs. But a compiled function first asks whether its thread is inside a kernel
-of a fake tensor, and then calls what was compiled as it is: so this thread says that it is.
+long as a recording runs. But a compiled function first checks if its thread is inside a kernel
+of a fake tensor, and then calls the original function: so this thread pretends that it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 from shardmap._torch import TracingContext, set_tracing_context, tracing_context
 
 _ASKS = "compile_wrapper"
-"""The function of torch's that a compiled function is called through."""
+"""Name of torch's function through which a compiled function is called."""
 
 
 class _InsideKernel:
@@ -26,9 +26,9 @@ _INSIDE_KERNEL = _InsideKernel()
 
 
 class _Context:
-    """The tracing context of this thread, which answers a compiled function that asks.
+    """The tracing context of this thread as a compiled function sees it.
 
-    Anybody else finds the context that was there before, or one that counts as none.
+    Other readers see the context that was there before, or one that counts as none.
     """
 
     def __init__(self, before: object):
@@ -51,7 +51,7 @@ class _Context:
 
 
 class CompiledCodeRunsEagerly:
-    """While it is entered, compiled functions that this thread calls run as they were written."""
+    """Context in which compiled functions that this thread calls run eagerly."""
 
     def __enter__(self) -> None:
         self._before = tracing_context()

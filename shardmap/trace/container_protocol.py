@@ -1,4 +1,4 @@
-"""The methods that torch.func asks of a container with a batch dimension of its own."""
+"""The methods that torch.func calls on a container with a batch dimension of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class Container(Protocol):
-    """What torch.func asks of a container that has a batch dimension of its own."""
+    """Protocol of a container that has a batch dimension of its own, as torch.func uses it."""
 
     def dim(self) -> int:
-        """How many batch dimensions it has."""
+        """The number of batch dimensions."""
         ...
 
     def size(self, dim: int, /) -> int:
-        """The size of one of them."""
+        """The size of a batch dimension."""
         ...
 
     def _add_batch_dim(self, *, in_dim: int, vmap_level: int) -> Container: ...
@@ -26,7 +26,7 @@ class Container(Protocol):
 
 @functools.lru_cache(4096)
 def has_methods(kind: type) -> bool:
-    """Whether a class has torch.func's methods for a batch of its own kind."""
+    """True if a class has torch.func's methods for a batch of its own kind."""
     return callable(getattr(kind, "_add_batch_dim", None))
 
 
@@ -36,5 +36,5 @@ def _is_kind(kind: type) -> bool:
 
 
 def is_container(value: object) -> TypeGuard[Container]:
-    """Whether `value` has torch.func's methods for a batch of its own kind, and is no tensor."""
+    """True if `value` has torch.func's methods for a batch of its own kind, and is no tensor."""
     return _is_kind(type(value))

@@ -1,9 +1,10 @@
-"""Containers with a batch dimension of their own (TensorDict): taken apart and put together.
+"""Containers with a batch dimension of their own (TensorDict): opened and built again.
 
-`torch.func` knows such a container by its methods: `_add_batch_dim(in_dim=, vmap_level=)` gives one
-sample, whose tensors hide the mapped dimension, and `_remove_batch_dim` shows it again. Here the
-first tells which tensors of the container are mapped over which dimension, and what container one
-sample is; the second makes the container of all results. In between only tensors are handled.
+`torch.func` handles such a container by its methods: `_add_batch_dim(in_dim=, vmap_level=)` gives
+one sample, whose tensors hide the mapped dimension, and `_remove_batch_dim` shows it again. Here
+the first tells which tensors of the container are mapped over which dimension, and how a container
+of one sample is built; the second makes the container of all results. In between there are only
+tensors.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from shardmap.trace.container_protocol import Container, has_methods, is_contain
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a container is without its tensors."""
+    """The structure of a container without its tensors."""
 
     structure: pytree.TreeSpec
     kind: type | None
     """The class of a container that pytrees do not know; it is rebuilt from its attributes."""
     names: tuple[str, ...]
-    """Of its tensors."""
+    """Names of its tensors."""
     ndim: int
-    """Batch dimensions."""
+    """Number of batch dimensions."""
     constants: tuple[tuple[int, Constant], ...] = ()
-    """What is no tensor in a result, each with its position among the leaves."""
+    """Parts of a result that are no tensors, each with its position among the leaves."""
     locked: bool = False
-    """Whether it is a sample that refuses new entries."""
+    """True if it is a sample that refuses new entries."""
     from_stack: bool = False
-    """Whether it is an element of a lazy stack; what is returned of it is put in such a stack."""
+    """True if it is an element of a lazy stack; its results are put in such a stack."""
 
     def build(self, leaves: Sequence[object]) -> Container:
         """The container that holds `leaves`."""
@@ -65,7 +66,7 @@ class Layout:
 
 
 class Opened:
-    """A container taken apart, as a node of a pytree: its tensors, and its layout."""
+    """An opened container, as a node of a pytree: its tensors, and its layout."""
 
     __slots__ = ("layout", "leaves")
 
@@ -88,8 +89,8 @@ class Opened:
     def build(self) -> object:
         """The container of one sample, or of results without a dimension of samples.
 
-        A dict by name where some results are None, which only one of others may hold
-        (`reduce="gram"`).
+        It is a dict by name if some results are None, which happens if only one of them holds the
+        result (`reduce="gram"`).
         """
         if any(leaf is None for leaf in self.leaves):
             return dict(self.named())
@@ -99,7 +100,7 @@ class Opened:
         """The container of all results, whose tensors have the samples first.
 
         Args:
-            dims: Where the dimension of samples goes in the container, once per tensor; None if
+            dims: Position of the mapped dimension in the container, once per tensor; None if
                 there is none.
             size: N, the number of samples.
         """
@@ -121,7 +122,7 @@ class Opened:
 
 
 class Constant:
-    """A part of a result that holds no tensor; what reads the same is the same."""
+    """A part of a result that holds no tensor; constants with the same text are equal."""
 
     __slots__ = ("value",)
 
@@ -158,7 +159,7 @@ _elements: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionar
 
 @contextlib.contextmanager
 def _level(size: int) -> Iterator[int]:
-    """A level of torch.func's maps, in which nothing is computed."""
+    """Context of a vmap level of torch.func, in which nothing is computed."""
     level = enter_vmap_level(max(size, 1), "error")
     try:
         yield level
@@ -188,7 +189,7 @@ def joined(path: Sequence[object]) -> str:
 
 
 def opened(value: Container, call: str) -> Opened:
-    """A container that was returned for one sample, taken apart.
+    """Open a container that was returned for one sample.
 
     Raises:
         OutputError: It holds a tensor that has no dimension for the samples.
@@ -212,18 +213,18 @@ def opened(value: Container, call: str) -> Opened:
 
 
 def open_batch(value: Container, dim: int) -> tuple[Opened, list[int | None], bool]:
-    """A container that is mapped over one of its batch dimensions, taken apart.
+    """Open a container that is mapped over one of its batch dimensions.
 
     Args:
         value: The container.
         dim: The mapped dimension, not negative.
 
     Returns:
-        The container of one sample, which holds the tensors of the whole batch; the dimension over
-        which each is mapped, None for one that is not; and whether tensors are copies.
+        The container of one sample, with the tensors of the whole batch; the dimension over
+        which each is mapped, None for one that is not; and True if tensors are copies.
 
     Raises:
-        ValueError: The samples do not fit in one batch; it says why.
+        ValueError: The samples do not fit in one batch; the message has the reason.
     """
     dense, stack = lazy_stacks.gathered(value, dim)
     with _level(value.size(dim)) as level:
@@ -247,14 +248,14 @@ def open_batch(value: Container, dim: int) -> tuple[Opened, list[int | None], bo
 
 
 def built(tree: object) -> pytree.PyTree:
-    """A tree with the containers of its samples put together."""
+    """A tree with the opened containers of one sample built."""
     return pytree.tree_map(
         lambda part: part.build() if isinstance(part, Opened) else part, tree, is_leaf=is_opened
     )
 
 
 def is_opened(part: object) -> TypeGuard[Opened]:
-    """Whether a part of a tree is a container taken apart."""
+    """True if a part of a tree is an opened container."""
     return isinstance(part, Opened)
 
 
@@ -278,5 +279,5 @@ def _is_dense(value: object) -> bool:
 
 
 def contains(structure: pytree.TreeSpec, *kinds: type) -> bool:
-    """Whether a structure has nodes of these kinds."""
+    """True if a structure has nodes of these kinds."""
     return structure.type in kinds or any(contains(c, *kinds) for c in structure.children())

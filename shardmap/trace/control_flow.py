@@ -1,6 +1,6 @@
 """Operators that call functions (`torch.cond`, `while_loop`, `scan`, `map`, `flex_attention`).
 
-Torch compiles their bodies, or hands them to modes one by one. While recording, the bodies are
+Torch compiles their bodies, or passes them to modes one by one. While recording, the bodies are
 called as python calls them, so that their operators are recorded, and derivatives of them too. A
 condition is a question about a value, as in `if condition:`.
 """
@@ -8,6 +8,7 @@ condition is a question about a value, as in `if condition:`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -92,19 +93,19 @@ _BODIES: dict[str, Body] = {
     "invoke_quant": _subgraph,
     "strict_mode": _strict,
 }
-"""What runs the operators whose own kernels refuse to run under a mode, or are not differentiable
-as they are written."""
+"""For an operator's name: the function that runs it, if its own kernel refuses to run under a mode
+or is not differentiable."""
 
 
 class AsPython(TorchFunctionMode):
-    """Runs these operators as python would where a function is not recorded but called.
+    """Mode that runs these operators as python control flow when a function is not recorded.
 
-    Torch's own second gradients of `cond` and `scan` are wrong (2.13): a map must not give one
-    sample those, and another sample those of its recording.
+    Torch's own second gradients of `cond` and `scan` are wrong (2.13): without it a map would give
+    one sample those, and others those of the recording.
     """
 
     met = False
-    """Whether a recording of this process has met such an operator: the mode costs each call a
+    """True if a recording of this process has met such an operator: the mode costs each call a
     microsecond, so that it is left out until then."""
 
     def __torch_function__(
@@ -118,9 +119,22 @@ class AsPython(TorchFunctionMode):
 
 
 def run(
-    operator: HigherOrderOperator, args: tuple[object, ...], kwargs: dict[str, object]
+    operator: HigherOrderOperator,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    depth: int = 0,
 ) -> object:
-    """Call an operator so that its bodies are recorded."""
+    """Call an operator so that its bodies are recorded.
+
+    Args:
+        operator: The operator.
+        args: Its arguments.
+        kwargs: Its arguments that are named.
+        depth: How many inert levels stand for transforms around the map.
+    """
+    top = functorch.peek_interpreter_stack()
+    if operator.name() == "custom_function_call" and top is not None and top.level() <= depth:
+        return _applied(cast(type[torch.autograd.Function], args[0]), *args[1:])
     AsPython.met = True
     body = _BODIES.get(operator.name())
     if body is not None:
@@ -132,8 +146,18 @@ def run(
     return operator.dispatch(key, *args, **kwargs)
 
 
+def _applied(function: type[torch.autograd.Function], *args: object) -> object:
+    """Apply a Function as where no transform is: inert levels must not ask it for a rule."""
+    allowed = functorch.get_single_level_autograd_function_allowed()
+    functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        functorch.set_single_level_autograd_function_allowed(allowed)
+
+
 def _differs_under_vmap(tensor: Tensor) -> bool:
-    """Whether a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
+    """True if a `torch.func.vmap` inside the function maps a tensor, at any level of transforms."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

@@ -1,4 +1,4 @@
-"""The list of calls that a recording makes, and the variables that no operator call shows."""
+"""The recorded calls, and variables for tensors that no operator call produces."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from shardmap._torch import (
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import op_info
+from shardmap.program.own_backward import DATA
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.tensor_table import Variables, spec_of
 
 
 class Equations(Variables):
-    """The recorded calls, beside the variables; what the last recording expects is recognised."""
+    """The recorded calls and the variables; calls expected from the last recording are reused."""
 
     def __init__(self, call: str, outer: Variables | None, once: bool):
         super().__init__(call, outer, once)
         self.equations: list[Equation] = []
         self.literals: list[tuple[Var, torch.Tensor]] = []
         self.expected: Program | None = None
-        """What was recorded of the same code the last time, as long as nothing has differed from
-        it."""
+        """The last program recorded of the same code, until a call differs from it."""
         self.alternatives: tuple[Program, ...] = ()
-        """What else was recorded of the same code."""
+        """Other programs recorded of the same code."""
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
-        """Take `eq`, which was expected, as what has just been recorded with the result `out`."""
+        """Add the expected equation `eq` for the call that has just returned `out`."""
         outs = eq.outs
         single = out is None or isinstance(out, torch.Tensor)
         results: Any = (out,) if single else out
@@ -54,9 +54,10 @@ class Equations(Variables):
         self.equations.append(eq)
 
     def _adopted(self, tensor: torch.Tensor, var: Any) -> bool:
-        """Whether a result is what `var` says.
+        """True if a result matches the expected variable `var`.
 
-        The next variable, of this shape and dtype, in new memory or known memory.
+        It must be the next variable, of the same shape and dtype, in new memory or in the same
+        known memory.
         """
         if type(var) is not Var or var.index != self.count:
             return False
@@ -82,7 +83,7 @@ class Equations(Variables):
         return True
 
     def _append(self, eq: Equation) -> None:
-        """Note what was recorded, and whether it was expected."""
+        """Add an equation, and note if it was expected."""
         if self.expected is not None:
             number = len(self.equations)
             wanted = (
@@ -103,12 +104,21 @@ class Equations(Variables):
                 self.expected = None
         self.equations.append(eq)
 
+    def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        """Record that `data` is `tensor.data`, which no operator call shows, and return it."""
+        source = self.known(tensor)
+        if source is not None and source.group not in self.captured_groups:
+            grad_mode = torch.is_grad_enabled()
+            var = self._define(data)
+            self._append(Equation(DATA, (source,), (), (var,), (NO_GRAD,), grad_mode))
+        return data
+
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
-        """The variable of another object with the memory and the metadata of a recorded tensor.
+        """The variable of a new tensor object with the memory and metadata of a recorded one.
 
         `nn.Parameter(x)`, `x.as_subclass(...)` and `x.data` make one without an operator call, and
         autograd does where a backward unpacks its own result, saved without its history. The object
-        of `x` itself may be gone: what was recorded is searched, latest first.
+        of `x` itself may be gone: the recorded results are searched, latest first.
         """
         spec = spec_of(tensor)
         recorded = (eq.results() for eq in reversed(self.equations))
@@ -152,7 +162,7 @@ class Equations(Variables):
         return var
 
     def _constant(self, tensor: torch.Tensor) -> Var:
-        """The variable of what torch's C++ code has written into new memory."""
+        """The variable of a constant that torch's C++ code has written into new memory."""
         with without_dispatch():
             copy = tensor.detach().clone()
         var = self._define(copy)
@@ -170,7 +180,7 @@ class Equations(Variables):
         return tensor
 
     def release(self) -> None:
-        """Let go of the storages' addresses."""
+        """Release the storages' addresses."""
         for address in self.weak_storages:
             free_weak_reference(address)
         self.weak_storages.clear()

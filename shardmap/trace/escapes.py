@@ -1,9 +1,9 @@
-"""Doors by which a value can leave a recording without an operator call, and what becomes of each.
+"""Doors: calls by which a value can leave a recording without an operator, and their handling.
 
 A dispatch mode sees operators only. Python code can also read a tensor's memory directly (`tolist`,
 `numpy`), put tensors into python data that becomes a tensor again (`torch.tensor([x, 1.0])`) or
-swap memory underneath (`.data = `). A function mode sees these and refuses them for tensors that
-belong to the recording: for anything else the value is the same for all samples.
+swap memory underneath (`.data = `). A function mode sees these doors and refuses them for tensors
+that belong to the recording: values of other tensors are the same for all samples.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_
 """Functions that make a tensor from python data, and the position of that data."""
 
 _SET_DATA: Any = set_data
+_GET_DATA = cast(Any, Tensor.data).__get__
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -78,10 +79,10 @@ _READS: dict[Any, tuple[str, str]] = {
 }
 
 _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-"""Doors by which python gets to know a value; torch itself asks for storages."""
+"""Doors by which python reads a value; torch itself reads storages."""
 
 _MOST_NUMBERS = 64
-"""Elements of a tensor up to which `tolist()` asks for each of them, as `item()` does."""
+"""Number of elements up to which `tolist()` becomes a question per element, like `item()`."""
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -89,7 +90,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _numbers(tensor: torch.Tensor) -> list[Any] | Any:
-    """The elements as `tolist()` nests them, each a question about a value."""
+    """The elements nested as by `tolist()`, each a question about a value."""
     if tensor.dim() == 0:
         return tensor.item()
     return [_numbers(part) for part in tensor.unbind(0)]
@@ -108,17 +109,17 @@ def _tensors_within(data: object) -> Iterator[torch.Tensor]:
 
 
 _CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
-"""Functions that are told whether they may use cuDNN's kernel, and the position of that."""
+"""Functions with an argument that allows cuDNN's kernel, and its position."""
 
 
 def _without_cudnn(func: Any, args: tuple) -> tuple:
-    """The arguments of a call, such that it is recorded as a kernel that every device has."""
+    """The arguments of a call without cuDNN, so that it is recorded as a kernel of all devices."""
     position = _CUDNN_FLAGS[func]
     return (*args[:position], False, *args[position + 1 :])
 
 
 _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-"""Functions that run a backward pass, and with it hooks and backwards of the user's."""
+"""Functions that run a backward pass, and so may call user-defined hooks and backwards."""
 
 _NN_FUNCTIONAL = torch.nn.functional.__name__
 
@@ -128,7 +129,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *_READS, *_FROM_DATA, *_PRINTS, *_CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS, left_aligned,
-    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook,
+    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, _GET_DATA,
     torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -138,13 +139,14 @@ _C_KINDS = (
     types.MethodWrapperType,
 )
 _ordinary: dict[object, bool] = {}
-"""What `_is_ordinary` has said of torch's own functions."""
+"""The results of `_is_ordinary` for torch's own functions."""
 
 
 def _is_ordinary(func: object) -> bool:
-    """Whether a call is a plain operator: no door, nothing of the user's that it calls back.
+    """True if a call is a plain operator: no door, and without user-defined callbacks.
 
-    Asked for each call of each recording, so it is remembered of functions that live for ever.
+    It is called for each call of each recording, so results are cached for functions that live for
+    ever.
     """
     if not isinstance(func, _C_KINDS):
         return False
@@ -158,7 +160,7 @@ def _is_ordinary(func: object) -> bool:
 
 
 class _Watched:
-    """A function of the user's that torch calls, with the doors watched while it runs."""
+    """A user-defined function that torch calls back, run with the doors watched."""
 
     def __init__(self, doors: Doors, function: Any):
         self.doors = doors
@@ -170,9 +172,9 @@ class _Watched:
 
 
 class _Saving(_Watched):
-    """What the user packs for the backward pass, unpacked at once to see whether it is the same.
+    """A user-defined pack hook of saved tensors, unpacked at once to see if the value is the same.
 
-    The map's own backward saves what it saves: gradients from outside would not see a change.
+    The map's own backward does not run the hook: outer gradients would not see a change.
     """
 
     def __init__(
@@ -197,7 +199,7 @@ class _Saving(_Watched):
 
 
 class Doors(TorchFunctionMode):
-    """Refuses the doors for recorded tensors.
+    """Function mode that refuses the doors for recorded tensors.
 
     Printing a tensor prints the sample and records nothing.
     """
@@ -206,14 +208,14 @@ class Doors(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.saved_changed = False
-        """Whether a `saved_tensors_hooks` of the user's gives back something else."""
+        """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
     def __torch_function__(
         self, func: Any, kinds: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at one call of torch's python interface, then run it."""
+        """Handle one call of torch's python interface."""
         self.recorder.serial += 1
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])
@@ -246,7 +248,7 @@ class Doors(TorchFunctionMode):
             return self._seen(func, args, kwargs)
 
     def _seen(self, func: Callable[..., object], args: tuple, kwargs: dict | None) -> object:
-        """Run a call that might be a door."""
+        """Run a call that may be a door."""
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in _CUDNN_FLAGS and args:
@@ -282,12 +284,14 @@ class Doors(TorchFunctionMode):
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
+        elif func == _GET_DATA and _is_plain(args[0]):
+            return self.recorder.took_data(args[0], cast(torch.Tensor, func(*args)))
         elif func in _PRINTS:
             return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
 
     def unrecorded(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
-        """Run a call that the program need not know of."""
+        """Run a call that is not recorded."""
         paused = self.recorder.paused
         self.recorder.paused = True
         try:
@@ -303,13 +307,13 @@ class Doors(TorchFunctionMode):
         return iter(found) if func is Tensor.__iter__ else found
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a call so that python which it calls back is watched, too.
+        """Run a call with the doors watched in python code that it calls back.
 
-        While a function mode looks at a call, torch has taken the mode away.
+        While a function mode handles a call, torch has switched the mode off.
         """
         if isinstance(func, HigherOrderOperator):
             with self:
-                return control_flow.run(func, args, kwargs)
+                return control_flow.run(func, args, kwargs, self.recorder.depth)
         if func in _CALLS_BACK:
             return self._call_back(func, args, kwargs)
         if getattr(func, "__module__", "") == _NN_FUNCTIONAL:
@@ -325,16 +329,16 @@ class Doors(TorchFunctionMode):
             pop_saved_hooks()
 
     def _register_hook(self, args: tuple, kwargs: dict[str, Any]) -> RemovableHandle:
-        """`tensor.register_hook(hook)`: gradients from outside must pass through it too."""
+        """Run `tensor.register_hook(hook)`: outer gradients must pass through it too."""
         handle = self._call(Tensor.register_hook, args, kwargs)
         self.recorder.add_hook(args[0], (*args, *kwargs.values())[1], handle)
         return handle
 
     def _call_back(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a backward pass: hooks and backwards of the user's run in it.
+        """Run a backward pass, in which user-defined hooks and backwards run.
 
         `func` itself looks for function modes before it starts, so that this one is entered at the
-        first operator inside, which `func` calls before anything of the user's.
+        first operator inside, which `func` calls before user-defined code.
         """
         recorder, before = self.recorder, function_depth()
 
@@ -351,13 +355,13 @@ class Doors(TorchFunctionMode):
                 pop_function_mode()
 
     def _watched(self, value: Any) -> Any:
-        """A function of the user's that is called with the doors watched."""
+        """Wrap a user-defined function so that it is called with the doors watched."""
         return _Watched(self, value) if isinstance(value, _FUNCTIONS) else value
 
     def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
-        """`copy.deepcopy(tensor)` by a clone; None where a clone is not the same.
+        """Serve `copy.deepcopy(tensor)` by a clone; None if a clone is not the same.
 
-        So it is where the clone has other strides, or where another tensor of the same memory has
+        That is so if the clone has other strides, or if another tensor of the same memory has
         been copied: the copies would share memory as well.
         """
         if id(tensor) in memo:
@@ -373,7 +377,7 @@ class Doors(TorchFunctionMode):
         return clone
 
     def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
-        """Serve indices without dimensions that differ by sample; returns whether it did."""
+        """Serve indices without dimensions that differ by sample; return True if it did."""
         source, indices = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
         if not any(isinstance(i, Tensor) and i.dim() == 0 for i in indices):
             return False, None
@@ -400,9 +404,9 @@ class Doors(TorchFunctionMode):
         return not functorch.is_batchedtensor(index) and self.recorder.belongs(element(index))
 
     def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-        """Torch's own asks python for the smallest and largest index.
+        """Serve `one_hot`; torch's own reads the smallest and largest index in python.
 
-        The write checks them as well, for every sample.
+        The write checks the indices as well, for every sample.
         """
         if num_classes <= 0 or index.numel() == 0:
             return torch.nn.functional.one_hot(index, num_classes)
@@ -410,9 +414,9 @@ class Doors(TorchFunctionMode):
         return out.scatter_(-1, index.unsqueeze(-1), 1)
 
     def _peel(self, value: Any) -> Any:
-        """Arguments without the tensors of outer `torch.func` transforms.
+        """Replace tensors of outer `torch.func` transforms in arguments.
 
-        They are replaced by what stands for them while recording.
+        Their plain tensors take their places while recording.
         """
         if isinstance(value, torch.Tensor):
             return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
@@ -423,7 +427,7 @@ class Doors(TorchFunctionMode):
         return value
 
     def _is_remembered(self) -> bool:
-        """Whether the outermost recording is kept for later calls."""
+        """True if the outermost recording is kept for later calls."""
         outermost = self.recorder
         while outermost.outer is not None:
             outermost = outermost.outer
@@ -440,7 +444,6 @@ class Doors(TorchFunctionMode):
         if self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: the value of a tensor of shape {tuple(plain.shape)} that "
-                "is computed inside the function "
-                "leaves it through "
+                "is computed inside the function leaves it through "
                 f"{door}; what becomes of it cannot be recorded: {remedy}"
             )

@@ -1,4 +1,4 @@
-"""Seeds that a recorded function sets, found by the state of torch's generator between draws."""
+"""Detect seeds that a recorded function sets, by the state of torch's generator between draws."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Generator:
     """
 
     def __init__(self, watched: bool) -> None:
-        """Look at the generator as it is before the function runs.
+        """Store the state of the generator before the function runs.
 
         Args:
-            watched: Whether to watch the calls that the function makes, where other threads share
+            watched: True to watch the calls that the function makes if other threads share
                 the generator. That slows it down, so it is for functions that may draw.
         """
         self.alone = alone()
@@ -40,12 +40,12 @@ class Generator:
         self.watch = Watch() if watched and not self.alone else None
         self.seed, self.state = torch.initial_seed(), b""
         if self.alone:
-            # another one of three each time: who reads the state, which is not the user's now, is
-            # seen to vary
+            # one of three states in turn: a function that reads the state, which is not the user's
+            # now, is seen to vary
             self._advance(_ENGINE * (next(_numbers) % 3 + 1))
 
     def _advance(self, numbers: int) -> None:
-        """Draw, so that the seed itself gives another state: `manual_seed(initial_seed())`."""
+        """Draw numbers, so that even `manual_seed(initial_seed())` changes the state."""
         with without_dispatch(), without_functions():
             torch.rand(numbers)
         self.state = generator_state()
@@ -53,18 +53,18 @@ class Generator:
     def _mark(self) -> None:
         """Give the generator a state that no seed and no earlier state gives.
 
-        Recorded draws come from other generators, so that a state which is put back would be the
-        one that is there.
+        Recorded draws come from other generators, so without the mark a state that is put back
+        would be the current one.
         """
         self.seed = 2**40 + next(_numbers)
         torch.default_generator.manual_seed(self.seed)
         self._advance(1)
 
     def is_as_left(self) -> bool:
-        """Whether nothing but recorded draws has changed the state.
+        """True if nothing but recorded draws has changed the state.
 
         All threads share torch's generator: where there are others, their draws change it as well,
-        and only another seed can be told, or that a call which sets the state was seen.
+        and only another seed, or a watched call that sets the state, can be detected.
         """
         if self.watch is not None and self.watch.seen:
             return False
@@ -74,7 +74,7 @@ class Generator:
         return not self.alone or _within_a_program() or generator_state() == self.state
 
     def draw(self) -> None:
-        """Note the state after a recorded draw."""
+        """Record the state after a recorded draw."""
         self.drawn = True
         self.alone = self.alone and alone()
         if self.alone and not _within_a_program():
@@ -82,9 +82,9 @@ class Generator:
 
 
 class Watch:
-    """Notes whether this thread sets the state of torch's generator, by a profile function.
+    """Watches with a profile function if this thread sets the state of torch's generator.
 
-    Where python is being profiled already, nothing is noted.
+    If python is being profiled already, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -108,13 +108,13 @@ class Watch:
 
 
 def stop_watching() -> None:
-    """Stop what an interrupt has left watching."""
+    """Stop a watch that an interrupt has left active."""
     if isinstance(getattr(sys.getprofile(), "__self__", None), Watch):
         sys.setprofile(None)
 
 
 _ENGINE = 624
-"""Words of the generator's state: as many draws replace them all."""
+"""Number of words in the generator's state: this many draws replace them all."""
 _numbers = itertools.count()
 _SETTERS = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"}
 

@@ -1,7 +1,7 @@
-"""The `torch.Generator`s of the user's that a function draws from while it is recorded.
+"""The user's `torch.Generator`s that a function draws from while it is recorded.
 
-Recorded draws come from generators of ours; those of the user's are left as they were found. In
-between they are advanced, so that a function that sets the state of one is seen to do so: in the
+Recorded draws come from private generators; the user's are left in the state they had. In
+between they are advanced, so that a function that sets the state of one is detected: in the
 loop, such draws are the same for all samples.
 """
 
@@ -18,7 +18,7 @@ from shardmap.program.ir import GivenGenerator
 from shardmap.trace.recording import user_line
 
 _ENGINE = 625
-"""More than the words of a generator's state: as many draws replace them all."""
+"""Number of draws that replace all words of a generator's state."""
 
 
 class GivenGenerators:
@@ -26,30 +26,30 @@ class GivenGenerators:
 
     Args:
         call: The user's call, for errors.
-        known: Generators that the function is known to draw from, or may.
+        known: Generators that the function draws from, or may draw from.
     """
 
     def __init__(self, call: str, known: Iterable[torch.Generator] = ()):
         self.call = call
         self._all: list[torch.Generator] = []
         self._met: list[int] = []
-        """Those that it has drawn from, by place in `_all`."""
+        """The generators that it has drawn from, by index in `_all`."""
         self._draws: list[int] = []
-        """How often, for each of them."""
+        """Number of draws from each of them."""
         self._before: dict[int, torch.Tensor] = {}
-        """By place in `_all`: the state in which it was found."""
+        """The original state of each generator, by index in `_all`."""
         self._left: dict[int, torch.Tensor] = {}
-        """The state in which it was left."""
+        """The state of each after its last recorded draw, by index in `_all`."""
         self._objects: dict[int, weakref.ref[torch.Generator]] = {}
         self._known = tuple(known)
 
     def start(self) -> None:
-        """Advance the known ones: the function is about to run."""
+        """Advance the known generators before the function runs."""
         for generator in self._known:
             self._advance(self._place(generator), _ENGINE)
 
     def encoded(self, generator: torch.Generator) -> GivenGenerator | None:
-        """A generator as the program holds it, for one call that draws; None for torch's own.
+        """Encode a generator for one call that draws; None for torch's own.
 
         Raises:
             RandomnessError: The function has set its state.
@@ -67,7 +67,7 @@ class GivenGenerators:
         return GivenGenerator(number, self._draws[number] - 1)
 
     def seen(self, generator: torch.Generator) -> None:
-        """Note the user's own object: operators are given another one for the same generator."""
+        """Keep the user's own object: operators get another object for the same generator."""
         self._objects[generator_id(generator)] = weakref.ref(generator)
 
     def refuse_seeds(self) -> None:
@@ -79,7 +79,7 @@ class GivenGenerators:
         """The generators that the function has drawn from, once it has returned.
 
         Raises:
-            RandomnessError: It has made one.
+            RandomnessError: It has made one itself.
         """
         found = tuple([self._all[place] for place in self._met])
         for generator in found:
@@ -93,7 +93,7 @@ class GivenGenerators:
         return found
 
     def restore(self) -> None:
-        """Leave all generators as they were found."""
+        """Restore the original states of all generators."""
         for place, state in self._before.items():
             self._all[place].set_state(state)
         self._before.clear()

@@ -1,9 +1,9 @@
-"""Results of `torch.autograd.Function`s, recognised by the history that autograd gave them.
+"""Recognise results of `torch.autograd.Function`s by the history that autograd gave them.
 
 No operator call shows that a Function was applied: the calls of its forward are recorded under
-`no_grad`, and then a result of theirs requires grad. Its node in autograd's graph tells whose it
-is. From the first use on it is a variable of its own, the result of `OWN_BACKWARD`, of which
-`own_backwards` finds the arguments once the function has returned.
+`no_grad`, and then one of their results requires grad. Its node in autograd's graph is the
+Function's own. From the first use on it is a variable of its own, the result of `OWN_BACKWARD`,
+whose arguments `own_backwards` finds once the function has returned.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from shardmap.trace.tensor_table import Variables
 
 
 class Node(Protocol):
-    """What is read of a Function's node in autograd's graph, which is its `ctx`."""
+    """Protocol of a Function's node in autograd's graph, which is its `ctx`."""
 
     @property
     def next_functions(self) -> tuple[tuple[graph.Node | None, int], ...]:
-        """For each tensor argument, whose result it was."""
+        """For each tensor argument: the node that made it, and the index of the result."""
         ...
 
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
-        """Which arguments require grad."""
+        """For each argument: True if it requires grad."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Node(Protocol):
 
     @property
     def apply(self) -> Callable[..., object]:
-        """Its backward."""
+        """The Function's backward."""
         ...
 
 
@@ -53,45 +53,45 @@ class Applied:
 
     node: Node
     position: int
-    """Number of the equation that stands for it."""
+    """Number of its equation."""
     pairs: dict[int, tuple[Var, Var]] = field(default_factory=dict)
-    """By number of the result, as far as it is used: the variable that its forward computed, and
-    the one that has a history."""
+    """For the index of a result that is used: the variable that its forward computed, and the
+    variable with a history."""
 
     def equation(self, args: tuple[object, ...], flags: tuple[int, ...]) -> Equation:
-        """The equation that stands for it."""
+        """Make the equation of this application."""
         outs = tuple([made for _, (_, made) in sorted(self.pairs.items())])
         return Equation(OWN_BACKWARD, args, (), outs, flags, True)
 
     def without_effect(self) -> Equation:
-        """The equation where no gradient from outside arrives."""
+        """The equation if no outer gradient arrives."""
         values = tuple([value for _, (value, _) in sorted(self.pairs.items())])
         return self.equation(((), values, (), (), NO_EFFECT), (0,) * len(values))
 
 
 @dataclass(slots=True)
 class Hook:
-    """A hook of the user's on a tensor."""
+    """A user-defined hook on a tensor."""
 
     var: Var
     node: graph.Node | None
     """The node of autograd's graph whose result the tensor was when the hook was registered."""
     number: int
-    """Number of that result."""
+    """Index of that result."""
     function: Callable[[torch.Tensor], torch.Tensor | None]
     handle: RemovableHandle
     position: int
-    """How many equations there were."""
+    """Number of equations when it was registered."""
 
     @property
     def is_active(self) -> bool:
-        """Whether it has not been removed."""
+        """True if it has not been removed."""
         hooks = self.handle.hooks_dict_ref()
         return hooks is not None and self.handle.id in hooks
 
 
 class HookNode:
-    """The hooks of one tensor, as if it had been given to a Function with that backward."""
+    """The hooks of one tensor, in the form of a Function with that backward."""
 
     def __init__(self, hooks: list[Hook]):
         self.hooks = hooks
@@ -100,7 +100,7 @@ class HookNode:
         self._input_metadata: tuple[object, ...] = (None,)
 
     def apply(self, grad: torch.Tensor) -> torch.Tensor:
-        """What the hooks make of a gradient."""
+        """Pass a gradient through the hooks."""
         for hook in self.hooks:
             changed = hook.function(grad)
             grad = grad if changed is None else changed
@@ -113,23 +113,25 @@ class Histories(Equations):
     def __init__(self, call: str, outer: Variables | None, once: bool):
         super().__init__(call, outer, once)
         self.applied: dict[int, Applied] = {}
-        """By address of the node."""
+        """Applications by address of their node."""
         self.hooks: list[Hook] = []
+        self.first_handle = RemovableHandle.next_id
+        """Number of the first handle of a hook that the function may have registered."""
         self.edges: dict[tuple[type, int, int], Var | None] = {}
-        """By kind and number of a node, and number of its result: the variable; None if several
+        """The variable for a node's kind and number, and the index of its result; None if several
         have been seen."""
         self.remembered: tuple[Program, ...] = ()
-        """What was recorded of the same code, the last one first."""
+        """Programs recorded of the same code, the last one first."""
         self.before: Program | None = None
-        """What was recorded of the same code the last time."""
+        """The last program recorded of the same code."""
         self.is_repeating = False
-        """Whether calls are recognised as those of the last time, or have been."""
+        """True if calls are, or were, recognised as those of the last recording."""
 
     def expect(self, programs: tuple[Program, ...]) -> None:
-        """Expect one of `programs`, which were recorded of the same code: at first the first.
+        """Expect one of `programs`, which were recorded of the same code; the first one at first.
 
-        The calls of one are not recognised one by one where a Function is among them: which tensors
-        it was applied to shows only where arguments are looked at.
+        The calls of a program with a Function are not recognised one by one: the tensors
+        that it was applied to are found only when arguments are encoded.
         """
         self.remembered = programs
         self.alternatives = tuple([p for p in programs if not _has_own_backward(p)])
@@ -142,7 +144,7 @@ class Histories(Equations):
         """The variable of a tensor that requires grad: another one if a Function returned it."""
         try:
             node = tensor.grad_fn
-        except RuntimeError:  # autograd forbids to ask it of some views
+        except RuntimeError:  # autograd forbids to read it of some views
             return var
         if node is None:
             return var
@@ -177,7 +179,7 @@ class Histories(Equations):
         function: Callable[..., torch.Tensor | None],
         handle: RemovableHandle,
     ) -> None:
-        """Note that a gradient of `tensor` passes through `function`."""
+        """Record that a gradient of `tensor` passes through `function`."""
         var = self.encode(tensor, [], False)
         node, number = (None, 0) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
         self.hooks.append(Hook(var, node, number, function, handle, len(self.equations)))
@@ -185,7 +187,7 @@ class Histories(Equations):
     def put_hooks(self, hooks: list[Hook]) -> HookNode:
         """Put an equation for the hooks of one tensor before its first use.
 
-        Whatever uses the tensor from there on uses the result of that equation.
+        Later uses of the tensor use the result of that equation.
         """
         var = hooks[0].var
         made = max(

@@ -1,7 +1,7 @@
-"""Tensors of one sample that outlive its recording: a side effect kept them.
+"""Find tensors of one sample that outlive its recording, kept by a side effect.
 
 In the loop, `self.hidden = x`, a list that is appended to or a hook that collects leave something
-of the last sample, or of all of them; a recording leaves the first sample's value.
+of the last sample, or of all of them; a recording would leave the first sample's value.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def kept_tensors(recorder: Recorder, outputs: Iterable[int]) -> tuple[str, ...]:
-    """What python still holds of the tensors that differ by sample, a line of text for each.
+    """Describe the tensors that differ by sample and that python still holds, one text for each.
 
-    Inputs, captured tensors and outputs do not count, nor what only torch holds: autograd saves
-    tensors for the backward of the outputs. Reference cycles are collected before anything is
-    said to be kept.
+    Inputs, captured tensors and outputs do not count, nor tensors that only torch holds: autograd
+    saves tensors for the backward of the outputs. Reference cycles are collected before a tensor is
+    reported.
 
     Args:
         recorder: The recorder, once the function has returned.
-        outputs: The addresses of the tensors that it returned. The tensors themselves are let go
-            of before: autograd's graph behind them holds what its nodes keep.
+        outputs: The addresses of the tensors that it returned. The tensors themselves are dropped
+            before: autograd's graph behind them holds tensors that its nodes keep.
     """
     known = set(outputs) | {id(t) for _, t in recorder.captured.values()}
     known |= {id(plain) for _, plain in recorder.wrappers.values()}
@@ -42,7 +42,7 @@ def kept_tensors(recorder: Recorder, outputs: Iterable[int]) -> tuple[str, ...]:
     ]
     held = list(_held(candidates))
     if held:
-        gc.collect(1)  # cycles of the function's: what was made while recording is young
+        gc.collect(1)  # reference cycles of the function: objects made while recording are young
         held = list(_held(held))
     return tuple([_text(recorder, ref, var) for ref, var in held])
 
@@ -56,7 +56,7 @@ def _held(
 
 
 def python_references(ref: weakref.ref) -> int:
-    """How many references python holds to a tensor; torch's own are not counted.
+    """Number of references that python holds to a tensor, without torch's own.
 
     While torch holds the tensor, torch holds one reference to its python object.
     """
@@ -75,7 +75,7 @@ def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
 
 
 def _holder(tensor: object) -> str:
-    """Where a tensor is kept, if a dictionary or a list of the user's says so."""
+    """Text on the user's dictionary or list that keeps a tensor; empty if there is none."""
     for holder in gc.get_referrers(tensor):
         if isinstance(holder, dict):
             for key, value in holder.items():

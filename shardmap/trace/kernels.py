@@ -30,9 +30,9 @@ hashing an operator runs python code."""
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether the memory of `tensor` does not hold its values.
+    """True if the memory of `tensor` does not hold its values.
 
-    So it is with symbolic zeros of forward-mode AD (which have no memory), lazy conjugates and
+    It is true of symbolic zeros of forward-mode AD (which have no memory), lazy conjugates and
     lazy negatives.
     """
     if functorch.is_functorch_wrapped_tensor(tensor):
@@ -44,7 +44,7 @@ def lazy_tensors_resolved() -> contextlib.AbstractContextManager[Any]:
     """Let kernels see lazy tensors as they do outside a dispatch mode.
 
     Torch switches the keys that resolve lazy tensors off while a dispatch mode handles a call.
-    An operator that these keys let through whole, such as `mul.Scalar`, and whose kernel calls
+    An operator that these keys pass on unchanged, such as `mul.Scalar`, and whose kernel calls
     other operators then reads a symbolic zero's memory, which does not exist: a segmentation fault.
     A composite operator reads a conjugate as if it were none.
     """

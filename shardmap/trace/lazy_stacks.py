@@ -1,6 +1,6 @@
 """Lazy stacks of tensordict: batches that are lists of their samples, mapped over the list.
 
-Nothing is imported of tensordict, which is optional: where it has not been imported, there are no
+This module does not import tensordict, which is optional: if it has not been imported, there are no
 lazy stacks.
 """
 
@@ -17,7 +17,7 @@ from shardmap.trace.container_protocol import Container
 
 
 class LazyStack(Container, Protocol):
-    """What is asked of a lazy stack."""
+    """Protocol of a lazy stack."""
 
     is_locked: bool
     stack_dim: int
@@ -34,28 +34,28 @@ class LazyStack(Container, Protocol):
 
 
 def is_one(value: object) -> TypeGuard[LazyStack]:
-    """Whether `value` is a lazy stack."""
+    """True if `value` is a lazy stack."""
     tensordict = sys.modules.get("tensordict")
     return tensordict is not None and isinstance(value, tensordict.LazyStackedTensorDict)
 
 
 def stack(samples: Sequence[object], dim: int) -> Container:
-    """A lazy stack of these."""
+    """A lazy stack of the samples."""
     return sys.modules["tensordict"].LazyStackedTensorDict.lazy_stack(samples, dim)
 
 
 def gathered(value: Any, dim: int) -> tuple[Container, bool]:
-    """`value` with what is a list of samples in it made one batch.
+    """`value` with each lazy stack along the mapped dimension made one batch.
 
     Args:
         value: A container of any kind.
         dim: The dimension of samples; lists along other dimensions are left as they are.
 
     Returns:
-        The container, `value` itself where nothing is a list of samples, and whether `value` is.
+        The container, `value` itself if it has no list of samples, and True if `value` is one.
 
     Raises:
-        ValueError: The samples do not fit in one batch; it says why.
+        ValueError: The samples do not fit in one batch; the message has the reason.
     """
     tensordict = sys.modules.get("tensordict")
     if tensordict is None or not isinstance(value, tensordict.TensorDictBase):
@@ -112,7 +112,7 @@ def _refuse_unequal(samples: Sequence[object]) -> None:
 
 
 def _alike(value: LazyStack) -> Container:
-    """The data that is no tensor, if it is the same in the whole batch."""
+    """The data of a stack without tensors, if they are the same in the whole batch."""
     elements: list[object] = [value.tolist()]
     for _ in range(value.dim()):
         elements = [part for element in elements for part in _listed(element)]

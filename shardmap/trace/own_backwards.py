@@ -1,8 +1,8 @@
-"""Record the backward of each `torch.autograd.Function` that gradients from outside reach.
+"""Record the backward of each `torch.autograd.Function` that outer gradients reach.
 
 Once the function has returned, the backward is run on the sample's saved tensors and a sample
 cotangent, under the same recorder. Its calls are taken out of the recording and become a program
-of their own, in the equation that stands for the Function.
+of their own, in the equation of the Function's application.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
+from shardmap.program.python_state import named
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
+from shardmap.trace.node_hooks import refuse_node_hooks
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
@@ -44,20 +46,20 @@ def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[gr
 
 
 def is_function(node: object) -> bool:
-    """Whether a node of autograd's graph is that of a Function written in python."""
+    """True if a node of autograd's graph is that of a Function written in python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     """Record the backwards that lead to an output; False if the recording must be made again.
 
-    So it is where the function was taken to do what it did the last time, and has applied another
+    That is so if the function was expected to repeat its last recording, and has applied another
     Function.
 
     Args:
         recorder: The recorder, once the function has returned.
-        doors: The doors that were watched.
-        out: What the function returned.
+        doors: The mode that watched the doors.
+        out: The function's result.
 
     Raises:
         AutogradFunctionError: A backward cannot be recorded.
@@ -65,6 +67,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
     found = nodes_before(inside, recorder)
+    refuse_node_hooks(recorder, found)
     functions = list(filter(is_function, found))
     if not functions and not recorder.applied and not recorder.hooks:
         return True
@@ -92,6 +95,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
         )
     for applied in recorder.applied.values():
         vars(applied.node).clear()  # python's references to the sample's tensors
+    for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
+        hook.handle.remove()
     recorder.applied.clear()
     recorder.hooks.clear()
     return True
@@ -110,7 +115,7 @@ def _name(node: object) -> str:
 
 
 def _saves_its_result(recorder: Recorder, node: object) -> bool:
-    """Whether a node of autograd's graph may keep its result, and differentiate by it."""
+    """True if a node of autograd's graph may save its result, and differentiate by it."""
     if is_function(node):
         text = recorder.equations[recorder.applied[id(node)].position].args[4]
         return text in (NO_EFFECT, TOO_DEEP) or bool(backward_of(text).saved)
@@ -119,7 +124,7 @@ def _saves_its_result(recorder: Recorder, node: object) -> bool:
 
 
 def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
-    """The hooks that are to be called by gradients from outside, those of one tensor together."""
+    """The hooks that outer gradients must call, grouped by tensor."""
     found: dict[tuple[int, int], list[Hook]] = {}
     for hook in recorder.hooks:
         if not hook.is_active:
@@ -131,12 +136,19 @@ def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
                 "it once, outside of the mapped function"
             )
         if id(hook.node) in reached:
+            if getattr(hook.function, "__globals__", None) is vars(graph):
+                raise errors.AutogradFunctionError(
+                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
+                    "grad, which gradients from outside would not call; take the gradients inside "
+                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
+                    "one with Tensor.register_hook"
+                )
             found.setdefault((id(hook.node), hook.number), []).append(hook)
     return list(found.values())
 
 
 def _fill(recorder: Recorder, reached: Iterable[object], start: int, depth: int) -> None:
-    """Give the equations from `start` on that stand for Functions their backwards."""
+    """Fill in the backwards of the Functions' equations from `start` on."""
     nodes = {id(node) for node in reached}
     for applied in list(recorder.applied.values()):
         if applied.position < start or id(applied.node) not in nodes:
@@ -189,9 +201,8 @@ class _Recorded:
         self.start = len(recorder.equations)
 
     def equation(self) -> Equation:
-        """The equation that stands for the application."""
+        """Make the equation of the application."""
         recorder, node = self.recorder, self.node
-        self._refuse_hooks()
         pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
         inputs = _inputs(recorder, self.applied)
         given, materialised = self._missing()
@@ -224,17 +235,8 @@ class _Recorded:
         found = Calls(equations, names, outs, out_flags)
         return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)
 
-    def _refuse_hooks(self) -> None:
-        if type(self.node).__name__ == "BackwardHookFunctionBackward":
-            raise errors.AutogradFunctionError(
-                f"{self.recorder.call}: a module with a full backward hook lies between the inputs "
-                "and an output that requires grad, and outer gradients would not call the hook; "
-                "take the gradient inside the mapped function (torch.autograd.grad), or remove "
-                "the hook"
-            )
-
     def _once(self, grads: list[torch.Tensor]) -> str:
-        """Why gradients must not be differentiated again; empty where they may be."""
+        """Reason why gradients must not be differentiated again; empty if they may."""
         if any(type(g.grad_fn).__name__ == "Error" for g in grads):
             return (
                 f"{_name(self.node)} is differentiated twice, and its backward is marked "
@@ -251,10 +253,10 @@ class _Recorded:
         return ""
 
     def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
-        """What stands for the cotangent of each result, and whether missing ones are zeros.
+        """A value for each missing cotangent, and True if missing ones are zeros.
 
-        Whether they are, the engine tells: it is asked for a gradient, with the Function's own
-        backward put aside.
+        Autograd's engine tells which: it computes a gradient with the Function's own
+        backward replaced.
         """
         node = self.node
         count = len(node._input_metadata)
@@ -299,7 +301,7 @@ class _Recorded:
         )
 
     def _cotangents(self, given: list[torch.Tensor | None]) -> tuple[Var, ...]:
-        """Put a sample cotangent in the place of each that a used result has."""
+        """Replace each used result's cotangent by a sample's, and return their variables."""
         recorder = self.recorder
         names = []
         recorder.paused, paused = True, recorder.paused
@@ -318,9 +320,9 @@ class _Recorded:
         return tuple(names)
 
     def _wanted(self, returned: object, inputs: list[Var | None]) -> list[tuple[Var, torch.Tensor]]:
-        """The gradients that lead on, each beside the variable that it is the gradient of.
+        """The gradients that lead on, each with the variable that it is the gradient of.
 
-        As autograd takes them: summed to the shape of the argument, in its dtype.
+        They are converted as autograd does: summed to the shape of the argument, in its dtype.
         """
         needs = self.node.needs_input_grad
         grads = returned if isinstance(returned, tuple) else (returned,)
@@ -345,14 +347,16 @@ class _Recorded:
         once: str,
         materialised: bool,
     ) -> Equation:
-        """The equation that stands for the application, with the program of its backward."""
+        """Make the equation of the application, with the program of its backward."""
         recorder = self.recorder
         hook = isinstance(self.node, HookNode)
         anchor = pairs[0][0] if once and hook else None
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised)
+        function = getattr(type(self.node), "_forward_cls", None)
+        name = named(function) if function is not None else ""
+        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised, name)
         args = (
             tuple(wanted),
             tuple([value for value, _ in pairs]),
@@ -368,7 +372,7 @@ class _Recorded:
         return self.applied.equation(args, flags)
 
     def _refuse(self, program: Program, held: list[tuple[Var, int]], own: set[int]) -> None:
-        """Refuse what cannot be run later, for all samples."""
+        """Refuse a backward that cannot be run later for all samples."""
         recorder, name = self.recorder, _name(self.node)
         before = f"{recorder.call}: the backward of {name}"
         later = {

@@ -1,4 +1,4 @@
-"""`nn.TransformerEncoder` with padding: what its nested-tensor path returns at padded positions.
+"""Padding in `nn.TransformerEncoder`: its nested-tensor path returns zeros at padded positions.
 
 Without gradients, in eval mode, the encoder packs the tokens that are not padding into a nested
 tensor, and pads the last layer's result with zeros. While a function is recorded this path is not
@@ -20,7 +20,7 @@ from shardmap import _torch, errors
 _ENCODER: CodeType = nn.TransformerEncoder.forward.__code__
 _LAYER: CodeType = nn.TransformerEncoderLayer.forward.__code__
 _REACH = 24
-"""Frames between an attention and the encoder that it belongs to; each module's call has three."""
+"""Most frames between an attention and its encoder; each module's call has three."""
 
 
 class PaddedEncoder:
@@ -32,7 +32,7 @@ class PaddedEncoder:
         self.sums = 0
 
     def is_last_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call of torch's interface gives the result of the layer."""
+        """True if a call of torch's interface gives the result of the layer."""
         if not self.layer.norm_first:
             weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
             return func is nn.functional.layer_norm and weight is self.layer.norm2.weight
@@ -42,7 +42,7 @@ class PaddedEncoder:
         return self.sums == 2
 
     def zeroed(self, result: torch.Tensor) -> torch.Tensor:
-        """The layer's result as the nested path would give it."""
+        """The layer's result with the zeros of the nested path."""
         return torch.where(self.zero, result.new_zeros(()), result)
 
 
@@ -85,7 +85,7 @@ def padded_encoder(call: str) -> PaddedEncoder | None:
 
 
 def _packs(encoder: nn.TransformerEncoder, src: torch.Tensor) -> bool:
-    """The conditions of `nn.TransformerEncoder.forward`, but for those on the masks' values."""
+    """True if `nn.TransformerEncoder.forward` would pack, whatever the masks' values."""
     first: Any = encoder.layers[0]
     attention = first.self_attn
     tensors: tuple[torch.Tensor, ...] = (
@@ -112,7 +112,7 @@ def _packs(encoder: nn.TransformerEncoder, src: torch.Tensor) -> bool:
 
 
 def _fast_paths_enabled() -> bool:
-    """The user's setting of `torch.backends.mha`, which recordings may have switched off."""
+    """True if the user enabled `torch.backends.mha`, which recordings may have switched off."""
     switch: Any = getattr(_torch, "transformer_fast_paths", None)
     return switch.before if switch is not None and switch.users else _enabled()
 

@@ -1,4 +1,4 @@
-"""Record a function on the first sample of a batch, and leave no trace of having done so."""
+"""Record a function on the first sample of a batch, without side effects."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether forward-mode AD around the call differentiates by `tensor`.
+    """True if forward-mode AD around the call differentiates by `tensor`.
 
     Its samples require grad then, as under transforms: only so does the function's recording show
     a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
@@ -92,14 +92,14 @@ def has_tangent(tensor: torch.Tensor) -> bool:
 
 
 def rows_of(batch: Batch, number: int, transformed: bool) -> list[tuple[torch.Tensor, bool]]:
-    """Row `number` of each mapped tensor, and whether its sample requires grad.
+    """Row `number` of each mapped tensor, each with True if its sample requires grad.
 
     If the batch is empty, the rows are zeros.
 
     Args:
         batch: The call's arguments.
-        number: Which sample.
-        transformed: Whether `torch.func` transforms are active around the call. What they will
+        number: Index of the sample.
+        transformed: True if `torch.func` transforms are active around the call. What they will
             differentiate is not known here, so that every floating-point sample requires grad.
     """
     rows = []
@@ -129,18 +129,18 @@ def record(
     look: bool = False,
     generators: tuple[torch.Generator, ...] = (),
 ) -> tuple[Recording, pytree.TreeSpec]:
-    """Run `func` on one sample of `batch`; return what it did and the structure of its outputs.
+    """Run `func` on one sample of `batch`; return the recording and the structure of its outputs.
 
     Args:
         func: The user's function.
         batch: The call's arguments.
         randomness: As for `shardmap.vmap`.
-        once: Whether the recording is kept for later calls.
+        once: True if the recording is kept for later calls.
         call: The user's call, for errors.
-        number: Which sample.
-        look: Whether tensors that the function keeps are looked for although the recording is one
+        number: Index of the sample.
+        look: True to look for tensors that the function keeps even if the recording is one
             that was expected.
-        generators: Those that an earlier recording has seen it draw from.
+        generators: Generators that it draws from by an earlier recording.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
@@ -168,9 +168,9 @@ def record(
 
 
 def _forbidden_view(error: RuntimeError, batch: Batch) -> bool:
-    """Whether an error is what autograd says of views that forward mode allows to be written.
+    """True if an error is autograd's refusal of views that forward mode allows to be written.
 
-    Of views that are made under no_grad, only where nothing else is recorded that no_grad would
+    For views that are made under no_grad, only if nothing else is recorded that no_grad would
     stop.
     """
     if "function that returns multiple views" in str(error):
@@ -219,8 +219,8 @@ def _recorded(
                 recorder.depth = depth
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.separate_views = separate_views
-                recorder.expect(follow.expected(func))
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
+                recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look)
                 if found is not None:
@@ -234,8 +234,8 @@ def _recorded(
 
 
 _TRIES = 3
-"""Recordings of which each must find python's random numbers changed, before the function is said
-to draw them: other threads may."""
+"""Number of recordings that must each find python's random numbers changed before the function is
+said to draw them: other threads may be the cause."""
 
 
 def _record(
@@ -248,7 +248,7 @@ def _record(
 ) -> tuple[Recording, pytree.TreeSpec] | None:
     """Record `func` once; None where it must be recorded again.
 
-    So it is where python's random numbers changed and another thread may be why, and where the
+    That is so if python's random numbers changed and another thread may be the cause, and if the
     function applied another `torch.autograd.Function` than the last time.
     """
     call, randomness = recorder.call, recorder.randomness
@@ -311,13 +311,14 @@ def _record(
                 f"{call}: .backward() inside the function accumulates into the .grad of a tensor "
                 f"of shape {changed[0]} that all "
                 "samples share; use "
-                "torch.autograd.grad(loss, parameters), which returns the gradients"
+                "torch.autograd.grad(loss, parameters), which returns the gradients, and "
+                "use_reentrant=False for a checkpoint"
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         returned = [id(t) for t in (*leaves, *samples)]
-        del out, leaves
-        # A program that came again as expected has been looked at.
+        del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
+        # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
         recording = dataclasses.replace(
             recording,
@@ -379,7 +380,7 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
 
 
 def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory.
+    """True if two elements may share memory.
 
     The steps of a tensor without overlap are each larger than all smaller ones reach.
     """

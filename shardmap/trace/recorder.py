@@ -69,18 +69,18 @@ class Recorder(SparseTensors, TorchDispatchMode):
         self.has_rule = has_rule
         self.decompose = decompose
         self.served: dict[int, tuple[bool, Any]] = {}
-        """By address of the operator: whether it has a rule, and its decomposition."""
+        """For an operator's address: True if it has a rule, and its decomposition."""
         if zeros_have_memory:
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
         self.separate_views = False
-        """Whether views are recorded as forward mode allows them: one by one, also under no_grad
+        """True if views are recorded one by one, as forward mode allows them, also under no_grad
         with gradients, which does not stop tangents."""
         self.grad_lifted = False
-        """Whether that has let gradients pass where the function is under no_grad."""
+        """True if that has let gradients pass where the function was under no_grad."""
         self.generators = PrivateGenerators()
         self.enter_doors: Callable[[], None] | None = None
-        """Called once, at the next operator: python may be called back from there on."""
+        """Called once, at the next operator: python code may be called back from there on."""
         self.asked: list[int] = []  # equations that ask about what differs by sample
         self.sources: dict[str, str] = {}
 
@@ -98,7 +98,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         marks = len(self.types), len(self.scalars)
         try:
             if function_mode_on():
-                # Called by C++ (a backward, a transform): our own questions are no doors.
+                # Called by C++ (a backward, a transform): our own reads are no doors.
                 with without_functions():
                     return self._dispatch(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
@@ -141,7 +141,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         hidden = info.hidden_writes
         evaluating = (
             hidden is not None and len(args) > hidden[2] and not args[hidden[2]]
-        )  # the schema says writes, the kernel only reads
+        )  # by its schema it writes, but its kernel only reads
         for i in info.writes if not evaluating else ():
             if i < len(args):
                 self._check_writes(func, args[i])
@@ -200,10 +200,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         return follow.repeat(self, self.expected.equations[number], func, args, kwargs, is_own_leaf)
 
     def _record_resize(self, func: OpOverload, args: tuple) -> Any:
-        """A resized tensor that needs no more memory than it has is another view of it.
-
-        None for anything else.
-        """
+        """Record a resize within a tensor's memory as another view of it; None for other calls."""
         tensor = args[0]
         if func is aten.resize_.default:
             size = list(args[1])
@@ -231,10 +228,11 @@ class Recorder(SparseTensors, TorchDispatchMode):
     def _record_view_in_place(
         self, func: OpOverload, functional: OpOverload, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        """`t_`, `squeeze_` and their kin change how a tensor looks at its memory.
+        """Record an in-place change of shape or strides (`t_`, `squeeze_` and the like) as a view.
 
-        From now on it is the variable of the view. No view is made, so that of a tensor without
-        grad the replay makes it in grad mode: one made under no_grad may not be written later.
+        From now on the tensor has the variable of the view. No view is made here, so that of a
+        tensor without grad the replay makes it in grad mode: one made under no_grad may not be
+        written later.
         """
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, False) for a in args])
@@ -278,8 +276,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
             return self._anomaly(func, args)
         asks = False
         if (mapped and info.question) or varies:
-            # One sample's shape or truth stands for all until replay finds a sample where it is
-            # another.
+            # One sample's shape or truth value is used for all until replay finds a sample where it
+            # is another.
             asks = True
         drawing = info.random and draws(func, args, kwargs)  # attention without dropout does not
         if drawing and self.generator is not None and not self.generator.is_as_left():
@@ -345,7 +343,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         return out
 
     def _check_errors(self, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Ask whether an operator of `torch.linalg` failed: the function may catch the error."""
+        """Record the check for a failed `torch.linalg` call: the function may catch the error."""
         error = None
         try:
             self.kernel(eq.op, args, kwargs)
@@ -357,7 +355,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             raise error
 
     def _anomaly(self, func: OpOverload, args: tuple) -> Any:
-        """Autograd asks whether a gradient holds NaN: the other samples' are asked at replay."""
+        """Answer autograd's check of a gradient for NaN; replay checks the other samples'."""
         found = self.kernel(func, args, {})
         if not found:
             with self:
@@ -370,7 +368,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
     def _pin_dtype(
         self, func: OpOverload, encoded: tuple, named: tuple, out: object
     ) -> tuple[tuple, tuple]:
-        """Arguments that give the recorded dtype under another default dtype.
+        """Arguments that give the recorded dtype even under another default dtype.
 
         The function changed the default; replay will not see it.
         """
@@ -409,7 +407,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         """The recording, once the function has returned `outputs`."""
         flags: list[int] = []
         if self.lazy:
-            with self:  # the loop stacks what it returns: its zeros have memory
+            with self:  # the loop stacks the results: its zeros have memory
                 outputs = [o.clone() if is_zero_tensor(o) else o for o in outputs]
         wrappers = {id(plain): wrapper for wrapper, plain in self.wrappers.values()}
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])

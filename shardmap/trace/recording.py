@@ -1,4 +1,4 @@
-"""What a recording leaves behind, and the questions about tensors that recording asks."""
+"""The result of a recording, and helpers that inspect tensors while recording."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shardmap.program.ir import Program
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A program and what it was recorded with."""
+    """A program and the tensors, numbers and facts that were recorded with it."""
 
     program: Program
     captured: tuple[torch.Tensor, ...]
@@ -38,20 +38,20 @@ class Recording:
     sources: dict[str, str]
     """The user's line for operators that have no rule of ours."""
     sample: tuple[torch.Tensor, ...]
-    """What the function returned for the sample; none if the sample was made of zeros."""
+    """The function's results for the sample; empty if the sample was made of zeros."""
     asked: tuple[int, ...] = ()
-    """The equations that ask about what differs by sample: this sample's answers decided what the
-    function did next."""
+    """Numbers of the equations that ask about values which differ by sample: this sample's answers
+    decided the path that was recorded."""
     caught: str = ""
-    """An error of an operator that the function has caught: another sample may not raise it."""
+    """Text of an operator's error that the function has caught: other samples may not raise it."""
     kept: tuple[str, ...] | None = ()
-    """Tensors that differ by sample and that python still holds although they are no outputs: the
-    loop would leave another sample's, or all of them. A line of text for each."""
+    """One text for each tensor that differs by sample and that python still holds though it is no
+    output: the loop would keep another sample's, or all of them."""
     generators: tuple[torch.Generator, ...] = ()
     """The user's generators that the function draws from, by identity: their states are read at
     each call."""
     torchs_own: bool = False
-    """Whether it draws from torch's own generator."""
+    """True if the function draws from torch's own generator."""
 
 
 _names: dict[torch.device, str] = {}
@@ -112,7 +112,7 @@ def flat_tensors(values: Any) -> list[torch.Tensor]:
 
 
 def is_own_leaf(leaf: torch.Tensor) -> bool:
-    """Whether gradients of `leaf` end at itself.
+    """True if gradients of `leaf` end at itself.
 
     A leaf that autograd saved and unpacked again accumulates into the original.
     """
@@ -150,7 +150,7 @@ def user_line() -> str:
 
 
 def looks_for_anomalies() -> bool:
-    """Whether autograd's engine itself, and not python, is asking for a value."""
+    """True if autograd's engine itself, and not python, reads a value."""
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
         return False
     caller = sys._getframe(4)  # above this, `_record`, `_dispatch` and `__torch_dispatch__`

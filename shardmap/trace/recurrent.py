@@ -1,9 +1,9 @@
-"""Recurrent layers as products and pointwise operators.
+"""Recurrent layers computed by products and pointwise operators.
 
-Torch serves them by kernels that exist on one kind of device: oneDNN's LSTM on CPUs, cuDNN's layers
-on GPUs. A recording of such a kernel could run nowhere else, and the switches that turn the kernels
-off hold for all threads of the process. So these layers are computed here while a function is
-recorded, step by step, as torch's own kernels for other devices do.
+Torch computes them by kernels that exist on one kind of device: oneDNN's LSTM on CPUs, cuDNN's
+layers on GPUs. A recording of such a kernel could run nowhere else, and the switches that turn the
+kernels off hold for all threads of the process. So these layers are computed here while a function
+is recorded, step by step, as torch's own kernels for other devices do.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ CELLS: dict[Any, Cell] = {
 
 
 def served(func: Any, args: tuple) -> bool:
-    """Whether a call would run a kernel of one kind of device, and is served here instead."""
+    """True if a call would run a kernel of one kind of device, and is computed here instead."""
     if func not in CELLS or not args[0].numel():
         return False
     return args[0].is_cuda or func is torch.lstm
 
 
 def recurrent(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """What `torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu` returns: the output and the last states.
+    """Compute `torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`: the output and the last states.
 
     Args:
         func: The function of torch.

@@ -1,4 +1,4 @@
-"""What a recording refuses, or must know to refuse it later: writes, seeds, questions, copies."""
+"""Checks of a recording: writes, seeds, questions and copies that it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardmap import errors
-from shardmap._torch import OpOverload, aten, schema_of
+from shardmap._torch import NormBase, OpOverload, aten, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
 from shardmap.trace.generator import Generator
@@ -20,17 +20,20 @@ from shardmap.trace.scalar_index import Copies
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
-_BATCH_NORMS = {batch_norm.forward.__code__ for batch_norm in (nn.BatchNorm2d, nn.SyncBatchNorm)}
 
-
-def _under_batch_norm() -> bool:
-    """Tell if a batch normalisation module is running, which counts the batches it has seen."""
-    frame = sys._getframe(1)
+def _running_norm() -> str | None:
+    """Name of the running module with running statistics, as in the outermost module; or None."""
+    frame, norm, name = sys._getframe(1), None, ""
     while frame is not None:
-        if frame.f_code in _BATCH_NORMS:
-            return True
+        module = frame.f_locals.get("self") if frame.f_code.co_argcount else None
+        if norm is None and isinstance(module, NormBase):
+            norm = module
+        elif norm is not None and isinstance(module, nn.Module) and module is not norm:
+            name = next((n for n, m in module.named_modules() if m is norm), name)
         frame = frame.f_back
-    return False
+    if norm is None:
+        return None
+    return f"{type(norm).__name__}({norm.num_features}){f' {name!r}' if name else ''}"
 
 
 class Refusals(Histories):
@@ -41,11 +44,12 @@ class Refusals(Histories):
         self.randomness = randomness
         self.random = False
         self.torchs_own = False
-        """Whether it draws from torch's own generator, and not from the user's alone."""
+        """True if the function draws from torch's own generator."""
         self.separate_views = False
-        """Whether calls that return several views are recorded as a call for each view."""
+        """True if calls that return several views are recorded as a call for each view."""
         self.raised = ""
-        """The first error of an operator: a function that returns all the same has caught it."""
+        """The first error of an operator: if the function still returns, it has caught the
+        error."""
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
@@ -54,7 +58,7 @@ class Refusals(Histories):
         """Torch's generator, while the function runs."""
         self.unwritten = Unwritten()
         self.serial = 0
-        """How many calls of torch's python interface have been seen."""
+        """Number of calls of torch's python interface so far."""
         self.copies = Copies()
 
     def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
@@ -68,13 +72,14 @@ class Refusals(Histories):
                 )
             return
         name = schema_of(op).name.partition("::")[2]
-        if "norm" in name or _under_batch_norm():
-            name = name if "norm" in name else "batch_norm"
+        norm = _running_norm()
+        if "norm" in name or norm is not None:
             raise errors.CapturedWriteError(
-                f"{self.call}: {name} in training mode would update running statistics of shape "
-                f"{tuple(tensor.shape)} that all "
-                "samples share; "
-                "call .eval() on the model, or use track_running_stats=False, or GroupNorm "
+                f"{self.call}: {norm or name} in training mode would update running statistics of "
+                f"shape {tuple(tensor.shape)} that all samples share; pass batch_norm='per_sample' "
+                "(each sample's own statistics; the running ones are left alone) or 'frozen' (the "
+                "running ones, as in evaluation), call .eval() on the model, or use "
+                "track_running_stats=False, or GroupNorm "
                 "(torch.func.replace_all_batch_norm_modules_)"
             )
         raise errors.CapturedWriteError(
@@ -105,7 +110,7 @@ class Refusals(Histories):
                 )
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
-        """Note that `copy` stands for the view `source[indices]`, whose place differs by sample."""
+        """Record that `copy` replaces the view `source[indices]`, whose place differs by sample."""
         of, own = self.known(source) or self._capture(source), self.known(copy)
         assert own is not None
         self.copies.add(of.group, own.group, indices)
@@ -117,7 +122,7 @@ class Refusals(Histories):
         indices: tuple[Any, ...],
         put: Callable[[], None],
     ) -> None:
-        """Run `put`, which is `source[indices] = value`.
+        """Run `put`, which performs `source[indices] = value`.
 
         `value` may be a copy that was taken there.
         """
@@ -158,7 +163,7 @@ class Refusals(Histories):
         named: Any,
         writes: Any,
     ) -> tuple[list[Var], set[int]]:
-        """The variables that a call reads and nothing recorded has written, and what it writes."""
+        """The variables that a call reads and no recorded call wrote, and groups that it writes."""
         overwritten = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
         if not self.unwritten.groups:
             return [], overwritten
@@ -224,7 +229,7 @@ class Refusals(Histories):
         )
 
     def _refuse_no_value(self, answer: object) -> None:
-        """Refuse a question to a fake tensor, which holds no value."""
+        """Refuse to read a fake tensor, which holds no value."""
         if isinstance(answer, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise errors.DataDependentError(
                 f"{self.call}: python asks for a value that is not known while the call is traced "

@@ -1,9 +1,9 @@
-"""Record against the last recording of the same code.
+"""Match a recording against the last recording of the same code.
 
-A call that repeats it is recognised instead of described anew.
+A call that repeats it is recognised instead of encoded anew.
 
-A function that is recorded at each call mostly does what it did the last time. Comparing a call
-with the expected one costs a third of describing it. Where they differ, recording goes on as if
+A function that is recorded at each call mostly repeats its last recording. Comparing a call
+with the expected one costs a third of encoding it. Where they differ, recording goes on as if
 nothing had been expected.
 """
 
@@ -22,11 +22,11 @@ from shardmap.program.ir import FRESH_LEAF, Equation, Param, Program, Var, varia
 from shardmap.trace.unwritten import Unwritten
 
 DIFFERENT = object()
-"""What `repeat` returns where the call is not the expected one; nothing has been run then."""
+"""Result of `repeat` for a call that is not the expected one and has not been run."""
 
 _CAPACITY = 256
-_PATHS = 64
-"""How many programs of one code are expected: it may go different ways."""
+_PATHS = 256
+"""Most programs of one code that are kept: it may take different paths, for many shapes."""
 _last: collections.OrderedDict[Hashable, dict[int, tuple[Program, dict[str, str]]]] = (
     collections.OrderedDict()
 )
@@ -35,7 +35,7 @@ _lock = fork_safe_lock()
 
 
 class Expecting(Protocol):
-    """What `repeat` reads and writes of a recording that expects a program."""
+    """Protocol of a recording that expects a program, as `repeat` uses it."""
 
     types: list[Any]
     scalars: list[float]
@@ -46,11 +46,11 @@ class Expecting(Protocol):
     expected: Program | None
 
     def captured_var(self, tensor: torch.Tensor) -> Var:
-        """The variable of a tensor that was not recorded: from now on it is captured."""
+        """The variable of a tensor that was not recorded; the tensor is captured from now on."""
         ...
 
     def encode(self, value: Any, flags: list[int], param: bool) -> Any:
-        """An argument as the program holds it."""
+        """Encode an argument for the program."""
         ...
 
     def kernel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -58,12 +58,12 @@ class Expecting(Protocol):
         ...
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
-        """Take `eq` as what has just been recorded with the result `out`."""
+        """Add the expected equation `eq` for the call that has just returned `out`."""
         ...
 
 
 def code_of(func: Callable[..., Any]) -> Hashable:
-    """What identifies the code of `func`, whatever it closes over; None if nothing does."""
+    """A key for the code of `func`, whatever it closes over; None if there is none."""
     inner = getattr(func, "__func__", func)
     code = getattr(inner, "__code__", None)
     if code is not None and hasattr(inner, "__wrapped__"):  # wrappers share their code
@@ -71,15 +71,21 @@ def code_of(func: Callable[..., Any]) -> Hashable:
     return type(func) if code is None and not isinstance(func, type) else code
 
 
-def expected(func: Callable[..., Any]) -> tuple[Program, ...]:
-    """The recordings of this code that are remembered, the last one first."""
+def expected(func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Program, ...]:
+    """The kept programs of this code, the last one first.
+
+    Args:
+        func: The user's function.
+        shapes: Shapes of the sample to be recorded: samples of other shapes make other calls.
+    """
     key = code_of(func)
     with _lock:
-        return tuple([program for program, _ in reversed(_last.get(key, {}).values())])
+        known = [program for program, _ in reversed(_last.get(key, {}).values())]
+    return tuple([p for p in known if [v.spec.shape for v in p.inputs] == shapes])
 
 
 def turn(programs: Sequence[Program], before: list[Equation], question: Equation) -> Program | None:
-    """The program in which the same calls are followed by this question and its answer."""
+    """The program in which the same calls are followed by this question with its answer."""
     number = len(before)
     for program in programs:
         equations = program.equations
@@ -96,9 +102,9 @@ def turn(programs: Sequence[Program], before: list[Equation], question: Equation
 
 
 def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]) -> dict[str, str]:
-    """Expect `program` of this code the next time.
+    """Keep `program` as the one expected of this code next time.
 
-    Returns its `sources`, those of calls that were only repeated included.
+    Returns its `sources`, with those of calls that were only repeated.
     """
     key = code_of(func)
     if key is None:
@@ -117,13 +123,13 @@ def remember(func: Callable[..., Any], program: Program, sources: dict[str, str]
 
 
 def forget(func: Callable[..., Any]) -> None:
-    """Expect nothing of this code: the next recording of it is looked at as the first."""
+    """Drop the programs of this code, so that its next recording is checked like a first one."""
     with _lock:
         _last.pop(code_of(func), None)
 
 
 def clear() -> None:
-    """Forget what was recorded: nothing is expected."""
+    """Drop all programs."""
     with _lock:
         _last.clear()
 
@@ -138,7 +144,7 @@ def repeat(
 ) -> Any:
     """Run a plain call if it is `eq` again, and return its result; `DIFFERENT` if it is not.
 
-    This runs for each operator of each recording: it is written for speed.
+    This runs for each operator of each recording, and so is written for speed.
     """
     wanted_args = eq.args
     if (
@@ -199,7 +205,7 @@ def repeat(
             flags: list[int] = []
             encoded = recorder.encode(value, flags, kind is Param)
             if not alike(encoded, wanted):
-                # equal to python all the same: nothing of the expected recording may stand for it
+                # equal in python, but not identical: the expected recording must not be used
                 recorder.expected = None
                 return _undo(recorder, marks)
             if tuple(flags) != eq_flags[number : number + len(flags)]:
@@ -214,9 +220,9 @@ def repeat(
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two encoded arguments are the same to an operator.
+    """True if two encoded arguments are identical to an operator.
 
-    To python `1 == 1.0 == True` and `0.0 == -0.0`.
+    In python `1 == 1.0 == True` and `0.0 == -0.0`.
     """
     kind = type(a)
     if kind is not type(b):

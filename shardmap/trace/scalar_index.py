@@ -2,7 +2,7 @@
 
 Python turns a tensor without dimensions into an int and takes a view at that place. Here the place
 differs by sample, so that it is a copy and a write by index (`index_put_`). The recorder is told
-which copy stands for a view of what: where the function could notice the difference, because one
+which copy replaces which view: where the function could notice the difference, because one
 was written and the other is read afterwards, the call is refused.
 """
 
@@ -21,24 +21,24 @@ class Place(NamedTuple):
     """A tensor index without dimensions, and the dimension of the source that it is for."""
 
     at: int
-    """Its position in the tuple of indices."""
+    """Position in the tuple of indices."""
     dim: int
     index: Tensor
 
 
 class Copy(NamedTuple):
-    """A copy that stands for a view."""
+    """A copy that replaces a view."""
 
     source: int
-    """Memory group of what it was taken from."""
+    """Memory group of the tensor that it was taken from."""
     copy: int
-    """Its own."""
+    """Memory group of the copy."""
     indices: tuple[Any, ...]
 
     def is_at(self, indices: tuple[Any, ...]) -> bool:
-        """Whether it was taken with the same indices.
+        """True if it was taken with the same indices.
 
-        The same objects, or equal ones that are no tensors.
+        They are the same objects, or equal ones that are no tensors.
         """
         return len(indices) == len(self.indices) and all(
             a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
@@ -47,9 +47,9 @@ class Copy(NamedTuple):
 
 
 class Copies:
-    """The copies that stand for views.
+    """The copies that replace views.
 
-    It also knows the memory that must not be read any more, because the other of a pair was
+    It also lists memory that must not be read any more, because the other of a pair was
     written.
     """
 
@@ -59,11 +59,11 @@ class Copies:
         """Memory groups that would have changed if the copies were views."""
 
     def add(self, source: int, copy: int, indices: tuple[Any, ...]) -> None:
-        """Note that the memory `copy` stands for the view `source[indices]`."""
+        """Record that the memory `copy` replaces the view `source[indices]`."""
         self.pairs.append(Copy(source, copy, indices))
 
     def written(self, group: int) -> list[int]:
-        """Note a write to `group`; returns the sources that it would have reached."""
+        """Record a write to `group`; return the sources that it would have reached."""
         reached = [pair.source for pair in self.pairs if pair.copy == group]
         self.stale.update(reached)
         self.stale.update(pair.copy for pair in self.pairs if pair.source == group)
@@ -72,7 +72,7 @@ class Copies:
     def put_back(
         self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]
     ) -> None:
-        """Run `put`, which is `source[indices] = copy`.
+        """Run `put`, which performs `source[indices] = copy`.
 
         If it puts the copy back where it was taken, as `source[i] += 1` does, both agree afterwards
         whatever was written to the copy.
@@ -94,7 +94,7 @@ def places(
 ) -> list[Place]:
     """The indices that differ by sample and have no dimensions.
 
-    None if the indices cannot be followed.
+    The list is empty if the indices cannot be followed.
     """
     found, dim, rest = [], 0, 0
     for item in indices:
@@ -112,7 +112,7 @@ def places(
 
 
 def _dims_of(item: Any) -> int:
-    """How many dimensions of the source an index is for."""
+    """Number of the source's dimensions that an index is for."""
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
@@ -133,7 +133,7 @@ def taken(source: Tensor, indices: tuple[Any, ...], at: list[Place]) -> Tensor:
 
 
 def put(source: Tensor, indices: tuple[Any, ...], at: list[Place], value: Any) -> None:
-    """`source[indices] = value` by element numbers: those of `source` as the indices pick them."""
+    """Write `source[indices] = value` by the numbers of the elements that the indices select."""
     numbers = torch.arange(source.numel(), device=source.device).view(source.shape)
     picked = taken(numbers, indices, at)
     if not isinstance(value, Tensor):

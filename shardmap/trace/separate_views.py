@@ -1,4 +1,4 @@
-"""Split a tensor into views that autograd knows one by one.
+"""Split a tensor into views that autograd treats one by one.
 
 Autograd forbids in-place writes to the views that `split` or `unbind` returns, and to their base,
 as soon as gradients are recorded. Under an outer `torch.func.jvp` the loop records none, but a
@@ -28,7 +28,7 @@ _FIXED_DIM = {"hsplit": 1, "vsplit": 0, "dsplit": 2}
 
 
 def returns_several_views(func: object) -> bool:
-    """Whether a function of torch's interface returns several views of one tensor."""
+    """True if a function of torch's interface returns several views of one tensor."""
     return func in _DIM_AT
 
 
@@ -38,8 +38,8 @@ def separated(
     """The views that a call has returned, each made again by `select` or `narrow`.
 
     Args:
-        func: What was called; `returns_several_views` is true of it.
-        views: What it returned.
+        func: The called function, which returns several views.
+        views: The views that it returned.
         args: Its arguments.
         kwargs: Its named arguments.
     """

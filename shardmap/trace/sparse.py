@@ -23,30 +23,30 @@ _SUMS = (aten.addmm.default, aten.addmv.default, aten._sparse_addmm.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int)
 _SAME = (aten.detach.default, aten.alias.default)
 _METADATA = {"_nnz", "is_coalesced", "sparse_dim", "dense_dim", "_dimI", "_dimV"}
-"""Questions whose answers do not depend on values."""
+"""Operators on metadata, whose answers do not depend on values."""
 
 
 class SparseTensors(Refusals):
-    """What a recording does with calls that take or return a sparse tensor."""
+    """The part of a recording for calls that take or return a sparse tensor."""
 
     kernel: Callable[[OpOverload, tuple, dict[str, object]], object]
-    """Runs an operator below the recording: the recorder's."""
+    """The recorder's method that runs an operator below the recording."""
 
     def __init__(self, call: str, outer: Variables | None, once: bool, randomness: str):
         super().__init__(call, outer, once, randomness)
         self.sparse: dict[int, tuple[torch.Tensor, tuple[Var, ...], Form]] = {}
-        """By address of a sparse tensor: itself, the variables of its parts, and its form."""
+        """For a sparse tensor's address: the tensor, the variables of its parts, and its form."""
 
     def with_sparse(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object], marks: tuple[int, int]
     ) -> object:
-        """Run a call that takes or returns a sparse tensor, and record it where it must be.
+        """Run a call that takes or returns a sparse tensor, and record it if necessary.
 
         Args:
             func: The operator.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            marks: How many types and scalars there were before the call was first described.
+            marks: Numbers of types and scalars before the call was first encoded.
 
         Raises:
             UnsupportedOperatorError: It makes a sparse tensor that differs by sample, or is no
@@ -156,12 +156,12 @@ class SparseTensors(Refusals):
         beta: float = 1,
         alpha: float = 1,
     ) -> torch.Tensor:
-        """`beta * added + alpha * first @ second`."""
+        """Compute `beta * added + alpha * first @ second`."""
         product = aten.mv.default if second.dim() == 1 else aten.mm.default
         with cast(contextlib.AbstractContextManager[object], self):
             out = product(first, second)
             out = out if alpha == 1 else out * alpha
-            if beta == 0:  # what is added may be NaN then
+            if beta == 0:  # then `added` may be NaN and does not count
                 return out
             return out + (added if beta == 1 else added * beta)
 
@@ -171,7 +171,7 @@ class SparseTensors(Refusals):
         """Refuse forward mode through a sparse tensor, whose tangent torch cannot make.
 
         Raises:
-            UnsupportedOperatorError: That is what has failed.
+            UnsupportedOperatorError: `error` is of that kind.
         """
         if func is aten._efficientzerotensor.default and isinstance(error, NotImplementedError):
             self.refuse_sparse(
@@ -180,7 +180,7 @@ class SparseTensors(Refusals):
             )
 
     def refuse_sparse(self, what: str, remedy: str) -> NoReturn:
-        """Say what is not served, where, and what is.
+        """Raise an error with the call, the user's line and the remedy.
 
         Raises:
             UnsupportedOperatorError: Always.
@@ -189,5 +189,5 @@ class SparseTensors(Refusals):
 
 
 def _exchanges(args: tuple) -> bool:
-    """Whether a transpose of a matrix exchanges its two dimensions."""
+    """True if a transpose of a matrix exchanges its two dimensions."""
     return len(args) == 1 or (args[0].dim() == 2 and {d % 2 for d in args[1:]} == {0, 1})

@@ -1,4 +1,4 @@
-"""The state around a recording: what is set aside while it runs, and restored afterwards."""
+"""The state around a recording, which is set aside while it runs and restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.random  # here, for numpy imports it lazily: a signal handler may come in between
+import numpy.random  # imported now: lazily, a signal handler may interrupt it
 import torch
 
 from shardmap._threads import alone, default_generator_states, restore_default_generators
@@ -68,7 +68,7 @@ def transforms_set_aside() -> Iterator[int]:
 
 
 def forward_mode_alone(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether neither a transform around the call nor `tensors` ask for gradients backwards."""
+    """True if neither a transform around the call nor `tensors` require reverse-mode gradients."""
     levels = functorch.get_interpreter_stack() or []
     backwards = any(level.key() == functorch.TransformType.Grad for level in levels)
     return not backwards and not any(element(t).requires_grad for t in tensors)
@@ -107,10 +107,10 @@ _PYTHON_KEYS = (dispatch_key.Python, dispatch_key.PythonTLSSnapshot)
 
 @contextlib.contextmanager
 def overrides_enabled() -> Iterator[None]:
-    """Let modes see calls, where the code around has switched them off for this thread.
+    """Let modes see calls, even if the surrounding code has switched them off in this thread.
 
-    A map called by a signal handler may find itself between two lines of torch, or of ours, that
-    run without modes: nothing would be recorded, and the sample's results taken for constants.
+    A map called by a signal handler may run between two lines of torch, or of ours, that
+    run without modes: nothing would be recorded, and the sample's results would become constants.
     """
     hidden = [k for k in _PYTHON_KEYS if is_key_excluded(k)]
     functions = function_state()
@@ -133,10 +133,10 @@ def overrides_enabled() -> Iterator[None]:
 class RandomStates:
     """The global random states around a recording, compared and restored.
 
-    What a recording draws itself comes from generators of its own (`PrivateGenerators`), so that
-    these states change only where the function seeds or draws by another door. With other threads
-    about, nobody can say who changed them: then nothing is restored, which would rewind what the
-    others drew.
+    A recording itself draws from generators of its own (`PrivateGenerators`), so that
+    these states change only if the function seeds or draws without a recorded operator. Beside
+    other threads it is unknown who changed them: then nothing is restored, as that would rewind
+    their draws.
     """
 
     def __init__(self, device: torch.device):
@@ -145,7 +145,7 @@ class RandomStates:
         self.numpy = _numpy_state()
 
     def restore(self) -> str | None:
-        """Restore the states; names a python source of random numbers that was drawn from."""
+        """Restore the states; return the name of a python random source that was drawn from."""
         restore_default_generators(self.torch)
         drawn = None
         if random.getstate() != self.python:

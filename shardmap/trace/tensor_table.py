@@ -1,4 +1,4 @@
-"""Which variable of the program each tensor is, while a function is being recorded."""
+"""Map the tensors of a recording to variables of the program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardmap._torch import (
     storage_of_weak_reference,
     weak_reference,
 )
-from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Param, Spec, Var
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Packed, Param, Spec, Var
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
@@ -41,9 +41,9 @@ class NotDense(errors.UnsupportedOperatorError):
 
 
 class Variables:
-    """Tensors known by identity, held weakly.
+    """Table of tensors known by identity, held weakly.
 
-    Intermediate results die when the function lets go of them.
+    Intermediate results are freed when the function drops them.
 
     Memory is known by the address of its storage; a weak reference keeps the address from being
     used again.
@@ -56,8 +56,8 @@ class Variables:
         """The recording around this one."""
         self.value_may_change = once or outer is not None
         self.depth = 0
-        """How many levels of torch.func transforms are active around the call; their wrappers
-        are peeled while recording."""
+        """Number of torch.func transforms active around the call; their wrappers are removed while
+        recording."""
         self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.paused = False
         self.entries: dict[int, tuple[weakref.ref, Var]] = {}
@@ -67,8 +67,8 @@ class Variables:
         self.groups_with_grad: set[int] = set()
         """Memory of captured tensors that require grad."""
         self.groups_of_own_leaves: set[int] = set()
-        """Memory of leaves that the function made (`captured.detach().requires_grad_()`): their
-        views are what it made of them."""
+        """Memory of leaves that the function made (`captured.detach().requires_grad_()`); views of
+        it are not taken for captured tensors."""
         self.captured_groups: set[int] = set()
         self.input_groups: dict[int, int] = {}
         self.inputs: list[Var] = []
@@ -80,7 +80,7 @@ class Variables:
         self.device: torch.device | None = None
         self.given = GivenGenerators(call)
         self.lazy = False
-        """Whether a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
+        """True if a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
         if tensor.layout is not torch.strided:
@@ -103,7 +103,7 @@ class Variables:
         return var
 
     def _static_spec(self, tensor: torch.Tensor) -> Spec:
-        """The metadata of a fake tensor: symbols for sizes stand for what they are now."""
+        """The metadata of a fake tensor, with the current values of symbolic sizes."""
         if has_unknown_sizes(tensor):
             raise errors.DataDependentError(
                 f"{self.call}: the shape of a result depends on values, which are not known while "
@@ -130,15 +130,15 @@ class Variables:
             self.device = sample.device
 
     def add_cotangent(self, sample: torch.Tensor) -> Var:
-        """Declare `sample` as what a backward is given: it differs by sample."""
+        """Declare `sample` as an argument of a backward: it differs by sample."""
         var = self._define(sample)
         self.mapped_groups.add(var.group)
         return var
 
     def belongs(self, tensor: torch.Tensor) -> bool:
-        """Whether python may not look at the value of `tensor`.
+        """True if python must not read the value of `tensor`.
 
-        It differs by sample, or nothing would notice if it changed.
+        The value differs by sample, or a change of it would not be noticed.
         """
         var = self.known(tensor)
         if var is not None and (
@@ -154,9 +154,9 @@ class Variables:
         return self.outer is not None and self.outer.belongs(tensor)
 
     def peeled(self, wrapper: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of an outer `torch.func` transform while recording.
+        """The plain tensor that replaces one of an outer `torch.func` transform while recording.
 
-        The replay is given the tensor itself.
+        The replay gets the tensor itself.
         """
         found = self.wrappers.get(id(wrapper))
         if found is None:
@@ -175,11 +175,11 @@ class Variables:
         return found[1]
 
     def is_outer(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` belongs to a `torch.func` transform around the call."""
+        """True if `tensor` belongs to a `torch.func` transform around the call."""
         return 0 < functorch.maybe_get_level(tensor) <= self.depth
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
-        """Whether the value of a tensor differs by sample."""
+        """True if the value of a tensor differs by sample."""
         var = self.known(tensor)
         return var is not None and var.group in self.mapped_groups
 
@@ -216,9 +216,9 @@ class Variables:
         return var
 
     def encode(self, value: Any, flags: list[int], param: bool) -> Any:
-        """An argument as the program holds it.
+        """Encode an argument for the program.
 
-        `flags` takes what autograd knows of the tensors in it.
+        The autograd flags of the tensors in it are added to `flags`.
         """
         kind = type(value)
         if kind is int or value is None or kind is str:
@@ -275,6 +275,8 @@ class Variables:
             )
         if isinstance(value, torch.Generator):
             return self.given.encoded(value)
+        if isinstance(value, torch.ScriptObject) and Packed.holds(value):
+            return Packed(value)
         if isinstance(value, float | np.floating):
             return self.encode(float(value), flags, param)
         if isinstance(value, int | np.integer):
@@ -312,7 +314,7 @@ class Variables:
         return None
 
     def _is_alias(self, tensor: torch.Tensor) -> bool:
-        """Whether a foreign storage lies in recorded memory, as numpy's and DLPack's views do."""
+        """True if a foreign storage lies in recorded memory, as numpy's and DLPack's views do."""
         storage = tensor.untyped_storage()
         if storage.resizable() or not storage.nbytes() or storage.device.type == "meta":
             return False
@@ -328,5 +330,5 @@ class Variables:
         return False
 
     def captured_var(self, tensor: torch.Tensor) -> Var:
-        """The variable of a tensor that was not recorded: from now on it is captured."""
+        """The variable of a tensor that was not recorded; the tensor is captured from now on."""
         return self._capture(tensor)

@@ -1,9 +1,9 @@
-"""The state that torch keeps per thread, as it was before a call, whatever ends the call.
+"""Restore the state that torch keeps per thread after a call, however the call ends.
 
 Context managers restore what they change, but not if an exception strikes between a change and the
 bookkeeping for it: Ctrl-C, or a time limit that raises from a signal handler, may do so at any
-bytecode, also inside torch's own managers. So the outermost frame remembers everything and restores
-it all.
+bytecode, also inside torch's own managers. So the outermost frame saves the whole state and
+restores it.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ from shardmap._torch import (
 from shardmap.trace.generator import stop_watching
 
 _active: dict[int, weakref.ref[_Kept]] = {}
-"""By thread: its outermost call, as long as that is alive."""
+"""The outermost call of each thread, while it is alive."""
 _flags = fork_safe_lock()
-"""Held while `_active` or torch's flags that a dispatch mode is on are looked at or changed."""
+"""Held while `_active`, or torch's flags that a dispatch mode is on, are read or changed."""
 _variables: list[contextvars.ContextVar[Any]] = []
 _guards: list[Any] = []
 """Inference mode guards that must not be left: see `_restore_inference`."""
@@ -89,7 +89,7 @@ def thread_state_kept() -> _Kept:
 class _Kept:
     """Restores the state of this thread if the body raises.
 
-    Reading the state takes some microseconds, and so that is all a call costs that raises nothing.
+    Reading the state takes some microseconds, which is its only cost if no error is raised.
     """
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class _Kept:
             raise interrupted
 
     def _leave(self) -> None:
-        """Say that no dispatch mode is on, where the last one of ours is gone.
+        """Clear the notes that a dispatch mode is on, if the last one of ours has ended.
 
         Torch notes that per process, not per thread: when two threads leave their modes in turn,
         the note may stay, and `torch.compile` would not compile any more.
@@ -162,7 +162,7 @@ class _Kept:
                 note_that_no_dispatch_mode_is_on()
 
     def _changed(self) -> bool:
-        """Whether anything that a generator may still restore later is not as it was."""
+        """True if any state that a generator may still restore later has changed."""
         return (
             self.grad is not torch.is_grad_enabled()
             or self.inference is not torch.is_inference_mode_enabled()
@@ -176,8 +176,9 @@ class _Kept:
 
     def _restore(self, error: BaseException) -> None:
         if not isinstance(error, Exception) or self._changed():
-            # A context manager that was interrupted while it was entered is held by the frames of
-            # the traceback, and undoes what it did when they die: it must do so now, not later.
+            # A context manager that was interrupted while it was being entered is held by the
+            # frames of the traceback, and undoes its changes when they die: it must do so now, not
+            # later.
             _let_go(error)
         self._restore_inference()
         self._restore_transforms()
@@ -200,13 +201,13 @@ class _Kept:
     def _restore_inference(self) -> None:
         if torch.is_inference_mode_enabled() is self.inference:
             return
-        # Torch has no way to set it but a guard, which is kept: to leave it would undo it.
+        # Torch can set it only by a guard, which is kept: leaving the guard would undo it.
         guard = inference_guard(self.inference)
         _guards.append(guard)
         guard.__enter__()
 
     def _restore_transforms(self) -> None:
-        """The levels of `torch.func`, and what it counts beside them."""
+        """Restore the levels of `torch.func`, and the counts that it keeps beside them."""
         jvp = functorch.TransformType.Jvp
         left = (functorch.get_interpreter_stack() or [])[len(self.layers) :]
         self.left_jvp = self.left_jvp or any(level.key() == jvp for level in left)
@@ -259,7 +260,7 @@ class _Kept:
 
 
 class _Twice:
-    """Does again what the manager around it does, first."""
+    """Context that repeats the exit of the manager around it, before that."""
 
     __slots__ = ("_kept",)
 
@@ -291,9 +292,9 @@ def _layers() -> list[Any]:
 
 
 def _pop_layers(into: list[Any] | None = None) -> None:
-    """Take all levels off, innermost first.
+    """Remove all levels, innermost first.
 
-    Not a line of python runs between two of them, where an interrupt could strike; nor in
+    No python code runs between two of them, where an interrupt could strike; nor in
     `_push_layers`.
     """
     depth = functorch.get_dynamic_layer_stack_depth()
@@ -310,7 +311,7 @@ def _autocast(device: str) -> tuple[bool, torch.dtype]:
 
 
 def _nesting() -> int:
-    """How many autocast contexts this thread is in."""
+    """Number of autocast contexts that this thread is in."""
     try:
         nesting = torch.autocast_increment_nesting() - 1
     finally:
@@ -319,15 +320,15 @@ def _nesting() -> int:
 
 
 def _interrupt_behind(error: BaseException | None) -> BaseException | None:
-    """The interrupt that an error hides, which a context manager of torch's raised on its way out.
+    """The interrupt behind an error that one of torch's context managers raised in its exit.
 
-    Interrupted while it is entered or left, torch raises "trying to pop from empty mode stack", for
-    example, in the manager around it.
+    When it is interrupted while it is being entered or left, torch raises "trying to pop from empty
+    mode stack", for example, in the manager around it.
     """
     while isinstance(error, Exception) and error.__traceback__ is not None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_code.co_filename.startswith(_UNWINDING):
-            return None  # somebody's own error, about the interrupt or not
+            return None  # an error of other code, about the interrupt or not
         error = error.__context__
     return None if error is None or isinstance(error, Exception) else error
 
@@ -337,11 +338,11 @@ _UNWINDING = (
     os.path.join(os.path.dirname(__file__), "surroundings.py"),
     str(contextlib.__file__),
 )
-"""Where the code lies that raises on its way out."""
+"""Files with the code that may raise in its exit."""
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that an exception, and those that it was raised from, passed through."""
+    """Clear the frames of an exception's traceback, and of those that it was raised from."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -1,8 +1,8 @@
-"""Maps that are traced (make_fx, torch.export) or run on fake tensors: there are no values.
+"""Maps that are traced (make_fx, torch.export) or run on fake tensors, without values.
 
-The function is recorded on samples that may hold nothing, and its replay is what is traced: the
-same calls on whole batches as ever. Sizes of samples are those of this call; the number of samples
-may stay a symbol.
+The function is recorded on samples that may hold no values, and its replay is traced: the
+same calls on whole batches as without a trace. Sizes of samples are those of this call; the number
+of samples may stay a symbol.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shardmap.trace.recording import Recording, element
 
 
 def is_traced(leaves: Iterable[object]) -> bool:
-    """Whether a call with these arguments is traced, or made of fake tensors."""
+    """True if a call with these arguments is traced, or made of fake tensors."""
     if any(type(leaf) is FakeTensor for leaf in leaves) or before_dispatch_depth():
         return True
     if not dispatch_depth():
@@ -44,7 +44,7 @@ def is_traced(leaves: Iterable[object]) -> bool:
 
 
 def is_graph_made() -> bool:
-    """Whether a graph is made of what is called now, beside which fake tensors only have shapes."""
+    """True if a graph is being traced; fake tensors alone only have shapes."""
     return bool(before_dispatch_depth()) or any(
         isinstance(mode, proxy_mode) for mode in dispatch_modes()
     )
@@ -57,7 +57,7 @@ def refuse_transforms(call: str) -> None:
     pre_dispatch=True)` of `torch.func.grad` keeps the gradient of the traced input.
 
     Raises:
-        TransformError: It is one.
+        TransformError: The call is inside such a transform.
     """
     if before_dispatch_depth() and functorch.peek_interpreter_stack() is not None:
         raise errors.TransformError(
@@ -70,7 +70,7 @@ def refuse_transforms(call: str) -> None:
 
 @contextlib.contextmanager
 def tracing_aside() -> Iterator[None]:
-    """Let what traces the call not see what is done to find out what to trace."""
+    """Hide from the trace the calls that find out what to trace."""
     modes = list(function_modes())
     for _ in modes:
         pop_function_mode()
@@ -88,10 +88,10 @@ def tracing_aside() -> Iterator[None]:
 
 
 def traced_recording(recording: Recording, call: str) -> Recording:
-    """The recording as a trace holds it: its literals are constants of the graph.
+    """The recording for a trace: its literals become constants of the graph.
 
     Raises:
-        EscapeError: It reads memory that the graph computes by a tensor that the graph has not
+        EscapeError: It reads memory that the graph computes through a tensor that the graph has not
             seen, which would be a constant of the graph.
     """
     tracing = current_proxy_mode()

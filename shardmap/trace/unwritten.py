@@ -1,7 +1,7 @@
-"""Memory that `torch.empty` made and nothing recorded has written: what depends on its values.
+"""Follow values that depend on memory which `torch.empty` made and no recorded call wrote.
 
-Such memory may hold what a door that was not seen has written. It may also hold nothing: autograd
-passes empty tensors where only a shape is asked for, a map makes batches of empty memory before it
+Such memory may have been written by unrecorded code. It may also hold no values: autograd
+passes empty tensors where only a shape is needed, a map makes batches of empty memory before it
 is filled. So values that depend on it are followed, and only an output, an answer to python or an
 effect that depends on them is refused.
 """
@@ -21,8 +21,8 @@ _OVERWRITTEN: dict[str, int] = {
     "cauchy": 0, "geometric": 0, "random": 0, "fill": 0, "zero": 0, "copy": 0,
     "rrelu_with_noise_functional": 1,
 }  # fmt: skip
-"""Functional forms of operators that overwrite a tensor: the position of that tensor, of which only
-the shape matters."""
+"""Functional forms of operators that overwrite a tensor: the position of that tensor, which only
+gives the shape."""
 
 _DRAWN_BY_VALUE = {aten.bernoulli.default, aten.bernoulli.out}
 """Overloads of the above that read the tensor: its values are the probabilities."""
@@ -31,17 +31,17 @@ _CONVOLUTIONS = {"convolution_backward", "convolution_backward_overrideable"}
 
 
 class Unwritten:
-    """The memory groups whose values depend on memory that nothing recorded has written."""
+    """The memory groups whose values depend on memory that no recorded call has written."""
 
     def __init__(self) -> None:
         self.groups: dict[int, str] = {}
-        """The group, and the operator that first read such memory (empty: not yet read)."""
+        """The group, and the operator that first read it (empty if it was not read)."""
         self.made: dict[int, tuple[int, int, int]] = {}
-        """Where in python the memory was made: while python stays there, only torch's own C++
-        code can have written to it."""
+        """The place in python where the memory was made: while python stays there, only torch's own
+        C++ code can have written to it."""
 
     def make(self, results: Iterable[Var], place: tuple[int, int, int]) -> None:
-        """Note memory that has just been made."""
+        """Add memory that has just been made."""
         for var in results:
             if 0 not in var.spec.shape:
                 self.groups[var.group] = ""
@@ -55,7 +55,7 @@ class Unwritten:
         return [v for v in read if v.group in self.groups and self.made.get(v.group) == place]
 
     def written(self, groups: Iterable[int]) -> None:
-        """Note memory whose values depend on recorded ones from now on."""
+        """Remove memory whose values depend on recorded calls from now on."""
         for group in groups:
             self.groups.pop(group, None)
             self.made.pop(group, None)
@@ -63,7 +63,7 @@ class Unwritten:
     def read(self, info: OpInfo, args: tuple[Any, ...], named: Any, written: set[int]) -> list[Var]:
         """The variables of such memory whose values a call reads.
 
-        What it writes, it is taken to overwrite.
+        Tensors that it writes count as overwritten.
         """
         return [
             var
@@ -74,7 +74,7 @@ class Unwritten:
     def follow(
         self, info: OpInfo, args: tuple[Any, ...], outs: Any, read: list[Var], written: set[int]
     ) -> None:
-        """Note what a call makes of such memory.
+        """Add the results of a call that reads such memory.
 
         Args:
             info: The operator.
@@ -118,6 +118,6 @@ def _convolution_results(args: tuple[Any, ...], outs: Any, groups: set[int]) -> 
 
 
 def python_place(serial: int, depth: int) -> tuple[int, int, int]:
-    """Where python stands: the call of torch's interface, the frame, and the instruction in it."""
+    """The current place in python: the call of torch's interface, the frame, the instruction."""
     frame = sys._getframe(depth)
     return serial, id(frame), frame.f_lasti

@@ -1,1 +1,1 @@
-"""Per-sample gradients, Jacobians and Hessians: each a few lines on `shardmap.vmap`."""
+"""Per-sample gradients, Jacobians and Hessians, each built on `shardmap.vmap`."""

@@ -1,15 +1,16 @@
-"""The parts that all transforms share: the call they return, and the arguments they read."""
+"""Parts that all transforms share: the call that they return, and the arguments they read."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from shardmap import api, errors
 from shardmap._torch import not_compiled, pytree
+from shardmap.call.comparison import Comparison
 from shardmap.call.planned import Plan
 
 _OF_RUNS = ("out", "resume")
@@ -17,11 +18,11 @@ _OF_RUNS = ("out", "resume")
 
 
 class Transformed:
-    """A transformed function of the batch: call it, or `plan` the call.
+    """A transformed function of the batch: call it, `plan` the call, or `compare` it with the loop.
 
     Args:
         func: The user's function, for its name and docstring.
-        sample: What is mapped: the transform of one sample.
+        sample: The mapped function: the transform of one sample.
         in_dims: As for `shardmap.vmap`.
         options: As for `shardmap.vmap`.
     """
@@ -45,7 +46,7 @@ class Transformed:
         return self._mapped(*args, **kwargs)
 
     @not_compiled
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: object, **kwargs: object) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 
         Args:
@@ -54,15 +55,36 @@ class Transformed:
 
         Raises:
             OptionError: The transform writes to a store.
-            ShardmapError: As `shardmap.plan`.
+            ShardmapError: As for `shardmap.plan`.
         """
         if self._options.get("out") is not None:
             raise errors.OptionError(
                 f"{self!r}.plan: out={self._options['out']!r}: a plan runs into memory; leave out= "
                 "away"
             )
-        options = {name: value for name, value in self._options.items() if name not in _OF_RUNS}
-        return api.plan(self._sample, self._in_dims, **options)(*args, **kwargs)
+        return api.plan(self._sample, self._in_dims, **self._without_runs())(*args, **kwargs)
+
+    @not_compiled
+    def compare(
+        self, *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
+        """Compare the transform of some samples with the plain loop, as `shardmap.compare` does.
+
+        Args:
+            *args: The batch.
+            samples: Number of random samples to compare, or their numbers.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            OptionError: The function draws random numbers, or there is nothing to compare.
+            ShardmapError: As `shardmap.compare`.
+        """
+        options = {k: v for k, v in self._without_runs().items() if k != "progress"}
+        compared = api.compare(self._sample, self._in_dims, **options)
+        return compared(*args, samples=samples, **kwargs)
+
+    def _without_runs(self) -> dict[str, Any]:
+        return {name: value for name, value in self._options.items() if name not in _OF_RUNS}
 
     def __repr__(self) -> str:
         return f"shardmap.{name_of(self._sample)}"
@@ -105,12 +127,12 @@ class Differentiated:
 
     Args:
         args: The sample's positional arguments.
-        argnums: Which of them.
+        argnums: The numbers of the differentiated ones.
         call: The user's call, for errors.
 
     Raises:
         TransformError: `argnums` is out of range or names an argument twice, or an argument holds
-            something else than real floating-point tensors.
+            anything else than real floating-point tensors.
     """
 
     def __init__(self, args: tuple[Any, ...], argnums: int | tuple[int, ...], call: str):
@@ -134,7 +156,7 @@ class Differentiated:
         self.structure = (
             self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
         )
-        """The structure of derivatives by argument: a tuple only where `argnums` is one."""
+        """The structure of derivatives by argument: a tuple only if `argnums` is one."""
         for n, value in zip(self.numbers, chosen, strict=True):
             for leaf in pytree.tree_leaves(value):
                 _check_real(leaf, f"{call}: argument {n}", f"leave argument {n} out of argnums")
@@ -172,11 +194,11 @@ class Results:
 
     Args:
         out: The function's result, or the pair of result and aux.
-        has_aux: Whether it is that pair.
+        has_aux: True if it is that pair.
         call: The user's call, for errors.
 
     Raises:
-        TransformError: It is no pair although `has_aux` says so, or the result holds something else
+        TransformError: It is no pair although `has_aux` is true, or the result holds anything else
             than real floating-point tensors.
     """
 

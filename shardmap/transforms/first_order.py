@@ -18,15 +18,15 @@ from shardmap.transforms.seeds import UnitVectors
 logger = logging.getLogger("shardmap")
 
 LEANING = 1.25
-"""The factor by which reverse mode must look cheaper: it also keeps and reads again the values
-that each forward operator saved."""
+"""Factor by which reverse mode must look cheaper: it also keeps and reads again the values that
+each forward operator saved."""
 
 
 class FirstOrder(OneSample):
-    """The first derivatives of one sample, as they are recorded."""
+    """The first derivatives of one sample, in the form that is recorded."""
 
     def reverse(self) -> Any:
-        """The Jacobian, row by row."""
+        """The Jacobian, computed row by row."""
         graph = Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
         jacobians = [self._rows(graph, y) for y in graph.results.leaves]
         return self._with_aux(
@@ -47,7 +47,7 @@ class FirstOrder(OneSample):
         return UnitVectors(lambda seed: graph.pulled_back([y], [seed]), y, self.call)
 
     def forward(self) -> Any:
-        """The Jacobian, column by column."""
+        """The Jacobian, computed column by column."""
         seen: list[Results] = []
         columns: list[list[torch.Tensor]] = []
         aux: list[torch.Tensor] = []
@@ -96,7 +96,7 @@ class FirstOrder(OneSample):
     def cheaper(self) -> str:
         """The mode that costs less by the recorded operations.
 
-        If autograd has no formula for one mode, the other is taken.
+        If autograd has no formula for one mode, it is the other.
         """
         costs: dict[str, float] = {}
         refused: dict[str, Exception] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardmap._torch import not_compiled, pytree
+from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
@@ -43,22 +44,22 @@ def per_sample_grad(
     `loss(fn(params, x[i]), y[i])`.
 
     With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they
-    are computed, and where algebra allows without computing them: see `shardmap.reduce`.
+    are computed, if possible without computing them themselves: see `shardmap.reduce`.
 
     Args:
         model_or_fn: A module, written for one sample unless `batch_of_one`, or a function of
             parameters (a pytree of tensors) and of one sample.
-        loss: Takes the output for one sample and what the batch holds besides; returns one number.
-        params: Which of a module's parameters: a name, a pattern such as "*.weight" or "encoder.*",
+        loss: Takes the output for one sample and its other arguments; returns one number.
+        params: The parameters of a module: a name, a pattern such as "*.weight" or "encoder.*",
             or several; by default all that require grad.
         flat: Return all gradients of a sample as one row, in the order of the parameters.
-        batch_of_one: Hand the model its sample as a batch of one, `x[i][None]`, and take its only
+        batch_of_one: Pass the model its sample as a batch of one, `x[i][None]`, and take its only
             result: for models that expect batches.
-        has_aux: `loss` (or the function) returns `(loss, aux)`, and the call `(gradients, aux)`,
-            with `aux` stacked.
-        in_dims: Where the samples are in each argument, as for `shardmap.vmap`; not counting a
-            function's parameters, which all share.
-        **options: Those of `shardmap.vmap`.
+        has_aux: `loss` (or the function) returns `(loss, aux)`, and the call returns `(gradients,
+            aux)`, with `aux` stacked.
+        in_dims: The mapped dimension of each argument, as for `shardmap.vmap`; without a
+            function's parameters, which all samples share.
+        **options: Options of `shardmap.vmap`.
 
     Returns:
         A function of the batch, with a method `plan` that takes the same batch and returns the
@@ -68,7 +69,7 @@ def per_sample_grad(
     Raises:
         TransformError: There is nothing to differentiate, or a name fits no parameter; at the call,
             the loss is not one floating-point number.
-        ShardmapError: As `shardmap.vmap`.
+        ShardmapError: As for `shardmap.vmap`.
 
     Example:
         >>> import torch, shardmap
@@ -100,8 +101,8 @@ def per_sample_grad(
         return Transformed(model_or_fn.forward, of_sample, in_dims, options)
     if params is not None:
         raise TransformError(
-            f"{call}: params={params!r} selects a module's parameters by name; of a function, pass "
-            "those that are meant"
+            f"{call}: params={params!r} selects a module's parameters by name; a function is "
+            "differentiated by all that it gets, so pass it the chosen ones only"
         )
     of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
 
@@ -123,7 +124,8 @@ class OfParameters:
         self._in_dims = in_dims
         self._options = options
         self._by_arguments: dict[Any, Transformed] = {}
-        """The mapped function, which holds the recordings of `trace="once"`."""
+        """The mapped functions, which hold the recordings of `trace="once"`, by form of the
+        arguments."""
         functools.update_wrapper(self, fn, updated=())
 
     @not_compiled
@@ -135,6 +137,18 @@ class OfParameters:
     def plan(self, parameters: Any, *batch: Any, **kwargs: Any) -> Plan:
         """Plan the call without running it, as `shardmap.plan` does."""
         return self._over(len(batch)).plan(parameters, *batch, **kwargs)
+
+    @not_compiled
+    def compare(
+        self,
+        parameters: object,
+        *batch: object,
+        samples: int | Sequence[int] = 8,
+        **kwargs: object,
+    ) -> Comparison:
+        """Compare some samples' gradients with the plain loop's, as `shardmap.compare` does."""
+        over = self._over(len(batch))
+        return over.compare(parameters, *batch, samples=samples, **kwargs)
 
     def _over(self, arguments: int) -> Transformed:
         made = self._by_arguments.get(arguments)
@@ -163,7 +177,7 @@ def select(
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
             why = (
-                "all its parameters are frozen; call requires_grad_() on those that are meant"
+                "all its parameters are frozen; call requires_grad_() on the ones to differentiate"
                 if named
                 else "it has no parameters"
             )
@@ -200,7 +214,7 @@ def select(
         wanted.update(first[id(aliases[name])] for name in found if aliases[name].requires_grad)
     if not wanted:
         raise TransformError(
-            f"{call}: params={params!r} fits frozen parameters only; unfreeze those that are meant"
+            f"{call}: params={params!r} fits frozen parameters only; unfreeze the ones you need"
         )
     return {name: p for name, p in named.items() if name in wanted}
 
@@ -275,7 +289,7 @@ def _function_gradient(
 
 
 def _applied(model: nn.Module, x: Any, batch_of_one: bool) -> Any:
-    """The model's output for one sample: a tuple holds its arguments, a dict its named ones."""
+    """Run the model on one sample: a tuple holds its arguments, a dict its named ones."""
     x = pytree.tree_map(_one, x) if batch_of_one else x
     if isinstance(x, dict):
         output = model(**x)

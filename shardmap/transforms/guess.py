@@ -1,4 +1,4 @@
-"""Guesses the seconds of a recorded program from its operations and bytes."""
+"""Guess the seconds of a recorded program from its operations and bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def seconds(program: Program, samples: int, device_type: str) -> float:
     An operation that depends on the sample counts for each of them, any other once.
 
     Args:
-        program: What one sample does.
-        samples: How many.
+        program: The program of one sample.
+        samples: Number of samples.
         device_type: Kind of device, such as "cuda".
     """
     m = machine(device_type)

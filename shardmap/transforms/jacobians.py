@@ -44,21 +44,22 @@ def jacrev(
     Reverse mode takes a backward pass for each element of the output.
 
     `jacrev(func)(x)` is `torch.stack([torch.func.jacrev(func)(row) for row in x])`. Good where
-    outputs are fewer than inputs. `func` may use whatever autograd can differentiate backward.
-    Where autograd records outside and what `func` captures requires grad, so do the Jacobians: call
-    it under `torch.no_grad()` to have values only.
+    outputs are fewer than inputs. `func` may use all that autograd can differentiate backward.
+    If outer autograd is recording and tensors that `func` captures require grad, so do the
+    Jacobians: call it under `torch.no_grad()` to have values only.
 
     Args:
         func: Takes one sample and returns tensors in any pytree; a function, or a plain
             `torch.nn.Module`.
         argnums: The number of the positional argument by which to differentiate, or a tuple of
             them; each a pytree of real floating-point tensors.
-        has_aux: Whether `func` returns a pair `(result, aux)`, of which aux is returned as it is.
+        has_aux: True if `func` returns a pair `(result, aux)`; aux is returned unchanged.
         in_dims: As for `shardmap.vmap`: None shares an argument among all samples.
         seed_chunk_size: Most elements of one sample's output that are differentiated at a time:
             "auto" plans it by memory and cache, None takes all.
-        **options: As for `shardmap.vmap`. `chunk_size` counts samples; "auto" plans it with what is
-            taken of each sample at a time.
+        **options: As for `shardmap.vmap`. `chunk_size` counts samples; "auto" plans it with the
+        rows
+            that are taken of each sample at a time.
 
     Returns:
         A function of the batch, which returns the Jacobians `[N, *out, *in]`, in the structure of
@@ -67,7 +68,7 @@ def jacrev(
 
     Raises:
         OptionError: An option has a value that it cannot have.
-        TransformError: `argnums` does not fit, or something else than real floating-point tensors
+        TransformError: `argnums` does not fit, or anything else than real floating-point tensors
             is differentiated.
         ShardmapError: As for `shardmap.vmap`.
 
@@ -103,7 +104,7 @@ def jacfwd(
 
     `jacfwd(func)(x)` is `torch.stack([torch.func.jacfwd(func)(row) for row in x])`. Good where
     inputs are fewer than outputs, and for long computations: nothing is kept for a way back.
-    Gradients from outside flow as for `jacrev`.
+    Outer gradients flow as for `jacrev`.
 
     Args:
         func: As for `jacrev`.
@@ -149,9 +150,9 @@ def jacobian(
     """The Jacobian of `func` at each sample of a batch, in the mode that is cheaper.
 
     Both modes are recorded for the first sample of each new shape, and compared by the operations
-    and bytes of one row, times the rows, against those of one column, times the columns. Which was
-    taken is logged (logger `shardmap`, level INFO) and stands in the returned function's `method`.
-    Where autograd has no formula for one of the modes, the other is taken.
+    and bytes of one row, times the rows, against those of one column, times the columns. The mode
+    that was taken is logged (logger `shardmap`, level INFO) and is in the returned function's
+    `method`. Where autograd has no formula for one of the modes, the other is taken.
 
     Args:
         func: As for `jacrev`.
@@ -247,8 +248,8 @@ class Jacobians(Transformed):
     Args:
         transform: The public name.
         func: The user's function.
-        argnums: By which arguments to differentiate.
-        has_aux: Whether `func` returns a pair of result and aux.
+        argnums: Numbers of the differentiated arguments.
+        has_aux: True if `func` returns a pair of result and aux.
         method: "reverse", "forward", "auto" or "hessian".
         in_dims: As for `shardmap.vmap`.
         seed_chunk_size: "auto", an int, or None.
@@ -333,7 +334,7 @@ class Jacobians(Transformed):
                     raise
 
     @not_compiled
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: object, **kwargs: object) -> Plan:
         """Plan the call with this batch without running it, as `shardmap.plan` does.
 
         Args:
@@ -342,7 +343,7 @@ class Jacobians(Transformed):
 
         Raises:
             OptionError: The transform writes to a store.
-            ShardmapError: As `shardmap.plan`.
+            ShardmapError: As for `shardmap.plan`.
         """
         while True:
             planned = super().plan(*args, **kwargs)
@@ -350,7 +351,7 @@ class Jacobians(Transformed):
                 return planned
 
     def _fewer(self) -> bool:
-        """Take fewer rows or columns at a time from now on; False if that is not possible."""
+        """Take fewer rows or columns at a time from now on; return False if impossible."""
         seeding = self._seeding
         if seeding.asked != "auto" or seeding.largest <= 1:
             return False

@@ -17,7 +17,7 @@ from shardmap.transforms.base import Differentiated, Results
 
 
 def refuse_inference_mode(call: str) -> None:
-    """Refuse to differentiate where torch keeps no graph.
+    """Refuse to differentiate in inference mode, where torch keeps no graph.
 
     Raises:
         TransformError: Inference mode is on.
@@ -32,14 +32,14 @@ def refuse_inference_mode(call: str) -> None:
 class Graph:
     """One sample's function, run under autograd.
 
-    Gradients flow on to what the function captures, and to the sample, where they do in the loop:
-    where autograd records outside and anything there requires grad.
+    Gradients flow on to captured tensors, and to the sample, as they do in the loop:
+    if outer autograd is recording and any of them requires grad.
 
     Args:
         func: The function of one sample.
-        by: What it is differentiated by.
+        by: The arguments that it is differentiated by.
         kwargs: Its keyword arguments.
-        has_aux: Whether it returns a pair of result and aux.
+        has_aux: True if it returns a pair of result and aux.
         call: The user's call, for errors.
     """
 
@@ -54,8 +54,8 @@ class Graph:
         refuse_inference_mode(call)
         outside = torch.is_grad_enabled()
         with torch.enable_grad():
-            # One view each: the same tensor may be passed twice, and is then differentiated by on
-            # its own in each place.
+            # One view each: the same tensor may be passed twice, and is then differentiated by
+            # separately in each place.
             self.leaves = [
                 t.view_as(t) if outside and t.requires_grad else t.detach().requires_grad_()
                 for t in by.leaves
@@ -98,7 +98,7 @@ def pulled_back(
 
 
 def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients of `outputs` reach anything that requires grad beside `own`."""
+    """True if gradients of `outputs` reach any tensor that requires grad other than `own`."""
     known = {id(t) for t in own}
     queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = {id(node) for node in queue}
@@ -111,7 +111,7 @@ def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor])
         for following, _ in node.next_functions:
             if following is not None and id(following) not in seen:
                 seen.add(id(following))
-                keep_alive.append(following)  # the address of a node that is freed is used again
+                keep_alive.append(following)  # the address of a freed node may be used again
                 queue.append(following)
     return False
 
@@ -122,7 +122,7 @@ def pushed_forward(
     tangents: Sequence[Any],
     nested: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-    """The results of a function, their tangents, and aux.
+    """Compute the results of a function, their tangents, and aux.
 
     They are computed by dual tensors of plain autograd, so that `func` may call
     `torch.autograd.grad`. Where `func` takes forward derivatives itself, `torch.func.jvp` computes
@@ -132,7 +132,7 @@ def pushed_forward(
         func: Takes the primals, returns a list of tensors and a pytree.
         primals: Tensors.
         tangents: One for each primal; None is zero.
-        nested: Whether `func` may take forward derivatives itself; not where it also goes backward
+        nested: True if `func` may take forward derivatives itself; not if it also goes backward
             by plain autograd, which sees through dual tensors, but not through the levels of
             `torch.func`.
 
@@ -178,7 +178,7 @@ def pushed_forward(
 
 
 def has_no_formula(error: BaseException) -> bool:
-    """Whether autograd said that an operator cannot be differentiated in this mode."""
+    """True if autograd's error says that an operator cannot be differentiated in this mode."""
     text = str(error)
     return isinstance(error, NotImplementedError | RuntimeError) and (
         "forward AD" in text

@@ -41,5 +41,5 @@ class OneSample:
 
 
 def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate parts along a dimension; a single part is returned as it is."""
+    """Concatenate parts along a dimension; a single part is returned itself."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

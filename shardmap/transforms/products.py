@@ -52,15 +52,15 @@ def vjp(
 
     It takes one backward pass.
 
-    `vjp(func)(x, cotangents)` is for each row what `torch.func.vjp(func, row)` and its function of
-    the cotangent give. Gradients from outside flow as for `shardmap.jacrev`.
+    For each row, `vjp(func)(x, cotangents)` equals `torch.func.vjp(func, row)` and its function of
+    the cotangent. Outer gradients flow as for `shardmap.jacrev`.
 
     Args:
         func: Takes one sample and returns tensors in any pytree; a function, or a plain
             `torch.nn.Module`.
         argnums: The number of the positional argument by which to differentiate, or a tuple of
             them.
-        has_aux: Whether `func` returns a pair `(result, aux)`.
+        has_aux: True if `func` returns a pair `(result, aux)`.
         in_dims: As for `shardmap.vmap`, of `func`'s arguments and of the cotangents behind them:
             None shares among all samples.
         **options: As for `shardmap.vmap`.
@@ -73,7 +73,7 @@ def vjp(
 
     Raises:
         OptionError: An option has a value that it cannot have.
-        TransformError: `argnums` or the cotangents do not fit, or something else than real
+        TransformError: `argnums` or the cotangents do not fit, or anything else than real
             floating-point tensors is differentiated.
         ShardmapError: As for `shardmap.vmap`.
 
@@ -124,7 +124,7 @@ def jvp(
 
     It takes one pass in forward mode.
 
-    `jvp(func)(x, tangents)` is for each row what `torch.func.jvp(func, (row,), (tangent,))` gives.
+    For each row, `jvp(func)(x, tangents)` equals `torch.func.jvp(func, (row,), (tangent,))`.
 
     Args:
         func: As for `vjp`.
@@ -187,9 +187,9 @@ def hvp(
 
     It is the tangent of the gradient.
 
-    `hvp(func)(x, vectors)` is for each row what `torch.autograd.functional.hvp(func, row, vector)`
-    gives. Forward over reverse, so that it costs a few evaluations of `func`; where an operator has
-    no forward formula, a second backward pass is taken instead, which is logged.
+    For each row, `hvp(func)(x, vectors)` equals `torch.autograd.functional.hvp(func, row, vector)`.
+    It is computed forward over reverse, so that it costs a few evaluations of `func`; where an
+    operator has no forward formula, a second backward pass is taken instead, which is logged.
 
     Args:
         func: As for `vjp`, with a result of one element.

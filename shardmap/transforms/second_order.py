@@ -19,12 +19,12 @@ logger = logging.getLogger("shardmap")
 
 
 class SecondOrder(OneSample):
-    """The second derivatives of one sample, as they are recorded."""
+    """The second derivatives of one sample, in the form that is recorded."""
 
     def hessian(self) -> Any:
-        """The second derivatives, forward over reverse.
+        """The second derivatives, computed forward over reverse.
 
-        Where an operator has no forward formula, two backward passes are taken.
+        If an operator has no forward formula, two backward passes are taken.
         """
         graph = Graph(self.func, self.by, self.kwargs, False, self.call)
         try:
@@ -50,14 +50,14 @@ class SecondOrder(OneSample):
     def _blocks(
         self, y: torch.Tensor, k: int, second: Callable[..., Part], twice: bool = False
     ) -> list[list[torch.Tensor]]:
-        """`[*out, *in_i, *in_j]` of one output for each pair of inputs.
+        """Blocks `[*out, *in_i, *in_j]` of one output for each pair of inputs.
 
         Args:
             y: The output.
-            k: Its number.
+            k: The output's number.
             second: Takes k, the unit vector of the output, the number of an input and a unit vector
                 of that; returns for each input the second derivatives along both.
-            twice: Whether that unit vector belongs to the first of the two derivatives, which is
+            twice: True if that unit vector belongs to the first of the two derivatives, which is
                 then the outer dimension.
         """
         count = len(self.by.leaves)

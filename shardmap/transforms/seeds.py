@@ -1,11 +1,11 @@
-"""All rows or columns of one sample's Jacobian, by a map over unit vectors.
+"""Compute all rows or columns of one sample's Jacobian by a map over unit vectors.
 
-This map stands inside the function that is mapped over the samples.
+This map is inside the function that is mapped over the samples.
 
-What one unit vector needs is recorded once, lowered by the same rules as everything else, and
+The calls for one unit vector are recorded once, lowered by the same rules as all others, and
 replayed for some of them at a time inside the recording of the sample. So the unit vectors become a
-dimension of the recorded calls; what does not depend on them (the function's own values) is
-computed once for each sample, and what does not depend on the sample once for all.
+dimension of the recorded calls; values that do not depend on them (the function's own) are
+computed once for each sample, and values that do not depend on the sample once for all.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from shardmap.trace.record import record
 from shardmap.transforms.zeros import without_zeros
 
 TARGET_BYTES = 8 * MIB
-"""Intermediates of one sample from which its unit vectors are cut: what a chunk of samples is
-kept at, for the cache."""
+"""Bytes of one sample's intermediates from which its unit vectors are cut: chunks of samples are
+kept at that size for the cache."""
 MOST_CHUNKS = 64
-"""Each chunk's calls are recorded: more chunks than this only where memory asks for them."""
+"""Most chunks of unit vectors, whose calls are all recorded, unless memory requires more."""
 BUDGET_PART = 4
-"""One sample's intermediates take at most this part of the budget: results and what kernels need
-go beside."""
+"""One sample's intermediates take at most the budget divided by this: results and kernels need
+memory too."""
 
 
 @dataclass(slots=True)
 class Seeding:
-    """The number of unit vectors at a time, as asked for and as taken."""
+    """The number of unit vectors at a time, requested and used."""
 
     asked: int | str | None
     """The value that the user gave."""
@@ -53,12 +53,12 @@ class Seeding:
     """The budget on a device."""
     call: str
     most: int | None = None
-    """The limit that a plan which did not fit has set."""
+    """The limit set by a plan that did not fit."""
     largest: int = 0
-    """The most that were taken at a time, of the recordings that were made with this `most`."""
+    """The largest number taken at a time in the recordings that were made with this `most`."""
 
     def at_once(self, each: int, count: int, device: torch.device) -> int:
-        """Choose how many of `count` unit vectors to take at a time, by the bytes of each."""
+        """Choose the number of unit vectors at a time, of `count`, by the bytes of each."""
         if isinstance(self.asked, int):
             size = self.asked
         elif self.asked is None:
@@ -77,7 +77,7 @@ class Seeding:
 
 
 class UnitVectors:
-    """A function of one unit vector, recorded, to be computed for all unit vectors of a shape.
+    """A function of one unit vector, recorded, and computed for all unit vectors of a shape.
 
     Args:
         core: Takes a tensor of the given shape and returns a tuple of tensors.
@@ -129,7 +129,7 @@ class UnitVectors:
         return self.job.recording.program
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
-        """Compute the results of `core` for chunk after chunk of unit vectors.
+        """Compute the results of `core` for one chunk of unit vectors after another.
 
         Each result has the shape `[vectors, *shape]`.
         """

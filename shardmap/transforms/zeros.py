@@ -1,6 +1,6 @@
-"""Removes forward mode's arithmetic with tangents that are zero.
+"""Remove forward mode's arithmetic with tangents that are zero.
 
-Autograd gives what has no tangent a symbolic zero, and its fallbacks then make one in memory,
+Autograd uses a symbolic zero for a missing tangent, and its fallbacks then make one in memory,
 multiply by it, copy and add: a linear layer's tangent is one product, and is recorded as two
 products, a copy and a sum. Measured on the Hessian of a 64-256-256-1 net: a quarter of the time; on
 the Jacobian of a Lorenz-96 flow map: a third.
@@ -22,7 +22,7 @@ _VIEWS = {
     aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.mul.Tensor}
-"""Zero if a factor is."""
+"""Operators whose result is zero if a factor is."""
 _LINEAR = {
     aten.tanh_backward.default,
     aten.sigmoid_backward.default,
@@ -30,15 +30,15 @@ _LINEAR = {
     aten.mul.Scalar,
     aten.neg.default,
 }
-"""Zero if the first argument is."""
+"""Operators whose result is zero if the first argument is."""
 
 
 def without_zeros(program: Program) -> Program:
     """Remove forward-mode AD's arithmetic on symbolic zeros, and its copies, from a program.
 
-    A product with such a zero is left out even where the other factor is infinite: there is no
-    tangent. Zeros of the user's own are multiplied as ever. A program of which gradients are taken
-    from outside stays as it is.
+    A product with such a zero is removed even if the other factor is infinite: there is no
+    tangent. The user's own zeros are multiplied. A program through which outer gradients
+    flow is not changed.
     """
     if any(program.output_flags):
         return program
@@ -92,7 +92,7 @@ def _is_zero(
 
 
 def _stands_for(eq: Equation, out: Var, zeros: set[int], touched: set[int]) -> Var | None:
-    """The variable that has the value of `out`, its memory layout, and is never written."""
+    """The unwritten variable with the value and layout of `out`, or None."""
     found = None
     if eq.op in (aten.add.Tensor, aten.sub.Tensor) and type(eq.args[1]) is Var:
         first, second = eq.args[:2]

@@ -1,4 +1,4 @@
-"""What tests of calls share."""
+"""Fixtures for tests of calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import shardmap
-from shardmap.call import routes
+from shardmap.call import routes, spread
 
 
 @pytest.fixture
@@ -16,6 +16,7 @@ def paths_pay_early(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Paths are recorded for a few samples already: the batches here are small."""
     monkeypatch.setattr(routes, "WORTH", 4)
     monkeypatch.setattr(routes, "WORTH_KNOWN", 2)
+    monkeypatch.setattr(spread, "SHARE", 0.0)
     shardmap.clear_caches()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", shardmap.SlowLoopWarning)

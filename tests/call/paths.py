@@ -1,4 +1,4 @@
-"""What the tests of samples that go different ways share."""
+"""Helpers for tests of samples that take different paths."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def batch(size: int, width: int = 3) -> Tensor:
 
 
 def expected(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """What the loop returns."""
+    """The results of the loop."""
     return torch.stack([function(*row) for row in zip(*columns, strict=True)])

@@ -44,6 +44,27 @@ def test_a_right_map_agrees(options: dict[str, Any]) -> None:
     assert "agrees with the loop on 5 samples" in str(found)
 
 
+def test_transforms_are_compared() -> None:
+    square = torch.randn(13, 4, 4)
+    loss = nn.functional.cross_entropy
+    made = shardmap.per_sample_grad(MODEL, loss, chunk_size=5)
+    found = made.compare(x, y, samples=[0, 7, 12])
+    assert found.agrees
+    assert found.samples == (0, 7, 12)
+    assert found.parameter_share == 1.0
+
+    def of_parameters(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return (weight @ row).sin().sum()
+
+    shared = shardmap.per_sample_grad(of_parameters)
+    assert shared.compare(torch.randn(3, 4), x, samples=3).agrees
+    for transform in (shardmap.jacobian, shardmap.jacrev, shardmap.jacfwd):
+        assert transform(MODEL, chunk_size=3).compare(x, samples=range(13)).agrees
+    assert shardmap.hessian(torch.logdet).compare(square @ square.mT + torch.eye(4)).agrees
+    with pytest.raises(errors.OptionError, match=r"samples=0; pass a positive number"):
+        shardmap.jacobian(MODEL).compare(x, samples=0)
+
+
 def test_the_share_of_parameters_that_have_a_gradient() -> None:
     assert shardmap.compare(gradient)(x, y).parameter_share == 1.0
 

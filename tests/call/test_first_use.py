@@ -1,4 +1,4 @@
-"""What a second sample shows when a function is mapped for the first time."""
+"""Tests of the check on a second sample when a function is mapped for the first time."""
 
 from __future__ import annotations
 

@@ -148,3 +148,15 @@ def test_a_kept_recording_is_not_taken_for_one_under_forward_mode() -> None:
         with pytest.raises(errors.AutogradFunctionError, match="forward-mode"):
             mapped(forward_ad.make_dual(x, x.cos()))
     assert_same(mapped(x), (x * 2).sin(), "without duals again")
+
+
+def test_tangents_have_the_dtype_of_their_values() -> None:
+    """Those of `torch.func.jvp` are float64 where a number multiplied a 0-dimensional float32."""
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    for function in (lambda r: r * 0.5, lambda r: torch.addcmul(r, r + 1.5, r + 1.5, value=0.5)):
+        for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}, {"trace": "once"}):
+            mapped = shardmap.vmap(function, **options)
+            value, tangent = torch.func.jvp(mapped, (x,), (x.cos(),))
+            assert value.dtype == tangent.dtype == torch.float32
+            loops = [torch.func.jvp(function, (r,), (r.cos(),))[1] for r in x]
+            torch.testing.assert_close(tangent, torch.stack(loops).float())

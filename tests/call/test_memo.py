@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shardmap
-from shardmap.call.memo import reachable, same
+from shardmap.call.reachable import reachable, same
 from tests import oracle
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -320,7 +320,7 @@ def test_a_change_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(CHANGES) - {"in_place_update_of_a_number"}))
 def test_nothing_changed_is_the_same(name: str) -> None:
-    """What a function reads compares equal to itself.
+    """A listing of the values that a function reads equals itself.
 
     Nothing in the listing is made anew each time.
     """

@@ -14,7 +14,7 @@ from torch import nn
 
 import shardmap
 from shardmap import errors
-from shardmap.call.memo import Unknown, reachable
+from shardmap.call.reachable import Unknown, reachable
 from tests import oracle
 
 x = torch.arange(6.0).view(3, 2) + 1
@@ -62,7 +62,7 @@ def test_unmapped_arguments_are_bound_at_each_call() -> None:
 def test_an_argument_that_is_captured_too() -> None:
     """The same tensor by two ways in.
 
-    Recorded as one, so another argument must not stand for both.
+    They are recorded as one, so that another argument must not replace both.
     """
     weight, other = torch.tensor([2.0, 3.0]), torch.ones(2)
     mapped = shardmap.vmap(lambda r, w: r * w + weight, (0, None), trace="once")

@@ -48,6 +48,10 @@ AT_ONCE: list[tuple[str, Any, str]] = [
         for value in ("random", None, True, 0, ["same"])
     ],
     *[("trace", value, "'each' or 'once'") for value in ("twice", None, True, 1, ["once"])],
+    *[
+        ("batch_norm", value, "'error', 'frozen' or 'per_sample'")
+        for value in ("eval", None, True, "Frozen", ["error"])
+    ],
     *[("strict", value, "True or False") for value in (None, 1, "yes")],
     *[("remat", value, "True or False") for value in (None, 0, "no")],
     *[("progress", value, "'always'") for value in (None, 1, "sometimes", "never", ["always"])],
@@ -115,7 +119,7 @@ def test_a_bad_value_is_refused_when_the_map_is_made(
 def test_a_bad_value_is_refused_by_the_call(
     maker: str, name: str, value: Any, kind: type[Exception], remedy: str
 ) -> None:
-    """Where arguments or outputs decide; nothing has changed then."""
+    """Values that depend on arguments or outputs are refused; nothing has changed then."""
     calls = []
 
     def counted(x: torch.Tensor) -> torch.Tensor:
@@ -183,13 +187,13 @@ def test_remat_and_writes_in_place_exclude_each_other() -> None:
 
 
 GOOD: list[dict[str, Any]] = [
-    *[{"chunk_size": value} for value in ("auto", None, 1, 10**12, {}, {"cpu": 1}, {"cpu": None}, {"cpu": "auto"})],
-    *[{"memory_budget": value} for value in (None, 1 << 40, "6GiB", "512 MB", "1e9", " 2.5 gib ", "1TiB")],
-    *[{"memory_fraction": value} for value in (1, 1.0, 0.5)],
-    *[{"devices": value} for value in ("auto", "cpu", "cpu:0", "cpu:*", ["cpu"] * 5, torch.device("cpu"), (torch.device("cpu"),))],
-    *[{"output_device": value} for value in (None, "cpu", "cpu:0", torch.device("cpu"))],
-    *[{"progress": value} for value in (True, False, "always")],
-    *[{"out_dims": value} for value in (0, 1, -1, -2, (0,), [1])],
+    *[{"chunk_size": value} for value in ("auto", None, 1, 10**12, {}, {"cpu": 1}, {"cpu": None},
+    {"cpu": "auto"})], *[{"memory_budget": value} for value in (None, 1 << 40, "6GiB", "512 MB",
+    "1e9", " 2.5 gib ", "1TiB")], *[{"memory_fraction": value} for value in (1, 1.0, 0.5)],
+    *[{"devices": value} for value in ("auto", "cpu", "cpu:0", "cpu:*", ["cpu"] * 5,
+    torch.device("cpu"), (torch.device("cpu"),))], *[{"output_device": value} for value in (None,
+    "cpu", "cpu:0", torch.device("cpu"))], *[{"progress": value} for value in (True, False,
+    "always")], *[{"out_dims": value} for value in (0, 1, -1, -2, (0,), [1])],
     {"remat": True}, {"strict": True}, {"trace": "once"}, {"randomness": "same"},
 ]  # fmt: skip
 

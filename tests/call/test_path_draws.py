@@ -211,3 +211,16 @@ def test_draws_are_refused_where_they_are_not_asked_for() -> None:
     x[0] = 1
     with pytest.raises(errors.RandomnessError, match="randomness is 'error'"):
         shardmap.vmap(on_one_way)(x)
+
+
+def test_ways_that_draw_unlike_amounts_share_no_numbers() -> None:
+    """Each sample's numbers are its own, also where another way draws more in the same call."""
+    x = batch(400)
+
+    def function(r: Tensor) -> Tensor:
+        return torch.rand(3) if r.sum() > 0 else torch.rand(30)[:3]
+
+    torch.manual_seed(0)
+    found = shardmap.vmap(function, randomness="different")(x)
+    assert len(found.flatten().unique()) > 0.999 * found.numel()
+    assert len(found.unique(dim=0)) == len(found)

@@ -228,30 +228,39 @@ REFUSED = {
         lambda r: shardmap.vmap(torch.add)(r, torch.ones(3)),
     ),
     "out_dims": (
-        errors.OptionError,
+        errors.RaggedError,
         "out_dims=1",
         lambda r: shardmap.vmap(torch.neg, out_dims=1)(r),
-    ),
-    "a fold": (
-        errors.OptionError,
-        "in order",
-        lambda r: shardmap.vmap(torch.sum, reduce=(torch.add, None))(r),
-    ),
-    "a kernel": (
-        errors.OptionError,
-        "reduce='gram'",
-        lambda r: shardmap.vmap(torch.sum, reduce="gram")(r),
     ),
     "one draw": (
         errors.OptionError,
         "randomness='same'",
         lambda r: shardmap.vmap(torch.rand_like, randomness="same")(r),
     ),
-    "a plan": (errors.OptionError, "plan", lambda r: shardmap.plan(torch.sum)(r)),
-    "a store": (
+    "a plan of unequal results": (
+        errors.RaggedError,
+        r"a plan is of equal results, and output 0 has shape \[0, 3\]",
+        lambda r: shardmap.plan(torch.neg)(r),
+    ),
+    "a plan for a cluster": (
         errors.OptionError,
-        "out=",
-        lambda r: shardmap.vmap(torch.sum, out=shardmap.MemmapSink("never"))(r),
+        "devices='auto'",
+        lambda r: shardmap.plan(torch.sum, devices="ray")(r),
+    ),
+    "a store of unequal results": (
+        errors.RaggedError,
+        "out= keeps rows of one shape",
+        lambda r: shardmap.vmap(torch.neg, out=shardmap.MemmapSink("never"))(r),
+    ),
+    "a fold of unequal results": (
+        errors.RaggedError,
+        "reduce=",
+        lambda r: shardmap.vmap(torch.neg, reduce=(torch.add, None))(r),
+    ),
+    "a kernel of unequal results": (
+        errors.RaggedError,
+        "reduce=",
+        lambda r: shardmap.vmap(torch.neg, reduce="gram")(r),
     ),
     "ragged sums": (
         errors.OutputError,

@@ -21,16 +21,16 @@ class Case:
 
     function: Function
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample's result."""
     dtype: torch.dtype
     weights: Sequence[Tensor]
     """Captured tensors: gradients to them are compared as well."""
     orders: int
     """Gradients compared: 0 for none, 1 for first, 2 for second gradients as well."""
     refused: type[Exception] | None
-    """What the map raises instead, until it is mended."""
+    """The error that the map raises instead, until it is mended."""
     positive: bool
-    """Whether all values are between 0.5 and 2."""
+    """True if all values are between 0.5 and 2."""
     plain: Function | None
     """The same in plain python, which the loop runs instead: for operators that torch has to
     compile, or cannot differentiate twice itself."""

@@ -76,7 +76,7 @@ def test_user_written_norms_are_found() -> None:
 
 
 def test_products_that_are_written_to_are_left_alone() -> None:
-    """What is written in place after the product was made must not reach its norm."""
+    """A value that is written in place after the product was made must not reach its norm."""
     x, y = torch.randn(7, 20), torch.randn(7, 30)
 
     def fn(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_nan_and_infinity_come_through() -> None:
 
 
 def test_gradients_from_outside_flow_through_norms() -> None:
-    """Where outer autograd records, nothing is rewritten."""
+    """Nothing is rewritten under outer autograd."""
     w = torch.randn(5, 4, requires_grad=True)
     x, y = torch.randn(7, 5), torch.randn(7, 4)
 

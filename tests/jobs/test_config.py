@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from shardmap.errors import ConfigError
+from shardmap.errors import CapturedWriteError, ConfigError
 from shardmap.jobs import config
 from shardmap.jobs.parts import load_parts, map_options
 from shardmap.jobs.tasks import mapped
@@ -239,10 +240,33 @@ def test_the_digest_is_of_what_is_computed_not_of_where(tmp_path):
         ["--seed", "1"],
         ["--columns", "[image]"],
         ["--randomness", "same"],
+        ["--batch_norm", "frozen"],
         ["--data.init_args.flip_seed", "1"],
         ["--function", "torch.neg"],
     ]
-    assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 6
+    assert len({digest, *(config.load(path, words).digest() for words in changed)}) == 7
+
+
+def test_batch_norm_is_handed_to_the_map(tmp_path):
+    (tmp_path / "trained.py").write_text(
+        "import torch\nfrom torch import nn\nfrom shardmap.jobs import Dataset\n"
+        "def load(): return Dataset({'x': torch.arange(42.0).view(7, 2, 3).square().sin()})\n"
+        "norm = nn.BatchNorm1d(3)\n"
+        "def normalised(x): return norm(x)\n"
+    )
+    path = write(tmp_path, "data: trained.load\nfunction: trained.normalised\n")
+    x = torch.arange(42.0).view(7, 2, 3).square().sin()
+    wanted = {
+        "frozen": x / (1 + 1e-5) ** 0.5,
+        "per_sample": torch.stack([torch.nn.BatchNorm1d(3)(row) for row in x]),
+    }
+    for how, want in wanted.items():
+        bound = config.bind(config.load(path, ["--batch_norm", how]))
+        parts = load_parts(bound, lambda told: None)
+        got = mapped(parts, bound.config, map_options(bound))()
+        torch.testing.assert_close(got, want.detach())
+    with pytest.raises(CapturedWriteError, match="batch_norm='per_sample'"):
+        mapped(parts, config.load(path), map_options(config.bind(config.load(path))))()
 
 
 def test_the_check_is_handed_to_the_map_and_runs_the_function_so_often(tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ def test_the_report_on_a_private_step_says_which_reductions_it_needs(tmp_path):
 # -- sentences -------------------------------------------------------------------------------------
 
 
-def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themselves(tmp_path):
+def test_gradient_norms_of_sentences_are_those_of_the_loop_over_them(tmp_path):
     folder, findings = run(
         "ragged_text",
         tmp_path,
@@ -323,10 +323,8 @@ def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themse
     model = text.train(dataset, epochs=1)
     assert len(dataset) == 61
     expected = []
-    for words, length, topic in zip(
-        *(dataset[name] for name in ("words", "length", "topic")), strict=True
-    ):
-        states = model.recurrent(model.embedding(words[:length]))[0]  # no padding, and no gather
+    for words, topic in zip(dataset["words"], dataset["topic"], strict=True):
+        states = model.recurrent(model.embedding(words))[0]
         loss = F.cross_entropy(model.out(states[-1]), topic)
         expected.append(
             torch.cat(
@@ -335,22 +333,20 @@ def test_gradient_norms_of_padded_sentences_are_those_of_the_sentences_by_themse
         )
     kept = load_file(folder / "norms.safetensors")
     torch.testing.assert_close(kept["norm"], torch.stack(expected), rtol=1e-3, atol=1e-5)
-    assert findings.numbers["difference_without_padding"] < 1e-5
+    assert findings.numbers["difference_of_padded"] < 1e-5
     assert findings.numbers["changed_if_padding_were_read"] > 0.3
     assert_is_a_picture(folder / "norms.png")
 
 
 def test_sentences_have_one_topic_each_and_lengths_that_are_theirs():
     dataset = text.load(sentences=10_000)
-    words, length = dataset["words"], dataset["length"]
+    words, length = text.padded(dataset["words"])
     assert len(dataset) > 500
     assert len(words.unique(dim=0)) > 0.95 * len(
         words
     )  # sentences that differ by a rare word look alike
     assert torch.equal((words != text.END).sum(1), length)
-    assert all(
-        bool((row[:n] != text.END).all()) for row, n in zip(words, length.tolist(), strict=True)
-    )
+    assert all(bool((sentence != text.END).all()) for sentence in dataset["words"])
     assert (int(length.min()), int(length.max())) == (text.LEAST, text.MOST)
     assert set(dataset["topic"].tolist()) == set(range(len(text.TOPICS)))
 

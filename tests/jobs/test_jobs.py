@@ -156,7 +156,7 @@ def test_the_jacobian_run_predicts_what_changes_decisions(tmp_path, capsys):
     assert_is_a_picture(folder / "sensitivity.png")
     out = capsys.readouterr()
     assert f"written to {folder}" in out.out
-    assert "━" not in out.err  # no progress bar where nobody watches
+    assert "━" not in out.err  # no progress bar without a terminal
 
 
 def test_the_same_run_in_two_shards_gives_the_same_numbers(gradients, tmp_path):

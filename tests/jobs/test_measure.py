@@ -1,4 +1,4 @@
-"""What a run took: seconds and memory by lane, beside what was planned."""
+"""Tests of a run's measurements: seconds and memory by lane, beside the plan."""
 
 import ctypes
 import gc

@@ -151,7 +151,7 @@ def test_a_module_beside_wins_over_an_installed_one_and_leaves_it_alone(tmp_path
 
 
 def test_a_package_beside_is_not_loaded_twice(tmp_path):
-    """As where a configuration lies in the root of shardmap's own repository."""
+    """A configuration may lie in the root of shardmap's own repository."""
     (tmp_path / "shardmap").mkdir()
     (tmp_path / "shardmap" / "__init__.py").write_text("raise AssertionError\n")
     assert modules.import_module("shardmap.jobs", [tmp_path]) is sys.modules["shardmap.jobs"]

@@ -156,7 +156,7 @@ def test_a_browser_runs_nothing_that_a_run_has_written(
 
 @pytest.mark.browser
 def test_the_browser_tells_of_requests_and_errors(chromium: browser.Page, tmp_path: Path) -> None:
-    """What the tests above rely on."""
+    """The tests above rely on this."""
     path = tmp_path / "bad.html"
     path.write_text(
         "<img src='http://127.0.0.1:9/x.png'><script>window.hacked = 1; console.error('hm'); throw "

@@ -1,6 +1,6 @@
-"""What reports show of outputs.
+"""Tests of a report's figures of outputs.
 
-Numbers as numpy has them, pixels that stand for values, and rows read within a bound.
+Numbers agree with numpy, pixels show values, and rows are read within a bound.
 """
 
 from __future__ import annotations

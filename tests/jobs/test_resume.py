@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with, by the name of their folder."""
+"""Runs that are killed and resumed, by the name of their folder."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def test_another_run_is_not_gone_on_with(workplace: Path, capsys) -> None:
         (["--reduce", "mean"], 'reduce: null is stored, "mean" is given'),
         (
             ["--output", "runs/other"],
-            "--output: runs/mine is gone on with where it is, and so are its outputs; "
+            "--output: runs/mine is resumed in its place, with its outputs there; "
             "leave --output out",
         ),
         (
             ["--store=elsewhere"],
-            "--store=elsewhere: runs/mine is gone on with where it is, and so are its "
-            "outputs; leave --store out",
+            "--store=elsewhere: runs/mine is resumed in its place, with its outputs "
+            "there; leave --store out",
         ),
         (["--allow", "torch"], "data.path: 'users_resume.load' is not allowed"),
     ):

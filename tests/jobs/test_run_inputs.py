@@ -1,4 +1,4 @@
-"""What a run is made of: samples in files, classes, weights, samples of unequal shapes."""
+"""Tests of a run's inputs: samples in files, classes, weights, samples of unequal shapes."""
 
 from pathlib import Path
 
@@ -119,38 +119,101 @@ def test_tied_weights_may_be_given_once_and_halves_widen(tmp_path):
         weights.load(module, {"head.bias": state["head.bias"]}, "none")
 
 
-def test_samples_of_unequal_shapes_are_gathered(tmp_path, monkeypatch, capsys):
-    (tmp_path / "users_ragged.py").write_text(
-        "import shardmap, torch\nfrom shardmap.jobs import Dataset\n"
-        "def load():\n"
-        "    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]\n"
-        "    return Dataset({'x': shardmap.Ragged(rows), 'y': torch.arange(5.0)})\n"
-        "def both(x, y):\n    return {'sum': x.sum() * y, 'twice': 2 * x}\n"
-    )
+RAGGED = """
+import shardmap, torch
+from shardmap.jobs import Dataset
+ROWS = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5, 3, 2)]
+def load():
+    return Dataset({'x': shardmap.Ragged(ROWS), 'y': torch.arange(7.0)})
+def both(x, y):
+    return {'sum': x.sum() * y, 'twice': 2 * x}
+def total(x, y):
+    return {'sum': x.sum() * y, 'ends': x[[0, -1]]}
+"""
+ROWS = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5, 3, 2)]
+
+
+@pytest.fixture
+def ragged(tmp_path, monkeypatch):
+    """A configuration of samples of unequal shapes, in the folder that is current."""
+    (tmp_path / "users_ragged.py").write_text(RAGGED)
     (tmp_path / "run.yaml").write_text(
-        "data: users_ragged.load\nfunction: users_ragged.both\noutput: runs/ragged\n"
+        "data: users_ragged.load\nfunction: users_ragged.total\noutput: runs/ragged\n"
+        "chunk_size: 2\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "run.yaml"]) == 0
-    assert "5 samples of unequal shapes, a map for each shape" in capsys.readouterr().out
-    rows = [torch.arange(float(n)) + n for n in (3, 1, 4, 1, 5)]
+
+
+def test_results_of_unequal_shapes_are_gathered(ragged, capsys):
+    both = ["--function", "users_ragged.both"]
+    assert main(["run", "run.yaml", *both]) == 0
+    said = capsys.readouterr().out
+    assert "7 samples of unequal shapes and results, a map for each shape" in said
     found = load_file("runs/ragged/outputs.safetensors")
     torch.testing.assert_close(
-        found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(rows)])
+        found.pop("sum"), torch.stack([row.sum() * i for i, row in enumerate(ROWS)])
     )
-    assert found.keys() == {f"twice.{i}" for i in range(5)}
-    assert all(torch.equal(found[f"twice.{i}"], 2 * row) for i, row in enumerate(rows))
+    assert found.keys() == {f"twice.{i}" for i in range(7)}
+    assert all(torch.equal(found[f"twice.{i}"], 2 * row) for i, row in enumerate(ROWS))
     assert main(["resume", "runs/ragged"]) == 0
     assert "is complete" in capsys.readouterr().out
-    for words, said in (
+    for words, told in (
         (["verify", "runs/ragged"], "its outputs were gathered in memory"),
         (
-            ["run", "run.yaml", "--store", "store"],
-            "store: 'store', and samples are a shardmap.Ragged",
+            ["run", "run.yaml", *both, "--store", "store"],
+            "output 1 has shape [1] for some samples and [5] for others",
         ),
-        (["plan", "run.yaml"], "plan it for samples of one shape"),
+        (["plan", "run.yaml", *both], "a plan is of equal results"),
     ):
         assert main(words) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert said in error
+        assert told in error
+    assert not Path("store").exists()
+
+
+def test_samples_of_unequal_shapes_are_planned_stored_resumed_and_verified(ragged, capsys):
+    assert main(["plan", "run.yaml"]) == 0
+    assert "7 samples" in capsys.readouterr().out
+    assert main(["run", "run.yaml"]) == 0
+    store = shardmap.open_store("runs/ragged/results.zarr")
+    assert store.header.units == 4
+    torch.testing.assert_close(
+        store.read("sum", 0, 7), torch.stack([row.sum() * i for i, row in enumerate(ROWS)])
+    )
+    assert torch.equal(store.read("ends", 0, 7), torch.stack([r[[0, -1]] for r in ROWS]))
+    assert main(["verify", "runs/ragged", "--units", "4"]) == 0
+    assert "4 of 4 units recomputed: equal to the last bit" in capsys.readouterr().out
+    for kind in ("zarr", "safetensors", "memmap"):
+        words = ["run", "run.yaml", "--store", kind, "--store_kind", kind, "--output", f"r/{kind}"]
+        assert main(words) == 0
+        assert torch.equal(
+            shardmap.open_store(kind).read("ends", 0, 7), torch.stack([r[[0, -1]] for r in ROWS])
+        )
+        capsys.readouterr()
+        assert main(["resume", kind]) == 0
+
+
+def test_a_stopped_run_over_unequal_shapes_goes_on(ragged, monkeypatch, capsys):
+    from shardmap.call import shape_replay
+
+    rows, seen = shape_replay.ShapeReplay.chunk_into, []
+
+    def failing(self, size, start, *rest):
+        seen.append(start)
+        if len(seen) == 3:  # two units are written
+            raise KeyboardInterrupt
+        return rows(self, size, start, *rest)
+
+    monkeypatch.setattr(shape_replay.ShapeReplay, "chunk_into", failing)
+    assert main(["run", "run.yaml"]) != 0
+    store = shardmap.open_store("runs/ragged/results.zarr")
+    missing = store.missing()
+    assert 0 < len(missing) < 4
+    monkeypatch.undo()
+    monkeypatch.chdir(store.url.partition("/runs/")[0])
+    seen.clear()
+    assert main(["resume", "runs/ragged"]) == 0
+    store = shardmap.open_store(store.url)
+    assert not store.missing()
+    assert torch.equal(store.read("ends", 0, 7), torch.stack([r[[0, -1]] for r in ROWS]))

@@ -1,4 +1,4 @@
-"""Runs whose outputs go to a store: killed and gone on with, verified, and refused in words."""
+"""Runs whose outputs go to a store: killed and resumed, verified, and refused with a remedy."""
 
 from __future__ import annotations
 

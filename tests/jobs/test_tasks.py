@@ -1,6 +1,6 @@
 """Runs of every task, against torch.func on the same samples.
 
-What is written, planned, verified and gone on with.
+Their outputs are written, planned, verified and resumed.
 """
 
 from __future__ import annotations

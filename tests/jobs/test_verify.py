@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import shardmap
 from shardmap.jobs.cli import main
-from tests.jobs.stored_run import MODULE, chunks, forget_modules, rows
+from tests.jobs.stored_run import CONFIG, MODULE, chunks, forget_modules, rows
 from tests.jobs.stored_run import workplace as workplace
 
 
@@ -21,15 +22,18 @@ def test_a_good_store_is_verified_and_left_alone(workplace: Path, capsys) -> Non
     assert main(["verify", "store"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "6 of 6 units are committed; checksums: all as written"
-    assert out[-1] == "3 of 6 units recomputed: equal to the last bit"
+    assert out[-2] == "3 of 6 units recomputed: equal to the last bit"
+    assert out[-1].startswith(
+        "not compared with the plain loop: shardmap.compare(noisy, in_dims=0)"
+    )
+    assert "the function draws random numbers" in out[-1]
     seen, listening = chunks()
     with listening:
         assert main(["verify", "store", "--all", "--devices", '["cpu", "cpu"]']) == 0
     assert sorted(seen)[0] == (0, 4)
     assert sum(b - a for a, b in seen) == 23
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == "6 of 6 units recomputed: equal to the last bit"
-    )
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2] == "6 of 6 units recomputed: equal to the last bit"
     assert main(["verify", "store", "--units", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no unit was computed again"
     assert {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()} == before
@@ -71,8 +75,8 @@ def test_a_changed_number_with_a_right_checksum_is_found(workplace: Path, capsys
     assert main(["verify", "store", "--all"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "6 of 6 units are committed; checksums: all as written"
-    assert out[-3] == "6 of 6 units recomputed: 1 differ"
-    assert out[-2] == "unit 1 (rows 4 to 7): noisy differs by up to 0.25"
+    assert out[-4] == "6 of 6 units recomputed: 1 differ"
+    assert out[-3] == "unit 1 (rows 4 to 7): noisy differs by up to 0.25"
     assert main(["verify", "store", "--all", "--discard"]) == 1
     assert shardmap.open_store("store").missing() == [1]
     assert main(["verify", "store"]) == 0
@@ -87,9 +91,84 @@ def test_rounding_is_no_difference_and_is_said(workplace: Path, capsys) -> None:
     store.commit(store.write(1, changed))
     capsys.readouterr()
     assert main(["verify", "store", "--all"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-2]
     assert last.startswith("6 of 6 units recomputed: equal within rounding, largest difference ")
     assert last.endswith(", in norm")
+
+
+WITHOUT_DRAWS = """
+import torch, shardmap
+from shardmap.jobs import Dataset, Findings
+
+@torch.library.custom_op("users_loop::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+@shardmap.batching_rule(torch.ops.users_loop.twice.default, replace=True)
+def wrong(b, eq, args, kwargs):
+    return b.call(torch.ops.aten.mul.Tensor, args[0], 3)
+
+def load(*, rows: int = 23):
+    return Dataset({"x": torch.arange(3.0 * rows).view(rows, 3) / rows})
+
+def model(dataset):
+    return torch.arange(3.0)
+
+def wave(weight, x):
+    return (x * weight).sin()
+
+def energy(weight, x):
+    return (x * weight).sin().sum()
+
+def doubled(weight, x):
+    return twice(x)
+
+def report(outcome):
+    return Findings("done", {})
+"""
+
+
+def write_run(workplace: Path, function: str, *lines: str) -> None:
+    (workplace / "users_store.py").write_text(WITHOUT_DRAWS)
+    forget_modules()
+    text = CONFIG.replace("noisy", function).replace("randomness: different\n", "")
+    (workplace / "run.yaml").write_text("\n".join([text, *lines]))
+
+
+@pytest.mark.parametrize(
+    ("task", "function"),
+    [
+        ("vmap", "wave"),
+        ("per_sample_grad", "energy"),
+        ("jacobian", "wave"),
+        ("hessian", "energy"),
+    ],
+)
+def test_some_rows_are_computed_by_the_loop(
+    task: str, function: str, workplace: Path, capsys
+) -> None:
+    write_run(workplace, function, f"task: {task}")
+    main(["run", "run.yaml", "--store", "store"])
+    capsys.readouterr()
+    assert main(["verify", "store"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 6 units recomputed: equal to the last bit" in out
+    assert re.search(r"rows \d+ to \d+: .* the map agrees with the loop on [34] samples", out)
+
+
+def test_a_map_that_is_reproducible_and_wrong_is_found(workplace: Path, capsys) -> None:
+    write_run(workplace, "doubled", "check: 'off'")
+    main(["run", "run.yaml", "--store", "store"])
+    capsys.readouterr()
+    assert main(["verify", "store"]) == 1
+    out = capsys.readouterr().out
+    assert "3 of 6 units recomputed: equal to the last bit" in out
+    assert "the map DIFFERS from the loop" in out
+    assert "they part at users_loop::twice" in out
 
 
 @pytest.mark.parametrize("change", ["function", "model", "data"])

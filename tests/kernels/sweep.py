@@ -146,7 +146,7 @@ def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def subject_of(case: Case) -> Callable[..., Any]:
-    """What is mapped in the mode of `case`."""
+    """The function that is mapped in the mode of `case`."""
     function = case.function()
     if case.mode == "forward":
         return function
@@ -252,7 +252,7 @@ def judge_case(case: Case) -> oracle.Verdict:
 
 
 def _singular(build: Callable[..., oracle.Setting]) -> bool:
-    """Whether the loop itself divides by zero, or by rounding, as for equal columns.
+    """True if the loop itself divides by zero, or by rounding, as for equal columns.
 
     It gives infinities then, or something else in double precision.
     """
@@ -275,7 +275,7 @@ def _singular(build: Callable[..., oracle.Setting]) -> bool:
 
 
 def draws_random(case: Case) -> bool:
-    """Whether the operator draws random numbers: the loop has no one answer then."""
+    """True if the operator draws random numbers: the loop has no one answer then."""
     with sweep.RandomCalls() as watch:
         try:
             case.function()(*[t[0] for t in (case.leaves[i] for i in case.at)])

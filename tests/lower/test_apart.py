@@ -37,7 +37,7 @@ def _nothing_is_known() -> Iterator[None]:
 
 
 def test_a_chaotic_function_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
-    """Its batched products round otherwise; no operator falls to a loop, and nobody is warned."""
+    """Its batched products round differently; no operator falls to a loop, without a warning."""
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "shardmap"):
         warnings.simplefilter("error", shardmap.SlowLoopWarning)
         for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}):

@@ -1,4 +1,4 @@
-"""What autograd knows of replayed tensors: histories by writes, fresh leaves, tangents of outputs.
+"""Tests of replayed tensors in autograd: histories by writes, fresh leaves, tangents of outputs.
 
 Each case is a small form of a program that the differential fuzzer found.
 """

@@ -162,7 +162,8 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], Any]] = {
 def chunks(
     function: Callable[..., Any], batch: torch.Tensor, stop: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """A chunk's mapped outputs into fresh memory, the same into slices full of rubbish, and what was returned for those."""
+    """A chunk's mapped outputs into fresh memory, the same into slices filled with other values, and what
+    was returned for those."""
     plan = shardmap.plan(function, randomness="different")(batch)
     job = plan._job
     ready = plan._on.on("cpu", True)
@@ -276,7 +277,7 @@ class Operators(TorchDispatchMode):
     ],
 )
 def test_results_are_written_without_a_copy(name: str, copies: int) -> None:
-    """Where the last call of an output can write there itself, it does.
+    """The last call of an output writes into its slice if it can.
 
     Few are copied into their slices.
     """
@@ -313,37 +314,44 @@ x, y, w, i = (
 )
 positive = x.abs() + 0.1
 TABLE: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
-    *[(op.default, (x,), {}) for op in (aten.sin, aten.cos, aten.exp, aten.tanh, aten.sigmoid, aten.neg, aten.abs, aten.sign, aten.erf)],
-    *[(op.default, (positive,), {}) for op in (aten.log, aten.sqrt, aten.rsqrt, aten.reciprocal, aten.log1p, aten.lgamma, aten.silu)],
-    *[(op.Tensor, (x, y), {}) for op in (aten.add, aten.sub, aten.mul, aten.div, aten.lt, aten.ge, aten.eq, aten.ne, aten.remainder)],
-    *[(op.default, (x, y), {}) for op in (aten.maximum, aten.minimum, aten.atan2, aten.logaddexp, aten.hypot)],
-    *[(op.Scalar, (x, 0.3), {}) for op in (aten.add, aten.mul, aten.sub, aten.div, aten.lt, aten.gt, aten.eq)],
-    (aten.add.Tensor, (x, y), {"alpha": 2}), (aten.pow.Tensor_Scalar, (x, 2), {}), (aten.pow.Tensor_Tensor, (positive, y), {}),
-    (aten.bmm.default, (x, w), {}), (aten.baddbmm.default, (values(4, 2, 2), x, w), {}), (aten.mm.default, (x[0], w[0]), {}),
-    (aten.addmm.default, (values(2, 2), x[0], w[0]), {}), (aten.sum.dim_IntList, (x, [1]), {}), (aten.sum.dim_IntList, (x, [-1], True), {}),
-    (aten.sum.dim_IntList, (i, [1, 2]), {"dtype": torch.float64}), (aten.mean.dim, (x, [1, 2]), {}), (aten.amax.default, (x, [1]), {}),
-    (aten.amin.default, (x, [2], True), {}), (aten.prod.dim_int, (x, 1), {}), (aten.any.dim, (i, 1), {}), (aten.all.dim, (i, 2), {}),
-    (aten.argmax.default, (x, 1), {}), (aten.argmin.default, (x, 2, True), {}), (aten.cumsum.default, (x, 1), {}),
-    (aten.cumprod.default, (x, 2), {}), (aten.logsumexp.default, (x, [1]), {}), (aten.linalg_vector_norm.default, (x, 2, [1]), {}),
-    (aten._softmax.default, (x, 2, False), {}), (aten._log_softmax.default, (x, 1, False), {}), (aten.gelu.default, (x,), {}),
-    (aten.where.self, (x > 0, x, y), {}), (aten.clamp.default, (x, -0.5, 0.5), {}), (aten.clamp_min.default, (x, 0.1), {}),
-    (aten.cat.default, ([x, y], 1), {}), (aten.stack.default, ([x, y], 1), {}), (aten.gather.default, (x, 1, i.clamp(0, 1)), {}),
-    (aten.scatter_add.default, (x, 1, i.clamp(0, 1), y), {}), (aten.index_select.default, (x, 1, torch.tensor([1, 0, 1])), {}),
-    (aten.index.Tensor, (x, [None, torch.tensor([1, 0])]), {}), (aten.flip.default, (x, [1]), {}), (aten.roll.default, (x, [1], [2]), {}),
-    (aten.tril.default, (x,), {}), (aten.triu.default, (x, 1), {}), (aten.logical_not.default, (i,), {}),
-    (aten.bitwise_and.Tensor, (i, i), {}),
-    (aten.embedding.default, (values(5, 3), i[:, 0]), {}), (aten.threshold_backward.default, (x, y, 0), {}),
-    (aten.sigmoid_backward.default, (x, y), {}), (aten.tanh_backward.default, (x, y), {}),
-    (aten._softmax_backward_data.default, (x, y, 2, torch.float64), {}), (aten.clone.default, (x,), {}), (aten._to_copy.default, (x,), {}),
-    (aten.repeat.default, (x, [1, 2, 1]), {}), (aten.constant_pad_nd.default, (x, [1, 1]), {}),
-    (aten.masked_fill.Scalar, (x, x > 0, 2), {}),
+    *[(op.default, (x,), {}) for op in (aten.sin, aten.cos, aten.exp, aten.tanh, aten.sigmoid,
+    aten.neg, aten.abs, aten.sign, aten.erf)], *[(op.default, (positive,), {}) for op in (aten.log,
+    aten.sqrt, aten.rsqrt, aten.reciprocal, aten.log1p, aten.lgamma, aten.silu)], *[(op.Tensor, (x,
+    y), {}) for op in (aten.add, aten.sub, aten.mul, aten.div, aten.lt, aten.ge, aten.eq, aten.ne,
+    aten.remainder)], *[(op.default, (x, y), {}) for op in (aten.maximum, aten.minimum, aten.atan2,
+    aten.logaddexp, aten.hypot)], *[(op.Scalar, (x, 0.3), {}) for op in (aten.add, aten.mul,
+    aten.sub, aten.div, aten.lt, aten.gt, aten.eq)], (aten.add.Tensor, (x, y), {"alpha": 2}),
+    (aten.pow.Tensor_Scalar, (x, 2), {}), (aten.pow.Tensor_Tensor, (positive, y), {}),
+    (aten.bmm.default, (x, w), {}), (aten.baddbmm.default, (values(4, 2, 2), x, w), {}),
+    (aten.mm.default, (x[0], w[0]), {}), (aten.addmm.default, (values(2, 2), x[0], w[0]), {}),
+    (aten.sum.dim_IntList, (x, [1]), {}), (aten.sum.dim_IntList, (x, [-1], True), {}),
+    (aten.sum.dim_IntList, (i, [1, 2]), {"dtype": torch.float64}), (aten.mean.dim, (x, [1, 2]), {}),
+    (aten.amax.default, (x, [1]), {}), (aten.amin.default, (x, [2], True), {}), (aten.prod.dim_int,
+    (x, 1), {}), (aten.any.dim, (i, 1), {}), (aten.all.dim, (i, 2), {}), (aten.argmax.default, (x,
+    1), {}), (aten.argmin.default, (x, 2, True), {}), (aten.cumsum.default, (x, 1), {}),
+    (aten.cumprod.default, (x, 2), {}), (aten.logsumexp.default, (x, [1]), {}),
+    (aten.linalg_vector_norm.default, (x, 2, [1]), {}), (aten._softmax.default, (x, 2, False), {}),
+    (aten._log_softmax.default, (x, 1, False), {}), (aten.gelu.default, (x,), {}), (aten.where.self,
+    (x > 0, x, y), {}), (aten.clamp.default, (x, -0.5, 0.5), {}), (aten.clamp_min.default, (x, 0.1),
+    {}), (aten.cat.default, ([x, y], 1), {}), (aten.stack.default, ([x, y], 1), {}),
+    (aten.gather.default, (x, 1, i.clamp(0, 1)), {}), (aten.scatter_add.default, (x, 1, i.clamp(0,
+    1), y), {}), (aten.index_select.default, (x, 1, torch.tensor([1, 0, 1])), {}),
+    (aten.index.Tensor, (x, [None, torch.tensor([1, 0])]), {}), (aten.flip.default, (x, [1]), {}),
+    (aten.roll.default, (x, [1], [2]), {}), (aten.tril.default, (x,), {}), (aten.triu.default, (x,
+    1), {}), (aten.logical_not.default, (i,), {}), (aten.bitwise_and.Tensor, (i, i), {}),
+    (aten.embedding.default, (values(5, 3), i[:, 0]), {}), (aten.threshold_backward.default, (x, y,
+    0), {}), (aten.sigmoid_backward.default, (x, y), {}), (aten.tanh_backward.default, (x, y), {}),
+    (aten._softmax_backward_data.default, (x, y, 2, torch.float64), {}), (aten.clone.default, (x,),
+    {}), (aten._to_copy.default, (x,), {}), (aten.repeat.default, (x, [1, 2, 1]), {}),
+    (aten.constant_pad_nd.default, (x, [1, 1]), {}), (aten.masked_fill.Scalar, (x, x > 0, 2), {}),
     (aten.convolution.default, (x, values(3, 2, 2), None, [1], [0], [1], False, [0], 1), {}),
-    (aten._adaptive_avg_pool2d.default, (x[:, None], [1, 2]), {}), (aten.avg_pool2d.default, (x[:, None], [2, 2]), {}),
-    (aten.addcmul.default, (x, x, y), {"value": 0.5}), (aten.lerp.Scalar, (x, y, 0.3), {}), (aten.zeros_like.default, (x,), {}),
-    (aten.full_like.default, (x, 3.0), {}), (aten.linalg_cross.default, (x, y), {"dim": 2}), (aten.mse_loss.default, (x, y, 0), {}),
-    (aten.select_backward.default, (x[:, 0], [4, 2, 3], 1, 0), {}), (aten.slice_backward.default, (x[:, :1], [4, 2, 3], 1, 0, 1, 1), {}),
-    (aten.embedding_dense_backward.default, (x, i[:, :, 0], 5, -1, False), {}),
-    (aten.index_add.default, (x, 1, torch.tensor([0, 1]), y), {}),
+    (aten._adaptive_avg_pool2d.default, (x[:, None], [1, 2]), {}), (aten.avg_pool2d.default, (x[:,
+    None], [2, 2]), {}), (aten.addcmul.default, (x, x, y), {"value": 0.5}), (aten.lerp.Scalar, (x,
+    y, 0.3), {}), (aten.zeros_like.default, (x,), {}), (aten.full_like.default, (x, 3.0), {}),
+    (aten.linalg_cross.default, (x, y), {"dim": 2}), (aten.mse_loss.default, (x, y, 0), {}),
+    (aten.select_backward.default, (x[:, 0], [4, 2, 3], 1, 0), {}), (aten.slice_backward.default,
+    (x[:, :1], [4, 2, 3], 1, 0, 1, 1), {}), (aten.embedding_dense_backward.default, (x, i[:, :, 0],
+    5, -1, False), {}), (aten.index_add.default, (x, 1, torch.tensor([0, 1]), y), {}),
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ INSIDE = ("torch", "shardmap")
 
 
 class Calls:
-    """How often a mapped function has been called since the last test."""
+    """Counts the calls of a mapped function since the last test."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -75,7 +75,7 @@ def vmap(
 
 
 def put_in_place() -> None:
-    """Have whoever imports `vmap` from torch from now on get this one."""
+    """Replace torch's `vmap` for all later imports of it."""
     torch.func.vmap = torch.vmap = vmap
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

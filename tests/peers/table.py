@@ -12,8 +12,8 @@ class Peer:
     package: str
     """Its name on PyPI."""
     tests: str = ""
-    """Where its tests are in its source distribution; empty if it has none, or they are not in
-    it: then `--tests` names them."""
+    """Folder of the tests in the source distribution; empty if it has none, or they are not in it:
+    then `--tests` names them."""
     needs: tuple[str, ...] = ()
     """Other packages, without what torch brings."""
     options: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What tests of the planner share: random memory models, and batches of distinct samples."""
+"""Helpers for tests of the planner: random memory models, and batches of distinct samples."""
 
 from __future__ import annotations
 

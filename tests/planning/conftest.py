@@ -9,5 +9,5 @@ from shardmap.lower import cache as engine
 
 @pytest.fixture(autouse=True)
 def _nothing_learned() -> None:
-    """What one test teaches about a program is not for the next."""
+    """Clear the measurements of programs, so that tests do not depend on each other."""
     engine.clear()

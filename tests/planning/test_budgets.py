@@ -113,7 +113,7 @@ def test_not_even_one_sample_within_the_budget(samples: int) -> None:
 
 
 def test_a_result_over_the_budget(tmp_path: Path) -> None:
-    """What stays is the problem, not the chunk; both remedies that the message offers help."""
+    """The kept results exceed the budget, not the chunk; both remedies of the message help."""
     batch = batch_of(1009, 100)
     with pytest.raises(
         errors.OverBudget,

@@ -1,4 +1,4 @@
-"""What print(plan) and plan.explain() say."""
+"""Tests of the text of print(plan) and plan.explain()."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_an_operator_that_is_lifted_in_part_says_so() -> None:
 
 
 def test_shares_add_up_to_the_predicted_time() -> None:
-    """What chunks cost beside their operators is a part of it.
+    """The cost of chunks beside their operators is a part of the predicted time.
 
     With one sample at a time, most of it.
     """

@@ -54,7 +54,7 @@ def test_a_recording_draws_nothing_from_the_default_generator(name: str) -> None
 
 
 def test_dropout_is_torchs() -> None:
-    """Kept elements are scaled, others zero, as many as asked for; strides are the operator's."""
+    """Kept elements are scaled, the given share is zero; strides are the operator's."""
     rows = torch.ones(64, 64).t()
     out, mask = PrivateGenerators(3).run(aten.native_dropout.default, (rows, 0.25, True), {})
     wanted, torchs = torch.native_dropout(rows, 0.25, True)

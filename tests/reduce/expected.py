@@ -1,4 +1,4 @@
-"""What torch's own reductions make of stacked outputs."""
+"""Expected reductions, by torch's own reductions of stacked outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch_of(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def reduced(name: str, stacked: torch.Tensor) -> torch.Tensor:
-    """What torch makes of the loop's stack."""
+    """The reduction of the loop's stack by torch."""
     return {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax, "min": stacked.amin}[
         name
     ](0)
@@ -47,7 +47,7 @@ def exact(name: str, stacked: torch.Tensor) -> torch.Tensor:
 
 
 def permitted(name: str, dtype: torch.dtype) -> bool:
-    """Whether the reduction is defined for the dtype."""
+    """True if the reduction is defined for the dtype."""
     if name == "mean":
         return dtype.is_floating_point or dtype.is_complex
     return name == "sum" or not dtype.is_complex

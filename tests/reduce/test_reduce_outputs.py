@@ -231,7 +231,7 @@ def several(x: torch.Tensor) -> dict[str, Any]:
 
 
 def apply(reduction: Any, stacked: torch.Tensor, out_dim: int) -> torch.Tensor:
-    """What one reduction makes of one stacked output."""
+    """The result of one reduction of one stacked output."""
     if reduction is None:
         return stacked.movedim(0, out_dim).contiguous()
     if isinstance(reduction, tuple):
@@ -296,7 +296,7 @@ def test_a_reduction_that_does_not_fit_is_refused(reduce: Any) -> None:
 
 
 def unchanged_outputs_count_for_each_sample(**options: Any) -> None:
-    """Sums, means, extremes and folds of what no sample changes, on any executor."""
+    """Sums, means, extremes and folds of unmapped outputs, on any executor."""
     weight = batch_of(torch.float64, 3)
     batch = batch_of(torch.float64, 7, 3)
 

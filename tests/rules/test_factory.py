@@ -37,7 +37,7 @@ MAKERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_alone(name: str) -> None:
-    """As an output, and as an operand."""
+    """Each factory call is tried as an output, and as an operand."""
     make = MAKERS[name]
     check(make, real(2, 3), gradient=False)
     check(lambda x: make(x).double().sum() + x.sum(), real(2, 3))

@@ -134,7 +134,7 @@ def test_hessian_of_a_log_determinant() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"chunk_size": 2}])
 def test_gradients_of_a_solution(options, layout):
-    """What the kernel factorises depends on torch's version and on the matrix's layout."""
+    """The factorised matrix depends on torch's version and on the matrix's layout."""
     matrices = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(1)).double()
     matrices = matrices @ matrices.mT + 2 * torch.eye(3, dtype=torch.float64)
     matrices += torch.arange(9.0).view(3, 3) / 10  # not symmetric

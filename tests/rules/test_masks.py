@@ -1,4 +1,4 @@
-"""Backward operators that take a mask of the gradients asked for: every combination of it."""
+"""Backward operators that take a mask of the wanted gradients: every combination of it."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _quiet() -> Any:
 
 
 def distinct(inner: str, outer: str, outers: int = 11) -> int:
-    """How many rows differ, of 4 inner samples in each outer one."""
+    """Number of distinct rows, of 4 inner samples in each outer one."""
     return (4 if inner == "different" else 1) * (outers if outer == "different" else 1)
 
 
@@ -97,7 +97,7 @@ def test_each_pair_draws_as_both_maps_say(name: str, inner: Any, outer: Any) -> 
 
 @pytest.mark.parametrize(("inner", "outer"), PAIRS)
 def test_as_torch_says_for_nested_maps(inner: Any, outer: Any) -> None:
-    """As many draws as torch.func.vmap makes, whichever of the two maps is ours."""
+    """There are as many draws as with torch.func.vmap, whichever of the two maps is ours."""
     f = RULES["randn"]
     theirs = torch.func.vmap(torch.func.vmap(f, randomness=inner), randomness=outer)(x)
     mixed = torch.func.vmap(shardmap.vmap(f, randomness=inner), randomness=outer)(x)
@@ -112,7 +112,7 @@ def test_as_torch_says_for_nested_maps(inner: Any, outer: Any) -> None:
 @pytest.mark.parametrize("inner", ["different", "same", "error"])
 @pytest.mark.parametrize("outer", ["different", "same", "error"])
 def test_either_map_may_refuse(inner: Any, outer: Any) -> None:
-    """As torch.func.vmap does."""
+    """Either map refuses in the same cases as torch.func.vmap."""
     f = RULES["randn"]
     nested = shardmap.vmap(shardmap.vmap(f, randomness=inner), randomness=outer)
     if "error" not in (inner, outer):

@@ -144,7 +144,7 @@ CASES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name: str) -> None:
-    """What is special about single operators."""
+    """Single operators have special cases."""
     func, maker = CASES[name]
     check(func, maker, sizes=(3, 1), tolerance=1e-6 if name == "norm_dtype" else 1e-9)
 

@@ -78,7 +78,7 @@ def taking_turns(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
 
 @pytest.fixture
 def events() -> Iterator[list[Any]]:
-    """What happened."""
+    """The events that a map has reported."""
     heard: list[Any] = []
     with listen(heard.append):
         yield heard

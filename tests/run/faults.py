@@ -40,7 +40,7 @@ class Pretend:
 
 @dataclass
 class Script:
-    """What is to go wrong, and what was computed."""
+    """The faults that are injected, and the samples that were computed."""
 
     early: Callable[[Any, Chunk, int], None] = lambda lane, chunk, call: None
     """Called before a chunk is computed, with the number of the call; may raise."""
@@ -48,7 +48,7 @@ class Script:
     """Called after it."""
     calls: int = 0
     computed: collections.Counter[int] = field(default_factory=collections.Counter)
-    """How often each sample was."""
+    """Number of times that each sample was computed."""
     by_lane: collections.Counter[int] = field(default_factory=collections.Counter)
     """Samples computed by each lane."""
     made: list[StorageWeakRef] = field(default_factory=list)

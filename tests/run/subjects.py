@@ -38,17 +38,17 @@ class Subject:
     """One sample of each argument."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
     argument: torch.dtype | None = None
-    """Of the arguments, if not the dtype."""
+    """Dtype of the arguments, if it differs from `dtype`."""
     outputs: int = 1
     order: int = 2
-    """How often it can be differentiated."""
+    """Number of times that it can be differentiated."""
 
 
 SUBJECTS: dict[str, Subject] = {}
 
 
 def differentiable(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or where nobody outside asks for its gradient, a leaf of the function's own."""
+    """`t`, or a leaf of the function's own if `t` needs no outer gradient."""
     return t if t.requires_grad else t.detach().requires_grad_()
 
 
@@ -212,7 +212,7 @@ def calls(draw: Any, gradients: bool = False) -> dict[str, Any]:
 
 
 def differentiates(dtype: torch.dtype) -> bool:
-    """Whether tensors of that dtype have gradients."""
+    """True if tensors of that dtype have gradients."""
     return dtype.is_floating_point or dtype.is_complex
 
 

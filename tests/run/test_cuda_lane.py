@@ -55,7 +55,7 @@ class Event:
             raise torch.AcceleratorError("the device is gone")
 
     def query(self) -> bool:
-        """Whether it has happened."""
+        """True if it has happened."""
         self.queries += 1
         if self.queries < self.LATE:
             return False

@@ -51,8 +51,9 @@ def test_gradients_from_outside_equal_the_loops(call: dict[str, Any]) -> None:
 )
 def test_twice_differentiated_through_recomputed_chunks(name: str, chunk_size: Any) -> None:
     call = {
-        "name": name, "dtype": torch.float64, "samples": 7, "in_dims": (0,) * len(SUBJECTS[name].shapes), "out_dim": 0, "devices": "auto",
-        "chunk_size": chunk_size, "output_device": None, "remat": True, "trace": "each",
+        "name": name, "dtype": torch.float64, "samples": 7, "in_dims": (0,) *
+        len(SUBJECTS[name].shapes), "out_dim": 0, "devices": "auto", "chunk_size": chunk_size,
+        "output_device": None, "remat": True, "trace": "each",
     }  # fmt: skip
     verdict = oracle.compare(
         setting(call, True), shardmap.vmap, oracle.Checks(second_order=True, refusals=())
@@ -138,7 +139,8 @@ LARGE = {
 def test_results_on_huge_pages(
     dtype: torch.dtype, function: str, chunk_size: Any, out_dim: int, devices: Any
 ) -> None:
-    """Results of more than 4 MiB have memory of another kind, and the same values, dtype and layout."""
+    """Results of more than 4 MiB have memory of another kind, and the same values, dtype and
+    layout."""
     samples = {8: 7, 4: 11, 2: 19, 1: 37}[dtype.itemsize]
     batch = values(1, samples, 300, 400, dtype=dtype)
     mapped = LARGE[function]
@@ -210,7 +212,7 @@ def test_draws_do_not_depend_on_how_the_map_is_computed(name: str, reduce: Any) 
 
 
 def test_one_call_draws_one_seed_whatever_its_chunks() -> None:
-    """What is drawn after the map does not depend on how it was computed."""
+    """Draws after the map do not depend on how it was computed."""
     after = set()
     for chunk_size in CHUNKS:
         torch.manual_seed(5)
@@ -229,7 +231,7 @@ def test_one_call_draws_one_seed_whatever_its_chunks() -> None:
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("samples", [0, 1, 13])
 def test_every_sample_is_computed_once(devices: Any, chunk_size: Any, samples: int) -> None:
-    """Chunks partition the batch, none larger than was asked for."""
+    """Chunks partition the batch, none larger than requested."""
     events: list[Any] = []
     with listen(events.append):
         shardmap.vmap(torch.sin, devices=devices, chunk_size=chunk_size)(torch.zeros(samples))

@@ -165,7 +165,7 @@ REDUCTIONS: tuple[Any, ...] = (
 def test_results_come_to_one_device(
     output_device: Any, home: str, reduce: Any, chunk_size: Any, eight_gpus: Counter[str]
 ) -> None:
-    """No call mixes devices, whatever the reduction, and results are where they were asked for."""
+    """No call mixes devices, whatever the reduction, and results are on the requested devices."""
     with FakeTensorMode(), torch.no_grad():
         batch = torch.randn(101, 600, device=home)  # 146 MiB of results: large enough to be planned
         mapped = shardmap.vmap(

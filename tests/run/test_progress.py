@@ -175,7 +175,7 @@ print(shardmap.vmap(lambda r: inner(r).sum(), chunk_size=2, progress={value!r})(
 
 
 def test_there_is_one_bar_at_a_time() -> None:
-    """A map inside another one's bar, however it is asked to show itself, draws nothing of its own."""
+    """A map inside another one's bar draws nothing of its own, whatever its option."""
     console = rich.console.Console(
         file=io.StringIO(), force_terminal=True, width=100, color_system=None
     )
@@ -215,9 +215,9 @@ def test_an_empty_batch_and_the_end() -> None:
 
 
 def test_where_nobody_watches_events_and_texts_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the command line uses it.
+    """The command line uses it in this way.
 
-    Its log messages have somewhere to go, and rich is not asked for.
+    Its log messages are handled, and rich is not imported.
     """
     monkeypatch.setattr(progress, "require", None)
     for stream in (io.StringIO(), None):
@@ -282,7 +282,7 @@ def test_nothing_is_left_running_after_an_error(error: type[BaseException]) -> N
 def test_the_command_line_shows_what_jobs_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the map's line begins.
+    """Messages are shown at the begin of the map's line.
 
     Warnings stay above it, and the engine's own messages are for the log.
     """

@@ -79,7 +79,7 @@ def batch(samples: int = 40, width: int = 50) -> torch.Tensor:
 
 
 def equal(store: shardmap.Store, x: torch.Tensor) -> None:
-    """What is stored is what this process computes alone, to the last bit."""
+    """Assert that the stored rows are those that this process computes alone, to the last bit."""
     want = shardmap.vmap(function, chunk_size=store.header.unit)(x)
     for k, expected in enumerate(want):
         got = store.read(k, 0, len(x))
@@ -140,7 +140,7 @@ def test_several_workers_die_at_several_units(folder: Path, tmp_path: Path) -> N
 def test_a_unit_whose_workers_always_die_is_given_up_and_resumed(
     folder: Path, tmp_path: Path
 ) -> None:
-    """What is committed stays; only what is missing is computed then."""
+    """Committed units stay; only the missing ones are computed then."""
     x, sink = batch(), shardmap.ZarrSink(tmp_path / "store")
     for _ in range(20):
         faulty.order(folder, "die before 2")
@@ -252,12 +252,12 @@ def test_a_worker_short_of_memory_halves_its_chunks(folder: Path) -> None:
 
 
 def test_workers_killed_for_their_memory_get_smaller_chunks(folder: Path, tmp_path: Path) -> None:
-    """Nobody says why they died: the second time, the chunk is halved, then again."""
+    """The cause of death is unknown: the second time, the chunk is halved, then again."""
     (folder / "largest-chunk").write_text("4")
     x = batch(32, 300)
     store = shardmap.vmap(
-        lambda v: torch.outer(v, v), devices=shardmap.Ray(workers=1), chunk_size=16, out=shardmap.ZarrSink(tmp_path / "store"),
-        memory_budget="1GiB",
+        lambda v: torch.outer(v, v), devices=shardmap.Ray(workers=1), chunk_size=16,
+        out=shardmap.ZarrSink(tmp_path / "store"), memory_budget="1GiB",
     )(x)  # fmt: skip
     torch.testing.assert_close(store.read(0, 0, 32), torch.einsum("ni,nj->nij", x, x))
     assert collections.Counter(faulty.computed(folder)) == {0: 4, 16: 4}
@@ -281,7 +281,7 @@ def test_an_error_of_the_function_is_not_tried_again(folder: Path, tmp_path: Pat
 def test_a_store_that_workers_do_not_see_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on machines whose disks are their own: the place is there, and another run in it."""
+    """The place exists on a worker's own disk, with another run in it."""
     other = shardmap.vmap(function, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "other"))(
         batch(8)
     )

@@ -52,7 +52,7 @@ def join(cluster: Any) -> None:
 
 
 def test_a_node_is_removed_and_another_one_joins(cluster: Any, tmp_path: Path) -> None:
-    """What the lost node computed and did not deliver is computed again, on what is left, and on what joins later."""
+    """The lost node's undelivered results are computed again, on the other nodes and a new one."""
     first, second = node(cluster), node(cluster)
     join(cluster)
     x, events, changes, at = batch(1000), list[Event](), list[str](), list[int]()
@@ -149,7 +149,7 @@ DRIVER = """
 
 
 def test_a_killed_driver_is_resumed(cluster: Any, tmp_path: Path) -> None:
-    """The cluster goes on without it; its workers end; what was committed is not computed again."""
+    """The cluster continues without it; its workers end; what was committed is not computed again."""
     node(cluster)
     node(cluster)
     (tmp_path / "orders").mkdir()

@@ -1,4 +1,4 @@
-"""What the local executor is tested for, on Ray's workers.
+"""The suite of the local executor, on Ray's workers.
 
 The loop's values, draws and reductions, whatever the chunks and dimensions.
 """
@@ -58,8 +58,9 @@ def test_a_map_equals_the_loop(name: str) -> None:
         itertools.product((0, 1, 3, 13), CHUNKS), itertools.cycle(what.dtypes), strict=False
     ):
         call = {
-            "name": name, "dtype": dtype, "samples": samples, "in_dims": next(dims), "out_dim": -(samples % 2), "devices": TWO,
-            "chunk_size": chunk_size, "output_device": None, "remat": False, "trace": "once" if samples == 3 else "each",
+            "name": name, "dtype": dtype, "samples": samples, "in_dims": next(dims), "out_dim":
+            -(samples % 2), "devices": TWO, "chunk_size": chunk_size, "output_device": None,
+            "remat": False, "trace": "once" if samples == 3 else "each",
         }  # fmt: skip
         verdict = oracle.compare(
             setting(call, False), shardmap.vmap, oracle.Checks(gradient=False, refusals=())
@@ -263,7 +264,8 @@ def test_plans_have_a_lane_for_each_worker() -> None:
 def test_what_is_in_a_store_is_told_apart_by_its_checksums(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large store passes once through the workers, and not through the driver for the sake of a hash."""
+    """A large store passes once through the workers, and not through the driver for the sake of a
+    hash."""
     x = values(1, 23, 5, dtype=torch.float32)
     shardmap.vmap(lambda v: v * 2, chunk_size=4, out=shardmap.ZarrSink(tmp_path / "doubled"))(x)
     read: list[tuple[int, int]] = []

@@ -118,7 +118,7 @@ TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, 
 
 @given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 4))
 def test_chunks_are_spread_evenly(chunks: int, workers: int, window: int):
-    """Nobody has two chunks more than another."""
+    """No worker has two chunks more than another."""
     schedule = Schedule(singles(chunks), window, 0)
     for worker in range(workers):
         schedule.join(worker)
@@ -226,7 +226,7 @@ def test_a_suspect_waits_for_others_unless_there_are_none():
 
 @pytest.mark.parametrize(("chunks", "first"), [(1, 1), (2, 1), (3, 1), (4, 2), (9, 2)])
 def test_few_chunks_wait_for_workers_that_are_to_come(chunks: int, first: int):
-    """Whoever comes first takes a second chunk only if one is left for each of the others."""
+    """The first worker takes a second chunk only if one is left for each of the others."""
     schedule = Schedule(singles(chunks), 2, 0, expected=3)
     schedule.join("a")
     assert len(list(schedule.assignments())) == first

@@ -120,7 +120,7 @@ def test_random_times_have_the_mean_that_was_asked_for():
 
 
 def test_a_slow_worker_does_less():
-    """Chunks go to whoever has room, so that the time is that of the sum of all speeds, but for the last chunks."""
+    """Chunks go to workers with room, so that the time is that of the sum of all speeds, but for the last chunks."""
     cluster = Cluster(
         53,
         1.0,

@@ -50,7 +50,7 @@ def threads(phases: dict[str, list[dict[str, Any]]]) -> dict[int, str]:
 
 
 def colour(path: Path, code: int) -> Any:
-    """Where a picture has that colour."""
+    """True for each pixel of a picture that has this colour."""
     image = matplotlib.image.imread(path)[..., :3]
     return np.abs(image - np.array([code >> 16, code >> 8 & 255, code & 255]) / 255).max(-1) < 0.05
 
@@ -171,8 +171,9 @@ def test_chunks_in_flight_side_by_side_follow_each_other(tmp_path: Path) -> None
     Viewers drop events of a thread that overlap; seconds are those reported.
     """
     events = [
-        RunStarted(30, 3, ("cuda:0",)), ChunkDone("cuda:0", 0, 10, 1.0, at=51.0), ChunkDone("cuda:0", 10, 20, 1.9, at=52.0),
-        ChunkDone("cuda:0", 20, 30, 1.1, at=53.3), RunFinished(3.5, at=53.5),
+        RunStarted(30, 3, ("cuda:0",)), ChunkDone("cuda:0", 0, 10, 1.0, at=51.0),
+        ChunkDone("cuda:0", 10, 20, 1.9, at=52.0), ChunkDone("cuda:0", 20, 30, 1.1, at=53.3),
+        RunFinished(3.5, at=53.5),
     ]  # fmt: skip
     timeline.write(tmp_path / "trace.json", events)
     got = [
@@ -328,7 +329,8 @@ def test_a_picture_of_no_known_kind_is_refused(name: str, tmp_path: Path) -> Non
 def test_what_has_the_name_is_complete(
     error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted, or on a full disk, the file of before stays, and nothing half-written beside it."""
+    """Interrupted, or on a full disk, the file of before stays, and nothing half-written beside
+    it."""
     plan, path = planned(), tmp_path / "trace.json"
     plan.run()
     path.write_text("before")

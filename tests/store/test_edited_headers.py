@@ -1,4 +1,4 @@
-"""Headers that somebody has edited: each change of a field ends in a named error or equal rows."""
+"""Headers that were edited by hand: each change of a field ends in a named error or equal rows."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def test_errors_of_remote_clients_are_put_into_words(
     receipt = store.write(0, [torch.zeros(4), torch.zeros(4, 3, 5).bfloat16()])
 
     class ClientError(Exception):
-        """As botocore has it: no OSError."""
+        """An error like botocore's, which is no OSError."""
 
     def refuse(*_: object, **__: object) -> None:
         raise ClientError("AccessDenied\nrequest id 7")

@@ -1,4 +1,4 @@
-"""What every kind of store does.
+"""Tests that every kind of store must pass.
 
 Rows come back bit for bit, and nothing is there that is not committed.
 """

@@ -1,7 +1,7 @@
 """Random numbers in several threads: `python -m tests.threads.drawing WHAT`.
 
 What a recording draws comes from generators of its own, so that a thread that draws with torch
-meanwhile sees the same stream as ever, and no number twice.
+meanwhile sees the usual stream, and no number twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def noisy(r: Tensor) -> Tensor:
 
 
 def beside(work: Callable[[], None], draw: Callable[[], float], least: int) -> list[float]:
-    """What `draw` gave in another thread while `work` ran, at least so often."""
+    """The values of `draw` in another thread while `work` ran; there are at least `least`."""
     drawn: list[float] = []
     done = threading.Event()
 

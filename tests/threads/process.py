@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, *arguments: object, seconds: float) -> str:
-    """What `python -m tests.threads.<module>` prints; fails with all stacks if it hangs."""
+    """The output of `python -m tests.threads.<module>`; fails with all stacks if it hangs."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.threads.{module}", *map(str, arguments)],
         cwd=ROOT,

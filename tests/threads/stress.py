@@ -2,7 +2,7 @@
 
 Run as `python -m tests.threads.stress KIND THREADS PROGRAMS INTERVAL`.
 
-Every thread maps functions that nobody has mapped before, and compares with the loop.
+Every thread maps functions that are new to the process, and compares with the loop.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_three_hundred_interrupts(seed: int) -> None:
 
 @contextlib.contextmanager
 def entered_by_halves() -> Iterator[None]:
-    """What an interrupt leaves of torch's own managers, all at once."""
+    """Put torch's own managers into all states that an interrupt can leave."""
     try:
         functorch._grad_increment_nesting()
         functorch._jvp_increment_nesting()
@@ -56,7 +57,7 @@ def entered_by_halves() -> Iterator[None]:
 
 
 def watching() -> None:
-    """What an interrupt leaves where it strikes as the watch for seeds begins."""
+    """Leave the watch for seeds as an interrupt at its start does."""
     generator.Watch().__enter__()
 
 
@@ -137,6 +138,8 @@ def test_an_interrupt_where_the_random_states_are_about_to_be_restored(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recording draws from torch's generator, to see seeds that a function sets."""
+    # Idle threads of other tests' tools would keep the states from being read.
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
     place = surroundings if kind == "recording" else prepare
     restored = place.restore_default_generators
 

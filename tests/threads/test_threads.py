@@ -40,7 +40,7 @@ def test_random_numbers(what: str) -> None:
 
 
 def test_modes_that_are_switched_off_around_a_map() -> None:
-    """As a signal handler may find them: the map records what the function does all the same."""
+    """A signal handler may find modes off: the map still records what the function does."""
     x = torch.arange(12.0).view(3, 4)
     weight = torch.ones(4)
 

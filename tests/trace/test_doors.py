@@ -232,7 +232,7 @@ def node_hook(door: Door) -> Door:
 
 
 def saved_tensors(door: Door) -> Door:
-    """What is packed for the backward goes through the door."""
+    """Tensors that are packed for the backward go through the door."""
 
     def function(r: torch.Tensor) -> torch.Tensor:
         q = r.detach().requires_grad_()

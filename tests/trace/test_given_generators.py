@@ -98,7 +98,7 @@ def test_draws_follow_from_the_state_and_the_sample_alone(name: str, randomness:
 
 
 def test_a_call_draws_nothing_from_torchs_generator() -> None:
-    """Where the function draws from the user's alone."""
+    """The function draws from the user's generator alone."""
     g, before = Generator(), torch.get_rng_state()
     shardmap.vmap(lambda r: r + torch.randn(3, generator=g), randomness="different")(x)
     assert torch.equal(before, torch.get_rng_state())
@@ -147,7 +147,7 @@ def test_torchs_own_generator_passed_by_name() -> None:
 
 
 def test_two_generators_with_one_seed_draw_the_same() -> None:
-    """As in the loop: common random numbers cancel, whatever else the function draws."""
+    """As in the loop, common random numbers cancel, whatever else the function draws."""
     a, b = Generator().manual_seed(5), Generator().manual_seed(5)
 
     def f(r: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def test_two_generators_with_one_seed_draw_the_same() -> None:
 
 
 def test_one_generator_in_two_maps() -> None:
-    """The second call goes on where the first has stopped."""
+    """The second call continues the stream of the first."""
     g = Generator().manual_seed(5)
     one = shardmap.vmap(lambda r: torch.rand(3, generator=g), randomness="different")
     two = shardmap.vmap(lambda r: torch.rand(3, generator=g) * 1, randomness="different")
@@ -170,7 +170,7 @@ def test_one_generator_in_two_maps() -> None:
 
 
 def test_another_generator_under_trace_once() -> None:
-    """What is remembered is which generator it is; a call with another draws from that one."""
+    """The recording is of one generator; a call with another draws from that one."""
     holder = {"g": Generator().manual_seed(1)}
     f = lambda r: r * 0 + torch.randn(3, generator=holder["g"])
     mapped = shardmap.vmap(f, randomness="different", trace="once")
@@ -305,7 +305,7 @@ def test_states_set_inside_are_refused(function: Draw, passed: bool, randomness:
         mapped = shardmap.vmap(f, (0, None) if passed else 0, randomness=randomness)
         with pytest.raises(errors.RandomnessError, match="before the call"):
             mapped(*((x, g) if passed else (x,)))
-        if passed or function is not seeded_before:  # nobody knew of it before it was seeded
+        if passed or function is not seeded_before:  # it was unknown before it was seeded
             assert torch.equal(g.get_state(), before)
     outside = Generator().manual_seed(3)
     out = shardmap.vmap(lambda r: torch.randn(3, generator=outside), randomness="same")(x)
@@ -316,7 +316,7 @@ def test_states_set_inside_are_refused(function: Draw, passed: bool, randomness:
 
 
 def test_probe_vectors() -> None:
-    """As curvlinops draws them: Rademacher vectors for Hutchinson's estimate of a trace."""
+    """Rademacher vectors for Hutchinson's estimate of a trace, drawn as in curvlinops."""
     a = torch.diag(torch.arange(1.0, 5.0))
     g = Generator().manual_seed(0)
 
@@ -335,7 +335,7 @@ def test_probe_vectors() -> None:
 
 
 def test_searches_side_by_side() -> None:
-    """As evotorch draws populations: one generator, a batch of centres, antithetic pairs."""
+    """Populations drawn as in evotorch: one generator, a batch of centres, antithetic pairs."""
     g = Generator().manual_seed(0)
 
     def population(center: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OwnError(Exception):
-    """Stands for any exception of the user's."""
+    """A placeholder for any exception of the user's."""
 
 
 def state() -> dict[str, Any]:

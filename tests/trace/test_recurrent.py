@@ -73,7 +73,7 @@ def test_dropout_between_layers() -> None:
 
 
 def test_other_threads_keep_their_kernels() -> None:
-    """No switch is thrown for all: an LSTM beside a recording gives the same bits as ever."""
+    """No process-wide switch changes: an LSTM beside a recording gives its usual bits."""
     net = nn.LSTM(8, 16)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x, rows = torch.randn(7, 2, 8), torch.randn(3, 7, 8)

@@ -1,4 +1,5 @@
-"""Seeds that a function sets: refused, alone and beside other threads; draws without seeds are followed."""
+"""Seeds that a function sets: refused, alone and beside other threads; draws without seeds are
+followed."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def test_seeds_set_inside_are_refused(function: Door, randomness: Any) -> None:
 @pytest.mark.parametrize("randomness", ["same", "different"])
 @pytest.mark.parametrize("function", SEEDS, ids=lambda f: f.__name__)
 def test_seeds_set_inside_are_refused_beside_other_threads(function: Door, randomness: Any) -> None:
-    """As in a notebook, whose own threads never end."""
+    """In a notebook, for example, other threads never end."""
     done = threading.Event()
     other = threading.Thread(target=done.wait)
     other.start()

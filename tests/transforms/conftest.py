@@ -1,4 +1,4 @@
-"""What tests of transforms share."""
+"""Fixtures for tests of transforms."""
 
 from tests.call.conftest import paths_pay_early
 

@@ -1,4 +1,4 @@
-"""Which mode a Jacobian takes, and into how many rows it is cut."""
+"""Tests of a Jacobian's mode, and of the number of rows that it takes at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be differentiated is refused with the argument and the remedy."""
+"""Tests of refused derivatives: each error names the argument and the remedy."""
 
 from __future__ import annotations
 

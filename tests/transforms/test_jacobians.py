@@ -225,7 +225,7 @@ def test_nothing_is_recorded_again_with_once() -> None:
 
 
 def test_infinite_values_do_not_meet_symbolic_zeros() -> None:
-    """What has no tangent is not multiplied; what the user multiplied is."""
+    """Missing tangents are not multiplied; the user's own products are."""
     x, weight = torch.randn(3, 4), torch.randn(2, 4)
     x[1, 2] = torch.inf
     torch.testing.assert_close(

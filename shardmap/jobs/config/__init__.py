@@ -1,7 +1,7 @@
 """A run's configuration: merged from defaults, a YAML file and the command line, and checked.
 
-A configuration names functions by import path, and importing is running code: treat a configuration
-as you treat a script.
+A configuration names functions by import path, and an import runs code: treat a configuration
+like a script.
 """
 
 from shardmap.jobs.config.binding import BoundCall, BoundRun, bind, import_object

@@ -1,4 +1,4 @@
-"""Resolves import paths, and checks arguments against the signatures of what they name."""
+"""Resolve import paths, and check arguments against the signatures of their functions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class BoundCall:
     function: Callable[..., Any]
     args: dict[str, Any]
     leading: int | None = None
-    """The number of positional arguments that the run gives it; None where the data decides."""
+    """The number of positional arguments that the run passes; None if the data decide."""
 
     @property
     def is_class(self) -> bool:
-        """Whether it is a class: it is constructed, and the instance is called."""
+        """True if it is a class: it is constructed, and the instance is called."""
         return inspect.isclass(self.function)
 
     def __call__(self, *leading: Any) -> Any:
@@ -55,19 +55,19 @@ class BoundRun:
     reduce: Any = None
     """The reductions, in the form that `shardmap.vmap` takes."""
     allowed: tuple[str, ...] = field(default=())
-    """Prefixes that limited the import paths; none if anything may be named."""
+    """Prefixes that import paths must have; empty if any path is allowed."""
 
 
 def bind(config: RunConfig, allow: Sequence[str] = ()) -> BoundRun:
-    """Import what a configuration names and check the arguments it gives.
+    """Import the functions of a configuration and check their arguments.
 
     Args:
-        config: As `load` returns it.
+        config: The result of `load`.
         allow: Import paths must be one of these or lie below one; those in the configuration's own
-            folders must lie in a folder that is given here. Anything goes if there is none.
+            folders must be in a folder that is given here. If empty, any path is allowed.
 
     Raises:
-        ConfigError: An import path, or an argument for what is behind it, is wrong.
+        ConfigError: An import path, or an argument of its function, is wrong.
     """
     named = {section: call for section in CALLS if (call := getattr(config, section)) is not None}
     folders = [Path(folder) for folder in config.python]
@@ -93,10 +93,10 @@ def import_object(path: str, key: str, folders: Sequence[Path] = ()) -> Any:
     Args:
         path: The import path.
         key: The configuration's key that names it, for errors.
-        folders: Where its module is looked for first (`RunConfig.python`).
+        folders: Folders that are searched for its module first (`RunConfig.python`).
 
     Raises:
-        ConfigError: It cannot be imported; the message says at which part.
+        ConfigError: It cannot be imported; the message names the part that failed.
     """
     _check_path(path, key)
     module_path, _, name = path.rpartition(".")
@@ -139,9 +139,10 @@ def _check_path(path: str, key: str) -> None:
 def _check_allowed(path: str, key: str, allow: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse an import path that `--allow` does not admit.
 
-    Whole components only: `--allow my` does not admit `myself.load`. A module in one of the
+    Only whole components count: `--allow my` does not admit `myself.load`. A module in one of the
     configuration's own folders is admitted by its folder, not by its name: the configuration that
-    brings a `torch.py` must not pass for `--allow torch`. In the current directory a name suffices.
+    brings a `torch.py` is not admitted by `--allow torch`. In the current directory a name
+    suffices.
     """
     _check_path(path, key)
     if not allow:
@@ -161,7 +162,7 @@ def _check_allowed(path: str, key: str, allow: Sequence[str], folders: Sequence[
 
 
 def _check_module(config: RunConfig, bound: dict[str, BoundCall]) -> None:
-    """Refuse weights or a loss where neither `model` nor a class makes a module."""
+    """Refuse weights or a loss if neither `model` nor a class makes a module."""
     function = bound.get("function")
     if (
         function is None
@@ -211,7 +212,7 @@ def _bind_call(section: str, call: Call, folders: Sequence[Path]) -> BoundCall:
     accepted = [item for item in parameters if item.kind is item.KEYWORD_ONLY]
     if (
         leading is None
-        # the data fills the first ones, and how many is not known yet: none of them is asked for or
+        # the data fill an unknown number of the first ones: none of them is required or
         # filled in
     ):
         optional = [
@@ -254,12 +255,12 @@ def _bind_call(section: str, call: Call, folders: Sequence[Path]) -> BoundCall:
 def _leading(
     section: str, function: Any, parameters: Sequence[inspect.Parameter] | None, call: Call
 ) -> int | None:
-    """The number of positional arguments that the run provides; None if the data decides."""
+    """The number of positional arguments that the run passes; None if the data decide."""
     if section == "report":
         return 1
     if inspect.isclass(function) or section == "data":
         return 0
-    if section == "model":  # a function of the dataset, or one that needs nothing but its arguments
+    if section == "model":  # a function of the dataset, or of its arguments only
         first = next(iter(parameters or ()), None)
         needs = first is not None and first.kind in (
             first.POSITIONAL_ONLY,
@@ -276,7 +277,7 @@ def _leading(
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """Types of parameters; those that cannot be looked up are not checked."""
+    """Types of parameters; those that cannot be resolved are not checked."""
     try:
         return typing.get_type_hints(
             function.__init__ if inspect.isclass(function) else function, include_extras=True
@@ -286,7 +287,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold a value."""
+    """True if YAML can hold a value."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -295,9 +296,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _written(call: Call, bound: BoundCall) -> dict[str, Any]:
-    """The arguments with defaults filled in, as YAML can hold them.
+    """The arguments with defaults filled in, as YAML data.
 
-    Where YAML cannot hold a converted value, the text that it was made from stands for it.
+    If YAML cannot hold a converted value, the text that it was made from is used.
     """
     args = {
         key: value if _is_plain(value) else call.init_args[key] for key, value in bound.args.items()

@@ -1,4 +1,4 @@
-"""Merges defaults, a YAML file and the command line, and checks them key by key."""
+"""Merge defaults, a YAML file and the command line, and check them key by key."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_twice(node: Any, prefix: str, path: Path) -> None:
-    """Refuse a key that is given twice; YAML's reader would silently take the last one."""
+    """Refuse a key that is given twice; YAML's reader would silently use the last one."""
     if node is None or node.id != "mapping":
         return
     seen: set[str] = set()
@@ -157,7 +157,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
-    """Set one dotted key; the text is converted later, by the type that the key wants."""
+    """Set one dotted key; the text is converted later, to the key's type."""
     parts = key.split(".")
     if parts[0] in SECTIONS and len(parts) == 1:
         values[key] = None if text in ("null", "none", "None") else {"path": text}
@@ -217,9 +217,7 @@ def _build(values: Mapping[str, Any]) -> RunConfig:
                 for name, item in value.items()
                 if item is not None
             }
-            if (
-                "init_args" in converted
-            ):  # as they were given: only the signature says what they are
+            if "init_args" in converted:  # unconverted: only the signature tells their types
                 converted["init_args"] = dict(value["init_args"])
             checked[key] = inner(**converted)
         else:

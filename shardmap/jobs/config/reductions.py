@@ -1,4 +1,4 @@
-"""Reductions of a configuration: a name, a name with arguments, or several with own names."""
+"""Reductions of a configuration: a name, a name with arguments, or several under own names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shardmap.errors import ConfigError, OptionError
 from shardmap.jobs.config.words import convert, show, suggest
 
 NAMES = ("sum", "mean", "max", "min", "norm", "clipped_sum", "second_moment", "gram", "project")
-"""The reductions of `shardmap.reduce` that need no function of the user's."""
+"""The reductions of `shardmap.reduce` without a user-defined function."""
 
 
 def read(value: Any) -> str | dict[str, Any]:
-    """Check the value of `reduce:`, and bring it into one form.
+    """Check the value of `reduce:`, and convert it to one form.
 
     Args:
         value: `mean`; `{name: clipped_sum, max_norm: 1.0}`; `[mean, norm]`; or `{average: mean,
@@ -81,7 +81,7 @@ def build(value: str | list[Any] | dict[str, Any] | None) -> Any:
 
 
 def _one(value: Any, key: str) -> str | dict[str, Any]:
-    """One reduction: its name, and its arguments where it takes some."""
+    """Read one reduction: its name, and its arguments if it takes some."""
     if isinstance(value, Mapping) and "name" not in value:
         raise ConfigError(f"{key}.name: missing; give one of {', '.join(NAMES)}")
     name, given = (

@@ -20,10 +20,10 @@ class Bounds:
     least: float | None = None
     most: float | None = None
     above: float | None = None
-    """Like `least`, but not allowed itself."""
+    """Like `least`, but itself excluded."""
 
     def admits(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
+        """True if `value` lies in the range."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -120,6 +120,9 @@ class RunConfig:
     free memory."""
     randomness: Literal["error", "same", "different"] = "error"
     """The treatment of random calls inside the function, as in `torch.func.vmap`."""
+    batch_norm: Literal["error", "frozen", "per_sample"] = "error"
+    """The statistics that batch norm in training mode takes inside the function: it is refused, or
+    takes the running ones, or each sample's own."""
     check: Literal["first", "always", "off"] = "first"
     """The time at which results are compared with the function's own: at the first use of its
     program, at every call, or never."""
@@ -134,12 +137,12 @@ class RunConfig:
     store_kind: Literal["zarr", "safetensors", "memmap"] = "zarr"
     """The format of the store; only `zarr` takes URLs."""
     resume: bool = False
-    """Whether to go on with what `store` holds of this run; only what is missing is computed."""
+    """True to go on with what `store` holds of this run; only what is missing is computed."""
     output: str = "runs/run"
     """The run folder. A folder that exists is left alone: the run goes to `NAME-2`, `NAME-3`,
     and so on."""
     save_outputs: bool | None = None
-    """Whether the outputs are kept in the run folder; null for yes, unless `store` names another
+    """True if the outputs are kept in the run folder; null for yes, unless `store` names another
     place."""
 
     def __post_init__(self) -> None:
@@ -151,7 +154,7 @@ class RunConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether outputs are written to a store as they are computed.
+        """True if outputs are written to a store as they are computed.
 
         The store is the one that `store` names, or one in the run folder. Reduced outputs are
         small and stay in memory; outputs of a cluster's workers are gathered, because the workers
@@ -178,7 +181,7 @@ class RunConfig:
 
 IDENTITY_KEYS = (
     "task", "data", "source", "model", "weights", "function", "loss", "params", "flat", "method",
-    "argnums", "columns", "randomness", "reduce", "seed",
+    "argnums", "columns", "randomness", "batch_norm", "reduce", "seed",
 )  # fmt: skip
 """The keys that decide what is computed."""
 SECTIONS = tuple(

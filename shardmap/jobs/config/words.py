@@ -1,4 +1,4 @@
-"""Values converted and checked by their types, and types in plain words."""
+"""Convert and check values by their types, and describe types in plain words."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shardmap.jobs.config.schema import Bounds
 
 
 def convert(name: str, hint: Any, value: Any, prefix: str = "") -> Any:
-    """Let jsonargparse convert a value to a type.
+    """Convert a value to a type by jsonargparse.
 
-    Its errors of several lines become one, in plain words.
+    Its errors of several lines become one line in plain words.
 
     Args:
         name: The key.
         hint: The type.
-        value: From YAML, or as text from the command line.
-        prefix: The keys around it, with a dot at the end.
+        value: A value from YAML, or text from the command line.
+        prefix: The enclosing keys, with a dot at the end.
 
     Raises:
         ConfigError: The value does not fit.
@@ -35,7 +35,7 @@ def convert(name: str, hint: Any, value: Any, prefix: str = "") -> Any:
         parser.add_argument(f"--{name}", type=hint)
         parsed = getattr(
             parser.parse_object({name: copy.deepcopy(value)}), name
-        )  # it converts what it is given in place
+        )  # it converts its argument in place
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{prefix}{name}: {show(value)} does not fit; give {plain(hint)}"
@@ -52,7 +52,7 @@ def convert(name: str, hint: Any, value: Any, prefix: str = "") -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; the type itself otherwise."""
+    """The alternatives of a union; for another type the type itself."""
     return (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
@@ -98,6 +98,6 @@ def suggest(key: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def show(value: Any) -> str:
-    """A value in a line, cut where it is long."""
+    """Format a value in one line, cut if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

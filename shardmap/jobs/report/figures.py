@@ -21,16 +21,16 @@ from shardmap.jobs.report.samples import Sample, blocks, real
 
 BINS = 48
 ONE_BIN = 0.4
-"""Part of all elements: where one bin has more, the others would not be seen beside it, and
-heights go by the logarithm."""
+"""Share of all elements from which heights are logarithmic: if one bin has more, the others would
+be invisible beside it."""
 HEAT_ROWS, HEAT_COLUMNS = 160, 320
 """Most pixels of a heat map."""
 LEAST_SIDE, LARGEST_SIDE = 4, 256
-"""Pixels of what is shown as an image."""
+"""Least and largest side, in pixels, of samples that are shown as images."""
 CURVE = 240
 """Most points of a curve."""
 NOT_FINITE = (245, 190, 0)
-"""Red, green, blue; in neither of the colour scales."""
+"""Colour of values that are not finite (red, green, blue); it is in neither colour scale."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Histogram:
     counts: Sequence[int]
     edges: Sequence[float]
     logarithmic: bool
-    """Whether heights are to go by the logarithm: one bin would hide the others."""
+    """True if heights are logarithmic: one bin would hide the others."""
     single: bool = False
-    """Whether each bin is one integer, in the middle of its edges."""
+    """True if each bin is one integer, in the middle of its edges."""
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -78,7 +78,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels, each standing for one value or the mean of some."""
+    """Pixels that each show one value or the mean of some."""
 
     source: str
     """A `data:` URI of a PNG."""
@@ -86,15 +86,15 @@ class Picture:
     height: int
     low: float
     high: float
-    """The values at the ends of the colour scale."""
+    """The value at the upper end of the colour scale."""
     diverging: bool
-    """Whether zero is in the middle of the scale."""
+    """True if zero is in the middle of the scale."""
     not_finite: bool
-    """Whether pixels are in the colour for NaN and infinity."""
+    """True if pixels are in the colour for NaN and infinity."""
     beyond: bool
-    """Whether values lie outside the scale."""
+    """True if values lie outside the scale."""
     square: bool = False
-    """Whether it is of a matrix with as many rows as columns."""
+    """True if it shows a square matrix."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,23 @@ class Sheet:
     samples: Sequence[int]
     """The rows of the output that are shown."""
     per_sample: int
-    """Images of each that are shown."""
+    """Number of images that are shown of each sample."""
     of: int
-    """Images that each has."""
+    """Number of images that each sample has."""
     columns: int
     side: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value per row, or the range of those that share a point."""
+    """A value per row, or the range of the values that share a point."""
 
     points: int
     segments: Sequence[Sequence[tuple[float, float, float]]]
-    """Places from 0 to `points`, lowest and highest values there; in pieces, because at some
-    places no value is finite."""
+    """Positions from 0 to `points`, lowest and highest values there; in pieces, because at some
+    positions no value is finite."""
     marked: Sequence[int]
-    """Places where a value is not finite."""
+    """Positions where a value is not finite."""
     least: float
     largest: float
 
@@ -138,7 +138,7 @@ class Curve:
 
 
 def statistics(rows: Tensor) -> Statistics:
-    """Count and measure, in one pass for the mean and one for the deviation."""
+    """Compute statistics, in one pass for the mean and one for the deviation."""
     count = nan = infinite = 0
     total, least, largest = 0.0, math.inf, -math.inf
     whole = not (rows.is_floating_point() or rows.is_complex())
@@ -148,7 +148,7 @@ def statistics(rows: Tensor) -> Statistics:
             nan, infinite = nan + int(np.isnan(block).sum()), infinite + int(np.isinf(block).sum())
             block = block[np.isfinite(block)]
         if block.size:
-            with np.errstate(over="ignore"):  # an infinite sum is answered below
+            with np.errstate(over="ignore"):  # an infinite sum is handled below
                 total += float(block.sum(dtype=np.float64))
             low, high = block.min().item(), block.max().item()
             least, largest = min(least, low), max(largest, high)
@@ -170,7 +170,7 @@ def statistics(rows: Tensor) -> Statistics:
 
 
 def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
-    """Count the finite elements in bins; a bin for each number where these are few integers.
+    """Count the finite elements in bins; a bin for each number if these are few integers.
 
     None if all are equal, or there are none.
     """
@@ -182,7 +182,7 @@ def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
     bins = int(high - low) + 1 if single else BINS
     scale = max(
         abs(float(low)), abs(float(high))
-    )  # the range of 1e308 and -1e308 is no number, that of 1 and -1 is
+    )  # the range of 1e308 and -1e308 overflows, that of 1 and -1 does not
     first, width = float(low) / scale, float(high) / scale - float(low) / scale
     counts = np.zeros(bins, dtype=np.int64)
     for block in blocks(rows):
@@ -207,12 +207,12 @@ def histogram(rows: Tensor, found: Statistics) -> Histogram | None:
 
 
 def looks_like_images(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are worth drawing: `[..., H, W]`, both between 4 and 256."""
+    """True if samples of this shape are worth drawing: `[..., H, W]`, both between 4 and 256."""
     return len(shape) >= 2 and all(LEAST_SIDE <= side <= LARGEST_SIDE for side in shape[-2:])
 
 
 def sheet(sample: Sample) -> Sheet | None:
-    """Images of a few samples: a row for each where each has several, a grid otherwise.
+    """Images of a few samples: a row for each that has several, a grid otherwise.
 
     None if there are none.
     """
@@ -253,9 +253,9 @@ def sheet(sample: Sample) -> Sheet | None:
 
 
 def heat_map(rows: Tensor) -> Picture | None:
-    """Rows as lines of pixels, each the mean of its neighbourhood where there are more than fit.
+    """Rows as lines of pixels, each the mean of its neighbourhood if there are too many.
 
-    None if that is no matrix.
+    None if the rows do not form a matrix.
     """
     lines, line = len(rows), math.prod(rows.shape[1:])
     if lines < 2 or line < 2:
@@ -267,9 +267,7 @@ def heat_map(rows: Tensor) -> Picture | None:
     out = np.empty((len(tops), len(lefts)))
     for i, (top, bottom) in enumerate(zip(tops, [*tops[1:], lines], strict=True)):
         total = np.zeros(line)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # infinity less infinity is drawn as what it is
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity less infinity is drawn as NaN
             for number in range(top, bottom):
                 total += real(matrix[number])
             out[i] = np.add.reduceat(total, lefts) / (widths * (bottom - top))
@@ -277,9 +275,9 @@ def heat_map(rows: Tensor) -> Picture | None:
 
 
 def curve(rows: Tensor) -> Curve | None:
-    """One value per row, in order.
+    """A curve with one value per row, in order.
 
-    None if rows are not that, or fewer than three, or none is finite, or all are equal.
+    None if rows have several values, are fewer than three, none is finite, or all are equal.
     """
     if len(rows) < 3 or math.prod(rows.shape[1:]) != 1:
         return None
@@ -303,12 +301,12 @@ def curve(rows: Tensor) -> Curve | None:
         s if len(s) > 1 else [(s[0][0] - 0.5, *s[0][1:]), (s[0][0] + 0.5, *s[0][1:])]
         for s in segments
         if s
-    ]  # a point is a dash
+    ]  # a single point is drawn as a dash
     return Curve(points, whole, marked, finite.min().item(), finite.max().item())
 
 
 def _picture(values: np.ndarray, empty: np.ndarray | None) -> Picture:
-    """Values as coloured pixels; where `empty`, the page is seen."""
+    """Draw values as coloured pixels; those that are `empty` are transparent."""
     colormaps = require("matplotlib", extra="run", purpose="to draw pictures").colormaps
     imsave = require("matplotlib.image", extra="run", purpose="to draw pictures").imsave
     finite = np.isfinite(values)
@@ -319,7 +317,7 @@ def _picture(values: np.ndarray, empty: np.ndarray | None) -> Picture:
         largest, usual = max(-low, high), float(np.quantile(np.abs(seen), 0.99))
         end = (
             usual if 0 < 3 * usual < largest else largest
-        )  # a few far values would leave all others pale
+        )  # a few outliers would leave all others pale
         low, high = -end, end
     scale = max(abs(low), abs(high)) or 1.0
     width = high / scale - low / scale
@@ -351,5 +349,5 @@ def _picture(values: np.ndarray, empty: np.ndarray | None) -> Picture:
 
 
 def png(data: bytes) -> str:
-    """A PNG as something that a page can hold."""
+    """Encode a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""Reads a run's log, pictures and tables, each up to the size that a page can hold."""
+"""Read a run's log, pictures and tables, each up to a size that a page can hold."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MOST_PICTURES, PICTURES_BYTES = 40, 32 * MIB
 MOST_TABLES, MOST_ROWS, MOST_COLUMNS = 40, 20, 60
 """The most tables, and the most rows and columns of each."""
 SERIOUS = ("warning", "error", "critical")
-"""Levels that stand out."""
+"""Log levels that are highlighted."""
 
 Say = Callable[[str], None]
-"""Receives a sentence about what is not shown."""
+"""Receives a sentence about data that are not shown."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LogLine:
     """One line of the log."""
 
     seconds: float | None
-    """Since the log's first line."""
+    """Seconds since the log's first line."""
     level: str
     text: str
 
@@ -63,7 +63,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     more: bool
-    """Whether the file has more rows."""
+    """True if the file has more rows."""
     columns_left_out: int
     numeric: Sequence[bool]
     """For each column: whether every shown cell is a number or empty."""
@@ -112,26 +112,26 @@ def read_log(path: Path, say: Say) -> Log:
     if left_out:
         say(f"{left_out:,} more lines are only in {path.name}.")
     started = None
-    with contextlib.suppress(OSError, ValueError, OverflowError):  # a time that no calendar has
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # a time outside the calendar
         started = None if first is None else datetime.fromtimestamp(first, UTC)
     return Log(warnings, messages, started)
 
 
 def _told(event: str, values: Mapping[str, Any]) -> str:
-    """A line of the log in words."""
+    """Format a line of the log as a sentence."""
     text = values.get("text", values.get("message"))
     if text is not None:
         return str(text)
     rest = [
         f"{key} {value}" if isinstance(value, int | float | str) else f"{key} {json.dumps(value)}"
         for key, value in values.items()
-        if key != "plan" and value not in ({}, [])  # the plan has its own place
+        if key != "plan" and value not in ({}, [])  # the plan is shown elsewhere
     ]
     return f"{event}: {', '.join(rest)}" if rest else event
 
 
 def read_images(folder: Path, say: Say) -> list[Image]:
-    """The PNGs of a folder."""
+    """Read the PNGs of a folder."""
     found, left_out, total = [], [], 0
     for path in sorted(folder.glob("*.png")):
         try:
@@ -158,7 +158,7 @@ def read_images(folder: Path, say: Say) -> list[Image]:
 
 
 def read_tables(folder: Path, say: Say) -> list[Table]:
-    """The first rows of a folder's CSV files."""
+    """Read the first rows of a folder's CSV files."""
     found, paths = [], sorted(folder.glob("*.csv"))
     for path in paths[:MOST_TABLES]:
         rows: list[list[str]] = []
@@ -201,10 +201,10 @@ def _is_number(cell: str) -> bool:
 
 
 def line(error: object) -> str:
-    """An error in one line."""
+    """Format an error in one line."""
     return cut(" ".join(str(error).split()))
 
 
 def cut(text: str) -> str:
-    """A text that is not too long for the page."""
+    """Cut a text that is too long for the page."""
     return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"

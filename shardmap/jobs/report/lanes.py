@@ -1,4 +1,4 @@
-"""Lanes of a run as blocks on a common clock, ready to be drawn."""
+"""Lay out the lanes of a run as blocks on a common clock, ready to be drawn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shardmap.planning.table import format_seconds
 from shardmap.run.timeline import Bar, Failure
 
 NARROW = 1 / 600
-"""Part of the whole time below which chunks are drawn together: blocks as narrow cannot be told
-apart."""
+"""Part of the whole time below which chunks are drawn together: narrower blocks cannot be
+distinguished."""
 MOST_LANES, MOST_FAILURES = 64, 100
-"""The most lanes that are drawn, and that are listed."""
+"""The most lanes that are drawn, and the most failures that are listed."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Block:
 
     left: float
     width: float
-    """Parts of the whole time."""
+    """Left end and width as parts of the whole time."""
     again: bool
-    """Whether a chunk in it was computed again."""
+    """True if a chunk in it was computed again."""
     odd: bool
-    """Every other block has another shade."""
+    """True for every other block, which has another shade."""
     told: str
 
 
@@ -49,11 +49,11 @@ class Timeline:
 
     strips: Sequence[Strip]
     ticks: Sequence[tuple[float, str]]
-    """Parts of the whole time, and what the clock says there."""
+    """Positions as parts of the whole time, and the labels of the clock."""
     left_out: int
-    """Lanes that are not drawn."""
+    """Number of lanes that are not drawn."""
     together: bool
-    """Whether blocks stand for several chunks."""
+    """True if some blocks hold several chunks."""
     again: bool
 
 
@@ -98,7 +98,7 @@ def timeline(record: Record) -> Timeline | None:
 
 
 def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
-    """Whether some of a chunk's samples were handed out a second time."""
+    """For each chunk: True if some of its samples were handed out a second time."""
     starts, stops, ends = (
         np.array([getattr(b, key) for b in bars]) for key in ("start", "stop", "ended")
     )
@@ -109,7 +109,7 @@ def _again(bars: Sequence[Bar], failures: Sequence[Failure]) -> list[bool]:
 
 
 def _blocks(bars: Sequence[tuple[Bar, bool]], whole: float) -> list[Block]:
-    """Blocks in order.
+    """Make blocks in order.
 
     A short chunk joins the block of the short one before it unless one of them was computed again.
     """

@@ -1,4 +1,4 @@
-"""`shardmap report RUN`: a run folder as one HTML page, without network or scripts."""
+"""`shardmap report RUN`: writes a run folder as one HTML page, without network or scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shardmap.store import elements
 MOST_PREVIEWS = 60
 """The most outputs that are read; the others are listed by name, shape and size."""
 SHOWN, MOST_FACTOR = 640, 10
-"""The width of images in pixels of the screen, and the most screen pixels for one of theirs."""
+"""The width of images in pixels of the screen, and the most screen pixels for one image pixel."""
 ASKED = (
     "task",
     "function",
@@ -54,7 +54,7 @@ class Preview:
     elements: int
     """The number of elements that were read."""
     said: str
-    """The rows that were read, in words, or the reason why none was."""
+    """Text on the rows that were read, or the reason why there are none."""
     statistics: Statistics | None = None
     histogram: Histogram | None = None
     sheet: Sheet | None = None
@@ -65,23 +65,23 @@ class Preview:
     single: str = ""
     """The value, if there is only one."""
     place: int = 0
-    """The output's place on the page, from 1."""
+    """The output's position on the page, from 1."""
 
     @property
     def shown_width(self) -> int:
-        """The width of the images in pixels of the screen, if there is room."""
+        """The width of the images in screen pixels, if there is room."""
         return 0 if self.sheet is None else min(SHOWN, MOST_FACTOR * self.sheet.picture.width)
 
     @property
     def thinned(self) -> bool:
-        """Whether a pixel of the heat map stands for several values."""
+        """True if a pixel of the heat map shows several values."""
         return (
             self.heat_map is not None and self.heat_map.width * self.heat_map.height < self.elements
         )
 
     @property
     def square(self) -> bool:
-        """Whether the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
+        """True if the heat map is of a square matrix, such as a Gram matrix or a Hessian."""
         return self.heat_map is not None and self.heat_map.square
 
 
@@ -89,11 +89,11 @@ def write(folder: Path, output: Path | None = None) -> Path:
     """Write a run folder as one HTML page.
 
     Args:
-        folder: As `shardmap run` leaves it. Files that are not there are named in the page.
+        folder: A run folder of `shardmap run`. Missing files are named in the page.
         output: The page; `report.html` in the folder by default. A file of that name is replaced.
 
     Returns:
-        Where the page is.
+        Path of the page.
 
     Raises:
         ConfigError: The folder is no run folder, or the page cannot be written.
@@ -106,7 +106,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
 
 
 def render(record: Record) -> str:
-    """The page as text."""
+    """Render the page as text."""
     jinja = require("jinja2", extra="run", purpose="to write reports")
     environment = jinja.Environment(
         loader=jinja.PackageLoader("shardmap.jobs.report"),
@@ -158,7 +158,7 @@ def preview(output: Output, place: int) -> Preview:
 
 
 def _pictures(sample: Sample) -> tuple[Sheet | None, Picture | None, Curve | None]:
-    """Draw samples as images where they look like images, otherwise rows as lines or points."""
+    """Draw samples as images if they look like images, otherwise rows as lines or points."""
     drawn = figures.sheet(sample)
     if drawn is not None:
         return drawn, None, None
@@ -173,7 +173,7 @@ def _unread(output: Output, said: str, place: int) -> Preview:
 
 
 def _found(record: Record) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The summary as names and values: short ones, and sentences."""
+    """Split the summary into short names with values, and sentences."""
     cards, sentences = [], []
     for key, value in (record.summary or {}).items():
         if isinstance(value, dict | list):
@@ -230,7 +230,7 @@ def _largest(record: Record) -> dict[str, float]:
 
 
 def number(value: Any, digits: int = 5) -> str:
-    """A value as people read it: `1,797`, `0.92345`, `1.2e-07`."""
+    """Format a value for people: `1,797`, `0.92345`, `1.2e-07`."""
     if value is None:
         return "unknown"
     if isinstance(value, bool):
@@ -262,7 +262,7 @@ def _words(key: str) -> str:
 
 
 def _put(path: Path, text: str) -> None:
-    """Write the page under another name, then rename it, so that it is never half a page."""
+    """Write the page under another name, then rename it, so that it is always complete."""
     temporary = path.parent / f".{uuid.uuid4().hex}.unfinished"
     try:
         with temporary.open("x", encoding="utf-8", errors="replace") as file:

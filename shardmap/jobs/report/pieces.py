@@ -1,4 +1,4 @@
-"""Pieces that reports are made of: tables as text and CSV, and pictures of many small images."""
+"""Building blocks of reports: tables as text and CSV, and pictures of many small images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shardmap.run.colours import FAINT, INK, WRONG
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a contact sheet and what is written about it."""
+    """One image of a contact sheet with its caption."""
 
     image: Tensor
-    """[height, width], 0 (paper) to 1 (ink)."""
+    """Pixels `[height, width]`, 0 (paper) to 1 (ink)."""
     lines: Sequence[str]
-    """Written below the image, one under the other."""
+    """Lines of text below the image."""
     marked: bool = False
-    """Drawn with a frame and its last line in the marking colour."""
+    """True to draw a frame and the last line in the marking colour."""
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -54,10 +54,10 @@ def contact_sheet(
 
     Args:
         path: The PNG to write.
-        tiles: Drawn row by row.
-        title: Above the grid, large.
-        subtitle: Under the title, small.
-        columns: Images per row.
+        tiles: The images, drawn row by row.
+        title: Large text above the grid.
+        subtitle: Small text under the title.
+        columns: Number of images per row.
     """
     figure_module = require("matplotlib.figure", extra="run", purpose="to draw pictures")
     rows = -(-len(tiles) // columns)

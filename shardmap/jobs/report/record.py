@@ -1,6 +1,6 @@
-"""Reads a run folder: its plan, measurements, findings and log.
+"""Read a run folder: its plan, measurements, findings and log.
 
-For each file that is absent or cannot be read there is a sentence that says so.
+Each file that is absent or cannot be read is named in a sentence.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from shardmap.planning.memory import MIB, format_bytes
 from shardmap.run.timeline import Bar, Failure
 
 PAGE = "report.html"
-"""The page's own name in the folder."""
+"""Name of the page in the folder."""
 TEXT_BYTES = 64 * MIB
-"""Of the largest JSON or text file that is read; measured.json of a million chunks has about
+"""Size of the largest JSON or text file that is read; measured.json of a million chunks has about
 that."""
 
 
@@ -42,7 +42,7 @@ class Lane:
     seconds: float | None
     peak_bytes: int | None
     done: int | None
-    """Chunks that were computed."""
+    """Number of chunks that were computed."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Record:
     samples: int | None = None
     explain: str = ""
     finished: bool = True
-    """Whether the run says that it is complete."""
+    """True if the run is marked as complete."""
     predicted_seconds: float | None = None
     seconds: float | None = None
     """The seconds of the map, all lanes side by side."""
@@ -75,10 +75,10 @@ class Record:
     images: Sequence[Image] = ()
     tables: Sequence[Table] = ()
     absent: dict[str, str] = field(default_factory=dict)
-    """For each part of the page that is empty: a sentence that says why."""
+    """For each part of the page that is empty: a sentence with the reason."""
 
     def say(self, part: str, sentence: str) -> None:
-        """Keep a sentence about what a part of the page lacks."""
+        """Keep a sentence about data that a part of the page lacks."""
         self.absent[part] = f"{self.absent[part]} {sentence}" if part in self.absent else sentence
 
 
@@ -86,10 +86,10 @@ def read_folder(folder: Path) -> Record:
     """Read a run folder.
 
     Args:
-        folder: As `shardmap run` leaves it.
+        folder: A run folder of `shardmap run`.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is no run folder.
     """
     config = folder / "config.yaml"
     if not config.is_file():
@@ -124,7 +124,7 @@ ODD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class _UnreadableError(Exception):
-    """A file that cannot be understood, with the reason in words."""
+    """A file that cannot be parsed, with the reason as text."""
 
 
 def _read_config(record: Record, path: Path) -> None:
@@ -140,7 +140,7 @@ def _read_config(record: Record, path: Path) -> None:
 
 
 def _mapping(record: Record, part: str, name: str) -> Mapping[str, Any] | None:
-    """A JSON object from a file; without one, None, and a sentence is kept."""
+    """Read a JSON object from a file; if there is none, keep a sentence and return None."""
     path = record.folder / name
     if not path.is_file():
         record.say(part, f"{name} is not in the run folder.")
@@ -168,15 +168,13 @@ def _text(path: Path) -> str:
 
 
 def _read_lanes(record: Record) -> None:
-    """Put each lane's plan and measurement together, by name."""
+    """Join each lane's plan and measurement, by name."""
     plan, measured = (
         _mapping(record, "plan", "plan.json"),
         _mapping(record, "measured", "measured.json"),
     )
     text = record.folder / "plan.txt"
-    with contextlib.suppress(
-        _UnreadableError
-    ):  # the same words as in plan.json, where that is there
+    with contextlib.suppress(_UnreadableError):  # the same text as in plan.json, if that exists
         record.explain = _text(text) if text.is_file() else ""
     planned_lanes: dict[str, Mapping[str, Any]] = {}
     measured_lanes: Mapping[str, Any] = {}
@@ -236,7 +234,7 @@ def _lane(name: str, planned: Mapping[str, Any], measured: Mapping[str, Any]) ->
 
 
 def _bars_of(lanes: Mapping[str, Any]) -> list[Bar]:
-    """The chunks in measured.json, on a clock that begins with the first."""
+    """Read the chunks in measured.json, on a clock that begins with the first."""
     found = []
     for name, lane in lanes.items():
         free = float("-inf")
@@ -258,9 +256,9 @@ def _bars_of(lanes: Mapping[str, Any]) -> list[Bar]:
 
 
 def _read_timeline(record: Record) -> None:
-    """The chunks of timeline.json, with those that were handed out again.
+    """Read the chunks of timeline.json, with those that were handed out again.
 
-    Measured.json's serve where it is absent.
+    If it is absent, measured.json is used.
     """
     trace = _mapping(record, "timeline", "timeline.json")
     if trace is None:

@@ -1,6 +1,6 @@
-"""Reads the outputs of a run within a bound on memory.
+"""Read the outputs of a run within a bound on memory.
 
-Small outputs are read whole; of large ones rows are read that are spread over all of them.
+Small outputs are read whole; of large ones a spread of rows is read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from shardmap.store.columns import Column
 from shardmap.store.stored import SafetensorsColumn, StoreColumn
 
 READ_BYTES = 16 * MIB
-"""Most that is read of one output. Only one is in memory at a time, and looking at it takes less
-than 256 MiB, beside one unit of a compressed store, which can only be decoded whole."""
+"""Most bytes that are read of one output. Only one is in memory at a time, and its figures take
+less than 256 MiB, beside one unit of a compressed store, which can only be decoded whole."""
 STORE_RUNS, FILE_RUNS = 16, 64
-"""In how many places rows are read: each place of a store costs the decoding of a unit, one of a
-file next to nothing."""
+"""Number of places where rows are read: each place in a store costs the decoding of a unit, one in
+a file next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Output:
     shape: tuple[int, ...]
     dtype: torch.dtype
     column: Column | Tensor
-    """The source of its rows; the value, if it is a single number."""
+    """The column of its rows, or its value if it is a single number."""
     there: tuple[tuple[int, int], ...]
-    """The rows that are written, as ranges in order."""
+    """The rows that have been written, as ranges in order."""
     runs: int
 
     @property
@@ -54,11 +54,11 @@ class Sample:
     """The rows that were read of an output."""
 
     rows: Tensor
-    """[rows, *shape of one], on the CPU."""
+    """Rows `[rows, *shape of one]` on the CPU."""
     numbers: Sequence[int]
     """The numbers of these rows."""
     said: str
-    """The share of all rows, in words; empty if these are all."""
+    """Text on the share of all rows; empty if these are all."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Unread:
 
 
 def outputs_in(path: Path) -> list[Output]:
-    """The tensors of a safetensors file by name, in alphabetical order.
+    """List the tensors of a safetensors file by name, in alphabetical order.
 
     Raises:
         SourceError: The file cannot be read.
@@ -99,7 +99,7 @@ def outputs_in(path: Path) -> list[Output]:
 
 
 def outputs_of(url: str) -> tuple[list[Output], Store]:
-    """The outputs of a store, with the rows that are committed.
+    """List the outputs of a store, with the rows that are committed.
 
     Raises:
         StoreError: There is no store, or it cannot be read.
@@ -125,10 +125,10 @@ def outputs_of(url: str) -> tuple[list[Output], Store]:
 
 
 def read(output: Output) -> Sample | Unread:
-    """Rows of an output.
+    """Read rows of an output.
 
-    All if they fit into `READ_BYTES`, otherwise runs of neighbours, evenly spaced from the first
-    row to the last.
+    All are read if they fit into `READ_BYTES`, otherwise runs of neighbours, evenly spaced from the
+    first row to the last.
     """
     if isinstance(output.column, Tensor):
         return Sample(output.column.reshape(1), [0], "")
@@ -142,8 +142,8 @@ def read(output: Output) -> Sample | Unread:
         )
     places = _places(written, min(most, written), output.runs)
     try:
-        # One row after the other into its place: pieces beside their concatenation would be twice
-        # the bound.
+        # Rows are copied one by one into their places: pieces and their concatenation would take
+        # twice the bound.
         numbers = [
             number for start, stop in places for number in _numbers(output.there, start, stop)
         ]
@@ -169,7 +169,7 @@ def read(output: Output) -> Sample | Unread:
 def blocks(rows: Tensor) -> Iterator[np.ndarray]:
     """The elements as real numbers in pieces of at most a million.
 
-    Magnitudes of complex ones, 0 and 1 for booleans.
+    Complex numbers become magnitudes, booleans 0 and 1.
     """
     flat = rows.reshape(-1)
     for start in range(0, len(flat), 1 << 20):
@@ -177,7 +177,7 @@ def blocks(rows: Tensor) -> Iterator[np.ndarray]:
 
 
 def real(t: Tensor) -> np.ndarray:
-    """A tensor as an array of real numbers of a type that numpy computes with.
+    """Convert a tensor to an array of real numbers of a type that numpy computes with.
 
     Integers stay integers.
     """

@@ -1,0 +1,289 @@
+"""The objects that a function can read by name, listed so that two listings can be compared."""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextvars
+import functools
+import os
+import sys
+import sysconfig
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardmap._torch import OpOverload
+from shardmap.rules.sparse import memory_of
+
+VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    range,
+    slice,
+    type(Ellipsis),
+)
+_LIBRARIES = tuple(
+    os.path.join(path, "")
+    for path in {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
+    if path
+) + (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), ""),
+)
+_COMMON = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset(
+    (
+        dict,
+        list,
+        tuple,
+        set,
+        frozenset,
+        collections.OrderedDict,
+        collections.defaultdict,
+        collections.deque,
+    )
+)
+"""Container types without attributes."""
+_PLAIN = (
+    type,
+    property,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    OpOverload,
+)
+"""Types whose attributes need treatment of their own, or never change."""
+_LIMIT = 200_000
+"""Largest number of listed objects."""
+
+
+class Snapshot(tuple[Any, ...]):
+    """Facts about an object that can change while it stays the same object."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """An object that the function can reach and that cannot be compared between calls."""
+
+    what: str
+
+
+def same(before: list[object], now: list[object]) -> bool:
+    """True if two listings hold the same objects and equal numbers."""
+    if len(before) != len(now):
+        return False
+    for a, b in zip(before, now, strict=True):
+        if type(a) is weakref.ref:
+            if a() is b:
+                continue
+            return False
+        if a is b or (type(a) is Snapshot and type(b) is Snapshot and a == b):
+            continue
+        if type(a) is not type(b) or not isinstance(a, VALUES):
+            return False
+        if a != b or repr(a) != repr(b):
+            return False
+    return True
+
+
+def held_weakly(found: list[object]) -> list[object]:
+    """A listing that keeps only numbers, texts and objects without weak references alive.
+
+    Containers are left out; their contents are listed behind them.
+    """
+
+    def weak(value: Any) -> Any:
+        if isinstance(value, (*VALUES, Snapshot, Unknown)):
+            return value
+        try:
+            return weakref.ref(value)
+        except TypeError:
+            return value
+
+    return [weak(value) for value in found]
+
+
+def reachable(*roots: Any) -> list[object]:
+    """Everything that `roots` can read by name, in a fixed order.
+
+    It lists tensors and objects themselves, numbers and strings by value.
+    """
+    found: list[object] = []
+    seen: set[int] = set()
+    for root in roots:
+        _walk(root, found, seen, frozenset())
+    if len(found) > _LIMIT:
+        found.append(Unknown(f"more than {_LIMIT:,} objects"))
+    return found
+
+
+def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]) -> None:
+    if len(found) > _LIMIT:
+        return
+    found.append(value)
+    if type(value) in _COMMON or isinstance(value, VALUES):
+        return
+    if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
+        place = value.stride() if value.layout is torch.strided else memory_of(value)
+        found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if type(value) in _CONTAINERS and not value:
+        return
+    if isinstance(value, dict | types.MappingProxyType):
+        for key, item in value.items():
+            found.append(key if isinstance(key, VALUES) else id(key))
+            _walk(item, found, seen, names)
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        found.append(len(value))
+        for item in value:
+            _walk(item, found, seen, names)
+    elif isinstance(value, types.FunctionType):
+        _walk_function(value, found, seen)
+    elif isinstance(value, types.MethodType):
+        _walk(value.__self__, found, seen, names)
+        _walk(value.__func__, found, seen, names)
+    elif isinstance(value, functools.partial):
+        for part in (value.func, value.args, value.keywords):
+            _walk(part, found, seen, names)
+    elif isinstance(value, types.ModuleType):
+        if not _is_library(getattr(value, "__file__", None)):
+            for name in sorted(names & vars(value).keys()):
+                _walk(vars(value)[name], found, seen, names)
+    elif isinstance(value, type):
+        for kind in _user_classes(value):
+            for name, item in vars(kind).items():
+                if not name.startswith("__") or name in ("__call__", "__init__"):
+                    _walk(
+                        item.__func__ if isinstance(item, classmethod | staticmethod) else item,
+                        found,
+                        seen,
+                        names,
+                    )
+    elif isinstance(value, property):
+        for part in (value.fget, value.fset):
+            _walk(part, found, seen, names)
+    elif isinstance(value, np.ndarray):
+        found.append(Snapshot((value.shape, value.dtype.str, value.tobytes())))
+        for item in value.flat if value.dtype.hasobject else ():
+            _walk(item, found, seen, names)
+    elif isinstance(value, bytearray | array.array | memoryview):
+        found.append(bytes(value))
+    elif isinstance(value, contextvars.ContextVar):
+        _walk(value.get(None), found, seen, names)
+    elif isinstance(value, Iterator):
+        found.append(Unknown(f"an iterator ({type(value).__name__})"))
+    if not isinstance(value, _PLAIN):
+        _walk_object(value, found, seen, names)
+
+
+def _walk_function(func: types.FunctionType, found: list[object], seen: set[int]) -> None:
+    if _is_library(func.__code__.co_filename):
+        for cell in func.__closure__ or ():  # a library's decorator around a user's function
+            _walk_cell(cell, found, seen, frozenset())
+        return
+    names = frozenset(_names(func.__code__))
+    for cell in func.__closure__ or ():
+        _walk_cell(cell, found, seen, names)
+    for value in (
+        *(func.__defaults__ or ()),
+        *(func.__kwdefaults__ or {}).values(),
+        *func.__dict__.values(),
+    ):
+        _walk(value, found, seen, names)
+    for name in sorted(names):
+        if name in func.__globals__:
+            _walk(func.__globals__[name], found, seen, names)
+        elif name in sys.modules:  # imported inside the function
+            _walk(sys.modules[name], found, seen, names)
+
+
+def _walk_cell(
+    cell: types.CellType, found: list[object], seen: set[int], names: frozenset[str]
+) -> None:
+    try:
+        contents = cell.cell_contents
+    except ValueError:  # not assigned yet
+        found.append("empty cell")
+        return
+    _walk(contents, found, seen, names)
+
+
+def _walk_object(value: Any, found: list[object], seen: set[int], names: frozenset[str]) -> None:
+    kind = type(value)
+    if kind in _CONTAINERS:
+        return
+    _walk(kind, found, seen, names)
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict) and attributes:
+        for key, item in attributes.items():
+            found.append(key)
+            if type(item) in _COMMON:
+                found.append(item)
+            elif type(item) not in _CONTAINERS or item:
+                _walk(item, found, seen, names)
+    for slot in _slots(kind):
+        if hasattr(value, slot):
+            _walk(getattr(value, slot), found, seen, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _user_classes(kind: type) -> tuple[type, ...]:
+    """The classes that `kind` inherits from, itself included, without those of libraries."""
+    return tuple(
+        [
+            k
+            for k in kind.__mro__
+            if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
+        ]
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
+    slots: list[str] = []
+    for base in kind.__mro__:
+        own = base.__dict__.get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    return tuple(slots)
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(_names(constant))
+    return tuple(sorted(names))
+
+
+@functools.cache
+def _is_library(filename: str | None) -> bool:
+    return (
+        filename is None
+        or filename.startswith("<frozen")
+        or os.path.abspath(filename).startswith(_LIBRARIES)
+    )

@@ -1,0 +1,67 @@
+"""Find the hooks that a function registers on nodes of autograd's graph (`y.grad_fn`).
+
+Nodes do not list their hooks. But handles are numbered throughout the process, so that a recording
+that only made handles of tensors is known to have none; otherwise each node gets a
+hook for a moment, and the others are found beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.autograd import graph
+from torch.utils.hooks import RemovableHandle
+
+from shardmap import errors
+from shardmap.trace.histories import Histories
+
+
+def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
+    """Refuse hooks that the recorded function has registered on `nodes`, or on shared ones.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        nodes: The nodes that outer gradients reach.
+
+    Raises:
+        AutogradFunctionError: There are such hooks; they are removed.
+    """
+    first = recorder.first_handle
+    if RemovableHandle.next_id - first <= len(recorder.hooks):
+        return
+    outside = [t.grad_fn for _, t in recorder.captured.values()]
+    for node in (*nodes, *[n for n in outside if n is not None]):
+        if _removed(node, first):
+            module = type(node).__name__ == "BackwardHookFunctionBackward"
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: "
+                + (
+                    "a module with a full backward hook lies between the inputs and an output that "
+                    "requires grad, and outer gradients would not call the hook; take the gradient "
+                    "inside the mapped function (torch.autograd.grad), or remove the hook"
+                    if module
+                    else f"a hook on a node of autograd's graph ({node.name()}: grad_fn."
+                    "register_hook, register_prehook), which gradients from outside would not "
+                    "call; register it on a tensor (Tensor.register_hook), or take the gradient "
+                    "inside the mapped function (torch.autograd.grad)"
+                )
+            )
+
+
+def _removed(node: graph.Node, first: int) -> bool:
+    """Remove a node's hooks whose handles are numbered from `first` on; True if there were any."""
+    found = False
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_nothing)
+        hooks = handle.hooks_dict_ref()
+        assert hooks is not None
+        handle.remove()
+        for number in [n for n in hooks if n >= first]:
+            del hooks[number]
+            found = True
+    return found
+
+
+def _nothing(*_: tuple[torch.Tensor, ...]) -> None:
+    """A hook that changes no gradient."""
