@@ -268,6 +268,12 @@ def plan(
         verdict = use.verdict()
         call_of = Call(Prepared(*use.first()), batch, options, surroundings(), use)
         call_of, instead = call_of.settled()
+        if cluster is not None and instead is not None:
+            raise errors.OptionError(
+                f"{call}: devices={devices!r} and samples that go different ways by what python "
+                "asks about their values, which a cluster computes way by way; call the mapped "
+                "function itself, or plan for devices='auto'"
+            )
         prepared, structure = call_of.prepared, call_of.prepared.structure
         grad = torch.is_grad_enabled() and any(prepared.recording.program.output_flags)
         plain = grad or instead is not None
@@ -290,7 +296,7 @@ def plan(
             cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
 
         def finish(outputs: list[torch.Tensor]) -> object:
-            found: Sequence[Any] = outputs
+            found: Sequence[object] = outputs
             if passes is not None and instead is not None:
                 found = passes.whole(outputs, batch.size)
             elif passes is not None:

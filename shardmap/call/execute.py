@@ -11,30 +11,33 @@ import numpy as np
 import torch
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
 from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
 from shardmap.call.first_use import FirstUse
+from shardmap.call.flattened import Flattened
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.here import locally, refuse_elsewhere, shares_torchs_draws
 from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, with_expected
 from shardmap.call.memo import Memory, Prepared
-from shardmap.call.nested import Nested, Unsplit
+from shardmap.call.nested import Nested, Run, Unsplit
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
+from shardmap.program.analysis import asking_about
 from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
-from shardmap.trace.recording import Recording
+from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -155,6 +158,8 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
+            if self.around.transformed and self.batch.size and self._asks_mapped():
+                return self._run_flattened()
             if self.around.inlined and recording.asked and self.batch.size:
                 return self._run_nested()
             forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
@@ -174,8 +179,7 @@ class Call:
 
     def _is_asked_first(self) -> bool:
         """True if all samples' answers are computed before any is run: writes cannot be undone."""
-        stored = self.options.out is not None and on_ray.asked_for(self.options.devices) is None
-        return stored or bool(self.prepared.recording.written_inputs)
+        return self.options.out is not None or bool(self.prepared.recording.written_inputs)
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
@@ -252,9 +256,10 @@ class Call:
 
     def _run_by_paths(self) -> Any:
         """Split the batch by the answers that its samples give, and run each on its own path."""
-        if not self.around.inlined and on_ray.asked_for(self.options.devices) is not None:
-            return self._forked().by_groups()
         forked = self._forked()
+        elsewhere = not self.around.inlined and on_ray.asked_for(self.options.devices) is not None
+        if elsewhere and forked.parts():
+            return forked.by_groups()
         while True:
             call, instead = self._settled(forked)
             try:
@@ -269,25 +274,44 @@ class Call:
             raise error
         self.prepared = widened(self.prepared, error.dtypes)
 
+    def _asks_mapped(self) -> bool:
+        """Whether python asks about what a `torch.func.vmap` around the call maps."""
+        recording = self.prepared.recording
+        program = recording.program
+        pairs = [*zip(program.inputs, self.batch.tensors(), strict=True)]
+        pairs += zip(program.captured, recording.captured, strict=True)
+        return bool(asking_about(program, {v.group for v, t in pairs if is_mapped_outside(t)}))
+
+    def _run_flattened(self) -> Any:
+        """Let the samples of this map and of vmaps around it go their ways together."""
+        flat = Flattened(self.prepared, self.batch, *self._inside(), self.options)
+        outputs, structure = flat.outputs()
+        rows = edges.collect(tuple(outputs), {}, 0, None, self.options.call)
+
+        def whole(*row: torch.Tensor) -> pytree.PyTree:
+            return pytree.tree_unflatten(list(row), structure)
+
+        return run_map(whole, rows, self.options, None)
+
     def _run_nested(self) -> Any:
         """Split inner samples by their answers, as a part of the outer recording."""
+        try:
+            nested = Nested(self.prepared, self.batch, *self._inside(), self.options)
+            prepared, instead = nested.whole()
+        except Unsplit as error:  # the outer function asks each inner sample
+            return self._run_by_sample(str(error))
+        return self._part(prepared, self.batch, self.options, None)._run(instead)
+
+    def _inside(self) -> tuple[Callable[[int], Prepared], Run]:
+        """What records the function on a sample, and what computes a recording for a batch."""
         use, options = self.use, self.options
         assert use is not None
-
-        def on(number: int) -> Prepared:
-            return Prepared(
-                *record(use.func, self.batch, options.randomness, False, options.call, number)
-            )
+        how = options.randomness, False, options.call
 
         def run(prepared: Prepared, batch: Batch) -> Sequence[torch.Tensor]:
             return self._part(prepared, batch, options.alone(), None).run_flat()
 
-        nested = Nested(self.prepared, self.batch, on, run, options)
-        try:
-            prepared, instead = nested.whole()
-        except Unsplit as error:  # the outer function asks each inner sample
-            return self._run_by_sample(str(error))
-        return self._part(prepared, self.batch, options, None)._run(instead)
+        return lambda number: Prepared(*record(use.func, self.batch, *how, number)), run
 
     def _forked(self) -> Forked:
         assert self.use is not None

@@ -15,6 +15,7 @@ from shardmap._torch import pytree
 from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, widened
 from shardmap.call.first_use import FirstUse, identity
+from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
@@ -25,7 +26,9 @@ from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
+from shardmap.run import ray as on_ray
 from shardmap.run.base import Job
+from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
@@ -44,7 +47,7 @@ class Part(Protocol):
         """The results, flat."""
         ...
 
-    def job(self) -> Job:
+    def job(self, by_sample: Instead | None = None) -> Job:
         """The job that executors run."""
         ...
 
@@ -218,7 +221,7 @@ class Forked:
                 part = taken(self.batch, path.rows)
                 _refuse_other(path.prepared.structure, structure, options.call)
                 call = self.part(path.prepared, part, self._alone, None)
-                _draw(call, path, whole, seeds)
+                _draw(call, path, path.rows, whole, seeds)
                 found = call.run_flat()
                 rows |= zip(
                     path.rows.tolist(), zip(*[t.unbind(0) for t in found], strict=True), strict=True
@@ -234,6 +237,13 @@ class Forked:
         refuse_unequal(outputs, structure, options.call)
         return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 
+    def parts(self) -> bool:
+        """Whether samples go several ways, of those that are computed elsewhere."""
+        # A worker has no function: every sample needs a path; one that raises does so here.
+        self.options = dataclasses.replace(self.options, strict=True)
+        taken_by = [path for path in self._routes().paths if len(path.rows)]
+        return len(taken_by) > 1 or len(self._routes().looped) > 0
+
     def by_groups(self) -> Any:
         """The results of samples that are computed on a cluster: path by path, on all workers.
 
@@ -243,28 +253,56 @@ class Forked:
         """
         options = self.options
         what = "a function whose samples go different ways by what python asks about their values"
-        # Workers do not have the function: every sample needs a path; one that raises does so here.
-        self.options = dataclasses.replace(options, strict=True)
         paths = [path for path in self._routes().paths if len(path.rows)]
-        refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
+        if options.out is None:
+            refuse_groups(options, f"devices={options.devices!r} and {what}", "their answers")
         if len(self._routes().looped):
             raise errors.VariesError(
                 f"{options.call}: some samples can only be served by the function itself, run "
                 f"where they are, and devices={options.devices!r}; use devices='auto'"
             )
+        paths.sort(key=lambda path: int(path.rows[0]))
         whole = merged(paths, options.call)
         seeds = self.seeds(whole.recording)
-        found = []
-        for path in paths:
-            part = taken(self.batch, path.rows)
-            use = self._use(path, part) if path.recorded == int(path.rows[0]) else None
-            call = self.part(path.prepared, part, options, use)
-            _draw(call, path, whole.recording, seeds)
-            leaves = call.run_flat()
-            outputs = whole.recording.program.outputs
-            found.append([t.to(v.spec.dtype) for t, v in zip(leaves, outputs, strict=True)])
-        rows = [path.rows.tolist() for path in paths]
-        return joined(found, rows, whole.structure, options)
+        if options.out is not None:
+            return self._groups_into_store(paths, whole, seeds)
+        found = [self._group(path, path.rows, whole, seeds, options) for path in paths]
+        return joined(found, [path.rows.tolist() for path in paths], whole.structure, options)
+
+    def _group(
+        self, path: Path, rows: torch.Tensor, whole: Prepared, seeds: Seeds, options: Options
+    ) -> list[torch.Tensor]:
+        """The outputs of samples that take one path."""
+        part = taken(self.batch, rows)
+        use = self._use(path, part) if path.recorded == int(rows[0]) else None
+        call = self.part(path.prepared, part, options, use)
+        _draw(call, path, rows, whole.recording, seeds)
+        outputs = whole.recording.program.outputs
+        return [t.to(v.spec.dtype) for t, v in zip(call.run_flat(), outputs, strict=True)]
+
+    def _groups_into_store(self, paths: Sequence[Path], whole: Prepared, seeds: Seeds) -> Store:
+        """Write the results of paths that are computed elsewhere to a store."""
+        options, cluster = self.options, on_ray.asked_for(self.options.devices)
+        assert cluster is not None
+        program = whole.recording.program
+
+        def instead(how: LoweringOptions) -> Lowered:
+            loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
+            return by_sample.lowering(program, how, loop)
+
+        def compute(start: int, stop: int) -> list[torch.Tensor]:
+            found, order = [], []
+            for path in paths:
+                rows = path.rows[(path.rows >= start) & (path.rows < stop)]
+                if len(rows):
+                    found.append(self._group(path, rows, whole, seeds, options.alone()))
+                    order.append(rows)
+            back = torch.cat(order).argsort()
+            return [torch.cat(column)[back] for column in zip(*found, strict=True)]
+
+        call = self.part(whole, self.batch, options, None)
+        call.draw_by(seeds, None)
+        return groups_into_store(call.job(instead), options, whole.structure, cluster, compute)
 
     def _routes(self) -> Routes:
         if self._found is None:
@@ -310,8 +348,9 @@ class Forked:
         """True to split the batch: where few samples answer alike, looping them is faster."""
         spread, size, options = seen.spread, self.batch.size, self.options
         verdict = self.use.verdict()
-        if options.strict or verdict.alone or not verdict.forks:
-            # Looping is refused, or no sample can be tried, or all are taken to answer alike.
+        if options.strict or options.randomness != "error" or verdict.alone or not verdict.forks:
+            # Looping is refused, or would draw other numbers; or no sample can be tried, or all
+            # are taken to answer alike.
             return True
         if spread.is_due():
             numbers = spread.next_tried(size)
@@ -375,10 +414,10 @@ class Forked:
         return Branch(path.prepared, ready, ())
 
 
-def _draw(call: Part, path: Path, whole: Recording, seeds: Seeds) -> None:
-    """Let the samples of a path draw what they draw in the whole call."""
+def _draw(call: Part, path: Path, rows: torch.Tensor, whole: Recording, seeds: Seeds) -> None:
+    """Let samples of a path draw what they draw in the whole call."""
     own = [seeds[k] for k in seeds_within(path.prepared.recording, whole)]
-    call.draw_by(tuple(own), path.rows.numpy())
+    call.draw_by(tuple(own), np.array(rows.tolist()))
 
 
 def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:

@@ -319,8 +319,11 @@ def with_expected(job: Job, names: Sequence[str], use: FirstUse) -> Job:
 
 
 def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
-    """True if forward-mode AD around the call has tangents for one of its tensors."""
-    if forward_level(forward_ad) < 0:
+    """True if forward-mode AD around the call has tangents for one of its tensors.
+
+    Under transforms, which count as such already, nobody can ask.
+    """
+    if forward_level(forward_ad) < 0 or functorch.peek_interpreter_stack() is not None:
         return False
     tensors = [t for t in (*batch.leaves, *captured) if isinstance(t, torch.Tensor)]
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from shardmap.call.routes import Path, taken, unwrapped
 from shardmap.call.standin import StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
-from shardmap.program.analysis import random_call, written
+from shardmap.program.analysis import asking_about, random_call
 from shardmap.program.ir import Spec
 from shardmap.program.questions import Question, key_of, stages
 from shardmap.rules.philox import SampleNumbers, Seeds
@@ -174,12 +173,7 @@ def _all_asked(prepared: Prepared) -> Prepared:
     for var, tensor in zip(program.captured, recording.captured, strict=True):
         if any(m.is_mapped(unwrapped(tensor)) for m in outer):
             reached.add(var.group)
-    asked = set(recording.asked)
-    for at, eq in enumerate(program.equations):
-        if any(v.group in reached for v in eq.inputs()):
-            reached.update(v.group for v in (*eq.results(), *written(eq)))
-            if eq.answer is not None:
-                asked.add(at)
+    asked = {*recording.asked, *asking_about(program, reached)}
     recording = dataclasses.replace(recording, asked=tuple(sorted(asked)))
     return dataclasses.replace(prepared, recording=recording)
 
@@ -265,7 +259,7 @@ class NestedReplay(StandIn):
         assert size == self.batch.size, "a map inside a map is not cut"
         parts, orders = [], []
         for group in self.groups:
-            found = self.run(_unasked(group.path.prepared), part_of(self.batch, group.rows))
+            found = self.run(unasked(group.path.prepared), part_of(self.batch, group.rows))
             parts.append([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
             orders.append(group.rows)
         if len(parts) == 1 and orders[0] is None:
@@ -275,14 +269,25 @@ class NestedReplay(StandIn):
             [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
         )
 
-    def chunk_into(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there: one more argument, a list of slices."""
-        for t, where in zip(self.chunk(*arguments[:-1]), arguments[-1], strict=True):
+    def chunk_into(
+        self,
+        size: int,
+        start: SampleNumbers,
+        device: torch.device,
+        seed: Seeds,
+        scalars: object,
+        fixed: object,
+        inputs: list[torch.Tensor],
+        slices: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """As `chunk`, written into memory that is there."""
+        found = self.chunk(size, start, device, seed, scalars, fixed, inputs)
+        for t, where in zip(found, slices, strict=True):
             where.copy_(t)
-        return tuple(arguments[-1])
+        return tuple(slices)
 
 
-def _unasked(prepared: Prepared) -> Prepared:
+def unasked(prepared: Prepared) -> Prepared:
     """The recording of a path for samples that are known to take it: nothing is asked again."""
     recording, asked = prepared.recording, set(prepared.recording.asked)
     equations = [

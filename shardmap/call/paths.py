@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shardmap import errors
@@ -23,7 +24,7 @@ from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
-from shardmap.rules.philox import SampleNumbers, Seeds
+from shardmap.rules.philox import SampleNumbers, Seeds, numbers_at
 from shardmap.run.prepare import Ready
 from shardmap.trace.recording import Recording
 
@@ -92,7 +93,7 @@ class PathReplay(StandIn):
     def chunk(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -114,7 +115,7 @@ class PathReplay(StandIn):
     def chunk_into(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         scalars: object,
@@ -134,7 +135,7 @@ class PathReplay(StandIn):
     def _groups(
         self,
         size: int,
-        start: int,
+        start: SampleNumbers,
         device: torch.device,
         seed: Seeds,
         inputs: list[torch.Tensor],
@@ -143,13 +144,14 @@ class PathReplay(StandIn):
 
         In-place writes to samples reach `inputs`.
         """
+        assert isinstance(start, int), "a chunk is a run of samples"
         paths = self.of_row[start : start + size]
         for number in paths.unique().tolist():
             at = (paths == number).nonzero().flatten()
             if len(at) == size:
                 yield at, self._along(number, size, start, device, seed, inputs)
                 continue
-            numbers = start + at.numpy()
+            numbers = numbers_at(start, np.array(at.tolist()))
             rows = at.to(device)
             own = [rows_of(t, rows) for t in inputs]
             before = [_version(t) for t in own]
@@ -245,8 +247,31 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     recording = dataclasses.replace(
         recording, program=program, written_inputs=written, sample=(), asked=()
     )
-    recording = drawing(recording, paths)
+    recording = drawing(_together(recording, paths), paths)
     return Prepared(recording, first.structure)
+
+
+def _together(recording: Recording, paths: Sequence[Path]) -> Recording:
+    """The recording with what all paths call and capture: a store is known by it.
+
+    Nothing runs its calls: what runs is each path's own.
+    """
+    of_paths = [path.prepared.recording for path in paths]
+    programs = [r.program for r in of_paths]
+    program = recording.program._replace(
+        captured=tuple([v for p in programs for v in p.captured]),
+        literals=tuple([v for p in programs for v in p.literals]),
+        scalars=sum(p.scalars for p in programs),
+        equations=tuple([eq for p in programs for eq in p.equations]),
+        types=tuple([t for p in programs for t in p.types]),
+    )
+    return dataclasses.replace(
+        recording,
+        program=program,
+        captured=tuple([t for r in of_paths for t in r.captured]),
+        literals=tuple([t for r in of_paths for t in r.literals]),
+        scalars=tuple([number for r in of_paths for number in r.scalars]),
+    )
 
 
 def drawing(recording: Recording, paths: Sequence[Path]) -> Recording:

@@ -59,6 +59,17 @@ def written(eq: Equation) -> list[Var]:
     return out
 
 
+def asking_about(program: Program, groups: set[int]) -> list[int]:
+    """The equations that ask about what is computed from some memory, by position."""
+    reached, asking = set(groups), []
+    for at, eq in enumerate(program.equations):
+        if any(v.group in reached for v in eq.inputs()):
+            reached.update(v.group for v in (*eq.results(), *written(eq)))
+            if eq.answer is not None:
+                asking.append(at)
+    return asking
+
+
 def written_through(program: Program) -> set[int]:
     """The variables that are written in place, themselves or by a view that is made of them."""
     through: set[int] = set()

@@ -81,9 +81,10 @@ class Stream(NamedTuple):
             return self._apart(lambda run: run.uniform(count, single))
         per_block = _WORDS_PER_BLOCK * (2 if single else 1)
         blocks = -(-count // per_block)
-        stream = np.random.Generator(
-            np.random.Philox(key=(self.number << 64) | self.seed, counter=self.start * blocks)
-        )
+        # Samples of other paths may draw more or less in a call of this number: by the key their
+        # blocks are never these.
+        key = (((blocks << 32) | self.number) << 64) | self.seed
+        stream = np.random.Generator(np.random.Philox(key=key, counter=self.start * blocks))
         drawn = stream.random(
             (self.size, blocks * per_block), dtype=np.float32 if single else np.float64
         )

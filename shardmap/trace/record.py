@@ -203,10 +203,6 @@ def _recorded(
         transformed = functorch.peek_interpreter_stack() is not None or (
             outer is None and forward_level(forward_ad) >= 0
         )
-        vmapped = any(
-            level.key() == functorch.TransformType.Vmap
-            for level in functorch.get_interpreter_stack() or ()
-        )
         with transforms_set_aside() as depth:
             rows = rows_of(batch, number, transformed)
             tries = _TRIES
@@ -222,7 +218,6 @@ def _recorded(
                 )
                 recorder.depth = depth
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
-                recorder.vmapped = vmapped
                 recorder.separate_views = separate_views
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))

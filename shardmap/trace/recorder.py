@@ -279,8 +279,6 @@ class Recorder(SparseTensors, TorchDispatchMode):
             # One sample's shape or truth value is used for all until replay finds a sample where it
             # is another.
             asks = True
-            if func is not aten.equal.default and not varies and self.vmapped:
-                raise errors.DataDependentError(self._data_dependent(func))
         drawing = info.random and draws(func, args, kwargs)  # attention without dropout does not
         if drawing and self.generator is not None and not self.generator.is_as_left():
             raise errors.RandomnessError(self._seeded())

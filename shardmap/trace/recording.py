@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import types
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +65,39 @@ def device_name(device: torch.device) -> str:
     return name
 
 
+_picked: ContextVar[Mapping[int, int]] = ContextVar("picked", default=types.MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def picked_elements(by_level: Mapping[int, int]) -> Iterator[None]:
+    """Let `element` take these samples of the vmaps around, by their levels, not the first."""
+    token = _picked.set(by_level)
+    try:
+        yield
+    finally:
+        _picked.reset(token)
+
+
 def element(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers: element 0 of each batch."""
-    dims = []
+    """The plain tensor inside functorch's wrappers: one element of each batch, else the first."""
+    dims, picked = [], _picked.get()
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
-            dims.append(functorch.maybe_get_bdim(tensor))
+            number = picked.get(functorch.maybe_get_level(tensor), 0)
+            dims.append((functorch.maybe_get_bdim(tensor), number))
         tensor = functorch.get_unwrapped(tensor)
-    for dim in reversed(dims):  # a wrapper inside another must not meet the transforms around
-        tensor = tensor.select(dim, 0)
+    for dim, number in reversed(dims):  # a wrapper inside another must not meet the transforms
+        tensor = tensor.select(dim, number)
     return tensor
+
+
+def is_mapped_outside(tensor: torch.Tensor) -> bool:
+    """Whether a `torch.func.vmap` around the call maps the values of a tensor, at any level."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def flat_tensors(values: Any) -> list[torch.Tensor]:

@@ -50,8 +50,6 @@ class Refusals(Histories):
         self.raised = ""
         """The first error of an operator: if the function still returns, it has caught the
         error."""
-        self.vmapped = False
-        """True if `torch.func.vmap` is among the transforms around the call."""
         self.written_groups: set[int] = set()
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
@@ -238,16 +236,3 @@ class Refusals(Histories):
                 f"(make_fx, torch.export), at {user_line()}; use torch.where, masks or comparisons "
                 "that return tensors, or call the map outside of what is traced"
             )
-
-    def _data_dependent(self, func: OpOverload) -> str:
-        name = schema_of(func).name.partition("::")[2]
-        what = {
-            "_local_scalar_dense": "python asks for the value of a tensor that differs by sample "
-            "(`if x > 0`, `float(x)`, "
-            "`.item()`, a tensor as index)",
-            "equal": "torch.equal compares tensors that differ by sample",
-        }.get(name, f"the shape of {name}'s result depends on values that differ by sample")
-        return (
-            f"{self.call}: {what}, at {user_line()}; use torch.where, masks or comparisons that "
-            "return tensors"
-        )

@@ -188,7 +188,12 @@ def test_draws_on_one_way_of_the_inner_map() -> None:
         return shardmap.vmap(draw, randomness="different")(r)
 
     found = []
-    for options in ({}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"], "chunk_size": 2}):
+    ways: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 3},
+        {"devices": ["cpu", "cpu"], "chunk_size": 2},
+    ]
+    for options in ways:
         torch.manual_seed(3)
         found.append(shardmap.vmap(outer, randomness="different", **options)(x))
     assert all(torch.equal(found[0], other) for other in found[1:])

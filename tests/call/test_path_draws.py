@@ -115,7 +115,7 @@ def test_reduced(how: str) -> None:
     x, found = batch(61), []
     for reduce in (None, how):
         torch.manual_seed(1)
-        options = {"randomness": "different", "chunk_size": 7}
+        options: dict[str, Any] = {"randomness": "different", "chunk_size": 7}
         found.append(shardmap.vmap(on_both, reduce=reduce, **options)(x))
     torch.testing.assert_close(getattr(found[0], how)(0), found[1])
 
@@ -143,7 +143,8 @@ def test_gradients() -> None:
 def test_ragged_results() -> None:
     x, found = batch(61), []
     function = lambda r: r[r > 0] + torch.rand(())
-    for options in ({}, {"chunk_size": 3}, {"trace": "once"}):
+    ways: list[dict[str, Any]] = [{}, {"chunk_size": 3}, {"trace": "once"}]
+    for options in ways:
         mapped = shardmap.vmap(function, randomness="different", ragged="list", **options)
         for _ in range(2):
             torch.manual_seed(2)
@@ -162,7 +163,12 @@ def test_ragged_results() -> None:
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_generator_of_the_users_own(passed: bool) -> None:
     x, found = batch(61), []
-    for options in ({}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"], "chunk_size": 7}):
+    ways: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 3},
+        {"devices": ["cpu", "cpu"], "chunk_size": 7},
+    ]
+    for options in ways:
         own = torch.Generator().manual_seed(3)
 
         def function(r: Tensor, g: torch.Generator | None = None, own: Any = own) -> Tensor:
@@ -186,7 +192,12 @@ def test_a_generator_of_the_users_own(passed: bool) -> None:
 def test_more_ways_than_are_allowed_draw_the_same_each_time() -> None:
     x, found = batch(31), []
     function = lambda r: r * r.sum().item() + torch.rand(3)
-    for options in ({}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"], "chunk_size": 7}):
+    ways: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 3},
+        {"devices": ["cpu", "cpu"], "chunk_size": 7},
+    ]
+    for options in ways:
         mapped = shardmap.vmap(function, randomness="different", max_paths=3, **options)
         for _ in range(2):
             torch.manual_seed(4)
@@ -200,3 +211,16 @@ def test_draws_are_refused_where_they_are_not_asked_for() -> None:
     x[0] = 1
     with pytest.raises(errors.RandomnessError, match="randomness is 'error'"):
         shardmap.vmap(on_one_way)(x)
+
+
+def test_ways_that_draw_unlike_amounts_share_no_numbers() -> None:
+    """Each sample's numbers are its own, also where another way draws more in the same call."""
+    x = batch(400)
+
+    def function(r: Tensor) -> Tensor:
+        return torch.rand(3) if r.sum() > 0 else torch.rand(30)[:3]
+
+    torch.manual_seed(0)
+    found = shardmap.vmap(function, randomness="different")(x)
+    assert len(found.flatten().unique()) > 0.999 * found.numel()
+    assert len(found.unique(dim=0)) == len(found)

@@ -85,7 +85,9 @@ def test_minus_zero_is_another_answer_than_zero(way: str) -> None:
 
     x = batch(61).round()
     x[::2, 0], x[1::4, 0] = 0.0, -0.0
-    options = WAYS[way] | ({"max_paths": 100} if "max_paths" not in WAYS[way] else {})
+    options: dict[str, Any] = WAYS[way] | (
+        {"max_paths": 100} if "max_paths" not in WAYS[way] else {}
+    )
     mapped = shardmap.vmap(function, **options)
     want = torch.stack([function(r) for r in x])
     for _ in range(2):
