@@ -132,7 +132,7 @@ class SampleLoop(StandIn):
         self.autocast = _Autocast.current()
         self._alike = _is_positional(batch)
         self.singly = False
-        """Whether each row is taken by itself, so that it may be written under gradients."""
+        """True if each row is taken by itself, so that it may be written under gradients."""
 
     def chunk(
         self,
@@ -191,7 +191,7 @@ class SampleLoop(StandIn):
     def _rows(
         self, size: int, start: SampleNumbers, seed: Seeds, inputs: list[torch.Tensor]
     ) -> Iterator[list[torch.Tensor]]:
-        """What the function returns for one sample after another."""
+        """Yield the function's results, sample by sample."""
         columns = inputs if self.singly else list(map(_rows_of, inputs))
         if self.draws:
             for i in range(size):
@@ -218,7 +218,7 @@ class SampleLoop(StandIn):
                 )
 
     def _is_refused(self, error: RuntimeError) -> bool:
-        """Whether torch has refused that a row is written for how rows were taken; others follow.
+        """True if torch has refused that a row is written for how rows were taken; others follow.
 
         Nothing has been written then.
         """

@@ -49,7 +49,7 @@ ROUND_BYTES = 256 << 20
 """Results of a cluster's workers that are put together to units of a store at a time."""
 
 _learned = Kept(64)
-"""What the planner has learned of maps over several shapes, by their programs."""
+"""Measurements of earlier maps over several shapes, by their programs."""
 
 
 def clear() -> None:
@@ -182,7 +182,7 @@ class ByShape:
         return self.finish(outputs, job)
 
     def finish(self, outputs: Sequence[torch.Tensor], job: Job) -> object:
-        """What the mapped function returns, from the outputs of a run."""
+        """Assemble the mapped function's result from the outputs of a run."""
         options, placed = self.options, [o.dim for o in job.outputs]
         found, placed = self._compared(outputs, placed)
         dims = out_edges.result_dims(self.structure, options.out_dims, placed, options.call)
@@ -328,7 +328,7 @@ class ByShape:
             confirm.outputs(job, found, use.expected())
 
     def _dim(self, k: int) -> int:
-        """Where the dimension of samples is in a result."""
+        """Position of the sample dimension in output `k`."""
         ndims = [len(o.shape) for o in self.groups[0].job.outputs]
         mapped = [True] * len(ndims)
         dims = out_edges.place_outputs(

@@ -275,7 +275,7 @@ class Call:
         self.prepared = widened(self.prepared, error.dtypes)
 
     def _asks_mapped(self) -> bool:
-        """Whether python asks about what a `torch.func.vmap` around the call maps."""
+        """True if python asks about what a `torch.func.vmap` around the call maps."""
         recording = self.prepared.recording
         program = recording.program
         pairs = [*zip(program.inputs, self.batch.tensors(), strict=True)]
@@ -303,7 +303,7 @@ class Call:
         return self._part(prepared, self.batch, self.options, None)._run(instead)
 
     def _inside(self) -> tuple[Callable[[int], Prepared], Run]:
-        """What records the function on a sample, and what computes a recording for a batch."""
+        """Two functions: one records a sample, the other computes a recording for a batch."""
         use, options = self.use, self.options
         assert use is not None
         how = options.randomness, False, options.call

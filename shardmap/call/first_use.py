@@ -122,7 +122,7 @@ class FirstUse:
         return self._first
 
     def programs(self) -> list[Program]:
-        """What was recorded of the samples that the function has been run on to be compared."""
+        """Programs of the samples that the function has been run on for comparison."""
         return [pair[0].program for pair in (self._first, self._last) if pair is not None]
 
     def expected(self) -> tuple[tuple[torch.Tensor, ...], ...]:

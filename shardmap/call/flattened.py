@@ -30,7 +30,7 @@ Run = Callable[[Prepared, Batch], Sequence[Tensor]]
 
 
 class _Vmap(Protocol):
-    """What torch says of a vmap that meets a Function."""
+    """Torch's description of a vmap that meets a Function."""
 
     batch_size: int
 

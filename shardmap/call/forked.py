@@ -164,7 +164,7 @@ class Forked:
         return whole, self.batch, self.use, instead
 
     def _by_loop(self) -> tuple[Prepared, Batch, FirstUse, Instead]:
-        """What stands for a call whose samples are all looped: no path is worth following."""
+        """A recording, samples and first use for a call whose samples are all looped."""
         whole = may_draw(self.prepared, self.options)
 
         def instead(how: LoweringOptions) -> Lowered:
@@ -238,7 +238,7 @@ class Forked:
         return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 
     def parts(self) -> bool:
-        """Whether samples go several ways, of those that are computed elsewhere."""
+        """True if samples go several ways, of those that are computed elsewhere."""
         # A worker has no function: every sample needs a path; one that raises does so here.
         self.options = dataclasses.replace(self.options, strict=True)
         taken_by = [path for path in self._routes().paths if len(path.rows)]

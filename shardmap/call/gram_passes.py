@@ -65,7 +65,7 @@ class Compared:
         return dataclasses.replace(options, reduce=pytree.tree_unflatten(others, structure))
 
     def whole(self, found: Sequence[Tensor], samples: int) -> list[Any]:
-        """As `outputs`, from the function's own outputs, computed with the options `stacked`."""
+        """Compute what `outputs` does from the function's own outputs, stacked."""
         one, own = self.passes[0][0], self.original.recording.program.outputs
         place = {at: k for k, at in enumerate(one.kept) if at >= 0}
         for at, var in enumerate(one.program.outputs):

@@ -50,7 +50,7 @@ class Group:
     count: int
     path: Path
     known: int
-    """How many of the path's answers they are known to have given."""
+    """Number of the path's answers that they are known to have given."""
 
 
 class Nested:
@@ -81,7 +81,7 @@ class Nested:
         self.call = options.call
 
     def whole(self) -> tuple[Prepared, Callable[[LoweringOptions], Lowered]]:
-        """What stands for all ways: a recording, and what runs in its place.
+        """A recording for all paths, and what replaces its replay.
 
         Raises:
             Unsplit: The samples cannot be split inside a recording.
@@ -280,7 +280,7 @@ class NestedReplay(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         found = self.chunk(size, start, device, seed, scalars, fixed, inputs)
         for t, where in zip(found, slices, strict=True):
             where.copy_(t)

@@ -193,7 +193,7 @@ _MOST_ANSWERS = 4
 
 
 def answered(prepared: Prepared) -> str:
-    """What the samples of a path answer, in words, and at which lines."""
+    """Text on the answers of a path's samples, with the lines that ask."""
     recording = prepared.recording
     asked = [recording.program.equations[at] for at in recording.asked]
     shown = []
@@ -287,7 +287,7 @@ def drawing(recording: Recording, paths: Sequence[Path]) -> Recording:
 
 
 def seeds_within(part: Recording, whole: Recording) -> tuple[int, ...]:
-    """Which of a call's seeds the draws of one path follow from."""
+    """Positions, among a call's seeds, of those that the draws of one path follow from."""
     places = {generator_id(g): 1 + at for at, g in enumerate(whole.generators)}
     return (0, *[places[generator_id(g)] for g in part.generators])
 

@@ -83,7 +83,7 @@ class Seen:
         self.waiting: collections.Counter[Answers] = collections.Counter()
         """Number of samples that gave answers without a path, by answers."""
         self.spread = Spread()
-        """How samples that were tried are distributed over paths."""
+        """Distribution of the tried samples over paths."""
 
     def is_worth(self, prefix: Answers, samples: int) -> bool:
         """True if a path pays for these samples; if not, they count for later calls."""

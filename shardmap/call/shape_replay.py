@@ -1,4 +1,4 @@
-"""What runs in the place of a replay where samples have unequal shapes.
+"""Replay of samples with unequal shapes, shape by shape.
 
 Samples of one shape have a recording, a lowering and inputs of their own. What executors take for
 one program stands for all of these: its samples are numbers of rows, and each chunk's rows are
@@ -39,7 +39,7 @@ class Group:
     call: Call
     """The map over them."""
     instead: Instead | None
-    """What runs in the place of a replay."""
+    """Replacement of the replay, if samples of this shape take several paths."""
     job: Job
 
     @property
@@ -112,7 +112,7 @@ class ShapeReplay(StandIn):
         inputs: list[torch.Tensor],
         slices: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """As `chunk`, written into memory that is there."""
+        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
         for at, found in self._groups(device, inputs[0]):
             for t, where in zip(found, slices, strict=True):
                 where.index_copy_(0, at.to(where.device), t.to(where.device))

@@ -1,4 +1,4 @@
-"""How a function's samples spread over paths, seen on a few of them.
+"""Estimate, from a few samples, whether many of them give the same answers.
 
 To ask all samples what a function asks is a program of its own, which must be lowered: it costs as
 much as running the function on dozens of samples. It pays where many samples give the same
@@ -18,7 +18,7 @@ from shardmap.program.ir import Program
 from shardmap.program.operators import op_info, shape_depends_on_values
 
 Answers = tuple[Hashable, ...]
-"""What python was told of one sample's values, in order."""
+"""Answers to python's questions about one sample's values, in order."""
 
 TRIED_OF = 128
 """One sample is tried of so many: that takes as long as three runs of the function."""
@@ -40,7 +40,7 @@ class Spread:
 
     def __init__(self) -> None:
         self.counts: collections.Counter[Answers] = collections.Counter()
-        """How many of the samples that were tried gave these answers."""
+        """Number of tried samples for each sequence of answers."""
         self.looped = 0
         """Calls since the batch was last split: all their samples were looped."""
         self.splits = False

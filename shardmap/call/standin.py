@@ -30,7 +30,7 @@ class StandIn(ABC):
     """Description of the code that runs."""
 
     def described(self) -> str:
-        """Which samples take which way, in words; empty where there is one way."""
+        """Text on which samples take which path; empty if there is one path."""
         return ""
 
     def fixed(self, *_: object) -> tuple[()]:
@@ -71,7 +71,7 @@ class StandIn(ABC):
 
 
 def ways_of(low: Lowered) -> str:
-    """Which samples of a call take which way, in words; empty where there is one way."""
+    """Text on which samples of a call take which path; empty if there is one path."""
     return low.replay.described() if isinstance(low.replay, StandIn) else ""
 
 

@@ -121,7 +121,7 @@ class Packed:
 
     @staticmethod
     def of_text(text: str) -> Packed:
-        """What `text` wrote."""
+        """The object that `text` was written from."""
         stream = io.BytesIO(base64.b64decode(text))
         return Packed(torch.load(stream, weights_only=False))
 

@@ -47,7 +47,7 @@ def backward_named(name: str) -> Callable[..., object] | None:
 
 
 def state(function: Callable[..., object]) -> State:
-    """What the code of `function` reads by name, of globals, closures and their attributes."""
+    """List the globals, closure cells and attributes that the code of `function` reads by name."""
     inner = inspect.unwrap(function)
     if not isinstance(inner, types.FunctionType):
         return {}

@@ -108,7 +108,7 @@ class Lowering:
         self.count = 0
         self.equation = -1
         self.drawn = 0
-        """How many recorded calls have drawn so far: the number of a call that draws."""
+        """Number of recorded calls that have drawn so far, which numbers the next."""
         self.grad = False
         self.notes: dict[str, Any] = {}
         """Data that rules keep about the values of this lowering, by the name of their owner."""

@@ -93,15 +93,15 @@ class Job:
     """True if reduced outputs are returned as unfinished totals, to be combined with those of other
     parts."""
     places: torch.Tensor | None = None
-    """Where each sample's results belong among those of all, `[N]`, if not in the samples' order:
-    samples of unequal shapes are computed shape by shape."""
+    """Position of each computed row in the result, `[N]`; None if rows are in the samples' order.
+    Samples of unequal shapes are computed shape by shape."""
     bounds: tuple[int, ...] = ()
-    """Where samples of one shape end, ascending: chunks end there where they can."""
+    """Ends of the runs of samples of one shape, ascending: chunks end there where they can."""
     parts: tuple[Job, ...] = ()
     """The jobs of samples of each shape, which stand in the place of this one's program."""
 
     def numbered(self, start: int, stop: int) -> SampleNumbers:
-        """What the draws of the samples `start` to `stop` go by."""
+        """The numbers by which the samples `start` to `stop` draw."""
         return self.offset + start if self.numbers is None else self.numbers[start:stop]
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:

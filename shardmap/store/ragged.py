@@ -136,7 +136,7 @@ class Ragged:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the samples; of none, torch's default."""
+        """Dtype of the samples; torch's default if there are none."""
         if self._values is not None:
             return self._values.dtype
         return self._samples[0].dtype if self._samples else torch.get_default_dtype()

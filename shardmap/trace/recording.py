@@ -92,7 +92,7 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_mapped_outside(tensor: torch.Tensor) -> bool:
-    """Whether a `torch.func.vmap` around the call maps the values of a tensor, at any level."""
+    """True if a `torch.func.vmap` around the call maps the values of a tensor, at any level."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
