@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +23,43 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+DAYS = 3
+"""Days in which each rotating test runs once."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs all rotating tests."""
+    parser.addoption("--all-days", action="store_true", help="run every rotating test, not a third")
+
+
+def left_to_other_days(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The rotating tests that do not run today: two thirds of each file's."""
+    today = datetime.datetime.now(datetime.UTC).timetuple().tm_yday
+    by_file: dict[Path, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("rotating"):
+            by_file[item.path].append(item)
+    return [
+        item
+        for own in by_file.values()
+        for place, item in enumerate(sorted(own, key=lambda item: item.nodeid))
+        if place % DAYS != today % DAYS
+    ]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what opens a browser where there is none.
+    """Leave out the rotating tests of other days, and browser tests where there is no browser.
 
-    Not in CI, and not on request: there it fails with instructions.
+    In CI, and if they are asked for, browser tests fail without one and say what to do. Rotating
+    tests that are named one by one run on any day.
     """
+    named = any("::" in argument for argument in config.args)
+    if not named and not config.getoption("--all-days"):
+        out = left_to_other_days(items)
+        dropped = set(out)
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=out)
     if browser.find() or os.environ.get("CI") == "true" or "browser" in config.option.markexpr:
         return
     out = [item for item in items if item.get_closest_marker("browser")]

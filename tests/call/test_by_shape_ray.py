@@ -8,7 +8,7 @@ from torch import nn
 import shardmap
 from shardmap import Ragged, errors
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.rotating]
 LENGTHS = (5, 2, 5, 7, 1, 2, 3, 5, 2, 3, 7)
 
 

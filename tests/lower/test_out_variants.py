@@ -425,6 +425,7 @@ class Variants(TorchDispatchMode):
         return result
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("part", range(8))
 def test_variants_of_the_operator_database_give_the_same(part: int) -> None:
     """Every operator that a rule serves, in the samples of PyTorch's own tests."""

@@ -25,7 +25,7 @@ from tests import faulty
 from tests.on_ray import gone, pids
 from tests.run.test_ray_faults import batch, equal, function
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.rotating]
 
 SMALL = {"object_store_memory": 80 << 20, "include_dashboard": False}
 

@@ -32,7 +32,7 @@ from tests.reduce.test_reduce_outputs import (
 from tests.run.subjects import SUBJECTS, setting, values
 from tests.run.test_local import DRAWS
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.rotating]
 
 CHUNKS: tuple[Any, ...] = ("auto", None, 1, 5, 1000)
 

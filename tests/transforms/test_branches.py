@@ -15,7 +15,7 @@ from tests.call.paths import batch, expected
 from tests.call.test_paths import branch, branch_in_a_branch, masked_values, newton
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.usefixtures("paths_pay_early")
+pytestmark = [pytest.mark.usefixtures("paths_pay_early"), pytest.mark.rotating]
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
