@@ -76,6 +76,8 @@ class PathReplay(StandIn):
         self.branches = branches
         self.loop = loop
         self.specs = specs
+        self._shared: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
+        """Values that all samples of a path share and that are drawn, by path, device and seeds."""
 
     def described(self) -> str:
         """The samples of each path, and what they answer."""
@@ -178,7 +180,8 @@ class PathReplay(StandIn):
             ready = branch.ready[str(device)]
             scalars = branch.prepared.recording.scalars
             own = tuple([seed[k] for k in branch.seeds])
-            outs = ready.low.replay.chunk(size, start, device, own, scalars, ready.fixed, inputs)
+            fixed = self._fixed(number, device, own)
+            outs = ready.low.replay.chunk(size, start, device, own, scalars, fixed, inputs)
             found = tuple(
                 [
                     t if v.mapped else t.expand(size, *t.shape)
@@ -186,6 +189,22 @@ class PathReplay(StandIn):
                 ]
             )
         return tuple([t.to(spec.dtype) for t, spec in zip(found, self.specs, strict=True)])
+
+    def _fixed(
+        self, number: int, device: torch.device, own: tuple[object, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """What all samples of a path share; draws among it follow from the seeds of this call."""
+        branch = self.branches[number]
+        ready, recording = branch.ready[str(device)], branch.prepared.recording
+        if not (recording.random and self.loop.randomness == "same"):
+            return ready.fixed
+        key = number, str(device), own
+        found = self._shared.get(key)
+        if found is None:
+            found = self._shared[key] = ready.low.replay.fixed(
+                device, own, recording.scalars, ready.captured, ready.literals
+            )
+        return found
 
 
 _MOST_ANSWERS = 4

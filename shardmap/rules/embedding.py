@@ -176,6 +176,8 @@ def embedding_bag(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     a = _bag_arguments(args, _FORWARD, kwargs)
     if a["include_last_offset"] or a["padding_idx"] >= 0 or a["sparse"]:
         return NotImplemented
+    if b.grad and a["scale_grad_by_freq"]:
+        return NotImplemented  # outer gradients depend on the counts of an index in its own sample
     weight, indices, offsets, scales = (
         a["weight"],
         a["indices"],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import aten, schema_of
+from shardmap._torch import OpOverload, aten, schema_of
 from shardmap.program.ir import Equation, Packed, Var, variables
 from shardmap.rules.lowering import B, Lowering, V, values
 
@@ -67,11 +67,20 @@ def _split(
     return tensors, template, list(kwargs), symbols, [0 if v.mapped else None for v in tensors]
 
 
+def counts_indices(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if a look-up's gradient depends on how often an index occurs in its own sample."""
+    if op.overloadpacket not in (aten.embedding, aten._embedding_bag):
+        return False
+    return bool(args[3] if len(args) > 3 else kwargs.get("scale_grad_by_freq", False))
+
+
 def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch one operator with `torch.func.vmap`; the batch comes first in the results."""
     if b.grad and eq.op is aten.native_layer_norm_backward.default:
         # its decomposition treats the statistics as constants: wrong when differentiated again
         return NotImplemented
+    if b.grad and counts_indices(eq.op, args, kwargs):
+        return NotImplemented  # torch.func counts over all samples, too
     tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
     if torch.Tag.pointwise in eq.op.tags and any(
         v.mapped and not v.ndim and any(v.dtype != other.dtype for other in tensors)

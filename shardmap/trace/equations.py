@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from shardmap._torch import (
+    OpOverload,
     aten,
     dispatch_depth,
     free_weak_reference,
@@ -19,7 +20,6 @@ from shardmap._torch import (
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import op_info
-from shardmap.program.own_backward import DATA
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.tensor_table import Variables, spec_of
@@ -104,14 +104,20 @@ class Equations(Variables):
                 self.expected = None
         self.equations.append(eq)
 
-    def took_data(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-        """Record that `data` is `tensor.data`, which no operator call shows, and return it."""
+    def cut_off(self, op: OpOverload, tensor: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
+        """Record that `bare` is `tensor` without its history, which no operator call shows.
+
+        Args:
+            op: `DATA` for `tensor.data`, or torch's operator for `tensor.detach_()`.
+            tensor: The tensor; after `detach_()` it is `bare` itself.
+            bare: The result, which is returned.
+        """
         source = self.known(tensor)
         if source is not None and source.group not in self.captured_groups:
             grad_mode = torch.is_grad_enabled()
-            var = self._define(data)
-            self._append(Equation(DATA, (source,), (), (var,), (NO_GRAD,), grad_mode))
-        return data
+            var = self._define(bare)
+            self._append(Equation(op, (source,), (), (var,), (NO_GRAD,), grad_mode))
+        return bare
 
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of a new tensor object with the memory and metadata of a recorded one.

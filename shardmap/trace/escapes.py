@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from shardmap import errors
 from shardmap._torch import (
     HigherOrderOperator,
+    OpOverload,
+    aten,
     function_depth,
     functorch,
     left_aligned,
@@ -34,6 +36,7 @@ from shardmap._torch import (
     storage_id,
     typed_storage,
 )
+from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
@@ -50,7 +53,11 @@ _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_
 """Functions that make a tensor from python data, and the position of that data."""
 
 _SET_DATA: Any = set_data
-_GET_DATA = cast(Any, Tensor.data).__get__
+_CUTS: dict[object, OpOverload] = {
+    cast(Any, Tensor.data).__get__: DATA, Tensor.detach_: aten.detach_.default,
+    torch.detach_: aten.detach_.default,
+}  # fmt: skip
+"""Calls that take a tensor's history away, and the operators that stand for them."""
 
 _READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),
@@ -129,7 +136,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *_READS, *_FROM_DATA, *_PRINTS, *_CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS, left_aligned,
-    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, _GET_DATA,
+    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, *_CUTS,
     torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -284,8 +291,8 @@ class Doors(TorchFunctionMode):
             return self._one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
-        elif func == _GET_DATA and _is_plain(args[0]):
-            return self.recorder.took_data(args[0], cast(torch.Tensor, func(*args)))
+        elif func in _CUTS and _is_plain(args[0]):
+            return self.recorder.cut_off(_CUTS[func], args[0], cast(torch.Tensor, func(*args)))
         elif func in _PRINTS:
             return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})

@@ -1,4 +1,4 @@
-"""Find the hooks that a function registers on nodes of autograd's graph (`y.grad_fn`).
+"""Refuse what outer gradients would miss: hooks on nodes of the graph, backwards that are hidden.
 
 Nodes do not list their hooks. But handles are numbered throughout the process, so that a recording
 that only made handles of tensors is known to have none; otherwise each node gets a
@@ -15,6 +15,39 @@ from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
 from shardmap.trace.histories import Histories
+
+_HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
+"""Parts of the names of nodes whose backward is not that of recorded operators, and their makers."""
+
+
+def refuse_hidden_backwards(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
+    """Refuse backwards that are written in C++, or made by TorchScript.
+
+    Their forward runs operators on tensors without a history, which is what is recorded.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        nodes: The nodes that outer gradients reach.
+
+    Raises:
+        AutogradFunctionError: There is such a backward.
+    """
+    for node in nodes:
+        name = node.name()
+        maker = next((maker for part, maker in _HIDDEN.items() if part in name), None)
+        if maker is not None:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: a backward of {maker} ({name.rpartition('::')[2]}) lies between "
+                "the inputs and an output that requires grad, and gradients from outside would not "
+                f"pass through it; use {_ALTERNATIVES[maker]}, take the gradient inside the mapped "
+                "function (torch.autograd.grad), or call the map under torch.no_grad()"
+            )
+
+
+_ALTERNATIVES = {
+    "torch.jit.script": "the function as it was before it was scripted",
+    "C++": "torch operators, or torch.library.custom_op with register_autograd",
+}
 
 
 def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:

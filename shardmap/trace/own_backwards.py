@@ -22,7 +22,7 @@ from shardmap.program.python_state import named
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
-from shardmap.trace.node_hooks import refuse_node_hooks
+from shardmap.trace.node_hooks import refuse_hidden_backwards, refuse_node_hooks
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
@@ -68,6 +68,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
     found = nodes_before(inside, recorder)
     refuse_node_hooks(recorder, found)
+    refuse_hidden_backwards(recorder, found)
     functions = list(filter(is_function, found))
     if not functions and not recorder.applied and not recorder.hooks:
         return True

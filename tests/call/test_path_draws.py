@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -224,3 +225,30 @@ def test_ways_that_draw_unlike_amounts_share_no_numbers() -> None:
     found = shardmap.vmap(function, randomness="different")(x)
     assert len(found.flatten().unique()) > 0.999 * found.numel()
     assert len(found.unique(dim=0)) == len(found)
+
+
+@pytest.mark.parametrize("size", [3, 61, 200])
+def test_shared_draws_follow_from_the_seed(size: int) -> None:
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
+
+    def function(row: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(4)
+        return drawn + row if row.sum() > 0 else drawn * row
+
+    ways: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 7},
+        {"devices": ["cpu", "cpu"], "chunk_size": 7},
+        {"trace": "once"},
+    ]
+    found = []
+    for seed in (1, 2, 1):
+        for how in ways:
+            torch.manual_seed(seed)
+            found.append((seed, shardmap.vmap(function, randomness="same", **how)(x)))
+    for (seed, a), (other, b) in itertools.combinations(found, 2):
+        assert torch.equal(a, b) == (seed == other)
+    for _, result in found:  # one draw for all samples
+        first = result[0] - x[0] if x[0].sum() > 0 else result[0] / x[0]
+        for row, got in zip(x, result, strict=True):
+            torch.testing.assert_close(got, first + row if row.sum() > 0 else first * row)
