@@ -178,7 +178,8 @@ def sparse_batch(k: Kit) -> Run:
 @refused(errors.UnsupportedOperatorError)
 def nested_batch(k: Kit) -> Run:
     x = k.x(3)
-    return lambda vmap: vmap(lambda a: a * 2)(torch.nested.as_nested_tensor(list(x)))
+    nested = torch.nested.as_nested_tensor(list(x))
+    return lambda vmap: vmap(lambda d: d["x"] * 2)({"x": nested})
 
 
 @refused(errors.InDimsError)

@@ -114,8 +114,9 @@ def load_parts(run: BoundRun, say: Callable[[str], None]) -> Parts:
     dataset = _samples(run)
     names = list(dataset.columns) if config.columns is None else config.columns
     columns = _pick_columns(dataset, config.columns)
-    model = None if run.model is None else _made(run.model, dataset)
-    call, leading, name = _callable(run, model)
+    training = config.randomness != "error" or config.batch_norm != "error"
+    model = None if run.model is None else _made(run.model, training, dataset)
+    call, leading, name = _callable(run, model, training)
     if state is not None and config.weights is not None:
         module = model if run.model is not None else call
         if not isinstance(module, nn.Module):
@@ -196,18 +197,21 @@ def _samples(run: BoundRun) -> Dataset:
     return dataset
 
 
-def _made(call: BoundCall, *leading: Any) -> Any:
+def _made(call: BoundCall, training: bool, *leading: Any) -> Any:
     """Call a function, or construct a class.
 
-    A module that is constructed here is put into eval mode.
+    A module that is constructed here is put into eval mode, unless `training`: the configuration
+    says what dropout or batch normalisation are to do, which eval mode would leave out.
     """
     if not call.is_class:
         return call(*leading[: call.leading])
     made = call()
-    return made.eval() if isinstance(made, nn.Module) else made
+    return made.eval() if isinstance(made, nn.Module) and not training else made
 
 
-def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
+def _callable(
+    run: BoundRun, model: Any, training: bool
+) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
     """The callable that is mapped, its arguments before the columns, and its name."""
     if run.function is None:
         if not callable(model):
@@ -226,7 +230,7 @@ def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any,
         )
     leading = () if run.model is None else (model,)
     if run.function.is_class:
-        made = _made(run.function)
+        made = _made(run.function, training)
         if not callable(made):
             assert run.config.function is not None
             raise ConfigError(
@@ -241,7 +245,7 @@ def _callable(run: BoundRun, model: Any) -> tuple[Callable[..., Any], tuple[Any,
 
 def _loss(call: BoundCall) -> Callable[..., Any]:
     if call.is_class:
-        return _made(call)
+        return _made(call, False)
     return functools.partial(call.function, **call.args) if call.args else call.function
 
 

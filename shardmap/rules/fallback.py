@@ -67,7 +67,7 @@ def _split(
     return tensors, template, list(kwargs), symbols, [0 if v.mapped else None for v in tensors]
 
 
-def counts_indices(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def counts_indices(op: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """True if a look-up's gradient depends on how often an index occurs in its own sample."""
     if op.overloadpacket not in (aten.embedding, aten._embedding_bag):
         return False

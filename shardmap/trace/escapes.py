@@ -115,16 +115,6 @@ def _tensors_within(data: object) -> Iterator[torch.Tensor]:
             yield from _tensors_within(item)
 
 
-_CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
-"""Functions with an argument that allows cuDNN's kernel, and its position."""
-
-
-def _without_cudnn(func: Any, args: tuple) -> tuple:
-    """The arguments of a call without cuDNN, so that it is recorded as a kernel of all devices."""
-    position = _CUDNN_FLAGS[func]
-    return (*args[:position], False, *args[position + 1 :])
-
-
 _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 """Functions that run a backward pass, and so may call user-defined hooks and backwards."""
 
@@ -135,8 +125,8 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.
 _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
-    *_READS, *_FROM_DATA, *_PRINTS, *_CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS, left_aligned,
-    Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, *_CUTS,
+    *_READS, *_FROM_DATA, *_PRINTS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS,
+    left_aligned, Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, *_CUTS,
     torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -258,8 +248,8 @@ class Doors(TorchFunctionMode):
         """Run a call that may be a door."""
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
-        if func in _CUDNN_FLAGS and args:
-            args = _without_cudnn(func, args)
+        if func in recurrent.CUDNN_FLAGS and args:
+            args = recurrent.without_cudnn(func, args)
         if func is Tensor.__deepcopy__ and type(args[0]) is Tensor and args[0].is_leaf:
             copied = self._deepcopy(args[0], args[1])
             if copied is not None:

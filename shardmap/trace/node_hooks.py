@@ -17,7 +17,7 @@ from shardmap import errors
 from shardmap.trace.histories import Histories
 
 _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
-"""Parts of the names of nodes whose backward is not that of recorded operators, and their makers."""
+"""Parts of the names of nodes whose backward recorded operators do not show, and their makers."""
 
 
 def refuse_hidden_backwards(recorder: Histories, nodes: Iterable[graph.Node]) -> None:

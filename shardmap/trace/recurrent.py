@@ -1,4 +1,4 @@
-"""Recurrent layers computed by products and pointwise operators.
+"""Kernels of one kind of device, avoided: recurrent layers by products and pointwise operators.
 
 Torch computes them by kernels that exist on one kind of device: oneDNN's LSTM on CPUs, cuDNN's
 layers on GPUs. A recording of such a kernel could run nowhere else, and the switches that turn the
@@ -136,3 +136,13 @@ def _layer(
         parts = [state, *reversed(ended)]
         state = tuple([torch.cat(column) for column in zip(*parts, strict=True)])
     return (outs[::-1] if backwards else outs), state
+
+
+CUDNN_FLAGS = {torch.batch_norm: 8, torch.instance_norm: 8}
+"""Functions with an argument that allows cuDNN's kernel, and its position."""
+
+
+def without_cudnn(func: Callable[..., object], args: tuple) -> tuple:
+    """The arguments of a call without cuDNN, so that it is recorded as a kernel of all devices."""
+    position = CUDNN_FLAGS[func]
+    return (*args[:position], False, *args[position + 1 :])

@@ -91,6 +91,11 @@ def test_a_model_that_needs_no_data_and_a_module_in_eval_mode(tmp_path, monkeypa
     )
     assert main(["run", "run.yaml"]) == 0
     assert torch.equal(shardmap.open_store("runs/dropped/results.zarr").read("result", 0, 5), x)
+    words = ["run", "run.yaml", "--randomness", "different", "--output", "runs/training"]
+    assert main(words) == 0  # what is said of its draws asks for its training mode
+    found = shardmap.open_store("runs/training/results.zarr").read("result", 0, 5)
+    assert torch.equal(torch.where(found == 0, found, 2 * x), found)
+    assert 0 < (found == 0).sum() < found.numel()
 
 
 def test_tied_weights_may_be_given_once_and_halves_widen(tmp_path):
