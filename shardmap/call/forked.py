@@ -233,7 +233,7 @@ class Forked:
             _refuse_other(own, structure, options.call)
             rows[row] = leaves
         columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
-        outputs = [as_asked(list(column), options.ragged) for column in columns]
+        outputs = [as_asked(list(column), options.ragged, options.call) for column in columns]
         refuse_unequal(outputs, structure, options.call)
         return unflatten_outputs(outputs, structure, [0] * len(outputs), self.batch.size)
 

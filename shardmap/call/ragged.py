@@ -299,13 +299,28 @@ def _group(whole: Batch, ragged: dict[int, Ragged], rows: list[int]) -> Batch:
     return dataclasses.replace(whole, leaves=leaves, size=len(rows), columns=columns)
 
 
-def as_asked(rows: list[Tensor], ragged: str) -> object:
-    """One output of all samples: stacked where the shapes are equal, else as `ragged` says."""
+def as_asked(rows: list[Tensor], ragged: str, call: str) -> object:
+    """One output of all samples: stacked where the shapes are equal, else as `ragged` says.
+
+    Raises:
+        RaggedError: A nested tensor was asked for, which has one ragged dimension only.
+    """
     if all(t.shape == rows[0].shape for t in rows):
         return torch.stack(rows)
     if ragged == "error":
         return Ragged(rows)
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged) if ragged == "nested" else rows
+    if ragged == "list":
+        return rows
+    shapes = {tuple(t.shape) for t in rows}
+    ndims = {len(shape) for shape in shapes}
+    unequal = [len(set(sizes)) > 1 for sizes in zip(*shapes, strict=False)]
+    if len(ndims) > 1 or sum(unequal) > 1:
+        first, other = list(rows[0].shape), next(list(s) for s in shapes if s != rows[0].shape)
+        raise errors.RaggedError(
+            f"{call}: ragged='nested' and results of shapes {first} and {other}: a nested tensor "
+            "has one ragged dimension; pass ragged='list'"
+        )
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def _joined(
@@ -325,7 +340,7 @@ def _joined(
             for rows, part in zip(groups, parts, strict=True)
             for row, result in zip(rows, part.unbind(0), strict=True)
         }
-        return as_asked([by_row[row] for row in range(len(by_row))], options.ragged)
+        return as_asked([by_row[row] for row in range(len(by_row))], options.ragged, options.call)
     if any(part.shape != parts[0].shape for part in parts):
         shapes = sorted({tuple(part.shape) for part in parts})
         raise errors.OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,9 +11,7 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.call import ragged
 from shardmap.call.by_shape import ByShape
-from shardmap.call.execute import (
-    run_map,
-)
+from shardmap.call.execute import run_map
 from shardmap.call.job import names_of, split_of
 from shardmap.call.memo import Memory
 from shardmap.call.options import Options
@@ -42,12 +41,45 @@ def run_by_shape(
         try:
             return _whole(func, args, kwargs, options, memory, cluster)
         except errors.VariesError as error:
-            if options.out is not None or isinstance(error, errors.RaggedError):
+            if options.out is not None:
                 raise
+            if isinstance(error, errors.RaggedError):
+                if options.ragged == "error" or options.reduce is not None:
+                    raise
+                return _listed(func, args, kwargs, options, error)
     shapes = ShapesOfCall(func, memory, options.randomness, options.call)
     result = ragged.run(lambda batch: run_map(func, batch, options, shapes), args, kwargs, options)
     shapes.finish()
     return result
+
+
+def _listed(
+    func: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    options: Options,
+    error: errors.RaggedError,
+) -> object:
+    """Results whose shapes follow from values, shape by shape: one output, in the samples' order.
+
+    Raises:
+        RaggedError: The function returns several outputs.
+    """
+
+    def one_output(*own: object, **named: object) -> torch.Tensor:
+        result = func(*own, **named)
+        if not isinstance(result, torch.Tensor):
+            raise errors.RaggedError(
+                f"{options.call}: samples of unequal shapes, and several outputs whose shapes "
+                "follow from their values; return one output, or map samples of one shape at a time"
+            ) from error
+        return result
+
+    listed, found = dataclasses.replace(options, ragged="list"), dict[int, torch.Tensor]()
+    for rows, batch in ragged.grouped(args, kwargs, options):
+        found |= zip(rows, run_map(one_output, batch, listed, None), strict=True)
+    in_order = [found[row] for row in range(len(found))]
+    return ragged.as_asked(in_order, options.ragged, options.call)
 
 
 def _whole(

@@ -346,3 +346,20 @@ def test_under_an_outer_transform():
     torch.testing.assert_close(
         torch.func.hessian(total)(weights), torch.func.hessian(loop)(weights)
     )
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_size": 2}, {"trace": "once"}], ids=str)
+@pytest.mark.parametrize("function", [torch.unique, lambda t: t[t > 1], lambda t: t[t > 1] * t[0]])
+def test_shapes_that_follow_from_values_too(function, how) -> None:
+    rows = [torch.tensor(values) for values in ([1, 1, 2], [3, 4, 5], [1, 1], [2, 3], [7], [5, 5])]
+    mapped = shardmap.vmap(function, ragged="list", **how)
+    nested = shardmap.vmap(function, ragged="nested", **how)
+    for order in (rows, rows[::-1]):
+        expected = [function(row) for row in order]
+        for found in (mapped(shardmap.Ragged(order)), nested(shardmap.Ragged(order)).unbind()):
+            assert len(found) == len(expected)
+            assert all(map(torch.equal, found, expected))
+    with pytest.raises(errors.RaggedError, match="return one output, or map samples of one shape"):
+        shardmap.vmap(lambda t: [t[t > 1], t.sum()], ragged="list")(shardmap.Ragged(rows))
+    with pytest.raises(errors.RaggedError, match="pass ragged='list'"):
+        shardmap.vmap(lambda t: t[t > 1].outer(t[t > 1]), ragged="nested")(shardmap.Ragged(rows))
