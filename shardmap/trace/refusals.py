@@ -73,6 +73,12 @@ class Refusals(Histories):
             return
         name = schema_of(op).name.partition("::")[2]
         norm = _running_norm()
+        if name == "embedding_renorm_":
+            raise errors.CapturedWriteError(
+                f"{self.call}: an embedding with max_norm scales rows of its table of shape "
+                f"{tuple(tensor.shape)}, which all samples share; scale the table before the call "
+                "(torch.renorm), or the rows that were looked up"
+            )
         if "norm" in name or norm is not None:
             raise errors.CapturedWriteError(
                 f"{self.call}: {norm or name} in training mode would update running statistics of "

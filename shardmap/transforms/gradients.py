@@ -43,6 +43,9 @@ def per_sample_grad(
     x[i], y[i])`, as `torch.func.vmap(torch.func.grad(fn), in_dims=(None, 0, 0))`; with a loss,
     `loss(fn(params, x[i]), y[i])`.
 
+    The gradients have no history of their own, whatever requires grad: to differentiate them again,
+    map `torch.func.grad` of the function with `shardmap.vmap`, or take `shardmap.jacrev`.
+
     With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they
     are computed, if possible without computing them themselves: see `shardmap.reduce`.
 

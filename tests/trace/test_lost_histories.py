@@ -123,3 +123,14 @@ def test_an_index_is_counted_in_its_own_sample(
     torch.testing.assert_close(y, expected)
     (found,), (wanted,) = (torch.autograd.grad((t * t).sum(), (TABLE,)) for t in (y, expected))
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_table_that_is_scaled_as_it_is_read() -> None:
+    """The remedies give what the loop gives where no row is looked up before it is scaled."""
+    table = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)) * 3
+    index = torch.tensor([[0, 1], [2, 0], [3, 3]])
+    with pytest.raises(errors.CapturedWriteError, match=r"scale the table before the call"):
+        shardmap.vmap(lambda i: F.embedding(i, table, max_norm=1.0))(index)
+    scaled = torch.renorm(table, 2.0, 0, 1.0)
+    expected = torch.stack([F.embedding(i, table.clone(), max_norm=1.0) for i in index])
+    torch.testing.assert_close(shardmap.vmap(lambda i: F.embedding(i, scaled))(index), expected)
