@@ -30,7 +30,7 @@ from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
-from shardmap.program.ir import Program, Spec
+from shardmap.program.ir import GRAD, NO_GRAD, Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, number_of
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
@@ -66,26 +66,33 @@ class _Autocast:
 
 
 class WiderError(errors.VariesError):
-    """A sample's output is of a dtype that does not fit into that of others.
+    """A sample's output does not fit into those of others: its dtype, or that it requires grad.
 
     Args:
         text: The message.
         dtypes: For each output the dtype that holds this sample's and the others'.
+        flags: For each output `GRAD` where this sample's requires grad.
     """
 
-    def __init__(self, text: str, dtypes: Sequence[torch.dtype]):
+    def __init__(self, text: str, dtypes: Sequence[torch.dtype], flags: Sequence[int]):
         super().__init__(text)
         self.dtypes = tuple(dtypes)
+        self.flags = tuple(flags)
 
 
-def widened(prepared: Prepared, dtypes: Sequence[torch.dtype]) -> Prepared:
-    """The recording with outputs of these dtypes, of what is not computed by its program."""
+def widened(prepared: Prepared, wider: WiderError) -> Prepared:
+    """The recording with outputs that hold a wider sample's, of what its program does not compute.
+
+    A call that is made again for a wider sample ends: the outputs are wider each time.
+    """
     recording = prepared.recording
+    before = recording.program
     outputs = [
-        v._replace(spec=v.spec._replace(dtype=dtype))
-        for v, dtype in zip(recording.program.outputs, dtypes, strict=True)
+        v._replace(spec=v.spec._replace(dtype=torch.promote_types(v.spec.dtype, dtype)))
+        for v, dtype in zip(before.outputs, wider.dtypes, strict=True)
     ]
-    program = recording.program._replace(outputs=tuple(outputs))
+    flags = map(max, before.output_flags, wider.flags)
+    program = before._replace(outputs=tuple(outputs), output_flags=tuple(flags))
     recording = dataclasses.replace(recording, program=program)
     return dataclasses.replace(prepared, recording=recording, outputs={})
 
@@ -299,16 +306,29 @@ class SampleLoop(StandIn):
                 )
             same = t.dtype is spec.dtype
             if not same and torch.promote_types(t.dtype, spec.dtype) != spec.dtype:
-                pairs = zip(leaves, self.specs, strict=True)
-                raise WiderError(
-                    f"{self.call}: output {k} of sample {number} is of {t.dtype}, that of others "
-                    f"of {spec.dtype}; return one dtype for all samples",
-                    [torch.promote_types(t.dtype, spec.dtype) for t, spec in pairs],
+                raise self._wider(
+                    f"output {k} of sample {number} is of {t.dtype}, that of others of "
+                    f"{spec.dtype}; return one dtype for all samples",
+                    leaves,
+                )
+            if t.requires_grad and self.grad_mode and not self.tracked:
+                raise self._wider(
+                    f"output {k} of sample {number} requires grad, and that of others does not; "
+                    "detach it, or make the call under torch.no_grad()",
+                    leaves,
                 )
         leaves = [t.to(spec.dtype) for t, spec in zip(leaves, self.specs, strict=True)]
         if self.tracked:
             return leaves
         return [t.detach() if t.requires_grad else t for t in leaves]
+
+    def _wider(self, text: str, leaves: Sequence[torch.Tensor]) -> WiderError:
+        pairs = zip(leaves, self.specs, strict=True)
+        return WiderError(
+            f"{self.call}: {text}",
+            [torch.promote_types(t.dtype, spec.dtype) for t, spec in pairs],
+            [GRAD if t.requires_grad else NO_GRAD for t in leaves],
+        )
 
     def _called(self, row: list[torch.Tensor]) -> object:
         """Call the function with one sample's arguments."""

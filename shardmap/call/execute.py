@@ -266,13 +266,22 @@ class Call:
                 return call._run(instead)
             except WiderError as error:
                 self._widen(error)
-                forked.widen(error.dtypes)
+                forked.widen(error)
 
-    def _widen(self, error: WiderError) -> None:
-        """Bring outputs to wider dtypes, as `torch.stack` does; not in a store, which is made."""
+    def _widen(self, wider: WiderError) -> None:
+        """Let outputs hold a wider sample's, as `torch.stack` does; not in a store, which is made.
+
+        Raises:
+            WiderError: There is a store, or samples that have been written to.
+        """
         if self.options.out is not None or self.prepared.recording.written_inputs:
-            raise error
-        self.prepared = widened(self.prepared, error.dtypes)
+            raise wider
+        before = self.prepared.recording.program
+        self.prepared = widened(self.prepared, wider)
+        after = self.prepared.recording.program
+        assert (after.outputs, after.output_flags) != (before.outputs, before.output_flags), (
+            f"the outputs hold the sample's already, or the call is repeated without end: {wider}"
+        )
 
     def _asks_mapped(self) -> bool:
         """True if python asks about what a `torch.func.vmap` around the call maps."""

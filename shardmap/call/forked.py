@@ -13,7 +13,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.call import by_sample, routes
-from shardmap.call.by_sample import SampleLoop, widened
+from shardmap.call.by_sample import SampleLoop, WiderError, widened
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
@@ -99,13 +99,13 @@ class Forked:
         self.part = part
         self.seeds = seeds
         self._found: Routes | None = None
-        self._dtypes: Sequence[torch.dtype] = ()
+        self._wider: list[WiderError] = []
         self._alone = options.alone()
         """The options of a part that is computed as a call of its own."""
 
-    def widen(self, dtypes: Sequence[torch.dtype]) -> None:
-        """Bring outputs to these dtypes: samples that take no path have wider ones."""
-        self._dtypes = dtypes
+    def widen(self, wider: WiderError) -> None:
+        """Let outputs hold those of a sample that takes no path."""
+        self._wider.append(wider)
 
     def whole(self) -> tuple[Prepared, Batch, FirstUse | None, Instead | None]:
         """A recording for all paths, its samples and first use, and what replaces its replay.
@@ -136,8 +136,8 @@ class Forked:
                 "their values, and too few take the same one"
             )
         whole = merged([routes.paths[number] for number in branches], self.options.call)
-        if self._dtypes:
-            whole = widened(whole, self._dtypes)
+        for wider in self._wider:
+            whole = widened(whole, wider)
         if len(routes.looped):
             whole = may_draw(whole, self.options)
         if whole.recording.written_inputs and torch.is_grad_enabled():
@@ -166,6 +166,8 @@ class Forked:
     def _by_loop(self) -> tuple[Prepared, Batch, FirstUse, Instead]:
         """A recording, samples and first use for a call whose samples are all looped."""
         whole = may_draw(self.prepared, self.options)
+        for wider in self._wider:
+            whole = widened(whole, wider)
 
         def instead(how: LoweringOptions) -> Lowered:
             loop = self._loop_of(self.batch, whole, how.grad or how.transformed)

@@ -232,6 +232,8 @@ class _Recorded:
             recorder.expected = expected
         equations = recorder.equations[self.start :]
         del recorder.equations[self.start :]
+        # Its questions are checked where it runs; they are none about the function's own path.
+        recorder.asked[:] = [position for position in recorder.asked if position < self.start]
         out_flags = tuple([NO_GRAD if once else f for f in flags])
         found = Calls(equations, names, outs, out_flags)
         return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -59,10 +60,15 @@ def _flops(eq: Equation, made: list[Var]) -> float:
     )
 
 
-def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, tuple[Hashable, ...]]:
     """The part of a sample that decides its cost: shapes, dtypes, and all other values."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     described = [
         (tuple(t.shape), str(t.dtype)) if isinstance(t, torch.Tensor) else repr(t) for t in leaves
     ]
     return str(structure), tuple(described)
+
+
+def tensors_of(found: tuple[str, tuple[Hashable, ...]]) -> Hashable:
+    """The part of a signature that tells of tensors: their shapes and dtypes."""
+    return tuple([d for d in found[1] if not isinstance(d, str)])

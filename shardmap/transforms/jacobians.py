@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
 from shardmap import errors
 from shardmap._torch import not_compiled
+from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.planning.device import Budget
@@ -27,6 +28,7 @@ from shardmap.transforms.seeds import Seeding
 logger = logging.getLogger("shardmap")
 
 Argnums = int | tuple[int, ...]
+T = TypeVar("T")
 
 
 @not_compiled
@@ -240,6 +242,23 @@ def hessian(
     return Jacobians("hessian", func, argnums, False, "hessian", in_dims, seed_chunk_size, options)
 
 
+class ModeChosen(errors.ShardmapError):
+    """The cheaper mode for samples of a new signature has been found, and the call is made again.
+
+    What is recorded until then holds the trials of both modes, unlike other samples' recordings.
+
+    Args:
+        call: The user's call.
+        tensors: The samples' shapes and dtypes.
+        mode: The mode.
+    """
+
+    def __init__(self, call: str, tensors: Hashable, mode: str):
+        super().__init__(f"{call}: {mode} mode is taken for samples of {tensors}")
+        self.tensors = tensors
+        self.mode = mode
+
+
 class Jacobians(Transformed):
     """The derivatives of a function at each sample of a batch: call it, or `plan` the call.
 
@@ -295,6 +314,7 @@ class Jacobians(Transformed):
         )
         seeding = Seeding(seed_chunk_size, allowed.on, call)
         chosen: dict[Any, str] = {}  # by signature, the last one last
+        steady: dict[Hashable, str] = {}  # by tensors, where other arguments never look the same
 
         def sample(*args: Any, **kwargs: Any) -> Any:
             by = Differentiated(args, argnums, call)
@@ -304,13 +324,18 @@ class Jacobians(Transformed):
             taken = method
             if method == "auto":
                 key = guess.signature(args, kwargs)
-                taken = chosen.get(key) or chosen.setdefault(key, one.cheaper())
+                tensors = guess.tensors_of(key)
+                if key not in chosen and tensors not in steady:
+                    chosen[key] = one.cheaper()
+                    raise ModeChosen(call, tensors, chosen[key])
+                taken = chosen.get(key) or steady[tensors]
             return one.reverse() if taken == "reverse" else one.forward()
 
         sample.__name__ = f"{transform}({name_of(func)})"
         super().__init__(func, sample, in_dims, options)
         self._method = method
         self._chosen = chosen
+        self._steady = steady
         self._seeding = seeding
 
     @property
@@ -328,7 +353,7 @@ class Jacobians(Transformed):
         """The results of the batch."""
         while True:
             try:
-                return super().__call__(*args, **kwargs)
+                return self._chosen_first(lambda: Transformed.__call__(self, *args, **kwargs))
             except errors.OverBudget:
                 if not self._fewer():
                     raise
@@ -346,9 +371,42 @@ class Jacobians(Transformed):
             ShardmapError: As for `shardmap.plan`.
         """
         while True:
-            planned = super().plan(*args, **kwargs)
+            planned = self._chosen_first(lambda: Transformed.plan(self, *args, **kwargs))
             if planned.fits or not self._fewer():
                 return planned
+
+    @not_compiled
+    def compare(
+        self, *args: object, samples: int | Sequence[int] = 8, **kwargs: object
+    ) -> Comparison:
+        """Compare the transform of some samples with the plain loop, as `shardmap.compare` does.
+
+        Args:
+            *args: The batch.
+            samples: Number of random samples to compare, or their numbers.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            OptionError: The function draws random numbers, or there is nothing to compare.
+            ShardmapError: As `shardmap.compare`.
+        """
+        return self._chosen_first(
+            lambda: Transformed.compare(self, *args, samples=samples, **kwargs)
+        )
+
+    def _chosen_first(self, run: Callable[[], T]) -> T:
+        """What `run` returns once the modes of all its samples are chosen.
+
+        That ends: it is tried at most twice for samples of the same shapes and dtypes.
+        """
+        seen: set[Hashable] = set()
+        while True:
+            try:
+                return run()
+            except ModeChosen as found:
+                if found.tensors in seen:
+                    self._steady[found.tensors] = found.mode
+                seen.add(found.tensors)
 
     def _fewer(self) -> bool:
         """Take fewer rows or columns at a time from now on; return False if impossible."""
