@@ -16,6 +16,7 @@ from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
 from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
+from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
 from shardmap.call.flattened import Flattened
 from shardmap.call.forked import Forked, Instead, may_draw
@@ -377,6 +378,8 @@ class Call:
             if not self.prepared.recording.torchs_own:
                 self._seed = None  # none has been drawn
             self.prepared = may_draw(self.prepared, options)
+        if options.out is not None:
+            self.prepared = prepared_by_code(self.prepared, use.func)
         text = f"{options.call}: {why}"
         if options.strict:
             raise errors.VariesError(

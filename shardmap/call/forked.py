@@ -14,6 +14,7 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, widened
+from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
@@ -119,7 +120,7 @@ class Forked:
         if len(paths) == 1 and not len(routes.looped):
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
-            return path.prepared, self.batch, use, None
+            return self._known(path.prepared), self.batch, use, None
         if not paths:
             return self._by_loop()
         branches: dict[int, Branch] = {}
@@ -138,8 +139,9 @@ class Forked:
         whole = merged([routes.paths[number] for number in branches], self.options.call)
         if self._dtypes:
             whole = widened(whole, self._dtypes)
-        if len(routes.looped):
+        if len(routes.looped) or self.options.out is not None:  # a store is known by its seeds
             whole = may_draw(whole, self.options)
+        whole = self._known(whole)
         if whole.recording.written_inputs and torch.is_grad_enabled():
             if any(t.requires_grad for t in self.batch.tensors()):
                 raise errors.VariesError(
@@ -165,13 +167,17 @@ class Forked:
 
     def _by_loop(self) -> tuple[Prepared, Batch, FirstUse, Instead]:
         """A recording, samples and first use for a call whose samples are all looped."""
-        whole = may_draw(self.prepared, self.options)
+        whole = self._known(may_draw(self.prepared, self.options))
 
         def instead(how: LoweringOptions) -> Lowered:
             loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
             return by_sample.lowering(whole.recording.program, how, loop)
 
         return whole, self.batch, self.use, instead
+
+    def _known(self, prepared: Prepared) -> Prepared:
+        """The recording as a store knows it: not by the paths that happen to be recorded."""
+        return prepared if self.options.out is None else prepared_by_code(prepared, self.use.func)
 
     def _loop_of(self, batch: Batch, prepared: Prepared, tracked: bool) -> SampleLoop:
         recording = prepared.recording
@@ -262,7 +268,7 @@ class Forked:
                 f"where they are, and devices={options.devices!r}; use devices='auto'"
             )
         paths.sort(key=lambda path: int(path.rows[0]))
-        whole = merged(paths, options.call)
+        whole = self._known(merged(paths, options.call))
         seeds = self.seeds(whole.recording)
         if options.out is not None:
             return self._groups_into_store(paths, whole, seeds)

@@ -247,31 +247,8 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     recording = dataclasses.replace(
         recording, program=program, written_inputs=written, sample=(), asked=()
     )
-    recording = drawing(_together(recording, paths), paths)
+    recording = drawing(recording, paths)
     return Prepared(recording, first.structure)
-
-
-def _together(recording: Recording, paths: Sequence[Path]) -> Recording:
-    """The recording with what all paths call and capture: a store is known by it.
-
-    Nothing runs its calls: what runs is each path's own.
-    """
-    of_paths = [path.prepared.recording for path in paths]
-    programs = [r.program for r in of_paths]
-    program = recording.program._replace(
-        captured=tuple([v for p in programs for v in p.captured]),
-        literals=tuple([v for p in programs for v in p.literals]),
-        scalars=sum(p.scalars for p in programs),
-        equations=tuple([eq for p in programs for eq in p.equations]),
-        types=tuple([t for p in programs for t in p.types]),
-    )
-    return dataclasses.replace(
-        recording,
-        program=program,
-        captured=tuple([t for r in of_paths for t in r.captured]),
-        literals=tuple([t for r in of_paths for t in r.literals]),
-        scalars=tuple([number for r in of_paths for number in r.scalars]),
-    )
 
 
 def drawing(recording: Recording, paths: Sequence[Path]) -> Recording:
