@@ -39,6 +39,7 @@ from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recording import Recording, is_mapped_outside
+from shardmap.trace.saved_hooks import are_saved_hooks_around
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -179,8 +180,12 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """True if all samples' answers are computed before any is run: writes cannot be undone."""
-        return self.options.out is not None or bool(self.prepared.recording.written_inputs)
+        """True if all samples' answers are computed before any is run: writes cannot be undone.
+
+        Nor can what hooks around the call were given to save.
+        """
+        undone = self.options.out is None and not self.prepared.recording.written_inputs
+        return not undone or are_saved_hooks_around()
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around

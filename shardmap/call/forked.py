@@ -34,6 +34,7 @@ from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
+from shardmap.trace.saved_hooks import are_saved_hooks_around
 
 logger = logging.getLogger("shardmap")
 
@@ -354,9 +355,10 @@ class Forked:
         """True to split the batch: where few samples answer alike, looping them is faster."""
         spread, size, options = seen.spread, self.batch.size, self.options
         verdict = self.use.verdict()
-        if options.strict or options.randomness != "error" or verdict.alone or not verdict.forks:
-            # Looping is refused, or would draw other numbers; or no sample can be tried, or all
-            # are taken to answer alike.
+        known = options.strict or options.randomness != "error" or are_saved_hooks_around()
+        if known or verdict.alone or not verdict.forks:
+            # Looping is refused, or would draw other numbers, or save others; or no sample can be
+            # tried, or all are taken to answer alike.
             return True
         if spread.is_due():
             numbers = spread.next_tried(size)
