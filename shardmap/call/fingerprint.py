@@ -44,6 +44,9 @@ _CONTAINERS = (
     dict, types.MappingProxyType, list, tuple, set, frozenset, collections.deque, np.ndarray,
     functools.partial, property, classmethod, staticmethod, types.MethodType,
 )  # fmt: skip
+_LOGS = (list, set, collections.deque)
+_ADDING = ("append", "appendleft", "extend", "add", "update")
+"""Methods of these that read nothing: what is only ever added to does not decide what is done."""
 _OF_CLASSES = frozenset(
     "__module__ __dict__ __weakref__ __doc__ __qualname__ __annotations__ __annotate__ "
     "__annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__ "
@@ -212,13 +215,15 @@ class _Walk:
         names = frozenset() if library else _attributes(func.__code__)
         if not library:
             self._code(func.__code__)
-        for cell in func.__closure__ or ():
+        logs = frozenset() if library else _logs(func.__code__)
+        for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
             try:
                 contents = cell.cell_contents
             except ValueError:  # not assigned yet
                 self.text("empty cell")
                 continue
-            self.add(contents, names)
+            if name not in logs or type(contents) not in _LOGS:
+                self.add(contents, names)
         if library:
             return self.add(func.__dict__.get("__wrapped__"), names)
         self._each(func.__defaults__ or (), names)
@@ -227,7 +232,9 @@ class _Walk:
         for name in _globals(func.__code__):
             self.text(name)
             if name in func.__globals__:
-                self.add(func.__globals__[name], names)
+                value = func.__globals__[name]
+                if name not in logs or type(value) not in _LOGS:
+                    self.add(value, names)
             elif name in sys.modules:  # imported inside the function
                 self.add(sys.modules[name], names)
         return None
@@ -298,3 +305,26 @@ def _attributes(code: types.CodeType) -> frozenset[str]:
         if isinstance(constant, types.CodeType):
             found |= _attributes(constant)
     return frozenset(found)
+
+
+@functools.cache
+def _logs(code: types.CodeType) -> frozenset[str]:
+    """The names whose values code only adds to: `calls.append(1)`."""
+    added, read = _added_and_read(code)
+    return added - read
+
+
+def _added_and_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names that code adds to, and those that it does anything else with."""
+    added, read = set(), set()
+    steps = list(dis.get_instructions(code))
+    for step, after in zip(steps, steps[1:], strict=False):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            adds = after.opname in ("LOAD_METHOD", "LOAD_ATTR") and after.argval in _ADDING
+            (added if adds else read).add(str(step.argval))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner_added, inner_read = _added_and_read(constant)
+            added |= inner_added
+            read |= inner_read
+    return frozenset(added), frozenset(read)

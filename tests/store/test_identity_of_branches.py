@@ -105,6 +105,28 @@ def test_a_store_is_resumed_in_another_process(tmp_path: Path) -> None:
     assert "StoreMismatchError" in done.stderr
 
 
+LOG: list[int] = []
+
+
+def test_a_list_that_the_function_only_adds_to_is_no_part_of_it(tmp_path: Path) -> None:
+    own: list[int] = []
+    read: list[int] = []
+
+    def logs(r: torch.Tensor) -> torch.Tensor:
+        LOG.append(1)
+        own.append(2)
+        return r.sin() if r[0] > 0 else r.cos() * (1 + len(read))
+
+    for size in (1, 7, 61):
+        for _ in range(3):
+            into(tmp_path / str(size), logs, rows(size))
+    assert LOG
+    assert own
+    read.append(1)
+    with pytest.raises(errors.StoreMismatchError, match="program: the function"):
+        into(tmp_path / "61", logs, rows(61))
+
+
 def with_constant(number: float) -> Function:
     return eval(f"lambda r: r * {number} if r[0] > 1.5 else r.cos()")
 
