@@ -35,6 +35,7 @@ from shardmap.rules.philox import SampleNumbers, Seeds, number_of
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
+from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
 CHUNK_BYTES = 32 << 20
 """Bytes of one chunk's results, unless the user gives the number of samples."""
@@ -244,7 +245,7 @@ class SampleLoop(StandIn):
         tensors, found = self.batch.tensors(), []
         python, numbers = random.getstate(), np.random.get_state()
         try:
-            with self._as_called():
+            with self._as_called(), saved_hooks_set_aside():
                 for number in range(self.batch.size):
                     row = [_own(t[number]) for t in tensors]
                     with Asked(row) as asked:

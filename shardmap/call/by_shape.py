@@ -23,6 +23,7 @@ from shardmap.call.execute import (
     recalled,
     recorded,
 )
+from shardmap.call.fingerprint import known_by_code
 from shardmap.call.here import locally, refuse_elsewhere
 from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import job_of
@@ -101,6 +102,8 @@ class ByShape:
                     "argument inside the function"
                 )
             job = call.job(instead)
+            if options.out is not None and (instead is not None or job.recording.asked):
+                job = dataclasses.replace(job, recording=known_by_code(job.recording, func))
             if instead is not None:
                 refuse_elsewhere(job, options, False, cluster)
             found.append(Group(rows, call, instead, job))

@@ -16,6 +16,7 @@ from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
 from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
+from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
 from shardmap.call.flattened import Flattened
 from shardmap.call.forked import Forked, Instead, may_draw
@@ -38,6 +39,7 @@ from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recording import Recording, is_mapped_outside
+from shardmap.trace.saved_hooks import are_saved_hooks_around
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
 
 
@@ -178,8 +180,12 @@ class Call:
             return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
-        """True if all samples' answers are computed before any is run: writes cannot be undone."""
-        return self.options.out is not None or bool(self.prepared.recording.written_inputs)
+        """True if all samples' answers are computed before any is run: writes cannot be undone.
+
+        Nor can what hooks around the call were given to save.
+        """
+        undone = self.options.out is None and not self.prepared.recording.written_inputs
+        return not undone or are_saved_hooks_around()
 
     def _run(self, by_sample: Instead | None) -> Any:
         prepared, batch, options, around = self.prepared, self.batch, self.options, self.around
@@ -386,6 +392,8 @@ class Call:
             if not self.prepared.recording.torchs_own:
                 self._seed = None  # none has been drawn
             self.prepared = may_draw(self.prepared, options)
+        if options.out is not None:
+            self.prepared = prepared_by_code(self.prepared, use.func)
         text = f"{options.call}: {why}"
         if options.strict:
             raise errors.VariesError(

@@ -14,6 +14,7 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, WiderError, widened
+from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
@@ -33,6 +34,7 @@ from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
+from shardmap.trace.saved_hooks import are_saved_hooks_around
 
 logger = logging.getLogger("shardmap")
 
@@ -119,7 +121,7 @@ class Forked:
         if len(paths) == 1 and not len(routes.looped):
             path = paths[0]
             use = self._use(path, self.batch) if path.recorded in (0, -1) else None
-            return path.prepared, self.batch, use, None
+            return self._known(path.prepared), self.batch, use, None
         if not paths:
             return self._by_loop()
         branches: dict[int, Branch] = {}
@@ -138,8 +140,9 @@ class Forked:
         whole = merged([routes.paths[number] for number in branches], self.options.call)
         for wider in self._wider:
             whole = widened(whole, wider)
-        if len(routes.looped):
+        if len(routes.looped) or self.options.out is not None:  # a store is known by its seeds
             whole = may_draw(whole, self.options)
+        whole = self._known(whole)
         if whole.recording.written_inputs and torch.is_grad_enabled():
             if any(t.requires_grad for t in self.batch.tensors()):
                 raise errors.VariesError(
@@ -168,12 +171,17 @@ class Forked:
         whole = may_draw(self.prepared, self.options)
         for wider in self._wider:
             whole = widened(whole, wider)
+        whole = self._known(whole)
 
         def instead(how: LoweringOptions) -> Lowered:
             loop = self._loop_of(self.batch, whole, how.grad or how.transformed)
             return by_sample.lowering(whole.recording.program, how, loop)
 
         return whole, self.batch, self.use, instead
+
+    def _known(self, prepared: Prepared) -> Prepared:
+        """The recording as a store knows it: not by the paths that happen to be recorded."""
+        return prepared if self.options.out is None else prepared_by_code(prepared, self.use.func)
 
     def _loop_of(self, batch: Batch, prepared: Prepared, tracked: bool) -> SampleLoop:
         recording = prepared.recording
@@ -264,7 +272,7 @@ class Forked:
                 f"where they are, and devices={options.devices!r}; use devices='auto'"
             )
         paths.sort(key=lambda path: int(path.rows[0]))
-        whole = merged(paths, options.call)
+        whole = self._known(merged(paths, options.call))
         seeds = self.seeds(whole.recording)
         if options.out is not None:
             return self._groups_into_store(paths, whole, seeds)
@@ -350,9 +358,10 @@ class Forked:
         """True to split the batch: where few samples answer alike, looping them is faster."""
         spread, size, options = seen.spread, self.batch.size, self.options
         verdict = self.use.verdict()
-        if options.strict or options.randomness != "error" or verdict.alone or not verdict.forks:
-            # Looping is refused, or would draw other numbers; or no sample can be tried, or all
-            # are taken to answer alike.
+        known = options.strict or options.randomness != "error" or are_saved_hooks_around()
+        if known or verdict.alone or not verdict.forks:
+            # Looping is refused, or would draw other numbers, or save others; or no sample can be
+            # tried, or all are taken to answer alike.
             return True
         if spread.is_due():
             numbers = spread.next_tried(size)

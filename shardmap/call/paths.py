@@ -193,7 +193,7 @@ class PathReplay(StandIn):
     def _fixed(
         self, number: int, device: torch.device, own: tuple[object, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """What all samples of a path share; draws among it follow from the seeds of this call."""
+        """Values that all samples of a path share; draws among them follow from this call's seeds."""
         branch = self.branches[number]
         ready, recording = branch.ready[str(device)], branch.prepared.recording
         if not (recording.random and self.loop.randomness == "same"):
@@ -266,31 +266,8 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
     recording = dataclasses.replace(
         recording, program=program, written_inputs=written, sample=(), asked=()
     )
-    recording = drawing(_together(recording, paths), paths)
+    recording = drawing(recording, paths)
     return Prepared(recording, first.structure)
-
-
-def _together(recording: Recording, paths: Sequence[Path]) -> Recording:
-    """The recording with what all paths call and capture: a store is known by it.
-
-    Nothing runs its calls: what runs is each path's own.
-    """
-    of_paths = [path.prepared.recording for path in paths]
-    programs = [r.program for r in of_paths]
-    program = recording.program._replace(
-        captured=tuple([v for p in programs for v in p.captured]),
-        literals=tuple([v for p in programs for v in p.literals]),
-        scalars=sum(p.scalars for p in programs),
-        equations=tuple([eq for p in programs for eq in p.equations]),
-        types=tuple([t for p in programs for t in p.types]),
-    )
-    return dataclasses.replace(
-        recording,
-        program=program,
-        captured=tuple([t for r in of_paths for t in r.captured]),
-        literals=tuple([t for r in of_paths for t in r.literals]),
-        scalars=tuple([number for r in of_paths for number in r.scalars]),
-    )
 
 
 def drawing(recording: Recording, paths: Sequence[Path]) -> Recording:

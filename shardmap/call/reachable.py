@@ -170,11 +170,11 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
         for part in (value.func, value.args, value.keywords):
             _walk(part, found, seen, names)
     elif isinstance(value, types.ModuleType):
-        if not _is_library(getattr(value, "__file__", None)):
+        if not is_library(getattr(value, "__file__", None)):
             for name in sorted(names & vars(value).keys()):
                 _walk(vars(value)[name], found, seen, names)
     elif isinstance(value, type):
-        for kind in _user_classes(value):
+        for kind in user_classes(value):
             for name, item in vars(kind).items():
                 if not name.startswith("__") or name in ("__call__", "__init__"):
                     _walk(
@@ -201,7 +201,7 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
 
 
 def _walk_function(func: types.FunctionType, found: list[object], seen: set[int]) -> None:
-    if _is_library(func.__code__.co_filename):
+    if is_library(func.__code__.co_filename):
         for cell in func.__closure__ or ():  # a library's decorator around a user's function
             _walk_cell(cell, found, seen, frozenset())
         return
@@ -245,25 +245,26 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
                 found.append(item)
             elif type(item) not in _CONTAINERS or item:
                 _walk(item, found, seen, names)
-    for slot in _slots(kind):
+    for slot in slots_of(kind):
         if hasattr(value, slot):
             _walk(getattr(value, slot), found, seen, names)
 
 
 @functools.lru_cache(maxsize=4096)
-def _user_classes(kind: type) -> tuple[type, ...]:
+def user_classes(kind: type) -> tuple[type, ...]:
     """The classes that `kind` inherits from, itself included, without those of libraries."""
     return tuple(
         [
             k
             for k in kind.__mro__
-            if not _is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
+            if not is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
         ]
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The names of the slots of a class and of those that it inherits from."""
     slots: list[str] = []
     for base in kind.__mro__:
         own = base.__dict__.get("__slots__", ())
@@ -281,7 +282,8 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.cache
-def _is_library(filename: str | None) -> bool:
+def is_library(filename: str | None) -> bool:
+    """True if a file of code belongs to python, to an installed package or to shardmap."""
     return (
         filename is None
         or filename.startswith("<frozen")

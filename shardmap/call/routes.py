@@ -27,6 +27,7 @@ from shardmap.lower.replayed import restride
 from shardmap.program.analysis import random_call
 from shardmap.program.questions import Stage, answers, stages
 from shardmap.trace.batch import Batch
+from shardmap.trace.saved_hooks import are_saved_hooks_around
 
 logger = logging.getLogger("shardmap")
 
@@ -210,8 +211,10 @@ class Router:
                 return
         if len(self._used) >= self.options.max_paths:
             self._refuse_more()
-        # What a sample draws must not depend on whether its path has been worth recording.
+        # What a sample draws must not depend on whether its path has been worth recording, nor what
+        # is saved for its gradients where hooks see it.
         asked = self.options.strict or self.options.randomness != "error"
+        asked = asked or are_saved_hooks_around()
         if self._full or not (asked or self.seen.is_worth(prefix, len(rows))):
             self._loop(rows)
             return

@@ -141,11 +141,13 @@ def identity(job: Job, unit: int) -> dict[str, str]:
         return _identity_of_parts(job, unit)
     recording = job.recording
     program = hashlib.blake2b(digest_size=16)
-    program.update(recording.program.dumps().encode())
-    program.update(
-        repr((recording.scalars, job.seed, [(o.shape, str(o.dtype)) for o in job.outputs])).encode()
-    )
-    _update(program, (*recording.captured, *recording.literals))
+    outputs = [(o.shape, str(o.dtype)) for o in job.outputs]
+    if recording.function:
+        program.update(repr((recording.function, job.seed, outputs)).encode())
+    else:
+        program.update(recording.program.dumps().encode())
+        program.update(repr((recording.scalars, job.seed, outputs)).encode())
+        _update(program, (*recording.captured, *recording.literals))
     plan = hashlib.blake2b(f"{job.samples} {unit}".encode(), digest_size=16)
     return {"program": program.hexdigest(), "data": _digest(job), "plan": plan.hexdigest()}
 

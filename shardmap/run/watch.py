@@ -13,6 +13,7 @@ from shardmap.planning.observe import Observation, observe
 from shardmap.run.affordable import direct, observed_sizes
 from shardmap.run.base import Job
 from shardmap.run.prepare import Ready, there
+from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
 
 def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
@@ -77,7 +78,7 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
             *ready.fixed,
         ]
 
-    with torch.set_grad_enabled(job.grad and not job.remat):
+    with torch.set_grad_enabled(job.grad and not job.remat), saved_hooks_set_aside():
         try:
             found = observe(low, run, sizes, known)
         finally:
@@ -129,7 +130,7 @@ def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
         gradients = torch.autograd.grad(roots, leaves, ones, retain_graph=True, allow_unused=True)
         return outs, gradients
 
-    with torch.enable_grad():
+    with torch.enable_grad(), saved_hooks_set_aside():
         try:
             fixed = low.replay.fixed(
                 ready.device, job.seed, recording.scalars, captured, ready.literals

@@ -32,6 +32,7 @@ from shardmap.trace.kept import kept_tensors
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.surroundings import (
     RandomStates,
     forward_mode_alone,
@@ -150,9 +151,10 @@ def record(
     zeros = views = False
     while True:
         try:
-            return _recorded(
-                func, batch, randomness, once, call, number, look, generators, zeros, views
-            )
+            with saved_hooks_set_aside():
+                return _recorded(
+                    func, batch, randomness, once, call, number, look, generators, zeros, views
+                )
         except RuntimeError as error:
             if isinstance(error, errors.ShardmapError):
                 raise

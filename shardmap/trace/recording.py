@@ -52,6 +52,9 @@ class Recording:
     each call."""
     torchs_own: bool = False
     """True if the function draws from torch's own generator."""
+    function: str = ""
+    """Digest of the function by which a store knows it, where samples take several paths: which of
+    them have been recorded differs from call to call; empty where the program says all."""
 
 
 _names: dict[torch.device, str] = {}

@@ -395,7 +395,7 @@ class Jacobians(Transformed):
         )
 
     def _chosen_first(self, run: Callable[[], T]) -> T:
-        """What `run` returns once the modes of all its samples are chosen.
+        """Call `run` until the modes of all its samples are chosen, and return its result.
 
         That ends: it is tried at most twice for samples of the same shapes and dtypes.
         """

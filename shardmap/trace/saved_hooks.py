@@ -1,0 +1,32 @@
+"""Hooks on what autograd saves that are active around the call of a map.
+
+They are for what the map itself saves. What is saved while the function is recorded or tried is
+dropped at once: hooks that count what they are given (`torch.utils.checkpoint`), or that write it
+to a disk, must not see it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from shardmap._torch import pop_saved_hooks, push_saved_hooks, saved_hooks
+
+
+@contextlib.contextmanager
+def saved_hooks_set_aside() -> Iterator[None]:
+    """Let the hooks around the body see nothing of what is saved in it."""
+    around = []
+    try:
+        while (top := saved_hooks(True)) is not None:
+            around.append(top)
+            pop_saved_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(around):
+            push_saved_hooks(pack, unpack)
+
+
+def are_saved_hooks_around() -> bool:
+    """True if there are such hooks: two calls are then to save the same, whatever is known."""
+    return saved_hooks(True) is not None
