@@ -378,6 +378,11 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
             generator.set_state(state)
 
 
+def cause(error: errors.VariesError, call: str) -> str:
+    """The cause of a VariesError, without the call and the remedy."""
+    return str(error).removeprefix(f"{call}: ").partition(";")[0]
+
+
 def lowering(program: Program, options: LoweringOptions, loop: SampleLoop) -> Lowered:
     """Wrap the loop as a lowering, which executors take."""
     size = sum([_bytes(v.spec) for eq in program.equations for v in eq.results()])

@@ -15,7 +15,7 @@ from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
-from shardmap.call.by_sample import SampleLoop, WiderError, lowering, widened
+from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, widened
 from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
 from shardmap.call.flattened import Flattened
@@ -177,7 +177,7 @@ class Call:
                 raise
             if self.options.strict:
                 raise
-            return self._run_by_sample(self.use.varies(_why(error, self.options.call)).varies)
+            return self._run_by_sample(self.use.varies(cause(error, self.options.call)).varies)
 
     def _is_asked_first(self) -> bool:
         """True if all samples' answers are computed before any is run: writes cannot be undone.
@@ -355,7 +355,7 @@ class Call:
         except errors.VariesError as error:
             if isinstance(error, errors.RaggedError) or self.options.strict:
                 raise
-            return self, self._loop(_why(error, self.options.call))
+            return self, self._loop(cause(error, self.options.call))
         call = self._part(prepared, batch, self.options, use)
         if self._seed is not None and not any(isinstance(s, TorchDraws) for s in self._seed):
             call.draw_by(self._seeds_for(prepared.recording), None)
@@ -432,11 +432,6 @@ class Call:
             confirm.outputs(job, outputs, expected)
             if str(job.home) in self.names(job):
                 confirm.reductions(job, expected)
-
-
-def _why(error: errors.VariesError, call: str) -> str:
-    """The cause of a VariesError, without the call and the remedy."""
-    return str(error).removeprefix(f"{call}: ").partition(";")[0]
 
 
 def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:

@@ -193,7 +193,7 @@ class PathReplay(StandIn):
     def _fixed(
         self, number: int, device: torch.device, own: tuple[object, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Values that all samples of a path share; draws among them follow from this call's seeds."""
+        """Values that all samples of a path share; its draws follow from the call's seeds."""
         branch = self.branches[number]
         ready, recording = branch.ready[str(device)], branch.prepared.recording
         if not (recording.random and self.loop.randomness == "same"):
