@@ -8,6 +8,7 @@ lanes, reductions, stores and autograd work as for any map.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -214,16 +215,17 @@ _MOST_ANSWERS = 4
 def answered(prepared: Prepared) -> str:
     """Text on the answers of a path's samples, with the lines that ask."""
     recording = prepared.recording
-    asked = [recording.program.equations[at] for at in recording.asked]
-    shown = []
-    for eq in asked[:_MOST_ANSWERS]:
+    texts = []
+    for eq in [recording.program.equations[at] for at in recording.asked]:
         what = eq.answer[1]
         if eq.answer[0] == "shape":
             what = ", ".join(f"shape {list(shape)}" for shape in what)
-        where = f" at {eq.source}" if eq.source else ""
-        shown.append(f"{what}{where}")
-    more = len(asked) - _MOST_ANSWERS
-    return ", ".join(shown) + (f" and {more} answers more" if more > 0 else "")
+        texts.append(f"{what} at {eq.source}" if eq.source else str(what))
+    runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
+    shown = [f"{count} times {text}" if count > 1 else text for text, count in runs]
+    more = sum(count for _, count in runs[_MOST_ANSWERS:])
+    said = ", ".join(shown[:_MOST_ANSWERS])
+    return f"{said} and {more} more answer{'s' if more > 1 else ''}" if more else said
 
 
 def _version(t: torch.Tensor) -> int | None:

@@ -22,6 +22,11 @@ class Executable(Protocol):
     """The functions that compute chunks: all that executors need of a lowering."""
 
     @property
+    def source(self) -> str:
+        """Text of the program, or of what runs in its place."""
+        ...
+
+    @property
     def fixed(self) -> Callable[..., Any]:
         """The function of `Replay.fixed`."""
         ...

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardmap._torch import TorchDispatchMode, packet_of, schema_of, storage_id
 from shardmap.lower.cache import Lowered
+from shardmap.lower.codegen import Replay
 from shardmap.planning.memory import Level, envelope
 from shardmap.trace.recording import flat_tensors
 
@@ -183,7 +184,10 @@ def observe(
     names: dict[str, list[float]] = {}
     equations = low.program.equations
     for number, cost in watch.costs.items():
-        name = equations[number].op.name() if number < len(equations) else "outputs"
+        if isinstance(low.replay, Replay):
+            name = equations[number].op.name() if number < len(equations) else "outputs"
+        else:  # several programs, or the function itself: their calls are not told apart
+            name = low.replay.source
         total = names.setdefault(name, [0, 0.0, 0.0])
         for i, value in enumerate(cost):
             total[i] += value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,9 @@ def test_a_plan_and_a_comparison_say_the_ways() -> None:
         assert "Samples go 3 ways by what python asks about their values:" in text
         assert f"{positive} of 61, batched: True at {__file__}:" in text
         assert len([line for line in text.splitlines() if "of 61, batched: False at" in line]) == 2
+    repeated = shardmap.plan(newton)(x.abs()).explain()
+    assert re.search(r"\d+ times False at .*, True at ", repeated)
+    assert "a program for each path" in repeated  # whose operators are not told apart
     assert "ways by what python asks" not in shardmap.plan(torch.sin)(x).explain()
     few = shardmap.plan(lambda r: r * r.sum().item(), max_paths=3)(x).explain()
     assert "60 of 61, one by one: the function itself" in few or "58 of 61, one by one" in few
