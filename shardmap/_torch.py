@@ -106,6 +106,8 @@ compute_keyset = _private(
     "_ops._compute_keyset", "checkpoints and other operators that call functions"
 )
 
+global_hooks = [_private(f"nn.modules.module._global_{kind}_hooks", "hooks of all modules")
+                for kind in ("forward", "forward_pre", "backward", "backward_pre")]  # fmt: skip
 NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
 
 # -- modes and settings of the thread

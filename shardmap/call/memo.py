@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from shardmap._torch import forward_level, generator_id, pytree, storage_id
+from shardmap._torch import forward_level, generator_id, global_hooks, pytree, storage_id
 from shardmap.call.reachable import VALUES, Unknown, reachable, same
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
@@ -204,6 +204,7 @@ def modes() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
+        tuple(map(tuple, global_hooks)),
         (
             cuda.flash_sdp_enabled(),
             cuda.mem_efficient_sdp_enabled(),

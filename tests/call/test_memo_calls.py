@@ -166,3 +166,16 @@ def test_writes_are_checked_at_each_call() -> None:
     with pytest.raises(errors.CapturedWriteError):
         mapped(shared, shared[:])
     assert torch.equal(shared, x)
+
+
+def test_hooks_of_all_modules_are_noticed() -> None:
+    linear, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    mapped = shardmap.vmap(linear, trace="once")
+    before = mapped(x)
+    torch.testing.assert_close(before, linear(x))
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, out: out * 5)
+    try:
+        torch.testing.assert_close(mapped(x), before * 5)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(mapped(x), before)
