@@ -94,9 +94,10 @@ class Ragged:
             Ragged(3 samples of torch.float32: 1 x [0], 1 x [2], 1 x [3])
         """
         counts = [int(n) for n in lengths]
-        if any(n < 0 for n in counts):
+        wrong = [n for n, count in zip(lengths, counts, strict=True) if n != count or count < 0]
+        if wrong:
             raise OptionError(
-                f"shardmap.Ragged.cut: lengths has {min(counts)}; give the number of rows of each "
+                f"shardmap.Ragged.cut: lengths has {wrong[0]}; give the number of rows of each "
                 "sample"
             )
         if not isinstance(values, Tensor | Column):

@@ -231,6 +231,7 @@ def test_what_no_source_of_samples_can_be_is_refused():
     for values, lengths, said in (
         (torch.ones(5), [2, 2], "add up to 4, and values has 5 rows"),
         (torch.ones(5), [6, -1], "lengths has -1"),
+        (torch.ones(5), [2.9, 2.1], "lengths has 2.9"),
         (torch.ones(()), [1], "values has 0 rows"),
     ):
         with pytest.raises(errors.OptionError, match=said):
