@@ -35,11 +35,8 @@ class _Vmap(Protocol):
     batch_size: int
 
 
-class _Laid(torch.autograd.Function):
-    """`[n, ...]` in every outer sample to `[outer * n, ...]` in none: `apply(t, ref)`.
-
-    `ref` is mapped by all vmaps that are meant.
-    """
+class _Layout(torch.autograd.Function):
+    """A copy outside of vmaps: the layout is changed by the vmap rules of its two kinds."""
 
     @staticmethod
     def forward(t: Tensor, ref: Tensor) -> Tensor:
@@ -49,6 +46,13 @@ class _Laid(torch.autograd.Function):
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
+
+
+class _Laid(_Layout):
+    """`[n, ...]` in every outer sample to `[outer * n, ...]` in none: `apply(t, ref)`.
+
+    `ref` is mapped by all vmaps that are meant.
+    """
 
     @staticmethod
     def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor, None]:
@@ -68,17 +72,8 @@ class _Laid(torch.autograd.Function):
         return _Laid.apply(t.flatten(0, 1), ref.select(in_dims[1], 0)), None
 
 
-class _GivenBack(torch.autograd.Function):
+class _GivenBack(_Layout):
     """The inverse of `_Laid`."""
-
-    @staticmethod
-    def forward(t: Tensor, ref: Tensor) -> Tensor:
-        return t.clone()
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor, None]:

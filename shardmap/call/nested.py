@@ -20,7 +20,7 @@ from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.paths import merged
 from shardmap.call.routes import Path, taken, unwrapped
-from shardmap.call.standin import StandIn
+from shardmap.call.standin import StandIn, in_order
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.analysis import asking_about, random_call
@@ -264,27 +264,7 @@ class NestedReplay(StandIn):
             orders.append(group.rows)
         if len(parts) == 1 and orders[0] is None:
             return tuple(parts[0])
-        back = torch.cat([rows for rows in orders if rows is not None]).argsort()
-        return tuple(
-            [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
-        )
-
-    def chunk_into(
-        self,
-        size: int,
-        start: SampleNumbers,
-        device: torch.device,
-        seed: Seeds,
-        scalars: object,
-        fixed: object,
-        inputs: list[torch.Tensor],
-        slices: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """Compute one chunk as `chunk` does, and write its outputs into the given slices."""
-        found = self.chunk(size, start, device, seed, scalars, fixed, inputs)
-        for t, where in zip(found, slices, strict=True):
-            where.copy_(t)
-        return tuple(slices)
+        return in_order([rows for rows in orders if rows is not None], parts)
 
 
 def unasked(prepared: Prepared) -> Prepared:

@@ -21,7 +21,7 @@ from shardmap.call import standin
 from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
 from shardmap.call.routes import LOOP, Path, rows_of
-from shardmap.call.standin import ITSELF, StandIn
+from shardmap.call.standin import ITSELF, StandIn, in_order
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
@@ -110,10 +110,7 @@ class PathReplay(StandIn):
             parts.append(found)
         if len(parts) == 1:
             return parts[0]
-        back = torch.cat(order).argsort().to(device)
-        return tuple(
-            [torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True)]
-        )
+        return in_order(order, parts)
 
     def chunk_into(
         self,

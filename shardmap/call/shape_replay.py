@@ -20,7 +20,7 @@ from shardmap.call.execute import (
 from shardmap.call.forked import Instead
 from shardmap.call.options import Options
 from shardmap.call.routes import rows_of
-from shardmap.call.standin import StandIn
+from shardmap.call.standin import StandIn, in_order
 from shardmap.lower.cache import Lowered
 from shardmap.program.ir import Spec
 from shardmap.rules.philox import Seeds
@@ -94,12 +94,7 @@ class ShapeReplay(StandIn):
             parts.append(found)
         if len(parts) == 1:
             return parts[0]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        where = torch.cat(order)
-        if torch.equal(where, torch.arange(len(where))):
-            return tuple(columns)
-        back = where.argsort().to(device)
-        return tuple([column.index_select(0, back) for column in columns])
+        return in_order(order, parts)
 
     def chunk_into(
         self,

@@ -6,7 +6,7 @@ Executors treat a stand-in as a lowering: they only call it for chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +50,12 @@ class StandIn(ABC):
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each."""
 
-    @abstractmethod
     def chunk_into(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """Compute one chunk as `chunk` does, with one more argument: the slices to write into."""
+        *given, slices = arguments
+        for t, where in zip(self.chunk(*given), slices, strict=True):
+            where.copy_(t)
+        return tuple(slices)
 
     def marked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         """`chunk`, or `chunk_into`, with one more argument, a mark that is never called.
@@ -68,6 +71,23 @@ class StandIn(ABC):
             return run(*given)
 
         return watched
+
+
+def in_order(
+    places: Sequence[torch.Tensor], parts: Sequence[Sequence[torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """Put the results of groups of samples back to the places of the samples in the chunk.
+
+    Args:
+        places: The places of each group's samples.
+        parts: The outputs of each group.
+    """
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    where = torch.cat(list(places))
+    if torch.equal(where, torch.arange(len(where))):
+        return tuple(columns)
+    back = where.argsort()
+    return tuple([column.index_select(0, back.to(column.device)) for column in columns])
 
 
 def ways_of(low: Lowered) -> str:

@@ -86,7 +86,7 @@ def _specs(op: Operator, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], .
     with FakeTensorMode(), torch.no_grad():
         try:
             out = op(*[fake(a) for a in args], **{k: fake(v) for k, v in kwargs})
-        except NotImplementedError:  # no fake kernel: a lower tier serves the call
+        except NotImplementedError:  # torch says so that an operator has no fake kernel: looped
             return None
     results = [out] if isinstance(out, torch.Tensor) else list(out)
     return [
