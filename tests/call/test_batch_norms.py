@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,8 +280,8 @@ def test_statistics_of_the_samples_own_are_updated(name: str, way: str) -> None:
     function, columns = FUNCTIONAL[name]()
     theirs = copy.deepcopy(columns)
     want = [
-        function(*[pytree.tree_map(lambda t, i=i: t[i], c) for c in theirs])  # noqa: B023
-        for i in range(7)
+        function(*pytree.tree_map(operator.itemgetter(number), tuple(theirs)))
+        for number in range(7)
     ]
     got = shardmap.vmap(function, **WAYS[way])(*columns)
     flat = zip(

@@ -94,7 +94,7 @@ def test_a_key_that_is_written(
             oracle.assert_same(got, torch.stack(want), way)
             continue
         assert sorted(got.keys()) == sorted(want[0].keys())
-        for key in want[0].keys():  # noqa: SIM118
+        for key in want[0].keys():
             oracle.assert_same(got[key], torch.stack([w[key] for w in want]), way)
 
 

@@ -49,12 +49,20 @@ SOME = [branch_in_a_branch, masked_columns, sliced]
 
 def jacobian_of(function: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
     """One sample's Jacobian, row by row."""
-    return functional.jacobian(function, r, create_graph=r.requires_grad)  # type: ignore[return-value]
+    found = functional.jacobian(function, r, create_graph=r.requires_grad)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def hessian_of(function: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
     """One sample's Hessians of all elements of the result."""
-    return jacobian_of(lambda q: functional.jacobian(function, q, create_graph=True), r)  # type: ignore[arg-type]
+
+    def differentiable(q: Tensor) -> Tensor:
+        found = functional.jacobian(function, q, create_graph=True)
+        assert isinstance(found, Tensor)
+        return found
+
+    return jacobian_of(differentiable, r)
 
 
 def total(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
