@@ -102,13 +102,12 @@ kernels_of = _attribute(
 dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
 has_kernel = _private("_C._dispatch_has_kernel_for_dispatch_key", "which operators are composite")
 operator_names = _private("_C._dispatch_get_all_op_names", "finding pointwise operators by tag")
-compute_keyset = _private(
-    "_ops._compute_keyset", "checkpoints and other operators that call functions"
-)
+compute_keyset = _private("_ops._compute_keyset", "checkpoints and operators that call functions")
 
 global_hooks = [_private(f"nn.modules.module._global_{kind}_hooks", "hooks of all modules")
                 for kind in ("forward", "forward_pre", "backward", "backward_pre")]  # fmt: skip
 NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
+dict_version = _private("_C._dynamo.guards.dict_version", "comparing fast what a function reads")
 
 # -- modes and settings of the thread
 

@@ -13,6 +13,7 @@ from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
+from shardmap.call.automatic import NOT_DIRECT, Automatic, explained
 from shardmap.call.batch_norms import served
 from shardmap.call.comparison import Comparison
 from shardmap.call.comparison import compare as comparison
@@ -32,6 +33,7 @@ from shardmap.store import Sink
 from shardmap.trace.batch import unflatten_outputs
 from shardmap.trace.record import record
 from shardmap.trace.thread_state import thread_state_kept
+from shardmap.trace.watch import PythonWatch
 
 
 @not_compiled
@@ -47,7 +49,7 @@ def vmap(
     output_device: Any = None,
     memory_budget: int | str | None = None,
     memory_fraction: float = 0.9,
-    trace: str = "each",
+    trace: str = "auto",
     check: str = "first",
     strict: bool = False,
     max_paths: int = 64,
@@ -62,8 +64,8 @@ def vmap(
     """Map `func`, a function of one sample, over a batch.
 
     `vmap(func)(*batch)` returns what the loop `torch.stack([func(*row) for row in rows])` returns:
-    values, dtypes, structure and gradients. `func` runs once, on the first sample; its calls of
-    torch are recorded and replayed for the whole batch.
+    values, dtypes, structure and gradients. `func` runs on the first sample; its calls of torch
+    are recorded and replayed for the whole batch, and for later batches.
 
     Args:
         func: Takes one sample (tensors in any pytree, and other python values) and returns a pytree
@@ -87,9 +89,11 @@ def vmap(
             "6GiB". By default the free memory.
         memory_fraction: Part of the free memory that may be used if no budget is given, above 0
             and at most 1.
-        trace: "each" records `func` at each call; "once" records once per signature of the
-            arguments and replays that while the tensors and numbers that `func` reads are the same
-            objects.
+        trace: "auto" replays a recording while all that `func` was seen to read is unchanged
+            (globals, closures, attributes, modules, hooks, settings), and records `func` at each
+            call if it reads what cannot be compared (a file, a clock): `plan.explain()` says which.
+            "each" always records; "once" records once per signature of the arguments and replays
+            that while everything that `func` can reach by name is the same.
         check: "first" runs `func` on the batch's last sample as well when it is mapped for the
             first time, and compares both samples' results with the map's; "always" does so at each
             call; "off" never. The check finds values that differ by sample without an operator
@@ -145,11 +149,16 @@ def vmap(
     func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
     memory = Memory(of_sample, call) if trace == "once" else None
+    automatic = Automatic(of_sample, options) if trace == "auto" else None
 
     @not_compiled
     @functools.wraps(func, updated=())
     def mapped(*args: object, **kwargs: object) -> Any:
         with thread_state_kept() as kept, kept.twice:
+            if automatic is not None and not joined:
+                result = automatic.directly(args, kwargs)
+                if result is not NOT_DIRECT:
+                    return result
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
@@ -158,7 +167,8 @@ def vmap(
             result = run_by_shape(of_sample, args, kwargs, options, memory)
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-            result = run_map(of_sample, batch, options, memory)
+            recordings = memory if automatic is None else automatic.of_call(args, kwargs)
+            result = run_map(of_sample, batch, options, recordings)
         return joint.finished(reduce, result, call) if joined and out is None else result
 
     return mapped
@@ -177,7 +187,7 @@ def plan(
     output_device: Any = None,
     memory_budget: int | str | None = None,
     memory_fraction: float = 0.9,
-    trace: str = "each",
+    trace: str = "auto",
     check: str = "first",
     strict: bool = False,
     max_paths: int = 64,
@@ -262,9 +272,10 @@ def plan(
                 lambda result: joint.finished(reduce, result, call) if joined else result,
             )  # fmt: skip
         batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-        use = FirstUse(
-            of_sample, batch, record(of_sample, batch, randomness, False, call), options, False
-        )
+        watch = PythonWatch() if trace == "auto" else None
+        pair = record(of_sample, batch, randomness, False, call, watch=watch)
+        recorded = "" if watch is None else explained(of_sample, batch, watch, pair[0])
+        use = FirstUse(of_sample, batch, pair, options, False)
         verdict = use.verdict()
         call_of = Call(Prepared(*use.first()), batch, options, surroundings(), use)
         call_of, instead = call_of.settled()
@@ -306,7 +317,7 @@ def plan(
             result = unflatten_outputs(found, structure, dims, batch.size)
             return joint.finished(reduce, result, call) if joined else result
 
-        return Plan(job, cut, on, options, finish, notes, verdict.alone)
+        return Plan(job, cut, on, options, finish, notes, verdict.alone, recorded=recorded)
 
     return planned
 
@@ -324,7 +335,7 @@ def compare(
     output_device: Any = None,
     memory_budget: int | str | None = None,
     memory_fraction: float = 0.9,
-    trace: str = "each",
+    trace: str = "auto",
     check: str = "first",
     strict: bool = False,
     max_paths: int = 64,

@@ -82,6 +82,10 @@ class StaleRecordingError(ShardmapError, RuntimeError):
     """A value that the recording relied on has changed since."""
 
 
+class StaleReplayError(ShardmapError, RuntimeError):
+    """A function does something else than its recording that calls before have replayed."""
+
+
 class VariesError(DataDependentError, StaleRecordingError):
     """A shape or value on which the recording relied is another for a later sample."""
 

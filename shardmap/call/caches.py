@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shardmap.call import by_shape, first_use, paths, routes, shapes
+from shardmap.call import automatic, by_shape, first_use, paths, routes, shapes
 from shardmap.lower import cache
 from shardmap.trace import repeat
 
@@ -21,6 +21,7 @@ def clear_caches() -> None:
         tensor([0., 0., 0.])
         >>> shardmap.clear_caches()
     """
+    automatic.clear()
     by_shape.clear()
     first_use.clear()
     paths.clear()
@@ -31,6 +32,7 @@ def clear_caches() -> None:
 
 
 def _after_fork() -> None:
+    automatic.after_fork()
     by_shape.after_fork()
     first_use.after_fork()
     paths.after_fork()

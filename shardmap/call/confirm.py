@@ -23,6 +23,33 @@ from shardmap.run.sites import sites
 from shardmap.store import Store
 
 
+def whole(
+    job: Job,
+    found: list[torch.Tensor] | Store,
+    names: Sequence[str],
+    expected: Samples,
+    here: bool,
+) -> None:
+    """Compare all results of a call with the function's own.
+
+    Args:
+        job: The call.
+        found: Its results, or the store of them.
+        names: The outputs' names.
+        expected: The function's own results for the first sample, and the last.
+        here: True if the call ran on the device of the samples, where reductions are compared too.
+
+    Raises:
+        MismatchError: A row, or a reduction, differs.
+    """
+    if isinstance(found, Store):
+        stored(job, found, names, expected)
+        return
+    outputs(job, found, expected)
+    if here:
+        reductions(job, expected)
+
+
 def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
     """Compare the rows of stacked results.
 

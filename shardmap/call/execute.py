@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
+from shardmap.call.automatic import OneCall
 from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, widened
 from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
@@ -47,7 +49,7 @@ def run_map(
     func: Callable[..., Any],
     batch: Batch,
     options: Options,
-    memory: Memory | ShapesOfCall | None,
+    memory: Memory | ShapesOfCall | OneCall | None,
 ) -> Any:
     """Run one call of a mapped function, and return its results.
 
@@ -68,10 +70,12 @@ def run_map(
             batch = dataclasses.replace(batch, size=int(batch.size))
     call = recalled(func, batch, options, around, memory)
     if memory is not None and call is not None:
-        try:
-            return call.run()
-        except errors.StaleRecordingError:
-            memory.forget(batch)
+        with contextlib.suppress(errors.StaleRecordingError):
+            result = call.run()
+            if isinstance(memory, OneCall):
+                memory.replayed(call.prepared, batch, call.job())
+            return result
+        memory.forget(batch)
     return recorded(func, batch, options, around, memory).run()
 
 
@@ -80,17 +84,17 @@ def recalled(
     batch: Batch,
     options: Options,
     around: Surroundings,
-    memory: Memory | ShapesOfCall | None,
+    memory: Memory | ShapesOfCall | OneCall | None,
 ) -> Call | None:
     """The call with a recording of an earlier one; None if none serves it."""
     if memory is None or not around.plain:
         return None
-    remembered = memory.recall(batch)
-    if remembered is None:
+    if (remembered := memory.recall(batch)) is None:
         return None
     prepared = remembered.rebound(batch)
     refuse_shared_writes(prepared.recording, batch, options.call)
-    use = FirstUse(func, batch, None, options, True, prepared.recording.program)
+    once, program = not isinstance(memory, OneCall), prepared.recording.program
+    use = FirstUse(func, batch, None, options, once, program)
     return Call(prepared, batch, options, around, use)
 
 
@@ -99,19 +103,20 @@ def recorded(
     batch: Batch,
     options: Options,
     around: Surroundings,
-    memory: Memory | ShapesOfCall | None,
+    memory: Memory | ShapesOfCall | OneCall | None,
 ) -> Call:
     """The call, recorded now."""
-    once = memory is not None and around.plain
-    look = options.check == "always"
-    pair = record(func, batch, options.randomness, once, options.call, look=look)
+    memory = memory if around.plain else None
+    once, watch = isinstance(memory, Memory | ShapesOfCall), memory and memory.watch(batch)
+    how = options.randomness, once, options.call
+    pair = record(func, batch, *how, look=options.check == "always", watch=watch)
     use = FirstUse(func, batch, pair, options, once)
-    use.verdict()  # may replace the first sample's recording
+    varies = use.verdict().varies  # may replace the first sample's recording
     prepared = Prepared(*use.first())
     if around.traced:
         recording = traced_recording(prepared.recording, options.call)
         prepared = dataclasses.replace(prepared, recording=recording)
-    if once and memory is not None:
+    if memory is not None and (once or not varies):
         memory.keep(batch, prepared)
     return Call(prepared, batch, options, around, use)
 
@@ -211,7 +216,7 @@ class Call:
             refuse_store(job, options, around.inlined)
             with options.watching():
                 store = into_store(job, options, prepared.structure, cluster)
-            self._confirm(job, None, store, by_sample is not None)
+            self._confirm(job, store, by_sample)
             return store
         # Inside another map it is a part of that one, and reports no events.
         with unheard() if around.inlined else options.watching():
@@ -219,7 +224,7 @@ class Call:
                 outputs = on_ray.run(job, options.chunk_size, cluster, options.budget)
             else:
                 outputs = locally(job, options, around.inlined or shares_torchs_draws(job, options))
-        self._confirm(job, outputs, None, by_sample is not None)
+        self._confirm(job, outputs, by_sample)
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
@@ -419,19 +424,13 @@ class Call:
         return instead
 
     def _confirm(
-        self, job: Job, outputs: list[torch.Tensor] | None, store: Store | None, looped: bool
+        self, job: Job, found: list[torch.Tensor] | Store, by_sample: Instead | None
     ) -> None:
         """Compare the results with the function's own, if it was run for that."""
-        use = self.use
-        if use is None or looped or not use.looked or not self.around.plain:
-            return
-        expected = use.expected()
-        if store is not None:
-            confirm.stored(job, store, out_edges.output_names(self.prepared.structure), expected)
-        elif outputs is not None:
-            confirm.outputs(job, outputs, expected)
-            if str(job.home) in self.names(job):
-                confirm.reductions(job, expected)
+        if by_sample is None and self.use is not None and self.use.looked and self.around.plain:
+            here = str(job.home) in self.names(job)
+            names = out_edges.output_names(self.prepared.structure)
+            confirm.whole(job, found, names, self.use.expected(), here)
 
 
 def pairs_of(combine: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
 from shardmap.rules.philox import TorchDraws
 from shardmap.run import local, prepare
+from shardmap.run import ray as on_ray
 from shardmap.run.base import Job
 from shardmap.run.sites import small
 
@@ -37,11 +38,12 @@ def shares_torchs_draws(job: Job, options: Options) -> bool:
     return drawn and options.randomness == "same"
 
 
-def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
-    """Run on this machine: as one chunk if the map is small, else by a plan."""
+def is_whole(job: Job, options: Options, inlined: bool = False) -> bool:
+    """True if a map is so small that it runs as one chunk, without a plan."""
+    if not inlined and on_ray.asked_for(options.devices) is not None:
+        return False
     names = names_of(job, options, inlined)
     size = None if inlined else options.chunk_size
-    on = prepare.Devices(job, options.budget.on)
     uncut = size is None or size == "auto" or (isinstance(size, int) and size >= job.samples)
     plain = (
         uncut
@@ -49,9 +51,15 @@ def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
         and options.memory_budget is None
         and not any(o.reduction for o in job.outputs)
     )
-    if plain and names[0] == str(job.home) and (inlined or small(job)):
+    return plain and names[0] == str(job.home) and (inlined or small(job))
+
+
+def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
+    """Run on this machine: as one chunk if the map is small, else by a plan."""
+    on = prepare.Devices(job, options.budget.on)
+    if is_whole(job, options, inlined):
         return local.run_whole(job, on)
-    cut = split_of(job, on, names, options, inlined)
+    cut = split_of(job, on, names_of(job, options, inlined), options, inlined)
     refusal = cut.refusal()
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")

@@ -23,6 +23,7 @@ from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
+from shardmap.trace.watch import PythonWatch
 
 logger = logging.getLogger("shardmap")
 
@@ -144,6 +145,11 @@ class Memory:
         self.kept[signature(batch)] = Remembered(
             dataclasses.replace(prepared, recording=recording), self.held(reads), arguments, fixed
         )
+
+    def watch(self, batch: Batch) -> PythonWatch | None:
+        """The watch for this call's recording: none, since all that can be reached counts."""
+        del batch
+        return None
 
     def held(self, reads: list[object]) -> list[object]:
         """The part of a listing that is kept: all of it."""

@@ -84,7 +84,7 @@ class Options:
             )
         for name, choices in (
             ("randomness", ("error", "same", "different")),
-            ("trace", ("each", "once")),
+            ("trace", ("auto", "each", "once")),
             ("check", ("first", "always", "off")),
             ("ragged", ("error", "list", "nested")),
             ("batch_norm", ("error", "frozen", "per_sample")),

@@ -46,6 +46,7 @@ class Plan:
         compared: Sequence[str],
         looked: str = "",
         shapes: str = "",
+        recorded: str = "",
     ):
         self.split = split
         self._job = job
@@ -55,6 +56,7 @@ class Plan:
         self._compared = compared
         self._looked = looked
         self._shapes = shapes
+        self._recorded = recorded
         self._events: list[Any] = []
 
     @property
@@ -146,7 +148,7 @@ class Plan:
             )
         parts += self._from_factors()
         ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
-        parts += [text for text in (self._shapes, ways, self._looked) if text]
+        parts += [text for text in (self._shapes, ways, self._looked, self._recorded) if text]
         return "\n\n".join(parts)
 
     def _from_factors(self) -> list[str]:
@@ -178,7 +180,10 @@ class Plan:
         options = self._options
         on = Devices(job, options.budget.on)
         cut = split_of(job, on, names_of(job, options, False), options, False, always=True)
-        return Plan(job, cut, on, options, self._finish, self._compared, self._looked, self._shapes)
+        return Plan(
+            job, cut, on, options, self._finish, self._compared, self._looked, self._shapes,
+            self._recorded,
+        )  # fmt: skip
 
     @not_compiled
     def run(self) -> Any:

@@ -19,6 +19,7 @@ from shardmap.call.memo import Memory, Prepared, Remembered
 from shardmap.call.reachable import held_weakly, same
 from shardmap.trace.batch import Batch
 from shardmap.trace.recording import Recording
+from shardmap.trace.watch import PythonWatch
 
 SHAPES = 1024
 """Number of signatures of one function whose recordings are kept."""
@@ -125,6 +126,11 @@ class ShapesOfCall:
             self._memory.kept.clear()
         self._recorded = batch
         self._memory.keep(batch, prepared, self._reads)
+
+    def watch(self, batch: Batch) -> PythonWatch | None:
+        """The watch for this call's recording: none, since all that can be reached counts."""
+        del batch
+        return None
 
     def record_all(self) -> None:
         """Record all shapes anew in this call."""

@@ -16,12 +16,17 @@ from shardmap.trace.repeat import alike
 from shardmap.trace.unwritten import valued
 
 
-def difference(first: Recording, second: Recording) -> str | None:
+def difference(first: Recording, second: Recording, shared: bool = True) -> str | None:
     """Sentence on the first difference between two recordings; None if there is none.
 
     All data that the function took from python count: operators and their arguments, shapes,
     numbers, tensors made of python data, and the values of tensors that were made where the
     recorder does not look (numpy, threads, files).
+
+    Args:
+        first: One recording.
+        second: The other one.
+        shared: True if both are of one call, so that captured tensors must be the same.
     """
     found = _taken_from_python(first, second)
     if found is not None:
@@ -32,6 +37,8 @@ def difference(first: Recording, second: Recording) -> str | None:
                 f"a tensor of shape {tuple(a.shape)} made from python data holds "
                 f"{_shown(a)} for one sample and {_shown(b)} for another"
             )
+    if not shared:
+        return None
     for var, a, b in zip(first.program.captured, first.captured, second.captured, strict=True):
         if a is not b and not same_values(a, b) and _matters(first.program, var):
             return (

@@ -423,16 +423,18 @@ class Doors(TorchFunctionMode):
             return type(value)([self._peel(v) for v in value])
         return value
 
-    def _is_remembered(self) -> bool:
-        """True if the outermost recording is kept for later calls."""
+    def _is_remembered(self, door: str) -> bool:
+        """True if the outermost recording is kept for later calls; one that is watched is not."""
         outermost = self.recorder
         while outermost.outer is not None:
             outermost = outermost.outer
+        if outermost.watch is not None:
+            outermost.watch.accuse(f"it reads the value of a tensor by {door}")
         return outermost.value_may_change
 
     def _refuse(self, tensor: torch.Tensor, door: str, remedy: str, reads_value: bool) -> None:
         plain = element(tensor)
-        if reads_value and self._is_remembered() and not self.recorder.belongs(plain):
+        if reads_value and self._is_remembered(door) and not self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: python reads the value of a captured tensor of shape "
                 f"{tuple(plain.shape)} by {door}, and nothing "

@@ -10,6 +10,7 @@ import torch
 
 from shardmap._threads import alone
 from shardmap._torch import without_dispatch, without_functions
+from shardmap.trace.watch import PythonWatch
 
 PROGRAM = "<shardmap program>"
 """The file name of replayed programs: an inner map sets seeds of its own while it draws."""
@@ -108,8 +109,9 @@ class Watch:
 
 
 def stop_watching() -> None:
-    """Stop a watch that an interrupt has left active."""
-    if isinstance(getattr(sys.getprofile(), "__self__", None), Watch):
+    """Stop a watch of a recording that an interrupt has left active."""
+    active = sys.getprofile()
+    if isinstance(active, PythonWatch) or isinstance(getattr(active, "__self__", None), Watch):
         sys.setprofile(None)
 
 

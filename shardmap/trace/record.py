@@ -41,6 +41,7 @@ from shardmap.trace.surroundings import (
     transforms_set_aside,
 )
 from shardmap.trace.traced import is_traced, tracing_aside
+from shardmap.trace.watch import PythonWatch
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -129,6 +130,7 @@ def record(
     number: int = 0,
     look: bool = False,
     generators: tuple[torch.Generator, ...] = (),
+    watch: PythonWatch | None = None,
 ) -> tuple[Recording, pytree.TreeSpec]:
     """Run `func` on one sample of `batch`; return the recording and the structure of its outputs.
 
@@ -142,6 +144,7 @@ def record(
         look: True to look for tensors that the function keeps even if the recording is one
             that was expected.
         generators: Generators that it draws from by an earlier recording.
+        watch: Notes what python runs.
 
     Raises:
         ShardmapError: The function does something that cannot be followed; an exception of its own
@@ -153,8 +156,9 @@ def record(
         try:
             with saved_hooks_set_aside():
                 return _recorded(
-                    func, batch, randomness, once, call, number, look, generators, zeros, views
-                )
+                    func, batch, randomness, once, call, number, look, generators, zeros, views,
+                    watch,
+                )  # fmt: skip
         except RuntimeError as error:
             if isinstance(error, errors.ShardmapError):
                 raise
@@ -193,6 +197,7 @@ def _recorded(
     generators: tuple[torch.Generator, ...],
     zeros_have_memory: bool,
     separate_views: bool,
+    watch: PythonWatch | None,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
     with (
@@ -218,13 +223,13 @@ def _recorded(
                     once,
                     zeros_have_memory,
                 )
-                recorder.depth = depth
+                recorder.depth, recorder.watch = depth, watch
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.separate_views = separate_views
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))
                 tries -= 1
-                found = _record(func, batch, samples, recorder, tries == 0, look)
+                found = _record(func, batch, samples, recorder, tries == 0, look, watch)
                 if found is not None:
                     if recorder.grad_lifted and not forward_mode_alone(found[0].captured):
                         raise errors.TransformError(
@@ -247,6 +252,7 @@ def _record(
     recorder: Recorder,
     last: bool,
     look: bool,
+    watch: PythonWatch | None,
 ) -> tuple[Recording, pytree.TreeSpec] | None:
     """Record `func` once; None where it must be recorded again.
 
@@ -268,7 +274,8 @@ def _record(
                 recorder.given.start()
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
-                    out = func(*args, **kwargs)
+                    with watch or contextlib.nullcontext():
+                        out = func(*args, **kwargs)
                     leaves, structure = flatten_outputs(out, call)  # numbers become tensors
                 recorder.refuse_seeds()
             if doors.saved_changed and any(leaf.requires_grad for leaf in leaves):

@@ -23,6 +23,7 @@ from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Packed
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import device_name, element, is_own_leaf
+from shardmap.trace.watch import PythonWatch
 
 
 def spec_of(tensor: torch.Tensor) -> Spec:
@@ -55,6 +56,8 @@ class Variables:
         self.outer = outer
         """The recording around this one."""
         self.value_may_change = once or outer is not None
+        self.watch: PythonWatch | None = None
+        """The watch on a recording that is kept if nothing that python reads can change unseen."""
         self.depth = 0
         """Number of torch.func transforms active around the call; their wrappers are removed while
         recording."""

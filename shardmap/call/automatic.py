@@ -1,0 +1,403 @@
+"""`trace="auto"`: a function is recorded until two recordings agree, and replayed from then on.
+
+What the function reads is listed while it is recorded (`reads`), and compared at each call
+(`guards`). A recording is used only once it has been made twice, with all that was read unchanged
+before and after: a function that changes what it reads never comes to that. It is made again at the
+2nd, 4th, 8th, ... call after that, and compared; a difference there is an error, since replays in
+between may have been wrong. A function that reads what cannot be compared is recorded each time.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardmap import errors
+from shardmap._torch import generator_id, storage_id
+from shardmap.call.direct import Direct, direct_of, form_of
+from shardmap.call.guards import Guards
+from shardmap.call.memo import Prepared, Remembered, signature
+from shardmap.call.options import Options
+from shardmap.call.reachable import VALUES
+from shardmap.call.reads import Walk
+from shardmap.call.root import Root
+from shardmap.rules.sparse import memory_of
+from shardmap.run.base import Job
+from shardmap.trace.batch import Batch
+from shardmap.trace.compare import difference
+from shardmap.trace.recording import Recording
+from shardmap.trace.watch import PythonWatch
+
+_FUNCTIONS = 256
+"""Number of functions whose recordings are kept."""
+_SIGNATURES = 64
+"""Number of signatures of one function whose recordings are kept."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """A recording of one function and signature, and the facts that it stands on."""
+
+    key: Hashable
+    """The function's key (`Root.key`)."""
+    prepared: Prepared
+    """The recording, without its captured tensors, which must not be kept alive."""
+    captured: list[weakref.ref[torch.Tensor]]
+    guards: Guards
+    confirmed: bool = False
+    """True once a second recording was the same, with all that was read unchanged."""
+    replays: int = 0
+    again: int = 1
+    """Number of the replay at whose place the function is recorded again."""
+    direct: Direct | None = None
+    """The shortest way to replay it, for the last number of samples."""
+
+
+def captured_of(kept: Kept, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    """The captured tensors of a recording now, or None if one is gone.
+
+    Args:
+        kept: The recording.
+        tensors: The tensors that its guards have found.
+    """
+    found = []
+    for number, weak in zip(kept.guards.captured, kept.captured, strict=True):
+        tensor = weak() if number is None else tensors[number]
+        if tensor is None:
+            return None
+        found.append(tensor)
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class Refused:
+    """The reason why a function is recorded each time, and when to look again.
+
+    What was read for the first time only (modules that were imported) is not read again.
+    """
+
+    why: str
+    calls: int = 0
+    again: int = 1
+    """Number of the call at which the function is watched again."""
+
+
+@dataclass(slots=True)
+class Known:
+    """Everything that is known of one function and its options."""
+
+    kept: dict[Hashable, Kept] = field(default_factory=dict)
+    refused: dict[Hashable, Refused] = field(default_factory=dict)
+    """Signatures for which the function is recorded each time."""
+    changes: dict[Hashable, int] = field(default_factory=dict)
+    """Number of recordings in a row that another state was found before."""
+
+
+_known: collections.OrderedDict[Hashable, Known] = collections.OrderedDict()
+_lock = threading.RLock()
+
+
+def clear() -> None:
+    """Drop the recordings of all functions."""
+    with _lock:
+        _known.clear()
+
+
+def after_fork() -> None:
+    """Renew the lock of this module."""
+    global _lock
+    _lock = threading.RLock()
+
+
+class Automatic:
+    """The recordings of a mapped function, found by its code and by what it closes over.
+
+    Args:
+        func: The user's function.
+        options: The call's options.
+    """
+
+    def __init__(self, func: Callable[..., object], options: Options):
+        self.func = func
+        self.options = options
+        self.last: Kept | None = None
+        self._own: dict[Hashable, Known] = {}
+        try:
+            hash(options)
+            self._shared = True
+        except TypeError:  # dims in a dict, for example: kept for this mapped function alone
+            self._shared = False
+
+    def directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """The results of a call that is like the last one, or `NOT_DIRECT`."""
+        kept = self.last
+        if kept is None or kwargs or not kept.confirmed or kept.replays + 1 == kept.again:
+            return NOT_DIRECT
+        direct = kept.direct
+        if direct is None or form_of(args) != direct.form:
+            return NOT_DIRECT
+        shared = [a for i, a in enumerate(args) if i not in direct.positions]
+        root = Root(self.func, shared)
+        if root.key != kept.key:
+            return NOT_DIRECT
+        tensors = kept.guards.check(root.parts)
+        captured = None if tensors is None else captured_of(kept, tensors)
+        if captured is None:
+            return NOT_DIRECT
+        kept.replays += 1
+        try:
+            return direct.run([a for a in args if isinstance(a, torch.Tensor)], captured)
+        except errors.StaleRecordingError:  # a question about a value has another answer
+            return NOT_DIRECT
+
+    def of_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> OneCall:
+        """The memory of one call."""
+        return OneCall(self, None if kwargs else args)
+
+    def find(self, key: Hashable) -> Known:
+        """Everything that is known of a function by its key, with these options."""
+        if not self._shared:
+            return self._own.setdefault(key, Known())
+        whole = key, self.options
+        with _lock:
+            found = _known.get(whole)
+            if found is None:
+                found = _known[whole] = Known()
+                if len(_known) > _FUNCTIONS:
+                    _known.popitem(last=False)
+            else:
+                _known.move_to_end(whole)
+            return found
+
+
+class OneCall:
+    """The recordings that one call may use, and adds to.
+
+    Args:
+        of: The recordings of the mapped function.
+        arguments: The call's arguments; None if some have names.
+    """
+
+    def __init__(self, of: Automatic, arguments: Sequence[object] | None):
+        self._of = of
+        self._arguments = arguments
+        self._call = of.options.call
+        self._root: Root | None = None
+        self._known = Known()
+        self._signature: Hashable = None
+        self._before: Kept | None = None
+        """The recording that this call's is to be compared with."""
+        self._watch: PythonWatch | None = None
+        self.why = ""
+        """The reason why the function is recorded at each call; empty if it is not."""
+
+    def recall(self, batch: Batch) -> Remembered | None:
+        """The recording that serves this call; None if the function must be recorded."""
+        self._root = root = Root(self._of.func, _shared(batch))
+        self._signature = key = signature(batch)
+        self._known = self._of.find(root.key)
+        kept = self._known.kept.get(key)
+        if kept is None:
+            return None
+        tensors = kept.guards.check(root.parts)
+        if tensors is None:
+            self._known.kept.pop(key, None)
+            self._changed(f"{kept.guards.broken} has changed")
+            return None
+        self._before = kept
+        if not kept.confirmed:
+            return None
+        kept.replays += 1
+        if kept.replays == kept.again:
+            kept.again *= 2
+            return None
+        captured = captured_of(kept, tensors)
+        if captured is None:
+            self._known.kept.pop(key, None)
+            return None
+        recording = dataclasses.replace(kept.prepared.recording, captured=captured)
+        return Remembered(dataclasses.replace(kept.prepared, recording=recording), [], {}, {})
+
+    def _changed(self, what: str) -> None:
+        """Count a change; a function whose state always changes is recorded unwatched."""
+        count = self._known.changes[self._signature] = (
+            self._known.changes.get(self._signature, 0) + 1
+        )
+        if count >= _CHANGES:
+            self._refuse(f"{what}, at each of {count} calls")
+
+    def _refuse(self, why: str) -> None:
+        refused = self._known.refused.setdefault(self._signature, Refused(why))
+        refused.why = why
+        self._known.kept.pop(self._signature, None)
+
+    def watch(self, batch: Batch) -> PythonWatch | None:
+        """The watch for the recording that this call makes; None if it is not to be kept."""
+        del batch
+        refused = self._known.refused.get(self._signature)
+        if refused is not None:
+            self.why = refused.why
+            refused.calls += 1
+            if refused.calls < refused.again:
+                return None
+            refused.again *= 4
+        self._watch = PythonWatch()
+        return self._watch
+
+    def keep(self, batch: Batch, prepared: Prepared) -> None:
+        """Keep a recording of this call, or find out that it cannot be kept."""
+        watch, root, before = self._watch, self._root, self._before
+        if watch is None or root is None:
+            return
+        recording = prepared.recording
+        if before is not None and before.guards.check(root.parts) is None:
+            self._known.kept.pop(self._signature, None)
+            self._changed(f"the function changes what it reads: {before.guards.broken}")
+            before = None
+        if before is not None:
+            found = difference(before.prepared.recording, recording, shared=False)
+            if found is not None and not recording.asked:
+                self._known.kept.pop(self._signature, None)
+                if before.confirmed and not _asks_shared(before.prepared.recording):
+                    self._refuse(f"two recordings differ: {found}")
+                    raise errors.StaleReplayError(
+                        f"{self._call}: the function was recorded again, which trace='auto' does "
+                        f"now and then, and does something else than before ({found}), though "
+                        "nothing that it was seen to read has changed; results of the calls since "
+                        "its last recording may be wrong: pass trace='each', or what changes as "
+                        "an argument"
+                    )
+                self._changed(f"it does something else at the next call: {found}")
+                before = None
+            elif before.confirmed:
+                return
+        why, kept = self._made(root, watch, prepared)
+        if kept is None:
+            self._refuse(why)
+            return
+        kept.confirmed = before is not None
+        if kept.confirmed:
+            self._known.refused.pop(self._signature, None)
+            self._known.changes.pop(self._signature, None)
+        entries = self._known.kept
+        if len(entries) >= _SIGNATURES:
+            entries.pop(next(iter(list(entries))), None)
+        entries[self._signature] = kept
+
+    def _made(self, root: Root, watch: PythonWatch, prepared: Prepared) -> tuple[str, Kept | None]:
+        """The recording with its guards, or the reason why it cannot be kept."""
+        entries, key = self._known.kept, self._signature
+
+        def gone(_: object) -> None:
+            entries.pop(key, None)
+
+        walk = Walk(watch, root, gone)
+        recording = prepared.recording
+        why = walk.blame or _unfound(walk, recording) or _asking(recording)
+        if why:
+            return why, None
+        guards = Guards(walk.found, recording.captured)
+        return "", Kept(
+            root.key,
+            dataclasses.replace(
+                prepared, recording=dataclasses.replace(recording, captured=(), sample=())
+            ),
+            [weakref.ref(t) for t in recording.captured],
+            guards,
+        )
+
+    def replayed(self, prepared: Prepared, batch: Batch, job: Job) -> None:
+        """Remember how to repeat a call that has been replayed."""
+        kept, arguments = self._before, self._arguments
+        self._of.last = kept
+        if kept is None or arguments is None:
+            return
+        form = form_of(arguments)
+        if form is None or (kept.direct is not None and kept.direct.form == form):
+            return
+        if any(a is not b for a, b in zip(arguments, batch.leaves, strict=True)):
+            return  # containers
+        kept.direct = direct_of(prepared, batch, self._of.options, job, form)
+
+    def forget(self, batch: Batch) -> None:
+        """Drop the recording for this signature because it is stale."""
+        del batch
+        self._known.kept.pop(self._signature, None)
+        self._before = None
+
+
+def explained(
+    func: Callable[..., object], batch: Batch, watch: PythonWatch, recording: Recording
+) -> str:
+    """Paragraph on what `trace="auto"` does with a function that has been recorded.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        watch: What python ran while it was recorded.
+        recording: The recording.
+    """
+    walk = Walk(watch, Root(func, _shared(batch)), lambda _: None)
+    why = walk.blame or _unfound(walk, recording) or _asking(recording)
+    if why:
+        return f"The function is recorded at each call, because {why}."
+    number = len(Guards(walk.found, recording.captured))
+    return (
+        "The function is recorded twice, then replayed while what it reads is unchanged: "
+        f"{number:,} values, compared at each call."
+    )
+
+
+NOT_DIRECT = object()
+"""Returned for a call that is not like the last one."""
+_CHANGES = 4
+"""Number of calls in a row that find another state before a function is recorded each time."""
+
+
+def _unfound(walk: Walk, recording: Recording) -> str:
+    """A captured tensor or generator that the function reads and that has no name, or empty."""
+    places = walk.found.places
+    parts = {address for t in walk.found.tensors.values() for address in memory_of(t)}
+    for tensor in recording.captured:
+        if id(tensor) not in places:
+            if storage_id(tensor.untyped_storage()) in parts:
+                return f"it reads a tensor of shape {tuple(tensor.shape)}, a part of another one"
+            return (
+                f"it reads a tensor of shape {tuple(tensor.shape)} that cannot be found by name "
+                "(closure, global, attribute, module parameter)"
+            )
+    given = {generator_id(g) for g in walk.found.generators}
+    if any(generator_id(g) not in given for g in recording.generators):
+        return "it draws from a torch.Generator that cannot be found by name"
+    return ""
+
+
+def _asking(recording: Recording) -> str:
+    """A sentence's end for a function that asks about what differs by sample, or empty.
+
+    What its other paths read has not been seen.
+    """
+    if not recording.asked:
+        return ""
+    return "it asks python about values that differ by sample (trace='once' keeps its paths)"
+
+
+def _asks_shared(recording: Recording) -> bool:
+    """True if python has asked about the values of what all samples share, which may change."""
+    return any(eq.answer is not None for eq in recording.program.equations)
+
+
+def _shared(batch: Batch) -> list[object]:
+    """The arguments that all samples share, but numbers and texts, which the signature holds."""
+    mapped = {i for i, _ in batch.mapped}
+    return [
+        leaf
+        for i, leaf in enumerate(batch.leaves)
+        if i not in mapped and not isinstance(leaf, VALUES)
+    ]

@@ -1,0 +1,260 @@
+"""Guards of a recording: what the function read while it was recorded, compared at each call.
+
+A guard is made from the code that ran (`trace.watch`) and from what that code names: globals,
+closure cells, defaults, attributes, items of containers. Attributes are compared only if some code
+that ran spells out their names; so a counter that nobody reads does not matter. Most of the facts
+are entries of dicts, and python numbers the versions of a dict: while the number is the same,
+nothing in it is looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardmap._torch import dict_version, missing
+from shardmap.call.lookups import ABSENT, Getter
+from shardmap.call.reachable import VALUES
+
+_NUMBERED = "torch._C._dynamo.guards.dict_version" not in missing()
+TENSOR = object()
+"""Stands for a tensor in a list: tensors are looked up by their places."""
+
+
+@dataclass(slots=True)
+class Entries:
+    """The values that a dict must hold at the names that the function reads."""
+
+    of: dict[object, object]
+    where: str
+    values: dict[object, object] = field(default_factory=dict)
+    keys: tuple[object, ...] | None = None
+    """All keys in order, if the function may iterate over the dict; else None."""
+    absent: frozenset[object] = frozenset()
+    """Names that the function reads and that are found elsewhere: in a class, or among the
+    built-in ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that must be as it was, looked up by a function."""
+
+    what: str
+    look: Getter
+    value: object
+
+
+class Found:
+    """What a function reads, listed by `reads.Walk`, to be made into `Guards`."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Entries] = {}
+        self.lists: list[tuple[Collection[object], tuple[object, ...], str]] = []
+        self.empty: list[object] = []
+        self.kinds: list[tuple[Callable[[], object], type]] = []
+        self.functions: list[types.FunctionType] = []
+        self.classes: dict[type, dict[str, object]] = {}
+        """The attributes of classes that are read; tensors among them have places."""
+        self.generators: list[torch.Generator] = []
+        self.facts: list[Fact] = []
+        self.places: dict[int, list[Place]] = {}
+        """The places at which each tensor was found, by its address."""
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def place(self, tensor: torch.Tensor, place: Place) -> None:
+        """Note a place at which a tensor was found."""
+        self.tensors[id(tensor)] = tensor
+        self.places.setdefault(id(tensor), []).append(place)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place that holds a tensor: an entry of a dict or list, a cell, or a part of the root."""
+
+    where: str
+    look: Getter
+    name: object = None
+    """The key of the entry, if it is one of a dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exactly:
+    """Stands for an object that is itself a weak reference."""
+
+    of: object
+
+
+def unchanged(value: object, now: object) -> bool:
+    """True if a value is the same object, or an equal number or text of the same type."""
+    if type(value) is Exactly:
+        return value.of is now
+    if type(value) is weakref.ref:
+        value = value()
+    if value is now or (value is TENSOR and isinstance(now, torch.Tensor)):
+        return True
+    if type(value) is not type(now) or not isinstance(value, VALUES):
+        return False
+    return bool(value == now) and repr(value) == repr(now)
+
+
+class Guards:
+    """The facts under which a recording stands, checked at each call.
+
+    Args:
+        found: What the function reads.
+        tensors: The tensors that may be replaced by others of the same form, such as weights
+            that a step of training has made anew. All other tensors must be the same.
+    """
+
+    def __init__(self, found: Found, tensors: Sequence[torch.Tensor]):
+        self._entries = list(found.entries.values())
+        self._dicts = [e.of for e in self._entries]
+        self._versions = self._numbered()
+        self._lists = found.lists
+        self._empty = found.empty
+        self._objects = [o for o, _ in found.kinds]
+        self._kinds = [k for _, k in found.kinds]
+        self._functions = found.functions
+        self._codes = self._code()
+        self._classes = [(vars(kind), _items(read)) for kind, read in found.classes.items()]
+        self._class_values = [list(read.values()) for read in found.classes.values()]
+        self._sizes = self._class_sizes()
+        self._facts = found.facts
+        self._places = [found.places.get(id(t), []) for t in found.tensors.values()]
+        self._first = [places[0].look for places in self._places]
+        """The look-up of each tensor that the function can reach."""
+        self._others = [
+            (number, place.look, place.where)
+            for number, places in enumerate(self._places)
+            for place in places[1:]
+        ]
+        numbers = {address: number for number, address in enumerate(found.tensors)}
+        self.captured = [numbers.get(id(t)) for t in tensors]
+        """For each captured tensor: its number among those that can be reached, or None."""
+        self._whose = [weakref.ref(t) for t in found.tensors.values()]
+        self._own = [bool(vars(t)) for t in found.tensors.values()]
+        """For each tensor: True if it has attributes of python's, so that it must be the same."""
+        self._form = _forms(list(found.tensors.values()))
+        self.broken = ""
+        """Description of what has changed, after a check that failed."""
+
+    def __len__(self) -> int:
+        return (
+            sum(len(e.values) for e in self._entries)
+            + len(self._lists) + len(self._empty) + len(self._kinds) + len(self._facts)
+            + len(self._first) + len(self._functions) + len(self._classes)
+        )  # fmt: skip
+
+    def _code(self) -> list[object]:
+        return [x for look in _OF_FUNCTIONS for x in map(look, self._functions)]
+
+    def _class_sizes(self) -> list[int]:
+        return [len(of) for of, _ in self._classes]
+
+    def _same_classes(self) -> bool:
+        if self._class_sizes() != self._sizes:
+            return False
+        try:
+            now = [look(of) for of, look in self._classes]
+        except KeyError:
+            return False
+        return all(
+            all(map(operator.is_, a, b)) for a, b in zip(now, self._class_values, strict=True)
+        )
+
+    def _numbered(self) -> list[int] | None:
+        return list(map(dict_version, self._dicts)) if _NUMBERED else None
+
+    def check(self, parts: Sequence[object]) -> list[torch.Tensor] | None:
+        """The tensors that the function now reads; None if something else has changed.
+
+        Args:
+            parts: The parts of the call's function and arguments (`reads.Root`).
+        """
+        versions = self._numbered()
+        if versions is None or versions != self._versions:
+            before = self._versions
+            for number, entries in enumerate(self._entries):
+                if before is None or versions is None or before[number] != versions[number]:
+                    if not self._same_entries(entries):
+                        return None
+            self._versions = versions
+        if any(self._empty):
+            return self._fail("a container that was empty")
+        if [type(look()) for look in self._objects] != self._kinds:
+            return self._fail("the class of an object")
+        if not all(map(operator.is_, self._code(), self._codes)):
+            return self._fail("the code or the defaults of a function")
+        if not self._same_classes():
+            return self._fail("the attributes of a class")
+        for container, values, where in self._lists:
+            if len(container) != len(values) or not all(map(unchanged, values, container)):
+                return self._fail(where)
+        for fact in self._facts:
+            if not unchanged(fact.value, fact.look(parts)):
+                return self._fail(fact.what)
+        return self._tensors(parts)
+
+    def _tensors(self, parts: Sequence[object]) -> list[torch.Tensor] | None:
+        found = [t for t in [look(parts) for look in self._first] if isinstance(t, torch.Tensor)]
+        if len(found) != len(self._first):
+            return self._fail("what was a tensor")
+        for tensor, whose, own in zip(found, self._whose, self._own, strict=True):
+            if whose() is not tensor and (own or vars(tensor)):
+                return self._fail("a tensor with attributes of its own")
+        for number, look, where in self._others:
+            if look(parts) is not found[number]:
+                return self._fail(where)
+        if len(set(map(id, found))) != len(found):
+            return self._fail("a tensor, which is another one that it reads now")
+        if self._form != _forms(found):
+            return self._fail("a tensor's shape, strides, dtype, device or requires_grad")
+        return found
+
+    def _same_entries(self, entries: Entries) -> bool:
+        now = entries.of
+        if entries.keys is not None and tuple(dict.keys(now)) != entries.keys:
+            self._fail(f"the keys of {entries.where}")
+            return False
+        if entries.absent and not entries.absent.isdisjoint(dict.keys(now)):
+            self._fail(f"{min(map(str, entries.absent & dict.keys(now)))!r} in {entries.where}")
+            return False
+        for name, value in entries.values.items():
+            if not unchanged(value, dict.get(now, name, ABSENT)):
+                self._fail(f"{name!r} in {entries.where}")
+                return False
+        return True
+
+    def _fail(self, what: str) -> None:
+        self.broken = what
+
+
+def _forms(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[object], ...]:
+    """The properties of tensors that decide a recording."""
+    strides = [t.stride() if t.layout is torch.strided else (str(t.layout),) for t in tensors]
+    return (
+        list(map(torch.Tensor.size, tensors)),
+        strides,
+        *[list(map(look, tensors)) for look in _LOOKS],
+    )
+
+
+_OF_FUNCTIONS = tuple(
+    operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__")
+)
+_LOOKS = tuple(
+    operator.attrgetter(name)
+    for name in ("requires_grad", "dtype", "device", "is_leaf", "__class__", "_backward_hooks")
+)
+
+
+def _items(read: dict[str, object]) -> Callable[[Mapping[str, object]], Sequence[object]]:
+    """The function that takes several values out of a dict at once."""
+    if len(read) > 1:
+        return operator.itemgetter(*read)
+    return lambda of: [of[name] for name in read]

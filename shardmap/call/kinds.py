@@ -1,0 +1,88 @@
+"""Kinds of objects that a function may read, told apart by their types."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import sys
+import threading
+import types
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardmap._torch import OpOverload
+from shardmap.call.reachable import VALUES
+from shardmap.trace.watch import is_package, is_trusted
+
+HEAP = 1 << 9
+"""Flag of classes that are written in python (or made while it runs)."""
+SIMPLE = frozenset((bool, int, float, complex, str, bytes, type(None), type(NotImplemented)))
+CONTAINERS = (
+    dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType,
+)  # fmt: skip
+EXACT = frozenset(
+    (
+        *CONTAINERS,
+        collections.OrderedDict,
+        collections.defaultdict,
+        object,
+    )
+)
+KNOWN_BASES = (
+    *CONTAINERS, BaseException, torch.Tensor, int, float, str, bytes, complex,
+    types.SimpleNamespace,
+)  # fmt: skip
+INERT = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
+    types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType,
+    types.ClassMethodDescriptorType, types.CodeType, np.ufunc, np.dtype, np.generic, OpOverload,
+    types.GenericAlias, types.UnionType, contextvars.ContextVar,
+    type(threading.Lock()), type(threading.RLock()), torch.layout, torch.memory_format, torch.finfo,
+    torch.iinfo,
+)  # fmt: skip
+"""Types without a state that changes."""
+NEVER_WEAK = (
+    *VALUES, types.FunctionType, types.ModuleType, type, types.BuiltinFunctionType, OpOverload,
+)  # fmt: skip
+ASIDE = frozenset(("logging", "threading"))
+"""Modules whose objects hold streams and locks, which do not matter."""
+OF_CLASSES = frozenset(
+    "__dict__ __weakref__ __doc__ __module__ __annotations__ __dataclass_fields__ "
+    "__dataclass_params__ __orig_bases__ __parameters__ __abstractmethods__ _abc_impl "
+    "__match_args__ __slots__ __firstlineno__ __static_attributes__".split()
+)
+"""Attributes that a class gets when it is made."""
+
+
+def is_of_library(code: types.CodeType) -> bool:
+    """True if code belongs to python, or to an installed package."""
+    return is_package(code.co_filename) or is_trusted(code.co_filename)
+
+
+def is_users(value: Any, kind: type) -> bool:
+    """True if an object is neither python's nor torch's: of user's code, or of a user's class."""
+    if kind is types.FunctionType:
+        return not is_trusted(value.__code__.co_filename)
+    if issubclass(kind, types.ModuleType):
+        return False
+    if issubclass(kind, type):
+        kind = value
+    home = file_of(kind)
+    return kind.__flags__ & HEAP != 0 and not is_trusted(home) and home != ""
+
+
+def file_of(kind: type) -> str:
+    """The file of a class's module, or empty."""
+    return vars(sys.modules.get(kind.__module__, types)).get("__file__") or ""
+
+
+def code_of(value: Any) -> list[types.CodeType] | None:
+    """The code of a method or descriptor in a class; None for a value."""
+    if isinstance(value, classmethod | staticmethod):
+        value = value.__func__
+    if isinstance(value, property):
+        found = [f.__code__ for f in (value.fget, value.fset) if isinstance(f, types.FunctionType)]
+        return found
+    return [value.__code__] if isinstance(value, types.FunctionType) else None

@@ -1,0 +1,83 @@
+"""Functions that look up again what a function has read: entries, items, cells, attributes.
+
+Each takes the parts of the call's function and arguments (`root.Root`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+import types
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+ABSENT = object()
+"""What a look-up returns if there is nothing."""
+Getter = Callable[[Sequence[object]], object]
+
+
+def entry(of: dict[object, object], name: object) -> Getter:
+    """Look an entry of a dict up."""
+    return lambda _: dict.get(of, name, ABSENT)
+
+
+def item(of: Sequence[object], number: int) -> Getter:
+    """Look an item of a list up."""
+    return lambda _: of[number] if number < len(of) else ABSENT
+
+
+def contents(cell: types.CellType) -> Getter:
+    """Look up what a closure's cell holds."""
+
+    def look(_: Sequence[object]) -> object:
+        try:
+            return cell.cell_contents
+        except ValueError:  # not assigned
+            return ABSENT
+
+    return look
+
+
+def part(number: int) -> Getter:
+    """Look up a part of the call's function or arguments."""
+    return lambda parts: parts[number]
+
+
+def weakly(value: object) -> Callable[[], object]:
+    """Look an object up without keeping it alive, if that is possible."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def attribute(look: Callable[[], object], name: str) -> Getter:
+    """Look up an attribute of an object."""
+    return lambda _: getattr(look(), name, None)
+
+
+def of_class(kind: type, name: str) -> Getter:
+    """Look up an attribute in the dict of one class."""
+    return lambda _: vars(kind).get(name)
+
+
+def bytes_of(array: np.ndarray) -> Getter:
+    """Look up the contents of an array."""
+    return lambda _: (repr(array.shape) + array.dtype.str).encode() + array.tobytes()
+
+
+def module_named(name: str) -> Getter:
+    """Look up an imported module."""
+    return lambda _: sys.modules.get(name)
+
+
+def answer_of(called: Callable[[], object]) -> Getter:
+    """Look up a setting by the function that returns it."""
+    return lambda _: called()
+
+
+def variable(of: contextvars.ContextVar[object]) -> Getter:
+    """Look up the value of a context variable."""
+    return lambda _: of.get(None)

@@ -1,0 +1,439 @@
+"""List what a function reads: the objects and values that the code which ran can name.
+
+From the parts of the function and its arguments (`Root`), and from the globals of the code that
+ran, `Walk` follows attributes, items and cells to everything that this code can read.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
+from shardmap.call.kinds import (
+    ASIDE,
+    CONTAINERS,
+    EXACT,
+    HEAP,
+    INERT,
+    KNOWN_BASES,
+    NEVER_WEAK,
+    OF_CLASSES,
+    SIMPLE,
+    code_of,
+    file_of,
+    is_of_library,
+    is_users,
+)
+from shardmap.call.lookups import (
+    Getter,
+    answer_of,
+    attribute,
+    bytes_of,
+    contents,
+    entry,
+    item,
+    module_named,
+    of_class,
+    part,
+    variable,
+    weakly,
+)
+from shardmap.call.reachable import VALUES, slots_of
+from shardmap.call.root import Root
+from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted, named_in
+
+_MOST = 50_000
+"""Largest number of facts that are compared at each call."""
+_ARRAY_BYTES = 1 << 20
+"""Largest array whose contents are compared at each call."""
+_LIBRARY_ITEMS = 64
+"""Largest container among the globals of a library that is compared item by item."""
+
+
+class Walk:
+    """The walk over everything that the code which ran can read; `found` is its result.
+
+    Args:
+        watch: The code that ran, and its calls into C.
+        root: The function and its arguments.
+        gone: Called when an object dies whose attributes are compared.
+    """
+
+    def __init__(self, watch: PythonWatch, root: Root, gone: Callable[[object], None]):
+        self.found = Found()
+        self.blame = watch.blame
+        self._gone = gone
+        self._codes = watch.codes
+        self._seen: dict[int, object] = {}
+        self._dynamic = watch.dynamic
+        self._bound: set[types.CodeType] = set()
+        self._trusted = False
+        names = [named_in(code) for code in watch.codes]
+        self._names = frozenset().union(
+            *[n.attributes for n in names],
+            *[frozenset(filter(str.isidentifier, n.texts)) for n in names],
+        )
+        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_of_library(c)]
+        self._of_modules = frozenset().union(*[n.attributes for n in own])
+        """Attributes that the user's own code names: of modules, others are read by chains."""
+        for func in root.functions:
+            self._bound.add(func.__code__)
+            self._seen[id(func)] = func
+        for number, value in enumerate(root.parts):
+            self._part(number, value)
+        self._globals(watch)
+        self._settings(watch)
+        self._refuse_unknown(watch)
+
+    def _part(self, number: int, value: object) -> None:
+        where = "what the function closes over"
+        if isinstance(value, torch.Tensor):
+            self._tensor(value, where, part(number))
+        else:
+            self.found.facts.append(Fact(where, part(number), self._held(value)))
+            self._walk(value)
+
+    def _globals(self, watch: PythonWatch) -> None:
+        for code, of in list(watch.codes.items()):
+            self._trusted = is_trusted(code.co_filename)
+            names = named_in(code)
+            where = f"the globals of {code.co_filename}"
+            for name in names.globals:
+                if name in of:
+                    self._hold(of, name, where)
+                    continue
+                self._entries(of, where).absent |= {name}
+                if name in BUILTINS:
+                    self._hold(BUILTINS, name, "python's built-in names")
+                else:
+                    self._entries(BUILTINS, "python's built-in names").absent |= {name}
+            for name in names.modules:
+                if name in sys.modules:
+                    module = sys.modules[name]
+                    self.found.facts.append(Fact(f"the module {name}", module_named(name), module))
+                    self._walk(module)
+            for chain in names.chains:
+                self._chain(of, chain)
+            self._trusted = False
+
+    def _chain(self, of: dict[str, object], chain: tuple[str, ...]) -> None:
+        """Follow attributes of modules that code spells out in one go."""
+        value: Any = of.get(chain[0], sys.modules.get(chain[0]))
+        for name in chain[1:]:
+            if not issubclass(type(value), types.ModuleType) or name not in vars(value):
+                return
+            self._hold(vars(value), name, f"the module {value.__name__}")
+            value = vars(value)[name]
+        if value is sys.modules and not self._trusted:
+            self._accuse("it reads sys.modules")
+
+    def _settings(self, watch: PythonWatch) -> None:
+        for called, value in watch.states.items():
+            self.found.facts.append(Fact(f"{called.__name__}()", answer_of(called), value))
+        for read in watch.variables.values():
+            look = variable(read)
+            value = look(())
+            self.found.facts.append(Fact(f"the context variable {read.name}", look, value))
+            self._walk(value)
+
+    def _refuse_unknown(self, watch: PythonWatch) -> None:
+        """Refuse functions that ran and are not found by name: what they close over is unknown."""
+        inside: set[types.CodeType] = set()
+        waiting = [*watch.codes, *self._bound]
+        while waiting:
+            for constant in waiting.pop().co_consts:
+                if isinstance(constant, types.CodeType) and constant not in inside:
+                    inside.add(constant)
+                    waiting.append(constant)
+        for code in watch.codes:
+            known = code in self._bound or code in inside or is_trusted(code.co_filename)
+            if not known and not (code.co_filename == "<string>" and not code.co_freevars):
+                self._accuse(f"it calls {code.co_name}, which cannot be found by name")
+        if len(self._seen) > _MOST:
+            self._accuse(f"it can read more than {_MOST:,} objects")
+
+    def _accuse(self, what: str) -> None:
+        self.blame = self.blame or what
+
+    def _held(self, value: Any) -> object:
+        """The value, or a weak reference to an object that must not be kept alive."""
+        if issubclass(type(value), weakref.ref):
+            return Exactly(value)
+        if issubclass(type(value), NEVER_WEAK) or type(value).__hash__ is None:
+            return value
+        try:
+            return weakref.ref(value, self._gone)
+        except TypeError:
+            return value
+
+    def _entries(self, of: dict[Any, Any], where: str) -> Entries:
+        found = self.found.entries.get(id(of))
+        if found is None:
+            found = self.found.entries[id(of)] = Entries(of, where)
+        return found
+
+    def _hold(self, of: dict[Any, Any], name: object, where: str) -> None:
+        """Note that an entry of a dict is read."""
+        entries = self._entries(of, where)
+        if name in entries.values:
+            return
+        value = dict.__getitem__(of, name)
+        if issubclass(type(value), torch.Tensor):
+            entries.values.pop(name, None)
+            places = self.found.places.get(id(value), ())
+            if not any(p.where == where and p.name == name for p in places):
+                self._tensor(value, where, entry(of, name), name)
+            return
+        entries.values[name] = self._held(value)
+        self._walk(value)
+
+    def _tensor(self, tensor: torch.Tensor, where: str, look: Getter, name: object = None) -> None:
+        self.found.place(tensor, Place(where, look, name))
+        if id(tensor) in self._seen:
+            return
+        self._seen[id(tensor)] = tensor
+        if tensor._backward_hooks is not None:
+            self._walk(tensor._backward_hooks)
+        attributes = tensor.__dict__
+        if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            self._object(tensor)
+        if "grad" in self._names and tensor.is_leaf:
+            look, where = attribute(weakly(tensor), "grad"), "the grad of a tensor"
+            if tensor.grad is None:
+                self.found.facts.append(Fact(where, look, None))
+            else:
+                self._tensor(tensor.grad, where, look)
+
+    def _walk(self, value: object) -> None:
+        kind = type(value)
+        if kind in SIMPLE or issubclass(kind, VALUES) or id(value) in self._seen:
+            return
+        if len(self._seen) > _MOST:
+            return
+        trusted = self._trusted
+        if trusted and not is_users(value, kind):
+            if kind is not types.FunctionType and not issubclass(kind, CONTAINERS):
+                if not self._runs(kind):
+                    return
+        else:
+            self._trusted = False
+        self._seen[id(value)] = value
+        self._follow(value, kind)
+        self._trusted = trusted
+
+    def _runs(self, kind: type) -> bool:
+        """True if a method of a class has run."""
+        return any(
+            code in self._codes
+            for each in kind.__mro__
+            if each.__flags__ & HEAP
+            for value in vars(each).values()
+            for code in code_of(value) or ()
+        )
+
+    def _follow(self, value: Any, kind: type) -> None:
+        if kind is types.FunctionType:
+            self._function(value)
+        elif issubclass(kind, types.ModuleType):
+            self._module(value)
+        elif issubclass(kind, type):
+            self._class(value)
+        elif issubclass(kind, CONTAINERS):
+            self._container(value)
+        elif issubclass(kind, types.MethodType):
+            self._walk(value.__func__)
+            self._walk(value.__self__)
+        elif issubclass(kind, functools.partial):
+            for each in (value.func, value.args, value.keywords):
+                self._walk(each)
+        elif issubclass(kind, classmethod | staticmethod):
+            self._walk(value.__func__)
+        elif issubclass(kind, property):
+            for each in (value.fget, value.fset, value.fdel):
+                self._walk(each)
+        elif issubclass(kind, weakref.ref):
+            target = value()
+            self.found.facts.append(Fact("a weak reference", lambda _: value(), self._held(target)))
+            self._walk(target)
+        elif issubclass(kind, torch.Generator):
+            self.found.generators.append(value)
+        elif issubclass(kind, np.ndarray):
+            self._array(value)
+        elif issubclass(kind, bytearray | array.array):
+            self.found.facts.append(Fact("an array", lambda _: bytes(value), bytes(value)))
+        elif issubclass(kind, INERT):
+            return
+        elif issubclass(kind, Iterator):
+            self._unknown(value, "an iterator")
+        else:
+            self._object(value)
+
+    def _unknown(self, value: object, what: str) -> None:
+        if not self._trusted:
+            self._accuse(
+                f"it can read {what} ({type(value).__name__}), whose state cannot be compared"
+            )
+
+    def _function(self, func: types.FunctionType) -> None:
+        """Follow a function that ran: its cells and defaults. Of others identity is enough."""
+        file = func.__code__.co_filename
+        if func.__code__ not in self._codes and not is_own(file):
+            return
+        self._trusted = is_trusted(file)
+        self._bound.add(func.__code__)
+        self.found.functions.append(func)
+        for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
+            look = contents(cell)
+            value = look(())
+            where = f"{name!r}, which {func.__name__} closes over"
+            if isinstance(value, torch.Tensor):
+                self._tensor(value, where, look)
+            else:
+                self.found.facts.append(Fact(where, look, self._held(value)))
+                self._walk(value)
+        for number, value in enumerate(func.__defaults__ or ()):
+            self._item(func.__defaults__, number, value, f"the defaults of {func.__name__}")
+        if func.__kwdefaults__:
+            self._walk(func.__kwdefaults__)
+        for name in self._names & func.__dict__.keys():
+            self._hold(func.__dict__, name, f"the attributes of {func.__name__}")
+        self._trusted = False
+
+    def _item(self, of: Sequence[object] | None, number: int, value: object, where: str) -> None:
+        if isinstance(value, torch.Tensor):
+            assert of is not None
+            self._tensor(value, where, item(of, number))
+        else:
+            self._walk(value)
+
+    def _module(self, module: types.ModuleType) -> None:
+        names = vars(module)
+        file = names.get("__file__") or ""
+        if self._trusted:
+            return
+        where = f"the module {module.__name__}"
+        entries = self._entries(names, where)
+        read = self._of_modules & names.keys()
+        if "__getattr__" in names:
+            entries.absent |= self._of_modules - read
+        library = not file or is_trusted(file)
+        if module is sys and "modules" in read:
+            self._accuse("it reads sys.modules")
+        for name in read:
+            self._trusted = library and not issubclass(type(names[name]), types.ModuleType)
+            self._hold(names, name, where)
+        self._trusted = False
+
+    def _class(self, kind: type) -> None:
+        for each in kind.__mro__:
+            if not each.__flags__ & HEAP or (each is not kind and id(each) in self._seen):
+                continue
+            self._seen[id(each)] = each
+            entries = self.found.classes[each] = {}
+            self._trusted = is_trusted(file_of(each))
+            for name, value in list(vars(each).items()):
+                ran = code_of(value)
+                if ran is None:
+                    read = name in self._names or self._dynamic
+                else:
+                    read = any(c in self._codes or is_own(c.co_filename) for c in ran)
+                if read and name not in OF_CLASSES:
+                    if isinstance(value, torch.Tensor):
+                        where = f"{name!r} of class {each.__name__}"
+                        self._tensor(value, where, of_class(each, name))
+                    else:
+                        entries[name] = value
+                        self._walk(value)
+        self._trusted = False
+        if type(kind) is not type:
+            self._walk(type(kind))
+
+    def _container(self, value: Any) -> None:
+        if self._trusted and len(value) > _LIBRARY_ITEMS:
+            return
+        if len(value) > _MOST:
+            self._accuse(f"it reads a container of {len(value):,} items")
+            return
+        kind = type(value)
+        if kind not in EXACT:
+            self._object(value)
+        if isinstance(value, tuple | frozenset):
+            for number, each in enumerate(value):
+                if isinstance(each, torch.Tensor) and isinstance(value, tuple):
+                    self._tensor(each, "a tuple", item(value, number))
+                else:
+                    self._walk(each)
+        elif not value:
+            self.found.empty.append(value)
+        elif isinstance(value, types.MappingProxyType):
+            self._unknown(value, "a view of a dict")
+        elif isinstance(value, dict):
+            entries = self._entries(value, "a dict that it reads")
+            entries.keys = tuple(dict.keys(value))
+            for name in entries.keys:
+                self._walk(name)
+                self._hold(value, name, "a dict that it reads")
+        else:
+            held = []
+            for number, each in enumerate(value):
+                if isinstance(each, torch.Tensor) and isinstance(value, list):
+                    held.append(TENSOR)
+                    self._tensor(each, "a list that it reads", item(value, number))
+                else:
+                    held.append(self._held(each))
+                    self._walk(each)
+            self.found.lists.append((value, tuple(held), "a container that it reads"))
+
+    def _array(self, value: np.ndarray) -> None:
+        if value.nbytes > _ARRAY_BYTES or value.dtype.hasobject:
+            self._unknown(value, "a large array")
+            return
+        look = bytes_of(value)
+        self.found.facts.append(Fact("a numpy array", look, look(())))
+
+    def _object(self, value: object) -> None:
+        """Follow an object with attributes."""
+        kind = type(value)
+        base = next((k for k in kind.__mro__ if not k.__flags__ & HEAP), object)
+        known = base in EXACT or issubclass(kind, KNOWN_BASES)
+        if not known:
+            self._unknown(value, "an object of a type written in C")
+        self.found.kinds.append((weakly(value), kind))
+        self._walk(kind)
+        self._trusted = kind.__module__.partition(".")[0] in ASIDE
+        attributes = getattr(value, "__dict__", None)
+        where = f"the attributes of a {kind.__name__}"
+        if isinstance(attributes, dict):
+            entries = self._entries(attributes, where)
+            if self._dynamic and not self._trusted:
+                entries.keys = tuple(attributes)
+                for name in list(attributes):
+                    self._hold(attributes, name, where)
+            else:
+                read = self._names & attributes.keys()
+                entries.absent |= self._names - read
+                for name in read:
+                    self._hold(attributes, name, where)
+        for slot in slots_of(kind):
+            if (slot in self._names or self._dynamic) and slot not in ("__dict__", "__weakref__"):
+                self._slot(value, slot, where)
+
+    def _slot(self, value: object, slot: str, where: str) -> None:
+        private = slot.startswith("__") and not slot.endswith("__")
+        name = f"_{type(value).__name__.lstrip('_')}{slot}" if private else slot
+        look = attribute(weakly(value), name)
+        now = look(())
+        if isinstance(now, torch.Tensor):
+            self._tensor(now, where, look, slot)
+        else:
+            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self._held(now)))
+            self._walk(now)

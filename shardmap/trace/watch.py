@@ -1,0 +1,338 @@
+"""PythonWatch what python runs while a function is recorded: its code, and its calls into C.
+
+A recording may be replayed while all that the function has read is unchanged. What it can read
+follows from the code that ran (library code too) and from the C functions that it called. Most of
+those compute from their arguments alone; one that reads anything else (a clock, a file, the
+interpreter itself) is the reason why the function must be recorded at each call.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import contextvars
+import dis
+import functools
+import importlib
+import os
+import re
+import sys
+import sysconfig
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+_OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_PACKAGES = tuple(
+    os.path.join(path, "")
+    for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if path
+)
+_STDLIB = os.path.join(sysconfig.get_path("stdlib"), "")
+_TRUSTED = tuple(os.path.join(os.path.dirname(str(m.__file__)), "") for m in (torch, np))
+
+
+@functools.lru_cache(maxsize=65536)
+def is_own(filename: str) -> bool:
+    """True if a file of code is a part of shardmap."""
+    return filename.startswith(_OWN)
+
+
+@functools.lru_cache(maxsize=65536)
+def is_package(filename: str) -> bool:
+    """True if a file of code belongs to an installed package."""
+    return filename.startswith(_PACKAGES)
+
+
+@functools.lru_cache(maxsize=65536)
+def is_trusted(filename: str) -> bool:
+    """True if a file of code belongs to python's own library, to torch or to numpy."""
+    if filename.startswith(("<frozen", *_TRUSTED)):
+        return True
+    return filename.startswith(_STDLIB) and not filename.startswith(_PACKAGES)
+
+
+class PythonWatch:
+    """The code that ran while it was active in this thread, and the calls into C that it made.
+
+    It is a profile function (`sys.setprofile`), and hands on what it sees to one that was set
+    before. Where a profiler written in C is active, nothing is seen, and `blame` says so.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[types.CodeType, dict[str, object]] = {}
+        """The code objects that ran, without shardmap's own, each with its globals."""
+        self.variables: dict[int, contextvars.ContextVar[object]] = {}
+        """Context variables that were read."""
+        self.states: dict[Callable[[], object], object] = {}
+        """Functions of torch without arguments that were asked for a setting, with its value."""
+        self.blame = ""
+        """What was read that cannot be compared between calls; empty if all can be."""
+        self.dynamic = False
+        """True if attributes were read by names that the code does not spell out."""
+        self._seen: set[object] = set()
+        self._turns: list[tuple[types.FrameType, bool]] = []
+        """Frames at which the code turned from the user's to shardmap's (True), or back."""
+        self._ours = False
+        self._outer: Callable[..., object] | None = None
+        self._active = False
+
+    def __enter__(self) -> PythonWatch:
+        self._outer = sys.getprofile()
+        if self._outer is not None and not callable(self._outer):
+            self.accuse("a profiler is active, which hides what it reads")
+        else:
+            sys.setprofile(self)
+            self._active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            if sys.getprofile() is not self:
+                self.accuse("it sets a profiler of its own")
+            sys.setprofile(self._outer)
+
+    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        """Note one event; called by python.
+
+        What shardmap's own code calls to record is left out, unless it is the user's code again.
+        """
+        if self._outer is not None:
+            self._outer(frame, event, arg)
+        if event == "call":
+            code = frame.f_code
+            if self._ours:
+                if not _is_users(code.co_filename):
+                    return
+                self._turns.append((frame, False))
+                self._ours = False
+            elif is_own(code.co_filename):
+                self._turns.append((frame, True))
+                self._ours = True
+                return
+            if code not in self.codes:
+                self.codes[code] = frame.f_globals
+                if code.co_name == "import_module" and code.co_filename == importlib.__file__:
+                    self.accuse("it calls importlib.import_module")
+        elif event == "return":
+            if self._turns and self._turns[-1][0] is frame:
+                self._turns.pop()
+                self._ours = bool(self._turns) and self._turns[-1][1]
+        elif event == "c_call" and not self._ours:
+            code, owner = frame.f_code, arg.__self__
+            key = code, arg.__name__, id(owner) if _is_module(owner) else type(owner)
+            if key not in self._seen:
+                self._seen.add(key)
+                self._judge(arg, code)
+            elif type(owner) is contextvars.ContextVar:
+                self.variables[id(owner)] = owner
+
+    def accuse(self, what: str) -> None:
+        """Note why the function must be recorded at each call."""
+        self.blame = self.blame or what
+
+    def _judge(self, called: types.BuiltinFunctionType, code: types.CodeType) -> None:
+        """Find out if a C function reads anything but its arguments."""
+        name, owner = called.__name__, called.__self__
+        trusted = is_trusted(code.co_filename)
+        if _is_module(owner):
+            home = owner.__name__ if isinstance(owner, types.ModuleType) else called.__module__
+            home = str(home or "")
+            if home == "builtins":
+                if name in _REFLECTIVE and not trusted:
+                    self.dynamic = True
+                if name in _BUILTINS or (trusted and name in _BUILTINS_OF_LIBRARIES):
+                    return
+            elif home == "torch" or home.startswith("torch."):
+                self._judge_torch(called, name, asked=True)
+                return
+            elif home in _PURE or (home.partition(".")[0] == "numpy" and name not in _OF_FILES):
+                return
+            elif name in _NAMED.get(home, ()) or (trusted and home in _OF_LIBRARIES):
+                return
+        elif isinstance(owner, contextvars.ContextVar):
+            self.variables[id(owner)] = owner
+            return
+        elif isinstance(owner, torch.Tensor) or _is_of_torch(owner):
+            self._judge_torch(called, name, asked=False)
+            return
+        elif isinstance(owner, _PURE_TYPES) or (
+            isinstance(owner, type) and issubclass(owner, _PURE_TYPES)
+        ):
+            return
+        elif isinstance(owner, type) and name in ("__new__", "__subclasshook__", "mro"):
+            return
+        elif trusted:
+            return  # locks, patterns, weak references: of python's library or torch
+        elif name in _OF_ANY:
+            self.dynamic = self.dynamic or name == "__getattribute__"
+            return
+        module = getattr(called, "__module__", None) or type(owner).__name__
+        where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+        self.accuse(f"it calls {module}.{name} in {code.co_name} ({where})")
+
+    def _judge_torch(self, called: Callable[[], object], name: str, asked: bool) -> None:
+        """Refuse what answers differently each time; keep the answers of questions for settings."""
+        if name in _STATES_OF_TORCH:
+            self.accuse(f"it calls torch's {name}")
+        elif (
+            asked
+            and name.startswith(("is_", "_is_", "get_", "_get_"))
+            and name not in _ABOUT_THE_CALL
+        ):
+            try:
+                value = called()
+            except (TypeError, RuntimeError, AssertionError):
+                return  # it takes arguments, and answers about them
+            if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None):
+                self.states[called] = value
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_users(filename: str) -> bool:
+    """True if a file of code is neither shardmap's nor one that shardmap itself calls."""
+    return not (is_own(filename) or is_trusted(filename) or filename == "<string>")
+
+
+def _is_module(owner: object) -> bool:
+    return owner is None or isinstance(owner, types.ModuleType) or _is_of_pybind(owner)
+
+
+def _is_of_pybind(owner: object) -> bool:
+    return type(owner).__name__.startswith("pybind11_detail_function_record")
+
+
+def _is_of_torch(owner: object) -> bool:
+    kind = owner if isinstance(owner, type) else type(owner)
+    return str(kind.__module__).partition(".")[0] == "torch" or kind.__name__ in (
+        "_VariableFunctionsClass",
+        "_EngineBase",
+        "TensorBase",
+    )
+
+
+_PURE_TYPES = (
+    str, bytes, bytearray, int, float, complex, dict, list, tuple, set, frozenset, slice, range,
+    memoryview, types.MappingProxyType, types.GenericAlias, types.CodeType, types.FunctionType,
+    types.MethodType, types.GeneratorType, types.CellType, type(None), type(Ellipsis),
+    BaseException, collections.deque, property, functools.partial, enumerate, zip, map, filter,
+    reversed, type({}.keys()), type({}.values()), type({}.items()), np.ndarray, np.generic,
+    re.Pattern, re.Match,
+)  # fmt: skip
+"""Types whose methods compute from the object and their arguments."""
+_BUILTINS = frozenset(
+    "abs aiter all any anext ascii bin bool bytes callable chr complex delattr dict divmod "
+    "enumerate filter float format frozenset getattr hasattr hash hex int isinstance issubclass "
+    "iter len list map max min next object oct ord pow property range repr reversed round set "
+    "setattr slice sorted staticmethod str sum super tuple type vars dir zip "
+    "__build_class__".split()
+)
+_BUILTINS_OF_LIBRARIES = frozenset(
+    {"id", "__import__", "globals", "locals", "exec", "eval", "compile"}
+)
+"""Built-in functions that torch and python's own library call with what they know."""
+_REFLECTIVE = frozenset({"getattr", "hasattr", "vars", "dir", "setattr", "delattr"})
+_PURE = frozenset(
+    "math cmath operator _operator itertools functools _functools _abc _collections _bisect _heapq "
+    "_struct re _sre copy _typing _stat _string _json binascii zlib _statistics _weakref "
+    "_contextvars _warnings unicodedata _decimal scipy.special".split()
+)
+"""Modules of C functions that read nothing but their arguments."""
+_NAMED: dict[str, frozenset[str]] = {
+    "sys": frozenset({"intern", "exc_info", "getrecursionlimit"}),
+    "_thread": frozenset({"allocate_lock", "RLock"}),
+}
+_OF_LIBRARIES = frozenset({"sys", "_thread", "_imp", "gc", "atexit"})
+"""Modules whose functions torch and python's library may call."""
+_OF_ANY = frozenset(
+    "__init__ __new__ __init_subclass__ __setattr__ __getattribute__ __delattr__ __eq__ __ne__ "
+    "__hash__ __reduce__ __reduce_ex__ __format__ __sizeof__ __dir__ __subclasshook__ "
+    "__getstate__".split()
+)
+"""Methods that an object inherits from `object`."""
+_OF_FILES = frozenset({"fromfile", "memmap", "loadtxt"})
+"""Functions of numpy that read files."""
+_QUESTIONS = ("is_", "_is_", "get_", "_get_")
+"""Beginnings of the names of functions that return a setting."""
+_STATES_OF_TORCH = frozenset(
+    "initial_seed seed get_state get_rng_state memory_stats _cuda_memoryStats cudart "
+    "_cuda_getCurrentStream _cuda_getCurrentRawStream from_file load _cuda_mem_get_info".split()
+)
+"""Functions of torch that answer differently at each call."""
+_ABOUT_THE_CALL = frozenset(
+    "is_grad_enabled is_inference_mode_enabled _is_torch_function_enabled get_grad_fn "
+    "_is_torch_function_mode_enabled _get_tracing_state get_autocast_dtype is_autocast_enabled "
+    "get_inplace_requires_grad_allowed _is_functorch_wrapped_tensor is_anomaly_enabled "
+    "_is_tracing is_anomaly_check_nan_enabled get_default_dtype get_interpreter_stack "
+    "_get_function_stack_at _get_dispatch_stack_at _get_dispatch_mode is_inference "
+    "_get_constant_bool_symnode is_leaf _is_alias_of get_unwrapped is_batchedtensor".split()
+)
+"""Questions whose answers belong to the recording, or that every recording's signature holds."""
+
+
+@functools.lru_cache(maxsize=16384)
+def named_in(code: types.CodeType) -> Names:
+    """The names that a code object spells out."""
+    globals_, attributes, modules, texts = set(), set(), set(), set()
+    chains: set[tuple[str, ...]] = set()
+    chain: tuple[str, ...] = ()
+    for step in dis.get_instructions(code):
+        name = step.argval
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            globals_.add(name)
+            chain = (name,)
+        elif step.opname == "IMPORT_NAME":
+            modules.add(name)
+            chain = (name,)
+        elif step.opname in _WITH_ATTRIBUTE:
+            attributes.add(name)
+            chain = (*chain, name) if chain else ()
+            if chain:
+                chains.add(chain)
+        elif step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            chain = ()
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            texts.add(constant)
+    return Names(
+        frozenset(globals_),
+        frozenset(attributes),
+        frozenset(modules),
+        frozenset(texts),
+        frozenset(chains),
+    )
+
+
+_WITH_ATTRIBUTE = frozenset(
+    "LOAD_ATTR LOAD_METHOD STORE_ATTR DELETE_ATTR IMPORT_FROM LOAD_SUPER_ATTR".split()
+)
+
+
+class Names:
+    """The names that a code object spells out: globals, attributes, imported modules, texts.
+
+    A chain is the name of a global or module followed by those of attributes: `torch.nn.Linear`.
+    """
+
+    __slots__ = ("attributes", "chains", "globals", "modules", "texts")
+
+    def __init__(
+        self,
+        globals_: frozenset[str],
+        attributes: frozenset[str],
+        modules: frozenset[str],
+        texts: frozenset[str],
+        chains: frozenset[tuple[str, ...]],
+    ):
+        self.globals = globals_
+        self.attributes = attributes
+        self.modules = modules
+        self.texts = texts
+        self.chains = chains
+
+
+BUILTINS: dict[str, object] = builtins.__dict__
+"""The namespace of python's built-in functions."""
