@@ -247,9 +247,12 @@ def the_argument_in_a_cycle() -> tuple[Function, Any]:
 
 
 def the_argument_saved_for_the_output() -> tuple[Function, Any]:
-    return lambda r: (r * r).sum() + torch.utils.checkpoint.checkpoint(
-        torch.sin, r, use_reentrant=False
-    ), None
+    return (
+        lambda r: (
+            (r * r).sum() + torch.utils.checkpoint.checkpoint(torch.sin, r, use_reentrant=False)
+        ),
+        None,
+    )
 
 
 NOT_KEPT: list[Made] = [
@@ -318,7 +321,9 @@ def test_a_map_refuses_to_keep_its_argument_and_the_remedy_works(
             return r.sin().sum()
 
     net, rows = Net(), torch.randn(size, 3)
-    with pytest.raises(errors.EscapeError, match="its own argument of shape .3,., kept as 'hidden'"):
+    with pytest.raises(
+        errors.EscapeError, match="its own argument of shape .3,., kept as 'hidden'"
+    ):
         shardmap.vmap(net, **options)(rows)
 
     def returned(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
