@@ -26,12 +26,14 @@ from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.call import standin
 from shardmap.call.memo import Prepared
+from shardmap.call.reachable import reachable
 from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import GRAD, NO_GRAD, Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, number_of
+from shardmap.run.rewritten import refusing_writes
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
@@ -111,6 +113,7 @@ class SampleLoop(StandIn):
         tracked: True if outer autograd is recording.
         call: The user's call, for errors.
         generators: The user's generators that the function draws from.
+        remat: True if chunks are computed again in backward.
     """
 
     source = f"{ITSELF}, sample by sample"
@@ -126,6 +129,7 @@ class SampleLoop(StandIn):
         tracked: bool,
         call: str,
         generators: Sequence[torch.Generator] = (),
+        remat: bool = False,
     ):
         self.func = func
         self.batch = batch
@@ -141,6 +145,10 @@ class SampleLoop(StandIn):
         self._alike = _is_positional(batch)
         self.singly = False
         """True if each row is taken by itself, so that it may be written under gradients."""
+        self._refuse_writes: Callable[[], None] | None = None
+        if remat and tracked:
+            read = [t for t in reachable(func) if isinstance(t, torch.Tensor)]
+            self._refuse_writes = refusing_writes(call, read)
 
     def chunk(
         self,
@@ -157,6 +165,8 @@ class SampleLoop(StandIn):
         Raises:
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
+        if self._refuse_writes is not None:
+            self._refuse_writes()
         with self._as_called():
             try:
                 rows = list(self._rows(size, start, seed, inputs))

@@ -189,6 +189,7 @@ class Forked:
         return SampleLoop(
             self.use.func, batch, prepared.structure, specs, self.options.randomness,
             recording.random, tracked, self.options.call, recording.generators,
+            self.options.remat,
         )  # fmt: skip
 
     def _refuse_loop(self, routes: Routes) -> None:
