@@ -37,6 +37,7 @@ from shardmap.run.rewritten import refusing_writes
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
+from shardmap.trace.key_order import positions
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
 CHUNK_BYTES = 32 << 20
@@ -303,11 +304,20 @@ class SampleLoop(StandIn):
         else:
             leaves, structure = flatten_outputs(out, self.call)
         if structure != self.structure:
-            raise errors.VariesError(
-                f"{self.call}: the function returns another structure for sample {number} than for "
-                f"the first ({structure} and {self.structure}), so the results cannot be stacked; "
-                "return one structure for all samples"
-            )
+            order = positions(structure, self.structure)
+            if order is None:
+                raise errors.VariesError(
+                    f"{self.call}: the function returns another structure for sample {number} than "
+                    f"for the first ({structure} and {self.structure}), so the results cannot be "
+                    "stacked; return one structure for all samples"
+                )
+            if not number:
+                raise errors.StaleRecordingError(
+                    f"{self.call}: the first sample's results have their keys in another order "
+                    "than when the function was recorded; return them in one order, or use "
+                    "trace='each'"
+                )
+            leaves = [leaves[k] for k in order]
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
             if t.shape != spec.shape:
                 raise errors.RaggedError(

@@ -25,6 +25,7 @@ from shardmap.program.ir import Program
 from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference, forks, rubbish_apart
+from shardmap.trace.key_order import in_order_of
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 
@@ -75,6 +76,7 @@ class FirstUse:
         once: True if the recording is kept for later calls.
         program: The program of an earlier call's recording.
         of_path: True if the samples are those of one path: their answers are known.
+        structure: That of other samples' results, in whose order of keys results are compared.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class FirstUse:
         once: bool,
         program: Program | None = None,
         of_path: bool = False,
+        structure: pytree.TreeSpec | None = None,
     ):
         self._of_path = of_path
         self.looked = False
@@ -96,6 +99,7 @@ class FirstUse:
         self.options = options
         self.once = once
         self._first = pair
+        self._structure = structure if pair is None else pair[1]
         self._last: Pair | None = None
         self._alone = ""
         self._verdict: Verdict | None = None
@@ -103,7 +107,7 @@ class FirstUse:
     def _record(self, number: int) -> Pair:
         options = self.options
         known = () if self._first is None else self._first[0].generators
-        return record(
+        pair = record(
             self.func,
             self.batch,
             options.randomness,
@@ -113,6 +117,8 @@ class FirstUse:
             self.always,
             known,
         )
+        self._structure = self._structure or pair[1]
+        return in_order_of(pair, self._structure)
 
     def first(self) -> Pair:
         """The recording of the first sample."""
