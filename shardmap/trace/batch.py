@@ -131,6 +131,7 @@ def unflatten_outputs(
     if not containers.contains(structure, Absent, Opened):
         return tree
     where = iter(dims)
+    whole = {id(output) for output in outputs}  # a list of unequal results is one of them
 
     def finished(part: object) -> object:
         if isinstance(part, Opened):
@@ -140,7 +141,9 @@ def unflatten_outputs(
         next(where)
         return part
 
-    return pytree.tree_map(finished, tree, is_leaf=lambda p: isinstance(p, Absent | Opened))
+    return pytree.tree_map(
+        finished, tree, is_leaf=lambda p: isinstance(p, Absent | Opened) or id(p) in whole
+    )
 
 
 def _short(value: object) -> str:
