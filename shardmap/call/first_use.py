@@ -21,6 +21,7 @@ from shardmap import errors
 from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
+from shardmap.program.analysis import asking_about_draws
 from shardmap.program.ir import Program
 from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
@@ -158,9 +159,13 @@ class FirstUse:
         check, size = self.options.check, self.batch.size
         if size > 1 and self._first is not None and self._first[0].caught:
             return Verdict(varies=f"{self._first[0].caught}, which the function catches")
+        program = self._program or self.first()[0].program
+        if self.options.randomness == "same" and size and asking_about_draws(program):
+            # A recording's answer holds for its own draws: to replay it where another call's agree,
+            # and to loop where not, would draw twice.
+            return Verdict(varies="python asks about a random number that all samples share")
         if check == "off" or size < 2:
             return Verdict()
-        program = self._program or self.first()[0].program
         key = self._key()
         if check == "always" or key is None:
             return self._look()
