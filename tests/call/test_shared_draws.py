@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,9 +24,8 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _known_functions_are_dropped() -> Iterator[None]:
+def _known_functions_are_dropped() -> None:
     shardmap.clear_caches()
-    yield
 
 
 def by_a_coin(r: Tensor) -> tuple[Tensor, Tensor]:
