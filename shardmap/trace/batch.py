@@ -83,8 +83,8 @@ class Subclassed:
 
     def stacked(self) -> object:
         """The results of all samples, in the class that `torch.stack` gives them."""
-        whole = isinstance(self.leaf, torch.Tensor)
-        return self.leaf.as_subclass(self.kind) if whole else self.leaf
+        leaf = self.leaf
+        return leaf.as_subclass(self.kind) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _with_key(value: Subclassed) -> tuple[list[tuple[pytree.KeyEntry, object]], Any]:
