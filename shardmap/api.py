@@ -15,7 +15,7 @@ from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
 from shardmap.call.automatic import NOT_DIRECT, Automatic, explained
 from shardmap.call.batch_norms import served
-from shardmap.call.comparison import Comparison
+from shardmap.call.comparison import Comparison, compare_by_shape
 from shardmap.call.comparison import compare as comparison
 from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse
@@ -405,8 +405,11 @@ def compare(
                 f"{call}: inside another map or transform there is nothing to compare; compare the "
                 "outermost call"
             )
-        batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
+        args, kwargs, is_ragged = groups.given(args, kwargs, options)
         with thread_state_kept() as kept, kept.twice:
+            if is_ragged:
+                return compare_by_shape(of_sample, args, kwargs, options, samples)
+            batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
             return comparison(of_sample, batch, options, samples)
 
     return compared_with

@@ -1,5 +1,6 @@
 """The package: what it needs, what it pins, and that its two commands are the ones that CI runs."""
 
+import ast
 import os
 import re
 import subprocess
@@ -109,6 +110,66 @@ def test_extras_name_what_the_package_imports():
     }
     assert EXTRAS["all"] == ["shardmap[ray,run]"]
     assert {"test", "dev", "bench"} <= set(names)
+
+
+OTHER_NAMES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "functorch": "torch"}
+"""For a module that is imported: the package that brings it, where that has another name."""
+WRITTEN = {"users_tasks"}
+"""Modules that tests write before they import them."""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, by statements or by name, without what is inside them."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            first = node.args[0] if node.args else None
+            if node.func.attr in ("importorskip", "import_module"):
+                if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                    found.add(first.value)
+    return {name.partition(".")[0] for name in found}
+
+
+def undeclared(folder: str, extras: tuple[str, ...]) -> dict[str, str]:
+    """The packages that files of a folder import and no extra of these brings, each with a file."""
+    own = {p.stem for p in ROOT.rglob("*.py")} | {p.parent.name for p in ROOT.rglob("*.py")}
+    lines = [*PROJECT["dependencies"], *[line for extra in extras for line in EXTRAS[extra]]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    return {
+        package: str(path.relative_to(ROOT))
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for package in imported(path) - own - WRITTEN - set(sys.stdlib_module_names)
+        if canonicalize_name(OTHER_NAMES.get(package, package)) not in declared
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("shardmap", ("ray", "run")),
+        ("tests", ("ray", "run", "test")),
+        ("benchmarks", ("ray", "run", "test", "bench")),
+        ("examples", ("ray", "run")),
+        ("configs", ("ray", "run")),
+        ("cluster", ("ray", "run")),
+    ],
+)
+def test_everything_that_is_imported_is_declared(folder: str, extras: tuple[str, ...]):
+    assert undeclared(folder, extras) == {}
+
+
+def test_what_is_not_declared_is_found(tmp_path: Path):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "import os, pandas.core as p\nfrom scipy.special import erf\nfrom . import here\n"
+        "import pytest\npytest.importorskip('jsonschema')\n"
+    )
+    assert imported(path) == {"os", "pandas", "scipy", "pytest", "jsonschema"}
+    assert "torchdiffeq" in undeclared("benchmarks", ("ray", "run"))
 
 
 def test_every_requirement_has_an_exact_pin():

@@ -280,6 +280,20 @@ def test_batch_norm_in_evaluation() -> None:
     oracle.assert_same(shardmap.vmap(function)(batch(3)), loop(function)(batch(3)), "eval")
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "spectral", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_spectral_norm_in_evaluation(spectral: Function, way: str) -> None:
+    model = made(lambda: nn.Sequential(spectral(nn.Linear(3, 4)), nn.Tanh()))
+    with pytest.raises(errors.CapturedWriteError, match=r"spectral_norm.*\.eval\(\)"):
+        shardmap.vmap(model, **WAYS[way])(batch(3))
+    model(batch(3))  # updates the vectors once, for all samples
+    model.eval()
+    got = shardmap.vmap(model, **WAYS[way])(batch(3))
+    oracle.assert_same(got, loop(model)(batch(3)), "eval")
+
+
 def test_batch_norm_replaced_as_torch_does_it() -> None:
     model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     function = lambda r: model(torch.stack([r, 2 * r]))

@@ -26,15 +26,18 @@ from shardmap._threads import alone
 from shardmap._torch import pytree
 from shardmap.call import standin
 from shardmap.call.memo import Prepared
+from shardmap.call.reachable import reachable
 from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import GRAD, NO_GRAD, Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, number_of
+from shardmap.run.rewritten import refusing_writes
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
+from shardmap.trace.key_order import positions
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
 CHUNK_BYTES = 32 << 20
@@ -111,6 +114,7 @@ class SampleLoop(StandIn):
         tracked: True if outer autograd is recording.
         call: The user's call, for errors.
         generators: The user's generators that the function draws from.
+        remat: True if chunks are computed again in backward.
     """
 
     source = f"{ITSELF}, sample by sample"
@@ -126,6 +130,7 @@ class SampleLoop(StandIn):
         tracked: bool,
         call: str,
         generators: Sequence[torch.Generator] = (),
+        remat: bool = False,
     ):
         self.func = func
         self.batch = batch
@@ -141,6 +146,10 @@ class SampleLoop(StandIn):
         self._alike = _is_positional(batch)
         self.singly = False
         """True if each row is taken by itself, so that it may be written under gradients."""
+        self._refuse_writes: Callable[[], None] | None = None
+        if remat and tracked:
+            read = [t for t in reachable(func) if isinstance(t, torch.Tensor)]
+            self._refuse_writes = refusing_writes(call, read)
 
     def chunk(
         self,
@@ -157,6 +166,8 @@ class SampleLoop(StandIn):
         Raises:
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
+        if self._refuse_writes is not None:
+            self._refuse_writes()
         with self._as_called():
             try:
                 rows = list(self._rows(size, start, seed, inputs))
@@ -293,11 +304,20 @@ class SampleLoop(StandIn):
         else:
             leaves, structure = flatten_outputs(out, self.call)
         if structure != self.structure:
-            raise errors.VariesError(
-                f"{self.call}: the function returns another structure for sample {number} than for "
-                f"the first ({structure} and {self.structure}), so the results cannot be stacked; "
-                "return one structure for all samples"
-            )
+            order = positions(structure, self.structure)
+            if order is None:
+                raise errors.VariesError(
+                    f"{self.call}: the function returns another structure for sample {number} than "
+                    f"for the first ({structure} and {self.structure}), so the results cannot be "
+                    "stacked; return one structure for all samples"
+                )
+            if not number:
+                raise errors.StaleRecordingError(
+                    f"{self.call}: the first sample's results have their keys in another order "
+                    "than when the function was recorded; return them in one order, or use "
+                    "trace='each'"
+                )
+            leaves = [leaves[k] for k in order]
         for k, (t, spec) in enumerate(zip(leaves, self.specs, strict=True)):
             if t.shape != spec.shape:
                 raise errors.RaggedError(

@@ -18,12 +18,9 @@ from shardmap._torch import pytree
 from shardmap.call import confirm, ragged, standin
 from shardmap.call import outputs as out_edges
 from shardmap.call.arguments import HEAD
-from shardmap.call.execute import (
-    pairs_of,
-    recalled,
-    recorded,
-)
+from shardmap.call.execute import Call, pairs_of, recalled, recorded
 from shardmap.call.fingerprint import known_by_code
+from shardmap.call.first_use import FirstUse
 from shardmap.call.here import locally, refuse_elsewhere
 from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import job_of
@@ -45,6 +42,7 @@ from shardmap.run.sites import WATCHED_FROM, recorded_bytes
 from shardmap.store import Store
 from shardmap.store.ragged import PickedColumn
 from shardmap.trace.batch import Batch, unflatten_outputs
+from shardmap.trace.key_order import in_order_of
 
 ROUND_BYTES = 256 << 20
 """Results of a cluster's workers that are put together to units of a store at a time."""
@@ -94,6 +92,8 @@ class ByShape:
         for rows, batch in groups:
             call = recalled(func, batch, self._alone, around, shapes)
             call = call or recorded(func, batch, self._alone, around, shapes)
+            if found:
+                call = _in_order_of(call, found[0].call.prepared.structure)
             call, instead = call.settled()
             if call.prepared.recording.written_inputs:
                 raise errors.CapturedWriteError(
@@ -369,6 +369,19 @@ def _part(job: Job, numbers: torch.Tensor) -> Job:
     return dataclasses.replace(
         job, inputs=inputs, columns=columns, samples=len(numbers), lowerings=lowerings
     )
+
+
+def _in_order_of(call: Call, structure: pytree.TreeSpec) -> Call:
+    """The call with its results in another's order of keys, if they differ in nothing else."""
+    prepared, use = call.prepared, call.use
+    own = in_order_of((prepared.recording, prepared.structure), structure)
+    if own[1] == prepared.structure or use is None:
+        return call
+    pair = own if own[0].sample else None
+    use = FirstUse(
+        use.func, use.batch, pair, use.options, use.once, own[0].program, structure=structure
+    )
+    return Call(Prepared(*own), call.batch, call.options, call.around, use)
 
 
 def _is_gram(reduction: Reduction | None) -> bool:

@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from shardmap import errors
+from shardmap._torch import pytree
 from shardmap.call import outputs as out_edges
+from shardmap.call import ragged
 from shardmap.call.execute import Call, run_map
-from shardmap.call.first_use import FirstUse, consumed
+from shardmap.call.first_use import FirstUse, Pair, consumed
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.reachable import reachable
 from shardmap.call.standin import ways_of
 from shardmap.call.surroundings import surroundings
+from shardmap.call.unequal import run_by_shape
 from shardmap.lower import apart
 from shardmap.lower.cache import Lowered
 from shardmap.lower.closeness import OUTPUT_TOLERANCE, close, largest
@@ -26,6 +29,7 @@ from shardmap.lower.trial import Trial
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs
+from shardmap.trace.key_order import positions
 from shardmap.trace.record import record, rows_of, sample_of
 
 
@@ -115,18 +119,11 @@ def compare(
         OptionError: The function draws random numbers, or there are no samples to compare.
         ShardmapError: Any error of the map itself.
     """
-    numbers = _chosen(batch, samples, options.call)
-    own = [_run_on(func, batch, number, options.call) for number in numbers]
-    pair = record(func, batch, options.randomness, False, options.call)
-    if pair[0].random:
-        raise errors.OptionError(
-            f"{options.call}: the function draws random numbers, and the loop draws others than "
-            "the "
-            "map; switch them off (model.eval()) to compare the rest"
-        )
-    result = run_map(func, batch, options, None)
-    found, _ = flatten_outputs(result, options.call)
+    numbers = _chosen(batch.size, samples, options.call)
+    pair = _recorded(func, batch, options)
     structure = pair[1]
+    own = [_run_on(func, batch, number, structure, options.call) for number in numbers]
+    found, _ = flatten_outputs(run_map(func, batch, options, None), options.call)
     names = out_edges.output_names(structure)
     dims = out_edges.place_outputs(
         [t.ndim for t in own[0]], [True] * len(found), structure, options.out_dims, options.call
@@ -136,13 +133,9 @@ def compare(
         for number in numbers
     ]
     outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
-    use = FirstUse(func, batch, pair, options, False)
-    call = Call(Prepared(*pair), batch, options, surroundings(), use)
-    call, instead = call.settled()
-    job = call.job(instead)
-    low = prepare.Devices(job).on(str(job.home), job.samples > 1).low
-    parted = None
+    job, low = _lowered(func, batch, pair, options)
     worst = next((out for out in outputs if not out.agrees), None)
+    parted = None
     if worst is not None and job.lowerings.instead is None:
         parted = _parted(job, low, worst.sample)
     share = _share(func, batch, found, numbers, dims)
@@ -150,8 +143,79 @@ def compare(
     return Comparison(options.call, tuple(numbers), outputs, parted, tiers, share, ways)
 
 
-def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
-    if not batch.size:
+def compare_by_shape(
+    func: Callable[..., Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    options: Options,
+    samples: int | Sequence[int],
+) -> Comparison:
+    """Compare a map over samples of unequal shapes with the loop.
+
+    Args:
+        func: The function of one sample.
+        args: The call's arguments, some of them `Ragged`.
+        kwargs: Its keyword arguments, likewise.
+        options: The call's options.
+        samples: Number of random samples, or the samples' numbers.
+
+    Raises:
+        OptionError: The function draws random numbers, or there are no samples to compare.
+        ShardmapError: Any error of the map itself.
+    """
+    groups = ragged.grouped(args, kwargs, options)
+    numbers = _chosen(sum(len(rows) for rows, _ in groups), samples, options.call)
+    pairs = [_recorded(func, batch, options) for _, batch in groups]
+    structure = pairs[0][1]
+    place = {row: (g, k) for g, (rows, _) in enumerate(groups) for k, row in enumerate(rows)}
+    own = []
+    for number in numbers:
+        group, k = place[number]
+        own.append(_run_on(func, groups[group][1], k, structure, options.call))
+    asked = replace(options, ragged="error")  # unequal results come back as a `Ragged`
+    found = [t for t in pytree.tree_leaves(run_by_shape(func, args, kwargs, asked, None))
+             if t is not None]  # fmt: skip
+    rows = [[t[number] for t in found] for number in numbers]
+    names = out_edges.output_names(structure)
+    outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
+    worst = next((out for out in outputs if not out.agrees), None)
+    parted, tiers, ways = None, dict[str, str](), []
+    for g, ((_, batch), pair) in enumerate(zip(groups, pairs, strict=True)):
+        job, low = _lowered(func, batch, pair, options)
+        tiers |= low.batched.tiers
+        ways += [ways_of(low)] if ways_of(low) else []
+        if worst is not None and place[worst.sample][0] == g and job.lowerings.instead is None:
+            parted = _parted(job, low, place[worst.sample][1])
+    share = None
+    if all(isinstance(t, torch.Tensor) for t in found):
+        share = _share(func, groups[0][1], found, numbers, [0] * len(found))
+    return Comparison(options.call, tuple(numbers), outputs, parted, tiers, share, "\n".join(ways))
+
+
+def _recorded(func: Callable[..., Any], batch: Batch, options: Options) -> Pair:
+    """The recording of the first sample, which must not draw."""
+    pair = record(func, batch, options.randomness, False, options.call)
+    if pair[0].random:
+        raise errors.OptionError(
+            f"{options.call}: the function draws random numbers, and the loop draws others than "
+            "the map; switch them off (model.eval()) to compare the rest"
+        )
+    return pair
+
+
+def _lowered(
+    func: Callable[..., Any], batch: Batch, pair: Pair, options: Options
+) -> tuple[Job, Lowered]:
+    """The job of some samples of equal shapes, and its lowering."""
+    use = FirstUse(func, batch, pair, options, False)
+    call = Call(Prepared(*pair), batch, options, surroundings(), use)
+    call, instead = call.settled()
+    job = call.job(instead)
+    return job, prepare.Devices(job).on(str(job.home), job.samples > 1).low
+
+
+def _chosen(size: int, samples: int | Sequence[int], call: str) -> list[int]:
+    if not size:
         raise errors.OptionError(f"{call}: compare: the batch is empty; pass at least one sample")
     if isinstance(samples, int):
         if isinstance(samples, bool) or samples < 1:
@@ -160,21 +224,23 @@ def _chosen(batch: Batch, samples: int | Sequence[int], call: str) -> list[int]:
                 "their "
                 "numbers"
             )
-        picked = random.Random(0).sample(range(batch.size), min(samples, batch.size))
+        picked = random.Random(0).sample(range(size), min(samples, size))
         return sorted(picked)
     numbers = [int(n) for n in samples]
-    wrong = [n for n in numbers if not 0 <= n < batch.size]
+    wrong = [n for n in numbers if not 0 <= n < size]
     if wrong or not numbers:
         raise errors.OptionError(
-            f"{call}: compare: samples={samples!r} of a batch of {batch.size}; name samples from 0 "
+            f"{call}: compare: samples={samples!r} of a batch of {size}; name samples from 0 "
             "to "
-            f"{batch.size - 1}"
+            f"{size - 1}"
         )
     return numbers
 
 
-def _run_on(func: Callable[..., Any], batch: Batch, number: int, call: str) -> list[torch.Tensor]:
-    """Call the function on a copy of one sample, and return its outputs."""
+def _run_on(
+    func: Callable[..., Any], batch: Batch, number: int, wanted: pytree.TreeSpec, call: str
+) -> list[torch.Tensor]:
+    """Call the function on a copy of one sample, and return its outputs in the order wanted."""
     rows = [sample_of(row.detach(), grad) for row, grad in rows_of(batch, number, False)]
     args, kwargs = batch.unflatten(rows)
     try:
@@ -186,8 +252,9 @@ def _run_on(func: Callable[..., Any], batch: Batch, number: int, call: str) -> l
                 "differentiates; pass retain_graph=True to torch.autograd.grad"
             ) from error
         raise
-    leaves, _ = flatten_outputs(result, call)
-    return [t.detach() for t in leaves]
+    leaves, structure = flatten_outputs(result, call)
+    order = positions(structure, wanted) or range(len(leaves))
+    return [leaves[k].detach() for k in order]
 
 
 def _difference(

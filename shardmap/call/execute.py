@@ -418,6 +418,7 @@ class Call:
             loop = SampleLoop(
                 use.func, self.batch, self.prepared.structure, specs, options.randomness,
                 recording.random, how.grad or how.transformed, options.call, recording.generators,
+                options.remat,
             )  # fmt: skip
             return lowering(program, how, loop)
 

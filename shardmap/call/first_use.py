@@ -21,10 +21,12 @@ from shardmap import errors
 from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.lower.cache import Kept
+from shardmap.program.analysis import asking_about_draws
 from shardmap.program.ir import Program
 from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference, forks, rubbish_apart
+from shardmap.trace.key_order import in_order_of
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 
@@ -75,6 +77,7 @@ class FirstUse:
         once: True if the recording is kept for later calls.
         program: The program of an earlier call's recording.
         of_path: True if the samples are those of one path: their answers are known.
+        structure: That of other samples' results, in whose order of keys results are compared.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class FirstUse:
         once: bool,
         program: Program | None = None,
         of_path: bool = False,
+        structure: pytree.TreeSpec | None = None,
     ):
         self._of_path = of_path
         self.looked = False
@@ -96,6 +100,7 @@ class FirstUse:
         self.options = options
         self.once = once
         self._first = pair
+        self._structure = structure if pair is None else pair[1]
         self._last: Pair | None = None
         self._alone = ""
         self._verdict: Verdict | None = None
@@ -103,7 +108,7 @@ class FirstUse:
     def _record(self, number: int) -> Pair:
         options = self.options
         known = () if self._first is None else self._first[0].generators
-        return record(
+        pair = record(
             self.func,
             self.batch,
             options.randomness,
@@ -113,6 +118,8 @@ class FirstUse:
             self.always,
             known,
         )
+        self._structure = self._structure or pair[1]
+        return in_order_of(pair, self._structure)
 
     def first(self) -> Pair:
         """The recording of the first sample."""
@@ -152,9 +159,13 @@ class FirstUse:
         check, size = self.options.check, self.batch.size
         if size > 1 and self._first is not None and self._first[0].caught:
             return Verdict(varies=f"{self._first[0].caught}, which the function catches")
+        program = self._program or self.first()[0].program
+        if self.options.randomness == "same" and size and asking_about_draws(program):
+            # A recording's answer holds for its own draws: to replay it where another call's agree,
+            # and to loop where not, would draw twice.
+            return Verdict(varies="python asks about a random number that all samples share")
         if check == "off" or size < 2:
             return Verdict()
-        program = self._program or self.first()[0].program
         key = self._key()
         if check == "always" or key is None:
             return self._look()
@@ -218,6 +229,11 @@ class FirstUse:
             return Verdict(forks=forked)
         if again[1] == structure and rubbish_apart(first, again[0]):
             return Verdict()
+        varies = self._difference(again, self._last)
+        if varies is not None and self._difference(again, self._record(0)) is None:
+            # It does the same each time from the second call on, and something else by sample.
+            self._first = again
+            return Verdict(varies=varies)
         raise errors.EscapeError(
             f"{self.options.call}: the function does something else each time that it is called ("
             f"{found}): it reads what an earlier call has changed, such as a counter, an iterator "

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
 from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, WiderError, widened
 from shardmap.call.fingerprint import prepared_by_code
+from shardmap.call.first_keys import other_structure, prepared_in_order, refuse_another_first
 from shardmap.call.first_use import FirstUse, identity
 from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
@@ -32,6 +32,7 @@ from shardmap.run.base import Job
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.containers import refuse_unequal
+from shardmap.trace.key_order import positions
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
 from shardmap.trace.saved_hooks import are_saved_hooks_around
@@ -189,6 +190,7 @@ class Forked:
         return SampleLoop(
             self.use.func, batch, prepared.structure, specs, self.options.randomness,
             recording.random, tracked, self.options.call, recording.generators,
+            self.options.remat,
         )  # fmt: skip
 
     def _refuse_loop(self, routes: Routes) -> None:
@@ -229,7 +231,8 @@ class Forked:
         for path in routes.paths:
             if len(path.rows):
                 part = taken(self.batch, path.rows)
-                _refuse_other(path.prepared.structure, structure, options.call)
+                if (own := path.prepared.structure) != structure:
+                    raise other_structure(own, structure, options.call)
                 call = self.part(path.prepared, part, self._alone, None)
                 _draw(call, path, path.rows, whole, seeds)
                 found = call.run_flat()
@@ -240,8 +243,10 @@ class Forked:
         for row in routes.looped.tolist():
             args, kwargs = self.batch.unflatten([t[row] for t in tensors])
             leaves, own = flatten_outputs(self.use.func(*args, **kwargs), options.call)
-            _refuse_other(own, structure, options.call)
-            rows[row] = leaves
+            order = positions(own, structure)
+            if order is None:
+                raise other_structure(own, structure, options.call)
+            rows[row] = [leaves[k] for k in order]
         columns = zip(*[rows[row] for row in range(self.batch.size)], strict=True)
         outputs = [as_asked(list(column), options.ragged, options.call) for column in columns]
         refuse_unequal(outputs, structure, options.call)
@@ -332,7 +337,7 @@ class Forked:
             pair = record(
                 use.func, self.batch, options.randomness, use.once, options.call, number, use.always
             )
-            return Prepared(*pair)
+            return prepared_in_order(pair, self.prepared.structure)
 
         def compute(prepared: Prepared, part: Batch) -> Sequence[torch.Tensor]:
             with torch.no_grad():
@@ -343,6 +348,7 @@ class Forked:
             seen.spread.was_looped()
             return Routes([], torch.arange(self.batch.size))
         found = Router(self.batch, self.options, paths, on, compute, seen).run()
+        refuse_another_first(found.paths, options.call)
         size = self.batch.size
         seen.spread.was_split(size - len(found.looped), size)
         if use.once:
@@ -400,7 +406,14 @@ class Forked:
         recording, structure = path.prepared.recording, path.prepared.structure
         pair = None if path.recorded < 0 else (recording, structure)
         return FirstUse(
-            self.use.func, part, pair, self._alone, self.use.once, recording.program, of_path=True
+            self.use.func,
+            part,
+            pair,
+            self._alone,
+            self.use.once,
+            recording.program,
+            True,
+            structure,
         )
 
     def _branch(self, path: Path) -> Branch | None:
@@ -429,12 +442,3 @@ def _draw(call: Part, path: Path, rows: torch.Tensor, whole: Recording, seeds: S
     """Let samples of a path draw what they draw in the whole call."""
     own = [seeds[k] for k in seeds_within(path.prepared.recording, whole)]
     call.draw_by(tuple(own), np.array(rows.tolist()))
-
-
-def _refuse_other(own: pytree.TreeSpec, structure: pytree.TreeSpec, call: str) -> None:
-    if own != structure:
-        raise errors.VariesError(
-            f"{call}: the function returns another structure for one sample than for another "
-            f"({own} and {structure}), so the results do not fit together; return one structure "
-            "for all samples"
-        )

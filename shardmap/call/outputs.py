@@ -11,6 +11,7 @@ from shardmap import errors
 from shardmap import reduce as reductions
 from shardmap._torch import pytree
 from shardmap.call.arguments import broadcast, spec_text, spread
+from shardmap.trace.batch import Subclassed
 from shardmap.trace.containers import Opened, contains
 
 
@@ -114,7 +115,7 @@ def result_dims(
 
 def _of_one(out_dims: object, structure: pytree.TreeSpec) -> object:
     """`out_dims`, or its only entry if the function returns one tensor or container."""
-    single = structure.is_leaf() or structure.type is Opened
+    single = structure.is_leaf() or structure.type in (Opened, Subclassed)
     if isinstance(out_dims, tuple | list) and len(out_dims) == 1 and single:
         return out_dims[0]
     return out_dims
@@ -151,6 +152,8 @@ def output_names(structure: pytree.TreeSpec) -> list[str]:
 def _names(structure: pytree.TreeSpec) -> list[str]:
     if structure.is_leaf():
         return [""]
+    if structure.type is Subclassed:
+        return _names(structure.child(0))
     keys: Sequence[object] = range(structure.num_children)
     if structure.type is Opened:
         keys = structure.context.names

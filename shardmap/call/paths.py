@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, numbers_at
 from shardmap.run.prepare import Ready
+from shardmap.run.rewritten import refusing_writes
 from shardmap.trace.recording import Recording
 
 _learned = Kept(256)
@@ -79,6 +80,7 @@ class PathReplay(StandIn):
         self.specs = specs
         self._shared: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
         """Values that all samples of a path share and that are drawn, by path, device and seeds."""
+        self._guards: dict[torch.device, Callable[[], None]] = {}
 
     def described(self) -> str:
         """The samples of each path, and what they answer."""
@@ -93,6 +95,20 @@ class PathReplay(StandIn):
         lines.insert(0, f"Samples go {ways} ways by what python asks about their values:")
         return "\n".join(lines)
 
+    def fixed(self, device: torch.device, seed: Seeds, *_: object) -> tuple[()]:
+        """Compute what samples of each path share and draw."""
+        captured: list[torch.Tensor] = []
+        for number, branch in enumerate(self.branches):
+            self._fixed(number, device, tuple([seed[k] for k in branch.seeds]))
+            captured += branch.ready[str(device)].captured
+        self._guards[device] = refusing_writes(self.loop.call, captured)
+        return ()
+
+    def _refuse_writes(self, device: torch.device) -> None:
+        guard = self._guards.get(device)
+        if guard is not None:
+            guard()
+
     def chunk(
         self,
         size: int,
@@ -104,6 +120,7 @@ class PathReplay(StandIn):
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each."""
+        self._refuse_writes(device)
         order, parts = [], []
         for at, found in self._groups(size, start, device, seed, inputs):
             order.append(at)

@@ -26,6 +26,7 @@ from shardmap.store.ragged import PickedColumn, Ragged
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.container_protocol import is_container
 from shardmap.trace.containers import open_batch, refuse_unequal
+from shardmap.trace.key_order import positions
 
 COMBINED = ("sum", "mean", "max", "min")
 """Reductions whose results for groups can be combined whatever the order of the samples."""
@@ -153,14 +154,15 @@ def run(
                 "inside the function"
             )
         leaves, shape = flat(result, options)
-        if structure is not None and shape != structure:
+        order = positions(shape, structure or shape)
+        if order is None:
             raise errors.OutputError(
                 f"{options.call}: the function returns {shape} for samples of one shape and "
                 f"{structure} for those of another; return the "
                 "same structure for all"
             )
-        structure = shape
-        found.append(leaves)
+        structure = structure or shape
+        found.append([leaves[k] for k in order])
     assert structure is not None  # there are samples, and so there is a group
     return joined(found, groups, structure, options)
 

@@ -27,6 +27,7 @@ from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.run.prepare import there
+from shardmap.run.rewritten import refusing_writes
 from shardmap.store.ragged import PickedColumn
 
 
@@ -64,6 +65,8 @@ class ShapeReplay(StandIn):
         self.specs = specs
         self.jobs = [group.job for group in groups]
         self.grad = torch.is_grad_enabled()
+        self.remat, self.call = options.remat, options.call
+        self._guards: dict[torch.device, Callable[[], None]] = {}
         self._on = [prepare.Devices(job, options.budget.on) for job in self.jobs]
         size = sum(len(group.rows) for group in groups)
         self.of_row = torch.empty(size, dtype=torch.int64)
@@ -77,6 +80,19 @@ class ShapeReplay(StandIn):
         self.largest = torch.tensor(groups[0].rows[:3])
         """Rows that show what a chunk costs at most."""
 
+    def fixed(self, device: torch.device, seed: Seeds, *_: object) -> tuple[()]:
+        """Compute what samples of each shape share, if chunks are computed again in backward."""
+        if self.remat:
+            ready = [self._ready(number, device) for number in range(len(self.jobs))]
+            captured = [t for one in ready for t in one.captured]
+            self._guards[device] = refusing_writes(self.call, captured)
+        return ()
+
+    def _refuse_writes(self, device: torch.device) -> None:
+        guard = self._guards.get(device)
+        if guard is not None:
+            guard()
+
     def chunk(
         self,
         size: int,
@@ -88,6 +104,7 @@ class ShapeReplay(StandIn):
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each; `inputs` is the numbers of its rows."""
+        self._refuse_writes(device)
         order, parts = [], []
         for at, found in self._groups(device, inputs[0]):
             order.append(at)
@@ -161,12 +178,18 @@ class ShapeReplay(StandIn):
         """The outputs of consecutive samples of one shape."""
         job, size = self.jobs[number], stop - start
         with torch.set_grad_enabled(job.grad and self.grad):
-            ready = self._on[number].on(str(device), job.samples > 1, slices=False)
+            ready = self._ready(number, device)
             inputs = [there(t, device) for t in job.read(start, stop)]
             outs = ready.low.replay.chunk(
                 size, start, device, job.seed, job.recording.scalars, ready.fixed, inputs
             )
         return self._as_results(ready.low, outs, size)
+
+    def _ready(self, number: int, device: torch.device) -> prepare.Ready:
+        """The program of one shape on a device."""
+        job = self.jobs[number]
+        with torch.set_grad_enabled(job.grad and self.grad):
+            return self._on[number].on(str(device), job.samples > 1, slices=False)
 
     def _as_results(
         self, low: Lowered, outs: Sequence[torch.Tensor], size: int

@@ -33,8 +33,12 @@ class StandIn(ABC):
         """Text on which samples take which path; empty if there is one path."""
         return ""
 
-    def fixed(self, *_: object) -> tuple[()]:
-        """The values that are computed once for all chunks: none."""
+    def fixed(self, device: torch.device, seed: Seeds, *_: object) -> tuple[()]:
+        """The values that are computed once for all chunks: none that executors hold.
+
+        What a stand-in's programs share must be ready before the first chunk: one that
+        `remat=True` computes again must find what it found at first.
+        """
         return ()
 
     @abstractmethod

@@ -20,6 +20,9 @@ from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import surroundings
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray
+from shardmap.trace.batch import flatten_outputs, unflatten_outputs
+from shardmap.trace.containers import refuse_unequal
+from shardmap.trace.key_order import positions
 from shardmap.trace.traced import is_traced
 
 
@@ -46,7 +49,7 @@ def run_by_shape(
             if isinstance(error, errors.RaggedError):
                 if options.ragged == "error" or options.reduce is not None:
                     raise
-                return _listed(func, args, kwargs, options, error)
+                return _listed(func, args, kwargs, options)
     shapes = ShapesOfCall(func, memory, options.randomness, options.call)
     result = ragged.run(lambda batch: run_map(func, batch, options, shapes), args, kwargs, options)
     shapes.finish()
@@ -58,28 +61,36 @@ def _listed(
     args: tuple[object, ...],
     kwargs: dict[str, object],
     options: Options,
-    error: errors.RaggedError,
 ) -> object:
-    """Results whose shapes follow from values, shape by shape: one output, in the samples' order.
+    """Results whose shapes follow from values, shape by shape, in the samples' order.
 
     Raises:
-        RaggedError: The function returns several outputs.
+        OutputError: The function returns another structure for some samples.
     """
+    structures: list[pytree.TreeSpec] = []
 
-    def one_output(*own: object, **named: object) -> torch.Tensor:
-        result = func(*own, **named)
-        if not isinstance(result, torch.Tensor):
-            raise errors.RaggedError(
-                f"{options.call}: samples of unequal shapes, and several outputs whose shapes "
-                "follow from their values; return one output, or map samples of one shape at a time"
-            ) from error
-        return result
+    def outputs(*own: object, **named: object) -> tuple[torch.Tensor, ...]:
+        leaves, structure = flatten_outputs(func(*own, **named), options.call)
+        structures.append(structure)
+        order = positions(structure, structures[0])
+        if order is None:
+            raise errors.OutputError(
+                f"{options.call}: the function returns {structure} for one sample and "
+                f"{structures[0]} for another; return the same structure for all"
+            )
+        return tuple([leaves[k] for k in order])
 
-    listed, found = dataclasses.replace(options, ragged="list"), dict[int, torch.Tensor]()
+    listed, found = dataclasses.replace(options, ragged="list"), dict[int, list[torch.Tensor]]()
     for rows, batch in ragged.grouped(args, kwargs, options):
-        found |= zip(rows, run_map(one_output, batch, listed, None), strict=True)
-    in_order = [found[row] for row in range(len(found))]
-    return ragged.as_asked(in_order, options.ragged, options.call)
+        columns = run_map(outputs, batch, listed, None)
+        found |= zip(rows, map(list, zip(*columns, strict=True)), strict=True)
+    structure, size = structures[0], len(found)
+    results = [
+        ragged.as_asked([found[row][k] for row in range(size)], options.ragged, options.call)
+        for k in range(structure.num_leaves)
+    ]
+    refuse_unequal(results, structure, options.call)
+    return unflatten_outputs(results, structure, [0] * len(results), size)
 
 
 def _whole(

@@ -15,7 +15,7 @@ from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
-from shardmap.program.python_state import State, backward_named, changed, state
+from shardmap.program.python_state import Reader, State, changed, readers_named, state
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
@@ -229,7 +229,7 @@ class _Context(Protocol):
     count: int
     call: str
     why: str
-    reads: Callable[..., object] | None
+    readers: tuple[Reader, ...]
     state: State
     saved_tensors: tuple[torch.Tensor, ...]
 
@@ -259,20 +259,27 @@ class _Given(torch.autograd.Function):
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
-        ctx.reads = backward_named(backward.function) if backward is not None else None
-        ctx.state = state(ctx.reads) if ctx.reads is not None else {}
+        ctx.readers = () if backward is None else readers_named(backward.function)
+        ctx.state = state(ctx.readers)
         _, last = _outputs(own, tensors)
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own, saved = ctx.own, ctx.saved_tensors
-        other = changed(ctx.state, state(ctx.reads)) if ctx.reads is not None else ""
+        other = changed(ctx.state, state(ctx.readers))
         if other:
+            hook = backward_of(own.text).hook
+            who = "a hook" if hook else "the backward of a custom autograd.Function"
+            remedy = (
+                "close over the value instead of what holds it"
+                if hook
+                else "pass it to apply and keep it on ctx"
+            )
             raise errors.AutogradFunctionError(
-                f"{own.options.call}: the backward of a custom autograd.Function reads {other}, "
-                "which has changed between the map and its gradient, and the map has read it when "
-                "it ran; pass it to apply and keep it on ctx, or take the gradient before"
+                f"{own.options.call}: {who} reads {other}, which has changed between the map and "
+                "its gradient, and the map has read it when it ran; "
+                f"{remedy}, or take the gradient before"
             )
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):

@@ -70,6 +70,13 @@ def asking_about(program: Program, groups: set[int]) -> list[int]:
     return asking
 
 
+def asking_about_draws(program: Program) -> list[int]:
+    """The equations that ask about what follows from random numbers, by position."""
+    drawn = [eq for eq in program.equations if random_call(eq)]
+    groups = {v.group for eq in drawn for v in (*eq.results(), *written(eq))}
+    return asking_about(program, groups) if groups else []
+
+
 def written_through(program: Program) -> set[int]:
     """The variables that are written in place, themselves or by a view that is made of them."""
     through: set[int] = set()

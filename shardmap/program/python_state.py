@@ -5,12 +5,18 @@ A map reads it when it runs, the loop when the gradient is taken. In between it 
 
 from __future__ import annotations
 
+import collections
+import functools
 import inspect
+import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
+
+from shardmap._threads import fork_safe_lock
 
 
 class _Tensor:
@@ -26,42 +32,237 @@ class _Tensor:
         return hash(id(self))
 
 
-State = dict[str, object]
+State = dict[tuple[int, str], object]
+"""For the number of a reader and a name: a fact about what the name stands for."""
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
-_functions: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+CONTEXT = "ctx."
+"""Begin of the names of objects that a Function's forward has put on its `ctx`."""
+
+_OPAQUE = types.ModuleType, types.MethodType, staticmethod, classmethod
+_DEPTH = 3
+_MOST_FUNCTIONS = 32
+"""Most functions that are followed from one backward."""
+_MOST_READERS = 16
+"""Most readers of one name that are compared: those of several maps, or of several layers."""
+_MOST_NAMES = 512
+
+_readers: collections.OrderedDict[str, list[Reader]] = collections.OrderedDict()
+_lock = fork_safe_lock()
 
 
-def named(function: type) -> str:
-    """The name by which `state` finds a Function's class again, the same in each process."""
-    name = f"{function.__module__}.{function.__qualname__}"
-    _functions[name] = function
-    return name
+class Reader:
+    """The code of a backward or of a hook, and the objects that it reaches by name.
+
+    The objects are held weakly where they can be: a recording must keep none of a sample's.
+
+    Args:
+        code: The function's code.
+        scope: Its globals.
+        roots: For each name, a function that returns the object that it stands for, or None if it
+            is there no more.
+    """
+
+    def __init__(
+        self,
+        code: types.CodeType,
+        scope: Mapping[str, object],
+        roots: Mapping[str, Callable[[], object]],
+    ):
+        self.code = code
+        self.scope = scope
+        self.roots = roots
+
+    def facts(self) -> Iterator[tuple[str, object]]:
+        """The name and value of each number, flag and tensor that the code reads."""
+        found = {name: get() for name, get in self.roots.items()}
+        found = {name: value for name, value in found.items() if value is not None}
+        names = set(_names(self.code))
+        queue = [(self.code, self.scope)]
+        seen = {self.code}
+        reached: dict[str, object] = {}
+        while queue and len(seen) <= _MOST_FUNCTIONS:
+            code, scope = queue.pop()
+            own = set(_names(code))
+            names |= own
+            read = {name: scope[name] for name in own if name in scope}
+            for name, value in (*read.items(), *(found.items() if scope is self.scope else ())):
+                for function in _functions_of(value, own):
+                    if function.__code__ not in seen:
+                        seen.add(function.__code__)
+                        queue.append((function.__code__, function.__globals__))
+                        reached |= _cells(function)
+                reached.setdefault(name, value)
+        for name, value in (reached | found).items():
+            if name.startswith(CONTEXT) and name.removeprefix(CONTEXT) not in names:
+                continue
+            yield from _facts(name, value, names, 0)
+
+    def same_objects(self, other: Reader) -> bool:
+        """True if the other reads the same objects by the same names."""
+        return (
+            self.code == other.code
+            and self.scope is other.scope
+            and self.roots.keys() == other.roots.keys()
+            and all(_held(get) is _held(other.roots[name]) for name, get in self.roots.items())
+        )
 
 
-def backward_named(name: str) -> Callable[..., object] | None:
-    """The backward of the class that was given this name last, while the class lives."""
-    found = _functions.get(name)
-    return None if found is None else getattr(found, "backward", None)
+def reader_of(
+    function: object, given: Mapping[str, object], is_sample: Callable[[torch.Tensor], bool]
+) -> Reader | None:
+    """The reader of a backward or of a hook; None if it is not written in python.
 
-
-def state(function: Callable[..., object]) -> State:
-    """List the globals, closure cells and attributes that the code of `function` reads by name."""
+    Args:
+        function: What autograd calls: a function, a method, a partial or an object.
+        given: Objects that its code reaches by name, beside its globals and its closure.
+        is_sample: True for a tensor that belongs to the recorded sample.
+    """
+    roots: dict[str, object] = dict(given)
+    while not isinstance(function, types.FunctionType):
+        if isinstance(function, functools.partial):
+            roots |= {f"argument {k}": value for k, value in enumerate(function.args)}
+            roots |= function.keywords
+            function = function.func
+        elif isinstance(function, types.MethodType):
+            roots["self"] = function.__self__
+            function = function.__func__
+        else:
+            called = inspect.getattr_static(type(function), "__call__", None)
+            if not isinstance(called, types.FunctionType):
+                return None
+            roots["self"] = function
+            function = called
     inner = inspect.unwrap(function)
     if not isinstance(inner, types.FunctionType):
-        return {}
-    names = set(_names(inner.__code__))
-    read = {name: inner.__globals__[name] for name in names if name in inner.__globals__}
-    cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+        return None
+    names = inner.__code__.co_varnames[: inner.__code__.co_argcount]
+    defaults = inner.__defaults__ or ()
+    roots |= dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+    roots |= inner.__kwdefaults__ or {}
+    getters = {name: _weakly(value, is_sample) for name, value in roots.items()}
+    counts = _references(inner)
+    for name, value in _cells(inner).items():
+        if not isinstance(value, _VALUES):
+            getters[name] = _weakly(value, is_sample)
+        elif counts[name] > _ALONE:  # else no other function can bind the variable anew
+            position = inner.__code__.co_freevars.index(name)
+            getters[name] = functools.partial(_contents, (inner.__closure__ or ())[position])
+    kept = {name: get for name, get in getters.items() if get is not None}
+    return Reader(inner.__code__, inner.__globals__, kept)
+
+
+def _contents(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound
+        return None
+
+
+def _references(function: types.FunctionType) -> dict[str, int]:
+    """Number of references to each variable of a function's closure, some of them this one's."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: sys.getrefcount(cell) for name, cell in cells}
+
+
+def _closed_over(alone: int) -> Callable[[], int]:
+    return lambda: alone
+
+
+_ALONE = _references(cast(types.FunctionType, _closed_over(0)))["alone"]
+"""References to a variable that only the closure holds."""
+
+
+def _weakly(
+    value: object, is_sample: Callable[[torch.Tensor], bool]
+) -> Callable[[], object] | None:
+    """A function that returns an object; None if the object belongs to the sample, or is fixed."""
+    if isinstance(value, _VALUES) or any(map(is_sample, _tensors(value, 0))):
+        return None
+    try:
+        return weakref.ref(value)
+    except TypeError:  # a list, a dict or the like
+        return functools.partial(_same, value)
+
+
+def _held(get: Callable[[], object]) -> object:
+    """What a root refers to: the variable, or the object."""
+    return get.args[0] if isinstance(get, functools.partial) else get()
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth < _DEPTH and isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, depth + 1)
+
+
+def keep(name: str, reader: Reader) -> None:
+    """Keep a reader by a name that is the same in each recording of the same code."""
+    with _lock:
+        known = _readers.setdefault(name, [])
+        known[:] = [other for other in known if not other.same_objects(reader)][1 - _MOST_READERS :]
+        known.append(reader)
+        _readers.move_to_end(name)
+        while len(_readers) > _MOST_NAMES:
+            _readers.popitem(last=False)
+
+
+def readers_named(name: str) -> tuple[Reader, ...]:
+    """The readers that were kept by a name."""
+    with _lock:
+        return tuple(_readers.get(name, ()))
+
+
+def name_of(function: object) -> str:
+    """A name for a Function's class or a hook, the same in each process."""
+    inner = getattr(function, "__func__", getattr(function, "func", function))
+    code = getattr(inspect.unwrap(inner) if callable(inner) else inner, "__code__", None)
+    line = f":{code.co_firstlineno}" if isinstance(code, types.CodeType) else ""
+    called = getattr(inner, "__qualname__", type(inner).__qualname__)
+    return f"{inner.__module__}.{called}{line}"
+
+
+def state(readers: Iterable[Reader]) -> State:
+    """List the globals, closure cells and attributes that readers read by name."""
+    return {(k, name): fact for k, reader in enumerate(readers) for name, fact in reader.facts()}
+
+
+def _functions_of(value: object, names: set[str]) -> Iterator[types.FunctionType]:
+    """The functions of the user's that code with these names calls by an object."""
+    if isinstance(value, types.FunctionType):
+        found = [inspect.unwrap(value)]
+    elif isinstance(value, _VALUES) or isinstance(value, types.ModuleType | torch.Tensor):
+        return
+    else:
+        owner = value if isinstance(value, type) else type(value)
+        wanted = names & {name for base in owner.__mro__[:-1] for name in vars(base)}
+        found = [inspect.getattr_static(owner, name) for name in (*wanted, "__call__")
+                 if hasattr(owner, name)]  # fmt: skip
+        found = [f.fget if isinstance(f, property) else getattr(f, "__func__", f) for f in found]
+    for function in found:
+        if isinstance(function, types.FunctionType) and not _is_library(function.__module__):
+            yield function
+
+
+def _is_library(module: str) -> bool:
+    root = module.partition(".")[0]
+    return root in ("torch", "numpy") or root in sys.stdlib_module_names
+
+
+def _cells(function: types.FunctionType) -> dict[str, object]:
+    found = {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     for name, cell in cells:
-        try:
-            read[name] = cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-    found: State = {}
-    for name, value in read.items():
-        found.update(_facts(name, value, names, 0))
+        value = _contents(cell)
+        if value is not None:
+            found[name] = value
     return found
 
 
@@ -70,7 +271,9 @@ def _facts(name: str, value: object, names: set[str], depth: int) -> Iterator[tu
         yield name, (type(value), repr(value))
     elif isinstance(value, torch.Tensor):
         yield name, _Tensor(value)
-    elif depth == 3 or isinstance(value, types.ModuleType | types.FunctionType):
+    elif isinstance(value, types.FunctionType):
+        yield name, value.__code__
+    elif depth == _DEPTH or isinstance(value, _OPAQUE):
         return
     elif isinstance(value, list | tuple):
         yield name, len(value)
@@ -82,11 +285,33 @@ def _facts(name: str, value: object, names: set[str], depth: int) -> Iterator[tu
             yield from _facts(f"{name}[{key!r}]", value[key], names, depth + 1)
     else:
         for own in names:
-            item = inspect.getattr_static(value, own, None)
+            item = _member(value, own)
             if isinstance(item, property | types.MemberDescriptorType):
                 item = getattr(value, own, None)
             if item is not None:
                 yield from _facts(f"{name}.{own}", item, names, depth + 1)
+
+
+def _member(value: object, name: str) -> object:
+    """The attribute of this name as it is stored; None if there is none."""
+    for place in _own(value):
+        if name in place:
+            return place[name]
+    for base in type(value).__mro__[:-1]:
+        if name in vars(base):
+            return vars(base)[name]
+    return None
+
+
+def _own(value: object) -> Iterator[Mapping[str, object]]:
+    """The dictionaries of an object's own attributes; for a class, those of its bases as well."""
+    for owner in value.__mro__[:-1] if isinstance(value, type) else (value,):
+        own = getattr(owner, "__dict__", None)
+        if isinstance(own, Mapping):
+            yield own
+            if isinstance(owner, torch.nn.Module):
+                for kind in ("_parameters", "_buffers", "_modules"):
+                    yield own[kind]
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -98,14 +323,16 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def changed(before: State, now: State) -> str:
     """The first name whose value is another one, with both; empty if there is none."""
-    for name in before.keys() | now.keys():
-        if before.get(name) != now.get(name):
-            values = [_text(s[name]) if name in s else "nothing" for s in (before, now)]
-            return f"{name} ({values[0]} then, {values[1]} now)"
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            values = [_text(s[key]) if key in s else "nothing" for s in (before, now)]
+            return f"{key[1]} ({values[0]} then, {values[1]} now)"
     return ""
 
 
 def _text(fact: object) -> str:
     if isinstance(fact, _Tensor):
         return "a tensor"
+    if isinstance(fact, types.CodeType):
+        return f"the function {fact.co_name}"
     return str(fact[1]) if isinstance(fact, tuple) else f"{fact} items"

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from shardmap import errors
-from shardmap._torch import version_of
 from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
@@ -28,6 +26,7 @@ from shardmap.run.affordable import direct
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
+from shardmap.run.rewritten import refusing_writes
 
 LEARN_FROM = 32 << 20
 """Bytes of a chunk from which its measured peak is larger than the noise of the process."""
@@ -158,17 +157,10 @@ class Lane:
             return self._compute_into(ready, chunk, arguments, inputs)
         replay = ready.low.replay.chunk
         if job.remat:
-            kept = [t for t in ready.captured if not t.is_inference()]
-            versions = [version_of(t) for t in kept]
+            refuse_writes = refusing_writes(job.call, ready.captured)
 
             def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                for t, version in zip(kept, versions, strict=True):
-                    if version_of(t) != version:
-                        raise errors.CapturedWriteError(
-                            f"{job.call}: remat=True computes chunks again in backward, and a "
-                            f"captured tensor of shape {tuple(t.shape)} has been written in place "
-                            "since; take the gradients before, or pass remat=False"
-                        )
+                refuse_writes()
                 return replay(*arguments, list(inputs))
 
             # Writes that autograd does not see change saved values: no early end.

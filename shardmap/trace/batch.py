@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,47 @@ pytree.register_pytree_node(
 )
 
 
+class Subclassed:
+    """A tensor of a subclass among a function's results, as a node of a pytree."""
+
+    __slots__ = ("kind", "leaf")
+
+    def __init__(self, leaf: object, kind: type[torch.Tensor]):
+        self.leaf = leaf
+        self.kind = kind
+
+    def stacked(self) -> object:
+        """The results of all samples, in the class that `torch.stack` gives them."""
+        leaf = self.leaf
+        return leaf.as_subclass(self.kind) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _with_key(value: Subclassed) -> tuple[list[tuple[pytree.KeyEntry, object]], Any]:
+    # Torch's keys differ from its own protocol of them in the name of a parameter.
+    return [(cast(pytree.KeyEntry, pytree.SequenceKey(0)), value.leaf)], value.kind
+
+
+pytree.register_pytree_node(
+    Subclassed,
+    lambda value: ([value.leaf], value.kind),
+    lambda leaves, kind: Subclassed(next(iter(leaves)), kind),
+    flatten_with_keys_fn=_with_key,
+    serialized_type_name="shardmap.trace.batch.Subclassed",
+)
+
+
+def _keeps_its_class(kind: type[torch.Tensor]) -> bool:
+    """True if torch's functions of tensors of a class return tensors of that class."""
+    return all(
+        getattr(found, "__func__", found) is getattr(plain, "__func__", plain)
+        for found, plain in zip(_handlers(kind), _handlers(torch.Tensor), strict=True)
+    )
+
+
+def _handlers(kind: type[torch.Tensor]) -> list[object]:
+    return [getattr(kind, name) for name in ("__torch_function__", "__torch_dispatch__")]
+
+
 def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
     """The tensors that the function returned, and their structure.
 
@@ -82,7 +123,7 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
         OutputError: It returned something else.
     """
     leaves, structure = pytree.tree_flatten(out, is_leaf=is_container)
-    if not all(map(_is_tensor, leaves)):
+    if not all(map(_is_plain, leaves)):
         nothing = all(leaf is None for leaf in leaves)
         parts = [leaf if nothing else _as_part(leaf, call) for leaf in leaves]
         leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(parts, structure))
@@ -96,17 +137,23 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
     return leaves, structure
 
 
-def _is_tensor(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor)
+def _is_plain(leaf: object) -> bool:
+    return type(leaf) is torch.Tensor
 
 
 def _as_part(leaf: object, call: str) -> object:
     """Convert a leaf of a function's result to a tensor, a placeholder or an opened container."""
     if leaf is None:
         return _ABSENT
+    if isinstance(leaf, torch.Tensor):
+        kind = type(leaf)
+        return Subclassed(leaf, kind) if not _is_plain(leaf) and _keeps_its_class(kind) else leaf
     if isinstance(leaf, bool | int | float | complex | np.generic):
         return torch.as_tensor(leaf)
     return containers.opened(leaf, call) if is_container(leaf) else leaf
+
+
+_NODES = Absent, Opened, Subclassed
 
 
 def unflatten_outputs(
@@ -128,9 +175,10 @@ def unflatten_outputs(
         size: N, the number of samples.
     """
     tree = pytree.tree_unflatten(outputs, structure)
-    if not containers.contains(structure, Absent, Opened):
+    if not containers.contains(structure, Absent, Opened, Subclassed):
         return tree
     where = iter(dims)
+    whole = {id(output) for output in outputs}  # a list of unequal results is one of them
 
     def finished(part: object) -> object:
         if isinstance(part, Opened):
@@ -138,9 +186,13 @@ def unflatten_outputs(
         if isinstance(part, Absent):
             return None
         next(where)
+        if isinstance(part, Subclassed):
+            return part.stacked()
         return part
 
-    return pytree.tree_map(finished, tree, is_leaf=lambda p: isinstance(p, Absent | Opened))
+    return pytree.tree_map(
+        finished, tree, is_leaf=lambda p: isinstance(p, _NODES) or id(p) in whole
+    )
 
 
 def _short(value: object) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from shardmap._torch import references_of_torch, schema_of
 from shardmap.program.ir import Var
@@ -19,10 +22,28 @@ if TYPE_CHECKING:
     from shardmap.trace.recorder import Recorder
 
 
-def kept_tensors(recorder: Recorder, outputs: Iterable[int]) -> tuple[str, ...]:
+class _Candidate(NamedTuple):
+    """A tensor that may have been kept."""
+
+    ref: weakref.ref
+    var: Var
+    argument: bool
+    """True if it is an argument of the function."""
+    own: int
+    """Number of python's references to it that are the recording's own."""
+
+
+def references_before(samples: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Number of python's references to each sample, by address, before the function is called."""
+    return {id(sample): python_references(weakref.ref(sample)) - 1 for sample in samples}
+
+
+def kept_tensors(
+    recorder: Recorder, outputs: Iterable[int], samples: Mapping[int, int]
+) -> tuple[str, ...]:
     """Describe the tensors that differ by sample and that python still holds, one text for each.
 
-    Inputs, captured tensors and outputs do not count, nor tensors that only torch holds: autograd
+    Captured tensors and outputs do not count, nor tensors that only torch holds: autograd
     saves tensors for the backward of the outputs. Reference cycles are collected before a tensor is
     reported.
 
@@ -30,29 +51,30 @@ def kept_tensors(recorder: Recorder, outputs: Iterable[int]) -> tuple[str, ...]:
         recorder: The recorder, once the function has returned.
         outputs: The addresses of the tensors that it returned. The tensors themselves are dropped
             before: autograd's graph behind them holds tensors that its nodes keep.
+        samples: The function's own arguments: `references_before` it was called.
     """
     known = set(outputs) | {id(t) for _, t in recorder.captured.values()}
     known |= {id(plain) for _, plain in recorder.wrappers.values()}
-    known |= {id(index) for pair in recorder.copies.pairs for index in pair.indices}
-    inputs = {var.index for var in recorder.inputs}
+    indices = {id(pair.indices): pair.indices for pair in recorder.copies.pairs}
+    indexed = Counter(id(index) for places in indices.values() for index in places)
+    known -= samples.keys()
     candidates = [
-        (ref, var)
+        _Candidate(ref, var, number in samples, samples.get(number, 0) + indexed[number])
         for number, (ref, var) in recorder.entries.items()
-        if var.group in recorder.mapped_groups and var.index not in inputs and number not in known
+        if var.group in recorder.mapped_groups and number not in known
     ]
     held = list(_held(candidates))
     if held:
         gc.collect(1)  # reference cycles of the function: objects made while recording are young
         held = list(_held(held))
-    return tuple([_text(recorder, ref, var) for ref, var in held])
+    held.sort(key=lambda found: found.argument)
+    return tuple([_text(recorder, found) for found in held])
 
 
-def _held(
-    candidates: Iterable[tuple[weakref.ref, Var]],
-) -> Iterator[tuple[weakref.ref, Var]]:
-    for ref, var in candidates:
-        if python_references(ref) > 0:
-            yield ref, var
+def _held(candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:
+    for candidate in candidates:
+        if python_references(candidate.ref) > candidate.own:
+            yield candidate
 
 
 def python_references(ref: weakref.ref) -> int:
@@ -66,21 +88,30 @@ def python_references(ref: weakref.ref) -> int:
     return sys.getrefcount(tensor) - 2 - (references_of_torch(tensor) > 1)
 
 
-def _text(recorder: Recorder, ref: weakref.ref, var: Var) -> str:
+def _text(recorder: Recorder, found: _Candidate) -> str:
+    var, holder = found.var, _holder(found.ref(), found.argument)
+    if found.argument:
+        return f"its own argument of shape {var.spec.shape}{holder}"
     made = next(
         (eq for eq in recorder.equations if any(v.index == var.index for v in eq.results())), None
     )
     name = "an operator" if made is None else schema_of(made.op).name.partition("::")[2]
-    return f"a tensor of shape {var.spec.shape} made by {name}{_holder(ref())}"
+    return f"a tensor of shape {var.spec.shape} made by {name}{holder}"
 
 
-def _holder(tensor: object) -> str:
-    """Text on the user's dictionary or list that keeps a tensor; empty if there is none."""
+def _holder(tensor: object, own: int) -> str:
+    """Text on the user's dictionary or list that keeps a tensor; empty if there is none.
+
+    Args:
+        tensor: The tensor.
+        own: Number of lists of the recording's own that hold it.
+    """
+    lists = 0
     for holder in gc.get_referrers(tensor):
         if isinstance(holder, dict):
             for key, value in holder.items():
                 if value is tensor:
                     return f", kept as {key!r}"
         elif isinstance(holder, list):
-            return ", kept in a list"
-    return ""
+            lists += 1
+    return ", kept in a list" if lists > own else ""

@@ -18,7 +18,7 @@ from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
-from shardmap.program.python_state import named
+from shardmap.program.python_state import CONTEXT, keep, name_of, reader_of
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
@@ -357,8 +357,7 @@ class _Recorded:
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        function = getattr(type(self.node), "_forward_cls", None)
-        name = named(function) if function is not None else ""
+        name = self._readers()
         backward = Backward(program, len(found.cotangents), saved, once, hook, materialised, name)
         args = (
             tuple(wanted),
@@ -373,6 +372,28 @@ class _Recorded:
             *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
         )
         return self.applied.equation(args, flags)
+
+    def _readers(self) -> str:
+        """Keep what reads python state in this backward, by the name that is returned."""
+        if isinstance(self.node, HookNode):
+            functions = [hook.function for hook in self.node.hooks]
+            name = name_of(functions[0])
+            given: dict[str, object] = {}
+        else:
+            function = getattr(type(self.node), "_forward_cls", None)
+            if function is None:
+                return ""
+            functions, name = [function.backward], name_of(function)
+            given = {CONTEXT + key: value for key, value in vars(self.node).items()}
+        for function in functions:
+            reader = reader_of(function, given, self._is_sample)
+            if reader is not None:
+                keep(name, reader)
+        return name
+
+    def _is_sample(self, tensor: torch.Tensor) -> bool:
+        var = self.recorder.known(tensor)
+        return var is not None and var.index not in self.recorder.captured
 
     def _refuse(self, program: Program, held: list[tuple[Var, int]], own: set[int]) -> None:
         """Refuse a backward that cannot be run later for all samples."""

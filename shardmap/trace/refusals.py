@@ -36,6 +36,22 @@ def _running_norm() -> str | None:
     return f"{type(norm).__name__}({norm.num_features}){f' {name!r}' if name else ''}"
 
 
+_SPECTRAL = {
+    sys.modules["torch.nn.utils.parametrizations"].__file__,
+    sys.modules["torch.nn.utils.spectral_norm"].__file__,
+}
+"""The files of torch's two spectral norms."""
+
+
+def _in_spectral_norm() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename in _SPECTRAL:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Refusals(Histories):
     """The checks of a recording, each with its error."""
 
@@ -78,6 +94,13 @@ class Refusals(Histories):
                 f"{self.call}: an embedding with max_norm scales rows of its table of shape "
                 f"{tuple(tensor.shape)}, which all samples share; scale the table before the call "
                 "(torch.renorm), or the rows that were looked up"
+            )
+        if _in_spectral_norm():
+            raise errors.CapturedWriteError(
+                f"{self.call}: spectral_norm in training mode would update a vector of shape "
+                f"{tuple(tensor.shape)} that all samples share, sample after sample; call .eval() "
+                "on the module, which leaves its vectors as they are, after a forward pass in "
+                "training mode outside of the map where they are to be updated"
             )
         if "norm" in name or norm is not None:
             raise errors.CapturedWriteError(

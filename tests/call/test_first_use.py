@@ -195,6 +195,34 @@ def test_a_cache_that_the_first_call_fills_is_no_difference() -> None:
     oracle.assert_same(shardmap.vmap(lazy)(x), lazy(x), "lazy module")
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_cache_is_filled_by_the_first_call_and_samples_vary_as_well(size: int, way: str) -> None:
+    class Net(nn.Module):
+        table: torch.Tensor | None = None
+
+        def forward(self, row: torch.Tensor) -> torch.Tensor:
+            if self.table is None:
+                self.table = torch.arange(3.0).sin()
+            return row * self.table * float(repr(row[0])[7:-1])
+
+    mapped = shardmap.vmap(Net(), **WAYS[way])
+    for rows in (x[:size], x[:size] + 1):
+        wanted = torch.stack([Net()(row) for row in rows])
+        torch.testing.assert_close(mapped(rows), wanted)
+
+
+def test_a_cache_beside_a_counter_is_refused_still() -> None:
+    calls: list[int] = []
+
+    def function(row: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return row * len(calls) * float(repr(row[0])[7:-1])
+
+    with pytest.raises(errors.EscapeError, match="something else each time that it is called"):
+        shardmap.vmap(function)(x)
+
+
 def test_a_graph_that_is_freed_is_compared_on_the_first_sample() -> None:
     """The Jacobian of the README: it cannot run twice, and the plan says so."""
     w = torch.randn(3, requires_grad=True)

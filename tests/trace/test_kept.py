@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
+import shardmap
+from shardmap import errors
 from shardmap.call.arguments import collect
 from shardmap.trace.record import record
 
@@ -90,7 +93,58 @@ def a_gradient() -> tuple[Function, Any]:
     return function, found
 
 
-KEPT: list[Made] = [attribute, appended, hooked, in_a_closure, in_a_global, a_gradient]
+def the_argument() -> tuple[Function, Any]:
+    class Net(nn.Module):
+        hidden: torch.Tensor
+
+        def forward(self, r: torch.Tensor) -> torch.Tensor:
+            self.hidden = r
+            return r.sum()
+
+    net = Net()
+    return net, net
+
+
+def the_argument_that_is_returned() -> tuple[Function, Any]:
+    seen: list[torch.Tensor] = []
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        seen.append(r)
+        return r
+
+    return function, seen
+
+
+def the_argument_in_a_hook() -> tuple[Function, Any]:
+    net, seen = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), {}
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen["first"] = args[0]
+
+    net[0].register_forward_hook(hook)
+    return lambda r: net(r).sum(), seen
+
+
+def the_argument_in_a_cache() -> tuple[Function, Any]:
+    @functools.lru_cache
+    def doubled(r: torch.Tensor) -> int:
+        return 2 * r.numel()
+
+    return lambda r: r * doubled(r), doubled
+
+
+KEPT: list[Made] = [
+    attribute,
+    appended,
+    hooked,
+    in_a_closure,
+    in_a_global,
+    a_gradient,
+    the_argument,
+    the_argument_that_is_returned,
+    the_argument_in_a_hook,
+    the_argument_in_a_cache,
+]
 
 
 def outputs() -> tuple[Function, Any]:
@@ -169,7 +223,42 @@ def through_an_exception() -> tuple[Function, Any]:
     return function, None
 
 
+def the_argument_for_a_moment() -> tuple[Function, Any]:
+    class Net(nn.Module):
+        hidden: torch.Tensor | None = None
+
+        def forward(self, r: torch.Tensor) -> torch.Tensor:
+            self.hidden = r
+            result = self.hidden.sum()
+            self.hidden = None
+            return result
+
+    net = Net()
+    return net, net
+
+
+def the_argument_in_a_cycle() -> tuple[Function, Any]:
+    def function(r: torch.Tensor) -> torch.Tensor:
+        node: dict[str, Any] = {"value": r}
+        node["self"] = node
+        return node["value"] * 2
+
+    return function, None
+
+
+def the_argument_saved_for_the_output() -> tuple[Function, Any]:
+    return (
+        lambda r: (
+            (r * r).sum() + torch.utils.checkpoint.checkpoint(torch.sin, r, use_reentrant=False)
+        ),
+        None,
+    )
+
+
 NOT_KEPT: list[Made] = [
+    the_argument_for_a_moment,
+    the_argument_in_a_cycle,
+    the_argument_saved_for_the_output,
     outputs,
     saved_for_outputs,
     unmapped_cache,
@@ -204,6 +293,69 @@ def test_what_only_seems_to_be_kept(made: Made, grad: bool) -> None:
         assert kept(function, torch.randn(4, 3, requires_grad=grad)) == ()
 
 
-def test_the_place_is_named() -> None:
-    function, _net = attribute()
+@pytest.mark.parametrize("made", [attribute, the_argument], ids=lambda f: f.__name__)
+def test_the_place_is_named(made: Made) -> None:
+    function, _net = made()
     assert "'hidden'" in kept(function, torch.randn(4, 3))[0]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"chunk_size": 1},
+    {"chunk_size": 2, "devices": ["cpu", "cpu"]},
+    {"reduce": "sum"},
+    {"trace": "once"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_a_map_refuses_to_keep_its_argument_and_the_remedy_works(
+    size: int, options: dict[str, Any]
+) -> None:
+    class Net(nn.Module):
+        hidden: torch.Tensor
+
+        def forward(self, r: torch.Tensor) -> torch.Tensor:
+            self.hidden = r
+            return r.sin().sum()
+
+    net, rows = Net(), torch.randn(size, 3)
+    with pytest.raises(
+        errors.EscapeError, match="its own argument of shape .3,., kept as 'hidden'"
+    ):
+        shardmap.vmap(net, **options)(rows)
+
+    def returned(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return r.sin().sum(), r
+
+    found, hidden = shardmap.vmap(returned, **options)(rows)
+    wanted = torch.stack([r.sin().sum() for r in rows])
+    last = rows
+    if "reduce" in options:
+        wanted, last = wanted.sum(), rows.sum(0)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(hidden, last)
+
+
+def test_two_arguments_of_which_one_is_kept() -> None:
+    seen: list[torch.Tensor] = []
+
+    def function(pair: dict[str, torch.Tensor], other: torch.Tensor) -> torch.Tensor:
+        seen.append(pair["a"])
+        return pair["a"] + pair["b"] + other
+
+    batch = {"a": torch.randn(5, 2), "b": torch.randn(5, 2)}
+    with pytest.raises(errors.EscapeError, match="kept in a list"):
+        shardmap.vmap(function)(batch, torch.randn(5, 2))
+
+
+def test_a_container_of_arguments_that_is_kept() -> None:
+    kept_ones: list[dict[str, torch.Tensor]] = []
+
+    def function(pair: dict[str, torch.Tensor]) -> torch.Tensor:
+        kept_ones.append(pair)
+        return pair["a"] * 2
+
+    with pytest.raises(errors.EscapeError, match="kept as 'a'"):
+        shardmap.vmap(function)({"a": torch.randn(5, 2)})

@@ -1,0 +1,147 @@
+"""`remat=True` where one program does not serve all samples: shapes, paths and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardmap
+from shardmap import errors
+
+Tensor = torch.Tensor
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "chunks_of_one": {"chunk_size": 1},
+    "chunks_of_two": {"chunk_size": 2},
+    "two_lanes": {"chunk_size": 2, "devices": ["cpu", "cpu"]},
+    "once": {"chunk_size": 3, "trace": "once"},
+    "summed": {"chunk_size": 2, "reduce": "sum"},
+}
+
+
+def ragged() -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(n, 3, dtype=torch.float64) for n in (5, 3, 5, 7, 3, 5, 2, 1, 5)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_over_sentences_of_unequal_lengths(
+    layer: Callable[..., nn.Module], way: str
+) -> None:
+    net, rows = layer(3, 4, num_layers=2, bidirectional=True).double(), ragged()
+    weights = list(net.parameters())
+
+    def function(r: Tensor) -> Tensor:
+        return net(r)[0].sum(0)
+
+    options = WAYS[way]
+    mapped = shardmap.vmap(function, remat=True, **options)
+    for _ in range(2):
+        found = mapped(shardmap.Ragged(rows))
+        wanted = torch.stack([function(r) for r in rows])
+        wanted = wanted.sum(0) if "reduce" in options else wanted
+        torch.testing.assert_close(found, wanted)
+        got = torch.autograd.grad(found.sin().sum(), weights)
+        torch.testing.assert_close(got, torch.autograd.grad(wanted.sin().sum(), weights))
+
+
+class Branches(nn.Module):
+    """Two weights, of which a sample reads one; what is made of them is shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.linspace(-1, 1, 3, dtype=torch.float64))
+        self.second = nn.Parameter(torch.linspace(0, 1, 3, dtype=torch.float64))
+
+    def chosen(self, r: Tensor) -> bool:
+        return bool(r.sum() > 0)
+
+    def forward(self, r: Tensor) -> Tensor:
+        weight = self.first if self.chosen(r) else self.second
+        return (r * weight.exp() * weight).sin().sum(0)
+
+
+class ByLength(Branches):
+    """The same, chosen by the length."""
+
+    def chosen(self, r: Tensor) -> bool:
+        return r.shape[0] % 2 == 0
+
+
+class BySampleAlone(Branches):
+    """The same, chosen by a number that is formatted: no recording serves other samples."""
+
+    def forward(self, r: Tensor) -> Tensor:
+        return super().forward(r) * float(f"{r[0, 0]:.3f}")
+
+
+def many(size: int) -> Tensor:
+    torch.manual_seed(4)
+    return torch.randn(size, 5, 3, dtype=torch.float64)
+
+
+KINDS: dict[str, tuple[Callable[[], Branches], Callable[[], Any]]] = {
+    "shapes": (ByLength, lambda: shardmap.Ragged(ragged())),
+    "paths": (Branches, lambda: many(150)),
+    "rare_paths": (Branches, lambda: many(7)),
+    "loop": (BySampleAlone, lambda: many(7)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_loop(kind: str, way: str) -> None:
+    net, batch = KINDS[kind][0](), KINDS[kind][1]()
+    weights, options = list(net.parameters()), WAYS[way]
+    found = shardmap.vmap(net, remat=True, **options)(batch)
+    wanted = torch.stack([net(r) for r in batch])
+    wanted = wanted.sum(0) if "reduce" in options else wanted
+    torch.testing.assert_close(found, wanted)
+    got = torch.autograd.grad(found.cos().sum(), weights)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.cos().sum(), weights))
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
+@pytest.mark.parametrize("name", ["first", "second"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write_before_the_gradient_is_refused_and_the_remedies_work(kind: str, name: str) -> None:
+    net, batch = KINDS[kind][0](), KINDS[kind][1]()
+    weights = list(net.parameters())
+    written = getattr(net, name)
+    wanted = torch.autograd.grad(torch.stack([net(r) for r in batch]).cos().sum(), weights)
+    mapped = shardmap.vmap(net, remat=True, chunk_size=2)
+    out = mapped(batch).cos().sum()
+    (got, other) = torch.autograd.grad(out, weights, retain_graph=True)  # before the write
+    torch.testing.assert_close((got, other), wanted)
+    with torch.no_grad():
+        written.add_(1)
+    with pytest.raises(errors.CapturedWriteError, match="take the gradients before, or pass remat"):
+        torch.autograd.grad(out, weights)
+    wanted = torch.autograd.grad(torch.stack([net(r) for r in batch]).cos().sum(), weights)
+    found = shardmap.vmap(net, chunk_size=2)(batch).cos().sum()
+    torch.testing.assert_close(torch.autograd.grad(found, weights), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_draws_that_the_samples_of_a_path_share(way: str) -> None:
+    net, batch = Branches(), many(150)
+    weights = list(net.parameters())
+
+    def function(r: Tensor) -> Tensor:
+        drawn = torch.rand(3, dtype=torch.float64)
+        return net(r) * (net.first * drawn).sin()
+
+    found = []
+    for remat in (False, True):
+        torch.manual_seed(0)
+        mapped = shardmap.vmap(function, remat=remat, randomness="same", **WAYS[way])
+        out = mapped(batch)
+        found.append((out, *torch.autograd.grad(out.cos().sum(), weights)))
+    torch.testing.assert_close(found[0], found[1])
