@@ -17,6 +17,7 @@ import torch
 from shardmap._torch import OpOverload, has_kernel, kernel_of, schema_of
 from shardmap.program.operators import op_info
 from shardmap.rules import huge_pages as pages
+from shardmap.rules.conv_weights import PatchProducts
 from shardmap.rules.lowering import Call
 
 
@@ -51,6 +52,8 @@ def into(call: Call) -> Callable[..., torch.Tensor] | None:
     if call.op is not None:
         found = _overload(call.op)
         return None if found is None else kernel_of(found)
+    if isinstance(call.target, PatchProducts):
+        return call.target.into
     return _OURS.get(call.target)
 
 
