@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from shardmap._torch import aten
@@ -17,11 +15,11 @@ class Options:
 
     def __init__(
         self,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
         transposed: bool,
-        output_padding: Any,
+        output_padding: Sequence[int],
         groups: int,
     ):
         self.stride, self.padding, self.dilation = stride, padding, dilation
@@ -43,7 +41,7 @@ class Options:
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, times: int, mask: Sequence[bool]
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Tensor, ...]:
         """The gradients that `mask` selects, with `times` as many groups; no bias."""
         numbers = (
             self.stride,

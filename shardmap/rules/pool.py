@@ -83,7 +83,9 @@ def _by_channels(b: Lowering, images: V) -> bool:
     )
 
 
-def max_pool_by_channels(x: torch.Tensor, *options: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+def max_pool_by_channels(
+    x: torch.Tensor, *options: object, **named: object
+) -> tuple[torch.Tensor, ...]:
     """Pool images with their channels last, and return results as the plain kernel does."""
     if not x.is_contiguous():
         return aten.max_pool2d_with_indices(x, *options, **named)
