@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardmap._torch import aten, kernel_of
+from shardmap._torch import OpOverload, aten, kernel_of
 from shardmap.lower.uses import makers, reads, uses, written_memory
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import Call, V
@@ -157,20 +157,15 @@ def _together(
     found: list[Call] = []
     m, n, dtype = _size(products[0])
 
-    def call(op: object, shape: tuple[int, ...], *args: object, out: int | None = None) -> V:
+    def call(
+        op: OpOverload | None, shape: tuple[int, ...], *args: object, out: int | None = None
+    ) -> V:
         v = V(next(indices) if out is None else out, True, shape, dtype)
-        target = pages.bmm
-        if op is not pages.bmm:
+        if op is None:
+            target = pages.bmm
+        else:
             target = fastest(op) if type(args[0]) is V else kernel_of(op)
-        found.append(
-            last._replace(
-                target=target,
-                args=args,
-                kwargs=(),
-                outs=(v.index,),
-                op=None if op is pages.bmm else op,
-            )
-        )
+        found.append(last._replace(target=target, args=args, kwargs=(), outs=(v.index,), op=op))
         return v
 
     pairs = [reads(p) for p in products]
@@ -182,7 +177,7 @@ def _together(
     if total is not None:
         call(aten.baddbmm.default, (m, n), total, left, right, out=last.outs[0])
     elif device_type == "cpu" and m * n >= pages.WORTHWHILE_PER_SAMPLE:
-        call(pages.bmm, (m, n), left, right, out=last.outs[0])
+        call(None, (m, n), left, right, out=last.outs[0])
     else:
         call(aten.bmm.default, (m, n), left, right, out=last.outs[0])
     return found

@@ -86,7 +86,8 @@ def _without_identities(
         if (call.target is torch.Tensor.expand or call.op is aten._unsafe_view.default) and type(
             source
         ) is V:
-            sizes = call.args[1:] if len(call.args) > 2 else tuple(call.args[1])
+            _, first, *rest = call.args
+            sizes = (first, *rest) if rest else tuple(first)
             known = results.get(source.index)
             same = (
                 known is not None

@@ -77,7 +77,7 @@ def test_signs_become_differences(programs):
     """`x + -y`, with the roll of `-y` too, and not where the negative is needed itself."""
 
     def func(x, y, z):
-        rolled = x + torch.roll(-y, 1)
+        rolled = x + torch.roll(-y, 1, 0)
         sign = -x
         return rolled + -z, sign + y, sign * 2
 
