@@ -18,6 +18,7 @@ from shardmap._torch import OpOverload, has_kernel, kernel_of, schema_of
 from shardmap.program.operators import op_info
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.conv_weights import PatchProducts
+from shardmap.rules.embedding import scatter_rows, scatter_rows_into
 from shardmap.rules.lowering import Call
 
 
@@ -37,6 +38,7 @@ _OURS: dict[Any, Callable[..., torch.Tensor]] = {
     pages.mul: _mul,
     pages.bmm: _bmm,
     pages.zeros: _zeros,
+    scatter_rows: scatter_rows_into,
 }
 
 

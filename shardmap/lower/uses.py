@@ -12,11 +12,12 @@ from shardmap.program.ir import Var
 from shardmap.program.operators import op_info
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import Call, V, values
+from shardmap.rules.reduce import safe_softmax
 
 Results = Mapping[int, tuple[Var, V]]
 """For a value's index: the recorded tensor that it is the batch of."""
 
-_FRESH = (torch.matmul, torch.nn.functional.linear, pages.mul, pages.bmm)
+_FRESH = (torch.matmul, torch.nn.functional.linear, pages.mul, pages.bmm, safe_softmax)
 """Functions that are no operators, and whose result has memory of its own."""
 
 
