@@ -48,7 +48,7 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
     samples = [_Sample(program, trial, row) for row in range(trial.size)]
     env = trial.bound(batched)
     value = trial.values(env)
-    calls = sorted((*batched.fixed, *batched.chunk), key=lambda call: call.equation)
+    calls = sorted(batched.comparable, key=lambda call: call.equation)
     last: dict[int, int] = {v.index: len(calls) for v in batched.outputs}
     for i, call in enumerate(calls):
         for v in arguments(call):

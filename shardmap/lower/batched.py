@@ -38,6 +38,14 @@ class BatchedProgram:
     about it."""
     saved: tuple[bool, ...] = ()
     """For each output, True if autograd may save it; empty where autograd records nothing."""
+    separate: tuple[Call, ...] | None = None
+    """The calls of a chunk as the rules emitted them, if `chunk` was simplified: each serves one
+    recorded call, so that they can be compared with the recording."""
+
+    @property
+    def comparable(self) -> tuple[Call, ...]:
+        """All calls, each of which serves one recorded call."""
+        return (*self.fixed, *(self.chunk if self.separate is None else self.separate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,8 @@ class Fixes:
     """Calls whose results need a copy to have the strides of the sample's."""
     plain: bool = False
     """True if nothing is computed from factors."""
+    separate: bool = False
+    """True if the calls of a chunk are not simplified."""
     copied: bool = False
     """True if outputs are copied into their slices instead of being computed there."""
 

@@ -34,6 +34,7 @@ from shardmap.lower.replayed import (
     restride,
 )
 from shardmap.lower.saved_results import saved_results
+from shardmap.lower.simplify import simplified
 from shardmap.program.analysis import (
     IDENTITIES,
     grad_equations,
@@ -115,11 +116,9 @@ class _Batcher:
         )
         if self.options.grad:
             self.needs = {v.index for v in (*program.inputs, *program.captured)}
-        self.builder.kept += (
-            [f for f in map(self.builder.factors.of, self._kept_outputs()) if f is not None]
-            if self.builder.enabled
-            else []
-        )
+        if self.builder.enabled:
+            known = map(self.builder.factors.of, self._kept_outputs())
+            self.builder.kept += [f for f in known if f is not None]
         for i, eq in enumerate(program.equations):
             if live[i]:
                 b.equation, b.grad = i, grads[i]
@@ -128,6 +127,10 @@ class _Batcher:
         b.equation, b.grad = len(program.equations), self.options.grad
         outputs = self._outputs()
         fixed, chunk = postponed(*drop_dead(b.calls, outputs), outputs)
+        tracked, separate, count = self.options.grad or self.options.transformed, None, b.count
+        if not (tracked or self.fixes.separate):
+            given = chunk, outputs, self.results, b.device_type, count
+            chunk, count, separate = simplified(*given)
         return BatchedProgram(
             fixed,
             chunk,
@@ -136,20 +139,20 @@ class _Batcher:
             tuple(literals),
             outputs,
             self.tiers,
-            b.count,
+            count,
             self.results,
             frozenset(self.summed),
             self.written,
             self.builder.notes,
-            saved_results(program) if self.options.grad or self.options.transformed else (),
+            saved_results(program) if tracked else (),
+            separate,
         )
 
     def _kept_outputs(self) -> list[Var]:
         """The outputs that are needed for each sample."""
-        wanted = self.options.summed or [False] * len(self.program.outputs)
-        return [
-            var for var, only_sum in zip(self.program.outputs, wanted, strict=True) if not only_sum
-        ]
+        outputs = self.program.outputs
+        wanted = self.options.summed or [False] * len(outputs)
+        return [v for v, only_sum in zip(outputs, wanted, strict=True) if not only_sum]
 
     def _declare(self, var: Var, mapped: bool) -> V:
         v = self.b.value(mapped, var.spec.shape, var.spec.dtype)
@@ -159,8 +162,7 @@ class _Batcher:
     def _materialise(self, v: V, var: Var, empty: bool = False) -> V:
         """Give each sample a copy of an unmapped value that samples will write to.
 
-        Of an `empty` one, which nobody has written to yet, nothing is copied.
-        Each copy has the sample's strides.
+        Each has the sample's strides. Of an `empty` one, not yet written to, nothing is copied.
         """
         shape, stride = var.spec.shape, var.spec.stride
         span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

@@ -76,8 +76,8 @@ def verified(
         attempt = _Attempt(program, replace(options, summed=()), lower, tried)
         attempt.settle(replace(fixes, plain=True), None)
         found, outputs = _rewritten(program, options, lower, tried, attempt)
-    if slices and not (options.grad or options.transformed) and tried.size:
-        found = _into_slices(program, options, lower, tried, found, outputs)
+    if not (options.grad or options.transformed) and tried.size:
+        found = _as_executed(program, options, lower, tried, found, outputs, slices)
     return found
 
 
@@ -281,51 +281,59 @@ def _all_close(expected: list[torch.Tensor], outputs: list[torch.Tensor], tried:
     )
 
 
-def _into_slices(
+def _as_executed(
     program: Program,
     options: LoweringOptions,
     lower: Lower,
     tried: Trial,
     found: Verified,
     outputs: list[torch.Tensor],
+    slices: bool,
 ) -> Verified:
-    """Try the form that computes into slices; copy into them if its results differ."""
-    for fixes in (found.fixes, replace(found.fixes, copied=True)):
+    """Try the function that executors call; make it plainer if its results differ.
+
+    Calls are simplified no more, then results are copied into slices instead of computed there.
+    """
+    plainer = [found.fixes, replace(found.fixes, separate=True)]
+    if slices:
+        plainer.append(replace(found.fixes, separate=True, copied=True))
+    never = never_written(program)
+    kept = [var.group not in never for var in program.outputs]
+    expected = [thinned(t) for t, k in zip(outputs, kept, strict=True) if k]
+    for fixes in plainer:
         if fixes is not found.fixes:
             batched, replay = lower(options, fixes)
             found = replace(found, batched=batched, replay=replay, fixes=fixes)
-        sliced = [v.mapped and v.index not in found.batched.summed for v in found.batched.outputs]
-        slices = [_filled(t) for t, s in zip(outputs, sliced, strict=True) if s]
-        if not slices:
+        if not slices and found.batched.separate is None:
             return found
-        fixed = found.replay.fixed(
-            tried.device, tried.seed, tried.scalars, list(tried.captured), tried.own_literals()
-        )
-        got = found.replay.chunk_into(
-            tried.size,
-            0,
-            tried.device,
-            tried.seed,
-            tried.scalars,
-            fixed,
-            tried.own_inputs(),
-            slices,
-        )
-        never = never_written(program)
-        kept = [var.group not in never for var in program.outputs]
-        expected = [t for t, k in zip(outputs, kept, strict=True) if k]
-        found_there = [t for t, k in zip(got, kept, strict=True) if k]
-        if _all_close(list(map(thinned, expected)), list(map(thinned, found_there)), tried):
+        sliced = [v.mapped and v.index not in found.batched.summed for v in found.batched.outputs]
+        memory = [_filled(t) for t, s in zip(outputs, sliced, strict=True) if s and slices]
+        if slices and not memory and found.batched.separate is None:
+            return found
+        got = _executed(found, tried, memory)
+        computed = [thinned(t) for t, k in zip(got, kept, strict=True) if k]
+        if _all_close(expected, computed, tried):
             return found
         logger.warning(
-            "%s: results computed into slices differ from those that are copied there; they are "
-            "copied",
+            "%s: results of the whole program differ from those of its calls one by one; it is "
+            "made plainer",
             options.call,
         )
     raise errors.MismatchError(
         f"{options.call}: the batch's results depend on the memory that they are written to; use "
         "chunk_size=None, and report the function"
     )
+
+
+def _executed(
+    found: Verified, tried: Trial, slices: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of the generated function, computed into `slices` if there are any."""
+    replay = found.replay
+    shared = tried.device, tried.seed, tried.scalars
+    fixed = replay.fixed(*shared, list(tried.captured), tried.own_literals())
+    given = tried.size, 0, *shared, fixed, tried.own_inputs()
+    return replay.chunk_into(*given, slices) if slices else replay.chunk(*given)
 
 
 def _filled(like: torch.Tensor) -> torch.Tensor:

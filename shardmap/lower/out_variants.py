@@ -17,6 +17,8 @@ import torch
 from shardmap._torch import OpOverload, has_kernel, kernel_of, schema_of
 from shardmap.program.operators import op_info
 from shardmap.rules import huge_pages as pages
+from shardmap.rules.conv_weights import PatchProducts
+from shardmap.rules.embedding import scatter_rows, scatter_rows_into
 from shardmap.rules.lowering import Call
 
 
@@ -36,6 +38,7 @@ _OURS: dict[Any, Callable[..., torch.Tensor]] = {
     pages.mul: _mul,
     pages.bmm: _bmm,
     pages.zeros: _zeros,
+    scatter_rows: scatter_rows_into,
 }
 
 
@@ -51,6 +54,8 @@ def into(call: Call) -> Callable[..., torch.Tensor] | None:
     if call.op is not None:
         found = _overload(call.op)
         return None if found is None else kernel_of(found)
+    if isinstance(call.target, PatchProducts):
+        return call.target.into
     return _OURS.get(call.target)
 
 

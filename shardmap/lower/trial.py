@@ -128,7 +128,7 @@ def run(
     """
     env = trial.bound(batched)
     value = trial.values(env)
-    calls = (*batched.fixed, *batched.chunk)
+    calls = batched.comparable
     last: dict[int, int] = {v.index: len(calls) for v in batched.outputs}
     for i, call in enumerate(calls):
         for v in arguments(call):

@@ -13,7 +13,7 @@ import torch
 
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
-from shardmap.rules.conv import into_channels, out_of_channels
+from shardmap.rules.conv_parts import into_channels, out_of_channels
 from shardmap.rules.lowering import Lowering, V, given_results
 from shardmap.rules.norm import any_mapped
 from shardmap.rules.registry import register

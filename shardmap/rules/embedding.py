@@ -115,10 +115,35 @@ def scatter_rows(
         out = summed(grad, (size * count, features), 0, at, grad.flatten(0, -2)).view(
             size, count, features
         )
-    if 0 <= padding < count:
+    if 0 <= padding < count and current_level() is None and not out.requires_grad:
+        out.select(1, padding).zero_()
+    elif 0 <= padding < count:
         keep = torch.ones(count, 1, dtype=torch.bool, device=grad.device)
         keep[padding] = False
         out = torch.where(keep, out, 0.0)
+    return out
+
+
+def scatter_rows_into(
+    grad: torch.Tensor,
+    index: torch.Tensor,
+    count: int,
+    padding: int,
+    by_frequency: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`scatter_rows` computed into `out`, outside of autograd and transforms."""
+    if by_frequency or not out.is_contiguous():
+        return out.copy_(scatter_rows(grad, index, count, padding, by_frequency))
+    out.zero_()
+    if index.dim() + 2 == grad.dim():
+        rows = grad.reshape(grad.shape[0], index.numel(), grad.shape[-1])
+        out.index_add_(1, index.flatten(), rows)
+    else:
+        at = counted(index, count).flatten()
+        out.view(-1, grad.shape[-1]).index_add_(0, at, grad.flatten(0, -2))
+    if 0 <= padding < count:
+        out.select(1, padding).zero_()
     return out
 
 

@@ -36,7 +36,9 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
         given = [(fold(b, a) if batched else b.batch(a)) if type(a) is V else a for a in args]
         outs = [o for o in eq.outs if type(o) is Var]
         op = eq.op
-        if sized is not None:
+        if op is aten.max_pool2d_with_indices.default and batched and _by_channels(b, tensors[0]):
+            found = b.calls_several(max_pool_by_channels, 2, *given, **kwargs)
+        elif sized is not None:
             at = next(i for i, a in enumerate(schema_of(op).arguments) if a.name == sized)
             size = tuple(args[at])
             if len(size) != ndim + 1:
@@ -59,6 +61,37 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
         return tuple(shaped) if len(shaped) > 1 else shaped[0]
 
     return rule
+
+
+CHANNELS = 8
+"""Least number of channels from which images are pooled with their channels last."""
+
+
+def _by_channels(b: Lowering, images: V) -> bool:
+    """True if images are pooled faster with their channels last.
+
+    Only that form of the kernel is vectorised. Measured on one CPU core, microseconds, the copies
+    included: 32 images of 16x28x28 by 2x2 2470 and 665, 16 of 64x32x32 by 3x3 26700 and 3060, 32
+    of 6x24x24 by 2x2 700 and 460.
+    """
+    plain = images.dtype in (torch.float32, torch.float64)
+    return (
+        b.device_type == "cpu"
+        and plain
+        and images.shape[1] >= CHANNELS
+        and not (b.grad or b.transformed)
+    )
+
+
+def max_pool_by_channels(
+    x: torch.Tensor, *options: object, **named: object
+) -> tuple[torch.Tensor, ...]:
+    """Pool images with their channels last, and return results as the plain kernel does."""
+    if not x.is_contiguous():
+        return aten.max_pool2d_with_indices(x, *options, **named)
+    last = x.contiguous(memory_format=torch.channels_last)
+    out, indices = aten.max_pool2d_with_indices(last, *options, **named)
+    return out.contiguous(), indices.contiguous()
 
 
 def operators(names: Sequence[str]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten, schema_of
+from shardmap._torch import aten, dispatch_depth, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V, dim
@@ -220,6 +220,9 @@ def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
     """Batch a scan, softmax or sort along one dimension of each sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
+    tracked = b.grad or b.transformed
+    if eq.op is aten._safe_softmax.default and x.ndim and b.device_type == "cpu" and not tracked:
+        return b.call(safe_softmax, x, dim(named["dim"], x.ndim), named.get("dtype"))
     if x.ndim:
         out = _send(b, eq.op, named | {"dim": dim(named["dim"], x.ndim)})
     else:
@@ -227,6 +230,19 @@ def along(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any
         if not schema_of(eq.op).is_mutable:
             return _viewed(b, eq, out)
     return None if schema_of(eq.op).is_mutable else out
+
+
+def safe_softmax(x: torch.Tensor, d: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """The softmax whose rows of -inf are zeros, by the kernel of the plain one.
+
+    The operator looks for such rows in several passes: on [8, 3, 64, 64] it takes 418 us, the plain
+    softmax 83. A row of -inf is NaN there, as is the first element of each such row.
+    """
+    if dtype in (None, x.dtype) and x.numel() and not dispatch_depth():
+        out = aten._softmax(x, d, False)
+        if not out.select(d, 0).isnan().any():
+            return out
+    return aten._safe_softmax(x, d, dtype)
 
 
 @register("reduce", aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)

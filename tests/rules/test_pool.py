@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import shardmap
 from tests.rules.against_loop import check, real
 from tests.rules.test_conv import gradients
 
@@ -111,3 +112,22 @@ def test_grids():
     check(gradients(sample), real(1, 2, 4, 4), real(1, 3, 3, 2), gradient=False)
     check(gradients(sample), real(1, 2, 3, 3, 3), real(1, 2, 2, 2, 3), gradient=False, sizes=(2,))
     check(lambda t: F.affine_grid(t, [2, 1, 3, 4], align_corners=False), real(2, 2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"ceil_mode": True}])
+def test_many_channels(options):
+    """Channels last and back: ties and NaN are decided as in the sample, in values and indices."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(3, (5, 2, 9, 7, 6), generator=generator).float()
+    images[1, 0, 2, 3, 3] = float("nan")
+
+    def pooled(x):
+        x = x.detach().requires_grad_()
+        out, indices = F.max_pool2d(x, 3, return_indices=True, **options)
+        (by_input,) = torch.autograd.grad((out.nan_to_num() * out.detach().nan_to_num()).sum(), x)
+        return out.detach(), indices, by_input
+
+    for batch in (images, images.to(memory_format=torch.preserve_format).transpose(3, 4)):
+        found = shardmap.vmap(pooled)(batch)
+        for got, rows in zip(found, zip(*map(pooled, batch), strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(rows), rtol=0, atol=0, equal_nan=True)
