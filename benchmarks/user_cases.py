@@ -309,26 +309,29 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
     """Return what makes each case, by name; the same weights and data every time."""
 
     def images(
-        model: Callable[[], nn.Module], size: int, jax: models.JaxForward | None = None, **why: str
+        model: Callable[[], nn.Module],
+        size: int,
+        jax: models.JaxForward | None = None,
+        opacus: str = "",
     ) -> Callable[[], Case]:
         def make() -> Case:
             torch.manual_seed(0)
             x, y = torch.randn(samples, 3, size, size), torch.randint(10, (samples,))
             twin = None if jax is None else cross_entropy_jax(jax)
             return gradients(
-                model().to(device), classified, x.to(device), y.to(device), jax=twin, **why
+                model().to(device), classified, x.to(device), y.to(device), opacus=opacus, jax=twin
             )
 
         return make
 
     def text(
-        model: Callable[[], nn.Module], loss: Loss, classes: int, **why: str
+        model: Callable[[], nn.Module], loss: Loss, classes: int, opacus: str = ""
     ) -> Callable[[], Case]:
         def make() -> Case:
             torch.manual_seed(0)
             x = torch.randint(user_models.VOCABULARY, (samples, user_models.TOKENS)).to(device)
             y = torch.randint(classes, (samples,)).to(device) if classes else x
-            return gradients(model().to(device), loss, x, y, **why)
+            return gradients(model().to(device), loss, x, y, opacus)
 
         return make
 

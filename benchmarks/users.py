@@ -125,6 +125,9 @@ def search(case: Case, settle: Callable[[Call], Call]) -> list[Way] | str:
             call = settle(lambda mapped=mapped: mapped(*case.arguments))
             try:
                 seconds = seconds_of(call)
+            except torch.OutOfMemoryError as error:  # a smaller chunk may do
+                refusal = f"torch.func.{mode}: {str(error).splitlines()[0]}"
+                continue
             except (RuntimeError, NotImplementedError) as error:
                 refusal = f"torch.func.{mode}: {str(error).splitlines()[0]}"
                 break
