@@ -39,7 +39,8 @@ class FactorBuilder:
         self.enabled = enabled
         self.factors = Factors(program, written, mapped)
         self.kept: list[Factored] = []
-        """Products that are computed in any case: outputs that are not summed."""
+        """Products that are computed in any case: outputs that are not summed, and products whose
+        norm is cheaper to take from them."""
         self.notes: dict[int, str] = {}
         """Texts on the rewritten calls, by number of the recorded call."""
         self._numbers = {id(eq): i for i, eq in enumerate(program.equations)}
@@ -59,7 +60,7 @@ class FactorBuilder:
         return self.b.reshape(self.env[var.index], ())
 
     def wanted(self, var: Var) -> bool:
-        """True if the product `var` is computed in any case, as an output that is not summed."""
+        """True if the product `var` is computed in any case: see `kept`."""
         found = self.factors.of(var)
         factors = (
             {(t.left.index, t.right.index) for t in found.terms} if found is not None else set()

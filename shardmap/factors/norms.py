@@ -103,7 +103,10 @@ def _of(builder: FactorBuilder, var: Var, eq: Equation) -> V | None:
             out = builder.b.call(aten.add.Tensor, out, t, shape=())
         return out
     found = builder.factors.of(var)
-    if found is None or not worthwhile(found, builder.wanted(var)):
+    if found is None:
+        return None
+    if not worthwhile(found, builder.wanted(var)):
+        builder.kept.append(found)  # the plain norm reads the product
         return None
     builder.note(eq, f"norm from factors {sizes(found.terms)}")
     return _combined(builder, found)

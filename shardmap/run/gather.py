@@ -258,8 +258,11 @@ class Total:
 
     def finish(self) -> torch.Tensor:
         """The combination of all samples."""
-        self._settle()
-        out, name, total = self.out, self.reduction.name, self.value
+        if self.value is not None:
+            self._settle()
+        # The few chunks of a short run need no wider total: widening and rounding again is exact.
+        total = self.recent if self.value is None and self.recent is not None else self.value
+        out, name = self.out, self.reduction.name
         if name in ("sum", "mean"):
             exact = out.dtype.is_floating_point or out.dtype.is_complex
             if total is None:

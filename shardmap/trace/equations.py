@@ -13,6 +13,7 @@ from shardmap._torch import (
     aten,
     dispatch_depth,
     free_weak_reference,
+    is_zero_tensor,
     kernel_of,
     storage_id,
     weak_reference,
@@ -76,6 +77,8 @@ class Equations(Variables):
                 return False
             self.groups[address] = var.group
             self.weak_storages.append(cast(int, weak_reference(storage)))
+            if is_zero_tensor(tensor):
+                self.groups_of_zeros.add(var.group)
         elif group != var.group or tensor.stride() != spec.stride:
             return False
         self.entries[id(tensor)] = (weakref.ref(tensor), var)

@@ -66,6 +66,8 @@ class Variables:
         self.entries: dict[int, tuple[weakref.ref, Var]] = {}
         self.groups: dict[int, int] = {}
         self.weak_storages: list[int] = []
+        self.groups_of_zeros: set[int] = set()
+        """Symbolic zeros of forward mode, whose storages have a size but no memory."""
         self.mapped_groups: set[int] = set()
         self.groups_with_grad: set[int] = set()
         """Memory of captured tensors that require grad."""
@@ -99,6 +101,8 @@ class Variables:
             group = len(self.groups)
             self.groups[address] = group
             self.weak_storages.append(cast(int, weak_reference(storage)))
+            if is_zero_tensor(tensor):
+                self.groups_of_zeros.add(group)
         spec = spec_of(tensor) if type(tensor) is not FakeTensor else self._static_spec(tensor)
         var = Var(self.count, group, spec)
         self.count += 1
@@ -322,10 +326,10 @@ class Variables:
         if storage.resizable() or not storage.nbytes() or storage.device.type == "meta":
             return False
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        captured = {v.group for v, _ in self.captured.values()}
+        others = {v.group for v, _ in self.captured.values()} | self.groups_of_zeros
         for address, weak in zip(self.groups, self.weak_storages, strict=False):
             known: Any = storage_of_weak_reference(weak)
-            if known is None or self.groups[address] in captured:
+            if known is None or self.groups[address] in others:
                 continue
             first = known.data_ptr()
             if first < stop and start < first + known.nbytes():

@@ -74,6 +74,19 @@ class Scaled(nn.Module):
         return (-(h @ self.v) * self.s)[:3] + (h @ self.v[:, 1:])
 
 
+class Positions(nn.Module):
+    """Narrow layers over many positions, whose products are smaller than their factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.mix, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x[None]) * 0.5).tanh()[0].flatten(1)  # [4, 64]
+        return self.head((y.mT @ (2 * self.mix)).tanh().mean(0))
+
+
 def problems() -> dict[str, Callable[[], Problem]]:
     def images(n: int) -> tuple[Tensor, Tensor]:
         return torch.randn(n, 2, 4, 4), torch.randint(3, (n,))
@@ -132,6 +145,11 @@ def problems() -> dict[str, Callable[[], Problem]]:
         "padded": lambda: (Attends(padding=3), sentences, F.cross_entropy),
         "recurrent": lambda: (Recurrent(), vectors, F.cross_entropy),
         "scaled": lambda: (Scaled(), vectors, F.cross_entropy),
+        "positions": lambda: (
+            Positions(),
+            lambda n: (torch.randn(n, 2, 8, 8), torch.randint(3, (n,))),
+            F.cross_entropy,
+        ),
     }
 
 

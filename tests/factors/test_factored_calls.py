@@ -275,10 +275,19 @@ def test_matrices_that_do_not_fit_are_refused_at_once() -> None:
 
 
 def test_a_total_lies_in_memory_as_a_stacked_result_does() -> None:
-    for name in ("mlp", "tied", "padded", "scaled", "cnn"):
+    for name in ("mlp", "tied", "padded", "scaled", "cnn", "positions"):
         model, loss, x, y, _ = made(name, 5)
         for value in shardmap.per_sample_grad(model, loss, reduce="sum")(x, y).values():
             assert value.is_contiguous(), name
+
+
+def test_products_that_norms_need_are_summed_as_they_are() -> None:
+    """No layer of this model has a product that is dearer to make than its norm from factors."""
+    model, loss, x, y, _ = made("positions", 5)
+    clipped = shardmap.reduce.clipped_sum(0.1)
+    text = explained(model, loss, x, y, clipped)
+    assert "[3, T] x [T, 3], T = 1" in text  # the head
+    assert "T = 64" not in text
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,19 @@ def test_a_lazy_conjugate_meets_a_composite_operator(name: str, inference: bool)
         want = torch.stack([COMPLEX[name](r * lazy[0]) for r in x])
         got = shardmap.vmap(lambda r: COMPLEX[name](r * lazy[0]))(x)
         torch.testing.assert_close(got, want)
+
+
+def test_hessian_with_weights_that_numpy_sees() -> None:
+    """Symbolic zeros have no memory that a captured tensor shared with numpy could lie in."""
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    layers.append(torch.nn.Tanh()).append(torch.nn.Linear(4, 1)).double().requires_grad_(False)
+    # from now on these storages cannot be resized, as foreign memory cannot
+    seen = [weight.numpy() for weight in layers.parameters()]
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def f(row: torch.Tensor) -> torch.Tensor:
+        return layers(row)[0]
+
+    loop = torch.stack([torch.func.hessian(f)(row) for row in x])
+    torch.testing.assert_close(shardmap.hessian(f)(x), loop)
+    assert len(seen) == 6

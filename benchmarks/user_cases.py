@@ -1,0 +1,406 @@
+"""What users map: per-sample gradients of models, Jacobians, a Hessian, an ensemble, next to nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardmap
+from benchmarks import jacobians, models, user_models
+
+Call = Callable[[], Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A map and the ways to write it."""
+
+    loop: Call
+    """The results of the samples one by one, by plain autograd, in a list."""
+    ours: Callable[[Mapping[str, Any]], Call]
+    """Makes the map of this library with these options."""
+    func: Mapping[str, Callable[[int | None], Callable[..., Any]]]
+    """For each way of torch.func: makes the mapped function for a chunk size."""
+    arguments: tuple[Any, ...]
+    """What the function of torch.func is called with."""
+    chunks: tuple[int | None, ...]
+    """Chunk sizes that a user of torch.func would try, None for the whole batch."""
+    opacus: Callable[[], Call] | str
+    """Makes the same by Opacus, or says why there is none."""
+    jax: Callable[[], Call] | str
+    """Makes the same by jax.jit, or says why there is none."""
+    target: float | None = 1.0
+    """Time over torch.func's at its best that ours should keep to."""
+
+
+NO_GRADIENTS = "Opacus has per-sample gradients only"
+NO_TWIN = "no twin in JAX was written"
+
+
+def sizes(samples: int) -> tuple[int | None, ...]:
+    """Chunk sizes up to half the batch, and none."""
+    return (None, *[chunk for chunk in (1, 2, 4, 8, 16, 32, 64, 128) if chunk < samples])
+
+
+def classified(out: Tensor, targets: Tensor) -> Tensor:
+    """The sum over the samples of their cross entropies."""
+    return F.cross_entropy(out, targets, reduction="sum")
+
+
+def predicted(out: Tensor, tokens: Tensor) -> Tensor:
+    """The sum over the samples of the mean cross entropy of the next token."""
+    logits, after = out[..., :-1, :].flatten(0, -2), tokens[..., 1:]
+    return F.cross_entropy(logits, after.flatten(), reduction="sum") / after.shape[-1]
+
+
+def squared(out: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the squared differences."""
+    return (out - targets).square().sum()
+
+
+def gradients(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    opacus: str = "",
+    jax: Callable[..., Any] | None = None,
+) -> Case:
+    """Make the case of a model's per-sample gradients.
+
+    Args:
+        model: Maps a batch of inputs to outputs.
+        loss: Sums the losses of a batch, or takes one sample without a batch dimension.
+        inputs: The batch.
+        targets: What the loss compares the outputs with, a row for each sample.
+        opacus: Why Opacus does not serve this model, where it does not.
+        jax: The loss of one sample by the parameters' names, its input and its target.
+    """
+    names, values = zip(*model.named_parameters(), strict=True)
+    detached = {n: v.detach() for n, v in zip(names, values, strict=True)}
+
+    def gradient(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(loss(model(x[None]), y[None]), values)
+        return dict(zip(names, found, strict=True))
+
+    def functional(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(model, parameters, (x[None],)), y[None])
+
+    def ours(options: Mapping[str, Any]) -> Call:
+        mapped = shardmap.per_sample_grad(model, loss, batch_of_one=True, **options)
+        return lambda: mapped(inputs, targets)
+
+    def by_func(chunk: int | None) -> Callable[..., Any]:
+        return torch.func.vmap(torch.func.grad(functional), (None, 0, 0), chunk_size=chunk)
+
+    def by_opacus() -> Call:
+        from opacus import GradSampleModule
+
+        hooked = GradSampleModule(copy.deepcopy(model), loss_reduction="sum", strict=False)
+        parameters: dict[str, Any] = {
+            name.removeprefix("_module."): value for name, value in hooked.named_parameters()
+        }
+
+        def run() -> dict[str, Tensor]:
+            loss(hooked(inputs), targets).backward()
+            found = {name: value.grad_sample for name, value in parameters.items()}
+            for value in parameters.values():
+                value.grad = value.grad_sample = None
+            return found
+
+        return run
+
+    def by_jax() -> Call:
+        import jax as j
+
+        assert jax is not None
+        mapped = j.jit(j.vmap(j.grad(jax), (None, 0, 0)))
+        arrays = {name: value.cpu().numpy() for name, value in detached.items()}
+        x, y = inputs.cpu().numpy(), targets.cpu().numpy()
+        return lambda: j.block_until_ready(mapped(arrays, x, y))
+
+    return Case(
+        loop=lambda: [gradient(x, y) for x, y in zip(inputs, targets, strict=True)],
+        ours=ours,
+        func={"grad": by_func},
+        arguments=(detached, inputs, targets),
+        chunks=sizes(len(inputs)),
+        opacus=opacus or by_opacus,
+        jax=NO_TWIN if jax is None else by_jax,
+    )
+
+
+def derivatives(kind: str, batch: Tensor, case: jacobians.Case) -> Case:
+    """Make the case of a batch of Jacobians or Hessians."""
+    mapped = shardmap.hessian if case.hessian else getattr(shardmap, kind)
+    modes = ("hessian",) if case.hessian else ("jacrev", "jacfwd")
+    # the loop of what is mapped: one row at a time, which no chunk or lane of ours takes part in
+    plain = (torch.func.hessian if case.hessian else torch.func.jacfwd)(case.function)
+
+    def ours(options: Mapping[str, Any]) -> Call:
+        f = mapped(case.function, **options)
+        return lambda: f(batch)
+
+    def by_func(mode: str) -> Callable[[int | None], Callable[..., Any]]:
+        transform = getattr(torch.func, mode)
+        return lambda chunk: torch.func.vmap(transform(case.function), chunk_size=chunk)
+
+    def by_jax() -> Call:
+        import jax as j
+
+        mode = "hessian" if case.hessian else kind if kind != "jacobian" else "jacfwd"
+        f = j.jit(j.vmap(getattr(j, mode)(case.jax())))
+        x = batch.cpu().numpy()
+        return lambda: j.block_until_ready(f(x))
+
+    return Case(
+        loop=lambda: [plain(row) for row in batch],
+        ours=ours,
+        func={mode: by_func(mode) for mode in modes},
+        arguments=(batch,),
+        chunks=sizes(len(batch)),
+        opacus=NO_GRADIENTS,
+        jax=by_jax,
+        target=0.9,
+    )
+
+
+def ensemble(members: int, inputs: Tensor, targets: Tensor) -> Case:
+    """Make the case of an ensemble: the gradients of many nets on the same batch."""
+    device = inputs.device
+    nets = [models.mlp().to(device) for _ in range(members)]
+    stacked, _ = torch.func.stack_module_state(nets)
+    stacked = {name: value.detach() for name, value in stacked.items()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(nets[0], parameters, (x,)), y)
+
+    def ours(options: Mapping[str, Any]) -> Call:
+        mapped = shardmap.vmap(torch.func.grad(loss), (0, None, None), **options)
+        return lambda: mapped(stacked, inputs, targets)
+
+    def loop() -> list[dict[str, Tensor]]:
+        found = []
+        for net in nets:
+            value = F.cross_entropy(net(inputs), targets)
+            grads = torch.autograd.grad(value, tuple(net.parameters()))
+            found.append(dict(zip(dict(net.named_parameters()), grads, strict=True)))
+        return found
+
+    def by_jax() -> Call:
+        import jax as j
+
+        def of_batch(parameters: Mapping[str, Any], x: Any, y: Any) -> Any:
+            one = j.vmap(cross_entropy_jax(models.mlp_jax), (None, 0, 0))
+            return one(parameters, x, y).mean()
+
+        mapped = j.jit(j.vmap(j.grad(of_batch), (0, None, None)))
+        arrays = {name: value.cpu().numpy() for name, value in stacked.items()}
+        x, y = inputs.cpu().numpy(), targets.cpu().numpy()
+        return lambda: j.block_until_ready(mapped(arrays, x, y))
+
+    return Case(
+        loop=loop,
+        ours=ours,
+        func={
+            "grad": lambda chunk: torch.func.vmap(
+                torch.func.grad(loss), (0, None, None), chunk_size=chunk
+            )
+        },
+        arguments=(stacked, inputs, targets),
+        chunks=sizes(members),
+        opacus="Opacus has no ensembles",
+        jax=by_jax,
+    )
+
+
+def one_more(batch: Tensor) -> Case:
+    """Make the case of a map that does next to nothing: what a call costs."""
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    def ours(options: Mapping[str, Any]) -> Call:
+        mapped = shardmap.vmap(function, **options)
+        return lambda: mapped(batch)
+
+    def by_jax() -> Call:
+        import jax as j
+
+        mapped = j.jit(j.vmap(lambda x: x + 1))
+        x = batch.cpu().numpy()
+        return lambda: j.block_until_ready(mapped(x))
+
+    return Case(
+        loop=lambda: [function(row) for row in batch],
+        ours=ours,
+        func={"vmap": lambda chunk: torch.func.vmap(function, chunk_size=chunk)},
+        arguments=(batch,),
+        chunks=(None,),
+        opacus=NO_GRADIENTS,
+        jax=by_jax,
+    )
+
+
+def cross_entropy_jax(forward: models.JaxForward) -> Callable[..., Any]:
+    """Make the loss of one sample from a model of one sample."""
+
+    def loss(parameters: Mapping[str, Any], x: Any, y: Any) -> Any:
+        import jax
+
+        return -jax.nn.log_softmax(forward(parameters, x))[y]
+
+    return loss
+
+
+def lstm_jax(p: models.JaxParams, x: Any) -> Any:
+    """Apply `user_models.LastOfLSTM` to one sequence [T, 16]."""
+    import jax
+    import jax.numpy as jnp
+
+    for layer in ("l0", "l1"):
+        w, u = p[f"lstm.weight_ih_{layer}"], p[f"lstm.weight_hh_{layer}"]
+        bias = p[f"lstm.bias_ih_{layer}"] + p[f"lstm.bias_hh_{layer}"]
+
+        def step(state: Any, row: Any, w: Any = w, u: Any = u, bias: Any = bias) -> Any:
+            h, c = state
+            i, f, g, o = jnp.split(w @ row + u @ h + bias, 4)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        zero = jnp.zeros(u.shape[1])
+        _, x = jax.lax.scan(step, (zero, zero), x)
+    return p["head.weight"] @ x[-1] + p["head.bias"]
+
+
+def ode_jax(p: models.JaxParams, x: Any, y: Any) -> Any:
+    """The loss of one state [8] of `user_models.NeuralODE`."""
+    import jax
+    import jax.numpy as jnp
+
+    def slope(x: Any) -> Any:
+        for index in (0, 2):
+            x = jnp.tanh(p[f"net.{index}.weight"] @ x + p[f"net.{index}.bias"])
+        return p["net.4.weight"] @ x + p["net.4.bias"]
+
+    size = 1 / user_models.ODE_STEPS
+
+    def step(x: Any, _: Any) -> Any:
+        a = slope(x)
+        b = slope(x + size / 2 * a)
+        c = slope(x + size / 2 * b)
+        d = slope(x + size * c)
+        return x + size / 6 * (a + 2 * b + 2 * c + d), None
+
+    x, _ = jax.lax.scan(step, x, None, user_models.ODE_STEPS)
+    return ((x - y) ** 2).sum()
+
+
+def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
+    """Return what makes each case, by name; the same weights and data every time."""
+
+    def images(
+        model: Callable[[], nn.Module],
+        size: int,
+        jax: models.JaxForward | None = None,
+        opacus: str = "",
+    ) -> Callable[[], Case]:
+        def make() -> Case:
+            torch.manual_seed(0)
+            x, y = torch.randn(samples, 3, size, size), torch.randint(10, (samples,))
+            twin = None if jax is None else cross_entropy_jax(jax)
+            return gradients(
+                model().to(device), classified, x.to(device), y.to(device), opacus=opacus, jax=twin
+            )
+
+        return make
+
+    def text(
+        model: Callable[[], nn.Module], loss: Loss, classes: int, opacus: str = ""
+    ) -> Callable[[], Case]:
+        def make() -> Case:
+            torch.manual_seed(0)
+            x = torch.randint(user_models.VOCABULARY, (samples, user_models.TOKENS)).to(device)
+            y = torch.randint(classes, (samples,)).to(device) if classes else x
+            return gradients(model().to(device), loss, x, y, opacus)
+
+        return make
+
+    def vectors(
+        model: Callable[[], nn.Module],
+        shape: tuple[int, ...],
+        targets: Callable[[], Tensor],
+        loss: Loss,
+        opacus: str = "",
+        jax: Callable[..., Any] | None = None,
+    ) -> Callable[[], Case]:
+        def make() -> Case:
+            torch.manual_seed(0)
+            x, y = torch.randn(samples, *shape).to(device), targets().to(device)
+            return gradients(model().to(device), loss, x, y, opacus, jax)
+
+        return make
+
+    def derivative(kind: str, name: str, rows: int) -> Callable[[], Case]:
+        def make() -> Case:
+            case = jacobians.cases()[name]
+            if isinstance(net := case.function, nn.Module):
+                net.to(device)
+            elif name.startswith("Hessian"):
+                for cell in case.function.__closure__ or ():
+                    cell.cell_contents.to(device)
+            return derivatives(kind, case.batch[:rows].to(device), case)
+
+        return make
+
+    def of_many() -> Case:
+        torch.manual_seed(0)
+        x, y = torch.randn(64, 784).to(device), torch.randint(10, (64,)).to(device)
+        return ensemble(min(16, samples), x, y)
+
+    def of_little() -> Case:
+        torch.manual_seed(0)
+        return one_more(torch.randn(8, 4).to(device))
+
+    held = "Opacus' hooks see modules, and this model holds parameters of its own"
+    few = samples < SAMPLES
+    return {
+        "GPT-2, 6 layers": text(
+            user_models.gpt2, predicted, 0, opacus="Opacus has no rule for tied weights"
+        ),
+        "BERT, 4 layers": text(
+            user_models.bert, classified, 2, opacus="Opacus refuses positions without a batch"
+        ),
+        "small transformer": text(
+            user_models.SmallTransformer, classified, 10,
+            opacus="Opacus has no hook for nn.MultiheadAttention",
+        ),
+        "CNN": images(models.cifar_cnn, 32, models.cifar_cnn_jax),
+        "ResNet-18, group norm": images(user_models.resnet18, 64),
+        "LSTM": vectors(
+            user_models.LastOfLSTM, (24, 16), lambda: torch.randint(10, (samples,)), classified,
+            "Opacus has no hook for nn.LSTM", cross_entropy_jax(lstm_jax),
+        ),
+        "ViT, 4 layers": images(user_models.ViT, 32, opacus=held),
+        "equivariant network": vectors(
+            user_models.Equivariant, (user_models.ATOMS, 3), lambda: torch.randn(samples), squared,
+            held,
+        ),
+        "ensemble of 16": of_many,
+        "neural ODE": vectors(
+            user_models.NeuralODE, (8,), lambda: torch.randn(samples, 8), squared, "", ode_jax
+        ),
+        "Jacobian 32 -> 2048": derivative("jacrev", "32 -> 2048, batch 64", 3 if few else 64),
+        "Hessian, 64 inputs": derivative("hessian", "Hessian, 64 inputs, batch 256", 3 if few else 256),
+        "Lorenz-96 flow": derivative("jacobian", "Lorenz-96, 50 steps, batch 512", 3 if few else 512),
+        "x + 1": of_little,
+    }  # fmt: skip
