@@ -53,6 +53,8 @@ def vmap(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -104,6 +106,11 @@ def vmap(
             update values that all samples share: "error" refuses it, "per_sample" uses each
             sample's own statistics, as the loop does, and does not change the running ones,
             "frozen" uses the running ones, as in evaluation.
+        compile: True compiles the program of a chunk by Inductor for the planned chunk size, once;
+            smaller chunks, gradients from outside and what the compiler refuses run as they are,
+            the last two with a warning. "auto" compiles in the background of runs that are
+            expected to take twenty times the compilation, and switches when it is ready.
+        cuda_graphs: Capture the chunks of the planned size as CUDA graphs.
         remat: Under outer autograd, compute each chunk again in backward, so that memory stays that
             of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -139,7 +146,7 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged, batch_norm,
+        ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -183,6 +190,8 @@ def plan(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -211,6 +220,8 @@ def plan(
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
+        compile: As for `vmap`.
+        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -236,7 +247,7 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged, batch_norm,
+        max_paths, ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -330,6 +341,8 @@ def compare(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -357,6 +370,8 @@ def compare(
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
+        compile: As for `vmap`.
+        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -378,7 +393,7 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged, batch_norm,
+        max_paths, ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
