@@ -54,7 +54,6 @@ def vmap(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
-    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -110,7 +109,6 @@ def vmap(
             smaller chunks, gradients from outside and what the compiler refuses run as they are,
             the last two with a warning. "auto" compiles in the background of runs that are
             expected to take twenty times the compilation, and switches when it is ready.
-        cuda_graphs: Capture the chunks of the planned size as CUDA graphs.
         remat: Under outer autograd, compute each chunk again in backward, so that memory stays that
             of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -146,7 +144,7 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged, batch_norm, compile, cuda_graphs,
+        ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -191,7 +189,6 @@ def plan(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
-    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -221,7 +218,6 @@ def plan(
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
         compile: As for `vmap`.
-        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -247,7 +243,7 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged, batch_norm, compile, cuda_graphs,
+        max_paths, ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -342,7 +338,6 @@ def compare(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
-    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -371,7 +366,6 @@ def compare(
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
         compile: As for `vmap`.
-        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -393,7 +387,7 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged, batch_norm, compile, cuda_graphs,
+        max_paths, ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)

@@ -130,7 +130,6 @@ def job_of(
         call,
         columns=batch.columns,
         compile=options.compile,
-        cuda_graphs=options.cuda_graphs,
     )
 
 
@@ -257,12 +256,6 @@ def names_of(job: Job, options: Options, inlined: bool) -> tuple[str, ...]:
             f"{job.home}, and devices={options.devices!r} computes on copies, so the write would "
             "not reach the caller's batch; clone the "
             "argument inside the function and return it, or use devices='auto'"
-        )
-    others = [name for name in names if torch.device(name).type != "cuda"]
-    if options.cuda_graphs and others and not inlined:
-        raise errors.OptionError(
-            f"{options.call}: cuda_graphs=True, and the call computes on {others[0]}: only CUDA "
-            "devices have graphs; pass devices='cuda:*', or cuda_graphs=False"
         )
     return names
 

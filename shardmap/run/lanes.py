@@ -86,6 +86,8 @@ class Lane:
         self.scratch: dict[int, torch.Tensor] = {}
         self.ready: dict[bool, Ready] = {}
         self._learned: Learned | None = None
+        self.failure: Exception | None = None
+        """Error of the compiled program in this chunk."""
         self.aside = 0.0
         """Seconds spent compiling, which are no part of a chunk's."""
         if self.device.type == "cpu":
@@ -151,22 +153,18 @@ class Lane:
         """A chunk's outputs, reduced ones combined; None for one already written in place."""
         job = self.job
         inputs = self.samples(chunk)
+        numbers, scalars = job.numbered(chunk.start, chunk.stop), job.recording.scalars
         given = Given(
-            chunk.size,
-            job.numbered(chunk.start, chunk.stop),
-            self.device,
-            job.seed,
-            job.recording.scalars,
-            ready.fixed,
-            inputs,
-        )
+            chunk.size, numbers, self.device, job.seed, scalars, ready.fixed, inputs
+        )  # fmt: skip
         arguments = given.arguments
         if job.compile:
             outs = self._compiled(ready, chunk, given)
             if outs is not None:
                 return outs
         if self.direct:
-            return self._compute_into(ready.low.replay, chunk, arguments, inputs)
+            found = self._compute_into(ready.low.replay, chunk, arguments, inputs)
+            return self._blamed(ready, found)
         replay = ready.low.replay.chunk
         if job.remat:
             kept = [t for t in ready.captured if not t.is_inference()]
@@ -190,7 +188,7 @@ class Lane:
             if chunk.size == job.samples:  # of several chunks, results are copied together
                 saved = zip(ready.low.batched.saved, job.outputs, strict=False)
                 outs = unsaved(outs, [s and o.stacked for s, o in saved])
-        return list(self.gather.combined(outs, chunk.size))
+        return self._blamed(ready, list(self.gather.combined(outs, chunk.size)))
 
     def _compiled(
         self, ready: Ready, chunk: Chunk, given: Given
@@ -214,8 +212,15 @@ class Lane:
         except errors.ShardmapError:
             raise
         except Exception as error:  # nothing has been written but slices, which are written anew
-            compiled.failed(self.job, ready, error)
+            self.failure = error
             return None
+
+    def _blamed(self, ready: Ready, outs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """`outs`; where the compiled program raised and this one did not, the fault is its own."""
+        if self.failure is not None:
+            compiled.failed(self.job, ready, self.failure)
+            self.failure = None
+        return outs
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device."""

@@ -133,14 +133,18 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
 def _one_chunk(job: Job, ready: Ready, given: Given) -> Sequence[torch.Tensor]:
     """The outputs of a small map, compiled if they were asked for so."""
     found = compiled.chosen(job, ready, given) if job.compile else None
+    failure = None
     if found is not None:
         try:
             return found.chunk(*given.arguments, list(given.inputs))
         except errors.ShardmapError:
             raise
         except Exception as error:
-            compiled.failed(job, ready, error)
-    return ready.low.replay.chunk(*given.arguments, list(given.inputs))
+            failure = error
+    outs = ready.low.replay.chunk(*given.arguments, list(given.inputs))
+    if failure is not None:  # the data is not to blame
+        compiled.failed(job, ready, failure)
+    return outs
 
 
 @dataclass(slots=True)
