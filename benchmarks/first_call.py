@@ -3,6 +3,9 @@
 A process imports shardmap, makes a model and takes per-sample gradients twice: the first call
 records, lowers, checks and plans, the second replays. With `--against PATH`, another checkout of
 shardmap takes turns with this one, and times are compared within each round.
+
+`--linear` shows instead that a first call costs the same for each recorded call, up to 20,000 of
+them: seconds of the processor for functions of several kinds and of growing length.
 """
 
 from __future__ import annotations
@@ -62,6 +65,87 @@ def gpt2() -> tuple[LossOf, tuple[Tensor, ...]]:
 
 
 MODELS = {"small MLP": small_mlp, "GPT-2, 6 layers": gpt2}
+
+
+LENGTHS = (1250, 2500, 5000, 10000, 20000)
+MOST_GROWTH = 1.5
+"""The most that a recorded call may cost in the longest function over the cheapest length."""
+
+
+def products(length: int, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """A chain of products and pointwise calls."""
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(length // 4):
+            x = (torch.tanh(x @ weight) + x) * 0.5
+        return x
+
+    return function
+
+
+def layers(length: int, weight: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The gradient of a chain of layers by the weights of each."""
+    weights = [weight.clone().requires_grad_() for _ in range(length // 8)]
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            for each in weights:
+                x = torch.tanh(each @ x)
+            return torch.autograd.grad(x.sum(), weights)
+
+    return function
+
+
+def writes(length: int, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Writes in place to one buffer and to views of it."""
+
+    def function(x: Tensor) -> Tensor:
+        buffer = weight[0].clone()
+        for _ in range(length // 3):
+            buffer.add_(x)
+            buffer[1:].mul_(0.5)
+        return buffer
+
+    return function
+
+
+def splits(length: int, weight: Tensor) -> Callable[[Tensor], list[Tensor]]:
+    """Many outputs."""
+    return lambda x: [torch.sin(x + i) for i in range(length // 2)]
+
+
+KINDS = {"products": products, "layers": layers, "writes": writes, "outputs": splits}
+
+
+def linear(lengths: Sequence[int], rounds: int = 3) -> int:
+    """Print what a first call costs for each recorded call; 1 if it grows with their number."""
+    import shardmap
+
+    torch.set_num_threads(1)
+    rows, missed = [], False
+    for kind, make in KINDS.items():
+        for grad in (False, True) if kind != "layers" else (False,):
+            each = []
+            for length in (64, *lengths):
+                found = []
+                for _ in range(rounds):
+                    function = make(length, torch.randn(4, 4) / 2)
+                    x = torch.randn(8, 4, requires_grad=grad)
+                    began = time.process_time()
+                    with torch.set_grad_enabled(grad):
+                        shardmap.plan(function)(x)
+                        shardmap.vmap(function)(x)
+                    found.append(time.process_time() - began)
+                each.append(1e6 * min(found) / length)
+            growth = each[-1] / min(each[1:])
+            verdict = common.verdict(growth, MOST_GROWTH)
+            missed |= verdict == "FAIL"
+            name = f"{kind}, gradients from outside" if grad else kind
+            rows.append([name, *[f"{value:.0f}" for value in each[1:]], f"{growth:.2f} {verdict}"])
+            print(rows[-1], flush=True)
+    header = ["us per recorded call", *map(str, lengths), f"growth, <= {MOST_GROWTH}"]
+    print(common.markdown(header, rows), common.machine_line(common.machine()), sep="\n\n")
+    return 1 if missed else 0
 
 
 def check(found: Mapping[str, Tensor], loss: LossOf, batch: Sequence[Tensor]) -> None:
@@ -167,7 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--linear", action="store_true", help="the cost of each recorded call")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="CALLS")
     options = parser.parse_args(arguments)
+    if options.linear:
+        return linear(options.lengths)
     if options.child:
         print(json.dumps(child(options.child, options.threads)))
         return 0

@@ -103,13 +103,13 @@ def dense_jax(net: nn.Sequential, scalar: bool = False) -> Callable[[], Callable
     return make
 
 
-def flow(x: Tensor) -> Tensor:
+def flow(x: Tensor, steps: int = STEPS) -> Tensor:
     """Lorenz-96 for half a unit of time: 50 Runge-Kutta steps (Lorenz, 1996)."""
 
     def slope(x: Tensor) -> Tensor:
         return (x.roll(-1, -1) - x.roll(2, -1)) * x.roll(1, -1) - x + FORCING
 
-    for _ in range(STEPS):
+    for _ in range(steps):
         a = slope(x)
         b = slope(x + STEP / 2 * a)
         c = slope(x + STEP / 2 * b)

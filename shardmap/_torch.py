@@ -55,7 +55,7 @@ def _private(path: str, purpose: str) -> Any:
     return found
 
 
-def _attribute(of: Any, kind: str, name: str, purpose: str) -> Callable[[Any], Any]:
+def _attribute(of: object, kind: str, name: str, purpose: str) -> Callable[[Any], Any]:
     """The function that reads attribute `name`, which `of` must have, of objects of this kind."""
     if hasattr(of, name):
         return operator.attrgetter(name)
@@ -111,6 +111,10 @@ dict_version = _private("_C._dynamo.guards.dict_version", "comparing fast what a
 
 # -- modes and settings of the thread
 
+_PROXIES = "maps inside make_fx and torch.export"
+_OFF = "maps called where modes are switched off"
+_SAVED = "hooks on what autograd saves"
+
 dispatch_modes = _private(
     "utils._python_dispatch._get_current_dispatch_mode_stack", "maps inside other recordings"
 )
@@ -120,30 +124,22 @@ push_dispatch_mode = _private(
 pop_dispatch_mode = _private(
     "utils._python_dispatch._pop_mode", "setting the modes around a map aside"
 )
-before_dispatch_depth = _private(
-    "_ops._len_torch_dispatch_stack_pre_dispatch", "maps inside make_fx and torch.export"
-)
+before_dispatch_depth = _private("_ops._len_torch_dispatch_stack_pre_dispatch", _PROXIES)
 proxies_aside = _private(
     "fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
-    "maps inside make_fx and torch.export",
+    _PROXIES,
 )
-current_proxy_mode = _private(
-    "fx.experimental.proxy_tensor.get_proxy_mode", "maps inside make_fx and torch.export"
-)
-has_proxy = _private(
-    "fx.experimental.proxy_tensor.has_proxy_slot", "maps inside make_fx and torch.export"
-)
+current_proxy_mode = _private("fx.experimental.proxy_tensor.get_proxy_mode", _PROXIES)
+has_proxy = _private("fx.experimental.proxy_tensor.has_proxy_slot", _PROXIES)
 has_unknown_sizes = _private(
     "fx.experimental.symbolic_shapes.has_free_unbacked_symbols",
-    "maps inside make_fx and torch.export",
+    _PROXIES,
 )
 pre_dispatch_functions = _private(
     "fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
-    "maps inside make_fx and torch.export",
+    _PROXIES,
 )
-proxy_mode = _private(
-    "fx.experimental.proxy_tensor.ProxyTorchDispatchMode", "maps inside make_fx and torch.export"
-)
+proxy_mode = _private("fx.experimental.proxy_tensor.ProxyTorchDispatchMode", _PROXIES)
 dispatch_depth = _private(
     "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
 )
@@ -161,21 +157,13 @@ function_mode_on = _private(
 without_functions = _private(
     "_C.DisableTorchFunction", "asking about a tensor unseen by the modes of a recording"
 )
-function_state = _private(
-    "_C._get_torch_function_state", "maps called where modes are switched off"
-)
-set_function_state = _private(
-    "_C._set_torch_function_state", "maps called where modes are switched off"
-)
-function_states = _private("_C._TorchFunctionState", "maps called where modes are switched off")
+function_state = _private("_C._get_torch_function_state", _OFF)
+set_function_state = _private("_C._set_torch_function_state", _OFF)
+function_states = _private("_C._TorchFunctionState", _OFF)
 for _name in "ALL_DISABLED SUBCLASSES_DISABLED".split():
-    _private(f"_C._TorchFunctionState.{_name}", "maps called where modes are switched off")
-is_key_excluded = _private(
-    "_C._dispatch_tls_is_dispatch_key_excluded", "maps called where modes are switched off"
-)
-exclude_key = _private(
-    "_C._dispatch_tls_set_dispatch_key_excluded", "maps called where modes are switched off"
-)
+    _private(f"_C._TorchFunctionState.{_name}", _OFF)
+is_key_excluded = _private("_C._dispatch_tls_is_dispatch_key_excluded", _OFF)
+exclude_key = _private("_C._dispatch_tls_set_dispatch_key_excluded", _OFF)
 without_dispatch = _private(
     "_C._DisableTorchDispatch", "copying a tensor unseen by an outer recording"
 )
@@ -197,15 +185,9 @@ set_multithreading = _private(
     "_C._set_multithreading_enabled", "restoring the backward's threads after an interrupt"
 )
 inference_guard = _private("_C._InferenceMode", "restoring inference mode after an interrupt")
-saved_hooks = _private(
-    "_C._autograd._top_saved_tensors_default_hooks", "hooks on what autograd saves"
-)
-push_saved_hooks = _private(
-    "_C._autograd._push_saved_tensors_default_hooks", "hooks on what autograd saves"
-)
-pop_saved_hooks = _private(
-    "_C._autograd._pop_saved_tensors_default_hooks", "hooks on what autograd saves"
-)
+saved_hooks = _private("_C._autograd._top_saved_tensors_default_hooks", _SAVED)
+push_saved_hooks = _private("_C._autograd._push_saved_tensors_default_hooks", _SAVED)
+pop_saved_hooks = _private("_C._autograd._pop_saved_tensors_default_hooks", _SAVED)
 why_saved_hooks_are_refused = _private(
     "_C._autograd._saved_tensors_hooks_get_disabled_error_message",
     "restoring hooks on what autograd saves after an interrupt",
@@ -447,3 +429,18 @@ def overloads(*names: str) -> Iterator[OpOverload]:
 def absent_operators() -> list[str]:
     """The operators that shardmap knows and this torch lacks."""
     return sorted(_absent)
+
+
+# -- the compiler, whose import takes seconds
+
+_COMPILER = {
+    "trace": "fx.experimental.proxy_tensor.make_fx",
+    "compile": "_inductor.aot_compile",
+    "cpu": "_C._aoti.AOTIModelContainerRunnerCpu",
+    "cuda": "_C._aoti.AOTIModelContainerRunnerCuda",
+}
+
+
+def compiler(part: str) -> Any:
+    """A part of torch's compiler, imported when it is needed."""
+    return _private(_COMPILER[part], "compile=True")

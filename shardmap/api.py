@@ -55,6 +55,7 @@ def vmap(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -108,6 +109,10 @@ def vmap(
             update values that all samples share: "error" refuses it, "per_sample" uses each
             sample's own statistics, as the loop does, and does not change the running ones,
             "frozen" uses the running ones, as in evaluation.
+        compile: True compiles the program of a chunk by Inductor for the planned chunk size, once;
+            smaller chunks, gradients from outside and what the compiler refuses run as they are,
+            the last two with a warning. "auto" compiles in the background of runs that are
+            expected to take twenty times the compilation, and switches when it is ready.
         remat: Under outer autograd, compute each chunk again in backward, so that memory stays that
             of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -143,7 +148,7 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged, batch_norm,
+        ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -193,6 +198,7 @@ def plan(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -221,6 +227,7 @@ def plan(
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
+        compile: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -246,7 +253,7 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged, batch_norm,
+        max_paths, ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -341,6 +348,7 @@ def compare(
     max_paths: int = 64,
     ragged: str = "error",
     batch_norm: str = "error",
+    compile: bool | str = False,
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -368,6 +376,7 @@ def compare(
         max_paths: As for `vmap`.
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
+        compile: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -389,7 +398,7 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged, batch_norm,
+        max_paths, ragged, batch_norm, compile,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)

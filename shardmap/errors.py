@@ -154,3 +154,7 @@ class SourceError(ShardmapError, ValueError):
 
     Unknown kind, missing path, columns of unequal length.
     """
+
+
+class CompileWarning(UserWarning):
+    """A program that was to be compiled runs uncompiled."""

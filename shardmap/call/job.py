@@ -129,6 +129,7 @@ def job_of(
         remat,
         call,
         columns=batch.columns,
+        compile=options.compile,
     )
 
 

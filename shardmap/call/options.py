@@ -31,6 +31,7 @@ class MapOptions(TypedDict, total=False):
     max_paths: int
     ragged: str
     batch_norm: str
+    compile: bool | str
     remat: bool
     reduce: Any
     out: Sink | None
@@ -63,6 +64,7 @@ class Options:
     max_paths: int = 64
     ragged: str = "error"
     batch_norm: str = "error"
+    compile: bool | str = False
 
     def alone(self) -> Options:
         """The options of a part of the call that is computed by itself."""
@@ -105,6 +107,11 @@ class Options:
             raise errors.OptionError(
                 f"{self.call}: resume=True without out=: only a run with a store can be "
                 "resumed; pass a sink"
+            )
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise errors.OptionError(
+                f"{self.call}: compile={self.compile!r}; pass True, False, or 'auto' to compile in "
+                "the background of long runs"
             )
         for name in ("strict", "remat", "resume"):
             value = getattr(self, name)

@@ -169,6 +169,7 @@ def map_options(run: BoundRun) -> MapOptions:
         "devices": devices,
         "randomness": config.randomness,
         "batch_norm": config.batch_norm,
+        "compile": config.compile,
         "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,

@@ -87,6 +87,8 @@ class _Batcher:
         self.write_groups = set(self.last_write)
         self.written_through = written_through(program)
         self.needs: set[int] = set()
+        self.sharing: dict[int, list[int]] = {}
+        """Results in each memory since a write last gave all of them a history."""
         self.identities: set[int] = set()
         self.tiers: dict[str, str] = {}
         self.results: dict[int, tuple[Var, V]] = {}
@@ -234,6 +236,8 @@ class _Batcher:
 
     def _equation(self, i: int, eq: Equation) -> None:
         b = self.b
+        for v in eq.results():
+            self.sharing.setdefault(v.group, []).append(v.index)
         if eq.op in IDENTITIES:
             source = eq.args[0]
             for out in eq.results():
@@ -386,27 +390,24 @@ class _Batcher:
             if reads:
                 self.needs.add(var.index)
         if reads and writes:
-            groups = {w.group for w in writes}
-            self.needs.update(
-                v.index
-                for e in self.program.equations[: i + 1]
-                for v in e.results()
-                if v.group in groups
-            )
+            for group in {w.group for w in writes}:
+                self.needs.update(self.sharing.pop(group, ()))
 
     def _outputs(self) -> tuple[V, ...]:
         program, b = self.program, self.b
         owned = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
-        outputs = []
+        outputs: list[V] = []
+        seen: set[V] = set()
         only_sum = self.options.summed or [False] * len(program.outputs)
         for var, flag, summed in zip(program.outputs, program.output_flags, only_sum, strict=True):
             v = self.env[var.index]
             if summed and v.mapped:
                 v = sums.summed(self.builder, var)
-                if v in outputs:
+                if v in seen:
                     v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype)
                 self.summed.add(v.index)
                 outputs.append(v)
+                seen.add(v)
                 continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
@@ -416,7 +417,7 @@ class _Batcher:
                 # Under transforms a view made without grad must not be used itself: the loop
                 # stacks it, which autograd records.
                 bare = self.options.transformed and flag == FRESH_LEAF
-                if var.group in owned or v in outputs or bare:
+                if var.group in owned or v in seen or bare:
                     v = b.call(copy, v, shape=v.shape, dtype=v.dtype)
                 else:
                     v = views(b).contiguous(v)
@@ -424,6 +425,7 @@ class _Batcher:
                         v = b.call(own_tangent, v, shape=v.shape, dtype=v.dtype)
             owned.add(var.group)
             outputs.append(v)
+            seen.add(v)
         return tuple(outputs)
 
 

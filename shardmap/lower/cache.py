@@ -36,6 +36,8 @@ class Notes:
     """Measured costs of a chunk, by device and the way that it runs."""
     learned: dict[str, Any] = field(default_factory=dict)
     """Measurements of chunks that ran, by device."""
+    compiled: dict[object, object] = field(default_factory=dict)
+    """Compiled forms of the program, by what decides them (`shardmap.run.compiled`)."""
     recorded_bytes: list[int] = field(default_factory=list)
     """Bytes of all recorded results of one sample, once they have been added up."""
 

@@ -100,6 +100,10 @@ class Job:
     parts: tuple[Job, ...] = ()
     """The jobs of samples of each shape, which stand in the place of this one's program."""
 
+    compile: bool | str = False
+    """True to compile chunks of the planned size, "auto" to do so in the background of long
+    runs."""
+
     def numbered(self, start: int, stop: int) -> SampleNumbers:
         """The numbers by which the samples `start` to `stop` draw."""
         return self.offset + start if self.numbers is None else self.numbers[start:stop]

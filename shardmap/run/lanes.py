@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from shardmap import errors
+from shardmap.lower.codegen import Executable
+from shardmap.lower.graphs import Chunk as Given
 from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.cost import Learned
@@ -22,6 +25,7 @@ from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
 from shardmap.program.own_backward import DATA
 from shardmap.rules import huge_pages as pages
+from shardmap.run import compiled
 from shardmap.run.affordable import direct
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
@@ -82,6 +86,10 @@ class Lane:
         self.scratch: dict[int, torch.Tensor] = {}
         self.ready: dict[bool, Ready] = {}
         self._learned: Learned | None = None
+        self.failure: Exception | None = None
+        """Error of the compiled program in this chunk."""
+        self.aside = 0.0
+        """Seconds spent compiling, which are no part of a chunk's."""
         if self.device.type == "cpu":
             pages.keep_freed_memory()
         self.meter = self._meter(alone)
@@ -122,8 +130,8 @@ class Lane:
     def submit(self, chunk: Chunk) -> None:
         """Compute a chunk and add it to `flights`."""
         ready = self._prepared(chunk)
-        began = time.perf_counter()
-        if self.meter.watching:
+        began, self.aside = time.perf_counter(), 0.0
+        if self.meter.watching and not self.job.compile:  # compiling takes memory of its own
             self.meter.start()
             outs = self.compute(ready, chunk)
             self.meter.finish(chunk)
@@ -131,7 +139,7 @@ class Lane:
             outs = self.compute(ready, chunk)
         if self.asynchronous:
             torch.accelerator.synchronize(self.device)
-        self.flights.append(Flight(chunk, began, outs, ended=time.perf_counter()))
+        self.flights.append(Flight(chunk, began + self.aside, outs, ended=time.perf_counter()))
 
     def _prepared(self, chunk: Chunk) -> Ready:
         """The program on this device, checked for chunks of one sample, or of several."""
@@ -145,16 +153,18 @@ class Lane:
         """A chunk's outputs, reduced ones combined; None for one already written in place."""
         job = self.job
         inputs = self.samples(chunk)
-        arguments = (
-            chunk.size,
-            job.numbered(chunk.start, chunk.stop),
-            self.device,
-            job.seed,
-            job.recording.scalars,
-            ready.fixed,
-        )
+        numbers, scalars = job.numbered(chunk.start, chunk.stop), job.recording.scalars
+        given = Given(
+            chunk.size, numbers, self.device, job.seed, scalars, ready.fixed, inputs
+        )  # fmt: skip
+        arguments = given.arguments
+        if job.compile:
+            outs = self._compiled(ready, chunk, given)
+            if outs is not None:
+                return outs
         if self.direct:
-            return self._compute_into(ready, chunk, arguments, inputs)
+            found = self._compute_into(ready.low.replay, chunk, arguments, inputs)
+            return self._blamed(ready, found)
         replay = ready.low.replay.chunk
         if job.remat:
             refuse_writes = refusing_writes(job.call, ready.captured)
@@ -171,15 +181,51 @@ class Lane:
             if chunk.size == job.samples:  # of several chunks, results are copied together
                 saved = zip(ready.low.batched.saved, job.outputs, strict=False)
                 outs = unsaved(outs, [s and o.stacked for s, o in saved])
-        return list(self.gather.combined(outs, chunk.size))
+        return self._blamed(ready, list(self.gather.combined(outs, chunk.size)))
+
+    def _compiled(
+        self, ready: Ready, chunk: Chunk, given: Given
+    ) -> list[torch.Tensor | None] | None:
+        """A chunk's outputs by the compiled program; None if it is to be computed as it is."""
+        if chunk.size not in (self.limit, self.job.samples):
+            return None
+        began = time.perf_counter()
+        each = self.learned.sample_seconds
+        left = self.job.samples - chunk.start
+        seconds = self.plan.seconds if each is None else each * left
+        found = compiled.chosen(self.job, ready, given, seconds)
+        self.aside += time.perf_counter() - began
+        if found is None:
+            return None
+        try:
+            if self.direct:
+                return self._compute_into(found, chunk, given.arguments, list(given.inputs))
+            outs = found.chunk(*given.arguments, list(given.inputs))
+            return list(self.gather.combined(outs, chunk.size))
+        except errors.ShardmapError:
+            raise
+        except Exception as error:  # nothing has been written but slices, which are written anew
+            self.failure = error
+            return None
+
+    def _blamed(self, ready: Ready, outs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """`outs`; where the compiled program raised and this one did not, the fault is its own."""
+        if self.failure is not None:
+            compiled.failed(self.job, ready, self.failure)
+            self.failure = None
+        return outs
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device."""
         return [there(t, self.device) for t in self.job.read(chunk.start, chunk.stop)]
 
     def _compute_into(
-        self, ready: Ready, chunk: Chunk, arguments: tuple[Any, ...], inputs: list[torch.Tensor]
-    ) -> list[Any]:
+        self,
+        replay: Executable | compiled.CompiledReplay,
+        chunk: Chunk,
+        arguments: tuple[object, ...],
+        inputs: list[torch.Tensor],
+    ) -> list[torch.Tensor | None]:
         """Compute into slices of the result, and into scratch memory for outputs to be reduced."""
         slices = []
         for k, out in enumerate(self.job.outputs):
@@ -194,9 +240,7 @@ class Lane:
                     (chunk.size, *out.shape), out.dtype, self.device
                 )
             slices.append(scratch[: chunk.size])
-        outs = self.gather.combined(
-            ready.low.replay.chunk_into(*arguments, inputs, slices), chunk.size
-        )
+        outs = self.gather.combined(replay.chunk_into(*arguments, inputs, slices), chunk.size)
         return [None if o.stacked else t for t, o in zip(outs, self.job.outputs, strict=True)]
 
     def collect(self, wait: bool) -> list[Flight]:
@@ -311,8 +355,8 @@ class CudaLane(Lane):
         """Launch a chunk; it is in flight until its event on the device has occurred."""
         with torch.cuda.device(self.device):
             ready = self._prepared(chunk)
-            began = time.perf_counter()
-            measured = self.meter.watching and not self.flights
+            began, self.aside = time.perf_counter(), 0.0
+            measured = self.meter.watching and not self.flights and not self.job.compile
             if measured:
                 self.meter.start()
             self.keep = []
@@ -322,7 +366,7 @@ class CudaLane(Lane):
             if measured:
                 done.synchronize()
                 self.meter.finish(chunk)
-            self.flights.append(Flight(chunk, began, outs, done, keep=self.keep))
+            self.flights.append(Flight(chunk, began + self.aside, outs, done, keep=self.keep))
 
     def samples(self, chunk: Chunk) -> list[torch.Tensor]:
         """The chunk's samples, on the device.

@@ -8,7 +8,7 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,16 @@ import torch
 from shardmap import errors
 from shardmap._torch import set_grad
 from shardmap.lower import cache as engine
+from shardmap.lower.graphs import Chunk as Given
 from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
+from shardmap.run import compiled
 from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit, unheard
 from shardmap.run.gather import Gather, placed
 from shardmap.run.lanes import Flight, Lane, make_lane
-from shardmap.run.prepare import Devices, there
+from shardmap.run.prepare import Devices, Ready, there
 from shardmap.run.storing import StoreGather
 from shardmap.store import Store
 
@@ -103,7 +105,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
             ready = on.on(name, bool(job.samples > 1), slices=False)
             began = time.perf_counter()
             inputs = [there(t, job.home) for t in job.read(0, job.samples)]
-            outs = ready.low.replay.chunk(
+            given = Given(
                 job.samples,
                 job.numbered(0, job.samples),
                 job.home,
@@ -112,6 +114,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
                 ready.fixed,
                 inputs,
             )
+            outs = _one_chunk(job, ready, given)
             result = [
                 placed(t.to(o.device), o, job.samples)
                 for t, o in zip(unsaved(outs, ready.low.batched.saved), job.outputs, strict=True)
@@ -125,6 +128,23 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
     emit(ChunkDone(name, 0, job.samples, ended - began, ended))
     emit(RunFinished(ended - started))
     return result
+
+
+def _one_chunk(job: Job, ready: Ready, given: Given) -> Sequence[torch.Tensor]:
+    """The outputs of a small map, compiled if they were asked for so."""
+    found = compiled.chosen(job, ready, given) if job.compile else None
+    failure = None
+    if found is not None:
+        try:
+            return found.chunk(*given.arguments, list(given.inputs))
+        except errors.ShardmapError:
+            raise
+        except Exception as error:
+            failure = error
+    outs = ready.low.replay.chunk(*given.arguments, list(given.inputs))
+    if failure is not None:  # the data is not to blame
+        compiled.failed(job, ready, failure)
+    return outs
 
 
 @dataclass(slots=True)

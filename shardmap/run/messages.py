@@ -101,6 +101,8 @@ class Constants:
     """Most samples computed at a time: "auto", or None for all of a task."""
     fixes: Fixes = field(default_factory=Fixes)
     """Fixes that the driver found to be needed when it tried the program."""
+    compile: bool | str = False
+    """The call's option of that name; compiled programs are kept on each worker's machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class _Bound:
             self.recording, inputs, task.size, self.device, constants.outputs, lowerings,
             constants.seed, False, False, False,
             constants.options.call, offset=task.start, partial=True, numbers=task.numbers,
+            compile=constants.compile,
         )  # fmt: skip
         on = self.devices.get(layout)
         if on is None:

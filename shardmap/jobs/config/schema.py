@@ -123,6 +123,9 @@ class RunConfig:
     batch_norm: Literal["error", "frozen", "per_sample"] = "error"
     """The statistics that batch norm in training mode takes inside the function: it is refused, or
     takes the running ones, or each sample's own."""
+    compile: bool | Literal["auto"] = False
+    """True compiles chunks of the planned size by Inductor before they run; `auto` does so in the
+    background of long runs."""
     check: Literal["first", "always", "off"] = "first"
     """The time at which results are compared with the function's own: at the first use of its
     program, at every call, or never."""
