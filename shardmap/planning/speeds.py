@@ -30,7 +30,7 @@ WORTHWHILE = 1.02
 """Ratio of times below which the smaller of two sizes is preferred: it needs less memory."""
 PART = 4
 """A run tries another size if that takes less than this part of what is left."""
-REACH = 4
+REACH = 2
 """Most that a size tried in a run exceeds the run's first: the plan's peak covers it."""
 
 

@@ -10,6 +10,7 @@ from shardmap.planning.cost import cpu_chunk_seconds, host_seconds, sample_secon
 from shardmap.planning.memory import NOTHING, MemoryModel, format_bytes
 from shardmap.planning.observe import Observation
 from shardmap.planning.speeds import (
+    PART,
     Learned,
     Speed,
     even,
@@ -377,6 +378,8 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharin
     start = even(rows, remembered(speeds, most, guess) or guess)
     trials = sizes_to_try(rows, most, start)
     chunk = next_size(speeds, trials, start, rows, begins=True)
+    # What the run cannot reach is no part of its peak.
+    trials = tuple([size for size in trials if size <= chunk or PART * size <= rows - chunk])
     seen = tuple(sorted(speeds.values()))
     return _Size(chunk, trials, seen, guess)
 
