@@ -1,6 +1,6 @@
 """Large maps with automatic chunks against torch.func: `python -m benchmarks.planner`.
 
-Three questions, each answered in one run, interleaved, minimum of the rounds (identical code varies
+Four questions, each answered in one run, interleaved, minimum of the rounds (identical code varies
 here by tens of percent when other work shares the machine, and the first touch of fresh memory can
 take 20 times as long, so each run comes right after an untimed one):
 
@@ -10,6 +10,7 @@ take 20 times as long, so each run comes right after an untimed one):
 - reduced: the same gradients reduced to their mean, with the norm of each, against torch.func in a chunk loop written by hand at its
   best chunk. A slice is timed and scaled to 1,000,000 samples; `--million` runs them all, in a
   process of its own, for the peak.
+- chunks: for each of some models, the default chunk size against each fixed one (`benchmarks.chunks`).
 - planning: what a plan costs against a run of about a second, and what automatic chunks cost a call that is too small to need any.
 """
 
@@ -31,6 +32,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import shardmap
+from benchmarks import chunks as chunk_sizes
 from benchmarks.common import (
     Timer,
     machine,
@@ -262,6 +264,8 @@ def report(results: dict[str, Any]) -> str:
                 f"{memory['peak'] / (1 << 20):.0f} MiB (under 1024): "
                 f"{verdict(memory['peak'], 1 << 30)}"
             )
+    if "chunks" in results:
+        parts.append(chunk_sizes.report(results["chunks"]))
     if "planning" in results:
         low = best(results["planning"]["seconds"])
         parts.append(
@@ -290,8 +294,8 @@ def main() -> int:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["stacked", "reduced", "planning"],
-        choices=["stacked", "reduced", "planning"],
+        default=["stacked", "reduced", "planning", "chunks"],
+        choices=["stacked", "reduced", "planning", "chunks"],
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -301,6 +305,14 @@ def main() -> int:
         "--million", action="store_true", help="run all million samples once, for the peak"
     )
     parser.add_argument(
+        "--models", nargs="+", default=list(chunk_sizes.MAPS), help="of the chunks part"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the chunks part alone, four samples of each model and two rounds; nothing is written",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=RESULTS / "planner",
@@ -308,6 +320,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     use_threads(options.threads)
+    if options.smoke:
+        sys.stdout.write(chunk_sizes.report(chunk_sizes.measured(options.models, 2, 0, 4)) + "\n")
+        return 0
     results: dict[str, Any] = {"machine": machine(("torch", "numpy"))}
     if "reduced" in options.parts:
         results["reduced"] = reduced(options.slice, options.rounds, [4, 8, 16, 32, 64, 256])
@@ -316,6 +331,8 @@ def main() -> int:
         results["reduced"]["memory"] = peak(samples, mapped, options.threads) | {"samples": samples}
     if "planning" in options.parts:
         results["planning"] = planning(options.rounds)
+    if "chunks" in options.parts:
+        results["chunks"] = chunk_sizes.measured(options.models, options.rounds, 12, 0)
     if "stacked" in options.parts:
         results["stacked"] = stacked(options.samples, options.rounds, [None, 1024, 256, 64, 16])
         results["stacked"]["memory"] = peak(

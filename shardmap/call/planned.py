@@ -124,6 +124,7 @@ class Plan:
         parts = [self.summary, self._operators(everything=True)]
         if job.samples:
             parts.append(table.memory(self.split))
+            parts += [text for text in (table.chunk_sizes(self.split),) if text]
         if job.remat:
             parts.append(
                 "Gradients are recorded from outside; backward computes each chunk again, so that "

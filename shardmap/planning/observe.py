@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import flop_registry
@@ -38,9 +38,24 @@ class OpCost:
     """Floating-point operations per sample."""
     bytes: float
     """Bytes read and written per sample."""
+    fixed_bytes: float = 0.0
+    """Bytes read and written whatever the chunk size: weights, mostly."""
 
 
-@dataclass(frozen=True, slots=True)
+class Kernel(NamedTuple):
+    """Cost of one kernel of a chunk."""
+
+    flops: float
+    """Floating-point operations per sample."""
+    bytes: float
+    """Bytes read and written per sample."""
+    fixed_bytes: float
+    """Bytes read and written whatever the chunk size."""
+    elements: float
+    """Elements of its results per sample."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Observation:
     """Cost of running a chunk of a program."""
 
@@ -56,6 +71,8 @@ class Observation:
     """The same as `levels` for a chunk with its backward pass; empty without outer autograd."""
     backward_unknown: str = ""
     """Error that computing gradients raised, if their cost is unknown for that reason."""
+    kernels: tuple[Kernel, ...] = ()
+    """Cost of each kernel, in their order."""
 
     @property
     def calls(self) -> int:
@@ -83,8 +100,8 @@ class _Watch(TorchDispatchMode):
         self.now = 0
         self.trail: list[int] = []
         """Live bytes after each operator that made memory."""
-        self.costs: dict[int, list[float]] = {}
-        """Kernels, operations and bytes, by number of the recorded call."""
+        self.kernels: list[tuple[int, float, float, float]] = []
+        """Number of the recorded call, operations, bytes and elements of results of each kernel."""
         self.equation = 0
 
     @classmethod
@@ -116,15 +133,11 @@ class _Watch(TorchDispatchMode):
             or schema_of(func).is_mutable
             or not all(storage_id(t.untyped_storage()) in before for t in made)
         ):
-            cost = self.costs.setdefault(self.equation, [0, 0.0, 0.0])
             formula = flop_registry.get(packet_of(func))
-            cost[0] += 1
-            cost[1] += (
-                formula(*args, **kwargs, out_val=out)
-                if formula is not None
-                else sum(t.numel() for t in made)
-            )
-            cost[2] += sum(_touched(t) for t in (*given, *made))
+            elements = sum(t.numel() for t in made)
+            flops = formula(*args, **kwargs, out_val=out) if formula is not None else elements
+            touched = sum(_touched(t) for t in (*given, *made))
+            self.kernels.append((self.equation, flops, touched, elements))
         return out
 
     def _see(self, t: torch.Tensor) -> bool:
@@ -181,18 +194,33 @@ def observe(
     else:
         points = [Level(0, -(-a // size)) for a in watch.trail]
         rest = Level(0, -(-kept // size))
+    kernels = _kernels(first_size, first, size, watch)
     names: dict[str, list[float]] = {}
     equations = low.program.equations
-    for number, cost in watch.costs.items():
+    for (number, *_), kernel in zip(watch.kernels, kernels, strict=True):
         if isinstance(low.replay, Replay):
             name = equations[number].op.name() if number < len(equations) else "outputs"
         else:  # several programs, or the function itself: their calls are not told apart
             name = low.replay.source
-        total = names.setdefault(name, [0, 0.0, 0.0])
-        for i, value in enumerate(cost):
+        total = names.setdefault(name, [0, 0.0, 0.0, 0.0])
+        for i, value in enumerate((1, kernel.flops, kernel.bytes, kernel.fixed_bytes)):
             total[i] += value
-    costs = tuple(OpCost(name, int(c), f / size, b / size) for name, (c, f, b) in names.items())
-    return Observation(envelope(points), rest, costs)
+    costs = tuple([OpCost(name, int(c), f, b, w) for name, (c, f, b, w) in names.items()])
+    return Observation(envelope(points), rest, costs, kernels=kernels)
+
+
+def _kernels(size: int, watch: _Watch, larger: int, other: _Watch) -> tuple[Kernel, ...]:
+    """The kernels of a chunk: bytes that two sizes have in common do not grow with the chunk."""
+    alike = larger > size and len(watch.kernels) == len(other.kernels)
+    found = []
+    for (_, _, smaller, _), (_, flops, touched, elements) in zip(
+        watch.kernels if alike else other.kernels, other.kernels, strict=True
+    ):
+        each = max(0.0, (touched - smaller) / (larger - size)) if alike else touched / larger
+        each = min(each, touched / larger)  # what grows faster counts as growing with the chunk
+        fixed = touched - larger * each
+        found.append(Kernel(flops / larger, each, fixed, elements / larger))
+    return tuple(found)
 
 
 def _line(size: int, a: int, larger: int, b: int) -> Level:

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from shardmap.planning import device as devices
-from shardmap.planning.cost import Learned, host_seconds, sample_seconds
-from shardmap.planning.memory import MIB, NOTHING, MemoryModel, format_bytes
+from shardmap.planning.cost import cpu_chunk_seconds, host_seconds, sample_seconds
+from shardmap.planning.memory import NOTHING, MemoryModel, format_bytes
 from shardmap.planning.observe import Observation
+from shardmap.planning.speeds import (
+    PART,
+    Learned,
+    Speed,
+    even,
+    next_size,
+    remembered,
+    sizes_to_try,
+)
 
-OVERHEAD = 0.1
-"""Largest part of a chunk's time for the host's work around its kernels, where memory allows."""
+NEARLY = 1.03
+"""Ratio to the least estimated time up to which a smaller chunk is taken: it needs less memory."""
+LONG_SECONDS = 2e-3
+"""Least expected time of a run whose chunk sizes are worth measuring."""
 SATURATION = 20
 """Least ratio, on an accelerator, of a chunk's computing time to its launches' time on the host, so
 that the host stays ahead."""
@@ -57,6 +67,17 @@ class Lane:
     and bytes."""
     worker: str = ""
     """The cluster process that computes it; empty for this process."""
+    trials: tuple[int, ...] = ()
+    """Chunk sizes that the run may try besides, ascending; empty if its chunks are of one size."""
+    speeds: tuple[Speed, ...] = ()
+    """Measured speeds of earlier chunks, by ascending size, where chunks are sized by them."""
+    estimated: int | None = None
+    """Chunk size by the estimate; None if another choice was made without one."""
+
+    @property
+    def most(self) -> int:
+        """Most samples that are computed at a time, trials included."""
+        return max(self.chunk, *self.trials) if self.trials else self.chunk
 
     @property
     def turns(self) -> tuple[str, str]:
@@ -71,7 +92,7 @@ class Lane:
     @property
     def peak_bytes(self) -> int:
         """Predicted upper bound of the bytes that the map adds on the device."""
-        return self.memory.peak_bytes(min(self.chunk, self.rows))
+        return self.memory.peak_bytes(min(self.most, self.rows))
 
     @property
     def fits(self) -> bool:
@@ -227,6 +248,10 @@ class Site:
     """True if cutting saves nothing: outer autograd keeps what each chunk saved until backward."""
     observation: Observation | None
     """Cost of a chunk; None if the map is too small to be worth measuring."""
+    probing: bool = False
+    """True if chunk sizes may be chosen by measured speed."""
+    unit: int | None = None
+    """Samples in a unit of the store that results go to: chunks lie within one; None without."""
 
 
 def split(
@@ -256,17 +281,21 @@ def split(
         for share, site in zip(rows, sites, strict=True)
     ]
     if uniform:
-        sizes = [min(sizes)] * len(sizes)
+        least = min(size.chunk for size in sizes)
+        sizes = [size._replace(chunk=least, trials=()) for size in sizes]
     lanes = [
         Lane(
             name,
             site.device,
             share,
-            size,
+            size.chunk,
             site.memory,
             site.budget_bytes,
-            _seconds(site, share, size),
+            _seconds(site, share, size.chunk),
             site.learned.sample_seconds is not None,
+            trials=size.trials,
+            speeds=size.speeds,
+            estimated=size.estimated,
         )
         for name, site, share, size in zip(
             lane_names([s.device for s in sites]), sites, rows, sizes, strict=True
@@ -313,53 +342,60 @@ def _wanted(chunk_size: Any, device: str) -> Any:
     return chunk_size.get(device, chunk_size.get(device.partition(":")[0], "auto"))
 
 
-def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharing: int) -> int:
+class _Size(NamedTuple):
+    """The chunk size of a lane, and how it was found: see `Lane`."""
+
+    chunk: int
+    trials: tuple[int, ...] = ()
+    speeds: tuple[Speed, ...] = ()
+    estimated: int | None = None
+
+
+def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharing: int) -> _Size:
     """The most samples that one device computes at a time."""
-    most = (
-        max(1, share) if site.learned.ceiling is None else max(1, min(share, site.learned.ceiling))
-    )
+    ceiling = site.learned.ceiling
+    most = max(1, share) if ceiling is None else max(1, min(share, ceiling))
     if wanted is None:
-        return most
+        return _Size(most)
     if wanted != "auto":
-        return (
-            int(wanted) if site.learned.ceiling is None else min(int(wanted), site.learned.ceiling)
-        )
+        return _Size(int(wanted) if ceiling is None else min(int(wanted), ceiling))
     if site.observation is None:
-        return most
-    kind = site.device.partition(":")[0]
-    host, each = (
-        host_seconds(site.observation, kind),
-        site.learned.sample_seconds or sample_seconds(site.observation, kind),
-    )
-    if site.whole:
-        chunk = most
-    elif kind == "cpu":
-        chunk = _cached(
-            site.memory, most, enough=int(host / (OVERHEAD * each)) + 1, sharing=sharing
-        )
-    else:
-        chunk = max(1, int(SATURATION * host / each))
+        return _Size(most)
     if lanes > 1:
-        chunk = min(chunk, max(1, -(-samples // (CHUNKS_PER_LANE * lanes))))
+        most = min(most, max(1, -(-samples // (CHUNKS_PER_LANE * lanes))))
     if site.budget_bytes is not None:
-        chunk = min(
-            chunk,
-            max(1, site.memory.largest_chunk(site.memory.room_bytes(site.budget_bytes), most)),
-        )
-    chunk = max(1, min(chunk, most))
-    return -(-share // -(-share // chunk)) if share else chunk  # chunks of even size
+        room = site.memory.room_bytes(site.budget_bytes)
+        most = max(1, site.memory.largest_chunk(room, most))
+    if site.whole or not share:
+        return _Size(even(share, most))
+    if site.unit is not None:
+        most = min(most, site.unit)
+    rows = share if site.unit is None else min(share, site.unit)
+    guess = even(rows, _estimate(site, site.observation, most, sharing))
+    if not site.probing or share * _sample_seconds(site) < LONG_SECONDS:
+        return _Size(guess, estimated=guess)
+    speeds = site.learned.measured()
+    start = even(rows, remembered(speeds, most, guess) or guess)
+    trials = sizes_to_try(rows, most, start)
+    chunk = next_size(speeds, trials, start, rows, begins=True)
+    # What the run cannot reach is no part of its peak.
+    trials = tuple([size for size in trials if size <= chunk or PART * size <= rows - chunk])
+    seen = tuple(sorted(speeds.values()))
+    return _Size(chunk, trials, seen, guess)
 
 
-def _cached(memory: MemoryModel, most: int, enough: int, sharing: int) -> int:
-    """Number of samples whose intermediates stay in the CPU's cache.
+def _estimate(site: Site, seen: Observation, most: int, sharing: int) -> int:
+    """The chunk size that is best by the estimate: nothing has been measured.
 
-    More if the host's work per chunk would weigh too much. The target is a process's part of half
-    the last-level cache, at most 8 MiB. Per-sample gradient norms of 784-256-256-10 took
-    659 ms on one thread where 16 MiB took 913, their mean on two threads 531 and 755, though norms
-    on two threads 431 and 377; a CNN gained 2 to 12%.
+    On CPU a larger chunk shares launches and the weights that are read among more samples, and
+    occupies the threads; a smaller one keeps its intermediates in cache. An accelerator is given
+    the smallest chunk whose arithmetic hides the launches.
     """
-    target = min(devices.cache_bytes() // (2 * sharing), 8 * MIB)
-    memory = replace(memory, backward=())  # only the forward's memory matters for speed
-    return max(
-        memory.largest_chunk(target, most), min(enough, memory.largest_chunk(2 * target, most)), 1
-    )
+    kind = site.device.partition(":")[0]
+    if kind != "cpu":
+        saturating = int(SATURATION * host_seconds(seen, kind) / sample_seconds(seen, kind))
+        return max(1, min(most, saturating))
+    sizes = tuple(sorted({*[1 << k for k in range(most.bit_length())], most}))
+    memory = replace(site.memory, backward=())  # only the forward's memory matters for speed
+    each = cpu_chunk_seconds(seen, memory, sizes, sharing) / sizes
+    return next(size for size, s in zip(sizes, each, strict=True) if s <= NEARLY * each.min())

@@ -146,6 +146,29 @@ def memory(split: Split) -> str:
     return "\n".join(_memory(device, lanes) for device, lanes in devices.items())
 
 
+def chunk_sizes(split: Split) -> str:
+    """Paragraphs about how each device's chunk size was chosen; empty where the user chose it."""
+    return "\n".join([_chunk_size(lane) for lane in split.lanes if lane.estimated is not None])
+
+
+def _chunk_size(lane: Lane) -> str:
+    """Sentence about the speed that was measured with each chunk size, or about the estimate."""
+    measured = [s for s in lane.speeds if s.chunks > 1]
+    if not measured:
+        text = (
+            f"Chunks on {lane.name}: {lane.estimated} samples by an estimate from operations, "
+            "bytes, weights that each chunk reads, and launches; nothing was measured yet."
+        )
+        return wrap(text + (" The run measures other sizes too." if len(lane.trials) > 1 else ""))
+    told = ", ".join(
+        f"{s.size} samples {format_seconds(s.sample_seconds)} ({s.chunks} chunks)" for s in measured
+    )
+    return wrap(
+        f"Chunks on {lane.name}: {lane.chunk} samples by measured speed; the estimate was "
+        f"{lane.estimated}. Least time per sample in chunks of: {told}."
+    )
+
+
 def _costs(
     split: Split, low: Lowered, seen: Observation, once: Mapping[OpOverload, int], everything: bool
 ) -> str:
@@ -261,7 +284,7 @@ def _is_view(op: OpOverload) -> bool:
 
 
 def _memory(device: str, lanes: Sequence[Lane]) -> str:
-    memory, samples = lanes[0].memory, max(min(lane.chunk, lane.rows) for lane in lanes)
+    memory, samples = lanes[0].memory, max(min(lane.most, lane.rows) for lane in lanes)
     fixed, sample = max(memory.chunk, key=lambda level: level.at(samples))
     each, whatever = memory.scale * sample, memory.scale * fixed
     lines = [

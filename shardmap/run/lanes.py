@@ -19,8 +19,8 @@ from shardmap.lower.codegen import Executable
 from shardmap.lower.graphs import Chunk as Given
 from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
-from shardmap.planning.cost import Learned
 from shardmap.planning.memory import MARGIN_BYTES
+from shardmap.planning.speeds import Learned, even, next_size
 from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
 from shardmap.program.own_backward import DATA
@@ -29,16 +29,9 @@ from shardmap.run import compiled
 from shardmap.run.affordable import direct
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
+from shardmap.run.meter import CHUNKS, Meter
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
 from shardmap.run.rewritten import refusing_writes
-
-LEARN_FROM = 32 << 20
-"""Bytes of a chunk from which its measured peak is larger than the noise of the process."""
-CHUNKS = 4
-"""Number of chunks whose peaks are measured."""
-MARGIN, LEAST, MOST = 1.05, 0.75, 4.0
-"""Bounds of a chunk's measured peak over the predicted one: a margin is added, and the ratio is
-clamped to [0.75, 4] so that unrelated allocations cannot skew it."""
 
 
 @dataclass(slots=True)
@@ -52,6 +45,10 @@ class Flight:
     done: Any = None
     """An event on the device; None if the host has waited already."""
     ended: float = 0.0
+    seconds: float = 0.0
+    """Seconds that it took, without what it waited for the chunk before. On CPU those of this
+    thread's clock, which stands still while other programs have the core: the thread takes part in
+    each kernel."""
     keep: list[object] = field(default_factory=list)
     """Objects that must live until the chunk is complete."""
 
@@ -76,8 +73,12 @@ class Lane:
         self.on = on
         self.gather = gather
         self.asynchronous = devices.accelerated(self.device)
-        self.limit = plan.chunk
+        self.limit = plan.most
         """Most samples in a chunk; less after memory ran out."""
+        self.size = plan.chunk
+        """Samples in a chunk as chosen by speed; see `chunk_size`."""
+        self.begun = False
+        """True once a chunk has been taken: the first is of the planned size."""
         self.alive = True
         self.busy = 0.0
         """Seconds spent in chunks so far."""
@@ -127,19 +128,42 @@ class Lane:
         waiting = sum(f.chunk.size for f in self.flights)
         return self.busy + (waiting + size) * (self.learned.sample_seconds or 0.0)
 
+    def chunk_size(self, left: int) -> int:
+        """Samples of the next chunk: the planned size, or the one that is measured or found best.
+
+        Args:
+            left: Samples that are left.
+        """
+        tried = () if self.job.compile else self.plan.trials  # compiled for one size
+        trials = [size for size in tried if size <= self.limit]
+        if trials:
+            if self.begun:
+                speeds, start = self.learned.measured(), self.plan.chunk
+                self.size = next_size(speeds, trials, start, left, begins=False)
+            self.begun = True
+        size = min(self.size, self.limit)
+        # The last two are of even size: a chunk of one sample would need a lowering of its own.
+        return even(left, size) if trials and size < left < 2 * size else min(size, left)
+
     def submit(self, chunk: Chunk) -> None:
         """Compute a chunk and add it to `flights`."""
         ready = self._prepared(chunk)
-        began, self.aside = time.perf_counter(), 0.0
-        if self.meter.watching and not self.job.compile:  # compiling takes memory of its own
+        began, clock, self.aside = time.perf_counter(), time.thread_time(), 0.0
+        if self.meter.watches(chunk) and not self.job.compile:  # compiling takes memory of its own
             self.meter.start()
             outs = self.compute(ready, chunk)
             self.meter.finish(chunk)
         else:
             outs = self.compute(ready, chunk)
+            self.meter.samples += chunk.size
         if self.asynchronous:
             torch.accelerator.synchronize(self.device)
-        self.flights.append(Flight(chunk, began + self.aside, outs, ended=time.perf_counter()))
+        ended = time.perf_counter()
+        busy = time.thread_time() - clock if self.device.type == "cpu" else ended - began
+        # A function that waits (for a file, for other threads) is timed by the wall.
+        seconds = busy if 2 * busy > ended - began else ended - began
+        flight = Flight(chunk, began + self.aside, outs, ended=ended, seconds=seconds - self.aside)
+        self.flights.append(flight)
 
     def _prepared(self, chunk: Chunk) -> Ready:
         """The program on this device, checked for chunks of one sample, or of several."""
@@ -236,6 +260,8 @@ class Lane:
                 continue
             scratch = self.scratch.get(k)
             if scratch is None or scratch.shape[0] < chunk.size:
+                scratch = None  # the smaller one is dropped first
+                self.scratch.pop(k, None)
                 scratch = self.scratch[k] = pages.whole(
                     (chunk.size, *out.shape), out.dtype, self.device
                 )
@@ -280,51 +306,6 @@ def _worth_slices(job: Job, plan: LanePlan) -> bool:
     return job.samples * sum(o.sample_bytes for o in job.outputs if o.stacked) >= MARGIN_BYTES
 
 
-class Meter:
-    """Compares the peaks of a lane's first chunks with the prediction, where they can be measured.
-
-    The first alone is not enough: the allocator's gaps grow for a chunk or two before they are
-    reused.
-    """
-
-    def __init__(
-        self, learned: Learned, plan: LanePlan, device: torch.device, result_bytes: int, chunks: int
-    ):
-        self.learned = learned
-        self.predicted = max(level.at(min(plan.chunk, plan.rows)) for level in plan.memory.chunk)
-        self.meter = (
-            devices.Meter(device)
-            if chunks and self.predicted >= LEARN_FROM and learned.scale is None
-            else None
-        )
-        self.result_bytes = result_bytes
-        """Bytes per sample of the result's pages that become resident as they are written."""
-        self.left = chunks
-        self.before: tuple[int, int] | None = None
-        self.samples = 0
-
-    @property
-    def watching(self) -> bool:
-        """True if the next chunk is measured."""
-        return self.meter is not None and self.left > 0
-
-    def start(self) -> None:
-        """Begin to measure a chunk."""
-        if self.before is None and self.meter is not None:
-            self.before = self.meter.read()
-
-    def finish(self, chunk: Chunk) -> None:
-        """End the measurement of a chunk: keep its peak if it exceeds all before."""
-        self.left -= 1
-        self.samples += chunk.size
-        after = self.meter.read() if self.meter is not None else None
-        if self.before is None or after is None or after[1] <= self.before[1]:
-            return
-        measured = after[1] - self.before[0] - self.samples * self.result_bytes
-        scale = min(max(measured / self.predicted * MARGIN, LEAST), MOST)
-        self.learned.scale = max(scale, self.learned.scale or 0.0)
-
-
 def make_lane(
     number: int, plan: LanePlan, job: Job, on: Devices, gather: Gather, alone: bool = True
 ) -> Lane:
@@ -356,9 +337,11 @@ class CudaLane(Lane):
         with torch.cuda.device(self.device):
             ready = self._prepared(chunk)
             began, self.aside = time.perf_counter(), 0.0
-            measured = self.meter.watching and not self.flights and not self.job.compile
+            measured = self.meter.watches(chunk) and not self.flights and not self.job.compile
             if measured:
                 self.meter.start()
+            else:
+                self.meter.samples += chunk.size
             self.keep = []
             outs = self._home(self.compute(ready, chunk))
             done = torch.cuda.Event()
@@ -424,7 +407,8 @@ class CudaLane(Lane):
                 raise
             wait = False
             flight.ended = time.perf_counter()
-            self.busy += flight.ended - max(flight.began, self.free_since)
+            flight.seconds = flight.ended - max(flight.began, self.free_since)
+            self.busy += flight.seconds
             self.free_since = flight.ended
             done.append(self.flights.popleft())
         return done

@@ -223,17 +223,18 @@ class _Run:
         self.empty = False
         if self.again:
             chunk = self.again.popleft()
-            if chunk.size > lane.limit:
-                self.again.appendleft(Chunk(chunk.start + lane.limit, chunk.stop))
-                self.failures[chunk.start + lane.limit] = self.failures[chunk.start]
-                chunk = Chunk(chunk.start, chunk.start + lane.limit)
+            size = lane.chunk_size(chunk.size) if chunk.size > 1 else 1
+            if chunk.size > size:
+                self.again.appendleft(Chunk(chunk.start + size, chunk.stop))
+                self.failures[chunk.start + size] = self.failures[chunk.start]
+                chunk = Chunk(chunk.start, chunk.start + size)
             return chunk
         left = self.job.samples - self.next
-        size = min(lane.limit, left)
+        most = size = lane.chunk_size(left) if left else 0
         if (
             len(self.lanes) > 1 and not self.reduced
         ):  # a share of the rest, so that lanes finish together
-            size = min(size, max(lane.limit // LEAST_SHARE, -(-left // len(self.lanes)), 1))
+            size = min(size, max(most // LEAST_SHARE, -(-left // len(self.lanes)), 1))
         stop = self.next + size
         bounds = self.job.bounds
         last = bounds[bisect.bisect_right(bounds, stop) - 1] if bounds else 0
@@ -276,8 +277,7 @@ class _Run:
         self.gather.add(chunk.start, chunk.stop, flight.outs)
         seconds = flight.ended - flight.began
         if chunk.size:
-            lane.learned.seconds += seconds
-            lane.learned.samples += chunk.size
+            lane.learned.note(chunk.size, flight.seconds, chunk.size in lane.plan.trials)
         emit(ChunkDone(lane.name, chunk.start, chunk.stop, seconds, flight.ended))
 
     # -- faults

@@ -16,7 +16,7 @@ import torch
 from shardmap._threads import default_generator_states, restore_default_generators
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
-from shardmap.planning.cost import Learned
+from shardmap.planning.speeds import Learned
 from shardmap.rules.philox import counted
 from shardmap.run.affordable import (
     direct,

@@ -277,7 +277,10 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
 
 def _halved(cut: Split, times: int) -> Split:
     """The same plan with smaller chunks: it was wrong about this worker's memory."""
-    lanes = [dataclasses.replace(lane, chunk=max(1, lane.chunk >> times)) for lane in cut.lanes]
+    lanes = [
+        dataclasses.replace(lane, chunk=max(1, lane.chunk >> times), trials=())
+        for lane in cut.lanes
+    ]
     return dataclasses.replace(cut, lanes=tuple(lanes))
 
 

@@ -12,9 +12,9 @@ import torch
 
 from shardmap._torch import storage_id
 from shardmap.planning import device as devices
-from shardmap.planning.cost import Learned
 from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation
+from shardmap.planning.speeds import Learned
 from shardmap.planning.split import Collected, Site
 from shardmap.run.affordable import (
     direct,
@@ -181,8 +181,15 @@ def sites(
             known,
             job.grad and not job.remat,
             seen,
+            probing=_alike(job) and not torch.are_deterministic_algorithms_enabled(),
+            unit=job.unit,
         )
     return [found[name] for name in names]
+
+
+def _alike(job: Job) -> bool:
+    """True if all samples take the same calls, so that chunks of them can be compared by time."""
+    return not (job.bounds or job.parts or job.lowerings.instead is not None)
 
 
 def collected(

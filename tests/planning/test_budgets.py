@@ -11,7 +11,7 @@ import torch
 
 import shardmap
 from shardmap import errors
-from shardmap.planning import split as splits
+from shardmap.planning import device as device_memory
 from shardmap.planning.memory import (
     format_bytes,
     parse_bytes,
@@ -131,7 +131,7 @@ def test_a_result_over_the_budget(tmp_path: Path) -> None:
 
 def test_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is the budget where none is given."""
-    monkeypatch.setattr(splits.devices, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: 1_000_000)
     plan = shardmap.plan(outer, memory_fraction=0.5)(batch_of(101, 100))
     assert plan.lanes[0].budget_bytes == 500_000
     assert plan.lanes[0].peak_bytes <= 500_000

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardmap.planning.cost import Learned
 from shardmap.planning.memory import (
     NOTHING,
     Level,
     MemoryModel,
 )
 from shardmap.planning.observe import Observation, OpCost
+from shardmap.planning.speeds import Learned
 from shardmap.planning.split import Site, split
 from tests.planning.common import QUICK, counts, models
 
