@@ -87,8 +87,8 @@ class _Batcher:
         self.write_groups = set(self.last_write)
         self.written_through = written_through(program)
         self.needs: set[int] = set()
+        # results in each memory since a write last gave all of them a history
         self.sharing: dict[int, list[int]] = {}
-        """Results in each memory since a write last gave all of them a history."""
         self.identities: set[int] = set()
         self.tiers: dict[str, str] = {}
         self.results: dict[int, tuple[Var, V]] = {}
@@ -116,10 +116,10 @@ class _Batcher:
         grads = (
             grad_equations(program, self.write_groups) if self.options.grad else [False] * len(live)
         )
-        if self.options.grad:
-            self.needs = {v.index for v in (*program.inputs, *program.captured)}
+        taken = (*program.inputs, *program.captured) if self.options.grad else ()
+        self.needs.update(v.index for v in taken)
         if self.builder.enabled:
-            known = map(self.builder.factors.of, self._kept_outputs())
+            known = [self.builder.factors.of(v) for v in self._kept_outputs()]
             self.builder.kept += [f for f in known if f is not None]
         for i, eq in enumerate(program.equations):
             if live[i]:
@@ -396,18 +396,16 @@ class _Batcher:
     def _outputs(self) -> tuple[V, ...]:
         program, b = self.program, self.b
         owned = {v.group for v in (*program.inputs, *program.captured, *program.literals)}
-        outputs: list[V] = []
-        seen: set[V] = set()
+        outputs, seen = list[V](), set[V]()
         only_sum = self.options.summed or [False] * len(program.outputs)
         for var, flag, summed in zip(program.outputs, program.output_flags, only_sum, strict=True):
             v = self.env[var.index]
             if summed and v.mapped:
                 v = sums.summed(self.builder, var)
-                if v in seen:
-                    v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype)
+                v = b.call(torch.clone, v, shape=v.shape, dtype=v.dtype) if v in seen else v
                 self.summed.add(v.index)
-                outputs.append(v)
                 seen.add(v)
+                outputs.append(v)
                 continue
             v = self._as_consumed(v, var, flag)
             if flag == NO_GRAD and not self.options.transformed and (b.grad or not v.mapped):
