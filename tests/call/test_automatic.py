@@ -1,0 +1,272 @@
+"""`trace="auto"`: how often the function runs, what is replayed directly, and what is let go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardmap
+from shardmap import errors
+from shardmap.call.guards import Guards
+
+SCALE = 2.0
+
+
+def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """`function`, and a list that grows with each call of it, which it does not read."""
+    calls: list[int] = []
+    note = calls.append
+
+    def counting(*args: Any) -> Any:
+        note(1)
+        return function(*args)
+
+    return counting, calls
+
+
+def loop(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    return torch.stack([f(*r) for r in zip(*rows, strict=True)])
+
+
+def often(mapped: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Call a map until it must have been recorded again."""
+    for _ in range(20):
+        mapped(x)
+
+
+def test_the_function_runs_for_two_recordings_and_then_now_and_then() -> None:
+    function, calls = counted(lambda r: r.sin() + 1)
+    mapped = shardmap.vmap(function)
+    runs = []
+    for k in range(12):
+        x = torch.randn(5, 3) + k
+        before = len(calls)
+        assert torch.equal(mapped(x), x.sin() + 1)
+        runs.append(len(calls) - before)
+    # The first and the last sample; again; then each time that the number of replays has doubled.
+    assert runs == [2, 1, 1, 1, 0, 1, 0, 0, 0, 1, 0, 0]
+
+
+def test_a_function_made_anew_at_each_step_is_known_again() -> None:
+    """As in a training loop: a closure over weights that each step makes."""
+    weight, runs = torch.ones(3, requires_grad=True), []
+    _, calls = counted(len)
+    note = calls.append
+
+    for _ in range(12):
+
+        def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            note(1)
+            return (x @ w - y).square()
+
+        x, y = torch.randn(7, 3), torch.randn(7)
+        before = len(calls)
+        current = weight
+        found = shardmap.vmap(lambda a, b: torch.func.grad(loss)(current, a, b))(x, y)  # noqa: B023
+        runs.append(len(calls) - before)
+        expected = 2 * (x @ weight - y)[:, None] * x
+        torch.testing.assert_close(found, expected.detach())
+        weight = (weight - 0.1 * found.mean(0)).detach().requires_grad_()
+    assert sum(runs) <= 9, "the first two weights, recorded twice, and now and then again"
+    assert runs.count(0) >= 5
+
+
+def test_weights_that_are_rebound_need_no_recording() -> None:
+    model = nn.Linear(3, 2)
+    function, calls = counted(lambda r: model(r).sum())
+    mapped = shardmap.vmap(function)
+    for k in range(9):
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(mapped(x), model(x).sum(1))
+        model.weight = nn.Parameter(torch.randn(2, 3))
+        if k == 5:
+            before = len(calls)
+    assert len(calls) == before, "three further sets of weights"
+
+
+def test_a_parameter_shared_by_another_name_later_is_seen() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    mapped = shardmap.vmap(lambda r: torch.func.functional_call(model, {}, (r,)))
+    for k in range(6):
+        if k == 4:
+            model[1].weight = model[0].weight
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(mapped(x), model(x))
+
+
+def test_a_model_that_is_deleted_is_freed() -> None:
+    def use() -> tuple[weakref.ref[object], weakref.ref[object]]:
+        model = nn.Linear(3, 2)
+        mapped = shardmap.vmap(lambda r: model(r))
+        for _ in range(4):
+            mapped(torch.randn(4, 3))
+        return weakref.ref(model), weakref.ref(model.weight)
+
+    whose, weight = use()
+    gc.collect()
+    assert whose() is None
+    assert weight() is None
+
+
+def test_many_functions_do_not_pile_up() -> None:
+    kept = []
+    for _ in range(40):
+        model = nn.Linear(2, 2)
+        for _ in range(3):
+            shardmap.vmap(lambda r, m=model: m(r))(torch.randn(3, 2))
+        kept.append(weakref.ref(model))
+    del model
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:1],
+        lambda x: x[:0],
+        lambda x: torch.cat([x, x]),
+        lambda x: x.double(),
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.clone().requires_grad_(),
+        lambda x: nn.Parameter(x),
+        lambda x: x[:, :2],
+        lambda x: torch.complex(x, x).conj(),
+    ],
+)
+def test_another_kind_of_argument_is_no_direct_replay(change: Callable[[Tensor], Tensor]) -> None:
+    mapped = shardmap.vmap(lambda r: (r * 2).cumsum(0), in_dims=0)
+    x = torch.arange(15.0).view(5, 3)
+    for _ in range(5):
+        assert torch.equal(mapped(x), (x * 2).cumsum(1))
+    other = change(x)
+    for _ in range(2):
+        found = mapped(other)
+        assert torch.equal(found, (other * 2).cumsum(1))
+        assert found.dtype == other.dtype
+        assert found.requires_grad == other.requires_grad
+        assert torch.equal(mapped(x), (x * 2).cumsum(1))
+
+
+def test_under_modes_and_transforms_nothing_is_direct() -> None:
+    mapped = shardmap.vmap(lambda r: r.sin().sum())
+    x = torch.randn(4, 3)
+    for _ in range(5):
+        mapped(x)
+    torch.testing.assert_close(torch.func.grad(lambda t: mapped(t).sum())(x), x.cos())
+    torch.testing.assert_close(torch.func.vmap(mapped)(x[None].repeat(2, 1, 1))[1], x.sin().sum(1))
+    with torch.inference_mode():
+        assert torch.equal(mapped(x), loop(lambda r: r.sin().sum(), x))
+    _, tangent = torch.func.jvp(mapped, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, x.cos().sum(1))
+    with torch.autocast("cpu"):
+        assert torch.equal(mapped(x), loop(lambda r: r.sin().sum(), x))
+
+
+def test_two_arguments_that_are_one_tensor() -> None:
+    mapped = shardmap.vmap(lambda a, b: a * b + a)
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    for first, second in [(x, y)] * 4 + [(x, x), (y, x), (y, y), (x, y)]:
+        assert torch.equal(mapped(first, second), first * second + first)
+
+
+def test_the_results_of_two_calls_are_two_tensors() -> None:
+    mapped = shardmap.vmap(lambda r: (r * 2, torch.ones(2)))
+    x = torch.randn(4, 3)
+    for _ in range(5):
+        kept = mapped(x)
+    again = mapped(x + 1)
+    kept[1].zero_()
+    assert torch.equal(kept[0], x * 2)
+    assert torch.equal(again[0], (x + 1) * 2)
+    assert torch.equal(again[1], torch.ones(4, 2))
+
+
+def test_a_branch_takes_its_path_at_each_call() -> None:
+    scales = [2.0, 3.0]
+    mapped = shardmap.vmap(lambda r: r * scales[0] if r.sum() > 0 else r * scales[1])
+    for k in range(6):
+        scales[1] = 3.0 + k
+        x = torch.randn(9, 3)
+        expected = torch.stack([r * (scales[0] if r.sum() > 0 else scales[1]) for r in x])
+        assert torch.equal(mapped(x), expected)
+
+
+def test_a_plan_says_if_the_function_is_replayed() -> None:
+    x = torch.randn(4, 3)
+    text = shardmap.plan(lambda r: r * SCALE)(x).explain()
+    assert "then replayed while what it reads is unchanged" in text
+    text = shardmap.plan(lambda r: r * eval("SCALE"))(x).explain()
+    assert "recorded at each call, because it calls builtins.eval" in text
+    text = shardmap.plan(lambda r: r if r.sum() > 0 else -r)(x).explain()
+    assert "because it asks python about values that differ by sample" in text
+
+
+def test_a_change_that_no_guard_sees_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    global SCALE
+    mapped = shardmap.vmap(lambda r: torch.full((2,), SCALE) * r)
+    x = torch.randn(3, 2)
+    for _ in range(4):
+        mapped(x)
+    blind = Guards._tensors
+    monkeypatch.setattr(Guards, "check", lambda self, parts: blind(self, parts))
+    SCALE = 5.0
+    try:
+        with pytest.raises(errors.StaleReplayError, match="trace='each'"):
+            often(mapped, x)
+        monkeypatch.undo()
+        assert torch.equal(mapped(x), x * 5), "recorded at each call from now on"
+        remedy = shardmap.vmap(lambda r: torch.full((2,), SCALE) * r, trace="each")
+        assert torch.equal(remedy(x), x * 5)
+    finally:
+        SCALE = 2.0
+
+
+def test_many_threads_share_one_map() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    mapped = shardmap.vmap(lambda r: model(r))
+    wrong: list[object] = []
+
+    def run(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for k in range(30):
+            x = torch.randn(3 + (seed + k) % 3, 3, generator=generator)
+            with torch.no_grad():
+                found = mapped(x)
+            if not torch.allclose(found, model(x), atol=1e-6):
+                wrong.append((seed, k))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_error_of_the_function_is_raised_each_time() -> None:
+    def function(r: Tensor) -> Tensor:
+        if SCALE > 100:
+            raise KeyError("too large")
+        return r * SCALE
+
+    global SCALE
+    mapped = shardmap.vmap(function)
+    x = torch.randn(3, 2)
+    try:
+        for value in (2.0, 2.0, 2.0, 200.0, 200.0, 3.0, 3.0, 3.0, 200.0):
+            SCALE = value
+            if value > 100:
+                with pytest.raises(KeyError):
+                    mapped(x)
+            else:
+                assert torch.equal(mapped(x), x * value)
+    finally:
+        SCALE = 2.0
