@@ -83,8 +83,12 @@ def gradient_of_a_deep_net(dtype: torch.dtype) -> dict[str, Subject]:
                 0.25,
             ),
             "replay, torch.func.grad inside": (shardmap.vmap(with_func, trace="once"), 0.25),
-            "recorded, torch.autograd.grad inside": (shardmap.vmap(with_autograd), 3.0),
-            "recorded, torch.func.grad inside": (shardmap.vmap(with_func), None),
+            "default, torch.autograd.grad inside": (shardmap.vmap(with_autograd), 0.25),
+            "recorded, torch.autograd.grad inside": (
+                shardmap.vmap(with_autograd, trace="each"),
+                3.0,
+            ),
+            "recorded, torch.func.grad inside": (shardmap.vmap(with_func, trace="each"), None),
         },
         batch,
     )
@@ -116,10 +120,18 @@ def one_operator(dtype: torch.dtype) -> dict[str, Subject]:
     return _plain(dot, *batch.unbind())
 
 
-def _plain(function: Callable[..., Any], *batch: Tensor) -> dict[str, Subject]:
+def one_addition(dtype: torch.dtype) -> dict[str, Subject]:
+    """Make `x + 1` over eight numbers, the smallest map."""
+    return _plain(lambda x: (x + 1,), torch.arange(BATCH).to(dtype), most=1.0)
+
+
+def _plain(
+    function: Callable[..., Any], *batch: Tensor, most: float | None = None
+) -> dict[str, Subject]:
     ours = {
+        "default": (shardmap.vmap(function), most),
         "replay": (shardmap.vmap(function, trace="once"), None),
-        "recorded": (shardmap.vmap(function), None),
+        "recorded": (shardmap.vmap(function, trace="each"), None),
     }
     return _against_torch_func(torch.func.vmap(function), ours, *batch)
 
@@ -141,6 +153,7 @@ GROUPS: dict[str, Callable[[torch.dtype], dict[str, Subject]]] = {
     "gradient, 100 layers": gradient_of_a_deep_net,
     "forward, 100 operators": forward_of_a_deep_chain,
     "one operator": one_operator,
+    "x + 1": one_addition,
 }
 
 

@@ -56,8 +56,13 @@ def torch_func(case: Case) -> Peer:
     return Peer(lambda: mapped(params, case.inputs, case.targets), dict)
 
 
+def shardmap_default(case: Case) -> Peer:
+    """Make `shardmap.vmap` over plain autograd, as called by default."""
+    return _shardmap(case, "auto")
+
+
 def shardmap_each(case: Case) -> Peer:
-    """Make `shardmap.vmap` over plain autograd, as called by default: recorded at each call."""
+    """Make `shardmap.vmap` over plain autograd, recorded at each call."""
     return _shardmap(case, "each")
 
 
@@ -134,7 +139,8 @@ def jax(case: Case) -> Peer:
 
 PEERS: dict[str, Callable[[Case], Peer]] = {
     BASELINE: torch_func,
-    "shardmap": shardmap_each,
+    "shardmap": shardmap_default,
+    "shardmap each": shardmap_each,
     "shardmap once": shardmap_once,
     "opacus": opacus,
     "jax": jax,

@@ -109,6 +109,12 @@ def clear() -> None:
         _known.clear()
 
 
+def known() -> list[Known]:
+    """What is known of all functions."""
+    with _lock:
+        return list(_known.values())
+
+
 def after_fork() -> None:
     """Renew the lock of this module."""
     global _lock

@@ -75,7 +75,7 @@ def test_a_function_made_anew_at_each_step_is_known_again() -> None:
         torch.testing.assert_close(found, expected.detach())
         weight = (weight - 0.1 * found.mean(0)).detach().requires_grad_()
     assert sum(runs) <= 9, "the first two weights, recorded twice, and now and then again"
-    assert runs.count(0) >= 5
+    assert runs.count(0) >= 4
 
 
 def test_weights_that_are_rebound_need_no_recording() -> None:
