@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap import errors
-from shardmap._torch import generator_id, storage_id
 from shardmap.call.direct import Direct, direct_of, form_of
 from shardmap.call.guards import Guards
+from shardmap.call.keepable import asking, asks_shared, memories_of, shared_arguments, unfound
 from shardmap.call.memo import Prepared, Remembered, signature
 from shardmap.call.options import Options
-from shardmap.call.reachable import VALUES
 from shardmap.call.reads import Walk
 from shardmap.call.root import Root
-from shardmap.rules.sparse import memory_of
+from shardmap.lower.closeness import close
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference
@@ -123,6 +122,9 @@ def after_fork() -> None:
     _lock = threading.RLock()
 
 
+Replay = Callable[[Prepared], Sequence[torch.Tensor]]
+
+
 class Automatic:
     """The recordings of a mapped function, found by its code and by what it closes over.
 
@@ -207,7 +209,7 @@ class OneCall:
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
-        self._root = root = Root(self._of.func, _shared(batch))
+        self._root = root = Root(self._of.func, shared_arguments(batch))
         self._signature = key = signature(batch)
         self._known = self._of.find(root.key)
         kept = self._known.kept.get(key)
@@ -258,8 +260,17 @@ class OneCall:
         self._watch = PythonWatch()
         return self._watch
 
-    def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Keep a recording of this call, or find out that it cannot be kept."""
+    def keep(self, batch: Batch, prepared: Prepared, replay: Replay) -> None:
+        """Keep a recording of this call, or find out that it cannot be kept.
+
+        Args:
+            batch: The call's arguments.
+            prepared: The recording.
+            replay: Computes the stacked results of another recording for this call.
+
+        Raises:
+            StaleReplayError: An earlier recording gives other results, and no change was seen.
+        """
         watch, root, before = self._watch, self._root, self._before
         if watch is None or root is None:
             return
@@ -272,8 +283,7 @@ class OneCall:
             found = difference(before.prepared.recording, recording, shared=False)
             if found is not None and not recording.asked:
                 self._known.kept.pop(self._signature, None)
-                unseen = before.shared == _memories(recording)
-                if before.confirmed and unseen and not _asks_shared(before.prepared.recording):
+                if self._is_stale(before, root, recording, replay):
                     self._refuse(f"two recordings differ: {found}")
                     raise errors.StaleReplayError(
                         f"{self._call}: the function was recorded again, which trace='auto' does "
@@ -299,6 +309,26 @@ class OneCall:
             entries.pop(next(iter(list(entries))), None)
         entries[self._signature] = kept
 
+    def _is_stale(self, before: Kept, root: Root, recording: Recording, replay: Replay) -> bool:
+        """True if replays of an earlier recording may have been wrong, and no change was seen.
+
+        A function may do the same in another way: derivatives are cut by the memory that is free.
+        """
+        if not before.confirmed or before.shared != memories_of(recording):
+            return False
+        if asks_shared(before.prepared.recording):
+            return False
+        tensors = before.guards.check(root.parts)
+        captured = None if tensors is None else captured_of(before, tensors)
+        if captured is None or recording.random or not recording.sample:
+            return captured is not None
+        old = dataclasses.replace(before.prepared.recording, captured=captured)
+        found = replay(dataclasses.replace(before.prepared, recording=old))
+        return not all(
+            a.shape == b.shape[1:] and a.dtype == b.dtype and close(a, b[0], 0.0)
+            for a, b in zip(recording.sample, found, strict=False)
+        )
+
     def _made(self, root: Root, watch: PythonWatch, prepared: Prepared) -> tuple[str, Kept | None]:
         """The recording with its guards, or the reason why it cannot be kept."""
         entries, key = self._known.kept, self._signature
@@ -308,7 +338,7 @@ class OneCall:
 
         walk = Walk(watch, root, gone)
         recording = prepared.recording
-        why = walk.blame or _unfound(walk, recording) or _asking(recording)
+        why = walk.blame or unfound(walk, recording) or asking(recording)
         if why:
             return why, None
         guards = Guards(walk.found, recording.captured)
@@ -319,7 +349,7 @@ class OneCall:
             ),
             [weakref.ref(t) for t in recording.captured],
             guards,
-            _memories(recording),
+            memories_of(recording),
         )
 
     def replayed(self, prepared: Prepared, batch: Batch, job: Job) -> None:
@@ -353,8 +383,8 @@ def explained(
         watch: What python ran while it was recorded.
         recording: The recording.
     """
-    walk = Walk(watch, Root(func, _shared(batch)), lambda _: None)
-    why = walk.blame or _unfound(walk, recording) or _asking(recording)
+    walk = Walk(watch, Root(func, shared_arguments(batch)), lambda _: None)
+    why = walk.blame or unfound(walk, recording) or asking(recording)
     if why:
         return f"The function is recorded at each call, because {why}."
     number = len(Guards(walk.found, recording.captured))
@@ -368,58 +398,3 @@ NOT_DIRECT = object()
 """Returned for a call that is not like the last one."""
 _CHANGES = 4
 """Number of calls in a row that find another state before a function is recorded each time."""
-
-
-def _unfound(walk: Walk, recording: Recording) -> str:
-    """A captured tensor or generator that the function reads and that has no name, or empty."""
-    places = walk.found.places
-    parts = {address for t in walk.found.tensors.values() for address in memory_of(t)}
-    for tensor in recording.captured:
-        if id(tensor) not in places:
-            if storage_id(tensor.untyped_storage()) in parts:
-                return f"it reads a tensor of shape {tuple(tensor.shape)}, a part of another one"
-            return (
-                f"it reads a tensor of shape {tuple(tensor.shape)} that cannot be found by name "
-                "(closure, global, attribute, module parameter)"
-            )
-    given = {generator_id(g) for g in walk.found.generators}
-    if any(generator_id(g) not in given for g in recording.generators):
-        return "it draws from a torch.Generator that cannot be found by name"
-    return ""
-
-
-def _memories(recording: Recording) -> tuple[int, ...]:
-    """For each captured tensor the first one that has the same memory."""
-    firsts: dict[int, int] = {}
-    return tuple(
-        [
-            firsts.setdefault(storage_id(t.untyped_storage()), n)
-            for n, t in enumerate(recording.captured)
-            if t.layout is torch.strided
-        ]
-    )
-
-
-def _asking(recording: Recording) -> str:
-    """A sentence's end for a function that asks about what differs by sample, or empty.
-
-    What its other paths read has not been seen.
-    """
-    if not recording.asked:
-        return ""
-    return "it asks python about values that differ by sample (trace='once' keeps its paths)"
-
-
-def _asks_shared(recording: Recording) -> bool:
-    """True if python has asked about the values of what all samples share, which may change."""
-    return any(eq.answer is not None for eq in recording.program.equations)
-
-
-def _shared(batch: Batch) -> list[object]:
-    """The arguments that all samples share, but numbers and texts, which the signature holds."""
-    mapped = {i for i, _ in batch.mapped}
-    return [
-        leaf
-        for i, leaf in enumerate(batch.leaves)
-        if i not in mapped and not isinstance(leaf, VALUES)
-    ]

@@ -59,8 +59,7 @@ def run_map(
         options: The call's options.
         memory: Recordings of earlier calls that may serve this one.
     """
-    around = surroundings()
-    # Fake tensors alone are placed on the named devices, as real ones would be.
+    around = surroundings()  # fake tensors alone are placed on the named devices, as real ones are
     if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
         # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
         around = Surroundings(True, True, True)
@@ -112,12 +111,15 @@ def recorded(
     pair = record(func, batch, *how, look=options.check == "always", watch=watch)
     use = FirstUse(func, batch, pair, options, once)
     varies = use.verdict().varies  # may replace the first sample's recording
-    prepared = Prepared(*use.first())
+    recording, structure = use.first()
     if around.traced:
-        recording = traced_recording(prepared.recording, options.call)
-        prepared = dataclasses.replace(prepared, recording=recording)
-    if memory is not None and (once or not varies):
+        recording = traced_recording(recording, options.call)
+    prepared = Prepared(recording, structure)
+    if isinstance(memory, Memory | ShapesOfCall):
         memory.keep(batch, prepared)
+    elif memory is not None and not varies:
+        alone = batch, options.alone(), around, None
+        memory.keep(batch, prepared, lambda other: Call(other, *alone).run_flat())
     return Call(prepared, batch, options, around, use)
 
 

@@ -130,10 +130,10 @@ class PythonWatch:
                 self._ours = True
                 return
             if code not in self.codes:
-                known = (
-                    code.co_filename != "<string>"
-                )  # executed text may have a namespace that dies
-                self.codes[code] = frame.f_globals if known else {}
+                text = code.co_filename == "<string>"  # its namespace may die with the call
+                if text and _is_of_ours(frame):
+                    return
+                self.codes[code] = {} if text else frame.f_globals
                 if code.co_name == "import_module" and code.co_filename == importlib.__file__:
                     self.accuse("it calls importlib.import_module")
         elif event == "return":
@@ -221,6 +221,11 @@ class PythonWatch:
 def _is_users(filename: str) -> bool:
     """True if a file of code is neither shardmap's nor one that shardmap itself calls."""
     return not (is_own(filename) or is_trusted(filename) or filename == "<string>")
+
+
+def _is_of_ours(frame: types.FrameType) -> bool:
+    """True if generated code, such as a dataclass's `__init__`, belongs to shardmap."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "shardmap"
 
 
 def _is_module(owner: object) -> bool:
