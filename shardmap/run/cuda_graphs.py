@@ -19,6 +19,10 @@ class Graphs(Protocol):
     device_type: str
     """The kind of device that has such graphs."""
 
+    def capturing(self) -> bool:
+        """True if the current stream is being captured."""
+        ...
+
     def pool(self, device: torch.device) -> object:
         """A memory pool that the graphs of a device share."""
         ...
@@ -46,6 +50,10 @@ class CudaGraphs:
     """The graphs of CUDA devices."""
 
     device_type = "cuda"
+
+    def capturing(self) -> bool:
+        """True if the current stream is being captured."""
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def pool(self, device: torch.device) -> object:
         """A memory pool that the graphs of a device share."""
@@ -86,7 +94,12 @@ class CudaGraphs:
             )
             with capture:
                 results = function()
-        return graph.replay, results
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return replay, results
 
     def mark(self, device: torch.device) -> object:
         """An event behind all that has been launched on the current stream."""

@@ -27,7 +27,6 @@ from shardmap.lower.graphs import Chunk, Meta, UncompilableError
 from shardmap.run import cuda_graphs
 from shardmap.run.base import Job
 from shardmap.run.capturable import Static, layout_of, obstacle
-from shardmap.run.messages import Settings
 from shardmap.run.prepare import Ready
 
 WARM_UPS = 2
@@ -82,6 +81,8 @@ class Site:
 
 _sites: dict[str, Site] = {}
 _sites_lock = fork_safe_lock()
+_capturing = fork_safe_lock()
+"""Torch captures one graph of a process at a time, whatever the device."""
 
 
 def _site(device: torch.device) -> Site:
@@ -130,7 +131,8 @@ class Graph:
         Raises:
             UncompilableError: A replay gives other values than the function.
         """
-        self.replay, self.outs = cuda_graphs.graphs.captured(self.device, self.site.pool, run)
+        with _capturing:
+            self.replay, self.outs = cuda_graphs.graphs.captured(self.device, self.site.pool, run)
         self.replay()
         self._compare(expected)
 
@@ -215,6 +217,8 @@ def chosen(job: Job, ready: Ready, chunk: Chunk, runner: Runner) -> Graph | None
         runner: What computes the chunk otherwise.
     """
     if not job.cuda_graphs or not chunk.size or dispatch_depth() or function_depth():
+        return None
+    if cuda_graphs.graphs.capturing():  # the map is a part of a graph of the caller's
         return None
     if not all(map(has_values, chunk.inputs)):
         return None
@@ -382,10 +386,14 @@ def _numbers(job: Job) -> tuple[str, ...]:
 
 def _settings() -> tuple[object, ...]:
     """Settings of torch that decide which kernels are launched."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    matmul = cuda.matmul
     return (
-        Settings.current(),
-        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
         matmul.fp32_precision,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,

@@ -1,17 +1,10 @@
-"""cuda_graphs=True, with graphs of the CPU that only pretend; what a GPU shows is in test_gpu.py.
-
-A pretended graph keeps the captured function, with the memory and the numbers that it had, and
-calls it again at each replay: what a graph reads elsewhere, and what it overwrites, is wrong here
-as it would be there.
-"""
+"""cuda_graphs=True, with pretended graphs; what a GPU shows is in test_gpu_graphs.py."""
 
 from __future__ import annotations
 
 import gc
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +14,8 @@ from torch import Tensor
 
 import shardmap
 from shardmap import errors
-from shardmap.run import cuda_graphs, graphed, lanes
-
-W = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-
-
-class Pretended:
-    """Graphs of the CPU."""
-
-    device_type = "cpu"
-
-    def __init__(self) -> None:
-        self.captures: list[int] = []
-        """Rows of the first result, by capture."""
-        self.replays = 0
-        self.fails: Exception | None = None
-        self.wrong_from = 1 << 30
-        """Replays from which the results are wrong."""
-        self.running = 0
-
-    def pool(self, device: torch.device) -> object:
-        """No memory of its own."""
-        return object()
-
-    def warmed(self, device: torch.device, function: Callable[[], Sequence[Tensor]]) -> Any:
-        """The function's results."""
-        return function()
-
-    def captured(
-        self, device: torch.device, pool: object, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Memory that a replay fills: a capture computes nothing."""
-        if self.fails is not None:
-            raise self.fails
-        outs = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in function()]
-        self.captures.append(outs[0].shape[0] if outs[0].dim() else 0)
-
-        def replay() -> None:
-            assert not self.running, "two replays at once"
-            self.running += 1
-            self.replays += 1
-            for o, t in zip(outs, function(), strict=True):
-                o.copy_(t if self.replays < self.wrong_from else t + 1)
-            self.running -= 1
-
-        return replay, outs
-
-    def mark(self, device: torch.device) -> object:
-        """Nothing runs behind."""
-        return "mark"
-
-    def after(self, device: torch.device, mark: object) -> None:
-        """Nothing to wait for."""
-        assert mark == "mark"
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
-    """Pretended graphs; a test fails if anything runs without one and it does not say so."""
-    shardmap.clear_caches()
-    found = Pretended()
-    monkeypatch.setattr(cuda_graphs, "graphs", found)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", errors.CompileWarning)
-        yield found
-    shardmap.clear_caches()
-
-
-def function(row: Tensor) -> tuple[Tensor, Tensor]:
-    """A number and a table for each sample."""
-    return torch.tanh(row @ W).sum(), torch.outer(row, row.sin())
-
-
-def batch(size: int) -> Tensor:
-    """Different samples."""
-    return torch.randn(size, 5, generator=torch.Generator().manual_seed(size + 1))
-
-
-def loop(f: Callable[..., Any], *columns: Tensor) -> list[Tensor]:
-    """The plain loop's results, stacked."""
-    rows = [f(*row) for row in zip(*columns, strict=True)]
-    rows = [r if isinstance(r, tuple) else (r,) for r in rows]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-def assert_close(found: Any, expected: list[Tensor]) -> None:
-    """Every sample of every output has the loop's values, dtype and shape."""
-    found = found if isinstance(found, tuple | list) else (found,)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
+from shardmap.run import graphed, lanes
+from tests.run.pretended_graphs import Pretended, W, assert_close, batch, function, loop
 
 # -- values
 
@@ -289,129 +194,6 @@ def test_settings_of_torch_decide_the_kernels(graphs: Pretended) -> None:
     finally:
         torch.backends.cudnn.benchmark = False
     assert len(graphs.captures) == 2
-
-
-# -- what a graph cannot hold
-
-
-def dropped(row: Tensor) -> Tensor:
-    """Draw for each sample."""
-    return torch.nn.functional.dropout(row @ W, 0.5)
-
-
-def in_place(row: Tensor) -> Tensor:
-    """Write to an argument."""
-    return row.mul_(2).sin()
-
-
-def masked(row: Tensor) -> Tensor:
-    """Read by a mask: the host counts its entries."""
-    return row[torch.tensor([True, False, True, True, False])] * 2
-
-
-def asks(row: Tensor) -> Tensor:
-    """Ask all samples the same question."""
-    return row * 2 if bool(row.isfinite().all()) else row
-
-
-REFUSED = {
-    "draws": (dropped, {"randomness": "different"}, "draws random numbers for each chunk"),
-    "writes": (in_place, {}, "writes in place to an argument"),
-    "question": (asks, {}, "the host waits for"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_programs_that_run_without(name: str, graphs: Pretended) -> None:
-    f, options, why = REFUSED[name]
-    mapped = shardmap.vmap(f, chunk_size=3, cuda_graphs=True, **options)
-    plain = shardmap.vmap(f, chunk_size=3, **options)
-    torch.manual_seed(3)
-    expected = plain(batch(7))
-    torch.manual_seed(3)
-    with pytest.warns(errors.CompileWarning, match=why) as said:
-        torch.testing.assert_close(mapped(batch(7)), expected)
-    assert len(said) == 1
-    if not options:
-        torch.testing.assert_close(mapped(batch(7)), torch.stack([f(r) for r in batch(7)]))
-    assert not graphs.captures
-    text = shardmap.plan(f, chunk_size=3, cuda_graphs=True, **options)(batch(7)).explain()
-    assert why in " ".join(text.split())
-
-
-def test_gradients_and_transforms_outside(graphs: Pretended) -> None:
-    x = batch(5).requires_grad_()
-    mapped = shardmap.vmap(function, cuda_graphs=True)
-    with pytest.warns(errors.CompileWarning, match="gradients are recorded from outside"):
-        found = mapped(x)[0].sum()
-    loop_sum = torch.stack([function(row)[0] for row in x]).sum()
-    expected = torch.autograd.grad(loop_sum, x)
-    torch.testing.assert_close(torch.autograd.grad(found, x), expected)
-    other = shardmap.vmap(lambda row: row.cos() * 3, cuda_graphs=True)
-    with pytest.warns(errors.CompileWarning, match=r"inside a transform of torch\.func"):
-        found = torch.func.jvp(other, (batch(5),), (torch.ones(5, 5),))[1]
-    torch.testing.assert_close(found, -3 * batch(5).sin())
-    assert not graphs.captures
-    inside = shardmap.per_sample_grad(lambda w, row: (row @ w).sin().sum(), cuda_graphs=True)
-    found = inside(W, batch(5))
-    one = torch.func.grad(lambda w, row: (row @ w).sin().sum())
-    torch.testing.assert_close(found, torch.stack([one(W, row) for row in batch(5)]))
-    assert graphs.captures == [5]
-
-
-def test_draws_outside_are_arguments(graphs: Pretended) -> None:
-    keep = torch.rand(7, 5, generator=torch.Generator().manual_seed(5)) > 0.5
-    mapped = shardmap.vmap(lambda row, kept: row.sin() * kept, cuda_graphs=True, chunk_size=3)
-    torch.testing.assert_close(mapped(batch(7), keep), batch(7).sin() * keep)
-    assert graphs.captures == [3]
-
-
-def test_draws_that_all_samples_share_come_before_the_graph(graphs: Pretended) -> None:
-    def shared(row: Tensor) -> Tensor:
-        return row + torch.rand(5)
-
-    mapped = shardmap.vmap(shared, randomness="same", cuda_graphs=True, chunk_size=3)
-    plain = shardmap.vmap(shared, randomness="same", chunk_size=3)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        found = mapped(batch(7))
-        torch.manual_seed(seed)
-        assert torch.equal(found, plain(batch(7)))
-    assert graphs.captures == [3]
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
-def test_an_error_while_capturing_is_a_warning(kind: Any, graphs: Pretended) -> None:
-    graphs.fails = kind("operation not permitted when stream is capturing")
-    mapped = shardmap.vmap(function, cuda_graphs=True, chunk_size=3)
-    with pytest.warns(errors.CompileWarning, match="not permitted when stream") as said:
-        assert_close(mapped(batch(7)), loop(function, batch(7)))
-    assert len(said) == 1
-    graphs.fails = None
-    assert_close(mapped(batch(7)), loop(function, batch(7)))
-    assert not graphs.captures, "it is not tried again"
-
-
-@pytest.mark.parametrize("size", [3, 9])
-@pytest.mark.parametrize("wrong_from", [1, 3])
-def test_a_graph_that_gives_other_values_is_dropped(
-    wrong_from: int, size: int, graphs: Pretended
-) -> None:
-    graphs.wrong_from = wrong_from
-    mapped = shardmap.vmap(lambda row: row.sin(), cuda_graphs=True, chunk_size=3)
-    if wrong_from == 3:  # the first call, of one chunk, is replays 1 and 2
-        graphs.wrong_from = 2
-    with pytest.warns(errors.CompileWarning, match="output 0 differs"):
-        torch.testing.assert_close(mapped(batch(size)), batch(size).sin())
-    torch.testing.assert_close(mapped(batch(size)), batch(size).sin())
-
-
-def test_the_programs_own_error_is_the_calls(graphs: Pretended) -> None:
-    mapped = shardmap.vmap(lambda t: torch.linalg.cholesky(t), cuda_graphs=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", errors.CompileWarning)
-        with pytest.raises(torch.linalg.LinAlgError):
-            mapped(-torch.eye(3).expand(4, 3, 3))
 
 
 # -- the option
