@@ -15,6 +15,7 @@ from torch import Tensor
 import shardmap
 from shardmap import errors
 from shardmap.run import graphed, lanes
+from shardmap.run.capturable import Static
 from tests.run.pretended_graphs import Pretended, W, assert_close, batch, function, loop
 
 # -- values
@@ -156,6 +157,20 @@ def test_captured_tensors_that_are_replaced(graphs: Pretended) -> None:
     mapped(x)
     gc.collect()
     assert gone() is None, "a graph keeps no weights alive"
+
+
+def test_a_copy_does_not_serve_a_tensor_that_the_caller_may_write_to() -> None:
+    t = W.clone()
+    once, always = Static.for_copies(t), Static.for_copies(t, always=True)
+    for static in (once, always):
+        static.load(t)
+        assert static.memory is not None
+        assert torch.equal(static.memory, t)
+    assert once.serves(t, None)
+    assert not once.serves(t, t)
+    assert always.serves(t, t)
+    assert not once.serves(t.t(), None)
+    assert not once.serves(t.double(), None)
 
 
 def test_values_made_of_captured_tensors_are_those_of_the_call(graphs: Pretended) -> None:
