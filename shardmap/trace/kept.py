@@ -64,9 +64,10 @@ def kept_tensors(
         if var.group in recorder.mapped_groups and number not in known
     ]
     held = list(_held(candidates))
-    if held:
-        gc.collect(1)  # reference cycles of the function: objects made while recording are young
-        held = list(_held(held))
+    for generation in (1, 2):  # objects made while recording are young, if nothing was collected
+        if held:
+            gc.collect(generation)  # reference cycles of the function
+            held = list(_held(held))
     held.sort(key=lambda found: found.argument)
     return tuple([_text(recorder, found) for found in held])
 
