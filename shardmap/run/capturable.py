@@ -135,9 +135,19 @@ def obstacle(low: Lowered) -> str:
             return f"the host waits for {name}, which asks for a value"
         if eq is not None and _waits(call, eq):
             return f"the host waits for {name}, whose result's shape or python value is data"
+        if eq is not None and crosses_devices(eq):
+            return f"{name} reads or writes memory of another device; move it there outside"
         if eq is not None and low.batched.tiers.get(name) == "loop":
             return f"{name} runs sample by sample"
     return ""
+
+
+def crosses_devices(eq: Equation) -> bool:
+    """True if a call reads or writes on several devices.
+
+    A graph would keep the values that it read on the host, or the address of memory that is gone.
+    """
+    return len({torch.device(v.spec.device).type for v in (*eq.inputs(), *eq.results())}) > 1
 
 
 def _waits(call: Call, eq: Equation) -> bool:

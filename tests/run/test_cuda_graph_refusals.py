@@ -11,7 +11,9 @@ from torch import Tensor
 
 import shardmap
 from shardmap import errors
+from shardmap.program.ir import Equation, Spec, Var
 from shardmap.run import lanes
+from shardmap.run.capturable import crosses_devices
 from tests.run.pretended_graphs import Pretended, W, assert_close, batch, function, loop
 
 
@@ -65,6 +67,16 @@ def test_programs_that_run_without(name: str, graphs: Pretended) -> None:
     assert not graphs.captures
     text = shardmap.plan(f, chunk_size=3, cuda_graphs=True, **options)(batch(7)).explain()
     assert why in " ".join(text.split())
+
+
+@pytest.mark.parametrize("devices", ["cuda:0 cuda:0 cuda:0", "cuda:0 cpu cuda:0", "cpu cpu cuda:0"])
+def test_calls_that_cross_devices(devices: str) -> None:
+    found = [
+        Var(k, k, Spec((3,), (1,), torch.float32, device, 0))
+        for k, device in enumerate(devices.split())
+    ]
+    eq = Equation(torch.ops.aten.add.Tensor, tuple(found[:2]), (), (found[2],), (0, 0), True)
+    assert crosses_devices(eq) == (len(set(devices.split())) > 1)
 
 
 def test_gradients_and_transforms_outside(graphs: Pretended) -> None:

@@ -135,21 +135,36 @@ def test_reductions(graphs: Counted) -> None:
     assert graphs.captures == 1
 
 
-def test_a_call_that_waits_for_the_device_is_a_warning(graphs: Counted) -> None:
-    """What fails a capture leaves the stream as it was, and later graphs work."""
-
-    def waits(row: Tensor) -> Tensor:
-        return row * row.sum().cpu().to(row.device)
-
+def test_a_capture_that_fails_is_a_warning(graphs: Counted) -> None:
+    """It leaves the stream as it was, and later graphs work."""
     x, _ = batch(13)
-    stream = torch.cuda.current_stream()
-    with pytest.warns(errors.CompileWarning, match="without a graph"):
-        found = shardmap.vmap(waits, cuda_graphs=True, chunk_size=4)(x)
-    torch.testing.assert_close(found, torch.stack([waits(row) for row in x]))
+    stream, plain = torch.cuda.current_stream(), graphs.captured
+
+    def waiting(
+        device: torch.device, pool: object, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        return plain(device, pool, lambda: (function(), torch.cuda.synchronize())[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "captured", waiting)
+        with pytest.warns(errors.CompileWarning, match="capturing a chunk raised"):
+            found = shardmap.vmap(lambda row: row.cos(), cuda_graphs=True, chunk_size=4)(x)
+    torch.testing.assert_close(found, x.cos())
     assert torch.cuda.current_stream() == stream
     found = shardmap.vmap(lambda row: row.sin(), cuda_graphs=True, chunk_size=4)(x)
     torch.testing.assert_close(found, x.sin())
     assert graphs.captures == 1
+
+
+def test_calls_through_the_host_run_without(graphs: Counted) -> None:
+    def through(row: Tensor) -> Tensor:
+        return row * row.sum().cpu().exp().to(row.device, non_blocking=True)
+
+    x, _ = batch(13)
+    with pytest.warns(errors.CompileWarning, match="memory of another device"):
+        found = shardmap.vmap(through, cuda_graphs=True, chunk_size=4)(x)
+    torch.testing.assert_close(found, torch.stack([through(row) for row in x]))
+    assert not graphs.captures
 
 
 def test_threads_on_streams_of_their_own(graphs: Counted) -> None:
