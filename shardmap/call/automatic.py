@@ -50,6 +50,8 @@ class Kept:
     """The recording, without its captured tensors, which must not be kept alive."""
     captured: list[weakref.ref[torch.Tensor]]
     guards: Guards
+    shared: tuple[int, ...]
+    """For each captured tensor the first one that has the same memory."""
     confirmed: bool = False
     """True once a second recording was the same, with all that was read unchanged."""
     replays: int = 0
@@ -270,7 +272,8 @@ class OneCall:
             found = difference(before.prepared.recording, recording, shared=False)
             if found is not None and not recording.asked:
                 self._known.kept.pop(self._signature, None)
-                if before.confirmed and not _asks_shared(before.prepared.recording):
+                unseen = before.shared == _memories(recording)
+                if before.confirmed and unseen and not _asks_shared(before.prepared.recording):
                     self._refuse(f"two recordings differ: {found}")
                     raise errors.StaleReplayError(
                         f"{self._call}: the function was recorded again, which trace='auto' does "
@@ -316,6 +319,7 @@ class OneCall:
             ),
             [weakref.ref(t) for t in recording.captured],
             guards,
+            _memories(recording),
         )
 
     def replayed(self, prepared: Prepared, batch: Batch, job: Job) -> None:
@@ -382,6 +386,18 @@ def _unfound(walk: Walk, recording: Recording) -> str:
     if any(generator_id(g) not in given for g in recording.generators):
         return "it draws from a torch.Generator that cannot be found by name"
     return ""
+
+
+def _memories(recording: Recording) -> tuple[int, ...]:
+    """For each captured tensor the first one that has the same memory."""
+    firsts: dict[int, int] = {}
+    return tuple(
+        [
+            firsts.setdefault(storage_id(t.untyped_storage()), n)
+            for n, t in enumerate(recording.captured)
+            if t.layout is torch.strided
+        ]
+    )
 
 
 def _asking(recording: Recording) -> str:

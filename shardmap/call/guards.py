@@ -122,6 +122,8 @@ class Guards:
         self._functions = found.functions
         self._codes = self._code()
         self._classes = [(vars(kind), _items(read)) for kind, read in found.classes.items()]
+        self._kinds_read = list(found.classes)
+        self._bases = list(map(_MRO, self._kinds_read))
         self._class_values = [list(read.values()) for read in found.classes.values()]
         self._sizes = self._class_sizes()
         self._facts = found.facts
@@ -158,6 +160,8 @@ class Guards:
 
     def _same_classes(self) -> bool:
         if self._class_sizes() != self._sizes:
+            return False
+        if not all(map(operator.is_, map(_MRO, self._kinds_read), self._bases)):
             return False
         try:
             now = [look(of) for of, look in self._classes]
@@ -244,6 +248,7 @@ def _forms(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[object], ...]:
     )
 
 
+_MRO = operator.attrgetter("__mro__")
 _OF_FUNCTIONS = tuple(
     operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__")
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import functools
+import importlib.machinery
+import operator
 import sys
 import threading
 import types
@@ -14,7 +17,7 @@ import torch
 
 from shardmap._torch import OpOverload
 from shardmap.call.reachable import VALUES
-from shardmap.trace.watch import is_package, is_trusted
+from shardmap.trace.watch import BUILTINS, is_package, is_trusted
 
 HEAP = 1 << 9
 """Flag of classes that are written in python (or made while it runs)."""
@@ -78,6 +81,28 @@ def file_of(kind: type) -> str:
     return vars(sys.modules.get(kind.__module__, types)).get("__file__") or ""
 
 
+@functools.lru_cache(maxsize=8192)
+def is_c(kind: type) -> bool:
+    """True if a class is written in C, so that its objects have a state that python cannot list."""
+    if kind in EXACT or issubclass(kind, KNOWN_BASES) and not kind.__flags__ & HEAP:
+        return False
+    if kind in _OPAQUE:
+        return True
+    module = sys.modules.get(kind.__module__)
+    if module is None or kind.__module__.startswith("torch._C"):
+        return kind.__module__.startswith("torch._C") and kind is not torch._C.TensorBase
+    loader = getattr(getattr(module, "__spec__", None), "loader", None)
+    return loader is importlib.machinery.BuiltinImporter or isinstance(
+        loader, importlib.machinery.ExtensionFileLoader
+    )
+
+
+_OPAQUE = (
+    functools._lru_cache_wrapper, operator.attrgetter, threading.local, torch.jit.ScriptModule,
+)  # fmt: skip
+"""Classes of python's and torch's modules that are written in C, or stand for what is."""
+
+
 def code_of(value: Any) -> list[types.CodeType] | None:
     """The code of a method or descriptor in a class; None for a value."""
     if isinstance(value, classmethod | staticmethod):
@@ -86,3 +111,9 @@ def code_of(value: Any) -> list[types.CodeType] | None:
         found = [f.__code__ for f in (value.fget, value.fset) if isinstance(f, types.FunctionType)]
         return found
     return [value.__code__] if isinstance(value, types.FunctionType) else None
+
+
+def builtins_of(of: dict[str, Any]) -> object:
+    """The namespace of built-in functions that code with these globals uses."""
+    found = of.get("__builtins__", BUILTINS)
+    return found.__dict__ if isinstance(found, types.ModuleType) else found

@@ -7,6 +7,7 @@ ran, `Walk` follows attributes, items and cells to everything that this code can
 from __future__ import annotations
 
 import array
+import collections
 import functools
 import sys
 import types
@@ -24,12 +25,13 @@ from shardmap.call.kinds import (
     EXACT,
     HEAP,
     INERT,
-    KNOWN_BASES,
     NEVER_WEAK,
     OF_CLASSES,
     SIMPLE,
+    builtins_of,
     code_of,
     file_of,
+    is_c,
     is_of_library,
     is_users,
 )
@@ -90,6 +92,9 @@ class Walk:
             self._seen[id(func)] = func
         for number, value in enumerate(root.parts):
             self._part(number, value)
+        self._class(torch.Tensor)  # its methods are called without being named by its class
+        if "_version" in self._of_modules:
+            self._accuse("it reads the version of a tensor")
         self._globals(watch)
         self._settings(watch)
         self._refuse_unknown(watch)
@@ -106,6 +111,8 @@ class Walk:
         for code, of in list(watch.codes.items()):
             self._trusted = is_trusted(code.co_filename)
             names = named_in(code)
+            if builtins_of(of) is not BUILTINS:
+                self._accuse("it has built-in functions of its own")
             where = f"the globals of {code.co_filename}"
             for name in names.globals:
                 if name in of:
@@ -189,9 +196,9 @@ class Walk:
         value = dict.__getitem__(of, name)
         if issubclass(type(value), torch.Tensor):
             entries.values.pop(name, None)
-            places = self.found.places.get(id(value), ())
-            if not any(p.where == where and p.name == name for p in places):
-                self._tensor(value, where, entry(of, name), name)
+            places, name_there = self.found.places.get(id(value), ()), (id(of), name)
+            if not any(p.name == name_there for p in places):
+                self._tensor(value, where, entry(of, name), name_there)
             return
         entries.values[name] = self._held(value)
         self._walk(value)
@@ -215,7 +222,8 @@ class Walk:
 
     def _walk(self, value: object) -> None:
         kind = type(value)
-        if kind in SIMPLE or issubclass(kind, VALUES) or id(value) in self._seen:
+        plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
+        if plain or id(value) in self._seen:
             return
         if len(self._seen) > _MOST:
             return
@@ -377,6 +385,9 @@ class Walk:
         elif isinstance(value, types.MappingProxyType):
             self._unknown(value, "a view of a dict")
         elif isinstance(value, dict):
+            if isinstance(value, collections.OrderedDict):  # has an order of its own
+                keys = tuple(collections.OrderedDict.keys(value))
+                self.found.lists.append((value.keys(), keys, "an OrderedDict that it reads"))
             entries = self._entries(value, "a dict that it reads")
             entries.keys = tuple(dict.keys(value))
             for name in entries.keys:
@@ -403,9 +414,7 @@ class Walk:
     def _object(self, value: object) -> None:
         """Follow an object with attributes."""
         kind = type(value)
-        base = next((k for k in kind.__mro__ if not k.__flags__ & HEAP), object)
-        known = base in EXACT or issubclass(kind, KNOWN_BASES)
-        if not known:
+        if any(map(is_c, kind.__mro__)):
             self._unknown(value, "an object of a type written in C")
         self.found.kinds.append((weakly(value), kind))
         self._walk(kind)

@@ -10,10 +10,7 @@ import torch
 
 from shardmap._threads import alone
 from shardmap._torch import without_dispatch, without_functions
-from shardmap.trace.watch import PythonWatch
-
-PROGRAM = "<shardmap program>"
-"""The file name of replayed programs: an inner map sets seeds of its own while it draws."""
+from shardmap.trace.watch import PROGRAM, PythonWatch
 
 
 def generator_state() -> bytes:

@@ -8,6 +8,7 @@ interpreter itself) is the reason why the function must be recorded at each call
 
 from __future__ import annotations
 
+import abc
 import builtins
 import collections
 import contextvars
@@ -31,14 +32,27 @@ _PACKAGES = tuple(
     for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     if path
 )
+_HANDING_ON = tuple(
+    os.path.join(_OWN, part) for part in ("transforms", "reduce", "call/batch_norms")
+)
+PROGRAM = "<shardmap program>"
+"""The file name of replayed programs: an inner map sets seeds of its own while it draws."""
 _STDLIB = os.path.join(sysconfig.get_path("stdlib"), "")
-_TRUSTED = tuple(os.path.join(os.path.dirname(str(m.__file__)), "") for m in (torch, np))
+_TRUSTED = tuple(os.path.join(os.path.dirname(str(m.__file__)), "") for m in (torch, np)) + tuple(
+    os.path.join(path, "psutil", "") for path in _PACKAGES
+)
 
 
 @functools.lru_cache(maxsize=65536)
 def is_own(filename: str) -> bool:
-    """True if a file of code is a part of shardmap."""
-    return filename.startswith(_OWN)
+    """True if a file of code is a part of shardmap, or a replay that it has generated."""
+    return filename.startswith(_OWN) or filename == PROGRAM
+
+
+@functools.lru_cache(maxsize=65536)
+def _hands_on(filename: str) -> bool:
+    """True if a file of shardmap's calls the user's functions as a part of what is recorded."""
+    return filename.startswith(_HANDING_ON)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -110,11 +124,16 @@ class PythonWatch:
                 self._turns.append((frame, False))
                 self._ours = False
             elif is_own(code.co_filename):
+                if _hands_on(code.co_filename):
+                    return
                 self._turns.append((frame, True))
                 self._ours = True
                 return
             if code not in self.codes:
-                self.codes[code] = frame.f_globals
+                known = (
+                    code.co_filename != "<string>"
+                )  # executed text may have a namespace that dies
+                self.codes[code] = frame.f_globals if known else {}
                 if code.co_name == "import_module" and code.co_filename == importlib.__file__:
                     self.accuse("it calls importlib.import_module")
         elif event == "return":
@@ -123,6 +142,8 @@ class PythonWatch:
                 self._ours = bool(self._turns) and self._turns[-1][1]
         elif event == "c_call" and not self._ours:
             code, owner = frame.f_code, arg.__self__
+            if is_own(code.co_filename):
+                return
             key = code, arg.__name__, id(owner) if _is_module(owner) else type(owner)
             if key not in self._seen:
                 self._seen.add(key)
@@ -149,6 +170,9 @@ class PythonWatch:
             elif home == "torch" or home.startswith("torch."):
                 self._judge_torch(called, name, asked=True)
                 return
+            elif home == "_abc":
+                self.states[abc.get_cache_token] = abc.get_cache_token()
+                return
             elif home in _PURE or (home.partition(".")[0] == "numpy" and name not in _OF_FILES):
                 return
             elif name in _NAMED.get(home, ()) or (trusted and home in _OF_LIBRARIES):
@@ -157,6 +181,8 @@ class PythonWatch:
             self.variables[id(owner)] = owner
             return
         elif isinstance(owner, torch.Tensor) or _is_of_torch(owner):
+            if name == "data_ptr" and not trusted:
+                self.accuse("it calls data_ptr")
             self._judge_torch(called, name, asked=False)
             return
         elif isinstance(owner, _PURE_TYPES) or (
@@ -236,16 +262,16 @@ _BUILTINS_OF_LIBRARIES = frozenset(
 """Built-in functions that torch and python's own library call with what they know."""
 _REFLECTIVE = frozenset({"getattr", "hasattr", "vars", "dir", "setattr", "delattr"})
 _PURE = frozenset(
-    "math cmath operator _operator itertools functools _functools _abc _collections _bisect _heapq "
+    "math cmath operator _operator itertools functools _functools _collections _bisect _heapq "
     "_struct re _sre copy _typing _stat _string _json binascii zlib _statistics _weakref "
-    "_contextvars _warnings unicodedata _decimal scipy.special".split()
+    "_contextvars unicodedata _decimal scipy.special".split()
 )
 """Modules of C functions that read nothing but their arguments."""
 _NAMED: dict[str, frozenset[str]] = {
-    "sys": frozenset({"intern", "exc_info", "getrecursionlimit"}),
+    "sys": frozenset({"intern", "exc_info"}),
     "_thread": frozenset({"allocate_lock", "RLock"}),
 }
-_OF_LIBRARIES = frozenset({"sys", "_thread", "_imp", "gc", "atexit"})
+_OF_LIBRARIES = frozenset({"sys", "_thread", "_imp", "gc", "atexit", "_warnings"})
 """Modules whose functions torch and python's library may call."""
 _OF_ANY = frozenset(
     "__init__ __new__ __init_subclass__ __setattr__ __getattribute__ __delattr__ __eq__ __ne__ "
@@ -253,8 +279,8 @@ _OF_ANY = frozenset(
     "__getstate__".split()
 )
 """Methods that an object inherits from `object`."""
-_OF_FILES = frozenset({"fromfile", "memmap", "loadtxt"})
-"""Functions of numpy that read files."""
+_OF_FILES = frozenset({"fromfile", "memmap", "_get_extobj_dict", "_make_extobj", "geterr"})
+"""Functions of numpy that read files or settings."""
 _QUESTIONS = ("is_", "_is_", "get_", "_get_")
 """Beginnings of the names of functions that return a setting."""
 _STATES_OF_TORCH = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -99,8 +99,8 @@ def per_sample_grad(
             "the targets"
         )
     if isinstance(model_or_fn, nn.Module):
-        chosen = select(model_or_fn, params, call)
-        of_sample = _module_gradient(model_or_fn, loss, chosen, flat, batch_of_one, has_aux, call)
+        select(model_or_fn, params, call)  # refused here, where it is asked for
+        of_sample = _module_gradient(model_or_fn, loss, params, flat, batch_of_one, has_aux, call)
         return Transformed(model_or_fn.forward, of_sample, in_dims, options)
     if params is not None:
         raise TransformError(
@@ -225,21 +225,18 @@ def select(
 def _module_gradient(
     model: nn.Module,
     loss: Callable[..., Any] | None,
-    chosen: Mapping[str, nn.Parameter],
+    params: str | Sequence[str] | None,
     flat: bool,
     batch_of_one: bool,
     has_aux: bool,
     call: str,
 ) -> Callable[..., Any]:
-    """A function of one sample: the gradients of the chosen parameters."""
-    names = tuple(chosen)
+    """A function of one sample: the gradients of the parameters that the model has when it runs."""
 
     @functools.wraps(model.forward, assigned=())
     def gradient(x: Any, *rest: Any) -> Any:
-        current = dict(
-            model.named_parameters(remove_duplicate=False)
-        )  # a parameter may have been replaced since
-        tensors = [current[name] for name in names]
+        chosen = select(model, params, call)
+        names, tensors = list(chosen), list(chosen.values())
         with torch.enable_grad():
             output = _applied(model, x, batch_of_one)
             value, aux = _value(output if loss is None else loss(output, *rest), has_aux, call)

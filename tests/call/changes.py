@@ -1381,9 +1381,8 @@ def cudnn_flag() -> Way:
         return x * 2 if torch.backends.cudnn.benchmark else x * 3
 
     yield f
-    torch.backends.cudnn.benchmark = True
-    yield f
-    torch.backends.cudnn.benchmark = False
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield f
 
 
 @way

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from torch import nn
 
 import shardmap
+from tests.call import changes_found as changes_found
 from tests.call.changes import WAYS
 
 
@@ -37,3 +41,86 @@ def test_a_change_between_calls(name, calls):
 
 def test_there_are_enough_ways():
     assert len(WAYS) >= 80
+
+
+def test_each_thread_has_its_own_locals():
+    local = threading.local()
+    mapped = shardmap.vmap(lambda r: r * local.scale)
+    wrong = []
+
+    def work(scale):
+        local.scale = scale
+        rows = torch.randn(3, 4)
+        if not torch.equal(mapped(rows), rows * scale):
+            wrong.append(scale)
+
+    for scale in (1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0):
+        thread = threading.Thread(target=work, args=(scale,))
+        thread.start()
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("transform", [shardmap.jacrev, shardmap.jacfwd, shardmap.hessian])
+def test_derivatives_are_replayed_too(transform):
+    calls, scale = [], [2.0]
+    note = calls.append
+
+    def function(r):
+        note(1)
+        return (r * scale[0]).sin().sum()
+
+    mapped = transform(function)
+    own = {shardmap.jacrev: torch.func.jacrev, shardmap.jacfwd: torch.func.jacfwd}
+    plain = own.get(transform, torch.func.hessian)
+    runs = []
+    for k in range(14):
+        if k == 12:
+            scale[0] = 3.0
+        rows, before = torch.randn(4, 3, dtype=torch.float64), len(calls)
+        found = mapped(rows)
+        runs.append(len(calls) - before)
+        torch.testing.assert_close(found, loop(plain(lambda r: (r * scale[0]).sin().sum()), rows))
+    assert runs[4:12].count(0) >= 3
+    assert runs[12] > 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))],
+    ids=["linear", "sequential"],
+)
+def test_gradients_of_torchs_own_modules_are_replayed(model):
+    text = shardmap.per_sample_grad(model, lambda out: out.sum()).plan(torch.randn(4, 3)).explain()
+    assert "then replayed while what it reads is unchanged" in text
+
+
+def test_gradients_of_a_model_that_changes():
+    """The parameters are those that the model has at each call."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    gradients = shardmap.per_sample_grad(model, lambda out: out.sum())
+    rows = torch.randn(5, 4)
+    for change in (
+        lambda: None,
+        lambda: model[0].requires_grad_(False),
+        lambda: model[0].requires_grad_(True),
+        lambda: model.append(nn.Linear(3, 3)),
+        lambda: setattr(model[1], "bias", None),
+    ):
+        change()
+        for _ in range(3):
+            found = gradients(rows)
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            assert set(found) == names
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            for i, row in enumerate(rows):
+                expected = torch.autograd.grad(model(row).sum(), wanted)
+                for name, one in zip(found, expected, strict=True):
+                    torch.testing.assert_close(found[name][i], one)
+
+
+def test_text_that_is_evaluated():
+    mapped = shardmap.vmap(lambda r: eval("r * 2", {"r": r}))
+    for _ in range(4):
+        rows = torch.randn(3, 2)
+        assert torch.equal(mapped(rows), rows * 2)
