@@ -56,6 +56,7 @@ def vmap(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     out: Sink | None = None,
@@ -113,6 +114,9 @@ def vmap(
             smaller chunks, gradients from outside and what the compiler refuses run as they are,
             the last two with a warning. "auto" compiles in the background of runs that are
             expected to take twenty times the compilation, and switches when it is ready.
+        cuda_graphs: Capture the program of a chunk as a CUDA graph for the planned chunk size, on
+            CUDA devices alone; smaller chunks run as they are, and so does, with a warning, what a
+            graph cannot hold: gradients from outside, draws, questions about values.
         remat: Under outer autograd, compute each chunk again in backward, so that memory stays that
             of one chunk. Costs one more forward pass.
         reduce: Instead of stacking: "sum", "mean", "max", "min", a pair `(combine, finish)`, or one
@@ -148,7 +152,7 @@ def vmap(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), out, resume, progress, call, check, max_paths,
-        ragged, batch_norm, compile,
+        ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -199,6 +203,7 @@ def plan(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
     progress: bool | str = False,
@@ -228,6 +233,7 @@ def plan(
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
         compile: As for `vmap`.
+        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`.
         progress: As for `vmap`, for `plan.run()`.
@@ -253,7 +259,7 @@ def plan(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat,
         joint.plain(reduce), None, False, progress, call, check,
-        max_paths, ragged, batch_norm, compile,
+        max_paths, ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)
@@ -349,6 +355,7 @@ def compare(
     ragged: str = "error",
     batch_norm: str = "error",
     compile: bool | str = False,
+    cuda_graphs: bool = False,
     remat: bool = False,
     reduce: Any = None,
 ) -> Callable[..., Comparison]:
@@ -377,6 +384,7 @@ def compare(
         ragged: As for `vmap`.
         batch_norm: As for `vmap`.
         compile: As for `vmap`.
+        cuda_graphs: As for `vmap`.
         remat: As for `vmap`.
         reduce: As for `vmap`; the results that are reduced are compared before.
 
@@ -398,7 +406,7 @@ def compare(
     options = Options(
         in_dims, out_dims, randomness, kw_in_dims, devices, chunk_size, output_device,
         memory_budget, memory_fraction, trace, strict, remat, None, None, False, False, call, check,
-        max_paths, ragged, batch_norm, compile,
+        max_paths, ragged, batch_norm, compile, cuda_graphs,
     )  # fmt: skip
     options.refuse_wrong(func)
     func = served(func, batch_norm)

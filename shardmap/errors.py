@@ -157,4 +157,4 @@ class SourceError(ShardmapError, ValueError):
 
 
 class CompileWarning(UserWarning):
-    """A program that was to be compiled runs uncompiled."""
+    """A program that was to be compiled, or captured as a graph, runs as it is."""

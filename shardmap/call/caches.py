@@ -6,11 +6,12 @@ import os
 
 from shardmap.call import automatic, by_shape, first_use, paths, routes, shapes
 from shardmap.lower import cache
+from shardmap.run import graphed
 from shardmap.trace import repeat
 
 
 def clear_caches() -> None:
-    """Clear the caches of lowerings and of checks made when functions were first mapped.
+    """Clear the caches of lowerings, of graphs, and of checks made when functions were mapped.
 
     The next call of each map records, lowers and checks as if it were the first of the process.
     A map with `trace="once"` keeps its own recordings, which stay.
@@ -28,6 +29,7 @@ def clear_caches() -> None:
     routes.clear()
     shapes.clear()
     cache.clear()
+    graphed.clear()
     repeat.clear()
 
 

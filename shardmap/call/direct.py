@@ -119,7 +119,8 @@ def direct_of(
     needs = (
         recording.random, recording.asked, recording.written_inputs, batch.columns, batch.copies,
         batch.opened, job.grad, job.transformed, options.reduce is not None,
-        options.out is not None, options.progress, options.compile, options.check == "always",
+        options.out is not None, options.progress, options.compile, options.cuda_graphs,
+        options.check == "always",
         any(o.device != job.home for o in job.outputs), job.samples == 0,
         len(batch.leaves) != len(batch.mapped) and not _all_tensors(batch),
     )  # fmt: skip

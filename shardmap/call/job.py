@@ -24,6 +24,7 @@ from shardmap.planning.split import Split, split
 from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import prepare
 from shardmap.run.base import Job, Output, unheard
+from shardmap.run.graphed import refuse_devices
 from shardmap.run.lowerings import Lowerings
 from shardmap.run.sites import collected, sites
 from shardmap.trace.batch import Batch
@@ -130,6 +131,7 @@ def job_of(
         call,
         columns=batch.columns,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
     )
 
 
@@ -257,6 +259,8 @@ def names_of(job: Job, options: Options, inlined: bool) -> tuple[str, ...]:
             "not reach the caller's batch; clone the "
             "argument inside the function and return it, or use devices='auto'"
         )
+    if options.cuda_graphs and not inlined:
+        refuse_devices(names, options.call)
     return names
 
 

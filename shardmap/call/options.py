@@ -32,6 +32,7 @@ class MapOptions(TypedDict, total=False):
     ragged: str
     batch_norm: str
     compile: bool | str
+    cuda_graphs: bool
     remat: bool
     reduce: Any
     out: Sink | None
@@ -65,6 +66,7 @@ class Options:
     ragged: str = "error"
     batch_norm: str = "error"
     compile: bool | str = False
+    cuda_graphs: bool = False
 
     def alone(self) -> Options:
         """The options of a part of the call that is computed by itself."""
@@ -113,7 +115,7 @@ class Options:
                 f"{self.call}: compile={self.compile!r}; pass True, False, or 'auto' to compile in "
                 "the background of long runs"
             )
-        for name in ("strict", "remat", "resume"):
+        for name in ("strict", "remat", "resume", "cuda_graphs"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise errors.OptionError(

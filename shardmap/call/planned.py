@@ -15,7 +15,7 @@ from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
-from shardmap.run import compiled, local, storing, timeline
+from shardmap.run import compiled, graphed, local, storing, timeline
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
 from shardmap.run.prepare import Devices
@@ -149,7 +149,9 @@ class Plan:
             )
         parts += self._from_factors()
         low = self._on.on(self.lanes[0].device, job.samples > 1).low
-        parts += [t for t in [compiled.explained(job, low, self.lanes[0].chunk)] if t]
+        size = self.lanes[0].chunk
+        said = (compiled.explained(job, low, size), graphed.explained(job, low, size))
+        parts += [text for text in said if text]
         ways = ways_of(self._on.on(self.lanes[0].device, job.samples > 1).low)
         parts += [text for text in (self._shapes, ways, self._looked, self._recorded) if text]
         return "\n\n".join(parts)

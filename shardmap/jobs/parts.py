@@ -170,6 +170,7 @@ def map_options(run: BoundRun) -> MapOptions:
         "randomness": config.randomness,
         "batch_norm": config.batch_norm,
         "compile": config.compile,
+        "cuda_graphs": config.cuda_graphs,
         "check": config.check,
         "chunk_size": config.chunk_size,
         "memory_budget": config.memory_budget,

@@ -103,6 +103,8 @@ class Job:
     compile: bool | str = False
     """True to compile chunks of the planned size, "auto" to do so in the background of long
     runs."""
+    cuda_graphs: bool = False
+    """True to replay chunks of the planned size as CUDA graphs."""
 
     def numbered(self, start: int, stop: int) -> SampleNumbers:
         """The numbers by which the samples `start` to `stop` draw."""

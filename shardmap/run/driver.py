@@ -112,7 +112,7 @@ class Driver:
         return Constants(
             low.options, captured, literals, recording.scalars, job.seed, recording.sources,
             Settings.current(), self.outputs, budget, columns, store, chunk_size, low.fixes,
-            job.compile,
+            job.compile, job.cuda_graphs,
         )  # fmt: skip
 
     def run(self) -> list[torch.Tensor]:

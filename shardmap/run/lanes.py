@@ -25,13 +25,15 @@ from shardmap.planning.split import Chunk
 from shardmap.planning.split import Lane as LanePlan
 from shardmap.program.own_backward import DATA
 from shardmap.rules import huge_pages as pages
-from shardmap.run import compiled
+from shardmap.run import compiled, graphed
 from shardmap.run.affordable import direct
 from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.meter import CHUNKS, Meter
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
 from shardmap.run.rewritten import refusing_writes
+
+Fast = compiled.CompiledReplay | graphed.Graph
 
 
 @dataclass(slots=True)
@@ -88,9 +90,11 @@ class Lane:
         self.ready: dict[bool, Ready] = {}
         self._learned: Learned | None = None
         self.failure: Exception | None = None
-        """Error of the compiled program in this chunk."""
+        """Error of the compiled or captured program in this chunk."""
         self.aside = 0.0
-        """Seconds spent compiling, which are no part of a chunk's."""
+        """Seconds spent compiling and capturing, which are no part of a chunk's."""
+        self.faster = bool(job.compile or job.cuda_graphs)
+        """True if chunks of the planned size are compiled or captured."""
         if self.device.type == "cpu":
             pages.keep_freed_memory()
         self.meter = self._meter(alone)
@@ -134,7 +138,7 @@ class Lane:
         Args:
             left: Samples that are left.
         """
-        tried = () if self.job.compile else self.plan.trials  # compiled for one size
+        tried = () if self.faster else self.plan.trials  # compiled for one size
         trials = [size for size in tried if size <= self.limit]
         if trials:
             if self.begun:
@@ -149,7 +153,7 @@ class Lane:
         """Compute a chunk and add it to `flights`."""
         ready = self._prepared(chunk)
         began, clock, self.aside = time.perf_counter(), time.thread_time(), 0.0
-        if self.meter.watches(chunk) and not self.job.compile:  # compiling takes memory of its own
+        if self.meter.watches(chunk) and not self.faster:  # compiling takes memory of its own
             self.meter.start()
             outs = self.compute(ready, chunk)
             self.meter.finish(chunk)
@@ -182,7 +186,7 @@ class Lane:
             chunk.size, numbers, self.device, job.seed, scalars, ready.fixed, inputs
         )  # fmt: skip
         arguments = given.arguments
-        if job.compile:
+        if self.faster:
             outs = self._compiled(ready, chunk, given)
             if outs is not None:
                 return outs
@@ -210,14 +214,14 @@ class Lane:
     def _compiled(
         self, ready: Ready, chunk: Chunk, given: Given
     ) -> list[torch.Tensor | None] | None:
-        """A chunk's outputs by the compiled program; None if it is to be computed as it is."""
-        if chunk.size not in (self.limit, self.job.samples):
+        """A chunk's outputs, compiled or captured; None if it is to be computed as it is."""
+        if chunk.size not in (min(self.size, self.limit), self.job.samples):
             return None
         began = time.perf_counter()
         each = self.learned.sample_seconds
         left = self.job.samples - chunk.start
         seconds = self.plan.seconds if each is None else each * left
-        found = compiled.chosen(self.job, ready, given, seconds)
+        found = fast(self.job, ready, given, seconds)
         self.aside += time.perf_counter() - began
         if found is None:
             return None
@@ -235,7 +239,7 @@ class Lane:
     def _blamed(self, ready: Ready, outs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """`outs`; where the compiled program raised and this one did not, the fault is its own."""
         if self.failure is not None:
-            compiled.failed(self.job, ready, self.failure)
+            blame(self.job, ready, self.failure)
             self.failure = None
         return outs
 
@@ -245,7 +249,7 @@ class Lane:
 
     def _compute_into(
         self,
-        replay: Executable | compiled.CompiledReplay,
+        replay: Fast | Executable,
         chunk: Chunk,
         arguments: tuple[object, ...],
         inputs: list[torch.Tensor],
@@ -287,6 +291,22 @@ class Lane:
         self.flights.clear()
         self.scratch.clear()
         self.ready.clear()
+
+
+def fast(job: Job, ready: Ready, given: Given, seconds: float | None = None) -> Fast | None:
+    """What computes a chunk of the planned size, compiled or captured; None to run it as it is."""
+    found = compiled.chosen(job, ready, given, seconds) if job.compile else None
+    if not job.cuda_graphs:
+        return found
+    return graphed.chosen(job, ready, given, found or ready.low.replay) or found
+
+
+def blame(job: Job, ready: Ready, failure: Exception) -> None:
+    """Run chunks as they are from now on: a compiled or captured one raised an error."""
+    if job.compile:
+        compiled.failed(job, ready, failure)
+    if job.cuda_graphs:
+        graphed.failed(job, ready, failure)
 
 
 def _worth_slices(job: Job, plan: LanePlan) -> bool:
@@ -337,7 +357,7 @@ class CudaLane(Lane):
         with torch.cuda.device(self.device):
             ready = self._prepared(chunk)
             began, self.aside = time.perf_counter(), 0.0
-            measured = self.meter.watches(chunk) and not self.flights and not self.job.compile
+            measured = self.meter.watches(chunk) and not self.flights and not self.faster
             if measured:
                 self.meter.start()
             else:

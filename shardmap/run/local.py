@@ -21,10 +21,10 @@ from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
-from shardmap.run import compiled
+from shardmap.run import graphed
 from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit, unheard
 from shardmap.run.gather import Gather, placed
-from shardmap.run.lanes import Flight, Lane, make_lane
+from shardmap.run.lanes import Flight, Lane, blame, fast, make_lane
 from shardmap.run.prepare import Devices, Ready, there
 from shardmap.run.storing import StoreGather
 from shardmap.store import Store
@@ -131,8 +131,8 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
 
 
 def _one_chunk(job: Job, ready: Ready, given: Given) -> Sequence[torch.Tensor]:
-    """The outputs of a small map, compiled if they were asked for so."""
-    found = compiled.chosen(job, ready, given) if job.compile else None
+    """The outputs of a small map, compiled or captured if that was asked for."""
+    found = fast(job, ready, given)
     failure = None
     if found is not None:
         try:
@@ -143,7 +143,7 @@ def _one_chunk(job: Job, ready: Ready, given: Given) -> Sequence[torch.Tensor]:
             failure = error
     outs = ready.low.replay.chunk(*given.arguments, list(given.inputs))
     if failure is not None:  # the data is not to blame
-        compiled.failed(job, ready, failure)
+        blame(job, ready, failure)
     return outs
 
 
@@ -297,6 +297,7 @@ class _Run:
         while lane.flights:
             self._collect(lane, wait=True)
         if devices.accelerated(lane.device):
+            graphed.release(lane.device)
             torch.accelerator.empty_cache()
         size = max(chunk.size for chunk in chunks)
         lane.scratch.clear()

@@ -103,6 +103,8 @@ class Constants:
     """Fixes that the driver found to be needed when it tried the program."""
     compile: bool | str = False
     """The call's option of that name; compiled programs are kept on each worker's machine."""
+    cuda_graphs: bool = False
+    """The call's option of that name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from shardmap.planning.device import free_bytes
 from shardmap.planning.split import Split, split
 from shardmap.program.ir import Program
 from shardmap.rules import huge_pages as pages
-from shardmap.run import local, prepare
+from shardmap.run import graphed, local, prepare
 from shardmap.run.base import ChunkRedone, Event, Job, listen, unheard
 from shardmap.run.lowerings import Lowerings
 from shardmap.run.messages import HOST, Constants, Done, Failure, Task
@@ -61,7 +61,7 @@ class _Bound:
             self.recording, inputs, task.size, self.device, constants.outputs, lowerings,
             constants.seed, False, False, False,
             constants.options.call, offset=task.start, partial=True, numbers=task.numbers,
-            compile=constants.compile,
+            compile=constants.compile, cuda_graphs=constants.cuda_graphs,
         )  # fmt: skip
         on = self.devices.get(layout)
         if on is None:
@@ -195,6 +195,8 @@ class Worker:
         self.bound = None
         if constants.store is not None:
             constants.store.check_here()
+        if constants.cuda_graphs:
+            graphed.refuse_devices([str(self.device)], constants.options.call)
         constants.settings.apply()
         program = self.programs.get(digest)
         if program is None:

@@ -16,6 +16,7 @@ from shardmap.planning.memory import NOTHING, Level, MemoryModel, envelope
 from shardmap.planning.observe import Observation
 from shardmap.planning.speeds import Learned
 from shardmap.planning.split import Collected, Site
+from shardmap.run import graphed
 from shardmap.run.affordable import (
     direct,
     hopeless,
@@ -100,6 +101,12 @@ def memory_model(
     backward = [
         Level(int(a.fixed_bytes * gaps), int(a.sample_bytes * gaps)) + extra for a in seen.backward
     ]
+    if job.cuda_graphs and not graphed.refusal(job, ready.low):
+        # the graph's pool beside chunks that are warmed up, in flight or the last, smaller one;
+        # copies of what it reads
+        rows = sum(_row_bytes(t) for t in job.inputs)
+        levels = [level + level + Level(0, rows) for level in levels]
+        resident += sum(fresh.values())
     if job.grad:
         # gradients add up beside those of the chunk; the slices of a batch that requires grad are
         # filled up with zeros to its size, and added
@@ -166,6 +173,8 @@ def sites(
             found[name] = Site(name, NOTHING, None, known, False, None)
             continue
         lanes, room = names.count(name), budget(device)
+        if room is not None and job.cuda_graphs:
+            room += graphed.held_bytes(device)  # else each run would plan smaller chunks
         least = least_memory(job, device, lanes, known.scale)
         if hopeless(job, device, least, room):
             # a trial, or a measured chunk, would exceed the budget by itself

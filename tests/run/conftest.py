@@ -1,8 +1,9 @@
-"""Fixtures for chunks that fail as a script says."""
+"""Fixtures for chunks that fail as a script says, and for graphs that only pretend."""
 
 from __future__ import annotations
 
 import collections
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import shardmap
+from shardmap import errors
 from shardmap.planning.split import Chunk
-from shardmap.run import lanes, local
+from shardmap.run import cuda_graphs, lanes, local
 from shardmap.run.base import listen
 from tests.run.faults import Pretend, Script
+from tests.run.pretended_graphs import Pretended
 
 
 @pytest.fixture
@@ -82,3 +85,15 @@ def events() -> Iterator[list[Any]]:
     heard: list[Any] = []
     with listen(heard.append):
         yield heard
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    """Pretended graphs; a test fails if anything runs without one and it does not say so."""
+    shardmap.clear_caches()
+    found = Pretended()
+    monkeypatch.setattr(cuda_graphs, "graphs", found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", errors.CompileWarning)
+        yield found
+    shardmap.clear_caches()

@@ -126,6 +126,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = False
     """True compiles chunks of the planned size by Inductor before they run; `auto` does so in the
     background of long runs."""
+    cuda_graphs: bool = False
+    """True replays chunks of the planned size as CUDA graphs, on CUDA devices alone."""
     check: Literal["first", "always", "off"] = "first"
     """The time at which results are compared with the function's own: at the first use of its
     program, at every call, or never."""
