@@ -107,6 +107,7 @@ compute_keyset = _private("_ops._compute_keyset", "checkpoints and operators tha
 global_hooks = [_private(f"nn.modules.module._global_{kind}_hooks", "hooks of all modules")
                 for kind in ("forward", "forward_pre", "backward", "backward_pre")]  # fmt: skip
 NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
+backward_hooks = _attribute(torch.Tensor, "Tensor", "_backward_hooks", "hooks of weights")
 dict_version = _private("_C._dynamo.guards.dict_version", "comparing fast what a function reads")
 
 # -- modes and settings of the thread

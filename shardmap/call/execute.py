@@ -112,8 +112,7 @@ def recorded(
     use = FirstUse(func, batch, pair, options, once)
     varies = use.verdict().varies  # may replace the first sample's recording
     recording, structure = use.first()
-    if around.traced:
-        recording = traced_recording(recording, options.call)
+    recording = traced_recording(recording, options.call) if around.traced else recording
     prepared = Prepared(recording, structure)
     if isinstance(memory, Memory | ShapesOfCall):
         memory.keep(batch, prepared)

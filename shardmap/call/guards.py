@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardmap._torch import dict_version, missing
+from shardmap._torch import backward_hooks, dict_version, missing
 from shardmap.call.lookups import ABSENT, Getter
 from shardmap.call.reachable import VALUES
 
@@ -252,9 +252,12 @@ _MRO = operator.attrgetter("__mro__")
 _OF_FUNCTIONS = tuple(
     operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__")
 )
-_LOOKS = tuple(
-    operator.attrgetter(name)
-    for name in ("requires_grad", "dtype", "device", "is_leaf", "__class__", "_backward_hooks")
+_LOOKS = (
+    *[
+        operator.attrgetter(name)
+        for name in ("requires_grad", "dtype", "device", "is_leaf", "__class__")
+    ],
+    backward_hooks,
 )
 
 

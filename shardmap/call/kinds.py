@@ -90,7 +90,7 @@ def is_c(kind: type) -> bool:
         return True
     module = sys.modules.get(kind.__module__)
     if module is None or kind.__module__.startswith("torch._C"):
-        return kind.__module__.startswith("torch._C") and kind is not torch._C.TensorBase
+        return kind.__module__.startswith("torch._C") and kind.__name__ != "TensorBase"
     loader = getattr(getattr(module, "__spec__", None), "loader", None)
     return loader is importlib.machinery.BuiltinImporter or isinstance(
         loader, importlib.machinery.ExtensionFileLoader
@@ -98,7 +98,7 @@ def is_c(kind: type) -> bool:
 
 
 _OPAQUE = (
-    functools._lru_cache_wrapper, operator.attrgetter, threading.local, torch.jit.ScriptModule,
+    type(functools.lru_cache(len)), operator.attrgetter, threading.local, torch.jit.ScriptModule,
 )  # fmt: skip
 """Classes of python's and torch's modules that are written in C, or stand for what is."""
 

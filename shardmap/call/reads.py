@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardmap._torch import backward_hooks
 from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
 from shardmap.call.kinds import (
     ASIDE,
@@ -208,8 +209,8 @@ class Walk:
         if id(tensor) in self._seen:
             return
         self._seen[id(tensor)] = tensor
-        if tensor._backward_hooks is not None:
-            self._walk(tensor._backward_hooks)
+        if (hooks := backward_hooks(tensor)) is not None:
+            self._walk(hooks)
         attributes = tensor.__dict__
         if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self._object(tensor)

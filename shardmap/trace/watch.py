@@ -21,7 +21,6 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ class PythonWatch:
                 self.accuse("it sets a profiler of its own")
             sys.setprofile(self._outer)
 
-    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
+    def __call__(self, frame: types.FrameType, event: str, arg: types.BuiltinFunctionType) -> None:
         """Note one event; called by python.
 
         What shardmap's own code calls to record is left out, unless it is the user's code again.

@@ -27,15 +27,15 @@ def levels_of(function: Callable[..., Any], *batch: torch.Tensor, **options: Any
 
 
 def test_the_levels_of_a_chain_are_those_counted_by_hand() -> None:
-    """sin makes 8,000 bytes a sample, cos 8,000 more, then sin's die.
+    """sin makes 8,000 bytes a sample, and cos writes over them, as nothing else reads them.
 
     The sum goes to its place, 8 bytes of the result.
     """
     for samples in (3, 7, 13):
         model = levels_of(lambda x: x.sin().cos().sum(), batch_of(samples, 1000))
-        assert model.chunk == (Level(0, 16_000),)
+        assert model.chunk == (Level(0, 8_000),)
         assert model.resident_bytes == 8 * samples
-        assert model.chunk_bytes(5) == 80_000
+        assert model.chunk_bytes(5) == 40_000
 
 
 def test_what_no_sample_changes_is_there_during_the_run() -> None:
@@ -141,14 +141,14 @@ def test_a_plan_does_not_run_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        calls.append(x)
+        calls.append(tuple(x.shape))
         return x.sin().sum()
 
     batch = batch_of(101, 7)
     before = batch.clone()
     plan = shardmap.plan(function, chunk_size=10)(batch)
     assert len(calls) == 2, "the first and the last sample"
-    assert calls[0].shape == (7,)
+    assert calls[0] == (7,)
     assert "101 samples" in str(plan)
     assert plan.explain()
     assert not computed

@@ -359,3 +359,19 @@ def test_transforms_take_the_option() -> None:
 
     got = shardmap.jacrev(half, compile=True, chunk_size=3)(x)
     torch.testing.assert_close(got, torch.func.vmap(torch.func.jacrev(half))(x))
+
+
+def test_values_that_the_first_chunk_did_not_show() -> None:
+    """Inductor folds x * 0 and keeps halves in float unless told otherwise: NaN and inf were lost."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.half() * 0.01, (x * 0).sum(0), x.half() * 2.5, x.bfloat16().sum()
+
+    mapped = shardmap.vmap(function, compile=True, chunk_size=5)
+    batch = torch.randn(10, 5)
+    mapped(batch)
+    batch[7, 0], batch[3, 2], batch[4, 2] = 1e5, float("inf"), float("nan")
+    found = mapped(batch)
+    for n, row in enumerate(batch):
+        for one, expected in zip(found, function(row), strict=True):
+            assert torch.equal(one[n].nan_to_num(3, 4, 5), expected.nan_to_num(3, 4, 5))
