@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +46,6 @@ class Kept:
     """The function's key (`Root.key`)."""
     prepared: Prepared
     """The recording, without its captured tensors, which must not be kept alive."""
-    captured: list[weakref.ref[torch.Tensor]]
     guards: Guards
     shared: tuple[int, ...]
     """For each captured tensor the first one that has the same memory."""
@@ -60,20 +58,14 @@ class Kept:
     """The shortest way to replay it, for the last number of samples."""
 
 
-def captured_of(kept: Kept, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
-    """The captured tensors of a recording now, or None if one is gone.
+def captured_of(kept: Kept, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The captured tensors of a recording now.
 
     Args:
         kept: The recording.
         tensors: The tensors that its guards have found.
     """
-    found = []
-    for number, weak in zip(kept.guards.captured, kept.captured, strict=True):
-        tensor = weak() if number is None else tensors[number]
-        if tensor is None:
-            return None
-        found.append(tensor)
-    return tuple(found)
+    return tuple([tensors[number] for number in kept.guards.captured])
 
 
 @dataclass(slots=True)
@@ -157,9 +149,9 @@ class Automatic:
         if root.key != kept.key:
             return NOT_DIRECT
         tensors = kept.guards.check(root.parts)
-        captured = None if tensors is None else captured_of(kept, tensors)
-        if captured is None:
+        if tensors is None:
             return NOT_DIRECT
+        captured = captured_of(kept, tensors)
         kept.replays += 1
         try:
             return direct.run([a for a in args if isinstance(a, torch.Tensor)], captured)
@@ -228,9 +220,6 @@ class OneCall:
             kept.again *= 2
             return None
         captured = captured_of(kept, tensors)
-        if captured is None:
-            self._known.kept.pop(key, None)
-            return None
         recording = dataclasses.replace(kept.prepared.recording, captured=captured)
         return Remembered(dataclasses.replace(kept.prepared, recording=recording), [], {}, {})
 
@@ -319,9 +308,9 @@ class OneCall:
         if asks_shared(before.prepared.recording):
             return False
         tensors = before.guards.check(root.parts)
-        captured = None if tensors is None else captured_of(before, tensors)
-        if captured is None or recording.random or not recording.sample:
-            return captured is not None
+        if tensors is None or recording.random or not recording.sample:
+            return tensors is not None
+        captured = captured_of(before, tensors)
         old = dataclasses.replace(before.prepared.recording, captured=captured)
         found = replay(dataclasses.replace(before.prepared, recording=old))
         return not all(
@@ -347,7 +336,6 @@ class OneCall:
             dataclasses.replace(
                 prepared, recording=dataclasses.replace(recording, captured=(), sample=())
             ),
-            [weakref.ref(t) for t in recording.captured],
             guards,
             memories_of(recording),
         )

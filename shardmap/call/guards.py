@@ -136,11 +136,11 @@ class Guards:
             for place in places[1:]
         ]
         numbers = {address: number for number, address in enumerate(found.tensors)}
-        self.captured = [numbers.get(id(t)) for t in tensors]
-        """For each captured tensor: its number among those that can be reached, or None."""
-        self._whose = [weakref.ref(t) for t in found.tensors.values()]
-        self._own = [bool(vars(t)) for t in found.tensors.values()]
-        """For each tensor: True if it has attributes of python's, so that it must be the same."""
+        self.captured = [numbers[id(t)] for t in tensors]
+        """For each captured tensor: its number among those that can be reached."""
+        self._own = [vars(t) or None for t in found.tensors.values()]
+        """For each tensor its attributes, so that it must be the same one; None if it has none.
+        There is no weak reference to it, with which `torch.utils.swap_tensors` refuses it."""
         self._form = _forms(list(found.tensors.values()))
         self.broken = ""
         """Description of what has changed, after a check that failed."""
@@ -208,8 +208,8 @@ class Guards:
         found = [t for t in [look(parts) for look in self._first] if isinstance(t, torch.Tensor)]
         if len(found) != len(self._first):
             return self._fail("what was a tensor")
-        for tensor, whose, own in zip(found, self._whose, self._own, strict=True):
-            if whose() is not tensor and (own or vars(tensor)):
+        for own, now in zip(self._own, map(vars, found), strict=True):
+            if now is not own and (own is not None or now):
                 return self._fail("a tensor with attributes of its own")
         for number, look, where in self._others:
             if look(parts) is not found[number]:

@@ -81,3 +81,8 @@ def answer_of(called: Callable[[], object]) -> Getter:
 def variable(of: contextvars.ContextVar[object]) -> Getter:
     """Look up the value of a context variable."""
     return lambda _: of.get(None)
+
+
+def grad_of(look: Getter) -> Getter:
+    """Look up the grad of a tensor that is looked up itself."""
+    return lambda parts: getattr(look(parts), "grad", ABSENT)

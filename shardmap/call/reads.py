@@ -43,6 +43,7 @@ from shardmap.call.lookups import (
     bytes_of,
     contents,
     entry,
+    grad_of,
     item,
     module_named,
     of_class,
@@ -215,7 +216,7 @@ class Walk:
         if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self._object(tensor)
         if "grad" in self._names and tensor.is_leaf:
-            look, where = attribute(weakly(tensor), "grad"), "the grad of a tensor"
+            look, where = grad_of(look), "the grad of a tensor"
             if tensor.grad is None:
                 self.found.facts.append(Fact(where, look, None))
             else:

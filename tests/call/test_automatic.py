@@ -270,3 +270,13 @@ def test_an_error_of_the_function_is_raised_each_time() -> None:
                 assert torch.equal(mapped(x), x * value)
     finally:
         SCALE = 2.0
+
+
+def test_weights_may_be_swapped() -> None:
+    """`swap_tensors` refuses tensors with weak references to them."""
+    model = nn.Linear(4, 4)
+    mapped = shardmap.vmap(model)
+    for _ in range(6):
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(mapped(x), model(x))
+        torch.utils.swap_tensors(model.weight, nn.Parameter(torch.randn(4, 4)))
