@@ -26,6 +26,7 @@ from shardmap.call.options import Options
 from shardmap.call.reads import Walk
 from shardmap.call.root import Root
 from shardmap.lower.closeness import close
+from shardmap.rules import registry
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference
@@ -54,6 +55,8 @@ class Kept:
     replays: int = 0
     again: int = 1
     """Number of the replay at whose place the function is recorded again."""
+    of: tuple[int, int] = (0, 0)
+    """The state of the caches and of the rules that it was made in."""
     direct: Direct | None = None
     """The shortest way to replay it, for the last number of samples."""
 
@@ -94,12 +97,20 @@ class Known:
 
 _known: collections.OrderedDict[Hashable, Known] = collections.OrderedDict()
 _lock = threading.RLock()
+_cleared = 0
+"""How often the recordings have been dropped."""
+
+
+def _state() -> tuple[int, int]:
+    return _cleared, registry.version()
 
 
 def clear() -> None:
     """Drop the recordings of all functions."""
+    global _cleared
     with _lock:
         _known.clear()
+        _cleared += 1
 
 
 def known() -> list[Known]:
@@ -140,6 +151,8 @@ class Automatic:
         """The results of a call that is like the last one, or `NOT_DIRECT`."""
         kept = self.last
         if kept is None or kwargs or not kept.confirmed or kept.replays + 1 == kept.again:
+            return NOT_DIRECT
+        if kept.of != _state():
             return NOT_DIRECT
         direct = kept.direct
         if direct is None or form_of(args) != direct.form:
@@ -209,7 +222,7 @@ class OneCall:
             return None
         tensors = kept.guards.check(root.parts)
         if tensors is None:
-            self._known.kept.pop(key, None)
+            self._drop()
             self._changed(f"{kept.guards.broken} has changed")
             return None
         self._before = kept
@@ -234,7 +247,12 @@ class OneCall:
     def _refuse(self, why: str) -> None:
         refused = self._known.refused.setdefault(self._signature, Refused(why))
         refused.why = why
-        self._known.kept.pop(self._signature, None)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Drop the recording of this signature, also for direct replays."""
+        if (kept := self._known.kept.pop(self._signature, None)) is not None:
+            kept.direct = None
 
     def watch(self, batch: Batch) -> PythonWatch | None:
         """The watch for the recording that this call makes; None if it is not to be kept."""
@@ -265,13 +283,13 @@ class OneCall:
             return
         recording = prepared.recording
         if before is not None and before.guards.check(root.parts) is None:
-            self._known.kept.pop(self._signature, None)
+            self._drop()
             self._changed(f"the function changes what it reads: {before.guards.broken}")
             before = None
         if before is not None:
             found = difference(before.prepared.recording, recording, shared=False)
             if found is not None and not recording.asked:
-                self._known.kept.pop(self._signature, None)
+                self._drop()
                 if self._is_stale(before, root, recording, replay):
                     self._refuse(f"two recordings differ: {found}")
                     raise errors.StaleReplayError(
@@ -323,7 +341,8 @@ class OneCall:
         entries, key = self._known.kept, self._signature
 
         def gone(_: object) -> None:
-            entries.pop(key, None)
+            if (kept := entries.pop(key, None)) is not None:
+                kept.direct = None
 
         walk = Walk(watch, root, gone)
         recording = prepared.recording
@@ -347,16 +366,18 @@ class OneCall:
         if kept is None or arguments is None:
             return
         form = form_of(arguments)
-        if form is None or (kept.direct is not None and kept.direct.form == form):
+        same = kept.direct is not None and kept.direct.form == form and kept.of == _state()
+        if form is None or same:
             return
         if any(a is not b for a, b in zip(arguments, batch.leaves, strict=True)):
             return  # containers
+        kept.of = _state()
         kept.direct = direct_of(prepared, batch, self._of.options, job, form)
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""
         del batch
-        self._known.kept.pop(self._signature, None)
+        self._drop()
         self._before = None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import shardmap
 from shardmap import errors
 from shardmap.call.guards import Guards
+from shardmap.rules import registry
 
 SCALE = 2.0
 
@@ -280,3 +281,32 @@ def test_weights_may_be_swapped() -> None:
         x = torch.randn(3, 4)
         torch.testing.assert_close(mapped(x), model(x))
         torch.utils.swap_tensors(model.weight, nn.Parameter(torch.randn(4, 4)))
+
+
+def test_cleared_caches_and_new_rules_are_no_direct_replays() -> None:
+    function, calls = counted(lambda r: torch.special.expit(r))
+    mapped = shardmap.vmap(function)
+    x = torch.randn(4, 3)
+    for _ in range(5):
+        assert torch.equal(mapped(x), x.sigmoid())
+    before = len(calls)
+    shardmap.clear_caches()
+    assert torch.equal(mapped(x), x.sigmoid())
+    assert len(calls) > before
+    for _ in range(4):
+        mapped(x)
+    served: list[int] = []
+
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        (given,) = args
+        served.append(1)
+        return b.call(torch.sigmoid, given, shape=given.shape, dtype=given.dtype)
+
+    original = registry.lookup(torch.ops.aten.sigmoid.default)
+    assert original is not None
+    try:
+        shardmap.batching_rule(torch.ops.aten.sigmoid.default, replace=True)(rule)
+        assert torch.equal(mapped(x), x.sigmoid())
+        assert served, "the rule that is registered now"
+    finally:
+        shardmap.batching_rule(torch.ops.aten.sigmoid.default, replace=True)(original)
