@@ -20,7 +20,15 @@ import torch
 from shardmap import errors
 from shardmap.call.direct import Direct, direct_of, form_of
 from shardmap.call.guards import Guards
-from shardmap.call.keepable import asking, asks_shared, memories_of, shared_arguments, unfound
+from shardmap.call.keepable import (
+    asking,
+    asks_shared,
+    memories_of,
+    rows_of,
+    seen_apart,
+    shared_arguments,
+    unfound,
+)
 from shardmap.call.memo import Prepared, Remembered, signature
 from shardmap.call.options import Options
 from shardmap.call.reads import Walk
@@ -50,6 +58,10 @@ class Kept:
     guards: Guards
     shared: tuple[int, ...]
     """For each captured tensor the first one that has the same memory."""
+    rows: list[torch.Tensor]
+    """The first row of each mapped argument; empty once the recording is confirmed."""
+    apart: list[bool]
+    """For each mapped argument: True if the function has been compared on two different rows."""
     confirmed: bool = False
     """True once a second recording was the same, with all that was read unchanged."""
     replays: int = 0
@@ -307,8 +319,13 @@ class OneCall:
         if kept is None:
             self._refuse(why)
             return
-        kept.confirmed = before is not None
+        kept.rows, kept.apart = rows_of(batch, self._of.options.check)
+        if before is not None:
+            kept.apart = seen_apart(before.rows, before.apart, kept.rows, kept.apart)
+        # Values that a function reads unseen show only where two samples differ.
+        kept.confirmed = before is not None and all(kept.apart)
         if kept.confirmed:
+            kept.rows = []
             self._known.refused.pop(self._signature, None)
             self._known.changes.pop(self._signature, None)
         entries = self._known.kept
@@ -357,6 +374,8 @@ class OneCall:
             ),
             guards,
             memories_of(recording),
+            [],
+            [],
         )
 
     def replayed(self, prepared: Prepared, batch: Batch, job: Job) -> None:

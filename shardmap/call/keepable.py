@@ -9,7 +9,8 @@ from shardmap.call.reachable import VALUES
 from shardmap.call.reads import Walk
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
-from shardmap.trace.recording import Recording
+from shardmap.trace.compare import same_values
+from shardmap.trace.recording import Recording, element
 
 
 def unfound(walk: Walk, recording: Recording) -> str:
@@ -64,4 +65,41 @@ def shared_arguments(batch: Batch) -> list[object]:
         leaf
         for i, leaf in enumerate(batch.leaves)
         if i not in mapped and not isinstance(leaf, VALUES)
+    ]
+
+
+def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:
+    """The first row of each mapped argument, and True for each whose last row is another.
+
+    Args:
+        batch: The call's arguments.
+        check: The call's option: with "off" the last row has not been looked at.
+    """
+    rows, apart = [], []
+    for i, d in batch.mapped:
+        whole = element(batch.leaves[i]).detach()
+        if not whole.shape[d]:
+            return [], [False]
+        first, last = whole.select(d, 0).clone(), whole.select(d, -1)
+        rows.append(first)
+        apart.append(check != "off" and not same_values(first, last))
+    return rows, apart
+
+
+def seen_apart(
+    rows: list[torch.Tensor], apart: list[bool], now: list[torch.Tensor], now_apart: list[bool]
+) -> list[bool]:
+    """For each mapped argument: True if two recordings have seen different rows of it.
+
+    Args:
+        rows: The first rows of the earlier recording.
+        apart: For each argument: True if different rows have been seen before.
+        now: The first rows of this recording.
+        now_apart: As `apart`, for this one.
+    """
+    if len(rows) != len(now) or not rows:
+        return [False] * max(len(now_apart), 1)
+    return [
+        a or b or not same_values(r, n)
+        for r, a, n, b in zip(rows, apart, now, now_apart, strict=True)
     ]

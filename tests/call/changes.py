@@ -876,36 +876,36 @@ def lru_cache_cleared() -> Way:
 
 @way
 def a_dynamic_import() -> Way:
-    module = types.ModuleType("shardmap_test_plugin")
+    module = types.ModuleType("tests.shardmap_plugin")
     module.scale = 2.0
-    sys.modules["shardmap_test_plugin"] = module
+    sys.modules["tests.shardmap_plugin"] = module
 
     def f(x: Tensor) -> Tensor:
-        return x * importlib.import_module("shardmap_test_plugin").scale
+        return x * importlib.import_module("tests.shardmap_plugin").scale
 
     yield f
-    other = types.ModuleType("shardmap_test_plugin")
+    other = types.ModuleType("tests.shardmap_plugin")
     other.scale = 5.0
-    sys.modules["shardmap_test_plugin"] = other
+    sys.modules["tests.shardmap_plugin"] = other
     yield f
-    del sys.modules["shardmap_test_plugin"]
+    del sys.modules["tests.shardmap_plugin"]
 
 
 @way
 def an_import_inside() -> Way:
-    module = types.ModuleType("shardmap_test_plugin")
+    module = types.ModuleType("tests.shardmap_plugin")
     module.scale = 2.0
-    sys.modules["shardmap_test_plugin"] = module
+    sys.modules["tests.shardmap_plugin"] = module
 
     def f(x: Tensor) -> Tensor:
-        import shardmap_test_plugin
+        import tests.shardmap_plugin as plugin
 
-        return x * shardmap_test_plugin.scale
+        return x * plugin.scale
 
     yield f
     module.scale = 5.0
     yield f
-    del sys.modules["shardmap_test_plugin"]
+    del sys.modules["tests.shardmap_plugin"]
 
 
 @way

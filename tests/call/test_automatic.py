@@ -310,3 +310,15 @@ def test_cleared_caches_and_new_rules_are_no_direct_replays() -> None:
         assert served, "the rule that is registered now"
     finally:
         shardmap.batching_rule(torch.ops.aten.sigmoid.default, replace=True)(original)
+
+
+@pytest.mark.parametrize("check", ["first", "off"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_equal_samples_prove_nothing(size: int, check: str) -> None:
+    """A number that python reads unseen is the same for them, and another later."""
+    mapped = shardmap.vmap(lambda r: r * float(repr(r[0])[7:-1]), check=check)
+    alike = torch.ones(size, 3)
+    for _ in range(4):
+        assert torch.equal(mapped(alike), alike)
+    for k in (2.0, 3.0, 0.5):
+        assert torch.equal(mapped(alike * k), alike * k * k)

@@ -203,11 +203,8 @@ def test_numbers_are_those_of_the_call(graphs: Pretended) -> None:
 def test_settings_of_torch_decide_the_kernels(graphs: Pretended) -> None:
     mapped = shardmap.vmap(function, cuda_graphs=True, chunk_size=3)
     assert_close(mapped(batch(6)), loop(function, batch(6)))
-    torch.backends.cudnn.benchmark = True
-    try:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         assert_close(mapped(batch(6)), loop(function, batch(6)))
-    finally:
-        torch.backends.cudnn.benchmark = False
     assert len(graphs.captures) == 2
 
 
