@@ -306,3 +306,14 @@ def test_a_function_that_frees_the_graph_it_differentiates_can_be_called_again(s
         expected = [torch.stack(of) for of in zip(*(gradients(True, r) for r in rows), strict=True)]
         found = shardmap.vmap(functools.partial(gradients, False), chunk_size=size)(rows)
         torch.testing.assert_close(list(found), expected)
+
+
+def test_equal_samples_are_no_verdict_for_later_ones() -> None:
+    """A number that python reads unseen: the first batch's samples are all alike."""
+    mapped = shardmap.vmap(lambda r: r * float(repr(r[0])[7:-1]), trace="each")
+    alike = torch.ones(5, 3)
+    assert torch.equal(mapped(alike), alike)
+    rows = alike * torch.tensor([[2.0], [3.0], [0.5], [4.0], [1.0]])
+    with pytest.warns(shardmap.SlowLoopWarning):
+        found = mapped(rows)
+    assert torch.equal(found, rows * rows)
