@@ -3,7 +3,7 @@
 What the function reads is listed while it is recorded (`reads`), and compared at each call
 (`guards`). A recording is used only once it has been made twice, with all that was read unchanged
 before and after: a function that changes what it reads never comes to that. It is made again at the
-2nd, 4th, 8th, ... call after that, and compared; a difference there is an error, since replays in
+4th, 8th, 16th, ... call, and compared; a difference there is an error, since replays in
 between may have been wrong. A function that reads what cannot be compared is recorded each time.
 """
 
@@ -65,8 +65,9 @@ class Kept:
     confirmed: bool = False
     """True once a second recording was the same, with all that was read unchanged."""
     replays: int = 0
-    again: int = 1
-    """Number of the replay at whose place the function is recorded again."""
+    again: int = 2
+    """Number of the replay at whose place the function is recorded again: at the 4th, 8th, 16th, ...
+    call; at the 2nd it was."""
     of: tuple[int, int] = (0, 0)
     """The state of the caches and of the rules that it was made in."""
     direct: Direct | None = None
@@ -242,7 +243,7 @@ class OneCall:
             return None
         kept.replays += 1
         if kept.replays == kept.again:
-            kept.again *= 2
+            kept.again = 2 * kept.again + 2
             return None
         captured = captured_of(kept, tensors)
         recording = dataclasses.replace(kept.prepared.recording, captured=captured)
