@@ -66,8 +66,8 @@ class Kept:
     """True once a second recording was the same, with all that was read unchanged."""
     replays: int = 0
     again: int = 2
-    """Number of the replay at whose place the function is recorded again: at the 4th, 8th, 16th, ...
-    call; at the 2nd it was."""
+    """Number of the replay at whose place the function is recorded again: at the 4th, 8th, 16th,
+    ... call; at the 2nd it was."""
     of: tuple[int, int] = (0, 0)
     """The state of the caches and of the rules that it was made in."""
     direct: Direct | None = None
