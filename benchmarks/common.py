@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,3 +197,15 @@ def write_json(path: Path, data: object) -> None:
     """Write results for machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def write_report(
+    text: str, output: Path | None, description: Mapping[str, Any], results: object
+) -> int:
+    """Print a report, write it and its numbers beside `output`; 1 if a target is missed."""
+    sys.stdout.write(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_json(output.with_suffix(".json"), {"machine": description, "results": results})
+    return int("FAIL" in text)

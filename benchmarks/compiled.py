@@ -49,7 +49,7 @@ class Case:
 
     function: Callable[..., object]
     batch: tuple[object, ...]
-    in_dims: object = 0
+    in_dims: int | tuple[int | None, ...] = 0
 
 
 def gradients(model: nn.Module, inputs: Tensor) -> Case:
@@ -89,7 +89,7 @@ def first(call: Callable[..., object], batch: tuple[object, ...]) -> tuple[float
 def measure(name: str, case: Case, timer: Timer) -> dict[str, object]:
     """Compare the peers' results, then time them in turn."""
     torch._dynamo.reset()
-    mapped = torch.func.vmap(case.function, in_dims=case.in_dims)  # type: ignore[arg-type]
+    mapped = torch.func.vmap(case.function, in_dims=case.in_dims)
     peers: dict[str, Callable[..., object]] = {
         "eager": shardmap.vmap(case.function, case.in_dims, trace="once"),
         "compiled": shardmap.vmap(case.function, case.in_dims, trace="once", compile=True),

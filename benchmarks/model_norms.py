@@ -32,7 +32,7 @@ from benchmarks.common import (
     markdown,
     use_threads,
     verdict,
-    write_json,
+    write_report,
 )
 
 SAMPLES = 32
@@ -149,14 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
     header = ["", "ordinary backward", "norm", f"at most {MOST}", "clipped_sum", f"at most {MOST}"]
     text = f"{machine_line(description)}\n\n{markdown(header, rows)}\n"
-    sys.stdout.write(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-        write_json(
-            options.output.with_suffix(".json"), {"machine": description, "results": results}
-        )
-    return int("FAIL" in text)
+    return write_report(text, options.output, description, results)
 
 
 if __name__ == "__main__":

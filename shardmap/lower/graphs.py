@@ -8,6 +8,7 @@ are those of the eager program, bit for bit.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from shardmap.lower.codegen import _passed
 from shardmap.program.ir import Packed, Param, SampleDevice
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.lowering import BatchSize, Call, ChunkStart, Seed, V, values
+
+logger = logging.getLogger("shardmap")
 
 MOST_GRAPHS = 4
 """Most graphs of a program: with more, what is left between them is not worth compiling."""
@@ -318,7 +321,9 @@ def _trace(
             try:
                 chunk.run(call, env)
                 fits = all(_same(env[o], known[o]) for o in _makes(call))
-            except Exception:
+            except (RuntimeError, TypeError, ValueError) as error:
+                # Torch's way to say that it cannot follow the call without values: it runs beside.
+                logger.debug("%s stays outside of the compiled graph: %s", call.target, error)
                 fits = False
             new = list(nodes)[before:] if len(nodes) > before else []
             before = len(nodes)

@@ -55,10 +55,7 @@ def by_attrgetter() -> Way:
 def a_cached_method() -> Way:
     class Has:
         scale = 1.0
-
-        @functools.lru_cache  # noqa: B019
-        def twice(self) -> float:
-            return self.scale * 2
+        twice = functools.lru_cache(lambda self: self.scale * 2)
 
     has = Has()
 
@@ -180,8 +177,9 @@ def the_bases_of_a_class() -> Way:
 
 @way
 def a_class_registered_with_an_abc() -> Way:
-    class Kind(abc.ABC):  # noqa: B024
-        pass
+    class Kind(abc.ABC):
+        @abc.abstractmethod
+        def apply(self) -> None: ...
 
     class Other:
         pass

@@ -57,20 +57,21 @@ def test_the_function_runs_for_two_recordings_and_then_now_and_then() -> None:
 
 def test_a_function_made_anew_at_each_step_is_known_again() -> None:
     """As in a training loop: a closure over weights that each step makes."""
-    weight, runs = torch.ones(3, requires_grad=True), []
-    _, calls = counted(len)
+    calls: list[int] = []
     note = calls.append
 
-    for _ in range(12):
-
-        def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def step(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        def loss(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
             note(1)
-            return (x @ w - y).square()
+            return (a @ w - b).square()
 
+        return shardmap.vmap(lambda a, b: torch.func.grad(loss)(weight, a, b))(x, y)
+
+    weight, runs = torch.ones(3, requires_grad=True), []
+    for _ in range(12):
         x, y = torch.randn(7, 3), torch.randn(7)
         before = len(calls)
-        current = weight
-        found = shardmap.vmap(lambda a, b: torch.func.grad(loss)(current, a, b))(x, y)  # noqa: B023
+        found = step(weight, x, y)
         runs.append(len(calls) - before)
         expected = 2 * (x @ weight - y)[:, None] * x
         torch.testing.assert_close(found, expected.detach())

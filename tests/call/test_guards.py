@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 
 import pytest
@@ -10,8 +11,11 @@ from torch import nn
 
 import shardmap
 from shardmap.call import automatic
-from tests.call import changes_found as changes_found
 from tests.call.changes import WAYS
+
+for part in ("values", "objects", "surroundings", "modules", "settings"):
+    importlib.import_module(f"tests.call.changes_of_{part}")
+importlib.import_module("tests.call.changes_found")
 
 
 def loop(f, rows):

@@ -12,18 +12,10 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
+from tests.call.ways import WAYS
 from tests.same import assert_same
 
 Tensor = torch.Tensor
-
-WAYS: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "chunks_of_one": {"chunk_size": 1},
-    "chunks_of_three": {"chunk_size": 3},
-    "two_lanes": {"chunk_size": 2, "devices": ["cpu", "cpu"]},
-    "once": {"trace": "once"},
-    "always": {"check": "always"},
-}
 
 
 def loop(function: Callable[[Tensor], Any], batch: Any) -> Any:

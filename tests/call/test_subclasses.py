@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import shardmap
+from tests.call.ways import WAYS
 from tests.same import assert_same
 
 Tensor = torch.Tensor
@@ -79,14 +80,6 @@ FUNCTIONS: list[Callable[[Tensor], Any]] = [
     forgotten,
     a_parameter,
 ]
-WAYS: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "chunks_of_one": {"chunk_size": 1},
-    "chunks_of_three": {"chunk_size": 3},
-    "two_lanes": {"chunk_size": 2, "devices": ["cpu", "cpu"]},
-    "once": {"trace": "once"},
-    "always": {"check": "always"},
-}
 
 
 def loop(function: Callable[[Tensor], Any], batch: Tensor) -> Any:

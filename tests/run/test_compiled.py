@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import shardmap
 from shardmap import errors
 from shardmap.lower import cache, compiled, graphs
 from shardmap.run import compiled as running
+from tests.run.rows import assert_close, batch, loop
 
 W = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
 
@@ -27,25 +28,6 @@ def function(row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 pytestmark = pytest.mark.rotating  # each compilation takes ten seconds
-
-
-def batch(size: int) -> Tensor:
-    """Different samples."""
-    return torch.randn(size, 5, generator=torch.Generator().manual_seed(size + 1))
-
-
-def loop(f: Callable[..., Any], *columns: Tensor) -> list[Tensor]:
-    """The plain loop's results, stacked."""
-    rows = [f(*row) for row in zip(*columns, strict=True)]
-    rows = [r if isinstance(r, tuple) else (r,) for r in rows]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-def assert_close(found: Any, expected: list[Tensor]) -> None:
-    """Every sample of every output has the loop's values, dtype and shape."""
-    found = found if isinstance(found, tuple | list) else (found,)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(autouse=True, scope="module")

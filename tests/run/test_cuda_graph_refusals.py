@@ -14,7 +14,8 @@ from shardmap import errors
 from shardmap.program.ir import Equation, Spec, Var
 from shardmap.run import lanes
 from shardmap.run.capturable import crosses_devices
-from tests.run.pretended_graphs import Pretended, W, assert_close, batch, function, loop
+from tests.run.pretended_graphs import Pretended, W, function
+from tests.run.rows import assert_close, batch, loop
 
 
 def dropped(row: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import shardmap
 from shardmap import errors
 from shardmap.run import graphed, lanes
 from shardmap.run.capturable import Static
-from tests.run.pretended_graphs import Pretended, W, assert_close, batch, function, loop
+from tests.run.pretended_graphs import Pretended, W, function
+from tests.run.rows import assert_close, batch, loop
 
 # -- values
 
@@ -215,8 +216,9 @@ def test_other_devices_have_no_graphs() -> None:
     for call in (shardmap.vmap, shardmap.plan, shardmap.compare):
         with pytest.raises(errors.OptionError, match=r"only CUDA devices have graphs.*'cuda:\*'"):
             call(torch.sin, cuda_graphs=True)(batch(3))
+    wrong: dict[str, Any] = {"cuda_graphs": "yes"}
     with pytest.raises(errors.OptionError, match="cuda_graphs='yes'"):
-        shardmap.vmap(torch.sin, cuda_graphs="yes")  # type: ignore[arg-type]
+        shardmap.vmap(torch.sin, **wrong)
     torch.testing.assert_close(
         shardmap.vmap(torch.sin, cuda_graphs=False)(batch(3)), batch(3).sin()
     )
