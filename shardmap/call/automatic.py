@@ -21,13 +21,12 @@ from shardmap import errors
 from shardmap.call.direct import Direct, direct_of, form_of
 from shardmap.call.guards import Guards
 from shardmap.call.keepable import (
-    asking,
     asks_shared,
     memories_of,
     rows_of,
     seen_apart,
     shared_arguments,
-    unfound,
+    why_not,
 )
 from shardmap.call.memo import Prepared, Remembered, signature
 from shardmap.call.options import Options
@@ -222,8 +221,6 @@ class OneCall:
         self._before: Kept | None = None
         """The recording that this call's is to be compared with."""
         self._watch: PythonWatch | None = None
-        self.why = ""
-        """The reason why the function is recorded at each call; empty if it is not."""
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
@@ -272,7 +269,6 @@ class OneCall:
         del batch
         refused = self._known.refused.get(self._signature)
         if refused is not None:
-            self.why = refused.why
             refused.calls += 1
             if refused.calls < refused.again:
                 return None
@@ -364,7 +360,7 @@ class OneCall:
 
         walk = Walk(watch, root, gone)
         recording = prepared.recording
-        why = walk.blame or unfound(walk, recording) or asking(recording)
+        why = why_not(walk, recording)
         if why:
             return why, None
         guards = Guards(walk.found, recording.captured)
@@ -413,7 +409,7 @@ def explained(
         recording: The recording.
     """
     walk = Walk(watch, Root(func, shared_arguments(batch)), lambda _: None)
-    why = walk.blame or unfound(walk, recording) or asking(recording)
+    why = why_not(walk, recording)
     if why:
         return f"The function is recorded at each call, because {why}."
     number = len(Guards(walk.found, recording.captured))

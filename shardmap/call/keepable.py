@@ -13,7 +13,12 @@ from shardmap.trace.compare import same_values
 from shardmap.trace.recording import Recording, element
 
 
-def unfound(walk: Walk, recording: Recording) -> str:
+def why_not(walk: Walk, recording: Recording) -> str:
+    """The reason why a recording is not kept for later calls; empty if it can be."""
+    return walk.blame or _unfound(walk, recording) or _asking(recording)
+
+
+def _unfound(walk: Walk, recording: Recording) -> str:
     """A captured tensor or generator that the function reads and that has no name, or empty."""
     places = walk.found.places
     parts = {address for t in walk.found.tensors.values() for address in memory_of(t)}
@@ -43,8 +48,8 @@ def memories_of(recording: Recording) -> tuple[int, ...]:
     )
 
 
-def asking(recording: Recording) -> str:
-    """A sentence's end for a function that asks about what differs by sample, or empty.
+def _asking(recording: Recording) -> str:
+    """The reason not to keep a function that asks about what differs by sample, or empty.
 
     What its other paths read has not been seen.
     """

@@ -203,11 +203,7 @@ class PythonWatch:
         """Refuse what answers differently each time; keep the answers of questions for settings."""
         if name in _STATES_OF_TORCH:
             self.accuse(f"it calls torch's {name}")
-        elif (
-            asked
-            and name.startswith(("is_", "_is_", "get_", "_get_"))
-            and name not in _ABOUT_THE_CALL
-        ):
+        elif asked and name.startswith(_QUESTIONS) and name not in _ABOUT_THE_CALL:
             try:
                 value = called()
             except (TypeError, RuntimeError, AssertionError):
