@@ -40,8 +40,6 @@ from shardmap.trace.control_flow import AsPython
 from shardmap.trace.key_order import positions
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
-CHUNK_BYTES = 32 << 20
-"""Bytes of one chunk's results, unless the user gives the number of samples."""
 _BLOCK = 64
 """Number of samples whose results are copied together; random states are compared between such
 blocks."""
