@@ -38,8 +38,8 @@ KNOWN_BASES = (
     types.SimpleNamespace,
 )  # fmt: skip
 INERT = (
-    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-    types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType,
+    types.MethodDescriptorType, types.WrapperDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType,
     types.ClassMethodDescriptorType, types.CodeType, np.ufunc, np.dtype, np.generic, OpOverload,
     types.GenericAlias, types.UnionType, contextvars.ContextVar,
     type(threading.Lock()), type(threading.RLock()), torch.layout, torch.memory_format, torch.finfo,
@@ -111,6 +111,34 @@ def code_of(value: Any) -> list[types.CodeType] | None:
         found = [f.__code__ for f in (value.fget, value.fset) if isinstance(f, types.FunctionType)]
         return found
     return [value.__code__] if isinstance(value, types.FunctionType) else None
+
+
+def made_of(value: object) -> tuple[object, ...]:
+    """What a callable other than a function of python calls and hands on.
+
+    A method written in C is bound to an object that it may change (`calls.append`).
+    """
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, property):
+        return value.fget, value.fset, value.fdel
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, classmethod | staticmethod):
+        return (value.__func__,)
+    owner: object = getattr(value, "__self__", None)
+    if isinstance(owner, types.ModuleType | type) or type(owner).__name__.startswith(_OF_PYBIND):
+        return ()
+    return (owner,)
+
+
+CALLABLES = (
+    types.MethodType, functools.partial, classmethod, staticmethod, property,
+    types.BuiltinFunctionType, types.MethodWrapperType,
+)  # fmt: skip
+"""Types whose objects call what they are made of (`made_of`)."""
+_OF_PYBIND = ("PyCapsule", "pybind11_detail_function_record")
+"""Beginnings of names of types whose objects stand for a C++ function itself."""
 
 
 def builtins_of(of: dict[str, Any]) -> object:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import collections
-import functools
 import sys
 import types
 import weakref
@@ -22,6 +21,7 @@ from shardmap._torch import backward_hooks
 from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
 from shardmap.call.kinds import (
     ASIDE,
+    CALLABLES,
     CONTAINERS,
     EXACT,
     HEAP,
@@ -35,6 +35,7 @@ from shardmap.call.kinds import (
     is_c,
     is_of_library,
     is_users,
+    made_of,
 )
 from shardmap.call.lookups import (
     Getter,
@@ -259,16 +260,8 @@ class Walk:
             self._class(value)
         elif issubclass(kind, CONTAINERS):
             self._container(value)
-        elif issubclass(kind, types.MethodType):
-            self._walk(value.__func__)
-            self._walk(value.__self__)
-        elif issubclass(kind, functools.partial):
-            for each in (value.func, value.args, value.keywords):
-                self._walk(each)
-        elif issubclass(kind, classmethod | staticmethod):
-            self._walk(value.__func__)
-        elif issubclass(kind, property):
-            for each in (value.fget, value.fset, value.fdel):
+        elif issubclass(kind, CALLABLES):
+            for each in made_of(value):
                 self._walk(each)
         elif issubclass(kind, weakref.ref):
             target = value()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -233,6 +235,45 @@ def closure_list_in_place() -> Way:
 
     yield f
     shifts.append(3.0)
+    yield f
+
+
+@way
+def bound_method_of_a_dict() -> Way:
+    table = {"shift": 1.0}
+    get = table.get
+
+    def f(x: Tensor) -> Tensor:
+        return x + get("shift")
+
+    yield f
+    table["shift"] = 2.0
+    yield f
+
+
+@way
+def bound_operator_of_a_list() -> Way:
+    shifts = [1.0, 2.0]
+    item = shifts.__getitem__
+
+    def f(x: Tensor) -> Tensor:
+        return x + item(0)
+
+    yield f
+    shifts[0] = 4.0
+    yield f
+
+
+@way
+def bound_method_in_a_partial() -> Way:
+    table = {"shift": 1.0}
+    get = functools.partial(table.get, "shift")
+
+    def f(x: Tensor) -> Tensor:
+        return x + get()
+
+    yield f
+    table["shift"] = 2.0
     yield f
 
 

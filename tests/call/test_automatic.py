@@ -16,20 +16,9 @@ import shardmap
 from shardmap import errors
 from shardmap.call.guards import Guards
 from shardmap.rules import registry
+from tests.call.runs import counting
 
 SCALE = 2.0
-
-
-def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """`function`, and a list that grows with each call of it, which it does not read."""
-    calls: list[int] = []
-    note = calls.append
-
-    def counting(*args: Any) -> Any:
-        note(1)
-        return function(*args)
-
-    return counting, calls
 
 
 def loop(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
@@ -43,36 +32,38 @@ def often(mapped: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 def test_the_function_runs_for_two_recordings_and_then_now_and_then() -> None:
-    function, calls = counted(lambda r: r.sin() + 1)
+    def function(r: Tensor) -> Tensor:
+        return r.sin() + 1
+
     mapped = shardmap.vmap(function)
     runs = []
     for k in range(12):
         x = torch.randn(5, 3) + k
-        before = len(calls)
-        assert torch.equal(mapped(x), x.sin() + 1)
-        runs.append(len(calls) - before)
+        with counting(function) as calls:
+            found = mapped(x)
+        assert torch.equal(found, x.sin() + 1)
+        runs.append(calls())
     # The first and the last sample; again; then each time that the number of calls has doubled.
     assert runs == [2, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_a_function_made_anew_at_each_step_is_known_again() -> None:
     """As in a training loop: a closure over weights that each step makes."""
-    calls: list[int] = []
-    note = calls.append
+    runs = []
 
     def step(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
         def loss(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            note(1)
             return (a @ w - b).square()
 
-        return shardmap.vmap(lambda a, b: torch.func.grad(loss)(weight, a, b))(x, y)
+        with counting(loss) as calls:
+            found = shardmap.vmap(lambda a, b: torch.func.grad(loss)(weight, a, b))(x, y)
+        runs.append(calls())
+        return found
 
-    weight, runs = torch.ones(3, requires_grad=True), []
+    weight = torch.ones(3, requires_grad=True)
     for _ in range(12):
         x, y = torch.randn(7, 3), torch.randn(7)
-        before = len(calls)
         found = step(weight, x, y)
-        runs.append(len(calls) - before)
         expected = 2 * (x @ weight - y)[:, None] * x
         torch.testing.assert_close(found, expected.detach())
         weight = (weight - 0.1 * found.mean(0)).detach().requires_grad_()
@@ -82,15 +73,19 @@ def test_a_function_made_anew_at_each_step_is_known_again() -> None:
 
 def test_weights_that_are_rebound_need_no_recording() -> None:
     model = nn.Linear(3, 2)
-    function, calls = counted(lambda r: model(r).sum())
-    mapped = shardmap.vmap(function)
-    for k in range(14):
+
+    def function(r: Tensor) -> Tensor:
+        return model(r).sum()
+
+    mapped, runs = shardmap.vmap(function), []
+    for _ in range(14):
         x = torch.randn(4, 3)
-        torch.testing.assert_close(mapped(x), model(x).sum(1))
+        with counting(function) as calls:
+            found = mapped(x)
+        torch.testing.assert_close(found, model(x).sum(1))
         model.weight = nn.Parameter(torch.randn(2, 3))
-        if k == 8:
-            before = len(calls)
-    assert len(calls) == before, "five further sets of weights"
+        runs.append(calls())
+    assert sum(runs[9:]) == 0, "five further sets of weights"
 
 
 def test_a_parameter_shared_by_another_name_later_is_seen() -> None:
@@ -285,15 +280,17 @@ def test_weights_may_be_swapped() -> None:
 
 
 def test_cleared_caches_and_new_rules_are_no_direct_replays() -> None:
-    function, calls = counted(lambda r: torch.special.expit(r))
+    def function(r: Tensor) -> Tensor:
+        return torch.special.expit(r)
+
     mapped = shardmap.vmap(function)
     x = torch.randn(4, 3)
     for _ in range(5):
         assert torch.equal(mapped(x), x.sigmoid())
-    before = len(calls)
     shardmap.clear_caches()
-    assert torch.equal(mapped(x), x.sigmoid())
-    assert len(calls) > before
+    with counting(function) as calls:
+        assert torch.equal(mapped(x), x.sigmoid())
+    assert calls() > 0
     for _ in range(4):
         mapped(x)
     served: list[int] = []

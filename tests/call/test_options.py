@@ -13,7 +13,7 @@ import torch
 import shardmap
 from shardmap import errors
 
-BATCH = torch.ones(3, 2)
+BATCH = torch.arange(6.0).reshape(3, 2)
 
 
 def sample(x: torch.Tensor) -> torch.Tensor:
