@@ -17,7 +17,7 @@ import torch
 
 from shardmap._torch import OpOverload
 from shardmap.call.reachable import VALUES
-from shardmap.trace.watch import BUILTINS, is_package, is_trusted
+from shardmap.trace.watch import BUILTINS, is_trusted
 
 HEAP = 1 << 9
 """Flag of classes that are written in python (or made while it runs)."""
@@ -57,11 +57,6 @@ OF_CLASSES = frozenset(
     "__slots__ __firstlineno__ __static_attributes__".split()
 )
 """Attributes that a class gets when it is made."""
-
-
-def is_of_library(code: types.CodeType) -> bool:
-    """True if code belongs to python, or to an installed package."""
-    return is_package(code.co_filename) or is_trusted(code.co_filename)
 
 
 def is_users(value: Any, kind: type) -> bool:

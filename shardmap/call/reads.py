@@ -33,7 +33,6 @@ from shardmap.call.kinds import (
     code_of,
     file_of,
     is_c,
-    is_of_library,
     is_users,
     made_of,
     mangled,
@@ -56,7 +55,7 @@ from shardmap.call.lookups import (
 from shardmap.call.reachable import VALUES, slots_of
 from shardmap.call.root import Root
 from shardmap.trace.names import named_in, reflection
-from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_package, is_trusted
+from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
 
 _MOST = 50_000
 """Largest number of facts that are compared at each call."""
@@ -82,8 +81,7 @@ class Walk:
         self._gone = gone
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
-        self._dynamic = looks.of_objects
-        self._dynamic_modules = looks.of_modules
+        self._dynamic = looks.dynamic
         self._bound: set[types.CodeType] = set()
         self._trusted = False
         names = [named_in(code) for code in watch.codes]
@@ -91,9 +89,9 @@ class Walk:
             *[n.attributes for n in names],
             *[frozenset(filter(str.isidentifier, n.texts)) for n in names],
         )
-        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_of_library(c)]
+        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_trusted(c.co_filename)]
         self._of_modules = frozenset().union(*[n.attributes | n.texts for n in own])
-        """Names that the user's own code spells out: of modules, others are read by chains."""
+        """Names of modules' attributes; those that torch and python read are found by chains."""
         for func in root.functions:
             self._bound.add(func.__code__)
             self._seen[id(func)] = func
@@ -335,7 +333,7 @@ class Walk:
         read = self._of_modules & names.keys()
         if "__getattr__" in names:
             entries.absent |= self._of_modules - read
-        if self._dynamic_modules and not is_trusted(file) and not is_package(file):
+        if self._dynamic and not is_trusted(file):
             read |= {name for name in names if not name.startswith("__")}
         library = not file or is_trusted(file)
         if module is sys and "modules" in read:

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shardmap.trace.watch import is_package, is_trusted
+from shardmap.trace.watch import is_trusted
 
 
 @functools.lru_cache(maxsize=16384)
@@ -78,29 +78,25 @@ class Reflection:
 
     blame: str = ""
     """What it reads that cannot be listed at all; empty if there is nothing."""
-    of_objects: bool = False
+    dynamic: bool = False
     """True if it reads attributes by names that are made while it runs."""
-    of_modules: bool = False
-    """True if the user's own code does, which may read those of modules too."""
 
 
 def reflection(codes: Iterable[types.CodeType]) -> Reflection:
     """Find out from the code that ran how it looks at objects."""
-    blame, of_objects, of_modules = "", False, False
+    blame, dynamic = "", False
     for code in codes:
         file = code.co_filename
         if is_trusted(file):
-            of_objects |= code.co_name in _OF_LIBRARIES.get(os.path.basename(file), ())
+            dynamic |= code.co_name in _OF_LIBRARIES.get(os.path.basename(file), ())
             continue
         names = named_in(code)
         hidden = names.attributes & _HIDDEN
         if hidden:
             where = f"{os.path.basename(file)}:{code.co_firstlineno}"
             blame = blame or f"it reads {min(hidden)} in {code.co_name} ({where})"
-        if _looks(names):
-            of_objects = True
-            of_modules |= not is_package(file)
-    return Reflection(blame, of_objects, of_modules)
+        dynamic |= _looks(names)
+    return Reflection(blame, dynamic)
 
 
 def _looks(names: Names) -> bool:

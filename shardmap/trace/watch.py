@@ -54,12 +54,6 @@ def _hands_on(filename: str) -> bool:
 
 
 @functools.lru_cache(maxsize=65536)
-def is_package(filename: str) -> bool:
-    """True if a file of code belongs to an installed package."""
-    return filename.startswith(_PACKAGES)
-
-
-@functools.lru_cache(maxsize=65536)
 def is_trusted(filename: str) -> bool:
     """True if a file of code belongs to python's own library, to torch or to numpy."""
     if filename.startswith(("<frozen", *_TRUSTED)):
