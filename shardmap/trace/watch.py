@@ -133,6 +133,7 @@ class PythonWatch:
                 if text and _is_of_ours(frame):
                     return
                 self.codes[code] = {} if text else frame.f_globals
+                self._judge_values(code, frame)
                 if code.co_name == "import_module" and code.co_filename == importlib.__file__:
                     self.accuse("it calls importlib.import_module")
         elif event == "return":
@@ -198,6 +199,16 @@ class PythonWatch:
         module = getattr(called, "__module__", None) or type(owner).__name__
         where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
         self.accuse(f"it calls {module}.{name} in {code.co_name} ({where})")
+
+    def _judge_values(self, code: types.CodeType, frame: types.FrameType) -> None:
+        """Note built-in functions that code hands to others, which call them unseen."""
+        for name in named_in(code).values:
+            found = frame.f_globals.get(name, BUILTINS.get(name))
+            if found is not BUILTINS.get(name) or type(found) is not types.BuiltinFunctionType:
+                continue
+            if (name == "hash" or name not in _BUILTINS) and not is_trusted(code.co_filename):
+                where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+                self.accuse(f"it hands {name} to another function in {code.co_name} ({where})")
 
     def _judge_torch(self, called: Callable[[], object], name: str, asked: bool) -> None:
         """Refuse what answers differently each time; keep the answers of questions for settings."""
@@ -303,6 +314,7 @@ _ABOUT_THE_CALL = frozenset(
 def named_in(code: types.CodeType) -> Names:
     """The names that a code object spells out."""
     globals_, attributes, modules, texts = set(), set(), set(), set()
+    values: set[str] = set()
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
     for step in dis.get_instructions(code):
@@ -310,6 +322,8 @@ def named_in(code: types.CodeType) -> Names:
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
             globals_.add(name)
             chain = (name,)
+            if step.opname == "LOAD_GLOBAL" and "NULL" not in step.argrepr:  # not to be called
+                values.add(name)
         elif step.opname == "IMPORT_NAME":
             modules.add(name)
             chain = (name,)
@@ -329,6 +343,7 @@ def named_in(code: types.CodeType) -> Names:
         frozenset(modules),
         frozenset(texts),
         frozenset(chains),
+        frozenset(values),
     )
 
 
@@ -341,9 +356,10 @@ class Names:
     """The names that a code object spells out: globals, attributes, imported modules, texts.
 
     A chain is the name of a global or module followed by those of attributes: `torch.nn.Linear`.
+    Values are globals that are handed on or kept, where others are called at once.
     """
 
-    __slots__ = ("attributes", "chains", "globals", "modules", "texts")
+    __slots__ = ("attributes", "chains", "globals", "modules", "texts", "values")
 
     def __init__(
         self,
@@ -352,12 +368,14 @@ class Names:
         modules: frozenset[str],
         texts: frozenset[str],
         chains: frozenset[tuple[str, ...]],
+        values: frozenset[str],
     ):
         self.globals = globals_
         self.attributes = attributes
         self.modules = modules
         self.texts = texts
         self.chains = chains
+        self.values = values
 
 
 BUILTINS: dict[str, object] = builtins.__dict__
