@@ -5,6 +5,7 @@ every row while it grows, so that what is left is known to run. Everything follo
 
     python -m tests.fuzz --seeds 0:5000 --workers 2
     python -m tests.fuzz --seeds 17:18 --show
+    python -m tests.fuzz --seeds 0:1000 --calls
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from tests import (
     fuzz_combine,  # noqa: F401  (registers steps)
     fuzz_steps,  # noqa: F401  (registers steps)
@@ -25,21 +28,82 @@ from tests import (
     isolate,
     oracle,
 )
-from tests.fuzz_programs import Program, Refusals, generate
+from tests.fuzz_programs import REBOUND, Program, Refusals, compiled, generate
+
+Judge = Callable[[Program, oracle.Subject, Refusals], oracle.Verdict]
 
 
 def judge(
     program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS
 ) -> oracle.Verdict:
     """Compares the subject with the loop on one program."""
+    return oracle.compare(
+        program.setting,
+        subject,
+        _checks(program, refusals),
+        lambda: program.setting(perturbed=True),
+    )
+
+
+def _checks(program: Program, refusals: Refusals) -> oracle.Checks:
     aliasing = program.outer != "vmap"  # torch's own map repeats unmapped values as a view
-    checks = oracle.Checks(
+    return oracle.Checks(
         second_order=program.second_order,
         aliasing=aliasing,
         precision=program.precision,
         refusals=refusals,
     )
-    return oracle.compare(program.setting, subject, checks, lambda: program.setting(perturbed=True))
+
+
+def judge_calls(
+    program: Program, subject: oracle.Subject, refusals: Refusals = oracle.REFUSALS
+) -> oracle.Verdict:
+    """Compares the subject with the loop in three calls of one map, each with other data.
+
+    The second call sees the captured tensors of the first, the third finds others in their place.
+    """
+    function = compiled(program.source(), [], subject)
+    mapped = program.map_of(function, subject)
+    _, kept = program.tensors()
+    found = oracle.Verdict("right")
+    for call in range(REBOUND + 1):
+        if call == REBOUND:
+            _, kept = program.tensors(data=call)
+        function.__globals__.update({f"c{i}": t for i, t in enumerate(kept)})
+        found = _judge_call(program, subject, mapped, kept, call, refusals)
+        if found.kind != "right":
+            return dataclasses.replace(found, detail=f"call {call}: {found.detail}")
+    return found
+
+
+def _judge_call(
+    program: Program,
+    subject: oracle.Subject,
+    mapped: Callable[..., Any],
+    captured: list[torch.Tensor],
+    call: int,
+    refusals: Refusals,
+) -> oracle.Verdict:
+    """One call of a map that is kept, against the loop over a fresh function."""
+
+    def build() -> oracle.Setting:
+        setting = program.setting(data=call)
+
+        def run(vmap: oracle.Subject) -> Any:
+            if vmap is not subject:
+                return fresh(vmap)
+            setting.captured[:] = captured
+            return program.called(mapped, setting.inputs)
+
+        fresh, setting.run = setting.run, run
+        return setting
+
+    return oracle.compare(
+        build,
+        subject,
+        _checks(program, refusals),
+        lambda: program.setting(perturbed=True, data=call),
+    )
 
 
 def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400) -> Program:
@@ -118,27 +182,30 @@ def report(
     subject: oracle.Subject,
     small: bool = True,
     refusals: Refusals = oracle.REFUSALS,
+    judged: Judge = judge,
 ) -> str:
     """The shrunk program and what it does."""
     if small and verdict.kind != "right":
         kind = category(verdict)
-        program = shrink(program, lambda p: category(judge(p, subject, refusals)) == kind)
-        verdict = judge(program, subject, refusals)
+        program = shrink(program, lambda p: category(judged(p, subject, refusals)) == kind)
+        verdict = judged(program, subject, refusals)
     return f"{program.text()}\n# {verdict.kind}: {verdict.detail}"
 
 
-def run_seed(seed: str, subject_name: str, shrinking: bool) -> dict[str, Any]:
+def run_seed(
+    seed: str, subject_name: str, shrinking: bool, judged: Judge = judge
+) -> dict[str, Any]:
     """One seed's verdict as plain data; called in a worker process."""
     subject = oracle.subject_named(subject_name)
     refusals = (Exception,) if subject_name == "torch" else oracle.REFUSALS
     program = generate(int(seed))
-    verdict = judge(program, subject, refusals)
+    verdict = judged(program, subject, refusals)
     bad = verdict.kind == "wrong"
     return {
         "seed": int(seed), "kind": verdict.kind,
         "detail": verdict.detail.splitlines()[0] if verdict.detail else "",
         "lines": len(program.steps), "gradient": verdict.gradient,
-        "report": report(program, verdict, subject, shrinking, refusals) if bad else "",
+        "report": report(program, verdict, subject, shrinking, refusals, judged) if bad else "",
     }  # fmt: skip
 
 
@@ -167,23 +234,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--subject", default="shardmap", choices=("shardmap", "torch", "loop"))
     parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument(
+        "--calls", action="store_true", help="call each map three times, with other data"
+    )
     parser.add_argument("--show", action="store_true", help="print each program and its verdict")
     parser.add_argument("--max-reports", type=int, default=20)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    judged = judge_calls if args.calls else judge
     if args.serve:
-        isolate.serve(lambda seed: run_seed(seed, args.subject, not args.no_shrink))
+        isolate.serve(lambda seed: run_seed(seed, args.subject, not args.no_shrink, judged))
         return 0
     first, last = map(int, args.seeds.split(":"))
     if args.show:
         for seed in range(first, last):
             program = generate(seed)
             subject = oracle.subject_named(args.subject)
-            print(report(program, judge(program, subject), subject, not args.no_shrink), "\n")
+            verdict = judged(program, subject)
+            small = not args.no_shrink
+            print(report(program, verdict, subject, small, judged=judged), "\n")
         return 0
     command = [sys.executable, "-m", "tests.fuzz", "--serve", "--subject", args.subject] + [
         "--no-shrink"
     ] * args.no_shrink
+    command += ["--calls"] * args.calls
     results, shown = [], 0
     for seed, answer in isolate.run(
         command, [str(s) for s in range(first, last)], args.workers, timeout_s=120

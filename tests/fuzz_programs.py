@@ -32,6 +32,10 @@ LARGEST_MAGNITUDE = 40.0
 LARGEST_TENSOR = 400
 
 
+REBOUND = 2
+"""Number of the call of one map that finds other captured tensors than the calls before."""
+
+
 NOT_RUNNABLE = (
     RuntimeError,
     IndexError,
@@ -164,37 +168,50 @@ class Program:
             ]
         )
 
-    def setting(self, perturbed: bool = False) -> oracle.Setting:
-        """A fresh copy of the inputs and the function over them."""
+    def tensors(
+        self, perturbed: bool = False, data: int = 0
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Inputs and captured tensors: the same each time for the same `data`.
+
+        Inputs are others for each number, captured tensors from `REBOUND` on.
+        """
+        first, step = 1000 * self.seed, 7_000_000_000
         inputs = [
-            spec.make(self.size, 1000 * self.seed + i, perturbed)
+            spec.make(self.size, first + i + step * data, perturbed)
             for i, spec in enumerate(self.inputs)
         ]
-        captured = [
-            spec.make(0, 1000 * self.seed + 500 + i, perturbed)
-            for i, spec in enumerate(self.captured)
-        ]
+        first += 500 + step * (data >= REBOUND)
+        captured = [spec.make(0, first + i, perturbed) for i, spec in enumerate(self.captured)]
+        return inputs, captured
+
+    def setting(self, perturbed: bool = False, data: int = 0) -> oracle.Setting:
+        """A fresh copy of the inputs and the function over them."""
+        inputs, captured = self.tensors(perturbed, data)
 
         def run(vmap: oracle.Subject) -> Any:
-            function = compiled(self.source(), captured, vmap)
-            with CONTEXTS[self.context]():
-                return vmap(
-                    function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options()
-                )(*inputs)
+            return self.called(self.mapped(vmap, captured), inputs)
 
-        around = (
-            run if self.outer == "none" else lambda vmap: self.transformed(vmap, inputs, captured)
-        )
-        return oracle.Setting(around, inputs, captured)
+        return oracle.Setting(run, inputs, captured)
 
-    def transformed(
-        self, vmap: oracle.Subject, inputs: list[torch.Tensor], captured: list[torch.Tensor]
-    ) -> Any:
-        """The map under an outer transform, by its floating-point inputs and outputs."""
+    def mapped(self, vmap: oracle.Subject, captured: list[torch.Tensor]) -> Callable[..., Any]:
+        """The map of the function."""
         function = compiled(self.source(), captured, vmap)
-        mapped = vmap(
-            function, tuple(s.in_dim for s in self.inputs), self.out_dims, **self.options()
-        )
+        return self.map_of(function, vmap)
+
+    def map_of(self, function: Callable[..., Any], vmap: oracle.Subject) -> Callable[..., Any]:
+        """The map of a function that was compiled before."""
+        in_dims = tuple(s.in_dim for s in self.inputs)
+        return vmap(function, in_dims, self.out_dims, **self.options())
+
+    def called(self, mapped: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:
+        """What the map returns, in the program's context or under its transform."""
+        if self.outer != "none":
+            return self.transformed(mapped, inputs)
+        with CONTEXTS[self.context]():
+            return mapped(*inputs)
+
+    def transformed(self, mapped: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:
+        """The map under an outer transform, by its floating-point inputs and outputs."""
         at = [i for i, t in enumerate(inputs) if t.is_floating_point()]
 
         def by_floats(*floats: torch.Tensor) -> tuple[torch.Tensor, ...]:

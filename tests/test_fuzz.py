@@ -15,19 +15,21 @@ SERVED = 0.98
 
 
 def verdicts(
-    first: int, last: int, subject: oracle.Subject
+    first: int, last: int, subject: oracle.Subject, judged: fuzz.Judge = fuzz.judge
 ) -> list[tuple[fuzz.Program, oracle.Verdict]]:
     """Each seed's program and what the comparison found."""
     programs = [fuzz.generate(seed) for seed in range(first, last)]
-    return [(program, fuzz.judge(program, subject)) for program in programs]
+    return [(program, judged(program, subject, oracle.REFUSALS)) for program in programs]
 
 
 def assert_served(
-    found: list[tuple[fuzz.Program, oracle.Verdict]], subject: oracle.Subject
+    found: list[tuple[fuzz.Program, oracle.Verdict]],
+    subject: oracle.Subject,
+    judged: fuzz.Judge = fuzz.judge,
 ) -> None:
     """Not one wrong, and few refused."""
     wrong = [
-        fuzz.report(program, verdict, subject)
+        fuzz.report(program, verdict, subject, judged=judged)
         for program, verdict in found
         if verdict.kind == "wrong"
     ]
@@ -41,6 +43,56 @@ def test_fixed_seeds() -> None:
     """The same programs each time, so that a failure can be repeated."""
     subject = oracle.shardmap_subject()
     assert_served(verdicts(0, SEEDS, subject), subject)
+
+
+def test_each_map_is_called_three_times() -> None:
+    """Other data at each call, and other captured tensors at the last."""
+    subject = oracle.shardmap_subject()
+    found = verdicts(1000, 1000 + SEEDS // 2, subject, fuzz.judge_calls)
+    assert_served(found, subject, fuzz.judge_calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 1000, 250))
+def test_a_thousand_maps_are_called_three_times(first: int) -> None:
+    """`python -m tests.fuzz --seeds 0:1000 --calls` is the same."""
+    subject = oracle.shardmap_subject()
+    found = verdicts(first, first + 250, subject, fuzz.judge_calls)
+    assert_served(found, subject, fuzz.judge_calls)
+
+
+def stale(forgotten: str) -> oracle.Subject:
+    """A map that does at later calls what it has done at the first."""
+
+    def vmap(func, in_dims=0, out_dims=0, randomness="error", **options):
+        del options
+        kept = {}
+
+        def mapped(*args):
+            names = [name for name in func.__globals__ if name[0] == "c" and name[1:].isdigit()]
+            now = {name: func.__globals__[name] for name in names}
+            given = kept.setdefault("args", args)
+            func.__globals__.update(kept.setdefault("captured", now))
+            try:
+                of = given if forgotten == "arguments" else args
+                return oracle.loop(func, in_dims, out_dims, randomness)(*of)
+            finally:
+                func.__globals__.update(now)
+
+        return mapped
+
+    return vmap
+
+
+@pytest.mark.parametrize("forgotten", ["arguments", "captured tensors"])
+def test_the_harness_notices_what_is_replayed(forgotten: str) -> None:
+    """A recording that has kept values of the first call is found at a later one."""
+    found = verdicts(0, 60, stale(forgotten), fuzz.judge_calls)
+    wrong = [verdict.detail for _, verdict in found if verdict.kind == "wrong"]
+    assert len(wrong) >= 5
+    assert all(detail.startswith(("call 1", "call 2")) for detail in wrong)
+    if forgotten == "captured tensors":
+        assert all(detail.startswith("call 2") for detail in wrong)
 
 
 @pytest.mark.slow

@@ -36,8 +36,8 @@ from shardmap.lower.replayed import (
 from shardmap.lower.saved_results import saved_results
 from shardmap.lower.simplify import simplified
 from shardmap.program.analysis import (
-    IDENTITIES,
     grad_equations,
+    is_identity,
     live_equations,
     mapped_groups,
     random_call,
@@ -238,7 +238,7 @@ class _Batcher:
         b = self.b
         for v in eq.results():
             self.sharing.setdefault(v.group, []).append(v.index)
-        if eq.op in IDENTITIES:
+        if is_identity(eq, self.written_through):
             source = eq.args[0]
             for out in eq.results():
                 v = self.env[source.index]

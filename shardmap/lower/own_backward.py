@@ -13,6 +13,7 @@ from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
+from shardmap.program.analysis import written
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
 from shardmap.program.python_state import Reader, State, changed, readers_named, state
@@ -204,6 +205,7 @@ def _trial(
     rows = [element(t).detach() for t in inputs]
     size = min(rows[0].shape[0], 2)
     step = max(rows[0].shape[0] - 1, 1)
+    groups = {v.group for eq in program.equations for v in written(eq)}
     trial = Trial(
         device=rows[0].device,
         seed=(0,),
@@ -212,7 +214,7 @@ def _trial(
         captured=tuple([element(t).detach() for t in captured]),
         literals=tuple([element(t).detach() for t in literals]),
         scalars=numbers,
-        written_inputs=frozenset(range(len(inputs))),
+        written_inputs=frozenset([i for i, v in enumerate(program.inputs) if v.group in groups]),
         expected=(),
         random=False,
     )

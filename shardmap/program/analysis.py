@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shardmap._torch import aten
-from shardmap.program.ir import Equation, Program, Var, variables
+from shardmap.program.ir import GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import draws, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
@@ -86,6 +86,21 @@ def written_through(program: Program) -> set[int]:
         groups = {v.group for v in eq.results() if v.index in through and v.index not in inputs}
         through.update(index for index, group in inputs.items() if group in groups)
     return through
+
+
+def is_identity(eq: Equation, through: set[int]) -> bool:
+    """True if a call returns its argument's value, and each use tells what autograd should see.
+
+    A view of everything (`x[..., :]`) that is written to and has a history is none: a write to it
+    changes the history of its base too.
+
+    Args:
+        eq: The call.
+        through: The variables that are written in place, of `written_through`.
+    """
+    if eq.op is aten.alias.default and eq.grad_mode and eq.flags[0] == GRAD:
+        return not any(v.index in through for v in eq.results())
+    return eq.op in IDENTITIES
 
 
 def live_equations(program: Program, write_groups: set[int], kept_groups: set[int]) -> list[bool]:

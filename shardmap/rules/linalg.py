@@ -16,6 +16,7 @@ import torch
 from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
+from shardmap.rules.fold import unfold
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V, values
 from shardmap.rules.promote import whole
@@ -38,7 +39,8 @@ def together(*matrix_dims: int) -> Callable[..., Any]:
 
     On CPU `linalg_lu_solve` solves with the first factors only where one factorisation meets
     several right-hand sides in a batch of such pairs, and `linalg_ldl_solve` reads out of bounds.
-    So every operand gets the leading dimensions of all of them, and memory of its own.
+    So every operand gets the leading dimensions of all of them, and memory of its own; and these
+    dimensions become one (see `_stacked`).
 
     Args:
         *matrix_dims: Dimensions of one matrix (2) or vector (1), for each tensor operand.
@@ -51,14 +53,28 @@ def together(*matrix_dims: int) -> Callable[..., Any]:
             return NotImplemented
         leading = torch.broadcast_shapes(*(v.shape[: v.ndim - n] for v, n in known.items()))
 
-        def complete(arg: Any) -> Any:
-            if type(arg) is not V:
-                return arg
-            return whole(b, arg, (*leading, *arg.shape[arg.ndim - known[arg] :]))
-
-        return _emit(b, eq, [complete(a) for a in args], kwargs)
+        given = [_stacked(b, a, known[a], leading) if type(a) is V else a for a in args]
+        found = _emit(b, eq, given, kwargs)
+        if not leading:
+            return found
+        if type(found) is V:
+            return unfold(b, found, eq.outs[0].spec.shape)
+        shapes = [out.spec.shape for out in eq.outs if out is not None]
+        return tuple([unfold(b, v, shape) for v, shape in zip(found, shapes, strict=True)])
 
     return rule
+
+
+def _stacked(b: Lowering, v: V, matrix_dims: int, leading: tuple[int, ...]) -> V:
+    """One stack of matrices or vectors, dense: `[B, *leading, m, n] -> [B * leading, m, n]`.
+
+    The kernels step from matrix to matrix by the stride of the last dimension before it, which
+    means nothing where that dimension has size 1: `lu_solve(factors[:, None], pivots[:, None],
+    right[:, None])` solves with the first matrix, or reads out of bounds.
+    """
+    shape = v.shape[v.ndim - matrix_dims :]
+    v = whole(b, v, (*leading, *shape))
+    return b.call(torch.Tensor.flatten, v, 0, len(leading), shape=shape) if leading else v
 
 
 def one_stack(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -71,8 +87,6 @@ ONE_OPERAND = (
     "cholesky",
     "cholesky_inverse",
     "linalg_inv_ex",
-    "_linalg_det",
-    "_linalg_slogdet",
     "_linalg_svd",
     "_linalg_eigh",
     "linalg_eig",
@@ -97,6 +111,28 @@ SEVERAL = {
 registry.register("linalg", *registry.overloads(*ONE_OPERAND))(one_stack)
 for _name, _dims in SEVERAL.items():
     registry.register("linalg", *registry.overloads(_name))(together(*_dims))
+
+
+def as_recorded(stack: torch.Tensor, contiguous: bool) -> torch.Tensor:
+    """Matrices with memory in one piece, or with the transposes' memory in one piece."""
+    if stack.is_contiguous() == contiguous:
+        return stack
+    return stack.contiguous() if contiguous else stack.mT.contiguous().mT
+
+
+@registry.register("linalg", *registry.overloads("_linalg_det", "_linalg_slogdet"))
+def determinant(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Batch determinants; each kernel factorises the transpose of a contiguous real matrix.
+
+    The recorded backward relies on which of both it was, and whether a batch is contiguous does
+    not tell if its samples are.
+    """
+    matrix = args[0]
+    if not matrix.dtype.is_complex:
+        recorded = eq.args[0].spec
+        contiguous = is_dense(recorded.shape, recorded.stride)
+        matrix = b.call(as_recorded, b.batch(matrix), contiguous, shape=matrix.shape)
+    return _emit(b, eq, [matrix, *args[1:]], kwargs)
 
 
 def _factorises_transposes() -> bool:
@@ -133,13 +169,15 @@ def solve(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
     pivots = pivots._replace(shape=matrix.shape[:-1])
     solution = b.call(
         aten.linalg_lu_solve.default,
-        whole(b, factors, (*leading, *matrix.shape[-2:])),
-        whole(b, pivots, (*leading, matrix.shape[-1])),
-        whole(b, column, (*leading, *column.shape[-2:])),
+        _stacked(b, factors, 2, leading),
+        _stacked(b, pivots, 1, leading),
+        _stacked(b, column, 2, leading),
         named={"left": named["left"], "adjoint": transposed},
-        shape=(*leading, *column.shape[-2:]),
+        shape=column.shape[-2:],
         dtype=matrix.dtype,
     )
+    if leading:
+        solution = unfold(b, solution, (*leading, *column.shape[-2:]))
     if vector:
         solution = b.reshape(solution, eq.outs[0].spec.shape)
     found = (solution, factors, pivots, info)

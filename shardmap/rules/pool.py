@@ -31,9 +31,15 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
     def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         tensors = [a for a in args if type(a) is V]
         batched = tensors[0].ndim == ndim + 1
-        if not batched and any(v.ndim != ndim for v in tensors):
+        drawn = _draws(eq, args)
+        if not batched and any(v.ndim != ndim for v in tensors if v is not drawn):
             return NotImplemented
-        given = [(fold(b, a) if batched else b.batch(a)) if type(a) is V else a for a in args]
+        if drawn is not None and drawn.shape[0] != (tensors[0].shape[0] if batched else 1):
+            return NotImplemented
+        given = [
+            (fold(b, a) if batched or a is drawn else b.batch(a)) if type(a) is V else a
+            for a in args
+        ]
         outs = [o for o in eq.outs if type(o) is Var]
         op = eq.op
         if op is aten.max_pool2d_with_indices.default and batched and _by_channels(b, tensors[0]):
@@ -61,6 +67,12 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
         return tuple(shaped) if len(shaped) > 1 else shaped[0]
 
     return rule
+
+
+def _draws(eq: Equation, args: Sequence[Any]) -> V | None:
+    """The random numbers of fractional pooling: with a batch dimension though images lack one."""
+    names = [a.name for a in schema_of(eq.op).arguments]
+    return args[names.index("random_samples")] if "random_samples" in names else None
 
 
 CHANNELS = 8

@@ -53,6 +53,12 @@ def view(b: Lowering, eq: Equation, x: V, size: Any, stride: Any = None) -> V:
     return views(b).reshaped(x, eq.outs[0].spec.shape)
 
 
+@rules("alias")
+def alias(b: Lowering, eq: Equation, x: V) -> V:
+    """Batch a view of everything; the engine leaves out those that nothing writes to."""
+    return emit(b, eq, x)
+
+
 @rules("_unsafe_view", "view_copy", "_reshape_copy")
 def unsafe_view(b: Lowering, eq: Equation, x: V, size: Any) -> V:
     """Batch `unsafe_view`, which autograd does not treat as a view.

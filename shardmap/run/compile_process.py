@@ -18,6 +18,7 @@ from shardmap.lower.cache import lower_with
 from shardmap.lower.graphs import Chunk, Meta, UncompilableError, graphs
 from shardmap.program.ir import Program
 from shardmap.run.compiled import draft_of
+from shardmap.run.precision import Float32Precision
 
 
 def main(path: Path) -> None:
@@ -27,7 +28,8 @@ def main(path: Path) -> None:
     torch.set_num_threads(settings["threads"])
     torch.set_default_dtype(getattr(torch, settings["dtype"].removeprefix("torch.")))
     torch.use_deterministic_algorithms(settings["deterministic"])
-    torch.set_float32_matmul_precision(settings["precision"])
+    overall, by_operator = settings["precision"]
+    Float32Precision(overall, tuple((name, value) for name, value in by_operator)).apply()
     program = Program.loads(request["program"])
     options = LoweringOptions(
         **request["options"] | {"summed": tuple(request["options"]["summed"])}

@@ -43,6 +43,7 @@ from shardmap.lower.graphs import (
 )
 from shardmap.rules import registry
 from shardmap.run.base import Job
+from shardmap.run.precision import Float32Precision
 from shardmap.run.prepare import Ready
 
 WORTH = 20
@@ -319,7 +320,7 @@ def _settings() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "dtype": str(torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": Float32Precision.current(),
     }
 
 

@@ -17,6 +17,7 @@ from shardmap.planning.device import Budget
 from shardmap.rules.philox import Seeds
 from shardmap.run.base import ChunkRedone, Output
 from shardmap.run.packing import Packed
+from shardmap.run.precision import Float32Precision
 from shardmap.store import Receipt, Store
 from shardmap.store.columns import Column
 
@@ -38,7 +39,7 @@ class Settings:
     default_dtype: torch.dtype
     deterministic: bool
     deterministic_warn_only: bool
-    matmul_precision: str
+    precision: Float32Precision
     attention: tuple[bool, bool, bool, bool]
     """The kernels that scaled_dot_product_attention may choose: flash, memory-efficient, math,
     cuDNN."""
@@ -51,7 +52,7 @@ class Settings:
             torch.get_default_dtype(),
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.get_float32_matmul_precision(),
+            Float32Precision.current(),
             (
                 cuda.flash_sdp_enabled(),
                 cuda.mem_efficient_sdp_enabled(),
@@ -66,7 +67,7 @@ class Settings:
         torch.use_deterministic_algorithms(
             self.deterministic, warn_only=self.deterministic_warn_only
         )
-        torch.set_float32_matmul_precision(self.matmul_precision)
+        self.precision.apply()
         cuda, (flash, efficient, math, cudnn) = torch.backends.cuda, self.attention
         cuda.enable_flash_sdp(flash)
         cuda.enable_mem_efficient_sdp(efficient)

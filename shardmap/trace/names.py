@@ -7,10 +7,10 @@ import functools
 import os
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardmap.trace.watch import is_trusted
+from shardmap.trace.watch import BUILTINS, is_trusted, reads_more
 
 
 @functools.lru_cache(maxsize=16384)
@@ -18,6 +18,7 @@ def named_in(code: types.CodeType) -> Names:
     """The names that a code object spells out."""
     globals_, attributes, modules, texts = set(), set(), set(), set()
     matches = False
+    values: set[str] = set()
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
     for step in dis.get_instructions(code):
@@ -25,6 +26,8 @@ def named_in(code: types.CodeType) -> Names:
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
             globals_.add(name)
             chain = (name,)
+            if step.opname == "LOAD_GLOBAL" and "NULL" not in step.argrepr:  # not to be called
+                values.add(name)
         elif step.opname == "IMPORT_NAME":
             modules.add(name)
             chain = (name,)
@@ -48,6 +51,7 @@ def named_in(code: types.CodeType) -> Names:
         frozenset(texts),
         frozenset(chains),
         matches,
+        frozenset(values),
     )
 
 
@@ -70,6 +74,8 @@ class Names:
     """The name of a global or module followed by those of attributes: `torch.nn.Linear`."""
     matches: bool
     """True if it matches patterns of classes, whose `__match_args__` name attributes."""
+    values: frozenset[str]
+    """Globals that it hands on or keeps, where others are called at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +88,21 @@ class Reflection:
     """True if it reads attributes by names that are made while it runs."""
 
 
-def reflection(codes: Iterable[types.CodeType]) -> Reflection:
-    """Find out from the code that ran how it looks at objects."""
+def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
+    """Find out from the code that ran, each with its globals, how it looks at objects."""
     blame, dynamic = "", False
-    for code in codes:
+    for code, of in codes.items():
         file = code.co_filename
         if is_trusted(file):
             dynamic |= code.co_name in _OF_LIBRARIES.get(os.path.basename(file), ())
             continue
         names = named_in(code)
+        where = f"{os.path.basename(file)}:{code.co_firstlineno}"
+        handed = [name for name in names.values if reads_more(of.get(name, BUILTINS.get(name)))]
+        if handed:
+            blame = blame or f"it hands {min(handed)} to a function in {code.co_name} ({where})"
         hidden = names.attributes & _HIDDEN
         if hidden:
-            where = f"{os.path.basename(file)}:{code.co_firstlineno}"
             blame = blame or f"it reads {min(hidden)} in {code.co_name} ({where})"
         dynamic |= _looks(names)
     return Reflection(blame, dynamic)

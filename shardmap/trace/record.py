@@ -22,6 +22,7 @@ from shardmap._torch import (
     storage_id,
 )
 from shardmap.rules import registry
+from shardmap.trace import mapped_functions
 from shardmap.trace import repeat as follow
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
@@ -154,13 +155,15 @@ def record(
     zeros = views = False
     while True:
         try:
-            with saved_hooks_set_aside():
+            with saved_hooks_set_aside(), mapped_functions.recorded_as_operators():
                 return _recorded(
                     func, batch, randomness, once, call, number, look, generators, zeros, views,
                     watch,
                 )  # fmt: skip
         except RuntimeError as error:
             if isinstance(error, errors.ShardmapError):
+                if isinstance(error, errors.EscapeError) and mapped_functions.met(error):
+                    continue
                 raise
             if not zeros and "ZeroTensors are immutable" in str(error):
                 # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic

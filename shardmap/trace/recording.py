@@ -126,6 +126,8 @@ def is_own_leaf(leaf: torch.Tensor) -> bool:
         RuntimeError
     ):  # a view made without grad whose base was written to with it: autograd forbids to ask
         return False
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        return False  # integers into which a value with a gradient was written: none flows to them
     include = included_keys()
     exclude = key_set(undefined_key)
     with force_keys(include, exclude), torch.enable_grad():

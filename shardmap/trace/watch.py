@@ -231,6 +231,16 @@ def _is_module(owner: object) -> bool:
     return owner is None or isinstance(owner, types.ModuleType) or _is_of_pybind(owner)
 
 
+def reads_more(function: object) -> bool:
+    """True for a built-in function of python that reads more than its arguments' values.
+
+    Handed to another function, as in `sorted(objects, key=id)`, it is called unseen.
+    """
+    if type(function) is not types.BuiltinFunctionType or function.__module__ != "builtins":
+        return False
+    return function is hash or function.__name__ not in _BUILTINS
+
+
 def _is_of_pybind(owner: object) -> bool:
     return type(owner).__name__.startswith("pybind11_detail_function_record")
 

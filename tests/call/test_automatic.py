@@ -320,3 +320,56 @@ def test_equal_samples_prove_nothing(size: int, check: str) -> None:
         assert torch.equal(mapped(alike), alike)
     for k in (2.0, 3.0, 0.5):
         assert torch.equal(mapped(alike * k), alike * k * k)
+
+
+class Weight:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+WEIGHTS: list[Weight] = []
+
+
+def by_address(row: Tensor) -> Tensor:
+    for weight in sorted(WEIGHTS, key=id):
+        row = row * weight.value + 1
+    return row
+
+
+def by_mapped_address(row: Tensor) -> Tensor:
+    for _, value in sorted(zip(map(id, WEIGHTS), [w.value for w in WEIGHTS], strict=True)):
+        row = row * value + 1
+    return row
+
+
+def by_hash(row: Tensor) -> Tensor:
+    order: Callable[[object], int] = hash
+    for weight in sorted(WEIGHTS, key=order):
+        row = row * weight.value + 1
+    return row
+
+
+@pytest.mark.parametrize("function", [by_address, by_mapped_address, by_hash])
+def test_the_order_of_addresses_is_that_of_the_call(function: Callable[[Tensor], Tensor]) -> None:
+    """Another function calls `id`, which no profile function sees: recorded at each call."""
+    mapped = shardmap.vmap(function)
+    orders = set()
+    for call in range(40):
+        WEIGHTS[:] = [Weight(value) for value in (2.0, 3.0, 5.0, 7.0)]
+        others = [Weight(k) for k in range(call * 7 % 50)][::2]  # the next addresses are others
+        x = torch.randn(3, 2)
+        assert torch.equal(mapped(x), loop(function, x))
+        orders.add(tuple(w.value for w in sorted(WEIGHTS, key=id)))
+        del others
+    assert len(orders) > 1
+    text = shardmap.plan(function)(torch.randn(3, 2)).explain()
+    assert "recorded at each call, because it hands " in text
+
+
+def test_a_call_of_a_builtin_function_that_reads_its_arguments_is_replayed() -> None:
+    """Handing on `len` or `float` needs no recording; nor does a name of one's own like `id`."""
+    text = shardmap.plan(lambda r: r * sum(map(len, ["ab", "c"])))(torch.randn(3, 2)).explain()
+    assert "then replayed while what it reads is unchanged" in text
+    id = float
+    text = shardmap.plan(lambda r: r * sum(map(id, ["1", "2"])))(torch.randn(3, 2)).explain()
+    assert "then replayed while what it reads is unchanged" in text

@@ -180,3 +180,68 @@ def test_tangents_of_outputs_have_memory_of_their_own(size: int) -> None:
         forward(shardmap.vmap(function), x), forward(loop(function), x), strict=True
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("options", PATHS)
+@pytest.mark.parametrize("viewed", ["before", "after", "base", "through", "without"])
+def test_a_view_of_everything_that_is_written(viewed: str, options: dict[str, Any]) -> None:
+    """`x[..., :]` is an alias; its base, and what was made of it before, keep their histories."""
+    scale = torch.tensor(2.0, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        total = (x * scale).sum(0, keepdim=True)
+        if viewed == "without":
+            with torch.no_grad():
+                total[..., :].mul_(3)
+            return total * scale
+        view = total[..., :]
+        if viewed == "before":
+            made = view * 3  # its backward needs nothing that is written below
+            view[..., 0] = 0.5
+            return made + x
+        if viewed == "base":
+            view[..., 0].mul_(scale)
+            return total.sin()
+        if viewed == "through":
+            total[..., 1].mul_(scale)
+            return view.sin()
+        view[..., 0] = 0.5
+        return view.sin() + total.cos()
+
+    compare(function, matrices, [scale], options)
+
+
+@pytest.mark.parametrize("options", PATHS)
+def test_a_written_view_of_everything_saved_for_a_backward(options: dict[str, Any]) -> None:
+    """Both refuse the gradient: the result requires it, and what it needs is overwritten."""
+    rows = torch.randn(N, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        total = x.sum(0, keepdim=True)
+        view = total[..., :1]
+        made = view.sin()
+        view[..., 0] = 0.5
+        return made
+
+    for way in (loop(function), shardmap.vmap(function, **options)):
+        out = way(rows)
+        torch.testing.assert_close(out.detach(), rows.detach().sum(1, keepdim=True).sin())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), rows)
+
+
+@pytest.mark.parametrize("options", PATHS)
+def test_integers_that_a_gradient_was_written_into_are_written_again(
+    options: dict[str, Any],
+) -> None:
+    """Torch lets a view of them require grad, and cannot say where its gradients would end."""
+    scale = torch.tensor(2.0, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        counts = torch.stack([x.long(), x.long() + 1], -1)
+        counts[-1, 0] = (scale * 3).sum()
+        with torch.no_grad():
+            counts.transpose(0, 1)[0].mul_(3)
+        return counts.detach() + x.long()[..., None]
+
+    compare(function, matrices, [], options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -159,3 +161,60 @@ def test_gradients_of_a_solution(options, layout):
     assert cache.lowerings()
     for low in cache.lowerings():
         assert low.batched.tiers["aten::_linalg_solve_ex"] == "rule"
+
+
+@pytest.mark.parametrize("leading", [(1,), (1, 1), (2,), (2, 1), (1, 3)])
+@pytest.mark.parametrize("name", ["slogdet", "det", "inv", "lu", "cholesky", "ldl"])
+def test_a_stack_of_one_matrix_in_a_sample(name: str, leading: tuple[int, ...]) -> None:
+    """Kernels that solve step by a stride that means nothing where a dimension has size 1."""
+
+    def lu(a: torch.Tensor) -> torch.Tensor:
+        factors, pivots = linalg.lu_factor(a[0] if leading[0] == 1 else a)
+        if leading[0] == 1:
+            factors, pivots = factors[None], pivots[None]
+        return linalg.lu_solve(factors, pivots, torch.eye(3, dtype=a.dtype).expand_as(a))
+
+    def cholesky(a: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(a, linalg.cholesky(spd(a)))
+
+    def ldl(a: torch.Tensor) -> torch.Tensor:
+        return linalg.ldl_solve(*linalg.ldl_factor(a + a.mT), a)
+
+    kinds = {
+        "slogdet": torch.func.jacrev(lambda a: linalg.slogdet(a)[1]),
+        "det": torch.func.grad(lambda a: linalg.det(a).sin().sum()),
+        "inv": torch.func.grad(lambda a: linalg.inv(a).sin().sum()),
+        "lu": lu,
+        "cholesky": cholesky,
+        "ldl": ldl,
+    }
+    check(kinds[name], real(*leading, 3, 3), gradient=False, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "last", "first"])
+@pytest.mark.parametrize("function", ["slogdet", "det", "complex"])
+def test_gradients_of_determinants(function: str, layout: str, size: int) -> None:
+    """The backward is recorded for the matrix that the kernel factorised: by its layout."""
+
+    def value(a: torch.Tensor) -> torch.Tensor:
+        if function == "complex":
+            return linalg.det(a * (1 + 0.5j)).abs()
+        return linalg.slogdet(a)[1] if function == "slogdet" else linalg.det(a)
+
+    x = torch.randn(5, size, size, generator=torch.Generator().manual_seed(2)).double()
+    batch, dim = {
+        "contiguous": (x, 0),
+        "transposed": (x.mT, 0),
+        "last": (x.permute(1, 2, 0).contiguous(), -1),
+        "first": (x.permute(2, 0, 1).contiguous(), 1),
+    }[layout]
+    rows = batch.unbind(dim)
+    for way in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        func = way(value)
+        want = torch.stack([func(row) for row in rows])
+        for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", shardmap.errors.SlowLoopWarning)
+                got = shardmap.vmap(func, dim, **options)(batch)
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)

@@ -131,3 +131,38 @@ def test_many_channels(options):
         found = shardmap.vmap(pooled)(batch)
         for got, rows in zip(found, zip(*map(pooled, batch), strict=True), strict=True):
             torch.testing.assert_close(got, torch.stack(rows), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (1, 2, 8, 8), (3, 2, 8, 8)])
+@pytest.mark.parametrize("drawn_per_sample", [False, True])
+def test_fractional_pooling_with_given_draws(shape, drawn_per_sample):
+    """Draws have a batch dimension though an image has none; equal values: the first is taken."""
+    draws = real(shape[0] if len(shape) == 4 else 1, 2, 2)
+
+    def pooled(x, u):
+        return F.fractional_max_pool2d(
+            x, 2, output_size=(3, 3), _random_samples=u.sigmoid(), return_indices=True
+        )
+
+    def by_input(x, u):
+        return torch.func.grad(lambda x: (pooled(x, u)[0] * 2).square().sum())(x)
+
+    def ties(generator):
+        return torch.randint(2, shape, generator=generator).double()
+
+    kept = {"always": (1,)} if drawn_per_sample else {"never": (1,)}
+    for make in (real(*shape), ties):
+        check(pooled, make, draws, gradient=False, **kept)
+        check(by_input, make, draws, gradient=False, **kept)
+
+
+def test_fractional_pooling_of_volumes():
+    """The same for volumes."""
+
+    def pooled(x, u):
+        return F.fractional_max_pool3d(
+            x, 2, output_size=(2, 3, 2), _random_samples=u.sigmoid(), return_indices=True
+        )
+
+    check(pooled, real(2, 5, 6, 5), real(1, 2, 3), gradient=False, sizes=(3,))
+    check(pooled, real(1, 2, 5, 6, 5), real(1, 2, 3), gradient=False, sizes=(3,))
