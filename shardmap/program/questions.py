@@ -28,6 +28,18 @@ _COUNTED = {
 """Operators whose result's first size is a count over an argument, and which argument that is."""
 
 
+def _bins(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of bins of each sample's `bincount`: `[samples, n] -> [samples]`."""
+    least = eq.args[2] if len(eq.args) > 2 else dict(eq.kwargs).get("minlength", 0)
+    return lambda x: (x.to(torch.int64).amax(1) + 1).clamp(min=least)
+
+
+_COUNTS: dict[OpOverload, Callable[[Equation], Callable[[torch.Tensor], torch.Tensor]]] = {
+    aten.bincount.default: _bins,
+}
+"""Operators whose result's first size is another function of their first argument's values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question, and functions that read its answers from the outputs of a stage."""
@@ -181,6 +193,11 @@ class _Asked:
     def _shape(self, eq: Equation) -> None:
         shapes = eq.answer[1]
         counted, place = None, 0
+        if eq.op in _COUNTS and 0 not in eq.args[0].spec.shape:
+            self.answer = key_of(shapes[0][0])
+            self.outputs = [self._call(aten.clone.default, (eq.args[0],), eq.args[0].spec)]
+            self._numbers(shapes[0][0], of=_COUNTS[eq.op](eq))
+            return
         if eq.op in _COUNTED:
             counted = eq.args[_COUNTED[eq.op]]
             if eq.op is aten.masked_select.default and eq.args[0].spec.shape != counted.spec.shape:
@@ -201,11 +218,20 @@ class _Asked:
         self.outputs = [self._call(op, (counted,), count)]
         self._numbers(shapes[0][place])
 
-    def _numbers(self, value: Any, truth: bool = False) -> None:
-        """Read the answers from the one output itself, or (`truth`) yes where it is nonzero."""
+    def _numbers(
+        self,
+        value: Any,
+        truth: bool = False,
+        of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Read the answers from the one output itself, or (`truth`) yes where it is nonzero.
+
+        `of` computes them from it.
+        """
 
         def flat(found: Sequence[torch.Tensor]) -> torch.Tensor:
-            numbers = found[0].detach().reshape(-1)
+            given = found[0].detach()
+            numbers = given.reshape(-1) if of is None else of(given)
             return numbers != 0 if truth else numbers
 
         def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:

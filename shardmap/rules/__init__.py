@@ -3,7 +3,9 @@
 from shardmap.rules import (
     attention,
     batch_norm,
+    composite,
     conv,
+    counting,
     embedding,
     factory,
     index,
@@ -23,14 +25,19 @@ from shardmap.rules import (
     weight_norm,
 )
 
+from shardmap.rules import in_place  # isort: skip  # derived from what the others registered
+
 __all__ = [
     "attention",
     "batch_norm",
     "conv",
+    "counting",
     "embedding",
     "factory",
     "index",
+    "in_place",
     "linalg",
+    "composite",
     "losses",
     "matmul",
     "nll",

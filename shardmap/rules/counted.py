@@ -14,6 +14,8 @@ import torch
 from shardmap import errors
 from shardmap._torch import OpOverload, aten
 from shardmap.program.ir import Equation
+from shardmap.rules.counting import counts
+from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
 
 MASKS = (torch.bool, torch.uint8)
@@ -79,11 +81,20 @@ def _repeat(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     return b.call(repeat_rows, B, repeats, spec.shape[0], call, shape=spec.shape, dtype=spec.dtype)
 
 
+def _bincount(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
+    named, spec = arguments(eq, args, {}), eq.outs[0].spec
+    x, weights, least = named["self"], named["weights"], named["minlength"]
+    rows = b.batch(x), None if weights is None else b.batch(weights)
+    rest = spec.shape[0], least, spec.dtype, call
+    return b.call(bincount_rows, *rows, *rest, shape=spec.shape, dtype=spec.dtype)
+
+
 _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _select,
     aten.index.Tensor: _index,
     aten.repeat_interleave.Tensor: _repeat,
+    aten.bincount.default: _bincount,
 }
 
 
@@ -118,6 +129,27 @@ def repeat_rows(size: int, repeats: torch.Tensor, count: int, call: str) -> torc
         raise _varies("repeat_interleave", count, call)
     numbers = torch.repeat_interleave(repeats.reshape(-1))
     return (numbers % max(repeats.shape[1], 1)).reshape(size, count)
+
+
+def bincount_rows(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    count: int,
+    least: int,
+    dtype: torch.dtype,
+    call: str,
+) -> torch.Tensor:
+    """The number of each sample's elements of each value: `[size, n] -> [size, count]`."""
+    if x.numel():
+        if bool((x < 0).any()):
+            aten.bincount(x[(x < 0).any(1)][0])  # raises
+        if bool(((x.amax(1) + 1).clamp(min=least) != count).any()):
+            raise _varies("bincount", count, call)
+    elif len(x) and least != count:
+        raise _varies("bincount", count, call)
+    if weights is not None:
+        weights = weights.detach().to(dtype)
+    return counts(x.to(torch.int64), count, weights).to(dtype)
 
 
 def put_rows(

@@ -60,22 +60,20 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 @register("search", aten.put_.default)
 def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Batch `put_` in place, through a flat view.
-
-    Another tier serves samples that cannot be viewed flat.
-    """
+    """Batch `put_` in place, through a flat view, or a flat copy where there is no such view."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
     spec = eq.args[0].spec
-    if spec.stride != torch.empty(spec.shape, device="meta").stride():
-        return NotImplemented
+    dense = spec.stride == torch.empty(spec.shape, device="meta").stride()
 
     def write_(x: Tensor, index: Tensor, source: Tensor) -> None:
         size = x.shape[0]
-        flat = x.view(size, math.prod(x.shape[1:]))
+        flat = x.view(size, math.prod(x.shape[1:])) if dense else flat_rows(x).clone()
         aten.index_put_(
             flat, [numbers_of_samples(x), flat_rows(index)], flat_rows(source), accumulate
         )
+        if not dense:
+            x.copy_(flat.view(x.shape))
 
     b.effect(write_, x, b.batch(index), b.batch(source))
 
@@ -100,6 +98,26 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         return torch.where(mask, flat_rows(source).gather(1, rank), x).view(-1, *shape)
 
     return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
+
+
+@register("search", aten.masked_scatter_backward.default)
+def masked_scatter_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Batch the gradient by the source: each of its elements gets that of the element it went to.
+
+    torch has no kernel for it, and selects by the mask, whose count differs by sample.
+    """
+    grad, mask, size = args
+    if grad.shape != mask.shape or mask.dtype != torch.bool:
+        return NotImplemented
+    count = math.prod(size)
+
+    def read(grad: Tensor, mask: Tensor) -> Tensor:
+        grad, mask = flat_rows(grad), flat_rows(mask)
+        at = (mask.cumsum(1) - 1).masked_fill(~mask, count)
+        found = grad.new_zeros(grad.shape[0], count + 1).scatter(1, at, grad)
+        return found[:, :count].reshape(-1, *size)
+
+    return b.call(read, b.batch(grad), b.batch(mask), shape=tuple(size), dtype=grad.dtype)
 
 
 # -- sorted sequences
