@@ -32,7 +32,7 @@ def counted(b: Lowering, eq: Equation, args: Any, kwargs: Any, call: str) -> Any
         call: The user's call, for errors.
     """
     rule = _RULES.get(eq.op)
-    if rule is None or kwargs:
+    if rule is None or kwargs.keys() - {"output_size"}:
         return NotImplemented
     return rule(b, eq, args, call)
 

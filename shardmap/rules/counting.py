@@ -242,7 +242,7 @@ def histogramdd_edges(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
         return tuple(_equal(points, given, sizes, raising)[1])
 
-    return b.calls_several(edges_of_rows, len(sizes), named["self"])
+    return b.calls_several(edges_of_rows, len(sizes), b.batch(named["self"]))
 
 
 @register("counting", aten._histogramdd_from_bin_cts.default)

@@ -201,3 +201,110 @@ def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         )
         return b.view(out, spec.shape)
     return b.call(eq.op, *given, **kwargs, shape=spec.shape, dtype=spec.dtype)
+
+
+@register("search", aten._pdist_forward.default)
+def pdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+    """Batch `pdist` as the distances of all pairs of rows, of which each is kept once."""
+    x, p = args[0], args[1] if len(args) > 1 else 2.0
+    spec = eq.outs[0].spec
+
+    def distances(x: Tensor) -> Tensor:
+        all_pairs = torch.cdist(x, x, p, "donot_use_mm_for_euclid_dist")
+        first, second = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
+        return all_pairs[:, first, second]
+
+    return b.call(distances, x, shape=spec.shape, dtype=spec.dtype)
+
+
+@register("search", aten._pdist_backward.default)
+def pdist_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+    """Batch the backward of `pdist` as that of distances to which both rows of a pair belong."""
+    grad, x, p, found = args
+    spec = eq.outs[0].spec
+
+    def backward(grad: Tensor, x: Tensor, found: Tensor) -> Tensor:
+        size, n = x.shape[:2]
+        first, second = torch.triu_indices(n, n, 1, device=x.device)
+
+        def both(t: Tensor) -> Tensor:
+            square = t.new_zeros(size, n, n)
+            square[:, first, second] = t
+            return square + square.transpose(1, 2)
+
+        x = x.contiguous()
+        return aten._cdist_backward(both(grad), x, x, p, both(found))
+
+    return b.call(backward, *map(b.batch, (grad, x, found)), shape=spec.shape, dtype=spec.dtype)
+
+
+# -- membership, and positions of a fixed number
+
+_FEW = 16
+"""Most test elements that each element is compared with; more are sorted and searched."""
+
+
+@register("search", aten.isin.Tensor_Tensor)
+def isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    """Batch `isin`: elements are compared with each test element, or searched in sorted ones."""
+    x, tests = args
+    invert = kwargs.get("invert", False)
+    if x.dtype != tests.dtype:
+        return NotImplemented
+    count, shape = tests.numel, x.shape
+
+    def member(x: Tensor, tests: Tensor) -> Tensor:
+        rows, tests = flat_rows(x), flat_rows(tests)
+        if count <= _FEW:
+            found = (rows.unsqueeze(-1) == tests.unsqueeze(1)).any(-1)
+        else:
+            if rows.dtype == torch.bool:
+                rows, tests = rows.to(torch.uint8), tests.to(torch.uint8)
+            tests = tests.sort(1).values
+            at = torch.searchsorted(tests, rows.contiguous()).clamp(max=count - 1)
+            found = tests.gather(1, at) == rows
+        return (~found if invert else found).view(x.shape)
+
+    return b.call(member, b.batch(x), b.batch(tests), shape=shape, dtype=torch.bool)
+
+
+@register("search", aten.isin.Tensor_Scalar)
+def isin_number(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+    """Batch the comparison with one number."""
+    x, test = args
+    op = aten.ne.Scalar if kwargs.get("invert", False) else aten.eq.Scalar
+    return b.call(op, x, test, shape=x.shape, dtype=torch.bool)
+
+
+@register("search", aten.isin.Scalar_Tensor)
+def number_isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+    """Batch the search for one number among each sample's elements."""
+    number, tests = args
+    same = b.call(aten.eq.Scalar, tests, number, shape=tests.shape, dtype=torch.bool)
+    same = b.reshape(same, (tests.numel,))
+    found = b.call(aten.any.dim, same, 1, shape=(), dtype=torch.bool)
+    if not kwargs.get("invert", False):
+        return found
+    return b.call(aten.logical_not.default, found, shape=(), dtype=torch.bool)
+
+
+@register("search", aten.nonzero_static.default)
+def nonzero_static(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+    """Batch `nonzero_static`: a nonzero element's position is written to its rank."""
+    (x,) = args
+    size, fill = kwargs["size"], kwargs.get("fill_value", -1)
+    shape, dims = eq.outs[0].spec.shape, x.shape
+
+    def positions(x: Tensor) -> Tensor:
+        mask = flat_rows(x) != 0
+        rank = mask.cumsum(1) - 1
+        at = torch.where(mask & (rank < size), rank, size)
+        numbers = torch.arange(mask.shape[1], device=x.device).expand(mask.shape)
+        found = numbers.new_full((mask.shape[0], size + 1), -1).scatter(1, at, numbers)[:, :size]
+        columns, step = [], 1
+        for n in reversed(dims):
+            columns.append(torch.where(found < 0, fill, found // step % max(n, 1)))
+            step *= max(n, 1)
+        return torch.stack(columns[::-1], -1) if columns else x.new_empty((len(x), *shape)).long()
+
+    return b.call(positions, x, shape=shape, dtype=torch.int64)
