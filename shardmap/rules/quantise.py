@@ -45,10 +45,10 @@ def by_channels(
     x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
     """Round `[B, ...]` to grids `[B, channels]`, with the channels at dimension `axis` + 1."""
+    if not x.numel():
+        return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     moved = x.movedim(axis + 1, 1)
     channels = moved.reshape(moved.shape[0] * moved.shape[1], -1)
-    if not channels.numel():
-        return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     found = aten.fake_quantize_per_channel_affine_cachemask(
         channels, scale.reshape(-1), zero.reshape(-1), 0, low, high
     )

@@ -258,8 +258,6 @@ def isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         if count <= _FEW:
             found = (rows.unsqueeze(-1) == tests.unsqueeze(1)).any(-1)
         else:
-            if rows.dtype == torch.bool:
-                rows, tests = rows.to(torch.uint8), tests.to(torch.uint8)
             tests = tests.sort(1).values
             at = torch.searchsorted(tests, rows.contiguous()).clamp(max=count - 1)
             found = tests.gather(1, at) == rows

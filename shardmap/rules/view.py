@@ -226,7 +226,8 @@ def as_strided_scatter(
         for first, sizes, strides in ((0, spec.shape, spec.stride), (step, size, stride))
     ]
     inside = 0 <= step and reach <= span and all(s >= 0 for s in stride)
-    if b.transformed or not inside or 0 in (*spec.shape, *size):
+    # torch's own gradient of it is another than that of these calls, and the loop has it.
+    if b.grad or b.transformed or not inside or 0 in (*spec.shape, *size):
         return NotImplemented
 
     def written(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
