@@ -34,8 +34,32 @@ def _bins(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: (x.to(torch.int64).amax(1) + 1).clamp(min=least)
 
 
+def begins(rows: torch.Tensor) -> torch.Tensor:
+    """Mark the elements that differ from the one before them: `[samples, n] -> [samples, n]`."""
+    changed = rows[:, 1:] != rows[:, :-1]
+    return torch.nn.functional.pad(changed, (1, 0), value=True)
+
+
+def _distinct(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of distinct elements of each sample: `[samples, ...] -> [samples]`."""
+    return lambda x: begins(x.flatten(1).sort(1).values).sum(1)
+
+
+def _changes(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of runs of equal elements of each sample: `[samples, ...] -> [samples]`."""
+    return lambda x: begins(x.flatten(1)).sum(1)
+
+
+def _along_a_dimension(eq: Equation) -> bool:
+    """True if a recorded call compares parts of a tensor rather than its elements."""
+    given = eq.args[3] if len(eq.args) > 3 else dict(eq.kwargs).get("dim")
+    return eq.op is aten.unique_consecutive.default and given is not None
+
+
 _COUNTS: dict[OpOverload, Callable[[Equation], Callable[[torch.Tensor], torch.Tensor]]] = {
     aten.bincount.default: _bins,
+    aten._unique2.default: _distinct,
+    aten.unique_consecutive.default: _changes,
 }
 """Operators whose result's first size is another function of their first argument's values."""
 
@@ -193,7 +217,12 @@ class _Asked:
     def _shape(self, eq: Equation) -> None:
         shapes = eq.answer[1]
         counted, place = None, 0
-        if eq.op in _COUNTS and 0 not in eq.args[0].spec.shape:
+        if (
+            eq.op in _COUNTS
+            and eq.args[0].spec.ndim
+            and 0 not in eq.args[0].spec.shape
+            and not _along_a_dimension(eq)
+        ):
             self.answer = key_of(shapes[0][0])
             self.outputs = [self._call(aten.clone.default, (eq.args[0],), eq.args[0].spec)]
             self._numbers(shapes[0][0], of=_COUNTS[eq.op](eq))

@@ -277,6 +277,20 @@ def addr(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> 
     return addmm(b, bias, column, row, beta=beta, alpha=alpha)
 
 
+@rules("_int_mm")
+def int_mm(b: Lowering, x: V, y: V) -> Any:
+    """Batch products of bytes summed as 32-bit integers."""
+    (m, k), n = x.shape, y.shape[1]
+    if not y.mapped:
+        rows = b.call(torch.Tensor.reshape, x, [-1, k])
+        out = b.call(aten._int_mm.default, rows, y, dtype=torch.int32)
+        return b.call(torch.Tensor.view, out, [-1, m, n], shape=(m, n), dtype=torch.int32)
+    if b.device_type != "cpu":
+        return NotImplemented  # no other device has batched products of integers
+    wide = [_stacked(b, b.cast(v, torch.int32)) for v in (x, y)]
+    return b.call(aten.bmm.default, *wide, shape=(m, n), dtype=torch.int32)
+
+
 # -- products of three
 
 

@@ -139,17 +139,26 @@ def _rows_of(x: V) -> int:
     return x.shape[0] if x.ndim == 2 else 1
 
 
+def _own_weights(target: Tensor, weight: Tensor) -> Tensor:
+    """The weight of each row's class: `[B, *n], [B, classes] -> [B * n]`."""
+    return weight.gather(1, flat_rows(target)).flatten()
+
+
 @register("nll", aten.multi_margin_loss.default)
 def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Batch by rows of all samples, reduced by sample."""
     given: list[Any] = [*args, *(1, 1.0, None, MEAN)[len(args) - 2 :]]
     x, target, p, margin, weight, reduction = given
-    if kwargs or (weight is not None and weight.mapped):
+    if kwargs:
         return NotImplemented
     shape = eq.outs[0].spec.shape
+    own = weight is not None and weight.mapped
 
     def forward(x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        each = aten.multi_margin_loss(rows(x, 1), target.flatten(), p, margin, weight, NONE)
+        shared = None if own else weight
+        each = aten.multi_margin_loss(rows(x, 1), target.flatten(), p, margin, shared, NONE)
+        if own and weight is not None:
+            each = each * _own_weights(target, weight)
         return _reduced(each, reduction, x.shape[0], shape)
 
     return b.call(forward, b.batch(x), b.batch(target), weight, shape=shape, dtype=x.dtype)
@@ -160,14 +169,17 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     """Batch the backward by rows, each with its share of its sample's cotangent."""
     given: list[Any] = [*args, *(None, MEAN)[len(args) - 5 :]]
     grad, x, target, p, margin, weight, reduction = given
-    if kwargs or (weight is not None and weight.mapped):
+    if kwargs:
         return NotImplemented
-    count = _rows_of(x)
+    count, own = _rows_of(x), weight is not None and weight.mapped
 
     def backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         spread = _spread(grad, reduction, x.shape[0], count)
+        shared = None if own else weight
+        if own and weight is not None:
+            spread = spread * _own_weights(target, weight)
         return aten.multi_margin_loss_backward(
-            spread, rows(x, 1), target.flatten(), p, margin, weight, NONE
+            spread, rows(x, 1), target.flatten(), p, margin, shared, NONE
         ).view(x.shape)
 
     return b.call(

@@ -258,7 +258,7 @@ def isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         if count <= _FEW:
             found = (rows.unsqueeze(-1) == tests.unsqueeze(1)).any(-1)
         else:
-            tests = tests.sort(1).values
+            tests = tests.sort(1).values.contiguous()
             at = torch.searchsorted(tests, rows.contiguous()).clamp(max=count - 1)
             found = tests.gather(1, at) == rows
         return (~found if invert else found).view(x.shape)
