@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.embedding import counted, look_up, scatter_rows
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 SUM, MEAN, MAX = 0, 1, 2
@@ -21,7 +22,7 @@ _FAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @register("embedding", aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
-def embedding_bag(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding_bag(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch bags as one call on more bags, with flat row numbers if tables are mapped."""
     a = arguments(eq, args, kwargs)
     if b.grad and (a["sparse"] or a["scale_grad_by_freq"]):
@@ -118,7 +119,7 @@ def bag_rows(values: torch.Tensor, bag: torch.Tensor) -> torch.Tensor:
 @register(
     "embedding", aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default
 )
-def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding_bag_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the backward: each index adds its bag's gradient to its row of the table."""
     a = arguments(eq, args, kwargs)
     if a.get("sparse") or "offsets" not in a or a["scale_grad_by_freq"]:
@@ -157,7 +158,7 @@ def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("embedding", aten._embedding_bag_per_sample_weights_backward.default)
-def embedding_bag_weights_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding_bag_weights_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the weights' gradient: the product of each index's row with its bag's gradient."""
     grad, weight, indices, offsets, _, mode, *rest = args
     if mode != SUM:
@@ -191,7 +192,7 @@ def _rows_of(weight: torch.Tensor, indices: torch.Tensor, several: bool) -> torc
 
 
 @register("embedding", aten.embedding_renorm_.default)
-def embedding_renorm_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> None:
+def embedding_renorm_(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> None:
     """Batch `embedding_renorm_`: the rows that are looked up are scaled down to a largest norm."""
     table, index, most, norm_type = args
     b.effect(renorm_rows_, table, b.batch(index), most, norm_type)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 
@@ -38,7 +38,7 @@ def counts(bins: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
 
 
 @register("counting", aten.bincount.default)
-def bincount(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def bincount(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `bincount` of values that all samples share, with weights of their own.
 
     Values that differ by sample are counted by `shardmap.rules.counted`.
@@ -118,7 +118,7 @@ def ranges(
 
 
 @register("counting", aten.histc.default)
-def histc(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def histc(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch `histc`: bins of equal width between two numbers or each sample's extremes."""
     named = arguments(eq, args, kwargs)
     count, low, high = named["bins"], named["min"], named["max"]
@@ -196,7 +196,7 @@ def _one(points: Tensor) -> Tensor:
 
 
 @register("counting", aten.histogram.bin_ct)
-def histogram(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def histogram(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `histogram` with bins of equal width, and their edges."""
     named = arguments(eq, args, kwargs)
     count, given, density = named["bins"], named["range"], named["density"]
@@ -214,7 +214,7 @@ def histogram(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
 
 @register("counting", aten.histogram.bins_tensor)
-def histogram_between(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def histogram_between(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `histogram` between given edges, which it returns."""
     named = arguments(eq, args, kwargs)
     weights, density = named["weight"], named["density"]
@@ -231,7 +231,7 @@ def histogram_between(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
 
 @register("counting", aten._histogramdd_bin_edges.default)
-def histogramdd_edges(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def histogramdd_edges(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the edges of `histogramdd`, one list entry for each dimension."""
     named = arguments(eq, args, kwargs)
     sizes, given = named["bins"], named["range"]
@@ -246,7 +246,7 @@ def histogramdd_edges(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
 
 @register("counting", aten._histogramdd_from_bin_cts.default)
-def histogramdd(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def histogramdd(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch `histogramdd` with bins of equal width."""
     named = arguments(eq, args, kwargs)
     sizes, given, density = named["bins"], named["range"], named["density"]
@@ -262,7 +262,7 @@ def histogramdd(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
 
 
 @register("counting", aten._histogramdd_from_bin_tensors.default)
-def histogramdd_between(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def histogramdd_between(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch `histogramdd` between given edges."""
     named = arguments(eq, args, kwargs)
     density = named["density"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.lowering import B, Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 
@@ -32,7 +32,7 @@ def _joined(a: dict[str, Any]) -> bool:
 
 
 @register("losses", aten._ctc_loss.default, aten._ctc_loss.Tensor)
-def ctc_loss(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def ctc_loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the loss, and the table of sums that its backward reads."""
     a = arguments(eq, args, kwargs)
     if not _joined(a):
@@ -53,7 +53,7 @@ def ctc_loss(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
 
 @register("losses", aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
-def ctc_loss_backward(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def ctc_loss_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the gradient by the logarithms of the probabilities."""
     a = arguments(eq, args, kwargs)
     if not _joined(a):

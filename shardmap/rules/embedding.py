@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten, current_level
+from shardmap.program.ir import Equation
 from shardmap.rules import huge_pages as pages
-from shardmap.rules.lowering import B, Lowering
+from shardmap.rules.lowering import B, Given, Lowering, Named
 from shardmap.rules.registry import register
 
 
@@ -38,7 +39,7 @@ def look_up(tables: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @register("embedding", aten.embedding.default)
-def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch a look-up: any index in a shared table, flat row numbers in mapped ones."""
     given: list[Any] = [*args, *(-1, False, False)[len(args) - 2 :]]
     weight, index, padding, by_frequency, sparse = given
@@ -154,7 +155,7 @@ def scatter_rows_into(
 
 
 @register("embedding", aten.embedding_dense_backward.default)
-def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding_dense_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the table's gradient as one `index_add` for all samples.
 
     The padding's row, which gets its gradient only from padding, is cleared afterwards.

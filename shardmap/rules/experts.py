@@ -14,7 +14,7 @@ from torch import Tensor
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering
+from shardmap.rules.lowering import Given, Lowering, Named
 from shardmap.rules.registry import register
 
 
@@ -64,7 +64,7 @@ def sums_by_group(x: Tensor, y: Tensor, ends: Tensor, dtype: Any) -> Tensor:
 
 
 @register("experts", aten._grouped_mm.default)
-def grouped_mm(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def grouped_mm(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch products by groups of rows, of columns, of what is summed, or of whole matrices."""
     a = arguments(eq, args, kwargs)
     x, y, ends, dtype = a["self"], a["mat2"], a["offs"], a["out_dtype"]

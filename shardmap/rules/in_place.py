@@ -8,7 +8,6 @@ imported, which is the last of its package.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from shardmap._torch import (
 )
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
-from shardmap.rules.lowering import Lowering
+from shardmap.rules.lowering import Given, Lowering, Named
 
 
 def functional(op: registry.Operator) -> registry.Operator | None:
@@ -39,7 +38,7 @@ def functional(op: registry.Operator) -> registry.Operator | None:
     return found if same and len(schema_of(found).returns) == 1 else None
 
 
-def copied(b: Lowering, eq: Equation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def copied(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Compute the result of a call in memory of its own, then copy it into the first argument."""
     plain = functional(eq.op)
     rule = None if plain is None else registry.lookup(plain)

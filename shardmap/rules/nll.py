@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.fold import flat_rows
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -69,7 +70,7 @@ ROWS, IMAGES = Loss(0), Loss(2)
 
 
 def _forward(loss: Loss) -> Any:
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         x, target, weight, reduction, ignored = args
 
         def nll(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def _forward(loss: Loss) -> Any:
 
 
 def _backward(loss: Loss) -> Any:
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         grad, x, target, weight, reduction, ignored, total = args
 
         def nll(
@@ -145,7 +146,7 @@ def _own_weights(target: Tensor, weight: Tensor) -> Tensor:
 
 
 @register("nll", aten.multi_margin_loss.default)
-def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multi_margin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch by rows of all samples, reduced by sample."""
     given: list[Any] = [*args, *(1, 1.0, None, MEAN)[len(args) - 2 :]]
     x, target, p, margin, weight, reduction = given
@@ -165,7 +166,7 @@ def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("nll", aten.multi_margin_loss_backward.default)
-def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multi_margin_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the backward by rows, each with its share of its sample's cotangent."""
     given: list[Any] = [*args, *(None, MEAN)[len(args) - 5 :]]
     grad, x, target, p, margin, weight, reduction = given
@@ -188,7 +189,7 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("nll", aten.multilabel_margin_loss_forward.default)
-def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multilabel_margin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch by rows of all samples, reduced by sample."""
     x, target, reduction = args
     shape = eq.outs[0].spec.shape
@@ -201,7 +202,7 @@ def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("nll", aten.multilabel_margin_loss_backward.default)
-def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multilabel_margin_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the backward by rows, each with its share of its sample's cotangent."""
     grad, x, target, reduction, marked = args
     count = _rows_of(x)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
-from shardmap.rules.lowering import Lowering
+from shardmap.rules.lowering import Given, Lowering, Named
 from shardmap.rules.registry import register
 
 
 @register("packed", aten._pack_padded_sequence.default)
-def pack(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def pack(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the packing of sequences whose lengths all samples share."""
     x, lengths, by_batch = args
     if lengths.mapped:

@@ -15,18 +15,18 @@ from torch import Tensor
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 
 @register("quantise", aten.fake_quantize_per_tensor_affine_cachemask.default)
-def per_tensor(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def per_tensor(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the rounding to a grid of two numbers, and its mask."""
     return b.calls_several(eq.op, 2, *args, **kwargs)
 
 
 @register("quantise", aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default)
-def per_tensor_of_tensors(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def per_tensor_of_tensors(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the rounding to a grid of two tensors of one element, and its mask."""
     x, scale, zero, enabled, low, high = args
     if not (scale.mapped or zero.mapped or enabled.mapped):
@@ -57,7 +57,7 @@ def by_channels(
 
 
 @register("quantise", aten.fake_quantize_per_channel_affine_cachemask.default)
-def per_channel(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def per_channel(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the rounding to a grid for each channel, and its mask."""
     a = arguments(eq, args, kwargs)
     x, scale, zero, axis = a["self"], a["scale"], a["zero_point"], a["axis"] % a["self"].ndim
@@ -104,7 +104,7 @@ def _learned(eq: Equation, args: Any, kwargs: Any, channels: bool) -> tuple[int,
 
 
 @register("quantise", aten._fake_quantize_learnable_per_channel_affine.default)
-def learned_per_channel(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def learned_per_channel(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the rounding to learned grids, one for each channel."""
     axis, tail = _learned(eq, args, kwargs, True)
     rows = _over_channels(aten._fake_quantize_learnable_per_channel_affine.default, 1)
@@ -118,7 +118,7 @@ def learned_per_channel(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
 
 
 @register("quantise", aten._fake_quantize_learnable_per_tensor_affine.default)
-def learned_per_tensor(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def learned_per_tensor(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the rounding to a learned grid: samples are channels."""
     _, tail = _learned(eq, args, kwargs, False)
     rows = _over_channels(aten._fake_quantize_learnable_per_channel_affine.default, 1)
@@ -134,7 +134,7 @@ def learned_per_tensor(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
 
 
 @register("quantise", aten._fake_quantize_learnable_per_channel_affine_backward.default)
-def learned_per_channel_backward(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def learned_per_channel_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the gradients by the input, the scales and the zero points."""
     axis, tail = _learned(eq, args, kwargs, True)
     rows = _over_channels(aten._fake_quantize_learnable_per_channel_affine_backward.default, 2)
@@ -146,7 +146,7 @@ def learned_per_channel_backward(b: Lowering, eq: Equation, args: Any, kwargs: A
 
 
 @register("quantise", aten._fake_quantize_learnable_per_tensor_affine_backward.default)
-def learned_per_tensor_backward(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def learned_per_tensor_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the gradients by the input, the scale and the zero point: samples are channels."""
     _, tail = _learned(eq, args, kwargs, False)
     rows = _over_channels(aten._fake_quantize_learnable_per_channel_affine_backward.default, 2)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.index import look_up_wrapped
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -26,7 +27,7 @@ def numbers_of_samples(t: Tensor) -> Tensor:
 
 
 @register("search", aten.take.default)
-def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def take(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `take` of each sample's elements in their order, whatever its strides."""
     x, index = args
     shape = eq.outs[0].spec.shape
@@ -46,7 +47,7 @@ def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.put.default)
-def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def put(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `put` on a copy."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
@@ -59,7 +60,7 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.put_.default)
-def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def put_(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `put_` in place, through a flat view, or a flat copy where there is no such view."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
@@ -79,7 +80,7 @@ def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.masked_scatter.default)
-def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def masked_scatter(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `masked_scatter`: a true element takes the source's element of its rank in the mask."""
     x, mask, source = args
     shape = eq.outs[0].spec.shape
@@ -101,7 +102,7 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.masked_scatter_backward.default)
-def masked_scatter_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def masked_scatter_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the gradient by the source: each of its elements gets that of the element it went to.
 
     torch has no kernel for it, and selects by the mask, whose count differs by sample.
@@ -124,7 +125,7 @@ def masked_scatter_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any
 
 
 @register("search", aten.searchsorted.Tensor)
-def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def searchsorted(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `searchsorted`: a shared sequence takes any values, mapped ones take values in rows."""
     boundaries, values = args[:2]
     if values.dtype != boundaries.dtype:
@@ -157,7 +158,7 @@ def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.bucketize.Tensor)
-def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def bucketize(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `bucketize`, a search with the arguments exchanged."""
     values, boundaries = args[:2]
     shape, dtype = eq.outs[0].spec.shape, eq.outs[0].spec.dtype
@@ -181,7 +182,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten._cdist_forward.default, aten._cdist_backward.default)
-def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def cdist(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `cdist`, whose kernels take the map as one more leading dimension."""
     spec = eq.outs[0].spec
     ndim = max(a.ndim for a in args if type(a) is V)
@@ -204,7 +205,7 @@ def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten._pdist_forward.default)
-def pdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+def pdist(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch `pdist` as the distances of all pairs of rows, of which each is kept once."""
     x, p = args[0], args[1] if len(args) > 1 else 2.0
     spec = eq.outs[0].spec
@@ -218,7 +219,7 @@ def pdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
 
 
 @register("search", aten._pdist_backward.default)
-def pdist_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+def pdist_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the backward of `pdist` as that of distances to which both rows of a pair belong."""
     grad, x, p, found = args
     spec = eq.outs[0].spec
@@ -245,7 +246,7 @@ _FEW = 16
 
 
 @register("search", aten.isin.Tensor_Tensor)
-def isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def isin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `isin`: elements are compared with each test element, or searched in sorted ones."""
     x, tests = args
     invert = kwargs.get("invert", False)
@@ -267,7 +268,7 @@ def isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.isin.Tensor_Scalar)
-def isin_number(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+def isin_number(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the comparison with one number."""
     x, test = args
     op = aten.ne.Scalar if kwargs.get("invert", False) else aten.eq.Scalar
@@ -275,7 +276,7 @@ def isin_number(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
 
 
 @register("search", aten.isin.Scalar_Tensor)
-def number_isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+def number_isin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the search for one number among each sample's elements."""
     number, tests = args
     same = b.call(aten.eq.Scalar, tests, number, shape=tests.shape, dtype=torch.bool)
@@ -287,7 +288,7 @@ def number_isin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
 
 
 @register("search", aten.nonzero_static.default)
-def nonzero_static(b: Lowering, eq: Any, args: Any, kwargs: Any) -> V:
+def nonzero_static(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch `nonzero_static`: a nonzero element's position is written to its rank."""
     (x,) = args
     size, fill = kwargs["size"], kwargs.get("fill_value", -1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 _REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "amax", "min": "amin", "prod": "prod"}
@@ -74,7 +73,7 @@ def _checked(data: Tensor, lengths: Tensor | None, axis: int) -> None:
 
 
 @register("segments", aten.segment_reduce.default)
-def segment_reduce(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
+def segment_reduce(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `segment_reduce`, whose segments all samples share or each has its own."""
     a = arguments(eq, args, kwargs)
     data, lengths, offsets = a["data"], a["lengths"], a["offsets"]
@@ -94,7 +93,7 @@ def segment_reduce(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
 
 
 @register("segments", aten._segment_reduce_backward.default)
-def segment_reduce_backward(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> V:
+def segment_reduce_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Batch the gradient: each element takes its share of its segment's."""
     a = arguments(eq, args, kwargs)
     reduce, initial, spec = a["reduce"], a["initial"], eq.outs[0].spec
