@@ -17,7 +17,7 @@ import torch
 
 from shardmap._torch import OpOverload
 from shardmap.call.reachable import VALUES
-from shardmap.trace.watch import BUILTINS, is_package, is_trusted
+from shardmap.trace.watch import BUILTINS, is_trusted
 
 HEAP = 1 << 9
 """Flag of classes that are written in python (or made while it runs)."""
@@ -43,7 +43,7 @@ INERT = (
     types.ClassMethodDescriptorType, types.CodeType, np.ufunc, np.dtype, np.generic, OpOverload,
     types.GenericAlias, types.UnionType, contextvars.ContextVar,
     type(threading.Lock()), type(threading.RLock()), torch.layout, torch.memory_format, torch.finfo,
-    torch.iinfo,
+    torch.iinfo, type(vars(collections.namedtuple("_", "field"))["field"]),
 )  # fmt: skip
 """Types without a state that changes."""
 NEVER_WEAK = (
@@ -54,14 +54,9 @@ ASIDE = frozenset(("logging", "threading"))
 OF_CLASSES = frozenset(
     "__dict__ __weakref__ __doc__ __module__ __annotations__ __dataclass_fields__ "
     "__dataclass_params__ __orig_bases__ __parameters__ __abstractmethods__ _abc_impl "
-    "__match_args__ __slots__ __firstlineno__ __static_attributes__".split()
+    "__slots__ __firstlineno__ __static_attributes__".split()
 )
 """Attributes that a class gets when it is made."""
-
-
-def is_of_library(code: types.CodeType) -> bool:
-    """True if code belongs to python, or to an installed package."""
-    return is_package(code.co_filename) or is_trusted(code.co_filename)
 
 
 def is_users(value: Any, kind: type) -> bool:
@@ -139,6 +134,12 @@ CALLABLES = (
 """Types whose objects call what they are made of (`made_of`)."""
 _OF_PYBIND = ("PyCapsule", "pybind11_detail_function_record")
 """Beginnings of names of types whose objects stand for a C++ function itself."""
+
+
+def mangled(kind: type, slot: str) -> str:
+    """The name under which a class's slot is an attribute."""
+    private = slot.startswith("__") and not slot.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
 
 
 def builtins_of(of: dict[str, Any]) -> object:

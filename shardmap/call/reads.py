@@ -11,7 +11,7 @@ import collections
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,9 @@ from shardmap.call.kinds import (
     code_of,
     file_of,
     is_c,
-    is_of_library,
     is_users,
     made_of,
+    mangled,
 )
 from shardmap.call.lookups import (
     Getter,
@@ -54,7 +54,8 @@ from shardmap.call.lookups import (
 )
 from shardmap.call.reachable import VALUES, slots_of
 from shardmap.call.root import Root
-from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted, named_in
+from shardmap.trace.names import named_in, reflection
+from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
 
 _MOST = 50_000
 """Largest number of facts that are compared at each call."""
@@ -75,11 +76,12 @@ class Walk:
 
     def __init__(self, watch: PythonWatch, root: Root, gone: Callable[[object], None]):
         self.found = Found()
-        self.blame = watch.blame
+        looks = reflection(watch.codes)
+        self.blame = watch.blame or looks.blame
         self._gone = gone
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
-        self._dynamic = watch.dynamic
+        self._dynamic = looks.dynamic
         self._bound: set[types.CodeType] = set()
         self._trusted = False
         names = [named_in(code) for code in watch.codes]
@@ -87,9 +89,9 @@ class Walk:
             *[n.attributes for n in names],
             *[frozenset(filter(str.isidentifier, n.texts)) for n in names],
         )
-        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_of_library(c)]
-        self._of_modules = frozenset().union(*[n.attributes for n in own])
-        """Attributes that the user's own code names: of modules, others are read by chains."""
+        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_trusted(c.co_filename)]
+        self._of_modules = frozenset().union(*[n.attributes | n.texts for n in own])
+        """Names of modules' attributes; those that torch and python read are found by chains."""
         for func in root.functions:
             self._bound.add(func.__code__)
             self._seen[id(func)] = func
@@ -98,9 +100,10 @@ class Walk:
         self._class(torch.Tensor)  # its methods are called without being named by its class
         if "_version" in self._of_modules:
             self._accuse("it reads the version of a tensor")
-        self._globals(watch)
+        texts = {f.__code__: f.__globals__ for f in root.functions if f.__code__ in watch.texts}
+        self._globals(watch.codes | texts)
         self._settings(watch)
-        self._refuse_unknown(watch)
+        self._refuse_unknown(watch.codes.keys(), watch.texts - texts.keys())
 
     def _part(self, number: int, value: object) -> None:
         where = "what the function closes over"
@@ -110,8 +113,8 @@ class Walk:
             self.found.facts.append(Fact(where, part(number), self._held(value)))
             self._walk(value)
 
-    def _globals(self, watch: PythonWatch) -> None:
-        for code, of in list(watch.codes.items()):
+    def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
+        for code, of in codes.items():
             self._trusted = is_trusted(code.co_filename)
             names = named_in(code)
             if builtins_of(of) is not BUILTINS:
@@ -155,18 +158,19 @@ class Walk:
             self.found.facts.append(Fact(f"the context variable {read.name}", look, value))
             self._walk(value)
 
-    def _refuse_unknown(self, watch: PythonWatch) -> None:
+    def _refuse_unknown(self, codes: Set[types.CodeType], lost: Set[types.CodeType]) -> None:
         """Refuse functions that ran and are not found by name: what they close over is unknown."""
         inside: set[types.CodeType] = set()
-        waiting = [*watch.codes, *self._bound]
+        waiting = [*codes, *self._bound]
         while waiting:
             for constant in waiting.pop().co_consts:
                 if isinstance(constant, types.CodeType) and constant not in inside:
                     inside.add(constant)
                     waiting.append(constant)
-        for code in watch.codes:
+        for code in codes:
             known = code in self._bound or code in inside or is_trusted(code.co_filename)
-            if not known and not (code.co_filename == "<string>" and not code.co_freevars):
+            text = code.co_filename == "<string>" and not code.co_freevars
+            if code in lost or not (known or text):
                 self._accuse(f"it calls {code.co_name}, which cannot be found by name")
         if len(self._seen) > _MOST:
             self._accuse(f"it can read more than {_MOST:,} objects")
@@ -211,8 +215,7 @@ class Walk:
         if id(tensor) in self._seen:
             return
         self._seen[id(tensor)] = tensor
-        if (hooks := backward_hooks(tensor)) is not None:
-            self._walk(hooks)
+        self._walk(backward_hooks(tensor))
         attributes = tensor.__dict__
         if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self._object(tensor)
@@ -226,15 +229,13 @@ class Walk:
     def _walk(self, value: object) -> None:
         kind = type(value)
         plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
-        if plain or id(value) in self._seen:
-            return
-        if len(self._seen) > _MOST:
+        if plain or id(value) in self._seen or len(self._seen) > _MOST:
             return
         trusted = self._trusted
         if trusted and not is_users(value, kind):
-            if kind is not types.FunctionType and not issubclass(kind, CONTAINERS):
-                if not self._runs(kind):
-                    return
+            followed = kind is types.FunctionType or issubclass(kind, CONTAINERS)
+            if not followed and not self._runs(kind):
+                return
         else:
             self._trusted = False
         self._seen[id(value)] = value
@@ -289,7 +290,13 @@ class Walk:
     def _function(self, func: types.FunctionType) -> None:
         """Follow a function that ran: its cells and defaults. Of others identity is enough."""
         file = func.__code__.co_filename
+        if not (self._trusted and is_trusted(file)):
+            names = set(func.__dict__) if self._dynamic else self._names & func.__dict__.keys()
+            for name in names:
+                self._hold(func.__dict__, name, f"the attributes of {func.__name__}")
         if func.__code__ not in self._codes and not is_own(file):
+            if "__code__" in self._names:
+                self.found.functions.append(func)
             return
         self._trusted = is_trusted(file)
         self._bound.add(func.__code__)
@@ -307,8 +314,6 @@ class Walk:
             self._item(func.__defaults__, number, value, f"the defaults of {func.__name__}")
         if func.__kwdefaults__:
             self._walk(func.__kwdefaults__)
-        for name in self._names & func.__dict__.keys():
-            self._hold(func.__dict__, name, f"the attributes of {func.__name__}")
         self._trusted = False
 
     def _item(self, of: Sequence[object] | None, number: int, value: object, where: str) -> None:
@@ -328,6 +333,8 @@ class Walk:
         read = self._of_modules & names.keys()
         if "__getattr__" in names:
             entries.absent |= self._of_modules - read
+        if self._dynamic and not is_trusted(file):
+            read |= {name for name in names if not name.startswith("__")}
         library = not file or is_trusted(file)
         if module is sys and "modules" in read:
             self._accuse("it reads sys.modules")
@@ -432,9 +439,7 @@ class Walk:
                 self._slot(value, slot, where)
 
     def _slot(self, value: object, slot: str, where: str) -> None:
-        private = slot.startswith("__") and not slot.endswith("__")
-        name = f"_{type(value).__name__.lstrip('_')}{slot}" if private else slot
-        look = attribute(weakly(value), name)
+        look = attribute(weakly(value), mangled(type(value), slot))
         now = look(())
         if isinstance(now, torch.Tensor):
             self._tensor(now, where, look, slot)

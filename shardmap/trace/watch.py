@@ -12,7 +12,6 @@ import abc
 import builtins
 import collections
 import contextvars
-import dis
 import functools
 import importlib
 import os
@@ -55,12 +54,6 @@ def _hands_on(filename: str) -> bool:
 
 
 @functools.lru_cache(maxsize=65536)
-def is_package(filename: str) -> bool:
-    """True if a file of code belongs to an installed package."""
-    return filename.startswith(_PACKAGES)
-
-
-@functools.lru_cache(maxsize=65536)
 def is_trusted(filename: str) -> bool:
     """True if a file of code belongs to python's own library, to torch or to numpy."""
     if filename.startswith(("<frozen", *_TRUSTED)):
@@ -78,14 +71,14 @@ class PythonWatch:
     def __init__(self) -> None:
         self.codes: dict[types.CodeType, dict[str, object]] = {}
         """The code objects that ran, without shardmap's own, each with its globals."""
+        self.texts: set[types.CodeType] = set()
+        """Code made from text whose globals are no module's: they may die with the call."""
         self.variables: dict[int, contextvars.ContextVar[object]] = {}
         """Context variables that were read."""
         self.states: dict[Callable[[], object], object] = {}
         """Functions of torch without arguments that were asked for a setting, with its value."""
         self.blame = ""
         """What was read that cannot be compared between calls; empty if all can be."""
-        self.dynamic = False
-        """True if attributes were read by names that the code does not spell out."""
         self._seen: set[object] = set()
         self._turns: list[tuple[types.FrameType, bool]] = []
         """Frames at which the code turned from the user's to shardmap's (True), or back."""
@@ -129,10 +122,14 @@ class PythonWatch:
                 self._ours = True
                 return
             if code not in self.codes:
-                text = code.co_filename == "<string>"  # its namespace may die with the call
+                text = code.co_filename == "<string>"
                 if text and _is_of_ours(frame):
                     return
-                self.codes[code] = {} if text else frame.f_globals
+                self.codes[code] = frame.f_globals
+                if text and not _is_of_a_module(frame.f_globals):
+                    self.codes[code] = {}
+                    if not _is_of_a_tuple(frame):
+                        self.texts.add(code)
                 if code.co_name == "import_module" and code.co_filename == importlib.__file__:
                     self.accuse("it calls importlib.import_module")
         elif event == "return":
@@ -162,8 +159,6 @@ class PythonWatch:
             home = owner.__name__ if isinstance(owner, types.ModuleType) else called.__module__
             home = str(home or "")
             if home == "builtins":
-                if name in _REFLECTIVE and not trusted:
-                    self.dynamic = True
                 if name in _BUILTINS or (trusted and name in _BUILTINS_OF_LIBRARIES):
                     return
             elif home == "torch" or home.startswith("torch."):
@@ -193,7 +188,6 @@ class PythonWatch:
         elif trusted:
             return  # locks, patterns, weak references: of python's library or torch
         elif name in _OF_ANY:
-            self.dynamic = self.dynamic or name == "__getattribute__"
             return
         module = getattr(called, "__module__", None) or type(owner).__name__
         where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
@@ -221,6 +215,16 @@ def _is_users(filename: str) -> bool:
 def _is_of_ours(frame: types.FrameType) -> bool:
     """True if generated code, such as a dataclass's `__init__`, belongs to shardmap."""
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "shardmap"
+
+
+def _is_of_a_module(namespace: dict[str, object]) -> bool:
+    module = sys.modules.get(str(namespace.get("__name__")))
+    return module is not None and vars(module) is namespace
+
+
+def _is_of_a_tuple(frame: types.FrameType) -> bool:
+    """True if code was generated for a named tuple, which reads `tuple.__new__` alone."""
+    return str(frame.f_globals.get("__name__")).startswith("namedtuple_")
 
 
 def _is_module(owner: object) -> bool:
@@ -260,7 +264,6 @@ _BUILTINS_OF_LIBRARIES = frozenset(
     {"id", "__import__", "globals", "locals", "exec", "eval", "compile"}
 )
 """Built-in functions that torch and python's own library call with what they know."""
-_REFLECTIVE = frozenset({"getattr", "hasattr", "vars", "dir", "setattr", "delattr"})
 _PURE = frozenset(
     "math cmath operator _operator itertools functools _functools _collections _bisect _heapq "
     "_struct re _sre copy _typing _stat _string _json binascii zlib _statistics _weakref "
@@ -297,67 +300,6 @@ _ABOUT_THE_CALL = frozenset(
     "_get_constant_bool_symnode is_leaf _is_alias_of get_unwrapped is_batchedtensor".split()
 )
 """Questions whose answers belong to the recording, or that every recording's signature holds."""
-
-
-@functools.lru_cache(maxsize=16384)
-def named_in(code: types.CodeType) -> Names:
-    """The names that a code object spells out."""
-    globals_, attributes, modules, texts = set(), set(), set(), set()
-    chains: set[tuple[str, ...]] = set()
-    chain: tuple[str, ...] = ()
-    for step in dis.get_instructions(code):
-        name = step.argval
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
-            globals_.add(name)
-            chain = (name,)
-        elif step.opname == "IMPORT_NAME":
-            modules.add(name)
-            chain = (name,)
-        elif step.opname in _WITH_ATTRIBUTE:
-            attributes.add(name)
-            chain = (*chain, name) if chain else ()
-            if chain:
-                chains.add(chain)
-        elif step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
-            chain = ()
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            texts.add(constant)
-    return Names(
-        frozenset(globals_),
-        frozenset(attributes),
-        frozenset(modules),
-        frozenset(texts),
-        frozenset(chains),
-    )
-
-
-_WITH_ATTRIBUTE = frozenset(
-    "LOAD_ATTR LOAD_METHOD STORE_ATTR DELETE_ATTR IMPORT_FROM LOAD_SUPER_ATTR".split()
-)
-
-
-class Names:
-    """The names that a code object spells out: globals, attributes, imported modules, texts.
-
-    A chain is the name of a global or module followed by those of attributes: `torch.nn.Linear`.
-    """
-
-    __slots__ = ("attributes", "chains", "globals", "modules", "texts")
-
-    def __init__(
-        self,
-        globals_: frozenset[str],
-        attributes: frozenset[str],
-        modules: frozenset[str],
-        texts: frozenset[str],
-        chains: frozenset[tuple[str, ...]],
-    ):
-        self.globals = globals_
-        self.attributes = attributes
-        self.modules = modules
-        self.texts = texts
-        self.chains = chains
 
 
 BUILTINS: dict[str, object] = builtins.__dict__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -16,7 +18,8 @@ from tests.call.runs import counting
 
 for part in ("values", "objects", "surroundings", "modules", "settings"):
     importlib.import_module(f"tests.call.changes_of_{part}")
-importlib.import_module("tests.call.changes_found")
+for part in ("found", "unspelled"):
+    importlib.import_module(f"tests.call.changes_{part}")
 
 
 def loop(f, rows):
@@ -47,6 +50,21 @@ def test_a_change_between_calls(name, calls):
 
 def test_there_are_enough_ways():
     assert len(WAYS) >= 80
+
+
+@pytest.mark.parametrize("option", ["-c", "-"])
+def test_a_function_without_a_file_sees_its_globals(option):
+    text = (
+        "import torch, shardmap\n"
+        "scale = 1.0\n"
+        "mapped = shardmap.vmap(lambda r: r * scale)\n"
+        "for _ in range(4): mapped(torch.randn(5, 3))\n"
+        "scale = 2.0\n"
+        "rows = torch.randn(5, 3)\n"
+        "assert torch.equal(mapped(rows), 2 * rows)\n"
+    )
+    arguments = [option, text] if option == "-c" else [option]
+    subprocess.run([sys.executable, *arguments], input=text, text=True, check=True)
 
 
 def test_each_thread_has_its_own_locals():

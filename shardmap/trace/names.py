@@ -1,0 +1,135 @@
+"""The names that code spells out, and whether it reads attributes by names that it does not."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardmap.trace.watch import is_trusted
+
+
+@functools.lru_cache(maxsize=16384)
+def named_in(code: types.CodeType) -> Names:
+    """The names that a code object spells out."""
+    globals_, attributes, modules, texts = set(), set(), set(), set()
+    matches = False
+    chains: set[tuple[str, ...]] = set()
+    chain: tuple[str, ...] = ()
+    for step in dis.get_instructions(code):
+        name = step.argval
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            globals_.add(name)
+            chain = (name,)
+        elif step.opname == "IMPORT_NAME":
+            modules.add(name)
+            chain = (name,)
+        elif step.opname == "MATCH_CLASS":
+            matches, chain = True, ()
+        elif step.opname in _WITH_ATTRIBUTE:
+            attributes.add(name)
+            chain = (*chain, name) if chain else ()
+            if chain:
+                chains.add(chain)
+        elif step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            chain = ()
+    for constant in code.co_consts:
+        for text in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(text, str):
+                texts |= {text, *text.split(".")}
+    return Names(
+        frozenset(globals_),
+        frozenset(attributes),
+        frozenset(modules),
+        frozenset(texts),
+        frozenset(chains),
+        matches,
+    )
+
+
+_WITH_ATTRIBUTE = frozenset(
+    "LOAD_ATTR LOAD_METHOD STORE_ATTR DELETE_ATTR IMPORT_FROM LOAD_SUPER_ATTR".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names that a code object spells out."""
+
+    globals: frozenset[str]
+    attributes: frozenset[str]
+    modules: frozenset[str]
+    """Modules that it imports."""
+    texts: frozenset[str]
+    """Its constant strings, and their parts between dots."""
+    chains: frozenset[tuple[str, ...]]
+    """The name of a global or module followed by those of attributes: `torch.nn.Linear`."""
+    matches: bool
+    """True if it matches patterns of classes, whose `__match_args__` name attributes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reflection:
+    """How the code that ran looks at objects other than by names that it spells out."""
+
+    blame: str = ""
+    """What it reads that cannot be listed at all; empty if there is nothing."""
+    dynamic: bool = False
+    """True if it reads attributes by names that are made while it runs."""
+
+
+def reflection(codes: Iterable[types.CodeType]) -> Reflection:
+    """Find out from the code that ran how it looks at objects."""
+    blame, dynamic = "", False
+    for code in codes:
+        file = code.co_filename
+        if is_trusted(file):
+            dynamic |= code.co_name in _OF_LIBRARIES.get(os.path.basename(file), ())
+            continue
+        names = named_in(code)
+        hidden = names.attributes & _HIDDEN
+        if hidden:
+            where = f"{os.path.basename(file)}:{code.co_firstlineno}"
+            blame = blame or f"it reads {min(hidden)} in {code.co_name} ({where})"
+        dynamic |= _looks(names)
+    return Reflection(blame, dynamic)
+
+
+def _looks(names: Names) -> bool:
+    """True if code may read attributes by names that it does not spell out."""
+    if names.matches or names.globals & _FUNCTIONS or names.attributes & _ATTRIBUTES:
+        return True
+    if not names.attributes & {"format", "format_map"}:
+        return False
+    templates = [text for text in names.texts if "{" in text]
+    return not templates or any(map(_FIELD_OF_FIELD.search, templates))
+
+
+_ATTRIBUTES = frozenset(
+    "attrgetter __dict__ __getattribute__ __getstate__ __reduce__ __reduce_ex__ __dir__ "
+    "getattr_static getmembers __slots__ __match_args__".split()
+)
+"""Attributes that give others by name, or all of them."""
+_FUNCTIONS = frozenset("getattr hasattr setattr delattr vars dir".split()) | _ATTRIBUTES
+"""Functions that do, by the names of globals."""
+_HIDDEN = frozenset(
+    "__globals__ __closure__ cell_contents __defaults__ __kwdefaults__ __builtins__ "
+    "__subclasses__ f_back f_locals f_globals gi_frame tb_frame".split()
+)
+"""Attributes of functions and frames that lead to what no name leads to."""
+_OF_LIBRARIES = {
+    "copy.py": frozenset({"copy", "deepcopy", "_reconstruct"}),
+    "dataclasses.py": frozenset(
+        {"asdict", "_asdict_inner", "astuple", "_astuple_inner", "replace"}
+    ),
+    "inspect.py": frozenset({"getattr_static", "getmembers", "_getmembers"}),
+    "string.py": frozenset({"get_field"}),
+    "pprint.py": frozenset({"pformat", "pprint"}),
+}
+"""Functions of python's library that read all attributes, or those that a text names, by file."""
+_FIELD_OF_FIELD = re.compile(r"\{[^{}:!]*[.\[]")
+"""A template's field that reads an attribute or item of its argument."""
