@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from shardmap._torch import aten
 from shardmap.program.ir import GRAD, Equation, Program, Var, variables
-from shardmap.program.operators import draws, op_info
+from shardmap.program.operators import deciders, draws, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
 IDENTITIES = {
@@ -65,7 +65,9 @@ def asking_about(program: Program, groups: set[int]) -> list[int]:
     for at, eq in enumerate(program.equations):
         if any(v.group in reached for v in eq.inputs()):
             reached.update(v.group for v in (*eq.results(), *written(eq)))
-            if eq.answer is not None:
+            if eq.answer is not None and (
+                eq.answer[0] != "shape" or any(v.group in reached for v in deciders(eq.op, eq.args))
+            ):
                 asking.append(at)
     return asking
 

@@ -259,6 +259,8 @@ def deciders(op: OpOverload, args: tuple) -> Iterator[Var]:
         return variables(args[2:4])
     if op is _PACKS:
         return variables(args[1:2])
+    if op is aten.bincount.default:
+        return variables(args[:1])
     if op is aten.linalg_lstsq.default:
         return iter(
             ()

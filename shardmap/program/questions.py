@@ -28,6 +28,42 @@ _COUNTED = {
 """Operators whose result's first size is a count over an argument, and which argument that is."""
 
 
+def _bins(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of bins of each sample's `bincount`: `[samples, n] -> [samples]`."""
+    least = eq.args[2] if len(eq.args) > 2 else dict(eq.kwargs).get("minlength", 0)
+    return lambda x: (x.to(torch.int64).amax(1) + 1).clamp(min=least)
+
+
+def begins(rows: torch.Tensor) -> torch.Tensor:
+    """Mark the elements that differ from the one before them: `[samples, n] -> [samples, n]`."""
+    changed = rows[:, 1:] != rows[:, :-1]
+    return torch.nn.functional.pad(changed, (1, 0), value=True)
+
+
+def _distinct(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of distinct elements of each sample: `[samples, ...] -> [samples]`."""
+    return lambda x: begins(x.flatten(1).sort(1).values).sum(1)
+
+
+def _changes(eq: Equation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The number of runs of equal elements of each sample: `[samples, ...] -> [samples]`."""
+    return lambda x: begins(x.flatten(1)).sum(1)
+
+
+def _along_a_dimension(eq: Equation) -> bool:
+    """True if a recorded call compares parts of a tensor rather than its elements."""
+    given = eq.args[3] if len(eq.args) > 3 else dict(eq.kwargs).get("dim")
+    return eq.op is aten.unique_consecutive.default and given is not None
+
+
+_COUNTS: dict[OpOverload, Callable[[Equation], Callable[[torch.Tensor], torch.Tensor]]] = {
+    aten.bincount.default: _bins,
+    aten._unique2.default: _distinct,
+    aten.unique_consecutive.default: _changes,
+}
+"""Operators whose result's first size is another function of their first argument's values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question, and functions that read its answers from the outputs of a stage."""
@@ -181,6 +217,16 @@ class _Asked:
     def _shape(self, eq: Equation) -> None:
         shapes = eq.answer[1]
         counted, place = None, 0
+        if (
+            eq.op in _COUNTS
+            and eq.args[0].spec.ndim
+            and 0 not in eq.args[0].spec.shape
+            and not _along_a_dimension(eq)
+        ):
+            self.answer = key_of(shapes[0][0])
+            self.outputs = [self._call(aten.clone.default, (eq.args[0],), eq.args[0].spec)]
+            self._numbers(shapes[0][0], of=_COUNTS[eq.op](eq))
+            return
         if eq.op in _COUNTED:
             counted = eq.args[_COUNTED[eq.op]]
             if eq.op is aten.masked_select.default and eq.args[0].spec.shape != counted.spec.shape:
@@ -201,11 +247,20 @@ class _Asked:
         self.outputs = [self._call(op, (counted,), count)]
         self._numbers(shapes[0][place])
 
-    def _numbers(self, value: Any, truth: bool = False) -> None:
-        """Read the answers from the one output itself, or (`truth`) yes where it is nonzero."""
+    def _numbers(
+        self,
+        value: Any,
+        truth: bool = False,
+        of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Read the answers from the one output itself, or (`truth`) yes where it is nonzero.
+
+        `of` computes them from it.
+        """
 
         def flat(found: Sequence[torch.Tensor]) -> torch.Tensor:
-            numbers = found[0].detach().reshape(-1)
+            given = found[0].detach()
+            numbers = given.reshape(-1) if of is None else of(given)
             return numbers != 0 if truth else numbers
 
         def alike(found: Sequence[torch.Tensor]) -> torch.Tensor:

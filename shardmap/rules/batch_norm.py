@@ -61,6 +61,8 @@ def _batch_norm(
             ]
             out = out.view(x.shape)
             return out, *(x.new_empty((size, 0)) for _ in stats)
+        if not size:  # the kernel refuses a batch without channels
+            return torch.empty_like(x), *(x.new_empty((0, *s)) for s in stats)
         found = aten.native_batch_norm(
             into_channels(x),
             _flat(weight),
@@ -125,6 +127,11 @@ def batch_norm_backward(
 
     def backward(grad: Tensor, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
         size = grad.shape[0]
+        if not size:
+            none = x.new_empty(0, channels)
+            return tuple(
+                [g for g, m in zip((torch.empty_like(x), none, none), mask, strict=True) if m]
+            )
         flat = [_flat(t) for t in rest]
         gx, gw, gb = aten.native_batch_norm_backward(
             into_channels(grad), into_channels(x), *flat, train, eps, list(mask)

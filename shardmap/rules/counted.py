@@ -14,6 +14,9 @@ import torch
 from shardmap import errors
 from shardmap._torch import OpOverload, aten
 from shardmap.program.ir import Equation
+from shardmap.program.questions import begins
+from shardmap.rules.counting import counts
+from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
 
 MASKS = (torch.bool, torch.uint8)
@@ -30,8 +33,10 @@ def counted(b: Lowering, eq: Equation, args: Any, kwargs: Any, call: str) -> Any
         call: The user's call, for errors.
     """
     rule = _RULES.get(eq.op)
-    if rule is None or kwargs:
+    if rule is None:
         return NotImplemented
+    if kwargs:
+        args = tuple(arguments(eq, args, kwargs).values())
     return rule(b, eq, args, call)
 
 
@@ -79,11 +84,31 @@ def _repeat(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     return b.call(repeat_rows, B, repeats, spec.shape[0], call, shape=spec.shape, dtype=spec.dtype)
 
 
+def _bincount(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
+    named, spec = arguments(eq, args, {}), eq.outs[0].spec
+    x, weights, least = named["self"], named["weights"], named["minlength"]
+    rows = b.batch(x), None if weights is None else b.batch(weights)
+    rest = spec.shape[0], least, spec.dtype, call
+    return b.call(bincount_rows, *rows, *rest, shape=spec.shape, dtype=spec.dtype)
+
+
+def _unique(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
+    named, spec = arguments(eq, args, {}), eq.outs[0].spec
+    x, sort = named["self"], eq.op is aten._unique2.default
+    if named.get("dim") is not None or not x.numel:
+        return NotImplemented
+    kept = tuple([o.spec.shape != (0,) for o in eq.outs])
+    return b.calls_several(unique_rows, 3, x, spec.shape[0], sort, kept, call)
+
+
 _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _select,
     aten.index.Tensor: _index,
     aten.repeat_interleave.Tensor: _repeat,
+    aten.bincount.default: _bincount,
+    aten._unique2.default: _unique,
+    aten.unique_consecutive.default: _unique,
 }
 
 
@@ -118,6 +143,55 @@ def repeat_rows(size: int, repeats: torch.Tensor, count: int, call: str) -> torc
         raise _varies("repeat_interleave", count, call)
     numbers = torch.repeat_interleave(repeats.reshape(-1))
     return (numbers % max(repeats.shape[1], 1)).reshape(size, count)
+
+
+def bincount_rows(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    count: int,
+    least: int,
+    dtype: torch.dtype,
+    call: str,
+) -> torch.Tensor:
+    """The number of each sample's elements of each value: `[size, n] -> [size, count]`."""
+    if x.numel():
+        if bool((x < 0).any()):
+            aten.bincount(x[(x < 0).any(1)][0])  # raises
+        if bool(((x.amax(1) + 1).clamp(min=least) != count).any()):
+            raise _varies("bincount", count, call)
+    elif len(x) and least != count:
+        raise _varies("bincount", count, call)
+    if weights is not None:
+        weights = weights.detach().to(dtype)
+    return counts(x.to(torch.int64), count, weights).to(dtype)
+
+
+def unique_rows(
+    x: torch.Tensor, count: int, sort: bool, kept: tuple[bool, ...], call: str
+) -> tuple[torch.Tensor, ...]:
+    """The distinct elements of each sample, their places among those, and their numbers.
+
+    Args:
+        x: The samples.
+        count: Number of distinct elements of each.
+        sort: True to sort them; False to tell only neighbours apart.
+        kept: For each result: True if it is asked for.
+        call: The user's call, for errors.
+    """
+    flat = x.reshape(x.shape[0], -1) if x.numel() else x.flatten(1)
+    order = None
+    if sort:
+        flat, order = flat.sort(dim=1, stable=True)
+    first = begins(flat)
+    rank = first.cumsum(1) - 1
+    if x.numel() and bool((rank[:, -1] + 1 != count).any()):
+        raise _varies("unique", count, call)
+    at = torch.where(first, rank, count)
+    values = flat.new_zeros(flat.shape[0], count + 1).scatter(1, at, flat)[:, :count]
+    nothing = rank.new_empty(flat.shape[0], 0)
+    places = rank if order is None else torch.zeros_like(rank).scatter(1, order, rank)
+    numbers = counts(rank, count) if kept[2] else nothing
+    return values.contiguous(), places.view(x.shape) if kept[1] else nothing, numbers
 
 
 def put_rows(

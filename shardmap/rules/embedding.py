@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten, current_level
+from shardmap.program.ir import Equation
 from shardmap.rules import huge_pages as pages
-from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.lowering import B, Given, Lowering, Named
 from shardmap.rules.registry import register
-
-SUM, MEAN, MAX = 0, 1, 2
 
 
 def counted(index: torch.Tensor, count: int) -> torch.Tensor:
@@ -40,13 +39,15 @@ def look_up(tables: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @register("embedding", aten.embedding.default)
-def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch a look-up: any index in a shared table, flat row numbers in mapped ones."""
     given: list[Any] = [*args, *(-1, False, False)[len(args) - 2 :]]
     weight, index, padding, by_frequency, sparse = given
     spec = eq.outs[0].spec
     if b.grad and by_frequency:
-        return NotImplemented  # outer gradients depend on the counts of an index in its own sample
+        # Outer gradients depend on the counts of an index in its own sample: a table for each.
+        flat = b.batch(weight), b.batch(index)
+        return b.call(look_up_by_frequency, *flat, padding, shape=spec.shape, dtype=spec.dtype)
     if not weight.mapped:
         return b.call(
             aten.embedding.default,
@@ -69,6 +70,12 @@ def embedding(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         if b.grad and padding >= 0
         else out
     )
+
+
+def look_up_by_frequency(tables: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
+    """`look_up` whose gradients are divided by the count of an index in its own sample."""
+    rows = aten.embedding(tables.flatten(0, 1), counted(index, tables.shape[1]), -1, True, False)
+    return without_padding(rows, index, padding) if padding >= 0 else rows
 
 
 def without_padding(rows: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
@@ -148,7 +155,7 @@ def scatter_rows_into(
 
 
 @register("embedding", aten.embedding_dense_backward.default)
-def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def embedding_dense_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the table's gradient as one `index_add` for all samples.
 
     The padding's row, which gets its gradient only from padding, is cleared afterwards.
@@ -164,198 +171,4 @@ def embedding_dense_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> An
         by_frequency,
         shape=spec.shape,
         dtype=spec.dtype,
-    )
-
-
-# -- bags
-
-
-def _bag_arguments(args: Any, names: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
-    defaults: dict[str, Any] = {
-        "scale_grad_by_freq": False,
-        "mode": 0,
-        "sparse": False,
-        "per_sample_weights": None,
-    }
-    defaults |= {"include_last_offset": False, "padding_idx": -1}
-    defaults.update(zip(names, args, strict=False))
-    return defaults | kwargs
-
-
-_FORWARD = (
-    "weight",
-    "indices",
-    "offsets",
-    "scale_grad_by_freq",
-    "mode",
-    "sparse",
-    "per_sample_weights",
-    "include_last_offset",
-    "padding_idx",
-)
-
-
-@register("embedding", aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
-def embedding_bag(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Batch bags as one call on more bags, with flat row numbers if tables are mapped."""
-    a = _bag_arguments(args, _FORWARD, kwargs)
-    if a["include_last_offset"] or a["padding_idx"] >= 0 or a["sparse"]:
-        return NotImplemented
-    if b.grad and a["scale_grad_by_freq"]:
-        return NotImplemented  # outer gradients depend on the counts of an index in its own sample
-    weight, indices, offsets, scales = (
-        a["weight"],
-        a["indices"],
-        a["offsets"],
-        a["per_sample_weights"],
-    )
-    count, mode, mapped = weight.shape[0], a["mode"], weight.mapped
-    sizes = tuple(out.spec.shape for out in eq.outs)
-
-    def bags(
-        weight: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        size, n = indices.shape
-        m = offsets.shape[-1]
-        at = (counted(indices, count) if mapped else indices).reshape(-1)
-        starts = torch.arange(size, device=offsets.device, dtype=offsets.dtype).view(size, 1)
-        scales = None if scales is None else scales.reshape(-1)
-        out, of, lengths, largest = aten._embedding_bag(
-            weight.flatten(0, 1) if mapped else weight,
-            at,
-            (offsets + starts * n).view(-1),
-            False,
-            mode,
-            False,
-            scales,
-        )
-        out = out.view(size, m, -1)
-        of = (
-            of.view(size, n) - starts * m
-            if sizes[1] != (0,) and of.numel()
-            else of.new_zeros(size, *sizes[1])
-        )
-        lengths = (
-            lengths.view(size, *sizes[2])
-            if lengths.numel() == size * m
-            else lengths.new_zeros(size, *sizes[2])
-        )
-        if mode == MAX:
-            largest = largest.view(size, m, -1)
-            if mapped:
-                largest = torch.where(
-                    lengths.unsqueeze(-1) > 0, largest - starts.unsqueeze(-1) * count, largest
-                )
-        else:
-            largest = lengths if sizes[3] == sizes[2] else lengths.new_zeros(size, *sizes[3])
-        return out, of, lengths, largest
-
-    batched = [b.batch(indices), offsets, None if scales is None else b.batch(scales)]
-    outs = b.calls_several(bags, 4, weight, *batched, mapped=True)
-    return outs
-
-
-def bag_of(offsets: torch.Tensor, n: int) -> torch.Tensor:
-    """The bag of each of `n` indices: `[m] or [B, m] -> [n] or [B, n]`."""
-    at = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
-    return (
-        torch.searchsorted(
-            offsets.contiguous(), at.expand(*offsets.shape[:-1], n).contiguous(), right=True
-        )
-        - 1
-    )
-
-
-def bag_rows(values: torch.Tensor, bag: torch.Tensor) -> torch.Tensor:
-    """The value of each index's bag: `[B, m, features], [n] or [B, n] -> [B, n, features]`."""
-    if bag.dim() == 1:
-        return values.index_select(1, bag)
-    return values.gather(1, bag.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
-_BACKWARD = (
-    "grad",
-    "indices",
-    "offsets",
-    "offset2bag",
-    "bag_size",
-    "maximum_indices",
-    "num_weights",
-    "scale_grad_by_freq",
-    "mode",
-    "sparse",
-    "per_sample_weights",
-    "padding_idx",
-)
-
-
-@register(
-    "embedding", aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default
-)
-def embedding_bag_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Batch the backward: each index adds its bag's gradient to its row of the table."""
-    names = _BACKWARD
-    if eq.op is aten._embedding_bag_dense_backward.default:
-        names = tuple(n for n in _BACKWARD if n not in ("offsets", "sparse"))
-    a = _bag_arguments(args, names, kwargs)
-    if a["padding_idx"] >= 0 or a["sparse"] or "offsets" not in a:
-        return NotImplemented
-    mode, count, by_frequency = a["mode"], a["num_weights"], a["scale_grad_by_freq"]
-    spec = eq.outs[0].spec
-
-    def backward(
-        grad: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
-        lengths: Any,
-        largest: Any,
-        scales: Any,
-    ) -> torch.Tensor:
-        if mode == MAX:
-            rows = grad.masked_fill(lengths.unsqueeze(-1) == 0, 0.0)
-            at = largest.clamp(min=0).expand(rows.shape)
-            return grad.new_zeros(grad.shape[0], count, grad.shape[-1]).scatter_add(1, at, rows)
-        if mode == MEAN:
-            grad = grad / lengths.clamp(min=1).unsqueeze(-1)
-        rows = bag_rows(grad, bag_of(offsets, indices.shape[-1]))
-        if scales is not None:
-            rows = rows * scales.unsqueeze(-1)
-        return scatter_rows(rows, indices, count, -1, by_frequency)
-
-    tensors = (
-        a["indices"],
-        a["offsets"],
-        a["bag_size"],
-        a["maximum_indices"],
-        a["per_sample_weights"],
-    )
-    return b.call(backward, b.batch(a["grad"]), *tensors, shape=spec.shape, dtype=spec.dtype)
-
-
-@register("embedding", aten._embedding_bag_per_sample_weights_backward.default)
-def embedding_bag_weights_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Batch the weights' gradient: the product of each index's row with its bag's gradient."""
-    grad, weight, indices, offsets, _, mode, *rest = args
-    if mode != SUM or (rest and rest[0] >= 0):
-        return NotImplemented
-    spec = eq.outs[0].spec
-
-    def backward(grad: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return (bag_rows(grad, bag_of(offsets, rows.shape[-2])) * rows).sum(-1)
-
-    if weight.mapped and indices.mapped:
-        rows: V = b.call(look_up, weight, indices)
-    else:
-        rows = b.call(_rows_of, weight, indices, weight.mapped)
-    return b.call(backward, b.batch(grad), rows, offsets, shape=spec.shape, dtype=spec.dtype)
-
-
-def _rows_of(weight: torch.Tensor, indices: torch.Tensor, several: bool) -> torch.Tensor:
-    return (
-        weight.index_select(1, indices)
-        if several
-        else torch.nn.functional.embedding(indices, weight)
     )

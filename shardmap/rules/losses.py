@@ -11,7 +11,7 @@ import torch
 
 from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.promote import aligned, expanded
 from shardmap.rules.registry import overloads, register
 
@@ -28,7 +28,7 @@ _BACKWARD = """
 """
 
 
-def arguments(eq: Equation, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments(eq: Equation, args: Given, kwargs: Named) -> dict[str, Any]:
     """All arguments by their names in the schema, with defaults."""
     named: dict[str, Any] = {}
     for i, a in enumerate(schema_of(eq.op).arguments):
@@ -37,7 +37,7 @@ def arguments(eq: Equation, args: tuple, kwargs: dict[str, Any]) -> dict[str, An
 
 
 @register("losses", *overloads(*_FORWARD.split()))
-def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+def loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
     """Compute the loss of each element, then reduce over a sample's dimensions."""
     named = arguments(eq, args, kwargs)
     tensors = [v for v in named.values() if type(v) is V]
@@ -55,7 +55,7 @@ def loss(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
 
 
 @register("losses", *overloads(*_BACKWARD.split()))
-def loss_backward(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+def loss_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Compute the gradient of each element.
 
     A mean divides by the elements of a sample, so it is computed as a sum with a smaller cotangent.

@@ -38,6 +38,12 @@ class V(NamedTuple):
         return math.prod(self.shape)
 
 
+Given = Sequence[Any]
+"""The positional arguments of a recorded call, with a `V` for each tensor."""
+Named = dict[str, Any]
+"""Its keyword arguments, or all of its arguments by their names."""
+
+
 class BatchSize(NamedTuple):
     """Placeholder for the number of samples in a chunk, allowed for any integer argument."""
 

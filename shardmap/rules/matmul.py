@@ -275,3 +275,53 @@ def addr(b: Lowering, bias: V, x: V, y: V, *, beta: Any = 1, alpha: Any = 1) -> 
     column = _column(b, x) if x.mapped else b.view(x, (x.numel, 1))
     row = _row(b, y) if y.mapped else b.view(y, (1, y.numel))
     return addmm(b, bias, column, row, beta=beta, alpha=alpha)
+
+
+@rules("_int_mm")
+def int_mm(b: Lowering, x: V, y: V) -> Any:
+    """Batch products of bytes summed as 32-bit integers."""
+    (m, k), n = x.shape, y.shape[1]
+    if not y.mapped:
+        rows = b.call(torch.Tensor.reshape, x, [-1, k])
+        out = b.call(aten._int_mm.default, rows, y, dtype=torch.int32)
+        return b.call(torch.Tensor.view, out, [-1, m, n], shape=(m, n), dtype=torch.int32)
+    if b.device_type != "cpu":
+        return NotImplemented  # no other device has batched products of integers
+    wide = [_stacked(b, b.cast(v, torch.int32)) for v in (x, y)]
+    return b.call(aten.bmm.default, *wide, shape=(m, n), dtype=torch.int32)
+
+
+# -- products of three
+
+
+@rules("_trilinear")
+def trilinear(
+    b: Lowering,
+    x: V,
+    y: V,
+    z: V,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> V:
+    """Batch the product of three operands summed over some dimensions, as `F.bilinear` calls it.
+
+    Each operand lacks the dimensions in its `expand`.
+    """
+    lacking = expand1, expand2, expand3
+    ndim = x.ndim + len(expand1)
+    letters = "abcdefghijklmnopqrstuvwxy"[:ndim]
+    sizes = dict.fromkeys(letters, 1)
+    names = []
+    for v, missing in zip((x, y, z), lacking, strict=True):
+        own = [letter for d, letter in enumerate(letters) if d not in missing]
+        for letter, size in zip(own, v.shape, strict=True):
+            sizes[letter] = size if sizes[letter] == 1 else sizes[letter]
+        names.append("".join(own))
+    kept = "".join(letter for d, letter in enumerate(letters) if d not in sumdim)
+    terms = [("z" if v.mapped else "") + n for v, n in zip((x, y, z), names, strict=True)]
+    # The operands are multiplied in order, so that two meet which share what is summed.
+    form = f"{','.join(terms)}->z{kept}"
+    return b.call(torch.einsum, form, x, y, z, shape=tuple([sizes[k] for k in kept]), mapped=True)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.fold import flat_rows
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -69,7 +70,7 @@ ROWS, IMAGES = Loss(0), Loss(2)
 
 
 def _forward(loss: Loss) -> Any:
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         x, target, weight, reduction, ignored = args
 
         def nll(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def _forward(loss: Loss) -> Any:
 
 
 def _backward(loss: Loss) -> Any:
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         grad, x, target, weight, reduction, ignored, total = args
 
         def nll(
@@ -139,35 +140,47 @@ def _rows_of(x: V) -> int:
     return x.shape[0] if x.ndim == 2 else 1
 
 
+def _own_weights(target: Tensor, weight: Tensor) -> Tensor:
+    """The weight of each row's class: `[B, *n], [B, classes] -> [B * n]`."""
+    return weight.gather(1, flat_rows(target)).flatten()
+
+
 @register("nll", aten.multi_margin_loss.default)
-def multi_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multi_margin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch by rows of all samples, reduced by sample."""
     given: list[Any] = [*args, *(1, 1.0, None, MEAN)[len(args) - 2 :]]
     x, target, p, margin, weight, reduction = given
-    if kwargs or (weight is not None and weight.mapped):
+    if kwargs:
         return NotImplemented
     shape = eq.outs[0].spec.shape
+    own = weight is not None and weight.mapped
 
     def forward(x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        each = aten.multi_margin_loss(rows(x, 1), target.flatten(), p, margin, weight, NONE)
+        shared = None if own else weight
+        each = aten.multi_margin_loss(rows(x, 1), target.flatten(), p, margin, shared, NONE)
+        if own and weight is not None:
+            each = each * _own_weights(target, weight)
         return _reduced(each, reduction, x.shape[0], shape)
 
     return b.call(forward, b.batch(x), b.batch(target), weight, shape=shape, dtype=x.dtype)
 
 
 @register("nll", aten.multi_margin_loss_backward.default)
-def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multi_margin_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the backward by rows, each with its share of its sample's cotangent."""
     given: list[Any] = [*args, *(None, MEAN)[len(args) - 5 :]]
     grad, x, target, p, margin, weight, reduction = given
-    if kwargs or (weight is not None and weight.mapped):
+    if kwargs:
         return NotImplemented
-    count = _rows_of(x)
+    count, own = _rows_of(x), weight is not None and weight.mapped
 
     def backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         spread = _spread(grad, reduction, x.shape[0], count)
+        shared = None if own else weight
+        if own and weight is not None:
+            spread = spread * _own_weights(target, weight)
         return aten.multi_margin_loss_backward(
-            spread, rows(x, 1), target.flatten(), p, margin, weight, NONE
+            spread, rows(x, 1), target.flatten(), p, margin, shared, NONE
         ).view(x.shape)
 
     return b.call(
@@ -176,7 +189,7 @@ def multi_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("nll", aten.multilabel_margin_loss_forward.default)
-def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multilabel_margin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch by rows of all samples, reduced by sample."""
     x, target, reduction = args
     shape = eq.outs[0].spec.shape
@@ -189,7 +202,7 @@ def multilabel_margin(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("nll", aten.multilabel_margin_loss_backward.default)
-def multilabel_margin_backward(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def multilabel_margin_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the backward by rows, each with its share of its sample's cotangent."""
     grad, x, target, reduction, marked = args
     count = _rows_of(x)

@@ -15,7 +15,7 @@ import torch
 from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation, Var
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import overloads, register
 
 
@@ -28,7 +28,7 @@ def over_space(ndim: int, sized: str | None = None) -> Any:
             the map.
     """
 
-    def rule(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         tensors = [a for a in args if type(a) is V]
         batched = tensors[0].ndim == ndim + 1
         drawn = _draws(eq, args)
@@ -163,7 +163,7 @@ for _ndim, _names in RESIZING.items():
 
 
 @register("pool", aten.channel_shuffle.default)
-def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def channel_shuffle(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `channel_shuffle` of any number of dimensions, the first of which is the batch."""
     v = args[0]
     return unfold(b, b.call(aten.channel_shuffle.default, fold(b, v), args[1]), v.shape)
@@ -172,7 +172,7 @@ def channel_shuffle(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict
 # -- sampling at positions
 
 
-def _grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _grid(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch by folding image and grid into the batch."""
     given = [fold(b, a) if type(a) is V else a for a in args]
     outs = [o for o in eq.outs if type(o) is Var]
@@ -201,7 +201,7 @@ register(
 
 
 @register("pool", aten.affine_grid_generator.default)
-def affine_grid(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def affine_grid(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `affine_grid`, whose size argument includes the batch."""
     theta, size, corners = args
     rest = tuple(size[1:])

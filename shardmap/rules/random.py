@@ -233,6 +233,71 @@ def native_dropout(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     return b.call(aten.mul.Scalar, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), mask
 
 
+@register("random", *overloads("rrelu_with_noise", "rrelu_with_noise_"))
+def rrelu(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Batch `rrelu`: numbers that are not positive are multiplied by a slope of their own."""
+    a = arguments(eq, args, kwargs)
+    x, low, high = a["self"], a["lower"], a["upper"]
+    if a["training"]:
+        spec = eq.args[0].spec
+        drawn_slope = draw(b, eq, draws.uniform, spec, spec.dtype, float(low), float(high))
+        positive = b.call(aten.gt.Scalar, x, 0, shape=x.shape, dtype=torch.bool)
+        one = b.call(torch.ones_like, drawn_slope)
+        slope = b.call(aten.where.self, positive, one, drawn_slope, shape=x.shape, dtype=x.dtype)
+        b.call(aten.copy_.default, a["noise"], slope)
+        out = b.call(aten.mul.Tensor, x, slope, shape=x.shape, dtype=x.dtype)
+    else:
+        out = b.call(aten.leaky_relu.default, x, (low + high) / 2, shape=x.shape, dtype=x.dtype)
+    if eq.op is aten.rrelu_with_noise.default:
+        return out
+    b.call(aten.copy_.default, x, out)
+    return None
+
+
+@register("random", aten.multinomial.default)
+def multinomial(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Batch `multinomial`.
+
+    Without replacement, or for one draw, the categories are those whose probabilities, divided by
+    exponential numbers, are largest, as in torch; with it, uniform numbers are searched in sums of
+    probabilities.
+    """
+    a = arguments(eq, args, kwargs)
+    p, count, spec = a["self"], a["num_samples"], eq.outs[0].spec
+    p = b.call(distribution, p, shape=p.shape, dtype=torch.float64)
+    if count == 1 or not a["replacement"]:
+        waits = draw(b, eq, draws.exponential, eq.args[0].spec, torch.float64, 1.0)
+        return b.call(first_to_arrive, p, waits, count, shape=spec.shape, dtype=spec.dtype)
+    uniform = draw(b, eq, draws.uniform, spec, torch.float64, 0.0, 1.0)
+    return b.call(category_of, p, uniform, shape=spec.shape, dtype=spec.dtype)
+
+
+def distribution(p: torch.Tensor) -> torch.Tensor:
+    """Probabilities in double precision, checked as torch does."""
+    p = p.detach().to(torch.float64)
+    if not bool((p.isfinite() & (p >= 0)).all()):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    if not bool((p.sum(-1) > 0).all()):
+        raise RuntimeError("invalid multinomial distribution (sum of probabilities <= 0)")
+    return p
+
+
+def first_to_arrive(p: torch.Tensor, waits: torch.Tensor, count: int) -> torch.Tensor:
+    """The categories of the `count` shortest waits, which are divided by the probabilities."""
+    p, waits = torch.broadcast_tensors(p, waits)
+    return (p / waits).topk(count, -1).indices
+
+
+def category_of(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The category of each uniform number: `[..., n], [..., count] -> [..., count]`."""
+    sums = p.cumsum(-1)
+    sums = sums / sums[..., -1:]
+    leading = torch.broadcast_shapes(sums.shape[:-1], uniform.shape[:-1])
+    sums = sums.expand(*leading, sums.shape[-1]).contiguous()
+    uniform = uniform.expand(*leading, uniform.shape[-1]).contiguous()
+    return torch.searchsorted(sums, uniform, right=True)
+
+
 _seeding = fork_safe_lock()
 """Held while an operator runs that only torch's default generators can seed."""
 

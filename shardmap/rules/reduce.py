@@ -268,3 +268,18 @@ def all_or_any_true(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
     x: V = args[0]
     op = aten.all.dim if eq.op is aten._is_all_true.default else aten.any.dim
     return b.call(op, b.reshape(x, (x.numel,)), 1, shape=(), dtype=torch.bool)
+
+
+@register("reduce", aten.renorm.default)
+def renorm(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
+    """Scale the parts of each sample along a dimension down to a largest norm."""
+    x, p, d, most = args
+    others = [k for k in range(1, x.ndim + 1) if k != dim(d, x.ndim)]
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(x, p, others, keepdim=True, dtype=wide)
+        factor = torch.where(norms > most, most / (norms + 1e-7), 1.0)
+        return x * factor.to(x.dtype)
+
+    return b.call(scaled, x)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
+from shardmap.program.ir import Equation
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.index import look_up_wrapped
-from shardmap.rules.lowering import Lowering, V
+from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -26,7 +27,7 @@ def numbers_of_samples(t: Tensor) -> Tensor:
 
 
 @register("search", aten.take.default)
-def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def take(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `take` of each sample's elements in their order, whatever its strides."""
     x, index = args
     shape = eq.outs[0].spec.shape
@@ -46,7 +47,7 @@ def take(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.put.default)
-def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def put(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `put` on a copy."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
@@ -59,29 +60,27 @@ def put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.put_.default)
-def put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
-    """Batch `put_` in place, through a flat view.
-
-    Another tier serves samples that cannot be viewed flat.
-    """
+def put_(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch `put_` in place, through a flat view, or a flat copy where there is no such view."""
     given: list[Any] = [*args, *kwargs.values(), False]
     x, index, source, accumulate = given[:4]
     spec = eq.args[0].spec
-    if spec.stride != torch.empty(spec.shape, device="meta").stride():
-        return NotImplemented
+    dense = spec.stride == torch.empty(spec.shape, device="meta").stride()
 
     def write_(x: Tensor, index: Tensor, source: Tensor) -> None:
         size = x.shape[0]
-        flat = x.view(size, math.prod(x.shape[1:]))
+        flat = x.view(size, math.prod(x.shape[1:])) if dense else flat_rows(x).clone()
         aten.index_put_(
             flat, [numbers_of_samples(x), flat_rows(index)], flat_rows(source), accumulate
         )
+        if not dense:
+            x.copy_(flat.view(x.shape))
 
     b.effect(write_, x, b.batch(index), b.batch(source))
 
 
 @register("search", aten.masked_scatter.default)
-def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def masked_scatter(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `masked_scatter`: a true element takes the source's element of its rank in the mask."""
     x, mask, source = args
     shape = eq.outs[0].spec.shape
@@ -102,11 +101,31 @@ def masked_scatter(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
     return b.call(write, b.batch(x), b.batch(mask), b.batch(source), shape=shape, dtype=x.dtype)
 
 
+@register("search", aten.masked_scatter_backward.default)
+def masked_scatter_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch the gradient by the source: each of its elements gets that of the element it went to.
+
+    torch has no kernel for it, and selects by the mask, whose count differs by sample.
+    """
+    grad, mask, size = args
+    if grad.shape != mask.shape or mask.dtype != torch.bool:
+        return NotImplemented
+    count = math.prod(size)
+
+    def read(grad: Tensor, mask: Tensor) -> Tensor:
+        grad, mask = flat_rows(grad), flat_rows(mask)
+        at = (mask.cumsum(1) - 1).masked_fill(~mask, count)
+        found = grad.new_zeros(grad.shape[0], count + 1).scatter(1, at, grad)
+        return found[:, :count].reshape(-1, *size)
+
+    return b.call(read, b.batch(grad), b.batch(mask), shape=tuple(size), dtype=grad.dtype)
+
+
 # -- sorted sequences
 
 
 @register("search", aten.searchsorted.Tensor)
-def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def searchsorted(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `searchsorted`: a shared sequence takes any values, mapped ones take values in rows."""
     boundaries, values = args[:2]
     if values.dtype != boundaries.dtype:
@@ -139,7 +158,7 @@ def searchsorted(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten.bucketize.Tensor)
-def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def bucketize(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `bucketize`, a search with the arguments exchanged."""
     values, boundaries = args[:2]
     shape, dtype = eq.outs[0].spec.shape, eq.outs[0].spec.dtype
@@ -163,7 +182,7 @@ def bucketize(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 
 
 @register("search", aten._cdist_forward.default, aten._cdist_backward.default)
-def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def cdist(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch `cdist`, whose kernels take the map as one more leading dimension."""
     spec = eq.outs[0].spec
     ndim = max(a.ndim for a in args if type(a) is V)
@@ -183,3 +202,108 @@ def cdist(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
         )
         return b.view(out, spec.shape)
     return b.call(eq.op, *given, **kwargs, shape=spec.shape, dtype=spec.dtype)
+
+
+@register("search", aten._pdist_forward.default)
+def pdist(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch `pdist` as the distances of all pairs of rows, of which each is kept once."""
+    x, p = args[0], args[1] if len(args) > 1 else 2.0
+    spec = eq.outs[0].spec
+
+    def distances(x: Tensor) -> Tensor:
+        all_pairs = torch.cdist(x, x, p, "donot_use_mm_for_euclid_dist")
+        first, second = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
+        return all_pairs[:, first, second]
+
+    return b.call(distances, x, shape=spec.shape, dtype=spec.dtype)
+
+
+@register("search", aten._pdist_backward.default)
+def pdist_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch the backward of `pdist` as that of distances to which both rows of a pair belong."""
+    grad, x, p, found = args
+    spec = eq.outs[0].spec
+
+    def backward(grad: Tensor, x: Tensor, found: Tensor) -> Tensor:
+        size, n = x.shape[:2]
+        first, second = torch.triu_indices(n, n, 1, device=x.device)
+
+        def both(t: Tensor) -> Tensor:
+            square = t.new_zeros(size, n, n)
+            square[:, first, second] = t
+            return square + square.transpose(1, 2)
+
+        x = x.contiguous()
+        return aten._cdist_backward(both(grad), x, x, p, both(found))
+
+    return b.call(backward, *map(b.batch, (grad, x, found)), shape=spec.shape, dtype=spec.dtype)
+
+
+# -- membership, and positions of a fixed number
+
+_FEW = 16
+"""Most test elements that each element is compared with; more are sorted and searched."""
+
+
+@register("search", aten.isin.Tensor_Tensor)
+def isin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch `isin`: elements are compared with each test element, or searched in sorted ones."""
+    x, tests = args
+    invert = kwargs.get("invert", False)
+    if x.dtype != tests.dtype:
+        return NotImplemented
+    count, shape = tests.numel, x.shape
+
+    def member(x: Tensor, tests: Tensor) -> Tensor:
+        rows, tests = flat_rows(x), flat_rows(tests)
+        if count <= _FEW:
+            found = (rows.unsqueeze(-1) == tests.unsqueeze(1)).any(-1)
+        else:
+            tests = tests.sort(1).values.contiguous()
+            at = torch.searchsorted(tests, rows.contiguous()).clamp(max=count - 1)
+            found = tests.gather(1, at) == rows
+        return (~found if invert else found).view(x.shape)
+
+    return b.call(member, b.batch(x), b.batch(tests), shape=shape, dtype=torch.bool)
+
+
+@register("search", aten.isin.Tensor_Scalar)
+def isin_number(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch the comparison with one number."""
+    x, test = args
+    op = aten.ne.Scalar if kwargs.get("invert", False) else aten.eq.Scalar
+    return b.call(op, x, test, shape=x.shape, dtype=torch.bool)
+
+
+@register("search", aten.isin.Scalar_Tensor)
+def number_isin(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch the search for one number among each sample's elements."""
+    number, tests = args
+    same = b.call(aten.eq.Scalar, tests, number, shape=tests.shape, dtype=torch.bool)
+    same = b.reshape(same, (tests.numel,))
+    found = b.call(aten.any.dim, same, 1, shape=(), dtype=torch.bool)
+    if not kwargs.get("invert", False):
+        return found
+    return b.call(aten.logical_not.default, found, shape=(), dtype=torch.bool)
+
+
+@register("search", aten.nonzero_static.default)
+def nonzero_static(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch `nonzero_static`: a nonzero element's position is written to its rank."""
+    (x,) = args
+    size, fill = kwargs["size"], kwargs.get("fill_value", -1)
+    shape, dims = eq.outs[0].spec.shape, x.shape
+
+    def positions(x: Tensor) -> Tensor:
+        mask = flat_rows(x) != 0
+        rank = mask.cumsum(1) - 1
+        at = torch.where(mask & (rank < size), rank, size)
+        numbers = torch.arange(mask.shape[1], device=x.device).expand(mask.shape)
+        found = numbers.new_full((mask.shape[0], size + 1), -1).scatter(1, at, numbers)[:, :size]
+        columns, step = [], 1
+        for n in reversed(dims):
+            columns.append(torch.where(found < 0, fill, found // step % max(n, 1)))
+            step *= max(n, 1)
+        return torch.stack(columns[::-1], -1) if columns else x.new_empty((len(x), *shape)).long()
+
+    return b.call(positions, x, shape=shape, dtype=torch.int64)

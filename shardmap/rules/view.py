@@ -208,9 +208,50 @@ def as_strided(
     step = 0 if storage_offset is None else storage_offset - eq.args[0].spec.offset
 
     def sample_strides(t: torch.Tensor, count: int) -> torch.Tensor:
-        return t.as_strided([count, *size], [t.stride(0), *stride], t.storage_offset() + step)
+        layout = [count, *size], [t.stride(0), *stride]
+        return t.as_strided(*layout, t.storage_offset() + step) if step else t.as_strided(*layout)
 
     return emit(b, eq, x, B, target=sample_strides)
+
+
+@rules("as_strided_scatter")
+def as_strided_scatter(
+    b: Lowering,
+    eq: Equation,
+    x: V,
+    part: V,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Any:
+    """Batch a copy of `x`, in the sample's strides, with `part` written at other strides."""
+    spec = eq.args[0].spec
+    step = 0 if storage_offset is None else storage_offset - spec.offset
+    span, reach = [
+        first + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
+        for first, sizes, strides in ((0, spec.shape, spec.stride), (step, size, stride))
+    ]
+    inside = 0 <= step and reach <= span and all(s >= 0 for s in stride)
+    # torch's own gradient of it is another than that of these calls, and the loop has it.
+    if b.grad or b.transformed or not inside or 0 in (*spec.shape, *size):
+        return NotImplemented
+
+    def written(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty_strided(x.shape, (span, *spec.stride))
+        # Gaps between the elements are not read by anyone.
+        out.copy_(x)
+        out.as_strided([len(x), *size], [span, *stride], step).copy_(part)
+        return out
+
+    return emit(b, eq, b.batch(x), b.batch(part), target=written)
+
+
+_STRIDED = {
+    aten.as_strided.default: 3,
+    aten.as_strided_.default: 3,
+    aten.as_strided_scatter.default: 4,
+}
+"""Operators that take an offset into the whole memory of their first argument, and its place."""
 
 
 def refuse_offsets_of_inputs(program: Program, call: str) -> None:
@@ -222,15 +263,13 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
     """
     inputs = {v.group for v in program.inputs}
     for eq in program.equations:
-        if (
-            eq.op in (aten.as_strided.default, aten.as_strided_.default)
-            and eq.args[0].group in inputs
-        ):
-            named = dict(eq.kwargs)
-            offset = eq.args[3] if len(eq.args) > 3 else named.get("storage_offset")
+        if eq.op in _STRIDED and eq.args[0].group in inputs:
+            named, at = dict(eq.kwargs), _STRIDED[eq.op]
+            offset = eq.args[at] if len(eq.args) > at else named.get("storage_offset")
             if offset is not None:
+                name = eq.op.name().removeprefix("aten::")
                 raise errors.EscapeError(
-                    f"{call}: as_strided with storage_offset={offset} on a mapped "
+                    f"{call}: {name} with storage_offset={offset} on a mapped "
                     "argument or a view of it would count from the start of "
                     "the whole batch's memory; leave storage_offset out and index the tensor first"
                 )

@@ -157,10 +157,10 @@ def below_our_rules() -> Iterator[list[str]]:
     served: list[str] = []
 
     def watch(tier: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(b: Any, eq: Any, args: Any, kwargs: Any, *rest: Any) -> Any:
+        def watched(b: Any, eq: Any, *rest: Any) -> Any:
             if registry.has_rule(eq.op):
                 served.append(f"{tier.__name__}: {eq}")
-            return tier(b, eq, args, kwargs, *rest)
+            return tier(b, eq, *rest)
 
         return watched
 

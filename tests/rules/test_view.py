@@ -8,6 +8,7 @@ import torch
 import shardmap
 from shardmap import errors
 from tests.rules.against_loop import check, real
+from tests.rules.everywhere import everywhere
 
 aten = torch.ops.aten
 
@@ -185,3 +186,29 @@ def test_view_dtype(dtype):
 def test_explicit_offset_on_an_input_is_refused():
     with pytest.raises(errors.EscapeError, match="storage_offset"):
         shardmap.vmap(lambda x: x.as_strided((2,), (1,), 1).clone())(torch.randn(3, 4))
+
+
+def test_a_part_written_at_other_strides() -> None:
+    everywhere(
+        lambda x, part: torch.as_strided_scatter(x.sin(), part, (2, 2), (1, 3), 1),
+        real(4, 3), real(2, 2), gradient=False,
+    )  # fmt: skip
+    everywhere(
+        lambda x, part: torch.as_strided_scatter(x, part, (2, 2), (1, 3)),
+        real(4, 3), real(2, 2), gradient=False, strided=False,
+    )  # fmt: skip
+
+
+def test_an_offset_into_the_memory_of_a_mapped_argument_is_refused_when_written() -> None:
+    with pytest.raises(errors.EscapeError, match="as_strided_scatter with storage_offset=1"):
+        shardmap.vmap(lambda x, part: torch.as_strided_scatter(x, part, (2,), (1,), 1))(
+            torch.randn(3, 4), torch.randn(3, 2)
+        )
+
+
+def test_strides_inside_a_map_of_a_map() -> None:
+    x = torch.randn(3, 2, 4)
+    mine = shardmap.vmap(shardmap.vmap(lambda r: r.as_strided((2, 2), (1, 2))))(x)
+    for i in range(3):
+        for k in range(2):
+            assert torch.equal(mine[i, k], x[i, k].clone().as_strided((2, 2), (1, 2)))

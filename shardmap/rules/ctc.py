@@ -1,0 +1,86 @@
+"""Batching rules of the CTC loss: the samples of the map join those of the loss's own batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from shardmap._torch import aten
+from shardmap.program.ir import Equation
+from shardmap.rules.losses import arguments
+from shardmap.rules.lowering import B, Given, Lowering, Named, V
+from shardmap.rules.registry import register
+
+
+def _by_time(t: Tensor) -> Tensor:
+    """Join two batches behind the time: `[B, T, n, ...] -> [T, B * n, ...]`."""
+    return t.movedim(0, 1).flatten(1, 2)
+
+
+def _lengths(given: Any, size: int) -> Any:
+    """The lengths of each of `size` batches: of shared ones, repeated."""
+    if not isinstance(given, Tensor):
+        return [int(n) for n in given] * size
+    return given.flatten() if given.dim() == 2 else given.repeat(size)
+
+
+def _joined(a: dict[str, Any]) -> bool:
+    """True if the samples can join: what depends on the lengths has one shape for all of them."""
+    lengths = a["input_lengths"], a["target_lengths"]
+    return a["log_probs"].ndim == 3 and not any(type(v) is V and v.mapped for v in lengths)
+
+
+@register("losses", aten._ctc_loss.default, aten._ctc_loss.Tensor)
+def ctc_loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch the loss, and the table of sums that its backward reads."""
+    a = arguments(eq, args, kwargs)
+    if not _joined(a):
+        return NotImplemented
+    op, tail, specs = eq.op, (a["blank"], a["zero_infinity"]), [o.spec for o in eq.outs]
+
+    def loss(
+        size: int, probabilities: Tensor, targets: Tensor, inputs: Any, lengths: Any
+    ) -> tuple[Tensor, ...]:
+        if not size:
+            return tuple([probabilities.new_empty((0, *s.shape), dtype=s.dtype) for s in specs])
+        joined = _by_time(probabilities), targets.flatten(0, 1).contiguous()
+        found = op(*joined, _lengths(inputs, size), _lengths(lengths, size), *tail)
+        return tuple([t.view(size, *s.shape) for t, s in zip(found, specs, strict=True)])
+
+    given = b.batch(a["log_probs"]), b.batch(a["targets"])
+    return b.calls_several(loss, 2, B, *given, a["input_lengths"], a["target_lengths"])
+
+
+@register("losses", aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
+def ctc_loss_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch the gradient by the logarithms of the probabilities."""
+    a = arguments(eq, args, kwargs)
+    if not _joined(a):
+        return NotImplemented
+    op, tail, spec = eq.op, (a["blank"], a["zero_infinity"]), eq.outs[0].spec
+
+    def backward(
+        size: int,
+        grad: Tensor,
+        probabilities: Tensor,
+        targets: Tensor,
+        found: Tensor,
+        table: Tensor,
+        inputs: Any,
+        lengths: Any,
+    ) -> Tensor:
+        if not size:
+            return probabilities.new_empty((0, *spec.shape))
+        flat = [t.flatten(0, 1).contiguous() for t in (targets, found, table)]
+        lengths = _lengths(inputs, size), _lengths(lengths, size)
+        out = op(
+            grad.flatten().contiguous(), _by_time(probabilities).contiguous(), flat[0], *lengths,
+            *flat[1:], *tail,
+        )  # fmt: skip
+        return out.unflatten(1, (size, -1)).movedim(1, 0).contiguous()
+
+    names = "grad", "log_probs", "targets", "neg_log_likelihood", "log_alpha"
+    given = [b.batch(a[n]) for n in names]
+    rest = a["input_lengths"], a["target_lengths"]
+    return b.call(backward, B, *given, *rest, shape=spec.shape, dtype=spec.dtype)
