@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardmap
-from benchmarks import jacobians, models, user_models
+from benchmarks import jacobians, models, user_models, user_twins
 
 Call = Callable[[], Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -199,7 +200,7 @@ def ensemble(members: int, inputs: Tensor, targets: Tensor) -> Case:
         import jax as j
 
         def of_batch(parameters: Mapping[str, Any], x: Any, y: Any) -> Any:
-            one = j.vmap(cross_entropy_jax(models.mlp_jax), (None, 0, 0))
+            one = j.vmap(user_twins.cross_entropy(models.mlp_jax), (None, 0, 0))
             return one(parameters, x, y).mean()
 
         mapped = j.jit(j.vmap(j.grad(of_batch), (0, None, None)))
@@ -250,61 +251,6 @@ def one_more(batch: Tensor) -> Case:
     )
 
 
-def cross_entropy_jax(forward: models.JaxForward) -> Callable[..., Any]:
-    """Make the loss of one sample from a model of one sample."""
-
-    def loss(parameters: Mapping[str, Any], x: Any, y: Any) -> Any:
-        import jax
-
-        return -jax.nn.log_softmax(forward(parameters, x))[y]
-
-    return loss
-
-
-def lstm_jax(p: models.JaxParams, x: Any) -> Any:
-    """Apply `user_models.LastOfLSTM` to one sequence [T, 16]."""
-    import jax
-    import jax.numpy as jnp
-
-    for layer in ("l0", "l1"):
-        w, u = p[f"lstm.weight_ih_{layer}"], p[f"lstm.weight_hh_{layer}"]
-        bias = p[f"lstm.bias_ih_{layer}"] + p[f"lstm.bias_hh_{layer}"]
-
-        def step(state: Any, row: Any, w: Any = w, u: Any = u, bias: Any = bias) -> Any:
-            h, c = state
-            i, f, g, o = jnp.split(w @ row + u @ h + bias, 4)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
-
-        zero = jnp.zeros(u.shape[1])
-        _, x = jax.lax.scan(step, (zero, zero), x)
-    return p["head.weight"] @ x[-1] + p["head.bias"]
-
-
-def ode_jax(p: models.JaxParams, x: Any, y: Any) -> Any:
-    """The loss of one state [8] of `user_models.NeuralODE`."""
-    import jax
-    import jax.numpy as jnp
-
-    def slope(x: Any) -> Any:
-        for index in (0, 2):
-            x = jnp.tanh(p[f"net.{index}.weight"] @ x + p[f"net.{index}.bias"])
-        return p["net.4.weight"] @ x + p["net.4.bias"]
-
-    size = 1 / user_models.ODE_STEPS
-
-    def step(x: Any, _: Any) -> Any:
-        a = slope(x)
-        b = slope(x + size / 2 * a)
-        c = slope(x + size / 2 * b)
-        d = slope(x + size * c)
-        return x + size / 6 * (a + 2 * b + 2 * c + d), None
-
-    x, _ = jax.lax.scan(step, x, None, user_models.ODE_STEPS)
-    return ((x - y) ** 2).sum()
-
-
 def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
     """Return what makes each case, by name; the same weights and data every time."""
 
@@ -317,7 +263,7 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
         def make() -> Case:
             torch.manual_seed(0)
             x, y = torch.randn(samples, 3, size, size), torch.randint(10, (samples,))
-            twin = None if jax is None else cross_entropy_jax(jax)
+            twin = None if jax is None else user_twins.cross_entropy(jax)
             return gradients(
                 model().to(device), classified, x.to(device), y.to(device), opacus=opacus, jax=twin
             )
@@ -325,13 +271,17 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
         return make
 
     def text(
-        model: Callable[[], nn.Module], loss: Loss, classes: int, opacus: str = ""
+        model: Callable[[], nn.Module],
+        loss: Loss,
+        classes: int,
+        opacus: str = "",
+        jax: Callable[..., Any] | None = None,
     ) -> Callable[[], Case]:
         def make() -> Case:
             torch.manual_seed(0)
             x = torch.randint(user_models.VOCABULARY, (samples, user_models.TOKENS)).to(device)
             y = torch.randint(classes, (samples,)).to(device) if classes else x
-            return gradients(model().to(device), loss, x, y, opacus)
+            return gradients(model().to(device), loss, x, y, opacus, jax)
 
         return make
 
@@ -373,31 +323,36 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
 
     held = "Opacus' hooks see modules, and this model holds parameters of its own"
     few = samples < SAMPLES
+    packaged = importlib.util.find_spec("transformers") is not None  # others have other names
     return {
         "GPT-2, 6 layers": text(
-            user_models.gpt2, predicted, 0, opacus="Opacus has no rule for tied weights"
+            user_models.gpt2, predicted, 0, "Opacus has no rule for tied weights",
+            user_twins.next_token(user_twins.gpt2) if packaged else None,
         ),
         "BERT, 4 layers": text(
-            user_models.bert, classified, 2, opacus="Opacus refuses positions without a batch"
+            user_models.bert, classified, 2, "Opacus refuses positions without a batch",
+            user_twins.cross_entropy(user_twins.bert) if packaged else None,
         ),
         "small transformer": text(
             user_models.SmallTransformer, classified, 10,
-            opacus="Opacus has no hook for nn.MultiheadAttention",
+            "Opacus has no hook for nn.MultiheadAttention",
+            user_twins.cross_entropy(user_twins.small_transformer),
         ),
         "CNN": images(models.cifar_cnn, 32, models.cifar_cnn_jax),
-        "ResNet-18, group norm": images(user_models.resnet18, 64),
+        "ResNet-18, group norm": images(user_models.resnet18, 64, user_twins.resnet18),
         "LSTM": vectors(
             user_models.LastOfLSTM, (24, 16), lambda: torch.randint(10, (samples,)), classified,
-            "Opacus has no hook for nn.LSTM", cross_entropy_jax(lstm_jax),
+            "Opacus has no hook for nn.LSTM", user_twins.cross_entropy(user_twins.lstm),
         ),
-        "ViT, 4 layers": images(user_models.ViT, 32, opacus=held),
+        "ViT, 4 layers": images(user_models.ViT, 32, user_twins.vit, held),
         "equivariant network": vectors(
             user_models.Equivariant, (user_models.ATOMS, 3), lambda: torch.randn(samples), squared,
-            held,
+            held, user_twins.squared(user_twins.equivariant),
         ),
         "ensemble of 16": of_many,
         "neural ODE": vectors(
-            user_models.NeuralODE, (8,), lambda: torch.randn(samples, 8), squared, "", ode_jax
+            user_models.NeuralODE, (8,), lambda: torch.randn(samples, 8), squared, "",
+            user_twins.squared(user_twins.ode),
         ),
         "Jacobian 32 -> 2048": derivative("jacrev", "32 -> 2048, batch 64", 3 if few else 64),
         "Hessian, 64 inputs": derivative("hessian", "Hessian, 64 inputs, batch 256", 3 if few else 256),
