@@ -179,9 +179,8 @@ def operators_of(tiers: Collection[str]) -> int:
 
     rows = [row for row in recordable() if row[1] in tiers]
     _print_operators(rows)
-    say(
-        f"\n{len(rows)} operators of torch {importlib.metadata.version('torch')} by {' or '.join(sorted(tiers))}"
-    )
+    torchs = f"torch {importlib.metadata.version('torch')}"
+    say(f"\n{len(rows)} operators of {torchs} by {' or '.join(sorted(tiers))}")
     return 0
 
 
