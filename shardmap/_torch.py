@@ -105,6 +105,9 @@ kernels_of = _attribute(
 dense_key = _private("_C.DispatchKey.CompositeExplicitAutograd", "operators that call functions")
 has_kernel = _private("_C._dispatch_has_kernel_for_dispatch_key", "which operators are composite")
 operator_names = _private("_C._dispatch_get_all_op_names", "finding pointwise operators by tag")
+python_kernels = _private("library._impls", "running torch's own kernels in several threads")
+custom_operators = _private("_library.custom_ops.OPDEFS", "loops over operators of the user's")
+below_autograd = _private("_C._AutoDispatchBelowAutograd", "loops that autograd does not record")
 compute_keyset = _private("_ops._compute_keyset", "checkpoints and operators that call functions")
 
 global_hooks = [_private(f"nn.modules.module._global_{kind}_hooks", "hooks of all modules")

@@ -1,4 +1,4 @@
-"""The benchmarks of the planner and of Jacobians run, and judge.
+"""The benchmarks of the planner, of Jacobians and of rules run, and judge.
 
 Their numbers are not a test's business.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import memory, models
+from benchmarks import memory, models, rules
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,3 +116,48 @@ def test_the_benchmark_of_paths_compares_and_writes_its_table(tmp_path: Path) ->
     assert done.returncode in (0, 1), done.stderr
     lines = (tmp_path / "p.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["two branches"] * 2
+
+
+def test_the_benchmark_of_rules_compares_and_writes_its_table(tmp_path: Path) -> None:
+    """A rule, a loop, and an operator that has no one right answer."""
+    done = run(
+        "benchmarks.rules", "--only", "tanh,histc,normal", "--rounds", "2", "--output",
+        str(tmp_path / "r.md"),
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout == (tmp_path / "r.md").read_text()
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [(row["name"], row["elements"] > 1) for row in results["rows"]] == [
+        ("tanh", True),
+        ("histc", True),
+    ]
+    assert results["left_out"] == {"normal": "draws random numbers"}
+    assert results["wrong"] == {}
+
+
+def test_targets_of_rules_are_judged() -> None:
+    """Overhead of short calls is in the median alone; a loop of torch.func has its own target."""
+
+    def row(
+        name: str, tier: str, peer: str, ms: float, of_peer: float, of_loop: float
+    ) -> rules.Row:
+        times = {"shardmap": 1.0, "replayed": 1.0, "torch.func": ms, "the loop": 5.0}
+        return rules.Row(name, 9, tier, peer, times, of_peer, of_loop)
+
+    good = [
+        row("a", "rule", "batched", 2.0, 0.5, 0.1),
+        row("b", "rule", "batched", 0.1, 1.6, 0.1),
+        row("c", "rule", "batched", 2.0, 1.0, 0.1),
+        row("z", "rule", "batched", 2.0, 0.5, 0.1),
+        row("d", "rule", "loop", 2.0, 0.1, 0.1),
+        row("e", "loop", "refused", 2.0, 0.0, 1.1),
+    ]
+    assert "FAIL" not in rules.summary(good, {}, {})
+    for worse in (
+        row("f", "rule", "batched", 1.0, 1.51, 0.1),
+        row("g", "loop", "batched", 0.5, 0.9, 1.11),
+    ):
+        assert rules.summary([*good, worse], {}, {}).count("FAIL") == 1
+    slow = [row(name, "rule", "loop", 2.0, 0.21, 0.1) for name in "hij"]
+    assert rules.summary([*good, *slow], {}, {}).count("FAIL") == 1
+    assert "FAIL: k is wrong: rows differ" in rules.summary(good, {}, {"k": "rows differ"})

@@ -25,6 +25,8 @@ USAGE_ERROR = 2
 MISTAKES = (ValueError, MissingExtraError, OverBudget, StoreMismatchError, ClusterError)
 """Errors that the user can correct: wrong values (`ConfigError` is a ValueError), and missing
 packages, memory, stores or clusters."""
+WITH_RULE, WITHOUT_RULE = ("rule", "decomposition"), ("functorch", "loop")
+"""The tiers of `shardmap.rules.registry.tier`."""
 SCOREBOARD = Path(__file__).resolve().parents[2] / "tests" / "data" / "op_db_scoreboard.json"
 """The stored sweep over PyTorch's operator database; it exists in a checkout."""
 
@@ -55,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands.verify(options)
         if options.command == "report":
             return commands.report(options.run, options.output)
-        return commands.ops(options.scoreboard) if options.command == "ops" else commands.devices()
+        if options.command == "devices":
+            return commands.devices()
+        if options.missing or options.tier:
+            return commands.operators_of([options.tier] if options.tier else WITHOUT_RULE)
+        return commands.ops(options.scoreboard)
     except KeyboardInterrupt:
         complain("interrupted; nothing was left behind")
         return INTERRUPTED
@@ -166,6 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     ops.add_argument(
         "--scoreboard", type=Path, default=SCOREBOARD, help="the sweep's stored result"
+    )
+    which = ops.add_mutually_exclusive_group()
+    which.add_argument(
+        "--missing",
+        action="store_true",
+        help="list the operators of this torch that have neither a rule nor a decomposition",
+    )
+    which.add_argument(
+        "--tier",
+        choices=(*WITH_RULE, *WITHOUT_RULE),
+        help="list the operators of this torch that this tier serves",
     )
     parsers.add_parser("devices", help="list the devices that a map can run on here")
     return parser

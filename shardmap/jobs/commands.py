@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,21 +173,31 @@ def _import_from_here() -> None:
         sys.path.insert(0, os.getcwd())
 
 
+def operators_of(tiers: Collection[str]) -> int:
+    """Print the operators of this torch that these tiers serve, with rules or without."""
+    from shardmap.rules.registry import recordable
+
+    rows = [row for row in recordable() if row[1] in tiers]
+    _print_operators(rows)
+    torchs = f"torch {importlib.metadata.version('torch')}"
+    say(f"\n{len(rows)} operators of {torchs} by {' or '.join(sorted(tiers))}")
+    return 0
+
+
+def _print_operators(rows: Sequence[tuple[str, str, str]]) -> None:
+    from shardmap.jobs.report import format_table
+
+    names = "operator", "tier", "family"
+    say(format_table({name: [row[i] for row in rows] for i, name in enumerate(names)}))
+
+
 def ops(scoreboard: Path) -> int:
     """Print the registry of rules, and the results of the stored sweep over PyTorch's operators."""
     from shardmap.jobs.report import format_table
     from shardmap.rules.registry import lacking, table
 
     rows = sorted(table(), key=lambda row: (row[2], row[0]))
-    say(
-        format_table(
-            {
-                "operator": [row[0] for row in rows],
-                "tier": [row[1] for row in rows],
-                "family": [row[2] for row in rows],
-            }
-        )
-    )
+    _print_operators(rows)
     counts = collections.Counter(row[1] for row in rows)
     known = ", ".join(f"{count} by {tier}" for tier, count in sorted(counts.items()))
     say(

@@ -7,6 +7,7 @@ from typing import Any
 from shardmap._torch import schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules.lowering import Call, Lowering, V, values
+from shardmap.rules.operator_loop import OperatorLoop
 
 
 def functional_call(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -37,10 +38,19 @@ def drop_dead(
     kept = []
     for call in reversed(calls):
         if not call.outs or call.writes or any(o in used for o in call.outs):
-            kept.append(call)
+            kept.append(_only_used(call, used))
             used.update(v.index for v in values((call.args, tuple(v for _, v in call.kwargs))))
     kept.reverse()
     return tuple(c for c in kept if not c.mapped), tuple(c for c in kept if c.mapped)
+
+
+def _only_used(call: Call, used: set[int]) -> Call:
+    """The call, without the results of a loop that nothing uses: stacking them takes time."""
+    wanted = [o in used for o in call.outs]
+    if not call.several or all(wanted) or not isinstance(call.target, OperatorLoop):
+        return call
+    outs = tuple([o if o in used else None for o in call.outs])
+    return call._replace(target=call.target.only(wanted), outs=outs)
 
 
 def _flat(result: Any) -> Any:

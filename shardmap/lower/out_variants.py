@@ -20,6 +20,7 @@ from shardmap.rules import huge_pages as pages
 from shardmap.rules.conv_weights import PatchProducts
 from shardmap.rules.embedding import scatter_rows, scatter_rows_into
 from shardmap.rules.lowering import Call
+from shardmap.rules.operator_loop import OperatorLoop
 
 
 def _mul(column: torch.Tensor, row: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ def into(call: Call) -> Callable[..., torch.Tensor] | None:
     if call.op is not None:
         found = _overload(call.op)
         return None if found is None else kernel_of(found)
-    if isinstance(call.target, PatchProducts):
+    if isinstance(call.target, PatchProducts | OperatorLoop):
         return call.target.into
     return _OURS.get(call.target)
 

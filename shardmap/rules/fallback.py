@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 
-from shardmap import errors
-from shardmap._torch import OpOverload, aten, schema_of
-from shardmap.program.ir import Equation, Packed, Var, variables
+from shardmap._torch import OpOverload, aten, kernel_of, schema_of
+from shardmap.program.analysis import written
+from shardmap.program.ir import Equation, Packed, Param, SampleDevice, Var, variables
+from shardmap.rules.loop_results import Results
 from shardmap.rules.lowering import B, Lowering, V, values
+from shardmap.rules.operator_loop import (
+    Arguments,
+    OperatorLoop,
+    row_calls,
+    runs_python,
+)
+from shardmap.rules.targets import fastest
 
 logger = logging.getLogger("shardmap")
 
@@ -58,7 +66,7 @@ def _split(
     def symbolic(value: Any) -> Any:
         if type(value) is list:
             return [symbolic(v) for v in value]
-        if type(value).__name__ in ("SampleDevice", "Param"):
+        if type(value) in (SampleDevice, Param):
             symbols.append(value)
             return _Slot(len(tensors) + len(symbols) - 1)
         return value.value if type(value) is Packed else value
@@ -101,68 +109,37 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
     return _emit(b, eq, functorch, (*tensors, *symbols))
 
 
-def loop_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
+def loop_rule(
+    b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, object], call: str
+) -> V | tuple[V, ...] | None:
     """Run one operator sample by sample and stack the results.
 
     In-place operators write to the batch's rows.
     """
-    tensors, template, names, symbols, in_dims = _split(b, args, kwargs)
-    op, count = eq.op, len(tensors)
-    specs = [v.spec for v in variables(eq.outs)]
-    in_place = {v.index for v in eq.inputs()} >= {v.index for v in variables(eq.outs)}
+    function = fastest(eq.op) if args and type(args[0]) is V else kernel_of(eq.op)
+    given = row_calls(function, args, kwargs)
+    tracked = b.grad or b.transformed
+    ordered = b.device_type != "cpu" or bool(written(eq)) or runs_python(eq.op)
+    results = None if writes_only(eq) else Results.of(eq, call)
+    return emit_loop(b, OperatorLoop(eq, given, results, tracked, ordered), given, B)
 
-    def loop(size: int, *values: Any) -> Any:
-        results = []
-        for i in range(size):
-            rows = [t if d is None else t[i] for t, d in zip(values[:count], in_dims, strict=True)]
-            positional, named = _fill(template, (*rows, *values[count:]))
-            result = op(*positional, **dict(zip(names, named, strict=True)))
-            if eq.answer is not None:
-                _check_shapes(
-                    eq,
-                    [
-                        tuple(t.shape)
-                        for t in ([result] if isinstance(result, torch.Tensor) else _flat(result))
-                    ],
-                    call,
-                )
-            results.append(result)
-        if in_place:
-            return None
-        if not results:
-            device = values[0].device
-            empty = [torch.empty((0, *s.shape), dtype=s.dtype, device=device) for s in specs]
-            return empty[0] if _single(eq) else tuple(empty)
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results)
-        return tuple(torch.stack(column) for column in zip(*_flat_rows(results), strict=True))
 
-    loop.__name__ = f"loop_{schema_of(op).name.partition('::')[2]}"
-    if in_place:
-        b.effect(loop, B, *tensors, *symbols)
+def writes_only(eq: Equation) -> bool:
+    """True if a call has no results but the arguments that it writes to."""
+    return {v.index for v in eq.inputs()} >= {v.index for v in eq.results()}
+
+
+def emit_loop(
+    b: Lowering, loop: OperatorLoop, given: Arguments, *leading: object, mapped: bool = True
+) -> V | tuple[V, ...] | None:
+    """Emit a loop; `leading` are its arguments before the tensors."""
+    values = *leading, *given.mapped, *given.shared
+    if loop.results is None:
+        b.effect(loop, *values)
         return None
-    return _emit(b, eq, loop, (B, *tensors, *symbols))
-
-
-def _check_shapes(eq: Equation, shapes: list[tuple[int, ...]], call: str) -> None:
-    """Refuse a sample whose result has another shape than the recorded sample's."""
-    expected = [v.spec.shape for v in variables(eq.outs)]
-    if shapes != expected:
-        name = schema_of(eq.op).name.partition("::")[2]
-        raise errors.VariesError(
-            f"{call}: the shape of {name}'s result depends on values, and it is {_show(expected)} "
-            "for the first sample but "
-            f"{_show(shapes)} for another; use torch.where, masks, or operators whose results have "
-            "one shape"
-        )
-
-
-def _show(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join(map(str, shapes))
-
-
-def _flat_rows(results: list[Any]) -> list[list[torch.Tensor]]:
-    return [[t for t in _flat(r)] for r in results]
+    if loop.results.single:
+        return b.call(loop, *values, mapped=mapped)
+    return b.calls_several(loop, len(loop.results.specs), *values, mapped=mapped)
 
 
 def _flat(result: Any) -> Any:
@@ -171,10 +148,6 @@ def _flat(result: Any) -> Any:
             yield item
         elif isinstance(item, list | tuple):
             yield from _flat(item)
-
-
-def _single(eq: Equation) -> bool:
-    return len(eq.outs) == 1 and type(eq.outs[0]) is Var and len(schema_of(eq.op).returns) == 1
 
 
 def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) -> Any:

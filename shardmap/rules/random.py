@@ -8,6 +8,7 @@ a seed of its own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +24,15 @@ from shardmap.program.ir import (
     GivenGenerator,
     Spec,
     generator_of,
-    variables,
 )
 from shardmap.program.private_generators import PrivateGenerators, takes_generator
 from shardmap.rules import philox as draws
 from shardmap.rules import torch_draws
-from shardmap.rules.fallback import _fill, _split
+from shardmap.rules.fallback import emit_loop, writes_only
+from shardmap.rules.loop_results import Results
 from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import SEED, START, B, Lowering, Seed, V
+from shardmap.rules.lowering import SEED, START, B, Lowering, Seed, V, values
+from shardmap.rules.operator_loop import Arguments, OperatorLoop, row_calls
 from shardmap.rules.philox import TorchDraws
 from shardmap.rules.promote import aligned
 from shardmap.rules.registry import overloads, register
@@ -298,78 +300,101 @@ def category_of(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, uniform, right=True)
 
 
+class _Drawing:
+    """Function that calls a random operator for one sample, by a generator of the sample's own."""
+
+    def __init__(self, b: Lowering, eq: Equation, mapped: bool, call: str):
+        self.op = eq.op
+        self.different = b.randomness == "different"
+        self.mapped = mapped
+        self.number = source(b, eq)[1]
+        self.call = call
+
+    def __call__(
+        self, sample: int, seed: int | TorchDraws, *positional: Any, **named: Any
+    ) -> torch.Tensor | Sequence[torch.Tensor] | None:
+        """Call the operator for the sample of this number."""
+        op = self.op
+        if isinstance(seed, TorchDraws):
+            if self.mapped and not self.different:
+                raise errors.RandomnessError(
+                    f"{self.call}: randomness='same' and {op.name()}, whose draw cannot be shared "
+                    "by samples inside another map; draw outside (torch.rand) and pass the numbers "
+                    "in, or pass randomness='different'"
+                )
+            drawing = seed.generator
+            positional = tuple([drawing if type(v) is GivenGenerator else v for v in positional])
+            named = {k: drawing if type(v) is GivenGenerator else v for k, v in named.items()}
+            return op(*positional, **named)
+        own = draws.sample_seed(seed, self.number, sample if self.different else 0)
+        if takes_generator(op):
+            return PrivateGenerators(own).run(op, positional, named)
+        # only torch's default generators can seed it
+        if any(isinstance(t, torch.Tensor) and t.is_cuda for t in positional):
+            torch.manual_seed(own)
+        else:
+            torch.default_generator.manual_seed(own)
+        return op(*positional, **named)
+
+
+class _SeededLoop(OperatorLoop):
+    """Function that calls a random operator for each sample, or once for all samples."""
+
+    def __init__(
+        self, b: Lowering, eq: Equation, given: Arguments, results: Results | None, mapped: bool
+    ):
+        super().__init__(eq, given, results, b.grad or b.transformed)
+        self.mapped = mapped
+        self.owns_generators = takes_generator(eq.op)
+
+    def __call__(self, size: int, start: draws.SampleNumbers, *values: Any) -> Any:
+        """The results of all samples, each `[B, *shape]`; of one call if they share it."""
+        return self.packed(self._drawn(size, start, values, None))
+
+    def into(
+        self, size: int, start: draws.SampleNumbers, *values: Any, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the only result into `out`."""
+        self._drawn(size, start, values, [out])
+        return out
+
+    def _drawn(
+        self,
+        size: int,
+        start: draws.SampleNumbers,
+        values: Sequence[object],
+        memory: list[torch.Tensor] | None,
+    ) -> Sequence[torch.Tensor]:
+        with contextlib.ExitStack() as stack:
+            if not self.owns_generators:
+                # the default generators belong to all threads: one loop at a time
+                cuda = {t.device.index for t in values if isinstance(t, torch.Tensor) and t.is_cuda}
+                stack.enter_context(_seeding)
+                stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
+            if self.mapped:
+                numbers = range(start, start + size) if isinstance(start, int) else start.tolist()
+                return self.run(size, values, memory, numbers)
+            found = self.calls([(0,)], *values)
+            return [] if self.results is None else self.results.first(found)
+
+
 _seeding = fork_safe_lock()
-"""Held while an operator runs that only torch's default generators can seed."""
+"""Held while operators run that only torch's default generators can seed."""
 
 
-def _on_cuda(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
-
-
-def seeded_loop(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any], call: str) -> Any:
+def seeded_loop(
+    b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, object], call: str
+) -> V | tuple[V, ...] | None:
     """Run any random operator sample by sample, each with a seeded generator of its own.
 
     This is the tier below the rules. `call` names the user's call in errors.
     """
-    tensors, template, names, symbols, _ = _split(b, args, kwargs)
-    op, count, different = eq.op, len(tensors), b.randomness == "different"
-    seed_of, number = source(b, eq)
-    batched = [v.mapped for v in tensors]
-    mapped = different or any(batched)
-    outs = list(variables(eq.outs))
-    in_place = {v.index for v in eq.inputs()} >= {v.index for v in outs}
-
-    def one(seed: int | TorchDraws, sample: int, rows: Sequence[Any]) -> Any:
-        positional, values = _fill(template, tuple(rows))
-        named = dict(zip(names, values, strict=True))
-        if isinstance(seed, TorchDraws):
-            if mapped and not different:
-                raise errors.RandomnessError(
-                    f"{call}: randomness='same' and {op.name()}, whose draw cannot be shared by "
-                    "samples inside another map; draw outside (torch.rand) and pass the numbers "
-                    "in, or pass randomness='different'"
-                )
-            drawing = seed.generator
-            positional, values = [
-                [drawing if type(v) is GivenGenerator else v for v in given]
-                for given in (positional, values)
-            ]
-            return op(*positional, **dict(zip(names, values, strict=True)))
-        own = draws.sample_seed(seed, number, sample if different else 0)
-        if takes_generator(op):
-            return PrivateGenerators(own).run(op, tuple(positional), named)
-        # Only torch's default generators can seed it, and they belong to all threads: one call at a
-        # time.
-        cuda = {t.device.index for t in rows if _on_cuda(t)}
-        with _seeding, torch.random.fork_rng(devices=sorted(cuda)):
-            torch.manual_seed(own)
-            return op(*positional, **named)
-
-    def random_loop(
-        size: int, start: draws.SampleNumbers, seed: int | TorchDraws, *values: Any
-    ) -> Any:
-        results = []
-        for i in range(size):
-            rows = [t[i] if m else t for t, m in zip(values[:count], batched, strict=True)]
-            results.append(one(seed, draws.number_of(start, i), [*rows, *values[count:]]))
-        if in_place:
-            return None
-        if not mapped:
-            return results[0]
-        if not results:
-            device = values[0].device
-            empty = [
-                torch.empty((0, *v.spec.shape), dtype=v.spec.dtype, device=device) for v in outs
-            ]
-            return empty[0] if len(outs) == 1 else tuple(empty)
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results)
-        return tuple(torch.stack(column) for column in zip(*results, strict=True))
-
-    where = (B, START, seed_of) if mapped else (1, 0, seed_of)
-    if in_place:
-        b.effect(random_loop, *where, *tensors, *symbols)
-        return None
-    if len(eq.outs) == 1:
-        return b.call(random_loop, *where, *tensors, *symbols, mapped=mapped)
-    return b.calls_several(random_loop, len(eq.outs), *where, *tensors, *symbols, mapped=mapped)
+    tensors = values((args, tuple(kwargs.values())))
+    mapped = b.randomness == "different" or any(v.mapped for v in tensors)
+    given = row_calls(
+        _Drawing(b, eq, mapped, call), [source(b, eq)[0], *args], kwargs, numbered=True
+    )
+    results = None if writes_only(eq) else Results.of(eq, call)
+    loop = _SeededLoop(b, eq, given, results, mapped)
+    where = (B, START) if mapped else (1, 0)
+    return emit_loop(b, loop, given, *where, mapped=mapped)

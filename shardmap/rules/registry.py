@@ -23,9 +23,13 @@ from shardmap._torch import (
     absent_operators,
     has_kernel,
     missing,
+    operator_names,
     overloads,
+    schema_of,
 )
 from shardmap.errors import OptionError
+from shardmap.program.ir import operator
+from shardmap.program.operators import op_info
 
 __all__ = [
     "Entry",
@@ -37,6 +41,7 @@ __all__ = [
     "lacking",
     "lookup",
     "overloads",
+    "recordable",
     "register",
     "register_decomposition",
     "table",
@@ -233,6 +238,34 @@ def table() -> list[tuple[str, str, str]]:
     rows = [(op.name(), "rule", entry.family) for op, entry in _rules.items()]
     rows += [(op.name(), "decomposition", "torch") for op in _decompositions]
     return sorted(rows)
+
+
+def recordable() -> list[tuple[str, str, str]]:
+    """`(operator, tier, family)` of every operator of this torch that recordings may hold, by name.
+
+    Left out are those that are recorded as other operators, those that return python values or
+    take no tensors, and forms with `out=`, which the rule of the operator itself serves.
+    """
+    rows = []
+    for name in operator_names():
+        try:
+            op = operator(name)
+        except AttributeError:  # a kernel is registered under a name that no schema declares
+            continue
+        if op in _rules or op in _decompositions or _needs_batching(op):
+            entry = _rules.get(op)
+            rows.append((name, tier(op), "" if entry is None else entry.family))
+    return sorted(rows)
+
+
+def _needs_batching(op: Operator) -> bool:
+    """True if a call of an operator without a rule is recorded and has to be batched."""
+    info = op_info(op)
+    if info.composite or info.question or info.metadata:
+        return False
+    arguments = schema_of(op).arguments
+    takes = any("Tensor" in str(a.type) for a in arguments)
+    return takes and not any(a.is_out for a in arguments)
 
 
 def lacking() -> list[str]:

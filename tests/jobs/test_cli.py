@@ -13,6 +13,8 @@ import torch
 
 import shardmap
 from shardmap.jobs.cli import main
+from shardmap.program.ir import operator
+from shardmap.rules import registry
 
 ROOT = Path(__file__).parents[2]
 GRADIENTS = str(ROOT / "configs" / "digits_gradients" / "run.yaml")
@@ -264,3 +266,38 @@ def test_ops_lists_rules_and_the_scoreboard(tmp_path, capsys):
         "  forward  shardmap        0      2",
         "  forward     torch        2      0",
     ]
+
+
+def test_ops_lists_what_has_no_rule(capsys):
+    """Each row is what a map would do: no operator with a rule, each that the registry lacks."""
+    torch.library.define("clitest::opaque", "(Tensor x) -> Tensor")
+    assert main(["ops", "--missing"]) == 0
+    *rows, _, last = capsys.readouterr().out.splitlines()[1:]
+    found = {row.split()[0]: row.split()[1] for row in rows}
+    assert {"clitest::opaque", "aten::_foreach_add.List"} <= found.keys()
+    assert "aten::add.Tensor" not in found
+    assert "aten::linear" not in found, "recorded as other operators"
+    assert "aten::is_nonzero" not in found, "a question"
+    assert "aten::_foreach_add.List_out" not in found
+    assert set(found.values()) == {"functorch", "loop"}
+    for name, tier in found.items():
+        op = operator(name)
+        assert registry.lookup(op) is registry.decomposition(op) is None
+        assert registry.has_functorch_kernel(op) == (tier == "functorch")
+    assert last.split()[0] == str(len(found))
+
+
+@pytest.mark.parametrize("tier", ["rule", "decomposition", "functorch", "loop"])
+def test_ops_lists_one_tier(tier, capsys):
+    assert main(["ops", "--tier", tier]) == 0
+    *rows, _, _ = capsys.readouterr().out.splitlines()[1:]
+    assert {row.split()[1] for row in rows} == {tier}
+    assert {row.split()[0] for row in rows} == {
+        name for name, one, _ in registry.recordable() if one == tier
+    }
+
+
+@pytest.mark.parametrize("words", [["--tier", "other"], ["--missing", "--tier", "loop"]])
+def test_ops_refuses_other_words(words, capsys):
+    assert main(["ops", *words]) == 2
+    assert "--tier" in capsys.readouterr().err
