@@ -21,6 +21,7 @@ from shardmap.run.affordable import (
     direct,
     hopeless,
     least_memory,
+    recorded_bytes,
     results_bytes,
     stacked_bytes,
     stacked_results,
@@ -32,15 +33,6 @@ from shardmap.run.watch import watched
 WATCHED_FROM = 4 << 20
 """Bytes of all samples' recorded results from which a map is measured and planned; below, it is one
 chunk."""
-
-
-def recorded_bytes(job: Job) -> int:
-    """Bytes of all recorded results of one sample: found without running anything."""
-    known = job.lowerings.notes(job.home.type).recorded_bytes
-    if not known:
-        results = [v.spec for eq in job.recording.program.equations for v in eq.results()]
-        known.append(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results))
-    return known[0]
 
 
 def small(job: Job) -> bool:

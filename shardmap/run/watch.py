@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from shardmap._threads import default_generator_states, restore_default_generators
+from shardmap.lower.codegen import Replay
 from shardmap.planning.observe import Observation, observe
-from shardmap.run.affordable import direct, observed_sizes
+from shardmap.planning.shapes import Shapes, without_memory
+from shardmap.run.affordable import direct, observed_sizes, recorded_bytes
 from shardmap.run.base import Job
 from shardmap.run.prepare import Ready, there
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
+
+logger = logging.getLogger("shardmap")
 
 
 def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observation:
@@ -27,6 +32,10 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
     found = low.notes.observed.get((*how, 2))
     if found is not None:
         return found
+    pretended = _pretended(ready, job)
+    if pretended is not None:
+        low.notes.observed[(*how, 2)] = pretended
+        return pretended
     sizes = observed_sizes(job, ready.device, budget_bytes)
     key = (*how, len(sizes))
     found = low.notes.observed.get(key)
@@ -94,6 +103,50 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
             found = dataclasses.replace(found, backward_unknown=str(error).partition("\n")[0])
     low.notes.observed[key] = found
     return found
+
+
+PRETENDED_FROM = 1 << 17
+"""Bytes of recorded results per recorded call from which calls are run without memory: computing
+five samples takes longer than the shapes of two chunks."""
+
+
+def _pretended(ready: Ready, job: Job) -> Observation | None:
+    """Cost of a chunk by its calls on tensors without memory; None if it has to be computed.
+
+    That is so if little is computed, if what runs depends on the device (factors, accelerators) or
+    is recorded by autograd, and if a call needs values.
+    """
+    low, into = ready.low, direct(job, ready.device)
+    calls = len(low.program.equations)
+    plain = not (job.grad or job.remat or low.batched.factored or low.batched.summed)
+    small = recorded_bytes(job) < PRETENDED_FROM * calls
+    if ready.device.type != "cpu" or not plain or small or not isinstance(low.replay, Replay):
+        return None
+    chunk, shapes = low.replay.marked(slices=into), Shapes()
+    device = torch.device("meta")
+    inputs: list[torch.Tensor] = []
+    slices: list[torch.Tensor] = []
+
+    def known(size: int) -> Sequence[torch.Tensor]:
+        inputs[:] = [without_memory(t.narrow(0, 0, size)) for t in job.inputs]
+        sliced = [o for o in job.outputs if o.sliced and into]
+        slices[:] = [torch.empty((size, *o.shape), dtype=o.dtype, device=device) for o in sliced]
+        return [*inputs, *slices, *fixed]
+
+    def run(size: int, mark: Callable[[int], None]) -> object:
+        arguments = (size, 0, device, job.seed, job.recording.scalars, fixed, list(inputs))
+        return chunk(*arguments, slices, mark) if into else chunk(*arguments, mark)
+
+    states = default_generator_states(ready.device)
+    try:
+        with torch.no_grad(), saved_hooks_set_aside():
+            fixed = tuple([without_memory(t) for t in ready.fixed])
+            return observe(low, run, observed_sizes(job, ready.device, None), known, shapes)
+    except Exception as error:  # values are needed, or a call knows no such device
+        logger.debug("%s: a chunk has to be computed to be measured: %s", job.call, error)
+        return None
+    finally:
+        restore_default_generators(states)
 
 
 def _with_backward(ready: Ready, job: Job, sizes: Sequence[int]) -> Observation:
