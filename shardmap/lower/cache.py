@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import math
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -19,6 +18,7 @@ from shardmap.lower.batcher import lower
 from shardmap.lower.check import verified
 from shardmap.lower.codegen import Executable, Replay, generate
 from shardmap.lower.trial import Trial
+from shardmap.program.analysis import recorded_bytes
 from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
 
@@ -277,8 +277,7 @@ def lowered(
     def make() -> Lowered:
         first = _draft(key, program, options, sources)
         learned = notes(program, options, layout)
-        results = [v.spec for eq in program.equations for v in eq.results()]
-        sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+        sample_bytes = recorded_bytes(program)
         if tried is None or not size:
             return Lowered(
                 program, options, first.batched, first.replay, Fixes(), frozenset(), learned,

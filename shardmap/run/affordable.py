@@ -14,6 +14,7 @@ import torch
 from shardmap.planning import device as devices
 from shardmap.planning.lower_bound import chunk_bound, recorded_peak
 from shardmap.planning.memory import Level, MemoryModel
+from shardmap.program import analysis
 from shardmap.run.base import Job
 from shardmap.run.gather import wider
 
@@ -28,8 +29,7 @@ def recorded_bytes(job: Job) -> int:
     """Bytes of all recorded results of one sample: found without running anything."""
     known = job.lowerings.notes(job.home.type).recorded_bytes
     if not known:
-        results = [v.spec for eq in job.recording.program.equations for v in eq.results()]
-        known.append(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results))
+        known.append(analysis.recorded_bytes(job.recording.program))
     return known[0]
 
 
