@@ -28,7 +28,7 @@ from shardmap.run.affordable import (
 )
 from shardmap.run.base import Job
 from shardmap.run.prepare import Devices, Ready, learned
-from shardmap.run.watch import watched
+from shardmap.run.watch import before_trial, watched
 
 WATCHED_FROM = 4 << 20
 """Bytes of all samples' recorded results from which a map is measured and planned; below, it is one
@@ -144,6 +144,7 @@ def sites(
     budget: Callable[[torch.device], int | None],
     several: bool,
     always: bool,
+    untried: bool = False,
 ) -> list[Site]:
     """The facts about each device that `names` names.
 
@@ -154,6 +155,8 @@ def sites(
         budget: Bytes that the map may add on a device.
         several: True if chunks have more than one sample.
         always: True to measure even a map that is too small for it to matter.
+        untried: True if lowerings may be measured before they are tried; `Devices.changed` tries
+            them afterwards.
     """
     found: dict[str, Site] = {}
     for name in names:
@@ -172,8 +175,11 @@ def sites(
             # a trial, or a measured chunk, would exceed the budget by itself
             found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
             continue
-        ready = on.on(name, several)
-        seen = watched(ready, job, room)
+        if untried:
+            ready, seen = before_trial(on, name, several, room)
+        else:
+            ready = on.on(name, several)
+            seen = watched(ready, job, room)
         share = -(-job.samples * lanes // len(names))
         found[name] = Site(
             name,

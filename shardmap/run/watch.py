@@ -15,7 +15,7 @@ from shardmap.planning.observe import Observation, observe
 from shardmap.planning.shapes import Shapes, without_memory
 from shardmap.run.affordable import direct, observed_sizes, recorded_bytes
 from shardmap.run.base import Job
-from shardmap.run.prepare import Ready, there
+from shardmap.run.prepare import Devices, Ready, known, there
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 
 logger = logging.getLogger("shardmap")
@@ -28,7 +28,7 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
     small.
     """
     low, into = ready.low, direct(job, ready.device)
-    how = ready.device.type, "into" if into else "remat" if job.remat else "plain"
+    how = _how(ready, job)
     found = low.notes.observed.get((*how, 2))
     if found is not None:
         return found
@@ -105,22 +105,52 @@ def watched(ready: Ready, job: Job, budget_bytes: int | None = None) -> Observat
     return found
 
 
+def before_trial(
+    on: Devices, name: str, several: bool, budget_bytes: int | None
+) -> tuple[Ready, Observation]:
+    """A device and the cost of a chunk there, if it can be without a trial of the lowering.
+
+    The chunks that are planned by it may be of one sample, or of several: then one trial is enough.
+    """
+    job, device = on.job, torch.device(name)
+    tried = known(job, device, several, direct(job, device)) is not None
+    if not tried and _is_worth_pretending(job, device):
+        ready = on.untried(name)
+        found = _pretended(ready, job)
+        if found is not None:
+            ready.low.notes.observed[(*_how(ready, job), 2)] = found
+            return ready, found
+    ready = on.on(name, several)
+    return ready, watched(ready, job, budget_bytes)
+
+
+def _how(ready: Ready, job: Job) -> tuple[str, str]:
+    """The device and the way that a chunk runs, which its cost depends on."""
+    into = direct(job, ready.device)
+    return ready.device.type, "into" if into else "remat" if job.remat else "plain"
+
+
 PRETENDED_FROM = 1 << 17
 """Bytes of recorded results per recorded call from which calls are run without memory: computing
 five samples takes longer than the shapes of two chunks."""
 
 
-def _pretended(ready: Ready, job: Job) -> Observation | None:
-    """Cost of a chunk by its calls on tensors without memory; None if it has to be computed.
+def _is_worth_pretending(job: Job, device: torch.device) -> bool:
+    """True if a chunk of large calls can be measured on tensors without memory.
 
-    That is so if little is computed, if what runs depends on the device (factors, accelerators) or
-    is recorded by autograd, and if a call needs values.
+    Not if what runs depends on the device (factors, accelerators) or is recorded by autograd.
     """
+    if device.type != "cpu" or job.grad or job.remat or job.lowerings.instead is not None:
+        return False
+    calls, batched = len(job.recording.program.equations), job.lowerings.outline(device.type)
+    plain = not (batched.factored or batched.summed)
+    return plain and recorded_bytes(job) >= PRETENDED_FROM * calls
+
+
+def _pretended(ready: Ready, job: Job) -> Observation | None:
+    """Cost of a chunk by its calls on tensors without memory; None if it has to be computed."""
     low, into = ready.low, direct(job, ready.device)
-    calls = len(low.program.equations)
-    plain = not (job.grad or job.remat or low.batched.factored or low.batched.summed)
-    small = recorded_bytes(job) < PRETENDED_FROM * calls
-    if ready.device.type != "cpu" or not plain or small or not isinstance(low.replay, Replay):
+    if not (_is_worth_pretending(job, ready.device) and isinstance(low.replay, Replay)):
         return None
     chunk, shapes = low.replay.marked(slices=into), Shapes()
     device = torch.device("meta")
