@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import shardmap
 from shardmap.planning import shapes
 from shardmap.planning.observe import Observation
+from shardmap.rules import registry
 from shardmap.run import watch
 
 
@@ -121,3 +122,46 @@ def test_what_a_call_returns_is_remembered_for_equal_arguments_only():
         first, second = run(torch.ops.aten.max.dim, (a, 0), {})
         assert first.dtype is torch.float32
         assert second.dtype is torch.int64
+
+
+@torch.library.custom_op("shardmap_shapes::plus", mutates_args=())
+def plus(x: torch.Tensor) -> torch.Tensor:
+    """An operator whose rule is wrong."""
+    return x + 1
+
+
+@plus.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, "auto"])
+def test_a_lowering_that_a_trial_changes_is_measured_again(chunk_size, monkeypatch):
+    """The plan shows the memory of what runs, and the results are the loop's."""
+    rules = dict(registry._rules)
+    operator = torch.ops.shardmap_shapes.plus.default
+
+    @shardmap.batching_rule(operator)
+    def rule(b, eq, args, kwargs):
+        spec = eq.outs[0].spec
+        return b.call(torch.add, args[0], 2, shape=spec.shape, dtype=spec.dtype)
+
+    def function(x):
+        return torch.ops.shardmap_shapes.plus(x.sin()).cos()
+
+    try:
+        monkeypatch.setattr(watch, "PRETENDED_FROM", 0)
+        shardmap.clear_caches()
+        x = torch.randn(7, 512)
+        with pytest.warns(shardmap.errors.SlowLoopWarning, match="is wrong"):
+            plan = shardmap.plan(function, chunk_size=chunk_size, memory_budget="1GiB")(x)
+        assert "loop" in str(plan)
+        names = [cost.name for cost in plan._seen().costs]
+        assert "shardmap_shapes::plus" in names
+        calls = next(c.calls for c in plan._seen().costs if c.name == "shardmap_shapes::plus")
+        assert calls > 1, "the loop's calls, not the rule's one"
+        torch.testing.assert_close(plan.run(), torch.stack([function(row) for row in x]))
+    finally:
+        registry._rules.clear()
+        registry._rules.update(rules)
+        shardmap.clear_caches()
