@@ -280,9 +280,13 @@ def split_of(
         size = None  # outer transforms keep each chunk's values: cutting saves nothing
     several = job.samples > 1 and size != 1
     forced = always or options.memory_budget is not None
-    found = sites(job, on, names, options.budget.on, several, forced and not inlined)
+    given = job, on, names, options.budget.on, several, forced and not inlined
     uniform = len(names) > 1 and any(o.reduction is not None for o in job.outputs)
-    return split(job.samples, found, size, uniform, collected(job, names, options.budget.on))
+    rest = size, uniform, collected(job, names, options.budget.on)
+    found = split(job.samples, sites(*given, untried=True), *rest)
+    if found.fits and on.changed({lane.device: lane.chunk for lane in found.lanes}):
+        found = split(job.samples, sites(*given), *rest)
+    return found
 
 
 def _check_devices_of(chunk_size: Mapping[str, Any], names: tuple[str, ...], call: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import math
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -19,6 +18,7 @@ from shardmap.lower.batcher import lower
 from shardmap.lower.check import verified
 from shardmap.lower.codegen import Executable, Replay, generate
 from shardmap.lower.trial import Trial
+from shardmap.program.analysis import recorded_bytes
 from shardmap.program.ir import Equation, Program
 from shardmap.rules import registry
 
@@ -277,13 +277,8 @@ def lowered(
     def make() -> Lowered:
         first = _draft(key, program, options, sources)
         learned = notes(program, options, layout)
-        results = [v.spec for eq in program.equations for v in eq.results()]
-        sample_bytes = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
         if tried is None or not size:
-            return Lowered(
-                program, options, first.batched, first.replay, Fixes(), frozenset(), learned,
-                sample_bytes,
-            )  # fmt: skip
+            return _untried(first, options, learned)
 
         again = _Again(program, sources, first, options)
         done = verified(program, options, again, tried(), fixes or Fixes(), slices)
@@ -299,13 +294,37 @@ def lowered(
             done.fixes,
             done.loose,
             learned,
-            sample_bytes,
+            recorded_bytes(program),
         )
 
     found = _lowered.made(_Key(key, size, tried is None, slices), make)
     quick = id(program), options, layout, size, slices, registry.version()
     _by_identity.replace(quick, (program, found))
     return found
+
+
+def untried(
+    program: Program, options: LoweringOptions, layout: tuple[bool, ...], sources: dict[str, str]
+) -> Lowered:
+    """The lowering of `program` as the rules make it, which no trial has compared: for its costs.
+
+    It is not kept: what is kept has been tried.
+    """
+    first = _draft(_key(program, options, layout), program, options, sources)
+    return _untried(first, options, notes(program, options, layout))
+
+
+def _untried(first: _Draft, options: LoweringOptions, learned: Notes) -> Lowered:
+    return Lowered(
+        first.program,
+        options,
+        first.batched,
+        first.replay,
+        Fixes(),
+        frozenset(),
+        learned,
+        recorded_bytes(first.program),
+    )
 
 
 def lower_with(

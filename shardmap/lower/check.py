@@ -9,6 +9,7 @@ Earlier lowerings are not changed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,8 +21,9 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.closeness import close, largest, thinned
 from shardmap.lower.codegen import Replay
 from shardmap.lower.trial import Trial
-from shardmap.program.analysis import never_written
+from shardmap.program.analysis import never_written, recorded_bytes
 from shardmap.program.ir import Program
+from shardmap.rules import huge_pages as pages
 
 logger = logging.getLogger("shardmap")
 
@@ -65,6 +67,10 @@ def verified(
     """Lower `program`, try it on samples, and mend it until its results are right."""
     batched, replay = lower(options, fixes)
     rewritten = bool(batched.summed or batched.factored)
+    if _is_heavy(program) and not (rewritten or options.grad or options.transformed):
+        first = Verified(batched, replay, fixes, frozenset())
+        if _is_right_at_once(program, first, tried, slices):
+            return first
     if not rewritten:
         attempt = _Attempt(program, options, lower, tried)
         attempt.settle(fixes, (batched, replay))
@@ -79,6 +85,47 @@ def verified(
     if not (options.grad or options.transformed) and tried.size:
         found = _as_executed(program, options, lower, tried, found, outputs, slices)
     return found
+
+
+HEAVY_FROM = 1 << 17
+"""Bytes of recorded results per recorded call from which a program is first tried as a whole:
+computing the samples a second time, call by call, takes longer than another generated function."""
+
+
+def _is_heavy(program: Program) -> bool:
+    """True if a program's arithmetic takes longer than the work around its calls."""
+    return recorded_bytes(program) >= HEAVY_FROM * len(program.equations)
+
+
+def _is_right_at_once(program: Program, found: Verified, tried: Trial, slices: bool) -> bool:
+    """True if the function that executors call gives the function's own results for all samples.
+
+    Every tensor on the way that is the batch of a recorded one has its shape, dtype and strides.
+    Nothing is known about the faults of a program that is not right.
+    """
+    every = tried.comparable and len(tried.expected) == tried.size and not tried.random
+    if not (every and program.inputs):
+        return False
+    batched, faults = found.batched, list[trial.Fault]()
+
+    def seen(index: int, t: torch.Tensor) -> None:
+        fault = trial.compare(*batched.results[index], t, tried.size)
+        if fault is not None:
+            faults.append(fault)
+
+    memory = _slices(batched, tried) if slices else []
+    try:
+        outputs = _executed(found, tried, memory, seen)
+    except Exception as error:  # it is raised again, or mended, call by call
+        logger.info("a trial as a whole raised %s: %s", type(error).__name__, error)
+        return False
+    return not (faults or differences(program, batched, tried, list(outputs)))
+
+
+def _slices(batched: BatchedProgram, tried: Trial) -> list[torch.Tensor]:
+    """Memory for the outputs that chunks write to slices of the result."""
+    sliced = [v for v in batched.outputs if v.mapped and v.index not in batched.summed]
+    return [_filled((tried.size, *v.shape), v.dtype, tried.device) for v in sliced]
 
 
 class _Attempt:
@@ -306,8 +353,7 @@ def _as_executed(
             found = replace(found, batched=batched, replay=replay, fixes=fixes)
         if not slices and found.batched.separate is None:
             return found
-        sliced = [v.mapped and v.index not in found.batched.summed for v in found.batched.outputs]
-        memory = [_filled(t) for t, s in zip(outputs, sliced, strict=True) if s and slices]
+        memory = _slices(found.batched, tried) if slices else []
         if slices and not memory and found.batched.separate is None:
             return found
         got = _executed(found, tried, memory)
@@ -326,19 +372,29 @@ def _as_executed(
 
 
 def _executed(
-    found: Verified, tried: Trial, slices: list[torch.Tensor]
+    found: Verified,
+    tried: Trial,
+    slices: list[torch.Tensor],
+    seen: Callable[[int, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs of the generated function, computed into `slices` if there are any."""
+    """The outputs of the generated function, computed into `slices` if there are any.
+
+    `seen` is called with the tensors on the way.
+    """
     replay = found.replay
     shared = tried.device, tried.seed, tried.scalars
     fixed = replay.fixed(*shared, list(tried.captured), tried.own_literals())
-    given = tried.size, 0, *shared, fixed, tried.own_inputs()
-    return replay.chunk_into(*given, slices) if slices else replay.chunk(*given)
+    given = [tried.size, 0, *shared, fixed, tried.own_inputs(), *([slices] if slices else [])]
+    if seen is not None:
+        return replay.checked(bool(slices))(*given, seen)
+    return replay.chunk_into(*given) if slices else replay.chunk(*given)
 
 
-def _filled(like: torch.Tensor) -> torch.Tensor:
-    """Dense memory filled with values that no result has."""
-    memory = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if like.is_floating_point() or like.is_complex():
-        return memory.fill_(float("nan"))
-    return memory.fill_(True) if like.dtype is torch.bool else memory.fill_(77)
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Dense memory filled with values that no result has, as far as `thinned` looks at it."""
+    memory = pages.whole(shape, dtype, device)
+    if dtype.is_floating_point or dtype.is_complex:
+        thinned(memory).fill_(float("nan"))
+    else:
+        thinned(memory).fill_(True if dtype is torch.bool else 77)
+    return memory

@@ -101,6 +101,16 @@ class Replay:
             copied=self.copied,
         )[0]
 
+    def checked(self, slices: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`chunk`, or `chunk_into`, with one more argument.
+
+        `seen(index, t)` is called with each tensor that is the batch of a recorded one, by the
+        index of its value.
+        """
+        return _function(self.program, "checked", slices=slices, checked=True, copied=self.copied)[
+            0
+        ]
+
 
 class _Writer:
     def __init__(self) -> None:
@@ -139,6 +149,7 @@ class _Writer:
         track_grad: bool,
         writes: dict[int, tuple[Callable[..., Any] | None, list[str]]] | None = None,
         marked: bool = False,
+        checked: Collection[int] = (),
     ) -> list[str]:
         """The lines of `calls`.
 
@@ -150,6 +161,7 @@ class _Writer:
             writes: For the number of a call: the function that computes its result into the first
                 place of the list, and the places; the others get copies.
             marked: True to emit a mark with the number of the recorded call before each call.
+            checked: Indices of values that are passed to `seen` when they have been computed.
         """
         writes = writes or {}
         last: dict[int, int] = {}
@@ -191,6 +203,7 @@ class _Writer:
                 f"{where}.copy_(v{call.outs[0]})"
                 for where in (places if writer is None else places[1:])
             ]
+            lines += [f"seen({o}, v{o})" for o in call.outs if o is not None and o in checked]
             if i in ends:
                 lines.append(f"del {', '.join(ends[i])}")
         if track_grad and not grad:
@@ -235,6 +248,7 @@ def _function(
     track_grad: bool = False,
     slices: bool = False,
     marked: bool = False,
+    checked: bool = False,
     copied: bool = False,
 ) -> tuple[Callable[..., Any], str]:
     """The function that runs the calls of a chunk, and its text."""
@@ -253,7 +267,8 @@ def _function(
             v for v, _ in placement.after
         ]
         rest = [f"{where}.copy_(v{v.index})" for v, where in placement.after]
-    lines += writer.body(calls, returned, set(), track_grad, writes, marked) + rest
+    seen = program.results.keys() if checked else ()
+    lines += writer.body(calls, returned, set(), track_grad, writes, marked, seen) + rest
     lines.append(
         _pack(
             program.outputs,
@@ -263,7 +278,7 @@ def _function(
     arguments = (
         "B, start, device, seeds, scalars, fixed, inputs"
         + (", slices" if slices else "")
-        + (", mark" if marked else "")
+        + (", mark" if marked else ", seen" if checked else "")
     )
     return _compiled(f"{name}({arguments})", lines, writer.constants)
 

@@ -158,7 +158,7 @@ def run(
             if index not in batched.results:
                 continue
             var, v = batched.results[index]
-            fault = _compare(var, v, t, trial.size)
+            fault = compare(var, v, t, trial.size)
             if fault is not None:
                 found[number] = fault
                 if not fault.restride:
@@ -176,7 +176,7 @@ def _results(call: Call, out: Any) -> Iterable[Any]:
     return out if call.several else (out,)
 
 
-def _compare(var: Var, v: V, t: torch.Tensor, size: int) -> Fault | None:
+def compare(var: Var, v: V, t: torch.Tensor, size: int) -> Fault | None:
     """Fault of the batch `t` of the recorded tensor `var` in shape, dtype or strides, or None."""
     text = (
         f"{var} should be {var.spec} for each of {size} samples, strides {var.spec.stride}; "

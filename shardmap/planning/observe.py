@@ -24,6 +24,7 @@ from shardmap._torch import TorchDispatchMode, packet_of, schema_of, storage_id
 from shardmap.lower.cache import Lowered
 from shardmap.lower.codegen import Replay
 from shardmap.planning.memory import Level, envelope
+from shardmap.planning.shapes import Shapes
 from shardmap.trace.recording import flat_tensors
 
 
@@ -93,8 +94,9 @@ class Observation:
 class _Watch(TorchDispatchMode):
     """Dispatch mode that sees every operator below autograd: its memory, operations and traffic."""
 
-    def __init__(self, known: Sequence[torch.Tensor]):
+    def __init__(self, known: Sequence[torch.Tensor], shapes: Shapes | None = None):
         super().__init__()
+        self.shapes = shapes
         self.known = {storage_id(t.untyped_storage()) for t in known}
         self.live: dict[int, int] = {}
         self.now = 0
@@ -115,7 +117,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        run = self.shapes
+        out = func(*args, **kwargs) if run is None else run(func, args, kwargs)
         made = [
             t
             for t in flat_tensors(out if isinstance(out, tuple | list) else (out,))
@@ -165,6 +168,7 @@ def observe(
     run: Callable[..., Any],
     sizes: Sequence[int],
     known: Callable[[int], Sequence[torch.Tensor]],
+    shapes: Shapes | None = None,
 ) -> Observation:
     """Watch chunks of two sizes.
 
@@ -174,10 +178,11 @@ def observe(
         sizes: One or two numbers of samples.
         known: For a size, the tensors that exist before: inputs, captured, slices of the
             result.
+        shapes: Computes the calls if the chunks are of tensors without memory.
     """
     watched = []
     for size in sizes:
-        watch = _Watch(known(size))
+        watch = _Watch(known(size), shapes)
         with watch:
             outs = run(size, watch.mark)
         watched.append((size, watch, watch.now))

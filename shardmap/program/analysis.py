@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from shardmap._torch import aten
@@ -190,3 +191,9 @@ def never_written(program: Program) -> set[int]:
         eq for eq in program.equations if op_info(eq.op).writes or op_info(eq.op).writes_named
     ]
     return made - {v.group for eq in writing for v in eq.inputs()}
+
+
+def recorded_bytes(program: Program) -> int:
+    """Bytes of all recorded results of one sample."""
+    results = [v.spec for eq in program.equations for v in eq.results()]
+    return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)

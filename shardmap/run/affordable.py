@@ -14,6 +14,7 @@ import torch
 from shardmap.planning import device as devices
 from shardmap.planning.lower_bound import chunk_bound, recorded_peak
 from shardmap.planning.memory import Level, MemoryModel
+from shardmap.program import analysis
 from shardmap.run.base import Job
 from shardmap.run.gather import wider
 
@@ -22,6 +23,14 @@ CHEAP_BYTES = 4 << 20
 takes a moment and next to no memory, and makes the refusal more precise."""
 OBSERVED = 2, 3
 """Samples in the measured chunks: two sizes tell fixed bytes from bytes per sample."""
+
+
+def recorded_bytes(job: Job) -> int:
+    """Bytes of all recorded results of one sample: found without running anything."""
+    known = job.lowerings.notes(job.home.type).recorded_bytes
+    if not known:
+        known.append(analysis.recorded_bytes(job.recording.program))
+    return known[0]
 
 
 def direct(job: Job, device: torch.device) -> bool:

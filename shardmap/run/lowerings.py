@@ -58,6 +58,12 @@ class Lowerings:
         recording = self.recording
         return cache.draft(recording.program, self.how(device_type), self.layout, recording.sources)
 
+    def untried(self, device: torch.device) -> Lowered:
+        """The lowering as the rules make it, compared with nothing: for its costs."""
+        assert self.instead is None
+        program, sources = self.recording.program, self.recording.sources
+        return cache.untried(program, self.how(device.type), self.layout, sources)
+
     def notes(self, device_type: str) -> Notes:
         """Measurements of the program on this kind of device."""
         if self.instead is not None:

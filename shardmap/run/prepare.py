@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,8 @@ class Devices:
         self._ready: dict[tuple[str, bool, bool], Ready] = {}
         self._held: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         """Captured tensors and literals of each device."""
+        self._untried: set[str] = set()
+        """Devices whose chunks were measured by a lowering that no trial has compared."""
 
     def on(self, name: str, several: bool, slices: bool | None = None) -> Ready:
         """The device by its name, ready for chunks of one sample, or of several.
@@ -79,6 +81,30 @@ class Devices:
         fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
         found = self._ready[key] = Ready(low, device, captured, literals, fixed)
         return found
+
+    def untried(self, name: str) -> Ready:
+        """The device with the lowering as the rules make it, to measure a chunk before a trial."""
+        job, device = self.job, torch.device(name)
+        captured, literals = self._tensors(name)
+        low = job.lowerings.untried(device)
+        with torch.no_grad():
+            fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
+        self._untried.add(name)
+        return Ready(low, device, captured, literals, fixed)
+
+    def changed(self, sizes: Mapping[str, int]) -> bool:
+        """Try what was measured untried; True if that changed a lowering, to be measured again.
+
+        Args:
+            sizes: Samples in a chunk, by device.
+        """
+        names = self._untried & sizes.keys()
+        self._untried.clear()
+        found = [self.on(name, sizes[name] > 1) for name in sorted(names)]
+        wrong = [ready for ready in found if ready.low.fixes != self.job.lowerings.fixes]
+        for ready in wrong:
+            ready.low.notes.observed.clear()
+        return bool(wrong)
 
     def _tensors(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         held = self._held.get(name)

@@ -21,26 +21,18 @@ from shardmap.run.affordable import (
     direct,
     hopeless,
     least_memory,
+    recorded_bytes,
     results_bytes,
     stacked_bytes,
     stacked_results,
 )
 from shardmap.run.base import Job
 from shardmap.run.prepare import Devices, Ready, learned
-from shardmap.run.watch import watched
+from shardmap.run.watch import before_trial, watched
 
 WATCHED_FROM = 4 << 20
 """Bytes of all samples' recorded results from which a map is measured and planned; below, it is one
 chunk."""
-
-
-def recorded_bytes(job: Job) -> int:
-    """Bytes of all recorded results of one sample: found without running anything."""
-    known = job.lowerings.notes(job.home.type).recorded_bytes
-    if not known:
-        results = [v.spec for eq in job.recording.program.equations for v in eq.results()]
-        known.append(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results))
-    return known[0]
 
 
 def small(job: Job) -> bool:
@@ -152,6 +144,7 @@ def sites(
     budget: Callable[[torch.device], int | None],
     several: bool,
     always: bool,
+    untried: bool = False,
 ) -> list[Site]:
     """The facts about each device that `names` names.
 
@@ -162,6 +155,8 @@ def sites(
         budget: Bytes that the map may add on a device.
         several: True if chunks have more than one sample.
         always: True to measure even a map that is too small for it to matter.
+        untried: True if lowerings may be measured before they are tried; `Devices.changed` tries
+            them afterwards.
     """
     found: dict[str, Site] = {}
     for name in names:
@@ -180,8 +175,11 @@ def sites(
             # a trial, or a measured chunk, would exceed the budget by itself
             found[name] = Site(name, least, room, known, job.grad and not job.remat, None)
             continue
-        ready = on.on(name, several)
-        seen = watched(ready, job, room)
+        if untried:
+            ready, seen = before_trial(on, name, several, room)
+        else:
+            ready = on.on(name, several)
+            seen = watched(ready, job, room)
         share = -(-job.samples * lanes // len(names))
         found[name] = Site(
             name,

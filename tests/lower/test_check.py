@@ -15,6 +15,7 @@ import torch
 
 import shardmap
 from shardmap import errors
+from shardmap.lower import check
 from shardmap.rules import registry
 from tests import oracle
 
@@ -29,6 +30,14 @@ def twice(t: torch.Tensor) -> torch.Tensor:
 
 OP = torch.ops.shardmap_verify_test.twice.default
 CALLS: list[str] = []
+
+
+@pytest.fixture(autouse=True, params=["call by call", "as a whole first"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tries lowerings as those of small programs, and as those of large ones."""
+    if request.param == "as a whole first":
+        monkeypatch.setattr(check, "HEAVY_FROM", 0)
+    return request.param
 
 
 @pytest.fixture
@@ -182,3 +191,27 @@ def test_chunks_of_one_sample_after_a_call_at_once(
     torch.testing.assert_close(answer(batch), want)
     torch.testing.assert_close(answer(batch, chunk_size=then), want)
     torch.testing.assert_close(answer(batch, chunk_size=then, devices=["cpu", "cpu"]), want)
+
+
+def test_a_right_program_is_computed_once_as_a_whole(use: Callable[..., None], way: str) -> None:
+    """The samples of a trial are computed once if the first results are right."""
+    sizes = []
+
+    def batched(t: torch.Tensor) -> torch.Tensor:
+        sizes.append(t.shape[0])
+        return t * 2
+
+    use(batched)
+    oracle.assert_same(answer(memory_budget="1GiB"), x.view(3, 8) * 2 + 1, "output")
+    assert sizes.count(2) == (2 if way == "as a whole first" else 3), sizes  # one more is measured
+
+
+def test_memory_that_is_not_written_is_seen(way: str) -> None:
+    """Slices of a result hold no value that passes for the result's."""
+    for dtype in (torch.float32, torch.complex64, torch.int64, torch.bool):
+        for size in (1, 3, 70001, 1 << 18):
+            memory = check._filled((2, size), dtype, torch.device("cpu"))
+            zeros = torch.zeros(2, size, dtype=dtype)
+            assert memory.shape == zeros.shape
+            for row in range(2):
+                assert not torch.equal(check.thinned(memory)[row], check.thinned(zeros)[row])
