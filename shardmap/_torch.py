@@ -89,13 +89,9 @@ _private(
 _example = torch.ops.aten.add.Tensor
 schema_of = _attribute(_example, "OpOverload", "_schema", "binding an operator's arguments")
 kernel_of = _attribute(_example, "OpOverload", "_op", "calling an operator without its wrapper")
-kernel_under = _attribute(
-    _example, "OpOverload", "_op_dk", "recording the calls that a composite kernel makes"
-)
+kernel_under = _attribute(_example, "OpOverload", "_op_dk", "calls that a kernel makes")
 packet_of = _attribute(_example, "OpOverload", "_overloadpacket", "an operator's other overloads")
-overload_name = _attribute(
-    _example, "OpOverload", "_overloadname", "finding an operator's form that writes in place"
-)
+overload_name = _attribute(_example, "OpOverload", "_overloadname", "forms that write in place")
 kernels_of = _attribute(
     torch.ops.higher_order.cond,
     "HigherOrderOperator",
