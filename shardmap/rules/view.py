@@ -17,6 +17,7 @@ from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of
 from shardmap.program.analysis import live_equations, written
 from shardmap.program.ir import Equation, Program
+from shardmap.program.operators import op_info
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
 from shardmap.rules.view_folding import views
@@ -252,7 +253,10 @@ _STRIDED = {
 def _is_used(program: Program, number: int) -> bool:
     """True if a result or something that is written depends on a call."""
     groups = {v.group for eq in program.equations for v in written(eq)}
-    return live_equations(program, groups, groups)[number]
+    reading = [
+        eq._replace(args=()) if op_info(eq.op).shape_only else eq for eq in program.equations
+    ]
+    return live_equations(program._replace(equations=tuple(reading)), groups, groups)[number]
 
 
 def refuse_offsets_of_inputs(program: Program, call: str) -> None:
