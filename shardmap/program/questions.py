@@ -58,6 +58,7 @@ def _along_a_dimension(eq: Equation) -> bool:
 
 _COUNTS: dict[OpOverload, Callable[[Equation], Callable[[torch.Tensor], torch.Tensor]]] = {
     aten.bincount.default: _bins,
+    aten._unique.default: _distinct,
     aten._unique2.default: _distinct,
     aten.unique_consecutive.default: _changes,
 }
@@ -230,7 +231,8 @@ class _Asked:
         if eq.op in _COUNTED:
             counted = eq.args[_COUNTED[eq.op]]
             if eq.op is aten.masked_select.default and eq.args[0].spec.shape != counted.spec.shape:
-                counted = None
+                self._broad_mask(eq, shapes[0][0])
+                return
         elif eq.op is aten.index.Tensor:
             given = [(i, v) for i, v in enumerate(eq.args[1]) if v is not None]
             if len(given) == 1:
@@ -278,6 +280,20 @@ class _Asked:
             return of_row, [key_of(v) for v in kinds.view(numbers.dtype).tolist()]
 
         self.alike, self.read, self.numbers = alike, read, flat
+
+    def _broad_mask(self, eq: Equation, selected: int) -> None:
+        """Ask how many elements a mask selects from a tensor that it is broadcast with."""
+        x, mask = eq.args[:2]
+        whole = math.prod(torch.broadcast_shapes(x.spec.shape, mask.spec.shape))
+        times = whole // max(math.prod(mask.spec.shape), 1)
+        self.answer = key_of(selected)
+        self.outputs = [self._call(aten.clone.default, (mask,), mask.spec)]
+
+        def count(mask: torch.Tensor) -> torch.Tensor:
+            marks = mask.flatten(1) if mask.dim() > 1 else mask.unsqueeze(1)
+            return marks.count_nonzero(1) * times
+
+        self._numbers(selected, of=count)
 
     def _operands(self, eq: Equation) -> list[Var]:
         return [self._call(aten.clone.default, (v,), v.spec) for v in eq.inputs()]

@@ -18,6 +18,7 @@ from shardmap.program.questions import begins
 from shardmap.rules.counting import counts
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.promote import expanded
 
 MASKS = (torch.bool, torch.uint8)
 
@@ -55,8 +56,13 @@ def _nonzero(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
 
 def _select(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     x, mask = args
-    if x.shape != mask.shape or not mask.mapped:
+    if not mask.mapped:
         return NotImplemented
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    if not shape:
+        return _selected(b, eq, b.view(x, (1,)), b.view(mask, (1,)), call)
+    if x.shape != mask.shape:
+        x, mask = expanded(b, x, shape), expanded(b, mask, shape)
     return _selected(b, eq, x, mask, call)
 
 
@@ -94,11 +100,12 @@ def _bincount(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
 
 def _unique(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     named, spec = arguments(eq, args, {}), eq.outs[0].spec
-    x, sort = named["self"], eq.op is aten._unique2.default
+    x, sort = named["self"], eq.op is not aten.unique_consecutive.default
     if named.get("dim") is not None or not x.numel:
         return NotImplemented
     kept = tuple([o.spec.shape != (0,) for o in eq.outs])
-    return b.calls_several(unique_rows, 3, x, spec.shape[0], sort, kept, call)
+    outs = b.calls_several(unique_rows, 3, x, spec.shape[0], sort, (*kept, False)[:3], call)
+    return outs[: len(kept)]
 
 
 _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
@@ -107,6 +114,7 @@ _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
     aten.index.Tensor: _index,
     aten.repeat_interleave.Tensor: _repeat,
     aten.bincount.default: _bincount,
+    aten._unique.default: _unique,
     aten._unique2.default: _unique,
     aten.unique_consecutive.default: _unique,
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
+from shardmap.rules.fold import flat_rows
 from shardmap.rules.losses import arguments
 from shardmap.rules.lowering import Given, Lowering, Named, V
 from shardmap.rules.registry import register
@@ -187,7 +188,7 @@ def _equal(points: Tensor, given: Any, sizes: Sequence[int], raising: Any) -> An
 
 
 def _weights(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.detach().flatten(1)
+    return None if weights is None else flat_rows(weights.detach())
 
 
 def _one(points: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from shardmap.program.ir import Equation
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.index import look_up_wrapped
 from shardmap.rules.lowering import Given, Lowering, Named, V
+from shardmap.rules.promote import expanded
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
@@ -108,8 +109,10 @@ def masked_scatter_backward(b: Lowering, eq: Equation, args: Given, kwargs: Name
     torch has no kernel for it, and selects by the mask, whose count differs by sample.
     """
     grad, mask, size = args
-    if grad.shape != mask.shape or mask.dtype != torch.bool:
+    if mask.dtype != torch.bool or torch.broadcast_shapes(grad.shape, mask.shape) != grad.shape:
         return NotImplemented
+    if mask.shape != grad.shape:
+        mask = expanded(b, mask, grad.shape)
     count = math.prod(size)
 
     def read(grad: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of
+from shardmap.program.analysis import live_equations, written
 from shardmap.program.ir import Equation, Program
+from shardmap.program.operators import op_info
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
 from shardmap.rules.view_folding import views
@@ -254,6 +256,15 @@ _STRIDED = {
 """Operators that take an offset into the whole memory of their first argument, and its place."""
 
 
+def _is_used(program: Program, number: int) -> bool:
+    """True if a result or something that is written depends on a call."""
+    groups = {v.group for eq in program.equations for v in written(eq)}
+    reading = [
+        eq._replace(args=()) if op_info(eq.op).shape_only else eq for eq in program.equations
+    ]
+    return live_equations(program._replace(equations=tuple(reading)), groups, groups)[number]
+
+
 def refuse_offsets_of_inputs(program: Program, call: str) -> None:
     """Refuse `as_strided` with an explicit offset on a mapped input.
 
@@ -262,8 +273,10 @@ def refuse_offsets_of_inputs(program: Program, call: str) -> None:
             recording from that of the sample.
     """
     inputs = {v.group for v in program.inputs}
-    for eq in program.equations:
+    for number, eq in enumerate(program.equations):
         if eq.op in _STRIDED and eq.args[0].group in inputs:
+            if eq.op is aten.as_strided_scatter.default and not _is_used(program, number):
+                continue  # a gradient often needs nothing of it
             named, at = dict(eq.kwargs), _STRIDED[eq.op]
             offset = eq.args[at] if len(eq.args) > at else named.get("storage_offset")
             if offset is not None:

@@ -40,6 +40,10 @@ COUNTS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
         lambda x, w: flat(torch.histogram(x, 6, weight=w.abs(), density=True)),
         [real(30), real(30)],
     ),
+    "numbers": (
+        lambda x, w: flat(torch.histogram(x, 1, weight=w.abs() + 1, density=True)),
+        [real(), real()],
+    ),
     "edges": (lambda x, e: flat(torch.histogram(x, e.sort().values)), [real(30), real(6)]),
     "two dimensions": (
         lambda x: flat(torch.histogramdd(x, [3, 4], range=[-2.0, 2.0, -1.0, 1.0])),

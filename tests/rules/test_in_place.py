@@ -32,6 +32,10 @@ WRITING: dict[str, tuple[Callable[..., Any], list[Any]]] = {
         lambda x, m, s: x.sin().masked_scatter_(m > 0, s),
         [real(4, 3), below(2, 4, 3), real(12)],
     ),
+    "masked_scatter_ by a broadcast mask": (
+        lambda x, m, s: x.sin().masked_scatter_(m > 0, s),
+        [real(4, 3), below(2, 3), real(12)],
+    ),
     "a view": (lambda c, x, y: _into_a_view(c, x, y), [real(4, 5), real(3, 4), real(4, 5)]),
     "foreach_add": (lambda x, y: tuple(torch._foreach_add([x, y], [y, x])), [real(3), real(3)]),
     "foreach_mul_": (lambda x, y: _scaled_in_place(x, y), [real(3), real(4, 2)]),
