@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten, schema_of
+from shardmap.program.ir import Equation
 from shardmap.rules.embedding import look_up
 from shardmap.rules.fold import flat_rows
 from shardmap.rules.lowering import B, Lowering, V, dim
@@ -30,7 +31,7 @@ def _row(b: Lowering, v: V) -> V:
 
 
 @register("index", aten.gather.default)
-def gather(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def gather(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """Batch `gather` with every operand mapped: `gather` reads an expanded one without a copy."""
     target, d, index = args[:3]
     shape = eq.outs[0].spec.shape
@@ -50,7 +51,7 @@ def gather(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
 def _scatter(op: Any, source_at: int | None) -> Any:
     in_place = schema_of(op).is_mutable
 
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
         target, d, index, *rest = args
         rows, at = _row(b, target), _row(b, index)
         if source_at is not None:
@@ -96,7 +97,7 @@ def along(b: Lowering, index: V, like: Sequence[int], d: int) -> V:
 
 
 @register("index", aten.index_select.default)
-def index_select(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def index_select(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """`index_select` by a shared index in one call, by a mapped one in one call or as a `gather`.
 
     One call selects from an unmapped tensor, `gather` from a mapped one.
@@ -146,7 +147,7 @@ def _along_dim(op: Any, scatter: Any, source_at: int | None, wraps: bool) -> Any
     """
     in_place = schema_of(op).is_mutable
 
-    def rule(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+    def rule(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
         target, d, index, *rest = args
         sample = target.shape
         target = b.view(target if in_place else b.batch(target), sample or (1,))
@@ -205,7 +206,7 @@ for _name, _twin, _at, _wraps in (
 
 
 @register("index", *overloads("index_fill.int_Tensor", "index_fill_.int_Tensor"))
-def index_fill_tensor(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def index_fill_tensor(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """Batch `index_fill` by a mask of each sample's positions.
 
     `torch.func.vmap` gives wrong numbers where index and value are both mapped.
