@@ -36,19 +36,19 @@ MOST_MODULES, MOST_LINES = 8, 450
 MOST_ANY = {
     "_threads": 2,
     "_torch": 9,
-    "api": 28,
+    "api": 27,
     "call": 111,
     "factors": 28,
     "jobs": 112,
-    "lower": 67,
+    "lower": 58,
     "planning": 16,
     "program": 24,
     "reduce": 53,
-    "rules": 459,
-    "run": 75,
+    "rules": 445,
+    "run": 74,
     "store": 47,
     "trace": 137,
-    "transforms": 133,
+    "transforms": 132,
 }
 """Most uses of `Any` in each package; these ceilings may only fall."""
 

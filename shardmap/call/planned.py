@@ -15,6 +15,7 @@ from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
 from shardmap.planning.split import Lane, Split
+from shardmap.program.schema import short_name
 from shardmap.run import compiled, graphed, local, storing, timeline
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, listen
@@ -160,7 +161,7 @@ class Plan:
         """Paragraph on the outputs that are computed without their per-sample values."""
         low = self._on.on(self.lanes[0].device, self._job.samples > 1).low
         found = [
-            f"  {low.program.equations[i].op.name().removeprefix('aten::')}: {text}"
+            f"  {short_name(low.program.equations[i].op)}: {text}"
             for i, text in sorted(low.batched.factored.items())
         ]
         found += [f"  {text}" for text in self._compared]

@@ -21,6 +21,7 @@ from shardmap.program.analysis import random_call
 from shardmap.program.ir import Equation, Packed, Param, Program, SampleDevice, Var, variables
 from shardmap.program.operators import op_info
 from shardmap.program.private_generators import PrivateGenerators
+from shardmap.program.schema import short_name
 from shardmap.rules.lowering import V
 
 
@@ -100,7 +101,7 @@ def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample
         for row, s in enumerate(own):
             assert s is not None
             if not close(s, t[row].to(s.device), entered, OPERATOR_TOLERANCE):
-                name = eq.op.name().removeprefix("aten::")
+                name = short_name(eq.op)
                 found = f"{name}: sample {'first' if row == 0 else 'last'} of the trial differs"
                 break
     if t.shape[0] and has_internal_overlap(t) != 1:

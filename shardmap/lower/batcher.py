@@ -7,7 +7,6 @@ recording), functorch for one operator, a loop over the batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 from shardmap.factors import sums
 from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
-from shardmap.lower.as_recorded import drop_dead, functional_call
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.dead_calls import drop_dead
 from shardmap.lower.out_calls import out_rule
 from shardmap.lower.own_backward import OwnBackward
 from shardmap.lower.rematerialise import postponed
@@ -47,6 +46,7 @@ from shardmap.program.analysis import (
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
+from shardmap.program.schema import span
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted, refuse_traced
 from shardmap.rules.fallback import functorch_rule, loop_rule
@@ -55,8 +55,6 @@ from shardmap.rules.random import seeded_loop
 from shardmap.rules.results import bound
 from shardmap.rules.view import refuse_offsets_of_inputs
 from shardmap.rules.view_folding import views
-
-logger = logging.getLogger("shardmap")
 
 
 class _Batcher:
@@ -166,13 +164,13 @@ class _Batcher:
 
         Each has the sample's strides. Of an `empty` one, not yet written to, nothing is copied.
         """
-        shape, stride = var.spec.shape, var.spec.stride
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        stride = var.spec.stride
+        rows = (span(var.spec.shape, stride), *stride)
 
         def materialise(t: torch.Tensor, size: int) -> torch.Tensor:
             if not empty and t.is_contiguous() and t.stride() == stride:
                 return t.expand(size, *t.shape).clone(memory_format=torch.contiguous_format)
-            made = t.new_empty_strided((size, *t.shape), (span, *stride))
+            made = t.new_empty_strided((size, *t.shape), rows)
             return made if empty else made.copy_(t)
 
         return self.b.call(materialise, v, B, shape=v.shape, dtype=v.dtype, mapped=True)
@@ -339,7 +337,7 @@ class _Batcher:
             fix = "loop"  # samples may have different shapes
         rule = registry.lookup(eq.op)
         if not mapped and not random_call(eq):
-            return functional_call(b, eq, args, kwargs)
+            return b.as_recorded(eq, eq.op, *args, named=kwargs)
         if fix is None and self.builder.enabled:
             out = from_factors(self.builder, eq)
             if out is not None:

@@ -11,6 +11,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import forward_ad, forward_level, functorch, is_view, schema_of
 from shardmap.program.operators import CHECKS, SCALARS
+from shardmap.program.schema import span
 from shardmap.trace.recording import flat_tensors
 
 
@@ -92,8 +93,8 @@ def restride(t: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     out = moved.permute(0, *[order.index(d) + 1 for d in range(len(stride))])
     if _rows_have(out, stride):
         return out
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape[1:], stride, strict=True))  # rows with gaps
-    return t.new_empty_strided(t.shape, (span, *stride)).copy_(t)
+    rows = (span(t.shape[1:], stride), *stride)  # with gaps
+    return t.new_empty_strided(t.shape, rows).copy_(t)
 
 
 def _rows_have(t: torch.Tensor, stride: Sequence[int]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from shardmap.program.analysis import IDENTITIES
 from shardmap.program.ir import Equation, Program
 from shardmap.program.operators import op_info
+from shardmap.program.schema import short_name
 
 _FREE = set(
     "add sub rsub neg sum mean view _unsafe_view reshape _reshape_alias t transpose permute expand "
@@ -53,7 +54,7 @@ def saved_results(program: Program) -> tuple[bool, ...]:
 def _name(eq: Equation) -> str:
     if eq.op in IDENTITIES or op_info(eq.op).shape_only:
         return "view"
-    return eq.op.name().removeprefix("aten::").partition(".")[0]
+    return short_name(eq.op).partition(".")[0]
 
 
 def unsaved(outs: Sequence[torch.Tensor], saved: Sequence[bool]) -> list[torch.Tensor]:

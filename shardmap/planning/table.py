@@ -13,6 +13,7 @@ from shardmap.planning.cost import machine
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.observe import Observation, OpCost
 from shardmap.planning.split import Lane, Split
+from shardmap.program.schema import short_name
 
 TIERS = {"rule": "rule", "functorch": "torch.func.vmap", "loop": "loop over the samples"}
 """Name of each tier that serves operators, for text."""
@@ -312,7 +313,7 @@ def _memory(device: str, lanes: Sequence[Lane]) -> str:
 
 
 def _name(op: OpOverload) -> str:
-    return op.name().removeprefix("aten::")
+    return short_name(op)
 
 
 def _short(name: str) -> str:

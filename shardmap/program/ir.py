@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardmap._torch import OpOverload
+from shardmap.program.schema import short_name
 
 Named = tuple[tuple[str, Any], ...]
 """Keyword arguments of a recorded call."""
@@ -172,7 +173,7 @@ class Equation(NamedTuple):
     def __str__(self) -> str:
         outs = ", ".join(f"{v}:{v.spec}" for v in self.results())
         parts = [show(a) for a in self.args] + [f"{k}={show(v)}" for k, v in self.kwargs]
-        name = self.op.name().removeprefix("aten::")
+        name = short_name(self.op)
         text = f"{name}({', '.join(parts)})"
         if self.answer is not None:
             text += f" -> {self.answer}"

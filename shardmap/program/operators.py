@@ -15,6 +15,7 @@ import torch
 from shardmap._torch import OpOverload, aten, has_kernel, schema_of
 from shardmap._torch import packet as find_packet
 from shardmap.program.ir import Var, variables
+from shardmap.program.schema import base_name, by_name
 
 _QUESTIONS = {
     aten._local_scalar_dense.default,
@@ -144,7 +145,7 @@ def _op_info(op: OpOverload) -> OpInfo:
     named = tuple(
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     )
-    name = schema_of(op).name.partition("::")[2]
+    name = base_name(op)
     composite = op.namespace != "prim" and has_kernel(op.name(), "CompositeImplicitAutograd")
     is_random = torch.Tag.nondeterministic_seeded in op.tags
     info = OpInfo(
@@ -229,15 +230,11 @@ def draws(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
     """True if a call draws random numbers: not if its dropout is 0 or switched off."""
     if not op_info(op).random:
         return False
-    for i, a in enumerate(schema_of(op).arguments):
-        value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
-        if (
-            a.name in ("dropout_p", "dropout", "p")
-            and "dropout" in (a.name + schema_of(op).name)
-            and value == 0
-        ):
+    for name, value in by_name(op, args, kwargs).items():
+        drops = name in ("dropout_p", "dropout", "p") and "dropout" in name + schema_of(op).name
+        if drops and value == 0:
             return False
-        if a.name in ("train", "training") and value is False:
+        if name in ("train", "training") and value is False:
             return False
     return True
 

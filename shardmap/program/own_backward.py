@@ -17,6 +17,7 @@ import torch
 from shardmap._torch import OpOverload
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.operators import op_info
+from shardmap.program.schema import short_name
 
 _LIBRARY = torch.library.Library("shardmap", "DEF")
 _LIBRARY.define(
@@ -116,7 +117,7 @@ def is_linear(text: str) -> bool:
 
 def _stays_linear(eq: Equation, follow: set[int], zero: set[int]) -> bool:
     """True if one call keeps what follows from the cotangents linear in them."""
-    name = eq.op.name().removeprefix("aten::").partition(".")[0]
+    name = short_name(eq.op).partition(".")[0]
     results = [v.index for v in eq.results()]
     info = op_info(eq.op)
     if name in _ZEROS:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shardmap._torch import OpOverload, aten, kernel_of, overload_name, schema_of
+from shardmap.program.schema import base_name
 
 _OVERLOADS = {
     "default": "generator",
@@ -72,7 +73,7 @@ def _with_generator(op: OpOverload) -> OpOverload | None:
     """The overload of `op` that takes a generator, or None if there is none."""
     if any(a.name == "generator" for a in schema_of(op).arguments):
         return op
-    if op.namespace != "aten" or not schema_of(op).name.removeprefix("aten::").startswith("rand"):
+    if op.namespace != "aten" or not base_name(op).startswith("rand"):
         return None
     name = _OVERLOADS.get(overload_name(op))
     return None if name is None else getattr(op.overloadpacket, name, None)

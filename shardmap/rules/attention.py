@@ -17,21 +17,14 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import aten, schema_of
+from shardmap._torch import aten
 from shardmap.program.ir import Equation, Var
+from shardmap.program.schema import in_form
 from shardmap.rules.fold import fold, unfold
-from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.lowering import B, Lowering, V, arguments
 from shardmap.rules.registry import register
 
 Tensor = torch.Tensor
-
-
-def bind(eq: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by the names of the operator's schema, with defaults."""
-    names = schema_of(eq.op).arguments
-    values = {a.name: a.default_value for a in names if a.has_default_value()}
-    values.update((a.name, value) for a, value in zip(names, args, strict=False))
-    return values | kwargs
 
 
 def fold_mask(b: Lowering, mask: V | None, batch: int) -> V | None:
@@ -130,7 +123,7 @@ def attend_backward(
     return dq, narrowed(dk, heads), narrowed(dv, heads), ds
 
 
-def same_device(b: Lowering, eq: Any) -> bool:
+def same_device(b: Lowering, eq: Equation) -> bool:
     """True if the program runs on the kind of device whose kernel was recorded."""
     recorded = next(eq.results()).spec.device.partition(":")[0]
     return recorded == b.device_type
@@ -154,7 +147,7 @@ FORWARD = (
 @register("attention", *FORWARD)
 def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Batch attention as one call on a larger batch; not dropout, whose draws differ by sample."""
-    a = bind(eq, args, kwargs)
+    a = arguments(eq, args, kwargs)
     if a.get("dropout_p") or a.get("return_debug_mask") or a["query"].ndim != 4:
         return NotImplemented
     query, key, value = a["query"], a["key"], a["value"]
@@ -167,18 +160,10 @@ def attention(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, 
     outs = list(eq.outs)
     if same_device(b, eq):
         given = {"query": query, "key": key, "value": value, name: mask}
-        positional = [
-            given.get(x.name, a[x.name]) for x in schema_of(eq.op).arguments if not x.kwarg_only
-        ]
-        named = {
-            x.name: given.get(x.name, a[x.name]) for x in schema_of(eq.op).arguments if x.kwarg_only
-        }
-        op, kinds = eq.op, [type(o) is Var for o in outs]
-
-        def fused(*values: Any, **options: Any) -> tuple[Tensor, ...]:
-            return tuple(t for t, kept in zip(op(*values, **options), kinds, strict=True) if kept)
-
-        got = list(b.calls_several(fused, sum(kinds), *positional, **named, mapped=mapped))
+        positional, named = in_form(eq.op, a | given)
+        kinds = [type(o) is Var for o in outs]
+        got = list(b.calls_several(eq.op, len(kinds), *positional, **named, mapped=mapped))
+        got = [v for v, kept in zip(got, kinds, strict=True) if kept]
     else:
         rest = outs[1].spec.shape[1:]
         kinds = [(o.spec.shape, o.spec.dtype) for o in outs[2:] if type(o) is Var]
@@ -234,7 +219,7 @@ def attention_backward(
     b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
     """Batch the backward as one call of the kernel on a larger batch."""
-    a = bind(eq, args, kwargs)
+    a = arguments(eq, args, kwargs)
     if a.get("dropout_p") or a["query"].ndim != 4:
         return NotImplemented
     names = [
@@ -256,25 +241,11 @@ def attention_backward(
     folded = [fold(b, v) for v in tensors]
     mask = fold_mask(b, b.batch(mask) if by_mask and mask is not None else mask, batch)
     if same_device(b, eq):
-        values = dict(zip(names, folded, strict=True))
-        arguments = []
-        for argument in schema_of(eq.op).arguments:
-            if not argument.kwarg_only:
-                name = argument.name
-                arguments.append(
-                    values.get(name, mask if name == mask_name else first_row(b, a[name]))
-                )
-        named = {
-            x.name: mask if x.name == mask_name else a[x.name]
-            for x in schema_of(eq.op).arguments
-            if x.kwarg_only
-        }
-        op = eq.op
-
-        def fused(*values: Any, **options: Any) -> tuple[Tensor, ...]:
-            return tuple(t for t, k in zip(op(*values, **options), kept, strict=True) if k)
-
-        got = b.calls_several(fused, sum(kept), *arguments, **named, mapped=True)
+        given = dict(zip(names, folded, strict=True)) | {mask_name: mask}
+        shared = {name: first_row(b, v) for name, v in a.items() if name not in given}
+        positional, named = in_form(eq.op, shared | given)
+        got = b.calls_several(eq.op, len(kept), *positional, **named, mapped=True)
+        got = [v for v, k in zip(got, kept, strict=True) if k]
     else:
 
         def plain(

@@ -13,8 +13,7 @@ import torch
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
 from shardmap.rules.embedding import counted, look_up, scatter_rows
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Given, Lowering, Named, V
+from shardmap.rules.lowering import Given, Lowering, Named, V, arguments
 from shardmap.rules.registry import register
 
 SUM, MEAN, MAX = 0, 1, 2

@@ -27,7 +27,7 @@ def _flat(t: Tensor | None) -> Tensor | None:
 
 def _batch_norm(
     b: Lowering,
-    eq: Any,
+    eq: Equation,
     x: V,
     weight: Any,
     bias: Any,

@@ -16,8 +16,7 @@ from shardmap._torch import OpOverload, aten
 from shardmap.program.ir import Equation
 from shardmap.program.questions import begins
 from shardmap.rules.counting import counts
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, Lowering, V
+from shardmap.rules.lowering import B, Lowering, V, arguments
 from shardmap.rules.promote import expanded
 
 MASKS = (torch.bool, torch.uint8)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Given, Lowering, Named
+from shardmap.rules.lowering import Given, Lowering, Named, arguments
 from shardmap.rules.registry import register
 
 

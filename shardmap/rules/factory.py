@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import schema_of
 from shardmap.program.ir import SAMPLE_DEVICE, Equation
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, Lowering, V
+from shardmap.program.schema import base_name, span
+from shardmap.rules.lowering import B, Lowering, V, arguments
 from shardmap.rules.registry import overloads, register
 
 _VALUES = {
@@ -47,15 +46,15 @@ def filled_rows(
     device: torch.device,
 ) -> torch.Tensor:
     """A batch of such tensors, made by `like`, the tensor that they resemble."""
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
-    out = like.new_empty_strided((size, *shape), (span, *stride), dtype=dtype, device=device)
+    rows = (span(shape, stride), *stride)
+    out = like.new_empty_strided((size, *shape), rows, dtype=dtype, device=device)
     return out if value is None else out.fill_(value)
 
 
 @register("factory", *overloads(*_VALUES, "full_like", "new_full"))
 def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
     """A tensor with the recorded metadata, the same for all samples."""
-    name = schema_of(eq.op).name.partition("::")[2]
+    name = base_name(eq.op)
     value = _VALUES[name] if name in _VALUES else arguments(eq, args, kwargs)["fill_value"]
     spec = eq.outs[0].spec
     device = SAMPLE_DEVICE if spec.device == b.sample_device else torch.device(spec.device)

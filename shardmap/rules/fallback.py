@@ -6,16 +6,16 @@ They are `torch.func.vmap` of a single operator, and a loop over the batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from shardmap._torch import OpOverload, aten, kernel_of, schema_of
+from shardmap._torch import OpOverload, aten, kernel_of
 from shardmap.program.analysis import written
-from shardmap.program.ir import Equation, Packed, Param, SampleDevice, Var, variables
+from shardmap.program.ir import Equation, Packed, Param, SampleDevice
+from shardmap.program.schema import base_name
 from shardmap.rules.loop_results import Results
-from shardmap.rules.lowering import B, Lowering, V, values
+from shardmap.rules.lowering import B, Lowering, V
 from shardmap.rules.operator_loop import (
     Arguments,
     OperatorLoop,
@@ -105,8 +105,8 @@ def functorch_rule(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any
 
         return torch.func.vmap(one, in_dims=tuple(in_dims))(*values[:count])
 
-    functorch.__name__ = f"functorch_{schema_of(op).name.partition('::')[2]}"
-    return _emit(b, eq, functorch, (*tensors, *symbols))
+    functorch.__name__ = f"functorch_{base_name(op)}"
+    return b.as_recorded(eq, functorch, *tensors, *symbols)
 
 
 def loop_rule(
@@ -140,33 +140,3 @@ def emit_loop(
     if loop.results.single:
         return b.call(loop, *values, mapped=mapped)
     return b.calls_several(loop, len(loop.results.specs), *values, mapped=mapped)
-
-
-def _flat(result: Any) -> Any:
-    for item in result:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from _flat(item)
-
-
-def _emit(b: Lowering, eq: Equation, function: Callable[..., Any], args: tuple) -> Any:
-    outs = list(variables(eq.outs))
-    mapped = any(v.mapped for v in values(args))
-    if not outs:
-        b.effect(function, *args)
-        return None
-    if (
-        type(eq.outs[0]) is Var
-        and len(eq.outs) == 1
-        and str(schema_of(eq.op).returns[0].type) == "Tensor"
-    ):
-        return b.call(function, *args, mapped=mapped)
-    if len(outs) == len(eq.outs) and None not in eq.outs:
-        return b.calls_several(function, len(outs), *args, mapped=mapped)
-
-    def flat(*values: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(_flat(function(*values)))
-
-    flat.__name__ = function.__name__
-    return b.calls_several(flat, len(outs), *args, mapped=mapped)

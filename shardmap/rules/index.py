@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shardmap._torch import aten
-from shardmap.program.ir import SAMPLE_DEVICE
+from shardmap.program.ir import SAMPLE_DEVICE, Equation
 from shardmap.rules.counted import put_rows
 from shardmap.rules.embedding import look_up
 from shardmap.rules.lowering import B, Lowering, V
@@ -159,7 +159,7 @@ def _given(indices: Sequence[Any]) -> list[Any]:
 
 
 @register("index", aten.index.Tensor)
-def index(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def index(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """Batch `x[i, j]` with one more index, which counts samples."""
     target, indices = args
     if _unsupported_mask(indices):
@@ -277,13 +277,13 @@ def _bind(
 
 
 @register("index", aten.index_put.default)
-def index_put(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def index_put(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """Batch `x[i, j] = v` on a copy."""
     return _index_put(b, args, kwargs, in_place=False)
 
 
 @register("index", aten.index_put_.default, aten._index_put_impl_.default)
-def index_put_(b: Lowering, eq: Any, args: Any, kwargs: Any) -> Any:
+def index_put_(b: Lowering, eq: Equation, args: Any, kwargs: Any) -> Any:
     """Batch `x[i, j] = v` in place."""
     kwargs = {k: v for k, v in kwargs.items() if k != "unsafe"}
     return _index_put(b, args[:4], kwargs, in_place=True)

@@ -17,8 +17,7 @@ from shardmap._torch import aten, schema_of
 from shardmap.program.ir import Equation
 from shardmap.rules import registry
 from shardmap.rules.fold import unfold
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, Lowering, V, values
+from shardmap.rules.lowering import B, Lowering, V, arguments, values
 from shardmap.rules.promote import whole
 
 

@@ -13,6 +13,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import schema_of
 from shardmap.program.ir import Equation, Spec, Var
+from shardmap.program.schema import base_name
 
 _dtype_of = operator.attrgetter("dtype")
 
@@ -36,7 +37,7 @@ class Results:
         """The results of a recorded call."""
         returns = schema_of(eq.op).returns
         single = [str(r.type) for r in returns] == ["Tensor"] and type(eq.outs[0]) is Var
-        name = schema_of(eq.op).name.partition("::")[2]
+        name = base_name(eq.op)
         specs = tuple([v.spec for v in eq.results()])
         return Results(eq.outs, single, specs, (True,) * len(specs), name, call)
 

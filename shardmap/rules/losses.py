@@ -5,13 +5,11 @@ There is a loss for each element, reduced over the sample and never over the bat
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from shardmap._torch import aten, schema_of
+from shardmap._torch import aten
 from shardmap.program.ir import Equation
-from shardmap.rules.lowering import Given, Lowering, Named, V
+from shardmap.rules.lowering import Given, Lowering, Named, V, arguments
 from shardmap.rules.promote import aligned, expanded
 from shardmap.rules.registry import overloads, register
 
@@ -26,14 +24,6 @@ _BACKWARD = """
     mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward
     binary_cross_entropy_backward
 """
-
-
-def arguments(eq: Equation, args: Given, kwargs: Named) -> dict[str, Any]:
-    """All arguments by their names in the schema, with defaults."""
-    named: dict[str, Any] = {}
-    for i, a in enumerate(schema_of(eq.op).arguments):
-        named[a.name] = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
-    return named
 
 
 @register("losses", *overloads(*_FORWARD.split()))

@@ -8,13 +8,14 @@ unmapped goes to `fixed` by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from shardmap._torch import OpOverload, kernel_of, schema_of
 from shardmap.program.ir import Equation
+from shardmap.program.schema import by_name
 from shardmap.rules.targets import fastest
 
 
@@ -175,6 +176,39 @@ class Lowering:
         self._emit(target, args, kwargs, tuple(v.index for v in outs), True, mapped)
         return outs
 
+    def as_recorded(
+        self,
+        eq: Equation,
+        target: Callable[..., Any],
+        *args: Any,
+        named: dict[str, Any] | None = None,
+        mapped: bool | None = None,
+    ) -> V | tuple[V, ...] | None:
+        """Emit a call that returns what the recorded operator returns.
+
+        Args:
+            eq: The recorded call.
+            target: Its operator, or a function in its place.
+            *args: The arguments of `target`.
+            named: Its keyword arguments.
+            mapped: As in `call`.
+
+        Returns:
+            A value for each tensor that the recorded call returned; itself, if the operator
+            returns one tensor; None, if there are none.
+        """
+        count = len(list(eq.results()))
+        if not count:
+            self.effect(target, *args, **(named or {}))
+            return None
+        if [str(r.type) for r in schema_of(eq.op).returns] == ["Tensor"]:
+            return self.call(target, *args, named=named, mapped=mapped)
+        if any(type(out) is tuple for out in eq.outs):
+            target = _flat_results(target, eq.outs)
+            return self.calls_several(target, count, *args, mapped=mapped, **(named or {}))
+        found = self.calls_several(target, len(eq.outs), *args, mapped=mapped, **(named or {}))
+        return tuple([v for v, out in zip(found, eq.outs, strict=True) if out is not None])
+
     def effect(self, target: Any, *args: Any, **kwargs: Any) -> None:
         """Emit a call that returns nothing: never dropped."""
         mapped = any(v.mapped for v in values((args, tuple(kwargs.values()))))
@@ -265,6 +299,28 @@ class Lowering:
         if v.dtype == dtype:
             return v
         return self.call(torch.Tensor.to, v, dtype, shape=v.shape, dtype=dtype)
+
+
+def _flat_results(target: Callable[..., Any], outs: tuple[Any, ...]) -> Callable[..., Any]:
+    """`target` with the recorded tensors of nested results in one tuple."""
+
+    def picked(outs: tuple[Any, ...], results: Sequence[Any]) -> Iterator[torch.Tensor]:
+        for out, result in zip(outs, results, strict=True):
+            if type(out) is tuple:
+                yield from picked(out, result)
+            elif out is not None:
+                yield result
+
+    def flat(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(picked(outs, target(*args, **kwargs)))
+
+    flat.__name__ = getattr(target, "__name__", "flat")
+    return flat
+
+
+def arguments(eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a recorded call by their names in the schema, with defaults."""
+    return by_name(eq.op, args, kwargs)
 
 
 def dim(d: int, ndim: int) -> int:

@@ -33,6 +33,7 @@ from shardmap._torch import (
 )
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Packed, Param, SampleDevice
+from shardmap.program.schema import base_name
 from shardmap.rules import huge_pages as pages
 from shardmap.rules.loop_results import Results
 from shardmap.rules.lowering import Seed, V
@@ -136,7 +137,7 @@ class OperatorLoop:
         self.block = MOST_SAMPLES
         if results is not None:
             self.block = max(1, min(MOST_SAMPLES, BLOCK_BYTES // max(1, results.sample_bytes)))
-        self.__name__ = f"loop_{schema_of(eq.op).name.partition('::')[2]}"
+        self.__name__ = f"loop_{base_name(eq.op)}"
 
     def __call__(self, size: int, *values: Any) -> Any:
         """The results of all samples, each `[B, *shape]`."""

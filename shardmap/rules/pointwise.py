@@ -23,6 +23,7 @@ from shardmap._torch import (
     schema_of,
 )
 from shardmap.program.ir import Equation
+from shardmap.program.schema import base_name
 from shardmap.rules.lowering import B, Lowering, V, dim
 from shardmap.rules.promote import NO_CASTS, Casts, aligned, expanded, promoted, whole
 from shardmap.rules.registry import Operator, overloads, register
@@ -119,14 +120,14 @@ def _emit(
             b.call(aten.copy_.default, written, out)
         return None if in_place else out
     if len(eq.outs) > 1:
-        return b.calls_several(eq.op, len(eq.outs), *args, **kwargs)
+        return b.as_recorded(eq, eq.op, *args, named=kwargs)
     out = b.call(eq.op, *args, named=kwargs)
     return None if in_place else out
 
 
 def _functional(op: Operator) -> Operator | None:
     """The form of an in-place operator that writes to no operand."""
-    name = schema_of(op).name.partition("::")[2].removesuffix("_")
+    name = base_name(op).removesuffix("_")
     return getattr(packet(name), overload_name(op), None)
 
 
@@ -152,7 +153,7 @@ def _derived() -> Iterator[Operator]:
             tagged.append(op)
     seen = set(tagged)
     for op in list(tagged):
-        form = packet(schema_of(op).name.partition("::")[2] + "_")
+        form = packet(base_name(op) + "_")
         signature = [(a.name, str(a.type)) for a in schema_of(op).arguments]
         for kind in form.overloads() if form is not None else ():
             found = getattr(form, kind)

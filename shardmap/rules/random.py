@@ -26,12 +26,12 @@ from shardmap.program.ir import (
     generator_of,
 )
 from shardmap.program.private_generators import PrivateGenerators, takes_generator
+from shardmap.program.schema import short_name
 from shardmap.rules import philox as draws
 from shardmap.rules import torch_draws
 from shardmap.rules.fallback import emit_loop, writes_only
 from shardmap.rules.loop_results import Results
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import SEED, START, B, Lowering, Seed, V, values
+from shardmap.rules.lowering import SEED, START, B, Lowering, Seed, V, arguments, values
 from shardmap.rules.operator_loop import Arguments, OperatorLoop, row_calls
 from shardmap.rules.philox import TorchDraws
 from shardmap.rules.promote import aligned
@@ -136,7 +136,7 @@ _DRAWS |= {
 @register("random", *overloads(*_DRAWS))
 def plain(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch draws whose parameters are numbers."""
-    name = eq.op.name().removeprefix("aten::")
+    name = short_name(eq.op)
     chosen = _DRAWS[name](arguments(eq, args, kwargs))
     if chosen is None:
         return NotImplemented

@@ -14,8 +14,8 @@ import torch
 
 from shardmap._torch import aten, dispatch_depth, schema_of
 from shardmap.program.ir import Equation
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import B, Lowering, V, dim
+from shardmap.program.schema import short_name
+from shardmap.rules.lowering import B, Lowering, V, arguments, dim
 from shardmap.rules.promote import expanded
 from shardmap.rules.registry import Operator, overloads, register
 
@@ -103,7 +103,7 @@ def _viewed(b: Lowering, eq: Equation, out: Any) -> Any:
 
 
 def _form(eq: Equation, table: dict[str, str | None]) -> Operator:
-    name = eq.op.name().removeprefix("aten::")
+    name = short_name(eq.op)
     (form,) = overloads(table[name] or name)
     return form
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from shardmap._torch import aten
 from shardmap.program.ir import Equation
-from shardmap.rules.losses import arguments
-from shardmap.rules.lowering import Given, Lowering, Named, V
+from shardmap.rules.lowering import Given, Lowering, Named, V, arguments
 from shardmap.rules.registry import register
 
 _REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "amax", "min": "amin", "prod": "prod"}

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import OpOverload, aten, schema_of
+from shardmap._torch import OpOverload, aten
 from shardmap.program.analysis import live_equations, written
 from shardmap.program.ir import Equation, Program
 from shardmap.program.operators import op_info
+from shardmap.program.schema import by_name
 from shardmap.rules import registry
 from shardmap.rules.lowering import B, Lowering, V, dim, dims
 from shardmap.rules.view_folding import views
@@ -165,18 +166,11 @@ def shifted(
 
     Dimensions of an `ndim`-dimensional sample are one further back.
     """
-    out = []
-    for at, argument in enumerate(schema_of(op).arguments):
-        if at < skip:
-            continue
-        at -= skip
-        value: Any = (
-            args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
-        )
-        if argument.name in DIMENSIONS:
-            value = dim(value, ndim) if isinstance(value, int) else dims(value, ndim)
-        out.append(value)
-    return out
+    named: dict[str, Any] = by_name(op, [None] * skip + list(args), kwargs)
+    for name in DIMENSIONS & named.keys():
+        value = named[name]
+        named[name] = dim(value, ndim) if isinstance(value, int) else dims(value, ndim)
+    return list(named.values())[skip:]
 
 
 @rules(

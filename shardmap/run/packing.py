@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from shardmap.program.schema import span
+
 _ALIGNMENT = 64
 """Bytes: torch's allocator and Ray's object store both align to this."""
 
@@ -84,10 +86,9 @@ def _empty(
     misalignment: int,
     device: torch.device,
 ) -> torch.Tensor:
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if device.type != "cpu":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    memory = torch.empty(span + _ALIGNMENT // dtype.itemsize, dtype=dtype)
+    memory = torch.empty(span(shape, stride) + _ALIGNMENT // dtype.itemsize, dtype=dtype)
     return memory.as_strided(
         shape, stride, (misalignment - memory.data_ptr()) % _ALIGNMENT // dtype.itemsize
     )

@@ -17,6 +17,7 @@ from shardmap._threads import default_generator_states, restore_default_generato
 from shardmap.lower import cache
 from shardmap.lower.cache import Lowered
 from shardmap.planning.speeds import Learned
+from shardmap.program.schema import span
 from shardmap.rules.philox import counted
 from shardmap.run.affordable import (
     direct,
@@ -254,14 +255,8 @@ def to_device(t: torch.Tensor, device: torch.device, non_blocking: bool = False)
             # tensor as large as this one.
             whole = [1, *compact.stride()[1:]]
         else:
-            whole = [
-                1
-                + sum(
-                    (n - 1) * s
-                    for n, s in zip(compact.shape[1:], compact.stride()[1:], strict=True)
-                ),
-                *compact.stride()[1:],
-            ]
+            rows = compact.stride()[1:]
+            whole = [span(compact.shape[1:], rows), *rows]
         moved = torch.empty_strided(compact.shape, whole, dtype=t.dtype, device=device).copy_(
             compact, non_blocking=non_blocking
         )

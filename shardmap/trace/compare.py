@@ -11,6 +11,7 @@ from shardmap._torch import FakeTensor, generator_id, pytree
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.operators import op_info
+from shardmap.program.schema import short_name
 from shardmap.trace.recording import Recording
 from shardmap.trace.repeat import alike
 from shardmap.trace.unwritten import valued
@@ -175,7 +176,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _name(eq: Equation) -> str:
-    return eq.op.name().removeprefix("aten::")
+    return short_name(eq.op)
 
 
 def _takes(eq: Equation, number: int) -> bool:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from shardmap._torch import references_of_torch, schema_of
+from shardmap._torch import references_of_torch
 from shardmap.program.ir import Var
+from shardmap.program.schema import base_name
 
 if TYPE_CHECKING:
     from shardmap.trace.recorder import Recorder
@@ -96,7 +97,7 @@ def _text(recorder: Recorder, found: _Candidate) -> str:
     made = next(
         (eq for eq in recorder.equations if any(v.index == var.index for v in eq.results())), None
     )
-    name = "an operator" if made is None else schema_of(made.op).name.partition("::")[2]
+    name = "an operator" if made is None else base_name(made.op)
     return f"a tensor of shape {var.spec.shape} made by {name}{holder}"
 
 

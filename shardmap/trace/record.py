@@ -21,6 +21,7 @@ from shardmap._torch import (
     pytree,
     storage_id,
 )
+from shardmap.program.schema import span
 from shardmap.rules import registry
 from shardmap.trace import mapped_functions
 from shardmap.trace import repeat as follow
@@ -60,12 +61,8 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         for d in repeated:
             compact = compact.narrow(d, 0, 1)
         if has_internal_overlap(compact) == 1:
-            span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-            sample = (
-                row.as_strided((span,), (1,), row.storage_offset())
-                .clone()
-                .as_strided(shape, stride)
-            )
+            memory = row.as_strided((span(shape, stride),), (1,), row.storage_offset())
+            sample = memory.clone().as_strided(shape, stride)
         else:
             sample = compact.clone()
             if sample.stride() != compact.stride():

@@ -37,6 +37,7 @@ from shardmap.program.operators import (
     shape_depends_on_values,
 )
 from shardmap.program.private_generators import PrivateGenerators
+from shardmap.program.schema import short_name
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import MAKES_LAZY, is_lazy, lazy_tensors_resolved
 from shardmap.trace.recording import (
@@ -109,7 +110,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             ours = isinstance(error, errors.ShardmapError)
             asked = isinstance(error, LinAlgError) and func in CHECKS
             if not (self.raised or ours or asked):
-                self.raised = f"{func.name().removeprefix('aten::')} raised {type(error).__name__}"
+                self.raised = f"{short_name(func)} raised {type(error).__name__}"
             raise
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from shardmap import errors
 from shardmap._torch import NormBase, OpOverload, aten, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
+from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
 from shardmap.trace.recording import flat_tensors, user_line
@@ -87,7 +88,7 @@ class Refusals(Histories):
                     "operation."
                 )
             return
-        name = schema_of(op).name.partition("::")[2]
+        name = base_name(op)
         norm = _running_norm()
         if name == "embedding_renorm_":
             raise errors.CapturedWriteError(
@@ -231,7 +232,7 @@ class Refusals(Histories):
             )
 
     def _check_random(self, func: OpOverload) -> None:
-        name = schema_of(func).name.partition("::")[2]
+        name = base_name(func)
         if self.randomness == "error":
             raise errors.RandomnessError(
                 f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "

@@ -12,6 +12,7 @@ from shardmap import errors
 from shardmap._torch import OpOverload, aten, schema_of, without_functions
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import op_info
+from shardmap.program.schema import base_name
 from shardmap.rules import sparse
 from shardmap.rules.sparse import Form
 from shardmap.trace.recording import flat_tensors, user_line
@@ -67,7 +68,7 @@ class SparseTensors(Refusals):
         tensors = flat_tensors((*args, *kwargs.values()))
         matrices = [t for t in tensors if t.layout is not torch.strided]
         dense = [t for t in tensors if t.layout is torch.strided]
-        name = schema_of(func).name.partition("::")[2]
+        name = base_name(func)
         for matrix in matrices:
             if matrix.layout not in sparse.LAYOUTS:
                 self.refuse_sparse(

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from shardmap._torch import aten, schema_of
+from shardmap._torch import aten
 from shardmap.program.ir import Var, variables
 from shardmap.program.operators import OpInfo
+from shardmap.program.schema import base_name
 
 _OVERWRITTEN: dict[str, int] = {
     "bernoulli": 0, "normal_functional": 0, "uniform": 0, "exponential": 0, "log_normal": 0,
@@ -86,7 +87,7 @@ class Unwritten:
         if not read:
             self.written(written)
             return
-        name = schema_of(info.op).name.partition("::")[2]
+        name = base_name(info.op)
         groups = {v.group for v in read}
         results: Iterator[Var] = variables(outs)
         if name in _CONVOLUTIONS:
@@ -97,7 +98,7 @@ class Unwritten:
 
 def valued(info: OpInfo, args: tuple[Any, ...], named: Any) -> Iterator[Var]:
     """The tensor arguments whose values a result depends on."""
-    name = schema_of(info.op).name.partition("::")[2]
+    name = base_name(info.op)
     if info.shape_only or name.endswith("_like") or name.startswith("new_"):
         return
     if name in _CONVOLUTIONS:
