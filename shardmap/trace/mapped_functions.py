@@ -84,7 +84,7 @@ def _operator(function: type[Function], plain: Callable[..., object]) -> staticm
     return staticmethod(forward)
 
 
-def _replace() -> None:
+def _put_in() -> None:
     """Replace the forwards of all known Functions, and of those that inherit them."""
     heirs = [sub for function in _known for sub in _subclasses(function)]
     _known.update([f for f in heirs if _maps_itself(f) and "forward" not in vars(f)])
@@ -113,7 +113,7 @@ def recorded_as_operators() -> Iterator[None]:
         yield
         return
     with _lock:
-        _replace()
+        _put_in()
         _users += 1
         _here.served = frozenset([id(function) for function in _known])
     _here.depth += 1
