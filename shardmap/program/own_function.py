@@ -17,7 +17,7 @@ from torch.autograd.function import Function
 
 from shardmap import errors
 from shardmap._threads import fork_safe_lock
-from shardmap._torch import OpOverload, without_functions
+from shardmap._torch import OpOverload, TorchDispatchMode, without_functions
 
 _LIBRARY = torch.library.Library("shardmap", "FRAGMENT")
 _LIBRARY.define("own_function(Tensor[] tensors, str text) -> Tensor[]")
@@ -29,14 +29,16 @@ _lock = fork_safe_lock()
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Single(threading.local):
-    """Notes of this thread on the last application."""
+class Running(threading.local):
+    """Notes of this thread on applications."""
 
-    result = False
-    """True if it returned a tensor and no tuple."""
+    inside = False
+    """True while one is computed."""
+    single = False
+    """True if the last one returned a tensor and no tuple."""
 
 
-single = Single()
+running = Running()
 
 
 class MapInfo(NamedTuple):
@@ -93,16 +95,38 @@ def application(text: str) -> Application:
     return Application(function, tuple(arguments), tuple(tensors))
 
 
+class _NoDraws(TorchDispatchMode):
+    """Mode that refuses draws: they would be the same for all samples of a batch."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Run one operator."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise errors.RandomnessError(
+                f"the autograd.Function {self.name} computes outside of torch, and draws random "
+                "numbers; draw them before, and pass them as an argument"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 def _forward(tensors: list[torch.Tensor], text: str) -> list[torch.Tensor]:
     """Compute one application; its results have memory of their own."""
     made = application(text)
     name = made.function.__qualname__
     given = [t.detach().clone() for t in tensors]
-    states = torch.get_rng_state()
-    with without_functions(), torch.no_grad():
-        returned = made.function.forward(*made.filled(given))
-        changed = [not _same(a, b) for a, b in zip(given, tensors, strict=True)]
-    single.result = isinstance(returned, torch.Tensor)
+    before, running.inside = running.inside, True
+    try:
+        with without_functions(), torch.no_grad(), _NoDraws(name):
+            returned = made.function.forward(*made.filled(given))
+            changed = [not _same(a, b) for a, b in zip(given, tensors, strict=True)]
+    finally:
+        running.inside = before
+    running.single = isinstance(returned, torch.Tensor)
     results = [returned] if isinstance(returned, torch.Tensor) else list(cast(tuple, returned))
     if not all(isinstance(t, torch.Tensor) for t in results):
         raise errors.AutogradFunctionError(
@@ -113,11 +137,6 @@ def _forward(tensors: list[torch.Tensor], text: str) -> list[torch.Tensor]:
         raise errors.AutogradFunctionError(
             f"the autograd.Function {name} computes outside of torch, and writes to its argument "
             f"{made.tensors[changed.index(True)]}; clone it first"
-        )
-    if not torch.equal(states, torch.get_rng_state()):
-        raise errors.RandomnessError(
-            f"the autograd.Function {name} computes outside of torch, and draws random numbers; "
-            "draw them before, and pass them as an argument"
         )
     return [t.detach().clone() for t in results]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import types
 import weakref
@@ -18,43 +19,49 @@ import torch
 from torch.autograd.function import Function
 
 from shardmap._threads import fork_safe_lock
-from shardmap.program.own_function import OWN_FUNCTION, single, text_of
+from shardmap.program.own_function import OWN_FUNCTION, running, text_of
 
-_opaque: weakref.WeakKeyDictionary[type[Function], type[Function]] = weakref.WeakKeyDictionary()
-"""For each Function whose forward was seen to leave torch: the one that is recorded instead."""
+_known: weakref.WeakSet[type[Function]] = weakref.WeakSet()
+"""Functions whose forward was seen to leave torch."""
 
 
 class _Here(threading.local):
     depth = 0
     """Number of recordings of this thread that are active."""
+    served: frozenset[int] = frozenset()
+    """Identities of the Functions that the last recording had replaced."""
 
 
 _here = _Here()
 _lock = fork_safe_lock()
 _users = 0
-_own: classmethod = vars(Function)["apply"]
-_apply: Callable[..., object] = _own.__func__
+_replaced: list[tuple[type[Function], staticmethod | None]] = []
+"""While there are recordings: Functions whose forward is replaced, with their own one, or None if
+they inherit it."""
 
 
 def met(error: BaseException) -> bool:
-    """True if an error comes from the forward of a Function that maps itself, and is a new one."""
+    """True if an error comes from the forward of a Function that maps itself.
+
+    That is a reason to record again, unless the Function was recorded as an operator already.
+    """
     codes: set[types.CodeType] = set()
     trace = error.__traceback__
     while trace is not None:
         codes.add(trace.tb_frame.f_code)
         trace = trace.tb_next
-    found = False
-    for function in _subclasses(Function):
-        forward = getattr(function.forward, "__code__", None)
-        maps = function.vmap is not Function.vmap and not function.generate_vmap_rule
-        if forward in codes and maps and not _is_known(function):
-            _opaque[function] = _replaced(function)
-            found = True
-    return found
+    found = {f for f in _subclasses(Function) if _maps_itself(f) and _code_of(f) in codes}
+    with _lock:
+        _known.update(found)
+    return any(id(function) not in _here.served for function in found)
 
 
-def _is_known(function: type[Function]) -> bool:
-    return function in _opaque or isinstance(vars(function).get("forward"), _Forward)
+def _maps_itself(function: type[Function]) -> bool:
+    return function.vmap is not Function.vmap and not function.generate_vmap_rule
+
+
+def _code_of(function: type[Function]) -> types.CodeType | None:
+    return getattr(inspect.unwrap(function.forward), "__code__", None)
 
 
 def _subclasses(function: type[Function]) -> Iterator[type[Function]]:
@@ -63,42 +70,52 @@ def _subclasses(function: type[Function]) -> Iterator[type[Function]]:
         yield from _subclasses(sub)
 
 
-class _Forward(staticmethod):
-    """The forward of a Function that is recorded as one operator."""
-
-
-def _replaced(function: type[Function]) -> type[Function]:
-    """The Function with a forward that is one recorded call."""
-    plain = function.forward
+def _operator(function: type[Function], plain: Callable[..., object]) -> staticmethod:
+    """The forward that is one recorded call, where this thread records."""
 
     @functools.wraps(plain)
     def forward(*args: object) -> object:
-        text = text_of(function, args)
+        text = None if running.inside or not _here.depth else text_of(function, args)
         if text is None:
             return plain(*args)
         found = OWN_FUNCTION([a for a in args if isinstance(a, torch.Tensor)], text)
-        return found[0] if single.result else tuple(found)
+        return found[0] if running.single else tuple(found)
 
-    names = {name: getattr(function, name) for name in ("__module__", "__qualname__")}
-    return type(function)(function.__name__, (function,), {"forward": _Forward(forward), **names})  # pyright: ignore[reportCallIssue]
+    return staticmethod(forward)
 
 
-def _applied(cls: type[Function], *args: object, **kwargs: object) -> object:
-    """`Function.apply` while this thread or another records."""
-    chosen = _opaque.get(cls, cls) if _here.depth else cls
-    return _apply(chosen, *args, **kwargs)
+def _put_in() -> None:
+    """Replace the forwards of all known Functions, and of those that inherit them."""
+    heirs = [sub for function in _known for sub in _subclasses(function)]
+    _known.update([f for f in heirs if _maps_itself(f) and "forward" not in vars(f)])
+    done = {function for function, _ in _replaced}
+    plain = {function: function.forward for function in _known if function not in done}
+    for function, forward in plain.items():
+        _replaced.append((function, vars(function).get("forward")))
+        setattr(function, "forward", _operator(function, forward))  # noqa: B010
+
+
+def _restore() -> None:
+    while _replaced:
+        function, own = _replaced.pop()
+        if own is None:
+            del function.forward
+        else:
+            setattr(function, "forward", own)  # noqa: B010
 
 
 @contextlib.contextmanager
 def recorded_as_operators() -> Iterator[None]:
     """Record the Functions that were met as operators; others, and other threads, are as ever."""
     global _users
-    if not _opaque:
+    if not _known:
+        _here.served = frozenset()
         yield
         return
     with _lock:
+        _put_in()
         _users += 1
-        Function.apply = classmethod(_applied)  # pyright: ignore[reportAttributeAccessIssue]
+        _here.served = frozenset([id(function) for function in _known])
     _here.depth += 1
     try:
         yield
@@ -107,4 +124,4 @@ def recorded_as_operators() -> Iterator[None]:
         with _lock:
             _users -= 1
             if not _users:
-                Function.apply = _own  # pyright: ignore[reportAttributeAccessIssue]
+                _restore()

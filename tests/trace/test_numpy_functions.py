@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_each_call_of_the_batch_is_one_call_of_its_vmap() -> None:
     own.calls.clear()
     mapped(batch(7, 1))
     assert own.calls == ["sort 7 error"]
-    assert torch.autograd.Function.apply.__func__.__module__ == torch.autograd.function.__name__
+    assert own.NumpySort.forward.__code__.co_filename == own.__file__
 
 
 def test_a_wrong_vmap_is_found() -> None:
@@ -201,3 +202,64 @@ def test_another_process_does_not_know_the_function() -> None:
             application(other)
     assert application(text).function is own.NumpyScale
     assert text_of(own.NumpyScale, (torch.ones(2), object())) is None
+
+
+sort = own.NumpySort.apply
+"""As users name it: the method is taken before anything is recorded."""
+
+
+def test_a_function_by_the_name_of_its_apply() -> None:
+    x = batch(5)
+    same(shardmap.vmap(lambda r: sort(r, 0)[0])(x), x.sort().values)
+    same(shardmap.vmap(own.NumpyScale.apply, (0, None))(x, W), x * W * 2)
+
+
+class Heir(own.NumpyScale):
+    """It inherits its forward, and maps itself in its own way."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, int]:
+        own.calls.append("heir")
+        given = [t if d is None else t.movedim(d, 0) for t, d in zip((x, y), in_dims, strict=False)]
+        return Heir.apply(*given, scale), 0
+
+
+def test_a_function_that_inherits_its_forward() -> None:
+    x = batch(5)
+    for _ in range(3):
+        same(shardmap.vmap(lambda r: Heir.apply(r, W, 3.0))(x), x * W * 3)
+        same(shardmap.vmap(lambda r: own.NumpyScale.apply(r, W, 3.0))(x), x * W * 3)
+    assert "heir" in own.calls
+    assert "forward" not in vars(Heir)
+
+
+def test_it_is_replayed_while_nothing_changes() -> None:
+    mapped = shardmap.vmap(lambda r: ordered(r * 2))
+    for seed in range(8):
+        x = batch(5, seed)
+        same(mapped(x), (x * 2).sort().values)
+    text = shardmap.plan(lambda r: ordered(r * 2))(batch(5)).explain()
+    assert "then replayed while what it reads is unchanged" in text
+
+
+def test_many_threads() -> None:
+    """A thread records while another replaces and restores the forward."""
+    wrong: list[str] = []
+
+    def run(number: int) -> None:
+        for k in range(10):
+            x = batch(3 + k % 3, number)
+            for found, want in (
+                (shardmap.vmap(lambda r: own.NumpyScale.apply(r, W))(x), x * W * 2),
+                (shardmap.vmap(lambda r: ordered(r) + number)(x), x.sort().values + number),
+            ):
+                if not torch.equal(found, want):
+                    wrong.append(f"thread {number}, call {k}")
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert own.NumpySort.forward.__code__.co_filename == own.__file__
