@@ -29,7 +29,7 @@ from shardmap.lower.saved_results import unsaved
 from shardmap.run.base import Job, heard
 from shardmap.run.gather import placed
 from shardmap.run.prepare import Devices, Ready
-from shardmap.trace.batch import Batch, unflatten_outputs
+from shardmap.trace.batch import Batch, recorded_part, unflatten_outputs
 
 
 def form_of(arguments: Sequence[object]) -> tuple[object, ...] | None:
@@ -128,7 +128,8 @@ def direct_of(
         return None
     on = Devices(job, options.budget.on)
     ready = on.on(str(job.home), bool(job.samples > 1), slices=False)
-    if any(t.device != job.home for t in ready.captured):
+    captured = job.recording.captured
+    if any(t.device != job.home or recorded_part(t) is not t for t in captured):
         return None
     ready = dataclasses.replace(ready, captured=[], fixed=())
     dims = tuple([o.dim for o in job.outputs])

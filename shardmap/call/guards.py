@@ -99,6 +99,8 @@ def unchanged(value: object, now: object) -> bool:
         return True
     if type(value) is not type(now) or not isinstance(value, VALUES):
         return False
+    if getattr(value, "__dict__", None):  # equal numbers may have other attributes
+        return False
     return bool(value == now) and repr(value) == repr(now)
 
 
@@ -222,9 +224,10 @@ class Guards:
 
     def _same_entries(self, entries: Entries) -> bool:
         now = entries.of
-        if entries.keys is not None and tuple(dict.keys(now)) != entries.keys:
-            self._fail(f"the keys of {entries.where}")
-            return False
+        if entries.keys is not None:
+            if len(now) != len(entries.keys) or not all(map(unchanged, entries.keys, now)):
+                self._fail(f"the keys of {entries.where}")
+                return False
         if entries.absent and not entries.absent.isdisjoint(dict.keys(now)):
             self._fail(f"{min(map(str, entries.absent & dict.keys(now)))!r} in {entries.where}")
             return False

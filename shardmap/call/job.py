@@ -27,7 +27,7 @@ from shardmap.run.base import Job, Output, unheard
 from shardmap.run.graphed import refuse_devices
 from shardmap.run.lowerings import Lowerings
 from shardmap.run.sites import collected, sites
-from shardmap.trace.batch import Batch
+from shardmap.trace.batch import Batch, recorded_part
 from shardmap.trace.recording import Recording
 
 Pairs = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -60,7 +60,7 @@ def job_of(
     """
     recording, call = prepared.recording, options.call
     program = recording.program
-    inputs = batch.tensors()
+    inputs = [recorded_part(t) for t in batch.tensors()]
     if (
         not recording.written_inputs
     ):  # the sample was resolved: recorded calls may view it as real numbers

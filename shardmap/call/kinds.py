@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import decimal
 import functools
 import importlib.machinery
 import operator
@@ -19,6 +20,12 @@ from shardmap._torch import OpOverload
 from shardmap.call.reachable import VALUES
 from shardmap.trace.watch import BUILTINS, is_trusted
 
+MOST = 50_000
+"""Largest number of facts that are compared at each call."""
+ARRAY_BYTES = 1 << 20
+"""Largest array whose contents are compared at each call."""
+LIBRARY_ITEMS = 64
+"""Largest container among the globals of a library that is compared item by item."""
 HEAP = 1 << 9
 """Flag of classes that are written in python (or made while it runs)."""
 SIMPLE = frozenset((bool, int, float, complex, str, bytes, type(None), type(NotImplemented)))
@@ -34,7 +41,7 @@ EXACT = frozenset(
     )
 )
 KNOWN_BASES = (
-    *CONTAINERS, BaseException, torch.Tensor, int, float, str, bytes, complex,
+    *CONTAINERS, torch.Tensor, int, float, str, bytes, complex,
     types.SimpleNamespace,
 )  # fmt: skip
 INERT = (
@@ -84,8 +91,10 @@ def is_c(kind: type) -> bool:
     if kind in _OPAQUE:
         return True
     module = sys.modules.get(kind.__module__)
-    if module is None or kind.__module__.startswith("torch._C"):
-        return kind.__module__.startswith("torch._C") and kind.__name__ != "TensorBase"
+    if kind.__module__.startswith("torch._C"):
+        return kind.__name__ != "TensorBase"
+    if module is None:
+        return not kind.__flags__ & HEAP or kind.__name__ == "cython_function_or_method"
     loader = getattr(getattr(module, "__spec__", None), "loader", None)
     return loader is importlib.machinery.BuiltinImporter or isinstance(
         loader, importlib.machinery.ExtensionFileLoader
@@ -96,6 +105,8 @@ _OPAQUE = (
     type(functools.lru_cache(len)), operator.attrgetter, threading.local, torch.jit.ScriptModule,
 )  # fmt: skip
 """Classes of python's and torch's modules that are written in C, or stand for what is."""
+CONTEXTUAL = (decimal.Decimal,)
+"""Classes whose operations follow a context that is nobody's attribute."""
 
 
 def code_of(value: Any) -> list[types.CodeType] | None:
@@ -114,7 +125,7 @@ def made_of(value: object) -> tuple[object, ...]:
     A method written in C is bound to an object that it may change (`calls.append`).
     """
     if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
+        return value.func, value.args, value.keywords, vars(value)
     if isinstance(value, property):
         return value.fget, value.fset, value.fdel
     if isinstance(value, types.MethodType):

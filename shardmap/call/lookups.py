@@ -58,14 +58,27 @@ def attribute(look: Callable[[], object], name: str) -> Getter:
     return lambda _: getattr(look(), name, None)
 
 
+def attributes_of(value: object) -> dict[str, object] | None:
+    """The attributes of an object, whatever its class does where one is missing; None without."""
+    for each in type(value).__mro__:
+        found = vars(each).get("__dict__")
+        if isinstance(found, types.GetSetDescriptorType | types.MemberDescriptorType):
+            return found.__get__(value)
+        if found is not None:
+            return None
+    return None
+
+
 def of_class(kind: type, name: str) -> Getter:
     """Look up an attribute in the dict of one class."""
     return lambda _: vars(kind).get(name)
 
 
 def bytes_of(array: np.ndarray) -> Getter:
-    """Look up the contents of an array."""
-    return lambda _: (repr(array.shape) + array.dtype.str).encode() + array.tobytes()
+    """Look up the contents of an array, and the flags that python can read."""
+    return lambda _: (
+        f"{array.shape}{array.strides}{array.dtype.str}{array.flags}".encode() + (array.tobytes())
+    )
 
 
 def module_named(name: str) -> Getter:

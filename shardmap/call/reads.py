@@ -11,7 +11,7 @@ import collections
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,16 @@ import torch
 from shardmap._torch import backward_hooks
 from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
 from shardmap.call.kinds import (
+    ARRAY_BYTES,
     ASIDE,
     CALLABLES,
     CONTAINERS,
+    CONTEXTUAL,
     EXACT,
     HEAP,
     INERT,
+    LIBRARY_ITEMS,
+    MOST,
     NEVER_WEAK,
     OF_CLASSES,
     SIMPLE,
@@ -41,6 +45,7 @@ from shardmap.call.lookups import (
     Getter,
     answer_of,
     attribute,
+    attributes_of,
     bytes_of,
     contents,
     entry,
@@ -54,15 +59,8 @@ from shardmap.call.lookups import (
 )
 from shardmap.call.reachable import VALUES, slots_of
 from shardmap.call.root import Root
-from shardmap.trace.names import named_in, reflection
+from shardmap.trace.names import lost_code, named_in, reflection
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
-
-_MOST = 50_000
-"""Largest number of facts that are compared at each call."""
-_ARRAY_BYTES = 1 << 20
-"""Largest array whose contents are compared at each call."""
-_LIBRARY_ITEMS = 64
-"""Largest container among the globals of a library that is compared item by item."""
 
 
 class Walk:
@@ -81,6 +79,7 @@ class Walk:
         self._gone = gone
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
+        self._shallow: set[tuple[int, object]] = set()
         self._dynamic = looks.dynamic
         self._bound: set[types.CodeType] = set()
         self._trusted = False
@@ -100,10 +99,19 @@ class Walk:
         self._class(torch.Tensor)  # its methods are called without being named by its class
         if "_version" in self._of_modules:
             self._accuse("it reads the version of a tensor")
-        texts = {f.__code__: f.__globals__ for f in root.functions if f.__code__ in watch.texts}
-        self._globals(watch.codes | texts)
+        self._globals(watch.codes)
+        apart, functions = watch.apart, self.found.functions
+        while found := {
+            f.__code__: f.__globals__ for f in (*root.functions, *functions) if f.__code__ in apart
+        }:
+            self._globals(found)
+            apart = apart - found.keys()
         self._settings(watch)
-        self._refuse_unknown(watch.codes.keys(), watch.texts - texts.keys())
+        lost = lost_code(watch.codes, self._bound, apart)
+        if lost:  # what it closes over is unknown
+            self._accuse(f"it calls {lost}, which cannot be found by name")
+        if len(self._seen) > MOST:
+            self._accuse(f"it can read more than {MOST:,} objects")
 
     def _part(self, number: int, value: object) -> None:
         where = "what the function closes over"
@@ -158,23 +166,6 @@ class Walk:
             self.found.facts.append(Fact(f"the context variable {read.name}", look, value))
             self._walk(value)
 
-    def _refuse_unknown(self, codes: Set[types.CodeType], lost: Set[types.CodeType]) -> None:
-        """Refuse functions that ran and are not found by name: what they close over is unknown."""
-        inside: set[types.CodeType] = set()
-        waiting = [*codes, *self._bound]
-        while waiting:
-            for constant in waiting.pop().co_consts:
-                if isinstance(constant, types.CodeType) and constant not in inside:
-                    inside.add(constant)
-                    waiting.append(constant)
-        for code in codes:
-            known = code in self._bound or code in inside or is_trusted(code.co_filename)
-            text = code.co_filename == "<string>" and not code.co_freevars
-            if code in lost or not (known or text):
-                self._accuse(f"it calls {code.co_name}, which cannot be found by name")
-        if len(self._seen) > _MOST:
-            self._accuse(f"it can read more than {_MOST:,} objects")
-
     def _accuse(self, what: str) -> None:
         self.blame = self.blame or what
 
@@ -198,8 +189,10 @@ class Walk:
     def _hold(self, of: dict[Any, Any], name: object, where: str) -> None:
         """Note that an entry of a dict is read."""
         entries = self._entries(of, where)
-        if name in entries.values:
+        shallow = (id(of), name) in self._shallow  # seen from a library alone
+        if name in entries.values and (self._trusted or not shallow):
             return
+        (self._shallow.add if self._trusted else self._shallow.discard)((id(of), name))
         value = dict.__getitem__(of, name)
         if issubclass(type(value), torch.Tensor):
             entries.values.pop(name, None)
@@ -229,7 +222,7 @@ class Walk:
     def _walk(self, value: object) -> None:
         kind = type(value)
         plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
-        if plain or id(value) in self._seen or len(self._seen) > _MOST:
+        if plain or id(value) in self._seen or len(self._seen) > MOST:
             return
         trusted = self._trusted
         if trusted and not is_users(value, kind):
@@ -291,6 +284,7 @@ class Walk:
         """Follow a function that ran: its cells and defaults. Of others identity is enough."""
         file = func.__code__.co_filename
         if not (self._trusted and is_trusted(file)):
+            self._named(func, func.__name__)
             names = set(func.__dict__) if self._dynamic else self._names & func.__dict__.keys()
             for name in names:
                 self._hold(func.__dict__, name, f"the attributes of {func.__name__}")
@@ -343,11 +337,20 @@ class Walk:
             self._hold(names, name, where)
         self._trusted = False
 
+    def _named(self, value: object, name: str) -> None:
+        """Note the names of a function or class, if the user's own code asks for them."""
+        for read in self._of_modules & {"__name__", "__qualname__", "__module__"}:
+            look = attribute(lambda: value, read)
+            self.found.facts.append(Fact(f"{read} of {name}", look, look(())))
+
     def _class(self, kind: type) -> None:
+        if kind in CONTEXTUAL:
+            self._unknown(kind, "a class whose results follow a context")
         for each in kind.__mro__:
             if not each.__flags__ & HEAP or (each is not kind and id(each) in self._seen):
                 continue
             self._seen[id(each)] = each
+            self._named(each, each.__name__)
             entries = self.found.classes[each] = {}
             self._trusted = is_trusted(file_of(each))
             for name, value in list(vars(each).items()):
@@ -368,9 +371,9 @@ class Walk:
             self._walk(type(kind))
 
     def _container(self, value: Any) -> None:
-        if self._trusted and len(value) > _LIBRARY_ITEMS:
+        if self._trusted and len(value) > LIBRARY_ITEMS:
             return
-        if len(value) > _MOST:
+        if len(value) > MOST:
             self._accuse(f"it reads a container of {len(value):,} items")
             return
         kind = type(value)
@@ -407,7 +410,7 @@ class Walk:
             self.found.lists.append((value, tuple(held), "a container that it reads"))
 
     def _array(self, value: np.ndarray) -> None:
-        if value.nbytes > _ARRAY_BYTES or value.dtype.hasobject:
+        if value.nbytes > ARRAY_BYTES or value.dtype.hasobject or type(value) is not np.ndarray:
             self._unknown(value, "a large array")
             return
         look = bytes_of(value)
@@ -421,9 +424,9 @@ class Walk:
         self.found.kinds.append((weakly(value), kind))
         self._walk(kind)
         self._trusted = kind.__module__.partition(".")[0] in ASIDE
-        attributes = getattr(value, "__dict__", None)
+        attributes = attributes_of(value)
         where = f"the attributes of a {kind.__name__}"
-        if isinstance(attributes, dict):
+        if attributes is not None:
             entries = self._entries(attributes, where)
             if self._dynamic and not self._trusted:
                 entries.keys = tuple(attributes)

@@ -39,7 +39,7 @@ class Root:
                 return
             self._seen[id(value)] = len(self._seen)
             self.functions.append(value)
-            key += (value.__code__, id(value.__globals__))
+            key += (value.__code__, id(value.__globals__), value.__name__, value.__qualname__)
             for cell in value.__closure__ or ():
                 try:
                     self._take(cell.cell_contents)
@@ -55,7 +55,7 @@ class Root:
             self._take(value.__self__)
         elif kind is functools.partial:
             key.append("partial")
-            for each in (value.func, value.args, value.keywords):
+            for each in (value.func, value.args, value.keywords, vars(value)):
                 self._take(each)
         elif kind is dict and len(value) <= _TAKEN and not any(type(k) not in _KEYS for k in value):
             if id(value) in self._seen:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from shardmap._torch import dispatch_depth, dispatch_modes, functorch
+from torch.utils._device import DeviceContext
+
+from shardmap._torch import (
+    dispatch_depth,
+    dispatch_modes,
+    function_depth,
+    function_modes,
+    functorch,
+)
 from shardmap.trace.recorder import Recorder
 
 
@@ -28,6 +36,16 @@ class Surroundings:
 def surroundings() -> Surroundings:
     """The surroundings of a call that is made now."""
     return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
+
+
+def under_function_mode() -> bool:
+    """True if a `TorchFunctionMode` is active that changes what functions do by its own rules.
+
+    That of `torch.set_default_device` is not one: the device is a setting that is compared.
+    """
+    if function_depth() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in function_modes())
 
 
 def under_recording() -> bool:

@@ -24,6 +24,7 @@ from shardmap.run.affordable import (
     trial_affordable,
 )
 from shardmap.run.base import Job
+from shardmap.trace.batch import recorded_part
 from shardmap.trace.record import (
     outer_recordings_suspended,
     transforms_set_aside,
@@ -230,6 +231,7 @@ def learned(job: Job, name: str) -> Learned:
 
 def captured_to(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A captured tensor on `device`."""
+    t = recorded_part(t)
     return t if t.device == device or t.device.type == "meta" else t.to(device)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from shardmap import errors
-from shardmap._torch import pytree
+from shardmap._torch import pytree, without_functions
 from shardmap.store.columns import Column
 from shardmap.trace import containers
 from shardmap.trace.container_protocol import is_container
@@ -111,6 +111,23 @@ def _keeps_its_class(kind: type[torch.Tensor]) -> bool:
 
 def _handlers(kind: type[torch.Tensor]) -> list[object]:
     return [getattr(kind, name) for name in ("__torch_function__", "__torch_dispatch__")]
+
+
+def recorded_part(t: torch.Tensor) -> torch.Tensor:
+    """The same memory without `__torch_function__` of the tensor's class, whose work is recorded.
+
+    A replay that called it again would do that work twice. A class with a dispatch of its own
+    holds what only it can compute with, and is left as it is.
+    """
+    kind = type(t)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return t
+    function, dispatch = (getattr(f, "__func__", f) for f in _handlers(kind))
+    plain, undispatched = (getattr(f, "__func__", f) for f in _handlers(torch.Tensor))
+    if function is plain or dispatch is not undispatched:
+        return t
+    with without_functions():
+        return t.as_subclass(torch.Tensor)
 
 
 def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.TreeSpec]:

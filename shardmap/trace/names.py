@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from shardmap.trace.watch import BUILTINS, is_trusted, reads_more
@@ -88,6 +88,31 @@ class Reflection:
     """True if it reads attributes by names that are made while it runs."""
 
 
+def lost_code(
+    codes: Iterable[types.CodeType], bound: Set[types.CodeType], apart: Set[types.CodeType]
+) -> str:
+    """The name of a function that ran and was not found by name; empty if there is none.
+
+    Args:
+        codes: The code that ran.
+        bound: The code of functions that were found.
+        apart: Code whose globals are unknown.
+    """
+    inside: set[types.CodeType] = set()
+    waiting = [*codes, *bound]
+    while waiting:
+        for constant in waiting.pop().co_consts:
+            if isinstance(constant, types.CodeType) and constant not in inside:
+                inside.add(constant)
+                waiting.append(constant)
+    for code in codes:
+        known = code in bound or code in inside or is_trusted(code.co_filename)
+        text = code.co_filename == "<string>" and not code.co_freevars
+        if code in apart or not (known or text):
+            return code.co_name
+    return ""
+
+
 def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
     """Find out from the code that ran, each with its globals, how it looks at objects."""
     blame, dynamic = "", False
@@ -95,6 +120,8 @@ def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
         file = code.co_filename
         if is_trusted(file):
             dynamic |= code.co_name in _OF_LIBRARIES.get(os.path.basename(file), ())
+            if code.co_name == "get_type_hints":
+                blame = blame or "it calls typing.get_type_hints"
             continue
         names = named_in(code)
         where = f"{os.path.basename(file)}:{code.co_firstlineno}"
@@ -126,7 +153,8 @@ _ATTRIBUTES = frozenset(
 _FUNCTIONS = frozenset("getattr hasattr setattr delattr vars dir".split()) | _ATTRIBUTES
 """Functions that do, by the names of globals."""
 _HIDDEN = frozenset(
-    "__globals__ __closure__ cell_contents __defaults__ __kwdefaults__ __builtins__ "
+    "__globals__ __closure__ cell_contents __defaults__ __kwdefaults__ __builtins__ __doc__ "
+    "__annotations__ "
     "__subclasses__ f_back f_locals f_globals gi_frame tb_frame".split()
 )
 """Attributes of functions and frames that lead to what no name leads to."""

@@ -71,8 +71,8 @@ class PythonWatch:
     def __init__(self) -> None:
         self.codes: dict[types.CodeType, dict[str, object]] = {}
         """The code objects that ran, without shardmap's own, each with its globals."""
-        self.texts: set[types.CodeType] = set()
-        """Code made from text whose globals are no module's: they may die with the call."""
+        self.apart: set[types.CodeType] = set()
+        """Code whose globals are no module's (made from text): they may die with the call."""
         self.variables: dict[int, contextvars.ContextVar[object]] = {}
         """Context variables that were read."""
         self.states: dict[Callable[[], object], object] = {}
@@ -122,14 +122,13 @@ class PythonWatch:
                 self._ours = True
                 return
             if code not in self.codes:
-                text = code.co_filename == "<string>"
-                if text and _is_of_ours(frame):
+                if code.co_filename == "<string>" and _is_of_ours(frame):
                     return
                 self.codes[code] = frame.f_globals
-                if text and not _is_of_a_module(frame.f_globals):
+                if not _is_of_a_module(frame.f_globals):
                     self.codes[code] = {}
                     if not _is_of_a_tuple(frame):
-                        self.texts.add(code)
+                        self.apart.add(code)
                 if code.co_name == "import_module" and code.co_filename == importlib.__file__:
                     self.accuse("it calls importlib.import_module")
         elif event == "return":
@@ -304,8 +303,8 @@ _STATES_OF_TORCH = frozenset(
 _ABOUT_THE_CALL = frozenset(
     "is_grad_enabled is_inference_mode_enabled _is_torch_function_enabled get_grad_fn "
     "_is_torch_function_mode_enabled _get_tracing_state get_autocast_dtype is_autocast_enabled "
-    "get_inplace_requires_grad_allowed _is_functorch_wrapped_tensor is_anomaly_enabled "
-    "_is_tracing is_anomaly_check_nan_enabled get_default_dtype get_interpreter_stack "
+    "get_inplace_requires_grad_allowed _is_functorch_wrapped_tensor "
+    "_is_tracing get_default_dtype get_interpreter_stack "
     "_get_function_stack_at _get_dispatch_stack_at _get_dispatch_mode is_inference "
     "_get_constant_bool_symnode is_leaf _is_alias_of get_unwrapped is_batchedtensor".split()
 )

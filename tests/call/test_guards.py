@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from tests.call.runs import counting
 
 for part in ("values", "objects", "surroundings", "modules", "settings"):
     importlib.import_module(f"tests.call.changes_of_{part}")
-for part in ("found", "unspelled"):
+for part in ("found", "unspelled", "seldom"):
     importlib.import_module(f"tests.call.changes_{part}")
 
 
@@ -50,6 +51,103 @@ def test_a_change_between_calls(name, calls):
 
 def test_there_are_enough_ways():
     assert len(WAYS) >= 80
+
+
+class Lazy:
+    """An object that answers for what it has not, and not in python's way."""
+
+    __slots__ = ("known",)
+
+    def __init__(self):
+        self.known = {"scale": 2.0}
+
+    def __getattr__(self, name):
+        return self.known[name]
+
+
+class Proxy:
+    """An object that is none outside of a request, as in web frameworks."""
+
+    scale = 2.0
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("outside of a request")
+
+
+@pytest.mark.parametrize("make", [Lazy, Proxy, lambda: np.ma.array([2.0, 5.0], mask=[0, 1])])
+def test_objects_that_answer_in_their_own_way(make):
+    made = make()
+
+    def f(r):
+        return r * float(made.sum() if isinstance(made, np.ndarray) else made.scale)
+
+    mapped = shardmap.vmap(f)
+    for _ in range(5):
+        rows = torch.randn(5, 3)
+        assert torch.equal(mapped(rows), 2 * rows)
+
+
+def test_compiled_text_with_names_of_its_own():
+    code = compile("x * 2", "<text>", "eval")
+    mapped = shardmap.vmap(lambda r: eval(code, {"x": r}))
+    for _ in range(5):
+        rows = torch.randn(5, 3)
+        assert torch.equal(mapped(rows), 2 * rows)
+
+
+class Scaling(torch.Tensor):
+    """Scales each product of its method."""
+
+    scale = 3.0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) * cls.scale if func is torch.Tensor.mul else found
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "once"}, {"trace": "each"}, {"chunk_size": 2}])
+def test_what_the_class_of_a_captured_tensor_does_is_done_once(options):
+    Scaling.scale = 1.0
+    weight = torch.ones(3, requires_grad=True)
+    scaled = weight.as_subclass(Scaling)
+
+    def f(r):
+        return (scaled * r).as_subclass(torch.Tensor)
+
+    mapped = shardmap.vmap(f, **options)
+    for scale in (1.0, 1.0, 3.0, 3.0, 5.0):
+        Scaling.scale = scale
+        if "trace" in options:  # "once" does not follow a class's attribute
+            mapped = shardmap.vmap(f, **options)
+        rows = torch.randn(5, 3)
+        found = mapped(rows)
+        torch.testing.assert_close(found, loop(f, rows))
+        grads = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (found, loop(f, rows))]
+        torch.testing.assert_close(*grads)
+
+
+def test_a_mapped_tensor_of_such_a_class():
+    Scaling.scale = 3.0
+    mapped = shardmap.vmap(lambda r: (r * 2).as_subclass(torch.Tensor))
+    for _ in range(4):
+        rows = torch.randn(5, 3).as_subclass(Scaling)
+        want = torch.stack([(r * 2).as_subclass(torch.Tensor) for r in rows])
+        torch.testing.assert_close(mapped(rows), want)
+
+
+def test_functions_of_one_code_and_other_names():
+    def making(name):
+        def activation():
+            return None
+
+        activation.__name__ = name
+        return lambda r: r * {"relu": 2.0, "gelu": 5.0}[activation.__name__]
+
+    for name in ("relu", "relu", "relu", "gelu", "gelu", "relu"):
+        rows, f = torch.randn(5, 3), making(name)
+        assert torch.equal(shardmap.vmap(f)(rows), loop(f, rows))
 
 
 @pytest.mark.parametrize("option", ["-c", "-"])

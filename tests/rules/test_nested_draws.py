@@ -36,11 +36,11 @@ RULES: dict[str, Func] = {
     "dropout": lambda r: F.dropout(r.expand(20, 3) + 1, 0.4),
     "native_dropout": lambda r: torch.ops.aten.native_dropout(r.expand(20, 3) + 1, 0.4, True)[0],
     "gumbel": lambda r: F.gumbel_softmax(r),
+    "multinomial": lambda r: torch.multinomial(r.exp().repeat(10), 20, True),
+    "rrelu": lambda r: F.rrelu(r - 1, training=True),
 }
 LOOPS: dict[str, Func] = {
-    "multinomial": lambda r: torch.multinomial(r.exp().repeat(10), 20, True),
     "poisson": lambda r: torch.poisson(r.exp() * 10**4),
-    "rrelu": lambda r: F.rrelu(r - 1, training=True),
 }
 WAYS: list[dict[str, Any]] = [
     {"chunk_size": 1},
