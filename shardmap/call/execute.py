@@ -30,7 +30,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Run, Unsplit
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
-from shardmap.call.surroundings import Surroundings, surroundings, under_function_mode
+from shardmap.call.surroundings import Surroundings, surroundings
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.program.analysis import asking_about
@@ -67,8 +67,6 @@ def run_map(
         refuse_transforms(options.call)
         if options.reduce is not None:  # cut into parts, whose number must not be a symbol
             batch = dataclasses.replace(batch, size=int(batch.size))
-    if under_function_mode():  # what it does is not compared
-        memory = None
     call = recalled(func, batch, options, around, memory)
     if memory is not None and call is not None:
         with contextlib.suppress(errors.StaleRecordingError):
@@ -88,7 +86,7 @@ def recalled(
     memory: Memory | ShapesOfCall | OneCall | None,
 ) -> Call | None:
     """The call with a recording of an earlier one; None if none serves it."""
-    if memory is None or not around.plain:
+    if memory is None or not around.comparable:
         return None
     if (remembered := memory.recall(batch)) is None:
         return None
@@ -107,7 +105,7 @@ def recorded(
     memory: Memory | ShapesOfCall | OneCall | None,
 ) -> Call:
     """The call, recorded now."""
-    memory = memory if around.plain else None
+    memory = memory if around.comparable else None
     once, watch = isinstance(memory, Memory | ShapesOfCall), memory and memory.watch(batch)
     how = options.randomness, once, options.call
     pair = record(func, batch, *how, look=options.check == "always", watch=watch)

@@ -161,8 +161,7 @@ class Walk:
         for called, value in watch.states.items():
             self.found.facts.append(Fact(f"{called.__name__}()", answer_of(called), value))
         for read in watch.variables.values():
-            look = variable(read)
-            value = look(())
+            value = (look := variable(read))(())
             self.found.facts.append(Fact(f"the context variable {read.name}", look, value))
             self._walk(value)
 

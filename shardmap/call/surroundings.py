@@ -32,6 +32,11 @@ class Surroundings:
         """True if there are neither recordings nor transforms around it."""
         return not (self.inlined or self.transformed)
 
+    @property
+    def comparable(self) -> bool:
+        """True if all that is around it is compared when a recording is used again."""
+        return self.plain and not under_function_mode()
+
 
 def surroundings() -> Surroundings:
     """The surroundings of a call that is made now."""
