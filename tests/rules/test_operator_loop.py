@@ -273,7 +273,9 @@ def test_threads_give_the_same_bits(shared: list[set[int]]) -> None:
     want = torch.stack([torch.histc(r, 50, -3.0, 3.0) for r in x])
     for _ in range(20):
         assert torch.equal(mapped(x), want)
-    assert any(len(used) == 2 for used in shared)
+    # Some versions of torch put python functions in the place of kernels, which need its lock.
+    alone = operator_loop.runs_python(torch.ops.aten.histc.default)
+    assert any(len(used) == 2 for used in shared) != alone
     assert threading.active_count() == 1
 
 
