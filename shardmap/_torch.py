@@ -146,9 +146,8 @@ proxy_mode = _private("fx.experimental.proxy_tensor.ProxyTorchDispatchMode", _PR
 dispatch_depth = _private(
     "_C._len_torch_dispatch_stack", "asking quickly whether a recording is going on"
 )
-function_modes = _private(
-    "overrides._get_current_function_mode_stack", "maps inside function modes"
-)
+function_modes = _private("overrides._get_current_function_mode_stack", "maps inside modes")
+device_mode = _private("utils._device.DeviceContext", "telling default devices from other modes")
 push_function_mode = _private("overrides._push_mode", "putting back function modes around a map")
 pop_function_mode = _private("overrides._pop_mode", "setting function modes around a map aside")
 function_depth = _private(

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import shardmap
-from shardmap import errors
 from tests import oracle
 from tests.loop import loop
 from tests.test_remedies import WAYS, batch, made, tables_are_put_back  # noqa: F401
@@ -25,10 +24,8 @@ def ctc(scores: Tensor, targets: Tensor) -> Tensor:
 def test_ctc_with_a_rule_of_ones_own() -> None:
     """The operator takes whole batches itself: [B, T, 1, C] of samples are its [T, B, C]."""
     scores, targets = batch(6, 4), batch(2).abs().mul(9).long() % 3 + 1
-    with pytest.raises(errors.UnsupportedOperatorError, match=r"shardmap\.batching_rule"):
-        shardmap.vmap(ctc, strict=True)(scores, targets)
     want = loop(ctc)(scores, targets)
-    oracle.assert_same(shardmap.vmap(ctc)(scores, targets), want, "one by one")
+    oracle.assert_same(shardmap.vmap(ctc, strict=True)(scores, targets), want, "as it comes")
     op = torch.ops.aten._ctc_loss.default
 
     def whole(p: Tensor, labels: Tensor, steps: Any, lengths: Any, *rest: Any) -> Any:
@@ -38,8 +35,11 @@ def test_ctc_with_a_rule_of_ones_own() -> None:
         )
         return losses[:, None], alphas[:, None]
 
-    @shardmap.batching_rule(op)
+    served = []
+
+    @shardmap.batching_rule(op, replace=True)
     def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        served.append(eq)
         p, labels, steps, lengths, *rest = args
         return b.calls_several(
             whole, 2, b.batch(p), b.batch(labels), list(steps), list(lengths), *rest
@@ -47,6 +47,7 @@ def test_ctc_with_a_rule_of_ones_own() -> None:
 
     got = shardmap.vmap(ctc, strict=True)(scores, targets)
     oracle.assert_same(got, want, "with a rule")
+    assert served
 
 
 def test_padding_masks_of_a_transformer() -> None:

@@ -29,6 +29,8 @@ from shardmap.trace.compare import difference, forks, rubbish_apart, same_values
 from shardmap.trace.key_order import in_order_of
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.surroundings import outer_recordings_suspended
+from shardmap.trace.traced import is_traced
 
 logger = logging.getLogger("shardmap")
 
@@ -186,8 +188,11 @@ class FirstUse:
 
     def _are_ends_alike(self) -> bool:
         """True if the first and the last sample have the same values."""
-        tensors = [(element(self.batch.leaves[i]).detach(), d) for i, d in self.batch.mapped]
-        return all(same_values(t.select(d, 0), t.select(d, -1)) for t, d in tensors)
+        if is_traced(self.batch.leaves):
+            return False  # nobody may ask for values
+        with outer_recordings_suspended():  # which would take it for a question of the function
+            tensors = [(element(self.batch.leaves[i]).detach(), d) for i, d in self.batch.mapped]
+            return all(same_values(t.select(d, 0), t.select(d, -1)) for t, d in tensors)
 
     def _key(self) -> Hashable | None:
         key = identity(self.func)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch.utils._device import DeviceContext
-
 from shardmap._torch import (
+    device_mode,
     dispatch_depth,
     dispatch_modes,
     function_depth,
@@ -50,7 +49,7 @@ def under_function_mode() -> bool:
     """
     if function_depth() == 0:
         return False
-    return any(type(mode) is not DeviceContext for mode in function_modes())
+    return any(type(mode) is not device_mode for mode in function_modes())
 
 
 def under_recording() -> bool:

@@ -16,8 +16,10 @@ W = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test leaves the settings as it found them."""
+    # torch's own testing tools forbid plain settings for the rest of a process
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     found = Float32Precision.current()
     yield
     found.apply()
