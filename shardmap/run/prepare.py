@@ -205,7 +205,8 @@ def samples_at_the_ends(job: Job, size: int) -> list[torch.Tensor]:
 
     Each is `[size, *shape]`.
     """
-    last = job.samples - 1
+    # The number of samples may be a symbol, for which a stride would be a condition of the graph.
+    last = 1 if job.lowerings.options.traced else job.samples - 1
     found = []
     for i, t in enumerate(job.inputs):
         if i in job.columns:
