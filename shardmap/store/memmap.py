@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from shardmap._threads import fork_safe_lock
 from shardmap.store import elements
 from shardmap.store.base import Store
 from shardmap.store.header import Header
@@ -19,6 +20,11 @@ from shardmap.store.sink import PlaceSink
 
 _UNREADABLE = (ValueError, TypeError, OverflowError, SyntaxError, tokenize.TokenError)
 """Errors of numpy's header reader for text that is no header."""
+
+
+_parsing = fork_safe_lock()
+"""Held while numpy parses a header as python text, which threads of CPython 3.11 cannot do at once:
+`ast` counts the depth of all of them together."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ def read_npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     }
     if version not in readers:
         raise ValueError(f"version {version[0]}.{version[1]} of the format is unknown here")
-    shape, fortran, dtype = readers[version](f)
+    with _parsing:
+        shape, fortran, dtype = readers[version](f)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
     return shape, fortran, dtype
