@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+_SETTING = "fp32_precision"
+"""The attribute that torch.backends and its parts have, which not all of them declare."""
+
 
 def _places() -> dict[str, object]:
     """The objects with an `fp32_precision`; those that others inherit from come first."""
@@ -23,7 +26,7 @@ def _places() -> dict[str, object]:
         for operator in ("matmul", "conv", "rnn"):
             if hasattr(part, operator):
                 found[f"{name}.{operator}"] = getattr(part, operator)
-    return {name: place for name, place in found.items() if hasattr(place, "fp32_precision")}
+    return {name: place for name, place in found.items() if hasattr(place, _SETTING)}
 
 
 class Float32Precision(NamedTuple):
@@ -52,8 +55,8 @@ class Float32Precision(NamedTuple):
         for name, precision in self.by_operator:
             place = places.get(name)  # None: another version of torch, which lacks it
             if place is not None and _precision(place) != precision:
-                setattr(place, "fp32_precision", precision)  # noqa: B010 (modules declare none)
+                setattr(place, _SETTING, precision)
 
 
 def _precision(place: object) -> object:
-    return getattr(place, "fp32_precision", "none")
+    return getattr(place, _SETTING, "none")

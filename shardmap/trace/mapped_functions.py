@@ -84,6 +84,10 @@ def _operator(function: type[Function], plain: Callable[..., object]) -> staticm
     return staticmethod(forward)
 
 
+_FORWARD = "forward"
+"""The static method of a Function that an operator replaces; each class's own has another type."""
+
+
 def _put_in() -> None:
     """Replace the forwards of all known Functions, and of those that inherit them."""
     heirs = [sub for function in _known for sub in _subclasses(function)]
@@ -91,8 +95,8 @@ def _put_in() -> None:
     done = {function for function, _ in _replaced}
     plain = {function: function.forward for function in _known if function not in done}
     for function, forward in plain.items():
-        _replaced.append((function, vars(function).get("forward")))
-        setattr(function, "forward", _operator(function, forward))  # noqa: B010
+        _replaced.append((function, vars(function).get(_FORWARD)))
+        setattr(function, _FORWARD, _operator(function, forward))
 
 
 def _restore() -> None:
@@ -101,7 +105,7 @@ def _restore() -> None:
         if own is None:
             del function.forward
         else:
-            setattr(function, "forward", own)  # noqa: B010
+            setattr(function, _FORWARD, own)
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def the_state_of_numpys_generator() -> Way:
     before = np.random.get_state()
     np.random.seed(3)
     yield from changing(
-        lambda _: float(np.random.get_state()[1][0] % 7),  # type: ignore[index]
+        lambda _: float(np.random.get_state(legacy=False)["state"]["key"][0] % 7),
         SimpleNamespace(),
         lambda _: np.random.seed(5),
     )
