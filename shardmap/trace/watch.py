@@ -13,6 +13,7 @@ import builtins
 import collections
 import contextvars
 import functools
+import gc
 import importlib
 import os
 import re
@@ -83,6 +84,7 @@ class PythonWatch:
         self._turns: list[tuple[types.FrameType, bool]] = []
         """Frames at which the code turned from the user's to shardmap's (True), or back."""
         self._ours = False
+        self._collecting: types.FrameType | None = None
         self._outer: Callable[..., object] | None = None
         self._active = False
 
@@ -108,8 +110,15 @@ class PythonWatch:
         """
         if self._outer is not None:
             self._outer(frame, event, arg)
+        if self._collecting is not None:
+            if event == "return" and frame is self._collecting:
+                self._collecting = None
+            return
         if event == "call":
             code = frame.f_code
+            if gc.callbacks and _is_collectors(frame):
+                self._collecting = frame
+                return
             if self._ours:
                 if not _is_users(code.co_filename):
                     return
@@ -216,6 +225,17 @@ def _is_of_ours(frame: types.FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "shardmap"
 
 
+def _is_collectors(frame: types.FrameType) -> bool:
+    """True if the garbage collector has called a function of `gc.callbacks`, of its own accord."""
+    code = frame.f_code
+    for function in gc.callbacks:
+        called = function if hasattr(function, "__code__") else type(function).__call__
+        if getattr(called, "__code__", None) is code:
+            given = list(frame.f_locals.values())[:3]
+            return any(isinstance(v, dict) and v.keys() == _COLLECTED for v in given)
+    return False
+
+
 def _is_of_a_module(namespace: dict[str, object]) -> bool:
     module = sys.modules.get(str(namespace.get("__name__")))
     return module is not None and vars(module) is namespace
@@ -253,6 +273,8 @@ def _is_of_torch(owner: object) -> bool:
     )
 
 
+_COLLECTED = {"generation", "collected", "uncollectable"}
+"""What the garbage collector tells a function of `gc.callbacks`."""
 _PURE_TYPES = (
     str, bytes, bytearray, int, float, complex, dict, list, tuple, set, frozenset, slice, range,
     memoryview, types.MappingProxyType, types.GenericAlias, types.CodeType, types.FunctionType,

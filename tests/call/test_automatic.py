@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -373,3 +375,61 @@ def test_a_call_of_a_builtin_function_that_reads_its_arguments_is_replayed() -> 
     id = float
     text = shardmap.plan(lambda r: r * sum(map(id, ["1", "2"])))(torch.randn(3, 2)).explain()
     assert "then replayed while what it reads is unchanged" in text
+
+
+class Meter:
+    """Measures what the garbage collector takes, as libraries do that meter a program."""
+
+    def __init__(self) -> None:
+        self.began, self.called = 0.0, 0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        self.began = time.perf_counter()
+        self.called += 1
+
+    def method(self, phase: str, info: dict[str, int]) -> None:
+        self(phase, info)
+
+
+def of_function(meter: Meter) -> Callable[[str, dict[str, int]], None]:
+    return lambda phase, info: meter(phase, info)
+
+
+@contextlib.contextmanager
+def metered(callback: Callable[[str, dict[str, int]], None]) -> Iterator[None]:
+    """Let the collector call a function, and collect all the time."""
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(5)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+
+
+@pytest.mark.parametrize("form", [lambda m: m, lambda m: m.method, of_function])
+def test_what_the_garbage_collector_calls_is_no_part_of_the_function(form: Any) -> None:
+    meter = Meter()
+
+    def function(r: Tensor) -> Tensor:
+        return r * len([[k] for k in range(50)])
+
+    with metered(form(meter)):
+        text = shardmap.plan(function)(torch.randn(3, 2)).explain()
+    assert meter.called
+    assert "then replayed while what it reads is unchanged" in text
+
+
+@pytest.mark.parametrize("form", [lambda m: m, lambda m: m.method, of_function])
+def test_a_function_that_calls_what_the_collector_calls_reads_what_it_reads(form: Any) -> None:
+    meter = Meter()
+    callback = form(meter)
+
+    def function(r: Tensor) -> Tensor:
+        callback("start", {})
+        return r * (meter.began > 0)
+
+    with metered(callback):
+        text = shardmap.plan(function)(torch.randn(3, 2)).explain()
+    assert "recorded at each call, because it calls time.perf_counter" in text

@@ -16,14 +16,14 @@ W = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def as_before() -> Iterator[None]:
     """Each test leaves the settings as it found them."""
     # torch's own testing tools forbid plain settings for the rest of a process
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
-    found = Float32Precision.current()
-    yield
-    found.apply()
-    assert Float32Precision.current() == found
+    with torch.backends.__allow_nonbracketed_mutation():
+        found = Float32Precision.current()
+        yield
+        found.apply()
+        assert Float32Precision.current() == found
 
 
 def everything() -> None:
