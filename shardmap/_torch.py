@@ -108,6 +108,8 @@ compute_keyset = _private("_ops._compute_keyset", "checkpoints and operators tha
 
 global_hooks = [_private(f"nn.modules.module._global_{kind}_hooks", "hooks of all modules")
                 for kind in ("forward", "forward_pre", "backward", "backward_pre")]  # fmt: skip
+attention_kernels = [_private(f"_C._get_{kind}_sdp_enabled", "which kernels attention may take")
+                     for kind in ("flash", "mem_efficient", "math", "cudnn")]  # fmt: skip
 NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
 backward_hooks = _attribute(torch.Tensor, "Tensor", "_backward_hooks", "hooks of weights")
 dict_version = _private("_C._dynamo.guards.dict_version", "comparing fast what a function reads")
@@ -334,7 +336,6 @@ set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"]
 has_internal_overlap = _private(
     "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"
 )
-assert_async = _private("_assert_async", "anomaly detection around gradients inside a map")
 run_backward = _private(
     "autograd.graph._engine_run_backward", "anomaly detection around gradients inside a map"
 )

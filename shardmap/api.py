@@ -13,7 +13,7 @@ from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
-from shardmap.call.automatic import NOT_DIRECT, Automatic, explained
+from shardmap.call.automatic import NOT_DIRECT, Automatic
 from shardmap.call.batch_norms import served
 from shardmap.call.comparison import Comparison, compare_by_shape
 from shardmap.call.comparison import compare as comparison
@@ -21,6 +21,7 @@ from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import names_of, split_of
+from shardmap.call.keepable import explained
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
@@ -163,11 +164,11 @@ def vmap(
     @not_compiled
     @functools.wraps(func, updated=())
     def mapped(*args: object, **kwargs: object) -> Any:
+        if automatic is not None and not joined:
+            result = automatic.directly(args, kwargs)
+            if result is not NOT_DIRECT:
+                return result
         with thread_state_kept() as kept, kept.twice:
-            if automatic is not None and not joined:
-                result = automatic.directly(args, kwargs)
-                if result is not NOT_DIRECT:
-                    return result
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:

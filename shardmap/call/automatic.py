@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from shardmap.call.keepable import (
     memories_of,
     rows_of,
     seen_apart,
+    shared_among,
     shared_arguments,
     why_not,
 )
@@ -32,12 +34,14 @@ from shardmap.call.memo import Prepared, Remembered, signature
 from shardmap.call.options import Options
 from shardmap.call.reads import Walk
 from shardmap.call.root import Root
+from shardmap.call.routes import taken
 from shardmap.lower.closeness import close
 from shardmap.rules import registry
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
-from shardmap.trace.compare import difference
+from shardmap.trace.compare import difference, forks
 from shardmap.trace.recording import Recording
+from shardmap.trace.thread_state import thread_state_kept
 from shardmap.trace.watch import PythonWatch
 
 _FUNCTIONS = 256
@@ -137,7 +141,7 @@ def after_fork() -> None:
     _lock = threading.RLock()
 
 
-Replay = Callable[[Prepared], Sequence[torch.Tensor]]
+Replay = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
 
 
 class Automatic:
@@ -162,14 +166,17 @@ class Automatic:
     def directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The results of a call that is like the last one, or `NOT_DIRECT`."""
         kept = self.last
-        if kept is None or kwargs or not kept.confirmed or kept.replays + 1 == kept.again:
+        if kept is None or not kept.confirmed or kept.replays + 1 == kept.again:
             return NOT_DIRECT
         if kept.of != _state():
             return NOT_DIRECT
         direct = kept.direct
-        if direct is None or form_of(args) != direct.form:
+        if direct is None or (found := form_of(args, kwargs)) is None:
             return NOT_DIRECT
-        shared = [a for i, a in enumerate(args) if i not in direct.positions]
+        form, leaves = found
+        if form != direct.form:
+            return NOT_DIRECT
+        shared = shared_among(leaves, direct.positions)
         root = Root(self.func, shared)
         if root.key != kept.key:
             return NOT_DIRECT
@@ -179,13 +186,17 @@ class Automatic:
         captured = captured_of(kept, tensors)
         kept.replays += 1
         try:
-            return direct.run([a for a in args if isinstance(a, torch.Tensor)], captured)
+            if direct.bare:
+                return direct.run(leaves, captured)
+            with thread_state_kept() as state, state.twice:
+                return direct.run(leaves, captured)
         except errors.StaleRecordingError:  # a question about a value has another answer
+            kept.direct = None
             return NOT_DIRECT
 
     def of_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> OneCall:
         """The memory of one call."""
-        return OneCall(self, None if kwargs else args)
+        return OneCall(self, args, kwargs)
 
     def find(self, key: Hashable) -> Known:
         """Everything that is known of a function by its key, with these options."""
@@ -208,12 +219,13 @@ class OneCall:
 
     Args:
         of: The recordings of the mapped function.
-        arguments: The call's arguments; None if some have names.
+        args: The call's arguments.
+        kwargs: Those that have names.
     """
 
-    def __init__(self, of: Automatic, arguments: Sequence[object] | None):
+    def __init__(self, of: Automatic, args: tuple[object, ...], kwargs: dict[str, object]):
         self._of = of
-        self._arguments = arguments
+        self._arguments = args, kwargs
         self._call = of.options.call
         self._root: Root | None = None
         self._known = Known()
@@ -282,7 +294,7 @@ class OneCall:
         Args:
             batch: The call's arguments.
             prepared: The recording.
-            replay: Computes the stacked results of another recording for this call.
+            replay: Computes the stacked results of another recording for some of the samples.
 
         Raises:
             StaleReplayError: An earlier recording gives other results, and no change was seen.
@@ -297,9 +309,13 @@ class OneCall:
             before = None
         if before is not None:
             found = difference(before.prepared.recording, recording, shared=False)
-            if found is not None and not recording.asked:
+            if found is not None and forks(before.prepared.recording, recording):
+                if before.confirmed:
+                    return  # the first sample goes another way now, and proves nothing
+                before = None
+            elif found is not None:
                 self._drop()
-                if self._is_stale(before, root, recording, replay):
+                if self._is_stale(before, batch, recording, replay):
                     self._refuse(f"two recordings differ: {found}")
                     raise errors.StaleReplayError(
                         f"{self._call}: the function was recorded again, which trace='auto' does "
@@ -325,12 +341,14 @@ class OneCall:
             kept.rows = []
             self._known.refused.pop(self._signature, None)
             self._known.changes.pop(self._signature, None)
+        elif (refused := self._known.refused.get(self._signature)) is not None:
+            refused.again = refused.calls + 1  # it can be kept now: compare at the next call
         entries = self._known.kept
         if len(entries) >= _SIGNATURES:
             entries.pop(next(iter(list(entries))), None)
         entries[self._signature] = kept
 
-    def _is_stale(self, before: Kept, root: Root, recording: Recording, replay: Replay) -> bool:
+    def _is_stale(self, before: Kept, batch: Batch, recording: Recording, replay: Replay) -> bool:
         """True if replays of an earlier recording may have been wrong, and no change was seen.
 
         A function may do the same in another way: derivatives are cut by the memory that is free.
@@ -339,12 +357,17 @@ class OneCall:
             return False
         if asks_shared(before.prepared.recording):
             return False
-        tensors = before.guards.check(root.parts)
+        assert self._root is not None
+        tensors = before.guards.check(self._root.parts)
         if tensors is None or recording.random or not recording.sample:
             return tensors is not None
         captured = captured_of(before, tensors)
         old = dataclasses.replace(before.prepared.recording, captured=captured)
-        found = replay(dataclasses.replace(before.prepared, recording=old))
+        first = taken(batch, torch.tensor([0]))
+        try:
+            found = replay(dataclasses.replace(before.prepared, recording=old), first)
+        except errors.VariesError:  # it answers otherwise than the earlier one's first sample
+            return False
         return not all(
             a.shape == b.shape[1:] and a.dtype == b.dtype and close(a, b[0], 0.0)
             for a, b in zip(recording.sample, found, strict=False)
@@ -375,48 +398,27 @@ class OneCall:
             [],
         )
 
-    def replayed(self, prepared: Prepared, batch: Batch, job: Job) -> None:
+    def replayed(
+        self, prepared: Prepared, batch: Batch, whole_job: Callable[[], Job | None]
+    ) -> None:
         """Remember how to repeat a call that has been replayed."""
-        kept, arguments = self._before, self._arguments
-        self._of.last = kept
-        if kept is None or arguments is None:
+        kept = self._of.last = self._before
+        if kept is None or (found := form_of(*self._arguments)) is None:
             return
-        form = form_of(arguments)
-        same = kept.direct is not None and kept.direct.form == form and kept.of == _state()
-        if form is None or same:
+        form, leaves = found
+        if kept.direct is not None and kept.direct.form == form and kept.of == _state():
             return
-        if any(a is not b for a, b in zip(arguments, batch.leaves, strict=True)):
-            return  # containers
+        if len(leaves) != len(batch.leaves) or not all(map(operator.is_, leaves, batch.leaves)):
+            return  # containers that are opened in another way
         kept.of = _state()
-        kept.direct = direct_of(prepared, batch, self._of.options, job, form)
+        job = whole_job()
+        kept.direct = job and direct_of(prepared, batch, self._of.options, job, form)
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""
         del batch
         self._drop()
         self._before = None
-
-
-def explained(
-    func: Callable[..., object], batch: Batch, watch: PythonWatch, recording: Recording
-) -> str:
-    """Paragraph on what `trace="auto"` does with a function that has been recorded.
-
-    Args:
-        func: The user's function.
-        batch: The call's arguments.
-        watch: What python ran while it was recorded.
-        recording: The recording.
-    """
-    walk = Walk(watch, Root(func, shared_arguments(batch)), lambda _: None)
-    why = why_not(walk, recording)
-    if why:
-        return f"The function is recorded at each call, because {why}."
-    number = len(Guards(walk.found, recording.captured))
-    return (
-        "The function is recorded twice, then replayed while what it reads is unchanged: "
-        f"{number:,} values, compared at each call."
-    )
 
 
 NOT_DIRECT = object()

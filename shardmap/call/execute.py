@@ -30,7 +30,7 @@ from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Run, Unsplit
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
-from shardmap.call.surroundings import Surroundings, surroundings
+from shardmap.call.surroundings import Surroundings, of_call
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.program.analysis import asking_about
@@ -42,7 +42,7 @@ from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.saved_hooks import are_saved_hooks_around
-from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms, traced_recording
+from shardmap.trace.traced import traced_recording
 
 
 def run_map(
@@ -59,20 +59,13 @@ def run_map(
         options: The call's options.
         memory: Recordings of earlier calls that may serve this one.
     """
-    around = surroundings()  # fake tensors alone are placed on the named devices, as real ones are
-    if is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made()):
-        # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
-        around = Surroundings(True, True, True)
-        options = dataclasses.replace(options, check="off")
-        refuse_transforms(options.call)
-        if options.reduce is not None:  # cut into parts, whose number must not be a symbol
-            batch = dataclasses.replace(batch, size=int(batch.size))
+    around, batch, options = of_call(batch, options)
     call = recalled(func, batch, options, around, memory)
     if memory is not None and call is not None:
         with contextlib.suppress(errors.StaleRecordingError):
             result = call.run()
             if isinstance(memory, OneCall):
-                memory.replayed(call.prepared, batch, call.job())
+                memory.replayed(call.prepared, batch, call.whole_job)
             return result
         memory.forget(batch)
     return recorded(func, batch, options, around, memory).run()
@@ -117,8 +110,8 @@ def recorded(
     if isinstance(memory, Memory | ShapesOfCall):
         memory.keep(batch, prepared)
     elif memory is not None and not varies:
-        alone = batch, options.alone(), around, None
-        memory.keep(batch, prepared, lambda other: Call(other, *alone).run_flat())
+        alone = options.alone(), around, None
+        memory.keep(batch, prepared, lambda other, rows: Call(other, rows, *alone).run_flat())
     return Call(prepared, batch, options, around, use)
 
 
@@ -258,6 +251,11 @@ class Call:
         if self.use is None or by_sample is not None:
             return job
         return with_expected(job, self.names(job), self.use)
+
+    def whole_job(self) -> Job | None:
+        """The job if all samples go one way, as far as is known."""
+        forks = self.use is not None and self.use.verdict().forks
+        return None if forks else self.job()
 
     def names(self, job: Job) -> tuple[str, ...]:
         """The devices on which a new lowering is tried; for a cluster, that of the samples."""

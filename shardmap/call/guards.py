@@ -182,8 +182,8 @@ class Guards:
         Args:
             parts: The parts of the call's function and arguments (`reads.Root`).
         """
-        versions = self._numbered()
-        if versions is None or versions != self._versions:
+        versions = self._numbered() if self._dicts else self._versions
+        if versions != self._versions or versions is None:
             before = self._versions
             for number, entries in enumerate(self._entries):
                 if before is None or versions is None or before[number] != versions[number]:
@@ -192,11 +192,11 @@ class Guards:
             self._versions = versions
         if any(self._empty):
             return self._fail("a container that was empty")
-        if [type(look()) for look in self._objects] != self._kinds:
+        if self._kinds and [type(look()) for look in self._objects] != self._kinds:
             return self._fail("the class of an object")
-        if not all(map(operator.is_, self._code(), self._codes)):
+        if self._codes and not all(map(operator.is_, self._code(), self._codes)):
             return self._fail("the code or the defaults of a function")
-        if not self._same_classes():
+        if self._classes and not self._same_classes():
             return self._fail("the attributes of a class")
         for container, values, where in self._lists:
             if len(container) != len(values) or not all(map(unchanged, values, container)):
@@ -204,7 +204,7 @@ class Guards:
         for fact in self._facts:
             if not unchanged(fact.value, fact.look(parts)):
                 return self._fail(fact.what)
-        return self._tensors(parts)
+        return self._tensors(parts) if self._first else []
 
     def _tensors(self, parts: Sequence[object]) -> list[torch.Tensor] | None:
         found = [t for t in [look(parts) for look in self._first] if isinstance(t, torch.Tensor)]

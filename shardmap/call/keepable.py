@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence, Set
+
 import torch
 
 from shardmap._torch import generator_id, storage_id
+from shardmap.call.guards import Guards
 from shardmap.call.reachable import VALUES
 from shardmap.call.reads import Walk
+from shardmap.call.root import Root
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import same_values
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.watch import PythonWatch
 
 
 def why_not(walk: Walk, recording: Recording) -> str:
     """The reason why a recording is not kept for later calls; empty if it can be."""
-    return walk.blame or _unfound(walk, recording) or _asking(recording)
+    return walk.blame or _unfound(walk, recording)
 
 
 def _unfound(walk: Walk, recording: Recording) -> str:
@@ -36,6 +41,34 @@ def _unfound(walk: Walk, recording: Recording) -> str:
     return ""
 
 
+def explained(
+    func: Callable[..., object], batch: Batch, watch: PythonWatch, recording: Recording
+) -> str:
+    """Paragraph on what `trace="auto"` does with a function that has been recorded.
+
+    Args:
+        func: The user's function.
+        batch: The call's arguments.
+        watch: What python ran while it was recorded.
+        recording: The recording.
+    """
+    walk = Walk(watch, Root(func, shared_arguments(batch)), lambda _: None)
+    why = why_not(walk, recording)
+    if why:
+        return f"The function is recorded at each call, because {why}."
+    number = len(Guards(walk.found, recording.captured))
+    text = (
+        "The function is recorded twice, then replayed while what it reads is unchanged: "
+        f"{number:,} values, compared at each call."
+    )
+    if recording.asked:
+        text += (
+            " Samples that answer its questions otherwise than the recorded one are recorded at "
+            "each call; trace='once' keeps their paths."
+        )
+    return text
+
+
 def memories_of(recording: Recording) -> tuple[int, ...]:
     """For each captured tensor the first one that has the same memory."""
     firsts: dict[int, int] = {}
@@ -48,16 +81,6 @@ def memories_of(recording: Recording) -> tuple[int, ...]:
     )
 
 
-def _asking(recording: Recording) -> str:
-    """The reason not to keep a function that asks about what differs by sample, or empty.
-
-    What its other paths read has not been seen.
-    """
-    if not recording.asked:
-        return ""
-    return "it asks python about values that differ by sample (trace='once' keeps its paths)"
-
-
 def asks_shared(recording: Recording) -> bool:
     """True if python has asked about the values of what all samples share, which may change."""
     return any(eq.answer is not None for eq in recording.program.equations)
@@ -65,12 +88,18 @@ def asks_shared(recording: Recording) -> bool:
 
 def shared_arguments(batch: Batch) -> list[object]:
     """The arguments that all samples share, but numbers and texts, which the signature holds."""
-    mapped = {i for i, _ in batch.mapped}
-    return [
-        leaf
-        for i, leaf in enumerate(batch.leaves)
-        if i not in mapped and not isinstance(leaf, VALUES)
-    ]
+    return shared_among(batch.leaves, frozenset([i for i, _ in batch.mapped]))
+
+
+def shared_among(leaves: Sequence[object], mapped: Set[int]) -> list[object]:
+    """The leaves that are neither mapped nor numbers or texts.
+
+    Args:
+        leaves: The leaves of a call's arguments.
+        mapped: The positions of those that are mapped.
+    """
+    kept = [leaf for i, leaf in enumerate(leaves) if i not in mapped]
+    return [leaf for leaf in kept if not isinstance(leaf, VALUES)]
 
 
 def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:

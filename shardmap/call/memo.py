@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from shardmap._torch import forward_level, generator_id, global_hooks, pytree, storage_id
+from shardmap._torch import (
+    attention_kernels,
+    forward_level,
+    function_depth,
+    generator_id,
+    global_hooks,
+    pytree,
+    storage_id,
+)
 from shardmap.call.reachable import VALUES, Unknown, reachable, same
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
@@ -201,20 +209,19 @@ def _hashable(parts: list[Any]) -> tuple[Any, ...]:
 
 def modes() -> tuple[Any, ...]:
     """The settings of torch that a recording depends on."""
-    cuda = torch.backends.cuda
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         forward_level(forward_ad) >= 0,
-        tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cpu", "cuda")),
+        enabled("cpu"), dtype("cpu"), enabled("cuda"), dtype("cuda"),
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        # a device other than the host's is set by a mode; asking torch for it takes microseconds
+        torch.get_default_device() if function_depth() else _HOST,
         torch.are_deterministic_algorithms_enabled(),
-        tuple(map(tuple, global_hooks)),
-        (
-            cuda.flash_sdp_enabled(),
-            cuda.mem_efficient_sdp_enabled(),
-            cuda.math_sdp_enabled(),
-            cuda.cudnn_sdp_enabled(),
-        ),
-    )
+        tuple(map(tuple, global_hooks)) if any(global_hooks) else (),
+        *[enabled() for enabled in attention_kernels],
+    )  # fmt: skip
+
+
+_HOST = torch.device("cpu")

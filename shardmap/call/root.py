@@ -73,6 +73,8 @@ class Root:
             key.append((kind, len(value)))
             for each in value:
                 self._take(each)
+        elif value is None:
+            key.append(None)
         else:
             key.append("part")
             self.parts.append(value)

@@ -12,7 +12,10 @@ from shardmap._torch import (
     function_modes,
     functorch,
 )
+from shardmap.call.options import Options
+from shardmap.trace.batch import Batch
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +43,21 @@ class Surroundings:
 def surroundings() -> Surroundings:
     """The surroundings of a call that is made now."""
     return Surroundings(under_recording(), functorch.peek_interpreter_stack() is not None)
+
+
+def of_call(batch: Batch, options: Options) -> tuple[Surroundings, Batch, Options]:
+    """The surroundings of a call, and its arguments and options as they are in them.
+
+    Fake tensors alone are placed on the named devices, as real ones are.
+    """
+    if not (is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made())):
+        return surroundings(), batch, options
+    # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
+    refuse_transforms(options.call)
+    options = dataclasses.replace(options, check="off")
+    if options.reduce is not None:  # cut into parts, whose number must not be a symbol
+        batch = dataclasses.replace(batch, size=int(batch.size))
+    return Surroundings(True, True, True), batch, options
 
 
 def under_function_mode() -> bool:

@@ -134,7 +134,7 @@ class PythonWatch:
                 if code.co_filename == "<string>" and _is_of_ours(frame):
                     return
                 self.codes[code] = frame.f_globals
-                if not _is_of_a_module(frame.f_globals):
+                if not _is_of_a_module(frame):
                     self.codes[code] = {}
                     if not _is_of_a_tuple(frame):
                         self.apart.add(code)
@@ -236,9 +236,15 @@ def _is_collectors(frame: types.FrameType) -> bool:
     return False
 
 
-def _is_of_a_module(namespace: dict[str, object]) -> bool:
-    module = sys.modules.get(str(namespace.get("__name__")))
-    return module is not None and vars(module) is namespace
+def _is_of_a_module(frame: types.FrameType) -> bool:
+    """True if the globals of code are a module's, which live as long as the process.
+
+    Those of python's own library and torch are, though some go by another name than their own.
+    """
+    if is_trusted(frame.f_code.co_filename):
+        return True
+    module = sys.modules.get(str(frame.f_globals.get("__name__")))
+    return module is not None and vars(module) is frame.f_globals
 
 
 def _is_of_a_tuple(frame: types.FrameType) -> bool:

@@ -205,7 +205,8 @@ def test_a_plan_says_if_the_function_is_replayed() -> None:
     text = shardmap.plan(lambda r: r * eval("SCALE"))(x).explain()
     assert "recorded at each call, because it calls builtins.eval" in text
     text = shardmap.plan(lambda r: r if r.sum() > 0 else -r)(x).explain()
-    assert "because it asks python about values that differ by sample" in text
+    assert "then replayed while what it reads is unchanged" in text
+    assert "trace='once' keeps their paths" in text
 
 
 def test_a_change_that_no_guard_sees_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

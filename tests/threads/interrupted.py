@@ -71,6 +71,10 @@ def plain(r: Tensor) -> Tensor:
     return (r @ weight).tanh()
 
 
+def pointwise(r: Tensor) -> Tensor:
+    return r.sin() + 1
+
+
 def transformed(r: Tensor) -> Tensor:
     return torch.func.grad(lambda v: (v @ weight).sin().sum())(r)
 
@@ -113,6 +117,7 @@ def kinds(folder: str) -> dict[str, tuple[Callable[[], Any], Any]]:
         return shardmap.vmap(plain, out=sink, chunk_size=2)(x).read(0, 0, N)
 
     once = shardmap.vmap(inside, trace="once")
+    often, product = shardmap.vmap(pointwise), shardmap.vmap(plain)
 
     def outside() -> Tensor:
         return torch.func.grad(lambda b: shardmap.vmap(plain)(b).sum())(x)
@@ -120,6 +125,8 @@ def kinds(folder: str) -> dict[str, tuple[Callable[[], Any], Any]]:
     wanted = torch.func.grad(lambda b: torch.stack([plain(r) for r in b]).sum())(x)
     return {
         "plain": (lambda: shardmap.vmap(plain)(x), loop(plain)),
+        "replayed": (lambda: [often(x) for _ in range(200)][-1], loop(pointwise)),
+        "product replayed": (lambda: [product(x) for _ in range(50)][-1], loop(plain)),
         "chunked": (lambda: shardmap.vmap(inside, chunk_size=2)(x), loop(inside)),
         "reduced": (lambda: shardmap.vmap(plain, reduce="sum")(x), loop(plain).sum(0)),
         "once": (lambda: once(x), loop(inside)),
