@@ -204,7 +204,8 @@ def direct_of(
     ready = dataclasses.replace(ready, captured=[], fixed=())
     dims = tuple([o.dim for o in job.outputs])
     empty = dataclasses.replace(recording, captured=(), sample=())
-    lean = dataclasses.replace(job, inputs=[], recording=empty, lowerings=job.lowerings)
+    lowerings = dataclasses.replace(job.lowerings, recording=empty, expected=())
+    lean = dataclasses.replace(job, inputs=[], recording=empty, lowerings=lowerings)
     kept = dataclasses.replace(prepared, recording=empty)
     positions = frozenset([i for i, _ in batch.mapped])
     single = prepared.structure == _ONE

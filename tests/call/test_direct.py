@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -270,3 +272,26 @@ def test_draws_are_those_of_a_recording_at_each_call() -> None:
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
         assert not torch.equal(found[0][0], found[0][1])
+
+
+KEEPING: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
+    "product": lambda w: lambda r: r * w,
+    "draw": lambda w: lambda r: r * w + torch.rand(4),
+    "question": lambda w: lambda r: r * w if r.sum() < 99 else r,
+    "solve": lambda w: lambda r: torch.linalg.solve(torch.eye(4) + w.diag() / 9, r),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", KEEPING)
+def test_nothing_of_a_call_is_kept_alive(name: str, grad: bool) -> None:
+    def calls() -> list[weakref.ref[Tensor]]:
+        weight, x = torch.rand(4, requires_grad=grad), rows(0)
+        mapped = shardmap.vmap(KEEPING[name](weight), randomness="different")
+        for _ in range(8):
+            found = mapped(x)
+        return [weakref.ref(t) for t in (weight, x, found)]
+
+    kept = calls()
+    gc.collect()
+    assert [t() is None for t in kept] == [True] * 3
