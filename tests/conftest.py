@@ -7,7 +7,7 @@ import datetime
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -25,6 +25,8 @@ def pytest_configure() -> None:
 
 DAYS = 3
 """Days in which each rotating test runs once."""
+MANY = 12
+"""Sets of parameters from which on a test is one that rotates."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,16 +35,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def left_to_other_days(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The rotating tests that do not run today: two thirds of each file's."""
+    """The rotating tests that do not run today: two thirds of the parameters of each.
+
+    A test rotates if it has many sets of parameters, or is marked; marked ones without parameters
+    rotate among those of their file.
+    """
     today = datetime.datetime.now(datetime.UTC).timetuple().tm_yday
-    by_file: dict[Path, list[pytest.Item]] = collections.defaultdict(list)
+    by_test: dict[str, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("rotating"):
-            by_file[item.path].append(item)
+        by_test[item.nodeid.partition("[")[0]].append(item)
+    rotating: dict[object, list[pytest.Item]] = collections.defaultdict(list)
+    for name, own in by_test.items():
+        if len(own) >= MANY:
+            rotating[name] = own
+        else:
+            rotating[own[0].path] += [item for item in own if item.get_closest_marker("rotating")]
+    # A checksum mixes the parameters: in their own order one day might get one value only.
     return [
         item
-        for own in by_file.values()
-        for place, item in enumerate(sorted(own, key=lambda item: item.nodeid))
+        for own in rotating.values()
+        for place, item in enumerate(sorted(own, key=lambda item: crc32(item.nodeid.encode())))
         if place % DAYS != today % DAYS
     ]
 
@@ -51,10 +63,10 @@ def left_to_other_days(items: list[pytest.Item]) -> list[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the rotating tests of other days, and browser tests where there is no browser.
 
-    In CI, and if they are asked for, browser tests fail without one and say what to do. Rotating
-    tests that are named one by one run on any day.
+    In CI, and if they are asked for, browser tests fail without one and say what to do. Where files
+    or tests are named, all of theirs run on any day.
     """
-    named = any("::" in argument for argument in config.args)
+    named = any(".py" in argument for argument in config.args)
     if not named and not config.getoption("--all-days"):
         out = left_to_other_days(items)
         dropped = set(out)
