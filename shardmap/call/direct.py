@@ -26,6 +26,7 @@ from shardmap._torch import (
 )
 from shardmap.call.here import is_whole
 from shardmap.call.job import seeds_of
+from shardmap.call.keepable import asks
 from shardmap.call.memo import Prepared, modes
 from shardmap.call.options import Options
 from shardmap.lower import cache as engine
@@ -188,7 +189,7 @@ def direct_of(
     recording = prepared.recording
     undone = recording.random or job.grad  # if an answer differs, seeds were drawn, results saved
     needs = (
-        recording.asked and undone, recording.written_inputs, batch.columns, batch.copies,
+        undone and asks(recording), recording.written_inputs, batch.columns, batch.copies,
         batch.opened, job.remat, job.numbers is not None, job.transformed,
         options.reduce is not None, options.out is not None, options.progress, options.compile,
         options.cuda_graphs, options.check == "always",

@@ -81,8 +81,8 @@ def memories_of(recording: Recording) -> tuple[int, ...]:
     )
 
 
-def asks_shared(recording: Recording) -> bool:
-    """True if python has asked about the values of what all samples share, which may change."""
+def asks(recording: Recording) -> bool:
+    """True if python has asked about values, of samples or of what they share, which may change."""
     return any(eq.answer is not None for eq in recording.program.equations)
 
 

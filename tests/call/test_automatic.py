@@ -229,6 +229,32 @@ def test_a_change_that_no_guard_sees_is_an_error(monkeypatch: pytest.MonkeyPatch
         SCALE = 2.0
 
 
+ASKING: dict[str, Callable[[Tensor], Tensor]] = {
+    "of samples": lambda r: torch.full((2,), SCALE) * r if r.sum() > -99 else r,
+    "of what they share": lambda r: torch.full((2,), SCALE) * r if ONES.sum() > 0 else r,
+    "checks": lambda r: torch.distributions.Normal(r, SCALE).log_prob(r).sum(),
+}
+ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_change_that_no_guard_sees_is_an_error_if_it_asks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    global SCALE
+    mapped = shardmap.vmap(ASKING[name])
+    for _ in range(4):
+        mapped(torch.randn(3, 2))
+    blind = Guards._tensors
+    monkeypatch.setattr(Guards, "check", lambda self, parts: blind(self, parts))
+    SCALE = 5.0
+    try:
+        with pytest.raises(errors.StaleReplayError, match="trace='each'"):
+            often(mapped, torch.randn(3, 2))
+    finally:
+        SCALE = 2.0
+
+
 def test_many_threads_share_one_map() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     mapped = shardmap.vmap(lambda r: model(r))
