@@ -10,7 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import memory, models, rules
+
+pytestmark = pytest.mark.rotating
 
 ROOT = Path(__file__).parent.parent
 

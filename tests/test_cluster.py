@@ -26,7 +26,7 @@ import shardmap
 from shardmap.jobs.config import bind, load
 from shardmap.jobs.run import execute
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.rotating]
 jobs = pytest.importorskip("ray.job_submission")
 
 ROOT = Path(__file__).parent.parent

@@ -18,6 +18,8 @@ import pytest
 from cluster.local import WORKER, main
 from shardmap.run.remote import Worker
 
+pytestmark = pytest.mark.rotating
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -12,12 +12,12 @@ import pytest
 
 from tests import oracle, scoreboard, sweep
 
-PARTS = 8
+PARTS = 16
 TODAY = datetime.datetime.now(datetime.UTC).timetuple().tm_yday % PARTS
 
 
 def part(names: list[str], index: int) -> list[str]:
-    """A fixed eighth of the operators, by their names."""
+    """A fixed sixteenth of the operators, by their names."""
     return [name for name in names if zlib.crc32(name.encode()) % PARTS == index]
 
 
@@ -35,7 +35,7 @@ def assert_not_worse(names: list[str]) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("index", [pytest.param(TODAY, id=f"part_{TODAY}_of_{PARTS}")])
 def test_part_of_the_day(index: int) -> None:
-    """An eighth each day; the test's id says which."""
+    """A sixteenth each day; the test's id says which."""
     assert_not_worse(part(list(sweep.operators()), index))
 
 

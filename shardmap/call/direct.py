@@ -187,13 +187,15 @@ def direct_of(
         form: The properties of its arguments.
     """
     recording = prepared.recording
+    mapped = [batch.leaves[i] for i, _ in batch.mapped]
     undone = recording.random or job.grad  # if an answer differs, seeds were drawn, results saved
     needs = (
-        undone and asks(recording), recording.written_inputs, batch.columns, batch.copies,
-        batch.opened, job.remat, job.numbers is not None, job.transformed,
-        options.reduce is not None, options.out is not None, options.progress, options.compile,
-        options.cuda_graphs, options.check == "always",
-        any(o.device != job.home for o in job.outputs), job.samples == 0,
+        job.grad and any(t.is_complex() for t in mapped), undone and asks(recording),
+        recording.written_inputs, batch.columns, batch.copies, batch.opened, job.remat,
+        job.numbers is not None, job.transformed, options.reduce is not None,
+        options.out is not None, options.progress, options.compile, options.cuda_graphs,
+        options.check == "always", any(o.device != job.home for o in job.outputs),
+        job.samples == 0,
     )  # fmt: skip
     if any(needs) or not is_whole(job, options):
         return None

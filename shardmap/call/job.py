@@ -65,6 +65,8 @@ def job_of(
         not recording.written_inputs
     ):  # the sample was resolved: recorded calls may view it as real numbers
         inputs = [t.resolve_conj().resolve_neg() for t in inputs]
+    if torch.is_grad_enabled() and not (transformed or traced):
+        inputs = [_with_plain_gradient(t) for t in inputs]
     home = inputs[0].device
     writes_with_grad = bool(recording.written_inputs) and any(
         t.requires_grad for t in (*inputs, *recording.captured)
@@ -133,6 +135,15 @@ def job_of(
         compile=options.compile,
         cuda_graphs=options.cuda_graphs,
     )
+
+
+def _with_plain_gradient(t: torch.Tensor) -> torch.Tensor:
+    """A tensor whose gradient is no lazy conjugate, as that of a loop is none: rows are stacked."""
+    if not (t.is_complex() and t.requires_grad):
+        return t
+    view = t.view_as(t)
+    view.register_hook(torch.Tensor.resolve_conj)
+    return view
 
 
 def seeds_of(

@@ -9,9 +9,12 @@ import contextvars
 import sys
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
+import torch
+
+from shardmap._torch import is_view
 
 ABSENT = object()
 """What a look-up returns if there is nothing."""
@@ -99,3 +102,32 @@ def variable(of: contextvars.ContextVar[object]) -> Getter:
 def grad_of(look: Getter) -> Getter:
     """Look up the grad of a tensor that is looked up itself."""
     return lambda parts: getattr(look(parts), "grad", ABSENT)
+
+
+STATES: dict[str, Callable[[torch.Tensor], bool]] = {
+    "is_conj": torch.Tensor.is_conj,
+    "is_neg": torch.Tensor.is_neg,
+    "is_inference": torch.Tensor.is_inference,
+    "_is_view": is_view,
+    "_base": is_view,
+    "retains_grad": lambda t: t.retains_grad,
+}
+"""What python may ask a tensor about itself that its form does not say, by attribute."""
+
+
+def states_of(look: Getter, names: Set[str]) -> Getter:
+    """Look up what a tensor, which is looked up itself, says of itself, as a text of bits.
+
+    Args:
+        look: Looks up the tensor.
+        names: The attributes that code names; of them those in `STATES` are looked up.
+    """
+    asked = [STATES[name] for name in sorted(names & STATES.keys())]
+
+    def found(parts: Sequence[object]) -> object:
+        tensor = look(parts)
+        if not isinstance(tensor, torch.Tensor):
+            return ABSENT
+        return "".join(["01"[ask(tensor)] for ask in asked])
+
+    return found

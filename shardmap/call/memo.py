@@ -197,7 +197,9 @@ def signature(batch: Batch) -> Hashable:
                 shape, stride = shape[:d] + shape[d + 1 :], stride[:d] + stride[d + 1 :]
             grad = leaf.requires_grad, leaf.is_leaf
             twin = firsts.setdefault(id(leaf), i)  # one tensor passed twice is recorded as one
-            parts.append((shape, stride, leaf.dtype, leaf.device, *grad, leaf.is_inference(), twin))
+            form = type(leaf), shape, stride, leaf.dtype, leaf.device
+            keys = leaf.is_inference(), leaf.is_conj(), leaf.is_neg()
+            parts.append((*form, *grad, *keys, twin))
         elif isinstance(leaf, VALUES):
             parts.append((type(leaf), repr(leaf)))
     return (*_hashable(parts), modes())

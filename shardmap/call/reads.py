@@ -42,6 +42,7 @@ from shardmap.call.kinds import (
     mangled,
 )
 from shardmap.call.lookups import (
+    STATES,
     Getter,
     answer_of,
     attribute,
@@ -54,6 +55,7 @@ from shardmap.call.lookups import (
     module_named,
     of_class,
     part,
+    states_of,
     variable,
     weakly,
 )
@@ -84,7 +86,7 @@ class Walk:
         self._bound: set[types.CodeType] = set()
         self._trusted = False
         names = [named_in(code) for code in watch.codes]
-        self._names = frozenset().union(
+        self._names = frozenset(watch.asked).union(
             *[n.attributes for n in names],
             *[frozenset(filter(str.isidentifier, n.texts)) for n in names],
         )
@@ -95,7 +97,7 @@ class Walk:
             self._bound.add(func.__code__)
             self._seen[id(func)] = func
         for number, value in enumerate(root.parts):
-            self._part(number, value)
+            self._read(value, "what the function closes over", part(number))
         self._class(torch.Tensor)  # its methods are called without being named by its class
         if "_version" in self._of_modules:
             self._accuse("it reads the version of a tensor")
@@ -113,12 +115,11 @@ class Walk:
         if len(self._seen) > MOST:
             self._accuse(f"it can read more than {MOST:,} objects")
 
-    def _part(self, number: int, value: object) -> None:
-        where = "what the function closes over"
+    def _read(self, value: object, where: str, look: Getter) -> None:
         if isinstance(value, torch.Tensor):
-            self._tensor(value, where, part(number))
+            self._tensor(value, where, look)
         else:
-            self.found.facts.append(Fact(where, part(number), self._held(value)))
+            self.found.facts.append(Fact(where, look, self._held(value)))
             self._walk(value)
 
     def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
@@ -211,6 +212,9 @@ class Walk:
         attributes = tensor.__dict__
         if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self._object(tensor)
+        if self._names & STATES.keys():
+            states = states_of(look, self._names), states_of(lambda _: tensor, self._names)(())
+            self.found.facts.append(Fact("what a tensor says of itself", *states))
         if "grad" in self._names and tensor.is_leaf:
             look, where = grad_of(look), "the grad of a tensor"
             if tensor.grad is None:
@@ -296,13 +300,7 @@ class Walk:
         self.found.functions.append(func)
         for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
             look = contents(cell)
-            value = look(())
-            where = f"{name!r}, which {func.__name__} closes over"
-            if isinstance(value, torch.Tensor):
-                self._tensor(value, where, look)
-            else:
-                self.found.facts.append(Fact(where, look, self._held(value)))
-                self._walk(value)
+            self._read(look(()), f"{name!r}, which {func.__name__} closes over", look)
         for number, value in enumerate(func.__defaults__ or ()):
             self._item(func.__defaults__, number, value, f"the defaults of {func.__name__}")
         if func.__kwdefaults__:

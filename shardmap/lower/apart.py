@@ -108,7 +108,9 @@ def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample
         with torch.no_grad():
             for row, s in enumerate(own):
                 assert s is not None
-                t[row].copy_(s)
+                # A clone: both may be views of the trial's samples, by other strides where a
+                # dimension has one entry, which torch takes for an overlap.
+                t[row].copy_(s.clone())
     return found
 
 

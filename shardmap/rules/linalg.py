@@ -89,7 +89,6 @@ ONE_OPERAND = (
     "_linalg_svd",
     "_linalg_eigh",
     "linalg_eig",
-    "linalg_qr",
     "linalg_lu",
     "linalg_lu_factor_ex",
     "linalg_ldl_factor_ex",
@@ -108,6 +107,21 @@ SEVERAL = {
 """Dimensions of a matrix (2) or vector (1), for each operand."""
 
 registry.register("linalg", *registry.overloads(*ONE_OPERAND))(one_stack)
+
+
+@registry.register("linalg", aten.linalg_qr.default)
+def qr(b: Lowering, eq: Equation, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    """Batch `qr`, which has one empty Q for all matrices where only R is asked for."""
+    a = arguments(eq, args, kwargs)
+    if a["mode"] != "r":
+        return one_stack(b, eq, args, kwargs)
+
+    def rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.new_empty((x.shape[0], 0)), aten.linalg_qr(x, "r")[1]
+
+    return b.calls_several(rows, 2, b.batch(a["A"]))
+
+
 for _name, _dims in SEVERAL.items():
     registry.register("linalg", *registry.overloads(_name))(together(*_dims))
 

@@ -16,6 +16,7 @@ from shardmap.program.ir import Equation, Spec, Var
 from shardmap.program.schema import base_name
 
 _dtype_of = operator.attrgetter("dtype")
+_QUANTISED = (torch.qint8, torch.quint8, torch.qint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class Results:
     def used(self) -> list[Spec]:
         """The recorded tensors that are used."""
         return [spec for spec, wanted in zip(self.specs, self.wanted, strict=True) if wanted]
+
+    @property
+    def quantised(self) -> bool:
+        """True if there are integers with a grid, for which `torch.stack` alone makes memory."""
+        return any(spec.dtype in _QUANTISED for spec in self.used)
 
     @property
     def sample_bytes(self) -> int:
@@ -102,6 +108,11 @@ class Results:
             return torch.stack(column)  # pyright: ignore[reportArgumentType]  a tuple will do
         except RuntimeError:
             self._check_shapes(at, column)
+            if column[0].is_quantized:  # torch.stack takes those with one grid for all channels
+                raise errors.VariesError(
+                    f"{self.call}: {self.name} returns tensors quantised channel by channel, which "
+                    "torch cannot stack; use torch.fake_quantize_per_channel_affine"
+                ) from None
             raise
 
     def write(self, at: int, column: Sequence[torch.Tensor], rows: torch.Tensor) -> None:

@@ -196,7 +196,8 @@ class OperatorLoop:
         alone = self.tracked or bool(dispatch_depth())
         share = not (self.ordered or alone) and size > 2 and torch.get_num_threads() > 1
         with below_autograd() if self.below and not alone else contextlib.nullcontext():
-            if memory is None and (alone or size <= self.block and not share):
+            at_once = alone or results.quantised or (size <= self.block and not share)
+            if memory is None and at_once:
                 columns = results.columns(self.calls(self.rows(mapped, 0, size, numbers), *shared))
                 return [results.stacked(i, column) for i, column in enumerate(columns)]
             blocks = _Blocks(self, results, mapped, shared, memory, numbers)

@@ -1,4 +1,4 @@
-"""Batching rules for fake quantisation: rounding to a grid of a scale and a zero point.
+"""Batching rules for quantisation, real and fake: rounding to a grid of a scale and a zero point.
 
 With a grid of its own each sample becomes a channel of the kernel by channels; samples that share
 one grid are one larger tensor. `torch.func.vmap` loops over the samples.
@@ -68,6 +68,24 @@ def per_channel(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object
         return by_channels(x, scale, zero, axis, low, high)
 
     return b.calls_several(rows, 2, *[b.batch(v) for v in (x, scale, zero)])
+
+
+@register("quantise", aten.quantize_per_channel.default)
+def to_integers_per_channel(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
+    """Batch the quantisation by channels whose grids all samples share."""
+    a = arguments(eq, args, kwargs)
+    if a["scales"].mapped or a["zero_points"].mapped:
+        return NotImplemented
+    axis, spec = a["axis"] % a["self"].ndim + 1, eq.outs[0].spec
+    grid = a["scales"], a["zero_points"], axis, a["dtype"]
+    return b.call(eq.op, a["self"], *grid, shape=spec.shape, dtype=spec.dtype)
+
+
+@register("quantise", aten.quantize_per_tensor.default, aten.dequantize.self, aten.int_repr.default)
+def element_by_element(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> V:
+    """Batch the quantisation to a grid of two numbers, and what leads back from integers."""
+    spec = eq.outs[0].spec
+    return b.call(eq.op, *args, shape=spec.shape, dtype=spec.dtype, **kwargs)
 
 
 # -- grids that are learned

@@ -42,6 +42,7 @@ from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
+from shardmap.trace.refusals import OF_KEYS, another_of_rows
 from shardmap.trace.separate_views import returns_several_views, separated
 
 if TYPE_CHECKING:
@@ -125,9 +126,10 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.
 _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
-    *_READS, *_FROM_DATA, *_PRINTS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK, *recurrent.CELLS,
-    left_aligned, Tensor.__getitem__, Tensor.__setitem__, Tensor.register_hook, *_CUTS,
-    torch.nn.functional.one_hot, torch.nn.functional.multi_head_attention_forward,
+    *_READS, *_FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
+    *recurrent.CELLS, *_CUTS, left_aligned, Tensor.__getitem__, Tensor.__setitem__,
+    Tensor.register_hook, torch.nn.functional.one_hot,
+    torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
     types.BuiltinFunctionType,
@@ -258,6 +260,8 @@ class Doors(TorchFunctionMode):
             return args[0].item().__format__(*args[1:])
         if func is Tensor.tolist and args[0].numel() <= _MOST_NUMBERS and _is_plain(args[0]):
             return _numbers(args[0])
+        if func in OF_KEYS and self.recorder.lazily and self.recorder.belongs(element(args[0])):
+            raise another_of_rows(self.recorder.call, func.__name__, self.recorder.lazily)
         if func in _READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *_READS[func], func in _VALUE_READS)
@@ -278,12 +282,14 @@ class Doors(TorchFunctionMode):
         elif func is torch.nn.functional.multi_head_attention_forward:
             self.encoder = padded_encoder(self.recorder.call) or self.encoder
         elif func is torch.nn.functional.one_hot:
-            return self._one_hot(*args, **(kwargs or {}))
+            return positions.one_hot(*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
         elif func in _CUTS and _is_plain(args[0]):
             return self.recorder.cut_off(_CUTS[func], args[0], cast(torch.Tensor, func(*args)))
         elif func in _PRINTS:
+            if self.recorder.watch is not None:
+                self.recorder.watch.accuse("it writes a tensor's values as text")
             return self.unrecorded(func, args, kwargs or {})
         return self._call(func, args, kwargs or {})
 
@@ -399,16 +405,6 @@ class Doors(TorchFunctionMode):
 
     def _differs(self, index: torch.Tensor) -> bool:
         return not functorch.is_batchedtensor(index) and self.recorder.belongs(element(index))
-
-    def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-        """Serve `one_hot`; torch's own reads the smallest and largest index in python.
-
-        The write checks the indices as well, for every sample.
-        """
-        if num_classes <= 0 or index.numel() == 0:
-            return torch.nn.functional.one_hot(index, num_classes)
-        out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
-        return out.scatter_(-1, index.unsqueeze(-1), 1)
 
     def _peel(self, value: Any) -> Any:
         """Replace tensors of outer `torch.func` transforms in arguments.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,21 @@ from shardmap.trace.surroundings import (
 )
 from shardmap.trace.traced import is_traced, tracing_aside
 from shardmap.trace.watch import PythonWatch
+
+
+def _lazily(tensors: Sequence[torch.Tensor]) -> str:
+    """How the mapped tensors are other than their samples are while they are recorded, or empty."""
+    if any(t.is_conj() or t.is_neg() for t in tensors):
+        return (
+            "is a lazy conjugate or negative, which a sample is not while it is recorded: pass "
+            "batch.resolve_conj().resolve_neg()"
+        )
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+        return (
+            "was made under torch.inference_mode(), which a sample is not while it is recorded: "
+            "use torch.no_grad() instead"
+        )
+    return ""
 
 
 def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -226,6 +241,7 @@ def _recorded(
                 recorder.depth, recorder.watch = depth, watch
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.separate_views = separate_views
+                recorder.lazily = _lazily([element(batch.leaves[i]) for i, _ in batch.mapped])
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))
                 tries -= 1

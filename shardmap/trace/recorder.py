@@ -74,6 +74,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if zeros_have_memory:
             self.served[id(aten._efficientzerotensor.default)] = True, aten.zeros.default
         self.default_dtype = torch.get_default_dtype()
+        self.lazily = ""
+        """How the batch differs from plain tensors such as the sample, for errors."""
         self.separate_views = False
         """True if views are recorded one by one, as forward mode allows them, also under no_grad
         with gradients, which does not stop tangents."""

@@ -266,3 +266,17 @@ class Refusals(Histories):
                 f"(make_fx, torch.export), at {user_line()}; use torch.where, masks or comparisons "
                 "that return tensors, or call the map outside of what is traced"
             )
+
+
+OF_KEYS = {
+    torch.Tensor.is_conj, torch.Tensor.is_neg, torch.Tensor.is_inference,
+    torch.is_conj, torch.is_neg, torch.is_inference,
+}  # fmt: skip
+"""Questions that a sample may answer otherwise than a row: it is a plain tensor."""
+
+
+def another_of_rows(call: str, asked: str, lazily: str) -> errors.EscapeError:
+    """The error for such a question where rows are no plain tensors."""
+    return errors.EscapeError(
+        f"{call}: the function asks {asked}() of a sample, and the batch {lazily}"
+    )

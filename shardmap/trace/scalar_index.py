@@ -147,3 +147,14 @@ def put(source: Tensor, indices: tuple[Any, ...], at: list[Place], value: Any) -
         where.append(picked % size)
         picked = picked // size
     source.index_put_(tuple(reversed(where)), value)
+
+
+def one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """Serve `one_hot`; torch's own reads the smallest and largest index in python.
+
+    The write checks the indices as well, for every sample.
+    """
+    if num_classes <= 0 or index.numel() == 0:
+        return torch.nn.functional.one_hot(index, num_classes)
+    out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
+    return out.scatter_(-1, index.unsqueeze(-1), 1)

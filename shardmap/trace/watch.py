@@ -15,6 +15,7 @@ import contextvars
 import functools
 import gc
 import importlib
+import logging
 import os
 import re
 import sys
@@ -78,6 +79,8 @@ class PythonWatch:
         """Context variables that were read."""
         self.states: dict[Callable[[], object], object] = {}
         """Functions of torch without arguments that were asked for a setting, with its value."""
+        self.asked: set[str] = set()
+        """Names of C functions that asked tensors for what they say of themselves."""
         self.blame = ""
         """What was read that cannot be compared between calls; empty if all can be."""
         self._seen: set[object] = set()
@@ -138,8 +141,10 @@ class PythonWatch:
                     self.codes[code] = {}
                     if not _is_of_a_tuple(frame):
                         self.apart.add(code)
-                if code.co_name == "import_module" and code.co_filename == importlib.__file__:
-                    self.accuse("it calls importlib.import_module")
+                called, by_any = _READING.get((code.co_filename, code.co_name), ("", False))
+                caller = frame.f_back and frame.f_back.f_code.co_filename
+                if called and (by_any or not is_trusted(caller or "")):
+                    self.accuse(f"it calls {called}")
         elif event == "return":
             if self._turns and self._turns[-1][0] is frame:
                 self._turns.pop()
@@ -203,6 +208,8 @@ class PythonWatch:
 
     def _judge_torch(self, called: Callable[[], object], name: str, asked: bool) -> None:
         """Refuse what answers differently each time; keep the answers of questions for settings."""
+        if name in _OF_TENSORS:
+            self.asked.add(name)
         if name in _STATES_OF_TORCH:
             self.accuse(f"it calls torch's {name}")
         elif asked and name.startswith(_QUESTIONS) and name not in _ABOUT_THE_CALL:
@@ -281,6 +288,12 @@ def _is_of_torch(owner: object) -> bool:
 
 _COLLECTED = {"generation", "collected", "uncollectable"}
 """What the garbage collector tells a function of `gc.callbacks`."""
+_READING = {
+    (importlib.__file__, "import_module"): ("importlib.import_module", True),
+    (logging.__file__, "getLogger"): ("logging.getLogger", False),
+}
+"""Functions that find what no name leads to: by file and name, what they are, and True if it
+matters even where python's library or torch calls them."""
 _PURE_TYPES = (
     str, bytes, bytearray, int, float, complex, dict, list, tuple, set, frozenset, slice, range,
     memoryview, types.MappingProxyType, types.GenericAlias, types.CodeType, types.FunctionType,
@@ -323,6 +336,7 @@ _OF_FILES = frozenset({"fromfile", "memmap", "_get_extobj_dict", "_make_extobj",
 """Functions of numpy that read files or settings."""
 _QUESTIONS = ("is_", "_is_", "get_", "_get_")
 """Beginnings of the names of functions that return a setting."""
+_OF_TENSORS = frozenset({"is_conj", "is_neg", "is_inference", "_is_view"})
 _STATES_OF_TORCH = frozenset(
     "initial_seed seed get_state get_rng_state memory_stats _cuda_memoryStats cudart "
     "_cuda_getCurrentStream _cuda_getCurrentRawStream from_file load _cuda_mem_get_info".split()

@@ -17,7 +17,7 @@ from shardmap.call import automatic
 from tests.call.changes import WAYS
 from tests.call.runs import counting
 
-for part in ("values", "objects", "surroundings", "modules", "settings"):
+for part in ("values", "objects", "surroundings", "modules", "settings", "tensors"):
     importlib.import_module(f"tests.call.changes_of_{part}")
 for part in ("found", "unspelled", "seldom"):
     importlib.import_module(f"tests.call.changes_{part}")

@@ -132,3 +132,22 @@ def test_samples_of_unequal_shapes() -> None:
     listed = shardmap.vmap(alone, ragged="list")(shardmap.Ragged(rows))
     for k, r in enumerate(rows):
         assert_same(listed[k].as_subclass(Tensor), r * 2, f"{k}")
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"]}])
+def test_a_class_of_later_calls(options: dict[str, Any]) -> None:
+    """A recording of plain tensors is not one of a subclass, nor the other way round."""
+
+    class Named(Tensor):
+        pass
+
+    def function(row: Tensor) -> Tensor:
+        return row * (2 if isinstance(row, Named) else 3)
+
+    mapped = shardmap.vmap(function, **options)
+    for call in range(12):
+        batch = torch.randn(7, 3)
+        batch = batch.as_subclass(Named) if call in (5, 6, 8, 11) else batch
+        found = mapped(batch)
+        assert type(found) is type(batch)
+        assert torch.equal(found.as_subclass(Tensor), loop(function, batch).as_subclass(Tensor))

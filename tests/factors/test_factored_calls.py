@@ -243,6 +243,7 @@ def test_samples_of_unequal_shapes() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.rotating
 def test_workers_use_factors() -> None:
     model, loss, x, y, gradients = made("attends", 13)
     norms = flat(gradients).norm(dim=1)

@@ -121,3 +121,23 @@ def test_rows_without_keys():
     got = shardmap.vmap(lambda q: attend(q, q, q, mask), randomness="different")(x)
     out, _ = attention.attend(*[x.flatten(0, 1)] * 3, mask, False, None)
     assert_close(out.unflatten(0, (3, 1)), got, 1e-5, "empty rows")
+
+
+@pytest.mark.parametrize("split", [lambda p: p[None], lambda p: p[:, None]])
+@pytest.mark.parametrize("size", [1, 3, 61])
+def test_an_unsqueezed_sample_beside_draws(split: Any, size: int) -> None:
+    """A view that differs from the sample's in strides of single entries is no overlap."""
+    x = torch.rand(size, 5, 8)
+
+    def function(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = split(p)
+        found = F.scaled_dot_product_attention(q, q, q)
+        return found, F.dropout(found, 0.5)
+
+    for options in ({}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"]}):
+        found, dropped = shardmap.vmap(function, randomness="different", **options)(x)
+        wanted = torch.stack([F.scaled_dot_product_attention(*[split(p)] * 3) for p in x])
+        torch.testing.assert_close(found, wanted)
+        kept = dropped != 0
+        torch.testing.assert_close(dropped[kept], 2 * wanted[kept])
+        assert 0.3 < kept.float().mean() < 0.7

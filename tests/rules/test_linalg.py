@@ -29,6 +29,8 @@ ONE = {
     "eigh": (lambda x: linalg.eigh(spd(x)).eigenvalues, real(3, 3)),
     "eigvals": (lambda x: linalg.eigvals(spd(x)).real, real(3, 3)),
     "qr": (lambda x: tuple(linalg.qr(x)), real(4, 3)),
+    "qr without q": (lambda x: tuple(linalg.qr(x.detach(), mode="r")), real(2, 4, 3)),
+    "complete qr": (lambda x: tuple(linalg.qr(x.detach(), mode="complete")), real(4, 3)),
     "matrix_exp": (lambda x: linalg.matrix_exp(x), real(3, 3)),
     "pinv": (lambda x: linalg.pinv(x), real(3, 2)),
     "trace": (lambda x: torch.trace(x), real(3, 4)),

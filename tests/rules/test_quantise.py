@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import shardmap
 from tests.rules.against_loop import Make, below, real
 from tests.rules.everywhere import everywhere
 
@@ -60,3 +61,38 @@ def test_a_switch_of_each_sample() -> None:
         )
 
     everywhere(rounded, single, positive(1), below(2, 1), gradient=False)
+
+
+GRIDS = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 2])
+INTEGERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "one grid": lambda x: torch.quantize_per_tensor(x, 0.1, 3, torch.quint8).dequantize(),
+    "its integers": lambda x: torch.quantize_per_tensor(x, 0.1, 3, torch.qint8).int_repr(),
+    "a grid for each channel": lambda x: (
+        torch.quantize_per_channel(x, *GRIDS, 1, torch.qint8).dequantize() * 2
+    ),
+    "their integers": lambda x: torch.quantize_per_channel(
+        x.t(), *GRIDS, 0, torch.quint8
+    ).int_repr(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_with_a_grid(name: str) -> None:
+    everywhere(INTEGERS[name], single, gradient=False)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per:UserWarning", "ignore::shardmap.SlowLoopWarning"
+)
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"trace": "once"}])
+@pytest.mark.parametrize("size", [1, 3, 150])
+def test_grids_of_each_sample(size: int, options: dict[str, Any]) -> None:
+    """The function itself is run: torch stacks no tensors that have a grid for each channel."""
+
+    def function(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.quantize_per_channel(x, scales, GRIDS[1], 1, torch.qint8).dequantize()
+
+    x, scales = torch.randn(size, 4, 3), torch.rand(size, 3) + 0.05
+    wanted = torch.stack([function(*row) for row in zip(x, scales, strict=True)])
+    assert torch.equal(shardmap.vmap(function, **options)(x, scales), wanted)

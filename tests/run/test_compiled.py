@@ -15,6 +15,7 @@ from torch import Tensor
 import shardmap
 from shardmap import errors
 from shardmap.lower import cache, compiled, graphs
+from shardmap.rules import registry
 from shardmap.run import compiled as running
 from tests.run.rows import assert_close, batch, loop
 
@@ -317,6 +318,8 @@ def test_auto_compiles_beside_a_run_and_switches(
 def test_auto_warns_of_an_error_of_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WORTH", 0)
     monkeypatch.setattr(running, "_settings", lambda: {"threads": -1})
+    # another test may have registered rules, which the other process would lack
+    monkeypatch.setattr(running, "_BUILT_IN", registry.version())
     x, mapped = batch(9), shardmap.vmap(lambda r: function(r)[0] - 1, compile="auto", chunk_size=2)
     expected = [loop(function, x)[0] - 1]
     assert_close(mapped(x), expected)

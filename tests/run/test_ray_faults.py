@@ -29,7 +29,7 @@ from shardmap.store import Recompute
 from tests import faulty
 from tests.on_ray import TWO, pids
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.rotating]
 
 SINKS = {
     "zarr": shardmap.ZarrSink,
@@ -92,7 +92,6 @@ def leftovers(where: Path) -> list[str]:
     return [str(p) for p in where.rglob("*") if ".tmp" in p.name or "partial" in p.name]
 
 
-@pytest.mark.rotating
 @pytest.mark.parametrize("stage", ["before", "mid", "after"])
 @pytest.mark.parametrize("kind", SINKS)
 def test_a_worker_killed_around_its_write(
@@ -125,7 +124,6 @@ def test_a_worker_killed_around_its_write(
     assert re.search(r"died with samples \d+ to \d+ and is replaced", caplog.text)
 
 
-@pytest.mark.rotating
 def test_several_workers_die_at_several_units(folder: Path, tmp_path: Path) -> None:
     x = batch(53)
     for text in ("die after 0", "die before 1", "die mid 5", "die after 9", "die mid 13"):
@@ -139,7 +137,6 @@ def test_several_workers_die_at_several_units(folder: Path, tmp_path: Path) -> N
     assert sum(times.values()) <= 14 + 5 * driver.WINDOW
 
 
-@pytest.mark.rotating
 def test_a_unit_whose_workers_always_die_is_given_up_and_resumed(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -230,7 +227,6 @@ def test_a_corrupt_unit_is_found_and_computed_again(folder: Path, tmp_path: Path
     assert faulty.computed(folder) == [4 * damaged]
 
 
-@pytest.mark.rotating
 def test_a_worker_short_of_memory_halves_its_chunks(folder: Path) -> None:
     """The address space ends while it computes.
 
@@ -255,7 +251,6 @@ def test_a_worker_short_of_memory_halves_its_chunks(folder: Path) -> None:
     ]
 
 
-@pytest.mark.rotating
 def test_workers_killed_for_their_memory_get_smaller_chunks(folder: Path, tmp_path: Path) -> None:
     """The cause of death is unknown: the second time, the chunk is halved, then again."""
     (folder / "largest-chunk").write_text("4")
@@ -395,7 +390,6 @@ def chaos(
     return len(killed), time.monotonic() - began
 
 
-@pytest.mark.rotating
 def test_chaos(folder: Path, tmp_path: Path) -> None:
     kills, _ = chaos(16, 4, tmp_path, folder, patient=True)
     assert kills >= 2
