@@ -270,6 +270,11 @@ def names_of(job: Job, options: Options, inlined: bool) -> tuple[str, ...]:
             "not reach the caller's batch; clone the "
             "argument inside the function and return it, or use devices='auto'"
         )
+    if job.home.type == "meta" and any(torch.device(name) != job.home for name in names):
+        raise errors.DeviceError(
+            f"{options.call}: the samples are on the meta device, where tensors hold no values, "
+            f"and devices={options.devices!r} computes on others; use devices='auto'"
+        )
     if options.cuda_graphs and not inlined:
         refuse_devices(names, options.call)
     return names

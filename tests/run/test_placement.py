@@ -266,3 +266,11 @@ def test_a_gpu_named_twice_and_the_host(eight_gpus: Counter[str]) -> None:
         result = plan.run()
     assert [lane.name for lane in plan.lanes] == ["cuda:2#1", "cpu", "cuda:2#2"]
     assert {str(t.device) for t in result.values()} == {"cpu"}
+
+
+def test_samples_without_values_are_computed_where_they_are() -> None:
+    x = torch.empty(5, 3, device="meta")
+    found = shardmap.vmap(lambda r: (r * 2).sum(), chunk_size=2)(x)
+    assert found.is_meta and found.shape == (5,)
+    with pytest.raises(shardmap.errors.DeviceError, match="hold no values.*use devices='auto'"):
+        shardmap.vmap(lambda r: (r * 2).sum(), devices=["cpu", "cpu"])(x)
