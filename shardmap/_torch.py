@@ -136,10 +136,6 @@ proxies_aside = _private(
 )
 current_proxy_mode = _private("fx.experimental.proxy_tensor.get_proxy_mode", _PROXIES)
 has_proxy = _private("fx.experimental.proxy_tensor.has_proxy_slot", _PROXIES)
-has_unknown_sizes = _private(
-    "fx.experimental.symbolic_shapes.has_free_unbacked_symbols",
-    _PROXIES,
-)
 pre_dispatch_functions = _private(
     "fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
     _PROXIES,
@@ -441,9 +437,10 @@ _COMPILER = {
     "compile": "_inductor.aot_compile",
     "cpu": "_C._aoti.AOTIModelContainerRunnerCpu",
     "cuda": "_C._aoti.AOTIModelContainerRunnerCuda",
+    "sizes": "fx.experimental.symbolic_shapes.has_free_unbacked_symbols",
 }
 
 
 def compiler(part: str) -> Any:
     """A part of torch's compiler, imported when it is needed."""
-    return _private(_COMPILER[part], "compile=True")
+    return _private(_COMPILER[part], f"compile=True, and {_PROXIES}")

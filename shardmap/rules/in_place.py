@@ -58,7 +58,8 @@ def _derived() -> Iterator[registry.Operator]:
     """The operators of this table."""
     for full in operator_names():
         namespace, _, name = full.partition("::")
-        op = overload(name) if namespace == "aten" else None
+        written = name.partition(".")[0].endswith("_")
+        op = overload(name) if namespace == "aten" and written else None
         if op is None or registry.has_rule(op) or has_kernel(full, "CompositeImplicitAutograd"):
             continue
         plain = functional(op)

@@ -11,8 +11,8 @@ import torch
 from shardmap import errors
 from shardmap._torch import (
     FakeTensor,
+    compiler,
     functorch,
-    has_unknown_sizes,
     interpreters_aside,
     is_zero_tensor,
     storage_id,
@@ -111,7 +111,7 @@ class Variables:
 
     def _static_spec(self, tensor: torch.Tensor) -> Spec:
         """The metadata of a fake tensor, with the current values of symbolic sizes."""
-        if has_unknown_sizes(tensor):
+        if compiler("sizes")(tensor):
             raise errors.DataDependentError(
                 f"{self.call}: the shape of a result depends on values, which are not known while "
                 "the call is traced (make_fx, torch.export); use torch.where or masks, or call the "
