@@ -22,7 +22,9 @@ from shardmap import errors
 from shardmap.call.direct import Direct, direct_of, form_of
 from shardmap.call.guards import Guards
 from shardmap.call.keepable import (
+    hold_known,
     memories_of,
+    others_than_first,
     rows_of,
     seen_apart,
     shared_among,
@@ -61,9 +63,10 @@ class Kept:
     shared: tuple[int, ...]
     """For each captured tensor the first one that has the same memory."""
     rows: list[torch.Tensor]
-    """The first row of each mapped argument; empty once the recording is confirmed."""
+    """The first row of each mapped argument; empty once all are `apart`."""
     apart: list[bool]
-    """For each mapped argument: True if the function has been compared on two different rows."""
+    """For each mapped argument: True if the function has been compared on two different rows. What
+    it reads unseen shows only there: of others each call's rows must all be the known one."""
     confirmed: bool = False
     """True once a second recording was the same, with all that was read unchanged."""
     replays: int = 0
@@ -74,6 +77,12 @@ class Kept:
     """The state of the caches and of the rules that it was made in."""
     direct: Direct | None = None
     """The shortest way to replay it, for the last number of samples."""
+
+    def see(self, rows: list[torch.Tensor], apart: list[bool]) -> None:
+        """Note that the function does the same on other rows."""
+        if not all(self.apart):
+            self.apart = seen_apart(self.rows, self.apart, rows, apart)
+        self.rows = [] if all(self.apart) else rows
 
 
 def captured_of(kept: Kept, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -141,6 +150,7 @@ def after_fork() -> None:
 
 
 Replay = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
+On = Callable[[int], Recording | None]
 
 
 class Automatic:
@@ -165,7 +175,7 @@ class Automatic:
     def directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The results of a call that is like the last one, or `NOT_DIRECT`."""
         kept = self.last
-        if kept is None or not kept.confirmed or kept.replays + 1 == kept.again:
+        if kept is None or not kept.confirmed or kept.replays + 1 == kept.again or kept.rows:
             return NOT_DIRECT
         if kept.of != _state():
             return NOT_DIRECT
@@ -247,7 +257,7 @@ class OneCall:
             self._changed(f"{kept.guards.broken} has changed")
             return None
         self._before = kept
-        if not kept.confirmed:
+        if not kept.confirmed or (kept.rows and not hold_known(batch, kept.rows, kept.apart)):
             return None
         kept.replays += 1
         if kept.replays == kept.again:
@@ -287,13 +297,14 @@ class OneCall:
         self._watch = PythonWatch()
         return self._watch
 
-    def keep(self, batch: Batch, prepared: Prepared, replay: Replay) -> None:
+    def keep(self, batch: Batch, prepared: Prepared, replay: Replay, on: On) -> None:
         """Keep a recording of this call, or find out that it cannot be kept.
 
         Args:
             batch: The call's arguments.
             prepared: The recording.
             replay: Computes the stacked results of another recording for some of the samples.
+            on: Records one more sample, by its number.
 
         Raises:
             StaleReplayError: An earlier recording gives other results, and no change was seen.
@@ -326,18 +337,17 @@ class OneCall:
                 self._changed(f"it does something else at the next call: {found}")
                 before = None
             elif before.confirmed:
+                before.see(*rows_of(batch, self._of.options.check))
                 return
         why, kept = self._made(root, watch, prepared)
         if kept is None:
             self._refuse(why)
             return
         kept.rows, kept.apart = rows_of(batch, self._of.options.check)
+        kept.confirmed = before is not None
         if before is not None:
-            kept.apart = seen_apart(before.rows, before.apart, kept.rows, kept.apart)
-        # Values that a function reads unseen show only where two samples differ.
-        kept.confirmed = before is not None and all(kept.apart)
-        if kept.confirmed:
-            kept.rows = []
+            kept.see(before.rows, before.apart)
+            self._look_further(kept, batch, recording, on)
             self._known.refused.pop(self._signature, None)
             self._known.changes.pop(self._signature, None)
         elif (refused := self._known.refused.get(self._signature)) is not None:
@@ -346,6 +356,15 @@ class OneCall:
         if len(entries) >= _SIGNATURES:
             entries.pop(next(iter(list(entries))), None)
         entries[self._signature] = kept
+
+    def _look_further(self, kept: Kept, batch: Batch, recording: Recording, on: On) -> None:
+        """Record a sample whose row of an argument is another, if the first and last are alike."""
+        for place, number in others_than_first(batch, kept.apart):
+            other = on(number)
+            if other is not None and difference(recording, other) is None:
+                kept.apart[place] = True
+        if all(kept.apart):
+            kept.rows = []
 
     def _is_stale(self, before: Kept, batch: Batch, recording: Recording, replay: Replay) -> bool:
         """True if replays of an earlier recording may have been wrong, and no change was seen.

@@ -111,7 +111,7 @@ def recorded(
         memory.keep(batch, prepared)
     elif memory is not None and not varies:
         alone = options.alone(), around, None
-        memory.keep(batch, prepared, lambda other, rows: Call(other, rows, *alone).run_flat())
+        memory.keep(batch, prepared, lambda p, rows: Call(p, rows, *alone).run_flat(), use.on)
     return Call(prepared, batch, options, around, use)
 
 

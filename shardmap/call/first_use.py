@@ -130,6 +130,11 @@ class FirstUse:
             self._first = self._record(0)
         return self._first
 
+    def on(self, number: int) -> Recording | None:
+        """The recording of one more sample; None if the function cannot be run twice."""
+        pair = self._recorded_again(number)
+        return None if pair is None else pair[0]
+
     def programs(self) -> list[Program]:
         """Programs of the samples that the function has been run on for comparison."""
         return [pair[0].program for pair in (self._first, self._last) if pair is not None]

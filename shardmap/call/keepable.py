@@ -120,6 +120,49 @@ def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:
     return rows, apart
 
 
+def others_than_first(batch: Batch, apart: list[bool]) -> list[tuple[int, int]]:
+    """For each mapped argument that is not `apart`: a sample whose row is not the first one's.
+
+    Args:
+        batch: The call's arguments.
+        apart: For each mapped argument: True if different rows of it have been seen.
+
+    Returns:
+        `(place among the mapped arguments, number of the sample)`; arguments that have no such row
+        are left out.
+    """
+    if batch.columns or len(apart) != len(batch.mapped):
+        return []
+    found = []
+    for place, ((i, d), seen) in enumerate(zip(batch.mapped, apart, strict=True)):
+        rows = [] if seen else element(batch.leaves[i]).detach().movedim(d, 0)[:_LOOKED_AT]
+        number = next((k for k, r in enumerate(rows) if not same_values(rows[0], r)), None)
+        if number is not None:
+            found.append((place, number))
+    return found
+
+
+_LOOKED_AT = 64
+"""Samples among which one with another row is searched."""
+
+
+def hold_known(batch: Batch, rows: list[torch.Tensor], apart: list[bool]) -> bool:
+    """True if all rows of the arguments that are not `apart` are the known one.
+
+    Args:
+        batch: The call's arguments.
+        rows: The known row of each mapped argument.
+        apart: For each mapped argument: True if different rows of it have been seen.
+    """
+    if len(rows) != len(batch.mapped) or batch.columns:
+        return False
+    for (i, d), row, seen in zip(batch.mapped, rows, apart, strict=True):
+        whole = element(batch.leaves[i]).detach()
+        if not seen and not same_values(whole, row.unsqueeze(d).expand_as(whole)):
+            return False
+    return True
+
+
 def seen_apart(
     rows: list[torch.Tensor], apart: list[bool], now: list[torch.Tensor], now_apart: list[bool]
 ) -> list[bool]:

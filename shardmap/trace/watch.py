@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
 
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
@@ -38,9 +39,7 @@ _HANDING_ON = tuple(
 PROGRAM = "<shardmap program>"
 """The file name of replayed programs: an inner map sets seeds of its own while it draws."""
 _STDLIB = os.path.join(sysconfig.get_path("stdlib"), "")
-_TRUSTED = tuple(os.path.join(os.path.dirname(str(m.__file__)), "") for m in (torch, np)) + tuple(
-    os.path.join(path, "psutil", "") for path in _PACKAGES
-)
+_TRUSTED = tuple(os.path.join(os.path.dirname(str(m.__file__)), "") for m in (torch, np, psutil))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -119,7 +118,7 @@ class PythonWatch:
             return
         if event == "call":
             code = frame.f_code
-            if gc.callbacks and _is_collectors(frame):
+            if (gc.callbacks and _is_collectors(frame)) or _is_finaliser(frame):
                 self._collecting = frame
                 return
             if self._ours:
@@ -241,6 +240,19 @@ def _is_collectors(frame: types.FrameType) -> bool:
             given = list(frame.f_locals.values())[:3]
             return any(isinstance(v, dict) and v.keys() == _COLLECTED for v in given)
     return False
+
+
+def _is_finaliser(frame: types.FrameType) -> bool:
+    """True if an object that the function does not know was finalised: at any moment, as garbage.
+
+    It is a library's, or nothing but shardmap's own code ran when it died.
+    """
+    code, before = frame.f_code, frame.f_back
+    if code.co_name != "__del__":
+        return False
+    file = code.co_filename
+    installed = "site-packages" in file or "dist-packages" in file or file.startswith(_STDLIB)
+    return installed or (before is not None and is_own(before.f_code.co_filename))
 
 
 def _is_of_a_module(frame: types.FrameType) -> bool:
