@@ -100,8 +100,13 @@ def variable(of: contextvars.ContextVar[object]) -> Getter:
 
 
 def grad_of(look: Getter) -> Getter:
-    """Look up the grad of a tensor that is looked up itself."""
-    return lambda parts: getattr(look(parts), "grad", ABSENT)
+    """Look up the grad of a leaf that is looked up itself."""
+
+    def found(parts: Sequence[object]) -> object:
+        tensor = look(parts)
+        return tensor.grad if isinstance(tensor, torch.Tensor) and tensor.is_leaf else ABSENT
+
+    return found
 
 
 STATES: dict[str, Callable[[torch.Tensor], bool]] = {

@@ -211,7 +211,7 @@ class _Batcher:
                 return v
             # Only what is written must stay a view of its memory; what is read has no tangent.
             return (
-                self._cut(v, var.group)
+                self._cut(v)
                 if var.index in self.written_through
                 else self.b.call(torch.Tensor.detach, v)
             )
@@ -220,15 +220,11 @@ class _Batcher:
         if flag == FRESH_LEAF:
             return self.b.call(fresh_leaf, v)
         # Below autograd, results are consumed that it does not know yet: only a detach ends it.
-        return (
-            self._cut(v, var.group)
-            if var.index in self.needs and var.index in self.identities
-            else v
-        )
+        return self._cut(v) if var.index in self.needs and var.index in self.identities else v
 
-    def _cut(self, v: V, group: int) -> V:
+    def _cut(self, v: V) -> V:
         """`v` detached from autograd. Under outer transforms only detach stops tangents."""
-        if self.options.transformed and group not in self.write_groups:
+        if self.options.transformed:
             return self.b.call(torch.Tensor.detach, v)
         return self.b.call(cut, v)
 
@@ -245,7 +241,7 @@ class _Batcher:
                 if out.index in self.written_through and history:
                     # A write gives the detached tensor, and its views, a history of their own.
                     data = eq.op is DATA and not self.options.transformed
-                    self.env[out.index] = b.call(data_of, v) if data else self._cut(v, out.group)
+                    self.env[out.index] = b.call(data_of, v) if data else self._cut(v)
                     continue
                 self.identities.add(out.index)
                 if source.index in self.needs:

@@ -57,6 +57,27 @@ def in_a_buffer(r: Tensor, w: Tensor) -> Tensor:
     return buffer.cumsum(0)
 
 
+def written_by_a_detached_alias(r: Tensor, w: Tensor) -> Tensor:
+    a = r * w
+    alias = a.detach()
+    alias[1:] *= 2
+    return a.sin() * alias
+
+
+def no_element_written_by_a_detached_alias(r: Tensor, w: Tensor) -> Tensor:
+    a = r * w
+    alias = a.detach()
+    alias[3:] *= 2
+    return a.sin() * alias
+
+
+def a_detached_view_is_written(r: Tensor, w: Tensor) -> Tensor:
+    a = r * w
+    part = a[:2].detach()
+    part += r[0] * w[0]
+    return a[:2] * part
+
+
 def hooked(r: Tensor, w: Tensor) -> Tensor:
     t = r * w
     if t.requires_grad:
@@ -75,6 +96,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by_inner_autograd": by_inner_autograd,
     "in_a_buffer": in_a_buffer,
     "hooked": hooked,
+    "written_by_a_detached_alias": written_by_a_detached_alias,
+    "no_element_written": no_element_written_by_a_detached_alias,
+    "a_detached_view_is_written": a_detached_view_is_written,
 }
 
 WAYS: dict[str, dict[str, Any]] = {
