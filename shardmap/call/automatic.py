@@ -351,7 +351,8 @@ class OneCall:
             self._known.refused.pop(self._signature, None)
             self._known.changes.pop(self._signature, None)
         elif (refused := self._known.refused.get(self._signature)) is not None:
-            refused.again = refused.calls + 1  # it can be kept now: compare at the next call
+            if not self._known.changes.get(self._signature):
+                refused.again = refused.calls + 1  # it can be kept now: compare at the next call
         entries = self._known.kept
         if len(entries) >= _SIGNATURES:
             entries.pop(next(iter(list(entries))), None)
