@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -20,6 +21,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
+from shardmap.call.surroundings import surroundings
 from shardmap.lower.cache import Kept
 from shardmap.program.analysis import asking_about_draws
 from shardmap.program.ir import Program
@@ -146,7 +148,7 @@ class FirstUse:
         self.looked = True
         first, _ = self.first()
         rows = [first.sample]
-        if self.batch.size > 1:
+        if self.batch.size > 1 and not self._cannot_fit():
             self._run_last()
             if self._last is not None:
                 rows.append(self._last[0].sample)
@@ -171,7 +173,7 @@ class FirstUse:
             # A recording's answer holds for its own draws: to replay it where another call's agree,
             # and to loop where not, would draw twice.
             return Verdict(varies="python asks about a random number that all samples share")
-        if check == "off" or size < 2:
+        if check == "off" or size < 2 or self._cannot_fit():
             return Verdict()
         key = self._key()
         if check == "always" or key is None:
@@ -190,6 +192,25 @@ class FirstUse:
             _verdicts.replace(whole, found)
         _quick.replace(quick, (program, found))
         return found
+
+    def _cannot_fit(self) -> bool:
+        """True if the results alone exceed the budget, so that planning is sure to refuse the map.
+
+        The last sample, of which nothing would be learned, takes as much memory as the first.
+        """
+        options = self.options
+        elsewhere = options.devices != "auto" or options.output_device is not None
+        if self._first is None or elsewhere or options.out_dims != 0 or not surroundings().plain:
+            return False
+        recording = self._first[0]
+        if options.out is not None or options.reduce is not None or recording.asked:
+            return False
+        specs = [v.spec for v in recording.program.outputs]
+        each = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+        if each < _LARGE or is_traced(self.batch.leaves):
+            return False
+        limit = options.budget.on(element(self.batch.tensors()[0]).device)
+        return limit is not None and each * self.batch.size > limit
 
     def _are_ends_alike(self) -> bool:
         """True if the first and the last sample have the same values."""
@@ -307,6 +328,10 @@ class FirstUse:
             )
             logger.debug("%s: %s", self.options.call, self._alone)
         return None
+
+
+_LARGE = 1 << 24
+"""Bytes of one sample's results from which on it is asked whether those of all can fit."""
 
 
 def consumed(error: Exception) -> bool:
