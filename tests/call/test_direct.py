@@ -109,8 +109,7 @@ def test_nested_arguments_are_replayed_directly(name: str, monkeypatch: pytest.M
     function, arguments, dims, kw_dims = NESTED[name]
     if dims is None:
         dims = ({key: None for key in detached()}, 0)
-    in_dims = dims
-    mapped = shardmap.vmap(function, in_dims=in_dims, kw_in_dims=kw_dims or None)
+    mapped = shardmap.vmap(function, in_dims=dims, kw_in_dims=kw_dims or None)
     ran = []
     run = direct.Direct.run
     monkeypatch.setattr(direct.Direct, "run", lambda *a: ran.append(1) or run(*a))
