@@ -66,6 +66,18 @@ OF_CLASSES = frozenset(
 """Attributes that a class gets when it is made."""
 
 
+_CACHES = {torch.nn.RNNBase: frozenset(("_flat_weights", "_flat_weight_refs"))}
+
+
+def caches_of(kind: type) -> frozenset[str]:
+    """Attributes in which objects of a class of torch keep what they derive from others.
+
+    They are derived anew when they no longer fit, so they decide nothing: a recurrent layer whose
+    weights were replaced for a moment (`functional_call`) has other lists of them afterwards.
+    """
+    return frozenset().union(*[names for base, names in _CACHES.items() if issubclass(kind, base)])
+
+
 def is_users(value: Any, kind: type) -> bool:
     """True if an object is neither python's nor torch's: of user's code, or of a user's class."""
     if kind is types.FunctionType:

@@ -34,6 +34,7 @@ from shardmap.call.kinds import (
     OF_CLASSES,
     SIMPLE,
     builtins_of,
+    caches_of,
     code_of,
     file_of,
     is_c,
@@ -430,8 +431,9 @@ class Walk:
                 for name in list(attributes):
                     self._hold(attributes, name, where)
             else:
-                read = self._names & attributes.keys()
-                entries.absent |= self._names - read
+                names = self._names - (caches_of(kind) - self._of_modules)
+                read = names & attributes.keys()
+                entries.absent |= names - read
                 for name in read:
                     self._hold(attributes, name, where)
         for slot in slots_of(kind):

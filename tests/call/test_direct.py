@@ -294,3 +294,41 @@ def test_nothing_of_a_call_is_kept_alive(name: str, grad: bool) -> None:
     kept = calls()
     gc.collect()
     assert [t() is None for t in kept] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_that_are_used_between_calls_are_replayed(kind: type[nn.RNNBase]) -> None:
+    """`functional_call` puts other weights into a layer, which then lists its weights anew."""
+    layer = kind(4, 3)
+
+    def function(weights: dict[str, Tensor], r: Tensor) -> Tensor:
+        return functional_call(layer, weights, (r[None],))[0].square().sum()
+
+    def plain(r: Tensor) -> Tensor:
+        return layer(r[None])[0].square().sum()
+
+    slopes = grad(function)
+    mapped, values = shardmap.vmap(slopes, in_dims=(None, 0)), shardmap.vmap(plain)
+    for seed in range(9):
+        x = rows(seed)
+        weights = {name: t.detach() + seed for name, t in layer.named_parameters()}
+        with counting(function) as calls, counting(plain) as plain_calls, torch.no_grad():
+            found, results = mapped(weights, x), values(x)
+        for k, r in enumerate(x):
+            torch.testing.assert_close({n: t[k] for n, t in found.items()}, slopes(weights, r))
+            torch.testing.assert_close(results[k], plain(r).detach())
+        if seed == 4:  # a parameter of the layer's own is another one from now on
+            layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.detach() * 2)
+        with torch.no_grad():
+            layer.bias_hh_l0.add_(1)
+    assert not calls() and not plain_calls()
+
+
+def test_a_function_that_reads_the_list_of_weights_follows_it() -> None:
+    layer = nn.RNN(4, 3)
+    layer._flat_weights = list(layer._flat_weights)
+    mapped = shardmap.vmap(lambda r: layer._flat_weights[2] * r[:3])
+    for seed in range(7):
+        layer._flat_weights[2] = torch.full((3,), float(seed))
+        x = rows(seed)
+        torch.testing.assert_close(mapped(x), x[:, :3] * seed)
