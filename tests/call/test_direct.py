@@ -321,7 +321,8 @@ def test_recurrent_layers_that_are_used_between_calls_are_replayed(kind: type[nn
             layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.detach() * 2)
         with torch.no_grad():
             layer.bias_hh_l0.add_(1)
-    assert not calls() and not plain_calls()
+    assert not calls()
+    assert not plain_calls()
 
 
 def test_a_function_that_reads_the_list_of_weights_follows_it() -> None:
