@@ -232,7 +232,7 @@ class _Batcher:
         b = self.b
         for v in eq.results():
             self.sharing.setdefault(v.group, []).append(v.index)
-        if is_identity(eq, self.written_through):
+        if is_identity(eq, self.written_through, self.options.transformed):
             source = eq.args[0]
             for out in eq.results():
                 v = self.env[source.index]

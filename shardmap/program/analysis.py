@@ -10,9 +10,9 @@ from shardmap.program.ir import GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import deciders, draws, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
-IDENTITIES = {
-    aten.detach.default, aten.alias.default, aten.lift.default, aten.detach_.default, DATA,
-}  # fmt: skip
+DETACHES = frozenset((aten.detach.default, aten.detach_.default, DATA))
+"""Calls whose result has neither a gradient nor a tangent."""
+IDENTITIES = DETACHES | {aten.alias.default, aten.lift.default}
 """Calls that return their argument's value; each use's flags hold what autograd should see."""
 
 
@@ -91,16 +91,20 @@ def written_through(program: Program) -> set[int]:
     return through
 
 
-def is_identity(eq: Equation, through: set[int]) -> bool:
+def is_identity(eq: Equation, through: set[int], transformed: bool) -> bool:
     """True if a call returns its argument's value, and each use tells what autograd should see.
 
     A view of everything (`x[..., :]`) that is written to and has a history is none: a write to it
-    changes the history of its base too.
+    changes the history of its base too. Under outer transforms no view is one: it has the tangents
+    of its base in every grad mode, and a use does not tell of tangents.
 
     Args:
         eq: The call.
         through: The variables that are written in place, of `written_through`.
+        transformed: True if the program runs under outer transforms.
     """
+    if transformed and eq.op not in DETACHES:
+        return False
     if eq.op is aten.alias.default and eq.grad_mode and eq.flags[0] == GRAD:
         return not any(v.index in through for v in eq.results())
     return eq.op in IDENTITIES

@@ -184,3 +184,46 @@ def test_tangents_have_the_dtype_of_their_values() -> None:
             assert value.dtype == tangent.dtype == torch.float32
             loops = [torch.func.jvp(function, (r,), (r.cos(),))[1] for r in x]
             torch.testing.assert_close(tangent, torch.stack(loops).float())
+
+
+def cubes(t: Tensor) -> Tensor:
+    return (t**3).sum() + t[0] * t[1:].sum()
+
+
+INNER: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": torch.func.grad(cubes),
+    "jacrev": torch.func.jacrev(lambda t: t**3 * t[0]),
+    "jacfwd": torch.func.jacfwd(lambda t: t**3 * t[0]),
+    "jvp": lambda t: torch.func.jvp(cubes, (t,), (t.cos(),))[1],
+    "vjp": lambda t: torch.func.vjp(cubes, t)[1](t.sum())[0],
+    "hessian": torch.func.hessian(cubes),
+    "a view of everything": lambda t: t[...] * t.sin()[:],
+    "a view of everything, written": lambda t: t.clone()[...].mul_(t),
+}
+OUTER: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sin().sum())(x),
+    "jvp of grad": lambda f, x: torch.func.jvp(
+        torch.func.grad(lambda t: f(t).sin().sum()), (x,), (x.cos(),)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("without", ["nothing", "the argument", "the transform", "both"])
+@pytest.mark.parametrize("inner", INNER)
+def test_tangents_pass_where_gradients_are_off(inner: str, without: str, outer: str) -> None:
+    """`no_grad` stops gradients, not tangents; also those of transforms inside."""
+    def function(r: Tensor) -> Tensor:
+        with torch.set_grad_enabled(without not in ("the argument", "both")):
+            a = r * r.exp()
+        with torch.set_grad_enabled(without not in ("the transform", "both")):
+            return INNER[inner](a)
+
+    x = torch.randn(3, 3, dtype=DTYPE, generator=torch.Generator().manual_seed(2))
+    want = OUTER[outer](lambda t: torch.stack([function(r) for r in t]), x)
+    for way in ("whole", "chunks_of_one", "once"):
+        mapped = shardmap.vmap(function, **WAYS[way])
+        for _ in range(3):
+            assert_same(OUTER[outer](mapped, x), want, way)
