@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from shardmap import errors
 from shardmap._torch import (
     OpOverload,
     aten,
@@ -15,14 +16,17 @@ from shardmap._torch import (
     free_weak_reference,
     is_zero_tensor,
     kernel_of,
+    set_data,
     storage_id,
     weak_reference,
     without_dispatch,
 )
 from shardmap.program.ir import NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import op_info
+from shardmap.program.own_backward import DATA
 from shardmap.trace import repeat as follow
 from shardmap.trace.kernels import is_lazy
+from shardmap.trace.recording import user_line
 from shardmap.trace.tensor_table import Variables, spec_of
 
 
@@ -121,6 +125,41 @@ class Equations(Variables):
             var = self._define(bare)
             self._append(Equation(op, (source,), (), (var,), (NO_GRAD,), grad_mode))
         return bare
+
+    def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Run `tensor.data = value`, and record that the tensor is the value without its history.
+
+        Raises:
+            CapturedWriteError: The tensor is from outside of the function.
+            EscapeError: The tensor has a history, which would be that of another value, or a view,
+                whose gradients would follow the tensor while its values do not.
+        """
+        address = storage_id(tensor.untyped_storage())
+        if address == storage_id(value.untyped_storage()) and spec_of(tensor) == spec_of(value):
+            set_data(tensor, value)  # `module.to(device)`, where it is already
+            return
+        group = self.groups.get(address)
+        if group is None or group in self.captured_groups:
+            self.refuse_unseen_write(tensor, ".data = ", "")
+        known = [ref() for ref, var in self.entries.values() if var.group == group]
+        if any(t is not None and t is not tensor and t._base is tensor for t in known):
+            raise errors.EscapeError(
+                f"{self.call}: `.data = ` gives other memory to a tensor of shape "
+                f"{tuple(tensor.shape)}, at {user_line()}, of which a view is still in use; use "
+                "copy_ under torch.no_grad()"
+            )
+        if tensor.grad_fn is not None:
+            raise errors.EscapeError(
+                f"{self.call}: `.data = ` gives another value to a tensor of shape "
+                f"{tuple(tensor.shape)} that was computed from others that require grad, at "
+                f"{user_line()}; its gradients would be those of the value before: use copy_ "
+                "under torch.no_grad()"
+            )
+        source = self.known(value) or self.captured_var(value)
+        set_data(tensor, value)
+        var = self._define(tensor)
+        grad_mode = torch.is_grad_enabled()
+        self._append(Equation(DATA, (source,), (), (var,), (NO_GRAD,), grad_mode))
 
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of a new tensor object with the memory and metadata of a recorded one.

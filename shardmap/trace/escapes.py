@@ -31,15 +31,14 @@ from shardmap._torch import (
     push_function_mode,
     push_saved_hooks,
     saved_hooks,
-    set_data,
     set_grad,
     storage_id,
-    typed_storage,
 )
 from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
+from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 from shardmap.trace.refusals import OF_KEYS, another_of_rows
@@ -50,44 +49,11 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-_FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1}
-"""Functions that make a tensor from python data, and the position of that data."""
-
-_SET_DATA: Any = set_data
 _CUTS: dict[object, OpOverload] = {
     cast(Any, Tensor.data).__get__: DATA, Tensor.detach_: aten.detach_.default,
     torch.detach_: aten.detach_.default,
 }  # fmt: skip
 """Calls that take a tensor's history away, and the operators that stand for them."""
-
-_READS: dict[Any, tuple[str, str]] = {
-    Tensor.tolist: ("tolist()", "keep the value in a tensor"),
-    Tensor.numpy: (
-        "numpy()",
-        "use torch's operators instead of numpy's, or make the part in numpy an operator "
-        "(torch.library.custom_op)",
-    ),
-    Tensor.__array__: (
-        "a numpy function on a tensor",
-        "use torch's operators instead of numpy's, such as torch.sin for np.sin",
-    ),
-    Tensor.apply_: ("apply_", "use torch's operators on the whole tensor"),
-    Tensor.map_: ("map_", "use torch's operators on the whole tensor"),
-    Tensor.map2_: ("map2_", "use torch's operators on the whole tensor"),
-    Tensor.__deepcopy__: ("copy.deepcopy", "use clone()"),
-    Tensor.__reduce_ex__: ("pickling", "return the tensor instead"),
-    Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
-    Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
-    Tensor.storage: ("storage()", "use torch's operators"),
-    typed_storage: ("a Storage", "use torch's operators"),
-    Tensor.set_: ("set_", "build the tensor with torch's operators"),
-    Tensor.share_memory_: ("share_memory_()", "return the tensor instead"),
-    _SET_DATA: (".data = ", "use copy_ under torch.no_grad()"),
-    Tensor.__dlpack__: ("DLPack", "use torch's operators"),
-}
-
-_VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-"""Doors by which python reads a value; torch itself reads storages."""
 
 _MOST_NUMBERS = 64
 """Number of elements up to which `tolist()` becomes a question per element, like `item()`."""
@@ -126,7 +92,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.
 _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
-    *_READS, *_FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
+    *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
     *recurrent.CELLS, *_CUTS, left_aligned, Tensor.__getitem__, Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
     torch.nn.functional.multi_head_attention_forward,
@@ -262,11 +228,17 @@ class Doors(TorchFunctionMode):
             return _numbers(args[0])
         if func in OF_KEYS and self.recorder.lazily and self.recorder.belongs(element(args[0])):
             raise another_of_rows(self.recorder.call, func.__name__, self.recorder.lazily)
-        if func in _READS:
+        if func == SET_DATA and _is_plain(args[0]) and isinstance(args[1], Tensor):
+            return self.recorder.set_data(element(args[0]), element(args[1]))
+        if func in READS:
             for tensor in _tensors_within(args):
-                self._refuse(tensor, *_READS[func], func in _VALUE_READS)
-        elif func in _FROM_DATA:
-            data = args[_FROM_DATA[func] :][:1]
+                self._refuse(tensor, *READS[func], func in VALUE_READS)
+            if func in REACHES and _is_plain(args[0]):
+                self.unrecorded(self.recorder.expose, (args[0], READS[func][0]), {})
+            elif func in WRITES:
+                self.recorder.refuse_unseen_write(element(args[0]), *READS[func])
+        elif func in FROM_DATA:
+            data = args[FROM_DATA[func] :][:1]
             if data and not isinstance(data[0], torch.Tensor):
                 for tensor in _tensors_within(data):
                     self._refuse(

@@ -323,7 +323,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if mapped and not info.shape_only:
             groups.update([v.group for v in results])
         if writes:
-            self._refuse_growth(func, writes)
+            self._wrote(func, writes)
         if writes and mapped:
             self.mapped_groups |= overwritten
         if unwritten or overwritten:
@@ -416,6 +416,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         out_vars = tuple([self.encode(o, flags, False) for o in outputs])
         self._check_stale((*out_vars, *self.inputs))
         self._refuse_unwritten(out_vars)
+        self.exposed.finish()
         program = Program(
             inputs=tuple(self.inputs),
             captured=tuple(var for var, _ in self.captured.values()),

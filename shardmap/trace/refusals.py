@@ -128,9 +128,11 @@ class Refusals(Histories):
                 if self.copies.pairs:
                     self._written_beside_copies(tensor)
 
-    def _refuse_growth(self, func: OpOverload, writes: tuple) -> None:
+    def _wrote(self, func: OpOverload, writes: tuple) -> None:
         for tensor in flat_tensors(writes):
             var = self.known(tensor)
+            if var is not None and var.group in self.exposed:
+                self.exposed.renew(var.group, tensor)
             if var is not None and tensor.shape != var.spec.shape:
                 raise errors.EscapeError(
                     f"{self.call}: {schema_of(func).name.partition('::')[2]} gave its output, of "

@@ -20,9 +20,10 @@ from shardmap._torch import (
     weak_reference,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Packed, Param, Spec, Var
+from shardmap.trace.exposed import Exposed
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kernels import is_lazy
-from shardmap.trace.recording import device_name, element, is_own_leaf
+from shardmap.trace.recording import device_name, element, is_own_leaf, user_line
 from shardmap.trace.watch import PythonWatch
 
 
@@ -75,6 +76,8 @@ class Variables:
         """Memory of leaves that the function made (`captured.detach().requires_grad_()`); views of
         it are not taken for captured tensors."""
         self.captured_groups: set[int] = set()
+        self.exposed = Exposed(call)
+        """Memory that python code can write to without an operator."""
         self.input_groups: dict[int, int] = {}
         self.inputs: list[Var] = []
         self.captured: dict[int, tuple[Var, torch.Tensor]] = {}
@@ -236,6 +239,8 @@ class Variables:
                 var = entry[1]
             else:
                 var = self._capture(value)
+            if self.exposed and var.group in self.exposed:
+                self.exposed.check(var.group, value)
             if value.requires_grad:
                 if var.index not in self.captured and is_own_leaf(value):
                     flags.append(FRESH_LEAF)
@@ -335,6 +340,35 @@ class Variables:
             if first < stop and start < first + known.nbytes():
                 return True
         return False
+
+    def expose(self, tensor: torch.Tensor, door: str) -> None:
+        """Note that python code reaches the memory of a tensor that all samples share.
+
+        Args:
+            tensor: The tensor.
+            door: The call by which it does.
+        """
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return
+        address = storage_id(tensor.untyped_storage())
+        group = self.groups.get(address, -1 - address)  # a number of its own if nothing used it yet
+        captured = group < 0 or group in self.captured_groups
+        if group not in self.groups_of_zeros:
+            self.exposed.add(group, tensor, door, captured)
+
+    def refuse_unseen_write(self, tensor: torch.Tensor, door: str, remedy: str) -> None:
+        """Refuse that python writes to a tensor without an operator."""
+        group = self.groups.get(storage_id(tensor.untyped_storage()))
+        if group is None or group in self.captured_groups:
+            raise errors.CapturedWriteError(
+                f"{self.call}: {door} writes to a tensor of shape {tuple(tensor.shape)} that all "
+                f"samples share, at {user_line()}; the loop would write to it once per sample: "
+                "return the value instead, or clone the tensor inside the function"
+            )
+        raise errors.EscapeError(
+            f"{self.call}: {door} writes to a tensor of shape {tuple(tensor.shape)} without an "
+            f"operator, at {user_line()}; what it writes cannot be recorded: {remedy}"
+        )
 
     def captured_var(self, tensor: torch.Tensor) -> Var:
         """The variable of a tensor that was not recorded; the tensor is captured from now on."""

@@ -215,6 +215,7 @@ OUTER: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("inner", INNER)
 def test_tangents_pass_where_gradients_are_off(inner: str, without: str, outer: str) -> None:
     """`no_grad` stops gradients, not tangents; also those of transforms inside."""
+
     def function(r: Tensor) -> Tensor:
         with torch.set_grad_enabled(without not in ("the argument", "both")):
             a = r * r.exp()
