@@ -23,6 +23,7 @@ from shardmap._torch import OpOverload, pytree
 from shardmap.call.options import Options
 from shardmap.call.surroundings import surroundings
 from shardmap.lower.cache import Kept
+from shardmap.lower.closeness import close
 from shardmap.program.analysis import asking_about_draws
 from shardmap.program.ir import Program
 from shardmap.trace import repeat
@@ -56,16 +57,22 @@ _quick = Kept(512)
 """The same verdicts by address of their programs, which the values hold: a program that was
 expected and recorded again is not hashed again."""
 
+_steady = Kept(512)
+"""Functions that take different paths, and that did the same when they were run again: answers to
+questions make many programs of one function, and it is run again for the first one only."""
+
 
 def clear() -> None:
     """Clear the verdicts."""
     _verdicts.clear()
+    _steady.clear()
     _quick.clear()
 
 
 def after_fork() -> None:
     """Renew the locks of this module."""
     _verdicts.after_fork()
+    _steady.after_fork()
     _quick.after_fork()
 
 
@@ -252,43 +259,55 @@ class FirstUse:
         if self._last is None:
             return Verdict(alone=self._alone)
         first, structure = self.first()
-        if first.asked and forks(first, self._last[0]):
-            return Verdict(forks=True)
+        forked = bool(first.asked) and forks(first, self._last[0])
         found = self._difference((first, structure), self._last)
         if found is None:
             return Verdict()
+        key = self._key()
+        if forked and key is not None and _steady.get(key):
+            return Verdict(forks=True)
         again = self._record(0)
         if self._difference((first, structure), again) is None:
-            return Verdict(varies=found)
-        # Where it is alike now, the first run made what later ones find: caches, lazy modules.
-        forked = bool(again[0].asked) and forks(again[0], self._last[0])
-        if forked or self._difference(again, self._last) is None:
-            self._first = again
-            return Verdict(forks=forked)
-        if again[1] == structure and rubbish_apart(first, again[0]):
-            return Verdict()
-        varies = self._difference(again, self._last)
-        if varies is not None and self._difference(again, self._record(0)) is None:
-            # It does the same each time from the second call on, and something else by sample.
-            self._first = again
-            return Verdict(varies=varies)
-        raise errors.EscapeError(
+            if forked and key is not None:
+                _steady.replace(key, True)
+            return Verdict(forks=True) if forked else Verdict(varies=found)
+        # Where it is alike now, the first run made what later ones find: caches, lazy modules. They
+        # change no result, unlike a total that the function keeps.
+        if _same_results(first, again[0]):
+            forked = bool(again[0].asked) and forks(again[0], self._last[0])
+            if forked or self._difference(again, self._last) is None:
+                self._first = again
+                return Verdict(forks=forked)
+            if again[1] == structure and rubbish_apart(first, again[0]):
+                return Verdict()
+            varies = self._difference(again, self._last)
+            if varies is not None and self._difference(again, self._record(0)) is None:
+                # It does the same each time from the second call on, and something else by sample.
+                self._first = again
+                return Verdict(varies=varies)
+        raise self._stateful(found)
+
+    def _stateful(self, found: str) -> errors.EscapeError:
+        return errors.EscapeError(
             f"{self.options.call}: the function does something else each time that it is called ("
             f"{found}): it reads what an earlier call has changed, such as a counter, an iterator "
-            "or "
-            "the clock; pass what changes as an argument, one for each sample"
+            "or the clock; pass what changes as an argument, one for each sample"
         )
 
     def _refuse_kept(self, first: Recording) -> None:
         """Refuse a function whose side effects outlive its call.
 
         Raises:
-            EscapeError: It keeps a tensor that differs by sample.
+            EscapeError: It keeps a tensor that differs by sample, or another call gives something
+                else.
         """
         if first.kept is None:  # recorded as expected: such tensors were not looked for
             repeat.forget(self.func)
-            self._first = self._recorded_again(0) or self._first
-            first = self.first()[0]
+            again = self._recorded_again(0)
+            if again is not None:
+                if not _same_results(first, again[0]):
+                    raise self._stateful(difference(first, again[0]) or "its results differ")
+                self._first, first = again, again[0]
         if first.kept:
             repeat.forget(self.func)
             raise errors.EscapeError(
@@ -332,6 +351,16 @@ class FirstUse:
 
 _LARGE = 1 << 24
 """Bytes of one sample's results from which on it is asked whether those of all can fit."""
+
+
+def _same_results(first: Recording, again: Recording) -> bool:
+    """True if two runs on one sample gave the same, or drew numbers and so cannot be compared."""
+    if first.random or again.random:
+        return True
+    pairs = zip(first.sample, again.sample, strict=False)
+    return len(first.sample) == len(again.sample) and all(
+        a.shape == b.shape and a.dtype == b.dtype and close(a, b, 0.0) for a, b in pairs
+    )
 
 
 def consumed(error: Exception) -> bool:

@@ -7,6 +7,7 @@ the bytes are kept, and compared whenever a recorded call reads that memory, and
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class _Known:
     bytes: torch.Tensor
     shape: tuple[int, ...]
     door: str
-    captured: torch.Tensor | None
+    captured: weakref.ref[torch.Tensor] | None
     """The tensor, if it is from outside of the function."""
 
 
@@ -50,7 +51,7 @@ class Exposed:
         if group not in self._of and not large:
             kept = _bytes_of(tensor).clone()
             shape = tuple(tensor.shape)
-            self._of[group] = _Known(kept, shape, door, tensor if captured else None)
+            self._of[group] = _Known(kept, shape, door, weakref.ref(tensor) if captured else None)
 
     def renew(self, group: int, tensor: torch.Tensor) -> None:
         """Keep the bytes anew, after a recorded write."""
@@ -79,8 +80,9 @@ class Exposed:
     def finish(self) -> None:
         """Refuse writes to tensors from outside of the function."""
         for group, known in self._of.items():
-            if known.captured is not None:
-                self.check(group, known.captured)
+            tensor = None if known.captured is None else known.captured()
+            if tensor is not None:
+                self.check(group, tensor)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

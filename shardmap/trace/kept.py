@@ -39,22 +39,18 @@ def references_before(samples: Iterable[torch.Tensor]) -> dict[int, int]:
     return {id(sample): python_references(weakref.ref(sample)) - 1 for sample in samples}
 
 
-def kept_tensors(
-    recorder: Recorder, outputs: Iterable[int], samples: Mapping[int, int]
-) -> tuple[str, ...]:
+def kept_tensors(recorder: Recorder, samples: Mapping[int, int]) -> tuple[str, ...]:
     """Describe the tensors that differ by sample and that python still holds, one text for each.
 
-    Captured tensors and outputs do not count, nor tensors that only torch holds: autograd
-    saves tensors for the backward of the outputs. Reference cycles are collected before a tensor is
-    reported.
+    Captured tensors do not count, nor tensors that only torch holds: autograd saves tensors for
+    the backward of the outputs. Reference cycles are collected before a tensor is reported.
 
     Args:
-        recorder: The recorder, once the function has returned.
-        outputs: The addresses of the tensors that it returned. The tensors themselves are dropped
-            before: autograd's graph behind them holds tensors that its nodes keep.
+        recorder: The recorder, once the function has returned, and its outputs have been dropped:
+            autograd's graph behind them holds tensors that its nodes keep.
         samples: The function's own arguments: `references_before` it was called.
     """
-    known = set(outputs) | {id(t) for _, t in recorder.captured.values()}
+    known = {id(t) for _, t in recorder.captured.values()}
     known |= {id(plain) for _, plain in recorder.wrappers.values()}
     indices = {id(pair.indices): pair.indices for pair in recorder.copies.pairs}
     indexed = Counter(id(index) for places in indices.values() for index in places)

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import graph
 
 from shardmap import errors
-from shardmap._torch import pytree, sequence_number
+from shardmap._torch import pytree, sequence_number, without_functions
 from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
@@ -318,7 +318,8 @@ class _Recorded:
                     sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
                 ).copy_(leaf)
             given[number] = cotangent
-            names.append(recorder.add_cotangent(cotangent))
+            with without_functions():  # our own look at its memory is no door
+                names.append(recorder.add_cotangent(cotangent))
         recorder.paused = paused
         return tuple(names)
 

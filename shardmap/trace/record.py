@@ -342,14 +342,13 @@ def _record(
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
-        returned = [id(t) for t in (*leaves, *samples)]
         del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
         # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
-            kept=None if known else kept_tensors(recorder, returned, before),
+            kept=None if known else kept_tensors(recorder, before),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

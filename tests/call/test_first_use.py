@@ -317,3 +317,59 @@ def test_equal_samples_are_no_verdict_for_later_ones() -> None:
     with pytest.warns(shardmap.SlowLoopWarning):
         found = mapped(rows)
     assert torch.equal(found, rows * rows)
+
+
+class Carried:
+    """What functions below keep from one sample for the next, in python."""
+
+    total = 0.0
+    best = -100.0
+    seen: set[int]
+    made: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        self.seen = set()
+
+    def sum(self, r: torch.Tensor) -> torch.Tensor:
+        self.total += r.sum().item()
+        return r * self.total
+
+    def largest(self, r: torch.Tensor) -> torch.Tensor:
+        self.best = max(self.best, r.max().item())
+        return r * self.best
+
+    def is_new(self, r: torch.Tensor) -> torch.Tensor:
+        place = int(r.argmax())
+        new = place not in self.seen
+        self.seen.add(place)
+        return r if new else r * 0
+
+    def on_one_branch(self, r: torch.Tensor) -> torch.Tensor:
+        if r.sum() > 0:
+            self.total += 1
+        return r * self.total
+
+    def started(self, r: torch.Tensor) -> torch.Tensor:
+        first, self.total = self.total == 0, 1
+        return r if first else -r
+
+    def cached(self, r: torch.Tensor) -> torch.Tensor:
+        if self.made is None:
+            self.made = torch.ones(3)
+        return r * self.made if r.sum() > 0 else r
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["sum", "largest", "is_new", "on_one_branch", "started"])
+def test_what_python_carries_from_sample_to_sample_is_refused(name: str, way: str) -> None:
+    """It comes by an answer to a question, or is settled after a call; also in a second batch."""
+    for rows in (x[:3], torch.cat([x, 2 * x[:1]])):
+        with pytest.raises(errors.EscapeError, match="something else each time that it is called"):
+            shardmap.vmap(getattr(Carried(), name), **WAYS[way])(rows)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_of_a_function_that_branches_is_no_state(way: str) -> None:
+    mapped, plain = shardmap.vmap(Carried().cached, **WAYS[way]), Carried().cached
+    for rows in (x, x[:3], x[:1], x):
+        assert torch.equal(mapped(rows), torch.stack([plain(r) for r in rows]))

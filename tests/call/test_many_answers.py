@@ -133,10 +133,11 @@ def test_each_sample_is_run_once_and_a_few_twice(name: str) -> None:
     function, calls = counted(FUNCTIONS[name])
     x = batch(1000)
     mapped = shardmap.vmap(function)
-    for _ in range(6):
+    for turn in range(6):
         calls[0] = 0
         oracle.assert_same(mapped(x), expected(FUNCTIONS[name], x), "result")
-        assert calls[0] <= 1000 + 2 + 1000 // spread.TRIED_OF
+        again = turn == 0  # the first sample, to see that it does the same each time
+        assert calls[0] <= 1000 + 2 + again + 1000 // spread.TRIED_OF
 
 
 def test_the_warning_names_the_line() -> None:

@@ -133,8 +133,21 @@ def the_argument_in_a_cache() -> tuple[Function, Any]:
     return lambda r: r * doubled(r), doubled
 
 
+def an_output() -> tuple[Function, Any]:
+    class Net(nn.Module):
+        hidden: torch.Tensor
+
+        def forward(self, r: torch.Tensor) -> torch.Tensor:
+            self.hidden = r.tanh()
+            return self.hidden
+
+    net = Net()
+    return net, net
+
+
 KEPT: list[Made] = [
     attribute,
+    an_output,
     appended,
     hooked,
     in_a_closure,
