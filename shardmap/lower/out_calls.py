@@ -43,6 +43,7 @@ def out_rule(eq: Equation) -> registry.Rule | None:
         own = registry.lookup(plain)
         assert own is not None
         rest = {k: v for k, v in kwargs.items() if k not in names}
+        out: Any = None
         if any(v.mapped for v in values((args, tuple(rest.values())))):
             out = own(b, call, args, rest)
         else:  # only the written memory differs by sample

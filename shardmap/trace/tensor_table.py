@@ -351,8 +351,9 @@ class Variables:
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
         address = storage_id(tensor.untyped_storage())
-        group = self.groups.get(address, -1 - address)  # a number of its own if nothing used it yet
-        captured = group < 0 or group in self.captured_groups
+        known = self.groups.get(address)
+        group = -1 - address if known is None else known  # its own number if nothing used it yet
+        captured = known is None or known in self.captured_groups
         if group not in self.groups_of_zeros:
             self.exposed.add(group, tensor, door, captured)
 
