@@ -112,6 +112,7 @@ attention_kernels = [_private(f"_C._get_{kind}_sdp_enabled", "which kernels atte
                      for kind in ("flash", "mem_efficient", "math", "cudnn")]  # fmt: skip
 NormBase = _private("nn.modules.batchnorm._NormBase", "batch norm in training mode")
 backward_hooks = _attribute(torch.Tensor, "Tensor", "_backward_hooks", "hooks of weights")
+base_of = _attribute(torch.Tensor, "Tensor", "_base", "views of tensors whose data is set")
 dict_version = _private("_C._dynamo.guards.dict_version", "comparing fast what a function reads")
 
 # -- modes and settings of the thread

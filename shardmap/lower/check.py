@@ -356,7 +356,18 @@ def _as_executed(
         memory = _slices(found.batched, tried) if slices else []
         if slices and not memory and found.batched.separate is None:
             return found
-        got = _executed(found, tried, memory)
+        try:
+            got = _executed(found, tried, memory)
+        except RuntimeError as error:
+            if fixes is plainer[-1]:
+                raise
+            logger.warning(
+                "%s: the whole program raised %s where its calls one by one did not; it is made "
+                "plainer",
+                options.call,
+                error,
+            )
+            continue
         computed = [thinned(t) for t, k in zip(got, kept, strict=True) if k]
         if _all_close(expected, computed, tried):
             return found

@@ -10,7 +10,7 @@ import torch
 from shardmap._torch import FakeTensorMode, OpOverload, aten, schema_of
 from shardmap.program.ir import Equation, Param, SampleDevice, Spec, Var
 from shardmap.rules import registry
-from shardmap.rules.lowering import Lowering, V, values
+from shardmap.rules.lowering import Lowering, values
 
 Operator = OpOverload
 
@@ -43,15 +43,13 @@ def out_rule(eq: Equation) -> registry.Rule | None:
         own = registry.lookup(plain)
         assert own is not None
         rest = {k: v for k, v in kwargs.items() if k not in names}
-        out: Any = None
         if any(v.mapped for v in values((args, tuple(rest.values())))):
             out = own(b, call, args, rest)
         else:  # only the written memory differs by sample
             out = b.as_recorded(call, plain, *args, named=rest)
         if out is NotImplemented:
             return NotImplemented
-        found = [out] if type(out) is V else list(out)
-        for name, v in zip(names, found, strict=True):
+        for name, v in zip(names, values([out]), strict=True):
             b.call(aten.copy_.default, kwargs[name], v)
         return None
 

@@ -53,7 +53,7 @@ def simplified(
     found = _without_copies_of_views(found, kept)
     if not any(call.writes for call in found):
         found = _without_repetitions(found, kept)
-        found = _signs_in_differences(found, kept)
+        found = _signs_in_differences(found, kept, results)
     found = _sums_without_squeeze(found, kept)
     found = sums_of_products(found, kept, device_type, indices)
     found = _live(found, kept)
@@ -184,8 +184,13 @@ def _frozen(value: object) -> object:
     return type(value), value
 
 
-def _signs_in_differences(calls: Sequence[Call], kept: Collection[int]) -> list[Call]:
-    """Replace `x + -y` by `x - y`, also where `y` is rolled after it has changed its sign."""
+def _signs_in_differences(
+    calls: Sequence[Call], kept: Collection[int], results: Results
+) -> list[Call]:
+    """Replace `x + -y` by `x - y`, also where `y` is rolled after it has changed its sign.
+
+    So is `-y + x`, if `x` has the result's layout: a result takes that of its first operand.
+    """
     count = uses(calls)
     signs: dict[int, tuple[Call, Call | None]] = {}
     """For a value that is only used once: the call that changed the sign, and the roll."""
@@ -208,6 +213,8 @@ def _signs_in_differences(calls: Sequence[Call], kept: Collection[int]) -> list[
                 continue
             if y.index not in signs:
                 x, y = y, x
+                if not _same_layout(x.index, out, results):
+                    continue
             if y.index not in signs or x.index == y.index:
                 continue
             sign, roll = signs.pop(y.index)
@@ -218,6 +225,13 @@ def _signs_in_differences(calls: Sequence[Call], kept: Collection[int]) -> list[
                 source = y
             found[i] = call._replace(target=torch.Tensor.sub, op=aten.sub.Tensor, args=(x, source))
     return [call for call in found if call is not None]
+
+
+def _same_layout(index: int, out: int, results: Results) -> bool:
+    if index not in results or out not in results:
+        return False
+    a, b = results[index][0].spec, results[out][0].spec
+    return a.shape == b.shape and a.stride == b.stride
 
 
 def _sums_without_squeeze(calls: Sequence[Call], kept: Collection[int]) -> list[Call]:

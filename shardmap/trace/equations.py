@@ -12,6 +12,7 @@ from shardmap import errors
 from shardmap._torch import (
     OpOverload,
     aten,
+    base_of,
     dispatch_depth,
     free_weak_reference,
     is_zero_tensor,
@@ -142,7 +143,7 @@ class Equations(Variables):
         if group is None or group in self.captured_groups:
             self.refuse_unseen_write(tensor, ".data = ", "")
         known = [ref() for ref, var in self.entries.values() if var.group == group]
-        if any(t is not None and t is not tensor and t._base is tensor for t in known):
+        if any(t is not None and t is not tensor and base_of(t) is tensor for t in known):
             raise errors.EscapeError(
                 f"{self.call}: `.data = ` gives other memory to a tensor of shape "
                 f"{tuple(tensor.shape)}, at {user_line()}, of which a view is still in use; use "

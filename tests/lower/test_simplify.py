@@ -87,6 +87,16 @@ def test_signs_become_differences(programs):
     assert found["aten::neg"] == 1
 
 
+def test_a_difference_keeps_the_layout_of_a_negative_that_comes_first():
+    """A result has the layout of its first operand, and only one of them can be viewed here."""
+
+    def func(x, y):
+        turned = (-y.transpose(0, 1)) + x  # laid out as the negative is
+        return turned.transpose(0, 1).view(-1) * 2
+
+    compare(func, real(7, 4, 4), real(7, 4, 4) * 2)
+
+
 @pytest.mark.parametrize("steps", [2, 3, 11, 40])
 def test_sums_of_products_become_one(steps, programs):
     """The gradient of a recurrent weight; long ones in parts no larger than the sum."""
