@@ -130,8 +130,7 @@ STATES: dict[str, Callable[[torch.Tensor], object]] = {
     "_base": is_view,
     "retains_grad": lambda t: t.retains_grad,
     "output_nr": lambda t: t.output_nr,
-    "names": lambda t: t.names,
-    "is_shared": lambda t: t.is_shared(),
+    "is_shared": lambda t: t.layout is torch.strided and t.is_shared(),
     "storage_offset": lambda t: t.storage_offset() if t.layout is torch.strided else 0,
     **dict.fromkeys(("untyped_storage", "storage", "_typed_storage", "_storage"), _memory_of),
 }
