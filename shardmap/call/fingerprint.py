@@ -25,7 +25,7 @@ import torch
 
 from shardmap._torch import OpOverload
 from shardmap.call.memo import Memory, Prepared
-from shardmap.call.reachable import VALUES, is_library, slots_of, user_classes
+from shardmap.call.reachable import VALUES, is_library, is_library_module, slots_of, user_classes
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.trace.recording import Recording, element
 
@@ -270,7 +270,7 @@ class _Walk:
 
     def _module(self, module: types.ModuleType, names: frozenset[str]) -> None:
         self.text(module.__name__)
-        if not is_library(getattr(module, "__file__", None)):
+        if not is_library_module(module):
             for name in sorted(names & vars(module).keys()):
                 self.text(name)
                 self.add(vars(module)[name], names)

@@ -11,6 +11,7 @@ import operator
 import sys
 import threading
 import types
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,14 @@ _OPAQUE = (
     type(functools.lru_cache(len)), operator.attrgetter, threading.local, torch.jit.ScriptModule,
 )  # fmt: skip
 """Classes of python's and torch's modules that are written in C, or stand for what is."""
-CONTEXTUAL = (decimal.Decimal,)
+CONTEXTUAL = (decimal.Decimal, decimal.Context)
 """Classes whose operations follow a context that is nobody's attribute."""
+
+
+def is_namespace(kind: type) -> bool:
+    """True if C makes texts of a class's objects, or compares them, by all their attributes."""
+    own = types.SimpleNamespace
+    return issubclass(kind, own) and (kind.__repr__ is own.__repr__ or kind.__eq__ is own.__eq__)
 
 
 def code_of(value: Any) -> list[types.CodeType] | None:
@@ -129,6 +136,17 @@ def code_of(value: Any) -> list[types.CodeType] | None:
         found = [f.__code__ for f in (value.fget, value.fset) if isinstance(f, types.FunctionType)]
         return found
     return [value.__code__] if isinstance(value, types.FunctionType) else None
+
+
+def has_run(kind: type, codes: Container[types.CodeType]) -> bool:
+    """True if a method of a class is among the code that ran."""
+    return any(
+        code in codes
+        for each in kind.__mro__
+        if each.__flags__ & HEAP
+        for value in vars(each).values()
+        for code in code_of(value) or ()
+    )
 
 
 def made_of(value: object) -> tuple[object, ...]:

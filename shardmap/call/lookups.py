@@ -48,6 +48,11 @@ def part(number: int) -> Getter:
     return lambda parts: parts[number]
 
 
+def referent(reference: weakref.ref[object]) -> Getter:
+    """Look up what a weak reference refers to."""
+    return lambda _: reference()
+
+
 def weakly(value: object) -> Callable[[], object]:
     """Look an object up without keeping it alive, if that is possible."""
     try:
@@ -109,19 +114,31 @@ def grad_of(look: Getter) -> Getter:
     return found
 
 
-STATES: dict[str, Callable[[torch.Tensor], bool]] = {
+def _memory_of(tensor: torch.Tensor) -> tuple[int, bool]:
+    """The size of a tensor's memory in bytes, and True if it can be resized."""
+    if tensor.layout is not torch.strided:
+        return 0, False
+    storage = tensor.untyped_storage()
+    return storage.nbytes(), storage.resizable()
+
+
+STATES: dict[str, Callable[[torch.Tensor], object]] = {
     "is_conj": torch.Tensor.is_conj,
     "is_neg": torch.Tensor.is_neg,
     "is_inference": torch.Tensor.is_inference,
     "_is_view": is_view,
     "_base": is_view,
     "retains_grad": lambda t: t.retains_grad,
+    "output_nr": lambda t: t.output_nr,
+    "is_shared": lambda t: t.layout is torch.strided and t.is_shared(),
+    "storage_offset": lambda t: t.storage_offset() if t.layout is torch.strided else 0,
+    **dict.fromkeys(("untyped_storage", "storage", "_typed_storage", "_storage"), _memory_of),
 }
 """What python may ask a tensor about itself that its form does not say, by attribute."""
 
 
 def states_of(look: Getter, names: Set[str]) -> Getter:
-    """Look up what a tensor, which is looked up itself, says of itself, as a text of bits.
+    """Look up what a tensor, which is looked up itself, says of itself, as a text.
 
     Args:
         look: Looks up the tensor.
@@ -133,6 +150,6 @@ def states_of(look: Getter, names: Set[str]) -> Getter:
         tensor = look(parts)
         if not isinstance(tensor, torch.Tensor):
             return ABSENT
-        return "".join(["01"[ask(tensor)] for ask in asked])
+        return " ".join([str(ask(tensor)) for ask in asked])
 
     return found

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardmap._torch import OpOverload
+from shardmap._torch import OpOverload, backward_hooks
 from shardmap.rules.sparse import memory_of
 
 VALUES = (
@@ -147,6 +147,10 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
         place = value.stride() if value.layout is torch.strided else memory_of(value)
         found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
+        hooks = backward_hooks(value)
+        for part in (value.__dict__, hooks and list(hooks.values())):
+            if part:
+                _walk(part, found, seen, names)
         return
     if id(value) in seen:
         return
@@ -170,9 +174,11 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
         for part in (value.func, value.args, value.keywords):
             _walk(part, found, seen, names)
     elif isinstance(value, types.ModuleType):
-        if not is_library(getattr(value, "__file__", None)):
-            for name in sorted(names & vars(value).keys()):
-                _walk(vars(value)[name], found, seen, names)
+        library = is_library_module(value)
+        for name in sorted(names & vars(value).keys()):
+            item = vars(value)[name]
+            if not library or isinstance(item, _PLAIN):  # of a library: what may be patched
+                _walk(item, found, seen, names)
     elif isinstance(value, type):
         for kind in user_classes(value):
             for name, item in vars(kind).items():
@@ -205,6 +211,7 @@ def _walk_function(func: types.FunctionType, found: list[object], seen: set[int]
         for cell in func.__closure__ or ():  # a library's decorator around a user's function
             _walk_cell(cell, found, seen, frozenset())
         return
+    found.append(func.__code__)
     names = frozenset(_names(func.__code__))
     for cell in func.__closure__ or ():
         _walk_cell(cell, found, seen, names)
@@ -253,13 +260,7 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
 @functools.lru_cache(maxsize=4096)
 def user_classes(kind: type) -> tuple[type, ...]:
     """The classes that `kind` inherits from, itself included, without those of libraries."""
-    return tuple(
-        [
-            k
-            for k in kind.__mro__
-            if not is_library(getattr(sys.modules.get(k.__module__), "__file__", None))
-        ]
-    )
+    return tuple([k for k in kind.__mro__ if not is_library_module(sys.modules.get(k.__module__))])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -279,6 +280,14 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             names.update(_names(constant))
     return tuple(sorted(names))
+
+
+def is_library_module(module: types.ModuleType | None) -> bool:
+    """True if a module belongs to a library; one that was made by hand, or typed in, does not."""
+    file = getattr(module, "__file__", None)
+    if file is None and module is not None:
+        return getattr(module, "__spec__", None) is not None
+    return is_library(file)
 
 
 @functools.cache

@@ -37,7 +37,9 @@ from shardmap.call.kinds import (
     caches_of,
     code_of,
     file_of,
+    has_run,
     is_c,
+    is_namespace,
     is_users,
     made_of,
     mangled,
@@ -56,13 +58,14 @@ from shardmap.call.lookups import (
     module_named,
     of_class,
     part,
+    referent,
     states_of,
     variable,
     weakly,
 )
 from shardmap.call.reachable import VALUES, slots_of
 from shardmap.call.root import Root
-from shardmap.trace.names import lost_code, named_in, reflection
+from shardmap.trace.names import lost_code, named_in, reflection, spelled_out
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
 
 
@@ -83,16 +86,10 @@ class Walk:
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
         self._shallow: set[tuple[int, object]] = set()
-        self._dynamic = looks.dynamic
+        self._dynamic, self._whole = looks.dynamic, looks.whole
         self._bound: set[types.CodeType] = set()
         self._trusted = False
-        names = [named_in(code) for code in watch.codes]
-        self._names = frozenset(watch.asked).union(
-            *[n.attributes for n in names],
-            *[frozenset(filter(str.isidentifier, n.texts)) for n in names],
-        )
-        own = [n for c, n in zip(watch.codes, names, strict=True) if not is_trusted(c.co_filename)]
-        self._of_modules = frozenset().union(*[n.attributes | n.texts for n in own])
+        self._names, self._of_modules = spelled_out(watch.codes, watch.asked)
         """Names of modules' attributes; those that torch and python read are found by chains."""
         for func in root.functions:
             self._bound.add(func.__code__)
@@ -224,6 +221,10 @@ class Walk:
                 self._tensor(tensor.grad, where, look)
 
     def _walk(self, value: object) -> None:
+        if isinstance(value, torch.Tensor):  # a key, or an item of a set: it must stay the same
+            if not self._trusted:
+                self._tensor(value, "a tensor that is a key", lambda _: value)
+            return
         kind = type(value)
         plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
         if plain or id(value) in self._seen or len(self._seen) > MOST:
@@ -231,23 +232,13 @@ class Walk:
         trusted = self._trusted
         if trusted and not is_users(value, kind):
             followed = kind is types.FunctionType or issubclass(kind, CONTAINERS)
-            if not followed and not self._runs(kind):
+            if not followed and not has_run(kind, self._codes):
                 return
         else:
             self._trusted = False
         self._seen[id(value)] = value
         self._follow(value, kind)
         self._trusted = trusted
-
-    def _runs(self, kind: type) -> bool:
-        """True if a method of a class has run."""
-        return any(
-            code in self._codes
-            for each in kind.__mro__
-            if each.__flags__ & HEAP
-            for value in vars(each).values()
-            for code in code_of(value) or ()
-        )
 
     def _follow(self, value: Any, kind: type) -> None:
         if kind is types.FunctionType:
@@ -263,8 +254,7 @@ class Walk:
                 self._walk(each)
         elif issubclass(kind, weakref.ref):
             target = value()
-            self.found.facts.append(Fact("a weak reference", lambda _: value(), self._held(target)))
-            self._walk(target)
+            self._read(target, "a weak reference", lambda _: value())
         elif issubclass(kind, torch.Generator):
             self.found.generators.append(value)
         elif issubclass(kind, np.ndarray):
@@ -331,7 +321,10 @@ class Walk:
         if module is sys and "modules" in read:
             self._accuse("it reads sys.modules")
         for name in read:
-            self._trusted = library and not issubclass(type(names[name]), types.ModuleType)
+            value = names[name]
+            if isinstance(value, type) and issubclass(value, CONTEXTUAL):
+                self._class(value)
+            self._trusted = library and not issubclass(type(value), types.ModuleType)
             self._hold(names, name, where)
         self._trusted = False
 
@@ -403,8 +396,11 @@ class Walk:
                     held.append(TENSOR)
                     self._tensor(each, "a list that it reads", item(value, number))
                 else:
-                    held.append(self._held(each))
-                    self._walk(each)
+                    held.append(now := self._held(each))
+                    if isinstance(now, weakref.ref) and isinstance(each, torch.Tensor):
+                        self._tensor(each, "an item that it reads", referent(now))
+                    else:
+                        self._walk(each)
             self.found.lists.append((value, tuple(held), "a container that it reads"))
 
     def _array(self, value: np.ndarray) -> None:
@@ -426,7 +422,7 @@ class Walk:
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
             entries = self._entries(attributes, where)
-            if self._dynamic and not self._trusted:
+            if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
                 entries.keys = tuple(attributes)
                 for name in list(attributes):
                     self._hold(attributes, name, where)

@@ -269,7 +269,7 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own, saved = ctx.own, ctx.saved_tensors
-        other = changed(ctx.state, state(ctx.readers))
+        other = changed(ctx.state, ctx.readers)
         if other:
             hook = backward_of(own.text).hook
             who = "a hook" if hook else "the backward of a custom autograd.Function"

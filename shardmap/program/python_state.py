@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -62,6 +62,7 @@ class Reader:
         scope: Its globals.
         roots: For each name, a function that returns the object that it stands for, or None if it
             is there no more.
+        owner: The Function whose backward the code is; None for a hook's.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Reader:
         code: types.CodeType,
         scope: Mapping[str, object],
         roots: Mapping[str, Callable[[], object]],
+        owner: type | None,
     ):
+        self.owner = None if owner is None else weakref.ref(owner)
         self.code = code
         self.scope = scope
         self.roots = roots
@@ -99,10 +102,22 @@ class Reader:
                 continue
             yield from _facts(name, value, names, 0)
 
+    def is_gone(self) -> bool:
+        """True if its Function's class is no more, so that nothing can change it."""
+        return self.owner is not None and self.owner() is None
+
+    def is_current(self) -> bool:
+        """True if it is a hook's, or if its Function still has this backward."""
+        if self.owner is None:
+            return True
+        function = inspect.unwrap(getattr(self.owner(), "backward", len))
+        return getattr(function, "__code__", None) is self.code
+
     def same_objects(self, other: Reader) -> bool:
         """True if the other reads the same objects by the same names."""
         return (
             self.code == other.code
+            and self.owner == other.owner
             and self.scope is other.scope
             and self.roots.keys() == other.roots.keys()
             and all(_held(get) is _held(other.roots[name]) for name, get in self.roots.items())
@@ -110,7 +125,10 @@ class Reader:
 
 
 def reader_of(
-    function: object, given: Mapping[str, object], is_sample: Callable[[torch.Tensor], bool]
+    function: object,
+    given: Mapping[str, object],
+    is_sample: Callable[[torch.Tensor], bool],
+    owner: type | None = None,
 ) -> Reader | None:
     """The reader of a backward or of a hook; None if it is not written in python.
 
@@ -118,6 +136,7 @@ def reader_of(
         function: What autograd calls: a function, a method, a partial or an object.
         given: Objects that its code reaches by name, beside its globals and its closure.
         is_sample: True for a tensor that belongs to the recorded sample.
+        owner: The Function whose backward it is; None for a hook.
     """
     roots: dict[str, object] = dict(given)
     while not isinstance(function, types.FunctionType):
@@ -150,7 +169,7 @@ def reader_of(
             position = inner.__code__.co_freevars.index(name)
             getters[name] = functools.partial(_contents, (inner.__closure__ or ())[position])
     kept = {name: get for name, get in getters.items() if get is not None}
-    return Reader(inner.__code__, inner.__globals__, kept)
+    return Reader(inner.__code__, inner.__globals__, kept, owner)
 
 
 def _contents(cell: types.CellType) -> object:
@@ -215,9 +234,10 @@ def keep(name: str, reader: Reader) -> None:
 
 
 def readers_named(name: str) -> tuple[Reader, ...]:
-    """The readers that were kept by a name."""
+    """The readers that were kept by a name, without those of backwards that were replaced."""
     with _lock:
-        return tuple(_readers.get(name, ()))
+        found = tuple(_readers.get(name, ()))
+    return tuple([reader for reader in found if reader.is_current()])
 
 
 def name_of(function: object) -> str:
@@ -321,8 +341,11 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def changed(before: State, now: State) -> str:
-    """The first name whose value is another one, with both; empty if there is none."""
+def changed(before: State, readers: Sequence[Reader]) -> str:
+    """The first name whose value is another one now, with both; empty if there is none."""
+    gone = {number for number, reader in enumerate(readers) if reader.is_gone()}
+    before = {key: fact for key, fact in before.items() if key[0] not in gone}
+    now = {key: fact for key, fact in state(readers).items() if key[0] not in gone}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             values = [_text(s[key]) if key in s else "nothing" for s in (before, now)]

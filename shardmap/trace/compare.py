@@ -127,6 +127,8 @@ def _program_difference(first: Program, second: Program) -> str | None:
         if a.op is not b.op:
             return f"it calls {_name(a)} for one sample where it calls {_name(b)} for another"
         if not _same(a, b):
+            if str(a) == str(b):
+                return f"`{a}` takes other values from python for one sample than for another"
             return f"{_name(a)} is called as `{a}` for one sample and as `{b}` for another"
     if len(first.equations) != len(second.equations):
         longer = max(first.equations, second.equations, key=len)

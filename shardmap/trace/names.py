@@ -17,12 +17,13 @@ from shardmap.trace.watch import BUILTINS, is_trusted, reads_more
 def named_in(code: types.CodeType) -> Names:
     """The names that a code object spells out."""
     globals_, attributes, modules, texts = set(), set(), set(), set()
-    matches = False
+    matches = whole = False
     values: set[str] = set()
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
     for step in dis.get_instructions(code):
         name = step.argval
+        whole |= _reads_whole(step)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
             globals_.add(name)
             chain = (name,)
@@ -52,9 +53,30 @@ def named_in(code: types.CodeType) -> Names:
         frozenset(chains),
         matches,
         frozenset(values),
+        whole,
     )
 
 
+def _reads_whole(step: dis.Instruction) -> bool:
+    """True if a step makes a text of an object, or may compare it with another one."""
+    if step.opname in _TEXTS:
+        return True
+    if step.opname == "COMPARE_OP":
+        return "=" in str(step.argval)
+    if step.opname == "BINARY_OP":
+        return "%" in step.argrepr
+    return step.opname.startswith("LOAD_") and step.argval in _OF_TEXTS
+
+
+_TEXTS = frozenset(
+    "FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC CONVERT_VALUE CONTAINS_OP BINARY_MODULO".split()
+)
+"""Steps that make a text, or look for an equal item."""
+_OF_TEXTS = frozenset(
+    "str repr ascii format print format_map __str__ __repr__ __format__ __eq__ __ne__ eq ne "
+    "index count remove".split()
+)
+"""Names of functions that do."""
 _WITH_ATTRIBUTE = frozenset(
     "LOAD_ATTR LOAD_METHOD STORE_ATTR DELETE_ATTR IMPORT_FROM LOAD_SUPER_ATTR".split()
 )
@@ -76,6 +98,24 @@ class Names:
     """True if it matches patterns of classes, whose `__match_args__` name attributes."""
     values: frozenset[str]
     """Globals that it hands on or keeps, where others are called at once."""
+    whole: bool
+    """True if it may make texts of objects or compare them, which reads all their attributes."""
+
+
+def spelled_out(
+    codes: Iterable[types.CodeType], asked: Set[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of attributes that code may read, and those that the user's code may.
+
+    Args:
+        codes: The code that ran.
+        asked: Names of C functions that it called.
+    """
+    names = [(is_trusted(code.co_filename), named_in(code)) for code in codes]
+    texts = [frozenset(filter(str.isidentifier, n.texts)) for _, n in names]
+    own = [n.attributes | n.texts for trusted, n in names if not trusted]
+    every = frozenset(asked).union(*[n.attributes for _, n in names], *texts)
+    return every, frozenset().union(*own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +126,8 @@ class Reflection:
     """What it reads that cannot be listed at all; empty if there is nothing."""
     dynamic: bool = False
     """True if it reads attributes by names that are made while it runs."""
+    whole: bool = False
+    """True if code of the user's may make texts of objects or compare them."""
 
 
 def lost_code(
@@ -115,7 +157,7 @@ def lost_code(
 
 def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
     """Find out from the code that ran, each with its globals, how it looks at objects."""
-    blame, dynamic = "", False
+    blame, dynamic, whole = "", False, False
     for code, of in codes.items():
         file = code.co_filename
         if is_trusted(file):
@@ -132,7 +174,8 @@ def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
         if hidden:
             blame = blame or f"it reads {min(hidden)} in {code.co_name} ({where})"
         dynamic |= _looks(names)
-    return Reflection(blame, dynamic)
+        whole |= names.whole
+    return Reflection(blame, dynamic, whole)
 
 
 def _looks(names: Names) -> bool:

@@ -1,12 +1,14 @@
 """Record the backward of each `torch.autograd.Function` that outer gradients reach.
 
 Once the function has returned, the backward is run on the sample's saved tensors and a sample
-cotangent, under the same recorder. Its calls are taken out of the recording and become a program
-of their own, in the equation of the Function's application.
+cotangent, under the same recorder and the same watch: what it reads decides what replays do as much
+as what the function reads. Its calls are taken out of the recording and become a program of their
+own, in the equation of the Function's application.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import cast
 
@@ -212,7 +214,9 @@ class _Recorded:
         expected, recorder.expected = recorder.expected, None
         try:
             with torch.enable_grad():
-                wanted = self._wanted(node.apply(*given), inputs)
+                with recorder.watch or contextlib.nullcontext():
+                    returned = node.apply(*given)
+                wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
                 once = self._once([g for _, g in wanted])
                 outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
@@ -377,7 +381,7 @@ class _Recorded:
     def _readers(self) -> str:
         """Keep what reads python state in this backward, by the name that is returned."""
         if isinstance(self.node, HookNode):
-            functions = [hook.function for hook in self.node.hooks]
+            function, functions = None, [hook.function for hook in self.node.hooks]
             name = name_of(functions[0])
             given: dict[str, object] = {}
         else:
@@ -386,8 +390,8 @@ class _Recorded:
                 return ""
             functions, name = [function.backward], name_of(function)
             given = {CONTEXT + key: value for key, value in vars(self.node).items()}
-        for function in functions:
-            reader = reader_of(function, given, self._is_sample)
+        for each in functions:
+            reader = reader_of(each, given, self._is_sample, function)
             if reader is not None:
                 keep(name, reader)
         return name

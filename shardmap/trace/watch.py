@@ -34,7 +34,8 @@ _PACKAGES = tuple(
     if path
 )
 _HANDING_ON = tuple(
-    os.path.join(_OWN, part) for part in ("transforms", "reduce", "call/batch_norms")
+    os.path.join(_OWN, part)
+    for part in ("transforms", "reduce", "call/batch_norms", "trace/histories")
 )
 PROGRAM = "<shardmap program>"
 """The file name of replayed programs: an inner map sets seeds of its own while it draws."""
@@ -65,8 +66,9 @@ def is_trusted(filename: str) -> bool:
 class PythonWatch:
     """The code that ran while it was active in this thread, and the calls into C that it made.
 
-    It is a profile function (`sys.setprofile`), and hands on what it sees to one that was set
-    before. Where a profiler written in C is active, nothing is seen, and `blame` says so.
+    It may be entered again. It is a profile function (`sys.setprofile`), and hands on what it
+    sees to one that was set before. Where a profiler written in C is active, nothing is seen, and
+    `blame` says so.
     """
 
     def __init__(self) -> None:
@@ -104,6 +106,8 @@ class PythonWatch:
             if sys.getprofile() is not self:
                 self.accuse("it sets a profiler of its own")
             sys.setprofile(self._outer)
+            self._turns.clear()  # the call of this method is noted, and its return is not
+            self._ours = False
 
     def __call__(self, frame: types.FrameType, event: str, arg: types.BuiltinFunctionType) -> None:
         """Note one event; called by python.
@@ -329,7 +333,7 @@ _BUILTINS_OF_LIBRARIES = frozenset(
 _PURE = frozenset(
     "math cmath operator _operator itertools functools _functools _collections _bisect _heapq "
     "_struct re _sre copy _typing _stat _string _json binascii zlib _statistics _weakref "
-    "_contextvars unicodedata _decimal scipy.special".split()
+    "_contextvars unicodedata scipy.special".split()
 )
 """Modules of C functions that read nothing but their arguments."""
 _NAMED: dict[str, frozenset[str]] = {
@@ -348,7 +352,9 @@ _OF_FILES = frozenset({"fromfile", "memmap", "_get_extobj_dict", "_make_extobj",
 """Functions of numpy that read files or settings."""
 _QUESTIONS = ("is_", "_is_", "get_", "_get_")
 """Beginnings of the names of functions that return a setting."""
-_OF_TENSORS = frozenset({"is_conj", "is_neg", "is_inference", "_is_view"})
+_OF_TENSORS = frozenset(
+    "is_conj is_neg is_inference _is_view storage_offset untyped_storage _storage".split()
+)
 _STATES_OF_TORCH = frozenset(
     "initial_seed seed get_state get_rng_state memory_stats _cuda_memoryStats cudart "
     "_cuda_getCurrentStream _cuda_getCurrentRawStream from_file load _cuda_mem_get_info".split()
