@@ -412,7 +412,9 @@ class Doors(TorchFunctionMode):
         Their plain tensors take their places while recording.
         """
         if isinstance(value, torch.Tensor):
-            return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
+            if self.recorder.is_outer(value):
+                return self.recorder.peeled(value)
+            return self.recorder.peeled_within(value) if self.recorder.is_inner(value) else value
         if isinstance(value, dict):
             return {k: self._peel(v) for k, v in value.items()}
         if type(value) in (list, tuple):
