@@ -277,6 +277,9 @@ enter_vmap_level = _private(
 add_batch_dim = _private(
     "_C._functorch._add_batch_dim", "containers with a batch dimension of their own (TensorDict)"
 )
+wrap_for_grad = _private(
+    "_C._functorch._wrap_for_grad", "transforms inside a map of an outer transform's tensors"
+)
 leave_vmap_level = _private(
     "_C._functorch._vmap_decrement_nesting", "numbering the levels of transforms inside a map"
 )

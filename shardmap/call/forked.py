@@ -389,9 +389,14 @@ class Forked:
         recording = self.prepared.recording
         lines = [recording.program.equations[at].source for at in recording.asked]
         place = next((line for line in reversed(lines) if line), "a line that is not known")
+        tried, ways = spread.counts.total(), len(spread.counts)
+        gave = (
+            f"{tried} samples that were tried gave {ways} different sequences of answers"
+            if ways > 1
+            else f"the samples that were tried ({tried}) gave one sequence of answers"
+        )
         return (
-            f"{spread.counts.total()} samples that were tried gave {len(spread.counts)} different "
-            f"sequences of answers to what python asks about their values (the last at {place}), "
+            f"{gave} to what python asks about their values (the last at {place}), "
             "and too few alike for a batch of each"
         )
 

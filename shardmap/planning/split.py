@@ -158,9 +158,9 @@ class Split:
             one = memory.chunk_bytes(1)
             if memory.bound:
                 text = (
-                    f"the map needs at least {needed} on {lane.device}, budget {budget} (fixed "
-                    f"{format_bytes(memory.resident_bytes)}, {format_bytes(one)} more for a chunk "
-                    "of one sample)"
+                    f"the map needs at least {needed} on {lane.device}, budget {budget} "
+                    f"({format_bytes(memory.resident_bytes)} stay during the whole run, a chunk of "
+                    f"one sample adds {format_bytes(one)} while it is computed)"
                 )
             else:
                 text = (

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.autograd import graph
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
@@ -152,8 +153,11 @@ class _Saving(_Watched):
         self.unpack = unpack
 
     def __call__(self, tensor: torch.Tensor) -> object:
-        packed = super().__call__(tensor)
-        if getattr(self.function, "__module__", "") != checkpoint.__name__:
+        module = getattr(self.function, "__module__", "")
+        # `save_on_cpu` leaves a tensor of the cpu as it is: with its history it would keep its own
+        # graph alive, which python's collector does not see.
+        packed = super().__call__(tensor.detach() if module == graph.__name__ else tensor)
+        if module != checkpoint.__name__:
             with self.doors:
                 same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
             self.doors.saved_changed = self.doors.saved_changed or not same
@@ -384,7 +388,9 @@ class Doors(TorchFunctionMode):
         Their plain tensors take their places while recording.
         """
         if isinstance(value, torch.Tensor):
-            return self.recorder.peeled(value) if self.recorder.is_outer(value) else value
+            if self.recorder.is_outer(value):
+                return self.recorder.peeled(value)
+            return self.recorder.peeled_within(value) if self.recorder.is_inner(value) else value
         if isinstance(value, dict):
             return {k: self._peel(v) for k, v in value.items()}
         if type(value) in (list, tuple):

@@ -392,16 +392,30 @@ def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
                 "earlier ones wrote; pass a clone"
             )
         address = storage_id(tensor.untyped_storage())
-        others = [t for k, t in enumerate(tensors) if k != number] + [
-            element(t) for t in recording.captured
-        ]
-        if any(storage_id(t.untyped_storage()) == address for t in others):
+        shared = any(
+            storage_id(element(t).untyped_storage()) == address for t in recording.captured
+        ) or any(
+            storage_id(t.untyped_storage()) == address and not _apart(t, tensor)
+            for k, t in enumerate(tensors)
+            if k != number
+        )
+        if shared:
             raise errors.CapturedWriteError(
                 f"{call}: the function writes in place to mapped argument {number}, whose memory "
                 "another argument or a captured "
                 "tensor shares: later "
                 "samples would read what earlier ones wrote; pass clones"
             )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if one of two tensors of one storage ends before the other begins."""
+    (first, end), (other_first, other_end) = (
+        (start, start + span(t.shape, t.stride()) * t.element_size())
+        for t in (a, b)
+        for start in (t.storage_offset() * t.element_size(),)
+    )
+    return end <= other_first or other_end <= first
 
 
 def _may_overlap(tensor: torch.Tensor) -> bool:

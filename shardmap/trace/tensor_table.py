@@ -11,6 +11,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import (
     FakeTensor,
+    add_batch_dim,
     compiler,
     functorch,
     interpreters_aside,
@@ -18,6 +19,7 @@ from shardmap._torch import (
     storage_id,
     storage_of_weak_reference,
     weak_reference,
+    wrap_for_grad,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, SAMPLE_DEVICE, Packed, Param, Spec, Var
 from shardmap.trace.exposed import Exposed
@@ -63,6 +65,8 @@ class Variables:
         """Number of torch.func transforms active around the call; their wrappers are removed while
         recording."""
         self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rewrapped: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Wrappers of transforms inside the function, by address, each with what replaces it."""
         self.paused = False
         self.entries: dict[int, tuple[weakref.ref, Var]] = {}
         self.groups: dict[int, int] = {}
@@ -183,6 +187,35 @@ class Variables:
             functorch.set_inplace_requires_grad_allowed(allowed)
             found = self.wrappers[id(wrapper)] = (wrapper, plain)
         return found[1]
+
+    def peeled_within(self, wrapper: torch.Tensor) -> torch.Tensor:
+        """A wrapper of a transform inside the function, with what it holds peeled.
+
+        `torch.func.grad` inside wraps a shared tensor of an outer transform as it finds it; the
+        levels of outer transforms that take part in the recording know no such tensor.
+        """
+        known = self.rewrapped.get(id(wrapper))
+        if known is not None:
+            return known[1]
+        inner, level = functorch.get_unwrapped(wrapper), functorch.maybe_get_level(wrapper)
+        if self.is_outer(inner):
+            held = self.peeled(inner)
+        elif self.is_inner(inner):
+            held = self.peeled_within(inner)
+        else:
+            return wrapper
+        if held is inner:
+            return wrapper
+        if functorch.is_batchedtensor(wrapper):
+            again = add_batch_dim(held, functorch.maybe_get_bdim(wrapper), level)
+        else:
+            again = wrap_for_grad(held, level)
+        self.rewrapped[id(wrapper)] = (wrapper, again)
+        return again
+
+    def is_inner(self, tensor: torch.Tensor) -> bool:
+        """True if `tensor` belongs to a `torch.func` transform inside the function."""
+        return functorch.maybe_get_level(tensor) > self.depth
 
     def is_outer(self, tensor: torch.Tensor) -> bool:
         """True if `tensor` belongs to a `torch.func` transform around the call."""

@@ -57,3 +57,20 @@ def test_saved_tensors_on_the_cpu_and_checkpoints_pass() -> None:
         (got,) = torch.autograd.grad(shardmap.vmap(function)(x).sum(), weight)
         (want,) = torch.autograd.grad(torch.stack([function(r) for r in x]).sum(), weight)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"trace": "once"}, {"trace": "each"}])
+def test_results_that_are_offloaded_are_not_taken_for_kept_ones(options: dict) -> None:
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return (r.exp() * r).tanh()
+
+    want = torch.stack([function(r) for r in x])
+    (gradient,) = torch.autograd.grad(want.sum(), x)
+    mapped = shardmap.vmap(function, **options)
+    for _ in range(4):
+        got = mapped(x)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], gradient)
