@@ -27,6 +27,22 @@ def detach_and_no_grad(k: Kit) -> Run:
 
 
 @case()
+def shape_changed_in_place_without_grad(k: Kit) -> Run:
+    """The tensor keeps its history, and may be written afterwards."""
+    x = k.x(3, grad=True)
+
+    def function(a: torch.Tensor) -> Any:
+        b, c = a * 2, a.exp()
+        with torch.no_grad():
+            b.unsqueeze_(0)
+            c.unsqueeze_(0)
+        c[c > 1] = 0.25
+        return b @ b.mT, c**2
+
+    return lambda vmap: vmap(function)(x)
+
+
+@case()
 def straight_through_estimator(k: Kit) -> Run:
     x = k.x(4, grad=True)
     return lambda vmap: vmap(lambda a: (a.round() - a).detach() + a.tanh())(x)

@@ -389,15 +389,13 @@ class Forked:
         recording = self.prepared.recording
         lines = [recording.program.equations[at].source for at in recording.asked]
         place = next((line for line in reversed(lines) if line), "a line that is not known")
-        tried, ways = spread.counts.total(), len(spread.counts)
-        gave = (
-            f"{tried} samples that were tried gave {ways} different sequences of answers"
-            if ways > 1
-            else f"the samples that were tried ({tried}) gave one sequence of answers"
-        )
+        tried = spread.counts.total()
+        asked = f"to what python asks about their values (the last at {place})"
+        if tried == 1:
+            return f"one sample was tried, and gave answers {asked} that no other is known to give"
         return (
-            f"{gave} to what python asks about their values (the last at {place}), "
-            "and too few alike for a batch of each"
+            f"{tried} samples that were tried gave {len(spread.counts)} different sequences of "
+            f"answers {asked}, and too few alike for a batch of each"
         )
 
     def _draws(self) -> errors.VariesError:

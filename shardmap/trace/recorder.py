@@ -233,9 +233,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
     ) -> Any:
         """Record an in-place change of shape or strides (`t_`, `squeeze_` and the like) as a view.
 
-        From now on the tensor has the variable of the view. No view is made here, so that of a
-        tensor without grad the replay makes it in grad mode: one made under no_grad may not be
-        written later.
+        From now on the tensor has the variable of the view. No view is made here, so the replay
+        makes it in grad mode: the tensor keeps its history, and may be written later.
         """
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, False) for a in args])
@@ -246,8 +245,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         assert not mapped or var.group in self.mapped_groups, (
             f"{func} left the memory of its argument"
         )
-        grad_mode = torch.is_grad_enabled() or not args[0].requires_grad
-        self._append(Equation(functional, encoded, named, (var,), tuple(flags), grad_mode))
+        self._append(Equation(functional, encoded, named, (var,), tuple(flags), True))
         return out
 
     def _record(
