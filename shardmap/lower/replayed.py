@@ -143,7 +143,8 @@ def _varies(op: Any, expected: Any, answer: Any, call: str) -> errors.VariesErro
     return errors.VariesError(
         f"{call}: python asked for the value of a tensor that differs by sample "
         f"({schema_of(op).name}), and it is {expected} for the first sample but {other} for a "
-        "later one; use torch.where, masks or comparisons that return tensors"
+        "later one; use torch.where, masks or comparisons that return tensors, or, in a backward "
+        "or a hook, take the gradient inside the function"
     )
 
 
