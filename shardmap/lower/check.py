@@ -359,7 +359,7 @@ def _as_executed(
         try:
             got = _executed(found, tried, memory)
         except RuntimeError as error:
-            if fixes is plainer[-1]:
+            if fixes is plainer[-1] or isinstance(error, torch.OutOfMemoryError):
                 raise
             logger.warning(
                 "%s: the whole program raised %s where its calls one by one did not; it is made "

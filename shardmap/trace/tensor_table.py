@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -390,7 +390,7 @@ class Variables:
         if group not in self.groups_of_zeros:
             self.exposed.add(group, tensor, door, captured)
 
-    def refuse_unseen_write(self, tensor: torch.Tensor, door: str, remedy: str) -> None:
+    def refuse_unseen_write(self, tensor: torch.Tensor, door: str, remedy: str) -> NoReturn:
         """Refuse that python writes to a tensor without an operator."""
         group = self.groups.get(storage_id(tensor.untyped_storage()))
         if group is None or group in self.captured_groups:
