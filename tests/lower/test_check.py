@@ -215,3 +215,23 @@ def test_memory_that_is_not_written_is_seen(way: str) -> None:
             assert memory.shape == zeros.shape
             for row in range(2):
                 assert not torch.equal(check.thinned(memory)[row], check.thinned(zeros)[row])
+
+
+def test_a_whole_program_that_raises_is_made_plainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is simplified between calls may fail where the calls one by one do not."""
+    executed, tried = check._executed, []
+
+    def failing(found: check.Verified, *rest: Any) -> Any:
+        tried.append(found.fixes.separate)
+        if not found.fixes.separate:
+            raise RuntimeError("a view of a result with another layout")
+        return executed(found, *rest)
+
+    def function(t: torch.Tensor) -> torch.Tensor:
+        return -(t * 3).sin() + t.exp()  # a difference, if it is simplified
+
+    shardmap.clear_caches()
+    monkeypatch.setattr(check, "_executed", failing)
+    want = torch.stack([function(t) for t in x])
+    assert torch.allclose(shardmap.vmap(function)(x), want)
+    assert False in tried
