@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence, Set
 import numpy as np
 import torch
 
-from shardmap._torch import is_view
+from shardmap._torch import functorch, is_view
 
 ABSENT = object()
 """What a look-up returns if there is nothing."""
@@ -149,6 +149,8 @@ def states_of(look: Getter, names: Set[str]) -> Getter:
     def found(parts: Sequence[object]) -> object:
         tensor = look(parts)
         if not isinstance(tensor, torch.Tensor):
+            return ABSENT
+        if functorch.is_functorch_wrapped_tensor(tensor):  # one that a transform has left behind
             return ABSENT
         return " ".join([str(ask(tensor)) for ask in asked])
 

@@ -37,6 +37,7 @@ _HANDING_ON = tuple(
     os.path.join(_OWN, part)
     for part in ("transforms", "reduce", "call/batch_norms", "trace/histories")
 )
+_IMPORTS = "<frozen importlib._bootstrap>"
 PROGRAM = "<shardmap program>"
 """The file name of replayed programs: an inner map sets seeds of its own while it draws."""
 _STDLIB = os.path.join(sysconfig.get_path("stdlib"), "")
@@ -89,6 +90,7 @@ class PythonWatch:
         """Frames at which the code turned from the user's to shardmap's (True), or back."""
         self._ours = False
         self._collecting: types.FrameType | None = None
+        """The frame of a garbage collection, a finaliser or an import, which is not watched."""
         self._outer: Callable[..., object] | None = None
         self._active = False
 
@@ -137,6 +139,9 @@ class PythonWatch:
                 self._ours = True
                 return
             if code not in self.codes:
+                if code.co_name == "_find_and_load" and code.co_filename == _IMPORTS:
+                    self._collecting = frame  # runs once: what it leaves is read by name
+                    return
                 if code.co_filename == "<string>" and _is_of_ours(frame):
                     return
                 self.codes[code] = frame.f_globals
