@@ -13,16 +13,18 @@ from shardmap._torch import not_compiled
 from shardmap.call import arguments as edges
 from shardmap.call import outputs as out_edges
 from shardmap.call import ragged as groups
-from shardmap.call.automatic import NOT_DIRECT, Automatic
+from shardmap.call.automatic import Automatic
 from shardmap.call.batch_norms import served
 from shardmap.call.comparison import Comparison, compare_by_shape
 from shardmap.call.comparison import compare as comparison
+from shardmap.call.direct import NOT_DIRECT
 from shardmap.call.execute import Call, run_map
 from shardmap.call.first_use import FirstUse
 from shardmap.call.gram_passes import compared
 from shardmap.call.job import names_of, split_of
 from shardmap.call.keepable import explained
-from shardmap.call.memo import Memory, Prepared
+from shardmap.call.memo import Prepared
+from shardmap.call.once import Once
 from shardmap.call.options import Options
 from shardmap.call.planned import Plan
 from shardmap.call.surroundings import surroundings
@@ -158,26 +160,26 @@ def vmap(
     options.refuse_wrong(func)
     func = served(func, batch_norm)
     of_sample = joint.composed(func, reduce, call) if joined else func
-    memory = Memory(of_sample, call) if trace == "once" else None
-    automatic = Automatic(of_sample, options) if trace == "auto" else None
+    once = Once(of_sample, options) if trace == "once" else None
+    kept = once or (Automatic(of_sample, options) if trace == "auto" else None)
 
     @not_compiled
     @functools.wraps(func, updated=())
     def mapped(*args: object, **kwargs: object) -> Any:
-        if automatic is not None and not joined:
-            result = automatic.directly(args, kwargs)
+        if kept is not None and not joined:
+            result = kept.directly(args, kwargs)
             if result is not NOT_DIRECT:
                 return result
-        with thread_state_kept() as kept, kept.twice:
+        with thread_state_kept() as restored, restored.twice:
             return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         args, kwargs, is_ragged = groups.given(args, kwargs, options)
         if is_ragged:
-            result = run_by_shape(of_sample, args, kwargs, options, memory)
+            result = run_by_shape(of_sample, args, kwargs, options, once and once.memory)
         else:
             batch = edges.collect(args, kwargs, in_dims, kw_in_dims, call)
-            recordings = memory if automatic is None else automatic.of_call(args, kwargs)
+            recordings = kept and kept.of_call(args, kwargs)
             result = run_map(of_sample, batch, options, recordings)
         return joint.finished(reduce, result, call) if joined and out is None else result
 

@@ -207,3 +207,26 @@ def test_what_a_rule_may_return() -> None:
     got = shardmap.vmap(f)(x)
     for mine, theirs in zip(got, (x * 2, x + 1, x * 2), strict=True):
         oracle.assert_same(mine, theirs, "output")
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_a_rule_that_comes_later_is_used_by_replays(trace: str) -> None:
+    by = torch.tensor(3.0)
+    mapped = shardmap.vmap(lambda t: scale(t, by), trace=trace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", shardmap.SlowLoopWarning)
+        for seed in range(5):
+            rows = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(mapped(rows), rows * by)
+    seen = []
+
+    @shardmap.batching_rule(OP)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(args[0].mapped)
+        spec = eq.outs[0].spec
+        return b.call(lambda t, by: t * by, *args, shape=spec.shape, dtype=spec.dtype)
+
+    for seed in range(3):
+        rows = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(mapped(rows), rows * by)
+    assert seen == [True]

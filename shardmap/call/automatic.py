@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap import errors
-from shardmap.call.direct import Direct, direct_of, form_of
+from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
 from shardmap.call.guards import Guards
 from shardmap.call.keepable import (
     hold_known,
@@ -31,8 +30,9 @@ from shardmap.call.keepable import (
     shared_arguments,
     why_not,
 )
-from shardmap.call.memo import Prepared, Remembered, signature
+from shardmap.call.memo import Prepared, Remembered, are_leaves_of, signature
 from shardmap.call.options import Options
+from shardmap.call.reachable import History
 from shardmap.call.reads import Walk
 from shardmap.call.root import Root
 from shardmap.call.routes import taken
@@ -125,7 +125,8 @@ _cleared = 0
 """How often the recordings have been dropped."""
 
 
-def _state() -> tuple[int, int]:
+def state() -> tuple[int, int]:
+    """The state of the caches and of the rules."""
     return _cleared, registry.version()
 
 
@@ -153,7 +154,7 @@ Replay = Callable[[Prepared, Batch], Sequence[torch.Tensor]]
 On = Callable[[int], Recording | None]
 
 
-class Automatic:
+class Automatic(History):
     """The recordings of a mapped function, found by its code and by what it closes over.
 
     Args:
@@ -177,7 +178,7 @@ class Automatic:
         kept = self.last
         if kept is None or not kept.confirmed or kept.replays + 1 == kept.again or kept.rows:
             return NOT_DIRECT
-        if kept.of != _state():
+        if kept.of != state():
             return NOT_DIRECT
         direct = kept.direct
         if direct is None or (found := form_of(args, kwargs)) is None:
@@ -197,7 +198,7 @@ class Automatic:
         try:
             if direct.bare:
                 return direct.run(leaves, captured)
-            with thread_state_kept() as state, state.twice:
+            with thread_state_kept() as restored, restored.twice:
                 return direct.run(leaves, captured)
         except errors.StaleRecordingError:  # a question about a value has another answer
             kept.direct = None
@@ -423,11 +424,11 @@ class OneCall:
         if kept is None or (found := form_of(*self._arguments)) is None:
             return
         form, leaves = found
-        if kept.direct is not None and kept.direct.form == form and kept.of == _state():
+        if kept.direct is not None and kept.direct.form == form and kept.of == state():
             return
-        if len(leaves) != len(batch.leaves) or not all(map(operator.is_, leaves, batch.leaves)):
-            return  # containers that are opened in another way
-        kept.of = _state()
+        if not are_leaves_of(batch, leaves):
+            return
+        kept.of = state()
         job = whole_job()
         kept.direct = job and direct_of(prepared, batch, self._of.options, job, form)
 
@@ -438,7 +439,5 @@ class OneCall:
         self._before = None
 
 
-NOT_DIRECT = object()
-"""Returned for a call that is not like the last one."""
 _CHANGES = 4
 """Number of calls in a row that find another state before a function is recorded each time."""

@@ -37,6 +37,9 @@ from shardmap.run.gather import placed
 from shardmap.run.prepare import Devices, Ready
 from shardmap.trace.batch import Batch, recorded_part, unflatten_outputs
 
+NOT_DIRECT = object()
+"""Returned for a call that is not like the last one."""
+
 
 def form_of(
     arguments: Sequence[object], named: Mapping[str, object]

@@ -28,6 +28,7 @@ from shardmap.call.into_store import into_store, refuse_store
 from shardmap.call.job import has_tangents, job_of, names_of, seeds_of, with_expected
 from shardmap.call.memo import Memory, Prepared
 from shardmap.call.nested import Nested, Run, Unsplit
+from shardmap.call.once import OnceCall
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, of_call
@@ -44,12 +45,12 @@ from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.saved_hooks import are_saved_hooks_around
 from shardmap.trace.traced import traced_recording
 
+Kept = Memory | ShapesOfCall | OnceCall
+Recordings = Kept | OneCall
+
 
 def run_map(
-    func: Callable[..., Any],
-    batch: Batch,
-    options: Options,
-    memory: Memory | ShapesOfCall | OneCall | None,
+    func: Callable[..., Any], batch: Batch, options: Options, memory: Recordings | None
 ) -> Any:
     """Run one call of a mapped function, and return its results.
 
@@ -64,7 +65,7 @@ def run_map(
     if memory is not None and call is not None:
         with contextlib.suppress(errors.StaleRecordingError):
             result = call.run()
-            if isinstance(memory, OneCall):
+            if isinstance(memory, OneCall | OnceCall):
                 memory.replayed(call.prepared, batch, call.whole_job)
             return result
         memory.forget(batch)
@@ -76,7 +77,7 @@ def recalled(
     batch: Batch,
     options: Options,
     around: Surroundings,
-    memory: Memory | ShapesOfCall | OneCall | None,
+    memory: Recordings | None,
 ) -> Call | None:
     """The call with a recording of an earlier one; None if none serves it."""
     if memory is None or not around.comparable:
@@ -95,11 +96,11 @@ def recorded(
     batch: Batch,
     options: Options,
     around: Surroundings,
-    memory: Memory | ShapesOfCall | OneCall | None,
+    memory: Recordings | None,
 ) -> Call:
     """The call, recorded now."""
     memory = memory if around.comparable else None
-    once, watch = isinstance(memory, Memory | ShapesOfCall), memory and memory.watch(batch)
+    once, watch = isinstance(memory, Kept), memory and memory.watch(batch)
     how = options.randomness, once, options.call
     pair = record(func, batch, *how, look=options.check == "always", watch=watch)
     use = FirstUse(func, batch, pair, options, once)
@@ -107,7 +108,7 @@ def recorded(
     recording, structure = use.first()
     recording = traced_recording(recording, options.call) if around.traced else recording
     prepared = Prepared(recording, structure)
-    if isinstance(memory, Memory | ShapesOfCall):
+    if isinstance(memory, Kept):
         memory.keep(batch, prepared)
     elif memory is not None and not varies:
         alone = options.alone(), around, None
@@ -254,8 +255,8 @@ class Call:
 
     def whole_job(self) -> Job | None:
         """The job if all samples go one way, as far as is known."""
-        forks = self.use is not None and self.use.verdict().forks
-        return None if forks else self.job()
+        verdict = self.use and self.use.verdict()
+        return None if verdict and (verdict.forks or verdict.varies) else self.job()
 
     def names(self, job: Job) -> tuple[str, ...]:
         """The devices on which a new lowering is tried; for a cluster, that of the samples."""

@@ -24,13 +24,20 @@ import numpy as np
 import torch
 
 from shardmap._torch import OpOverload
-from shardmap.call.memo import Memory, Prepared
-from shardmap.call.reachable import VALUES, is_library, is_library_module, slots_of, user_classes
+from shardmap.call.memo import Prepared
+from shardmap.call.reachable import (
+    VALUES,
+    History,
+    is_library,
+    is_library_module,
+    slots_of,
+    user_classes,
+)
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.trace.recording import Recording, element
 
 _HISTORY = (
-    Memory,
+    History,
     ShapesOfCall,
     torch.Generator,
     np.random.Generator,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from shardmap._torch import OpOverload
-from shardmap.call.reachable import VALUES
+from shardmap.call.reachable import VALUES, History
 from shardmap.trace.watch import BUILTINS, is_trusted
 
 MOST = 50_000
@@ -51,7 +51,7 @@ INERT = (
     types.ClassMethodDescriptorType, types.CodeType, np.ufunc, np.dtype, np.generic, OpOverload,
     types.GenericAlias, types.UnionType, contextvars.ContextVar,
     type(threading.Lock()), type(threading.RLock()), torch.layout, torch.memory_format, torch.finfo,
-    torch.iinfo, type(vars(collections.namedtuple("_", "field"))["field"]),
+    torch.iinfo, History, type(vars(collections.namedtuple("_", "field"))["field"]),
 )  # fmt: skip
 """Types without a state that changes."""
 NEVER_WEAK = (
@@ -65,18 +65,6 @@ OF_CLASSES = frozenset(
     "__slots__ __firstlineno__ __static_attributes__".split()
 )
 """Attributes that a class gets when it is made."""
-
-
-_CACHES = {torch.nn.RNNBase: frozenset(("_flat_weights", "_flat_weight_refs"))}
-
-
-def caches_of(kind: type) -> frozenset[str]:
-    """Attributes in which objects of a class of torch keep what they derive from others.
-
-    They are derived anew when they no longer fit, so they decide nothing: a recurrent layer whose
-    weights were replaced for a moment (`functional_call`) has other lists of them afterwards.
-    """
-    return frozenset().union(*[names for base, names in _CACHES.items() if issubclass(kind, base)])
 
 
 def is_users(value: Any, kind: type) -> bool:

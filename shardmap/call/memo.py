@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from shardmap._torch import (
     pytree,
     storage_id,
 )
-from shardmap.call.reachable import VALUES, Unknown, reachable, same
+from shardmap.call.reachable import VALUES, History, Unknown, reachable, same
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
@@ -68,14 +69,21 @@ class Remembered:
         """The recording with the unmapped arguments of this call."""
         if not self.arguments:
             return self.prepared
-        captured = list(self.prepared.recording.captured)
-        for position, leaf in self.arguments.items():
-            captured[position] = batch.leaves[leaf]
-        recording = dataclasses.replace(self.prepared.recording, captured=tuple(captured))
+        captured = self.captured(batch.leaves)
+        recording = dataclasses.replace(self.prepared.recording, captured=captured)
         return dataclasses.replace(self.prepared, recording=recording)
 
+    def captured(self, leaves: Sequence[object]) -> tuple[torch.Tensor, ...]:
+        """The captured tensors, with the unmapped ones among the leaves of a call's arguments."""
+        captured = list(self.prepared.recording.captured)
+        for position, leaf in self.arguments.items():
+            tensor = leaves[leaf]
+            assert isinstance(tensor, torch.Tensor)
+            captured[position] = tensor
+        return tuple(captured)
 
-class Memory:
+
+class Memory(History):
     """The recordings of one mapped function, by signature."""
 
     most = 64
@@ -178,6 +186,11 @@ class Memory:
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""
         self.kept.pop(signature(batch), None)
+
+
+def are_leaves_of(batch: Batch, leaves: Sequence[object]) -> bool:
+    """True if a call's arguments were opened to these leaves: some containers open otherwise."""
+    return len(leaves) == len(batch.leaves) and all(map(operator.is_, leaves, batch.leaves))
 
 
 def signature(batch: Batch) -> Hashable:

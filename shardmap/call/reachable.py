@@ -76,6 +76,15 @@ _LIMIT = 200_000
 """Largest number of listed objects."""
 
 
+class History:
+    """What a map keeps of its calls. It decides nothing, so it is not among what functions read.
+
+    The map's function and options are read all the same: the map closes over them too.
+    """
+
+    __slots__ = ()
+
+
 class Snapshot(tuple[Any, ...]):
     """Facts about an object that can change while it stays the same object."""
 
@@ -152,7 +161,7 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
             if part:
                 _walk(part, found, seen, names)
         return
-    if id(value) in seen:
+    if id(value) in seen or isinstance(value, History):
         return
     seen.add(id(value))
     if type(value) in _CONTAINERS and not value:
@@ -246,7 +255,10 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
     _walk(kind, found, seen, names)
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict) and attributes:
+        caches = caches_of(kind) - names
         for key, item in attributes.items():
+            if key in caches:
+                continue
             found.append(key)
             if type(item) in _COMMON:
                 found.append(item)
@@ -255,6 +267,19 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
     for slot in slots_of(kind):
         if hasattr(value, slot):
             _walk(getattr(value, slot), found, seen, names)
+
+
+_CACHES = {torch.nn.RNNBase: frozenset(("_flat_weights", "_flat_weight_refs"))}
+
+
+@functools.lru_cache(maxsize=4096)
+def caches_of(kind: type) -> frozenset[str]:
+    """Attributes in which objects of a class of torch keep what they derive from others.
+
+    They are derived anew when they no longer fit, so they decide nothing: a recurrent layer whose
+    weights were replaced for a moment (`functional_call`) has other lists of them afterwards.
+    """
+    return frozenset().union(*[names for base, names in _CACHES.items() if issubclass(kind, base)])
 
 
 @functools.lru_cache(maxsize=4096)

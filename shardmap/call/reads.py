@@ -34,7 +34,6 @@ from shardmap.call.kinds import (
     OF_CLASSES,
     SIMPLE,
     builtins_of,
-    caches_of,
     code_of,
     file_of,
     has_run,
@@ -63,7 +62,7 @@ from shardmap.call.lookups import (
     variable,
     weakly,
 )
-from shardmap.call.reachable import VALUES, slots_of
+from shardmap.call.reachable import VALUES, caches_of, slots_of
 from shardmap.call.root import Root
 from shardmap.trace.names import lost_code, named_in, reflection, spelled_out
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
@@ -422,12 +421,14 @@ class Walk:
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
             entries = self._entries(attributes, where)
+            caches = caches_of(kind) - self._of_modules
             if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
                 entries.keys = tuple(attributes)
-                for name in list(attributes):
-                    self._hold(attributes, name, where)
+                for name in entries.keys:
+                    if name not in caches:
+                        self._hold(attributes, name, where)
             else:
-                names = self._names - (caches_of(kind) - self._of_modules)
+                names = self._names - caches
                 read = names & attributes.keys()
                 entries.absent |= names - read
                 for name in read:

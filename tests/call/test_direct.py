@@ -16,11 +16,17 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap.call import direct
+from shardmap.call.fingerprint import fingerprint
 from tests.call.runs import counting
 
 SHARED = torch.linspace(-1, 1, 4)
 MODEL = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 LSTM, CELL = nn.LSTM(4, 3), nn.GRUCell(4, 3)
+
+
+@pytest.fixture(params=["auto", "once"])
+def trace(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -105,11 +111,13 @@ NESTED: dict[str, tuple[Callable[..., Any], Callable[[int], Any], Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_nested_arguments_are_replayed_directly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_arguments_are_replayed_directly(
+    name: str, monkeypatch: pytest.MonkeyPatch, trace: str
+) -> None:
     function, arguments, dims, kw_dims = NESTED[name]
     if dims is None:
         dims = ({key: None for key in detached()}, 0)
-    mapped = shardmap.vmap(function, in_dims=dims, kw_in_dims=kw_dims or None)
+    mapped = shardmap.vmap(function, in_dims=dims, kw_in_dims=kw_dims or None, trace=trace)
     ran = []
     run = direct.Direct.run
     monkeypatch.setattr(direct.Direct, "run", lambda *a: ran.append(1) or run(*a))
@@ -122,12 +130,12 @@ def test_nested_arguments_are_replayed_directly(name: str, monkeypatch: pytest.M
     assert len(ran) >= 3
 
 
-def test_another_structure_or_number_is_no_direct_replay() -> None:
+def test_another_structure_or_number_is_no_direct_replay(trace: str) -> None:
     def function(d: dict[str, Any], scale: float) -> Tensor:
         x, y = d.values()
         return x * scale - y
 
-    mapped = shardmap.vmap(function, in_dims=(0, None))
+    mapped = shardmap.vmap(function, in_dims=(0, None), trace=trace)
     for _ in range(6):
         a, b = rows(0), rows(1)
         assert torch.equal(mapped({"a": a, "b": b}, 2.0), a * 2 - b)
@@ -141,9 +149,9 @@ def test_another_structure_or_number_is_no_direct_replay() -> None:
     assert torch.equal(got, torch.full_like(a, 2.0))
 
 
-def test_an_ensemble_is_replayed_directly() -> None:
+def test_an_ensemble_is_replayed_directly(trace: str) -> None:
     member, (weights, buffers, x) = ensemble()
-    mapped = shardmap.vmap(member, in_dims=(0, 0, None))
+    mapped = shardmap.vmap(member, in_dims=(0, 0, None), trace=trace)
     for seed in range(6):
         weights = {k: t + 0.1 * seed for k, t in weights.items()}
         x = torch.randn(2, 4)
@@ -169,9 +177,9 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_a_question_that_all_answer_alike_needs_no_recording(name: str) -> None:
+def test_a_question_that_all_answer_alike_needs_no_recording(name: str, trace: str) -> None:
     function = DISTRIBUTIONS[name]
-    mapped = shardmap.vmap(function)
+    mapped = shardmap.vmap(function, trace=trace)
     with torch.no_grad():
         for seed in range(7):
             x = rows(seed)
@@ -181,8 +189,8 @@ def test_a_question_that_all_answer_alike_needs_no_recording(name: str) -> None:
     assert calls() == 0
 
 
-def test_an_error_of_a_later_call_is_the_loops() -> None:
-    mapped = shardmap.vmap(DISTRIBUTIONS["normal"])
+def test_an_error_of_a_later_call_is_the_loops(trace: str) -> None:
+    mapped = shardmap.vmap(DISTRIBUTIONS["normal"], trace=trace)
     for seed in range(6):
         mapped(rows(seed))
     bad = rows(6)
@@ -194,8 +202,8 @@ def test_an_error_of_a_later_call_is_the_loops() -> None:
     torch.testing.assert_close(mapped(x), want)
 
 
-def test_a_singular_matrix_of_a_later_call_is_the_loops_error() -> None:
-    mapped = shardmap.vmap(lambda m: torch.linalg.inv(m))
+def test_a_singular_matrix_of_a_later_call_is_the_loops_error(trace: str) -> None:
+    mapped = shardmap.vmap(lambda m: torch.linalg.inv(m), trace=trace)
     for seed in range(6):
         m = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(mapped(m), torch.linalg.inv(m))
@@ -205,14 +213,14 @@ def test_a_singular_matrix_of_a_later_call_is_the_loops_error() -> None:
 
 
 @pytest.mark.parametrize("ways", ["one", "two", "in turn", "now and then"])
-def test_branches_of_later_calls(ways: str) -> None:
+def test_branches_of_later_calls(ways: str, trace: str) -> None:
     """Samples that leave the recorded path are served by theirs, as at the first call."""
     scale = [2.0, 3.0]
 
     def function(r: Tensor) -> Tensor:
         return r.sin() * scale[0] if r.sum() > 0 else r.exp() * scale[1]
 
-    mapped = shardmap.vmap(function)
+    mapped = shardmap.vmap(function, trace=trace)
     for seed in range(20):
         x = rows(seed, 7)
         sign = x.sum(1, keepdim=True).sign()
@@ -225,7 +233,7 @@ def test_branches_of_later_calls(ways: str) -> None:
         torch.testing.assert_close(mapped(x), torch.stack([function(r) for r in x]))
 
 
-def test_gradients_from_outside_are_the_loops() -> None:
+def test_gradients_from_outside_are_the_loops(trace: str) -> None:
     """A few steps of training, by maps that are replayed directly and by the loop."""
     weight = torch.randn(4, requires_grad=True)
     twin = weight.detach().clone().requires_grad_()
@@ -235,7 +243,7 @@ def test_gradients_from_outside_are_the_loops() -> None:
             scale = (r * w).sum().sin()
         return (r * w).tanh().sum() * scale, w.detach() * r
 
-    mapped = shardmap.vmap(lambda r: function(r, weight))
+    mapped = shardmap.vmap(lambda r: function(r, weight), trace=trace)
     for seed in range(8):
         x = rows(seed).requires_grad_(seed % 3 == 0)
         found = mapped(x)
@@ -253,7 +261,7 @@ def test_gradients_from_outside_are_the_loops() -> None:
             twin -= 0.1 * expected[0]
 
 
-def test_draws_are_those_of_a_recording_at_each_call() -> None:
+def test_draws_are_those_of_a_recording_at_each_call(trace: str) -> None:
     generator = torch.Generator()
 
     def function(r: Tensor) -> Tensor:
@@ -261,7 +269,7 @@ def test_draws_are_those_of_a_recording_at_each_call() -> None:
         return nn.functional.dropout(r * 2 + torch.rand(4), 0.4) + noise
 
     each = shardmap.vmap(function, randomness="different", trace="each")
-    mapped = shardmap.vmap(function, randomness="different")
+    mapped = shardmap.vmap(function, randomness="different", trace=trace)
     for seed in range(8):
         found = []
         for f in (each, mapped):
@@ -283,10 +291,10 @@ KEEPING: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", KEEPING)
-def test_nothing_of_a_call_is_kept_alive(name: str, grad: bool) -> None:
+def test_nothing_of_a_call_is_kept_alive(name: str, grad: bool, trace: str) -> None:
     def calls() -> list[weakref.ref[Tensor]]:
         weight, x = torch.rand(4, requires_grad=grad), rows(0)
-        mapped = shardmap.vmap(KEEPING[name](weight), randomness="different")
+        mapped = shardmap.vmap(KEEPING[name](weight), randomness="different", trace=trace)
         for _ in range(8):
             found = mapped(x)
         return [weakref.ref(t) for t in (weight, x, found)]
@@ -333,3 +341,46 @@ def test_a_function_that_reads_the_list_of_weights_follows_it() -> None:
         layer._flat_weights[2] = torch.full((3,), float(seed))
         x = rows(seed)
         torch.testing.assert_close(mapped(x), x[:, :3] * seed)
+
+
+def test_a_map_inside_that_is_used_between_calls_is_replayed(trace: str) -> None:
+    """What maps remember of their calls is not among what functions read."""
+    inner = {mode: shardmap.vmap(torch.sin, trace=mode) for mode in ("auto", "once")}
+
+    def function(r: Tensor) -> Tensor:
+        return inner["auto"](r) * inner["once"](r)
+
+    mapped = shardmap.vmap(function, trace=trace)
+    for seed in range(6):
+        x = rows(seed)
+        with counting(function) as calls:
+            torch.testing.assert_close(mapped(x), x.sin() ** 2)
+        for each in inner.values():
+            each(x[0])
+            each(x)
+    assert calls() == 0
+
+
+def test_a_map_inside_is_known_by_what_it_does() -> None:
+    """A store of it is resumed after the map has been called elsewhere."""
+    inner = shardmap.vmap(torch.sin)
+    known = fingerprint(inner)
+    for seed in range(5):
+        inner(rows(seed))
+        assert fingerprint(inner) == known
+    assert fingerprint(shardmap.vmap(torch.cos)) != known
+
+
+def test_once_compares_what_is_read_before_a_direct_replay() -> None:
+    settings = {"scale": 2.0}
+    fixed = torch.ones(4)
+
+    def function(r: Tensor, w: Tensor) -> Tensor:
+        return r * w * settings["scale"] + fixed
+
+    mapped = shardmap.vmap(function, in_dims=(0, None), trace="once")
+    for seed in range(8):
+        settings["scale"] += seed == 4
+        x, w = rows(seed), rows(seed)[0] if seed % 3 else fixed
+        torch.testing.assert_close(mapped(x, w), torch.stack([function(r, w) for r in x]))
+        torch.testing.assert_close(mapped(x, w), torch.stack([function(r, w) for r in x]))

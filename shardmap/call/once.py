@@ -1,0 +1,128 @@
+"""`trace="once"`: the calls of one map that keeps its recordings itself.
+
+What the function can reach is compared at each call (`memo`). A call whose arguments have the same
+properties as the last one's is then replayed directly, without a plan (`direct`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from shardmap import errors
+from shardmap.call.automatic import state
+from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
+from shardmap.call.memo import Memory, Prepared, Remembered, are_leaves_of, signature
+from shardmap.call.options import Options
+from shardmap.call.reachable import History, reachable, same
+from shardmap.run.base import Job
+from shardmap.trace.batch import Batch
+from shardmap.trace.thread_state import thread_state_kept
+from shardmap.trace.watch import PythonWatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The last replay, and what it stands on."""
+
+    direct: Direct
+    remembered: Remembered
+    signature: Hashable
+    """The key under which `remembered` is kept."""
+    of: tuple[int, int]
+    """The state of the caches and of the rules that it was made in."""
+
+
+class Once(History):
+    """The recordings of a mapped function.
+
+    Args:
+        func: The user's function.
+        options: The call's options.
+    """
+
+    def __init__(self, func: Callable[..., object], options: Options):
+        self.func = func
+        self.options = options
+        self.memory = Memory(func, options.call)
+        self.last: _Last | None = None
+
+    def directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """The results of a call that is like the last one, or `NOT_DIRECT`."""
+        last = self.last
+        if last is None or last.of != state() or (found := form_of(args, kwargs)) is None:
+            return NOT_DIRECT
+        form, leaves = found
+        remembered, direct = last.remembered, last.direct
+        if form != direct.form or self.memory.kept.get(last.signature) is not remembered:
+            return NOT_DIRECT
+        if any(leaves[leaf] is not tensor for leaf, tensor in remembered.fixed.items()):
+            return NOT_DIRECT
+        if not same(remembered.reads, reachable(self.func)):
+            return NOT_DIRECT
+        captured = remembered.captured(leaves)
+        try:
+            if direct.bare:
+                return direct.run(leaves, captured)
+            with thread_state_kept() as restored, restored.twice:
+                return direct.run(leaves, captured)
+        except errors.StaleRecordingError:  # a question about a value has another answer
+            self.last = None
+            return NOT_DIRECT
+
+    def of_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> OnceCall:
+        """The memory of one call."""
+        return OnceCall(self, args, kwargs)
+
+
+class OnceCall:
+    """The recordings that one call may use, and adds to.
+
+    Args:
+        of: The recordings of the mapped function.
+        args: The call's arguments.
+        kwargs: Those that have names.
+    """
+
+    def __init__(self, of: Once, args: tuple[object, ...], kwargs: dict[str, object]):
+        self._of = of
+        self._arguments = args, kwargs
+        self._found: Remembered | None = None
+
+    def recall(self, batch: Batch) -> Remembered | None:
+        """The recording that serves this call; None if the function must be recorded."""
+        self._found = self._of.memory.recall(batch)
+        return self._found
+
+    def watch(self, batch: Batch) -> PythonWatch | None:
+        """The watch for this call's recording: none, since all that can be reached counts."""
+        return self._of.memory.watch(batch)
+
+    def keep(self, batch: Batch, prepared: Prepared) -> None:
+        """Keep a recording of this call."""
+        self._of.memory.keep(batch, prepared)
+
+    def forget(self, batch: Batch) -> None:
+        """Drop the recording for this signature because it is stale."""
+        self._of.memory.forget(batch)
+
+    def replayed(
+        self, prepared: Prepared, batch: Batch, whole_job: Callable[[], Job | None]
+    ) -> None:
+        """Remember how to repeat a call that has been replayed."""
+        remembered, last = self._found, self._of.last
+        if remembered is None or (found := form_of(*self._arguments)) is None:
+            return
+        form, leaves = found
+        if (
+            last is not None
+            and last.remembered is remembered
+            and last.direct.form == form
+            and last.of == state()
+        ):
+            return
+        if not are_leaves_of(batch, leaves):
+            return
+        of, job = state(), whole_job()
+        direct = job and direct_of(prepared, batch, self._of.options, job, form)
+        self._of.last = direct and _Last(direct, remembered, signature(batch), of)
