@@ -340,11 +340,9 @@ run_backward = _private(
     "autograd.graph._engine_run_backward", "anomaly detection around gradients inside a map"
 )
 forward_level = _attribute(
-    forward_ad,
-    "torch.autograd.forward_ad",
-    "_current_level",
-    "forward-mode gradients from outside a map",
+    forward_ad, "torch.autograd.forward_ad", "_current_level", "forward mode around a map"
 )
+unpack_dual = _private("_VF._unpack_dual", "tangents that are read inside a map")
 leave_forward_level = _private("_C._exit_dual_level", "forward mode's level after an interrupt")
 
 

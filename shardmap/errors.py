@@ -66,6 +66,10 @@ class AutogradFunctionError(ShardmapError, RuntimeError):
     """A `torch.autograd.Function` inside the mapped function would lose its own backward."""
 
 
+class HistoryError(ShardmapError, RuntimeError):
+    """A gradient inside the function goes on into what a mapped argument was computed from."""
+
+
 class UnsupportedOperatorError(ShardmapError, NotImplementedError):
     """No rule batches an operator that the mapped function calls."""
 

@@ -14,6 +14,7 @@ import itertools
 import math
 import operator
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -394,6 +395,26 @@ def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iter
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def warn_of_loop(call: str, why: str, strict: bool) -> None:
+    """Warn that the function itself is run sample by sample.
+
+    Raises:
+        VariesError: `strict=True` refuses it.
+    """
+    text = f"{call}: {why}"
+    if strict:
+        raise errors.VariesError(
+            f"{text}; only a loop over the samples serves such a function, and strict=True refuses "
+            "that: use torch's operators for it, or pass strict=False"
+        )
+    warnings.warn(
+        f"{text}, so the function itself is run sample by sample; use torch's operators for it, or "
+        "pass strict=True to refuse such functions",
+        errors.SlowLoopWarning,
+        stacklevel=3,
+    )
 
 
 def cause(error: errors.VariesError, call: str) -> str:

@@ -193,12 +193,13 @@ def direct_of(
     mapped = [batch.leaves[i] for i, _ in batch.mapped]
     undone = recording.random or job.grad  # if an answer differs, seeds were drawn, results saved
     needs = (
-        job.grad and any(t.is_complex() for t in mapped), undone and asks(recording),
-        recording.written_inputs, batch.columns, batch.copies, batch.opened, job.remat,
-        job.numbers is not None, job.transformed, options.reduce is not None,
-        options.out is not None, options.progress, options.compile, options.cuda_graphs,
-        options.check == "always", any(o.device != job.home for o in job.outputs),
-        job.samples == 0,
+        job.grad and any(t.is_complex() for t in mapped),
+        recording.differentiated and any(t.requires_grad for t in mapped),
+        undone and asks(recording), recording.written_inputs, batch.columns, batch.copies,
+        batch.opened, job.remat, job.numbers is not None, job.transformed,
+        options.reduce is not None, options.out is not None, options.progress,
+        options.compile, options.cuda_graphs, options.check == "always", job.samples == 0,
+        any(o.device != job.home for o in job.outputs),
     )  # fmt: skip
     if any(needs) or not is_whole(job, options):
         return None

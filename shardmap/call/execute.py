@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
 from shardmap.call.automatic import OneCall
-from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, widened
+from shardmap.call.by_number import by_number, can_be_taken
+from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, warn_of_loop, widened
 from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
 from shardmap.call.flattened import Flattened
@@ -40,6 +40,7 @@ from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
+from shardmap.trace.outside_graphs import may_reach
 from shardmap.trace.record import record, refuse_shared_writes
 from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.saved_hooks import are_saved_hooks_around
@@ -69,7 +70,13 @@ def run_map(
                 memory.replayed(call.prepared, batch, call.whole_job)
             return result
         memory.forget(batch)
-    return recorded(func, batch, options, around, memory).run()
+    try:
+        call = recorded(func, batch, options, around, memory)
+    except errors.HistoryError:
+        if not can_be_taken(batch):
+            raise
+        call = recorded(*by_number(func, batch, options), around, None)
+    return call.run()
 
 
 def recalled(
@@ -85,6 +92,8 @@ def recalled(
     if (remembered := memory.recall(batch)) is None:
         return None
     prepared = remembered.rebound(batch)
+    if may_reach(prepared.recording, batch.tensors()):
+        return None
     refuse_shared_writes(prepared.recording, batch, options.call)
     once, program = not isinstance(memory, OneCall), prepared.recording.program
     use = FirstUse(func, batch, None, options, once, program)
@@ -399,18 +408,7 @@ class Call:
             self.prepared = may_draw(self.prepared, options)
         if options.out is not None:
             self.prepared = prepared_by_code(self.prepared, use.func)
-        text = f"{options.call}: {why}"
-        if options.strict:
-            raise errors.VariesError(
-                f"{text}; only a loop over the samples serves such a function, and strict=True "
-                "refuses that: use torch's operators for it, or pass strict=False"
-            )
-        warnings.warn(
-            f"{text}, so the function itself is run sample by sample; use torch's operators for "
-            "it, or pass strict=True to refuse such functions",
-            errors.SlowLoopWarning,
-            stacklevel=2,
-        )
+        warn_of_loop(options.call, why, options.strict)
 
         def instead(how: LoweringOptions) -> Lowered:
             recording = self.prepared.recording

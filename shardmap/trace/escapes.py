@@ -34,12 +34,14 @@ from shardmap._torch import (
     saved_hooks,
     set_grad,
     storage_id,
+    unpack_dual,
 )
 from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
+from shardmap.trace.outside_graphs import given_inputs, refuse_reached, refuse_tangent
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 from shardmap.trace.refusals import OF_KEYS, another_of_rows
@@ -94,7 +96,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
-    *recurrent.CELLS, *_CUTS, left_aligned, Tensor.__getitem__, Tensor.__setitem__,
+    *recurrent.CELLS, *_CUTS, left_aligned, unpack_dual, Tensor.__getitem__, Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
     torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
@@ -263,6 +265,8 @@ class Doors(TorchFunctionMode):
             return self._register_hook(args, kwargs or {})
         elif func in _CUTS and _is_plain(args[0]):
             return self.recorder.cut_off(_CUTS[func], args[0], cast(torch.Tensor, func(*args)))
+        elif func is unpack_dual:
+            refuse_tangent(self.recorder, args[0])
         elif func in _PRINTS:
             if self.recorder.watch is not None:
                 self.recorder.watch.accuse("it writes a tensor's values as text")
@@ -320,6 +324,9 @@ class Doors(TorchFunctionMode):
         first operator inside, which `func` calls before user-defined code.
         """
         recorder, before = self.recorder, function_depth()
+        shared = [t for t in given_inputs(func, args, kwargs) if not recorder.belongs(element(t))]
+        refuse_reached(recorder.call, recorder.histories, shared)
+        recorder.differentiated += shared
 
         def enter() -> None:
             recorder.enter_doors = None

@@ -31,6 +31,7 @@ from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import kept_tensors, references_before
+from shardmap.trace.outside_graphs import ends_of, histories_of
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -283,7 +284,9 @@ def _record(
             recorder.add_input(sample)
             if batch.leaves[i].requires_grad and batch.leaves[i].is_leaf:
                 recorder.groups_of_leaves.add(recorder.inputs[-1].group)
-        before = references_before(samples)
+        recorder.histories = histories_of(batch.leaves[i] for i, _ in batch.mapped)
+        recorder.tangents = any(has_tangent(batch.leaves[i]) for i, _ in batch.mapped)
+        ends, before = ends_of(samples), references_before(samples)
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
@@ -318,6 +321,8 @@ def _record(
             recorder.given.restore()
             drawn = states.restore()
             changed = _restore_grads(recorder)
+            given = [tuple(t.shape) for t in ends if t.grad is not None]
+            del ends
         if drawn is not None and randomness != "same":
             if not last and not alone():
                 return None
@@ -339,6 +344,13 @@ def _record(
                 "samples share; use "
                 "torch.autograd.grad(loss, parameters), which returns the gradients, and "
                 "use_reentrant=False for a checkpoint"
+            )
+        if given:
+            raise errors.CapturedWriteError(
+                f"{call}: .backward() inside the function accumulates into the .grad of what a "
+                f"mapped argument of shape {given[0]} per sample was computed from; use "
+                "torch.autograd.grad(loss, sample), which returns the gradient, or detach the "
+                "argument"
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)

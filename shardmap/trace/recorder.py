@@ -432,6 +432,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             and program == before
         ):
             program = before  # its lowering is found without comparing
+        places = {id(t): place for place, (_, t) in enumerate(self.captured.values())}
         return Recording(
             program,
             tuple(wrappers.get(id(t), t) for _, t in self.captured.values()),
@@ -443,6 +444,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             tuple(o.detach() for o in outputs) if real else (),
             tuple(self.asked),
             self.raised,
+            differentiated=tuple({places.get(id(t), -1): None for t in self.differentiated}),
             generators=self.given.finish(),
             torchs_own=self.torchs_own,
         )

@@ -47,6 +47,9 @@ class Recording:
     kept: tuple[str, ...] | None = ()
     """One text for each tensor that differs by sample and that python still holds though it is no
     output: the loop would keep another sample's, or all of them."""
+    differentiated: tuple[int, ...] = ()
+    """The captured tensors by which a gradient is taken inside; -1 for one that is used in no other
+    way."""
     generators: tuple[torch.Generator, ...] = ()
     """The user's generators that the function draws from, by identity: their states are read at
     each call."""

@@ -68,6 +68,12 @@ class Refusals(Histories):
         """The first error of an operator: if the function still returns, it has caught the
         error."""
         self.written_groups: set[int] = set()
+        self.histories: list[torch.Tensor] = []
+        """The mapped arguments that have been computed from others, or from which others can be."""
+        self.tangents = False
+        """True if forward mode around the call differentiates by a mapped argument."""
+        self.differentiated: list[torch.Tensor] = []
+        """The shared tensors by which a gradient is taken inside."""
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
         it records."""

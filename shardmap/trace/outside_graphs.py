@@ -1,0 +1,110 @@
+"""Gradients inside a function by tensors from which mapped arguments have been computed.
+
+A sample is recorded as a tensor without a history. In the loop it is a row of its argument, and
+keeps the argument's: `torch.autograd.grad(loss, weight)` inside follows `features = encoder(x)`
+that was computed outside, as far as `weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shardmap import errors
+from shardmap._torch import functorch
+from shardmap.trace.recording import Recording, element, flat_tensors
+
+if TYPE_CHECKING:
+    from shardmap.trace.refusals import Refusals
+
+
+def given_inputs(func: object, args: Sequence[object], kwargs: dict[str, object]) -> list[Tensor]:
+    """The tensors by which a call of `torch.autograd.grad` or `backward` differentiates."""
+    place = {torch.autograd.grad: 1, torch.autograd.backward: 5, Tensor.backward: 4}[func]
+    inputs = args[place] if len(args) > place else kwargs.get("inputs")
+    return flat_tensors([inputs])
+
+
+def histories_of(leaves: Iterable[object]) -> list[Tensor]:
+    """The arguments that have a history, or begin one."""
+    return [
+        t
+        for t in leaves
+        if isinstance(t, Tensor)
+        and t.requires_grad
+        and not functorch.is_functorch_wrapped_tensor(t)
+    ]
+
+
+def reached(arguments: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+    """The first of some arguments that has been computed from one of some tensors, or is one."""
+    leaves = {id(t) for t in tensors if t.is_leaf}
+    nodes = {t.grad_fn for t in tensors if not t.is_leaf}
+    for argument in arguments:
+        if argument.is_leaf:
+            if id(argument) in leaves:
+                return argument
+            continue
+        waiting, seen = [argument.grad_fn], {argument.grad_fn}
+        while waiting:
+            node = waiting.pop()
+            if node is None:
+                continue
+            if node in nodes or id(getattr(node, "variable", None)) in leaves:
+                return argument
+            for following, _ in node.next_functions:
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+    return None
+
+
+def ends_of(samples: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves at which the gradients of samples end while they are recorded."""
+    parts = [part for t in samples if t.grad_fn is not None for part in t.grad_fn.next_functions]
+    found = [getattr(node, "variable", None) for node, _ in parts]
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def may_reach(recording: Recording, leaves: Iterable[object]) -> bool:
+    """True if a replay might leave out a part of a gradient, for what these arguments come from."""
+    arguments = histories_of(leaves) if recording.differentiated else []
+    if not arguments:
+        return False
+    known = [recording.captured[place] for place in recording.differentiated if place >= 0]
+    return len(known) < len(recording.differentiated) or reached(arguments, known) is not None
+
+
+def refuse_reached(call: str, arguments: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Refuse a gradient that in the loop goes on through a mapped argument.
+
+    Raises:
+        HistoryError: One of the tensors is in the history of an argument.
+    """
+    found = reached(arguments, tensors)
+    if found is not None:
+        raise errors.HistoryError(
+            f"{call}: a gradient is taken inside by a tensor from which a mapped argument of shape "
+            f"{list(found.shape)} was computed outside, and the argument's samples are recorded "
+            "without that history; compute the argument inside the function, detach it if the "
+            "gradient is to stop there, or map over the samples' numbers: "
+            "shardmap.vmap(lambda i: f(batch[i]))(torch.arange(len(batch)))"
+        )
+
+
+def refuse_tangent(recorder: Refusals, dual: Tensor) -> None:
+    """Refuse that the function reads a tangent which its sample is recorded without.
+
+    Raises:
+        TransformError: Forward mode around the call gives the mapped arguments tangents.
+    """
+    plain = not functorch.is_functorch_wrapped_tensor(dual)
+    if plain and recorder.tangents and recorder.belongs(element(dual)):
+        raise errors.TransformError(
+            f"{recorder.call}: the function reads the tangent of a dual number made around the "
+            "call, and samples are recorded without tangents; unpack the map's result outside, or "
+            "map over primals and tangents and use torch.func.jvp inside"
+        )
