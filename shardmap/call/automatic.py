@@ -13,23 +13,22 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from shardmap import errors
-from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
+from shardmap.call.direct import NOT_DIRECT, direct_of, form_of
 from shardmap.call.guards import Guards
 from shardmap.call.keepable import (
     hold_known,
     memories_of,
     others_than_first,
     rows_of,
-    seen_apart,
     shared_among,
     shared_arguments,
     why_not,
 )
+from shardmap.call.keeps import Kept, Known, Refused, captured_of
 from shardmap.call.memo import Prepared, Remembered, are_leaves_of, signature
 from shardmap.call.options import Options
 from shardmap.call.reachable import History
@@ -49,74 +48,6 @@ _FUNCTIONS = 256
 """Number of functions whose recordings are kept."""
 _SIGNATURES = 64
 """Number of signatures of one function whose recordings are kept."""
-
-
-@dataclass(slots=True)
-class Kept:
-    """A recording of one function and signature, and the facts that it stands on."""
-
-    key: Hashable
-    """The function's key (`Root.key`)."""
-    prepared: Prepared
-    """The recording, without its captured tensors, which must not be kept alive."""
-    guards: Guards
-    shared: tuple[int, ...]
-    """For each captured tensor the first one that has the same memory."""
-    rows: list[torch.Tensor]
-    """The first row of each mapped argument; empty once all are `apart`."""
-    apart: list[bool]
-    """For each mapped argument: True if the function has been compared on two different rows. What
-    it reads unseen shows only there: of others each call's rows must all be the known one."""
-    confirmed: bool = False
-    """True once a second recording was the same, with all that was read unchanged."""
-    replays: int = 0
-    again: int = 2
-    """Number of the replay at whose place the function is recorded again: at the 4th, 8th, 16th,
-    ... call; at the 2nd it was."""
-    of: tuple[int, int] = (0, 0)
-    """The state of the caches and of the rules that it was made in."""
-    direct: Direct | None = None
-    """The shortest way to replay it, for the last number of samples."""
-
-    def see(self, rows: list[torch.Tensor], apart: list[bool]) -> None:
-        """Note that the function does the same on other rows."""
-        if not all(self.apart):
-            self.apart = seen_apart(self.rows, self.apart, rows, apart)
-        self.rows = [] if all(self.apart) else rows
-
-
-def captured_of(kept: Kept, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The captured tensors of a recording now.
-
-    Args:
-        kept: The recording.
-        tensors: The tensors that its guards have found.
-    """
-    return tuple([tensors[number] for number in kept.guards.captured])
-
-
-@dataclass(slots=True)
-class Refused:
-    """The reason why a function is recorded each time, and when to look again.
-
-    What was read for the first time only (modules that were imported) is not read again.
-    """
-
-    why: str
-    calls: int = 0
-    again: int = 1
-    """Number of the call at which the function is watched again."""
-
-
-@dataclass(slots=True)
-class Known:
-    """Everything that is known of one function and its options."""
-
-    kept: dict[Hashable, Kept] = field(default_factory=dict)
-    refused: dict[Hashable, Refused] = field(default_factory=dict)
-    """Signatures for which the function is recorded each time."""
-    changes: dict[Hashable, int] = field(default_factory=dict)
-    """Number of recordings in a row that another state was found before."""
 
 
 _known: collections.OrderedDict[Hashable, Known] = collections.OrderedDict()
@@ -242,6 +173,8 @@ class OneCall:
         self._signature: Hashable = None
         self._before: Kept | None = None
         """The recording that this call's is to be compared with."""
+        self._tensors: list[torch.Tensor] = []
+        """The tensors that its guards have found."""
         self._watch: PythonWatch | None = None
 
     def recall(self, batch: Batch) -> Remembered | None:
@@ -257,7 +190,7 @@ class OneCall:
             self._drop()
             self._changed(f"{kept.guards.broken} has changed")
             return None
-        self._before = kept
+        self._before, self._tensors = kept, tensors
         if not kept.confirmed or (kept.rows and not hold_known(batch, kept.rows, kept.apart)):
             return None
         kept.replays += 1
@@ -314,10 +247,16 @@ class OneCall:
         if watch is None or root is None:
             return
         recording = prepared.recording
-        if before is not None and before.guards.check(root.parts) is None:
+        if recording.kept:
+            self._refuse(f"it keeps {recording.kept[0]}")
+            return
+        what = self._changes(root, batch)
+        if what:
             self._drop()
-            self._changed(f"the function changes what it reads: {before.guards.broken}")
+            self._changed(f"the function changes what it reads: {what}")
             before = None
+            if not root.is_as(self._root_now(batch)):
+                return
         if before is not None:
             found = difference(before.prepared.recording, recording, shared=False)
             if found is not None and forks(before.prepared.recording, recording):
@@ -358,6 +297,23 @@ class OneCall:
         if len(entries) >= _SIGNATURES:
             entries.pop(next(iter(list(entries))), None)
         entries[self._signature] = kept
+
+    def _root_now(self, batch: Batch) -> Root:
+        return Root(self._of.func, shared_arguments(batch))
+
+    def _changes(self, root: Root, batch: Batch) -> str:
+        """What is other than before the function was recorded in this call, or empty."""
+        before = self._before
+        if not root.is_as(self._root_now(batch)):
+            return "a container or a value that it closes over"
+        if before is None:
+            return ""
+        tensors = before.guards.check(root.parts)
+        if tensors is None:
+            return before.guards.broken
+        if any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
+            return "a tensor, in whose place it puts another one"
+        return ""
 
     def _look_further(self, kept: Kept, batch: Batch, recording: Recording, on: On) -> None:
         """Record a sample whose row of an argument is another, if the first and last are alike."""

@@ -123,14 +123,14 @@ class Memory(History):
         reads = reads or self.reads(batch)
         unknown = next((r for r in reads if type(r) is Unknown), None)
         if unknown is not None:
-            self._say(f"the function can reach {unknown.what}, which cannot be compared")
+            self.say(f"the function can reach {unknown.what}, which cannot be compared")
             return
         tensors = [r for r in reads if isinstance(r, torch.Tensor)]
         known = {id(t) for t in tensors}
         parts = {address for t in tensors for address in memory_of(t)}
         given = {generator_id(r) for r in reads if isinstance(r, torch.Generator)}
         if any(generator_id(g) not in given for g in prepared.recording.generators):
-            self._say("a torch.Generator that the function draws from cannot be found by name")
+            self.say("a torch.Generator that the function draws from cannot be found by name")
             return
         mapped = {i for i, _ in batch.mapped}
         leaves = {
@@ -146,7 +146,7 @@ class Memory(History):
             elif id(tensor) in leaves:
                 arguments[position] = leaves[id(tensor)]
             elif storage_id(tensor.untyped_storage()) not in parts:
-                self._say(
+                self.say(
                     f"a captured tensor of shape {tuple(tensor.shape)} cannot be found by name "
                     "(closure, global, "
                     "attribute, module parameter)"
@@ -178,7 +178,8 @@ class Memory(History):
             *[leaf for leaf in batch.leaves if not isinstance(leaf, (torch.Tensor, *VALUES))],
         )
 
-    def _say(self, why: str) -> None:
+    def say(self, why: str) -> None:
+        """Warn once that recordings are not kept."""
         if not self.said:
             logger.warning("%s: trace='once' records at each call, because %s", self.call, why)
             self.said = True

@@ -46,6 +46,8 @@ class Once(History):
         self.options = options
         self.memory = Memory(func, options.call)
         self.last: _Last | None = None
+        self.changes = 0
+        """Number of recordings in a row during which what the function can reach has changed."""
 
     def directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The results of a call that is like the last one, or `NOT_DIRECT`."""
@@ -88,10 +90,13 @@ class OnceCall:
         self._of = of
         self._arguments = args, kwargs
         self._found: Remembered | None = None
+        self._reads: list[object] = []
+        """What the function could reach before it was recorded."""
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
-        self._found = self._of.memory.recall(batch)
+        self._reads = self._of.memory.reads(batch)
+        self._found = self._of.memory.recall(batch, self._reads)
         return self._found
 
     def watch(self, batch: Batch) -> PythonWatch | None:
@@ -99,8 +104,15 @@ class OnceCall:
         return self._of.memory.watch(batch)
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
-        """Keep a recording of this call."""
-        self._of.memory.keep(batch, prepared)
+        """Keep a recording of this call, if the function has left what it can reach as it was."""
+        memory, now = self._of.memory, self._of.memory.reads(batch)
+        if not prepared.recording.kept and same(self._reads, now):
+            self._of.changes = 0
+            memory.keep(batch, prepared, now)
+            return
+        self._of.changes += 1
+        if self._of.changes > 1:  # the first call may fill a table that stays
+            memory.say("the function changes what it can reach")
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""

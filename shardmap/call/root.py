@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from shardmap.call.reachable import VALUES
+
 
 class Root:
     """A function and its arguments, taken apart.
@@ -30,6 +32,13 @@ class Root:
     def key(self) -> Hashable:
         """What must be equal for another function to be the same one, apart from its parts."""
         return tuple(self._key)
+
+    def is_as(self, other: Root) -> bool:
+        """True if another one was taken apart into the very same parts."""
+        return self._key == other._key and all(
+            a is b or (type(a) is type(b) and isinstance(a, VALUES) and a == b)
+            for a, b in zip(self.parts, other.parts, strict=True)
+        )
 
     def _take(self, value: Any) -> None:
         kind, key = type(value), self._key
