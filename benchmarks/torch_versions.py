@@ -153,7 +153,8 @@ def attempt(
         pip = [python, "-m", "pip", "install", "--quiet", *index]
         step = run([*pip, requirement], cwd=folder, limit_seconds=limit_seconds)
         if step.passed:
-            rest = [*pip, "-c", constraints(folder), *requirements()]
+            # Named again, or a package that wants another torch would replace it.
+            rest = [*pip, "-c", constraints(folder), requirement, *requirements()]
             step = run(rest, cwd=folder, limit_seconds=limit_seconds)
         steps["install"] = Step(step.verdict, time.perf_counter() - start, step.output)
         if not step.passed:
@@ -163,6 +164,9 @@ def attempt(
     if not steps["import"].passed:
         return steps, []
     look = json.loads(steps["import"].output.strip().splitlines()[-1])
+    if wanted != "newest" and not requirement.startswith(f"torch=={look[0].partition('+')[0]}"):
+        steps["import"] = Step(f"FAIL: torch {look[0]} is installed", 0.0, "")
+        return steps, look
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     found = run(pytest, cwd=ROOT, limit_seconds=limit_seconds)
     counts = re.findall(r"^.*\b\d+ (?:passed|failed|error).*$", found.output, re.MULTILINE)
