@@ -36,7 +36,7 @@ from shardmap._torch import (
     storage_id,
 )
 from shardmap.program.own_backward import DATA
-from shardmap.trace import control_flow, recurrent
+from shardmap.trace import control_flow, packed, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
@@ -94,7 +94,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
-    *recurrent.CELLS, *_CUTS, left_aligned, Tensor.__getitem__, Tensor.__setitem__,
+    *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, Tensor.__getitem__, Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
     torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
@@ -218,6 +218,13 @@ class Doors(TorchFunctionMode):
 
     def _seen(self, func: Callable[..., object], args: tuple, kwargs: dict | None) -> object:
         """Run a call that may be a door."""
+        sizes = packed.sizes_of(func, args, kwargs or {})
+        if isinstance(sizes, torch.Tensor) and _is_plain(sizes):
+            values = self.unrecorded(sizes.tolist, (), {})
+            packed.ask(sizes, values, self.recorder.is_mapped(sizes))
+            if func is packed.PADS:
+                padded, _ = func(*args, **(kwargs or {}))
+                return padded, packed.lengths_of(sizes, values[0])
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in recurrent.CUDNN_FLAGS and args:

@@ -31,6 +31,7 @@ from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import kept_tensors, references_before
+from shardmap.trace.outside import computed_outside, origins
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -283,7 +284,7 @@ def _record(
             recorder.add_input(sample)
             if batch.leaves[i].requires_grad and batch.leaves[i].is_leaf:
                 recorder.groups_of_leaves.add(recorder.inputs[-1].group)
-        before = references_before(samples)
+        before, sources = references_before(samples), origins(samples)
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
@@ -349,6 +350,7 @@ def _record(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
             kept=None if known else kept_tensors(recorder, before),
+            outside=computed_outside(sources, recording.captured),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
