@@ -35,6 +35,7 @@ from shardmap.trace.outside import computed_outside, origins
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.refusals import refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.surroundings import (
     RandomStates,
@@ -307,6 +308,7 @@ def _record(
                 follow.forget(func)
                 return None
         except Exception as error:
+            refuse_swaps(call, error)
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
                     f"{call}: the batch is empty, and the function raised {type(error).__name__} "
