@@ -164,14 +164,20 @@ def exchanged_in_a_module(x: Tensor, swap: bool) -> Tensor:
 
 def test_exchanged_tensors_are_refused_by_name_and_the_remedies_work() -> None:
     x = torch.randn(5, 3)
-    for function, other in (
-        (exchanged, exchanged_names),
-        (lambda x: exchanged_in_a_module(x, True), lambda x: exchanged_in_a_module(x, False)),
-    ):
-        expected = torch.stack([function(row) for row in x])
-        for trace in ("auto", "once", "each"):
-            with pytest.raises(EscapeError, match=r"swap_tensors .*a, b = b, a.*module\.weight = "):
-                shardmap.vmap(function, trace=trace)(x)
-            for _ in range(4):
-                found = shardmap.vmap(other, trace=trace, chunk_size=2)(x)
-                torch.testing.assert_close(found, expected)
+    expected = torch.stack([exchanged(row) for row in x])
+    for trace in ("auto", "once", "each"):
+        with pytest.raises(EscapeError, match=r"swap_tensors .*a, b = b, a.*module\.weight = "):
+            shardmap.vmap(exchanged, trace=trace)(x)
+        for _ in range(4):
+            found = shardmap.vmap(exchanged_names, trace=trace, chunk_size=2)(x)
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_parameters_of_a_module_are_exchanged(trace: Any) -> None:
+    """By its attributes; and by the function where no operator has seen them yet."""
+    x = torch.randn(5, 3)
+    for swap in (False, True):
+        mapped = shardmap.vmap(lambda row, swap=swap: exchanged_in_a_module(row, swap), trace=trace)
+        for _ in range(4):
+            torch.testing.assert_close(mapped(x), x)
