@@ -44,7 +44,7 @@ class Equations(Variables):
         """The last program recorded of the same code, until a call differs from it."""
         self.alternatives: tuple[Program, ...] = ()
         """Other programs recorded of the same code."""
-        self.copied: tuple[torch.UntypedStorage, torch.Tensor] | None = None
+        self.being_copied: tuple[torch.UntypedStorage, torch.Tensor] | None = None
         """The storage that `copy.copy` is making a tensor of, and the tensor that it copies."""
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
@@ -136,12 +136,12 @@ class Equations(Variables):
 
         It gives the memory of the tensor to an empty one.
         """
-        if func is not _SET_MEMORY or self.copied is None:
+        if func is not _SET_MEMORY or self.being_copied is None:
             return None
-        storage, tensor = self.copied
+        storage, tensor = self.being_copied
         if storage_id(storage) != storage_id(args[1]):
             return None
-        self.copied = None
+        self.being_copied = None
         kernel_of(func)(*args)
         return self.cut_off(DATA, tensor, args[0])
 

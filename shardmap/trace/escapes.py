@@ -221,10 +221,10 @@ class Doors(TorchFunctionMode):
         """Run a call that may be a door."""
         sizes = packed.sizes_of(func, args, kwargs or {})
         if isinstance(sizes, torch.Tensor) and _is_plain(sizes):
-            values = self.unrecorded(sizes.tolist, (), {})
+            values = cast(list[int], self.unrecorded(sizes.tolist, (), {}))
             packed.ask(sizes, values, self.recorder.is_mapped(sizes))
             if func is packed.PADS:
-                padded, _ = func(*args, **(kwargs or {}))
+                padded, _ = cast(tuple[Tensor, Tensor], func(*args, **(kwargs or {})))
                 return padded, packed.lengths_of(sizes, values[0])
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -27,7 +27,10 @@ _FRAMES = 9
 
 
 def step(
-    recorder: Recorder, func: object, args: tuple, unrecorded: Callable[[Any, tuple, dict], Any]
+    recorder: Recorder,
+    func: Callable[..., object],
+    args: tuple,
+    unrecorded: Callable[[Callable[..., object], tuple, dict], object],
 ) -> object | None:
     """The result of a step of a copy; None if a call is none.
 
@@ -43,13 +46,14 @@ def step(
         made = recorder.cut_off(DATA, args[0], args[0].data)
         made.requires_grad_(args[0].requires_grad)
         return _with_attributes, (made, dict(args[0].__dict__))
-    storage = unrecorded(func, args, {})
-    recorder.copied = storage, args[0]
+    storage = cast(torch.UntypedStorage, unrecorded(func, args, {}))
+    recorder.being_copied = storage, args[0]
     return storage
 
 
 def _with_attributes(tensor: Tensor, attributes: dict[str, object]) -> Tensor:
-    tensor.__dict__.update(attributes)
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
     return tensor
 
 
