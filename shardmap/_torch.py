@@ -351,9 +351,8 @@ def set_forward_level(level: int) -> None:
     forward_ad._current_level = level
 
 
-left_aligned = _private(
-    "_nested_tensor_from_mask_left_aligned", "padding masks of nn.TransformerEncoder"
-)
+left_aligned = _private("_nested_tensor_from_mask_left_aligned", "padding masks of encoders")
+pad_packed_sequence = _private("_VF._pad_packed_sequence", "packed sequences")
 node_type = _private("utils._pytree._get_node_type", "arguments that are nested containers")
 
 # -- operators that a version may lack

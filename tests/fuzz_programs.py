@@ -286,9 +286,15 @@ class Growth:
         )
 
     def bare(self, name: str) -> bool:
-        """True if a tensor claims to require grad but leads nowhere: a view made under no_grad."""
+        """True if a tensor claims to require grad but leads nowhere: a view made under no_grad.
+
+        Or one of several views made at once, whose base was written: autograd has given up on it.
+        """
         t = self.envs[0].get(name)
-        return t is not None and t._is_view() and t.requires_grad and t.is_leaf
+        try:
+            return t is not None and t._is_view() and t.requires_grad and t.is_leaf
+        except RuntimeError:
+            return True
 
     def try_line(self) -> None:
         """Adds one random line, if it runs on every row and leaves everything tame."""

@@ -5,10 +5,12 @@ A fixed range of seeds at each run, thousands on request.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
-from tests import fuzz, oracle
+from tests import fuzz, fuzz_programs, oracle
 
 SEEDS = 150
 SERVED = 0.98
@@ -111,6 +113,19 @@ def test_programs_follow_from_their_seed() -> None:
     assert [fuzz.generate(seed) for seed in range(20)] == [
         fuzz.generate(seed) for seed in range(20)
     ]
+
+
+def test_views_that_autograd_has_given_up_on_do_not_stop_the_generator() -> None:
+    """One of several views of a base that was written later raises where it is asked."""
+    growth = fuzz_programs.Growth(fuzz.generate(0), random.Random(0))
+    base = torch.randn(4, 3, requires_grad=True) * 1
+    stale = base.unbind(0)[0]
+    base.add_(1)
+    with pytest.raises(RuntimeError, match="is a view and its base"):
+        _ = stale.is_leaf
+    growth.envs[0] |= {"v900": stale, "v901": base}
+    assert growth.bare("v900")
+    assert not growth.bare("v901")
 
 
 def test_programs_have_substance() -> None:

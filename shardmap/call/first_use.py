@@ -7,11 +7,8 @@ was read by python without an operator of torch's.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-import types
-import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +16,9 @@ from typing import Any
 import torch
 
 from shardmap import errors
-from shardmap._torch import OpOverload, pytree
+from shardmap._torch import pytree
+from shardmap.call.alike_rows import rows_unlike_first, samples_to_compare
+from shardmap.call.identity import identity
 from shardmap.call.options import Options
 from shardmap.call.surroundings import surroundings
 from shardmap.lower.cache import Kept
@@ -28,11 +27,10 @@ from shardmap.program.analysis import asking_about_draws
 from shardmap.program.ir import Program
 from shardmap.trace import repeat
 from shardmap.trace.batch import Batch
-from shardmap.trace.compare import difference, forks, rubbish_apart, same_values
+from shardmap.trace.compare import difference, forks, rubbish_apart
 from shardmap.trace.key_order import in_order_of
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording, element
-from shardmap.trace.surroundings import outer_recordings_suspended
 from shardmap.trace.traced import is_traced
 
 logger = logging.getLogger("shardmap")
@@ -115,6 +113,8 @@ class FirstUse:
         self._last: Pair | None = None
         self._alone = ""
         self._verdict: Verdict | None = None
+        self._unlike: tuple[int | None, ...] = ()
+        """For each argument a sample with another row than the first one's, if it is recorded."""
 
     def _record(self, number: int) -> Pair:
         options = self.options
@@ -173,6 +173,8 @@ class FirstUse:
 
     def _found(self) -> Verdict:
         check, size = self.options.check, self.batch.size
+        if size and self._first is not None and self._first[0].outside:
+            return self.varies(self._first[0].outside)
         if size > 1 and self._first is not None and self._first[0].caught:
             return Verdict(varies=f"{self._first[0].caught}, which the function catches")
         program = self._program or self.first()[0].program
@@ -185,19 +187,21 @@ class FirstUse:
         key = self._key()
         if check == "always" or key is None:
             return self._look()
-        quick = key, id(program), self.options.randomness
+        # Arguments whose rows are all alike prove nothing about others: then a verdict is one of
+        # batches of which that is true.
+        if self._first is not None:
+            self._unlike = rows_unlike_first(self.batch)
+        apart = tuple([number is not None for number in self._unlike])
+        quick = key, id(program), self.options.randomness, apart
         known = _quick.get(quick)
         if known is not None and known[0] is program:
             return known[1]
         # No lock is held while the user's function runs: two threads may both run it.
-        whole = key, program, self.options.randomness
+        whole = key, program, self.options.randomness, apart
         found = _verdicts.get(whole)
         if found is None:
             found = self._look()
-            if found == Verdict() and self._are_ends_alike():
-                return found  # equal samples prove nothing about others
-            _verdicts.replace(whole, found)
-        _quick.replace(quick, (program, found))
+        self._remember(found)
         return found
 
     def _cannot_fit(self) -> bool:
@@ -218,14 +222,6 @@ class FirstUse:
             return False
         limit = options.budget.on(element(self.batch.tensors()[0]).device)
         return limit is not None and each * self.batch.size > limit
-
-    def _are_ends_alike(self) -> bool:
-        """True if the first and the last sample have the same values."""
-        if is_traced(self.batch.leaves):
-            return False  # nobody may ask for values
-        with outer_recordings_suspended():  # which would take it for a question of the function
-            tensors = [(element(self.batch.leaves[i]).detach(), d) for i, d in self.batch.mapped]
-            return all(same_values(t.select(d, 0), t.select(d, -1)) for t, d in tensors)
 
     def _key(self) -> Hashable | None:
         key = identity(self.func)
@@ -249,8 +245,13 @@ class FirstUse:
         self._verdict = found
         program = self._program if self._first is None else self._first[0].program
         if key is not None and program is not None:
-            _verdicts.replace((key, program, self.options.randomness), found)
-            _quick.replace((key, id(program), self.options.randomness), (program, found))
+            apart = tuple([number is not None for number in self._unlike])
+            # that of a recording that is known needs more than samples that are all alike
+            whatever = [()] if any(apart) or found != Verdict() else []
+            for seen in (*whatever, apart):
+                _verdicts.replace((key, program, self.options.randomness, seen), found)
+                quick = key, id(program), self.options.randomness, seen
+                _quick.replace(quick, (program, found))
         return found
 
     def _look(self) -> Verdict:
@@ -259,10 +260,14 @@ class FirstUse:
         if self._last is None:
             return Verdict(alone=self._alone)
         first, structure = self.first()
-        forked = bool(first.asked) and forks(first, self._last[0])
-        found = self._difference((first, structure), self._last)
+        other, found = self._last, self._difference((first, structure), self._last)
+        self._unlike = self._unlike or rows_unlike_first(self.batch)
+        for number in samples_to_compare(self.batch, self._unlike):
+            if found is None and (another := self._recorded_again(number)) is not None:
+                other, found = another, self._difference((first, structure), another)
         if found is None:
             return Verdict()
+        forked = bool(first.asked) and forks(first, other[0])
         key = self._key()
         if forked and key is not None and _steady.get(key):
             return Verdict(forks=True)
@@ -274,13 +279,13 @@ class FirstUse:
         # Where it is alike now, the first run made what later ones find: caches, lazy modules. They
         # change no result, unlike a total that the function keeps.
         if _same_results(first, again[0]):
-            forked = bool(again[0].asked) and forks(again[0], self._last[0])
-            if forked or self._difference(again, self._last) is None:
+            forked = bool(again[0].asked) and forks(again[0], other[0])
+            if forked or self._difference(again, other) is None:
                 self._first = again
                 return Verdict(forks=forked)
             if again[1] == structure and rubbish_apart(first, again[0]):
                 return Verdict()
-            varies = self._difference(again, self._last)
+            varies = self._difference(again, other)
             if varies is not None and self._difference(again, self._record(0)) is None:
                 # It does the same each time from the second call on, and something else by sample.
                 self._first = again
@@ -350,7 +355,11 @@ class FirstUse:
 
 
 _LARGE = 1 << 24
-"""Bytes of one sample's results from which on it is asked whether those of all can fit."""
+"""Bytes of one sample's results from which on it is asked whether those of all can fit.
+
+Results of 16 MiB take less than a millisecond to compute again, and what is found by that makes
+the refusal no later; those of 64 MiB lie in fresh pages, which took 40 ms. To ask for the free
+memory takes 30 us, which would be much for small functions."""
 
 
 def _same_results(first: Recording, again: Recording) -> bool:
@@ -368,72 +377,3 @@ def consumed(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "backward through the graph a second time" in str(
         error
     )
-
-
-def identity(func: Callable[..., Any]) -> Hashable | None:
-    """A key that identifies the code of a function; None if there is none.
-
-    Two closures of one code count as the same function unless they close over different code: what
-    else they close over is in their recordings.
-    """
-    return _identity(func, frozenset())
-
-
-def _identity(value: Any, seen: frozenset[int]) -> Hashable | None:
-    if id(value) in seen:
-        return "itself"
-    seen = seen | {id(value)}
-    if isinstance(value, types.MethodType):
-        return "method", _identity(value.__func__, seen), _identity(value.__self__, seen)
-    if isinstance(value, functools.partial):
-        parts = (value.func, *value.args, *value.keywords.values())
-        return ("partial", *[_part(part, seen) for part in parts])
-    if isinstance(value, types.FunctionType):
-        parts = [*(value.__defaults__ or ()), *_cells(value)]
-        wrapped = getattr(value, "__wrapped__", None)
-        return (value.__code__, *[_part(part, seen) for part in parts], _part(wrapped, seen))
-    if isinstance(value, types.BuiltinFunctionType | OpOverload | type):
-        return value
-    try:
-        return _Token.of(value)
-    except TypeError:  # no weak references: another object at its address would not be noticed
-        return None
-
-
-def _part(value: Any, seen: frozenset[int]) -> Hashable | None:
-    """The key of a function's part: that of its code if it is callable, else None."""
-    if callable(value) and not isinstance(value, torch.Tensor):
-        return _identity(value, seen)
-    return None
-
-
-def _cells(func: types.FunctionType) -> list[Any]:
-    found = []
-    for cell in func.__closure__ or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            found.append(None)
-    return found
-
-
-class _Token:
-    """Token of one object: equal to no other, nor to a later object at its address."""
-
-    _by_id: dict[int, tuple[weakref.ref[Any], _Token]] = {}
-
-    @staticmethod
-    def of(value: Any) -> _Token:
-        """The token of an object."""
-        entry = _Token._by_id.get(id(value))
-        if entry is not None and entry[0]() is value:
-            return entry[1]
-        key, token = id(value), _Token()
-
-        def forget(reference: weakref.ref[Any]) -> None:
-            held = _Token._by_id.get(key)
-            if held is not None and held[0] is reference:
-                _Token._by_id.pop(key, None)
-
-        _Token._by_id[key] = weakref.ref(value, forget), token
-        return token

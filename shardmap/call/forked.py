@@ -15,7 +15,8 @@ from shardmap.call import by_sample, routes
 from shardmap.call.by_sample import SampleLoop, WiderError, widened
 from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_keys import other_structure, prepared_in_order, refuse_another_first
-from shardmap.call.first_use import FirstUse, identity
+from shardmap.call.first_use import FirstUse
+from shardmap.call.identity import identity
 from shardmap.call.into_store import groups_into_store
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options

@@ -7,6 +7,7 @@ import torch
 from shardmap import errors
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
+from shardmap.planning.refusal import refusal_of
 from shardmap.rules.philox import TorchDraws
 from shardmap.run import local, prepare
 from shardmap.run import ray as on_ray
@@ -60,7 +61,7 @@ def locally(job: Job, options: Options, inlined: bool) -> list[torch.Tensor]:
     if is_whole(job, options, inlined):
         return local.run_whole(job, on)
     cut = split_of(job, on, names_of(job, options, inlined), options, inlined)
-    refusal = cut.refusal()
+    refusal = refusal_of(cut)
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
     return local.run(job, cut, on)

@@ -12,6 +12,7 @@ from shardmap._torch import pytree
 from shardmap.call import outputs as out_edges
 from shardmap.call.job import names_of, split_of
 from shardmap.call.options import Options
+from shardmap.planning.refusal import refusal_of
 from shardmap.run import local, prepare, storing
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job
@@ -72,7 +73,7 @@ def into_store(
     unit = storing.unit_of(job, options.chunk_size, _resumed(options), workers, room)
     job = on.job = dataclasses.replace(job, unit=unit)
     cut = split_of(job, on, names, options, False) if cluster is None else None
-    refusal = None if cut is None else cut.refusal()
+    refusal = None if cut is None else refusal_of(cut)
     if refusal is not None:
         raise errors.OverBudget(f"{options.call}: {refusal}")
     store = _created(sink, job, unit, options, structure)

@@ -14,6 +14,7 @@ from shardmap.call.options import Options
 from shardmap.call.standin import ways_of
 from shardmap.planning import table
 from shardmap.planning.observe import Observation
+from shardmap.planning.refusal import refusal_of
 from shardmap.planning.split import Lane, Split
 from shardmap.program.schema import short_name
 from shardmap.run import compiled, graphed, local, storing, timeline
@@ -199,7 +200,7 @@ class Plan:
             OverBudget: A device's predicted peak exceeds its budget.
             ShardmapError: Any error of `shardmap.vmap`.
         """
-        refusal = self.split.refusal()
+        refusal = refusal_of(self.split)
         if refusal is not None:
             raise errors.OverBudget(f"{self._job.call}: {refusal}")
         events: list[Any] = []

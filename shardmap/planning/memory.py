@@ -80,6 +80,17 @@ class MemoryModel:
     """Bytes of the results kept in memory if `out=` writes them to a store; None if it cannot."""
     reduced_bytes: int | None = None
     """Bytes of the results kept in memory if `reduce=` combines them; None if it cannot."""
+    loose: Level = Level(0, 0)
+    """Bytes of its results, and of their total, that a chunk holds besides if `reduce=` combines
+    them."""
+    kept_bytes: int = 0
+    """Part of `resident_bytes` that outer autograd keeps of finished chunks until backward."""
+    kept_results_bytes: int = 0
+    """Part of `kept_bytes` that are the chunks' results, which no derivative reads."""
+    again: tuple[Level, ...] = ()
+    """`chunk` and `backward` if `remat=True` computes chunks again; empty if it cannot."""
+    batch_bytes: int = 0
+    """Part of `resident_bytes` that grows with the number of samples in the batch."""
 
     def chunk_bytes(self, samples: int) -> int:
         """Upper bound of the bytes that a chunk of this many samples adds while it is computed."""
@@ -104,12 +115,57 @@ class MemoryModel:
             - self.resident_bytes
         )
 
-    def instead(self, results_bytes: int | None) -> MemoryModel | None:
-        """The same model with other bytes for the stacked results; None if that is not possible."""
+    def if_stored(self) -> MemoryModel | None:
+        """The same map with `out=`; None if that is not possible, or no less."""
+        return self._with_results(self.stored_bytes, 0, Level(0, 0))
+
+    def if_reduced(self) -> MemoryModel | None:
+        """The same map with `reduce=`; None if that is not possible, or no less."""
+        return self._with_results(self.reduced_bytes, self.kept_results_bytes, self.loose)
+
+    def if_again(self) -> MemoryModel | None:
+        """The same map with `remat=True`; None if that is not possible."""
+        if not self.again:
+            return None
+        # the chunks' results, and their concatenation
+        resident = self.resident_bytes - self.kept_bytes + self.stacked_bytes
+        batch = max(0, self.batch_bytes - self.kept_bytes + self.stacked_bytes)
+        return dataclasses.replace(
+            self,
+            resident_bytes=resident,
+            chunk=self.again,
+            backward=(),
+            loose=Level(0, 0),
+            kept_bytes=self.stacked_bytes,
+            kept_results_bytes=self.stacked_bytes,
+            again=(),
+            batch_bytes=batch,
+        )
+
+    def of_part(self, part: float) -> MemoryModel:
+        """The same map of this part of the batch."""
+        rest = math.floor(self.batch_bytes * (1 - part))
+        return dataclasses.replace(self, resident_bytes=self.resident_bytes - rest)
+
+    def _with_results(
+        self, results_bytes: int | None, kept_bytes: int, loose: Level
+    ) -> MemoryModel | None:
+        """The same map with other bytes for its results, and without those that autograd keeps."""
         if results_bytes is None or results_bytes >= self.stacked_bytes:
             return None
-        resident = self.resident_bytes - self.stacked_bytes + results_bytes
-        return dataclasses.replace(self, resident_bytes=resident)
+        less = self.stacked_bytes + kept_bytes
+        return dataclasses.replace(
+            self,
+            resident_bytes=self.resident_bytes - less + results_bytes,
+            chunk=tuple([level + loose for level in self.chunk]),
+            backward=tuple([level + loose for level in self.backward]),
+            stacked_bytes=results_bytes,
+            stored_bytes=None,
+            reduced_bytes=None,
+            kept_bytes=self.kept_bytes - kept_bytes,
+            kept_results_bytes=0,
+            batch_bytes=max(0, self.batch_bytes - less),
+        )
 
     def largest_chunk(self, bytes_limit: int, most: int) -> int:
         """The most samples, up to `most`, whose chunk needs at most `bytes_limit`.

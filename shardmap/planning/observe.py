@@ -74,6 +74,8 @@ class Observation:
     """Error that computing gradients raised, if their cost is unknown for that reason."""
     kernels: tuple[Kernel, ...] = ()
     """Cost of each kernel, in their order."""
+    saved: Level = Level(0, 0)
+    """Part of `kept` that is saved for backward."""
 
     @property
     def calls(self) -> int:
@@ -185,20 +187,25 @@ def observe(
         watch = _Watch(known(size), shapes)
         with watch:
             outs = run(size, watch.mark)
-        watched.append((size, watch, watch.now))
+        kept = watch.now
+        graph = [t.grad_fn for t in flat_tensors(outs if isinstance(outs, tuple | list) else ())]
         del outs
-    size, watch, kept = watched[-1]
-    first_size, first, first_kept = watched[0]
+        watched.append((size, watch, kept, watch.now))
+        del graph
+    size, watch, kept, saved = watched[-1]
+    first_size, first, first_kept, first_saved = watched[0]
     if len(watched) == 2 and len(first.trail) == len(watch.trail):
         points = [
             _line(first_size, a, size, b) for a, b in zip(first.trail, watch.trail, strict=True)
         ]
         rest = _line(first_size, first_kept, size, kept)
+        held = _line(first_size, first_saved, size, saved)
     # kernels were chosen by the size, or there is one size only: everything counts as growing with
     # the chunk
     else:
         points = [Level(0, -(-a // size)) for a in watch.trail]
         rest = Level(0, -(-kept // size))
+        held = Level(0, -(-saved // size))
     kernels = _kernels(first_size, first, size, watch)
     names: dict[str, list[float]] = {}
     equations = low.program.equations
@@ -211,7 +218,7 @@ def observe(
         for i, value in enumerate((1, kernel.flops, kernel.bytes, kernel.fixed_bytes)):
             total[i] += value
     costs = tuple([OpCost(name, int(c), f, b, w) for name, (c, f, b, w) in names.items()])
-    return Observation(envelope(points), rest, costs, kernels=kernels)
+    return Observation(envelope(points), rest, costs, kernels=kernels, saved=held)
 
 
 def _kernels(size: int, watch: _Watch, larger: int, other: _Watch) -> tuple[Kernel, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shardmap.planning.cost import cpu_chunk_seconds, host_seconds, sample_seconds
-from shardmap.planning.memory import NOTHING, MemoryModel, format_bytes
+from shardmap.planning.memory import NOTHING, MemoryModel
 from shardmap.planning.observe import Observation
 from shardmap.planning.speeds import (
     PART,
@@ -91,8 +91,11 @@ class Lane:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted upper bound of the bytes that the map adds on the device."""
-        return self.memory.peak_bytes(min(self.most, self.rows))
+        """Predicted upper bound of the bytes that the map adds on the device.
+
+        Where only a lower bound is known: that of chunks of one sample, which is what was refused.
+        """
+        return self.memory.peak_bytes(min(1 if self.memory.bound else self.most, self.rows))
 
     @property
     def fits(self) -> bool:
@@ -107,6 +110,8 @@ class Collected:
     device: str
     bytes: int
     budget_bytes: int | None
+    grad: bool = False
+    """True if gradients flow from outside: such results cannot go to a store."""
 
     @property
     def fits(self) -> bool:
@@ -136,75 +141,6 @@ class Split:
         for lane in self.lanes:
             seconds[lane.turns] = seconds.get(lane.turns, 0.0) + lane.seconds
         return max(seconds.values(), default=0.0)
-
-    def refusal(self) -> str | None:
-        """Sentence that says why the split cannot run: the first device over its budget."""
-        if self.collected is not None and not self.collected.fits:
-            needed, budget = (
-                format_bytes(self.collected.bytes),
-                format_bytes(self.collected.budget_bytes or 0),
-            )
-            return (
-                f"the results need {needed} on {self.collected.device}, where they are collected, "
-                f"budget {budget}; write them to a store "
-                "with out=, keep less of them with reduce=, map fewer samples per call, or name "
-                "another output_device="
-            )
-        for lane in self.lanes:
-            if lane.fits:
-                continue
-            needed, budget = format_bytes(lane.peak_bytes), format_bytes(lane.budget_bytes or 0)
-            memory = lane.memory
-            one = memory.chunk_bytes(1)
-            if memory.bound:
-                text = (
-                    f"the map needs at least {needed} on {lane.device}, budget {budget} "
-                    f"({format_bytes(memory.resident_bytes)} stay during the whole run, a chunk of "
-                    f"one sample adds {format_bytes(one)} while it is computed)"
-                )
-            else:
-                text = (
-                    f"a chunk of {lane.chunk} needs {needed} on {lane.device}, budget {budget} "
-                    f"(fixed {format_bytes(memory.resident_bytes)}, "
-                    f"{format_bytes(one)} per sample)"
-                )
-            room = memory.room_bytes(lane.budget_bytes or 0)
-            largest = memory.largest_chunk(room, lane.chunk) if room > 0 else 0
-            if largest and not memory.bound:
-                return f"{text}; pass chunk_size='auto', or at most {largest}"
-            return f"{text}; {_remedy(lane)}"
-        return None
-
-
-def _remedy(lane: Lane) -> str:
-    """Sentence that says how to make the map of a lane over its budget fit."""
-    memory, budget = lane.memory, lane.budget_bytes or 0
-    ways = [
-        way
-        for way, less in (
-            ("write them to a store, out=shardmap.ZarrSink(path)", memory.stored_bytes),
-            ("combine them as they are computed, reduce='sum' for example", memory.reduced_bytes),
-        )
-        if (other := memory.instead(less)) is not None and other.peak_bytes(1) <= budget
-    ]
-    if memory.stacked_bytes > memory.resident_bytes // 2:
-        stay = (
-            f"the results take {format_bytes(memory.stacked_bytes)} of it, "
-            f"{format_bytes(memory.result_bytes)} for each sample"
-        )
-    else:
-        stay = "what stays during the whole run does not fit"
-    if ways:
-        return f"{stay}: {', or '.join(ways)}; or map fewer samples per call"
-    if memory.chunk_bytes(1) > memory.resident_bytes or memory.result_bytes > budget:
-        return (
-            f"{stay if memory.result_bytes > budget else 'not even one sample fits'}: allow more "
-            "with memory_budget=, or use a device with more memory"
-        )
-    return (
-        f"{stay}: map fewer samples per call, pass remat=True if gradients are recorded from "
-        "outside, or allow more with memory_budget="
-    )
 
 
 def chunks_of(samples: int, step: int) -> tuple[Chunk, ...]:
@@ -359,6 +295,8 @@ def _chunk(samples: int, share: int, site: Site, wanted: Any, lanes: int, sharin
         return _Size(most)
     if wanted != "auto":
         return _Size(int(wanted) if ceiling is None else min(int(wanted), ceiling))
+    if site.memory.bound:
+        return _Size(1)
     if site.observation is None:
         return _Size(most)
     if lanes > 1:

@@ -12,6 +12,7 @@ from shardmap.lower.cache import Lowered
 from shardmap.planning.cost import machine
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.observe import Observation, OpCost
+from shardmap.planning.refusal import refusal_of
 from shardmap.planning.split import Lane, Split
 from shardmap.program.schema import short_name
 
@@ -90,7 +91,7 @@ def overview(call: str, split: Split) -> str:
                 "",
             )
         )
-    refusal = split.refusal()
+    refusal = refusal_of(split)
     return "\n".join(
         [
             wrap(f"{call}: {split.samples} samples"),

@@ -106,24 +106,32 @@ def least_memory(job: Job, device: torch.device, lanes: int, scale: float | None
         lanes: Number of entries of `devices` that name the device.
         scale: Measured bytes of chunks over those of their tensors, if any have run.
     """
-    resident = results_bytes(job, device, lanes)
-    if job.remat:
-        resident += stacked_bytes(job, device) * job.samples
+    each = stacked_bytes(job, device)
+    kept = each * job.samples if job.remat else 0
     one = _chunk_bound(job, device)
     return MemoryModel(
-        resident,
+        results_bytes(job, device, lanes) + kept,
         (Level(0, one),),
         1.0 if scale is None else scale,
         bound=True,
+        loose=Level(0, each if _counted_elsewhere(job, device) else 0),
+        kept_bytes=kept,
+        kept_results_bytes=kept,
+        batch_bytes=kept + (each * job.samples if job.unit is None else 0),
         **stacked_results(job, device, lanes),
     )
+
+
+def _counted_elsewhere(job: Job, device: torch.device) -> bool:
+    """True if the results of a chunk are counted with those of the whole run."""
+    return direct(job, device) or job.grad
 
 
 def _chunk_bound(job: Job, device: torch.device) -> int:
     batched = job.lowerings.outline(device.type)
     observed = job.lowerings.notes(device.type).observed
     here = [k for k, o in enumerate(job.outputs) if o.device == device and o.stacked]
-    elsewhere = tuple(here) if direct(job, device) or job.grad else ()
+    elsewhere = tuple(here) if _counted_elsewhere(job, device) else ()
     key = "least", elsewhere
     kept = observed.get(key)
     if kept is None or kept[0] is not batched:

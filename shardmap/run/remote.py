@@ -24,6 +24,7 @@ import torch
 from shardmap import errors
 from shardmap.lower import cache as engine
 from shardmap.planning.device import free_bytes
+from shardmap.planning.refusal import refusal_of
 from shardmap.planning.split import Split, split
 from shardmap.program.ir import Program
 from shardmap.rules import huge_pages as pages
@@ -271,7 +272,7 @@ def _run(bound: _Bound, job: Job, on: prepare.Devices, task: Task) -> list[torch
     )
     cut = split(job.samples, found, bound.constants.chunk_size, sharing=task.peers)
     cut = _halved(cut, task.halvings) if task.halvings else cut
-    refusal = cut.refusal()
+    refusal = refusal_of(cut, task=True)
     if refusal is not None:
         raise errors.OverBudget(refusal)
     return local.run(job, cut, on, memory=bound.room(job))

@@ -30,6 +30,8 @@ from shardmap.run.base import Job
 from shardmap.run.prepare import Devices, Ready, learned
 from shardmap.run.watch import before_trial, watched
 
+SUMS = ("sum", "mean")
+"""Reductions whose derivatives read nothing of what they combine."""
 WATCHED_FROM = 4 << 20
 """Bytes of all samples' recorded results from which a map is measured and planned; below, it is one
 chunk."""
@@ -59,8 +61,9 @@ def memory_model(
         known: Measurements of earlier chunks.
     """
     device = ready.device
-    stacked = stacked_bytes(job, device)
+    each = stacked_bytes(job, device)
     resident = results_bytes(job, device, lanes)
+    growing = each if job.unit is None else 0  # with each sample of the batch
     resident += sum(
         _bytes(t)
         for t, there in zip(ready.captured, job.recording.captured, strict=True)
@@ -82,17 +85,18 @@ def memory_model(
         if o.reduction is not None and o.reduction.name == "fold"
     )
     extra += Level(folds, folds)  # combined and concatenated pairs, while the chunk's results exist
+    loose = Level(0, 0)
     if direct(job, device):
+        loose = Level(each, each)
         extra += Level(0, sum(o.sample_bytes for o in job.outputs if o.sliced and not o.stacked))
     elif accelerated:
         extra += seen.kept  # the chunk before, while it is copied to the result
     levels = [level + extra for level in seen.levels]
     # glibc keeps memory that backward frees between live blocks: 8 layers of 512 in chunks of 2.7
     # MB took 2.4 times their tensors with remat=True and 1.24 times without
-    gaps = 2.5 if job.remat and device.type == "cpu" else 1.25
-    backward = [
-        Level(int(a.fixed_bytes * gaps), int(a.sample_bytes * gaps)) + extra for a in seen.backward
-    ]
+    remat_gaps = 2.5 if device.type == "cpu" else 1.25
+    gaps = remat_gaps if job.remat else 1.25
+    backward = [_scaled(a, gaps) + extra for a in seen.backward]
     if job.cuda_graphs and not graphed.refusal(job, ready.low):
         # the graph's pool beside chunks that are warmed up, in flight or the last, smaller one;
         # copies of what it reads
@@ -104,13 +108,23 @@ def memory_model(
         # filled up with zeros to its size, and added
         resident += sum(_bytes(t) for t in ready.captured if t.requires_grad)
         resident += 2 * sum(_bytes(t) for t in job.inputs if t.requires_grad)
+        growing += 2 * sum(_row_bytes(t) for t in job.inputs if t.requires_grad)
+    kept, kept_results, growing_share, again = 0, 0, 0, ()
     if job.remat:
-        resident += stacked * job.samples  # the chunks, and their concatenation
+        kept = kept_results = each * job.samples  # the chunks, and their concatenation
+        growing += each
     elif job.grad:
-        kept = seen.kept
-        resident += kept.at(share)
-        levels = [_beside(kept, a) for a in levels]
-        backward = [_beside(kept, a) for a in backward]
+        # a sum keeps nothing of the results that it adds
+        added = all(o.reduction is not None and o.reduction.name in SUMS for o in job.outputs)
+        left = seen.saved if added else seen.kept
+        kept, growing_share = left.at(share), left.sample_bytes * share
+        kept_results = kept - min(kept, seen.saved.at(share))
+        if not (job.recording.written_inputs or seen.backward_unknown):
+            again = envelope([*levels, *[_scaled(a, remat_gaps) + extra for a in seen.backward]])
+        loose += _beside(seen.saved, left)
+        levels = [_beside(left, a) for a in levels]
+        backward = [_beside(left, a) for a in backward]
+    resident += kept
     if accelerated and lanes > 1:
         levels = [Level(lanes * a.fixed_bytes, lanes * a.sample_bytes) for a in levels]
     return MemoryModel(
@@ -118,8 +132,17 @@ def memory_model(
         envelope(levels),
         1.0 if known.scale is None else known.scale,
         backward=envelope(backward) if backward else (),
+        loose=loose,
+        kept_bytes=kept,
+        kept_results_bytes=kept_results,
+        again=again,
+        batch_bytes=growing * job.samples + growing_share,
         **stacked_results(job, device, lanes),
     )
+
+
+def _scaled(level: Level, factor: float) -> Level:
+    return Level(int(level.fixed_bytes * factor), int(level.sample_bytes * factor))
 
 
 def _beside(kept: Level, level: Level) -> Level:
@@ -209,4 +232,5 @@ def collected(
     size = sum(o.sample_bytes * (job.samples if o.stacked else 1) for o in elsewhere) * (
         2 if job.grad else 1
     )
-    return Collected(str(elsewhere[0].device), size, budget(elsewhere[0].device))
+    device = elsewhere[0].device
+    return Collected(str(device), size, budget(device), job.grad)

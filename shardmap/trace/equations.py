@@ -30,6 +30,8 @@ from shardmap.trace.kernels import is_lazy
 from shardmap.trace.recording import user_line
 from shardmap.trace.tensor_table import Variables, spec_of
 
+_SET_MEMORY = aten.set_.source_Storage_storage_offset
+
 
 class Equations(Variables):
     """The recorded calls and the variables; calls expected from the last recording are reused."""
@@ -42,6 +44,8 @@ class Equations(Variables):
         """The last program recorded of the same code, until a call differs from it."""
         self.alternatives: tuple[Program, ...] = ()
         """Other programs recorded of the same code."""
+        self.being_copied: tuple[torch.UntypedStorage, torch.Tensor] | None = None
+        """The storage that `copy.copy` is making a tensor of, and the tensor that it copies."""
 
     def adopt(self, out: Any, eq: Equation, mapped: bool) -> None:
         """Add the expected equation `eq` for the call that has just returned `out`."""
@@ -126,6 +130,20 @@ class Equations(Variables):
             var = self._define(bare)
             self._append(Equation(op, (source,), (), (var,), (NO_GRAD,), grad_mode))
         return bare
+
+    def shallow_copy(self, func: OpOverload, args: tuple) -> torch.Tensor | None:
+        """Record the last step of `copy.copy(tensor)`; None for other calls.
+
+        It gives the memory of the tensor to an empty one.
+        """
+        if func is not _SET_MEMORY or self.being_copied is None:
+            return None
+        storage, tensor = self.being_copied
+        if storage_id(storage) != storage_id(args[1]):
+            return None
+        self.being_copied = None
+        kernel_of(func)(*args)
+        return self.cut_off(DATA, tensor, args[0])
 
     def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Run `tensor.data = value`, and record that the tensor is the value without its history.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.autograd import graph
+from torch.autograd import forward_ad, graph
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +24,7 @@ from shardmap._torch import (
     HigherOrderOperator,
     OpOverload,
     aten,
+    forward_level,
     function_depth,
     functorch,
     left_aligned,
@@ -37,7 +38,7 @@ from shardmap._torch import (
     unpack_dual,
 )
 from shardmap.program.own_backward import DATA
-from shardmap.trace import control_flow, recurrent
+from shardmap.trace import control_flow, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
@@ -96,7 +97,8 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
-    *recurrent.CELLS, *_CUTS, left_aligned, unpack_dual, Tensor.__getitem__, Tensor.__setitem__,
+    *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
+    Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
     torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
@@ -220,6 +222,13 @@ class Doors(TorchFunctionMode):
 
     def _seen(self, func: Callable[..., object], args: tuple, kwargs: dict | None) -> object:
         """Run a call that may be a door."""
+        sizes = packed.sizes_of(func, args, kwargs or {})
+        if isinstance(sizes, torch.Tensor) and _is_plain(sizes):
+            values = cast(list[int], self.unrecorded(sizes.tolist, (), {}))
+            packed.ask(sizes, values, self.recorder.is_mapped(sizes))
+            if func is packed.PADS:
+                padded, _ = cast(tuple[Tensor, Tensor], func(*args, **(kwargs or {})))
+                return padded, packed.lengths_of(sizes, values[0])
         if recurrent.served(func, args):
             return recurrent.recurrent(func, args, kwargs or {})
         if func in recurrent.CUDNN_FLAGS and args:
@@ -228,6 +237,12 @@ class Doors(TorchFunctionMode):
             copied = self._deepcopy(args[0], args[1])
             if copied is not None:
                 return copied
+        elif func is Tensor.__deepcopy__ and type(args[0]) is Tensor and self._has_own_grad():
+            return func(*args)  # torch refuses what is no leaf, as in the loop
+        if func in shallow_copies.STEPS:
+            done = shallow_copies.step(self.recorder, func, args, self.unrecorded)
+            if done is not None:
+                return done
         if func is Tensor.__format__ and args[0].dim() == 0 and _is_plain(args[0]):
             return args[0].item().__format__(*args[1:])
         if func is Tensor.tolist and args[0].numel() <= _MOST_NUMBERS and _is_plain(args[0]):
@@ -343,6 +358,10 @@ class Doors(TorchFunctionMode):
     def _watched(self, value: Any) -> Any:
         """Wrap a user-defined function so that it is called with the doors watched."""
         return _Watched(self, value) if isinstance(value, _FUNCTIONS) else value
+
+    def _has_own_grad(self) -> bool:
+        """True if samples require grad only where the loop's rows do."""
+        return not self.recorder.depth and forward_level(forward_ad) < 0
 
     def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
         """Serve `copy.deepcopy(tensor)` by a clone; None if a clone is not the same.

@@ -65,6 +65,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
 
     Raises:
         AutogradFunctionError: A backward cannot be recorded.
+        EscapeError: A backward computes in numpy, say.
     """
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
@@ -89,8 +90,14 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     hooks = _hooks(recorder, {id(node) for node in found})
     reached: list[object] = [*found, *[recorder.put_hooks(of_one) for of_one in hooks]]
     count = len(recorder.hooks)
-    with doors, recorder:
-        _fill(recorder, reached, 0, 0)
+    try:
+        with doors, recorder:
+            _fill(recorder, reached, 0, 0)
+    except errors.EscapeError as error:
+        raise errors.EscapeError(
+            f"{error}; this happens in a backward that gradients from outside would call, where an "
+            "operator of one's own needs register_autograd (under torch.no_grad() nothing calls it)"
+        ).with_traceback(error.__traceback__) from error  # which tells what has left torch
     if len(recorder.hooks) > count:
         raise errors.AutogradFunctionError(
             f"{recorder.call}: register_hook in a backward that gradients from outside reach, "

@@ -31,10 +31,12 @@ from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import kept_tensors, references_before
+from shardmap.trace.outside import computed_outside, origins
 from shardmap.trace.outside_graphs import ends_of, histories_of
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.refusals import refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.surroundings import (
     RandomStates,
@@ -286,7 +288,8 @@ def _record(
                 recorder.groups_of_leaves.add(recorder.inputs[-1].group)
         recorder.histories = histories_of(batch.leaves[i] for i, _ in batch.mapped)
         recorder.tangents = any(has_tangent(batch.leaves[i]) for i, _ in batch.mapped)
-        ends, before = ends_of(samples), references_before(samples)
+        ends, sources = ends_of(samples), origins(samples)
+        before = references_before(samples)
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
@@ -309,6 +312,7 @@ def _record(
                 follow.forget(func)
                 return None
         except Exception as error:
+            refuse_swaps(call, error)
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
                     f"{call}: the batch is empty, and the function raised {type(error).__name__} "
@@ -361,6 +365,7 @@ def _record(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
             kept=None if known else kept_tensors(recorder, before),
+            outside=computed_outside(sources, recording.captured),
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

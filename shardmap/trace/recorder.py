@@ -204,6 +204,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
 
     def _record_resize(self, func: OpOverload, args: tuple) -> Any:
         """Record a resize within a tensor's memory as another view of it; None for other calls."""
+        if (copied := self.shallow_copy(func, args)) is not None:
+            return copied
         tensor = args[0]
         if func is aten.resize_.default:
             size = list(args[1])

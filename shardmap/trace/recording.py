@@ -44,6 +44,8 @@ class Recording:
     decided the path that was recorded."""
     caught: str = ""
     """Text of an operator's error that the function has caught: other samples may not raise it."""
+    outside: str = ""
+    """Text on a tensor that was computed from the sample where no recording sees it, or empty."""
     kept: tuple[str, ...] | None = ()
     """One text for each tensor that differs by sample and that python still holds though it is no
     output: the loop would keep another sample's, or all of them."""

@@ -53,6 +53,27 @@ def _in_spectral_norm() -> bool:
     return False
 
 
+def refuse_swaps(call: str, error: Exception) -> None:
+    """Refuse `torch.utils.swap_tensors` by name, which refuses tensors that are recorded.
+
+    They have weak references of ours.
+
+    Raises:
+        EscapeError: That is what `error` says, or what it was raised from.
+    """
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        if str(found).endswith("because it has weakref associated with it"):
+            raise errors.EscapeError(
+                f"{call}: torch.utils.swap_tensors exchanges what two tensors are, which cannot be "
+                "recorded; exchange their names (a, b = b, a), or for the parameters of a module "
+                "its attributes (module.weight = other)"
+            ) from error
+        seen.append(found)
+        found = found.__cause__ or found.__context__
+
+
 class Refusals(Histories):
     """The checks of a recording, each with its error."""
 

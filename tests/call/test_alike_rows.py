@@ -29,4 +29,6 @@ def test_arguments_whose_first_and_last_rows_are_alike(ends: str) -> None:
         wanted = [function(*r) for r in zip(rows, labels, mask, strict=True)]
         torch.testing.assert_close(found, torch.stack(wanted))
     assert runs[2] == runs[4] == runs[5] == runs[6] == runs[-1] == 0
-    assert runs[11] == 1
+    # The recording, another that looks for what is kept, the last row and one that differs in the
+    # mask: a function that reads the mask where no operator shows it would be found by that.
+    assert 1 <= runs[11] <= 4

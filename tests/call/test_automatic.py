@@ -255,6 +255,35 @@ def test_a_change_that_no_guard_sees_is_an_error_if_it_asks(
         SCALE = 2.0
 
 
+TRACKED = True
+
+
+def test_two_calls_that_are_written_alike_are_told_apart_in_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That an argument requires grad is not written: the text says that python's values differ."""
+    global TRACKED
+
+    def function(r: Tensor) -> Tensor:
+        scaled = r * torch.ones(2, requires_grad=TRACKED)
+        return scaled.detach() + (2 if TRACKED else 5)
+
+    mapped = shardmap.vmap(function)
+    for _ in range(4):
+        mapped(torch.randn(3, 2))
+    blind = Guards._tensors
+    monkeypatch.setattr(Guards, "check", lambda self, parts: blind(self, parts))
+    TRACKED = False
+    try:
+        with pytest.raises(
+            errors.StaleReplayError,
+            match=r"\(`.*mul.*` takes other values from python for one sample than for another\)",
+        ):
+            often(mapped, torch.randn(3, 2))
+    finally:
+        TRACKED = True
+
+
 def test_many_threads_share_one_map() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     mapped = shardmap.vmap(lambda r: model(r))

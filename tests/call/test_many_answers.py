@@ -226,3 +226,21 @@ def test_other_samples_are_tried_in_each_call() -> None:
     assert all(0 <= number < 1024 for number in numbers)
     assert max(b - a for a, b in zip(sorted(numbers), sorted(numbers)[1:], strict=False)) < 64
     assert Spread().next_tried(100) == []
+
+
+def test_the_warning_about_one_tried_sample_is_in_the_singular() -> None:
+    """`check="off"` runs the function on the first sample alone."""
+
+    def function(row: Tensor) -> Tensor:
+        return row * row.sum().item()
+
+    rows = torch.randn(70, 3)
+    text = r"one sample was tried, and gave answers to what python asks .* on 70 samples"
+    with pytest.warns(shardmap.SlowLoopWarning, match=text):
+        found = shardmap.vmap(function, check="off")(rows)
+    torch.testing.assert_close(found, torch.stack([function(row) for row in rows]))
+    shardmap.clear_caches()
+    with pytest.warns(
+        shardmap.SlowLoopWarning, match=r"2 samples that were tried gave 2 different"
+    ):
+        shardmap.vmap(function)(rows)

@@ -14,6 +14,7 @@ from shardmap.planning.memory import (
     MemoryModel,
 )
 from shardmap.planning.observe import Observation, OpCost
+from shardmap.planning.refusal import refusal_of
 from shardmap.planning.speeds import Learned
 from shardmap.planning.split import Site, split
 from tests.planning.common import QUICK, counts, models
@@ -104,7 +105,7 @@ def test_auto_chunks_fit_the_budget_or_nothing_does(
     for lane in cut.lanes:
         assert lane.fits or lane.chunk == 1 or model.peak_bytes(1) > budget
         assert lane.fits == (lane.rows == 0 or lane.peak_bytes <= budget)
-    assert (cut.refusal() is None) == cut.fits == all(lane.fits for lane in cut.lanes)
+    assert (refusal_of(cut) is None) == cut.fits == all(lane.fits for lane in cut.lanes)
 
 
 def test_chunks_are_no_larger_than_what_memory_ran_out_with() -> None:

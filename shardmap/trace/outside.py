@@ -1,0 +1,60 @@
+"""Find tensors that the function computed from its sample where no recording sees it.
+
+Another thread's calls are not recorded, so that what it returns looks like a tensor from outside.
+Its history in autograd's graph tells: it leads back to the sample, whose gradient would miss it.
+Values that differ by sample are found by comparing samples; of one sample, or of samples that are
+all alike, only the history shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.autograd import graph
+
+from shardmap._torch import functorch
+
+
+def origins(samples: Sequence[torch.Tensor]) -> frozenset[graph.Node]:
+    """The nodes of autograd's graph in which the histories of recorded samples end."""
+    nodes = [sample.grad_fn for sample in samples]
+    return frozenset([node for node in nodes if node is not None])
+
+
+def computed_outside(origins: frozenset[graph.Node], captured: Iterable[torch.Tensor]) -> str:
+    """Text on the first captured tensor that depends on the sample; empty if none does."""
+    if not origins:
+        return ""
+    seen: set[graph.Node] = set()
+    for tensor in captured:
+        node = _history(tensor)
+        if node is not None and _reaches(node, origins, seen):
+            return (
+                f"a tensor of shape {tuple(tensor.shape)} is computed from the sample where no "
+                "operator call is seen, such as in another thread"
+            )
+    return ""
+
+
+def _history(tensor: torch.Tensor) -> graph.Node | None:
+    if functorch.is_functorch_wrapped_tensor(tensor) or not tensor.requires_grad:
+        return None
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # autograd forbids to read it of some views
+        return None
+
+
+def _reaches(node: graph.Node, origins: frozenset[graph.Node], seen: set[graph.Node]) -> bool:
+    """True if a history leads to one of `origins`; `seen` are nodes whose history does not."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node in origins:
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    return False
