@@ -428,11 +428,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
             types=tuple(self.types),
         )
         before = self.before if self.expected is None else self.expected
-        if (
-            before is not None
-            and len(self.equations) == len(before.equations)
-            and program == before
-        ):
+        same_length = before is not None and len(self.equations) == len(before.equations)
+        if before is not None and same_length and program == before:
             program = before  # its lowering is found without comparing
         places = {id(t): place for place, (_, t) in enumerate(self.captured.values())}
         return Recording(
