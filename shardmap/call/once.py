@@ -14,7 +14,7 @@ from shardmap.call.automatic import state
 from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
 from shardmap.call.memo import Memory, Prepared, Remembered, are_leaves_of, signature
 from shardmap.call.options import Options
-from shardmap.call.reachable import History, reachable, same
+from shardmap.call.reachable import History, Unknown, reachable, same
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
 from shardmap.trace.thread_state import thread_state_kept
@@ -106,7 +106,8 @@ class OnceCall:
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call, if the function has left what it can reach as it was."""
         memory, now = self._of.memory, self._of.memory.reads(batch)
-        if not prepared.recording.kept and same(self._reads, now):
+        unknown = any(type(each) is Unknown for each in now)  # which is the reason that is given
+        if unknown or (not prepared.recording.kept and same(self._reads, now)):
             self._of.changes = 0
             memory.keep(batch, prepared, now)
             return

@@ -15,6 +15,7 @@ from shardmap import errors
 from shardmap.call import routes, spread
 from tests import oracle
 from tests.call.paths import WAYS, batch, expected
+from tests.call.runs import counting
 
 Tensor = torch.Tensor
 pytestmark = pytest.mark.usefixtures("paths_pay_early")
@@ -316,22 +317,16 @@ def test_few_samples_of_a_new_way_are_looped_until_they_were_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    calls = 0
-
-    def function(r: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return branch(r)
-
     x = batch(61)
     x[0] = 1
     others = int((x.sum(1) <= 0).sum())
     assert others < routes.WORTH <= 3 * others
-    mapped, counts = shardmap.vmap(function), []
+    mapped, counts, want = shardmap.vmap(branch), [], expected(branch, x)
     for _ in range(6):
-        calls = 0
-        oracle.assert_same(mapped(x), expected(branch, x), "result")
-        counts.append(calls)
+        with counting(branch) as calls:
+            found = mapped(x)
+        oracle.assert_same(found, want, "result")
+        counts.append(calls())
     assert counts[0] >= others
     assert counts[-1] == 1, "the other way, at each call"
 
