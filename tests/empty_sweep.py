@@ -56,10 +56,15 @@ def given(rows: Tensors, mapped: list[int], sizes: tuple[int, ...], grad: bool) 
     return [t.requires_grad_(grad and is_exact(t)) for t in tensors]
 
 
-def complaint(function: Callable[..., Tensors], rows: Tensors, mapped: list[int]) -> str:
-    """The first fault of a map of no samples; empty if there is none."""
+def complaint(
+    function: Callable[..., Tensors],
+    rows: Tensors,
+    mapped: list[int],
+    grads: tuple[bool, ...] = (False, True),
+) -> str:
+    """The first fault of a map of no samples, without and with gradients; empty if there is none."""
     dims = tuple(0 if k in mapped else None for k in range(len(rows)))
-    for grad in (False, True):
+    for grad in grads:
         sample = given(rows, mapped, (), grad)
         try:
             with sweep.RandomCalls() as watch:
@@ -89,10 +94,10 @@ def complaint(function: Callable[..., Tensors], rows: Tensors, mapped: list[int]
 
 
 def is_refused(mapping: Mapped, tensors: Tensors) -> bool:
-    """True if a map refuses one sample, too."""
+    """True if a map has no result for one sample either."""
     try:
         mapping(*tensors)
-    except shardmap.errors.ShardmapError:
+    except Exception:
         return True
     return False
 
@@ -122,7 +127,9 @@ def gradient_fault(found: Tensors, tensors: Tensors) -> str:
 
 def judge(name: str) -> list[str]:
     """The faults of one operator."""
+    op = sweep.operators()[name]
+    grads = (False, True) if op.supports_autograd else (False,)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [complaint(*case) for case in cases(sweep.operators()[name])]
+        found = [complaint(*case, grads) for case in cases(op)]
     return [f"{name}: {text}" for text in dict.fromkeys(found) if text]

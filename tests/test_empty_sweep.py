@@ -27,7 +27,6 @@ def test_kernels_that_take_no_empty_batch(name: str) -> None:
     assert_right([name])
 
 
-@pytest.mark.rotating
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("index", [pytest.param(TODAY, id=f"part_{TODAY}_of_{PARTS}")])
 def test_part_of_the_day(index: int) -> None:
