@@ -166,7 +166,7 @@ class Call:
 
     def _run_any(self) -> Any:
         recording = self.prepared.recording
-        if self.use is not None and not is_empty(self.batch, self.around):
+        if self.use is not None and not is_empty(self.batch, self.around, recording):
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
@@ -378,7 +378,7 @@ class Call:
 
     def settled(self) -> tuple[Call, Instead | None]:
         """The call to run, and what replaces its replay; None to run the replay."""
-        if self.use is None or is_empty(self.batch, self.around):
+        if self.use is None or is_empty(self.batch, self.around, self.prepared.recording):
             return self, None
         verdict = self.use.verdict()
         if verdict.varies:

@@ -15,7 +15,7 @@ from shardmap._torch import (
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch
 from shardmap.trace.recorder import Recorder
-from shardmap.trace.recording import is_empty_outside
+from shardmap.trace.recording import Recording, is_empty_outside
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms
 
 
@@ -61,11 +61,12 @@ def of_call(batch: Batch, options: Options) -> tuple[Surroundings, Batch, Option
     return Surroundings(True, True, True), batch, options
 
 
-def is_empty(batch: Batch, around: Surroundings) -> bool:
+def is_empty(batch: Batch, around: Surroundings, recording: Recording) -> bool:
     """True if a call has no samples, or a `torch.func.vmap` around it has none."""
     if around.traced:  # the number of samples may be a symbol
         return False
-    return not batch.size or (around.transformed and any(map(is_empty_outside, batch.tensors())))
+    outside = around.transformed and (*batch.tensors(), *recording.captured)
+    return not batch.size or any(map(is_empty_outside, outside or ()))
 
 
 def under_function_mode() -> bool:

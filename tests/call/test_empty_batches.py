@@ -204,6 +204,26 @@ def test_maps_of_none_inside_and_outside(name: str, around: str) -> None:
             assert [*a.shape] == [none.get(n, n) for n in b.shape]
 
 
+@pytest.mark.parametrize("name", ["asks", "asks what is mapped outside", "spectrum"])
+def test_none_of_what_all_samples_share(name: str) -> None:
+    """A `torch.func.vmap` of none around the map gives its samples a shared tensor."""
+    functions: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "asks": lambda r, w: (r @ w).sin() if (r @ w).sum() > 0 else (r @ w).cos(),
+        "asks what is mapped outside": lambda r, w: r * w.sum().item(),
+        "spectrum": lambda r, w: torch.fft.fft(r @ w).abs(),
+    }
+    function, x = functions[name], torch.randn(3, 4)
+
+    def mapped(w: torch.Tensor) -> torch.Tensor:
+        return shardmap.vmap(lambda r: function(r, w))(x)
+
+    for size in (2, 0, 0):
+        w = torch.randn(size, 4, 4)
+        assert torch.func.vmap(mapped)(w).shape == (size, 3, 4)
+        gradient = torch.func.grad(lambda v: mapped(v).sum())
+        assert torch.func.vmap(gradient)(w).shape == w.shape
+
+
 def test_products_of_none() -> None:
     """`reduce="gram"` of none is `[0, 0]`, with a history where the results have one."""
     for function in (asks, lambda x: x @ W.detach()):
