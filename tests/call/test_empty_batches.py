@@ -176,6 +176,19 @@ def test_an_output_without_the_mapped_dimension_is_computed() -> None:
         torch.testing.assert_close(total, W.sum() * 2)
 
 
+def test_a_gradient_inside_by_what_the_samples_were_computed_from() -> None:
+    """The samples of an empty batch have its history."""
+    for size in (3, 0, 0, 3):
+        features = torch.randn(size, 4) @ W
+
+        def gradient(r: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(r.sin().sum(), W, create_graph=True)[0]
+
+        found = shardmap.vmap(gradient)(features)
+        assert found.shape == (size, 4, 4)
+        assert found.requires_grad
+
+
 AROUND: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
     "map": lambda f, x: shardmap.vmap(f)(x),
     "vmap": lambda f, x: torch.func.vmap(f)(x),
