@@ -104,8 +104,8 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     Its samples require grad then, as under transforms: only so does the function's recording show
     a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
     """
-    if forward_level(forward_ad) < 0:
-        return False
+    if forward_level(forward_ad) < 0 or functorch.is_functorch_wrapped_tensor(tensor):
+        return False  # of transforms around the call nobody can ask
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
