@@ -34,12 +34,18 @@ def by_number(
 
     def of_number(number: torch.Tensor) -> object:
         places = number.view(1)
-        args, kwargs = batch.unflatten(
-            [batch.leaves[i].index_select(d, places).squeeze(d) for i, d in batch.mapped]
-        )
+        args, kwargs = batch.unflatten([_row(batch.leaves[i], d, places) for i, d in batch.mapped])
         return func(*args, **kwargs)
 
     leaf, _ = batch.mapped[0]
     numbers = torch.arange(batch.size, device=batch.leaves[leaf].device)
     rows = edges.collect((numbers,), {}, 0, None, options.call)
     return of_number, rows, dataclasses.replace(options, in_dims=0, kw_in_dims=None)
+
+
+def _row(t: torch.Tensor, dim: int, place: torch.Tensor) -> torch.Tensor:
+    """One sample of an argument; of an empty batch one of zeros, with the batch's history."""
+    if not t.shape[dim]:
+        one = t.new_zeros((*t.shape[:dim], 1, *t.shape[dim + 1 :]))
+        t = torch.cat([t, one], dim)
+    return t.index_select(dim, place).squeeze(dim)

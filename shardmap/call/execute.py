@@ -31,7 +31,7 @@ from shardmap.call.nested import Nested, Run, Unsplit
 from shardmap.call.once import OnceCall
 from shardmap.call.options import Options
 from shardmap.call.shapes import ShapesOfCall
-from shardmap.call.surroundings import Surroundings, of_call
+from shardmap.call.surroundings import Surroundings, is_empty, of_call
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.program.analysis import asking_about
@@ -166,13 +166,13 @@ class Call:
 
     def _run_any(self) -> Any:
         recording = self.prepared.recording
-        if self.use is not None:
+        if self.use is not None and not is_empty(self.batch, self.around, recording):
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
-            if self.around.transformed and self.batch.size and self._asks_mapped():
+            if self.around.transformed and self._asks_mapped():
                 return self._run_flattened()
-            if self.around.inlined and recording.asked and self.batch.size:
+            if self.around.inlined and recording.asked:
                 return self._run_nested()
             forks = verdict.forks or (bool(recording.asked) and self._is_asked_first())
             if forks and not self.around.inlined:
@@ -378,7 +378,7 @@ class Call:
 
     def settled(self) -> tuple[Call, Instead | None]:
         """The call to run, and what replaces its replay; None to run the replay."""
-        if self.use is None:
+        if self.use is None or is_empty(self.batch, self.around, self.prepared.recording):
             return self, None
         verdict = self.use.verdict()
         if verdict.varies:

@@ -15,6 +15,7 @@ from shardmap._torch import (
 from shardmap.call.options import Options
 from shardmap.trace.batch import Batch
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.recording import Recording, is_empty_outside
 from shardmap.trace.traced import is_graph_made, is_traced, refuse_transforms
 
 
@@ -58,6 +59,14 @@ def of_call(batch: Batch, options: Options) -> tuple[Surroundings, Batch, Option
     if options.reduce is not None:  # cut into parts, whose number must not be a symbol
         batch = dataclasses.replace(batch, size=int(batch.size))
     return Surroundings(True, True, True), batch, options
+
+
+def is_empty(batch: Batch, around: Surroundings, recording: Recording) -> bool:
+    """True if a call has no samples, or a `torch.func.vmap` around it has none."""
+    if around.traced:  # the number of samples may be a symbol
+        return False
+    outside = around.transformed and (*batch.tensors(), *recording.captured)
+    return not batch.size or any(map(is_empty_outside, outside or ()))
 
 
 def under_function_mode() -> bool:

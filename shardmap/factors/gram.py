@@ -273,9 +273,9 @@ def add_to(
     out = like.new_zeros((samples, samples)) if out is None else out
     widest = max([max(t.positions for t, _, _ in p.terms) for p in parts if p.terms], default=1)
     block = max(1, int(math.sqrt(BLOCK_BYTES / like.element_size())) // widest)
-    for a in range(0, samples, block):
+    for a in range(0, samples or 1, block):  # that of no samples has a history too
         rows = slice(a, min(a + block, samples))
-        for b in range(a, samples, block):
+        for b in range(a, samples or 1, block):
             columns = slice(b, min(b + block, samples))
             target = out[rows, columns]
             for part in parts:

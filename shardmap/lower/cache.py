@@ -17,6 +17,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.batcher import lower
 from shardmap.lower.check import verified
 from shardmap.lower.codegen import Executable, Replay, generate
+from shardmap.lower.no_samples import without_samples
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import recorded_bytes
 from shardmap.program.ir import Equation, Program
@@ -277,6 +278,10 @@ def lowered(
     def make() -> Lowered:
         first = _draft(key, program, options, sources)
         learned = notes(program, options, layout)
+        if not (size or options.traced):
+            none = without_samples(program, first.batched, options)
+            replay = generate(none, options.grad)
+            return replace(_untried(first, options, learned), batched=none, replay=replay)
         if tried is None or not size:
             return _untried(first, options, learned)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from shardmap._torch import aten
-from shardmap.program.ir import GRAD, Equation, Program, Var, variables
+from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import deciders, draws, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD, is_linear
 
@@ -141,6 +141,57 @@ def grad_equations(program: Program, write_groups: set[int]) -> list[bool]:
     groups = {v.group for v in (*required, *program.inputs) if v.group in write_groups}
     carries = [eq.grad_mode or eq.op in IDENTITIES for eq in program.equations]
     return _leading(program, write_groups, {v.index for v in required}, groups, carries)
+
+
+def sources(program: Program, every: bool = False) -> list[frozenset[int]]:
+    """For each output: the inputs and captured tensors that autograd finds behind it, by index.
+
+    Args:
+        program: The program.
+        every: True for all that an output is computed from, whatever autograd knows of it.
+    """
+    # Autograd gives a write to all tensors of its memory.
+    by_group: dict[int, list[int]] = {}
+    found: dict[int, frozenset[int]] = {}
+
+    def define(var: Var, behind: frozenset[int]) -> None:
+        if var.index not in found:
+            by_group.setdefault(var.group, []).append(var.index)
+        found[var.index] = behind
+
+    for var in (*program.inputs, *program.captured):
+        tracked = var.spec.dtype.is_floating_point or var.spec.dtype.is_complex
+        define(var, frozenset([var.index]) if tracked or every else frozenset())
+    for var in program.literals:
+        define(var, frozenset())
+    for eq in program.equations:
+        inputs, results, writes = list(eq.inputs()), list(eq.results()), written(eq)
+        own = eq.op is OWN_BACKWARD and eq.args[4] != NO_EFFECT
+        reaching = len(list(variables((eq.args[0],)))) if own else len(inputs)
+        carried = frozenset[int]().union(
+            *[
+                found[var.index]
+                for var, flag in zip(inputs[:reaching], eq.flags, strict=False)
+                if every or (flag == GRAD and eq.grad_mode)
+            ]
+        )
+        if eq.op in IDENTITIES and not every:  # each use tells what autograd should see
+            carried = frozenset() if eq.flags[0] == FRESH_LEAF else found[inputs[0].index]
+        for group in {var.group for var in writes}:
+            for index in by_group[group]:
+                found[index] |= carried
+        known = {var.index for var in inputs}
+        for n, var in enumerate(results):
+            if var.index in known:
+                continue
+            if eq.op is OWN_BACKWARD and not own:
+                define(var, found[list(variables((eq.args[1],)))[n].index])
+            else:
+                define(var, carried)
+    flags = zip(program.outputs, program.output_flags, strict=True)
+    return [
+        frozenset() if flag == NO_GRAD and not every else found[var.index] for var, flag in flags
+    ]
 
 
 def _leading(

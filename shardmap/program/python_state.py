@@ -246,7 +246,8 @@ def name_of(function: object) -> str:
     code = getattr(inspect.unwrap(inner) if callable(inner) else inner, "__code__", None)
     line = f":{code.co_firstlineno}" if isinstance(code, types.CodeType) else ""
     called = getattr(inner, "__qualname__", type(inner).__qualname__)
-    return f"{inner.__module__}.{called}{line}"
+    module = getattr(inner, "__module__", type(inner).__module__)  # methods of C have none
+    return f"{module}.{called}{line}"
 
 
 def state(readers: Iterable[Reader]) -> State:

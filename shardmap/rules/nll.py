@@ -34,7 +34,7 @@ def target_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignored: in
     keep = target != ignored
     if weight is None:
         return keep.to(x.dtype)
-    at = target.masked_fill(~keep, 0).flatten(1)
+    at = flat_rows(target.masked_fill(~keep, 0))
     wide = weight.expand(at.shape[0], -1) if weight.dim() == 1 else weight
     return wide.gather(1, at).view(target.shape).masked_fill(~keep, 0.0)
 

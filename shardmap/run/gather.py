@@ -186,6 +186,8 @@ class Total:
     def add(self, start: int, stop: int, partial: torch.Tensor) -> None:
         """Take in a chunk's combination."""
         if start == stop:
+            if not self.samples:  # the sum of none, which autograd follows
+                self.value = partial.to(self.out.device)
             return
         self.waiting[start] = stop, partial.to(self.out.device)
         while self.next in self.waiting:
@@ -201,8 +203,6 @@ class Total:
             return t
         if not self.out.mapped:
             t = t.expand(size, *t.shape)
-        if not size:
-            return t
         name = self.reduction.name
         if name in ("sum", "mean"):
             half = t.dtype in (torch.float16, torch.bfloat16)
@@ -270,9 +270,7 @@ class Total:
                     out.shape, dtype=out.dtype if exact else torch.int64, device=out.device
                 )
             if name == "mean":
-                total = (
-                    total / self.samples if self.samples else torch.full_like(total, float("nan"))
-                )
+                total = total / self.samples
             return total.to(out.dtype) if exact else total
         assert total is not None, "a reduction of no samples has been refused"
         finish = self.reduction.finish

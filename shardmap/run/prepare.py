@@ -29,7 +29,7 @@ from shardmap.trace.record import (
     outer_recordings_suspended,
     transforms_set_aside,
 )
-from shardmap.trace.recording import element
+from shardmap.trace.recording import element, is_empty_outside
 from shardmap.trace.traced import tracing_aside
 
 logger = logging.getLogger("shardmap")
@@ -177,7 +177,12 @@ def _lowered(
 
 
 def _trial_size(job: Job, several: bool) -> int:
-    """Number of samples for a trial; the batch size may be a symbol."""
+    """Number of samples for a trial; the batch size may be a symbol.
+
+    None where a `torch.func.vmap` around the call has none.
+    """
+    if job.transformed and any(map(is_empty_outside, (*job.inputs, *job.recording.captured))):
+        return 0
     most = 2 if several else 1
     return most if job.samples >= most else int(job.samples)
 

@@ -105,7 +105,7 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     a `torch.autograd.Function`, of which forward mode must not take the forward's own derivative.
     """
     if forward_level(forward_ad) < 0 or functorch.is_functorch_wrapped_tensor(tensor):
-        return False
+        return False  # of transforms around the call nobody can ask
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 

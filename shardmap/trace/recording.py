@@ -87,7 +87,10 @@ def picked_elements(by_level: Mapping[int, int]) -> Iterator[None]:
 
 
 def element(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside functorch's wrappers: one element of each batch, else the first."""
+    """The plain tensor inside functorch's wrappers: one element of each batch, else the first.
+
+    That of an empty batch is zeros.
+    """
     dims, picked = [], _picked.get()
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -95,8 +98,21 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
             dims.append((functorch.maybe_get_bdim(tensor), number))
         tensor = functorch.get_unwrapped(tensor)
     for dim, number in reversed(dims):  # a wrapper inside another must not meet the transforms
-        tensor = tensor.select(dim, number)
+        if tensor.shape[dim]:
+            tensor = tensor.select(dim, number)
+        else:
+            tensor = tensor.new_zeros(tensor.shape[:dim] + tensor.shape[dim + 1 :])
     return tensor
+
+
+def is_empty_outside(tensor: torch.Tensor) -> bool:
+    """True if a `torch.func.vmap` around the call maps a tensor over no samples, at any level."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner = functorch.get_unwrapped(tensor)
+        if functorch.is_batchedtensor(tensor) and not inner.shape[functorch.maybe_get_bdim(tensor)]:
+            return True
+        tensor = inner
+    return False
 
 
 def is_mapped_outside(tensor: torch.Tensor) -> bool:

@@ -228,3 +228,14 @@ def test_tangents_pass_where_gradients_are_off(inner: str, without: str, outer: 
         mapped = shardmap.vmap(function, **WAYS[way])
         for _ in range(3):
             assert_same(OUTER[outer](mapped, x), want, way)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"trace": "once"}, {"trace": "each"}])
+def test_torch_func_jvp_inside_a_vmap_around_the_map(options: dict[str, Any]) -> None:
+    x, v = torch.randn(2, 5, 3, dtype=DTYPE), torch.randn(2, 5, 3, dtype=DTYPE)
+    w = torch.randn(3, dtype=DTYPE)
+    mapped = shardmap.vmap(lambda r: (r * w).sin(), **options)
+    for _ in range(4):
+        found = torch.func.vmap(lambda a, b: torch.func.jvp(mapped, (a,), (b,)))(x, v)
+        assert_same(found[0], (x * w).sin(), "value")
+        assert_same(found[1], (x * w).cos() * w * v, "tangent")

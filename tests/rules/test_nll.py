@@ -37,10 +37,10 @@ def test_targets(shape, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 2)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 2)])
 def test_weights(shape, reduction):
     """Weights of the classes, shared or of each sample; ignored targets that are no class."""
-    classes = (shape[0], 5, *shape[1:])
+    classes = (5,) if not shape else (shape[0], 5, *shape[1:])
 
     def loss(x, t, w):
         return F.nll_loss(x, torch.where(t == 0, -100, t), w.detach().abs(), reduction=reduction)

@@ -112,6 +112,13 @@ def hooked_after_a_use(r: Tensor) -> Tensor:
     return before + t.exp()
 
 
+def hooks_written_in_c(r: Tensor) -> Tensor:
+    t = r * W
+    t.register_hook(torch.Tensor.neg)
+    t.register_hook(torch.sin)
+    return t.exp()
+
+
 def hooks_in_order_and_one_removed(r: Tensor) -> Tensor:
     t = r * W
     removed = t.register_hook(lambda g: g * 3)
@@ -173,7 +180,8 @@ def hooks_on_a_tensor_and_its_view(r: Tensor) -> tuple[Tensor, Tensor]:
 HOOKS: dict[str, Function] = {
     f.__name__: f
     for f in (
-        hooked_after_a_use, hooks_in_order_and_one_removed, hook_that_reads, hook_on_the_sample,
+        hooked_after_a_use, hooks_written_in_c, hooks_in_order_and_one_removed, hook_that_reads,
+        hook_on_the_sample,
         hooks_around_a_write, hook_on_the_result, hooks_around_a_function, hook_on_weights,
         hooks_on_a_tensor_and_its_view,
     )
@@ -228,6 +236,27 @@ def compared(function: Function, x: Tensor, name: str, **options: Any) -> None:
 def test_gradients_are_those_of_the_loop(name: str, way: str) -> None:
     for rows, grad in ((5, True), (5, False), (1, True)):
         compared(CASES[name], batch(rows, grad), f"{name}, {rows} rows", **WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_complex_samples_of_a_map_inside_a_map(way: str) -> None:
+    """The inner map hooks its samples: their gradients are no lazy conjugates, as the loop's."""
+    c = torch.randn(5, 2, 3, dtype=torch.complex128, requires_grad=True)
+
+    def inner(r: Tensor) -> Tensor:
+        return (r * r.conj() * W).sin() * r
+
+    def weighted(out: Tensor) -> Tensor:
+        return (out * torch.linspace(0.5, 1.5, out.numel()).view(out.shape)).real.sum()
+
+    mapped = shardmap.vmap(lambda rows: shardmap.vmap(inner)(rows), **WAYS[way])
+    want = torch.stack([torch.stack([inner(r) for r in rows]) for rows in c])
+    gradients = torch.autograd.grad(weighted(want), (c, W))
+    for _ in range(4):
+        found = mapped(c)
+        assert_same(found, want, "values")
+        for a, b in zip(torch.autograd.grad(weighted(found), (c, W)), gradients, strict=True):
+            assert_same(a, b, "gradients")
 
 
 @pytest.mark.parametrize("name", CASES)
