@@ -24,6 +24,7 @@ from shardmap._torch import (
     HigherOrderOperator,
     OpOverload,
     aten,
+    dispatch_depth,
     function_depth,
     functorch,
     left_aligned,
@@ -40,6 +41,7 @@ from shardmap.trace import control_flow, recurrent
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.compare import same_values
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
+from shardmap.trace.modes_inside import Above
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 from shardmap.trace.refusals import OF_KEYS, another_of_rows
@@ -178,6 +180,8 @@ class Doors(TorchFunctionMode):
         self.recorder = recorder
         self.saved_changed = False
         """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed."""
+        self.depth = 0
+        """Number of dispatch modes that are on without those that the function enters."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -185,6 +189,12 @@ class Doors(TorchFunctionMode):
         self, func: Any, kinds: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Handle one call of torch's python interface."""
+        if dispatch_depth() > self.depth > 0:
+            with Above(self.recorder):
+                return self._handle(func, args, kwargs)
+        return self._handle(func, args, kwargs)
+
+    def _handle(self, func: Callable, args: tuple, kwargs: dict | None) -> object:
         self.recorder.serial += 1
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])

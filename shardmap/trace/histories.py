@@ -11,17 +11,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.autograd import graph
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import sequence_number
+from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
 from shardmap.trace.equations import Equations
+from shardmap.trace.modes_inside import Passed
 from shardmap.trace.tensor_table import Variables
 
 
@@ -126,6 +127,12 @@ class Histories(Equations):
         """The last program recorded of the same code."""
         self.is_repeating = False
         """True if calls are, or were, recognised as those of the last recording."""
+        self.above: Passed | None = None
+        """The call of the function's that modes which it entered are answering."""
+        self.changed: dict[int, bool] = {}
+        """Variables whose value such a mode has changed; True if their history can be followed."""
+        self.missed: dict[int, graph.Node] = {}
+        """By address: the nodes whose histories cannot."""
 
     def expect(self, programs: tuple[Program, ...]) -> None:
         """Expect one of `programs`, which were recorded of the same code; the first one at first.
@@ -149,10 +156,15 @@ class Histories(Equations):
         if node is None:
             return var
         number = tensor.output_nr
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and (
-            var.index not in self.captured
+        changed = self.changed.get(var.index)
+        if changed is False or (changed and var.index in self.captured):
+            self.missed[id(node)] = node
+        elif var.index not in self.captured and (
+            changed
+            or id(node) in self.applied
+            or isinstance(node, torch.autograd.function.BackwardCFunction)
         ):
-            var = self._returned(node, number, tensor, var)
+            var = self._returned(cast(Node, node), number, tensor, var)
         key = type(node), sequence_number(node)(), number
         known = self.edges.setdefault(key, var)
         if known is not None and known.group != var.group:
@@ -172,6 +184,38 @@ class Histories(Equations):
             self.equations[applied.position] = applied.without_effect()
         self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
         return pair[1]
+
+    def below_modes(
+        self, func: OpOverload, types: object, args: tuple, kwargs: dict[str, object]
+    ) -> object:
+        """Run and record a call that has come through modes which the function entered."""
+        above, self.above = self.above, None
+        assert above is not None
+        try:
+            out = cast(TorchDispatchMode, self).__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.above = above
+        above.arrived(func, args, kwargs, out)
+        return out
+
+    def change(self, tensor: torch.Tensor, count: int, returned: bool) -> None:
+        """Note that a mode below autograd has changed the value of a tensor.
+
+        Args:
+            tensor: The tensor.
+            count: Number of variables before the call that the mode answered.
+            returned: True if the mode has returned it; else it has written to it.
+        """
+        var = self.known(tensor) or self.captured_var(tensor)
+        if returned or var.index < count:
+            self.changed[var.index] = returned and var.index >= count
+            self.expected = None
+
+    def cut_below(self, tensor: torch.Tensor, count: int) -> None:
+        """Record that a tensor which was made below autograd has no history."""
+        var = self.known(tensor)
+        if var is not None and var.index >= count:
+            self.cut_off(aten.detach.default, tensor, tensor)
 
     def add_hook(
         self,

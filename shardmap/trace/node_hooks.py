@@ -50,6 +50,28 @@ _ALTERNATIVES = {
 }
 
 
+def refuse_changes_by_modes(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
+    """Refuse what a dispatch mode inside the function writes below autograd, or takes from outside.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        nodes: The nodes that outer gradients reach.
+
+    Raises:
+        AutogradFunctionError: A gradient would pass through such a tensor.
+    """
+    for node in nodes:
+        if id(node) in recorder.missed:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: a TorchDispatchMode inside the function writes in place to a "
+                f"tensor that requires grad, or returns another that was there before "
+                f"({node.name()}), before an output that requires grad: autograd does not see it, "
+                "and gradients from outside would; let the mode return a new tensor, use a "
+                "TorchFunctionMode, or take the gradient inside the mapped function "
+                "(torch.autograd.grad)"
+            )
+
+
 def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
     """Refuse hooks that the recorded function has registered on `nodes`, or on shared ones.
 

@@ -9,7 +9,8 @@ own, in the equation of the Function's application.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -24,7 +25,11 @@ from shardmap.program.python_state import CONTEXT, keep, name_of, reader_of
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, Hook, HookNode
-from shardmap.trace.node_hooks import refuse_hidden_backwards, refuse_node_hooks
+from shardmap.trace.node_hooks import (
+    refuse_changes_by_modes,
+    refuse_hidden_backwards,
+    refuse_node_hooks,
+)
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
@@ -72,10 +77,11 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     refuse_node_hooks(recorder, found)
     refuse_hidden_backwards(recorder, found)
     functions = list(filter(is_function, found))
-    if not functions and not recorder.applied and not recorder.hooks:
+    if not (functions or recorder.applied or recorder.hooks or recorder.changed):
         return True
     for tensor in inside:
         recorder.encode(tensor, [], False)
+    refuse_changes_by_modes(recorder, found)
     for node in functions:
         if id(node) in recorder.applied:
             continue
@@ -97,7 +103,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             "which would not call the hook; change the gradient with torch operators"
         )
     for applied in recorder.applied.values():
-        vars(applied.node).clear()  # python's references to the sample's tensors
+        if not _is_torchs(applied.node):
+            vars(applied.node).clear()  # python's references to the sample's tensors
     for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
         hook.handle.remove()
     recorder.applied.clear()
@@ -114,7 +121,15 @@ _REMEDY = (
 def _name(node: object) -> str:
     if isinstance(node, HookNode):
         return "a hook (register_hook)"
+    if _is_torchs(node):
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        return f"{name}, whose result a TorchDispatchMode inside the function changes,"
     return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
+
+
+def _is_torchs(node: object) -> bool:
+    """True for a node of one of torch's own operators."""
+    return not (is_function(node) or isinstance(node, HookNode))
 
 
 def _saves_its_result(recorder: Recorder, node: object) -> bool:
@@ -215,7 +230,7 @@ class _Recorded:
         try:
             with torch.enable_grad():
                 with recorder.watch or contextlib.nullcontext():
-                    returned = node.apply(*given)
+                    returned = (cast(Callable, node) if _is_torchs(node) else node.apply)(*given)
                 wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
                 once = self._once([g for _, g in wanted])
@@ -268,8 +283,8 @@ class _Recorded:
         node = self.node
         count = len(node._input_metadata)
         pairs = self.applied.pairs
-        if count == 1:
-            return [None], True
+        if count == 1 or _is_torchs(node):
+            return [None] * count, True
         seen: list[tuple[torch.Tensor | None, ...]] = []
 
         def spy(*grads: torch.Tensor | None) -> tuple[None, ...]:
@@ -332,7 +347,9 @@ class _Recorded:
 
         They are converted as autograd does: summed to the shape of the argument, in its dtype.
         """
-        needs = self.node.needs_input_grad
+        node = self.node
+        edges = node.next_functions
+        needs = [n is not None for n, _ in edges] if _is_torchs(node) else node.needs_input_grad
         grads = returned if isinstance(returned, tuple) else (returned,)
         grads = (*grads, *[None] * (len(needs) - len(grads)))
         wanted = []

@@ -14,6 +14,7 @@ from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import (
     FakeTensor,
+    dispatch_depth,
     dispatch_modes,
     forward_level,
     functorch,
@@ -288,6 +289,7 @@ def _record(
         doors = Doors(recorder)
         try:
             with doors, recorder:
+                doors.depth = dispatch_depth()
                 recorder.given.start()
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():
