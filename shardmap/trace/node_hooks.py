@@ -20,6 +20,21 @@ _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
 """Parts of the names of nodes whose backward recorded operators do not show, and their makers."""
 
 
+def nodes_before(tensors: Iterable[torch.Tensor], recorder: Histories) -> list[graph.Node]:
+    """The nodes of autograd's graph before `tensors`, as far as the function made them."""
+    held = [t.grad_fn for _, t in recorder.captured.values()]
+    stop = {id(node) for node in held if node is not None}
+    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
+    seen: dict[int, graph.Node] = {}
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen[id(node)] = node
+        queue += [n for n, _ in node.next_functions if n is not None]
+    return list(seen.values())
+
+
 def refuse_hidden_backwards(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
     """Refuse backwards that are written in C++, or made by TorchScript.
 
