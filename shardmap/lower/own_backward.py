@@ -302,8 +302,9 @@ class _Given(torch.autograd.Function):
             return (tangents[3],)
         raise errors.AutogradFunctionError(
             f"{own.options.call}: forward-mode AD around the call differentiates through a custom "
-            "autograd.Function, whose own jvp a map does not follow; take the derivative inside "
-            "the mapped function (torch.func.jvp), or write it with torch operators"
+            "autograd.Function, whose own jvp a map does not follow, or through a result that a "
+            "TorchDispatchMode changes; take the derivative inside the mapped function "
+            "(torch.func.jvp), or write it with torch operators"
         )
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.autograd import forward_ad, graph
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
@@ -24,6 +23,7 @@ from shardmap._torch import (
     HigherOrderOperator,
     OpOverload,
     aten,
+    dispatch_depth,
     forward_level,
     function_depth,
     functorch,
@@ -40,8 +40,9 @@ from shardmap._torch import (
 from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
-from shardmap.trace.compare import same_values
+from shardmap.trace.called_back import Saving, Watched
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
+from shardmap.trace.modes_inside import Above
 from shardmap.trace.outside_graphs import given_inputs, refuse_reached, refuse_tangent
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
@@ -129,48 +130,6 @@ def _is_ordinary(func: object) -> bool:
     return found
 
 
-class _Watched:
-    """A user-defined function that torch calls back, run with the doors watched."""
-
-    def __init__(self, doors: Doors, function: Any):
-        self.doors = doors
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.doors:
-            return self.function(*args, **kwargs)
-
-
-class _Saving(_Watched):
-    """A user-defined pack hook of saved tensors, unpacked at once to see if the value is the same.
-
-    The map's own backward does not run the hook: outer gradients would not see a change.
-    """
-
-    def __init__(
-        self,
-        doors: Doors,
-        pack: Callable[[torch.Tensor], object],
-        unpack: Callable[[object], torch.Tensor],
-    ):
-        super().__init__(doors, pack)
-        self.unpack = unpack
-
-    def __call__(self, tensor: torch.Tensor) -> object:
-        module = getattr(self.function, "__module__", "")
-        # `save_on_cpu` leaves a tensor of the cpu as it is: with its history it would keep its own
-        # graph alive, which python's collector does not see.
-        packed = super().__call__(tensor.detach() if module == graph.__name__ else tensor)
-        if module != checkpoint.__name__:
-            with self.doors:
-                same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
-            self.doors.saved_changed = self.doors.saved_changed or not same
-        return packed
-
-    def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:
-        return same_values(self.unpack(packed), tensor)
-
-
 class Doors(TorchFunctionMode):
     """Function mode that refuses the doors for recorded tensors.
 
@@ -182,6 +141,8 @@ class Doors(TorchFunctionMode):
         self.recorder = recorder
         self.saved_changed = False
         """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed."""
+        self.depth = 0
+        """Number of dispatch modes that are on without those that the function enters."""
         self.encoder: PaddedEncoder | None = None
         """An encoder with padding whose last layer is running."""
 
@@ -189,6 +150,12 @@ class Doors(TorchFunctionMode):
         self, func: Any, kinds: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Handle one call of torch's python interface."""
+        if dispatch_depth() > self.depth > 0:
+            with Above(self.recorder):
+                return self._handle(func, args, kwargs)
+        return self._handle(func, args, kwargs)
+
+    def _handle(self, func: Callable, args: tuple, kwargs: dict | None) -> object:
         self.recorder.serial += 1
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])
@@ -197,7 +164,7 @@ class Doors(TorchFunctionMode):
             ordinary = _is_ordinary(func)
         if ordinary and self.encoder is None and not self.recorder.depth:
             hooks = _saved_tensors_hooks()
-            if hooks is None or isinstance(hooks[0], _Watched):
+            if hooks is None or isinstance(hooks[0], Watched):
                 return func(*args, **kwargs) if kwargs else func(*args)
         if func is left_aligned:
             return True  # `nn.TransformerEncoder` asks and does not pack: see `padded_encoder`
@@ -318,9 +285,9 @@ class Doors(TorchFunctionMode):
             args = tuple([self._watched(a) for a in args])
             kwargs = {k: self._watched(v) for k, v in kwargs.items()}
         hooks = _saved_tensors_hooks()
-        if hooks is None or isinstance(hooks[0], _Watched):
+        if hooks is None or isinstance(hooks[0], Watched):
             return func(*args, **kwargs)
-        push_saved_hooks(_Saving(self, *hooks), hooks[1])
+        push_saved_hooks(Saving(self, *hooks), hooks[1])
         try:
             return func(*args, **kwargs)
         finally:
@@ -357,7 +324,7 @@ class Doors(TorchFunctionMode):
 
     def _watched(self, value: Any) -> Any:
         """Wrap a user-defined function so that it is called with the doors watched."""
-        return _Watched(self, value) if isinstance(value, _FUNCTIONS) else value
+        return Watched(self, value) if isinstance(value, _FUNCTIONS) else value
 
     def _has_own_grad(self) -> bool:
         """True if samples require grad only where the loop's rows do."""

@@ -9,7 +9,14 @@ from types import FrameType
 import torch
 
 from shardmap._threads import alone
-from shardmap._torch import without_dispatch, without_functions
+from shardmap._torch import (
+    excluded_keys,
+    force_keys,
+    key_set,
+    undefined_key,
+    without_dispatch,
+    without_functions,
+)
 from shardmap.trace.watch import PROGRAM, PythonWatch
 
 
@@ -43,9 +50,15 @@ class Generator:
             self._advance(_ENGINE * (next(_numbers) % 3 + 1))
 
     def _advance(self, numbers: int) -> None:
-        """Draw numbers, so that even `manual_seed(initial_seed())` changes the state."""
+        """Draw numbers, so that even `manual_seed(initial_seed())` changes the state.
+
+        `torch.autograd.functional` with `vectorize=True` around the call forbids to draw in the
+        thread, by a key that the thread includes; these draws are no one's numbers.
+        """
         with without_dispatch(), without_functions():
-            torch.rand(numbers)
+            drawn = torch.empty(numbers)
+            with force_keys(key_set(undefined_key), excluded_keys()):
+                drawn.uniform_()
         self.state = generator_state()
 
     def _mark(self) -> None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.autograd import graph
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import sequence_number
+from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
 from shardmap.program.analysis import written
-from shardmap.program.ir import Equation, Program, Var
-from shardmap.program.own_backward import NO_EFFECT, OWN_BACKWARD
+from shardmap.program.ir import GRAD, Equation, Program, Var
+from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
 from shardmap.trace.equations import Equations
+from shardmap.trace.modes_inside import Passed
 from shardmap.trace.tensor_table import Variables
 
 
@@ -95,6 +96,9 @@ class HookNode:
 
     def __init__(self, hooks: list[Hook]):
         self.hooks = hooks
+        self.beside: set[int] = set()
+        """Memory that is computed by uses before, which lead to no output: its history does not
+        pass through the hooks."""
         self.next_functions = ((hooks[0].node, hooks[0].number),)
         self.needs_input_grad: tuple[bool, ...] = (True,)
         self._input_metadata: tuple[object, ...] = (None,)
@@ -105,6 +109,16 @@ class HookNode:
             changed = hook.function(grad)
             grad = grad if changed is None else changed
         return grad
+
+
+def is_function(node: object) -> bool:
+    """True if a node of autograd's graph is that of a Function written in python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_torchs(node: object) -> bool:
+    """True for a node of one of torch's own operators."""
+    return not (is_function(node) or isinstance(node, HookNode))
 
 
 class Histories(Equations):
@@ -126,6 +140,12 @@ class Histories(Equations):
         """The last program recorded of the same code."""
         self.is_repeating = False
         """True if calls are, or were, recognised as those of the last recording."""
+        self.above: Passed | None = None
+        """The call of the function's that modes which it entered are answering."""
+        self.changed: dict[int, bool] = {}
+        """Variables whose value such a mode has changed; True if their history can be followed."""
+        self.missed: dict[int, graph.Node] = {}
+        """By address: the nodes whose histories cannot."""
 
     def expect(self, programs: tuple[Program, ...]) -> None:
         """Expect one of `programs`, which were recorded of the same code; the first one at first.
@@ -149,10 +169,13 @@ class Histories(Equations):
         if node is None:
             return var
         number = tensor.output_nr
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and (
-            var.index not in self.captured
+        changed = self.changed.get(var.index)
+        if changed is False or (changed and var.index in self.captured):
+            self.missed[id(node)] = node
+        elif var.index not in self.captured and (
+            changed or id(node) in self.applied or is_function(node)
         ):
-            var = self._returned(node, number, tensor, var)
+            var = self._returned(cast(Node, node), number, tensor, var)
         key = type(node), sequence_number(node)(), number
         known = self.edges.setdefault(key, var)
         if known is not None and known.group != var.group:
@@ -173,6 +196,38 @@ class Histories(Equations):
         self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
         return pair[1]
 
+    def below_modes(
+        self, func: OpOverload, types: object, args: tuple, kwargs: dict[str, object]
+    ) -> object:
+        """Run and record a call that has come through modes which the function entered."""
+        above, self.above = self.above, None
+        assert above is not None
+        try:
+            out = cast(TorchDispatchMode, self).__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.above = above
+        above.arrived(func, args, kwargs, out)
+        return out
+
+    def change(self, tensor: torch.Tensor, count: int, returned: bool) -> None:
+        """Note that a mode below autograd has changed the value of a tensor.
+
+        Args:
+            tensor: The tensor.
+            count: Number of variables before the call that the mode answered.
+            returned: True if the mode has returned it; else it has written to it.
+        """
+        var = self.known(tensor) or self.captured_var(tensor)
+        if returned or var.index < count:
+            self.changed[var.index] = returned and var.index >= count
+            self.expected = None
+
+    def cut_below(self, tensor: torch.Tensor, count: int) -> None:
+        """Record that a tensor which was made below autograd has no history."""
+        var = self.known(tensor)
+        if var is not None and var.index >= count:
+            self.cut_off(aten.detach.default, tensor, tensor)
+
     def add_hook(
         self,
         tensor: torch.Tensor,
@@ -184,10 +239,14 @@ class Histories(Equations):
         node, number = (None, 0) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
         self.hooks.append(Hook(var, node, number, function, handle, len(self.equations)))
 
-    def put_hooks(self, hooks: list[Hook]) -> HookNode:
-        """Put an equation for the hooks of one tensor before its first use.
+    def put_hooks(self, hooks: list[Hook], outputs: set[int]) -> HookNode:
+        """Put an equation for the hooks of one tensor before the first use that leads to an output.
 
         Later uses of the tensor use the result of that equation.
+
+        Args:
+            hooks: The hooks.
+            outputs: The memory of outputs that require grad.
         """
         var = hooks[0].var
         made = max(
@@ -199,15 +258,21 @@ class Histories(Equations):
             ),
             default=-1,
         )
-        at = next(
-            (
-                i
-                for i, eq in enumerate(self.equations)
-                if i > made and any(v.index == var.index for v in eq.inputs())
-            ),
-            len(self.equations),
-        )
+        uses = [
+            i
+            for i, eq in enumerate(self.equations)
+            if i > made and any(v.index == var.index for v in eq.inputs())
+        ]
+        own = {a.position for a in self.applied.values() if isinstance(a.node, HookNode)}
+        leading = leading_on(self.equations, outputs, own)
+        at = next((i for i in uses if leading is None or i in leading), len(self.equations))
         node, new = HookNode(hooks), Var(self.count, var.group, var.spec)
+        for i, eq in enumerate(self.equations):
+            read = [v for v, flag in zip(eq.inputs(), eq.flags, strict=True) if flag == GRAD]
+            if eq.op not in _CUTS and any(
+                v.group in node.beside or (v == var and made < i < at) for v in read
+            ):
+                node.beside |= {v.group for v in (*eq.results(), *written(eq))}
         self.count += 1
         for applied in self.applied.values():
             applied.position += applied.position >= at
@@ -227,6 +292,35 @@ class Histories(Equations):
             hook.var = new if hook.var == var else hook.var
         self.expected = None
         return node
+
+
+def leading_on(
+    equations: Sequence[Equation], outputs: set[int], hooked: set[int]
+) -> set[int] | None:
+    """Positions of the calls by which gradients of outputs may arrive at their arguments.
+
+    Args:
+        equations: The calls.
+        outputs: The memory of outputs that require grad.
+        hooked: Positions of the equations of hooks.
+
+    Returns:
+        The positions; None if a Function is among them, whose arguments are not known yet.
+    """
+    needed, found = set(outputs), set[int]()
+    for i in range(len(equations) - 1, -1, -1):
+        eq = equations[i]
+        if eq.op in _CUTS or not any(v.group in needed for v in (*eq.results(), *written(eq))):
+            continue
+        if eq.op is OWN_BACKWARD and i not in hooked:
+            return None
+        found.add(i)
+        needed |= {v.group for v, flag in zip(eq.inputs(), eq.flags, strict=True) if flag == GRAD}
+    return found
+
+
+_CUTS = {aten.detach.default, aten.detach_.default, DATA}
+"""Operators whose results have no history."""
 
 
 def _renamed(eq: Equation, old: Var, new: Var) -> Equation:

@@ -20,6 +20,21 @@ _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
 """Parts of the names of nodes whose backward recorded operators do not show, and their makers."""
 
 
+def nodes_before(tensors: Iterable[torch.Tensor], recorder: Histories) -> list[graph.Node]:
+    """The nodes of autograd's graph before `tensors`, as far as the function made them."""
+    held = [t.grad_fn for _, t in recorder.captured.values()]
+    stop = {id(node) for node in held if node is not None}
+    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
+    seen: dict[int, graph.Node] = {}
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in stop:
+            continue
+        seen[id(node)] = node
+        queue += [n for n, _ in node.next_functions if n is not None]
+    return list(seen.values())
+
+
 def refuse_hidden_backwards(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
     """Refuse backwards that are written in C++, or made by TorchScript.
 
@@ -48,6 +63,28 @@ _ALTERNATIVES = {
     "torch.jit.script": "the function as it was before it was scripted",
     "C++": "torch operators, or torch.library.custom_op with register_autograd",
 }
+
+
+def refuse_changes_by_modes(recorder: Histories, nodes: Iterable[graph.Node]) -> None:
+    """Refuse what a dispatch mode inside the function writes below autograd, or takes from outside.
+
+    Args:
+        recorder: The recorder, once the function has returned.
+        nodes: The nodes that outer gradients reach.
+
+    Raises:
+        AutogradFunctionError: A gradient would pass through such a tensor.
+    """
+    for node in nodes:
+        if id(node) in recorder.missed:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: a TorchDispatchMode inside the function writes in place to a "
+                f"tensor that requires grad, or returns another that was there before "
+                f"({node.name()}), before an output that requires grad: autograd does not see it, "
+                "and gradients from outside would; let the mode return a new tensor, use a "
+                "TorchFunctionMode, or take the gradient inside the mapped function "
+                "(torch.autograd.grad)"
+            )
 
 
 def refuse_node_hooks(recorder: Histories, nodes: Iterable[graph.Node]) -> None:

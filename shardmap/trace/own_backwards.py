@@ -9,7 +9,8 @@ own, in the equation of the Function's application.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -23,33 +24,18 @@ from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backwar
 from shardmap.program.python_state import CONTEXT, keep, name_of, reader_of
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.escapes import Doors
-from shardmap.trace.histories import Applied, Hook, HookNode
-from shardmap.trace.node_hooks import refuse_hidden_backwards, refuse_node_hooks
+from shardmap.trace.histories import Applied, Hook, HookNode, is_function, is_torchs
+from shardmap.trace.node_hooks import (
+    nodes_before,
+    refuse_changes_by_modes,
+    refuse_hidden_backwards,
+    refuse_node_hooks,
+)
 from shardmap.trace.recorder import Recorder
 
 DEPTH = 3
 """Derivatives of a higher order are refused where they need a Function's own backward: one that is
 called by its own backward would be recorded for ever."""
-
-
-def nodes_before(tensors: Iterable[torch.Tensor], recorder: Recorder) -> list[graph.Node]:
-    """The nodes of autograd's graph before `tensors`, as far as the function made them."""
-    held = [t.grad_fn for _, t in recorder.captured.values()]
-    stop = {id(node) for node in held if node is not None}
-    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
-    seen: dict[int, graph.Node] = {}
-    while queue:
-        node = queue.pop()
-        if id(node) in seen or id(node) in stop:
-            continue
-        seen[id(node)] = node
-        queue += [n for n, _ in node.next_functions if n is not None]
-    return list(seen.values())
-
-
-def is_function(node: object) -> bool:
-    """True if a node of autograd's graph is that of a Function written in python."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
@@ -73,10 +59,11 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     refuse_node_hooks(recorder, found)
     refuse_hidden_backwards(recorder, found)
     functions = list(filter(is_function, found))
-    if not functions and not recorder.applied and not recorder.hooks:
+    if not (functions or recorder.applied or recorder.hooks or recorder.changed):
         return True
     for tensor in inside:
         recorder.encode(tensor, [], False)
+    refuse_changes_by_modes(recorder, found)
     for node in functions:
         if id(node) in recorder.applied:
             continue
@@ -88,7 +75,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             f"forward, so that its backward cannot be followed; {_REMEDY}"
         )
     hooks = _hooks(recorder, {id(node) for node in found})
-    reached: list[object] = [*found, *[recorder.put_hooks(of_one) for of_one in hooks]]
+    outer = {v.group for v in map(recorder.known, inside) if v is not None}
+    reached: list[object] = [*found, *[recorder.put_hooks(of_one, outer) for of_one in hooks]]
     count = len(recorder.hooks)
     try:
         with doors, recorder:
@@ -104,7 +92,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             "which would not call the hook; change the gradient with torch operators"
         )
     for applied in recorder.applied.values():
-        vars(applied.node).clear()  # python's references to the sample's tensors
+        if not is_torchs(applied.node):
+            vars(applied.node).clear()  # python's references to the sample's tensors
     for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
         hook.handle.remove()
     recorder.applied.clear()
@@ -121,6 +110,9 @@ _REMEDY = (
 def _name(node: object) -> str:
     if isinstance(node, HookNode):
         return "a hook (register_hook)"
+    if is_torchs(node):
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        return f"{name}, whose result a TorchDispatchMode inside the function changes,"
     return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
 
 
@@ -222,7 +214,7 @@ class _Recorded:
         try:
             with torch.enable_grad():
                 with recorder.watch or contextlib.nullcontext():
-                    returned = node.apply(*given)
+                    returned = (cast(Callable, node) if is_torchs(node) else node.apply)(*given)
                 wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
                 once = self._once([g for _, g in wanted])
@@ -256,6 +248,13 @@ class _Recorded:
                 f"{_name(self.node)} is differentiated twice, and its backward is marked "
                 "@once_differentiable"
             )
+        if isinstance(self.node, HookNode) and self._keeps_what_is_beside(grads):
+            return (
+                "a tensor with a hook (register_hook) is differentiated twice, and it was used "
+                "before the hook was registered by calls whose results the hook may keep; register "
+                "the hook before, or take the gradients inside the mapped function "
+                "(torch.autograd.grad)"
+            )
         if isinstance(self.node, HookNode) and _saves_its_result(
             self.recorder, self.node.hooks[0].node
         ):
@@ -266,6 +265,19 @@ class _Recorded:
             )
         return ""
 
+    def _keeps_what_is_beside(self, grads: list[torch.Tensor]) -> bool:
+        """True if a history that leads to a tensor with hooks, and not through them, is kept."""
+        nodes = [applied.node for applied in self.recorder.applied.values()]
+        beside = set[int]().union(*[n.beside for n in nodes if isinstance(n, HookNode)])
+        read = {
+            v.group
+            for eq in self.recorder.equations[self.start :]
+            for v, flag in zip(eq.inputs(), eq.flags, strict=True)
+            if flag == GRAD
+        }
+        read |= {v.group for v in map(self.recorder.known, grads) if v is not None}
+        return bool(beside & read)
+
     def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
         """A value for each missing cotangent, and True if missing ones are zeros.
 
@@ -275,8 +287,8 @@ class _Recorded:
         node = self.node
         count = len(node._input_metadata)
         pairs = self.applied.pairs
-        if count == 1:
-            return [None], True
+        if count == 1 or is_torchs(node):
+            return [None] * count, True
         seen: list[tuple[torch.Tensor | None, ...]] = []
 
         def spy(*grads: torch.Tensor | None) -> tuple[None, ...]:
@@ -339,7 +351,9 @@ class _Recorded:
 
         They are converted as autograd does: summed to the shape of the argument, in its dtype.
         """
-        needs = self.node.needs_input_grad
+        node = self.node
+        edges = node.next_functions
+        needs = [n is not None for n, _ in edges] if is_torchs(node) else node.needs_input_grad
         grads = returned if isinstance(returned, tuple) else (returned,)
         grads = (*grads, *[None] * (len(needs) - len(grads)))
         wanted = []

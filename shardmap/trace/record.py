@@ -14,6 +14,7 @@ from shardmap import errors
 from shardmap._threads import alone
 from shardmap._torch import (
     FakeTensor,
+    dispatch_depth,
     dispatch_modes,
     forward_level,
     functorch,
@@ -288,12 +289,12 @@ def _record(
                 recorder.groups_of_leaves.add(recorder.inputs[-1].group)
         recorder.histories = histories_of(batch.leaves[i] for i, _ in batch.mapped)
         recorder.tangents = any(has_tangent(batch.leaves[i]) for i, _ in batch.mapped)
-        ends, sources = ends_of(samples), origins(samples)
-        before = references_before(samples)
+        ends, sources, before = ends_of(samples), origins(samples), references_before(samples)
         args, kwargs = batch.unflatten(samples)
         doors = Doors(recorder)
         try:
             with doors, recorder:
+                doors.depth = dispatch_depth()
                 recorder.given.start()
                 recorder.generator = Generator(watched=randomness != "error")
                 with recorder.generator.watch or contextlib.nullcontext():

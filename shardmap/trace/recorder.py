@@ -98,6 +98,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
         kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
+        if self.above is not None:
+            return self.below_modes(func, types, args, kwargs)
         marks = len(self.types), len(self.scalars)
         try:
             if function_mode_on():
@@ -428,9 +430,8 @@ class Recorder(SparseTensors, TorchDispatchMode):
             types=tuple(self.types),
         )
         before = self.before if self.expected is None else self.expected
-        same_length = before is not None and len(self.equations) == len(before.equations)
-        if before is not None and same_length and program == before:
-            program = before  # its lowering is found without comparing
+        if before is not None and len(self.equations) == len(before.equations):
+            program = before if program == before else program  # its lowering is found by identity
         places = {id(t): place for place, (_, t) in enumerate(self.captured.values())}
         return Recording(
             program,

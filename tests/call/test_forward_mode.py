@@ -239,3 +239,25 @@ def test_torch_func_jvp_inside_a_vmap_around_the_map(options: dict[str, Any]) ->
         found = torch.func.vmap(lambda a, b: torch.func.jvp(mapped, (a,), (b,)))(x, v)
         assert_same(found[0], (x * w).sin(), "value")
         assert_same(found[1], (x * w).cos() * w * v, "tangent")
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "once"}, {"trace": "each"}, {"chunk_size": 2}])
+def test_vectorised_derivatives_of_torch_around_a_map(options: dict[str, Any]) -> None:
+    """`torch.autograd.functional` forbids draws in the thread, those of a recording too."""
+    x, w = torch.randn(5, 3, dtype=DTYPE), torch.randn(3, dtype=DTYPE)
+    mapped = shardmap.vmap(lambda r, w: (r * w).sin().sum(), in_dims=(0, None), **options)
+
+    def of_map(w: Tensor) -> Tensor:
+        return mapped(x, w).prod()
+
+    def of_loop(w: Tensor) -> Tensor:
+        return torch.stack([(r * w).sin().sum() for r in x]).prod()
+
+    functional = torch.autograd.functional
+    forward = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    for _ in range(4):
+        got = functional.hessian(of_map, w, **forward)
+        assert_same(got, functional.hessian(of_loop, w, **forward), "hessian")
+        got = functional.jacobian(of_map, w, vectorize=True, strategy="forward-mode")
+        want = functional.jacobian(of_loop, w, vectorize=True, strategy="forward-mode")
+        assert_same(got, want, "jacobian")

@@ -1,0 +1,59 @@
+"""User-defined functions that torch calls back while a function is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import graph
+from torch.utils import checkpoint
+
+from shardmap.trace.compare import same_values
+
+if TYPE_CHECKING:
+    from shardmap.trace.escapes import Doors
+
+
+class Watched:
+    """A user-defined function that torch calls back, run with the doors watched."""
+
+    def __init__(self, doors: Doors, function: Any):
+        self.doors = doors
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        with self.doors:
+            return self.function(*args, **kwargs)
+
+
+class Saving(Watched):
+    """A user-defined pack hook of saved tensors, unpacked at once to see if the value is the same.
+
+    The map's own backward does not run the hook: outer gradients would not see a change.
+    """
+
+    def __init__(
+        self,
+        doors: Doors,
+        pack: Callable[[torch.Tensor], object],
+        unpack: Callable[[object], torch.Tensor],
+    ):
+        super().__init__(doors, pack)
+        self.unpack = unpack
+
+    def __call__(self, tensor: torch.Tensor) -> object:
+        """Pack a tensor, and see if it is unpacked as the same."""
+        module = getattr(self.function, "__module__", "")
+        # `save_on_cpu` leaves a tensor of the cpu as it is: with its history it would keep its own
+        # graph alive, which python's collector does not see.
+        packed = super().__call__(tensor.detach() if module == graph.__name__ else tensor)
+        if module != checkpoint.__name__:
+            with self.doors:
+                same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
+            self.doors.saved_changed = self.doors.saved_changed or not same
+        return packed
+
+    def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:
+        return same_values(self.unpack(packed), tensor)
