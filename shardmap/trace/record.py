@@ -30,7 +30,7 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
-from shardmap.trace.kept import kept_tensors, references_before
+from shardmap.trace.kept import forget_interpreted, kept_tensors, references_before
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -345,6 +345,8 @@ def _record(
         del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
         # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
+        if known:
+            forget_interpreted(recorder, before)
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),

@@ -49,7 +49,7 @@ PEERS = {
     "pydvl": Peer("pyDVL", needs=("dask", "pandas", "toolz", "locket", "partd")),
     "pypose": Peer("pypose"),
     "tensordict": Peer("tensordict", needs=("pyvers", "orjson", "cloudpickle")),
-    "torch-jet": Peer("jet-for-pytorch", needs=("einops",)),
+    "torch-jet": Peer("jet-for-pytorch", "test", ("einops",)),
     "torchjd": Peer("torchjd", needs=("qpsolvers", "quadprog")),
     "trak": Peer("traker", "tests"),
 }
