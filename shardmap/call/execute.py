@@ -41,9 +41,10 @@ from shardmap.run.base import Job, unheard
 from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.outside_graphs import may_reach
-from shardmap.trace.record import record, refuse_shared_writes
+from shardmap.trace.record import record
 from shardmap.trace.recording import Recording, is_mapped_outside
 from shardmap.trace.saved_hooks import are_saved_hooks_around
+from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.traced import traced_recording
 
 Kept = Memory | ShapesOfCall | OnceCall

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch.autograd import graph
@@ -11,8 +12,24 @@ from torch.utils import checkpoint
 
 from shardmap.trace.compare import same_values
 
-if TYPE_CHECKING:
-    from shardmap.trace.escapes import Doors
+
+class Doors(Protocol):
+    """Protocol of what watches a function (`escapes.Doors`)."""
+
+    saved_changed: bool
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None: ...
+
+    def unrecorded(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Run a call that is not recorded."""
+        ...
 
 
 class Watched:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.fx
 
 from shardmap._torch import references_of_torch
 from shardmap.program.ir import Var
@@ -21,6 +22,13 @@ from shardmap.program.schema import base_name
 
 if TYPE_CHECKING:
     from shardmap.trace.recorder import Recorder
+
+
+_emptied: weakref.WeakSet[torch.fx.Interpreter] = weakref.WeakSet()
+"""Interpreters that were alive when a tensor seemed to be kept: usually none.
+
+Others are not looked for in recordings that were expected: that walks over all of python's objects.
+"""
 
 
 class _Candidate(NamedTuple):
@@ -43,30 +51,68 @@ def kept_tensors(recorder: Recorder, samples: Mapping[int, int]) -> tuple[str, .
     """Describe the tensors that differ by sample and that python still holds, one text for each.
 
     Captured tensors do not count, nor tensors that only torch holds: autograd saves tensors for
-    the backward of the outputs. Reference cycles are collected before a tensor is reported.
+    the backward of the outputs. Reference cycles are collected before a tensor is reported, and
+    interpreters of fx are emptied.
 
     Args:
         recorder: The recorder, once the function has returned, and its outputs have been dropped:
             autograd's graph behind them holds tensors that its nodes keep.
         samples: The function's own arguments: `references_before` it was called.
     """
+    held = list(_held(_candidates(recorder, samples)))
+    for generation in (1, 2):  # objects made while recording are young, if nothing was collected
+        if held:
+            gc.collect(generation)  # reference cycles of the function
+            held = list(_held(held))
+    if held:
+        objects = gc.get_objects()
+        _emptied.update(o for o in objects if issubclass(type(o), torch.fx.Interpreter))
+        del objects
+        _empty_interpreters(held)
+        held = list(_held(held))
+    held.sort(key=lambda found: found.argument)
+    return tuple([_text(recorder, found) for found in held])
+
+
+def forget_interpreted(recorder: Recorder, samples: Mapping[int, int]) -> None:
+    """Empty the interpreters of fx that an earlier recording emptied, as `kept_tensors` does."""
+    if _emptied:
+        _empty_interpreters(_candidates(recorder, samples))
+
+
+def _candidates(recorder: Recorder, samples: Mapping[int, int]) -> list[_Candidate]:
     known = {id(t) for _, t in recorder.captured.values()}
     known |= {id(plain) for _, plain in recorder.wrappers.values()}
     indices = {id(pair.indices): pair.indices for pair in recorder.copies.pairs}
     indexed = Counter(id(index) for places in indices.values() for index in places)
     known -= samples.keys()
-    candidates = [
+    return [
         _Candidate(ref, var, number in samples, samples.get(number, 0) + indexed[number])
         for number, (ref, var) in recorder.entries.items()
         if var.group in recorder.mapped_groups and number not in known
     ]
-    held = list(_held(candidates))
-    for generation in (1, 2):  # objects made while recording are young, if nothing was collected
-        if held:
-            gc.collect(generation)  # reference cycles of the function
-            held = list(_held(held))
-    held.sort(key=lambda found: found.argument)
-    return tuple([_text(recorder, found) for found in held])
+
+
+def _empty_interpreters(candidates: Iterable[_Candidate]) -> None:
+    """Take the results of the last run out of each interpreter that holds one of the tensors.
+
+    They are no state, as each run starts without any. Whoever reads them after the map finds
+    nothing, rather than the first sample's. An interpreter that holds a tensor of the recording
+    ran inside the function, and no longer does.
+    """
+    tensors = {id(tensor) for c in candidates if (tensor := c.ref()) is not None}
+    for found in list(_emptied):
+        pending: list[object] = [vars(found).get("env"), vars(found).get("args_iter")]
+        seen = set()
+        while pending:
+            value = pending.pop()
+            if id(value) in tensors:
+                found.env = {}
+                vars(found).pop("args_iter", None)
+                break
+            if id(value) not in seen and isinstance(value, dict | list | tuple | Iterator):
+                seen.add(id(value))
+                pending += gc.get_referents(value)
 
 
 def _held(candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:

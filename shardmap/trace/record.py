@@ -20,7 +20,6 @@ from shardmap._torch import (
     functorch,
     has_internal_overlap,
     pytree,
-    storage_id,
 )
 from shardmap.program.schema import span
 from shardmap.rules import registry
@@ -31,7 +30,7 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
-from shardmap.trace.kept import kept_tensors, references_before
+from shardmap.trace.kept import forget_interpreted, kept_tensors, references_before
 from shardmap.trace.outside import computed_outside, origins
 from shardmap.trace.outside_graphs import ends_of, histories_of
 from shardmap.trace.own_backwards import record_backwards
@@ -39,6 +38,7 @@ from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.refusals import refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
+from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.surroundings import (
     RandomStates,
     forward_mode_alone,
@@ -362,6 +362,8 @@ def _record(
         del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
         # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
+        if known:
+            forget_interpreted(recorder, before)
         recording = dataclasses.replace(
             recording,
             sources=follow.remember(func, recording.program, recording.sources),
@@ -381,70 +383,3 @@ def _restore_grads(recorder: Recorder) -> list[tuple[int, ...]]:
             tensor.grad = grad
             changed.append(tuple(tensor.shape))
     return changed
-
-
-def refuse_shared_writes(recording: Recording, batch: Batch, call: str) -> None:
-    """Refuse writes to a row that other samples or another tensor would see."""
-    if not recording.written_inputs:
-        return
-    tensors = [element(batch.leaves[i]) for i, _ in batch.mapped]
-    for number in recording.written_inputs:
-        if number in batch.copies:
-            raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, a lazy stack "
-                "of tensordicts, of which it is given copies; clone the argument inside the "
-                "function"
-            )
-        tensor = tensors[number]
-        if tensor.is_conj() or tensor.is_neg():
-            raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, which is a "
-                "lazy conjugate or negative of other memory; "
-                "pass .resolve_conj() or .resolve_neg() of it"
-            )
-        if _may_overlap(tensor):
-            raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, whose samples "
-                "overlap in memory (shape "
-                f"{tuple(tensor.shape)}, strides {tensor.stride()}): later samples would read what "
-                "earlier ones wrote; pass a clone"
-            )
-        address = storage_id(tensor.untyped_storage())
-        shared = any(
-            storage_id(element(t).untyped_storage()) == address for t in recording.captured
-        ) or any(
-            storage_id(t.untyped_storage()) == address and not _apart(t, tensor)
-            for k, t in enumerate(tensors)
-            if k != number
-        )
-        if shared:
-            raise errors.CapturedWriteError(
-                f"{call}: the function writes in place to mapped argument {number}, whose memory "
-                "another argument or a captured "
-                "tensor shares: later "
-                "samples would read what earlier ones wrote; pass clones"
-            )
-
-
-def _apart(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if one of two tensors of one storage ends before the other begins."""
-    (first, end), (other_first, other_end) = (
-        (start, start + span(t.shape, t.stride()) * t.element_size())
-        for t in (a, b)
-        for start in (t.storage_offset() * t.element_size(),)
-    )
-    return end <= other_first or other_end <= first
-
-
-def _may_overlap(tensor: torch.Tensor) -> bool:
-    """True if two elements may share memory.
-
-    The steps of a tensor without overlap are each larger than all smaller ones reach.
-    """
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False

@@ -31,16 +31,17 @@ def ours(work: Path) -> Path:
     return folder
 
 
-def pip(*arguments: str) -> None:
-    """Run pip, quietly."""
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+def pip(command: str, *arguments: str) -> None:
+    """Run pip, quietly, also for a peer that asks for a newer python than it needs (torch-jet)."""
+    options = ["--quiet", "--no-deps", "--ignore-requires-python"]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 def installed(peer: Peer, work: Path) -> Path:
     """The folder in which the peer is installed, without the packages that are here already."""
     site = work / "site"
     if not site.exists():
-        pip("install", "--no-deps", "--target", str(site), peer.package, *peer.needs)
+        pip("install", "--target", str(site), peer.package, *peer.needs)
     return site
 
 
@@ -48,7 +49,7 @@ def tests_of(peer: Peer, work: Path) -> Path:
     """The tests in the peer's source distribution."""
     sources = work / "sources"
     if not sources.exists():
-        pip("download", "--no-deps", "--no-binary", ":all:", "--dest", str(sources), peer.package)
+        pip("download", "--no-binary", ":all:", "--dest", str(sources), peer.package)
         for archive in sources.glob("*.tar.gz"):
             with tarfile.open(archive) as opened:
                 opened.extractall(sources, filter="data")
@@ -66,8 +67,9 @@ def run(
     report: Path,
     timeout: float,
     limit: float,
+    only: Path | None = None,
 ) -> Outcomes:
-    """The outcome of each test with one of the two maps."""
+    """The outcome of each test with one of the two maps; of those that map in a report, if given."""
     report.unlink(missing_ok=True)
     search = [str(path) for path in paths if path] + [os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -75,6 +77,7 @@ def run(
         "PEERS_VMAP": whose,
         "PEERS_REPORT": str(report),
         "PEERS_LIMIT": str(limit),
+        "PEERS_ONLY": str(only or ""),
     }
     command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider"]
     command += ["-q", "--tb=no", "-o", "addopts=", "--continue-on-collection-errors"]
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="the peer is installed: leave pip out")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one test")
+    parser.add_argument("--kept", action="store_true", help="keep what torch's map gave last time")
     parser.add_argument("-k", default="", help="as for pytest")
     given = parser.parse_args()
     peer = PEERS[given.peer]
@@ -131,11 +135,14 @@ def main() -> None:
     tests = given.tests.resolve() if given.tests else tests_of(peer, work)
     paths = [ours(work)] if given.here else [ours(work), installed(peer, work)]
     options = [*peer.options, *(["-k", given.k] if given.k else [])]
-    found = [
-        run(whose, tests, paths, options, work / f"{whose}.json", given.timeout, given.limit)
-        for whose in ("torch", "shardmap")
-    ]
-    print(f"{given.peer}: {compared(*found)}")
+    limits = given.timeout, given.limit
+    report = work / "torch.json"
+    if given.kept:
+        theirs = json.loads(report.read_text())
+    else:
+        theirs = run("torch", tests, paths, options, report, *limits)
+    mine = run("shardmap", tests, paths, options, work / "shardmap.json", *limits, only=report)
+    print(f"{given.peer}: {compared(theirs, mine)}")
 
 
 if __name__ == "__main__":

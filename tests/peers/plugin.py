@@ -1,8 +1,8 @@
 """A pytest plugin that counts calls of `torch.func.vmap`, and may put `shardmap.vmap` in its place.
 
-`PEERS_VMAP` says whose `vmap` runs ("torch" or "shardmap"), `PEERS_REPORT` where the outcome of
-each test is written as json, as soon as it is known, and `PEERS_LIMIT` the seconds that a test may
-take.
+`PEERS_VMAP` says whose `vmap` runs ("torch" or "shardmap"), `PEERS_REPORT` where the outcomes are
+written as json while the tests run, `PEERS_LIMIT` the seconds that a test may take, and
+`PEERS_ONLY` an earlier report: tests that called no map then are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any
@@ -41,6 +42,8 @@ class Calls:
 
 CALLS = Calls()
 OUTCOMES: dict[str, dict[str, Any]] = {}
+WRITTEN = [0.0]
+"""When the report was last written: not after every test, as some peers have thousands."""
 
 
 def vmap(
@@ -92,6 +95,15 @@ put_in_place()
 signal.signal(signal.SIGALRM, too_long)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the tests that called no map in the earlier report."""
+    path = os.environ.get("PEERS_ONLY")
+    if path:
+        with open(path) as file:
+            earlier = json.load(file)
+        items[:] = [item for item in items if earlier.get(item.nodeid, {}).get("calls")]
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call() -> Generator[None, None, None]:
     """Bound the time of the test."""
@@ -112,7 +124,7 @@ def pytest_runtest_makereport(
         found["outcome"] = report.outcome
         if call.excinfo is not None:
             found["error"] = f"{call.excinfo.typename}: {call.excinfo.value}"
-    if report.when == "teardown":
+    if report.when == "teardown" and time.monotonic() > WRITTEN[-1] + 2:
         write()
 
 
@@ -127,3 +139,4 @@ def write() -> None:
     if path:
         with open(path, "w") as file:
             json.dump(OUTCOMES, file)
+    WRITTEN[:] = [time.monotonic()]

@@ -44,12 +44,39 @@ PEERS = {
         ("pandas", "python-dateutil", "gymnasium", "farama-notifications", "cma"),
     ),
     "evox": Peer("evox"),
-    "opacus": Peer("opacus", "opacus/tests", ("opt_einsum",)),
-    "posteriors": Peer("posteriors", "tests", ("tensordict", "pyvers", "torchopt", "optree")),
-    "pydvl": Peer("pyDVL", needs=("dask", "pandas", "toolz", "locket", "partd")),
+    # Six of its tests map. torchvision's wheel is built for CUDA: beside a CPU build of torch, empty
+    # its `_meta_registrations.py` in the folder of packages.
+    "opacus": Peer("opacus", "opacus/tests", ("opt_einsum", "torchvision", "pillow")),
+    # The distribution lacks `tests/scenarios.py` and the folders `laplace`, `vi` and `ekf`, which
+    # call most maps: the repository has them.
+    "posteriors": Peer(
+        "posteriors", "tests", ("tensordict", "pyvers", "torchopt", "optree", "graphviz")
+    ),
+    "pydvl": Peer(
+        "pyDVL",
+        needs=(
+            "dask",
+            "distributed",
+            "tornado",
+            "msgpack",
+            "sortedcontainers",
+            "tblib",
+            "zict",
+            "importlib_metadata",
+            "zipp",
+            "lazy_importer",
+            "pyDeprecate==0.3.2",
+            "pandas",
+            "toolz",
+            "locket",
+            "partd",
+        ),
+    ),
     "pypose": Peer("pypose"),
     "tensordict": Peer("tensordict", needs=("pyvers", "orjson", "cloudpickle")),
-    "torch-jet": Peer("jet-for-pytorch", needs=("einops",)),
+    # For python 3.12: on an older one, put a class in the place of the `type` statement of
+    # `jet/utils.py`, in the folder of packages and in the sources.
+    "torch-jet": Peer("jet-for-pytorch", "test", ("einops",)),
     "torchjd": Peer("torchjd", needs=("qpsolvers", "quadprog")),
     "trak": Peer("traker", "tests"),
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
+import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import nn
 
@@ -145,7 +147,39 @@ def an_output() -> tuple[Function, Any]:
     return net, net
 
 
+class Doubling(torch.fx.Interpreter):
+    """An interpreter that runs a graph, as those of torch-jet and of export's passes do."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, args, kwargs) * 2
+
+
+def traced() -> torch.fx.GraphModule:
+    return torch.fx.symbolic_trace(lambda r: {"a": r.sin(), "b": (torch.cos(r) * r, r)})
+
+
+def interpreted() -> tuple[Function, Any]:
+    interpreter = Doubling(traced())
+    return lambda r: interpreter.run(r), interpreter
+
+
+def interpreted_with_all_values() -> tuple[Function, Any]:
+    interpreter = torch.fx.Interpreter(traced(), garbage_collect_values=False)
+    return lambda r: interpreter.run(r * 2)["b"][0].sum(), interpreter
+
+
+def interpreted_and_appended() -> tuple[Function, Any]:
+    interpreter, seen = torch.fx.Interpreter(traced()), []
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        seen.append(interpreter.run(r)["a"])
+        return r.sum()
+
+    return function, seen
+
+
 KEPT: list[Made] = [
+    interpreted_and_appended,
     attribute,
     an_output,
     appended,
@@ -269,6 +303,8 @@ def the_argument_saved_for_the_output() -> tuple[Function, Any]:
 
 
 NOT_KEPT: list[Made] = [
+    interpreted,
+    interpreted_with_all_values,
     the_argument_for_a_moment,
     the_argument_in_a_cycle,
     the_argument_saved_for_the_output,
@@ -319,6 +355,47 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduce": "sum"},
     {"trace": "once"},
 ]
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 1}, {"chunk_size": 2, "devices": ["cpu"] * 2}], ids=str
+)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "made", [interpreted, interpreted_with_all_values], ids=lambda f: f.__name__
+)
+def test_the_results_of_an_interpreter_of_fx_are_no_state(
+    made: Made, grad: bool, options: dict[str, Any], trace: str
+) -> None:
+    function, _interpreter = made()
+    mapped = shardmap.vmap(function, trace=trace, **options)
+
+    def leaves(row: torch.Tensor) -> list[torch.Tensor]:
+        return pytree.tree_leaves(function(row))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rows = torch.randn(5, 3, requires_grad=grad)
+        got = pytree.tree_leaves(mapped(rows))
+        expected = [torch.stack(t) for t in zip(*map(leaves, rows), strict=True)]
+        torch.testing.assert_close(got, expected)
+        if grad:
+            torch.testing.assert_close(
+                torch.autograd.grad([t.sum() for t in got], rows),
+                torch.autograd.grad([t.sum() for t in expected], rows),
+            )
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_an_interpreter_of_fx_is_left_empty_rather_than_with_one_sample(trace: str) -> None:
+    interpreter = Doubling(traced())
+    scope: dict[str, Any] = {"interpreter": interpreter}
+    exec(f"def {trace}(r):\n    return interpreter.run(r)", scope)  # code of its own
+    mapped = shardmap.vmap(scope[trace], trace=trace)
+    for _ in range(5):
+        mapped(torch.randn(5, 3))
+        assert not interpreter.env
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
