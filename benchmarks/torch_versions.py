@@ -29,7 +29,7 @@ DIGITS = next(
 )
 VERSIONS = ("2.11", "2.12", "2.13", "newest")
 TESTS = ("tests/rules", "tests/test_torch_names.py", "tests/test_batching_rule.py")
-FROM_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-)", re.IGNORECASE)
+FROM_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-|setuptools)", re.IGNORECASE)
 """Pins that belong to one version of torch, and would ask pip for the impossible with another."""
 
 LOOK = """
