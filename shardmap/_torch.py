@@ -332,7 +332,8 @@ sequence_number = operator.attrgetter("_sequence_nr")  # of a node: later ones h
 is_zero_tensor = _private("Tensor._is_zerotensor", "the zeros of forward mode")
 typed_storage = _private("Tensor._typed_storage", "refusing what reads a recorded tensor's memory")
 LinAlgError: type[RuntimeError] = _private("_C._LinAlgError", "errors of torch.linalg")
-set_data = vars(_private("_C.TensorBase", "refusing writes to `.data`"))["data"].__set__
+_base = vars(_private("_C.TensorBase", "refusing writes to attributes of tensors"))
+set_data, set_requires_grad = (_base[name].__set__ for name in ("data", "requires_grad"))
 has_internal_overlap = _private(
     "_debug_has_internal_overlap", "telling whether elements share memory (1: two do)"
 )

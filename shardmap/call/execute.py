@@ -112,7 +112,7 @@ def recorded(
     memory = memory if around.comparable else None
     once, watch = isinstance(memory, Kept), memory and memory.watch(batch)
     how = options.randomness, once, options.call
-    look = options.check == "always" or once or watch is not None  # what is kept for later calls
+    look = options.check == "always" or once or watch is not None or batch.size == 1
     pair = record(func, batch, *how, look=look, watch=watch)
     use = FirstUse(func, batch, pair, options, once)
     varies = use.verdict().varies  # may replace the first sample's recording

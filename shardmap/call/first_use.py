@@ -177,6 +177,8 @@ class FirstUse:
             return self.varies(self._first[0].outside)
         if size > 1 and self._first is not None and self._first[0].caught:
             return Verdict(varies=f"{self._first[0].caught}, which the function catches")
+        if size == 1 and check != "off" and self._first is not None:
+            self._refuse_kept_history(self._first[0])
         program = self._program or self.first()[0].program
         if self.options.randomness == "same" and size and asking_about_draws(program):
             # A recording's answer holds for its own draws: to replay it where another call's agree,
@@ -320,6 +322,20 @@ class FirstUse:
                 f"{first.kept[0]}; the loop would leave the last sample's, or those of all, where "
                 "a map leaves the first sample's: return the tensor instead, or pass check='off' "
                 "if the kept tensor is not used"
+            )
+
+    def _refuse_kept_history(self, first: Recording) -> None:
+        """Refuse that the only sample's tensor is kept where gradients are taken outside.
+
+        Raises:
+            EscapeError: It keeps such a tensor: its history would not be that of the result.
+        """
+        if first.kept and torch.is_grad_enabled() and any(first.program.output_flags):
+            raise errors.EscapeError(
+                f"{self.options.call}: the function keeps a tensor: {first.kept[0]}; gradients "
+                "from outside would not go through it as they go through the result: return the "
+                "tensor instead, call the map under torch.no_grad(), or pass check='off' if the "
+                "kept tensor is not used"
             )
 
     def _difference(self, first: Pair, second: Pair) -> str | None:

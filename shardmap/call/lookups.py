@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence, Set
 import numpy as np
 import torch
 
-from shardmap._torch import functorch, is_view
+from shardmap._torch import is_view
+from shardmap.trace.recording import is_plain
 
 ABSENT = object()
 """What a look-up returns if there is nothing."""
@@ -150,7 +151,7 @@ def states_of(look: Getter, names: Set[str]) -> Getter:
         tensor = look(parts)
         if not isinstance(tensor, torch.Tensor):
             return ABSENT
-        if functorch.is_functorch_wrapped_tensor(tensor):  # one that a transform has left behind
+        if not is_plain(tensor):
             return ABSENT
         return " ".join([str(ask(tensor)) for ask in asked])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy as is_uninitialised
 
 from shardmap._torch import OpOverload, backward_hooks
 from shardmap.rules.sparse import memory_of
@@ -154,6 +155,8 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     if type(value) in _COMMON or isinstance(value, VALUES):
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
+        if is_uninitialised(value):
+            return  # of a lazy module: it has no shape yet
         place = value.stride() if value.layout is torch.strided else memory_of(value)
         found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
         hooks = backward_hooks(value)
@@ -191,7 +194,7 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     elif isinstance(value, type):
         for kind in user_classes(value):
             for name, item in vars(kind).items():
-                if not name.startswith("__") or name in ("__call__", "__init__"):
+                if not name.startswith("__") or isinstance(item, types.FunctionType):
                     _walk(
                         item.__func__ if isinstance(item, classmethod | staticmethod) else item,
                         found,

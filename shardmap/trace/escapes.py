@@ -34,6 +34,7 @@ from shardmap._torch import (
     push_saved_hooks,
     saved_hooks,
     set_grad,
+    set_requires_grad,
     storage_id,
     unpack_dual,
 )
@@ -43,7 +44,7 @@ from shardmap.trace import scalar_index as positions
 from shardmap.trace.called_back import Saving, Watched
 from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
 from shardmap.trace.modes_inside import Above
-from shardmap.trace.outside_graphs import given_inputs, refuse_reached, refuse_tangent
+from shardmap.trace.outside_graphs import differentiate, refuse_tangent
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
 from shardmap.trace.recording import element
 from shardmap.trace.refusals import OF_KEYS, another_of_rows
@@ -90,6 +91,8 @@ def _tensors_within(data: object) -> Iterator[torch.Tensor]:
 _CALLS_BACK = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 """Functions that run a backward pass, and so may call user-defined hooks and backwards."""
 
+_FREEZES: set[object] = {Tensor.requires_grad_, set_requires_grad}
+
 _NN_FUNCTIONAL = torch.nn.functional.__name__
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)
@@ -98,7 +101,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
     *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
-    *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
+    *_FREEZES, *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
     Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
     torch.nn.functional.multi_head_attention_forward,
@@ -247,6 +250,11 @@ class Doors(TorchFunctionMode):
             return self._register_hook(args, kwargs or {})
         elif func in _CUTS and _is_plain(args[0]):
             return self.recorder.cut_off(_CUTS[func], args[0], cast(torch.Tensor, func(*args)))
+        elif func in _FREEZES and _is_plain(args[0]):
+            before = args[0].requires_grad
+            result = func(*args, **(kwargs or {}))
+            self.recorder.freeze(args[0], before)
+            return result
         elif func is unpack_dual:
             refuse_tangent(self.recorder, args[0])
         elif func in _PRINTS:
@@ -306,9 +314,7 @@ class Doors(TorchFunctionMode):
         first operator inside, which `func` calls before user-defined code.
         """
         recorder, before = self.recorder, function_depth()
-        shared = [t for t in given_inputs(func, args, kwargs) if not recorder.belongs(element(t))]
-        refuse_reached(recorder.call, recorder.histories, shared)
-        recorder.differentiated += shared
+        differentiate(recorder, func, args, kwargs)
 
         def enter() -> None:
             recorder.enter_doors = None
@@ -320,7 +326,15 @@ class Doors(TorchFunctionMode):
         finally:
             recorder.enter_doors = None
             if function_depth() > before:
-                pop_function_mode()
+                self._leave()
+
+    def _leave(self) -> None:
+        """Leave this mode, which may have been entered below one of the caller's."""
+        above = []
+        while (mode := pop_function_mode()) is not self:
+            above.append(mode)
+        for mode in reversed(above):
+            push_function_mode(mode)
 
     def _watched(self, value: Any) -> Any:
         """Wrap a user-defined function so that it is called with the doors watched."""

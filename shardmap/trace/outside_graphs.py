@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from shardmap import errors
-from shardmap._torch import functorch
-from shardmap.trace.recording import Recording, element, flat_tensors
+from shardmap.trace.recording import Recording, element, flat_tensors, is_plain
 
 if TYPE_CHECKING:
     from shardmap.trace.refusals import Refusals
@@ -30,36 +29,68 @@ def given_inputs(func: object, args: Sequence[object], kwargs: dict[str, object]
 
 def histories_of(leaves: Iterable[object]) -> list[Tensor]:
     """The arguments that have a history, or begin one."""
-    return [
-        t
-        for t in leaves
-        if isinstance(t, Tensor)
-        and t.requires_grad
-        and not functorch.is_functorch_wrapped_tensor(t)
-    ]
+    return [t for t in leaves if isinstance(t, Tensor) and is_plain(t) and t.requires_grad]
 
 
 def reached(arguments: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
     """The first of some arguments that has been computed from one of some tensors, or is one."""
     leaves = {id(t) for t in tensors if t.is_leaf}
-    nodes = {t.grad_fn for t in tensors if not t.is_leaf}
+    results = {(t.grad_fn, t.output_nr) for t in tensors if not t.is_leaf}
     for argument in arguments:
         if argument.is_leaf:
             if id(argument) in leaves:
                 return argument
             continue
-        waiting, seen = [argument.grad_fn], {argument.grad_fn}
+        waiting, seen = [(argument.grad_fn, argument.output_nr)], {argument.grad_fn}
         while waiting:
-            node = waiting.pop()
+            node, number = waiting.pop()
             if node is None:
                 continue
-            if node in nodes or id(getattr(node, "variable", None)) in leaves:
+            if (node, number) in results or id(getattr(node, "variable", None)) in leaves:
                 return argument
-            for following, _ in node.next_functions:
-                if following not in seen:
-                    seen.add(following)
+            for following in node.next_functions:
+                if following[0] not in seen or following in results:
+                    seen.add(following[0])
                     waiting.append(following)
     return None
+
+
+def differentiate(
+    recorder: Refusals, func: object, args: Sequence[object], kwargs: dict[str, object]
+) -> None:
+    """Note by which shared tensors a gradient is taken inside.
+
+    Raises:
+        HistoryError: In the loop it goes on through a mapped argument.
+    """
+    inputs = [t for t in given_inputs(func, args, kwargs) if is_plain(t)]
+    shared = [t for t in inputs if recorder.is_shared(t)]
+    if not shared:
+        return
+    refuse_reached(recorder.call, recorder.histories, shared)
+    recorder.differentiated += map(id, shared)
+    place = 4 if func is torch.autograd.grad else 3
+    if args[place] if len(args) > place else kwargs.get("create_graph"):
+        known = set(map(id, shared))
+        computed = [t for _, t in recorder.captured.values() if id(t) not in known]
+        recorder.deep |= reached(histories_of(computed), shared) is not None
+
+
+def refuse_deep(recorder: Refusals, outputs: Iterable[Tensor]) -> None:
+    """Refuse gradients from outside through a gradient inside that went into an outside graph.
+
+    What nodes of that graph have saved is captured as constants, which would miss a part.
+
+    Raises:
+        HistoryError: There are such gradients, and an output requires grad.
+    """
+    if recorder.deep and any(t.requires_grad for t in outputs):
+        raise errors.HistoryError(
+            f"{recorder.call}: a gradient with create_graph=True is taken inside by a tensor from "
+            "which a captured tensor was computed outside, and gradients from outside would not "
+            "see all of that graph; compute the captured tensor inside the function, or leave out "
+            "create_graph=True if the result is not differentiated"
+        )
 
 
 def ends_of(samples: Iterable[Tensor]) -> list[Tensor]:
@@ -101,8 +132,7 @@ def refuse_tangent(recorder: Refusals, dual: Tensor) -> None:
     Raises:
         TransformError: Forward mode around the call gives the mapped arguments tangents.
     """
-    plain = not functorch.is_functorch_wrapped_tensor(dual)
-    if plain and recorder.tangents and recorder.belongs(element(dual)):
+    if is_plain(dual) and recorder.tangents and recorder.belongs(element(dual)):
         raise errors.TransformError(
             f"{recorder.call}: the function reads the tangent of a dual number made around the "
             "call, and samples are recorded without tangents; unpack the map's result outside, or "

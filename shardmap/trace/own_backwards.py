@@ -107,6 +107,9 @@ _REMEDY = (
 )
 
 
+_FREED = "pass retain_graph=True to the gradient inside, or detach what it is taken of at the end"
+
+
 def _name(node: object) -> str:
     if isinstance(node, HookNode):
         return "a hook (register_hook)"
@@ -225,10 +228,10 @@ class _Recorded:
         except errors.ShardmapError:
             raise
         except Exception as error:
+            remedy = _FREED if "graph a second time" in str(error) else _REMEDY
             raise errors.AutogradFunctionError(
-                f"{recorder.call}: the backward of {_name(node)}, "
-                f"which gradients from outside reach, raised {type(error).__name__} for one "
-                f"sample ({error}); {_REMEDY}"
+                f"{recorder.call}: the backward of {_name(node)}, which gradients from outside "
+                f"reach, raised {type(error).__name__} for one sample ({error}); {remedy}"
             ) from error
         finally:
             recorder.written_groups = written_before

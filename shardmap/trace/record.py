@@ -32,7 +32,7 @@ from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
 from shardmap.trace.kept import forget_interpreted, kept_tensors, references_before
 from shardmap.trace.outside import computed_outside, origins
-from shardmap.trace.outside_graphs import ends_of, histories_of
+from shardmap.trace.outside_graphs import ends_of, histories_of, refuse_deep
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -309,6 +309,8 @@ def _record(
                     "gradient inside the mapped function (torch.autograd.grad), or put the hooks "
                     "around the call of the map"
                 )
+            refuse_deep(recorder, leaves)
+            recorder.refuse_frozen(leaves)
             if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
                 follow.forget(func)
                 return None

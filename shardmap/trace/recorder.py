@@ -444,7 +444,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
             tuple(o.detach() for o in outputs) if real else (),
             tuple(self.asked),
             self.raised,
-            differentiated=tuple({places.get(id(t), -1): None for t in self.differentiated}),
+            differentiated=tuple({places.get(i, -1): None for i in self.differentiated}),
             generators=self.given.finish(),
             torchs_own=self.torchs_own,
         )

@@ -115,6 +115,11 @@ def is_empty_outside(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """True if a tensor is no wrapper of functorch's, also none that a transform has left behind."""
+    return functorch.maybe_get_level(tensor) == -1
+
+
 def is_mapped_outside(tensor: torch.Tensor) -> bool:
     """True if a `torch.func.vmap` around the call maps the values of a tensor, at any level."""
     while functorch.is_functorch_wrapped_tensor(tensor):

@@ -93,8 +93,12 @@ class Refusals(Histories):
         """The mapped arguments that have been computed from others, or from which others can be."""
         self.tangents = False
         """True if forward mode around the call differentiates by a mapped argument."""
-        self.differentiated: list[torch.Tensor] = []
-        """The shared tensors by which a gradient is taken inside."""
+        self.differentiated: list[int] = []
+        """The addresses of captured tensors by which a gradient is taken inside."""
+        self.deep = False
+        """True if such a gradient can be differentiated and went into a graph from outside."""
+        self.frozen: dict[int, tuple[torch.Tensor, bool]] = {}
+        """Shared tensors of which `requires_grad` was set inside, each with its value before."""
         self.groups_of_leaves: set[int] = set()
         """Memory of samples whose batch is a leaf: autograd forbids to write to its rows while
         it records."""
@@ -104,6 +108,38 @@ class Refusals(Histories):
         self.serial = 0
         """Number of calls of torch's python interface so far."""
         self.copies = Copies()
+
+    def is_shared(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor is from outside, and the same for all samples."""
+        var = self.known(tensor)
+        return not self.belongs(tensor) if var is None else var.index in self.captured
+
+    def freeze(self, tensor: torch.Tensor, before: bool) -> None:
+        """Note that `requires_grad` of a tensor has been set.
+
+        Args:
+            tensor: The tensor.
+            before: Its value before.
+        """
+        if tensor.requires_grad is not before and self.is_shared(tensor):
+            self.frozen.setdefault(id(tensor), (tensor, before))
+
+    def refuse_frozen(self, outputs: Iterable[torch.Tensor]) -> None:
+        """Refuse gradients from outside past a tensor that did not require grad for a while.
+
+        Raises:
+            CapturedWriteError: A shared tensor was frozen or released inside, and put back.
+        """
+        back = [t for t, before in self.frozen.values() if t.requires_grad is before]
+        self.frozen.clear()
+        if back and any(t.requires_grad for t in outputs):
+            raise errors.CapturedWriteError(
+                f"{self.call}: the function sets requires_grad of a tensor of shape "
+                f"{tuple(back[0].shape)} that all samples share and puts it back, which gradients "
+                "from outside would not see; use what is detached instead, such as "
+                "torch.func.functional_call(module, {name: p.detach() for name, p in "
+                "module.named_parameters()}, x)"
+            )
 
     def _refuse_write(self, op: OpOverload, tensor: torch.Tensor) -> None:
         var = self.known(tensor) or self._capture(tensor)

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy as is_uninitialised
 
 from shardmap import errors
 from shardmap._torch import (
@@ -248,6 +249,12 @@ class Variables:
                 f"{self.call}: a tensor of shape {tuple(tensor.shape)} lies in the memory of one "
                 "made inside the function (torch.from_numpy, torch.from_dlpack); what numpy or "
                 "another library did with it cannot be recorded: use torch operators"
+            )
+        if is_uninitialised(tensor):
+            raise errors.CapturedWriteError(
+                f"{self.call}: the function reads a parameter of a lazy module, which a first "
+                "sample would give its shape and values for all samples; call the module once, on "
+                "one sample, before it is mapped"
             )
         var = self._define(tensor)
         self.captured_groups.add(var.group)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import shardmap
 
 FUNCTIONS = {
     "a recurrent layer under torch.func.grad": (
@@ -62,3 +65,25 @@ def test_the_first_call_of_a_process(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wrapper_that_a_transform_has_left_behind_is_no_storage() -> None:
+    """As recurrent layers leave in their lists of weights; the function may ask for memory."""
+    left: list[torch.Tensor] = []
+
+    def loss(r: torch.Tensor) -> torch.Tensor:
+        left[:] = [r]
+        return r.sin().sum()
+
+    torch.func.grad(loss)(torch.ones(4))
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return r * len(left) + WEIGHT.untyped_storage().nbytes()
+
+    mapped = shardmap.vmap(function)
+    for seed in range(4):
+        rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(mapped(rows), rows + 16)
+
+
+WEIGHT = torch.ones(4)

@@ -204,3 +204,52 @@ def test_a_table_that_stays_is_recorded_no_more(trace: str) -> None:
         with counting(function) as calls:
             torch.testing.assert_close(mapped(x), x)
     assert calls() == 0
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_a_kept_tensor_of_one_sample_is_refused_where_gradients_pass(trace: str) -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.loss = super().forward(x).square().sum()
+            return self.loss.sin()
+
+    module, x = Keeping(2, 2), torch.randn(1, 2)
+    for _ in range(3):
+        with pytest.raises(shardmap.errors.EscapeError, match="under torch.no_grad"):
+            shardmap.vmap(module, trace=trace)(x)
+    with torch.no_grad():
+        for scale in range(4):
+            found = shardmap.vmap(module, trace=trace)(x * scale)
+            torch.testing.assert_close(found, module.loss.sin()[None])
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_a_lazy_module_is_called_before_it_is_mapped(trace: str) -> None:
+    module = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.LazyLinear(2))
+    x = torch.randn(5, 4)
+    with pytest.raises(shardmap.errors.CapturedWriteError, match="call the module once"):
+        shardmap.vmap(module, trace=trace, randomness="different")(x)
+    module(x[0])
+    mapped = shardmap.vmap(module, trace=trace)
+    for _ in range(3):
+        torch.testing.assert_close(mapped(x), torch.stack([module(r) for r in x]))
+
+
+@pytest.mark.parametrize("trace", ["auto", "once", "each"])
+def test_a_table_behind_an_operator_of_python(trace: str) -> None:
+    class Kernel:
+        def __getitem__(self, name: str) -> float:
+            return TABLE[name]
+
+        def __mul__(self, other: Tensor) -> Tensor:
+            return other * TABLE["b"]
+
+    kernel = Kernel()
+    mapped = shardmap.vmap(lambda r: kernel * (r * kernel["a"]), trace=trace)
+    for value in range(6):
+        TABLE["a" if value % 2 else "b"] = value + 1.5
+        x = torch.randn(3, 2)
+        torch.testing.assert_close(mapped(x), x * TABLE["a"] * TABLE["b"])
+
+
+TABLE = {"a": 1.0, "b": 2.0}

@@ -279,7 +279,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 def test_an_error_names_the_samples_and_brings_the_workers_traceback() -> None:
     table = torch.arange(5.0)
-    x = torch.zeros(13, 2, dtype=torch.int64)
+    x = torch.arange(26).view(13, 2) % 5
     x[7] = 9
     look_up = lambda r: table.index_select(0, r)
     with pytest.raises(errors.WorkerError, match=r"samples 6 to 8 failed") as caught:

@@ -201,3 +201,83 @@ def test_a_tangent_that_is_read_inside_is_refused() -> None:
     inside = shardmap.vmap(lambda r, s: torch.func.jvp(torch.sin, (r,), (s,))[1])(x, t)
     torch.testing.assert_close(outside, x.cos() * t)
     torch.testing.assert_close(inside, x.cos() * t)
+
+
+def test_a_gradient_that_can_be_differentiated_stays_inside() -> None:
+    """Into a graph from outside it would be cut off where that graph has saved tensors."""
+    weight = rows(0, 1)[0].requires_grad_()
+    scale = weight.exp()
+    x = rows(1, 5)
+
+    def function(r: Tensor) -> Tensor:
+        return torch.autograd.grad((r * scale).sum() ** 2, weight, create_graph=True)[0]
+
+    with pytest.raises(errors.HistoryError, match="compute the captured tensor inside"):
+        shardmap.vmap(function)(x)
+    losses = (x * scale).sum(1).exp()
+    with pytest.raises(errors.HistoryError, match="leave out create_graph=True"):
+        shardmap.vmap(lambda l: torch.autograd.grad(l, weight, create_graph=True)[0])(losses)  # noqa: E741
+
+    def inside(r: Tensor) -> Tensor:
+        return torch.autograd.grad((r * weight.exp()).sum() ** 2, weight, create_graph=True)[0]
+
+    (got,) = torch.autograd.grad(shardmap.vmap(inside)(x).square().sum(), weight)
+    (want,) = torch.autograd.grad(loop(inside, (x,), 0).square().sum(), weight)
+    torch.testing.assert_close(got, want)
+    plain = shardmap.vmap(lambda l: torch.autograd.grad(l, weight, retain_graph=True)[0])  # noqa: E741
+    torch.testing.assert_close(
+        plain(losses), torch.stack([torch.autograd.grad(s, weight, retain_graph=True)[0] for s in losses])
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_gradients_by_weights_that_were_computed_outside(parts: bool) -> None:
+    """Of MAML: what is differentiated by has a history, into which the gradient does not go."""
+    slow = rows(0, 2, 3).requires_grad_()
+    fast = slow.sin().unbind() if parts else (slow.sin(),)
+    x = rows(1, 5, 3)
+
+    def function(r: Tensor) -> Tensor:
+        loss = sum([(r * w).tanh().sum() for w in fast])
+        (slope,) = torch.autograd.grad(loss, fast[:1], create_graph=True)
+        return slope.square().sum()
+
+    (got,) = torch.autograd.grad(shardmap.vmap(function)(x).sum(), slow, retain_graph=True)
+    (want,) = torch.autograd.grad(loop(function, (x,), 0).sum(), slow)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("way", ["method", "attribute"])
+def test_weights_that_are_frozen_for_a_while(way: str, size: int) -> None:
+    frozen, free = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+
+    def freeze(flag: bool) -> None:
+        for parameter in frozen.parameters():
+            if way == "method":
+                parameter.requires_grad_(flag)
+            else:
+                parameter.requires_grad = flag
+
+    def function(r: Tensor) -> Tensor:
+        freeze(False)
+        found = frozen(free(r))
+        freeze(True)
+        return found.square().sum()
+
+    x = rows(0, size)
+    with pytest.raises(errors.CapturedWriteError, match="functional_call"):
+        shardmap.vmap(function)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(shardmap.vmap(function)(x), loop(function, (x,), 0))
+
+    def remedy(r: Tensor) -> Tensor:
+        weights = {name: p.detach() for name, p in frozen.named_parameters()}
+        return torch.func.functional_call(frozen, weights, (free(r),)).square().sum()
+
+    everything = [*free.parameters(), *frozen.parameters()]
+    mapped = shardmap.vmap(remedy)(x).sum()
+    got = torch.autograd.grad(mapped, everything, allow_unused=True)
+    want = torch.autograd.grad(loop(function, (x,), 0).sum(), everything, allow_unused=True)
+    torch.testing.assert_close(got[:2], want[:2])
+    assert got[2:] == want[2:] == (None, None)
