@@ -85,8 +85,9 @@ def _data_pointer(a: torch.Tensor) -> torch.Tensor:
 
 def _set_data(a: torch.Tensor) -> torch.Tensor:
     b = torch.zeros(3, dtype=a.dtype)
-    b.data = a
-    return b
+    part = b[:2]
+    b.data = a  # while a view of b is in use
+    return b * 2 + part.sum()
 
 
 def _view_at_a_label(a: torch.Tensor) -> torch.Tensor:
