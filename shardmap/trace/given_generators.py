@@ -7,6 +7,7 @@ loop, such draws are the same for all samples.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 
@@ -40,7 +41,7 @@ class GivenGenerators:
         """The original state of each generator, by index in `_all`."""
         self._left: dict[int, torch.Tensor] = {}
         """The state of each after its last recorded draw, by index in `_all`."""
-        self._objects: dict[int, weakref.ref[torch.Generator]] = {}
+        self._objects: dict[int, weakref.ref[torch.Generator] | torch.Generator] = {}
         self._known = tuple(known)
 
     def start(self) -> None:
@@ -68,7 +69,7 @@ class GivenGenerators:
 
     def seen(self, generator: torch.Generator) -> None:
         """Keep the user's own object: operators get another object for the same generator."""
-        self._objects[generator_id(generator)] = weakref.ref(generator)
+        self._objects[generator_id(generator)] = weakref.ref(generator) if _WEAK else generator
 
     def refuse_seeds(self) -> None:
         """Refuse a state set after the last draw: the next sample's draws would start from it."""
@@ -84,7 +85,7 @@ class GivenGenerators:
         found = tuple([self._all[place] for place in self._met])
         for generator in found:
             held = self._objects.get(generator_id(generator))
-            if held is not None and held() is None:
+            if held is not None and _is_gone(held):
                 raise errors.RandomnessError(
                     f"{self.call}: the function makes a torch.Generator and draws from it, which "
                     "would give every sample the same numbers; make it before the call, and pass "
@@ -134,3 +135,16 @@ def _is_default(generator: torch.Generator) -> bool:
     if generator.device.type == "cuda":
         defaults = torch.cuda.default_generators
     return any(generator_id(generator) == generator_id(own) for own in defaults)
+
+
+_WEAK = torch.Generator.__weakrefoffset__ != 0
+"""True if there are weak references to generators, which torch 2.11 does not have."""
+_OWN = 4
+"""Number of references to a generator that are ours, while `_is_gone` counts them."""
+
+
+def _is_gone(held: weakref.ref[torch.Generator] | torch.Generator) -> bool:
+    """True if nobody else holds a generator any more."""
+    if isinstance(held, weakref.ref):
+        return held() is None
+    return sys.getrefcount(held) <= _OWN
