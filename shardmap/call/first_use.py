@@ -31,6 +31,7 @@ from shardmap.trace.compare import difference, forks, rubbish_apart
 from shardmap.trace.key_order import in_order_of
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording, element
+from shardmap.trace.surroundings import outer_recordings_suspended
 from shardmap.trace.traced import is_traced
 
 logger = logging.getLogger("shardmap")
@@ -383,9 +384,10 @@ def _same_results(first: Recording, again: Recording) -> bool:
     if first.random or again.random:
         return True
     pairs = zip(first.sample, again.sample, strict=False)
-    return len(first.sample) == len(again.sample) and all(
-        a.shape == b.shape and a.dtype == b.dtype and close(a, b, 0.0) for a, b in pairs
-    )
+    with outer_recordings_suspended():  # which would take it for a question of the function
+        return len(first.sample) == len(again.sample) and all(
+            a.shape == b.shape and a.dtype == b.dtype and close(a, b, 0.0) for a, b in pairs
+        )
 
 
 def consumed(error: Exception) -> bool:
