@@ -243,7 +243,7 @@ def views() -> tuple[Function, Any]:
 def local_gradient() -> tuple[Function, Any]:
     def function(r: torch.Tensor) -> torch.Tensor:
         w = torch.zeros(3, requires_grad=True)
-        ((w - r) ** 2).sum().backward()
+        ((w - r) ** 2).sum().backward(inputs=[w])  # not into the batch, if that requires grad
         assert w.grad is not None
         return w.grad * 2
 
