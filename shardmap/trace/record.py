@@ -356,8 +356,8 @@ def _record(
             raise errors.CapturedWriteError(
                 f"{call}: .backward() inside the function accumulates into the .grad of what a "
                 f"mapped argument of shape {given[0]} per sample was computed from; use "
-                "torch.autograd.grad(loss, sample), which returns the gradient, or detach the "
-                "argument"
+                "torch.autograd.grad(loss, sample), which returns the gradient, pass inputs= of "
+                "what is made inside, or detach the argument"
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
