@@ -57,8 +57,14 @@ class Generator:
         """
         with without_dispatch(), without_functions():
             drawn = torch.empty(numbers)
-            with force_keys(key_set(undefined_key), excluded_keys()):
+            try:
                 drawn.uniform_()
+            except RuntimeError as error:
+                if "random operations" not in str(error):
+                    raise
+                # Only there: a signal handler would run without the thread's keys as well.
+                with force_keys(key_set(undefined_key), excluded_keys()):
+                    drawn.uniform_()
         self.state = generator_state()
 
     def _mark(self) -> None:

