@@ -41,7 +41,6 @@ from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference, forks
 from shardmap.trace.recording import Recording
-from shardmap.trace.thread_state import thread_state_kept
 from shardmap.trace.watch import PythonWatch
 
 _FUNCTIONS = 256
@@ -127,10 +126,7 @@ class Automatic(History):
         captured = captured_of(kept, tensors)
         kept.replays += 1
         try:
-            if direct.bare:
-                return direct.run(leaves, captured)
-            with thread_state_kept() as restored, restored.twice:
-                return direct.run(leaves, captured)
+            return direct.called(leaves, captured)
         except errors.StaleRecordingError:  # a question about a value has another answer
             kept.direct = None
             return NOT_DIRECT

@@ -36,6 +36,7 @@ from shardmap.run.base import Job, heard
 from shardmap.run.gather import placed
 from shardmap.run.prepare import Devices, Ready
 from shardmap.trace.batch import Batch, recorded_part, unflatten_outputs
+from shardmap.trace.thread_state import thread_state_kept
 
 NOT_DIRECT = object()
 """Returned for a call that is not like the last one."""
@@ -133,6 +134,17 @@ class Direct:
     """True if the result is one plain tensor."""
     cast: bool
     """True if autocast is on, and has to be off during a replay."""
+
+    def called(self, leaves: Sequence[object], captured: tuple[torch.Tensor, ...]) -> object:
+        """The results as `run` gives them; an error leaves torch's state as it was.
+
+        Raises:
+            StaleRecordingError: A question about a value has another answer.
+        """
+        if self.bare:
+            return self.run(leaves, captured)
+        with thread_state_kept() as restored, restored.twice:
+            return self.run(leaves, captured)
 
     def run(self, leaves: Sequence[object], captured: tuple[torch.Tensor, ...]) -> object:
         """The results.

@@ -17,7 +17,6 @@ from shardmap.call.options import Options
 from shardmap.call.reachable import History, Unknown, reachable, same
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
-from shardmap.trace.thread_state import thread_state_kept
 from shardmap.trace.watch import PythonWatch
 
 
@@ -64,10 +63,7 @@ class Once(History):
             return NOT_DIRECT
         captured = remembered.captured(leaves)
         try:
-            if direct.bare:
-                return direct.run(leaves, captured)
-            with thread_state_kept() as restored, restored.twice:
-                return direct.run(leaves, captured)
+            return direct.called(leaves, captured)
         except errors.StaleRecordingError:  # a question about a value has another answer
             self.last = None
             return NOT_DIRECT
