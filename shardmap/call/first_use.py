@@ -53,6 +53,9 @@ class Verdict:
 
 _verdicts = Kept(512)
 _quick = Kept(512)
+_sure = Kept(512)
+"""Programs of functions that did the same on samples which differ in each argument: so they do on
+any others, as far as can be seen."""
 """The same verdicts by address of their programs, which the values hold: a program that was
 expected and recorded again is not hashed again."""
 
@@ -66,6 +69,7 @@ def clear() -> None:
     _verdicts.clear()
     _steady.clear()
     _quick.clear()
+    _sure.clear()
 
 
 def after_fork() -> None:
@@ -73,6 +77,7 @@ def after_fork() -> None:
     _verdicts.after_fork()
     _steady.after_fork()
     _quick.after_fork()
+    _sure.after_fork()
 
 
 class FirstUse:
@@ -190,6 +195,8 @@ class FirstUse:
         key = self._key()
         if check == "always" or key is None:
             return self._look()
+        if _sure.get((key, id(program), self.options.randomness)) is program:
+            return Verdict()  # rows need not be read
         # Arguments whose rows are all alike prove nothing about others: then a verdict is one of
         # batches of which that is true.
         if self._first is not None:
@@ -248,7 +255,12 @@ class FirstUse:
         self._verdict = found
         program = self._program if self._first is None else self._first[0].program
         if key is not None and program is not None:
+            if self._first is not None and not self._unlike:
+                self._unlike = rows_unlike_first(self.batch)
             apart = tuple([number is not None for number in self._unlike])
+            if found != Verdict() or (apart and all(apart)):
+                sure = program if found == Verdict() else None
+                _sure.replace((key, id(program), self.options.randomness), sure)
             # that of a recording that is known needs more than samples that are all alike
             whatever = [()] if any(apart) or found != Verdict() else []
             for seen in (*whatever, apart):

@@ -154,11 +154,7 @@ class Doors(TorchFunctionMode):
     ) -> Any:
         """Handle one call of torch's python interface."""
         if dispatch_depth() > self.depth > 0:
-            with Above(self.recorder):
-                return self._handle(func, args, kwargs)
-        return self._handle(func, args, kwargs)
-
-    def _handle(self, func: Callable, args: tuple, kwargs: dict | None) -> object:
+            return self._above(func, kinds, args, kwargs)
         self.recorder.serial += 1
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])
@@ -179,6 +175,15 @@ class Doors(TorchFunctionMode):
             if self.recorder.separate_views:
                 return self._forward_only(func, args, kwargs or {})
         return self._seen(func, args, kwargs)
+
+    def _above(self, func: object, kinds: object, args: tuple, kwargs: dict | None) -> object:
+        """Handle a call that dispatch modes which the function has entered will answer."""
+        depth, self.depth = self.depth, 0
+        try:
+            with Above(self.recorder):
+                return self.__torch_function__(func, kinds, args, kwargs)
+        finally:
+            self.depth = depth
 
     def _forward_only(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """Run a call whose views autograd might forbid to write."""
