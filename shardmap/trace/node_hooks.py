@@ -14,6 +14,7 @@ from torch.autograd import graph
 from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
+from shardmap.trace.graphs import edge_of, edges_behind
 from shardmap.trace.histories import Histories
 
 _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
@@ -22,17 +23,9 @@ _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
 
 def nodes_before(tensors: Iterable[torch.Tensor], recorder: Histories) -> list[graph.Node]:
     """The nodes of autograd's graph before `tensors`, as far as the function made them."""
-    held = [t.grad_fn for _, t in recorder.captured.values()]
-    stop = {id(node) for node in held if node is not None}
-    queue = [t.grad_fn for t in tensors if t.requires_grad and t.grad_fn is not None]
-    seen: dict[int, graph.Node] = {}
-    while queue:
-        node = queue.pop()
-        if id(node) in seen or id(node) in stop:
-            continue
-        seen[id(node)] = node
-        queue += [n for n, _ in node.next_functions if n is not None]
-    return list(seen.values())
+    stop = {t.grad_fn for _, t in recorder.captured.values() if t.grad_fn is not None}
+    behind = edges_behind([edge_of(t) for t in tensors if t.requires_grad], set(stop))
+    return list(dict.fromkeys([node for node, _ in behind if node not in stop]))
 
 
 def refuse_hidden_backwards(recorder: Histories, nodes: Iterable[graph.Node]) -> None:

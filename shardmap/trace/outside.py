@@ -14,6 +14,7 @@ import torch
 from torch.autograd import graph
 
 from shardmap._torch import functorch
+from shardmap.trace.graphs import edges_behind
 
 
 def origins(samples: Sequence[torch.Tensor]) -> frozenset[graph.Node]:
@@ -28,8 +29,8 @@ def computed_outside(origins: frozenset[graph.Node], captured: Iterable[torch.Te
         return ""
     seen: set[graph.Node] = set()
     for tensor in captured:
-        node = _history(tensor)
-        if node is not None and _reaches(node, origins, seen):
+        behind = edges_behind([(_history(tensor), 0)], seen)
+        if any(node in origins for node, _ in behind):
             return (
                 f"a tensor of shape {tuple(tensor.shape)} is computed from the sample where no "
                 "operator call is seen, such as in another thread"
@@ -44,17 +45,3 @@ def _history(tensor: torch.Tensor) -> graph.Node | None:
         return tensor.grad_fn
     except RuntimeError:  # autograd forbids to read it of some views
         return None
-
-
-def _reaches(node: graph.Node, origins: frozenset[graph.Node], seen: set[graph.Node]) -> bool:
-    """True if a history leads to one of `origins`; `seen` are nodes whose history does not."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node in origins:
-            return True
-        if node in seen:
-            continue
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions if before is not None]
-    return False

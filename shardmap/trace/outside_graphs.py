@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardmap import errors
+from shardmap.trace.graphs import edge_of, edges_behind, leaf_of
 from shardmap.trace.recording import Recording, element, flat_tensors, is_plain
 
 if TYPE_CHECKING:
@@ -35,23 +36,13 @@ def histories_of(leaves: Iterable[object]) -> list[Tensor]:
 def reached(arguments: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
     """The first of some arguments that has been computed from one of some tensors, or is one."""
     leaves = {id(t) for t in tensors if t.is_leaf}
-    results = {(t.grad_fn, t.output_nr) for t in tensors if not t.is_leaf}
+    results = {edge_of(t) for t in tensors if not t.is_leaf}
     for argument in arguments:
-        if argument.is_leaf:
-            if id(argument) in leaves:
-                return argument
-            continue
-        waiting, seen = [(argument.grad_fn, argument.output_nr)], {argument.grad_fn}
-        while waiting:
-            node, number = waiting.pop()
-            if node is None:
-                continue
-            if (node, number) in results or id(getattr(node, "variable", None)) in leaves:
-                return argument
-            for following in node.next_functions:
-                if following[0] not in seen or following in results:
-                    seen.add(following[0])
-                    waiting.append(following)
+        behind = edges_behind([edge_of(argument)], set())
+        if id(argument) in leaves or any(
+            edge in results or id(leaf_of(edge[0])) in leaves for edge in behind
+        ):
+            return argument
     return None
 
 
@@ -96,8 +87,8 @@ def refuse_deep(recorder: Refusals, outputs: Iterable[Tensor]) -> None:
 def ends_of(samples: Iterable[Tensor]) -> list[Tensor]:
     """The leaves at which the gradients of samples end while they are recorded."""
     parts = [part for t in samples if t.grad_fn is not None for part in t.grad_fn.next_functions]
-    found = [getattr(node, "variable", None) for node, _ in parts]
-    return [t for t in found if isinstance(t, Tensor)]
+    found = [leaf_of(node) for node, _ in parts if node is not None]
+    return [t for t in found if t is not None]
 
 
 def may_reach(recording: Recording, leaves: Iterable[object]) -> bool:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap._torch import pytree
+from shardmap.trace.graphs import edge_of, edges_behind, leaf_of
 from shardmap.transforms.base import Differentiated, Results
 
 
@@ -100,20 +101,9 @@ def pulled_back(
 def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> bool:
     """True if gradients of `outputs` reach any tensor that requires grad other than `own`."""
     known = {id(t) for t in own}
-    queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = {id(node) for node in queue}
-    keep_alive = list(queue)
-    while queue:
-        node = queue.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and id(following) not in seen:
-                seen.add(id(following))
-                keep_alive.append(following)  # the address of a freed node may be used again
-                queue.append(following)
-    return False
+    behind = edges_behind(map(edge_of, outputs), set())
+    leaves = [leaf for node, _ in behind if (leaf := leaf_of(node)) is not None]
+    return any(id(leaf) not in known for leaf in leaves)
 
 
 def pushed_forward(
