@@ -69,8 +69,9 @@ def complaint(
         try:
             with sweep.RandomCalls() as watch:
                 want = function(*[t.view_as(t) for t in sample])
-        except Exception:
-            return ""  # the shapes cannot be inferred
+        except Exception as error:  # torch's own, of any kind: the shapes cannot be inferred
+            none = given(rows, mapped, (0,), grad)
+            return "" if error_of(shardmap.vmap(function, in_dims=dims), none) else str(error)
         if watch.found or not all(r.layout == torch.strided for r in want):
             return ""
         several = grad and len(mapped) == len(rows)
@@ -81,11 +82,14 @@ def complaint(
             tensors = given(rows, mapped, sizes, grad)
             try:
                 found = mapping(*tensors)
-            except shardmap.errors.ShardmapError as error:
-                if is_refused(mapping, given(rows, mapped, (1,) * len(sizes), grad)):
+            except Exception as error:  # what is not refused for one sample either is a fault
+                one = given(rows, mapped, (1,) * len(sizes), grad)
+                row = [t[(0,) * len(sizes)] if k in mapped else t for k, t in enumerate(one)]
+                known = error_of(function, row)  # the loop's own, of a row of a leaf
+                if type(error_of(mapping, one)) in (type(error), type(known)) and (
+                    known is not None or isinstance(error, shardmap.errors.ShardmapError)
+                ):
                     continue
-                return f"sizes {sizes}, gradients {grad}: {type(error).__name__}: {error}"
-            except Exception as error:
                 return f"sizes {sizes}, gradients {grad}: {type(error).__name__}: {error}"
             text = difference(found, want, sizes) or (grad and gradient_fault(found, tensors))
             if text:
@@ -93,13 +97,13 @@ def complaint(
     return ""
 
 
-def is_refused(mapping: Mapped, tensors: Tensors) -> bool:
-    """True if a map has no result for one sample either."""
+def error_of(function: Mapped, tensors: Tensors) -> Exception | None:
+    """The error that a function raises, or None."""
     try:
-        mapping(*tensors)
-    except Exception:
-        return True
-    return False
+        function(*tensors)
+    except Exception as error:
+        return error
+    return None
 
 
 def difference(found: Tensors, want: Tensors, sizes: tuple[int, ...]) -> str:

@@ -145,7 +145,8 @@ class Refusals(Histories):
         var = self.known(tensor) or self._capture(tensor)
         if var.group not in self.captured_groups:
             self.written_groups.add(var.group)
-            if var.group in self.groups_of_leaves and torch.is_grad_enabled():
+            forbids = tensor.requires_grad and torch.is_grad_enabled()
+            if var.group in self.groups_of_leaves and forbids:  # autograd, of a row of a leaf
                 raise RuntimeError(
                     "a view of a leaf Variable that requires grad is being used in an in-place "
                     "operation."

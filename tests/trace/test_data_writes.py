@@ -110,3 +110,33 @@ def test_gradients_of_an_ordinary_differential_equation(method: str, way: str) -
                 strict=True,
             ):
                 torch.testing.assert_close(a, b)
+
+
+LABELS = torch.tensor([[0, 2], [1, 1], [2, 0]])
+
+
+def through_detach(labels: Tensor, x: Tensor) -> Tensor:
+    x.detach().add_(labels[0])
+    return x * 2
+
+
+def of_a_largest_norm(labels: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(labels, x, max_norm=1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"trace": "once"}, {"trace": "each"}])
+@pytest.mark.parametrize("function", [through_detach, of_a_largest_norm])
+def test_rows_of_a_leaf_may_be_written_past_autograd(
+    function: Callable[..., Tensor], options: dict[str, Any]
+) -> None:
+    mapped = shardmap.vmap(function, **options)
+    for seed in range(4):
+        made = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(seed)) * 3
+        mine, own = made.clone().requires_grad_(), made.clone().requires_grad_()
+        found = mapped(LABELS, mine)
+        want = torch.stack([function(LABELS[k], own[k]) for k in range(3)])
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(mine, own)
+        (got,) = torch.autograd.grad(found.square().sum(), mine)
+        (wanted,) = torch.autograd.grad(want.square().sum(), own)
+        torch.testing.assert_close(got, wanted)
