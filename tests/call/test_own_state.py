@@ -67,14 +67,15 @@ def a_table_in_a_cell() -> Made:
 def a_default() -> Made:
     weight = torch.ones(2, dtype=torch.float64)
 
-    def function(x: Tensor, memo: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
+    tables: dict[str, Tensor] = {}
+
+    def function(x: Tensor, memo: dict[str, Tensor] = tables) -> Tensor:
         if "table" not in memo:
             memo["table"] = weight * 2
         return x * memo["table"]
 
     def between() -> None:
-        assert function.__defaults__ is not None
-        function.__defaults__[0].clear()
+        tables.clear()
         weight.add_(1)
 
     return function, between, lambda: None

@@ -132,7 +132,7 @@ def test_inside_another_map() -> None:
 
     def function(x: Tensor) -> Any:
         losses = model(x).square().sum(1)
-        each = shardmap.vmap(lambda l: torch.autograd.grad(l, wanted, retain_graph=True))  # noqa: E741
+        each = shardmap.vmap(lambda loss: torch.autograd.grad(loss, wanted, retain_graph=True))
         return each(losses)
 
     def unrolled(x: Tensor) -> Any:
@@ -216,7 +216,7 @@ def test_a_gradient_that_can_be_differentiated_stays_inside() -> None:
         shardmap.vmap(function)(x)
     losses = (x * scale).sum(1).exp()
     with pytest.raises(errors.HistoryError, match="leave out create_graph=True"):
-        shardmap.vmap(lambda l: torch.autograd.grad(l, weight, create_graph=True)[0])(losses)  # noqa: E741
+        shardmap.vmap(lambda s: torch.autograd.grad(s, weight, create_graph=True)[0])(losses)
 
     def inside(r: Tensor) -> Tensor:
         return torch.autograd.grad((r * weight.exp()).sum() ** 2, weight, create_graph=True)[0]
@@ -224,10 +224,11 @@ def test_a_gradient_that_can_be_differentiated_stays_inside() -> None:
     (got,) = torch.autograd.grad(shardmap.vmap(inside)(x).square().sum(), weight)
     (want,) = torch.autograd.grad(loop(inside, (x,), 0).square().sum(), weight)
     torch.testing.assert_close(got, want)
-    plain = shardmap.vmap(lambda l: torch.autograd.grad(l, weight, retain_graph=True)[0])  # noqa: E741
-    torch.testing.assert_close(
-        plain(losses), torch.stack([torch.autograd.grad(s, weight, retain_graph=True)[0] for s in losses])
-    )  # fmt: skip
+
+    def plain(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, weight, retain_graph=True)[0]
+
+    torch.testing.assert_close(shardmap.vmap(plain)(losses), loop(plain, (losses,), 0))
 
 
 @pytest.mark.parametrize("parts", [False, True])
