@@ -14,6 +14,7 @@ from torch import Tensor
 
 import shardmap
 from shardmap.errors import VariesError
+from tests.trace.ways import WAYS
 
 WEIGHT = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
 POOL = ThreadPoolExecutor(1)
@@ -69,14 +70,6 @@ ROWS = {
     "one argument alike": ([0, 1, 2, 3], [1, 1, 1, 1]),
     "several": ([0, 1, 2, 3, 0], [2, 1, 0, 3, 3]),
 }
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"chunk_size": 1},
-    {"chunk_size": 2},
-    {"devices": ["cpu", "cpu"], "chunk_size": 2},
-    {"trace": "once"},
-    {"trace": "each"},
-]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import (
 
 import shardmap
 from shardmap._torch import pytree
+from tests.trace.ways import WAYS
 
 with torch.random.fork_rng():
     torch.manual_seed(2)
@@ -26,14 +27,6 @@ with torch.random.fork_rng():
 LENGTHS = torch.tensor([5, 3, 2, 1])
 ALIKE_IN_SHAPE = torch.tensor([[5, 3, 2, 1], [5, 4, 1, 1], [5, 2, 2, 2], [1, 2, 3, 5]])
 """Each packs to 11 rows and 5 steps: only the sizes of the steps differ."""
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"chunk_size": 1},
-    {"chunk_size": 2},
-    {"devices": ["cpu", "cpu"], "chunk_size": 2},
-    {"trace": "once"},
-    {"trace": "each"},
-]
 
 
 def packed(x: Tensor, lengths: Tensor) -> PackedSequence:

@@ -14,17 +14,10 @@ from torch import Tensor, nn
 import shardmap
 from shardmap.errors import EscapeError
 from tests import oracle
+from tests.trace.ways import WAYS
 
 WEIGHT = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
 LAYER = nn.Linear(3, 3)
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"chunk_size": 1},
-    {"chunk_size": 2},
-    {"devices": ["cpu", "cpu"], "chunk_size": 2},
-    {"trace": "once"},
-    {"trace": "each"},
-]
 
 
 def written_through_a_copy(x: Tensor) -> Tensor:
