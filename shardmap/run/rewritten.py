@@ -7,25 +7,37 @@ from collections.abc import Callable, Iterable
 import torch
 
 from shardmap import errors
-from shardmap._torch import version_of
+from shardmap._torch import storage_id, version_of
 
 
 def refusing_writes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """Make a function that refuses to go on once one of the tensors has been written in place.
+    """Make a function that refuses to go on once one of the tensors has been written or replaced.
+
+    Seen are writes by operators, and other memory in a tensor's place (`p.data = v`); writes past
+    autograd into the same memory (`p.data.mul_(2)`, numpy) are not.
 
     Args:
         call: The user's call, for errors.
         tensors: The captured tensors that a chunk reads.
     """
-    kept = [(t, version_of(t)) for t in tensors if not t.is_inference()]
+    # The memory is kept, or another tensor's might be made in its place.
+    kept = [(t, version_of(t), _memory(t)) for t in tensors if not t.is_inference()]
 
     def refuse() -> None:
-        for tensor, version in kept:
-            if version_of(tensor) != version:
+        for tensor, version, memory in kept:
+            if version_of(tensor) != version or not _is(memory, _memory(tensor)):
                 raise errors.CapturedWriteError(
                     f"{call}: remat=True computes chunks again in backward, and a captured tensor "
-                    f"of shape {tuple(tensor.shape)} has been written in place since; take the "
+                    f"of shape {tuple(tensor.shape)} has been written or replaced since; take the "
                     "gradients before, or pass remat=False"
                 )
 
     return refuse
+
+
+def _memory(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    return tensor.untyped_storage() if tensor.layout is torch.strided else None
+
+
+def _is(a: torch.UntypedStorage | None, b: torch.UntypedStorage | None) -> bool:
+    return a is b if a is None or b is None else storage_id(a) == storage_id(b)

@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 import torch
 from torch.autograd import graph
+from torch.utils import module_tracker
 from torch.utils.hooks import RemovableHandle
 
 from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
@@ -86,9 +87,18 @@ class Hook:
 
     @property
     def is_active(self) -> bool:
-        """True if it has not been removed."""
+        """True if it has not been removed, and may do more than note names of modules.
+
+        `FlopCounterMode` around the call, and what else uses `ModuleTracker`, registers such hooks
+        on what every module is given and returns.
+        """
         hooks = self.handle.hooks_dict_ref()
-        return hooks is not None and self.handle.id in hooks
+        if hooks is None or self.handle.id not in hooks:
+            return False
+        if getattr(self.function, "__globals__", None) is not vars(graph):
+            return True
+        called = [cell.cell_contents for cell in getattr(self.function, "__closure__", None) or ()]
+        return all(getattr(f, "__module__", "") != module_tracker.__name__ for f in called)
 
 
 class HookNode:

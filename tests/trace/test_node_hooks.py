@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import shardmap
 from shardmap import errors
@@ -200,3 +202,23 @@ def test_a_hook_of_several_gradients_is_refused_and_its_remedies_work(mode: Any,
         return (t * s, *torch.autograd.grad((t * s).sum(), (t, s), create_graph=True))
 
     compared(inside, batch(5, False), "inside", **WAYS[way])
+
+
+@pytest.mark.parametrize("way", [{}, {"chunk_size": 2}, {"trace": "once"}, {"trace": "each"}])
+def test_counters_of_operations_around_the_call(way: dict[str, Any]) -> None:
+    """`FlopCounterMode` hooks the gradients of every module, to note names."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    weights = list(net.parameters())
+    mapped = shardmap.vmap(lambda r: net(r).square().sum(), **way)
+    for _ in range(4):
+        batch = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            out = mapped(batch)
+            found = torch.autograd.grad(out.sin().sum(), [batch, *weights])
+        assert counter.get_total_flops() > 0
+        wanted = torch.stack([net(r).square().sum() for r in batch])
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(
+            found, torch.autograd.grad(wanted.sin().sum(), [batch, *weights])
+        )
