@@ -6,6 +6,7 @@ of two, and on two lanes.
     python -m tests.sweep --subject shardmap --workers 2         # judge against the scoreboard
     python -m tests.sweep --subject torch --update --workers 2   # refresh a column of it
     python -m tests.sweep --only linalg_svd,add --details
+    python -m tests.sweep --dtype bfloat16 --details             # of operators that have it
 
 Importing the database needs `expecttest`; some of its operators need `scipy` and `numpy` for
 samples.
@@ -22,7 +23,7 @@ import random
 import sys
 import unittest.mock
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,8 +191,13 @@ def gradient(function: Callable[..., Any], wrt: list[int], functional: bool) -> 
     return torch.func.grad(loss, tuple(wrt)) if functional else by_autograd
 
 
-def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
-    """Compares one operator in both directions.
+def judge(
+    name: str,
+    op: Any,
+    subject: oracle.Subject,
+    dtypes: Sequence[torch.dtype] = PREFERRED,
+) -> dict[str, Any]:
+    """Compares one operator in both directions, in the first of `dtypes` that it has.
 
     The details name the first sample that is not right.
     """
@@ -206,7 +212,7 @@ def judge(name: str, op: Any, subject: oracle.Subject) -> dict[str, Any]:
             if op.supports_autograd
             else ()
         )
-        dtype = next((d for d in PREFERRED if d in supported), None)
+        dtype = next((d for d in dtypes if d in supported), None)
         if dtype is not None:
             for index, (leaves, spec, at) in enumerate(batches(op, dtype)):
                 for mapped in choices(at):
@@ -359,10 +365,11 @@ class RandomCalls(TorchDispatchMode):
 
 
 def run(
-    names: list[str], subject_name: str, workers: int, timeout_s: float = 120
+    names: list[str], subject_name: str, workers: int, timeout_s: float = 120, dtype: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Judges operators in worker processes."""
     command = [sys.executable, "-m", "tests.sweep", "--serve", "--subject", subject_name]
+    command += ["--dtype", dtype] if dtype else []
     for name, answer in isolate.run(command, names, workers, timeout_s):
         failed = {d: "crashed" for d in DIRECTIONS} | {f"{d}_detail": answer for d in DIRECTIONS}
         yield name, json.loads(answer) if answer.startswith("{") else failed
@@ -374,20 +381,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--subject", default="shardmap", choices=("shardmap", "torch", "loop"))
     parser.add_argument("--update", action="store_true", help="store the results in the scoreboard")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--dtype", default="", help="judge operators in this one; such results are not stored"
+    )
     parser.add_argument("--only", default="", help="operators, with commas between")
     parser.add_argument(
         "--details", action="store_true", help="print each result that is not right"
     )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    dtypes = (getattr(torch, args.dtype),) if args.dtype else PREFERRED
+    if args.update and args.dtype:
+        parser.error("the scoreboard holds no results of one dtype")
     if args.serve:
         known, subject = operators(), oracle.subject_named(args.subject)
         warnings.simplefilter("ignore")
-        isolate.serve(lambda name: judge(name, known[name], subject))
+        isolate.serve(lambda name: judge(name, known[name], subject, dtypes))
         return 0
     names = args.only.split(",") if args.only else list(operators())
     board, results, bad = scoreboard.load(), {}, []
-    for name, result in run(names, args.subject, args.workers):
+    for name, result in run(names, args.subject, args.workers, dtype=args.dtype):
         results[name] = result
         if args.details:
             for direction in DIRECTIONS:
@@ -396,7 +409,10 @@ def main(argv: list[str] | None = None) -> int:
                         f"{result[direction]:9s} {direction:9s} {result[f'{direction}_detail']}",
                         flush=True,
                     )
-        bad += scoreboard.complaints(name, result, board) if args.subject == "shardmap" else []
+        if args.dtype:  # the scoreboard counts batches of other dtypes
+            bad += [f"{name}: {d}" for d in DIRECTIONS if result[d] in ("wrong", "crashed")]
+        elif args.subject == "shardmap":
+            bad += scoreboard.complaints(name, result, board)
     print(scoreboard.summary(results))
     print("\n".join(bad))
     if args.update:
