@@ -90,12 +90,6 @@ def _set_data(a: torch.Tensor) -> torch.Tensor:
     return b * 2 + part.sum()
 
 
-def _view_at_a_label(a: torch.Tensor) -> torch.Tensor:
-    b = a.clone()
-    b[a.argmax()].add_(1)  # the loop adds to a view of b
-    return b
-
-
 _escape("to_numpy", lambda a: torch.from_numpy(a.numpy() * 2))
 _escape("tensor_of_mapped", lambda a: torch.tensor([a[0], a[1]]))
 _escape("as_tensor_of_mapped", lambda a: torch.as_tensor([a[0], a[1]]))
@@ -108,7 +102,6 @@ _escape(
 _escape("apply_in_python", lambda a: a.clone().apply_(lambda v: v + 1))
 _escape("nonzero", lambda a: (a > a.mean()).nonzero(), errors.ShardmapError)
 _escape("boolean_selection", lambda a: a[a > 0], errors.ShardmapError)
-_escape("view_at_a_label_then_written", _view_at_a_label, errors.DataDependentError)
 _escape("random_numbers", lambda a: a + torch.rand(3, dtype=a.dtype), errors.RandomnessError)
 _escape("dropout", lambda a: F.dropout(a, 0.5), errors.RandomnessError)
 _escape("text_returned", lambda a: "three", errors.OutputError)

@@ -370,7 +370,9 @@ class Doors(TorchFunctionMode):
     def _index(self, func: Any, args: tuple) -> tuple[bool, Any]:
         """Serve indices without dimensions that differ by sample; return True if it did."""
         source, indices = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-        if not any(isinstance(i, Tensor) and i.dim() == 0 for i in indices):
+        if self.recorder.places_asked or not any(
+            isinstance(i, Tensor) and i.dim() == 0 for i in indices
+        ):
             return False, None
         at = positions.places(source, indices, self._differs)
         if not at:

@@ -36,7 +36,7 @@ from shardmap.trace.outside_graphs import ends_of, histories_of, refuse_deep
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
-from shardmap.trace.refusals import refuse_swaps
+from shardmap.trace.refusals import WrittenCopyError, refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.surroundings import (
@@ -168,19 +168,22 @@ def record(
             passes through unchanged.
     """
     transformed = functorch.peek_interpreter_stack() is not None
-    zeros = views = False
+    zeros = views = places = False
     while True:
         try:
             with saved_hooks_set_aside(), mapped_functions.recorded_as_operators():
                 return _recorded(
                     func, batch, randomness, once, call, number, look, generators, zeros, views,
-                    watch,
+                    places, watch,
                 )  # fmt: skip
         except RuntimeError as error:
             if isinstance(error, errors.ShardmapError):
                 if isinstance(error, errors.EscapeError) and mapped_functions.met(error):
                     continue
-                raise
+                if places or not isinstance(error, WrittenCopyError):
+                    raise
+                places = True
+                continue
             if not zeros and "ZeroTensors are immutable" in str(error):
                 # Autograd's formulas for some second derivatives (`mse_loss`) write to a symbolic
                 # zero of forward mode, which torch forbids.
@@ -216,6 +219,7 @@ def _recorded(
     generators: tuple[torch.Generator, ...],
     zeros_have_memory: bool,
     separate_views: bool,
+    places_asked: bool,
     watch: PythonWatch | None,
 ) -> tuple[Recording, pytree.TreeSpec]:
     outer = next((m for m in reversed(dispatch_modes()) if isinstance(m, Recorder)), None)
@@ -244,7 +248,7 @@ def _recorded(
                 )
                 recorder.depth, recorder.watch = depth, watch
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
-                recorder.separate_views = separate_views
+                recorder.separate_views, recorder.places_asked = separate_views, places_asked
                 recorder.lazily = _lazily([element(batch.leaves[i]) for i, _ in batch.mapped])
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))

@@ -74,6 +74,10 @@ def refuse_swaps(call: str, error: Exception) -> None:
         found = found.__cause__ or found.__context__
 
 
+class WrittenCopyError(errors.DataDependentError):
+    """A copy stands for a view, and the function wrote one of the two and reads the other."""
+
+
 class Refusals(Histories):
     """The checks of a recording, each with its error."""
 
@@ -85,6 +89,9 @@ class Refusals(Histories):
         """True if the function draws from torch's own generator."""
         self.separate_views = False
         """True if calls that return several views are recorded as a call for each view."""
+        self.places_asked = False
+        """True if `tensor[index]`, for an index that differs by sample, is a view at the place that
+        the sample's index says, and samples are split by the place."""
         self.raised = ""
         """The first error of an operator: if the function still returns, it has caught the
         error."""
@@ -243,7 +250,7 @@ class Refusals(Histories):
     def _check_stale(self, read: Iterable[Var]) -> None:
         for var in read:
             if var.group in self.copies.stale:
-                raise errors.DataDependentError(
+                raise WrittenCopyError(
                     f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
                     "one of the two was written in place and "
                     f"the other is used, at {user_line()}; clone what was indexed, or write with "

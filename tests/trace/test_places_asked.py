@@ -1,0 +1,89 @@
+"""Views at an index that differs by sample, where the function writes one and reads the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import shardmap
+from shardmap import errors
+from tests.trace.ways import WAYS
+
+Tensor = torch.Tensor
+
+
+def writes_the_view(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """As evolutionary algorithms assign rows."""
+    x = x.clone()
+    x[i][:] = v
+    return x
+
+
+def returns_both(x: Tensor, i: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone()
+    y = x[i]
+    y.mul_(2)
+    return x, y * v
+
+
+def writes_a_part(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    x = x * 2
+    x[i, 1:][0] = v[1]
+    return x.sin()
+
+
+def writes_the_source(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    x = x * 1
+    row = x[i]
+    x[i] = v  # row is a view of it
+    return row.sum() + x.sum()
+
+
+def adds_at_the_largest(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    y = x.sum(1) + i
+    y[y.argmax()].add_(v.sum())
+    return y
+
+
+FUNCTIONS = [writes_the_view, returns_both, writes_a_part, writes_the_source, adds_at_the_largest]
+
+
+def rows(function: Callable[..., Any], *batch: Tensor) -> tuple[Tensor, ...]:
+    found = [function(*sample) for sample in zip(*batch, strict=True)]
+    columns = zip(*found, strict=True) if isinstance(found[0], tuple) else [found]
+    return tuple([torch.stack(list(column)) for column in columns])
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_write_reaches_the_other(function: Callable[..., Any], way: dict[str, Any]) -> None:
+    mapped = shardmap.vmap(function, **way)
+    for size in (1, 3, 7, 41, 41):
+        generator = torch.Generator().manual_seed(size)
+        x = torch.randn(size, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+        v = torch.randn(size, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+        i = torch.randint(0, 5, (size,), generator=generator)
+        found, wanted = mapped(x, i, v), rows(function, x, i, v)
+        found = found if isinstance(found, tuple) else (found,)
+        torch.testing.assert_close(found, wanted)
+        wrt = [x, v]
+        got = torch.autograd.grad(sum(t.cos().sum() for t in found), wrt)
+        torch.testing.assert_close(
+            got, torch.autograd.grad(sum(t.cos().sum() for t in wanted), wrt)
+        )
+
+
+def test_what_all_samples_share_is_not_written() -> None:
+    shared = torch.zeros(5, 3)
+
+    def function(i: Tensor) -> Tensor:
+        shared[i][:] = 1
+        return shared.sum()
+
+    with pytest.raises(errors.CapturedWriteError, match="that all samples share"):
+        shardmap.vmap(function)(torch.tensor([1, 3, 2]))
+    assert not shared.any()
