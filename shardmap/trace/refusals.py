@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
 from shardmap.trace.recording import flat_tensors, user_line
-from shardmap.trace.scalar_index import Copies
+from shardmap.trace.scalar_index import Copies, is_dense
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
@@ -197,7 +198,8 @@ class Refusals(Histories):
             if isinstance(tensor, torch.Tensor):
                 self._refuse_write(func, tensor)
                 if self.copies.pairs:
-                    self._written_beside_copies(tensor)
+                    pointwise = torch.Tag.pointwise in func.tags or func is aten.copy_.default
+                    self._written_beside_copies(tensor, pointwise)
 
     def _wrote(self, func: OpOverload, writes: tuple) -> None:
         for tensor in flat_tensors(writes):
@@ -216,7 +218,7 @@ class Refusals(Histories):
         """Record that `copy` replaces the view `source[indices]`, whose place differs by sample."""
         of, own = self.known(source) or self._capture(source), self.known(copy)
         assert own is not None
-        self.copies.add(of.group, own.group, indices)
+        self.copies.add(of.group, own.group, indices, is_dense(of.spec.shape, of.spec.stride))
 
     def put_back(
         self,
@@ -235,10 +237,11 @@ class Refusals(Histories):
         else:
             self.copies.put_back(of.group, own.group, indices, put)
 
-    def _written_beside_copies(self, tensor: torch.Tensor) -> None:
+    def _written_beside_copies(self, tensor: torch.Tensor, pointwise: bool) -> None:
         var = self.known(tensor)
         if var is not None and any(
-            group in self.captured_groups for group in self.copies.written(var.group)
+            group in self.captured_groups
+            for group in self.copies.written(var.group, len(self.equations), pointwise)
         ):
             raise errors.CapturedWriteError(
                 f"{self.call}: an in-place write to `tensor[index]` would reach a tensor that all "
@@ -249,7 +252,7 @@ class Refusals(Histories):
 
     def _check_stale(self, read: Iterable[Var]) -> None:
         for var in read:
-            if var.group in self.copies.stale:
+            if self.copies.stale.get(var.group, math.inf) <= len(self.equations):
                 raise WrittenCopyError(
                     f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
                     "one of the two was written in place and "

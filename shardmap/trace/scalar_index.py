@@ -8,7 +8,7 @@ was written and the other is read afterwards, the call is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Copy(NamedTuple):
     copy: int
     """Memory group of the copy."""
     indices: tuple[Any, ...]
+    dense: bool = True
+    """True if no two elements of the source lie at one place in memory."""
 
     def is_at(self, indices: tuple[Any, ...]) -> bool:
         """True if it was taken with the same indices.
@@ -45,6 +47,39 @@ class Copy(NamedTuple):
             for a, b in zip(self.indices, indices, strict=True)
         )
 
+    def is_like(self, indices: tuple[object, ...]) -> bool:
+        """True if a view with these indices would be the same one, or share no element with it.
+
+        They differ in numbers only, as `x[i]` and `x[j]` do.
+        """
+        return (
+            self.dense
+            and len(indices) == len(self.indices)
+            and all(
+                a is b or (_is_number(a) and _is_number(b)) or (_is_plain(a, b) and a == b)
+                for a, b in zip(self.indices, indices, strict=True)
+            )
+        )
+
+
+def _is_number(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in INTEGERS
+
+
+def _is_plain(a: object, b: object) -> bool:
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+
+
+def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """True if no two elements lie at one place, as those of `unfold` and `expand` do."""
+    reach = 1
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * size
+    return True
+
 
 class Copies:
     """The copies that replace views.
@@ -55,19 +90,35 @@ class Copies:
 
     def __init__(self) -> None:
         self.pairs: list[Copy] = []
-        self.stale: set[int] = set()
-        """Memory groups that would have changed if the copies were views."""
+        self.stale: dict[int, int] = {}
+        """Memory groups that would have changed if the copies were views, and the number of the
+        first call that must not read each."""
 
-    def add(self, source: int, copy: int, indices: tuple[Any, ...]) -> None:
+    def add(self, source: int, copy: int, indices: tuple[Any, ...], dense: bool) -> None:
         """Record that the memory `copy` replaces the view `source[indices]`."""
-        self.pairs.append(Copy(source, copy, indices))
+        self.pairs.append(Copy(source, copy, indices, dense))
 
-    def written(self, group: int) -> list[int]:
-        """Record a write to `group`; return the sources that it would have reached."""
-        reached = [pair.source for pair in self.pairs if pair.copy == group]
-        self.stale.update(reached)
-        self.stale.update(pair.copy for pair in self.pairs if pair.source == group)
+    def written(self, group: int, number: int, pointwise: bool) -> list[int]:
+        """Record that call `number` writes a group; return the sources that it would reach.
+
+        A view at another place may be the same one. A call that works element by element may
+        read that while it writes: `x[i] += x[j]`.
+        """
+        reached = []
+        for pair in self.pairs:
+            if pair.source == group:
+                self._stale(pair.copy, number)
+            if pair.copy == group:
+                reached.append(pair.source)
+                self._stale(pair.source, number)
+                for other in self.pairs:
+                    if other.source == pair.source and other.copy != group:
+                        like = pointwise and other.dense and pair.is_like(other.indices)
+                        self._stale(other.copy, number + like)
         return reached
+
+    def _stale(self, group: int, number: int) -> None:
+        self.stale[group] = min(number, self.stale.get(group, number))
 
     def put_back(
         self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]
@@ -75,18 +126,16 @@ class Copies:
         """Run `put`, which performs `source[indices] = copy`.
 
         If it puts the copy back where it was taken, as `source[i] += 1` does, both agree afterwards
-        whatever was written to the copy.
+        whatever was written to the copy. One that was taken at another place of the kind stays as
+        it is, as the view there does: `x[i] = x[j]`.
         """
-        given = [
-            pair
-            for pair in self.pairs
-            if pair.source == source and pair.copy == copy and pair.is_at(indices)
-        ]
-        if given:
-            self.pairs = [pair for pair in self.pairs if not any(pair is g for g in given)]
-            self.stale.discard(source)
+        own = [pair for pair in self.pairs if pair.source == source and pair.copy == copy]
+        kept = [pair for pair in own if pair.is_at(indices) or pair.is_like(indices)]
+        self.pairs = [pair for pair in self.pairs if not any(pair is k for k in kept)]
+        if any(pair.is_at(indices) for pair in kept):
+            self.stale.pop(source, None)
         put()
-        self.pairs += given
+        self.pairs += kept
 
 
 def places(

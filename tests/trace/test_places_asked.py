@@ -48,7 +48,43 @@ def adds_at_the_largest(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-FUNCTIONS = [writes_the_view, returns_both, writes_a_part, writes_the_source, adds_at_the_largest]
+def another_view(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    x = x.clone()
+    a, b = x[i], x[(i + v[0].sign().long()) % 5]  # the same row, for some
+    c = x[v[1].sign().long()]
+    a.mul_(2)
+    return b * v + c
+
+
+def a_pivots_column(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """What is divided by is divided as well, before the elements that follow."""
+    x, j = x.exp(), i % 3
+    x[:, j] /= x[i, j]
+    return x * v
+
+
+def swapped_by_views(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """Python's exchange, which loses a row: both names are views."""
+    x, j = x * 1, (i + 2) % 5
+    x[i], x[j] = x[j], x[i]
+    return x * v
+
+
+def copied_and_added(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """These are batched: the rows are the same, or share nothing."""
+    x, j = x * 1, (i + v[0].sign().long()) % 5
+    x[i] = x[j]
+    x[j] += x[i]
+    x[i] -= x[j] * v
+    return x
+
+
+FUNCTIONS = [
+    writes_the_view, returns_both, writes_a_part, writes_the_source, adds_at_the_largest,
+    another_view, swapped_by_views, a_pivots_column, copied_and_added,
+]  # fmt: skip
+WITHOUT_GRADIENTS = [a_pivots_column, copied_and_added]
+"""Autograd refuses them in the loop: what is divided by has been written since."""
 
 
 def rows(function: Callable[..., Any], *batch: Tensor) -> tuple[Tensor, ...]:
@@ -64,12 +100,16 @@ def test_the_write_reaches_the_other(function: Callable[..., Any], way: dict[str
     mapped = shardmap.vmap(function, **way)
     for size in (1, 3, 7, 41, 41):
         generator = torch.Generator().manual_seed(size)
-        x = torch.randn(size, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-        v = torch.randn(size, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+        x = torch.randn(size, 5, 3, dtype=torch.float64, generator=generator)
+        v = torch.randn(size, 3, dtype=torch.float64, generator=generator)
+        x.requires_grad_(function not in WITHOUT_GRADIENTS)
+        v.requires_grad_(function not in WITHOUT_GRADIENTS)
         i = torch.randint(0, 5, (size,), generator=generator)
         found, wanted = mapped(x, i, v), rows(function, x, i, v)
         found = found if isinstance(found, tuple) else (found,)
         torch.testing.assert_close(found, wanted)
+        if function in WITHOUT_GRADIENTS:
+            continue
         wrt = [x, v]
         got = torch.autograd.grad(sum(t.cos().sum() for t in found), wrt)
         torch.testing.assert_close(
@@ -87,3 +127,17 @@ def test_what_all_samples_share_is_not_written() -> None:
     with pytest.raises(errors.CapturedWriteError, match="that all samples share"):
         shardmap.vmap(function)(torch.tensor([1, 3, 2]))
     assert not shared.any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_views_that_share_some_elements_are_refused_by_torch(way: dict[str, Any]) -> None:
+    def function(x: Tensor, i: Tensor) -> Tensor:
+        windows = x.clone().unfold(0, 3, 1)
+        windows[i].sub_(windows[i + 1])
+        return windows
+
+    x, i = torch.randn(5, 9), torch.tensor([0, 3, 2, 5, 1])
+    for call in (function, shardmap.vmap(function, **way)):
+        batch = (x[0], i[0]) if call is function else (x, i)
+        with pytest.raises(RuntimeError, match="refer to a single memory location"):
+            call(*batch)
