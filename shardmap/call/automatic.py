@@ -29,7 +29,7 @@ from shardmap.call.keepable import (
     why_not,
 )
 from shardmap.call.keeps import Kept, Known, Refused, captured_of
-from shardmap.call.memo import Prepared, Remembered, are_leaves_of, signature
+from shardmap.call.memo import Prepared, Remembered, are_leaves_of, modes, signature
 from shardmap.call.options import Options
 from shardmap.call.reachable import History
 from shardmap.call.reads import Walk
@@ -245,6 +245,9 @@ class OneCall:
         recording = prepared.recording
         if recording.kept:
             self._refuse(f"it keeps {recording.kept[0]}")
+            return
+        if left := watch.left_set() or (modes() != self._signature[-1] and "its mode"):
+            self._refuse(f"it changes a setting of torch and does not set it back: {left}")
             return
         what = self._changes(root, batch)
         if what:

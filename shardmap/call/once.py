@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from shardmap import errors
 from shardmap.call.automatic import state
 from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
-from shardmap.call.memo import Memory, Prepared, Remembered, are_leaves_of, signature
+from shardmap.call.memo import (
+    Memory,
+    Prepared,
+    Remembered,
+    are_leaves_of,
+    modes,
+    signature,
+)
 from shardmap.call.options import Options
 from shardmap.call.reachable import History, Unknown, reachable, same
 from shardmap.run.base import Job
@@ -88,10 +95,11 @@ class OnceCall:
         self._found: Remembered | None = None
         self._reads: list[object] = []
         """What the function could reach before it was recorded."""
+        self._modes: tuple[object, ...] = ()
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
-        self._reads = self._of.memory.reads(batch)
+        self._modes, self._reads = modes(), self._of.memory.reads(batch)
         self._found = self._of.memory.recall(batch, self._reads)
         return self._found
 
@@ -102,6 +110,9 @@ class OnceCall:
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call, if the function has left what it can reach as it was."""
         memory, now = self._of.memory, self._of.memory.reads(batch)
+        if modes() != self._modes:
+            memory.say("the function changes a setting of torch and does not set it back")
+            return
         unknown = any(type(each) is Unknown for each in now)  # which is the reason that is given
         if unknown or (not prepared.recording.kept and same(self._reads, now)):
             self._of.changes = 0

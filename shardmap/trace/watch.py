@@ -85,6 +85,8 @@ class PythonWatch:
         """Names of C functions that asked tensors for what they say of themselves."""
         self.blame = ""
         """What was read that cannot be compared between calls; empty if all can be."""
+        self._settings: dict[Callable[[], object], object] = {}
+        """Questions for the settings of torch that were changed, with the answers before."""
         self._seen: set[object] = set()
         self._turns: list[tuple[types.FrameType, bool]] = []
         """Frames at which the code turned from the user's to shardmap's (True), or back."""
@@ -172,6 +174,11 @@ class PythonWatch:
         """Note why the function must be recorded at each call."""
         self.blame = self.blame or what
 
+    def left_set(self) -> str:
+        """The question for a setting of torch that was changed and not set back, or empty."""
+        now = ((getter, before) for getter, before in self._settings.items() if getter() != before)
+        return next((getter.__name__ for getter, _ in now), "")
+
     def _judge(self, called: types.BuiltinFunctionType, code: types.CodeType) -> None:
         """Find out if a C function reads anything but its arguments."""
         name, owner = called.__name__, called.__self__
@@ -214,12 +221,16 @@ class PythonWatch:
         where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
         self.accuse(f"it calls {module}.{name} in {code.co_name} ({where})")
 
-    def _judge_torch(self, called: Callable[[], object], name: str, asked: bool) -> None:
+    def _judge_torch(self, called: types.BuiltinFunctionType, name: str, asked: bool) -> None:
         """Refuse what answers differently each time; keep the answers of questions for settings."""
         if name in _OF_TENSORS:
             self.asked.add(name)
         if name in _STATES_OF_TORCH:
             self.accuse(f"it calls torch's {name}")
+        elif asked and name.startswith(_ORDERS):
+            getter = _getter(called.__self__, name)
+            if getter is not None:
+                self._settings.setdefault(getter, getter())
         elif asked and name.startswith(_QUESTIONS) and name not in _ABOUT_THE_CALL:
             try:
                 value = called()
@@ -227,6 +238,20 @@ class PythonWatch:
                 return  # it takes arguments, and answers about them
             if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None):
                 self.states[called] = value
+
+
+def _getter(module: object, setter: str) -> Callable[[], object] | None:
+    """The function that answers what `setter` sets, if it answers without arguments."""
+    stem = setter.lstrip("_").removeprefix("set_")
+    names = [f"get_{stem}", f"_get_{stem}", f"is_{stem}", f"_is_{stem}"]
+    found = next((f for f in (getattr(module, n, None) for n in names) if callable(f)), None)
+    if found is None or found.__name__ in _ABOUT_THE_CALL:
+        return None
+    try:
+        found()
+    except (TypeError, RuntimeError, AssertionError):
+        return None
+    return found
 
 
 @functools.lru_cache(maxsize=65536)
@@ -357,6 +382,8 @@ _OF_FILES = frozenset({"fromfile", "memmap", "_get_extobj_dict", "_make_extobj",
 """Functions of numpy that read files or settings."""
 _QUESTIONS = ("is_", "_is_", "get_", "_get_")
 """Beginnings of the names of functions that return a setting."""
+_ORDERS = ("set_", "_set_")
+"""And of those that change one."""
 _OF_TENSORS = frozenset(
     "is_conj is_neg is_inference _is_view storage_offset untyped_storage _storage".split()
 )
