@@ -34,7 +34,7 @@ from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered, Notes
 from shardmap.program.ir import GRAD, NO_GRAD, Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, number_of
-from shardmap.run.rewritten import refusing_writes
+from shardmap.run.rewritten import refusing_changes
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.control_flow import AsPython
@@ -145,10 +145,10 @@ class SampleLoop(StandIn):
         self._alike = _is_positional(batch)
         self.singly = False
         """True if each row is taken by itself, so that it may be written under gradients."""
-        self._refuse_writes: Callable[[], None] | None = None
+        self._refuse_changes: Callable[[], None] | None = None
         if remat and tracked:
             read = [t for t in reachable(func) if isinstance(t, torch.Tensor)]
-            self._refuse_writes = refusing_writes(call, read)
+            self._refuse_changes = refusing_changes(call, read)
 
     def chunk(
         self,
@@ -165,8 +165,8 @@ class SampleLoop(StandIn):
         Raises:
             VariesError: Two samples' outputs differ in shape, dtype or structure.
         """
-        if self._refuse_writes is not None:
-            self._refuse_writes()
+        if self._refuse_changes is not None:
+            self._refuse_changes()
         with self._as_called():
             try:
                 rows = list(self._rows(size, start, seed, inputs))

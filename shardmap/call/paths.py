@@ -27,7 +27,7 @@ from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, numbers_at
 from shardmap.run.prepare import Ready
-from shardmap.run.rewritten import refusing_writes
+from shardmap.run.rewritten import refusing_changes
 from shardmap.trace.recording import Recording
 
 _learned = Kept(256)
@@ -101,10 +101,10 @@ class PathReplay(StandIn):
         for number, branch in enumerate(self.branches):
             self._fixed(number, device, tuple([seed[k] for k in branch.seeds]))
             captured += branch.ready[str(device)].captured
-        self._guards[device] = refusing_writes(self.loop.call, captured)
+        self._guards[device] = refusing_changes(self.loop.call, captured)
         return ()
 
-    def _refuse_writes(self, device: torch.device) -> None:
+    def _refuse_changes(self, device: torch.device) -> None:
         guard = self._guards.get(device)
         if guard is not None:
             guard()
@@ -120,7 +120,7 @@ class PathReplay(StandIn):
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each."""
-        self._refuse_writes(device)
+        self._refuse_changes(device)
         order, parts = [], []
         for at, found in self._groups(size, start, device, seed, inputs):
             order.append(at)

@@ -27,7 +27,7 @@ from shardmap.rules.philox import Seeds
 from shardmap.run import prepare
 from shardmap.run.base import Job
 from shardmap.run.prepare import there
-from shardmap.run.rewritten import refusing_writes
+from shardmap.run.rewritten import refusing_changes
 from shardmap.store.ragged import PickedColumn
 
 
@@ -85,10 +85,10 @@ class ShapeReplay(StandIn):
         if self.remat:
             ready = [self._ready(number, device) for number in range(len(self.jobs))]
             captured = [t for one in ready for t in one.captured]
-            self._guards[device] = refusing_writes(self.call, captured)
+            self._guards[device] = refusing_changes(self.call, captured)
         return ()
 
-    def _refuse_writes(self, device: torch.device) -> None:
+    def _refuse_changes(self, device: torch.device) -> None:
         guard = self._guards.get(device)
         if guard is not None:
             guard()
@@ -104,7 +104,7 @@ class ShapeReplay(StandIn):
         inputs: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of one chunk, `[size, *shape]` each; `inputs` is the numbers of its rows."""
-        self._refuse_writes(device)
+        self._refuse_changes(device)
         order, parts = [], []
         for at, found in self._groups(device, inputs[0]):
             order.append(at)

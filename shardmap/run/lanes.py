@@ -31,7 +31,7 @@ from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.meter import CHUNKS, Meter
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
-from shardmap.run.rewritten import refusing_writes
+from shardmap.run.rewritten import refusing_changes
 
 Fast = compiled.CompiledReplay | graphed.Graph
 
@@ -195,10 +195,10 @@ class Lane:
             return self._blamed(ready, found)
         replay = ready.low.replay.chunk
         if job.remat:
-            refuse_writes = refusing_writes(job.call, ready.captured)
+            refuse_changes = refusing_changes(job.call, ready.captured)
 
             def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                refuse_writes()
+                refuse_changes()
                 return replay(*arguments, list(inputs))
 
             # Writes that autograd does not see change saved values: no early end.

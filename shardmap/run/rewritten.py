@@ -1,17 +1,27 @@
-"""Refuse a chunk that is computed again after a tensor that it reads was written to."""
+"""Refuse a chunk that is computed again where it would not be the same chunk."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 
 import torch
 
 from shardmap import errors
-from shardmap._torch import storage_id, version_of
+from shardmap._torch import (
+    device_mode,
+    dispatch_modes,
+    function_modes,
+    storage_id,
+    version_of,
+)
 
 
-def refusing_writes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+def refusing_changes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
     """Make a function that refuses to go on once one of the tensors has been written or replaced.
+
+    It refuses as well under other modes of the caller's (`TorchDispatchMode`) than now, which
+    may change what operators compute.
 
     Seen are writes by operators, and other memory in a tensor's place (`p.data = v`); writes past
     autograd into the same memory (`p.data.mul_(2)`, numpy) are not.
@@ -21,9 +31,17 @@ def refusing_writes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], 
         tensors: The captured tensors that a chunk reads.
     """
     # The memory is kept, or another tensor's might be made in its place.
+    modes = _modes()
     kept = [(t, version_of(t), _memory(t)) for t in tensors if not t.is_inference()]
 
     def refuse() -> None:
+        now = _modes()
+        if len(now) != len(modes) or not all(map(operator.is_, now, modes)):
+            raise errors.TransformError(
+                f"{call}: remat=True computes chunks again in backward, and the modes around that "
+                "(TorchDispatchMode, TorchFunctionMode) are not those that were around the call; "
+                "take the gradients within the same modes, or pass remat=False"
+            )
         for tensor, version, memory in kept:
             if version_of(tensor) != version or not _is(memory, _memory(tensor)):
                 raise errors.CapturedWriteError(
@@ -33,6 +51,16 @@ def refusing_writes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], 
                 )
 
     return refuse
+
+
+def _modes() -> list[object]:
+    """The modes that are active, without those that say where tensors are made, and our own."""
+    active = (*function_modes(), *dispatch_modes())
+    return [
+        mode
+        for mode in active
+        if not isinstance(mode, device_mode) and not type(mode).__module__.startswith("shardmap.")
+    ]
 
 
 def _memory(tensor: torch.Tensor) -> torch.UntypedStorage | None:

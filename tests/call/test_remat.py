@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardmap
 from shardmap import errors
@@ -156,3 +158,37 @@ def test_draws_that_the_samples_of_a_path_share(way: str) -> None:
         out = mapped(batch)
         found.append((out, *torch.autograd.grad(out.cos().sum(), weights)))
     torch.testing.assert_close(found[0], found[1])
+
+
+class Doubles(TorchDispatchMode):
+    """A mode of the caller's that changes what a sine is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.sin.default else result
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forward", [True, False])
+def test_modes_around_the_call_or_the_gradient_alone_are_refused(kind: str, forward: bool) -> None:
+    net, batch = KINDS[kind][0](), KINDS[kind][1]()
+    weights, mode = list(net.parameters()), Doubles()
+
+    def gradient(around: bool, of: bool, mapped: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        with mode if around else nullcontext():
+            out = mapped(batch)
+        with mode if of else nullcontext():
+            return torch.autograd.grad(out.cos().sum(), weights)
+
+    def loop(rows: Any) -> Tensor:
+        return torch.stack([net(r) for r in rows])
+
+    mapped = shardmap.vmap(net, remat=True, chunk_size=2)
+    with pytest.raises(errors.TransformError, match="within the same modes, or pass remat=False"):
+        gradient(forward, not forward, mapped)
+    wanted = gradient(True, True, loop)
+    torch.testing.assert_close(gradient(True, True, mapped), wanted)
+    wanted = gradient(forward, not forward, loop)
+    plain = shardmap.vmap(net, chunk_size=2)
+    torch.testing.assert_close(gradient(forward, not forward, plain), wanted)
