@@ -42,7 +42,15 @@ from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.called_back import Saving, Watched
-from shardmap.trace.door_names import FROM_DATA, REACHES, READS, SET_DATA, VALUE_READS, WRITES
+from shardmap.trace.door_names import (
+    CHANGES_GRAD,
+    FROM_DATA,
+    REACHES,
+    READS,
+    SET_DATA,
+    VALUE_READS,
+    WRITES,
+)
 from shardmap.trace.modes_inside import Above
 from shardmap.trace.outside_graphs import differentiate, refuse_tangent
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
@@ -100,7 +108,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, torch.nn.
 _saved_tensors_hooks = functools.partial(saved_hooks, False)
 
 _SPECIAL = {
-    *READS, *FROM_DATA, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
+    *READS, *FROM_DATA, *CHANGES_GRAD, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
     *_FREEZES, *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
     Tensor.__setitem__,
     Tensor.register_hook, torch.nn.functional.one_hot,
@@ -226,7 +234,9 @@ class Doors(TorchFunctionMode):
             raise another_of_rows(self.recorder.call, func.__name__, self.recorder.lazily)
         if func == SET_DATA and _is_plain(args[0]) and isinstance(args[1], Tensor):
             return self.recorder.set_data(element(args[0]), element(args[1]))
-        if func in READS:
+        if func in CHANGES_GRAD:
+            self.recorder.note_grad(args[0])
+        elif func in READS:
             for tensor in _tensors_within(args):
                 self._refuse(tensor, *READS[func], func in VALUE_READS)
             if func in REACHES and _is_plain(args[0]):

@@ -378,6 +378,10 @@ def _record(
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure
+    except BaseException:
+        for tensor, grad in recorder.grads_before:
+            tensor.grad = grad
+        raise
     finally:
         recorder.release()
 

@@ -105,6 +105,8 @@ class Refusals(Histories):
         """The addresses of captured tensors by which a gradient is taken inside."""
         self.deep = False
         """True if such a gradient can be differentiated and went into a graph from outside."""
+        self.grads_before: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        """Tensors whose `.grad` python has set, with what it was: put back if the call fails."""
         self.frozen: dict[int, tuple[torch.Tensor, bool]] = {}
         """Shared tensors of which `requires_grad` was set inside, each with its value before."""
         self.groups_of_leaves: set[int] = set()
@@ -213,6 +215,11 @@ class Refusals(Histories):
                     f"{tuple(tensor.shape)}, at {user_line()}; pass an `out` of the result's "
                     "shape, or none"
                 )
+
+    def note_grad(self, tensor: torch.Tensor) -> None:
+        """Keep the `.grad` of a tensor that python is about to set."""
+        if not any(known is tensor for known, _ in self.grads_before):
+            self.grads_before.append((tensor, tensor.grad))
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:
         """Record that `copy` replaces the view `source[indices]`, whose place differs by sample."""
