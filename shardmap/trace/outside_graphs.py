@@ -58,7 +58,10 @@ def differentiate(
     shared = [t for t in inputs if recorder.is_shared(t)]
     if not shared:
         return
-    refuse_reached(recorder.call, recorder.histories, shared)
+    level: object = recorder
+    while isinstance(level, type(recorder)):  # samples of maps around are parts of ours
+        refuse_reached(level.call, level.histories, shared)
+        level = level.outer
     recorder.differentiated += map(id, shared)
     place = 4 if func is torch.autograd.grad else 3
     if args[place] if len(args) > place else kwargs.get("create_graph"):

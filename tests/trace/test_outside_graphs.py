@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import shardmap
 from shardmap import errors
+from tests.trace.ways import WAYS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -282,3 +283,30 @@ def test_weights_that_are_frozen_for_a_while(way: str, size: int) -> None:
     want = torch.autograd.grad(loop(function, (x,), 0).sum(), everything, allow_unused=True)
     torch.testing.assert_close(got[:2], want[:2])
     assert got[2:] == want[2:] == (None, None)
+
+
+@pytest.mark.parametrize("inner", [{}, {"chunk_size": 2}])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_map_inside_a_map_of_results_of_an_outside_graph(
+    way: dict[str, Any], inner: dict[str, Any]
+) -> None:
+    """The rows of a tangent kernel, by outputs of a model that was called outside."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3).double()
+
+    def row(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, layer.weight, retain_graph=True)[0]
+
+    def plain(out: Tensor) -> Tensor:
+        return shardmap.vmap(row, **inner)(out)
+
+    def scaled(out: Tensor) -> Tensor:
+        return shardmap.vmap(lambda loss: row(loss * out.sum()), **inner)(out)
+
+    for size in (1, 3, 7):
+        outputs = layer(torch.randn(size, 4, dtype=torch.float64)).tanh()
+        for function, of in ((plain, lambda o: o), (scaled, lambda o: o * o.sum())):
+            mapped = shardmap.vmap(function, **way)
+            wanted = torch.stack([torch.stack([row(loss) for loss in of(o)]) for o in outputs])
+            for _ in range(3):
+                torch.testing.assert_close(mapped(outputs), wanted)
