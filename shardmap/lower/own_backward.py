@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from shardmap import errors
+from shardmap._torch import functorch
 from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.replayed import restride
@@ -94,9 +95,30 @@ class OwnBackward:
             outputs: The outputs of its forward.
             kept: The tensors that the backward keeps beside its outputs.
         """
+        if self.text != TOO_DEEP and backward_of(self.text).hook:
+            self._refuse_hooks_of_several(inputs)
         outputs = [t.detach() for t in outputs]
         kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
         return _Given.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
+
+    def _refuse_hooks_of_several(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Refuse a hook on a tensor that several derivatives around the call differentiate.
+
+        A Function is differentiated by each; the loop's hook is called by the innermost alone.
+
+        Raises:
+            TransformError: `torch.func.grad` around the call is itself differentiated.
+        """
+        levels = functorch.get_interpreter_stack() or []
+        count = sum(level.key() == functorch.TransformType.Grad for level in levels)
+        if count and count + any(element(t).requires_grad for t in inputs) > 1:
+            raise errors.TransformError(
+                f"{self.options.call}: a hook (register_hook) inside the function, and several "
+                "derivatives around the call, by torch.func and by autograd: each would call the "
+                "hook, where the loop's is called by the innermost alone; take one of them only "
+                "(torch.no_grad() around torch.func.grad, or weights that do not require grad), or "
+                "write the hook as the backward of a torch.autograd.Function"
+            )
 
     def gradients(
         self,
