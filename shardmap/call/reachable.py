@@ -312,7 +312,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 def is_library_module(module: types.ModuleType | None) -> bool:
     """True if a module belongs to a library; one that was made by hand, or typed in, does not."""
-    file = getattr(module, "__file__", None)
+    file = vars(module).get("__file__")  # a module's own `__getattr__` may raise anything
     if file is None and module is not None:
         return getattr(module, "__spec__", None) is not None
     return is_library(file)

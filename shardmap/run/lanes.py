@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from shardmap import errors
 from shardmap.lower.codegen import Executable
@@ -31,7 +30,7 @@ from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.meter import CHUNKS, Meter
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
-from shardmap.run.rewritten import refusing_changes
+from shardmap.run.rewritten import computed_again, refusing_changes
 
 Fast = compiled.CompiledReplay | graphed.Graph
 
@@ -203,7 +202,7 @@ class Lane:
 
             # Writes that autograd does not see change saved values: no early end.
             hidden = any(eq.op is DATA for eq in job.recording.program.equations)
-            outs = checkpoint(compute, *inputs, use_reentrant=False, early_stop=not hidden)
+            outs = computed_again(compute, inputs, early=not hidden)
         else:
             outs = replay(*arguments, inputs)
             if chunk.size == job.samples:  # of several chunks, results are copied together

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from shardmap import errors
 from shardmap._torch import (
@@ -51,6 +52,26 @@ def refusing_changes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[],
                 )
 
     return refuse
+
+
+def computed_again(
+    compute: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], early: bool
+) -> tuple[torch.Tensor, ...]:
+    """`compute(*inputs)`, whose intermediates are computed again in backward.
+
+    Args:
+        compute: Computes a chunk.
+        inputs: Its samples. Those of inference mode cannot be saved, and need not be: no write to
+            them is followed.
+        early: True to stop once the last intermediate is there again.
+    """
+    saved = [t for t in inputs if not t.is_inference()]
+
+    def of_saved(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        left = iter(given)
+        return compute(*[t if t.is_inference() else next(left) for t in inputs])
+
+    return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
 
 
 def _modes() -> list[object]:

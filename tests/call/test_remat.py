@@ -192,3 +192,23 @@ def test_modes_around_the_call_or_the_gradient_alone_are_refused(kind: str, forw
     wanted = gradient(forward, not forward, loop)
     plain = shardmap.vmap(net, chunk_size=2)
     torch.testing.assert_close(gradient(forward, not forward, plain), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_of_inference_mode(way: str) -> None:
+    with torch.inference_mode():
+        batch = torch.linspace(-1, 1, 21, dtype=torch.float64).view(7, 3)
+    weight = torch.linspace(0, 1, 3, dtype=torch.float64, requires_grad=True)
+    mixed = torch.linspace(1, 2, 21, dtype=torch.float64).view(7, 3).requires_grad_()
+
+    def function(r: Tensor, q: Tensor) -> Tensor:
+        return (r.clone() * weight).sin() * q
+
+    options = WAYS[way]
+    found = shardmap.vmap(function, remat=True, **options)(batch, mixed)
+    wanted = torch.stack([function(r, q) for r, q in zip(batch, mixed, strict=True)])
+    wanted = wanted.sum(0) if "reduce" in options else wanted
+    torch.testing.assert_close(found, wanted)
+    wrt = [weight, mixed]
+    got = torch.autograd.grad(found.cos().sum(), wrt)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.cos().sum(), wrt))
