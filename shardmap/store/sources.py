@@ -6,7 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -50,6 +50,17 @@ class Source(ABC):
                 f"there is no column {name!r}; there are {', '.join(map(repr, names))}"
             )
         return self.columns[names.index(name)]
+
+    def __iter__(self) -> NoReturn:
+        """Refuse to be read sample by sample.
+
+        Raises:
+            SourceError: Always; python would ask for the columns 0, 1 and so on.
+        """
+        raise SourceError(
+            "a source has no loop over its samples; map over source.columns, or over one of them, "
+            f"source[{self.specs[0].name!r}], or read a store by store.read(output, start, stop)"
+        )
 
     @property
     @abstractmethod

@@ -14,8 +14,7 @@ FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_t
 """Functions that make a tensor from python data, and the position of that data."""
 
 SET_DATA: Any = set_data
-_GRAD: Any = Tensor.grad
-CHANGES_GRAD = {_GRAD.__set__, _GRAD.__delete__}
+CHANGES_GRAD = {getattr(Tensor.grad, name) for name in ("__set__", "__delete__")}
 """What `zero_grad` and `p.grad = ...` call."""
 READS: dict[Any, tuple[str, str]] = {
     Tensor.tolist: ("tolist()", "keep the value in a tensor"),

@@ -17,6 +17,7 @@ import zarr
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset, Subset
 
+import shardmap
 from shardmap.errors import SourceError, StoreError
 from shardmap.store import (
     MemmapSink,
@@ -444,3 +445,12 @@ def test_the_example() -> None:
     result = doctest.testmod(sys.modules[source.__module__])
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_loop_over_a_source_is_refused_and_its_remedies_work() -> None:
+    x = torch.arange(6.0).view(3, 2)
+    columns_of = source({"x": x})
+    with pytest.raises(SourceError, match=r"map over source\.columns.*source\['x'\]"):
+        list(columns_of)
+    for columns in (columns_of.columns, [columns_of["x"]]):
+        torch.testing.assert_close(shardmap.vmap(torch.sin)(*columns), x.sin())
