@@ -167,6 +167,7 @@ class OneCall:
         self._root: Root | None = None
         self._known = Known()
         self._signature: Hashable = None
+        self._modes: tuple[object, ...] = ()
         self._before: Kept | None = None
         """The recording that this call's is to be compared with."""
         self._tensors: list[torch.Tensor] = []
@@ -177,6 +178,7 @@ class OneCall:
         """The recording that serves this call; None if the function must be recorded."""
         self._root = root = Root(self._of.func, shared_arguments(batch))
         self._signature = key = signature(batch)
+        self._modes = modes()
         self._known = self._of.find(root.key)
         kept = self._known.kept.get(key)
         if kept is None:
@@ -246,7 +248,7 @@ class OneCall:
         if recording.kept:
             self._refuse(f"it keeps {recording.kept[0]}")
             return
-        if left := watch.left_set() or (modes() != self._signature[-1] and "its mode"):
+        if left := watch.left_set() or (modes() != self._modes and "its mode"):
             self._refuse(f"it changes a setting of torch and does not set it back: {left}")
             return
         what = self._changes(root, batch)
