@@ -186,7 +186,7 @@ def parts(b: Lowering, eq: Equation, x: V, *args: Any, **kwargs: Any) -> tuple[V
     return b.calls_several(eq.op, len(list(eq.results())), x, *shifted(eq.op, x.ndim, args, kwargs))
 
 
-@rules("as_strided")
+@rules("as_strided", "as_strided_copy")
 def as_strided(
     b: Lowering,
     eq: Equation,
@@ -207,7 +207,11 @@ def as_strided(
         layout = [count, *size], [t.stride(0), *stride]
         return t.as_strided(*layout, t.storage_offset() + step) if step else t.as_strided(*layout)
 
-    return emit(b, eq, x, B, target=sample_strides)
+    def copied(t: torch.Tensor, count: int) -> torch.Tensor:
+        return sample_strides(t, count).clone(memory_format=torch.contiguous_format)
+
+    is_view = eq.op is aten.as_strided.default
+    return emit(b, eq, x, B, target=sample_strides if is_view else copied)
 
 
 @rules("as_strided_scatter")
@@ -245,6 +249,7 @@ def as_strided_scatter(
 _STRIDED = {
     aten.as_strided.default: 3,
     aten.as_strided_.default: 3,
+    aten.as_strided_copy.default: 3,
     aten.as_strided_scatter.default: 4,
 }
 """Operators that take an offset into the whole memory of their first argument, and its place."""

@@ -62,6 +62,10 @@ VIEWS = {
     "unfold": (lambda x: x.unfold(-1, 2, 1) * 2, real(2, 4)),
     "unfold of a scalar": (lambda x: x.unfold(0, 1, 1) * 2, real()),
     "as_strided": (lambda x: x.clone().as_strided((2, 2), (1, 2)) * 2, real(2, 3)),
+    "as_strided_copy": (
+        lambda x: torch.as_strided_copy(x.sin()[1], (2, 2), (1, 1), 3).mul_(2) + x.sin()[:, :2],
+        real(2, 4),
+    ),
     "as_strided with offset": (lambda x: x.clone()[1].as_strided((2,), (1,), 1) * 2, real(2, 3)),
     "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x * 2)) * 3, real(2, 2)),
     "view_as_complex": (lambda x: torch.view_as_complex(x.clone()).abs(), real(3, 2)),
@@ -186,6 +190,8 @@ def test_view_dtype(dtype):
 def test_explicit_offset_on_an_input_is_refused():
     with pytest.raises(errors.EscapeError, match="storage_offset"):
         shardmap.vmap(lambda x: x.as_strided((2,), (1,), 1).clone())(torch.randn(3, 4))
+    with pytest.raises(errors.EscapeError, match="as_strided_copy with storage_offset=0"):
+        shardmap.vmap(lambda x: torch.as_strided_copy(x, (2,), (1,), 0))(torch.randn(3, 4))
 
 
 def test_a_part_written_at_other_strides() -> None:
