@@ -9,6 +9,7 @@ nothing in it is looked at.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import types
 import weakref
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardmap._torch import backward_hooks, dict_version, missing
+from shardmap.call.kinds import HEAP
 from shardmap.call.lookups import ABSENT, Getter
 from shardmap.call.reachable import VALUES
 
@@ -57,6 +59,9 @@ class Found:
         self.lists: list[tuple[Collection[object], tuple[object, ...], str]] = []
         self.empty: list[object] = []
         self.kinds: list[tuple[Callable[[], object], type]] = []
+        self.namespaces: list[tuple[int, dict[str, object]]] = []
+        """The dicts of the attributes of objects, since another may be put in the place of one:
+        the object's place among `kinds`, and the dict."""
         self.functions: list[types.FunctionType] = []
         self.classes: dict[type, dict[str, object]] = {}
         """The attributes of classes that are read; tensors among them have places."""
@@ -99,8 +104,8 @@ def unchanged(value: object, now: object) -> bool:
         return True
     if type(value) is not type(now) or not isinstance(value, VALUES):
         return False
-    if getattr(value, "__dict__", None):  # equal numbers may have other attributes
-        return False
+    if type(value).__flags__ & HEAP and type(value) not in VALUES:
+        return False  # equal numbers of a derived class may have other attributes
     return bool(value == now) and repr(value) == repr(now)
 
 
@@ -121,6 +126,8 @@ class Guards:
         self._empty = found.empty
         self._objects = [o for o, _ in found.kinds]
         self._kinds = [k for _, k in found.kinds]
+        self._holders = [number for number, _ in found.namespaces]
+        self._namespaces = [of for _, of in found.namespaces]
         self._functions = found.functions
         self._codes = self._code()
         self._classes = [(vars(kind), _items(read)) for kind, read in found.classes.items()]
@@ -192,8 +199,14 @@ class Guards:
             self._versions = versions
         if any(self._empty):
             return self._fail("a container that was empty")
-        if self._kinds and [type(look()) for look in self._objects] != self._kinds:
-            return self._fail("the class of an object")
+        if self._kinds:
+            objects = [look() for look in self._objects]
+            if list(map(type, objects)) != self._kinds:
+                return self._fail("the class of an object")
+            holders = [objects[number] for number in self._holders]
+            now = map(object.__getattribute__, holders, itertools.repeat("__dict__"))
+            if not all(map(operator.is_, now, self._namespaces)):
+                return self._fail("the `__dict__` of an object")
         if self._codes and not all(map(operator.is_, self._code(), self._codes)):
             return self._fail("the code or the defaults of a function")
         if self._classes and not self._same_classes():

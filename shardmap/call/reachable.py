@@ -292,13 +292,11 @@ def user_classes(kind: type) -> tuple[type, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def slots_of(kind: type) -> tuple[str, ...]:
-    """The names of the slots of a class and of those that it inherits from."""
-    slots: list[str] = []
-    for base in kind.__mro__:
-        own = base.__dict__.get("__slots__", ())
-        slots += [own] if isinstance(own, str) else own
-    return tuple(slots)
+def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...]:
+    """The slots of a class and of those that it inherits from, some of which are written in C."""
+    return tuple(
+        [v for k in kind.__mro__ for v in vars(k).values() if type(v) is types.MemberDescriptorType]
+    )
 
 
 @functools.cache

@@ -6,7 +6,6 @@ ran, `Walk` follows attributes, items and cells to everything that this code can
 
 from __future__ import annotations
 
-import array
 import collections
 import sys
 import types
@@ -14,20 +13,17 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardmap._torch import backward_hooks
+from shardmap.call.c_state import state_of
 from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
 from shardmap.call.kinds import (
-    ARRAY_BYTES,
     ASIDE,
-    CALLABLES,
     CONTAINERS,
     CONTEXTUAL,
     EXACT,
     HEAP,
-    INERT,
     LIBRARY_ITEMS,
     MOST,
     NEVER_WEAK,
@@ -38,10 +34,9 @@ from shardmap.call.kinds import (
     file_of,
     has_run,
     is_c,
+    is_derived,
     is_namespace,
     is_users,
-    made_of,
-    mangled,
 )
 from shardmap.call.lookups import (
     STATES,
@@ -49,11 +44,11 @@ from shardmap.call.lookups import (
     answer_of,
     attribute,
     attributes_of,
-    bytes_of,
     contents,
     entry,
     grad_of,
     item,
+    member,
     module_named,
     of_class,
     part,
@@ -62,7 +57,7 @@ from shardmap.call.lookups import (
     variable,
     weakly,
 )
-from shardmap.call.reachable import VALUES, caches_of, slots_of
+from shardmap.call.reachable import caches_of, slots_of
 from shardmap.call.root import Root
 from shardmap.trace.names import lost_code, named_in, reflection, spelled_out
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
@@ -225,8 +220,7 @@ class Walk:
                 self._tensor(value, "a tensor that is a key", lambda _: value)
             return
         kind = type(value)
-        plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
-        if plain or id(value) in self._seen or len(self._seen) > MOST:
+        if kind in SIMPLE or id(value) in self._seen or len(self._seen) > MOST:
             return
         trusted = self._trusted
         if trusted and not is_users(value, kind):
@@ -248,24 +242,30 @@ class Walk:
             self._class(value)
         elif issubclass(kind, CONTAINERS):
             self._container(value)
-        elif issubclass(kind, CALLABLES):
-            for each in made_of(value):
-                self._walk(each)
-        elif issubclass(kind, weakref.ref):
-            target = value()
-            self._read(target, "a weak reference", lambda _: value())
-        elif issubclass(kind, torch.Generator):
-            self.found.generators.append(value)
-        elif issubclass(kind, np.ndarray):
-            self._array(value)
-        elif issubclass(kind, bytearray | array.array):
-            self.found.facts.append(Fact("an array", lambda _: bytes(value), bytes(value)))
-        elif issubclass(kind, INERT):
-            return
+        elif self._follow_c(value, kind):
+            if is_derived(kind):
+                self._attributes(value)
         elif issubclass(kind, Iterator):
             self._unknown(value, "an iterator")
         else:
             self._object(value)
+
+    def _follow_c(self, value: Any, kind: type) -> bool:
+        """Follow what C keeps in an object of a known type; False for another type."""
+        if issubclass(kind, weakref.ref):
+            self._read(value(), "a weak reference", lambda _: value())
+        elif issubclass(kind, torch.Generator):
+            self.found.generators.append(value)
+        elif (state := state_of(value, kind)) is not None:
+            if state.unknown:
+                self._unknown(value, state.unknown)
+            for what, look in state.facts:
+                self.found.facts.append(Fact(what, look, self._held(look(()))))
+            for each in state.parts:
+                self._walk(each)
+        else:
+            return False
+        return True
 
     def _unknown(self, value: object, what: str) -> None:
         if not self._trusted:
@@ -309,7 +309,10 @@ class Walk:
         file = names.get("__file__") or ""
         if self._trusted:
             return
-        where = f"the module {module.__name__}"
+        where = f"the module {names.get('__name__')}"
+        self.found.kinds.append((weakly(module), type(module)))
+        if type(module) is not types.ModuleType:
+            self._walk(type(module))
         entries = self._entries(names, where)
         read = self._of_modules & names.keys()
         if "__getattr__" in names:
@@ -358,6 +361,7 @@ class Walk:
                         self._walk(value)
         self._trusted = False
         if type(kind) is not type:
+            self.found.kinds.append((weakly(kind), type(kind)))
             self._walk(type(kind))
 
     def _container(self, value: Any) -> None:
@@ -402,24 +406,23 @@ class Walk:
                         self._walk(each)
             self.found.lists.append((value, tuple(held), "a container that it reads"))
 
-    def _array(self, value: np.ndarray) -> None:
-        if value.nbytes > ARRAY_BYTES or value.dtype.hasobject or type(value) is not np.ndarray:
-            self._unknown(value, "a large array")
-            return
-        look = bytes_of(value)
-        self.found.facts.append(Fact("a numpy array", look, look(())))
-
     def _object(self, value: object) -> None:
         """Follow an object with attributes."""
         kind = type(value)
         if any(map(is_c, kind.__mro__)):
             self._unknown(value, "an object of a type written in C")
+        self._attributes(value)
+
+    def _attributes(self, value: object) -> None:
+        """Follow the class of an object, its attributes and its slots."""
+        kind, place = type(value), len(self.found.kinds)
         self.found.kinds.append((weakly(value), kind))
         self._walk(kind)
         self._trusted = kind.__module__.partition(".")[0] in ASIDE
         attributes = attributes_of(value)
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
+            self.found.namespaces.append((place, attributes))
             entries = self._entries(attributes, where)
             caches = caches_of(kind) - self._of_modules
             if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
@@ -434,11 +437,11 @@ class Walk:
                 for name in read:
                     self._hold(attributes, name, where)
         for slot in slots_of(kind):
-            if (slot in self._names or self._dynamic) and slot not in ("__dict__", "__weakref__"):
+            if slot.__name__ in self._names or self._dynamic:
                 self._slot(value, slot, where)
 
-    def _slot(self, value: object, slot: str, where: str) -> None:
-        look = attribute(weakly(value), mangled(type(value), slot))
+    def _slot(self, value: object, of: types.MemberDescriptorType, where: str) -> None:
+        look, slot = member(weakly(value), of), of.__name__
         now = look(())
         if isinstance(now, torch.Tensor):
             self._tensor(now, where, look, slot)
