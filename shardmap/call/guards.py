@@ -13,13 +13,14 @@ import itertools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from shardmap._torch import backward_hooks, dict_version, missing
-from shardmap.call.kinds import HEAP
+from shardmap.call.kinds import HEAP, NEVER_WEAK
 from shardmap.call.lookups import ABSENT, Getter
 from shardmap.call.reachable import VALUES
 
@@ -52,9 +53,14 @@ class Fact:
 
 
 class Found:
-    """What a function reads, listed by `reads.Walk`, to be made into `Guards`."""
+    """What a function reads, listed by `reads.Walk`, to be made into `Guards`.
 
-    def __init__(self) -> None:
+    Args:
+        gone: Called when an object dies whose attributes are compared.
+    """
+
+    def __init__(self, gone: Callable[[object], None]):
+        self._gone = gone
         self.entries: dict[int, Entries] = {}
         self.lists: list[tuple[Collection[object], tuple[object, ...], str]] = []
         self.empty: list[object] = []
@@ -70,6 +76,24 @@ class Found:
         self.places: dict[int, list[Place]] = {}
         """The places at which each tensor was found, by its address."""
         self.tensors: dict[int, torch.Tensor] = {}
+
+    def entries_of(self, of: dict[Any, Any], where: str) -> Entries:
+        """The entries of a dict that are read."""
+        found = self.entries.get(id(of))
+        if found is None:
+            found = self.entries[id(of)] = Entries(of, where)
+        return found
+
+    def held(self, value: Any) -> object:
+        """The value, or a weak reference to an object that must not be kept alive."""
+        if issubclass(type(value), weakref.ref):
+            return Exactly(value)
+        if issubclass(type(value), NEVER_WEAK) or type(value).__hash__ is None:
+            return value
+        try:
+            return weakref.ref(value, self._gone)
+        except TypeError:
+            return value
 
     def place(self, tensor: torch.Tensor, place: Place) -> None:
         """Note a place at which a tensor was found."""
@@ -252,6 +276,28 @@ class Guards:
 
     def _fail(self, what: str) -> None:
         self.broken = what
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """The guards of a recording that stands on its very tensors too."""
+
+    guards: Guards
+    key: Hashable
+    """That of the call's function and arguments (`root.Root`)."""
+    tensors: list[torch.Tensor | None]
+    """The tensors that were found; None for an argument, which may be another one."""
+
+    def hold(self, key: Hashable, parts: Sequence[object]) -> bool:
+        """True if all that the function reads is as it was.
+
+        Args:
+            key: The key of the call's function and arguments.
+            parts: Their parts.
+        """
+        if key != self.key or (found := self.guards.check(parts)) is None:
+            return False
+        return all(own is None or own is now for own, now in zip(self.tensors, found, strict=True))
 
 
 def _forms(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[object], ...]:

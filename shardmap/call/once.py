@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardmap import errors
 from shardmap.call.automatic import state
 from shardmap.call.direct import NOT_DIRECT, Direct, direct_of, form_of
-from shardmap.call.memo import Memory, Prepared, Remembered, are_leaves_of, signature
+from shardmap.call.memo import Memory, Prepared, Remembered, are_leaves_of, shared_among, signature
 from shardmap.call.options import Options
 from shardmap.call.reachable import History, Unknown, reachable, same
 from shardmap.run.base import Job
@@ -61,6 +61,8 @@ class Once(History):
             return NOT_DIRECT
         if not same(remembered.reads, reachable(self.func)):
             return NOT_DIRECT
+        if not self.memory.holds(remembered, shared_among(leaves, direct.positions)):
+            return NOT_DIRECT
         captured = remembered.captured(leaves)
         try:
             return direct.called(leaves, captured)
@@ -88,6 +90,7 @@ class OnceCall:
         self._found: Remembered | None = None
         self._reads: list[object] = []
         """What the function could reach before it was recorded."""
+        self._watch: PythonWatch | None = None
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
@@ -96,8 +99,10 @@ class OnceCall:
         return self._found
 
     def watch(self, batch: Batch) -> PythonWatch | None:
-        """The watch for this call's recording: none, since all that can be reached counts."""
-        return self._of.memory.watch(batch)
+        """The watch for this call's recording."""
+        del batch
+        self._watch = PythonWatch()
+        return self._watch
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call, if the function has left what it can reach as it was."""
@@ -105,7 +110,7 @@ class OnceCall:
         unknown = any(type(each) is Unknown for each in now)  # which is the reason that is given
         if unknown or (not prepared.recording.kept and same(self._reads, now)):
             self._of.changes = 0
-            memory.keep(batch, prepared, now)
+            memory.keep(batch, prepared, now, self._watch)
             return
         self._of.changes += 1
         if self._of.changes > 1:  # the first call may fill a table that stays

@@ -17,7 +17,7 @@ import torch
 
 from shardmap._torch import backward_hooks
 from shardmap.call.c_state import state_of
-from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
+from shardmap.call.guards import TENSOR, Fact, Found, Place
 from shardmap.call.kinds import (
     ASIDE,
     CONTAINERS,
@@ -26,7 +26,6 @@ from shardmap.call.kinds import (
     HEAP,
     LIBRARY_ITEMS,
     MOST,
-    NEVER_WEAK,
     OF_CLASSES,
     SIMPLE,
     builtins_of,
@@ -73,10 +72,13 @@ class Walk:
     """
 
     def __init__(self, watch: PythonWatch, root: Root, gone: Callable[[object], None]):
-        self.found = Found()
+        self.found = Found(gone)
         looks = reflection(watch.codes)
+        self.hidden = looks.blame
+        """What it reads that cannot be listed at all; empty if there is nothing."""
         self.blame = watch.blame or looks.blame
-        self._gone = gone
+        self.unknown: list[object] = []
+        """Objects that it can read, whose state cannot be compared."""
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
         self._shallow: set[tuple[int, object]] = set()
@@ -111,7 +113,7 @@ class Walk:
         if isinstance(value, torch.Tensor):
             self._tensor(value, where, look)
         else:
-            self.found.facts.append(Fact(where, look, self._held(value)))
+            self.found.facts.append(Fact(where, look, self.found.held(value)))
             self._walk(value)
 
     def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
@@ -125,11 +127,11 @@ class Walk:
                 if name in of:
                     self._hold(of, name, where)
                     continue
-                self._entries(of, where).absent |= {name}
+                self.found.entries_of(of, where).absent |= {name}
                 if name in BUILTINS:
                     self._hold(BUILTINS, name, "python's built-in names")
                 else:
-                    self._entries(BUILTINS, "python's built-in names").absent |= {name}
+                    self.found.entries_of(BUILTINS, "python's built-in names").absent |= {name}
             for name in names.modules:
                 if name in sys.modules:
                     module = sys.modules[name]
@@ -161,26 +163,9 @@ class Walk:
     def _accuse(self, what: str) -> None:
         self.blame = self.blame or what
 
-    def _held(self, value: Any) -> object:
-        """The value, or a weak reference to an object that must not be kept alive."""
-        if issubclass(type(value), weakref.ref):
-            return Exactly(value)
-        if issubclass(type(value), NEVER_WEAK) or type(value).__hash__ is None:
-            return value
-        try:
-            return weakref.ref(value, self._gone)
-        except TypeError:
-            return value
-
-    def _entries(self, of: dict[Any, Any], where: str) -> Entries:
-        found = self.found.entries.get(id(of))
-        if found is None:
-            found = self.found.entries[id(of)] = Entries(of, where)
-        return found
-
     def _hold(self, of: dict[Any, Any], name: object, where: str) -> None:
         """Note that an entry of a dict is read."""
-        entries = self._entries(of, where)
+        entries = self.found.entries_of(of, where)
         shallow = (id(of), name) in self._shallow  # seen from a library alone
         if name in entries.values and (self._trusted or not shallow):
             return
@@ -192,7 +177,7 @@ class Walk:
             if not any(p.name == name_there for p in places):
                 self._tensor(value, where, entry(of, name), name_there)
             return
-        entries.values[name] = self._held(value)
+        entries.values[name] = self.found.held(value)
         self._walk(value)
 
     def _tensor(self, tensor: torch.Tensor, where: str, look: Getter, name: object = None) -> None:
@@ -260,7 +245,7 @@ class Walk:
             if state.unknown:
                 self._unknown(value, state.unknown)
             for what, look in state.facts:
-                self.found.facts.append(Fact(what, look, self._held(look(()))))
+                self.found.facts.append(Fact(what, look, self.found.held(look(()))))
             for each in state.parts:
                 self._walk(each)
         else:
@@ -269,6 +254,7 @@ class Walk:
 
     def _unknown(self, value: object, what: str) -> None:
         if not self._trusted:
+            self.unknown.append(value)
             self._accuse(
                 f"it can read {what} ({type(value).__name__}), whose state cannot be compared"
             )
@@ -313,10 +299,11 @@ class Walk:
         self.found.kinds.append((weakly(module), type(module)))
         if type(module) is not types.ModuleType:
             self._walk(type(module))
-        entries = self._entries(names, where)
+        entries = self.found.entries_of(names, where)
         read = self._of_modules & names.keys()
         if "__getattr__" in names:
             entries.absent |= self._of_modules - read
+            self._hold(names, "__getattr__", where)
         if self._dynamic and not is_trusted(file):
             read |= {name for name in names if not name.startswith("__")}
         library = not file or is_trusted(file)
@@ -387,7 +374,7 @@ class Walk:
             if isinstance(value, collections.OrderedDict):  # has an order of its own
                 keys = tuple(collections.OrderedDict.keys(value))
                 self.found.lists.append((value.keys(), keys, "an OrderedDict that it reads"))
-            entries = self._entries(value, "a dict that it reads")
+            entries = self.found.entries_of(value, "a dict that it reads")
             entries.keys = tuple(dict.keys(value))
             for name in entries.keys:
                 self._walk(name)
@@ -399,7 +386,7 @@ class Walk:
                     held.append(TENSOR)
                     self._tensor(each, "a list that it reads", item(value, number))
                 else:
-                    held.append(now := self._held(each))
+                    held.append(now := self.found.held(each))
                     if isinstance(now, weakref.ref) and isinstance(each, torch.Tensor):
                         self._tensor(each, "an item that it reads", referent(now))
                     else:
@@ -423,7 +410,7 @@ class Walk:
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
             self.found.namespaces.append((place, attributes))
-            entries = self._entries(attributes, where)
+            entries = self.found.entries_of(attributes, where)
             caches = caches_of(kind) - self._of_modules
             if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
                 entries.keys = tuple(attributes)
@@ -446,5 +433,5 @@ class Walk:
         if isinstance(now, torch.Tensor):
             self._tensor(now, where, look, slot)
         else:
-            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self._held(now)))
+            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self.found.held(now)))
             self._walk(now)
