@@ -83,8 +83,28 @@ class Subclassed:
 
     def stacked(self) -> object:
         """The results of all samples, in the class that `torch.stack` gives them."""
-        leaf = self.leaf
-        return leaf.as_subclass(self.kind) if isinstance(leaf, torch.Tensor) else leaf
+        return _in_class(self.leaf, self.kind)
+
+
+def _in_class(leaf: object, kind: type[torch.Tensor]) -> object:
+    """A result in a class; for one of unequal samples, each sample's in it."""
+    if isinstance(leaf, list):
+        return [_in_class(part, kind) for part in leaf]
+    return leaf.as_subclass(kind) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def unsubclassed(leaf: object) -> object:
+    """A result without the class that a captured tensor or the batch has handed on in a replay.
+
+    The class of a result is that of the function's own result: a `Subclassed` in its structure.
+    """
+    if type(leaf) is torch.Tensor:
+        return leaf
+    if isinstance(leaf, list):
+        return [unsubclassed(part) for part in leaf]
+    if isinstance(leaf, torch.Tensor) and _keeps_its_class(type(leaf)):
+        return leaf.as_subclass(torch.Tensor)
+    return leaf
 
 
 def _with_key(value: Subclassed) -> tuple[list[tuple[pytree.KeyEntry, object]], Any]:
@@ -191,6 +211,8 @@ def unflatten_outputs(
             its position in the container (it is first in the tensors).
         size: N, the number of samples.
     """
+    if not all(map(_is_plain, outputs)):
+        outputs = [unsubclassed(output) for output in outputs]
     tree = pytree.tree_unflatten(outputs, structure)
     if not containers.contains(structure, Absent, Opened, Subclassed):
         return tree

@@ -513,8 +513,9 @@ def a_virtual_subclass() -> Any:
         pass
 
     has = A()
-    return lambda: 3.0 if isinstance(has, Scaled) else 2.0, lambda: Scaled.register(A2) and (
-        setattr(has, "__class__", A2)
+    return (
+        lambda: 3.0 if isinstance(has, Scaled) else 2.0,
+        lambda: Scaled.register(A2) and (setattr(has, "__class__", A2)),
     )
 
 
