@@ -28,7 +28,7 @@ class State:
 
     facts: list[tuple[str, Getter]] = field(default_factory=list)
     """What must stay as it is: its name, and its look-up."""
-    parts: list[Any] = field(default_factory=list)
+    parts: list[object] = field(default_factory=list)
     """Objects that are read through this one."""
     unknown: str = ""
     """Description of the object if its state cannot be compared; else empty."""

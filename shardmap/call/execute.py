@@ -209,7 +209,7 @@ class Call:
                 stacked = Call(prepared, batch, comparison.stacked, around, self.use)
                 outputs = comparison.whole(stacked.run_flat(by_sample), batch)
             else:
-                outputs = comparison.outputs(self._map_of, batch)
+                outputs = comparison.outputs(self.map_of, batch)
             return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -232,7 +232,7 @@ class Call:
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
 
-    def _map_of(self, prepared: Prepared, options: Options, batch: Batch) -> Sequence[torch.Tensor]:
+    def map_of(self, prepared: Prepared, options: Options, batch: Batch) -> Sequence[torch.Tensor]:
         """The results of another map, with the draws of this call."""
         call = self._part(prepared, batch, options, None)
         call._seed = self._seed

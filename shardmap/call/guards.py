@@ -84,7 +84,7 @@ class Found:
             found = self.entries[id(of)] = Entries(of, where)
         return found
 
-    def held(self, value: Any) -> object:
+    def held(self, value: object) -> object:
         """The value, or a weak reference to an object that must not be kept alive."""
         if issubclass(type(value), weakref.ref):
             return Exactly(value)

@@ -99,7 +99,7 @@ class Memory(History):
 
     def __init__(self, func: Callable[..., Any], call: str):
         self.call = call
-        self._func: Callable[[], object] = lambda: func
+        self._func: Callable[[], Callable[..., object] | None] = lambda: func
         self.kept: dict[object, Remembered] = {}
         self.said = False
 
@@ -132,7 +132,9 @@ class Memory(History):
         """
         if found.guarded is None:
             return True
-        root = Root(self._func(), arguments)
+        func = self._func()
+        assert func is not None, "it is being called"
+        root = Root(func, arguments)
         return found.guarded.hold(root.key, root.parts)
 
     def keep(
@@ -202,6 +204,11 @@ class Memory(History):
             guarded,
         )
 
+    def watch(self, batch: Batch) -> PythonWatch | None:
+        """The watch for this call's recording: none, unless the call itself has one (`once`)."""
+        del batch
+        return None
+
     def _guarded(self, batch: Batch, watch: PythonWatch) -> tuple[Guarded | None, str]:
         """The guards of what the code that ran has read, or the reason why they do not suffice.
 
@@ -212,8 +219,9 @@ class Memory(History):
         def gone(_: object) -> None:
             kept.pop(key, None)
 
-        shared = shared_arguments(batch)
-        root = Root(self._func(), shared)
+        shared, func = shared_arguments(batch), self._func()
+        assert func is not None, "it has just been recorded"
+        root = Root(func, shared)
         walk = Walk(watch, root, gone)
         if unknown := [type(v).__name__ for v in walk.unknown if not isinstance(v, _LISTED)]:
             return (

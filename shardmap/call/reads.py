@@ -235,11 +235,11 @@ class Walk:
         else:
             self._object(value)
 
-    def _follow_c(self, value: Any, kind: type) -> bool:
+    def _follow_c(self, value: object, kind: type) -> bool:
         """Follow what C keeps in an object of a known type; False for another type."""
-        if issubclass(kind, weakref.ref):
-            self._read(value(), "a weak reference", lambda _: value())
-        elif issubclass(kind, torch.Generator):
+        if isinstance(value, weakref.ref) and issubclass(kind, weakref.ref):
+            self._read(value(), "a weak reference", referent(value))
+        elif isinstance(value, torch.Generator):
             self.found.generators.append(value)
         elif (state := state_of(value, kind)) is not None:
             if state.unknown:

@@ -98,13 +98,17 @@ def unsubclassed(leaf: object) -> object:
 
     The class of a result is that of the function's own result: a `Subclassed` in its structure.
     """
-    if type(leaf) is torch.Tensor:
-        return leaf
     if isinstance(leaf, list):
         return [unsubclassed(part) for part in leaf]
-    if isinstance(leaf, torch.Tensor) and _keeps_its_class(type(leaf)):
-        return leaf.as_subclass(torch.Tensor)
-    return leaf
+    return without_class(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def without_class(t: torch.Tensor) -> torch.Tensor:
+    """A tensor as a plain one, if torch's functions would hand its class on."""
+    kind = type(t)
+    if kind is torch.Tensor or not _keeps_its_class(kind):
+        return t
+    return t.as_subclass(torch.Tensor)
 
 
 def _with_key(value: Subclassed) -> tuple[list[tuple[pytree.KeyEntry, object]], Any]:

@@ -183,3 +183,15 @@ def test_inner_products_of_what_is_run_by_sample(randomness: str) -> None:
         lambda r: (t := drawing(r), t.norm()), reduce=("gram", None), randomness=randomness
     )(rows)
     torch.testing.assert_close(found.diagonal().sqrt(), n)
+
+
+@RANDOMNESS
+def test_inner_products_of_a_plan(randomness: str) -> None:
+    rows, labels, model = samples(13)[0]["a"], torch.arange(13) % 2, a_model(False)
+    options = {"randomness": randomness, "chunk_size": 4}
+    planned = shardmap.per_sample_grad(model, F.cross_entropy, reduce="gram", **options)
+    torch.manual_seed(5)
+    found = planned.plan(rows, labels).run()
+    torch.manual_seed(5)
+    flat = shardmap.per_sample_grad(model, F.cross_entropy, flat=True, **options)(rows, labels)
+    torch.testing.assert_close(found, flat @ flat.T)
