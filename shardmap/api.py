@@ -33,7 +33,7 @@ from shardmap.reduce import per_sample as joint
 from shardmap.run import prepare
 from shardmap.run import ray as on_ray
 from shardmap.store import Sink
-from shardmap.trace.batch import unflatten_outputs
+from shardmap.trace.batch import Batch, unflatten_outputs
 from shardmap.trace.record import record
 from shardmap.trace.thread_state import thread_state_kept
 from shardmap.trace.watch import PythonWatch
@@ -325,9 +325,13 @@ def plan(
         def finish(outputs: list[torch.Tensor]) -> object:
             found: Sequence[object] = outputs
             if passes is not None and instead is not None:
-                found = passes.whole(outputs, batch.size)
+                found = passes.whole(outputs, batch)
             elif passes is not None:
-                found = passes.outputs(lambda _, __: outputs, batch.size)
+
+                def run(prepared: Prepared, how: Options, of: Batch) -> Sequence[torch.Tensor]:
+                    return outputs if of is batch else call_of.map_of(prepared, how, of)
+
+                found = passes.outputs(run, batch)
             placed = [o.dim for o in job.outputs] if passes is None else passes.dims
             dims = out_edges.result_dims(structure, out_dims, placed, call)
             result = unflatten_outputs(found, structure, dims, batch.size)

@@ -24,12 +24,18 @@ from shardmap.call.keepable import (
     memories_of,
     others_than_first,
     rows_of,
-    shared_among,
-    shared_arguments,
     why_not,
 )
 from shardmap.call.keeps import Kept, Known, Refused, captured_of
-from shardmap.call.memo import Prepared, Remembered, are_leaves_of, modes, signature
+from shardmap.call.memo import (
+    Prepared,
+    Remembered,
+    are_leaves_of,
+    modes,
+    shared_among,
+    shared_arguments,
+    signature,
+)
 from shardmap.call.options import Options
 from shardmap.call.reachable import History
 from shardmap.call.reads import Walk

@@ -35,7 +35,7 @@ from shardmap.lower.saved_results import unsaved
 from shardmap.run.base import Job, heard
 from shardmap.run.gather import placed
 from shardmap.run.prepare import Devices, Ready
-from shardmap.trace.batch import Batch, recorded_part, unflatten_outputs
+from shardmap.trace.batch import Batch, recorded_part, unflatten_outputs, unsubclassed
 from shardmap.trace.thread_state import thread_state_kept
 
 NOT_DIRECT = object()
@@ -165,7 +165,7 @@ class Direct:
         finally:
             set_grad(grad)  # an interrupt may strike before the line above
         if self.single:
-            return result[0]
+            return unsubclassed(result[0])
         return unflatten_outputs(result, self.prepared.structure, self.dims, self.job.samples)
 
     def _replayed(

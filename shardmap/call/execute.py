@@ -20,7 +20,7 @@ from shardmap.call.by_number import by_number, can_be_taken
 from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, warn_of_loop, widened
 from shardmap.call.fingerprint import prepared_by_code
 from shardmap.call.first_use import FirstUse
-from shardmap.call.flattened import Flattened
+from shardmap.call.flattened import Flattened, asks_outside
 from shardmap.call.forked import Forked, Instead, may_draw
 from shardmap.call.gram_passes import compared
 from shardmap.call.here import locally, refuse_elsewhere, shares_torchs_draws
@@ -34,7 +34,6 @@ from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings, is_empty, of_call
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
-from shardmap.program.analysis import asking_about
 from shardmap.rules.philox import Seeds, TorchDraws
 from shardmap.run import ray as on_ray
 from shardmap.run.base import Job, unheard
@@ -42,7 +41,7 @@ from shardmap.store import Store
 from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.outside_graphs import may_reach
 from shardmap.trace.record import record
-from shardmap.trace.recording import Recording, is_mapped_outside
+from shardmap.trace.recording import Recording
 from shardmap.trace.saved_hooks import are_saved_hooks_around
 from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.traced import traced_recording
@@ -171,7 +170,7 @@ class Call:
             verdict = self.use.verdict()
             if verdict.varies:
                 return self._run_by_sample(verdict.varies)
-            if self.around.transformed and self._asks_mapped():
+            if self.around.transformed and asks_outside(self.prepared, self.batch):
                 return self._run_flattened()
             if self.around.inlined and recording.asked:
                 return self._run_nested()
@@ -208,11 +207,9 @@ class Call:
         if comparison is not None:
             if by_sample is not None:
                 stacked = Call(prepared, batch, comparison.stacked, around, self.use)
-                outputs = comparison.whole(stacked.run_flat(by_sample), batch.size)
+                outputs = comparison.whole(stacked.run_flat(by_sample), batch)
             else:
-                outputs = comparison.outputs(
-                    lambda p, o: Call(p, batch, o, around, None).run_flat(), batch.size
-                )
+                outputs = comparison.outputs(self.map_of, batch)
             return unflatten_outputs(outputs, prepared.structure, comparison.dims, batch.size)
         job = self.job(by_sample)
         cluster = None if around.inlined else on_ray.asked_for(options.devices)
@@ -234,6 +231,14 @@ class Call:
         placed = [o.dim for o in job.outputs]
         dims = out_edges.result_dims(prepared.structure, options.out_dims, placed, options.call)
         return unflatten_outputs(outputs, prepared.structure, dims, batch.size)
+
+    def map_of(self, prepared: Prepared, options: Options, batch: Batch) -> Sequence[torch.Tensor]:
+        """The results of another map, with the draws of this call."""
+        call = self._part(prepared, batch, options, None)
+        call._seed = self._seed
+        found = call.run_flat()
+        self._seed = call._seed
+        return found
 
     def run_as(self, instead: Instead | None) -> Any:
         """The results, with `instead` in the place of a replay."""
@@ -304,14 +309,6 @@ class Call:
         assert (after.outputs, after.output_flags) != (before.outputs, before.output_flags), (
             f"the outputs hold the sample's already, or the call is repeated without end: {wider}"
         )
-
-    def _asks_mapped(self) -> bool:
-        """True if python asks about what a `torch.func.vmap` around the call maps."""
-        recording = self.prepared.recording
-        program = recording.program
-        pairs = [*zip(program.inputs, self.batch.tensors(), strict=True)]
-        pairs += zip(program.captured, recording.captured, strict=True)
-        return bool(asking_about(program, {v.group for v, t in pairs if is_mapped_outside(t)}))
 
     def _run_flattened(self) -> Any:
         """Let the samples of this map and of vmaps around it go their ways together."""

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from shardmap._torch import OpOverload
+from shardmap.call.kinds import HEAP
+from shardmap.call.lookups import ABSENT, member
 from shardmap.call.memo import Prepared
 from shardmap.call.reachable import (
     VALUES,
@@ -173,10 +175,10 @@ class _Walk:
                 self._each(list(item.values()), names)
             else:
                 self.add(item, names)
-        slots = [s for s in slots_of(type(value)) if s not in ("__dict__", "__weakref__")]
+        slots = [s for s in slots_of(type(value)) if s.__objclass__.__flags__ & HEAP]
         for slot in slots:
-            if hasattr(value, slot):
-                self.add(getattr(value, slot), names)
+            if (found := member(lambda: value, slot)(())) is not ABSENT:
+                self.add(found, names)
         if not slots and not hasattr(value, "__dict__") and not isinstance(value, _CONTAINERS):
             self._opaque(value, names)
         return None

@@ -29,6 +29,15 @@ Tensor = torch.Tensor
 Run = Callable[[Prepared, Batch], Sequence[Tensor]]
 
 
+def asks_outside(prepared: Prepared, batch: Batch) -> bool:
+    """True if python asks about what a `torch.func.vmap` around a call maps."""
+    recording = prepared.recording
+    program = recording.program
+    pairs = [*zip(program.inputs, batch.tensors(), strict=True)]
+    pairs += zip(program.captured, recording.captured, strict=True)
+    return bool(asking_about(program, {v.group for v, t in pairs if is_mapped_outside(t)}))
+
+
 class _Vmap(Protocol):
     """Torch's description of a vmap that meets a Function."""
 

@@ -19,10 +19,12 @@ from shardmap._torch import pytree
 from shardmap.call import outputs as out_edges
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
+from shardmap.call.routes import taken
 from shardmap.factors import gram
 from shardmap.planning.memory import format_bytes
 from shardmap.program.ir import Program
 from shardmap.reduce.reduction import Reduction
+from shardmap.trace.batch import Batch
 
 PASS_BYTES = 4 << 20
 """Bytes of one map's results below which they are not split over two maps."""
@@ -47,6 +49,9 @@ class Compared:
     dims: tuple[int | None, ...]
     """For each of the function's outputs: position of the mapped dimension, or None if it has
     none."""
+    plain: bool
+    """True if no factors are used: inside transforms and other maps, whose draws are not repeated,
+    and where gradients are recorded."""
 
     @property
     def notes(self) -> list[str]:
@@ -64,7 +69,7 @@ class Compared:
         others = [None if r is not None and r.name == "gram" else r for r in how]
         return dataclasses.replace(options, reduce=pytree.tree_unflatten(others, structure))
 
-    def whole(self, found: Sequence[Tensor], samples: int) -> list[Any]:
+    def whole(self, found: Sequence[Tensor], batch: Batch) -> list[Any]:
         """Compute what `outputs` does from the function's own outputs, stacked."""
         one, own = self.passes[0][0], self.original.recording.program.outputs
         place = {at: k for k, at in enumerate(one.kept) if at >= 0}
@@ -72,18 +77,24 @@ class Compared:
             if at not in place:
                 place[at] = next(k for group in self.groups for k in group if own[k] == var)
         ordered = [found[place[at]] for at in range(len(one.program.outputs))]
-        return self.outputs(lambda _, __: ordered, samples)
+
+        def run(prepared: Prepared, _: Options, __: Batch) -> Sequence[Tensor]:
+            return [t[:1] for t in found] if prepared is self.original else ordered
+
+        return self.outputs(run, batch)
 
     def outputs(
-        self, run: Callable[[Prepared, Options], Sequence[Tensor]], samples: int
+        self,
+        run: Callable[[Prepared, Options, Batch], Sequence[Tensor]],
+        batch: Batch,
     ) -> list[Any]:
         """Run the maps and return the function's outputs.
 
         A matrix replaces the first of the outputs that it compares, None the others.
 
         Args:
-            run: Function that runs a map.
-            samples: N.
+            run: Function that runs a map, always with the same draws.
+            batch: The call's arguments.
 
         Raises:
             MismatchError: The factors do not give the function's own result for the first sample.
@@ -91,18 +102,23 @@ class Compared:
         out: list[Any] = [None] * len(self.passes[0][0].kept)
         matrices: list[Tensor | None] = [None] * len(self.groups)
         for one, prepared, options in self.passes:
-            found = run(prepared, options)
+            found = run(prepared, options, batch)
             for k, at in enumerate(one.kept):
                 if at >= 0:
                     out[k] = found[at]
             matrices = [
-                gram.add_to(m, parts, found, samples)
+                gram.add_to(m, parts, found, batch.size)
                 for m, parts in zip(matrices, one.parts, strict=True)
             ]
             del found  # before the next map makes its own
+        sample, recording = self.original.recording.sample, self.original.recording
+        if sample and recording.random:  # the maps have drawn something else than the recording
+            first = taken(batch, torch.tensor([0]))
+            alone = [] if self.plain else run(self.original, self.options.alone(), first)
+            sample = [t[0] for t in alone]
         for positions, matrix in zip(self.groups, matrices, strict=True):
             assert matrix is not None, "each matrix is of outputs"
-            if not gram.check(positions, self.original.recording.sample, matrix):
+            if not gram.check(positions, sample, matrix):
                 raise errors.MismatchError(
                     f"{self.call}: the inner products from factors are not those of what the "
                     "function returned for the first sample; stack "
@@ -176,7 +192,7 @@ def compared(
             )
         )
     dims = tuple([0 if r is None else None for r in reduced])
-    return Compared(tuple(maps), tuple(groups), prepared, whole, options.call, dims)
+    return Compared(tuple(maps), tuple(groups), prepared, whole, options.call, dims, plain)
 
 
 def _refuse_size(program: Program, matrices: int, samples: int, options: Options) -> None:

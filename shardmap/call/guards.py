@@ -9,15 +9,18 @@ nothing in it is looked at.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from shardmap._torch import backward_hooks, dict_version, missing
+from shardmap.call.kinds import HEAP, NEVER_WEAK
 from shardmap.call.lookups import ABSENT, Getter
 from shardmap.call.reachable import VALUES
 
@@ -50,13 +53,21 @@ class Fact:
 
 
 class Found:
-    """What a function reads, listed by `reads.Walk`, to be made into `Guards`."""
+    """What a function reads, listed by `reads.Walk`, to be made into `Guards`.
 
-    def __init__(self) -> None:
+    Args:
+        gone: Called when an object dies whose attributes are compared.
+    """
+
+    def __init__(self, gone: Callable[[object], None]):
+        self._gone = gone
         self.entries: dict[int, Entries] = {}
         self.lists: list[tuple[Collection[object], tuple[object, ...], str]] = []
         self.empty: list[object] = []
         self.kinds: list[tuple[Callable[[], object], type]] = []
+        self.namespaces: list[tuple[int, dict[str, object]]] = []
+        """The dicts of the attributes of objects, since another may be put in the place of one:
+        the object's place among `kinds`, and the dict."""
         self.functions: list[types.FunctionType] = []
         self.classes: dict[type, dict[str, object]] = {}
         """The attributes of classes that are read; tensors among them have places."""
@@ -65,6 +76,24 @@ class Found:
         self.places: dict[int, list[Place]] = {}
         """The places at which each tensor was found, by its address."""
         self.tensors: dict[int, torch.Tensor] = {}
+
+    def entries_of(self, of: dict[Any, Any], where: str) -> Entries:
+        """The entries of a dict that are read."""
+        found = self.entries.get(id(of))
+        if found is None:
+            found = self.entries[id(of)] = Entries(of, where)
+        return found
+
+    def held(self, value: object) -> object:
+        """The value, or a weak reference to an object that must not be kept alive."""
+        if issubclass(type(value), weakref.ref):
+            return Exactly(value)
+        if issubclass(type(value), NEVER_WEAK) or type(value).__hash__ is None:
+            return value
+        try:
+            return weakref.ref(value, self._gone)
+        except TypeError:
+            return value
 
     def place(self, tensor: torch.Tensor, place: Place) -> None:
         """Note a place at which a tensor was found."""
@@ -99,8 +128,8 @@ def unchanged(value: object, now: object) -> bool:
         return True
     if type(value) is not type(now) or not isinstance(value, VALUES):
         return False
-    if getattr(value, "__dict__", None):  # equal numbers may have other attributes
-        return False
+    if type(value).__flags__ & HEAP and type(value) not in VALUES:
+        return False  # equal numbers of a derived class may have other attributes
     return bool(value == now) and repr(value) == repr(now)
 
 
@@ -121,6 +150,8 @@ class Guards:
         self._empty = found.empty
         self._objects = [o for o, _ in found.kinds]
         self._kinds = [k for _, k in found.kinds]
+        self._holders = [number for number, _ in found.namespaces]
+        self._namespaces = [of for _, of in found.namespaces]
         self._functions = found.functions
         self._codes = self._code()
         self._classes = [(vars(kind), _items(read)) for kind, read in found.classes.items()]
@@ -192,8 +223,14 @@ class Guards:
             self._versions = versions
         if any(self._empty):
             return self._fail("a container that was empty")
-        if self._kinds and [type(look()) for look in self._objects] != self._kinds:
-            return self._fail("the class of an object")
+        if self._kinds:
+            objects = [look() for look in self._objects]
+            if list(map(type, objects)) != self._kinds:
+                return self._fail("the class of an object")
+            holders = [objects[number] for number in self._holders]
+            now = map(object.__getattribute__, holders, itertools.repeat("__dict__"))
+            if not all(map(operator.is_, now, self._namespaces)):
+                return self._fail("the `__dict__` of an object")
         if self._codes and not all(map(operator.is_, self._code(), self._codes)):
             return self._fail("the code or the defaults of a function")
         if self._classes and not self._same_classes():
@@ -239,6 +276,28 @@ class Guards:
 
     def _fail(self, what: str) -> None:
         self.broken = what
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """The guards of a recording that stands on its very tensors too."""
+
+    guards: Guards
+    key: Hashable
+    """That of the call's function and arguments (`root.Root`)."""
+    tensors: list[torch.Tensor | None]
+    """The tensors that were found; None for an argument, which may be another one."""
+
+    def hold(self, key: Hashable, parts: Sequence[object]) -> bool:
+        """True if all that the function reads is as it was.
+
+        Args:
+            key: The key of the call's function and arguments.
+            parts: Their parts.
+        """
+        if key != self.key or (found := self.guards.check(parts)) is None:
+            return False
+        return all(own is None or own is now for own, now in zip(self.tensors, found, strict=True))
 
 
 def _forms(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[object], ...]:

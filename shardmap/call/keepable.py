@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable
 
 import torch
 
 from shardmap._torch import generator_id, storage_id
 from shardmap.call.guards import Guards
-from shardmap.call.reachable import VALUES
+from shardmap.call.memo import shared_arguments
 from shardmap.call.reads import Walk
 from shardmap.call.root import Root
 from shardmap.rules.sparse import memory_of
@@ -84,22 +84,6 @@ def memories_of(recording: Recording) -> tuple[int, ...]:
 def asks(recording: Recording) -> bool:
     """True if python has asked about values, of samples or of what they share, which may change."""
     return any(eq.answer is not None for eq in recording.program.equations)
-
-
-def shared_arguments(batch: Batch) -> list[object]:
-    """The arguments that all samples share, but numbers and texts, which the signature holds."""
-    return shared_among(batch.leaves, frozenset([i for i, _ in batch.mapped]))
-
-
-def shared_among(leaves: Sequence[object], mapped: Set[int]) -> list[object]:
-    """The leaves that are neither mapped nor numbers or texts.
-
-    Args:
-        leaves: The leaves of a call's arguments.
-        mapped: The positions of those that are mapped.
-    """
-    kept = [leaf for i, leaf in enumerate(leaves) if i not in mapped]
-    return [leaf for leaf in kept if not isinstance(leaf, VALUES)]
 
 
 def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:

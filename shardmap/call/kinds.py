@@ -11,6 +11,7 @@ import operator
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Container
 from typing import Any
 
@@ -103,7 +104,8 @@ def is_c(kind: type) -> bool:
 
 
 _OPAQUE = (
-    type(functools.lru_cache(len)), operator.attrgetter, threading.local, torch.jit.ScriptModule,
+    type(functools.lru_cache(len)), operator.attrgetter, operator.methodcaller,
+    threading.local, torch.jit.ScriptModule,
 )  # fmt: skip
 """Classes of python's and torch's modules that are written in C, or stand for what is."""
 CONTEXTUAL = (decimal.Decimal, decimal.Context)
@@ -161,14 +163,14 @@ CALLABLES = (
     types.BuiltinFunctionType, types.MethodWrapperType,
 )  # fmt: skip
 """Types whose objects call what they are made of (`made_of`)."""
+_LISTED = frozenset((*VALUES, *INERT, *CALLABLES, np.ndarray, weakref.ref, torch.Generator))
 _OF_PYBIND = ("PyCapsule", "pybind11_detail_function_record")
 """Beginnings of names of types whose objects stand for a C++ function itself."""
 
 
-def mangled(kind: type, slot: str) -> str:
-    """The name under which a class's slot is an attribute."""
-    private = slot.startswith("__") and not slot.endswith("__")
-    return f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+def is_derived(kind: type) -> bool:
+    """True if a class is a subclass, made by python, of one whose state is listed in C's way."""
+    return bool(kind.__flags__ & HEAP) and kind not in _LISTED and not issubclass(kind, History)
 
 
 def builtins_of(of: dict[str, Any]) -> object:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shardmap._torch import is_view
+from shardmap.call.kinds import made_of
 from shardmap.trace.recording import is_plain
 
 ABSENT = object()
@@ -65,6 +66,23 @@ def weakly(value: object) -> Callable[[], object]:
 def attribute(look: Callable[[], object], name: str) -> Getter:
     """Look up an attribute of an object."""
     return lambda _: getattr(look(), name, None)
+
+
+def member(look: Callable[[], object], slot: types.MemberDescriptorType) -> Getter:
+    """Look up what a slot of an object holds."""
+
+    def found(_: Sequence[object]) -> object:
+        try:
+            return slot.__get__(look())
+        except AttributeError:  # it is empty
+            return ABSENT
+
+    return found
+
+
+def made_part(value: object, number: int) -> Getter:
+    """Look up one of the objects that a callable is made of (`kinds.made_of`)."""
+    return lambda _: made_of(value)[number]
 
 
 def attributes_of(value: object) -> dict[str, object] | None:

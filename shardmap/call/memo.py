@@ -9,12 +9,15 @@ parameters, containers) is listed when it is recorded and compared at each call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
-from collections.abc import Callable, Hashable, Sequence
+import types
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -27,7 +30,10 @@ from shardmap._torch import (
     pytree,
     storage_id,
 )
+from shardmap.call.guards import Guarded, Guards
 from shardmap.call.reachable import VALUES, History, Unknown, reachable, same
+from shardmap.call.reads import Walk
+from shardmap.call.root import Root
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
@@ -64,6 +70,8 @@ class Remembered:
     fixed: dict[int, torch.Tensor]
     """Unmapped arguments that the function can reach by name too: leaf of the call -> the tensor
     that it must be."""
+    guarded: Guarded | None = None
+    """What the code that ran has read; None if it was not watched."""
 
     def rebound(self, batch: Batch) -> Prepared:
         """The recording with the unmapped arguments of this call."""
@@ -91,7 +99,7 @@ class Memory(History):
 
     def __init__(self, func: Callable[..., Any], call: str):
         self.call = call
-        self._func: Callable[[], object] = lambda: func
+        self._func: Callable[[], Callable[..., object] | None] = lambda: func
         self.kept: dict[object, Remembered] = {}
         self.said = False
 
@@ -110,15 +118,39 @@ class Memory(History):
         if not unchanged or not same(found.reads, reads or self.reads(batch)):
             self.kept.pop(key, None)
             return None
+        if not self.holds(found, shared_arguments(batch)):
+            self.kept.pop(key, None)
+            return None
         return found
 
-    def keep(self, batch: Batch, prepared: Prepared, reads: list[object] | None = None) -> None:
+    def holds(self, found: Remembered, arguments: Sequence[object]) -> bool:
+        """True if what the code has read is as it was.
+
+        Args:
+            found: The recording.
+            arguments: The call's arguments that all samples share.
+        """
+        if found.guarded is None:
+            return True
+        func = self._func()
+        assert func is not None, "it is being called"
+        root = Root(func, arguments)
+        return found.guarded.hold(root.key, root.parts)
+
+    def keep(
+        self,
+        batch: Batch,
+        prepared: Prepared,
+        reads: list[object] | None = None,
+        watch: PythonWatch | None = None,
+    ) -> None:
         """Keep a recording, unless the function reads something that cannot be compared.
 
         Args:
             batch: The call's arguments.
             prepared: The recording.
             reads: What the function reads, if it has been listed.
+            watch: The code that ran while it was recorded, if that was watched.
         """
         reads = reads or self.reads(batch)
         unknown = next((r for r in reads if type(r) is Unknown), None)
@@ -152,6 +184,12 @@ class Memory(History):
                     "attribute, module parameter)"
                 )
                 return
+        guarded = None
+        if watch is not None:
+            guarded, why = self._guarded(batch, watch)
+            if why:
+                self.say(why)
+                return
         if len(self.kept) >= self.most:
             oldest = next(iter(list(self.kept)), None)  # the list is made in one step
             self.kept.pop(oldest, None)
@@ -159,13 +197,42 @@ class Memory(History):
         # compared with it.
         recording = dataclasses.replace(prepared.recording, sample=())
         self.kept[signature(batch)] = Remembered(
-            dataclasses.replace(prepared, recording=recording), self.held(reads), arguments, fixed
+            dataclasses.replace(prepared, recording=recording),
+            self.held(reads),
+            arguments,
+            fixed,
+            guarded,
         )
 
     def watch(self, batch: Batch) -> PythonWatch | None:
-        """The watch for this call's recording: none, since all that can be reached counts."""
+        """The watch for this call's recording: none, unless the call itself has one (`once`)."""
         del batch
         return None
+
+    def _guarded(self, batch: Batch, watch: PythonWatch) -> tuple[Guarded | None, str]:
+        """The guards of what the code that ran has read, or the reason why they do not suffice.
+
+        What it finds by calls is not compared: `trace="once"` says so (docs/semantics.md).
+        """
+        key, kept = signature(batch), self.kept
+
+        def gone(_: object) -> None:
+            kept.pop(key, None)
+
+        shared, func = shared_arguments(batch), self._func()
+        assert func is not None, "it has just been recorded"
+        root = Root(func, shared)
+        walk = Walk(watch, root, gone)
+        if unknown := [type(v).__name__ for v in walk.unknown if not isinstance(v, _LISTED)]:
+            return (
+                None,
+                f"the function can reach an object ({unknown[0]}) whose state cannot be compared",
+            )
+        if walk.hidden:
+            return None, walk.hidden
+        given = {id(leaf) for leaf in shared}
+        tensors = [None if id(t) in given else t for t in walk.found.tensors.values()]
+        return Guarded(Guards(walk.found, ()), root.key, tensors), ""
 
     def held(self, reads: list[object]) -> list[object]:
         """The part of a listing that is kept: all of it."""
@@ -187,6 +254,22 @@ class Memory(History):
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""
         self.kept.pop(signature(batch), None)
+
+
+def shared_arguments(batch: Batch) -> list[object]:
+    """The arguments that all samples share, but numbers and texts, which the signature holds."""
+    return shared_among(batch.leaves, frozenset([i for i, _ in batch.mapped]))
+
+
+def shared_among(leaves: Sequence[object], mapped: Set[int]) -> list[object]:
+    """The leaves that are neither mapped nor numbers or texts.
+
+    Args:
+        leaves: The leaves of a call's arguments.
+        mapped: The positions of those that are mapped.
+    """
+    kept = [leaf for i, leaf in enumerate(leaves) if i not in mapped]
+    return [leaf for leaf in kept if not isinstance(leaf, VALUES)]
 
 
 def are_leaves_of(batch: Batch, leaves: Sequence[object]) -> bool:
@@ -240,4 +323,7 @@ def modes() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+_LISTED = (np.ndarray, types.MappingProxyType, type(functools.lru_cache(len)))
+"""Types of objects that are compared by the listing, or whose state is not compared, which
+docs/semantics.md says."""
 _HOST = torch.device("cpu")

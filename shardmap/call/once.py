@@ -18,6 +18,7 @@ from shardmap.call.memo import (
     Remembered,
     are_leaves_of,
     modes,
+    shared_among,
     signature,
 )
 from shardmap.call.options import Options
@@ -68,6 +69,8 @@ class Once(History):
             return NOT_DIRECT
         if not same(remembered.reads, reachable(self.func)):
             return NOT_DIRECT
+        if not self.memory.holds(remembered, shared_among(leaves, direct.positions)):
+            return NOT_DIRECT
         captured = remembered.captured(leaves)
         try:
             return direct.called(leaves, captured)
@@ -96,6 +99,7 @@ class OnceCall:
         self._reads: list[object] = []
         """What the function could reach before it was recorded."""
         self._modes: tuple[object, ...] = ()
+        self._watch: PythonWatch | None = None
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
@@ -104,19 +108,21 @@ class OnceCall:
         return self._found
 
     def watch(self, batch: Batch) -> PythonWatch | None:
-        """The watch for this call's recording: none, since all that can be reached counts."""
-        return self._of.memory.watch(batch)
+        """The watch for this call's recording."""
+        del batch
+        self._watch = PythonWatch()
+        return self._watch
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call, if the function has left what it can reach as it was."""
         memory, now = self._of.memory, self._of.memory.reads(batch)
-        if modes() != self._modes:
+        if modes() != self._modes or (self._watch is not None and self._watch.left_set()):
             memory.say("the function changes a setting of torch and does not set it back")
             return
         unknown = any(type(each) is Unknown for each in now)  # which is the reason that is given
         if unknown or (not prepared.recording.kept and same(self._reads, now)):
             self._of.changes = 0
-            memory.keep(batch, prepared, now)
+            memory.keep(batch, prepared, now, self._watch)
             return
         self._of.changes += 1
         if self._of.changes > 1:  # the first call may fill a table that stays

@@ -152,7 +152,11 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     if len(found) > _LIMIT:
         return
     found.append(value)
-    if type(value) in _COMMON or isinstance(value, VALUES):
+    kind = type(value)
+    if kind in _COMMON or kind in VALUES:
+        if kind is slice:
+            for part in (value.start, value.stop, value.step):
+                _walk(part, found, seen, names)
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
         if is_uninitialised(value):
@@ -167,11 +171,16 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     if id(value) in seen or isinstance(value, History):
         return
     seen.add(id(value))
-    if type(value) in _CONTAINERS and not value:
+    if kind is collections.defaultdict:
+        _walk(value.default_factory, found, seen, names)
+    if kind in _CONTAINERS and not value:
         return
     if isinstance(value, dict | types.MappingProxyType):
         for key, item in value.items():
-            found.append(key if isinstance(key, VALUES) else id(key))
+            if type(key) in _COMMON:
+                found.append(key)
+            else:
+                _walk(key, found, seen, names)
             _walk(item, found, seen, names)
     elif isinstance(value, list | tuple | set | frozenset | collections.deque):
         found.append(len(value))
@@ -182,18 +191,25 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
     elif isinstance(value, types.MethodType):
         _walk(value.__self__, found, seen, names)
         _walk(value.__func__, found, seen, names)
+    elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+        if not isinstance(value.__self__, types.ModuleType | type):  # `values.__getitem__`
+            _walk(value.__self__, found, seen, names)
     elif isinstance(value, functools.partial):
         for part in (value.func, value.args, value.keywords):
             _walk(part, found, seen, names)
     elif isinstance(value, types.ModuleType):
+        _walk(kind, found, seen, names)
         library = is_library_module(value)
         for name in sorted(names & vars(value).keys()):
             item = vars(value)[name]
             if not library or isinstance(item, _PLAIN):  # of a library: what may be patched
                 _walk(item, found, seen, names)
     elif isinstance(value, type):
-        for kind in user_classes(value):
-            for name, item in vars(kind).items():
+        found.append(Snapshot(map(weakref.ref, value.__mro__)))  # its bases may be replaced
+        if type(value) is not type:
+            _walk(type(value), found, seen, names)
+        for each in user_classes(value):
+            for name, item in vars(each).items():
                 if not name.startswith("__") or isinstance(item, types.FunctionType):
                     _walk(
                         item.__func__ if isinstance(item, classmethod | staticmethod) else item,
@@ -202,19 +218,25 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
                         names,
                     )
     elif isinstance(value, property):
-        for part in (value.fget, value.fset):
+        for part in (value.fget, value.fset, value.fdel):
             _walk(part, found, seen, names)
-    elif isinstance(value, np.ndarray):
-        found.append(Snapshot((value.shape, value.dtype.str, value.tobytes())))
-        for item in value.flat if value.dtype.hasobject else ():
+    elif isinstance(value, np.ndarray | np.void):
+        form = value.dtype.str if value.dtype.names is None else repr(value.dtype)
+        found.append(Snapshot((value.shape, form, value.tobytes())))
+        for item in value.reshape(-1).flat if value.dtype.hasobject else ():
             _walk(item, found, seen, names)
+    elif isinstance(value, np.dtype):
+        found.append(repr(value) if value.names else None)
     elif isinstance(value, bytearray | array.array | memoryview):
         found.append(bytes(value))
+    elif isinstance(value, BaseException):
+        for part in (value.args, value.__cause__, value.__context__):
+            _walk(part, found, seen, names)
     elif isinstance(value, contextvars.ContextVar):
         _walk(value.get(None), found, seen, names)
     elif isinstance(value, Iterator):
         found.append(Unknown(f"an iterator ({type(value).__name__})"))
-    if not isinstance(value, _PLAIN):
+    if not isinstance(value, _PLAIN) or (isinstance(value, property) and kind is not property):
         _walk_object(value, found, seen, names)
 
 
@@ -268,8 +290,11 @@ def _walk_object(value: Any, found: list[object], seen: set[int], names: frozens
             elif type(item) not in _CONTAINERS or item:
                 _walk(item, found, seen, names)
     for slot in slots_of(kind):
-        if hasattr(value, slot):
-            _walk(getattr(value, slot), found, seen, names)
+        try:
+            part = slot.__get__(value)
+        except AttributeError:  # it is empty
+            continue
+        _walk(part, found, seen, names)
 
 
 _CACHES = {torch.nn.RNNBase: frozenset(("_flat_weights", "_flat_weight_refs"))}
@@ -285,20 +310,25 @@ def caches_of(kind: type) -> frozenset[str]:
     return frozenset().union(*[names for base, names in _CACHES.items() if issubclass(kind, base)])
 
 
-@functools.lru_cache(maxsize=4096)
 def user_classes(kind: type) -> tuple[type, ...]:
     """The classes that `kind` inherits from, itself included, without those of libraries."""
-    return tuple([k for k in kind.__mro__ if not is_library_module(sys.modules.get(k.__module__))])
+    return _users_among(kind.__mro__)
+
+
+def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...]:
+    """The slots of a class and of those that it inherits from, some of which are written in C."""
+    return _slots_among(kind.__mro__)
 
 
 @functools.lru_cache(maxsize=4096)
-def slots_of(kind: type) -> tuple[str, ...]:
-    """The names of the slots of a class and of those that it inherits from."""
-    slots: list[str] = []
-    for base in kind.__mro__:
-        own = base.__dict__.get("__slots__", ())
-        slots += [own] if isinstance(own, str) else own
-    return tuple(slots)
+def _users_among(kinds: tuple[type, ...]) -> tuple[type, ...]:
+    return tuple([k for k in kinds if not is_library_module(sys.modules.get(k.__module__))])
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots_among(kinds: tuple[type, ...]) -> tuple[types.MemberDescriptorType, ...]:
+    found = [value for kind in kinds for value in vars(kind).values()]
+    return tuple([value for value in found if type(value) is types.MemberDescriptorType])
 
 
 @functools.cache
@@ -312,9 +342,9 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 def is_library_module(module: types.ModuleType | None) -> bool:
     """True if a module belongs to a library; one that was made by hand, or typed in, does not."""
-    file = vars(module).get("__file__")  # a module's own `__getattr__` may raise anything
+    file = None if module is None else vars(module).get("__file__")  # not its `__getattr__`'s
     if file is None and module is not None:
-        return getattr(module, "__spec__", None) is not None
+        return vars(module).get("__spec__") is not None
     return is_library(file)
 
 

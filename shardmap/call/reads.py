@@ -6,7 +6,6 @@ ran, `Walk` follows attributes, items and cells to everything that this code can
 
 from __future__ import annotations
 
-import array
 import collections
 import sys
 import types
@@ -14,23 +13,19 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardmap._torch import backward_hooks
-from shardmap.call.guards import TENSOR, Entries, Exactly, Fact, Found, Place
+from shardmap.call.c_state import state_of
+from shardmap.call.guards import TENSOR, Fact, Found, Place
 from shardmap.call.kinds import (
-    ARRAY_BYTES,
     ASIDE,
-    CALLABLES,
     CONTAINERS,
     CONTEXTUAL,
     EXACT,
     HEAP,
-    INERT,
     LIBRARY_ITEMS,
     MOST,
-    NEVER_WEAK,
     OF_CLASSES,
     SIMPLE,
     builtins_of,
@@ -38,10 +33,9 @@ from shardmap.call.kinds import (
     file_of,
     has_run,
     is_c,
+    is_derived,
     is_namespace,
     is_users,
-    made_of,
-    mangled,
 )
 from shardmap.call.lookups import (
     STATES,
@@ -49,11 +43,11 @@ from shardmap.call.lookups import (
     answer_of,
     attribute,
     attributes_of,
-    bytes_of,
     contents,
     entry,
     grad_of,
     item,
+    member,
     module_named,
     of_class,
     part,
@@ -62,7 +56,7 @@ from shardmap.call.lookups import (
     variable,
     weakly,
 )
-from shardmap.call.reachable import VALUES, caches_of, slots_of
+from shardmap.call.reachable import caches_of, slots_of
 from shardmap.call.root import Root
 from shardmap.trace.names import lost_code, named_in, reflection, spelled_out
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
@@ -78,10 +72,13 @@ class Walk:
     """
 
     def __init__(self, watch: PythonWatch, root: Root, gone: Callable[[object], None]):
-        self.found = Found()
+        self.found = Found(gone)
         looks = reflection(watch.codes)
+        self.hidden = looks.blame
+        """What it reads that cannot be listed at all; empty if there is nothing."""
         self.blame = watch.blame or looks.blame
-        self._gone = gone
+        self.unknown: list[object] = []
+        """Objects that it can read, whose state cannot be compared."""
         self._codes = watch.codes
         self._seen: dict[int, object] = {}
         self._shallow: set[tuple[int, object]] = set()
@@ -116,7 +113,7 @@ class Walk:
         if isinstance(value, torch.Tensor):
             self._tensor(value, where, look)
         else:
-            self.found.facts.append(Fact(where, look, self._held(value)))
+            self.found.facts.append(Fact(where, look, self.found.held(value)))
             self._walk(value)
 
     def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
@@ -130,11 +127,11 @@ class Walk:
                 if name in of:
                     self._hold(of, name, where)
                     continue
-                self._entries(of, where).absent |= {name}
+                self.found.entries_of(of, where).absent |= {name}
                 if name in BUILTINS:
                     self._hold(BUILTINS, name, "python's built-in names")
                 else:
-                    self._entries(BUILTINS, "python's built-in names").absent |= {name}
+                    self.found.entries_of(BUILTINS, "python's built-in names").absent |= {name}
             for name in names.modules:
                 if name in sys.modules:
                     module = sys.modules[name]
@@ -166,26 +163,9 @@ class Walk:
     def _accuse(self, what: str) -> None:
         self.blame = self.blame or what
 
-    def _held(self, value: Any) -> object:
-        """The value, or a weak reference to an object that must not be kept alive."""
-        if issubclass(type(value), weakref.ref):
-            return Exactly(value)
-        if issubclass(type(value), NEVER_WEAK) or type(value).__hash__ is None:
-            return value
-        try:
-            return weakref.ref(value, self._gone)
-        except TypeError:
-            return value
-
-    def _entries(self, of: dict[Any, Any], where: str) -> Entries:
-        found = self.found.entries.get(id(of))
-        if found is None:
-            found = self.found.entries[id(of)] = Entries(of, where)
-        return found
-
     def _hold(self, of: dict[Any, Any], name: object, where: str) -> None:
         """Note that an entry of a dict is read."""
-        entries = self._entries(of, where)
+        entries = self.found.entries_of(of, where)
         shallow = (id(of), name) in self._shallow  # seen from a library alone
         if name in entries.values and (self._trusted or not shallow):
             return
@@ -197,7 +177,7 @@ class Walk:
             if not any(p.name == name_there for p in places):
                 self._tensor(value, where, entry(of, name), name_there)
             return
-        entries.values[name] = self._held(value)
+        entries.values[name] = self.found.held(value)
         self._walk(value)
 
     def _tensor(self, tensor: torch.Tensor, where: str, look: Getter, name: object = None) -> None:
@@ -225,8 +205,7 @@ class Walk:
                 self._tensor(value, "a tensor that is a key", lambda _: value)
             return
         kind = type(value)
-        plain = kind in SIMPLE or (issubclass(kind, VALUES) and not hasattr(value, "__dict__"))
-        if plain or id(value) in self._seen or len(self._seen) > MOST:
+        if kind in SIMPLE or id(value) in self._seen or len(self._seen) > MOST:
             return
         trusted = self._trusted
         if trusted and not is_users(value, kind):
@@ -248,27 +227,34 @@ class Walk:
             self._class(value)
         elif issubclass(kind, CONTAINERS):
             self._container(value)
-        elif issubclass(kind, CALLABLES):
-            for each in made_of(value):
-                self._walk(each)
-        elif issubclass(kind, weakref.ref):
-            target = value()
-            self._read(target, "a weak reference", lambda _: value())
-        elif issubclass(kind, torch.Generator):
-            self.found.generators.append(value)
-        elif issubclass(kind, np.ndarray):
-            self._array(value)
-        elif issubclass(kind, bytearray | array.array):
-            self.found.facts.append(Fact("an array", lambda _: bytes(value), bytes(value)))
-        elif issubclass(kind, INERT):
-            return
+        elif self._follow_c(value, kind):
+            if is_derived(kind):
+                self._attributes(value)
         elif issubclass(kind, Iterator):
             self._unknown(value, "an iterator")
         else:
             self._object(value)
 
+    def _follow_c(self, value: object, kind: type) -> bool:
+        """Follow what C keeps in an object of a known type; False for another type."""
+        if isinstance(value, weakref.ref) and issubclass(kind, weakref.ref):
+            self._read(value(), "a weak reference", referent(value))
+        elif isinstance(value, torch.Generator):
+            self.found.generators.append(value)
+        elif (state := state_of(value, kind)) is not None:
+            if state.unknown:
+                self._unknown(value, state.unknown)
+            for what, look in state.facts:
+                self.found.facts.append(Fact(what, look, self.found.held(look(()))))
+            for each in state.parts:
+                self._walk(each)
+        else:
+            return False
+        return True
+
     def _unknown(self, value: object, what: str) -> None:
         if not self._trusted:
+            self.unknown.append(value)
             self._accuse(
                 f"it can read {what} ({type(value).__name__}), whose state cannot be compared"
             )
@@ -309,11 +295,15 @@ class Walk:
         file = names.get("__file__") or ""
         if self._trusted:
             return
-        where = f"the module {module.__name__}"
-        entries = self._entries(names, where)
+        where = f"the module {names.get('__name__')}"
+        self.found.kinds.append((weakly(module), type(module)))
+        if type(module) is not types.ModuleType:
+            self._walk(type(module))
+        entries = self.found.entries_of(names, where)
         read = self._of_modules & names.keys()
         if "__getattr__" in names:
             entries.absent |= self._of_modules - read
+            self._hold(names, "__getattr__", where)
         if self._dynamic and not is_trusted(file):
             read |= {name for name in names if not name.startswith("__")}
         library = not file or is_trusted(file)
@@ -358,6 +348,7 @@ class Walk:
                         self._walk(value)
         self._trusted = False
         if type(kind) is not type:
+            self.found.kinds.append((weakly(kind), type(kind)))
             self._walk(type(kind))
 
     def _container(self, value: Any) -> None:
@@ -383,7 +374,7 @@ class Walk:
             if isinstance(value, collections.OrderedDict):  # has an order of its own
                 keys = tuple(collections.OrderedDict.keys(value))
                 self.found.lists.append((value.keys(), keys, "an OrderedDict that it reads"))
-            entries = self._entries(value, "a dict that it reads")
+            entries = self.found.entries_of(value, "a dict that it reads")
             entries.keys = tuple(dict.keys(value))
             for name in entries.keys:
                 self._walk(name)
@@ -395,32 +386,31 @@ class Walk:
                     held.append(TENSOR)
                     self._tensor(each, "a list that it reads", item(value, number))
                 else:
-                    held.append(now := self._held(each))
+                    held.append(now := self.found.held(each))
                     if isinstance(now, weakref.ref) and isinstance(each, torch.Tensor):
                         self._tensor(each, "an item that it reads", referent(now))
                     else:
                         self._walk(each)
             self.found.lists.append((value, tuple(held), "a container that it reads"))
 
-    def _array(self, value: np.ndarray) -> None:
-        if value.nbytes > ARRAY_BYTES or value.dtype.hasobject or type(value) is not np.ndarray:
-            self._unknown(value, "a large array")
-            return
-        look = bytes_of(value)
-        self.found.facts.append(Fact("a numpy array", look, look(())))
-
     def _object(self, value: object) -> None:
         """Follow an object with attributes."""
         kind = type(value)
         if any(map(is_c, kind.__mro__)):
             self._unknown(value, "an object of a type written in C")
+        self._attributes(value)
+
+    def _attributes(self, value: object) -> None:
+        """Follow the class of an object, its attributes and its slots."""
+        kind, place = type(value), len(self.found.kinds)
         self.found.kinds.append((weakly(value), kind))
         self._walk(kind)
         self._trusted = kind.__module__.partition(".")[0] in ASIDE
         attributes = attributes_of(value)
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
-            entries = self._entries(attributes, where)
+            self.found.namespaces.append((place, attributes))
+            entries = self.found.entries_of(attributes, where)
             caches = caches_of(kind) - self._of_modules
             if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
                 entries.keys = tuple(attributes)
@@ -434,14 +424,14 @@ class Walk:
                 for name in read:
                     self._hold(attributes, name, where)
         for slot in slots_of(kind):
-            if (slot in self._names or self._dynamic) and slot not in ("__dict__", "__weakref__"):
+            if slot.__name__ in self._names or self._dynamic:
                 self._slot(value, slot, where)
 
-    def _slot(self, value: object, slot: str, where: str) -> None:
-        look = attribute(weakly(value), mangled(type(value), slot))
+    def _slot(self, value: object, of: types.MemberDescriptorType, where: str) -> None:
+        look, slot = member(weakly(value), of), of.__name__
         now = look(())
         if isinstance(now, torch.Tensor):
             self._tensor(now, where, look, slot)
         else:
-            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self._held(now)))
+            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self.found.held(now)))
             self._walk(now)

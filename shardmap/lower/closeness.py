@@ -7,6 +7,7 @@ import math
 import torch
 
 from shardmap._torch import FakeTensor
+from shardmap.trace.batch import without_class
 
 OUTPUT_TOLERANCE = {
     torch.float64: 1e-7,
@@ -60,7 +61,11 @@ def largest(tensor: torch.Tensor) -> float:
 
 
 def _computable(t: torch.Tensor) -> torch.Tensor:
-    """The tensor in a dtype that all kernels of a comparison support: complex halves have few."""
+    """The tensor in a dtype that all kernels of a comparison support: complex halves have few.
+
+    It is of no subclass that hands its class on: torch compares no tensors of unrelated ones.
+    """
+    t = without_class(t)
     if t.dtype is torch.complex32:
         return t.to(torch.complex64)
     if t.is_floating_point() and t.dtype not in OUTPUT_TOLERANCE:

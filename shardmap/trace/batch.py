@@ -83,8 +83,32 @@ class Subclassed:
 
     def stacked(self) -> object:
         """The results of all samples, in the class that `torch.stack` gives them."""
-        leaf = self.leaf
-        return leaf.as_subclass(self.kind) if isinstance(leaf, torch.Tensor) else leaf
+        return _in_class(self.leaf, self.kind)
+
+
+def _in_class(leaf: object, kind: type[torch.Tensor]) -> object:
+    """A result in a class; for one of unequal samples, each sample's in it."""
+    if isinstance(leaf, list):
+        return [_in_class(part, kind) for part in leaf]
+    return leaf.as_subclass(kind) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def unsubclassed(leaf: object) -> object:
+    """A result without the class that a captured tensor or the batch has handed on in a replay.
+
+    The class of a result is that of the function's own result: a `Subclassed` in its structure.
+    """
+    if isinstance(leaf, list):
+        return [unsubclassed(part) for part in leaf]
+    return without_class(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def without_class(t: torch.Tensor) -> torch.Tensor:
+    """A tensor as a plain one, if torch's functions would hand its class on."""
+    kind = type(t)
+    if kind is torch.Tensor or not _keeps_its_class(kind):
+        return t
+    return t.as_subclass(torch.Tensor)
 
 
 def _with_key(value: Subclassed) -> tuple[list[tuple[pytree.KeyEntry, object]], Any]:
@@ -191,6 +215,8 @@ def unflatten_outputs(
             its position in the container (it is first in the tensors).
         size: N, the number of samples.
     """
+    if not all(map(_is_plain, outputs)):
+        outputs = [unsubclassed(output) for output in outputs]
     tree = pytree.tree_unflatten(outputs, structure)
     if not containers.contains(structure, Absent, Opened, Subclassed):
         return tree

@@ -47,7 +47,11 @@ class FirstOrder(OneSample):
         return UnitVectors(lambda seed: graph.pulled_back([y], [seed]), y, self.call)
 
     def forward(self) -> Any:
-        """The Jacobian, computed column by column."""
+        """The Jacobian, computed column by column.
+
+        The function is run for each input. If it draws, it is run once, and the Jacobian is
+        computed row by row: all columns are to be of the same draws.
+        """
         seen: list[Results] = []
         columns: list[list[torch.Tensor]] = []
         aux: list[torch.Tensor] = []
@@ -62,7 +66,11 @@ class FirstOrder(OneSample):
                 seen.append(results)
                 aux = pytree.tree_leaves(results.aux)
                 continue
-            parts = self._forward_vectors(i, seen).run(self.seeding)
+            vectors = self._forward_vectors(i, seen)
+            if vectors.draws and len(self.by.leaves) > 1:
+                logger.info("%s: takes reverse mode, for it draws random numbers", self.call)
+                return self.reverse()
+            parts = vectors.run(self.seeding)
             count = len(seen[-1].leaves)
             pieces = [joined([part[k].movedim(0, -1) for part in parts], -1) for k in range(count)]
             columns.append([j.reshape((*j.shape[:-1], *leaf.shape)) for j in pieces])

@@ -18,22 +18,28 @@ from shardmap.transforms.seeds import UnitVectors
 logger = logging.getLogger("shardmap")
 
 
+class _Drawn(RuntimeError):
+    """The function draws random numbers, and would be run more than once."""
+
+
 class SecondOrder(OneSample):
     """The second derivatives of one sample, in the form that is recorded."""
 
     def hessian(self) -> Any:
         """The second derivatives, computed forward over reverse.
 
-        If an operator has no forward formula, two backward passes are taken.
+        That runs the function for each pair of an input and an output. If it draws, or if an
+        operator has no forward formula, two backward passes are taken of one run.
         """
         graph = Graph(self.func, self.by, self.kwargs, False, self.call)
         try:
             blocks = [
-                self._blocks(y, k, self._tangents_of_gradients(graph))
+                self._blocks(y, k, self._tangents_of_gradients(graph), len(graph.results.leaves))
                 for k, y in enumerate(graph.results.leaves)
             ]
         except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, errors.ShardmapError) or not has_no_formula(error):
+            drawn = isinstance(error, _Drawn)
+            if not drawn and (isinstance(error, errors.ShardmapError) or not has_no_formula(error)):
                 raise
             logger.info(
                 "%s: takes two backward passes, for in forward mode: %s",
@@ -41,14 +47,19 @@ class SecondOrder(OneSample):
                 str(error).partition("\n")[0],
             )
             blocks = [
-                self._blocks(y, k, self._gradients_of_gradients(graph), twice=True)
+                self._blocks(y, k, self._gradients_of_gradients(graph), 1, twice=True)
                 for k, y in enumerate(graph.results.leaves)
             ]
         by_result = [self.by_argument([self.by_argument(row) for row in block]) for block in blocks]
         return pytree.tree_unflatten(by_result, graph.results.structure)
 
     def _blocks(
-        self, y: torch.Tensor, k: int, second: Callable[..., Part], twice: bool = False
+        self,
+        y: torch.Tensor,
+        k: int,
+        second: Callable[..., Part],
+        outputs: int,
+        twice: bool = False,
     ) -> list[list[torch.Tensor]]:
         """Blocks `[*out, *in_i, *in_j]` of one output for each pair of inputs.
 
@@ -57,6 +68,7 @@ class SecondOrder(OneSample):
             k: The output's number.
             second: Takes k, the unit vector of the output, the number of an input and a unit vector
                 of that; returns for each input the second derivatives along both.
+            outputs: Number of outputs.
             twice: True if that unit vector belongs to the first of the two derivatives, which is
                 then the outer dimension.
         """
@@ -67,9 +79,12 @@ class SecondOrder(OneSample):
                 for i, other in enumerate(self.by.leaves):
                     found[i][j] = y.new_zeros((*y.shape, *other.shape, *leaf.shape))
                 continue
-            parts = UnitVectors(
+            vectors = UnitVectors(
                 lambda seed, j=j, leaf=leaf: self._all_rows(y, k, second, j, seed), leaf, self.call
-            ).run(self.seeding)
+            )
+            if vectors.draws and (count > 1 or outputs > 1):
+                raise _Drawn("each run would draw other random numbers")
+            parts = vectors.run(self.seeding)
             for i, other in enumerate(self.by.leaves):
                 pieces = [part[i] for part in parts]  # [vectors, rows, *in]
                 if twice:

@@ -96,13 +96,13 @@ class UnitVectors:
         # Two, and not one, if there are: a dimension of size one would be a special case to
         # kernels.
         batch = edges.collect((self._seeds(0, min(2, self.count)),), {}, 0, None, call)
-        recording, structure = record(core, batch, "error", False, call)
+        recording, structure = record(core, batch, "same", False, call)
         program, self.each_bytes = _looked_at(recording.program)
         recording = dataclasses.replace(recording, program=program)
         options = Options(
             0,
             0,
-            "error",
+            "same",  # a sample's draws are those of all its unit vectors
             None,
             "auto",
             None,
@@ -127,6 +127,11 @@ class UnitVectors:
     def program(self) -> Program:
         """The recorded program of one unit vector."""
         return self.job.recording.program
+
+    @property
+    def draws(self) -> bool:
+        """True if the function draws random numbers."""
+        return bool(self.job.recording.random)
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
         """Compute the results of `core` for one chunk of unit vectors after another.
@@ -167,7 +172,7 @@ def _looked_at(program: Program) -> tuple[Program, int]:
 
 def live_bytes(program: Program) -> int:
     """The peak of live bytes of one sample, counting only values that depend on it."""
-    mapped = mapped_groups(program, "error", False)
+    mapped = mapped_groups(program, "same", False)
     live = live_equations(
         program, {v.group for eq in program.equations for v in written(eq)}, set()
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import types
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,47 +14,40 @@ import shardmap
 from shardmap import errors
 from shardmap.call.reachable import Unknown, reachable
 from tests import oracle
+from tests.call.runs import counting
 
 x = torch.arange(6.0).view(3, 2) + 1
 
 
-def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """`function`, and a list that grows with each call of it.
-
-    Only its method is reached, so that it is no part of what is read.
-    """
-    calls: list[int] = []
-    note = calls.append
-
-    def counting(*args: Any) -> Any:
-        note(1)
-        return function(*args)
-
-    return counting, calls
-
-
 def test_the_function_is_not_run_again() -> None:
     weight = torch.ones(2, requires_grad=True)
-    function, calls = counted(lambda r: r * weight)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return r * weight
+
     mapped = shardmap.vmap(function, trace="once")
-    for size in (3, 2, 3, 1):
-        oracle.assert_same(mapped(x[:size]), x[:size] * weight, "output")
-    assert len(calls) == 3, "first and last sample, and once for batches of one sample"
-    mapped(x.double())
-    assert len(calls) == 5
-    mapped(x.t().contiguous().t())
-    assert len(calls) == 7, "rows with other strides"
-    for _ in range(3):
-        mapped(x)
-    assert len(calls) == 7
+    with counting(function) as calls:
+        for size in (3, 2, 3, 1):
+            oracle.assert_same(mapped(x[:size]), x[:size] * weight, "output")
+        assert calls() == 3, "first and last sample, and once for batches of one sample"
+        mapped(x.double())
+        assert calls() == 5
+        mapped(x.t().contiguous().t())
+        assert calls() == 7, "rows with other strides"
+        for _ in range(3):
+            mapped(x)
+        assert calls() == 7
 
 
 def test_unmapped_arguments_are_bound_at_each_call() -> None:
-    function, calls = counted(lambda r, w: r * w)
+    def function(r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return r * w
+
     mapped = shardmap.vmap(function, (0, None), trace="once")
-    for k in range(3):
-        oracle.assert_same(mapped(x, torch.full((2,), float(k))), x * k, "output")
-    assert len(calls) == 2, "the first and the last sample"
+    with counting(function) as calls:
+        for k in range(3):
+            oracle.assert_same(mapped(x, torch.full((2,), float(k))), x * k, "output")
+    assert calls() == 2, "the first and the last sample"
 
 
 def test_an_argument_that_is_captured_too() -> None:
@@ -87,11 +78,15 @@ def test_an_object_as_argument() -> None:
 
 def test_a_module_as_argument() -> None:
     layer = nn.Linear(2, 2)
-    function, calls = counted(lambda r, m: m(r))
+
+    def function(r: torch.Tensor, m: nn.Module) -> torch.Tensor:
+        return m(r)
+
     mapped = shardmap.vmap(function, (0, None), trace="once")
-    oracle.assert_same(mapped(x, layer), layer(x), "before")
-    mapped(x, layer)
-    assert len(calls) == 2, "the first and the last sample"
+    with counting(function) as calls:
+        oracle.assert_same(mapped(x, layer), layer(x), "before")
+        mapped(x, layer)
+    assert calls() == 2, "the first and the last sample"
     layer.weight = nn.Parameter(torch.ones(2, 2))
     oracle.assert_same(mapped(x, layer), layer(x), "after")
 

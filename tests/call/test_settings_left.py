@@ -51,13 +51,8 @@ def _settings_of_the_tests() -> Iterator[None]:
     reset()
 
 
-@pytest.mark.parametrize(
-    ("trace", "function"),
-    [
-        *[("auto", f) for f in (default_dtype, no_gradients, deterministic, precision)],
-        *[("once", f) for f in (default_dtype, no_gradients, deterministic)],
-    ],
-)
+@pytest.mark.parametrize("trace", ["auto", "once"])
+@pytest.mark.parametrize("function", [default_dtype, no_gradients, deterministic, precision])
 def test_every_call_leaves_the_settings_of_the_loop(
     trace: str, function: Callable[[Tensor], Tensor]
 ) -> None:

@@ -151,3 +151,102 @@ def test_a_class_of_later_calls(options: dict[str, Any]) -> None:
         found = mapped(batch)
         assert type(found) is type(batch)
         assert torch.equal(found.as_subclass(Tensor), loop(function, batch).as_subclass(Tensor))
+
+
+class Refined(Marked):
+    """A subclass of a subclass."""
+
+
+CAPTURED = torch.tensor([1.0, 2.0, 3.0])
+
+
+def plain_with_a_captured_one(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+    return lambda r: (r.as_subclass(Tensor) * held).as_subclass(Tensor)
+
+
+def of_another_class(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+    return lambda r: (r.as_subclass(Tensor) * held).as_subclass(Made)
+
+
+def several_classes(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+
+    def function(r: Tensor) -> Any:
+        product = r * held
+        return {"own": product, "plain": product.as_subclass(Tensor).sin(), "held": held, "n": None}
+
+    return function
+
+
+def written_into(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+
+    def function(r: Tensor) -> Any:
+        found = torch.empty(3)
+        found.copy_((r * held).as_subclass(Tensor))
+        return found
+
+    return function
+
+
+def unmapped(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+    return lambda r: (r * 2, held.as_subclass(Tensor) + 1)
+
+
+def viewed(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    del kind
+    return lambda r: (r.as_subclass(Tensor), r[:2].as_subclass(Tensor))
+
+
+def asked(kind: type[Tensor]) -> Callable[[Tensor], Any]:
+    held = CAPTURED.as_subclass(kind)
+
+    def function(r: Tensor) -> Any:
+        found = r * held if r.sum() > 0 else r - held
+        return found.as_subclass(Tensor)
+
+    return function
+
+
+MAKERS = (
+    plain_with_a_captured_one, of_another_class, several_classes, written_into, unmapped, viewed,
+    asked,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.SlowLoopWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("of_batch", [Tensor, Marked], ids=["plain", "marked"])
+@pytest.mark.parametrize("kind", [Tensor, Marked, Refined, Forgotten, nn.Parameter])
+@pytest.mark.parametrize("make", MAKERS, ids=lambda f: f.__name__)
+def test_the_class_is_that_of_the_functions_result(
+    make: Callable[..., Any], kind: type[Tensor], of_batch: type[Tensor], way: str
+) -> None:
+    """Not that which captured tensors or the batch hand on while a recording is replayed."""
+    function = make(kind)
+    mapped = shardmap.vmap(function, **WAYS[way])
+    for size in (7, 7, 7, 7, 3, 1, 40):
+        batch = torch.randn(size, 3).as_subclass(of_batch)
+        got, of_map = pytree.tree_flatten(mapped(batch))
+        wanted, of_loop = pytree.tree_flatten(loop(function, batch))
+        assert of_map == of_loop
+        for g, w in zip(got, wanted, strict=True):
+            assert type(g) is type(w)
+            if w is not None:
+                assert_same(g.as_subclass(Tensor), w.as_subclass(Tensor), way)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"trace": "once"}])
+def test_the_class_of_samples_of_unequal_shapes(options: dict[str, Any]) -> None:
+    held = torch.tensor(2.0).as_subclass(Marked)
+    rows = [torch.randn(n) for n in (3, 2, 3, 5, 3)]
+    for _ in range(4):
+        listed = shardmap.vmap(lambda r: (r * held).as_subclass(Tensor), ragged="list", **options)
+        assert [type(t) for t in listed(shardmap.Ragged(rows))] == [Tensor] * 5
+        kept = shardmap.vmap(lambda r: r * held, ragged="list", **options)
+        assert [type(t) for t in kept(shardmap.Ragged(rows))] == [Marked] * 5
+        summed = shardmap.vmap(lambda r: (r * held).sum().as_subclass(Tensor), **options)
+        assert type(summed(shardmap.Ragged(rows))) is Tensor

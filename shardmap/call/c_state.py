@@ -1,0 +1,57 @@
+"""What C keeps in objects of python's and numpy's types, where a dict of attributes shows nothing.
+
+Such an object may stay the same one while what it holds is changed: an array's items, what a
+`functools.partial` calls, the names of a dtype's fields.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shardmap.call.kinds import ARRAY_BYTES, CALLABLES, INERT, made_of
+from shardmap.call.lookups import Getter, bytes_of, made_part
+from shardmap.call.reachable import VALUES
+
+REMADE = (functools.partial, classmethod, staticmethod, property)
+"""Callables that can be given something else to call: `__init__` and `__setstate__` do."""
+
+
+@dataclass(slots=True)
+class State:
+    """The state of an object of a type written in C."""
+
+    facts: list[tuple[str, Getter]] = field(default_factory=list)
+    """What must stay as it is: its name, and its look-up."""
+    parts: list[object] = field(default_factory=list)
+    """Objects that are read through this one."""
+    unknown: str = ""
+    """Description of the object if its state cannot be compared; else empty."""
+
+
+def state_of(value: Any, kind: type) -> State | None:
+    """The state of an object of a known type written in C, or of a subclass; None for others."""
+    if issubclass(kind, CALLABLES):
+        parts = made_of(value)
+        facts = range(len(parts)) if issubclass(kind, REMADE) else ()
+        what = f"what a {kind.__name__} calls"
+        return State([(what, made_part(value, number)) for number in facts], [*parts])
+    if issubclass(kind, np.ndarray | np.void):
+        plain = type(value) is np.ndarray or issubclass(kind, np.void)
+        if value.nbytes > ARRAY_BYTES or value.dtype.hasobject or not plain:
+            return State(unknown="a large array")
+        return State([("a numpy array", bytes_of(value))], [value.dtype])
+    if issubclass(kind, bytearray | array.array):
+        return State([("an array", lambda _: bytes(value))])
+    if kind is slice:
+        return State(parts=[value.start, value.stop, value.step])
+    if issubclass(kind, types.GenericAlias | types.UnionType):
+        return State(parts=[*value.__args__])
+    if issubclass(kind, np.dtype):  # python may replace the names of its fields
+        return State([("a dtype", lambda _: repr(value))] if value.names else [])
+    return State() if issubclass(kind, (*VALUES, *INERT)) else None
