@@ -16,7 +16,7 @@ from shardmap.lower.trial import Trial
 from shardmap.program.analysis import written
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
-from shardmap.program.python_state import Reader, State, changed, readers_named, state
+from shardmap.program.python_state import REMOVED, State
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
@@ -231,8 +231,7 @@ class _Context(Protocol):
     count: int
     call: str
     why: str
-    readers: tuple[Reader, ...]
-    state: State
+    state: State | None
     saved_tensors: tuple[torch.Tensor, ...]
 
     def set_materialize_grads(self, value: bool) -> None:
@@ -261,28 +260,14 @@ class _Given(torch.autograd.Function):
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
-        ctx.readers = () if backward is None else readers_named(backward.function)
-        ctx.state = state(ctx.readers)
+        ctx.state = None if backward is None else State(backward.function)
         _, last = _outputs(own, tensors)
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own, saved = ctx.own, ctx.saved_tensors
-        other = changed(ctx.state, ctx.readers)
-        if other:
-            hook = backward_of(own.text).hook
-            who = "a hook" if hook else "the backward of a custom autograd.Function"
-            remedy = (
-                "close over the value instead of what holds it"
-                if hook
-                else "pass it to apply and keep it on ctx"
-            )
-            raise errors.AutogradFunctionError(
-                f"{own.options.call}: {who} reads {other}, which has changed between the map and "
-                "its gradient, and the map has read it when it ran; "
-                f"{remedy}, or take the gradient before"
-            )
+        _refuse_changes(ctx)
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
             grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
@@ -306,6 +291,34 @@ class _Given(torch.autograd.Function):
             "TorchDispatchMode changes; take the derivative inside the mapped function "
             "(torch.func.jvp), or write it with torch operators"
         )
+
+
+def _refuse_changes(ctx: _Context) -> None:
+    """Refuse a gradient in another state than that which its backward has read.
+
+    Raises:
+        AutogradFunctionError: Python state has changed since the map ran.
+    """
+    own, other = ctx.own, ctx.state.changed() if ctx.state is not None else ""
+    if not other:
+        return
+    hook = backward_of(own.text).hook
+    if other is REMOVED:
+        raise errors.AutogradFunctionError(
+            f"{own.options.call}: a hook (register_hook) was removed between the map and its "
+            "gradient, and the map has recorded it; remove it after the gradient, or inside the "
+            "mapped function, or register it on the map's result"
+        )
+    who = "a hook" if hook else "the backward of a custom autograd.Function"
+    remedy = (
+        "close over the value instead of what holds it"
+        if hook
+        else "pass it to apply and keep it on ctx"
+    )
+    raise errors.AutogradFunctionError(
+        f"{own.options.call}: {who} reads {other}, which has changed between the map and its "
+        f"gradient, and the map has read it when it ran; {remedy}, or take the gradient before"
+    )
 
 
 class _GivenOnce(torch.autograd.Function):

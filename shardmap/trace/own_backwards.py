@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch.autograd import graph
+from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
 from shardmap._torch import pytree, sequence_number, without_functions
@@ -92,10 +93,12 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             "which would not call the hook; change the gradient with torch operators"
         )
     for applied in recorder.applied.values():
+        if isinstance(applied.node, HookNode):
+            applied.node.close()
         if not is_torchs(applied.node):
             vars(applied.node).clear()  # python's references to the sample's tensors
-    for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
-        hook.handle.remove()
+    for hook in recorder.hooks:
+        RemovableHandle.remove(hook.handle)
     recorder.applied.clear()
     recorder.hooks.clear()
     return True
@@ -406,7 +409,7 @@ class _Recorded:
         """Keep what reads python state in this backward, by the name that is returned."""
         if isinstance(self.node, HookNode):
             function, functions = None, [hook.function for hook in self.node.hooks]
-            name = name_of(functions[0])
+            name = self.node.name
             given: dict[str, object] = {}
         else:
             function = getattr(type(self.node), "_forward_cls", None)
