@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 
 from shardmap import errors
+from shardmap._torch import functorch
 from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import written
+from shardmap.program.autocast import autocast_state, plain_numerics
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
 from shardmap.program.python_state import REMOVED, State
@@ -163,7 +165,12 @@ class OwnBackward:
         def tried() -> Trial:
             return _trial(program, numbers, inputs, captured, literals)
 
-        with outer_recordings_suspended(), transforms_set_aside(), torch.no_grad():
+        with (
+            outer_recordings_suspended(),
+            transforms_set_aside(),
+            plain_numerics(),
+            torch.no_grad(),
+        ):
             low = self.lowered(
                 program,
                 options,
@@ -175,7 +182,8 @@ class OwnBackward:
             )
         seeds = (0,)  # a backward that draws is refused
         fixed = low.replay.fixed(device, seeds, numbers, captured, literals)
-        outs = low.replay.chunk(size, 0, device, seeds, numbers, fixed, inputs)
+        with plain_numerics():
+            outs = low.replay.chunk(size, 0, device, seeds, numbers, fixed, inputs)
         grads: list[torch.Tensor | None] = []
         for out, v, mapped in zip(outs, low.batched.outputs, self.inputs, strict=True):
             if not self.mapped:
@@ -202,7 +210,7 @@ def _trial(
     literals: list[torch.Tensor],
 ) -> Trial:
     """The trial of a backward on two samples, with the results of the recorded calls."""
-    rows = [element(t).detach() for t in inputs]
+    rows = [_plain(t, v) for t, v in zip(inputs, program.inputs, strict=True)]
     size = min(rows[0].shape[0], 2)
     step = max(rows[0].shape[0] - 1, 1)
     groups = {v.group for eq in program.equations for v in written(eq)}
@@ -222,6 +230,17 @@ def _trial(
     return replace(trial, expected=expected)
 
 
+def _plain(t: torch.Tensor, var: Var) -> torch.Tensor:
+    """The values of a batch without wrappers and history.
+
+    Of what `is_grads_batched=True` wraps, which has no `detach`, a stand-in.
+    """
+    if not functorch.is_legacy_batchedtensor(t):
+        return element(t).detach()
+    values = torch.linspace(0.5, 1.5, t.numel(), device=t.device)
+    return restride(values.view(t.shape).to(t.dtype), var.spec.stride)
+
+
 class _Context(Protocol):
     """The object in which autograd keeps data of one call."""
 
@@ -232,6 +251,7 @@ class _Context(Protocol):
     call: str
     why: str
     state: State | None
+    taken: bool
     saved_tensors: tuple[torch.Tensor, ...]
 
     def set_materialize_grads(self, value: bool) -> None:
@@ -260,14 +280,18 @@ class _Given(torch.autograd.Function):
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
+        ctx.taken = False
         ctx.state = None if backward is None else State(backward.function)
         _, last = _outputs(own, tensors)
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
-        own, saved = ctx.own, ctx.saved_tensors
+        own = ctx.own
         _refuse_changes(ctx)
+        _refuse_a_second(ctx)
+        _refuse_modes(own, [t.device.type for t in cotangents if t is not None])
+        saved = _saved(ctx)
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
             grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
@@ -319,6 +343,81 @@ def _refuse_changes(ctx: _Context) -> None:
         f"{own.options.call}: {who} reads {other}, which has changed between the map and its "
         f"gradient, and the map has read it when it ran; {remedy}, or take the gradient before"
     )
+
+
+def _refuse_a_second(ctx: _Context) -> None:
+    """Refuse a second gradient if the first one's backward has changed what it reads.
+
+    Raises:
+        AutogradFunctionError: It is the second one.
+    """
+    changes = backward_of(ctx.own.text).changes if ctx.own.text != TOO_DEEP else ""
+    if changes and ctx.taken:
+        hook = backward_of(ctx.own.text).hook
+        who = "a hook (register_hook)" if hook else "the backward of a custom autograd.Function"
+        raise errors.AutogradFunctionError(
+            f"{ctx.own.options.call}: {who} changes what it reads ({changes}), so that a second "
+            "gradient of the same results is another one, and the map has recorded the first; call "
+            "the map again for each gradient, or take both inside the mapped function "
+            "(torch.autograd.grad)"
+        )
+    ctx.taken = True
+
+
+def _refuse_modes(own: OwnBackward, kinds: list[str]) -> None:
+    """Refuse a gradient that is taken in another mode than its backward was recorded in.
+
+    Args:
+        own: The backward.
+        kinds: The kinds of device of the cotangents.
+
+    Raises:
+        AutogradFunctionError: The loop's backward would compute something else.
+    """
+    if own.text == TOO_DEEP or not kinds:
+        return
+    backward = backward_of(own.text)
+    who = "a hook" if backward.hook else "the backward of a custom autograd.Function"
+    if backward.plain and torch.is_grad_enabled():
+        raise errors.AutogradFunctionError(
+            f"{own.options.call}: {who} asks torch.is_grad_enabled(), and computes something else "
+            "where its gradient is differentiated again (create_graph=True); let it compute the "
+            "same, or take the gradients inside the mapped function (torch.autograd.grad)"
+        )
+    state = autocast_state(kinds[0])
+    if backward.cast is not None and backward.cast != state:
+        inside = f"under torch.autocast({kinds[0]!r}, dtype={state})"
+        remedy = (
+            "take it outside of torch.autocast, as torch asks to, or decorate the backward with "
+            "torch.amp.custom_bwd"
+            if not backward.cast
+            else f"take it under the map's autocast ({backward.cast}), or let the backward cast "
+            "what it computes with to one dtype"
+        )
+        raise errors.AutogradFunctionError(
+            f"{own.options.call}: the gradient is taken {inside if state else 'without autocast'}, "
+            f"where {who} computes in another precision than the map has recorded; {remedy}"
+        )
+
+
+def _saved(ctx: _Context) -> tuple[torch.Tensor, ...]:
+    """What the backward keeps.
+
+    Raises:
+        AutogradFunctionError: It has been written to since the map ran.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        what = str(error).partition("inplace operation: ")[2].partition(" is at version")[0]
+        raise errors.AutogradFunctionError(
+            f"{ctx.own.options.call}: a hook or the backward of a custom autograd.Function reads a "
+            f"tensor ({what}) that was written in place between the map and its gradient; take the "
+            "gradient before the write, or clone the tensor inside the mapped function and let the "
+            "hook or the backward read the clone"
+        ) from error
 
 
 class _GivenOnce(torch.autograd.Function):

@@ -447,7 +447,11 @@ _WRAPPERS = (
     types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
     functools.cached_property,
 )  # fmt: skip
-_DESCRIPTORS = types.MemberDescriptorType, types.GetSetDescriptorType, types.ClassMethodDescriptorType
+_DESCRIPTORS = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.ClassMethodDescriptorType,
+)
 _COMPARING = frozenset(
     "__repr__ __str__ __format__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__".split()
 )

@@ -8,6 +8,7 @@ whose arguments `own_backwards` finds once the function has returned.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -145,14 +146,25 @@ class HookNode:
     def apply(self, grad: torch.Tensor) -> torch.Tensor:
         """Pass a gradient through the hooks."""
         for hook in self.hooks:
-            changed = hook.function(grad)
-            grad = grad if changed is None else changed
+            if hook.is_active:  # else it has removed itself
+                changed = hook.function(grad)
+                grad = grad if changed is None else changed
         return grad
 
 
 def is_function(node: object) -> bool:
     """True if a node of autograd's graph is that of a Function written in python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def described(node: object) -> str:
+    """A node's name for messages."""
+    if isinstance(node, HookNode):
+        return "a hook (register_hook)"
+    if is_torchs(node):
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        return f"{name}, whose result a TorchDispatchMode inside the function changes,"
+    return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
 
 
 def is_torchs(node: object) -> bool:
