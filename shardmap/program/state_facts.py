@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
@@ -63,23 +64,25 @@ class Names(NamedTuple):
 def names_in(code: types.CodeType) -> Names:
     """The names that a code object and the code inside of it spell out."""
     globals_, attributes = set(), set()
-    dynamic = whole = asks = False
+    dynamic = whole = asks = named = False
     for step in dis.get_instructions(code):
         name = step.argval
         whole |= step.opname in _TEXTS or step.opname.startswith("LOAD_") and name in _OF_TEXTS
         whole |= step.opname == "COMPARE_OP" and "=" in str(name)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             globals_.add(name)
-            asks |= name in ("getattr", "hasattr")
+            asks, named = asks or name in ("getattr", "hasattr"), False
             dynamic |= name in _DYNAMIC
         elif step.opname.endswith(("_ATTR", "_METHOD")) or step.opname == "IMPORT_FROM":
             attributes.add(name)
             dynamic |= name in _DYNAMIC
-        elif step.opname == "LOAD_CONST" and isinstance(name, str):
+        elif step.opname == "LOAD_CONST":
+            named |= isinstance(name, str)
+        elif step.opname.startswith("CALL"):
+            dynamic |= asks and not named
             asks = False
-        elif step.opname.startswith("CALL") or step.opname in _TEXTS:
-            dynamic |= asks
-            asks = False
+        elif step.opname.startswith(("BINARY_", "BUILD_", "FORMAT_")):
+            named = False  # a name that is computed
         dynamic |= step.opname == "MATCH_CLASS"
     found = Names(frozenset(globals_), frozenset(attributes), dynamic, whole)
     for constant in code.co_consts:
@@ -257,11 +260,13 @@ class Walk:
             self._items(path, value)
         elif isinstance(value, contextvars.ContextVar):
             self.walk(f"{path}.get()", value.get(None))
+        elif isinstance(value, RemovableHandle):
+            self.facts[path] = Itself(value)
         elif isinstance(value, random.Random):
             self.facts[path] = ("random", "a state", hash(value.getstate()))
         elif isinstance(value, np.random.Generator | np.random.RandomState):
-            bits = value.bit_generator if isinstance(value, np.random.Generator) else value
-            state = bits.state if isinstance(value, np.random.Generator) else value.get_state()
+            own = isinstance(value, np.random.Generator)
+            state = value.bit_generator.state if own else value.get_state()
             self.facts[path] = ("random", "a state", _digest(repr(state).encode()))
         elif isinstance(value, itertools.count | itertools.repeat):
             self.facts[path] = (kind, repr(value))
@@ -333,10 +338,14 @@ class Walk:
 
     def _object(self, path: str, value: object, kind: type) -> None:
         self.facts[f"class of {path}"] = Itself(kind)
+        if str(kind.__module__).partition(".")[0] in _ASIDE:
+            self.facts[path] = Itself(value)
+            return
         places = list(_own(value))
         everything = self.names.dynamic or (is_library(kind.__module__) and kind not in _BY_NAME)
         for place in places:
-            for name in sorted(place if everything else self.names.attributes & place.keys()):
+            wanted = place.keys() if everything else self.names.attributes & place.keys()
+            for name in sorted(wanted, key=str):
                 if not (everything and name in _CACHES):
                     self.walk(f"{path}.{name}", place[name])
         slots = {
@@ -360,7 +369,8 @@ class Walk:
             kind: The class.
             called: True if objects of it may be made.
         """
-        for base in (*kind.__mro__, *(type(kind).__mro__ if type(kind) is not type else ())):
+        meta = () if type(kind) is type else type(kind).mro(type(kind))
+        for base in (*kind.__mro__, *meta):
             if is_library(base.__module__):
                 continue
             of = f"{path}." if base is kind else f"{path}.{base.__name__}."  # super() reads those
@@ -404,7 +414,8 @@ def defaults_of(function: types.FunctionType) -> dict[str, object]:
 def _own(value: object) -> Iterator[Mapping[str, Any]]:
     """The dictionaries of an object's own attributes."""
     try:
-        own = object.__getattribute__(value, "__dict__")
+        local = isinstance(value, threading.local)  # has one in each thread
+        own = value.__dict__ if local else object.__getattribute__(value, "__dict__")
     except AttributeError:
         return
     if isinstance(own, Mapping):
@@ -438,6 +449,10 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+_ASIDE = frozenset(
+    "logging warnings queue io pathlib re asyncio concurrent multiprocessing".split()
+)
+"""Modules whose objects keep caches and streams, which do not matter."""
 _BY_NAME = types.SimpleNamespace, argparse.Namespace, threading.local, object
 """Classes of python's library whose objects are read by the user's names alone."""
 _SIMPLE: Set[type] = frozenset((bool, int, float, complex, str, bytes, type(None)))

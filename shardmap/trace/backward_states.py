@@ -85,7 +85,9 @@ class Watched:
                 found |= {f"{name}\0{number}": fact for name, fact in reader.facts([]).items()}
             node = self.applied.node
             if isinstance(node, HookNode):
-                found |= {f"hook {k}": hook.is_active for k, hook in enumerate(node.hooks)}
+                found |= {
+                    f"its registration\0{k}": hook.is_active for k, hook in enumerate(node.hooks)
+                }
             elif self._readers:
                 found |= {f"ctx.{key}": _fact(value) for key, value in vars(node).items()}
         self._moments.append(found)
@@ -95,7 +97,8 @@ class Watched:
         first, last = self._moments[0], self._moments[-1]
         for name in sorted(first.keys() | last.keys()):
             if name not in last or first.get(name) != last[name]:
-                return name.partition("\0")[0]
+                # Keys may be other ones in each recording, whose programs must be the same.
+                return name.partition("\0")[0].partition("[")[0]
         return ""
 
     def changed_by_others(self) -> bool:
@@ -129,10 +132,12 @@ class Watched:
         """True if the backward makes the same calls when it is run again."""
         recorder = self.recorder
         marks = len(recorder.literals), len(recorder.scalars), len(recorder.types)
+        raised = recorder.raised
         try:
             again = run(differentiated)
             return self.calls is not None and same_calls(recorder, self.calls, again)
         except errors.AutogradFunctionError:
+            recorder.raised = raised
             return False  # it cannot be run twice: its graph is freed, say
         finally:
             del recorder.literals[marks[0] :], recorder.scalars[marks[1] :]

@@ -14,7 +14,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch.amp import autocast_mode
-from torch.autograd import graph
 from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
@@ -27,8 +26,9 @@ from shardmap.trace.backward_calls import Calls
 from shardmap.trace.backward_states import Watched, keep_readers, same_calls
 from shardmap.trace.cotangents import REMEDY, cotangents, missing
 from shardmap.trace.escapes import Doors
-from shardmap.trace.histories import Applied, Hook, HookNode, described, is_function, is_torchs
+from shardmap.trace.histories import Applied, HookNode, described, is_function, is_torchs
 from shardmap.trace.node_hooks import (
+    hooks_before,
     nodes_before,
     refuse_changes_by_modes,
     refuse_hidden_backwards,
@@ -77,7 +77,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             "and an output that requires grad, and its result is not that of an operator in its "
             f"forward, so that its backward cannot be followed; {REMEDY}"
         )
-    hooks = _hooks(recorder, {id(node) for node in found})
+    hooks = hooks_before(recorder, {id(node) for node in found})
     outer = {v.group for v in map(recorder.known, inside) if v is not None}
     reached: list[object] = [*found, *[recorder.put_hooks(of_one, outer) for of_one in hooks]]
     count = len(recorder.hooks)
@@ -126,30 +126,6 @@ def _saves_its_result(recorder: Recorder, node: object) -> bool:
         return text in (NO_EFFECT, TOO_DEEP) or bool(backward_of(text).saved)
     names = [name for name in dir(type(node)) if name.startswith("_saved_result")]
     return bool(names) and type(node).__name__ != "ReluBackward0"
-
-
-def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
-    """The hooks that outer gradients must call, grouped by tensor."""
-    found: dict[tuple[int, int], list[Hook]] = {}
-    for hook in recorder.hooks:
-        if not hook.is_active:
-            continue
-        if hook.var.index in recorder.captured:
-            raise errors.AutogradFunctionError(
-                f"{recorder.call}: register_hook on a tensor of shape {hook.var.spec.shape} that "
-                "all samples share, which the loop would give a hook for each sample; register "
-                "it once, outside of the mapped function"
-            )
-        if id(hook.node) in reached:
-            if getattr(hook.function, "__globals__", None) is vars(graph):
-                raise errors.AutogradFunctionError(
-                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
-                    "grad, which gradients from outside would not call; take the gradients inside "
-                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
-                    "one with Tensor.register_hook"
-                )
-            found.setdefault((id(hook.node), hook.number), []).append(hook)
-    return list(found.values())
 
 
 def _run_again(recorder: Recorder, watched: Watched) -> None:
@@ -275,13 +251,14 @@ class _Recorded:
         """
         node = self.node
         kind = torch.device(next(iter(self.applied.pairs.values()))[0].spec.device).type
-        state = autocast_state(kind)
+        state, raised = autocast_state(kind), self.recorder.raised
         try:
             with plain_numerics():
                 ran = self.run(inputs, True)
         except errors.AutogradFunctionError:
             if not state:
                 raise
+            self.recorder.raised = raised
             return self.run(inputs, True), state  # what its forward has cast meets what is not
         if is_cast_free(ran.calls.equations):
             return ran, None
