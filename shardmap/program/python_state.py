@@ -11,20 +11,19 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import cast
 
 import torch
 
 from shardmap._threads import fork_safe_lock
+from shardmap.program.code_names import Names, names_in
 from shardmap.program.state_facts import (
     VALUES,
-    Names,
     Walk,
     cells_of,
     defaults_of,
     is_library,
-    names_in,
     text_of,
 )
 
@@ -70,25 +69,41 @@ class Reader:
         self.scope = function.__globals__
         self.roots = roots
         self.fixed = fixed
-        self.names = self._names()
+        self.ran: Set[types.CodeType] | None = frozenset()
+        """Methods that have run though no name leads to them; None for all that there are."""
+        self.unnamed: set[types.CodeType] = set()
+        """Methods that python may call, though no name leads to them."""
+        self.names = self.first = self._names()
+        self.first_unnamed = self.unnamed
+
+    def follow(self, ran: Set[types.CodeType] | None) -> None:
+        """Read what methods read that no name leads to.
+
+        Args:
+            ran: The code that ran while the backward was recorded; None if it is not known.
+        """
+        if self.unnamed:
+            self.ran = ran
+            self.names = self._names()
 
     def _names(self) -> Names:
         """The names that the code spells out, and the functions that it calls by them."""
         names, known = names_in(self.code), {self.code}
         while True:
-            walk = self._walk(names, [])
+            walk = self._walk(names, self.ran, [])
             new = walk.codes - known
             if not new:
+                self.unnamed = walk.unnamed
                 return names
             known |= new
             names = functools.reduce(Names.and_of, map(names_in, new), names)
 
-    def _walk(self, names: Names, held: list[object]) -> Walk:
+    def _walk(self, names: Names, ran: Set[types.CodeType] | None, held: list[object]) -> Walk:
         found, function = {name: get() for name, get in self.roots.items()}, self.function()
         if function is not None:  # it may have been given other ones
             now = defaults_of(function) | cells_of(function)
             found |= {name: value for name, value in now.items() if name not in self.fixed}
-        walk = Walk(names)
+        walk = Walk(names, ran)
         for name, value in found.items():
             own = name.removeprefix(CONTEXT)
             if value is not None and (own == name or names.dynamic or own in names.attributes):
@@ -105,7 +120,11 @@ class Reader:
         Args:
             held: Takes the objects that must live as long as the facts are to be compared.
         """
-        return self._walk(self.names, held).facts
+        return self._walk(self.names, self.ran, held).facts
+
+    def first_facts(self) -> dict[str, object]:
+        """Those that were known before any code had run."""
+        return self._walk(self.first, frozenset(), []).facts
 
     def is_gone(self) -> bool:
         """True if its Function's class is no more, so that nothing can change it."""
@@ -119,15 +138,20 @@ class Reader:
         return getattr(function, "__code__", None) is self.code
 
     def same_objects(self, other: Reader) -> bool:
-        """True if the other reads the same objects by the same names."""
+        """True if the other, a later one, reads the same objects by the same names."""
         return (
             self.code == other.code
             and self.owner == other.owner
             and self.scope is other.scope
-            and (not self.function() or not other.function() or self.function is other.function)
+            and self._same_defaults(other)
             and self.roots.keys() == other.roots.keys()
-            and all(_held(get) is _held(other.roots[name]) for name, get in self.roots.items())
+            and all(_same_root(get, other.roots[name]) for name, get in self.roots.items())
         )
+
+    def _same_defaults(self, other: Reader) -> bool:
+        """True if no defaults of one function can change that are not the other's."""
+        mine, its = self.function(), other.function()
+        return not mine or not its or mine is its or not (defaults_of(mine) or defaults_of(its))
 
 
 def reader_of(
@@ -213,9 +237,19 @@ def _weakly(
         return functools.partial(_same, value)
 
 
-def _held(get: Callable[[], object]) -> object:
-    """What a root refers to: the variable, or the object."""
-    return get.args[0] if isinstance(get, functools.partial) else get()
+def _same_root(get: Callable[[], object], later: Callable[[], object]) -> bool:
+    """True if two roots are the same variable or object."""
+    a, b = [g.args[0] if isinstance(g, functools.partial) else g() for g in (get, later)]
+    if type(a) is not types.CellType or type(b) is not types.CellType or a is b:
+        return a is b
+    if sys.getrefcount(a) > _HELD_HERE:
+        return False
+    value = _contents(a)  # of a call that has ended: nothing can bind the variable anew
+    return isinstance(value, VALUES) or value is _contents(b)
+
+
+_HELD_HERE = 3
+"""References to a variable that only a root holds, seen by `_same_root`."""
 
 
 def _same(value: object) -> object:
@@ -244,7 +278,15 @@ def keep(name: str, reader: Reader) -> None:
 def readers_named(name: str) -> tuple[Reader, ...]:
     """The readers that were kept by a name, without those of backwards that were replaced."""
     with _lock:
-        found = tuple(_readers.get(name, ()))
+        found = _readers.get(name, [])
+        if len(found) > 1:  # functions that a recording has made are gone now
+            later = [found[k + 1 :] for k in range(len(found))]
+            found[:] = [
+                reader
+                for reader, rest in zip(found, later, strict=True)
+                if not any(map(reader.same_objects, rest))
+            ]
+        found = tuple(found)
     return tuple([reader for reader in found if reader.is_current()])
 
 

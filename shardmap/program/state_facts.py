@@ -10,7 +10,6 @@ import argparse
 import array
 import collections
 import contextvars
-import dis
 import enum
 import functools
 import hashlib
@@ -21,12 +20,13 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
+
+from shardmap.program.code_names import Names, names_in
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
@@ -37,67 +37,6 @@ _MOST = 20_000
 """Largest number of facts that are compared."""
 _FEW = 64
 """Length of a container from which on plain values are compared as one text."""
-
-
-class Names(NamedTuple):
-    """The names that code spells out."""
-
-    globals: frozenset[str]
-    attributes: frozenset[str]
-    """Attributes, and texts by which `getattr` may look them up."""
-    dynamic: bool
-    """True if it reads attributes by names that it computes."""
-    whole: bool
-    """True if it makes texts of objects, or compares them, which may read all attributes."""
-
-    def and_of(self, other: Names) -> Names:
-        """The names that either of two pieces of code spells out."""
-        return Names(
-            self.globals | other.globals,
-            self.attributes | other.attributes,
-            self.dynamic or other.dynamic,
-            self.whole or other.whole,
-        )
-
-
-@functools.lru_cache(4096)
-def names_in(code: types.CodeType) -> Names:
-    """The names that a code object and the code inside of it spell out."""
-    globals_, attributes = set(), set()
-    dynamic = whole = asks = named = False
-    for step in dis.get_instructions(code):
-        name = step.argval
-        whole |= step.opname in _TEXTS or step.opname.startswith("LOAD_") and name in _OF_TEXTS
-        whole |= step.opname == "COMPARE_OP" and "=" in str(name)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            globals_.add(name)
-            asks, named = asks or name in ("getattr", "hasattr"), False
-            dynamic |= name in _DYNAMIC
-        elif step.opname.endswith(("_ATTR", "_METHOD")) or step.opname == "IMPORT_FROM":
-            attributes.add(name)
-            dynamic |= name in _DYNAMIC
-        elif step.opname == "LOAD_CONST":
-            named |= isinstance(name, str)
-        elif step.opname.startswith("CALL"):
-            dynamic |= asks and not named
-            asks = False
-        elif step.opname.startswith(("BINARY_", "BUILD_", "FORMAT_")):
-            named = False  # a name that is computed
-        dynamic |= step.opname == "MATCH_CLASS"
-    found = Names(frozenset(globals_), frozenset(attributes), dynamic, whole)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found = found.and_of(names_in(constant))
-        texts = constant if isinstance(constant, tuple) else (constant,)
-        words = {part for t in texts if isinstance(t, str) for part in t.split(".")}
-        texts = frozenset(filter(str.isidentifier, words))
-        found = found._replace(attributes=found.attributes | texts)
-    return found
-
-
-_DYNAMIC = frozenset("vars dir attrgetter __dict__ getattr_static getmembers asdict".split())
-_TEXTS = frozenset("FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC CONTAINS_OP BUILD_STRING".split())
-_OF_TEXTS = frozenset("str repr ascii format print hash __eq__ __repr__ index count".split())
 
 
 @functools.lru_cache(4096)
@@ -198,10 +137,14 @@ class Walk:
 
     Args:
         names: The names that the code spells out, with those of functions that it calls.
+        ran: Methods that have run though no name leads to them; None for all that there are.
     """
 
-    def __init__(self, names: Names):
+    def __init__(self, names: Names, ran: Set[types.CodeType] | None = frozenset()):
         self.names = names
+        self.ran = ran
+        self.unnamed: set[types.CodeType] = set()
+        """Methods of the objects' classes that python may call and that have not run."""
         self.facts: dict[str, object] = {}
         """The facts, by the way to what they are about."""
         self.codes: set[types.CodeType] = set()
@@ -220,7 +163,7 @@ class Walk:
         for ask in _questions(self.names):
             self.facts[f"torch.{ask.__name__}()"] = ("setting", str(ask()))
 
-    def walk(self, path: str, value: Any) -> None:
+    def walk(self, path: str, value: object) -> None:
         """Walk from one object."""
         if len(self.facts) > _MOST:
             self.facts["more than can be compared"] = Incomparable(f"over {_MOST:,} values")
@@ -236,7 +179,7 @@ class Walk:
             self._seen[id(value)] = value, path
             self._follow(path, value, kind)
 
-    def _follow(self, path: str, value: Any, kind: type) -> None:
+    def _follow(self, path: str, value: object, kind: type) -> None:
         if isinstance(value, torch.Tensor):
             self._tensor(path, value)
         elif isinstance(value, types.FunctionType):
@@ -310,7 +253,7 @@ class Walk:
             for name in sorted(self.names.attributes & own.keys()):
                 self.walk(f"{path}.{name}", own[name])
 
-    def _mapping(self, path: str, value: Mapping[Any, Any]) -> None:
+    def _mapping(self, path: str, value: Mapping[object, object]) -> None:
         kind = type(value)
         if not is_library(kind.__module__):
             self._object(path, value, kind)
@@ -324,7 +267,7 @@ class Walk:
             held = dict.__getitem__(value, key) if isinstance(value, dict) else value[key]
             self.walk(f"{path}[{text}]", held)
 
-    def _items(self, path: str, value: Any) -> None:
+    def _items(self, path: str, value: Collection[object]) -> None:
         kind = type(value)
         if kind.__module__ not in ("builtins", "collections", "torch"):
             self._object(path, value, kind)  # a subclass has attributes, a named tuple methods
@@ -348,13 +291,8 @@ class Walk:
             for name in sorted(wanted, key=str):
                 if not (everything and name in _CACHES):
                     self.walk(f"{path}.{name}", place[name])
-        slots = {
-            name: slot
-            for base in kind.__mro__
-            for name, slot in vars(base).items()
-            if isinstance(slot, types.MemberDescriptorType) and kind.__module__ != "builtins"
-        }
-        for name in sorted(slots if everything else self.names.attributes & slots.keys()):
+        slots = set(_slots(kind))
+        for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):
                 self.walk(f"{path}.{name}", getattr(value, name, None))
         if not places and not slots:
@@ -362,7 +300,7 @@ class Walk:
         self._class(path, kind, False)
 
     def _class(self, path: str, kind: type, called: bool) -> None:
-        """Walk from the attributes of a class, and from methods that python calls unnamed.
+        """Walk from the attributes of a class, and from methods that have run unnamed.
 
         Args:
             path: The way to the class, or to an object of the class.
@@ -375,19 +313,17 @@ class Walk:
                 continue
             of = f"{path}." if base is kind else f"{path}.{base.__name__}."  # super() reads those
             for name, value in list(vars(base).items()):
-                unnamed = name.startswith("__") and _is_method(value)
+                if isinstance(value, _DESCRIPTORS):
+                    continue
                 wanted = name in self.names.attributes
-                if unnamed:
-                    wanted |= name not in _NOT_CALLED
-                    wanted |= self.names.whole and name in _COMPARING
-                    wanted |= called and name in ("__init__", "__new__", "__post_init__")
-                elif name == "forward" and issubclass(kind, torch.nn.Module):
-                    wanted |= path != "self"  # which its own method need not call
-                elif issubclass(kind, torch.autograd.Function):
-                    wanted |= called and name in ("forward", "setup_context", "backward")
-                elif self.names.dynamic:
-                    wanted |= not name.startswith("__")
-                if wanted and not isinstance(value, _DESCRIPTORS):
+                code = getattr(getattr(value, "__func__", value), "__code__", None)
+                if code is None:
+                    wanted |= self.names.dynamic and not name.startswith("__")
+                elif self.ran is None or code in self.ran:
+                    wanted = True
+                elif not wanted and (called or name not in _MAKING):
+                    self.unnamed.add(code)
+                if wanted:
                     self.walk(f"{of}{name}", value)
 
 
@@ -411,7 +347,7 @@ def defaults_of(function: types.FunctionType) -> dict[str, object]:
     return found | (function.__kwdefaults__ or {})
 
 
-def _own(value: object) -> Iterator[Mapping[str, Any]]:
+def _own(value: object) -> Iterator[Mapping[str, object]]:
     """The dictionaries of an object's own attributes."""
     try:
         local = isinstance(value, threading.local)  # has one in each thread
@@ -425,12 +361,16 @@ def _own(value: object) -> Iterator[Mapping[str, Any]]:
                 yield own.get(kind, {})
 
 
-def _is_method(value: object) -> bool:
-    value = getattr(value, "__func__", value)
-    return isinstance(value, types.FunctionType | property)
+def _slots(kind: type) -> Iterator[str]:
+    """The names of the attributes that objects of a class have beside their dictionary."""
+    for base in kind.__mro__:
+        own = vars(base).get("__slots__", ())
+        for name in (own,) if isinstance(own, str) else own:
+            private = name.startswith("__") and not name.endswith("__")
+            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
 
 
-def _parts(value: Any) -> tuple[object, ...]:
+def _parts(value: object) -> tuple[object, ...]:
     """What a callable other than a function is made of."""
     if isinstance(value, functools.partial):
         return value.func, *value.args, dict(value.keywords)
@@ -442,7 +382,7 @@ def _parts(value: Any) -> tuple[object, ...]:
         return (value(),)
     if isinstance(value, functools.cached_property):
         return (value.func,)
-    return (value.__func__,)
+    return (getattr(value, "__func__", None),)
 
 
 def _digest(data: bytes) -> bytes:
@@ -467,13 +407,6 @@ _DESCRIPTORS = (
     types.GetSetDescriptorType,
     types.ClassMethodDescriptorType,
 )
-_COMPARING = frozenset(
-    "__repr__ __str__ __format__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__".split()
-)
-_NOT_CALLED = _COMPARING | frozenset(
-    "__init__ __new__ __post_init__ __init_subclass__ __class_getitem__ __del__ __reduce__ "
-    "__reduce_ex__ __getstate__ __setstate__ __copy__ __deepcopy__ __dir__ __sizeof__ "
-    "__replace__".split()
-)
-"""Methods that python calls where code spells them out, or compares, or makes objects."""
+_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __class_getitem__".split())
+"""Methods that run where objects are made."""
 _CACHES = frozenset(("_is_full_backward_hook", "_non_persistent_buffers_set"))

@@ -7,8 +7,10 @@ its calls are compared.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from shardmap.trace.recorder import Recorder
 from shardmap.trace.repeat import alike
 
 
-def readers_of(recorder: Recorder, node: Any) -> tuple[str, list[Reader]]:
+def readers_of(recorder: Recorder, node: object) -> tuple[str, list[Reader]]:
     """What reads python state in a backward, and the name by which it is kept; empty if nothing."""
 
     def is_sample(tensor: torch.Tensor) -> bool:
@@ -44,12 +46,31 @@ def readers_of(recorder: Recorder, node: Any) -> tuple[str, list[Reader]]:
     return name, [reader for reader in found if reader is not None]
 
 
-def keep_readers(recorder: Recorder, node: object) -> str:
-    """Keep what reads python state in a backward, by the name that is returned."""
-    name, readers = readers_of(recorder, node)
-    for reader in readers:
-        keep(name, reader)
-    return name
+class Ran:
+    """The code that ran in this thread while it was entered."""
+
+    def __init__(self) -> None:
+        self.codes: set[types.CodeType] | None = set()
+        """The code; None where a profiler of C hides it."""
+        self._outer: Callable[..., object] | None = None
+
+    def __enter__(self) -> None:
+        self._outer = sys.getprofile()
+        if self._outer is not None and not callable(self._outer):
+            self.codes = None
+        else:
+            sys.setprofile(self)
+
+    def __exit__(self, *_: object) -> None:
+        if self.codes is not None:
+            sys.setprofile(self._outer)
+
+    def __call__(self, frame: types.FrameType, event: str, arg: object) -> None:
+        """Note one event; called by python."""
+        if self._outer is not None:
+            self._outer(frame, event, arg)
+        if event == "call" and self.codes is not None:
+            self.codes.add(frame.f_code)
 
 
 class Watched:
@@ -67,27 +88,39 @@ class Watched:
         """The calls of the backward, once they are recorded."""
         self._moments: list[dict[str, object]] = []
         with without_functions():
-            _, self._readers = ("", []) if is_torchs(applied.node) else self._found()
-        self.asks_for_mode = any(
-            "is_grad_enabled" in reader.names.attributes | reader.names.globals
-            for reader in self._readers
-        )
-        self.look()
+            found = "", list[Reader]()
+            if not is_torchs(applied.node):
+                found = readers_of(recorder, applied.node)
+        self.name, self._readers = found
+        self.ran = Ran() if any(reader.unnamed for reader in self._readers) else None
+        """Notes the code that runs, if methods may run that no name leads to."""
+        self.asks_for_mode = False
 
-    def _found(self) -> tuple[str, list[Reader]]:
-        return readers_of(self.recorder, self.applied.node)
+    def keep(self) -> str:
+        """Keep what reads python state in the backward, by the name that is returned."""
+        for reader in self._readers:
+            if self.ran is not None:
+                reader.follow(self.ran.codes)
+            keep(self.name, reader)
+            named = reader.names.attributes | reader.names.globals
+            self.asks_for_mode |= "is_grad_enabled" in named
+        return self.name
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the backward runs."""
+        return self.ran if self.ran is not None else contextlib.nullcontext()
 
     def look(self) -> None:
         """Note what the backward reads at this moment."""
         found: dict[str, object] = {}
         with without_functions():
             for number, reader in enumerate(self._readers):
-                found |= {f"{name}\0{number}": fact for name, fact in reader.facts([]).items()}
+                facts = reader.first_facts()
+                found |= {f"{name}\0{number}": fact for name, fact in facts.items()}
             node = self.applied.node
             if isinstance(node, HookNode):
-                found |= {
-                    f"its registration\0{k}": hook.is_active for k, hook in enumerate(node.hooks)
-                }
+                for number, hook in enumerate(node.hooks):
+                    found[f"its registration\0{number}"] = hook.is_active
             elif self._readers:
                 found |= {f"ctx.{key}": _fact(value) for key, value in vars(node).items()}
         self._moments.append(found)
@@ -99,7 +132,10 @@ class Watched:
             if name not in last or first.get(name) != last[name]:
                 # Keys may be other ones in each recording, whose programs must be the same.
                 return name.partition("\0")[0].partition("[")[0]
-        return ""
+        ran = self.ran and self.ran.codes
+        if ran is None or all(ran.isdisjoint(reader.first_unnamed) for reader in self._readers):
+            return ""
+        return "what methods of its objects read"
 
     def changed_by_others(self) -> bool:
         """True if not all changes are the work of the backward's own run."""
@@ -191,7 +227,7 @@ class _Same:
             self.names |= {y.index: x.index for x, y in pairs}
         return all(map(self._alike, first.outs, again.outs))
 
-    def _alike(self, a: Any, b: Any) -> bool:
+    def _alike(self, a: object, b: object) -> bool:
         if type(a) is Var and type(b) is Var:
             if a.index in self.literals and b.index in self.literals:
                 return same_values(self.literals[a.index], self.literals[b.index])

@@ -23,7 +23,7 @@ from shardmap.program.autocast import autocast_state, is_cast_free, plain_numeri
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
 from shardmap.trace.backward_calls import Calls
-from shardmap.trace.backward_states import Watched, keep_readers, same_calls
+from shardmap.trace.backward_states import Watched, same_calls
 from shardmap.trace.cotangents import REMEDY, cotangents, missing
 from shardmap.trace.escapes import Doors
 from shardmap.trace.histories import Applied, HookNode, described, is_function, is_torchs
@@ -81,10 +81,14 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     outer = {v.group for v in map(recorder.known, inside) if v is not None}
     reached: list[object] = [*found, *[recorder.put_hooks(of_one, outer) for of_one in hooks]]
     count = len(recorder.hooks)
-    nodes = {id(node) for node in reached}
+    reached_nodes = {id(node) for node in reached}
     watched = {
-        id(a): Watched(recorder, a) for a in recorder.applied.values() if id(a.node) in nodes
+        id(applied): Watched(recorder, applied)
+        for applied in recorder.applied.values()
+        if id(applied.node) in reached_nodes
     }
+    for each in watched.values():
+        each.look()
     try:
         with doors, recorder:
             _fill(recorder, reached, 0, 0, watched)
@@ -133,7 +137,7 @@ def _run_again(recorder: Recorder, watched: Watched) -> None:
     applied = watched.applied
 
     def run(differentiated: bool) -> Calls:
-        again = _Recorded(recorder, applied, 0)
+        again = _Recorded(recorder, applied, 0, watched)
         with plain_numerics():
             return again.run(_inputs(recorder, applied), differentiated).calls
 
@@ -142,7 +146,7 @@ def _run_again(recorder: Recorder, watched: Watched) -> None:
     if changes:
         _amend(recorder, applied, recorder.equations[applied.position], changes=changes)
     if watched.asks_for_mode and not watched.same_again(run, False):
-        plain = _Recorded(recorder, applied, 0)
+        plain = _Recorded(recorder, applied, 0, watched)
         with plain_numerics():
             ran = plain.run(_inputs(recorder, applied), False)
         eq = plain.put_together(ran, None if is_cast_free(ran.calls.equations) else "")
@@ -177,8 +181,9 @@ def _fill(
                 (given, values, (), (), TOO_DEEP), flags
             )
         else:
-            recorded = _Recorded(recorder, applied, depth)
-            recorder.equations[applied.position] = recorded.equation(watched.get(id(applied)))
+            each = watched.get(id(applied)) or Watched(recorder, applied)
+            recorded = _Recorded(recorder, applied, depth, each)
+            recorder.equations[applied.position] = recorded.equation()
 
 
 def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
@@ -220,26 +225,20 @@ class _Run(NamedTuple):
 class _Recorded:
     """The backward of one application of a Function, run and recorded."""
 
-    def __init__(self, recorder: Recorder, applied: Applied, depth: int):
+    def __init__(self, recorder: Recorder, applied: Applied, depth: int, watched: Watched):
         self.recorder = recorder
+        self.watched = watched
         self.applied = applied
         self.node = applied.node
         self.depth = depth
         self.start = len(recorder.equations)
 
-    def equation(self, watched: Watched | None) -> Equation:
-        """Make the equation of the application.
-
-        Args:
-            watched: Told what the backward reads before and after it is run.
-        """
-        inputs = _inputs(self.recorder, self.applied)
-        if watched is not None:
-            watched.look()
-        ran, only = self._under_autocast(inputs)
-        if watched is not None:
-            watched.look()
-            watched.calls = ran.calls
+    def equation(self) -> Equation:
+        """Make the equation of the application."""
+        self.watched.look()
+        ran, only = self._under_autocast(_inputs(self.recorder, self.applied))
+        self.watched.look()
+        self.watched.calls = ran.calls
         return self.put_together(ran, only)
 
     def _under_autocast(self, inputs: list[Var | None]) -> tuple[_Run, str | None]:
@@ -284,7 +283,7 @@ class _Recorded:
         expected, recorder.expected = recorder.expected, None
         try:
             with torch.set_grad_enabled(differentiated):
-                with recorder.watch or contextlib.nullcontext():
+                with recorder.watch or contextlib.nullcontext(), self.watched.running():
                     returned = (cast(Callable, node) if is_torchs(node) else node.apply)(*given)
                 wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
@@ -384,7 +383,7 @@ class _Recorded:
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        name = keep_readers(recorder, self.node)
+        name = self.watched.keep()
         backward = Backward(
             program, len(found.cotangents), saved, once, hook, ran.materialised, name, "", only
         )
