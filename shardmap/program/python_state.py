@@ -67,7 +67,7 @@ class Reader:
         self.function = weakref.ref(function)
         self.code = function.__code__
         self.scope = function.__globals__
-        self.roots = roots
+        self.roots = dict(roots)
         self.fixed = fixed
         self.ran: Set[types.CodeType] | None = frozenset()
         """Methods that have run though no name leads to them; None for all that there are."""
@@ -125,6 +125,11 @@ class Reader:
     def first_facts(self) -> dict[str, object]:
         """Those that were known before any code had run."""
         return self._walk(self.first, frozenset(), []).facts
+
+    def loosen(self) -> None:
+        """Hold no variable of the recorded call, once it has ended."""
+        for name, get in self.roots.items():
+            self.roots[name] = _loosened(get)
 
     def is_gone(self) -> bool:
         """True if its Function's class is no more, so that nothing can change it."""
@@ -238,18 +243,25 @@ def _weakly(
 
 
 def _same_root(get: Callable[[], object], later: Callable[[], object]) -> bool:
-    """True if two roots are the same variable or object."""
+    """True if two roots are the same variable or object, or if the first one's is gone."""
     a, b = [g.args[0] if isinstance(g, functools.partial) else g() for g in (get, later)]
-    if type(a) is not types.CellType or type(b) is not types.CellType or a is b:
-        return a is b
-    if sys.getrefcount(a) > _HELD_HERE:
-        return False
-    value = _contents(a)  # of a call that has ended: nothing can bind the variable anew
-    return isinstance(value, VALUES) or value is _contents(b)
+    return a is b or a is None
+
+
+def _loosened(get: Callable[[], object]) -> Callable[[], object]:
+    """A root that holds no variable of a call that has ended, which nothing can bind anew."""
+    cell = get.args[0] if isinstance(get, functools.partial) else None
+    if type(cell) is not types.CellType or sys.getrefcount(cell) > _HELD_HERE:
+        return get
+    return _weakly(_contents(cell), lambda _: False) or _nothing
 
 
 _HELD_HERE = 3
-"""References to a variable that only a root holds, seen by `_same_root`."""
+"""References to a variable that only a root holds, as `_loosened` sees it."""
+
+
+def _nothing() -> None:
+    return None
 
 
 def _same(value: object) -> object:
@@ -279,6 +291,8 @@ def readers_named(name: str) -> tuple[Reader, ...]:
     """The readers that were kept by a name, without those of backwards that were replaced."""
     with _lock:
         found = _readers.get(name, [])
+        for reader in found:
+            reader.loosen()
         if len(found) > 1:  # functions that a recording has made are gone now
             later = [found[k + 1 :] for k in range(len(found))]
             found[:] = [

@@ -306,8 +306,11 @@ def test_methods_that_do_not_run_are_not_read() -> None:
 
 
 def test_layers_with_one_hook_are_read_once_each() -> None:
+    class Scale:
+        k = 1.0
+
     def function(r: Tensor) -> Tensor:
-        scale = SimpleNamespace(k=1.0)
+        scale = Scale()
         for _ in range(30):
             r = r * 1
             r.register_hook(lambda g: g * scale.k)
