@@ -137,6 +137,11 @@ class Watched:
             return ""
         return "what methods of its objects read"
 
+    def changes_itself(self) -> bool:
+        """True if its own run, the last one, has changed what it reads."""
+        start, end = self._moments[-2:]
+        return start != end
+
     def changed_by_others(self) -> bool:
         """True if not all changes are the work of the backward's own run."""
         before, start, end, after = self._moments

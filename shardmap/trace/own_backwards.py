@@ -94,10 +94,10 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             _fill(recorder, reached, 0, 0, watched)
         for each in watched.values():
             each.look()
-        if any(each.changed() or each.asks_for_mode for each in watched.values()):
+        if any(each.changed() for each in watched.values()):
             with doors, recorder:
                 for each in watched.values():
-                    _run_again(recorder, each)
+                    _settle_state(recorder, each)
     except errors.EscapeError as error:
         raise errors.EscapeError(
             f"{error}; this happens in a backward that gradients from outside would call, where an "
@@ -132,25 +132,38 @@ def _saves_its_result(recorder: Recorder, node: object) -> bool:
     return bool(names) and type(node).__name__ != "ReluBackward0"
 
 
-def _run_again(recorder: Recorder, watched: Watched) -> None:
-    """Run a backward again if its first run may not tell what a later gradient is."""
-    applied = watched.applied
+def _again(
+    recorder: Recorder, watched: Watched, depth: int, differentiated: bool
+) -> tuple[_Recorded, _Run]:
+    """Run a backward again, without autocast."""
+    again = _Recorded(recorder, watched.applied, depth, watched)
+    with plain_numerics():
+        return again, again.run(_inputs(recorder, watched.applied), differentiated)
 
-    def run(differentiated: bool) -> Calls:
-        again = _Recorded(recorder, applied, 0, watched)
-        with plain_numerics():
-            return again.run(_inputs(recorder, applied), differentiated).calls
 
-    changed = watched.changed()
-    changes = watched.settle(changed, run) if changed else ""
-    if changes:
-        _amend(recorder, applied, recorder.equations[applied.position], changes=changes)
-    if watched.asks_for_mode and not watched.same_again(run, False):
-        plain = _Recorded(recorder, applied, 0, watched)
-        with plain_numerics():
-            ran = plain.run(_inputs(recorder, applied), False)
-        eq = plain.put_together(ran, None if is_cast_free(ran.calls.equations) else "")
-        _amend(recorder, applied, eq, plain=True, changes=changes)
+def _settle_state(recorder: Recorder, watched: Watched) -> None:
+    """Run a backward again if its first run may have changed what it reads."""
+    changed, applied = watched.changed(), watched.applied
+    if changed:
+        changes = watched.settle(changed, lambda d: _again(recorder, watched, 0, d)[1].calls)
+        eq = recorder.equations[applied.position]
+        _amend(recorder, applied, eq, changes=changes)
+
+
+def _settle_mode(recorder: Recorder, watched: Watched, depth: int) -> None:
+    """Record a backward as for a plain gradient if it asks which one is taken."""
+    if watched.same_again(lambda d: _again(recorder, watched, depth, d)[1].calls, False):
+        return
+    if watched.changes_itself():
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: the backward of {described(watched.applied.node)} asks "
+            f"torch.is_grad_enabled() and changes what it reads, so that it is another one each "
+            f"time; {REMEDY}"
+        )
+    plain, ran = _again(recorder, watched, depth, False)
+    eq = plain.put_together(ran, None if is_cast_free(ran.calls.equations) else "")
+    watched.calls = ran.calls
+    _amend(recorder, watched.applied, eq, plain=True)
 
 
 def _amend(recorder: Recorder, applied: Applied, eq: Equation, **fields: object) -> None:
@@ -184,6 +197,8 @@ def _fill(
             each = watched.get(id(applied)) or Watched(recorder, applied)
             recorded = _Recorded(recorder, applied, depth, each)
             recorder.equations[applied.position] = recorded.equation()
+            if each.asks_for_mode:
+                _settle_mode(recorder, each, depth)
 
 
 def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:

@@ -586,6 +586,33 @@ def test_the_remedies_of_such_a_backward(options: dict[str, Any]) -> None:
         torch.testing.assert_close(*found)
 
 
+@each_way
+def test_a_backward_of_a_backward_that_asks(options: dict[str, Any]) -> None:
+    class Outer(AskingInVain):
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return Asking.apply(grad * ctx.saved_tensors[0])
+
+    mapped, wanted = [m(lambda r: Outer.apply(r), **options) for m in (shardmap.vmap, loop)]
+    for _ in range(4):
+        x, found = rows(), []
+        for m in (mapped, wanted):
+            (first,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+            found.append((first, torch.autograd.grad(first.sum(), x)[0]))
+        torch.testing.assert_close(*found)
+
+
+def test_a_backward_that_asks_and_counts_is_refused() -> None:
+    class Both(Counting):
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            ctx.n += 1
+            return grad * ctx.n if torch.is_grad_enabled() else grad
+
+    with pytest.raises(errors.AutogradFunctionError, match="changes what it reads"):
+        shardmap.vmap(lambda r: Both.apply(r))(rows())
+
+
 torch.manual_seed(0)
 A = torch.randn(3, 3)
 
