@@ -12,13 +12,14 @@ from shardmap import errors
 from shardmap._torch import functorch
 from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.own_refusals import refuse_a_second, refuse_changes, refuse_modes
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import written
-from shardmap.program.autocast import autocast_state, plain_numerics
+from shardmap.program.autocast import plain_numerics
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
-from shardmap.program.python_state import REMOVED, State
+from shardmap.program.python_state import State
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
@@ -288,9 +289,12 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
         own = ctx.own
-        _refuse_changes(ctx)
-        _refuse_a_second(ctx)
-        _refuse_modes(own, [t.device.type for t in cotangents if t is not None])
+        if own.text != TOO_DEEP:
+            call, kept = own.options.call, backward_of(own.text)
+            refuse_changes(call, kept, ctx.state)
+            refuse_a_second(call, kept, ctx.taken)
+            refuse_modes(call, kept, [t.device.type for t in cotangents if t is not None])
+            ctx.taken = True
         saved = _saved(ctx)
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
@@ -314,89 +318,6 @@ class _Given(torch.autograd.Function):
             "autograd.Function, whose own jvp a map does not follow, or through a result that a "
             "TorchDispatchMode changes; take the derivative inside the mapped function "
             "(torch.func.jvp), or write it with torch operators"
-        )
-
-
-def _refuse_changes(ctx: _Context) -> None:
-    """Refuse a gradient in another state than that which its backward has read.
-
-    Raises:
-        AutogradFunctionError: Python state has changed since the map ran.
-    """
-    own, other = ctx.own, ctx.state.changed() if ctx.state is not None else ""
-    if not other:
-        return
-    hook = backward_of(own.text).hook
-    if other is REMOVED:
-        raise errors.AutogradFunctionError(
-            f"{own.options.call}: a hook (register_hook) was removed between the map and its "
-            "gradient, and the map has recorded it; remove it after the gradient, or inside the "
-            "mapped function, or register it on the map's result"
-        )
-    who = "a hook" if hook else "the backward of a custom autograd.Function"
-    remedy = (
-        "close over the value instead of what holds it"
-        if hook
-        else "pass it to apply and keep it on ctx"
-    )
-    raise errors.AutogradFunctionError(
-        f"{own.options.call}: {who} reads {other}, which has changed between the map and its "
-        f"gradient, and the map has read it when it ran; {remedy}, or take the gradient before"
-    )
-
-
-def _refuse_a_second(ctx: _Context) -> None:
-    """Refuse a second gradient if the first one's backward has changed what it reads.
-
-    Raises:
-        AutogradFunctionError: It is the second one.
-    """
-    changes = backward_of(ctx.own.text).changes if ctx.own.text != TOO_DEEP else ""
-    if changes and ctx.taken:
-        hook = backward_of(ctx.own.text).hook
-        who = "a hook (register_hook)" if hook else "the backward of a custom autograd.Function"
-        raise errors.AutogradFunctionError(
-            f"{ctx.own.options.call}: {who} changes what it reads ({changes}), so that a second "
-            "gradient of the same results is another one, and the map has recorded the first; call "
-            "the map again for each gradient, or take both inside the mapped function "
-            "(torch.autograd.grad)"
-        )
-    ctx.taken = True
-
-
-def _refuse_modes(own: OwnBackward, kinds: list[str]) -> None:
-    """Refuse a gradient that is taken in another mode than its backward was recorded in.
-
-    Args:
-        own: The backward.
-        kinds: The kinds of device of the cotangents.
-
-    Raises:
-        AutogradFunctionError: The loop's backward would compute something else.
-    """
-    if own.text == TOO_DEEP or not kinds:
-        return
-    backward = backward_of(own.text)
-    who = "a hook" if backward.hook else "the backward of a custom autograd.Function"
-    if backward.plain and torch.is_grad_enabled():
-        raise errors.AutogradFunctionError(
-            f"{own.options.call}: {who} asks torch.is_grad_enabled(), and computes something else "
-            "where its gradient is differentiated again (create_graph=True); let it compute the "
-            "same, or take the gradients inside the mapped function (torch.autograd.grad)"
-        )
-    state = autocast_state(kinds[0])
-    if backward.cast is not None and backward.cast != state:
-        inside = f"under torch.autocast({kinds[0]!r}, dtype={state})"
-        remedy = (
-            "take it outside of torch.autocast, as torch asks to, or decorate the backward with "
-            "torch.amp.custom_bwd"
-            if not backward.cast
-            else f"take it under the map's autocast ({backward.cast}), or let the backward cast "
-            "what it computes with to one dtype"
-        )
-        raise errors.AutogradFunctionError(
-            f"{own.options.call}: the gradient is taken {inside if state else 'without autocast'}, "
-            f"where {who} computes in another precision than the map has recorded; {remedy}"
         )
 
 
