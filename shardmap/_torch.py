@@ -293,8 +293,8 @@ interpreters_aside = _private(
 for _name in (
     "TransformType get_dynamic_layer_stack_depth get_inplace_requires_grad_allowed "
     "get_interpreter_stack get_single_level_autograd_function_allowed get_unwrapped "
-    "is_batchedtensor is_functorch_wrapped_tensor maybe_get_bdim maybe_get_level "
-    "peek_interpreter_stack pop_dynamic_layer_stack push_dynamic_layer_stack "
+    "is_batchedtensor is_functorch_wrapped_tensor is_legacy_batchedtensor maybe_get_bdim "
+    "maybe_get_level peek_interpreter_stack pop_dynamic_layer_stack push_dynamic_layer_stack "
     "set_inplace_requires_grad_allowed set_single_level_autograd_function_allowed"
 ).split():
     _private(f"_C._functorch.{_name}", "maps inside torch.func transforms")

@@ -29,9 +29,9 @@ from shardmap.call.job import seeds_of
 from shardmap.call.keepable import asks
 from shardmap.call.memo import Prepared, modes
 from shardmap.call.options import Options
-from shardmap.lower import cache as engine
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.saved_results import unsaved
+from shardmap.program.autocast import plain_numerics
 from shardmap.run.base import Job, heard
 from shardmap.run.gather import placed
 from shardmap.run.prepare import Devices, Ready
@@ -174,7 +174,7 @@ class Direct:
         job, low, recording = self.job, self.ready.low, self.job.recording
         home, scalars, replay = job.home, recording.scalars, low.replay
         seed = seeds_of(recording, nested=False) if recording.random else job.seed
-        with engine.plain_numerics() if self.cast else _AS_IT_IS:
+        with plain_numerics() if self.cast else _AS_IT_IS:
             fixed = replay.fixed(home, seed, scalars, captured, self.ready.literals)
             outs = replay.chunk(job.samples, job.offset, home, seed, scalars, fixed, inputs)
             found = unsaved(outs, low.batched.saved)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -371,19 +370,6 @@ def lower_with(
 
     batched = lower(program, options, fixes, to_loop, lowered)
     return batched, generate(batched, options.grad, fixes.copied)
-
-
-@contextlib.contextmanager
-def plain_numerics() -> Iterator[None]:
-    """Switch autocast off during a replay: its casts have been recorded."""
-    entered = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
-    if not entered:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        for t in entered:
-            stack.enter_context(torch.autocast(t, enabled=False))
-        yield
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

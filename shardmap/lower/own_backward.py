@@ -12,12 +12,14 @@ from shardmap import errors
 from shardmap._torch import functorch
 from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.own_refusals import refuse_a_second, refuse_changes, refuse_modes
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import written
+from shardmap.program.autocast import plain_numerics
 from shardmap.program.ir import GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import TOO_DEEP, Backward, backward_of, is_linear
-from shardmap.program.python_state import Reader, State, changed, readers_named, state
+from shardmap.program.python_state import State
 from shardmap.rules.lowering import B, Lowering, V
 from shardmap.trace.recording import element
 from shardmap.trace.surroundings import outer_recordings_suspended, transforms_set_aside
@@ -185,7 +187,12 @@ class OwnBackward:
         def tried() -> Trial:
             return _trial(program, numbers, inputs, captured, literals)
 
-        with outer_recordings_suspended(), transforms_set_aside(), torch.no_grad():
+        with (
+            outer_recordings_suspended(),
+            transforms_set_aside(),
+            plain_numerics(),
+            torch.no_grad(),
+        ):
             low = self.lowered(
                 program,
                 options,
@@ -197,7 +204,8 @@ class OwnBackward:
             )
         seeds = (0,)  # a backward that draws is refused
         fixed = low.replay.fixed(device, seeds, numbers, captured, literals)
-        outs = low.replay.chunk(size, 0, device, seeds, numbers, fixed, inputs)
+        with plain_numerics():
+            outs = low.replay.chunk(size, 0, device, seeds, numbers, fixed, inputs)
         grads: list[torch.Tensor | None] = []
         for out, v, mapped in zip(outs, low.batched.outputs, self.inputs, strict=True):
             if not self.mapped:
@@ -224,7 +232,7 @@ def _trial(
     literals: list[torch.Tensor],
 ) -> Trial:
     """The trial of a backward on two samples, with the results of the recorded calls."""
-    rows = [element(t).detach() for t in inputs]
+    rows = [_plain(t, v) for t, v in zip(inputs, program.inputs, strict=True)]
     size = min(rows[0].shape[0], 2)
     step = max(rows[0].shape[0] - 1, 1)
     groups = {v.group for eq in program.equations for v in written(eq)}
@@ -244,6 +252,17 @@ def _trial(
     return replace(trial, expected=expected)
 
 
+def _plain(t: torch.Tensor, var: Var) -> torch.Tensor:
+    """The values of a batch without wrappers and history.
+
+    Of what `is_grads_batched=True` wraps, which has no `detach`, a stand-in.
+    """
+    if not functorch.is_legacy_batchedtensor(t):
+        return element(t).detach()
+    values = torch.linspace(0.5, 1.5, t.numel(), device=t.device)
+    return restride(values.view(t.shape).to(t.dtype), var.spec.stride)
+
+
 class _Context(Protocol):
     """The object in which autograd keeps data of one call."""
 
@@ -253,8 +272,8 @@ class _Context(Protocol):
     count: int
     call: str
     why: str
-    readers: tuple[Reader, ...]
-    state: State
+    state: State | None
+    taken: bool
     saved_tensors: tuple[torch.Tensor, ...]
 
     def set_materialize_grads(self, value: bool) -> None:
@@ -283,28 +302,21 @@ class _Given(torch.autograd.Function):
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
-        ctx.readers = () if backward is None else readers_named(backward.function)
-        ctx.state = state(ctx.readers)
+        ctx.taken = False
+        ctx.state = None if backward is None else State(backward.function)
         _, last = _outputs(own, tensors)
         ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
-        own, saved = ctx.own, ctx.saved_tensors
-        other = changed(ctx.state, ctx.readers)
-        if other:
-            hook = backward_of(own.text).hook
-            who = "a hook" if hook else "the backward of a custom autograd.Function"
-            remedy = (
-                "close over the value instead of what holds it"
-                if hook
-                else "pass it to apply and keep it on ctx"
-            )
-            raise errors.AutogradFunctionError(
-                f"{own.options.call}: {who} reads {other}, which has changed between the map and "
-                "its gradient, and the map has read it when it ran; "
-                f"{remedy}, or take the gradient before"
-            )
+        own = ctx.own
+        if own.text != TOO_DEEP:
+            call, kept = own.options.call, backward_of(own.text)
+            refuse_changes(call, kept, ctx.state)
+            refuse_a_second(call, kept, ctx.taken)
+            refuse_modes(call, kept, [t.device.type for t in cotangents if t is not None])
+            ctx.taken = True
+        saved = _saved(ctx)
         once = backward_of(own.text).once if own.text != TOO_DEEP else ""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
             grads = own.gradients(ctx.size, ctx.numbers, cotangents, saved)
@@ -328,6 +340,26 @@ class _Given(torch.autograd.Function):
             "TorchDispatchMode changes; take the derivative inside the mapped function "
             "(torch.func.jvp), or write it with torch operators"
         )
+
+
+def _saved(ctx: _Context) -> tuple[torch.Tensor, ...]:
+    """What the backward keeps.
+
+    Raises:
+        AutogradFunctionError: It has been written to since the map ran.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        what = str(error).partition("inplace operation: ")[2].partition(" is at version")[0]
+        raise errors.AutogradFunctionError(
+            f"{ctx.own.options.call}: a hook or the backward of a custom autograd.Function reads a "
+            f"tensor ({what}) that was written in place between the map and its gradient; take the "
+            "gradient before the write, or clone the tensor inside the mapped function and let the "
+            "hook or the backward read the clone"
+        ) from error
 
 
 class _GivenOnce(torch.autograd.Function):

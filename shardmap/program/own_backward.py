@@ -73,6 +73,13 @@ class Backward(NamedTuple):
     """True if missing cotangents are passed as zeros; else the only cotangent is never missing."""
     function: str
     """Name of the Function, by which `python_state` finds what its backward reads."""
+    changes: str = ""
+    """What its own run changes, so that a second gradient would be another one; empty if nothing
+    matters."""
+    cast: str | None = None
+    """The only `autocast_state` in which it computes this; None if it does in any."""
+    plain: bool = False
+    """True if it computes something else where its gradient is differentiated again."""
 
     def dumps(self) -> str:
         """The text form that an equation carries."""

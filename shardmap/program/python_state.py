@@ -11,44 +11,35 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import cast
 
 import torch
 
 from shardmap._threads import fork_safe_lock
-
-
-class _Tensor:
-    """A tensor that is not held, equal to itself only."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.reference = weakref.ref(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tensor) and self.reference() is other.reference() is not None
-
-    def __hash__(self) -> int:
-        return hash(id(self))
-
-
-State = dict[tuple[int, str], object]
-"""For the number of a reader and a name: a fact about what the name stands for."""
-
-_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+from shardmap.program.code_names import Names, names_in
+from shardmap.program.state_facts import (
+    VALUES,
+    Walk,
+    cells_of,
+    defaults_of,
+    is_library,
+    text_of,
+)
 
 CONTEXT = "ctx."
 """Begin of the names of objects that a Function's forward has put on its `ctx`."""
 
-_OPAQUE = types.ModuleType, types.MethodType, staticmethod, classmethod
+REMOVED = "the hook's handle"
+"""What has changed if a hook was removed."""
+
 _DEPTH = 3
-_MOST_FUNCTIONS = 32
-"""Most functions that are followed from one backward."""
 _MOST_READERS = 16
 """Most readers of one name that are compared: those of several maps, or of several layers."""
 _MOST_NAMES = 512
 
 _readers: collections.OrderedDict[str, list[Reader]] = collections.OrderedDict()
+_removals: collections.Counter[str] = collections.Counter()
 _lock = fork_safe_lock()
 
 
@@ -58,49 +49,87 @@ class Reader:
     The objects are held weakly where they can be: a recording must keep none of a sample's.
 
     Args:
-        code: The function's code.
-        scope: Its globals.
+        function: The function, which is not held.
         roots: For each name, a function that returns the object that it stands for, or None if it
             is there no more.
+        fixed: Names of what belongs to the recorded sample.
         owner: The Function whose backward the code is; None for a hook's.
     """
 
     def __init__(
         self,
-        code: types.CodeType,
-        scope: Mapping[str, object],
+        function: types.FunctionType,
         roots: Mapping[str, Callable[[], object]],
+        fixed: frozenset[str],
         owner: type | None,
     ):
         self.owner = None if owner is None else weakref.ref(owner)
-        self.code = code
-        self.scope = scope
-        self.roots = roots
+        self.function = weakref.ref(function)
+        self.code = function.__code__
+        self.scope = function.__globals__
+        self.roots = dict(roots)
+        self.fixed = fixed
+        self.ran: Set[types.CodeType] | None = frozenset()
+        """Methods that have run though no name leads to them; None for all that there are."""
+        self.unnamed: set[types.CodeType] = set()
+        """Methods that python may call, though no name leads to them."""
+        self.names = self.first = self._names()
+        self.first_unnamed = self.unnamed
 
-    def facts(self) -> Iterator[tuple[str, object]]:
-        """The name and value of each number, flag and tensor that the code reads."""
-        found = {name: get() for name, get in self.roots.items()}
-        found = {name: value for name, value in found.items() if value is not None}
-        names = set(_names(self.code))
-        queue = [(self.code, self.scope)]
-        seen = {self.code}
-        reached: dict[str, object] = {}
-        while queue and len(seen) <= _MOST_FUNCTIONS:
-            code, scope = queue.pop()
-            own = set(_names(code))
-            names |= own
-            read = {name: scope[name] for name in own if name in scope}
-            for name, value in (*read.items(), *(found.items() if scope is self.scope else ())):
-                for function in _functions_of(value, own):
-                    if function.__code__ not in seen:
-                        seen.add(function.__code__)
-                        queue.append((function.__code__, function.__globals__))
-                        reached |= _cells(function)
-                reached.setdefault(name, value)
-        for name, value in (reached | found).items():
-            if name.startswith(CONTEXT) and name.removeprefix(CONTEXT) not in names:
-                continue
-            yield from _facts(name, value, names, 0)
+    def follow(self, ran: Set[types.CodeType] | None) -> None:
+        """Read what methods read that no name leads to.
+
+        Args:
+            ran: The code that ran while the backward was recorded; None if it is not known.
+        """
+        if self.unnamed:
+            self.ran = ran
+            self.names = self._names()
+
+    def _names(self) -> Names:
+        """The names that the code spells out, and the functions that it calls by them."""
+        names, known = names_in(self.code), {self.code}
+        while True:
+            walk = self._walk(names, self.ran, [])
+            new = walk.codes - known
+            if not new:
+                self.unnamed = walk.unnamed
+                return names
+            known |= new
+            names = functools.reduce(Names.and_of, map(names_in, new), names)
+
+    def _walk(self, names: Names, ran: Set[types.CodeType] | None, held: list[object]) -> Walk:
+        found, function = {name: get() for name, get in self.roots.items()}, self.function()
+        if function is not None:  # it may have been given other ones
+            now = defaults_of(function) | cells_of(function)
+            found |= {name: value for name, value in now.items() if name not in self.fixed}
+        walk = Walk(names, ran)
+        for name, value in found.items():
+            own = name.removeprefix(CONTEXT)
+            if value is not None and (own == name or names.dynamic or own in names.attributes):
+                walk.walk(name, value)
+        if not is_library(self.scope.get("__name__")):
+            walk.scope("", self.code, self.scope)
+            walk.settings()
+        held += [function, *found.values(), *walk.tensors]
+        return walk
+
+    def facts(self, held: list[object]) -> dict[str, object]:
+        """The name and value of each number, flag and tensor that the code reads.
+
+        Args:
+            held: Takes the objects that must live as long as the facts are to be compared.
+        """
+        return self._walk(self.names, self.ran, held).facts
+
+    def first_facts(self) -> dict[str, object]:
+        """Those that were known before any code had run."""
+        return self._walk(self.first, frozenset(), []).facts
+
+    def loosen(self) -> None:
+        """Hold no variable of the recorded call, once it has ended."""
+        for name, get in self.roots.items():
+            self.roots[name] = _loosened(get)
 
     def is_gone(self) -> bool:
         """True if its Function's class is no more, so that nothing can change it."""
@@ -114,14 +143,20 @@ class Reader:
         return getattr(function, "__code__", None) is self.code
 
     def same_objects(self, other: Reader) -> bool:
-        """True if the other reads the same objects by the same names."""
+        """True if the other, a later one, reads the same objects by the same names."""
         return (
             self.code == other.code
             and self.owner == other.owner
             and self.scope is other.scope
+            and self._same_defaults(other)
             and self.roots.keys() == other.roots.keys()
-            and all(_held(get) is _held(other.roots[name]) for name, get in self.roots.items())
+            and all(_same_root(get, other.roots[name]) for name, get in self.roots.items())
         )
+
+    def _same_defaults(self, other: Reader) -> bool:
+        """True if no defaults of one function can change that are not the other's."""
+        mine, its = self.function(), other.function()
+        return not mine or not its or mine is its or not (defaults_of(mine) or defaults_of(its))
 
 
 def reader_of(
@@ -156,20 +191,22 @@ def reader_of(
     inner = inspect.unwrap(function)
     if not isinstance(inner, types.FunctionType):
         return None
-    names = inner.__code__.co_varnames[: inner.__code__.co_argcount]
-    defaults = inner.__defaults__ or ()
-    roots |= dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    roots |= inner.__kwdefaults__ or {}
+    roots |= defaults_of(inner)
     getters = {name: _weakly(value, is_sample) for name, value in roots.items()}
-    counts = _references(inner)
-    for name, value in _cells(inner).items():
-        if not isinstance(value, _VALUES):
-            getters[name] = _weakly(value, is_sample)
-        elif counts[name] > _ALONE:  # else no other function can bind the variable anew
+    counts, names = _references(inner), names_in(inner.__code__)
+    for name, value in cells_of(inner).items():
+        walk = Walk(names)
+        walk.walk(name, value)
+        getters[name] = None
+        if counts[name] > _ALONE and not any(map(is_sample, walk.tensors)):
             position = inner.__code__.co_freevars.index(name)
             getters[name] = functools.partial(_contents, (inner.__closure__ or ())[position])
+        elif not isinstance(value, VALUES):  # no other function can bind the variable anew
+            getters[name] = _weakly(value, is_sample)
     kept = {name: get for name, get in getters.items() if get is not None}
-    return Reader(inner.__code__, inner.__globals__, kept, owner)
+    fixed = [name for name, get in getters.items() if get is None and name in roots | counts]
+    given_values = {name for name, value in roots.items() if isinstance(value, VALUES)}
+    return Reader(inner, kept, frozenset(fixed) - given_values, owner)
 
 
 def _contents(cell: types.CellType) -> object:
@@ -197,7 +234,7 @@ def _weakly(
     value: object, is_sample: Callable[[torch.Tensor], bool]
 ) -> Callable[[], object] | None:
     """A function that returns an object; None if the object belongs to the sample, or is fixed."""
-    if isinstance(value, _VALUES) or any(map(is_sample, _tensors(value, 0))):
+    if isinstance(value, VALUES) or any(map(is_sample, _tensors(value, 0))):
         return None
     try:
         return weakref.ref(value)
@@ -205,9 +242,26 @@ def _weakly(
         return functools.partial(_same, value)
 
 
-def _held(get: Callable[[], object]) -> object:
-    """What a root refers to: the variable, or the object."""
-    return get.args[0] if isinstance(get, functools.partial) else get()
+def _same_root(get: Callable[[], object], later: Callable[[], object]) -> bool:
+    """True if two roots are the same variable or object, or if the first one's is gone."""
+    a, b = [g.args[0] if isinstance(g, functools.partial) else g() for g in (get, later)]
+    return a is b or a is None
+
+
+def _loosened(get: Callable[[], object]) -> Callable[[], object]:
+    """A root that holds no variable of a call that has ended, which nothing can bind anew."""
+    cell = get.args[0] if isinstance(get, functools.partial) else None
+    if type(cell) is not types.CellType or sys.getrefcount(cell) > _HELD_HERE:
+        return get
+    return _weakly(_contents(cell), lambda _: False) or _nothing
+
+
+_HELD_HERE = 3
+"""References to a variable that only a root holds, as `_loosened` sees it."""
+
+
+def _nothing() -> None:
+    return None
 
 
 def _same(value: object) -> object:
@@ -236,7 +290,17 @@ def keep(name: str, reader: Reader) -> None:
 def readers_named(name: str) -> tuple[Reader, ...]:
     """The readers that were kept by a name, without those of backwards that were replaced."""
     with _lock:
-        found = tuple(_readers.get(name, ()))
+        found = _readers.get(name, [])
+        for reader in found:
+            reader.loosen()
+        if len(found) > 1:  # functions that a recording has made are gone now
+            later = [found[k + 1 :] for k in range(len(found))]
+            found[:] = [
+                reader
+                for reader, rest in zip(found, later, strict=True)
+                if not any(map(reader.same_objects, rest))
+            ]
+        found = tuple(found)
     return tuple([reader for reader in found if reader.is_current()])
 
 
@@ -250,113 +314,40 @@ def name_of(function: object) -> str:
     return f"{module}.{called}{line}"
 
 
-def state(readers: Iterable[Reader]) -> State:
-    """List the globals, closure cells and attributes that readers read by name."""
-    return {(k, name): fact for k, reader in enumerate(readers) for name, fact in reader.facts()}
+def note_removal(name: str) -> None:
+    """Count a hook that has been removed after it was recorded, by the name of its readers."""
+    with _lock:
+        _removals[name] += 1
 
 
-def _functions_of(value: object, names: set[str]) -> Iterator[types.FunctionType]:
-    """The functions of the user's that code with these names calls by an object."""
-    if isinstance(value, types.FunctionType):
-        found = [inspect.unwrap(value)]
-    elif isinstance(value, _VALUES) or isinstance(value, types.ModuleType | torch.Tensor):
-        return
-    else:
-        owner = value if isinstance(value, type) else type(value)
-        wanted = names & {name for base in owner.__mro__[:-1] for name in vars(base)}
-        found = [inspect.getattr_static(owner, name) for name in (*wanted, "__call__")
-                 if hasattr(owner, name)]  # fmt: skip
-        found = [f.fget if isinstance(f, property) else getattr(f, "__func__", f) for f in found]
-    for function in found:
-        if isinstance(function, types.FunctionType) and not _is_library(function.__module__):
-            yield function
+class State:
+    """What readers read, and a count of hooks that have been removed, at one moment.
 
+    It holds the objects that the readers hold weakly, as autograd's graph holds a hook.
 
-def _is_library(module: str) -> bool:
-    root = module.partition(".")[0]
-    return root in ("torch", "numpy") or root in sys.stdlib_module_names
+    Args:
+        name: The name by which the readers are kept.
+    """
 
+    def __init__(self, name: str):
+        self.name = name
+        self.readers = readers_named(name)
+        self.removed = _removals[name]
+        self._held: list[object] = []
+        self.facts = [reader.facts(self._held) for reader in self.readers]
 
-def _cells(function: types.FunctionType) -> dict[str, object]:
-    found = {}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in cells:
-        value = _contents(cell)
-        if value is not None:
-            found[name] = value
-    return found
-
-
-def _facts(name: str, value: object, names: set[str], depth: int) -> Iterator[tuple[str, object]]:
-    if isinstance(value, _VALUES):
-        yield name, (type(value), repr(value))
-    elif isinstance(value, torch.Tensor):
-        yield name, _Tensor(value)
-    elif isinstance(value, types.FunctionType):
-        yield name, value.__code__
-    elif depth == _DEPTH or isinstance(value, _OPAQUE):
-        return
-    elif isinstance(value, list | tuple):
-        yield name, len(value)
-        for k, item in enumerate(value[:64]):
-            yield from _facts(f"{name}[{k}]", item, names, depth + 1)
-    elif isinstance(value, dict):
-        yield name, len(value)
-        for key in list(value)[:64]:
-            yield from _facts(f"{name}[{key!r}]", value[key], names, depth + 1)
-    else:
-        for own in names:
-            item = _member(value, own)
-            if isinstance(item, property | types.MemberDescriptorType):
-                item = getattr(value, own, None)
-            if item is not None:
-                yield from _facts(f"{name}.{own}", item, names, depth + 1)
-
-
-def _member(value: object, name: str) -> object:
-    """The attribute of this name as it is stored; None if there is none."""
-    for place in _own(value):
-        if name in place:
-            return place[name]
-    for base in type(value).__mro__[:-1]:
-        if name in vars(base):
-            return vars(base)[name]
-    return None
-
-
-def _own(value: object) -> Iterator[Mapping[str, object]]:
-    """The dictionaries of an object's own attributes; for a class, those of its bases as well."""
-    for owner in value.__mro__[:-1] if isinstance(value, type) else (value,):
-        own = getattr(owner, "__dict__", None)
-        if isinstance(own, Mapping):
-            yield own
-            if isinstance(owner, torch.nn.Module):
-                for kind in ("_parameters", "_buffers", "_modules"):
-                    yield own[kind]
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def changed(before: State, readers: Sequence[Reader]) -> str:
-    """The first name whose value is another one now, with both; empty if there is none."""
-    gone = {number for number, reader in enumerate(readers) if reader.is_gone()}
-    before = {key: fact for key, fact in before.items() if key[0] not in gone}
-    now = {key: fact for key, fact in state(readers).items() if key[0] not in gone}
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            values = [_text(s[key]) if key in s else "nothing" for s in (before, now)]
-            return f"{key[1]} ({values[0]} then, {values[1]} now)"
-    return ""
-
-
-def _text(fact: object) -> str:
-    if isinstance(fact, _Tensor):
-        return "a tensor"
-    if isinstance(fact, types.CodeType):
-        return f"the function {fact.co_name}"
-    return str(fact[1]) if isinstance(fact, tuple) else f"{fact} items"
+    def changed(self) -> str:
+        """What is another one now: a name with both values, or a hook; empty if nothing is."""
+        if _removals[self.name] != self.removed:
+            return REMOVED
+        for reader, before in zip(self.readers, self.facts, strict=True):
+            if reader.is_gone():
+                continue
+            now = reader.facts([])
+            for name in sorted(before.keys() | now.keys()):
+                if name not in now or before.get(name) != now[name]:
+                    then, new = [
+                        text_of(s[name]) if name in s else "nothing" for s in (before, now)
+                    ]
+                    return f"{name} ({then} then, {new} now)"
+        return ""

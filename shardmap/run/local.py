@@ -15,12 +15,12 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import set_grad
-from shardmap.lower import cache as engine
 from shardmap.lower.graphs import Chunk as Given
 from shardmap.lower.saved_results import unsaved
 from shardmap.planning import device as devices
 from shardmap.planning.memory import format_bytes
 from shardmap.planning.split import Chunk, Split
+from shardmap.program.autocast import plain_numerics
 from shardmap.run import graphed
 from shardmap.run.base import ChunkDone, ChunkRedone, Job, RunFinished, RunStarted, emit, unheard
 from shardmap.run.gather import Gather, placed
@@ -74,7 +74,7 @@ def run(
         job, split, on, Gather(job, memory) if store is None else StoreGather(job, store), store
     )
     try:
-        with engine.plain_numerics():
+        with plain_numerics():
             if not job.grad:
                 set_grad(False)
             executor.run()
@@ -99,7 +99,7 @@ def run_whole(job: Job, on: Devices) -> list[torch.Tensor]:
     emit(RunStarted(job.samples, 1, (name,)))
     previous = torch.is_grad_enabled()
     try:
-        with engine.plain_numerics():
+        with plain_numerics():
             if not job.grad:
                 set_grad(False)
             ready = on.on(name, bool(job.samples > 1), slices=False)

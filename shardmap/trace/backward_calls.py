@@ -36,7 +36,7 @@ class Calls:
             reads, literals last, each with its flag as in `Equation.flags`; the numbers of the
             recording that it uses.
         """
-        equations = self._leading()
+        equations = self.leading()
         kept = self._read_from_outside(equations)
         if anchor is not None:
             kept[anchor.index] = anchor, GRAD
@@ -59,7 +59,7 @@ class Calls:
         )
         return program, saved, plain + own, numbers
 
-    def _leading(self) -> list[Equation]:
+    def leading(self) -> list[Equation]:
         """The calls that lead to a result, write to memory or have an effect.
 
         The `detach` by which autograd unpacks a saved result is not among them.

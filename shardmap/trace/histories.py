@@ -8,6 +8,7 @@ whose arguments `own_backwards` finds once the function has returned.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
 from shardmap.program.analysis import written
 from shardmap.program.ir import GRAD, Equation, Program, Var
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
+from shardmap.program.python_state import name_of, note_removal
 from shardmap.trace.equations import Equations
 from shardmap.trace.modes_inside import Passed
 from shardmap.trace.tensor_table import Variables
@@ -101,11 +103,30 @@ class Hook:
         return all(getattr(f, "__module__", "") != module_tracker.__name__ for f in called)
 
 
+class RecordedHandle(RemovableHandle):
+    """The handle of a hook that a recorded backward calls, once the recording has ended.
+
+    Removed after the gradient it removes nothing; before, the gradient is refused.
+    """
+
+    name = ""
+    """The name by which what the hook reads is kept."""
+
+    def remove(self) -> None:
+        """Note that the hook must not be called any more."""
+        if self.name:
+            note_removal(self.name)
+        self.name = ""
+        super().remove()
+
+
 class HookNode:
     """The hooks of one tensor, in the form of a Function with that backward."""
 
     def __init__(self, hooks: list[Hook]):
         self.hooks = hooks
+        self.name = name_of(hooks[0].function)
+        """The name by which what the hooks read is kept."""
         self.beside: set[int] = set()
         """Memory that is computed by uses before, which lead to no output: its history does not
         pass through the hooks."""
@@ -113,17 +134,37 @@ class HookNode:
         self.needs_input_grad: tuple[bool, ...] = (True,)
         self._input_metadata: tuple[object, ...] = (None,)
 
+    def close(self) -> None:
+        """Remove the hooks from the sample's tensor, and watch their handles from now on."""
+        for hook in self.hooks:
+            handle, was_active = hook.handle, hook.is_active
+            handle.remove()  # a hook that reads its own tensor would keep it for ever
+            if was_active and type(handle) is RemovableHandle:
+                handle.__class__ = RecordedHandle
+                vars(handle)["name"] = self.name
+
     def apply(self, grad: torch.Tensor) -> torch.Tensor:
         """Pass a gradient through the hooks."""
         for hook in self.hooks:
-            changed = hook.function(grad)
-            grad = grad if changed is None else changed
+            if hook.is_active:  # else it has removed itself
+                changed = hook.function(grad)
+                grad = grad if changed is None else changed
         return grad
 
 
 def is_function(node: object) -> bool:
     """True if a node of autograd's graph is that of a Function written in python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def described(node: object) -> str:
+    """A node's name for messages."""
+    if isinstance(node, HookNode):
+        return "a hook (register_hook)"
+    if is_torchs(node):
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        return f"{name}, whose result a TorchDispatchMode inside the function changes,"
+    return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
 
 
 def is_torchs(node: object) -> bool:

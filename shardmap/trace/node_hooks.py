@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
 from shardmap.trace.graphs import edge_of, edges_behind
-from shardmap.trace.histories import Histories
+from shardmap.trace.histories import Histories, Hook
 
 _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
 """Parts of the names of nodes whose backward recorded operators do not show, and their makers."""
@@ -128,3 +128,27 @@ def _removed(node: graph.Node, first: int) -> bool:
 
 def _nothing(*_: tuple[torch.Tensor, ...]) -> None:
     """A hook that changes no gradient."""
+
+
+def hooks_before(recorder: Histories, reached: set[int]) -> list[list[Hook]]:
+    """The hooks that outer gradients must call, grouped by tensor."""
+    found: dict[tuple[int, int], list[Hook]] = {}
+    for hook in recorder.hooks:
+        if not hook.is_active:
+            continue
+        if hook.var.index in recorder.captured:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: register_hook on a tensor of shape {hook.var.spec.shape} that "
+                "all samples share, which the loop would give a hook for each sample; register "
+                "it once, outside of the mapped function"
+            )
+        if id(hook.node) in reached:
+            if getattr(hook.function, "__globals__", None) is vars(graph):
+                raise errors.AutogradFunctionError(
+                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
+                    "grad, which gradients from outside would not call; take the gradients inside "
+                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
+                    "one with Tensor.register_hook"
+                )
+            found.setdefault((id(hook.node), hook.number), []).append(hook)
+    return list(found.values())

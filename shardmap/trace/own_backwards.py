@@ -9,23 +9,26 @@ own, in the equation of the Function's application.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, cast
 
 import torch
-from torch.autograd import graph
+from torch.amp import autocast_mode
+from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
-from shardmap._torch import pytree, sequence_number, without_functions
+from shardmap._torch import pytree, sequence_number
 from shardmap.program.analysis import random_call, written
+from shardmap.program.autocast import autocast_state, is_cast_free, plain_numerics
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
-from shardmap.program.python_state import CONTEXT, keep, name_of, reader_of
 from shardmap.trace.backward_calls import Calls
+from shardmap.trace.backward_states import Watched, same_calls
+from shardmap.trace.cotangents import REMEDY, cotangents, missing
 from shardmap.trace.escapes import Doors
-from shardmap.trace.histories import Applied, Hook, HookNode, is_function, is_torchs
+from shardmap.trace.histories import Applied, HookNode, described, is_function, is_torchs
 from shardmap.trace.node_hooks import (
+    hooks_before,
     nodes_before,
     refuse_changes_by_modes,
     refuse_hidden_backwards,
@@ -70,17 +73,31 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
         if recorder.is_repeating:
             return False
         raise errors.AutogradFunctionError(
-            f"{recorder.call}: {_name(node)} lies between the inputs "
+            f"{recorder.call}: {described(node)} lies between the inputs "
             "and an output that requires grad, and its result is not that of an operator in its "
-            f"forward, so that its backward cannot be followed; {_REMEDY}"
+            f"forward, so that its backward cannot be followed; {REMEDY}"
         )
-    hooks = _hooks(recorder, {id(node) for node in found})
+    hooks = hooks_before(recorder, {id(node) for node in found})
     outer = {v.group for v in map(recorder.known, inside) if v is not None}
     reached: list[object] = [*found, *[recorder.put_hooks(of_one, outer) for of_one in hooks]]
     count = len(recorder.hooks)
+    reached_nodes = {id(node) for node in reached}
+    watched = {
+        id(applied): Watched(recorder, applied)
+        for applied in recorder.applied.values()
+        if id(applied.node) in reached_nodes
+    }
+    for each in watched.values():
+        each.look()
     try:
         with doors, recorder:
-            _fill(recorder, reached, 0, 0)
+            _fill(recorder, reached, 0, 0, watched)
+        for each in watched.values():
+            each.look()
+        if any(each.changed() for each in watched.values()):
+            with doors, recorder:
+                for each in watched.values():
+                    _settle_state(recorder, each)
     except errors.EscapeError as error:
         raise errors.EscapeError(
             f"{error}; this happens in a backward that gradients from outside would call, where an "
@@ -92,31 +109,18 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
             "which would not call the hook; change the gradient with torch operators"
         )
     for applied in recorder.applied.values():
+        if isinstance(applied.node, HookNode):
+            applied.node.close()
         if not is_torchs(applied.node):
             vars(applied.node).clear()  # python's references to the sample's tensors
-    for hook in recorder.hooks:  # one that reads its own tensor would keep it for ever
-        hook.handle.remove()
+    for hook in recorder.hooks:
+        RemovableHandle.remove(hook.handle)
     recorder.applied.clear()
     recorder.hooks.clear()
     return True
 
 
-_REMEDY = (
-    "take the gradient inside the mapped function (torch.autograd.grad), call it under "
-    "torch.no_grad(), or write it with torch operators"
-)
-
-
 _FREED = "pass retain_graph=True to the gradient inside, or detach what it is taken of at the end"
-
-
-def _name(node: object) -> str:
-    if isinstance(node, HookNode):
-        return "a hook (register_hook)"
-    if is_torchs(node):
-        name = re.sub(r"Backward\d*$", "", type(node).__name__)
-        return f"{name}, whose result a TorchDispatchMode inside the function changes,"
-    return f"the custom autograd.Function {type(node).__name__.removesuffix('Backward')}"
 
 
 def _saves_its_result(recorder: Recorder, node: object) -> bool:
@@ -128,31 +132,53 @@ def _saves_its_result(recorder: Recorder, node: object) -> bool:
     return bool(names) and type(node).__name__ != "ReluBackward0"
 
 
-def _hooks(recorder: Recorder, reached: set[int]) -> list[list[Hook]]:
-    """The hooks that outer gradients must call, grouped by tensor."""
-    found: dict[tuple[int, int], list[Hook]] = {}
-    for hook in recorder.hooks:
-        if not hook.is_active:
-            continue
-        if hook.var.index in recorder.captured:
-            raise errors.AutogradFunctionError(
-                f"{recorder.call}: register_hook on a tensor of shape {hook.var.spec.shape} that "
-                "all samples share, which the loop would give a hook for each sample; register "
-                "it once, outside of the mapped function"
-            )
-        if id(hook.node) in reached:
-            if getattr(hook.function, "__globals__", None) is vars(graph):
-                raise errors.AutogradFunctionError(
-                    f"{recorder.call}: register_multi_grad_hook before an output that requires "
-                    "grad, which gradients from outside would not call; take the gradients inside "
-                    "the mapped function (torch.autograd.grad) and hand them on, or change each "
-                    "one with Tensor.register_hook"
-                )
-            found.setdefault((id(hook.node), hook.number), []).append(hook)
-    return list(found.values())
+def _again(
+    recorder: Recorder, watched: Watched, depth: int, differentiated: bool
+) -> tuple[_Recorded, _Run]:
+    """Run a backward again, without autocast."""
+    again = _Recorded(recorder, watched.applied, depth, watched)
+    with plain_numerics():
+        return again, again.run(_inputs(recorder, watched.applied), differentiated)
 
 
-def _fill(recorder: Recorder, reached: Iterable[object], start: int, depth: int) -> None:
+def _settle_state(recorder: Recorder, watched: Watched) -> None:
+    """Run a backward again if its first run may have changed what it reads."""
+    changed, applied = watched.changed(), watched.applied
+    if changed:
+        changes = watched.settle(changed, lambda d: _again(recorder, watched, 0, d)[1].calls)
+        eq = recorder.equations[applied.position]
+        _amend(recorder, applied, eq, changes=changes)
+
+
+def _settle_mode(recorder: Recorder, watched: Watched, depth: int) -> None:
+    """Record a backward as for a plain gradient if it asks which one is taken."""
+    if watched.same_again(lambda d: _again(recorder, watched, depth, d)[1].calls, False):
+        return
+    if watched.changes_itself():
+        raise errors.AutogradFunctionError(
+            f"{recorder.call}: the backward of {described(watched.applied.node)} asks "
+            f"torch.is_grad_enabled() and changes what it reads, so that it is another one each "
+            f"time; {REMEDY}"
+        )
+    plain, ran = _again(recorder, watched, depth, False)
+    eq = plain.put_together(ran, None if is_cast_free(ran.calls.equations) else "")
+    watched.calls = ran.calls
+    _amend(recorder, watched.applied, eq, plain=True)
+
+
+def _amend(recorder: Recorder, applied: Applied, eq: Equation, **fields: object) -> None:
+    """Put another equation in the place of an application's, with fields of its backward set."""
+    text = backward_of(eq.args[4])._replace(**fields).dumps()
+    recorder.equations[applied.position] = eq._replace(args=(*eq.args[:4], text))
+
+
+def _fill(
+    recorder: Recorder,
+    reached: Iterable[object],
+    start: int,
+    depth: int,
+    watched: Mapping[int, Watched],
+) -> None:
     """Fill in the backwards of the Functions' equations from `start` on."""
     nodes = {id(node) for node in reached}
     for applied in list(recorder.applied.values()):
@@ -168,7 +194,11 @@ def _fill(recorder: Recorder, reached: Iterable[object], start: int, depth: int)
                 (given, values, (), (), TOO_DEEP), flags
             )
         else:
-            recorder.equations[applied.position] = _Recorded(recorder, applied, depth).equation()
+            each = watched.get(id(applied)) or Watched(recorder, applied)
+            recorded = _Recorded(recorder, applied, depth, each)
+            recorder.equations[applied.position] = recorded.equation()
+            if each.asks_for_mode:
+                _settle_mode(recorder, each, depth)
 
 
 def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
@@ -187,19 +217,32 @@ def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
         var = recorder.edges.get((type(node), sequence_number(node)(), number))
         if var is None:
             raise errors.AutogradFunctionError(
-                f"{recorder.call}: {_name(applied.node)} lies between "
+                f"{recorder.call}: {described(applied.node)} lies between "
                 "the inputs and an output that requires grad, and one of its arguments takes part "
-                f"in no operator of its forward, so that it cannot be followed; {_REMEDY}"
+                f"in no operator of its forward, so that it cannot be followed; {REMEDY}"
             )
         found.append(var)
     return found
 
 
+class _Run(NamedTuple):
+    """One run of a backward."""
+
+    calls: Calls
+    wanted: list[Var]
+    """The arguments that gradients were returned for."""
+    once: str
+    """Reason why the gradients must not be differentiated again; empty if they may."""
+    materialised: bool
+    """True if missing cotangents are zeros."""
+
+
 class _Recorded:
     """The backward of one application of a Function, run and recorded."""
 
-    def __init__(self, recorder: Recorder, applied: Applied, depth: int):
+    def __init__(self, recorder: Recorder, applied: Applied, depth: int, watched: Watched):
         self.recorder = recorder
+        self.watched = watched
         self.applied = applied
         self.node = applied.node
         self.depth = depth
@@ -207,48 +250,86 @@ class _Recorded:
 
     def equation(self) -> Equation:
         """Make the equation of the application."""
+        self.watched.look()
+        ran, only = self._under_autocast(_inputs(self.recorder, self.applied))
+        self.watched.look()
+        self.watched.calls = ran.calls
+        return self.put_together(ran, only)
+
+    def _under_autocast(self, inputs: list[Var | None]) -> tuple[_Run, str | None]:
+        """Run the backward without autocast, as torch asks to take gradients.
+
+        Returns:
+            The run; the only autocast state in which the backward computes this, None if it does in
+            any.
+        """
+        node = self.node
+        kind = torch.device(next(iter(self.applied.pairs.values()))[0].spec.device).type
+        state, raised = autocast_state(kind), self.recorder.raised
+        try:
+            with plain_numerics():
+                ran = self.run(inputs, True)
+        except errors.AutogradFunctionError:
+            if not state:
+                raise
+            self.recorder.raised = raised
+            return self.run(inputs, True), state  # what its forward has cast meets what is not
+        if is_cast_free(ran.calls.equations):
+            return ran, None
+        if state:
+            same = same_calls(self.recorder, ran.calls, self.run(inputs, True).calls)
+        else:
+            backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
+            code = getattr(backward, "__code__", None)
+            same = getattr(code, "co_filename", "") == autocast_mode.__file__  # @custom_bwd
+        return ran, None if same else ""
+
+    def run(self, inputs: list[Var | None], differentiated: bool) -> _Run:
+        """Run the backward, and take its calls out of the recording.
+
+        Args:
+            inputs: The variables of the Function's arguments.
+            differentiated: True to run it as if its gradient were differentiated again.
+        """
         recorder, node = self.recorder, self.node
-        pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
-        inputs = _inputs(recorder, self.applied)
-        given, materialised = self._missing()
-        names = self._cotangents(given)
+        given, materialised = missing(recorder, self.applied)
+        names = cotangents(recorder, self.applied, given)
         written_before = set(recorder.written_groups)
         expected, recorder.expected = recorder.expected, None
         try:
-            with torch.enable_grad():
-                with recorder.watch or contextlib.nullcontext():
+            with torch.set_grad_enabled(differentiated):
+                with recorder.watch or contextlib.nullcontext(), self.watched.running():
                     returned = (cast(Callable, node) if is_torchs(node) else node.apply)(*given)
                 wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
                 once = self._once([g for _, g in wanted])
                 outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
-            _fill(
-                recorder, nodes_before([g for _, g in wanted], recorder), self.start, self.depth + 1
-            )
+            further = nodes_before([g for _, g in wanted], recorder)
+            _fill(recorder, further, self.start, self.depth + 1, {})
         except errors.ShardmapError:
             raise
         except Exception as error:
-            remedy = _FREED if "graph a second time" in str(error) else _REMEDY
+            remedy = _FREED if "graph a second time" in str(error) else REMEDY
             raise errors.AutogradFunctionError(
-                f"{recorder.call}: the backward of {_name(node)}, which gradients from outside "
+                f"{recorder.call}: the backward of {described(node)}, which gradients from outside "
                 f"reach, raised {type(error).__name__} for one sample ({error}); {remedy}"
             ) from error
         finally:
             recorder.written_groups = written_before
             recorder.expected = expected
-        equations = recorder.equations[self.start :]
-        del recorder.equations[self.start :]
-        # Its questions are checked where it runs; they are none about the function's own path.
-        recorder.asked[:] = [position for position in recorder.asked if position < self.start]
+            equations = recorder.equations[self.start :]
+            del recorder.equations[self.start :]
+            # Its questions are checked where it runs; they are none about the function's own path.
+            recorder.asked[:] = [position for position in recorder.asked if position < self.start]
         out_flags = tuple([NO_GRAD if once else f for f in flags])
         found = Calls(equations, names, outs, out_flags)
-        return self._put_together(found, pairs, [var for var, _ in wanted], once, materialised)
+        return _Run(found, [var for var, _ in wanted], once, materialised)
 
     def _once(self, grads: list[torch.Tensor]) -> str:
         """Reason why gradients must not be differentiated again; empty if they may."""
         if any(type(g.grad_fn).__name__ == "Error" for g in grads):
             return (
-                f"{_name(self.node)} is differentiated twice, and its backward is marked "
+                f"{described(self.node)} is differentiated twice, and its backward is marked "
                 "@once_differentiable"
             )
         if isinstance(self.node, HookNode) and self._keeps_what_is_beside(grads):
@@ -281,74 +362,6 @@ class _Recorded:
         read |= {v.group for v in map(self.recorder.known, grads) if v is not None}
         return bool(beside & read)
 
-    def _missing(self) -> tuple[list[torch.Tensor | None], bool]:
-        """A value for each missing cotangent, and True if missing ones are zeros.
-
-        Autograd's engine tells which: it computes a gradient with the Function's own
-        backward replaced.
-        """
-        node = self.node
-        count = len(node._input_metadata)
-        pairs = self.applied.pairs
-        if count == 1 or is_torchs(node):
-            return [None] * count, True
-        seen: list[tuple[torch.Tensor | None, ...]] = []
-
-        def spy(*grads: torch.Tensor | None) -> tuple[None, ...]:
-            seen.append(grads)
-            return (None,) * len(node.needs_input_grad)
-
-        first = min(pairs)
-        edges = [graph.GradientEdge(n, i) for n, i in node.next_functions if n]
-        start = graph.GradientEdge(cast(graph.Node, node), first)
-        vars(node)["apply"] = spy
-        paused, self.recorder.paused = self.recorder.paused, True
-        try:
-            value = self._sample(pairs[first][0])
-            torch.autograd.grad((start,), edges, (value,), retain_graph=True, allow_unused=True)
-        finally:
-            self.recorder.paused = paused
-            del vars(node)["apply"]
-        (grads,) = seen
-        absent = [k for k in range(count) if k != first and grads[k] is None]
-        if absent and len(pairs) > 1:
-            raise errors.AutogradFunctionError(
-                f"{self.recorder.call}: {_name(node)} has several "
-                "results and ctx.set_materialize_grads(False), so that its backward depends on "
-                f"which of them are used outside; leave missing gradients zeros, or {_REMEDY}"
-            )
-        return list(grads), not absent
-
-    def _sample(self, var: Var) -> torch.Tensor:
-        """Ones with the metadata of a result."""
-        spec = var.spec
-        device = torch.device(spec.device)
-        if 0 in spec.stride:
-            return torch.ones(spec.shape, dtype=spec.dtype, device=device)
-        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device).fill_(
-            1
-        )
-
-    def _cotangents(self, given: list[torch.Tensor | None]) -> tuple[Var, ...]:
-        """Replace each used result's cotangent by a sample's, and return their variables."""
-        recorder = self.recorder
-        names = []
-        recorder.paused, paused = True, recorder.paused
-        for number, (value, _) in sorted(self.applied.pairs.items()):
-            sample = self._sample(value)
-            with torch.enable_grad():  # no leaf: an argument of a backward may be written to
-                leaf = torch.ones(
-                    sample.shape, dtype=sample.dtype, device=sample.device, requires_grad=True
-                )
-                cotangent = torch.empty_strided(
-                    sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
-                ).copy_(leaf)
-            given[number] = cotangent
-            with without_functions():  # our own look at its memory is no door
-                names.append(recorder.add_cotangent(cotangent))
-        recorder.paused = paused
-        return tuple(names)
-
     def _wanted(self, returned: object, inputs: list[Var | None]) -> list[tuple[Var, torch.Tensor]]:
         """The gradients that lead on, each with the variable that it is the gradient of.
 
@@ -371,62 +384,41 @@ class _Recorded:
             wanted.append((var, grad.to(var.spec.dtype)))
         return wanted
 
-    def _put_together(
-        self,
-        found: Calls,
-        pairs: list[tuple[Var, Var]],
-        wanted: list[Var],
-        once: str,
-        materialised: bool,
-    ) -> Equation:
-        """Make the equation of the application, with the program of its backward."""
-        recorder = self.recorder
+    def put_together(self, ran: _Run, only: str | None) -> Equation:
+        """Make the equation of the application, with the program of its backward.
+
+        Args:
+            ran: What was recorded.
+            only: The autocast state in which the backward computes this; None for any.
+        """
+        recorder, found, once = self.recorder, ran.calls, ran.once
+        pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
         hook = isinstance(self.node, HookNode)
         anchor = pairs[0][0] if once and hook else None
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
-        name = self._readers()
-        backward = Backward(program, len(found.cotangents), saved, once, hook, materialised, name)
+        name = self.watched.keep()
+        backward = Backward(
+            program, len(found.cotangents), saved, once, hook, ran.materialised, name, "", only
+        )
         args = (
-            tuple(wanted),
+            tuple(ran.wanted),
             tuple([value for value, _ in pairs]),
             tuple([var for var, _ in held]),
             tuple(map(Param, numbers)),
             backward.dumps(),
         )
         flags = (
-            *[GRAD] * len(wanted),
+            *[GRAD] * len(ran.wanted),
             *[NO_GRAD] * len(pairs),
             *[GRAD if flag == GRAD else NO_GRAD for _, flag in held],
         )
         return self.applied.equation(args, flags)
 
-    def _readers(self) -> str:
-        """Keep what reads python state in this backward, by the name that is returned."""
-        if isinstance(self.node, HookNode):
-            function, functions = None, [hook.function for hook in self.node.hooks]
-            name = name_of(functions[0])
-            given: dict[str, object] = {}
-        else:
-            function = getattr(type(self.node), "_forward_cls", None)
-            if function is None:
-                return ""
-            functions, name = [function.backward], name_of(function)
-            given = {CONTEXT + key: value for key, value in vars(self.node).items()}
-        for each in functions:
-            reader = reader_of(each, given, self._is_sample, function)
-            if reader is not None:
-                keep(name, reader)
-        return name
-
-    def _is_sample(self, tensor: torch.Tensor) -> bool:
-        var = self.recorder.known(tensor)
-        return var is not None and var.index not in self.recorder.captured
-
     def _refuse(self, program: Program, held: list[tuple[Var, int]], own: set[int]) -> None:
         """Refuse a backward that cannot be run later for all samples."""
-        recorder, name = self.recorder, _name(self.node)
+        recorder, name = self.recorder, described(self.node)
         before = f"{recorder.call}: the backward of {name}"
         later = {
             v.index for eq in recorder.equations[self.applied.position :] for v in eq.results()
@@ -434,7 +426,7 @@ class _Recorded:
         if any(var.index in later for var, _ in held):
             raise errors.AutogradFunctionError(
                 f"{before}, which gradients from outside reach, reads a tensor that is made after "
-                f"the Function was applied; {_REMEDY}"
+                f"the Function was applied; {REMEDY}"
             )
         literals = {var.group for var, _ in recorder.literals}
         outside = {var.group for var, _ in held} - literals - own

@@ -1,0 +1,412 @@
+"""List what code can read by name: facts about objects, which two listings can compare.
+
+From objects that the code names, the walk goes on to items, to attributes that the code spells out,
+and to what the functions among them name themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import collections
+import contextvars
+import enum
+import functools
+import hashlib
+import io
+import itertools
+import random
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+
+import numpy as np
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from shardmap.program.code_names import Names, names_in
+
+VALUES = (
+    bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
+    torch.device, torch.Size, torch.layout, torch.memory_format, np.generic, np.dtype,
+)  # fmt: skip
+"""Types whose objects never change, and whose text says all."""
+_MOST = 20_000
+"""Largest number of facts that are compared."""
+_FEW = 64
+"""Length of a container from which on plain values are compared as one text."""
+
+
+@functools.lru_cache(4096)
+def _questions(names: Names) -> list[Callable[[], object]]:
+    found = map(_question, sorted(names.attributes | names.globals))
+    return [ask for ask in found if ask is not None]
+
+
+def _question(name: str) -> Callable[[], object] | None:
+    """Torch's function of this name, if it takes no argument and tells a setting."""
+    ask = getattr(torch, name, None) if name.startswith(("is_", "are_", "get_")) else None
+    if not callable(ask) or name in _OF_THE_GRADIENT:
+        return None
+    try:
+        value = ask()
+    except (TypeError, RuntimeError, AssertionError):
+        return None  # it takes arguments, and answers about them
+    return ask if isinstance(value, VALUES) else None
+
+
+_OF_THE_GRADIENT = frozenset("is_grad_enabled is_inference_mode_enabled is_anomaly_enabled".split())
+"""Questions about how the gradient is taken, and not about a state that stays."""
+
+
+class OfTensor:
+    """A tensor that is not held, equal to itself only."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.reference = weakref.ref(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OfTensor) and self.reference() is other.reference() is not None
+
+    def __hash__(self) -> int:
+        return hash(id(self))
+
+
+class Itself:
+    """An object that is compared by identity: a class, a function of a library, a lock."""
+
+    def __init__(self, value: object):
+        self.text = getattr(value, "__qualname__", f"a {type(value).__name__}")
+        self.look: Callable[[], object] = functools.partial(_same, value)
+        try:
+            self.look = weakref.ref(value)
+        except TypeError:
+            pass  # not an error: it is held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and self.look() is other.look() is not None
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+class Incomparable:
+    """A state that cannot be compared, and so is equal to none."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __hash__(self) -> int:
+        return hash(self.what)
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def text_of(fact: object) -> str:
+    """A fact for a message."""
+    if isinstance(fact, OfTensor):
+        return "a tensor"
+    if isinstance(fact, Incomparable):
+        return fact.what
+    if isinstance(fact, Itself):
+        return fact.text
+    if isinstance(fact, types.CodeType):
+        return f"the function {fact.co_name}"
+    if isinstance(fact, tuple):
+        text = str(fact[1])
+        return text if len(text) < 80 else f"{text[:77]}..."
+    return str(fact)
+
+
+@functools.lru_cache(4096)
+def is_library(module: object) -> bool:
+    """True for a module of torch, of numpy, of python's own library or of shardmap."""
+    root = str(module).partition(".")[0]
+    return root in ("torch", "numpy", "shardmap") or root in sys.stdlib_module_names
+
+
+class Walk:
+    """A walk from objects to all that code with some names can read of them.
+
+    Args:
+        names: The names that the code spells out, with those of functions that it calls.
+        ran: Methods that have run though no name leads to them; None for all that there are.
+    """
+
+    def __init__(self, names: Names, ran: Set[types.CodeType] | None = frozenset()):
+        self.names = names
+        self.ran = ran
+        self.unnamed: set[types.CodeType] = set()
+        """Methods of the objects' classes that python may call and that have not run."""
+        self.facts: dict[str, object] = {}
+        """The facts, by the way to what they are about."""
+        self.codes: set[types.CodeType] = set()
+        """The code of the user's functions among the objects."""
+        self.tensors: list[torch.Tensor] = []
+        self._seen: dict[int, tuple[object, str]] = {}
+
+    def scope(self, prefix: str, code: types.CodeType, scope: Mapping[str, object]) -> None:
+        """Walk from the globals that a function's code names."""
+        for name in sorted(names_in(code).globals & scope.keys()):
+            self.walk(f"{prefix}{name}", scope[name])
+
+    def settings(self) -> None:
+        """Note what torch answers to the questions for its settings that code may ask."""
+        self.facts["torch.get_default_dtype()"] = ("dtype", str(torch.get_default_dtype()))
+        for ask in _questions(self.names):
+            self.facts[f"torch.{ask.__name__}()"] = ("setting", str(ask()))
+
+    def walk(self, path: str, value: object) -> None:
+        """Walk from one object."""
+        if len(self.facts) > _MOST:
+            self.facts["more than can be compared"] = Incomparable(f"over {_MOST:,} values")
+            return
+        kind = type(value)
+        if isinstance(value, enum.Enum):
+            self.facts[path] = (Itself(kind), str(value))
+        elif isinstance(value, VALUES) and not getattr(value, "__dict__", None):
+            self.facts[path] = (kind, repr(value))
+        elif id(value) in self._seen:
+            self.facts.setdefault(path, ("as", self._seen[id(value)][1]))
+        else:
+            self._seen[id(value)] = value, path
+            self._follow(path, value, kind)
+
+    def _follow(self, path: str, value: object, kind: type) -> None:
+        if isinstance(value, torch.Tensor):
+            self._tensor(path, value)
+        elif isinstance(value, types.FunctionType):
+            self._function(path, value)
+        elif isinstance(value, types.ModuleType):
+            self._module(path, value)
+        elif isinstance(value, type):
+            self.facts[path] = Itself(value)
+            self._class(path, value, True)
+        elif isinstance(value, _WRAPPERS):
+            for number, part in enumerate(_parts(value)):
+                self.walk(f"{path}{'.func' if not number else f'.part {number}'}", part)
+        elif isinstance(value, np.ndarray):
+            data = value.tobytes() if not value.dtype.hasobject else repr(value).encode()
+            self.facts[path] = ("array", f"{value.dtype}{value.shape}", _digest(data))
+        elif isinstance(value, bytearray | memoryview | array.array):
+            self.facts[path] = (kind, f"{len(value)} items", _digest(bytes(value)))
+        elif isinstance(value, Mapping | collections.UserDict):
+            self._mapping(path, value)
+        elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+            self._items(path, value)
+        elif isinstance(value, contextvars.ContextVar):
+            self.walk(f"{path}.get()", value.get(None))
+        elif isinstance(value, RemovableHandle):
+            self.facts[path] = Itself(value)
+        elif isinstance(value, random.Random):
+            self.facts[path] = ("random", "a state", hash(value.getstate()))
+        elif isinstance(value, np.random.Generator | np.random.RandomState):
+            own = isinstance(value, np.random.Generator)
+            state = value.bit_generator.state if own else value.get_state()
+            self.facts[path] = ("random", "a state", _digest(repr(state).encode()))
+        elif isinstance(value, itertools.count | itertools.repeat):
+            self.facts[path] = (kind, repr(value))
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            self.facts[path] = Incomparable("an iterator, whose state cannot be compared")
+        else:
+            self._object(path, value, kind)
+
+    def _tensor(self, path: str, tensor: torch.Tensor) -> None:
+        self.facts[path] = OfTensor(tensor)
+        self.tensors.append(tensor)
+        named = self.names.attributes
+        for name in sorted(_OF_TENSORS & named):
+            self.facts[f"{path}.{name}"] = (name, str(getattr(tensor, name)))
+        if "grad" in named and tensor.is_leaf:
+            grad = tensor.grad
+            self.facts[f"{path}.grad"] = (None, None) if grad is None else OfTensor(grad)
+        for name in sorted(named & vars(tensor).keys()):
+            self.walk(f"{path}.{name}", vars(tensor)[name])
+
+    def _function(self, path: str, function: types.FunctionType) -> None:
+        code = function.__code__
+        if is_library(function.__module__):
+            self.facts[path] = Itself(function)
+            return
+        self.codes.add(code)
+        self.facts[path] = code
+        inside = f"{path}: "
+        for name, value in defaults_of(function).items():
+            self.walk(f"{inside}{name}", value)
+        for name, value in cells_of(function).items():
+            self.walk(f"{inside}{name}", value)
+        for name in sorted(self.names.attributes & vars(function).keys()):
+            self.walk(f"{path}.{name}", vars(function)[name])
+        self.scope(inside, code, function.__globals__)
+
+    def _module(self, path: str, module: types.ModuleType) -> None:
+        self.facts[path] = Itself(module)
+        own = vars(module)
+        if not is_library(module.__name__):
+            for name in sorted(self.names.attributes & own.keys()):
+                self.walk(f"{path}.{name}", own[name])
+
+    def _mapping(self, path: str, value: Mapping[object, object]) -> None:
+        kind = type(value)
+        if not is_library(kind.__module__):
+            self._object(path, value, kind)
+            if not isinstance(value, dict):
+                return
+        keys = list(dict.keys(value)) if isinstance(value, dict) else list(value)
+        texts = [repr(k) if isinstance(k, VALUES) else f"key {n}" for n, k in enumerate(keys)]
+        order = [t if isinstance(k, VALUES) else id(k) for k, t in zip(keys, texts, strict=True)]
+        self.facts[f"keys of {path}"] = (len(keys), ", ".join(texts), tuple(order))
+        for key, text in zip(keys, texts, strict=True):
+            held = dict.__getitem__(value, key) if isinstance(value, dict) else value[key]
+            self.walk(f"{path}[{text}]", held)
+
+    def _items(self, path: str, value: Collection[object]) -> None:
+        kind = type(value)
+        if kind.__module__ not in ("builtins", "collections", "torch"):
+            self._object(path, value, kind)  # a subclass has attributes, a named tuple methods
+        items = list(value)
+        self.facts[f"length of {path}"] = (kind, len(items))
+        if len(items) > _FEW and all(type(item) in _SIMPLE for item in items):
+            self.facts[path] = (kind, "other items", _digest(repr(items).encode()))
+            return
+        for number, item in enumerate(items):
+            self.walk(f"{path}[{number}]", item)
+
+    def _object(self, path: str, value: object, kind: type) -> None:
+        self.facts[f"class of {path}"] = Itself(kind)
+        if str(kind.__module__).partition(".")[0] in _ASIDE:
+            self.facts[path] = Itself(value)
+            return
+        places = list(_own(value))
+        everything = self.names.dynamic or (is_library(kind.__module__) and kind not in _BY_NAME)
+        for place in places:
+            wanted = place.keys() if everything else self.names.attributes & place.keys()
+            for name in sorted(wanted, key=str):
+                if not (everything and name in _CACHES):
+                    self.walk(f"{path}.{name}", place[name])
+        slots = set(_slots(kind))
+        for name in sorted(slots if everything else self.names.attributes & slots):
+            if name in self.names.attributes or not is_library(kind.__module__):
+                self.walk(f"{path}.{name}", getattr(value, name, None))
+        if not places and not slots:
+            self.facts[path] = Itself(value)
+        self._class(path, kind, False)
+
+    def _class(self, path: str, kind: type, called: bool) -> None:
+        """Walk from the attributes of a class, and from methods that have run unnamed.
+
+        Args:
+            path: The way to the class, or to an object of the class.
+            kind: The class.
+            called: True if objects of it may be made.
+        """
+        meta = () if type(kind) is type else type(kind).mro(type(kind))
+        for base in (*kind.__mro__, *meta):
+            if is_library(base.__module__):
+                continue
+            of = f"{path}." if base is kind else f"{path}.{base.__name__}."  # super() reads those
+            for name, value in list(vars(base).items()):
+                if isinstance(value, _DESCRIPTORS):
+                    continue
+                wanted = name in self.names.attributes
+                code = getattr(getattr(value, "__func__", value), "__code__", None)
+                if code is None:
+                    wanted |= self.names.dynamic and not name.startswith("__")
+                elif self.ran is None or code in self.ran:
+                    wanted = True
+                elif not wanted and (called or name not in _MAKING):
+                    self.unnamed.add(code)
+                if wanted:
+                    self.walk(f"{of}{name}", value)
+
+
+def cells_of(function: types.FunctionType) -> dict[str, object]:
+    """The variables that a function closes over."""
+    found = {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not bound
+            continue
+    return found
+
+
+def defaults_of(function: types.FunctionType) -> dict[str, object]:
+    """The defaults of a function's arguments."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    found = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+    return found | (function.__kwdefaults__ or {})
+
+
+def _own(value: object) -> Iterator[Mapping[str, object]]:
+    """The dictionaries of an object's own attributes."""
+    try:
+        local = isinstance(value, threading.local)  # has one in each thread
+        own = value.__dict__ if local else object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return
+    if isinstance(own, Mapping):
+        yield own
+        if isinstance(value, torch.nn.Module):
+            for kind in ("_parameters", "_buffers", "_modules"):
+                yield own.get(kind, {})
+
+
+def _slots(kind: type) -> Iterator[str]:
+    """The names of the attributes that objects of a class have beside their dictionary."""
+    for base in kind.__mro__:
+        own = vars(base).get("__slots__", ())
+        for name in (own,) if isinstance(own, str) else own:
+            private = name.startswith("__") and not name.endswith("__")
+            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
+
+
+def _parts(value: object) -> tuple[object, ...]:
+    """What a callable other than a function is made of."""
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, dict(value.keywords)
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, property):
+        return (value.fget,)
+    if isinstance(value, weakref.ref):
+        return (value(),)
+    if isinstance(value, functools.cached_property):
+        return (value.func,)
+    return (getattr(value, "__func__", None),)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+_ASIDE = frozenset(
+    "logging warnings queue io pathlib re asyncio concurrent multiprocessing".split()
+)
+"""Modules whose objects keep caches and streams, which do not matter."""
+_BY_NAME = types.SimpleNamespace, argparse.Namespace, threading.local, object
+"""Classes of python's library whose objects are read by the user's names alone."""
+_SIMPLE: Set[type] = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_OF_TENSORS = frozenset("requires_grad is_leaf shape dtype device".split())
+"""What code may ask a tensor that it captures, beside its values."""
+_WRAPPERS = (
+    types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
+    functools.cached_property,
+)  # fmt: skip
+_DESCRIPTORS = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __class_getitem__".split())
+"""Methods that run where objects are made."""
+_CACHES = frozenset(("_is_full_backward_hook", "_non_persistent_buffers_set"))
