@@ -35,6 +35,7 @@ from shardmap.trace.node_hooks import (
     refuse_node_hooks,
 )
 from shardmap.trace.recorder import Recorder
+from shardmap.trace.surroundings import callers_functions_aside
 
 DEPTH = 3
 """Derivatives of a higher order are refused where they need a Function's own backward: one that is
@@ -90,12 +91,12 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     for each in watched.values():
         each.look()
     try:
-        with doors, recorder:
+        with callers_functions_aside(), doors, recorder:
             _fill(recorder, reached, 0, 0, watched)
         for each in watched.values():
             each.look()
         if any(each.changed() for each in watched.values()):
-            with doors, recorder:
+            with callers_functions_aside(), doors, recorder:
                 for each in watched.values():
                     _settle_state(recorder, each)
     except errors.EscapeError as error:

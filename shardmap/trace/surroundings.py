@@ -15,6 +15,7 @@ import torch
 
 from shardmap._threads import alone, default_generator_states, restore_default_generators
 from shardmap._torch import (
+    device_mode,
     dispatch_key,
     dispatch_modes,
     enter_vmap_level,
@@ -100,6 +101,29 @@ def outer_recordings_suspended() -> Iterator[None]:
             push_function_mode(mode)
         for mode in dispatch:
             push_dispatch_mode(mode)
+
+
+@contextlib.contextmanager
+def callers_functions_aside() -> Iterator[None]:
+    """Set the function modes of the caller aside, but for those that say where tensors are made.
+
+    What a gradient from outside will call is recorded without the modes around the map.
+    """
+    modes = list(function_modes())
+    kept = [mode for mode in modes if isinstance(mode, device_mode)]
+    if len(kept) == len(modes):
+        yield
+        return
+    for _ in modes:
+        pop_function_mode()
+    try:
+        with contextlib.ExitStack() as stack:
+            for mode in kept:
+                stack.enter_context(mode)
+            yield
+    finally:
+        for mode in modes:
+            push_function_mode(mode)
 
 
 _PYTHON_KEYS = (dispatch_key.Python, dispatch_key.PythonTLSSnapshot)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap._torch import function_modes
+from tests.trace.ways import WAYS
 
 NET = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
@@ -60,3 +61,48 @@ def test_the_callers_modes_are_as_they_were(function: Callable[..., Any], trace:
                 torch.zeros(1)
         assert seeing.seen[-1] == "zeros"
         assert not function_modes()
+
+
+class Doubled(TorchFunctionMode):
+    """A mode of the caller's, which changes what a sine is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func in (torch.sin, torch.Tensor.sin) else result
+
+
+class SineOfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.sin(ctx.saved_tensors[0])
+
+
+def hooked(r: torch.Tensor) -> torch.Tensor:
+    h = r * 2
+    h.register_hook(torch.sin)
+    return h * h.sin()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("function", [SineOfGradient.apply, hooked])
+def test_a_function_mode_around_the_map_is_not_around_its_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], way: dict[str, Any]
+) -> None:
+    mapped = shardmap.vmap(lambda r: function(r), **way)
+    for size in (1, 3, 7, 7):
+        x = torch.linspace(0, 2, 4 * size, dtype=torch.float64).view(size, 4).requires_grad_()
+        with Doubled():
+            found = mapped(x)
+            wanted = torch.stack([function(r) for r in x])
+        torch.testing.assert_close(found, wanted)
+        got = torch.autograd.grad(found.sum(), x)
+        torch.testing.assert_close(got, torch.autograd.grad(wanted.sum(), x))
+    out, rows = mapped(x), torch.stack([function(r) for r in x])
+    with Doubled():  # torch sets it aside while a function of its own runs, such as this one
+        (wanted,) = torch.autograd.grad(rows.sum(), x)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], wanted)
