@@ -305,15 +305,10 @@ SOUND = dict(
 )  # fmt: skip
 
 
-COUNTED = "the model counts each sample's labels, and no rule batches lengths that differ by sample"
-
-
 def speech(name: str, config: str, model: str, labelled: str = "words", **settings: Any) -> None:
     """Register a model of sound, for words by CTC or for a class."""
-    by_words = labelled == "words"
-    ctc = ("aten::_ctc_loss.Tensor", "aten::_ctc_loss_backward.Tensor")
 
-    @entry(name, "transformers", dict.fromkeys(ctc, COUNTED) if by_words else None)
+    @entry(name, "transformers")
     def build() -> Model:
         import transformers
 
