@@ -329,7 +329,7 @@ entry("learned_step")(lambda: quantised(True))
 
 @entry("qat_eager")
 def qat_eager() -> Model:
-    """Torch's eager quantisation-aware training after calibration, with observers frozen."""
+    """Torch's eager quantisation-aware training, with separate parts and frozen observers."""
     from torch.ao import quantization as ao
 
     class Net(nn.Module):
@@ -342,7 +342,7 @@ def qat_eager() -> Model:
             return self.leave(self.net(self.enter(x)))
 
     module = Net().train()
-    module.qconfig = ao.get_default_qat_qconfig("x86")  # pyright: ignore
+    module.qconfig = ao.get_default_qat_qconfig(version=0)  # pyright: ignore
     ao.prepare_qat(module, inplace=True)
     batch = (rows(6).float(), rows(3).float())
     for _ in range(3):
