@@ -119,7 +119,7 @@ def _compare(model: Model, verdict: Verdict) -> None:
     verdict.loops = sorted(name for name, tier in compared.tiers.items() if tier == "loop")
     plan = shardmap.plan(gradient, **options)(*model.batch).explain()
     if "sample by sample" in plan or compared.ways:
-        verdict.loops.append(compared.ways or "the function itself")
+        verdict.loops = sorted({*verdict.loops, compared.ways or "the function itself"})
     verdict.recorded = next(
         (line for line in plan.splitlines() if "at each call, because" in line), ""
     )

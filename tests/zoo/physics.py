@@ -166,9 +166,9 @@ def neural_ode(method: str, adjoint: bool = False) -> Model:
     return Model(Field().double(), loss, (rows(2), rows(2)), output)
 
 
-ADAPTIVE = {"": "each sample has steps of its own"}
+ADAPTIVE = {"the function itself": "each sample accepts steps of its own, and few go one way"}
 entry("neural_ode_rk4", "torchdiffeq")(lambda: neural_ode("rk4"))
-entry("neural_ode_dopri5", "torchdiffeq")(lambda: neural_ode("dopri5"))
+entry("neural_ode_dopri5", "torchdiffeq", ADAPTIVE)(lambda: neural_ode("dopri5"))
 entry("neural_ode_adjoint", "torchdiffeq")(lambda: neural_ode("rk4", True))
 entry("neural_ode_adams", "torchdiffeq")(lambda: neural_ode("explicit_adams"))
 
