@@ -15,6 +15,7 @@ import shardmap
 from tests.loop import loop
 from tests.same import Mismatch, assert_same
 from tests.zoo import Entry, Model
+from tests.zoo.vision import without_compiled_operators
 
 CALLS = 4
 
@@ -73,6 +74,7 @@ def judge(entry: Entry) -> Verdict:
     if find_spec(entry.package) is None:
         verdict.kind, verdict.detail = "missing package", f"pip install {entry.package}"
         return verdict
+    without_compiled_operators()  # transformers and peft import torchvision where there is one
     torch.manual_seed(1)
     model = entry.build()
     try:

@@ -336,11 +336,12 @@ def other(
     batch: Any = lambda: (tokens(), tokens()),
     dtype: torch.dtype = torch.float64,
     unused: bool = False,
+    loops: dict[str, str] | None = None,
     **settings: Any,
 ) -> None:
     """Register a model of one sequence with labels of another, or with a mask of its padding."""
 
-    @entry(name, "transformers")
+    @entry(name, "transformers", loops)
     def build() -> Model:
         import transformers
 
@@ -501,6 +502,7 @@ other(
     num_experts=3,
     decoder_start_token_id=2,
     unused=True,
+    loops={"the function itself": "each sample uses experts of its own, and few go one way"},
     dtype=ROUNDED,
     precision=ROUNDED,
 )
