@@ -151,7 +151,7 @@ def undeclared(folder: str, extras: tuple[str, ...]) -> dict[str, str]:
     ("folder", "extras"),
     [
         ("shardmap", ("ray", "run")),
-        ("tests", ("ray", "run", "test")),
+        ("tests", ("ray", "run", "test", "zoo")),
         ("benchmarks", ("ray", "run", "test", "bench")),
         ("examples", ("ray", "run")),
         ("configs", ("ray", "run")),

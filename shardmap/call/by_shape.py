@@ -32,7 +32,7 @@ from shardmap.call.shape_replay import Group, ShapeReplay
 from shardmap.call.shapes import ShapesOfCall
 from shardmap.call.surroundings import Surroundings
 from shardmap.factors import gram
-from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.batched import LoweringOptions, slowest
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.reduce.reduction import Reduction
@@ -302,7 +302,7 @@ class ByShape:
     def _lowering(self, how: LoweringOptions, program: Program, specs: Sequence[Spec]) -> Lowered:
         jobs = [group.job for group in self.groups]
         drafts = [job.lowerings.outline(job.home.type) for job in jobs]
-        tiers = {name: tier for draft in drafts for name, tier in draft.tiers.items()}
+        tiers = slowest(*[draft.tiers for draft in drafts])
         key = "notes", how, *[id(job.recording.program) for job in jobs]
         programs = [job.recording.program for job in jobs]  # what it holds keeps its ids
         _, notes = _learned.made(key, lambda: (programs, Notes()))

@@ -19,12 +19,14 @@ from shardmap.call.first_use import FirstUse, Pair, consumed
 from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.call.reachable import reachable
+from shardmap.call.rounding import Rounding
 from shardmap.call.standin import ways_of
 from shardmap.call.surroundings import surroundings
 from shardmap.call.unequal import run_by_shape
 from shardmap.lower import apart
+from shardmap.lower.batched import slowest
 from shardmap.lower.cache import Lowered
-from shardmap.lower.closeness import OUTPUT_TOLERANCE, close, largest
+from shardmap.lower.closeness import largest
 from shardmap.lower.trial import Trial
 from shardmap.run import prepare
 from shardmap.run.base import Job
@@ -58,7 +60,8 @@ class Comparison:
         samples: The numbers of the samples that were compared.
         outputs: One entry per output.
         parted: Text about the first operator where map and loop differ; None if they agree.
-        tiers: For each operator, the tier that serves it: "rule", "functorch" or "loop".
+        tiers: For each operator, the slowest tier that serves a call of it: "rule", "functorch" or
+            "loop".
         ways: Text about which samples take which path, if samples take several; else empty.
         parameter_share: The part, among parameters that the function reads and that require grad,
             (0 to 1) whose gradient is among the outputs and is not zero in every compared sample;
@@ -132,7 +135,13 @@ def compare(
         [t.select(0 if d is None else d, number) for t, d in zip(found, dims, strict=True)]
         for number in numbers
     ]
-    outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
+    rounding = [
+        _rounding(pair, batch, number, results)
+        for number, results in zip(numbers, own, strict=True)
+    ]
+    outputs = tuple(
+        [_difference(name, k, numbers, own, rows, rounding) for k, name in enumerate(names)]
+    )
     job, low = _lowered(func, batch, pair, options)
     worst = next((out for out in outputs if not out.agrees), None)
     parted = None
@@ -177,12 +186,18 @@ def compare_by_shape(
              if t is not None]  # fmt: skip
     rows = [[t[number] for t in found] for number in numbers]
     names = out_edges.output_names(structure)
-    outputs = tuple([_difference(name, k, numbers, own, rows) for k, name in enumerate(names)])
+    rounding = []
+    for number, results in zip(numbers, own, strict=True):
+        group, k = place[number]
+        rounding.append(_rounding(pairs[group], groups[group][1], k, results))
+    outputs = tuple(
+        [_difference(name, k, numbers, own, rows, rounding) for k, name in enumerate(names)]
+    )
     worst = next((out for out in outputs if not out.agrees), None)
     parted, tiers, ways = None, dict[str, str](), []
     for g, ((_, batch), pair) in enumerate(zip(groups, pairs, strict=True)):
         job, low = _lowered(func, batch, pair, options)
-        tiers |= low.batched.tiers
+        tiers = slowest(tiers, low.batched.tiers)
         ways += [ways_of(low)] if ways_of(low) else []
         if worst is not None and place[worst.sample][0] == g and job.lowerings.instead is None:
             parted = _parted(job, low, place[worst.sample][1])
@@ -201,6 +216,13 @@ def _recorded(func: Callable[..., Any], batch: Batch, options: Options) -> Pair:
             "the map; switch them off (model.eval()) to compare the rest"
         )
     return pair
+
+
+def _rounding(pair: Pair, batch: Batch, number: int, results: Sequence[torch.Tensor]) -> Rounding:
+    """What one sample's results are compared by."""
+    recording = pair[0]
+    rows = [row for row, _ in rows_of(batch, number, False)]
+    return Rounding(recording.program, rows, recording.captured, results)
 
 
 def _lowered(
@@ -263,15 +285,16 @@ def _difference(
     numbers: Sequence[int],
     own: Sequence[Sequence[torch.Tensor]],
     rows: Sequence[Sequence[torch.Tensor]],
+    rounding: Sequence[Rounding],
 ) -> OutputDifference:
     worst, at, agrees = -1.0, numbers[0], True
-    for number, wanted, got in zip(numbers, own, rows, strict=True):
+    for number, wanted, got, by in zip(numbers, own, rows, rounding, strict=True):
         a, b = wanted[k], got[k].detach().to(wanted[k].device)
         difference = _largest_difference(a, b)
         if difference > worst:
             worst, at = difference, number
         same = a.shape == b.shape and a.dtype == b.dtype
-        agrees = agrees and same and close(a, b, largest(a), OUTPUT_TOLERANCE)
+        agrees = agrees and same and by.explains(a, b)
     magnitude = max(largest(wanted[k]) for wanted in own)
     return OutputDifference(name, worst, magnitude, at, agrees)
 
@@ -314,7 +337,9 @@ def _parted(job: Job, low: Lowered, sample: int) -> str:
     if not found.wrong:
         own = [torch.stack(column) for column in zip(*found.samples, strict=True)]
         pairs = zip(own, found.outputs, low.batched.outputs, strict=True)
-        if all(close(a if v.mapped else a[0], b, largest(a)) for a, b, v in pairs):
+        results = [t for row in found.samples for t in row]
+        by = Rounding(low.program, trial.inputs, trial.captured, results)
+        if all(by.explains(a if v.mapped else a[0], b) for a, b, v in pairs):
             return (
                 "the size of a chunk: of two samples alone the map gives what the loop gives; a "
                 "rule, "

@@ -13,7 +13,8 @@ import torch
 
 from shardmap import errors
 from shardmap._threads import default_generator_states, restore_default_generators
-from shardmap.lower.closeness import close, has_values, largest, thinned
+from shardmap.call.rounding import Rounding
+from shardmap.lower.closeness import has_values, thinned
 from shardmap.planning.split import split
 from shardmap.program.analysis import never_written
 from shardmap.run import local, prepare
@@ -63,11 +64,12 @@ def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
     """
     rows = _rows(job, expected)
     compared = _compared(job) if rows else set()
+    rounding = _rounding(job, expected)
     for row, sample in rows:
         for k, (out, t, wanted) in enumerate(zip(job.outputs, found, sample, strict=True)):
             if out.reduction is None and k in compared and has_values(t) and has_values(wanted):
                 got = t if out.dim is None else t.select(out.dim, row)
-                _refuse_other(job, k, row, wanted, got)
+                _refuse_other(job, rounding, k, row, wanted, got)
 
 
 def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> None:
@@ -84,10 +86,12 @@ def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> N
     """
     rows = _rows(job, expected)
     compared = _compared(job) if rows else set()
+    rounding = _rounding(job, expected)
     for row, sample in rows:
         for k, (name, wanted) in enumerate(zip(names, sample, strict=True)):
             if k in compared and has_values(wanted):
-                _refuse_other(job, k, row, wanted, store.read(name, row, row + 1)[0])
+                got = store.read(name, row, row + 1)[0]
+                _refuse_other(job, rounding, k, row, wanted, got)
 
 
 def reductions(job: Job, expected: Samples) -> None:
@@ -129,11 +133,11 @@ def reductions(job: Job, expected: Samples) -> None:
         cut = split(2, sites(pair, on, (name,), lambda _: None, False, False), 1, False, None)
         found = local.run(pair, cut, on)
     restore_default_generators(states)
-    compared = _compared(job)
+    compared, rounding = _compared(job), _rounding(job, expected)
     for k in reduced:
         wanted = _reduced(job.outputs[k], expected[0][k], expected[1][k])
         if k in compared and has_values(found[k]) and has_values(wanted):
-            _refuse_other(job, k, None, wanted, found[k])
+            _refuse_other(job, rounding, k, None, wanted, found[k])
 
 
 def _reduced(out: Output, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -166,23 +170,23 @@ def _compared(job: Job) -> set[int]:
     return {k for k, var in enumerate(program.outputs) if var.group not in empty and k not in loose}
 
 
-def _weights_entered(job: Job) -> float:
-    """Scale of rounding errors if the samples do not tell it: a tenth of the largest weight.
-
-    The gradient of an attention's key bias is 0 except for the rounding of products of weights and
-    tokens, and integer tokens have no magnitude.
-    """
-    return max([largest(t) for t in job.recording.captured], default=0.0) / 10
+def _rounding(job: Job, expected: Samples) -> Rounding:
+    recording = job.recording
+    ends = prepare.samples_at_the_ends(job, 1)
+    own = [t for sample in expected for t in sample]
+    return Rounding(recording.program, ends, recording.captured, own)
 
 
 def _refuse_other(
-    job: Job, k: int, row: int | None, wanted: torch.Tensor, got: torch.Tensor
+    job: Job,
+    rounding: Rounding,
+    k: int,
+    row: int | None,
+    wanted: torch.Tensor,
+    got: torch.Tensor,
 ) -> None:
-    ends = prepare.samples_at_the_ends(job, 1)
-    entered = max([largest(wanted), *[largest(t) for t in ends]])
-    same = got.shape == wanted.shape and (
-        close(thinned(wanted), thinned(got).to(wanted.device), entered)
-        or close(thinned(wanted), thinned(got).to(wanted.device), _weights_entered(job))
+    same = got.shape == wanted.shape and rounding.explains(
+        thinned(wanted), thinned(got).to(wanted.device)
     )
     if not same:
         what = "the reduction of two samples" if row is None else f"sample {row}"

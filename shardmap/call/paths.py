@@ -22,7 +22,7 @@ from shardmap.call.by_sample import SampleLoop
 from shardmap.call.memo import Prepared
 from shardmap.call.routes import LOOP, Path, rows_of
 from shardmap.call.standin import ITSELF, StandIn, in_order
-from shardmap.lower.batched import LoweringOptions
+from shardmap.lower.batched import LoweringOptions, slowest
 from shardmap.lower.cache import Kept, Lowered, Notes
 from shardmap.program.ir import Program, Spec
 from shardmap.rules.philox import SampleNumbers, Seeds, numbers_at
@@ -307,7 +307,7 @@ def seeds_within(part: Recording, whole: Recording) -> tuple[int, ...]:
 def lowering(program: Program, options: LoweringOptions, replay: PathReplay) -> Lowered:
     """Wrap the paths as a lowering, which executors take."""
     ready = [next(iter(branch.ready.values())).low for branch in replay.branches]
-    tiers = {name: tier for low in ready for name, tier in low.batched.tiers.items()}
+    tiers = slowest(*[low.batched.tiers for low in ready])
     if bool((replay.of_row == LOOP).any()):
         tiers[ITSELF] = "loop"
     size = max([low.sample_bytes for low in ready], default=0)

@@ -22,7 +22,7 @@ class BatchedProgram:
     literals: tuple[V, ...]
     outputs: tuple[V, ...]
     tiers: Mapping[str, str]
-    """For each operator in use, the tier that serves it."""
+    """For each operator in use, the slowest tier that serves a call of it."""
     values: int
     """Number of values that the calls define."""
     results: Mapping[int, tuple[Var, V]]
@@ -92,3 +92,16 @@ class Fixes:
     def restrided(self, numbers: Iterable[int]) -> Fixes:
         """These fixes, with the strides of some calls' results corrected by a copy."""
         return replace(self, restride=self.restride.union(numbers))
+
+
+TIERS = ("rule", "functorch", "loop")
+"""What may serve an operator, the fastest first."""
+
+
+def slowest(*parts: Mapping[str, str]) -> dict[str, str]:
+    """For each operator, the slowest tier that serves a call of it."""
+    found: dict[str, str] = {}
+    for part in parts:
+        for name, tier in part.items():
+            found[name] = max(found.get(name, tier), tier, key=TIERS.index)
+    return found

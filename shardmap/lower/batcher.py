@@ -15,7 +15,7 @@ import torch
 from shardmap.factors import sums
 from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
-from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
+from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions, slowest
 from shardmap.lower.dead_calls import drop_dead
 from shardmap.lower.out_calls import out_rule
 from shardmap.lower.own_backward import OwnBackward
@@ -328,7 +328,7 @@ class _Batcher:
             if fix is None:
                 out = counted(b, eq, args, kwargs, self.options.call)
             if out is not NotImplemented:
-                self.tiers[name] = "rule"
+                self._serve(name, "rule")
                 return out
             fix = "loop"  # samples may have different shapes
         rule = registry.lookup(eq.op)
@@ -344,19 +344,23 @@ class _Batcher:
             if rule is not None and fix != "functorch":
                 out = rule(b, eq, args, kwargs)
                 if out is not NotImplemented:
-                    self.tiers[name] = "rule"
+                    self._serve(name, "rule")
                     return out
             if registry.has_functorch_kernel(eq.op) and not random_call(eq):
                 out = functorch_rule(b, eq, args, kwargs)
                 if out is not NotImplemented:
-                    self.tiers[name] = "functorch"
+                    self._serve(name, "functorch")
                     return out
         if random_call(eq) and not mapped:
             return seeded_loop(b, eq, args, kwargs, self.options.call)  # one draw for all samples
         self.to_loop(i, eq)
-        self.tiers[name] = "loop"
+        self._serve(name, "loop")
         below = seeded_loop if random_call(eq) else loop_rule
         return below(b, eq, args, kwargs, self.options.call)
+
+    def _serve(self, name: str, tier: str) -> None:
+        """Note what serves a call; of an operator that is called several times, the slowest."""
+        self.tiers |= slowest(self.tiers, {name: tier})
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())

@@ -99,6 +99,7 @@ def close(
     b: torch.Tensor,
     entered: float,
     tolerances: dict[torch.dtype, float] = OUTPUT_TOLERANCE,
+    precision: torch.dtype | None = None,
 ) -> bool:
     """True if two results of one shape and dtype agree.
 
@@ -109,6 +110,7 @@ def close(
             bias before a normalisation), what is left is rounding of the magnitudes that entered,
             not of the result.
         tolerances: By dtype, as part of the largest entry of `a`.
+        precision: The least precise dtype on the way to the results, if it is not theirs.
     """
     if not (has_values(a) and has_values(b)):
         return True
@@ -119,6 +121,9 @@ def close(
     if not (a.is_floating_point() or a.is_complex()):
         return False
     eps = torch.finfo(a.dtype).eps
+    if precision is not None:
+        eps = max(eps, torch.finfo(precision).eps)
+        tolerance = max(tolerance, tolerances[precision])
     if a.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         a, b = a.float(), b.float()
     magnitude, difference = _maximum(a), _maximum(a - b)

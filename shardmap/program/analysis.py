@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
+
 from shardmap._torch import aten
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var, variables
 from shardmap.program.operators import deciders, draws, op_info
@@ -252,3 +254,10 @@ def recorded_bytes(program: Program) -> int:
     """Bytes of all recorded results of one sample."""
     results = [v.spec for eq in program.equations for v in eq.results()]
     return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in results)
+
+
+def least_precise(program: Program) -> torch.dtype | None:
+    """The floating-point dtype, among those that a program computes in, that rounds most."""
+    dtypes = {var.spec.dtype for eq in program.equations for var in eq.results()}
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return max(dtypes.intersection(usual), key=lambda d: torch.finfo(d).eps, default=None)

@@ -252,8 +252,8 @@ def deciders(op: OpOverload, args: tuple) -> Iterator[Var]:
         return variables(args[1:])
     if op is aten._ctc_loss.default:  # whose lengths are numbers
         return iter(())
-    if op is aten._ctc_loss.Tensor:
-        return variables(args[2:4])
+    if op is aten._ctc_loss.Tensor:  # the longest targets: those of the inputs fill up to its time
+        return variables(args[3:4])
     if op is _PACKS:
         return variables(args[1:2])
     if op is aten.bincount.default:

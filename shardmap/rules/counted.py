@@ -16,6 +16,7 @@ from shardmap._torch import OpOverload, aten
 from shardmap.program.ir import Equation
 from shardmap.program.questions import begins
 from shardmap.rules.counting import counts
+from shardmap.rules.ctc import ctc_loss
 from shardmap.rules.lowering import B, Lowering, V, arguments
 from shardmap.rules.promote import expanded
 
@@ -107,6 +108,14 @@ def _unique(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
     return outs[: len(kept)]
 
 
+def _ctc(b: Lowering, eq: Equation, args: Any, call: str) -> Any:
+    lengths, longest = args[3], eq.outs[1].spec.shape[2] // 2
+    checked = b.call(
+        same_longest, lengths, longest, call, shape=lengths.shape, dtype=lengths.dtype
+    )  # fmt: skip
+    return ctc_loss(b, eq, (*args[:3], checked, *args[4:]), {})
+
+
 _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _select,
@@ -116,6 +125,7 @@ _RULES: dict[OpOverload, Callable[[Lowering, Equation, Any, str], Any]] = {
     aten._unique.default: _unique,
     aten._unique2.default: _unique,
     aten.unique_consecutive.default: _unique,
+    aten._ctc_loss.Tensor: _ctc,
 }
 
 
@@ -199,6 +209,13 @@ def unique_rows(
     places = rank if order is None else torch.zeros_like(rank).scatter(1, order, rank)
     numbers = counts(rank, count) if kept[2] else nothing
     return values.contiguous(), places.view(x.shape) if kept[1] else nothing, numbers
+
+
+def same_longest(lengths: torch.Tensor, longest: int, call: str) -> torch.Tensor:
+    """The lengths of each sample's targets, of which the longest is `longest`."""
+    if lengths.numel() and bool((lengths.reshape(len(lengths), -1).amax(1) != longest).any()):
+        raise _varies("ctc_loss", longest, call)
+    return lengths.view_as(lengths)
 
 
 def put_rows(

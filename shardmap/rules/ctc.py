@@ -17,25 +17,30 @@ def _by_time(t: Tensor) -> Tensor:
     return t.movedim(0, 1).flatten(1, 2)
 
 
-def _lengths(given: Any, size: int) -> Any:
+def _lengths(given: Any, size: int, mapped: bool) -> Any:
     """The lengths of each of `size` batches: of shared ones, repeated."""
     if not isinstance(given, Tensor):
         return [int(n) for n in given] * size
-    return given.flatten() if given.dim() == 2 else given.repeat(size)
+    return given.flatten() if mapped else given.flatten().repeat(size)
 
 
-def _joined(a: dict[str, Any]) -> bool:
-    """True if the samples can join: what depends on the lengths has one shape for all of them."""
-    lengths = a["input_lengths"], a["target_lengths"]
-    return a["log_probs"].ndim == 3 and not any(type(v) is V and v.mapped for v in lengths)
+def _mapped(a: dict[str, Any]) -> tuple[bool, bool]:
+    """Tell whether the lengths of the inputs, and those of the targets, differ by sample."""
+    inputs, targets = a["input_lengths"], a["target_lengths"]
+    return type(inputs) is V and inputs.mapped, type(targets) is V and targets.mapped
 
 
 @register("losses", aten._ctc_loss.default, aten._ctc_loss.Tensor)
 def ctc_loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
-    """Batch the loss, and the table of sums that its backward reads."""
+    """Batch the loss, and the table of sums that its backward reads.
+
+    The longest targets of each sample, and with them the table's shape, are the recorded ones:
+    `shardmap.rules.counted` sees to that where lengths differ by sample.
+    """
     a = arguments(eq, args, kwargs)
-    if not _joined(a):
+    if a["log_probs"].ndim != 3:
         return NotImplemented
+    apart = _mapped(a)
     op, tail, specs = eq.op, (a["blank"], a["zero_infinity"]), [o.spec for o in eq.outs]
 
     def loss(
@@ -44,7 +49,8 @@ def ctc_loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
         if not size:
             return tuple([probabilities.new_empty((0, *s.shape), dtype=s.dtype) for s in specs])
         joined = _by_time(probabilities), targets.flatten(0, 1).contiguous()
-        found = op(*joined, _lengths(inputs, size), _lengths(lengths, size), *tail)
+        each = _lengths(inputs, size, apart[0]), _lengths(lengths, size, apart[1])
+        found = op(*joined, *each, *tail)
         return tuple([t.view(size, *s.shape) for t, s in zip(found, specs, strict=True)])
 
     given = b.batch(a["log_probs"]), b.batch(a["targets"])
@@ -55,8 +61,9 @@ def ctc_loss(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
 def ctc_loss_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> object:
     """Batch the gradient by the logarithms of the probabilities."""
     a = arguments(eq, args, kwargs)
-    if not _joined(a):
+    if a["log_probs"].ndim != 3:
         return NotImplemented
+    apart = _mapped(a)
     op, tail, spec = eq.op, (a["blank"], a["zero_infinity"]), eq.outs[0].spec
 
     def backward(
@@ -72,9 +79,9 @@ def ctc_loss_backward(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> 
         if not size:
             return probabilities.new_empty((0, *spec.shape))
         flat = [t.flatten(0, 1).contiguous() for t in (targets, found, table)]
-        lengths = _lengths(inputs, size), _lengths(lengths, size)
+        each = _lengths(inputs, size, apart[0]), _lengths(lengths, size, apart[1])
         out = op(
-            grad.flatten().contiguous(), _by_time(probabilities).contiguous(), flat[0], *lengths,
+            grad.flatten().contiguous(), _by_time(probabilities).contiguous(), flat[0], *each,
             *flat[1:], *tail,
         )  # fmt: skip
         return out.unflatten(1, (size, -1)).movedim(1, 0).contiguous()

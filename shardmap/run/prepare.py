@@ -80,7 +80,11 @@ class Devices:
             return found
         captured, literals = self._tensors(name)
         low = _lowered(job, device, several, slices, captured, literals, self.budget)
-        fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
+        # Plans, and calls that are kept for later ones, come here in the caller's mode. Without
+        # outer gradients nothing may require one: some operators refuse it, as `scale` of a fake
+        # quantisation does where the function passed a detached tensor.
+        with torch.set_grad_enabled(job.grad and torch.is_grad_enabled()):
+            fixed = low.replay.fixed(device, job.seed, job.recording.scalars, captured, literals)
         found = self._ready[key] = Ready(low, device, captured, literals, fixed)
         return found
 

@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
+from shardmap.trace.lookups import LOOKUPS, are_spelled_out
 from shardmap.trace.watch import BUILTINS, is_trusted, reads_more
 
 
@@ -21,7 +22,8 @@ def named_in(code: types.CodeType) -> Names:
     values: set[str] = set()
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
-    for step in dis.get_instructions(code):
+    steps = list(dis.get_instructions(code))
+    for step in steps:
         name = step.argval
         whole |= _reads_whole(step)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
@@ -54,6 +56,7 @@ def named_in(code: types.CodeType) -> Names:
         matches,
         frozenset(values),
         whole,
+        bool(globals_ & LOOKUPS) and not are_spelled_out(steps),
     )
 
 
@@ -100,6 +103,8 @@ class Names:
     """Globals that it hands on or keeps, where others are called at once."""
     whole: bool
     """True if it may make texts of objects or compare them, which reads all their attributes."""
+    computed: bool
+    """True if it may look up attributes by names that it computes (`getattr(x, name)`)."""
 
 
 def spelled_out(
@@ -180,7 +185,9 @@ def reflection(codes: Mapping[types.CodeType, dict[str, object]]) -> Reflection:
 
 def _looks(names: Names) -> bool:
     """True if code may read attributes by names that it does not spell out."""
-    if names.matches or names.globals & _FUNCTIONS or names.attributes & _ATTRIBUTES:
+    if names.matches or names.computed or (names.globals | names.attributes) & _ATTRIBUTES:
+        return True
+    if names.globals & _FUNCTIONS:
         return True
     if not names.attributes & {"format", "format_map"}:
         return False
@@ -193,7 +200,7 @@ _ATTRIBUTES = frozenset(
     "getattr_static getmembers __slots__ __match_args__".split()
 )
 """Attributes that give others by name, or all of them."""
-_FUNCTIONS = frozenset("getattr hasattr setattr delattr vars dir".split()) | _ATTRIBUTES
+_FUNCTIONS = frozenset(("vars", "dir"))
 """Functions that do, by the names of globals."""
 _HIDDEN = frozenset(
     "__globals__ __closure__ cell_contents __defaults__ __kwdefaults__ __builtins__ __doc__ "

@@ -170,6 +170,15 @@ class Refusals(Histories):
                 f"{tuple(tensor.shape)}, which all samples share; scale the table before the call "
                 "(torch.renorm), or the rows that were looked up"
             )
+        if "fused_moving_avg_obs" in name:
+            raise errors.CapturedWriteError(
+                f"{self.call}: a fused fake quantisation would set ranges and scales of shape "
+                f"{tuple(tensor.shape)} that all samples share, with its observer switched off "
+                "too; build the model with separate parts "
+                "(torch.ao.quantization.get_default_qat_qconfig(version=0)), let it observe "
+                "before the map, and switch its observers off (model.apply(torch.ao."
+                "quantization.disable_observer))"
+            )
         if _in_spectral_norm():
             raise errors.CapturedWriteError(
                 f"{self.call}: spectral_norm in training mode would update a vector of shape "

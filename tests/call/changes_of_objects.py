@@ -220,6 +220,55 @@ def getattr_by_a_computed_name() -> Way:
 
 
 @way
+def getattr_by_a_constant_name() -> Way:
+    settings = Settings()
+
+    def f(x: Tensor) -> Tensor:
+        return x * getattr(settings, "scale", None)
+
+    yield f
+    settings.scale = 8.0
+    yield f
+
+
+@way
+def hasattr_by_a_constant_name() -> Way:
+    settings = Settings()
+
+    def f(x: Tensor) -> Tensor:
+        return x * (settings.scale if hasattr(settings, "extra") else 3.0)
+
+    yield f
+    settings.extra = True
+    yield f
+
+
+@way
+def getattr_with_a_default() -> Way:
+    settings = Settings()
+
+    def f(x: Tensor) -> Tensor:
+        return x * getattr(settings, "extra", settings.by)
+
+    yield f
+    settings.extra = 8.0
+    yield f
+
+
+@way
+def getattr_by_a_name_that_is_no_identifier() -> Way:
+    settings = Settings()
+    vars(settings)["by hand"] = 2.0
+
+    def f(x: Tensor) -> Tensor:
+        return x * getattr(settings, "by hand")  # noqa: B009
+
+    yield f
+    vars(settings)["by hand"] = 8.0
+    yield f
+
+
+@way
 def vars_of_an_object() -> Way:
     settings = Settings()
 

@@ -11,6 +11,7 @@ from torch import nn
 import shardmap
 from shardmap import errors
 from shardmap.rules import registry
+from tests.call import test_confirm as confirmed
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -146,3 +147,61 @@ def test_a_function_that_is_run_sample_by_sample() -> None:
 def test_what_cannot_be_compared_is_refused(call: Any, text: str) -> None:
     with pytest.raises(errors.OptionError, match=text):
         call()
+
+
+@pytest.mark.parametrize("name", confirmed.ROUNDED)
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"]}], ids=str)
+def test_rounding_is_no_difference(name: str, options: dict[str, Any]) -> None:
+    function, batch = confirmed.ROUNDED[name]()
+    found = shardmap.compare(function, **options)(batch, samples=range(len(batch)))
+    assert found.agrees, str(found)
+    assert found.parted is None
+
+
+@pytest.mark.parametrize("error", [1e-2, 1.0])
+def test_an_error_beyond_the_least_precise_dtype_is_one(error: float) -> None:
+    """Weights of 1 and a softmax in float32 hide no error of a part in a hundred."""
+    shardmap.clear_caches()
+    rules = dict(registry._rules)
+
+    @shardmap.batching_rule(torch.ops.shardmap_compare_test.twice.default)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        return b.call(lambda t: t * (2 + error), *args)
+
+    def function(row: torch.Tensor) -> torch.Tensor:
+        return torch.ops.shardmap_compare_test.twice(row.float().softmax(0).double())
+
+    try:
+        found = shardmap.compare(function, check="off")(x.double())
+    finally:
+        registry._rules.clear()
+        registry._rules.update(rules)
+        shardmap.clear_caches()
+    assert not found.agrees
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_calls_of_an_operator_the_slowest_tier_is_shown(first: bool) -> None:
+    """A rule that gives up for some calls leaves them to the loop, which must be seen."""
+    shardmap.clear_caches()
+    rules = dict(registry._rules)
+
+    @shardmap.batching_rule(torch.ops.shardmap_compare_test.twice.default)
+    def rule(b: Any, eq: Any, args: Any, kwargs: Any) -> Any:
+        (value,) = args
+        return b.call(lambda t: t * 2, value) if len(value.shape) == 1 else NotImplemented
+
+    def function(row: torch.Tensor) -> torch.Tensor:
+        twice = torch.ops.shardmap_compare_test.twice
+        parts = [lambda: twice(row).sum(), lambda: twice(row[None]).sum()]
+        return sum(part() for part in (parts if first else parts[::-1]))  # pyright: ignore
+
+    try:
+        with pytest.warns(shardmap.SlowLoopWarning):
+            found = shardmap.compare(function)(x)
+    finally:
+        registry._rules.clear()
+        registry._rules.update(rules)
+        shardmap.clear_caches()
+    assert found.agrees
+    assert found.tiers["shardmap_compare_test::twice"] == "loop"

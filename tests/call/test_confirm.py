@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 import shardmap
 from shardmap import errors
 from shardmap.rules import registry
 from shardmap.run import gather
 from tests import oracle
+from tests.loop import loop
 
 x = torch.arange(24.0).view(12, 2) + 1
 
@@ -117,3 +120,62 @@ def test_a_reduction_that_loses_a_chunk_is_seen(
         "min": lambda: x.square().amin(0),
     }
     oracle.assert_same(got, want.get(reduce, lambda: x.square().amax(0))(), "reduced")
+
+
+def attention() -> tuple[Any, torch.Tensor]:
+    """Words that attend to each other: the gradient of the keys' bias is 0 but for rounding."""
+    torch.manual_seed(0)
+    embed, key, query = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+    for layer in (embed, key, query):
+        nn.init.normal_(layer.double().weight)
+    parameters = (embed.weight, key.weight, key.bias, query.weight)
+
+    def gradient(words: torch.Tensor) -> Any:
+        x = embed(words)[None]
+        q, k, v = (t.view(1, 6, 2, 8).transpose(1, 2) for t in (query(x), key(x), x))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return torch.autograd.grad(out.square().sum(), parameters)
+
+    return gradient, torch.randint(9, (13, 6))
+
+
+def less_precise_inside() -> tuple[Any, torch.Tensor]:
+    """Weights of float64, of which a model computes a part in float32."""
+    torch.manual_seed(0)
+    weight = torch.randn(3000, 5, dtype=torch.float64)
+    rows = torch.randn(40, 3000, dtype=torch.float64)
+    return lambda row: (row.float() @ weight.float()).double(), rows
+
+
+ROUNDED: dict[str, Any] = {"attention": attention, "less_precise_inside": less_precise_inside}
+"""Functions whose results differ from the loop's by rounding of more than the results' own size."""
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("trace", ["auto", "each", "once"])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 3}, {"devices": ["cpu", "cpu"]}, {"check": "always"}], ids=str
+)
+def test_rounding_is_no_reason_to_refuse(name: str, trace: str, options: dict[str, Any]) -> None:
+    function, batch = ROUNDED[name]()
+    want = loop(function)(batch)
+    mapped = shardmap.vmap(function, trace=trace, **options)
+    for _ in range(5):
+        pairs = zip(pytree.tree_leaves(mapped(batch)), pytree.tree_leaves(want), strict=True)
+        for got, own in pairs:
+            torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "norm"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_nor_is_it_of_reductions(name: str, reduce: str) -> None:
+    function, batch = ROUNDED[name]()
+    shardmap.vmap(function, reduce=reduce)(batch)
+
+
+@pytest.mark.usefixtures("wrong_for_many")
+def test_an_error_beyond_the_least_precise_dtype_is_refused() -> None:
+    """A float32 inside excuses no error of a part in four."""
+    rows = x.double()
+    with pytest.raises(errors.MismatchError, match="output 0 of the map is not what the function"):
+        shardmap.vmap(lambda r: torch.ops.shardmap_confirm_test.twice(r.float()).double())(rows)

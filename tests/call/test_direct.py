@@ -384,3 +384,28 @@ def test_once_compares_what_is_read_before_a_direct_replay() -> None:
         x, w = rows(seed), rows(seed)[0] if seed % 3 else fixed
         torch.testing.assert_close(mapped(x, w), torch.stack([function(r, w) for r in x]))
         torch.testing.assert_close(mapped(x, w), torch.stack([function(r, w) for r in x]))
+
+
+@pytest.mark.parametrize("trace", ["auto", "each", "once"])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}], ids=str)
+def test_what_all_samples_share_is_computed_without_gradients(
+    trace: str, options: dict[str, Any]
+) -> None:
+    """The scale of a fake quantisation may not require one: the function passes a detached one."""
+    layer = nn.Linear(4, 3)
+
+    def gradient(row: Tensor) -> Any:
+        scale = layer.weight.detach().abs().amax(1) / 127
+        zero = torch.zeros(3, dtype=torch.int32)
+        weight = torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -128, 127)
+        loss = nn.functional.linear(row, weight, layer.bias).square().sum()
+        return torch.autograd.grad(loss, tuple(layer.parameters()))
+
+    mapped = shardmap.vmap(gradient, trace=trace, **options)
+    for seed in range(5):
+        x = rows(seed)
+        for got, own in zip(mapped(x), zip(*map(gradient, x), strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(own))
+        with torch.no_grad():
+            layer.bias += 1
+    assert "fake_quantize" in shardmap.plan(gradient, trace=trace, **options)(rows(0)).explain()

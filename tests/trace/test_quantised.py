@@ -21,6 +21,7 @@ from shardmap.call import arguments as edges
 from shardmap.program.ir import Program
 from shardmap.trace.record import record
 from tests import oracle
+from tests.loop import loop as plain_loop
 
 quantisation: Any = torch.ao.quantization
 """Not public to the type checker."""
@@ -170,3 +171,45 @@ def test_a_program_with_packed_weights_travels(name: str) -> None:
         with torch.no_grad():
             got = eq.op(x[2], eq.args[1].value, True)
         oracle.assert_same(got, model.get_submodule("0")(x[2]), "there")
+
+
+def prepared(version: int) -> nn.Module:
+    """A model of torch's eager quantisation-aware training that has observed, and observes no more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        quantisation.QuantStub(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).train()
+    model.qconfig = quantisation.get_default_qat_qconfig(version=version)  # pyright: ignore
+    quantisation.prepare_qat(model, inplace=True)
+    for _ in range(3):
+        model(torch.randn(8, 6))
+    return model.apply(quantisation.disable_observer)
+
+
+def per_sample(model: nn.Module) -> Callable[..., Any]:
+    def gradient(row: torch.Tensor) -> Any:
+        return torch.autograd.grad(model(row[None]).square().sum(), tuple(model.parameters()))
+
+    return gradient
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", ["auto", "each", "once"])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}], ids=str)
+def test_quantisation_aware_training_with_frozen_observers(
+    trace: str, options: dict[str, Any]
+) -> None:
+    gradient = per_sample(prepared(version=0))
+    rows = torch.randn(5, 6)
+    want = plain_loop(gradient)(rows)
+    mapped = shardmap.vmap(gradient, trace=trace, strict=True, **options)
+    for _ in range(4):
+        for got, own in zip(mapped(rows), want, strict=True):
+            torch.testing.assert_close(got, own)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_fused_form_is_refused_with_a_remedy() -> None:
+    """By torch it computes its scales again in each call; the remedy is the test above."""
+    with pytest.raises(errors.CapturedWriteError, match=r"get_default_qat_qconfig\(version=0\)"):
+        shardmap.vmap(per_sample(prepared(version=1)))(torch.randn(5, 6))

@@ -66,6 +66,30 @@ def ctc_unbatched(r: Tensor, target: Tensor) -> Tensor:
     return F.ctc_loss(r.log_softmax(-1), target, torch.tensor(6), torch.tensor(3))
 
 
+def ctc_of_counted_labels(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
+    """As transformers has it: labels behind each other, and their number."""
+    real = torch.arange(3)[None] < length
+    scores = r[:, None].log_softmax(-1)
+    return F.ctc_loss(scores, target[None].masked_select(real), torch.tensor([6]), real.sum(-1))
+
+
+def ctc_of_two(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
+    """Two sequences in each sample, of lengths of their own, inputs too."""
+    scores = torch.stack([r, r.flip(0)], 1).log_softmax(-1)
+    lengths = torch.stack([length, 4 - length])
+    return F.ctc_loss(scores, torch.stack([target, target]), 3 + lengths, lengths)
+
+
+def ctc_by_the_inputs_length(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
+    scores = r[:, None].log_softmax(-1)
+    return F.ctc_loss(scores, target[None], 3 + length[None], torch.tensor([2]))
+
+
+def ctc_unbatched_by_its_length(r: Tensor, target: Tensor, length: Tensor) -> Tensor:
+    labels = target.masked_select(torch.arange(3) < length)
+    return F.ctc_loss(r.log_softmax(-1), labels, torch.tensor(6), length)
+
+
 def indexed_under_no_grad(r: Tensor, i: Tensor) -> Tensor:
     with torch.no_grad():
         chosen = r[i, 1]
@@ -96,6 +120,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "ctc, tensors": (_ctc(torch.tensor([6]), torch.tensor([3])), (SCORES, TARGETS)),
     "ctc, unbatched": (ctc_unbatched, (SCORES, TARGETS)),
     "ctc by its length": (ctc_by_its_length, (SCORES, TARGETS, TARGET_LENGTHS)),
+    "ctc of counted labels": (ctc_of_counted_labels, (SCORES, TARGETS, TARGET_LENGTHS)),
+    "ctc of two": (ctc_of_two, (SCORES, TARGETS, TARGET_LENGTHS)),
+    "ctc by the inputs' length": (ctc_by_the_inputs_length, (SCORES, TARGETS, TARGET_LENGTHS)),
+    "ctc, unbatched, by its length": (
+        ctc_unbatched_by_its_length,
+        (SCORES, TARGETS, TARGET_LENGTHS),
+    ),
     "ctc by a number": (ctc_by_a_number, (SCORES, TARGETS, TARGET_LENGTHS)),
     "indexed under no_grad": (indexed_under_no_grad, (rows(5, 3), PLACES)),
     "written under no_grad": (written_under_no_grad, (rows(5, 3), PLACES)),
@@ -132,3 +163,33 @@ def test_equals_the_loop(name: str, way: str) -> None:
                 for outs in (got, want)
             ]
             torch.testing.assert_close(mine, loops, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "ctc" in name and "length" in name])
+def test_lengths_that_differ_by_sample_need_no_loop(name: str) -> None:
+    """Where the longest targets are as long in all samples; gradients inside too."""
+    function, (x, targets, lengths) = CASES[name]
+    lengths = torch.full_like(lengths, 2)
+
+    def gradient(r: Tensor, *rest: Tensor) -> Tensor:
+        r = r.clone().requires_grad_()
+        return torch.autograd.grad(function(r, *rest), r)[0]
+
+    for mapped in (function, gradient):
+        want = torch.stack([mapped(*row) for row in zip(x, targets, lengths, strict=True)])
+        for options in ({}, {"chunk_size": 2}, {"devices": ["cpu", "cpu"]}, {"trace": "once"}):
+            call = shardmap.vmap(mapped, strict=True, **options)  # pyright: ignore
+            for _ in range(4):
+                oracle.assert_same(call(x, targets, lengths), want, name)
+
+
+def test_groups_of_many_samples_are_batched() -> None:
+    """Samples are grouped by their longest targets."""
+    size = 400
+    x, targets = torch.randn(size, 6, 5, dtype=torch.float64), torch.randint(1, 5, (size, 3))
+    lengths = torch.arange(size) % 3 + 1
+    for function in (ctc_by_its_length, ctc_of_counted_labels):
+        want = torch.stack([function(*row) for row in zip(x, targets, lengths, strict=True)])
+        mapped = shardmap.vmap(function, strict=True)
+        for _ in range(4):
+            oracle.assert_same(mapped(x, targets, lengths), want, function.__name__)
