@@ -18,13 +18,13 @@ import torch
 
 from shardmap._threads import fork_safe_lock
 from shardmap.program.code_names import Names, names_in
+from shardmap.program.facts import text_of
 from shardmap.program.state_facts import (
     VALUES,
     Walk,
     cells_of,
     defaults_of,
     is_library,
-    text_of,
 )
 
 CONTEXT = "ctx."

@@ -10,23 +10,39 @@ import argparse
 import array
 import collections
 import contextvars
+import datetime
+import decimal
 import enum
+import fractions
 import functools
 import hashlib
 import io
 import itertools
+import operator
+import os
 import random
 import sys
 import threading
 import types
+import uuid
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import (
+    Callable,
+    Collection,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    Set,
+    ValuesView,
+)
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from shardmap.program.code_names import Names, names_in
+from shardmap.program.facts import Incomparable, Itself, OfTensor
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
@@ -59,70 +75,6 @@ def _question(name: str) -> Callable[[], object] | None:
 
 _OF_THE_GRADIENT = frozenset("is_grad_enabled is_inference_mode_enabled is_anomaly_enabled".split())
 """Questions about how the gradient is taken, and not about a state that stays."""
-
-
-class OfTensor:
-    """A tensor that is not held, equal to itself only."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.reference = weakref.ref(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OfTensor) and self.reference() is other.reference() is not None
-
-    def __hash__(self) -> int:
-        return hash(id(self))
-
-
-class Itself:
-    """An object that is compared by identity: a class, a function of a library, a lock."""
-
-    def __init__(self, value: object):
-        self.text = getattr(value, "__qualname__", f"a {type(value).__name__}")
-        self.look: Callable[[], object] = functools.partial(_same, value)
-        try:
-            self.look = weakref.ref(value)
-        except TypeError:
-            pass  # not an error: it is held
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Itself) and self.look() is other.look() is not None
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-
-class Incomparable:
-    """A state that cannot be compared, and so is equal to none."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    def __hash__(self) -> int:
-        return hash(self.what)
-
-
-def _same(value: object) -> object:
-    return value
-
-
-def text_of(fact: object) -> str:
-    """A fact for a message."""
-    if isinstance(fact, OfTensor):
-        return "a tensor"
-    if isinstance(fact, Incomparable):
-        return fact.what
-    if isinstance(fact, Itself):
-        return fact.text
-    if isinstance(fact, types.CodeType):
-        return f"the function {fact.co_name}"
-    if isinstance(fact, tuple):
-        text = str(fact[1])
-        return text if len(text) < 80 else f"{text[:77]}..."
-    return str(fact)
 
 
 @functools.lru_cache(4096)
@@ -171,6 +123,8 @@ class Walk:
         kind = type(value)
         if isinstance(value, enum.Enum):
             self.facts[path] = (Itself(kind), str(value))
+            for name in sorted(self.names.attributes & vars(value).keys() - _OF_MEMBERS):
+                self.walk(f"{path}.{name}", vars(value)[name])
         elif isinstance(value, VALUES) and not getattr(value, "__dict__", None):
             self.facts[path] = (kind, repr(value))
         elif id(value) in self._seen:
@@ -211,6 +165,12 @@ class Walk:
             own = isinstance(value, np.random.Generator)
             state = value.bit_generator.state if own else value.get_state()
             self.facts[path] = ("random", "a state", _digest(repr(state).encode()))
+        elif isinstance(value, KeysView | ValuesView | ItemsView):
+            self._items(path, list(value))
+        elif isinstance(value, _TEXTUAL):
+            self.facts[path] = (kind, repr(value))
+        elif isinstance(value, operator.attrgetter):
+            self.facts[path] = Incomparable("an attrgetter, whose names are not followed")
         elif isinstance(value, itertools.count | itertools.repeat):
             self.facts[path] = (kind, repr(value))
         elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
@@ -249,6 +209,12 @@ class Walk:
     def _module(self, path: str, module: types.ModuleType) -> None:
         self.facts[path] = Itself(module)
         own = vars(module)
+        if module is os and self.names.attributes & {"environ", "getenv"}:
+            self.facts["os.environ"] = (
+                "environment",
+                "its variables",
+                hash(tuple(os.environ.items())),
+            )
         if not is_library(module.__name__):
             for name in sorted(self.names.attributes & own.keys()):
                 self.walk(f"{path}.{name}", own[name])
@@ -259,7 +225,10 @@ class Walk:
             self._object(path, value, kind)
             if not isinstance(value, dict):
                 return
-        keys = list(dict.keys(value)) if isinstance(value, dict) else list(value)
+        if isinstance(value, dict) and not isinstance(value, collections.OrderedDict):
+            keys = list(dict.keys(value))
+        else:  # an ordered one has an order of its own
+            keys = list(value)
         texts = [repr(k) if isinstance(k, VALUES) else f"key {n}" for n, k in enumerate(keys)]
         order = [t if isinstance(k, VALUES) else id(k) for k, t in zip(keys, texts, strict=True)]
         self.facts[f"keys of {path}"] = (len(keys), ", ".join(texts), tuple(order))
@@ -295,17 +264,20 @@ class Walk:
         for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):
                 self.walk(f"{path}.{name}", getattr(value, name, None))
+        if isinstance(value, BaseException):
+            self.walk(f"{path}.args", value.args)
         if not places and not slots:
             self.facts[path] = Itself(value)
-        self._class(path, kind, False)
+        self._class(path, kind, False, {name for place in places for name in place})
 
-    def _class(self, path: str, kind: type, called: bool) -> None:
+    def _class(self, path: str, kind: type, called: bool, hidden: Collection[object] = ()) -> None:
         """Walk from the attributes of a class, and from methods that have run unnamed.
 
         Args:
             path: The way to the class, or to an object of the class.
             kind: The class.
             called: True if objects of it may be made.
+            hidden: Names that the object has attributes of its own by.
         """
         meta = () if type(kind) is type else type(kind).mro(type(kind))
         for base in (*kind.__mro__, *meta):
@@ -324,7 +296,8 @@ class Walk:
                 elif not wanted and (called or name not in _MAKING):
                     self.unnamed.add(code)
                 if wanted:
-                    self.walk(f"{of}{name}", value)
+                    way = f"{path}.{base.__name__}." if name in hidden else of
+                    self.walk(f"{way}{name}", value)
 
 
 def cells_of(function: types.FunctionType) -> dict[str, object]:
@@ -393,6 +366,13 @@ _ASIDE = frozenset(
     "logging warnings queue io pathlib re asyncio concurrent multiprocessing".split()
 )
 """Modules whose objects keep caches and streams, which do not matter."""
+_OF_MEMBERS = frozenset("_value_ _name_ _sort_order_ __objclass__".split())
+"""What every member of an enumeration has."""
+_TEXTUAL = (
+    fractions.Fraction, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta,
+    uuid.UUID,
+)  # fmt: skip
+"""Classes of python's library whose text says all."""
 _BY_NAME = types.SimpleNamespace, argparse.Namespace, threading.local, object
 """Classes of python's library whose objects are read by the user's names alone."""
 _SIMPLE: Set[type] = frozenset((bool, int, float, complex, str, bytes, type(None)))

@@ -176,7 +176,7 @@ def taken(source: Tensor, indices: tuple[Any, ...], at: list[Place]) -> Tensor:
         # Not index_select: batched, it becomes a gather, which keeps its source for the backward,
         # and the source may be written to.
         before = (slice(None),) * place.dim
-        source = source[(*before, place.index.reshape(1))]
+        source = source[(*before, place.index.reshape(1).long())]
         left[place.at] = 0
     return source[tuple(left)]
 

@@ -141,3 +141,17 @@ def test_views_that_share_some_elements_are_refused_by_torch(way: dict[str, Any]
         batch = (x[0], i[0]) if call is function else (x, i)
         with pytest.raises(RuntimeError, match="refer to a single memory location"):
             call(*batch)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_indices_of_every_integer(dtype: torch.dtype, way: dict[str, Any]) -> None:
+    def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        x, y = x.clone(), x * 2
+        x[i] = 7
+        y[i, 1:] += x[:2, i]
+        return x, y, x[i] + y[:, i].sum()
+
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    i = torch.tensor([0, 2, 1, 1, 0], dtype=dtype)
+    torch.testing.assert_close(shardmap.vmap(function, **way)(x, i), rows(function, x, i))
