@@ -107,19 +107,6 @@ def stored(r: Tensor) -> Tensor:
     return kept[-1].sin()
 
 
-def viewed(r: Tensor) -> Tensor:
-    t = r.clone()
-    t[r.argmax()].add_(1)
-    return t
-
-
-def added_at(r: Tensor) -> Tensor:
-    t = r.clone()
-    k = r.argmax()
-    t[k] = t[k] + 1
-    return t
-
-
 def set_data(r: Tensor) -> Tensor:
     t = torch.zeros(3)
     part = t[:2]
@@ -209,9 +196,6 @@ ROWS: dict[str, Row] = {
     "batch norm in training, another norm": Row(
         lambda r: norm(torch.stack([r, 2 * r])),
         errors.CapturedWriteError, "GroupNorm", lambda r: grouped(torch.stack([r, 2 * r])),
-    ),
-    "a label's view is written": Row(
-        viewed, errors.DataDependentError, r"tensor\[index\] = value", added_at
     ),
     "overlapping samples are written": Row(
         lambda r: r.add_(1).clone(), errors.CapturedWriteError, "pass a clone",

@@ -13,6 +13,7 @@ from shardmap._torch import (
     device_mode,
     dispatch_modes,
     function_modes,
+    functorch,
     storage_id,
     version_of,
 )
@@ -85,7 +86,8 @@ def _modes() -> list[object]:
 
 
 def _memory(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    return tensor.untyped_storage() if tensor.layout is torch.strided else None
+    wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+    return None if wrapped or tensor.layout is not torch.strided else tensor.untyped_storage()
 
 
 def _is(a: torch.UntypedStorage | None, b: torch.UntypedStorage | None) -> bool:

@@ -17,7 +17,7 @@ from shardmap.program.operators import OpInfo
 from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
-from shardmap.trace.recording import flat_tensors, user_line
+from shardmap.trace.recording import element, flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies, is_dense
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
@@ -226,8 +226,10 @@ class Refusals(Histories):
                 )
 
     def note_grad(self, tensor: torch.Tensor) -> None:
-        """Keep the `.grad` of a tensor that python is about to set."""
-        if not any(known is tensor for known, _ in self.grads_before):
+        """Keep the `.grad` of a tensor that python is about to set, if it was there before."""
+        if not self.belongs(element(tensor)) and not any(
+            known is tensor for known, _ in self.grads_before
+        ):
             self.grads_before.append((tensor, tensor.grad))
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:

@@ -80,7 +80,8 @@ def expected(func: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tup
     """
     key = code_of(func)
     with _lock:
-        known = [program for program, _ in reversed(_last.get(key, {}).values())]
+        last = list(_last.get(key, {}).values())  # in one step: others may remember theirs
+    known = [program for program, _ in reversed(last)]
     return tuple([p for p in known if [v.spec.shape for v in p.inputs] == shapes])
 
 
