@@ -33,7 +33,7 @@ ROTATING = pytest.mark.rotating
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize(
     "calls",
-    [pytest.param(1, marks=ROTATING), 2, pytest.param(3, marks=ROTATING), 6],
+    [2, *[pytest.param(calls, marks=ROTATING) for calls in (1, 3, 6)]],
     ids="after{}".format,
 )
 def test_a_change_between_calls(name, calls):
