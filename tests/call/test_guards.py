@@ -14,10 +14,13 @@ from torch import nn
 
 import shardmap
 from shardmap.call import automatic
-from tests.call.changes import WAYS
+from tests.call.changes import STATES, WAYS
 from tests.call.runs import counting
 
-for part in ("values", "objects", "surroundings", "modules", "settings", "tensors", "builtins"):
+for part in (
+    "values", "objects", "surroundings", "modules", "settings", "tensors", "builtins", "classes",
+    "libraries", "arrays",
+):  # fmt: skip
     importlib.import_module(f"tests.call.changes_of_{part}")
 for part in ("found", "unspelled", "seldom", "of_keys"):
     importlib.import_module(f"tests.call.changes_{part}")
@@ -54,6 +57,22 @@ def test_a_change_between_calls(name, calls):
     finally:
         for _ in way:  # what was patched is put back
             pass
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_each_way_changes_the_function(again):
+    """Once more in the same process, too: nothing that an earlier turn has changed stays."""
+    assert len(STATES) > 300
+    del again
+    for name in STATES:
+        way = WAYS[name]()
+        try:
+            before = next(way)(torch.ones(2))
+            after = next(way)(torch.ones(2))
+        finally:
+            for _ in way:  # what was patched is put back
+                pass
+        assert not torch.equal(before, after), name
 
 
 FOUND_BY_CALLS = frozenset(
