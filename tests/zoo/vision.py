@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,10 @@ def resnet_groupnorm() -> Model:
     without_compiled_operators()
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    norm = lambda width: nn.GroupNorm(4, width)  # noqa: E731
-    return classifier(
-        ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm), jacobian=False
+    module = ResNet(
+        BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=functools.partial(nn.GroupNorm, 4)
     )
+    return classifier(module, jacobian=False)
 
 
 @entry("convnext_torchvision", "torchvision")

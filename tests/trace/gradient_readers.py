@@ -1,0 +1,54 @@
+"""Functions that read something when their gradient is taken: as a backward, or as a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+Tensor = torch.Tensor
+Function = Callable[[Tensor], Tensor]
+Case = tuple[Function, Callable[[], object]]
+"""What is called with the gradient, and a change of what it reads."""
+
+WAYS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "chunks": {"chunk_size": 2},
+    "lanes": {"chunk_size": 2, "devices": ["cpu", "cpu"]},
+    "once": {"trace": "once"},
+    "each": {"trace": "each"},
+    "remat": {"remat": True, "chunk_size": 2},
+}
+each_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+
+
+def loop(function: Function, **_: object) -> Function:
+    return lambda x: torch.stack([function(r) for r in x])
+
+
+def rows(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(5, 3, dtype=dtype).requires_grad_()
+
+
+def as_a_backward(called: Function) -> Function:
+    class Called(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return called(grad)
+
+    return lambda r: Called.apply(r)
+
+
+def as_a_hook(called: Function) -> Function:
+    def function(r: Tensor) -> Tensor:
+        h = r * 2
+        h.register_hook(called)
+        return h * 1
+
+    return function
