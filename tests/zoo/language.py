@@ -468,10 +468,7 @@ other(
     d_inner=24,
     num_decoder_layers=1,
 )
-other(
-    "t5",
-    "T5Config",
-    "T5ForConditionalGeneration",
+T5 = dict(
     d_model=16,
     d_kv=8,
     d_ff=24,
@@ -479,28 +476,14 @@ other(
     num_heads=2,
     decoder_start_token_id=2,
 )
-other(
-    "mt5",
-    "MT5Config",
-    "MT5ForConditionalGeneration",
-    d_model=16,
-    d_kv=8,
-    d_ff=24,
-    num_layers=2,
-    num_heads=2,
-    decoder_start_token_id=2,
-)
+other("t5", "T5Config", "T5ForConditionalGeneration", **T5)
+other("mt5", "MT5Config", "MT5ForConditionalGeneration", **T5)
 other(
     "switch_transformers",
     "SwitchTransformersConfig",
     "SwitchTransformersForConditionalGeneration",
-    d_model=16,
-    d_kv=8,
-    d_ff=24,
-    num_layers=2,
-    num_heads=2,
+    **T5,
     num_experts=3,
-    decoder_start_token_id=2,
     unused=True,
     loops={"the function itself": "each sample uses experts of its own, and few go one way"},
     dtype=ROUNDED,

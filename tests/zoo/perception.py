@@ -380,35 +380,40 @@ def audio_spectrogram() -> Model:
     )
 
 
-@entry("patchtst", "transformers")
-def patchtst() -> Model:
-    """PatchTST, of a series of two channels."""
-    import transformers
-
-    config = transformers.PatchTSTConfig(
-        num_input_channels=2,
-        context_length=16,
-        patch_length=4,
-        patch_stride=4,
-        prediction_length=4,
-        d_model=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        ffn_dim=24,
-        scaling="std",
-    )
-    module = transformers.PatchTSTForPrediction(config).double().eval()
+def forecaster(module: nn.Module) -> Model:
+    """A model that continues series of two channels by four steps."""
 
     def loss(module: nn.Module, past: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
         return module(past_values=past[None], future_values=future[None]).loss
 
     series = torch.randn(SAMPLES, 20, 2, dtype=torch.float64).cumsum(1)
     return Model(
-        module,
+        module.double().eval(),
         loss,
         (series[:, :16], series[:, 16:]),
         lambda m, x: m(past_values=x[None]).prediction_outputs[0],
     )
+
+
+WINDOW = dict(
+    num_input_channels=2, context_length=16, patch_length=4, patch_stride=4, prediction_length=4
+)
+
+
+@entry("patchtst", "transformers")
+def patchtst() -> Model:
+    """PatchTST, of a series of two channels."""
+    import transformers
+
+    config = transformers.PatchTSTConfig(
+        **WINDOW,
+        d_model=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=24,
+        scaling="std",
+    )
+    return forecaster(transformers.PatchTSTForPrediction(config))
 
 
 @entry("patchtsmixer", "transformers")
@@ -417,25 +422,10 @@ def patchtsmixer() -> Model:
     import transformers
 
     config = transformers.PatchTSMixerConfig(
-        num_input_channels=2,
-        context_length=16,
-        patch_length=4,
-        patch_stride=4,
-        prediction_length=4,
+        **WINDOW,
         d_model=8,
         num_layers=2,
         scaling="mean",
         gated_attn=True,
     )
-    module = transformers.PatchTSMixerForPrediction(config).double().eval()
-
-    def loss(module: nn.Module, past: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-        return module(past_values=past[None], future_values=future[None]).loss
-
-    series = torch.randn(SAMPLES, 20, 2, dtype=torch.float64).cumsum(1)
-    return Model(
-        module,
-        loss,
-        (series[:, :16], series[:, 16:]),
-        lambda m, x: m(past_values=x[None]).prediction_outputs[0],
-    )
+    return forecaster(transformers.PatchTSMixerForPrediction(config))

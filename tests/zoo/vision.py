@@ -153,6 +153,7 @@ MISREAD = {
     "aten::native_batch_norm_backward": "torch 2.13 reads a batch of one in these strides wrongly; "
     "only its own call gives what the loop gives"
 }
+PATCHES = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 of_timm(
     "deit_timm",
     "deit_tiny_patch16_224",
@@ -210,28 +211,8 @@ of_timm(
     depths=(2, 1),
     num_heads=(1, 2),
 )
-of_timm(
-    "beit_timm",
-    "beit_base_patch16_224",
-    16,
-    False,
-    img_size=16,
-    patch_size=8,
-    embed_dim=16,
-    depth=2,
-    num_heads=2,
-)
-of_timm(
-    "eva",
-    "eva02_tiny_patch14_224",
-    16,
-    False,
-    img_size=16,
-    patch_size=8,
-    embed_dim=16,
-    depth=2,
-    num_heads=2,
-)
+of_timm("beit_timm", "beit_base_patch16_224", 16, False, **PATCHES)
+of_timm("eva", "eva02_tiny_patch14_224", 16, False, **PATCHES)
 of_timm(
     "visformer",
     "visformer_tiny",
