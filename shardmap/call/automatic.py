@@ -32,6 +32,7 @@ from shardmap.call.memo import (
     Remembered,
     are_leaves_of,
     modes,
+    setting_left,
     shared_among,
     shared_arguments,
     signature,
@@ -184,7 +185,6 @@ class OneCall:
         """The recording that serves this call; None if the function must be recorded."""
         self._root = root = Root(self._of.func, shared_arguments(batch))
         self._signature = key = signature(batch)
-        self._modes = modes()
         self._known = self._of.find(root.key)
         kept = self._known.kept.get(key)
         if kept is None:
@@ -232,7 +232,7 @@ class OneCall:
             if refused.calls < refused.again:
                 return None
             refused.again *= 4
-        self._watch = PythonWatch()
+        self._watch, self._modes = PythonWatch(), modes()
         return self._watch
 
     def keep(self, batch: Batch, prepared: Prepared, replay: Replay, on: On) -> None:
@@ -254,8 +254,8 @@ class OneCall:
         if recording.kept:
             self._refuse(f"it keeps {recording.kept[0]}")
             return
-        if left := watch.left_set() or (modes() != self._modes and "its mode"):
-            self._refuse(f"it changes a setting of torch and does not set it back: {left}")
+        if left := setting_left(watch, self._modes):
+            self._refuse(left)
             return
         what = self._changes(root, batch)
         if what:

@@ -323,6 +323,17 @@ def modes() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def setting_left(watch: PythonWatch, before: tuple[object, ...]) -> str:
+    """Why a call must be recorded each time if it has left a setting of torch changed, or empty.
+
+    Args:
+        watch: What watched the function.
+        before: The `modes` before it ran.
+    """
+    left = watch.left_set() or ("its modes" if modes() != before else "")
+    return left and f"it changes a setting of torch and does not set it back: {left}"
+
+
 _LISTED = (np.ndarray, types.MappingProxyType, type(functools.lru_cache(len)))
 """Types of objects that are compared by the listing, or whose state is not compared, which
 docs/semantics.md says."""

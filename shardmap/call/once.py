@@ -18,6 +18,7 @@ from shardmap.call.memo import (
     Remembered,
     are_leaves_of,
     modes,
+    setting_left,
     shared_among,
     signature,
 )
@@ -103,21 +104,21 @@ class OnceCall:
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
-        self._modes, self._reads = modes(), self._of.memory.reads(batch)
+        self._reads = self._of.memory.reads(batch)
         self._found = self._of.memory.recall(batch, self._reads)
         return self._found
 
     def watch(self, batch: Batch) -> PythonWatch | None:
         """The watch for this call's recording."""
         del batch
-        self._watch = PythonWatch()
+        self._watch, self._modes = PythonWatch(), modes()
         return self._watch
 
     def keep(self, batch: Batch, prepared: Prepared) -> None:
         """Keep a recording of this call, if the function has left what it can reach as it was."""
         memory, now = self._of.memory, self._of.memory.reads(batch)
-        if modes() != self._modes or (self._watch is not None and self._watch.left_set()):
-            memory.say("the function changes a setting of torch and does not set it back")
+        if self._watch is not None and (left := setting_left(self._watch, self._modes)):
+            memory.say(left)
             return
         unknown = any(type(each) is Unknown for each in now)  # which is the reason that is given
         if unknown or (not prepared.recording.kept and same(self._reads, now)):

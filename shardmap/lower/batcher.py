@@ -15,7 +15,7 @@ import torch
 from shardmap.factors import sums
 from shardmap.factors.builder import FactorBuilder
 from shardmap.factors.rewrite import from_factors
-from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions, slowest
+from shardmap.lower.batched import TIERS, BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.dead_calls import drop_dead
 from shardmap.lower.out_calls import out_rule
 from shardmap.lower.own_backward import OwnBackward
@@ -360,7 +360,7 @@ class _Batcher:
 
     def _serve(self, name: str, tier: str) -> None:
         """Note what serves a call; of an operator that is called several times, the slowest."""
-        self.tiers |= slowest(self.tiers, {name: tier})
+        self.tiers[name] = max(self.tiers.get(name, tier), tier, key=TIERS.index)
 
     def _bind(self, i: int, eq: Equation, out: Any, mapped: bool) -> None:
         outs = list(eq.results())

@@ -7,6 +7,8 @@ import functools
 import types
 from typing import NamedTuple
 
+from shardmap.program.lookups import LOOKUPS, are_spelled_out
+
 
 class Names(NamedTuple):
     """The names that code spells out."""
@@ -29,25 +31,18 @@ class Names(NamedTuple):
 @functools.lru_cache(4096)
 def names_in(code: types.CodeType) -> Names:
     """The names that a code object and the code inside of it spell out."""
-    globals_, attributes = set(), set()
-    dynamic = asks = named = False
-    for step in dis.get_instructions(code):
+    globals_, attributes, dynamic = set(), set(), False
+    steps = list(dis.get_instructions(code))
+    for step in steps:
         name = step.argval
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             globals_.add(name)
-            asks, named = asks or name in ("getattr", "hasattr"), False
             dynamic |= name in _DYNAMIC
         elif step.opname.endswith(("_ATTR", "_METHOD")) or step.opname == "IMPORT_FROM":
             attributes.add(name)
             dynamic |= name in _DYNAMIC
-        elif step.opname == "LOAD_CONST":
-            named |= isinstance(name, str)
-        elif step.opname.startswith("CALL"):
-            dynamic |= asks and not named
-            asks = False
-        elif step.opname.startswith(("BINARY_", "BUILD_", "FORMAT_")):
-            named = False  # a name that is computed
         dynamic |= step.opname == "MATCH_CLASS"
+    dynamic |= bool(globals_ & LOOKUPS) and not are_spelled_out(steps)
     found = Names(frozenset(globals_), frozenset(attributes), dynamic)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

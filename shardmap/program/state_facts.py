@@ -337,10 +337,10 @@ def _own(value: object) -> Iterator[Mapping[str, object]]:
 def _slots(kind: type) -> Iterator[str]:
     """The names of the attributes that objects of a class have beside their dictionary."""
     for base in kind.__mro__:
-        own = vars(base).get("__slots__", ())
-        for name in (own,) if isinstance(own, str) else own:
-            private = name.startswith("__") and not name.endswith("__")
-            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
+        if base.__flags__ & _MADE_BY_PYTHON:
+            for name, value in list(vars(base).items()):
+                if isinstance(value, types.MemberDescriptorType):
+                    yield name
 
 
 def _parts(value: object) -> tuple[object, ...]:
@@ -362,6 +362,8 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+_MADE_BY_PYTHON = 1 << 9
+"""`Py_TPFLAGS_HEAPTYPE`: a class that a class statement has made, and few of those of C."""
 _ASIDE = frozenset(
     "logging warnings queue io pathlib re asyncio concurrent multiprocessing".split()
 )

@@ -16,6 +16,7 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import without_functions
+from shardmap.program.facts import Itself
 from shardmap.program.ir import Param, Var
 from shardmap.program.python_state import CONTEXT, Reader, keep, name_of, reader_of
 from shardmap.program.state_facts import VALUES
@@ -191,20 +192,7 @@ def same_calls(recorder: Recorder, first: Calls, again: Calls) -> bool:
 
 
 def _fact(value: object) -> object:
-    return (type(value), repr(value)) if isinstance(value, VALUES) else _Is(value)
-
-
-class _Is:
-    """An object, equal to itself only."""
-
-    def __init__(self, value: object):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Is) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+    return (type(value), repr(value)) if isinstance(value, VALUES) else Itself(value)
 
 
 class _Same:

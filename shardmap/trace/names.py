@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-from shardmap.trace.lookups import LOOKUPS, are_spelled_out
+from shardmap.program.lookups import LOOKUPS, are_spelled_out
 from shardmap.trace.watch import BUILTINS, is_trusted, reads_more
 
 

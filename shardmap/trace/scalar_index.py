@@ -112,7 +112,8 @@ class Copies:
                 reached.append(pair.source)
                 self._stale(pair.source, number)
                 for other in self.pairs:
-                    if other.source == pair.source and other.copy != group:
+                    beside = other.source == pair.source and other.copy != group
+                    if beside and other.copy not in self.stale:  # else it is since before
                         like = pointwise and other.dense and pair.is_like(other.indices)
                         self._stale(other.copy, number + like)
         return reached

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import shardmap
-from shardmap.trace.lookups import are_spelled_out
+from shardmap.program.lookups import are_spelled_out
 from tests.call.runs import counting
 from tests.loop import loop
 
