@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from shardmap import errors
+from shardmap.call.blame import why_not
 from shardmap.call.direct import NOT_DIRECT, direct_of, form_of
 from shardmap.call.guards import Guards
 from shardmap.call.keepable import (
@@ -24,7 +25,6 @@ from shardmap.call.keepable import (
     memories_of,
     others_than_first,
     rows_of,
-    why_not,
 )
 from shardmap.call.keeps import Kept, Known, Refused, captured_of
 from shardmap.call.memo import (

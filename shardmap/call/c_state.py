@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import array
 import functools
+import gc
 import types
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from shardmap.call.kinds import ARRAY_BYTES, CALLABLES, INERT, made_of
+from shardmap.call.kinds import ARRAY_BYTES, CALLABLES, INERT, MOST, made_of
 from shardmap.call.lookups import Getter, bytes_of, made_part
 from shardmap.call.reachable import VALUES
 
@@ -30,8 +31,31 @@ class State:
     """What must stay as it is: its name, and its look-up."""
     parts: list[object] = field(default_factory=list)
     """Objects that are read through this one."""
+    entries: dict[object, object] = field(default_factory=dict)
+    """A dict whose entries must stay as they are; it may get others."""
     unknown: str = ""
     """Description of the object if its state cannot be compared; else empty."""
+
+
+CACHED = type(functools.lru_cache(len))
+
+
+def _cache_of(cached: object) -> State | None:
+    """What `functools.lru_cache` keeps for a function; None if python does not show it.
+
+    A call that is replayed would find the results that it found when it was recorded. They lie in
+    a dict, in entries of a linked list where the number of results is limited; what C refers to is
+    both, the function and the results.
+    """
+    held = gc.get_referents(cached)
+    stores = [each for each in held if type(each) is dict and each is not vars(cached)]
+    if len(stores) != 1:
+        return None
+    if len(stores[0]) > MOST:
+        return State(unknown="a large cache")
+    results = [*held, *stores[0].values()]
+    parts = [each for each in results if each is not stores[0] and type(each) is not type]
+    return State(parts=parts, entries=stores[0])
 
 
 def state_of(value: Any, kind: type) -> State | None:
@@ -48,6 +72,8 @@ def state_of(value: Any, kind: type) -> State | None:
         return State([("a numpy array", bytes_of(value))], [value.dtype])
     if issubclass(kind, bytearray | array.array):
         return State([("an array", lambda _: bytes(value))])
+    if kind is CACHED:
+        return _cache_of(value)
     if kind is slice:
         return State(parts=[value.start, value.stop, value.step])
     if issubclass(kind, types.GenericAlias | types.UnionType):

@@ -152,8 +152,9 @@ class Call:
         self.use = use
         self._seed: Seeds | None = None
         self._numbers: np.ndarray | None = None
-        tangents = has_tangents(batch, prepared.recording.captured)
-        self.around = dataclasses.replace(around, transformed=around.transformed or tangents)
+        if not around.transformed and has_tangents(batch, prepared.recording.captured):
+            around = dataclasses.replace(around, transformed=True)
+        self.around = around
 
     def run(self) -> Any:
         """The results, or the store that holds them."""

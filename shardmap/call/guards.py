@@ -287,6 +287,8 @@ class Guarded:
     """That of the call's function and arguments (`root.Root`)."""
     tensors: list[torch.Tensor | None]
     """The tensors that were found; None for an argument, which may be another one."""
+    whole: bool
+    """True if they see all that the function reads: nothing else needs to be compared."""
 
     def hold(self, key: Hashable, parts: Sequence[object]) -> bool:
         """True if all that the function reads is as it was.

@@ -9,7 +9,6 @@ parameters, containers) is listed when it is recorded and compared at each call.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import operator
 import types
@@ -30,6 +29,7 @@ from shardmap._torch import (
     pytree,
     storage_id,
 )
+from shardmap.call.blame import why_not
 from shardmap.call.guards import Guarded, Guards
 from shardmap.call.reachable import VALUES, History, Unknown, reachable, same
 from shardmap.call.reads import Walk
@@ -73,6 +73,11 @@ class Remembered:
     guarded: Guarded | None = None
     """What the code that ran has read; None if it was not watched."""
 
+    @property
+    def flat(self) -> bool:
+        """True if the guards alone tell whether what the function reads is unchanged."""
+        return self.guarded is not None and self.guarded.whole
+
     def rebound(self, batch: Batch) -> Prepared:
         """The recording with the unmapped arguments of this call."""
         if not self.arguments:
@@ -115,7 +120,9 @@ class Memory(History):
         if found is None:
             return None
         unchanged = all(batch.leaves[leaf] is tensor for leaf, tensor in found.fixed.items())
-        if not unchanged or not same(found.reads, reads or self.reads(batch)):
+        if unchanged and not found.flat:
+            unchanged = same(found.reads, reads or self.reads(batch))
+        if not unchanged:
             self.kept.pop(key, None)
             return None
         if not self.holds(found, shared_arguments(batch)):
@@ -186,7 +193,7 @@ class Memory(History):
                 return
         guarded = None
         if watch is not None:
-            guarded, why = self._guarded(batch, watch)
+            guarded, why = self._guarded(batch, watch, prepared.recording)
             if why:
                 self.say(why)
                 return
@@ -209,7 +216,9 @@ class Memory(History):
         del batch
         return None
 
-    def _guarded(self, batch: Batch, watch: PythonWatch) -> tuple[Guarded | None, str]:
+    def _guarded(
+        self, batch: Batch, watch: PythonWatch, recording: Recording
+    ) -> tuple[Guarded | None, str]:
         """The guards of what the code that ran has read, or the reason why they do not suffice.
 
         What it finds by calls is not compared: `trace="once"` says so (docs/semantics.md).
@@ -232,7 +241,9 @@ class Memory(History):
             return None, walk.hidden
         given = {id(leaf) for leaf in shared}
         tensors = [None if id(t) in given else t for t in walk.found.tensors.values()]
-        return Guarded(Guards(walk.found, ()), root.key, tensors), ""
+        # Samples that answer otherwise run code that was not watched.
+        whole = not recording.asked and not why_not(walk, recording)
+        return Guarded(Guards(walk.found, ()), root.key, tensors, whole), ""
 
     def held(self, reads: list[object]) -> list[object]:
         """The part of a listing that is kept: all of it."""
@@ -334,7 +345,7 @@ def setting_left(watch: PythonWatch, before: tuple[object, ...]) -> str:
     return left and f"it changes a setting of torch and does not set it back: {left}"
 
 
-_LISTED = (np.ndarray, types.MappingProxyType, type(functools.lru_cache(len)))
+_LISTED = (np.ndarray, types.MappingProxyType)
 """Types of objects that are compared by the listing, or whose state is not compared, which
 docs/semantics.md says."""
 _HOST = torch.device("cpu")

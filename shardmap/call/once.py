@@ -1,7 +1,8 @@
 """`trace="once"`: the calls of one map that keeps its recordings itself.
 
-What the function can reach is compared at each call (`memo`). A call whose arguments have the same
-properties as the last one's is then replayed directly, without a plan (`direct`).
+What the function reads is compared at each call (`guards`), and where that cannot be listed whole,
+all that it can reach (`memo`). A call whose arguments have the same properties as the last one's is
+then replayed directly, without a plan (`direct`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Once(History):
             return NOT_DIRECT
         if any(leaves[leaf] is not tensor for leaf, tensor in remembered.fixed.items()):
             return NOT_DIRECT
-        if not same(remembered.reads, reachable(self.func)):
+        if not remembered.flat and not same(remembered.reads, reachable(self.func)):
             return NOT_DIRECT
         if not self.memory.holds(remembered, shared_among(leaves, direct.positions)):
             return NOT_DIRECT
@@ -104,8 +105,9 @@ class OnceCall:
 
     def recall(self, batch: Batch) -> Remembered | None:
         """The recording that serves this call; None if the function must be recorded."""
-        self._reads = self._of.memory.reads(batch)
-        self._found = self._of.memory.recall(batch, self._reads)
+        self._found = self._of.memory.recall(batch)
+        if self._found is None:
+            self._reads = self._of.memory.reads(batch)
         return self._found
 
     def watch(self, batch: Batch) -> PythonWatch | None:

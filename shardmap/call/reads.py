@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shardmap._torch import backward_hooks
-from shardmap.call.c_state import state_of
+from shardmap.call.c_state import CACHED, state_of
 from shardmap.call.guards import TENSOR, Fact, Found, Place
 from shardmap.call.kinds import (
     ASIDE,
@@ -103,11 +103,11 @@ class Walk:
             self._globals(found)
             apart = apart - found.keys()
         self._settings(watch)
+        if len(self._seen) > MOST:
+            self._accuse(f"it can read more than {MOST:,} objects")
         lost = lost_code(watch.codes, self._bound, apart)
         if lost:  # what it closes over is unknown
             self._accuse(f"it calls {lost}, which cannot be found by name")
-        if len(self._seen) > MOST:
-            self._accuse(f"it can read more than {MOST:,} objects")
 
     def _read(self, value: object, where: str, look: Getter) -> None:
         if isinstance(value, torch.Tensor):
@@ -244,6 +244,11 @@ class Walk:
         elif (state := state_of(value, kind)) is not None:
             if state.unknown:
                 self._unknown(value, state.unknown)
+            if kind is CACHED and "cache_info" in self._names:
+                self._unknown(value, "how often a cache was hit")
+            if state.entries and not self._trusted:
+                entries = self.found.entries_of(state.entries, "what functools.lru_cache keeps")
+                entries.values |= {k: self.found.held(v) for k, v in state.entries.items()}
             for what, look in state.facts:
                 self.found.facts.append(Fact(what, look, self.found.held(look(()))))
             for each in state.parts:

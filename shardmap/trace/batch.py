@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -163,6 +164,8 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
     Raises:
         OutputError: It returned something else.
     """
+    if type(out) is tuple and all(map(_is_plain, out)):
+        return [*out], _tuple_of(len(out))
     leaves, structure = pytree.tree_flatten(out, is_leaf=is_container)
     if not all(map(_is_plain, leaves)):
         nothing = all(leaf is None for leaf in leaves)
@@ -176,6 +179,12 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
                 "torch.as_tensor makes a tensor of an array"
             )
     return leaves, structure
+
+
+@functools.lru_cache
+def _tuple_of(number: int) -> pytree.TreeSpec:
+    """The structure of a tuple of tensors."""
+    return pytree.tree_structure((0,) * number)
 
 
 def _is_plain(leaf: object) -> bool:
@@ -217,6 +226,8 @@ def unflatten_outputs(
     """
     if not all(map(_is_plain, outputs)):
         outputs = [unsubclassed(output) for output in outputs]
+    if structure.type is tuple and structure.num_nodes == len(outputs) + 1:
+        return tuple(outputs)
     tree = pytree.tree_unflatten(outputs, structure)
     if not containers.contains(structure, Absent, Opened, Subclassed):
         return tree

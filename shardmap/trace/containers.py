@@ -280,4 +280,6 @@ def _is_dense(value: object) -> bool:
 
 def contains(structure: pytree.TreeSpec, *kinds: type) -> bool:
     """True if a structure has nodes of these kinds."""
+    if structure.num_nodes == structure.num_leaves + 1:  # a plain tuple: none of its leaves is one
+        return structure.type in kinds
     return structure.type in kinds or any(contains(c, *kinds) for c in structure.children())

@@ -51,6 +51,11 @@ class Equations(Variables):
         """Add the expected equation `eq` for the call that has just returned `out`."""
         outs = eq.outs
         single = out is None or isinstance(out, torch.Tensor)
+        if single and out is not None and len(outs) == 1 and self._adopted(out, outs[0]):
+            if mapped and not op_info(eq.op).shape_only:
+                self.mapped_groups.add(outs[0].group)
+            self.equations.append(eq)
+            return
         results: Any = (out,) if single else out
         for tensor, var in zip(results, outs, strict=True):
             if tensor is None and var is None:
@@ -75,7 +80,7 @@ class Equations(Variables):
         if (
             tensor.shape != spec.shape
             or tensor.dtype is not spec.dtype
-            or self.known(tensor) is not None
+            or ((entry := self.entries.get(id(tensor))) is not None and entry[0]() is tensor)
         ):
             return False
         storage = tensor.untyped_storage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 from types import FrameType
@@ -23,7 +24,8 @@ from shardmap.trace.watch import PROGRAM, PythonWatch
 def generator_state() -> bytes:
     """The state of torch's generator, read so that no mode sees it."""
     with without_dispatch(), without_functions():
-        return torch.default_generator.get_state().numpy().tobytes()
+        state = torch.default_generator.get_state()
+        return ctypes.string_at(state.data_ptr(), state.numel())  # of bytes
 
 
 class Generator:

@@ -59,6 +59,8 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     """
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
+    if not (inside or recorder.applied or recorder.hooks or recorder.changed):
+        return True
     found = nodes_before(inside, recorder)
     refuse_node_hooks(recorder, found)
     refuse_hidden_backwards(recorder, found)

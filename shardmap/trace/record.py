@@ -74,6 +74,10 @@ def sample_of(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     if type(row) is FakeTensor:  # no values to copy, and perhaps no numbers for sizes
         sample = row.new_empty_strided(tuple(map(int, shape)), tuple(map(int, stride)))
         return sample.requires_grad_().view_as(sample) if requires_grad else sample
+    if row.is_contiguous() and not requires_grad:
+        sample = row.clone()
+        if sample.stride() == stride:  # that of a dimension of size 1 may be any
+            return sample
     with torch.no_grad():
         repeated = [d for d in range(row.ndim) if stride[d] == 0 and shape[d] > 1]
         compact = row

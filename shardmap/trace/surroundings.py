@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import pickle
 import random
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -165,22 +167,54 @@ class RandomStates:
 
     def __init__(self, device: torch.device):
         self.torch = default_generator_states(device)
-        self.python = random.getstate()
+        self.python = _python_state()
         self.numpy = _numpy_state()
 
     def restore(self) -> str | None:
         """Restore the states; return the name of a python random source that was drawn from."""
         restore_default_generators(self.torch)
         drawn = None
-        if random.getstate() != self.python:
+        if _python_state() != self.python:
             drawn = "random"
             if alone():
-                random.setstate(self.python)
+                _restore_python(self.python)
         if _numpy_state() != self.numpy:
             drawn = "numpy.random"
             if alone():
                 _restore_numpy(self.numpy)
         return drawn
+
+
+_python: Any = vars(random)["_inst"]  # the generator of `random.random()`
+_HEAD, _PYTHON_BYTES = object.__basicsize__, 4 * (1 + 624)
+"""Where the state of python's generator lies in its object: the position of the next word, and 624
+words."""
+
+
+def _is_readable() -> bool:
+    """True if python keeps the state of its generator where this module reads it."""
+    own = random.Random(0)
+    own.random()
+    position, *words = struct.unpack("i624I", ctypes.string_at(id(own) + _HEAD, _PYTHON_BYTES))
+    return own.getstate()[1] == (*words, position)
+
+
+_READABLE = sys.implementation.name == "cpython" and _is_readable()
+
+
+def _python_state() -> object:
+    """The state of python's generator: its memory, 20 times cheaper to read than `getstate`."""
+    if not _READABLE:
+        return _python.getstate()
+    return ctypes.string_at(id(_python) + _HEAD, _PYTHON_BYTES), _python.gauss_next
+
+
+def _restore_python(state: Any) -> None:
+    if not _READABLE:
+        _python.setstate(state)
+        return
+    memory, _python.gauss_next = state
+    ctypes.memmove(id(_python) + _HEAD, memory, _PYTHON_BYTES)
 
 
 _bit_generator: Any = vars(np.random)["get_bit_generator"]  # missing in numpy's stubs

@@ -1,4 +1,4 @@
-"""PythonWatch what python runs while a function is recorded: its code, and its calls into C.
+"""Watch what python runs while a function is recorded: its code, and its calls into C.
 
 A recording may be replayed while all that the function has read is unchanged. What it can read
 follows from the code that ran (library code too) and from the C functions that it called. Most of
@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import builtins
 import collections
+import contextlib
 import contextvars
 import functools
 import gc
@@ -26,6 +27,7 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import torch
+from torch.utils import checkpoint
 
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _PACKAGES = tuple(
@@ -165,6 +167,8 @@ class PythonWatch:
                 return
             key = code, arg.__name__, id(owner) if _is_module(owner) else type(owner)
             if key not in self._seen:
+                if arg.__name__ == "get_state" and _is_checkpoints(frame):
+                    return
                 self._seen.add(key)
                 self._judge(arg, code)
             elif type(owner) is contextvars.ContextVar:
@@ -289,6 +293,14 @@ def _is_finaliser(frame: types.FrameType) -> bool:
     return installed or (before is not None and is_own(before.f_code.co_filename))
 
 
+def _is_checkpoints(frame: types.FrameType) -> bool:
+    """True if a checkpoint reads the state of torch's generator, to give it back before it ends."""
+    caller: types.FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename in _AROUND_STATES:
+        caller = caller.f_back
+    return caller is not None and caller.f_code.co_filename == checkpoint.__file__
+
+
 def _is_of_a_module(frame: types.FrameType) -> bool:
     """True if the globals of code are a module's, which live as long as the process.
 
@@ -334,6 +346,8 @@ def _is_of_torch(owner: object) -> bool:
 
 _COLLECTED = {"generation", "collected", "uncollectable"}
 """What the garbage collector tells a function of `gc.callbacks`."""
+_AROUND_STATES = torch.random.__file__, contextlib.__file__
+"""Files through which a checkpoint asks for the state of torch's generator."""
 _READING = {
     (importlib.__file__, "import_module"): ("importlib.import_module", True),
     (logging.__file__, "getLogger"): ("logging.getLogger", False),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import shardmap
 from shardmap import errors
@@ -489,3 +490,44 @@ def test_a_function_that_calls_what_the_collector_calls_reads_what_it_reads(form
     with metered(callback):
         text = shardmap.plan(function)(torch.randn(3, 2)).explain()
     assert "recorded at each call, because it calls time.perf_counter" in text
+
+
+def test_checkpointed_functions_are_replayed() -> None:
+    """A checkpoint reads the state of torch's generator, only to give it back."""
+    layer = nn.Linear(3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        h = checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=False)
+        assert isinstance(h, Tensor)
+        return torch.tanh(layer(h))
+
+    mapped = shardmap.vmap(function)
+    with counting(function) as calls:
+        for _ in range(7):
+            rows = torch.rand(5, 3, requires_grad=True)
+            found = mapped(rows)
+            counted = calls()
+            wanted = torch.stack([function(row) for row in rows])
+            torch.testing.assert_close(found, wanted)
+            leaves = rows, *layer.parameters()
+            for a, b in zip(
+                torch.autograd.grad(found.square().sum(), leaves),
+                torch.autograd.grad(wanted.square().sum(), leaves),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b)
+            assert calls() >= counted + 5
+        counted = calls()
+        mapped(rows)
+        mapped(rows)
+        assert calls() - counted <= 2  # the 8th call records again
+
+
+def test_reading_the_state_beside_a_checkpoint_is_seen() -> None:
+    def function(x: Tensor) -> Tensor:
+        h = checkpoint(torch.tanh, x, use_reentrant=False)
+        assert isinstance(h, Tensor)
+        return h * torch.get_rng_state().sum()
+
+    with pytest.raises(errors.EscapeError, match="each time that it is called"):
+        shardmap.vmap(function)(torch.rand(3, 2))
