@@ -185,7 +185,7 @@ class RandomStates:
         return drawn
 
 
-_python: Any = vars(random)["_inst"]  # the generator of `random.random()`
+_python: random.Random = vars(random)["_inst"]  # the generator of `random.random()`
 _HEAD, _PYTHON_BYTES = object.__basicsize__, 4 * (1 + 624)
 """Where the state of python's generator lies in its object: the position of the next word, and 624
 words."""
@@ -202,19 +202,19 @@ def _is_readable() -> bool:
 _READABLE = sys.implementation.name == "cpython" and _is_readable()
 
 
-def _python_state() -> object:
+def _python_state() -> tuple[bytes, object]:
     """The state of python's generator: its memory, 20 times cheaper to read than `getstate`."""
     if not _READABLE:
-        return _python.getstate()
-    return ctypes.string_at(id(_python) + _HEAD, _PYTHON_BYTES), _python.gauss_next
+        return pickle.dumps(_python.getstate()), None
+    return ctypes.string_at(id(_python) + _HEAD, _PYTHON_BYTES), vars(_python)["gauss_next"]
 
 
-def _restore_python(state: Any) -> None:
+def _restore_python(state: tuple[bytes, object]) -> None:
     if not _READABLE:
-        _python.setstate(state)
+        _python.setstate(pickle.loads(state[0]))
         return
-    memory, _python.gauss_next = state
-    ctypes.memmove(id(_python) + _HEAD, memory, _PYTHON_BYTES)
+    ctypes.memmove(id(_python) + _HEAD, state[0], _PYTHON_BYTES)
+    vars(_python)["gauss_next"] = state[1]
 
 
 _bit_generator: Any = vars(np.random)["get_bit_generator"]  # missing in numpy's stubs

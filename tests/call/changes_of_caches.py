@@ -120,9 +120,7 @@ def a_cached_method_of_another_object() -> Way:
         def __init__(self, scale: float):
             self.scale = scale
 
-        @functools.lru_cache
-        def doubled(self) -> float:
-            return self.scale * 2
+        doubled = functools.lru_cache(lambda self: self.scale * 2)
 
     held = [Scales(1.0)]
 
