@@ -145,6 +145,11 @@ class SampleLoop(StandIn):
         self._alike = _is_positional(batch)
         self.singly = False
         """True if each row is taken by itself, so that it may be written under gradients."""
+        self._tracked_rows = [
+            self.grad_mode and not tracked and t.requires_grad for t in batch.tensors()
+        ]
+        """True for each argument whose rows require grad only so that a result is seen to, where
+        none was expected to: what executors read is cut off."""
         self._refuse_changes: Callable[[], None] | None = None
         if remat and tracked:
             read = [t for t in reachable(func) if isinstance(t, torch.Tensor)]
@@ -211,6 +216,10 @@ class SampleLoop(StandIn):
     ) -> Iterator[list[torch.Tensor]]:
         """Yield the function's results, sample by sample."""
         columns = inputs if self.singly else list(map(_rows_of, inputs))
+        columns = [
+            [_own(t, True) for t in rows] if seen else rows
+            for rows, seen in zip(columns, self._tracked_rows, strict=True)
+        ]
         if self.draws:
             for i in range(size):
                 number = number_of(start, i)
@@ -257,7 +266,7 @@ class SampleLoop(StandIn):
         try:
             with self._as_called(), saved_hooks_set_aside():
                 for number in range(self.batch.size):
-                    row = [_own(t[number]) for t in tensors]
+                    row = [_own(t[number], t.requires_grad) for t in tensors]
                     with Asked(row) as asked:
                         self._called(row)
                     found.append(tuple(asked.answers))
@@ -366,10 +375,10 @@ def _rows_of(batch: torch.Tensor) -> Sequence[torch.Tensor] | torch.Tensor:
     return batch.unbind(0) if batch.requires_grad and torch.is_grad_enabled() else batch
 
 
-def _own(row: torch.Tensor) -> torch.Tensor:
-    """A row that a function may write to and differentiate by, without effect outside."""
+def _own(row: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A row that a function may differentiate by without effect outside; it shares its memory."""
     own = row.detach()
-    return own.requires_grad_().view_as(own) if row.requires_grad else own
+    return own.requires_grad_().view_as(own) if requires_grad else own
 
 
 def _is_positional(batch: Batch) -> bool:

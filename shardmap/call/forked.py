@@ -439,7 +439,7 @@ class Forked:
         on = prepare.Devices(job, self.options.budget.on)
         with torch.set_grad_enabled(job.grad and torch.is_grad_enabled()):
             ready = {name: on.on(name, job.samples > 1, slices=False) for name in call.names(job)}
-        return Branch(path.prepared, ready, ())
+        return Branch(path.prepared, ready, (), job.grad or job.transformed)
 
 
 def _draw(call: Part, path: Path, rows: torch.Tensor, whole: Recording, seeds: Seeds) -> None:

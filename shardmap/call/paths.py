@@ -53,6 +53,9 @@ class Branch:
     """The prepared program on each device, by the device's name."""
     seeds: tuple[int, ...]
     """Positions, among the call's seeds, of those that the path's draws follow from."""
+    grad: bool
+    """True if gradients may flow through its outputs; those of other paths' samples may all the
+    same, and its program is made for calls that are not recorded then."""
 
 
 class PathReplay(StandIn):
@@ -195,8 +198,9 @@ class PathReplay(StandIn):
             ready = branch.ready[str(device)]
             scalars = branch.prepared.recording.scalars
             own = tuple([seed[k] for k in branch.seeds])
-            fixed = self._fixed(number, device, own)
-            outs = ready.low.replay.chunk(size, start, device, own, scalars, fixed, inputs)
+            with torch.set_grad_enabled(branch.grad and torch.is_grad_enabled()):
+                fixed = self._fixed(number, device, own)
+                outs = ready.low.replay.chunk(size, start, device, own, scalars, fixed, inputs)
             found = tuple(
                 [
                     t if v.mapped else t.expand(size, *t.shape)
