@@ -39,8 +39,11 @@ class Entries:
     keys: tuple[object, ...] | None = None
     """All keys in order, if the function may iterate over the dict; else None."""
     absent: frozenset[object] = frozenset()
-    """Names that the function reads and that are found elsewhere: in a class, or among the
-    built-in ones."""
+    """Names that the function reads and that are found elsewhere: among the built-in ones."""
+    among: frozenset[str] = frozenset()
+    """Names that the function may look for here, of which it has found `present` ones only: others
+    are in a class, or nowhere (`getattr(settings, "scale", 1.0)`). One set serves many dicts."""
+    present: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,9 @@ class Guards:
                 return False
         if entries.absent and not entries.absent.isdisjoint(dict.keys(now)):
             self._fail(f"{min(map(str, entries.absent & dict.keys(now)))!r} in {entries.where}")
+            return False
+        if entries.among and (new := entries.among.intersection(dict.keys(now)) - entries.present):
+            self._fail(f"{min(new)!r} in {entries.where}")
             return False
         for name, value in entries.values.items():
             if not unchanged(value, dict.get(now, name, ABSENT)):

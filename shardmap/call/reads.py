@@ -10,14 +10,13 @@ import collections
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from shardmap._torch import backward_hooks
 from shardmap.call.c_state import CACHED, state_of
-from shardmap.call.guards import TENSOR, Fact, Found, Place
+from shardmap.call.guards import TENSOR, Fact
 from shardmap.call.kinds import (
     ASIDE,
     CONTAINERS,
@@ -38,31 +37,29 @@ from shardmap.call.kinds import (
     is_users,
 )
 from shardmap.call.lookups import (
-    STATES,
-    Getter,
     answer_of,
-    attribute,
     attributes_of,
     contents,
-    entry,
-    grad_of,
     item,
-    member,
     module_named,
     of_class,
     part,
     referent,
-    states_of,
     variable,
     weakly,
 )
+from shardmap.call.noted import Notes
 from shardmap.call.reachable import caches_of, slots_of
 from shardmap.call.root import Root
-from shardmap.trace.names import lost_code, named_in, reflection, spelled_out
+from shardmap.trace.names import lost_code, named_in
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
 
 
-class Walk:
+def _is_librarys(item: tuple[types.CodeType, object]) -> bool:
+    return is_trusted(item[0].co_filename)
+
+
+class Walk(Notes):
     """The walk over everything that the code which ran can read; `found` is its result.
 
     Args:
@@ -72,21 +69,9 @@ class Walk:
     """
 
     def __init__(self, watch: PythonWatch, root: Root, gone: Callable[[object], None]):
-        self.found = Found(gone)
-        looks = reflection(watch.codes)
-        self.hidden = looks.blame
-        """What it reads that cannot be listed at all; empty if there is nothing."""
-        self.blame = watch.blame or looks.blame
-        self.unknown: list[object] = []
-        """Objects that it can read, whose state cannot be compared."""
+        super().__init__(watch, gone)
         self._codes = watch.codes
-        self._seen: dict[int, object] = {}
-        self._shallow: set[tuple[int, object]] = set()
-        self._dynamic, self._whole = looks.dynamic, looks.whole
         self._bound: set[types.CodeType] = set()
-        self._trusted = False
-        self._names, self._of_modules = spelled_out(watch.codes, watch.asked)
-        """Names of modules' attributes; those that torch and python read are found by chains."""
         for func in root.functions:
             self._bound.add(func.__code__)
             self._seen[id(func)] = func
@@ -109,15 +94,9 @@ class Walk:
         if lost:  # what it closes over is unknown
             self._accuse(f"it calls {lost}, which cannot be found by name")
 
-    def _read(self, value: object, where: str, look: Getter) -> None:
-        if isinstance(value, torch.Tensor):
-            self._tensor(value, where, look)
-        else:
-            self.found.facts.append(Fact(where, look, self.found.held(value)))
-            self._walk(value)
-
     def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
-        for code, of in codes.items():
+        # What a library reads is followed less far, and nothing is followed twice.
+        for code, of in sorted(codes.items(), key=_is_librarys):
             self._trusted = is_trusted(code.co_filename)
             names = named_in(code)
             if builtins_of(of) is not BUILTINS:
@@ -159,45 +138,6 @@ class Walk:
             value = (look := variable(read))(())
             self.found.facts.append(Fact(f"the context variable {read.name}", look, value))
             self._walk(value)
-
-    def _accuse(self, what: str) -> None:
-        self.blame = self.blame or what
-
-    def _hold(self, of: dict[Any, Any], name: object, where: str) -> None:
-        """Note that an entry of a dict is read."""
-        entries = self.found.entries_of(of, where)
-        shallow = (id(of), name) in self._shallow  # seen from a library alone
-        if name in entries.values and (self._trusted or not shallow):
-            return
-        (self._shallow.add if self._trusted else self._shallow.discard)((id(of), name))
-        value = dict.__getitem__(of, name)
-        if issubclass(type(value), torch.Tensor):
-            entries.values.pop(name, None)
-            places, name_there = self.found.places.get(id(value), ()), (id(of), name)
-            if not any(p.name == name_there for p in places):
-                self._tensor(value, where, entry(of, name), name_there)
-            return
-        entries.values[name] = self.found.held(value)
-        self._walk(value)
-
-    def _tensor(self, tensor: torch.Tensor, where: str, look: Getter, name: object = None) -> None:
-        self.found.place(tensor, Place(where, look, name))
-        if id(tensor) in self._seen:
-            return
-        self._seen[id(tensor)] = tensor
-        self._walk(backward_hooks(tensor))
-        attributes = tensor.__dict__
-        if attributes or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            self._object(tensor)
-        if self._names & STATES.keys():
-            states = states_of(look, self._names), states_of(lambda _: tensor, self._names)(())
-            self.found.facts.append(Fact("what a tensor says of itself", *states))
-        if "grad" in self._names and tensor.is_leaf:
-            look, where = grad_of(look), "the grad of a tensor"
-            if tensor.grad is None:
-                self.found.facts.append(Fact(where, look, None))
-            else:
-                self._tensor(tensor.grad, where, look)
 
     def _walk(self, value: object) -> None:
         if isinstance(value, torch.Tensor):  # a key, or an item of a set: it must stay the same
@@ -257,21 +197,12 @@ class Walk:
             return False
         return True
 
-    def _unknown(self, value: object, what: str) -> None:
-        if not self._trusted:
-            self.unknown.append(value)
-            self._accuse(
-                f"it can read {what} ({type(value).__name__}), whose state cannot be compared"
-            )
-
     def _function(self, func: types.FunctionType) -> None:
         """Follow a function that ran: its cells and defaults. Of others identity is enough."""
         file = func.__code__.co_filename
         if not (self._trusted and is_trusted(file)):
             self._named(func, func.__name__)
-            names = set(func.__dict__) if self._dynamic else self._names & func.__dict__.keys()
-            for name in names:
-                self._hold(func.__dict__, name, f"the attributes of {func.__name__}")
+            self._namespace(func.__dict__, f"the attributes of {func.__name__}", self._names)
         if func.__code__ not in self._codes and not is_own(file):
             if "__code__" in self._names:
                 self.found.functions.append(func)
@@ -288,13 +219,6 @@ class Walk:
             self._walk(func.__kwdefaults__)
         self._trusted = False
 
-    def _item(self, of: Sequence[object] | None, number: int, value: object, where: str) -> None:
-        if isinstance(value, torch.Tensor):
-            assert of is not None
-            self._tensor(value, where, item(of, number))
-        else:
-            self._walk(value)
-
     def _module(self, module: types.ModuleType) -> None:
         names = vars(module)
         file = names.get("__file__") or ""
@@ -305,11 +229,12 @@ class Walk:
         if type(module) is not types.ModuleType:
             self._walk(type(module))
         entries = self.found.entries_of(names, where)
-        read = self._of_modules & names.keys()
+        read = entries.present = self._of_modules & names.keys()
+        entries.among = self._of_modules
         if "__getattr__" in names:
-            entries.absent |= self._of_modules - read
             self._hold(names, "__getattr__", where)
         if self._dynamic and not is_trusted(file):
+            entries.keys = tuple(names)
             read |= {name for name in names if not name.startswith("__")}
         library = not file or is_trusted(file)
         if module is sys and "modules" in read:
@@ -321,12 +246,6 @@ class Walk:
             self._trusted = library and not issubclass(type(value), types.ModuleType)
             self._hold(names, name, where)
         self._trusted = False
-
-    def _named(self, value: object, name: str) -> None:
-        """Note the names of a function or class, if the user's own code asks for them."""
-        for read in self._of_modules & {"__name__", "__qualname__", "__module__"}:
-            look = attribute(lambda: value, read)
-            self.found.facts.append(Fact(f"{read} of {name}", look, look(())))
 
     def _class(self, kind: type) -> None:
         if kind in CONTEXTUAL:
@@ -415,28 +334,10 @@ class Walk:
         where = f"the attributes of a {kind.__name__}"
         if attributes is not None:
             self.found.namespaces.append((place, attributes))
-            entries = self.found.entries_of(attributes, where)
             caches = caches_of(kind) - self._of_modules
-            if not self._trusted and (self._dynamic or (self._whole and is_namespace(kind))):
-                entries.keys = tuple(attributes)
-                for name in entries.keys:
-                    if name not in caches:
-                        self._hold(attributes, name, where)
-            else:
-                names = self._names - caches
-                read = names & attributes.keys()
-                entries.absent |= names - read
-                for name in read:
-                    self._hold(attributes, name, where)
+            names = self._names - caches if caches else self._names
+            dynamic = not self._trusted and self._whole and is_namespace(kind)
+            self._namespace(attributes, where, names, caches, dynamic)
         for slot in slots_of(kind):
             if slot.__name__ in self._names or self._dynamic:
                 self._slot(value, slot, where)
-
-    def _slot(self, value: object, of: types.MemberDescriptorType, where: str) -> None:
-        look, slot = member(weakly(value), of), of.__name__
-        now = look(())
-        if isinstance(now, torch.Tensor):
-            self._tensor(now, where, look, slot)
-        else:
-            self.found.facts.append(Fact(f"{slot!r} in {where}", look, self.found.held(now)))
-            self._walk(now)

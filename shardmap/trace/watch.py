@@ -132,7 +132,7 @@ class PythonWatch:
                 self._collecting = frame
                 return
             if self._ours:
-                if not _is_users(code.co_filename):
+                if not (_is_users(code.co_filename) or _is_users_text(frame)):
                     return
                 self._turns.append((frame, False))
                 self._ours = False
@@ -267,6 +267,13 @@ def _is_users(filename: str) -> bool:
 def _is_of_ours(frame: types.FrameType) -> bool:
     """True if generated code, such as a dataclass's `__init__`, belongs to shardmap."""
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "shardmap"
+
+
+def _is_users_text(frame: types.FrameType) -> bool:
+    """True if code that was made from text is the user's, called by shardmap's own code."""
+    if frame.f_code.co_filename != "<string>" or _is_of_ours(frame) or _is_of_a_tuple(frame):
+        return False
+    return not is_trusted(str(frame.f_globals.get("__file__") or ""))
 
 
 def _is_collectors(frame: types.FrameType) -> bool:

@@ -19,7 +19,7 @@ from tests.call.runs import counting
 
 for part in (
     "values", "objects", "surroundings", "modules", "settings", "tensors", "builtins", "classes",
-    "libraries", "arrays", "caches",
+    "libraries", "arrays", "caches", "absent",
 ):  # fmt: skip
     importlib.import_module(f"tests.call.changes_of_{part}")
 for part in ("found", "unspelled", "seldom", "of_keys"):
