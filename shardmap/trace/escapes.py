@@ -39,7 +39,7 @@ from shardmap._torch import (
     unpack_dual,
 )
 from shardmap.program.own_backward import DATA
-from shardmap.trace import control_flow, packed, recurrent, shallow_copies
+from shardmap.trace import control_flow, lifted, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.called_back import Saving, Watched
 from shardmap.trace.door_names import (
@@ -164,6 +164,8 @@ class Doors(TorchFunctionMode):
         if dispatch_depth() > self.depth > 0:
             return self._above(func, kinds, args, kwargs)
         self.recorder.serial += 1
+        if self.recorder.lifted is not None and func in lifted.QUESTIONS:
+            return self.recorder.lifted.answer(func, args[0])
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])
         ordinary = _ordinary.get(func)
@@ -269,6 +271,8 @@ class Doors(TorchFunctionMode):
             before = args[0].requires_grad
             result = func(*args, **(kwargs or {}))
             self.recorder.freeze(args[0], before)
+            if self.recorder.lifted is not None and args[0].requires_grad:
+                self.recorder.lifted.note_set(args[0])
             return result
         elif func is unpack_dual:
             refuse_tangent(self.recorder, args[0])

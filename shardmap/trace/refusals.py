@@ -17,6 +17,7 @@ from shardmap.program.operators import OpInfo
 from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
+from shardmap.trace.lifted import Lifted
 from shardmap.trace.recording import element, flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies, is_dense
 from shardmap.trace.tensor_table import Variables
@@ -101,6 +102,8 @@ class Refusals(Histories):
         """The mapped arguments that have been computed from others, or from which others can be."""
         self.tangents = False
         """True if forward mode around the call differentiates by a mapped argument."""
+        self.lifted: Lifted | None = None
+        """Tells which tensors require grad in the loop, where samples do so to be recorded."""
         self.differentiated: list[int] = []
         """The addresses of captured tensors by which a gradient is taken inside."""
         self.deep = False
