@@ -8,6 +8,7 @@ require grad in the loop follows from autograd's graph of the recording, whose l
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -98,7 +99,7 @@ class Lifted:
         if var is None or var.index in self.recorder.captured:
             return False
         frame = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename == _DOORS:
+        while frame is not None and frame.f_code.co_filename in _HANDING_ON:
             frame = frame.f_back
         return frame is None or not is_own(frame.f_code.co_filename)
 
@@ -157,5 +158,9 @@ class Lifted:
         return self.around.in_loop(outer)
 
 
-_DOORS = __file__.replace("lifted.py", "escapes.py")
-"""The file of the mode that hands questions on."""
+_OWN = os.path.dirname(os.path.dirname(__file__))
+_HANDING_ON = {
+    os.path.join(_OWN, "trace", "escapes.py"),
+    os.path.join(_OWN, "transforms", "asked.py"),
+}
+"""The files of the modes that hand questions on."""
