@@ -10,6 +10,7 @@ import argparse
 import array
 import collections
 import contextvars
+import ctypes
 import datetime
 import decimal
 import enum
@@ -36,11 +37,13 @@ from collections.abc import (
     Set,
     ValuesView,
 )
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from shardmap.program.backend_flags import Flag, backend_flags
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
 
@@ -56,9 +59,13 @@ _FEW = 64
 
 
 @functools.lru_cache(4096)
-def _questions(names: Names) -> list[Callable[[], object]]:
-    found = map(_question, sorted(names.attributes | names.globals))
-    return [ask for ask in found if ask is not None]
+def _questions(names: frozenset[str]) -> list[Flag]:
+    """The settings of torch that code with some names may ask for."""
+    found = [(f"torch.{name}()", _question(name)) for name in sorted(names)]
+    flags = [
+        flag for name in sorted(names & backend_flags().keys()) for flag in backend_flags()[name]
+    ]
+    return [(where, ask) for where, ask in found if ask is not None] + flags
 
 
 def _question(name: str) -> Callable[[], object] | None:
@@ -103,6 +110,8 @@ class Walk:
         """The code of the user's functions among the objects."""
         self.tensors: list[torch.Tensor] = []
         self._seen: dict[int, tuple[object, str]] = {}
+        self._called: frozenset[str] = frozenset()
+        """The names of libraries' functions that go by another name in the code."""
 
     def scope(self, prefix: str, code: types.CodeType, scope: Mapping[str, object]) -> None:
         """Walk from the globals that a function's code names."""
@@ -112,8 +121,11 @@ class Walk:
     def settings(self) -> None:
         """Note what torch answers to the questions for its settings that code may ask."""
         self.facts["torch.get_default_dtype()"] = ("dtype", str(torch.get_default_dtype()))
-        for ask in _questions(self.names):
-            self.facts[f"torch.{ask.__name__}()"] = ("setting", str(ask()))
+        names = self.names.attributes | self.names.globals | self._called
+        for where, ask in _questions(names):
+            self.facts[where] = ("setting", str(ask()))
+        if names & _STREAMS and torch.cuda.is_initialized():
+            self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 
     def walk(self, path: str, value: object) -> None:
         """Walk from one object."""
@@ -138,6 +150,11 @@ class Walk:
             self._tensor(path, value)
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self.facts[path] = Itself(value)
+            self._called |= {value.__name__}
+        elif isinstance(value, _CData):
+            self._ctypes(path, cast(ctypes.Structure, value), kind)
         elif isinstance(value, types.ModuleType):
             self._module(path, value)
         elif isinstance(value, type):
@@ -194,7 +211,10 @@ class Walk:
         code = function.__code__
         if is_library(function.__module__):
             self.facts[path] = Itself(function)
+            self._called |= {function.__name__}
             return
+        if is_library(function.__globals__.get("__name__")) and hasattr(function, "dispatch"):
+            self.walk(f"{path}.registry", vars(function).get("registry"))  # singledispatch's
         self.codes.add(code)
         self.facts[path] = code
         inside = f"{path}: "
@@ -247,6 +267,24 @@ class Walk:
             return
         for number, item in enumerate(items):
             self.walk(f"{path}[{number}]", item)
+
+    def _ctypes(
+        self, path: str, value: ctypes.Structure | ctypes._Pointer[ctypes.Structure], kind: type
+    ) -> None:
+        """Note the bytes of an object of C, and walk on to what it points to."""
+        if isinstance(value, ctypes._Pointer):
+            if value and "contents" in self.names.attributes:
+                self.walk(f"{path}.contents", value.contents)
+            elif value:
+                self.facts[path] = Incomparable("a pointer of ctypes, whose items are not known")
+            else:
+                self.facts[path] = (kind, "null")
+            return
+        data = ctypes.string_at(ctypes.addressof(value), ctypes.sizeof(value))
+        self.facts[path] = (kind, f"other bytes of {kind.__name__}", _digest(data))
+        for name, *_ in getattr(kind, "_fields_", ()):
+            if name in self.names.attributes and isinstance(getattr(value, name), _CData):
+                self.walk(f"{path}.{name}", getattr(value, name))
 
     def _object(self, path: str, value: object, kind: type) -> None:
         self.facts[f"class of {path}"] = Itself(kind)
@@ -355,6 +393,8 @@ def _parts(value: object) -> tuple[object, ...]:
         return (value(),)
     if isinstance(value, functools.cached_property):
         return (value.func,)
+    if isinstance(value, functools.singledispatchmethod):
+        return (value.dispatcher,)
     return (getattr(value, "__func__", None),)
 
 
@@ -382,8 +422,11 @@ _OF_TENSORS = frozenset("requires_grad is_leaf shape dtype device".split())
 """What code may ask a tensor that it captures, beside its values."""
 _WRAPPERS = (
     types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
-    functools.cached_property,
+    functools.cached_property, functools.singledispatchmethod,
 )  # fmt: skip
+_CData = ctypes.Structure.__mro__[-2]
+"""The class of all data of ctypes, which has no public name."""
+_STREAMS = frozenset(("current_stream", "_cuda_getCurrentStream"))
 _DESCRIPTORS = (
     types.MemberDescriptorType,
     types.GetSetDescriptorType,
