@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from shardmap._torch import functorch
+from shardmap import errors
+from shardmap._torch import forward_level, functorch, is_forward_on
 from shardmap.trace.graphs import Edge, edge_of, edges_behind, ends_of, leaf_of
 from shardmap.trace.histories import Histories
 from shardmap.trace.recording import is_plain
@@ -38,14 +40,18 @@ class _Levels(NamedTuple):
     """Level of the innermost one that takes derivatives; 0 if there is none."""
     mapping: frozenset[int]
     """Levels of the vmaps further in: a tensor that they map says that it requires no grad."""
+    forward: bool
+    """True if forward mode is around."""
 
 
 def levels_around() -> _Levels:
     """The transforms around a call, before they are set aside."""
     levels = functorch.get_interpreter_stack() or []
     maps = functorch.TransformType.Vmap
+    forward = any(i.key() == functorch.TransformType.Jvp for i in levels)
     last = max([i.level() for i in levels if i.key() != maps], default=0)
-    return _Levels(last, frozenset([i.level() for i in levels if i.level() > last]))
+    mapping = frozenset([i.level() for i in levels if i.level() > last])
+    return _Levels(last, mapping, forward or forward_level(forward_ad) >= 0)
 
 
 class Lifted:
@@ -72,12 +78,28 @@ class Lifted:
         self.levels = levels
         self._arguments: dict[int, tuple[Tensor, Tensor]] = {}
         """By the address of the leaf that a sample is made of: it, and the argument."""
+        self._on = is_forward_on()
         self._given = list(arguments)
         self._set: set[Edge] = set()
         """Tensors of which the function has set `requires_grad`."""
         for sample, argument in zip(samples, arguments, strict=True):
             for leaf in ends_of([sample]) or [sample]:
                 self._arguments[id(leaf)] = leaf, argument
+
+    def refuse_switched_off(self) -> None:
+        """Refuse that the function stops tangents from outside, which replays would let pass.
+
+        Raises:
+            TransformError: It has switched forward mode off.
+        """
+        if is_forward_on() is self._on or not self.levels.forward or _in_a_function():
+            return
+        raise errors.TransformError(
+            f"{self.recorder.call}: the function switches forward mode off or on "
+            "(forward_ad._set_fwd_grad_enabled) while forward mode is around the call, and "
+            "recorded calls do not show it; use tensor.detach() where tangents are to stop, or "
+            "switch it around the call of the map"
+        )
 
     def note_set(self, tensor: Tensor) -> None:
         """Note that the function lets a tensor require grad."""
@@ -158,6 +180,17 @@ class Lifted:
         return self.around.in_loop(outer)
 
 
+def _in_a_function() -> bool:
+    """True inside an `autograd.Function`'s forward, where torch has switched forward mode off."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename == _FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_FUNCTIONS = torch.autograd.function.__file__
 _OWN = os.path.dirname(os.path.dirname(__file__))
 _HANDING_ON = {
     os.path.join(_OWN, "trace", "escapes.py"),

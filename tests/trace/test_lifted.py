@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import shardmap
+from shardmap import errors
 from tests.same import assert_same
 
 Tensor = torch.Tensor
@@ -134,3 +135,64 @@ def test_a_plain_call_and_one_under_forward_mode_take_the_same_branch() -> None:
         expected = torch.stack([function(x[i]) for i in range(len(x))])
         assert_same(mapped(x), expected, "the values")
         assert_same(jvp(mapped, x), X.cos() * X.cos() if x is X else x.cos() ** 2, "the tangent")
+
+
+def switched_off(r: Tensor) -> Tensor:
+    with forward_ad._set_fwd_grad_enabled(False):
+        h = r.sin()
+    return h * r
+
+
+def by_inner_tangents(r: Tensor) -> Tensor:
+    """Forward mode inside, in part of which it is switched off."""
+    with forward_ad.dual_level():
+        twin = forward_ad.make_dual(r, r.cos())
+        tangent = forward_ad.unpack_dual(switched_off(twin)).tangent
+    assert tangent is not None
+    return tangent
+
+
+FORWARD = {
+    "jvp": lambda f: jvp(f, X),
+    "dual": lambda f: dual("x")(lambda x, y, u: f(x)),
+}
+
+
+@pytest.mark.parametrize("trace", ["auto", "once"])
+@pytest.mark.parametrize("around", FORWARD)
+def test_forward_mode_switched_off_inside_is_refused(around: str, trace: str) -> None:
+    mapped = shardmap.vmap(switched_off, trace=trace)
+    expected = torch.stack([switched_off(r) for r in X])
+    for _ in range(3):
+        assert_same(mapped(X), expected, "without forward mode around")
+        with pytest.raises(errors.TransformError, match="switches forward mode off"):
+            FORWARD[around](mapped)
+    remedy = shardmap.vmap(lambda r: r.sin().detach() * r)
+    by_loop = FORWARD[around](lambda x: torch.stack([switched_off(r) for r in x]))
+    assert_same(FORWARD[around](remedy), by_loop, "the remedy")
+
+
+def test_forward_mode_switched_off_where_no_tangent_comes_from_outside() -> None:
+    def loop_of(x: Tensor) -> Tensor:
+        return torch.stack([by_inner_tangents(x[i]) for i in range(len(x))])
+
+    mapped = shardmap.vmap(by_inner_tangents)
+    assert_same(mapped(X), loop_of(X), "the tangents")
+    by_map, by_loop = [grad(lambda x, f=f: f(x).sin().sum())(X) for f in (mapped, loop_of)]
+    assert_same(by_map, by_loop, "their gradient")
+
+
+@pytest.mark.parametrize("around", FORWARD)
+def test_forward_mode_switched_off_around_the_call(around: str) -> None:
+    mapped = shardmap.vmap(lambda r: r.sin())
+
+    def half(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            with forward_ad._set_fwd_grad_enabled(False):
+                stopped = f(x)
+            return stopped * x
+
+        return function
+
+    found, expected = FORWARD[around](half(mapped)), FORWARD[around](half(torch.sin))
+    assert_same(found, expected, "the tangent")
