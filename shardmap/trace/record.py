@@ -390,6 +390,7 @@ def _record(
     except BaseException:
         for tensor, grad in recorder.grads_before:
             tensor.grad = grad
+        recorder.optimizers.put_back()
         raise
     finally:
         recorder.release()

@@ -18,6 +18,7 @@ from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
 from shardmap.trace.lifted import Lifted
+from shardmap.trace.optimizers import Optimizers
 from shardmap.trace.recording import element, flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies, is_dense
 from shardmap.trace.tensor_table import Variables
@@ -110,6 +111,8 @@ class Refusals(Histories):
         """True if such a gradient can be differentiated and went into a graph from outside."""
         self.grads_before: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         """Tensors whose `.grad` python has set, with what it was: put back if the call fails."""
+        self.optimizers = Optimizers()
+        """Optimizers that have taken a step: their state is put back if the call fails."""
         self.frozen: dict[int, tuple[torch.Tensor, bool]] = {}
         """Shared tensors of which `requires_grad` was set inside, each with its value before."""
         self.groups_of_leaves: set[int] = set()
