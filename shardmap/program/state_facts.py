@@ -46,6 +46,7 @@ from torch.utils.hooks import RemovableHandle
 from shardmap.program.backend_flags import Flag, backend_flags
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
+from shardmap.program.object_parts import behind, cells_of, defaults_of, item_of
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
@@ -116,7 +117,7 @@ class Walk:
     def scope(self, prefix: str, code: types.CodeType, scope: Mapping[str, object]) -> None:
         """Walk from the globals that a function's code names."""
         for name in sorted(names_in(code).globals & scope.keys()):
-            self.walk(f"{prefix}{name}", scope[name])
+            self.walk(f"{prefix}{name}", scope[name], name)
 
     def settings(self) -> None:
         """Note what torch answers to the questions for its settings that code may ask."""
@@ -127,13 +128,24 @@ class Walk:
         if names & _STREAMS and torch.cuda.is_initialized():
             self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 
-    def walk(self, path: str, value: object) -> None:
-        """Walk from one object."""
+    def walk(self, path: str, value: object, name: str = "") -> None:
+        """Walk from one object.
+
+        Args:
+            path: The way to it, by which its facts are known.
+            value: The object.
+            name: The name that code reads it by; empty if it is an item of another object.
+        """
         if len(self.facts) > _MOST:
             self.facts["more than can be compared"] = Incomparable(f"over {_MOST:,} values")
             return
         kind = type(value)
-        if isinstance(value, enum.Enum):
+        if kind in (dict, list, tuple) and (keys := self.names.keys_of(name)):
+            for key in keys:
+                self.walk(f"{path}[{key!r}]", item_of(value, key))
+        elif kind in weakref.ProxyTypes:
+            self.walk(path, behind(value))
+        elif isinstance(value, enum.Enum):
             self.facts[path] = (Itself(kind), str(value))
             for name in sorted(self.names.attributes & vars(value).keys() - _OF_MEMBERS):
                 self.walk(f"{path}.{name}", vars(value)[name])
@@ -218,10 +230,8 @@ class Walk:
         self.codes.add(code)
         self.facts[path] = code
         inside = f"{path}: "
-        for name, value in defaults_of(function).items():
-            self.walk(f"{inside}{name}", value)
-        for name, value in cells_of(function).items():
-            self.walk(f"{inside}{name}", value)
+        for name, value in (*defaults_of(function).items(), *cells_of(function).items()):
+            self.walk(f"{inside}{name}", value, name)
         for name in sorted(self.names.attributes & vars(function).keys()):
             self.walk(f"{path}.{name}", vars(function)[name])
         self.scope(inside, code, function.__globals__)
@@ -297,7 +307,7 @@ class Walk:
             wanted = place.keys() if everything else self.names.attributes & place.keys()
             for name in sorted(wanted, key=str):
                 if not (everything and name in _CACHES):
-                    self.walk(f"{path}.{name}", place[name])
+                    self.walk(f"{path}.{name}", place[name], "" if everything else name)
         slots = set(_slots(kind))
         for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):
@@ -336,26 +346,6 @@ class Walk:
                 if wanted:
                     way = f"{path}.{base.__name__}." if name in hidden else of
                     self.walk(f"{way}{name}", value)
-
-
-def cells_of(function: types.FunctionType) -> dict[str, object]:
-    """The variables that a function closes over."""
-    found = {}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in cells:
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # not bound
-            continue
-    return found
-
-
-def defaults_of(function: types.FunctionType) -> dict[str, object]:
-    """The defaults of a function's arguments."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    defaults = function.__defaults__ or ()
-    found = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    return found | (function.__kwdefaults__ or {})
 
 
 def _own(value: object) -> Iterator[Mapping[str, object]]:
