@@ -110,7 +110,9 @@ class Walk:
             self._accuse(f"it can read more than {MOST:,} objects")
 
     def _read(self, value: object, where: str, look: Getter) -> None:
-        if isinstance(value, torch.Tensor):
+        if type(value) in weakref.ProxyTypes:  # its object may be gone: then it answers nothing
+            self._unknown(value, "a weak proxy")
+        elif isinstance(value, torch.Tensor):
             self._tensor(value, where, look)
         else:
             self.found.facts.append(Fact(where, look, self.found.held(value)))
@@ -200,6 +202,9 @@ class Walk:
                 self._tensor(tensor.grad, where, look)
 
     def _walk(self, value: object) -> None:
+        if type(value) in weakref.ProxyTypes:
+            self._unknown(value, "a weak proxy")
+            return
         if isinstance(value, torch.Tensor):  # a key, or an item of a set: it must stay the same
             if not self._trusted:
                 self._tensor(value, "a tensor that is a key", lambda _: value)
