@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from shardmap import errors
 from shardmap import reduce as reductions
-from shardmap._torch import forward_level, functorch, generator_id
+from shardmap._torch import forward_level, functorch, generator_id, without_functions
 from shardmap.call import outputs as out_edges
 from shardmap.call.first_use import FirstUse
 from shardmap.call.memo import Prepared
@@ -351,4 +351,5 @@ def has_tangents(batch: Batch, captured: Sequence[torch.Tensor]) -> bool:
     if forward_level(forward_ad) < 0 or functorch.peek_interpreter_stack() is not None:
         return False
     tensors = [t for t in (*batch.leaves, *captured) if isinstance(t, torch.Tensor)]
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    with without_functions():  # inside another map's function, whose own look it is not
+        return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,7 +69,9 @@ class Notes(ABC):
             )
 
     def _read(self, value: object, where: str, look: Getter) -> None:
-        if isinstance(value, torch.Tensor):
+        if type(value) in weakref.ProxyTypes:  # its object may be gone: then it answers nothing
+            self._unknown(value, "a weak proxy")
+        elif isinstance(value, torch.Tensor):
             self._tensor(value, where, look)
         else:
             self.found.facts.append(Fact(where, look, self.found.held(value)))

@@ -140,6 +140,9 @@ class Walk(Notes):
             self._walk(value)
 
     def _walk(self, value: object) -> None:
+        if type(value) in weakref.ProxyTypes:
+            self._unknown(value, "a weak proxy")
+            return
         if isinstance(value, torch.Tensor):  # a key, or an item of a set: it must stay the same
             if not self._trusted:
                 self._tensor(value, "a tensor that is a key", lambda _: value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from shardmap.program.lookups import LOOKUPS, are_spelled_out
@@ -18,6 +19,10 @@ class Names(NamedTuple):
     """Attributes, and texts by which `getattr` may look them up."""
     dynamic: bool
     """True if it reads attributes by names that it computes."""
+    items: frozenset[tuple[str, object]]
+    """Names that are followed by a constant key or index (`table["scale"]`), each with that."""
+    whole: frozenset[str]
+    """Names that are used in any other way, and texts."""
 
     def and_of(self, other: Names) -> Names:
         """The names that either of two pieces of code spells out."""
@@ -25,7 +30,15 @@ class Names(NamedTuple):
             self.globals | other.globals,
             self.attributes | other.attributes,
             self.dynamic or other.dynamic,
+            self.items | other.items,
+            self.whole | other.whole,
         )
+
+    def keys_of(self, name: str) -> list[object]:
+        """The constants by which items of a container are read; empty if it may be read whole."""
+        if self.dynamic or name in self.whole:
+            return []
+        return [key for of, key in self.items if of == name]
 
 
 @functools.lru_cache(4096)
@@ -43,15 +56,43 @@ def names_in(code: types.CodeType) -> Names:
             dynamic |= name in _DYNAMIC
         dynamic |= step.opname == "MATCH_CLASS"
     dynamic |= bool(globals_ & LOOKUPS) and not are_spelled_out(steps)
-    found = Names(frozenset(globals_), frozenset(attributes), dynamic)
+    found = Names(frozenset(globals_), frozenset(attributes), dynamic, *_subscripts(steps))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             found = found.and_of(names_in(constant))
         texts = constant if isinstance(constant, tuple) else (constant,)
         words = {part for t in texts if isinstance(t, str) for part in t.split(".")}
         texts = frozenset(filter(str.isidentifier, words))
-        found = found._replace(attributes=found.attributes | texts)
+        found = found._replace(attributes=found.attributes | texts, whole=found.whole | texts)
     return found
+
+
+def _subscripts(
+    steps: Sequence[dis.Instruction],
+) -> tuple[frozenset[tuple[str, object]], frozenset[str]]:
+    """The names that are loaded to read one item, with its key, and those loaded otherwise."""
+    items, whole = set[tuple[str, object]](), set[str]()
+    for number, step in enumerate(steps):
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opname in _NO_LOADS or not all(isinstance(name, str) for name in names):
+            continue
+        key, read = [*steps[number + 1 : number + 3], None, None][:2]
+        if (
+            len(names) == 1
+            and key is not None
+            and read is not None
+            and key.opname == "LOAD_CONST"
+            and type(key.argval) in (str, int)
+            and read.opname == "BINARY_SUBSCR"
+        ):
+            items.add((names[0], key.argval))
+        else:
+            whole |= set(names)
+    return frozenset(items), frozenset(whole)
+
+
+_NO_LOADS = frozenset("LOAD_CONST LOAD_CLOSURE MAKE_CELL COPY_FREE_VARS KW_NAMES".split())
+"""Steps that name something without reading it; what a closure reads is in its own code."""
 
 
 _DYNAMIC = frozenset("vars dir attrgetter __dict__ getattr_static getmembers asdict".split())

@@ -19,13 +19,8 @@ import torch
 from shardmap._threads import fork_safe_lock
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import text_of
-from shardmap.program.state_facts import (
-    VALUES,
-    Walk,
-    cells_of,
-    defaults_of,
-    is_library,
-)
+from shardmap.program.object_parts import cells_of, defaults_of
+from shardmap.program.state_facts import VALUES, Walk, is_library
 
 CONTEXT = "ctx."
 """Begin of the names of objects that a Function's forward has put on its `ctx`."""
@@ -107,7 +102,7 @@ class Reader:
         for name, value in found.items():
             own = name.removeprefix(CONTEXT)
             if value is not None and (own == name or names.dynamic or own in names.attributes):
-                walk.walk(name, value)
+                walk.walk(name, value, own)
         if not is_library(self.scope.get("__name__")):
             walk.scope("", self.code, self.scope)
             walk.settings()
@@ -196,17 +191,22 @@ def reader_of(
     counts, names = _references(inner), names_in(inner.__code__)
     for name, value in cells_of(inner).items():
         walk = Walk(names)
-        walk.walk(name, value)
+        walk.walk(name, value, name)
         getters[name] = None
         if counts[name] > _ALONE and not any(map(is_sample, walk.tensors)):
             position = inner.__code__.co_freevars.index(name)
             getters[name] = functools.partial(_contents, (inner.__closure__ or ())[position])
-        elif not isinstance(value, VALUES):  # no other function can bind the variable anew
+        elif not _is_value(value):  # no other function can bind the variable anew
             getters[name] = _weakly(value, is_sample)
     kept = {name: get for name, get in getters.items() if get is not None}
     fixed = [name for name, get in getters.items() if get is None and name in roots | counts]
-    given_values = {name for name, value in roots.items() if isinstance(value, VALUES)}
+    given_values = {name for name, value in roots.items() if _is_value(value)}
     return Reader(inner, kept, frozenset(fixed) - given_values, owner)
+
+
+def _is_value(value: object) -> bool:
+    """True for an object that never changes; not for a weak proxy of one, which may be gone."""
+    return type(value) not in weakref.ProxyTypes and isinstance(value, VALUES)
 
 
 def _contents(cell: types.CellType) -> object:
@@ -234,6 +234,8 @@ def _weakly(
     value: object, is_sample: Callable[[torch.Tensor], bool]
 ) -> Callable[[], object] | None:
     """A function that returns an object; None if the object belongs to the sample, or is fixed."""
+    if type(value) in weakref.ProxyTypes:  # what it refers to may be gone
+        return functools.partial(_same, value)
     if isinstance(value, VALUES) or any(map(is_sample, _tensors(value, 0))):
         return None
     try:

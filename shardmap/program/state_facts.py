@@ -10,6 +10,7 @@ import argparse
 import array
 import collections
 import contextvars
+import ctypes
 import datetime
 import decimal
 import enum
@@ -36,13 +37,16 @@ from collections.abc import (
     Set,
     ValuesView,
 )
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from shardmap.program.backend_flags import Flag, backend_flags
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
+from shardmap.program.object_parts import behind, cells_of, defaults_of, item_of
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
@@ -56,9 +60,13 @@ _FEW = 64
 
 
 @functools.lru_cache(4096)
-def _questions(names: Names) -> list[Callable[[], object]]:
-    found = map(_question, sorted(names.attributes | names.globals))
-    return [ask for ask in found if ask is not None]
+def _questions(names: frozenset[str]) -> list[Flag]:
+    """The settings of torch that code with some names may ask for."""
+    found = [(f"torch.{name}()", _question(name)) for name in sorted(names)]
+    flags = [
+        flag for name in sorted(names & backend_flags().keys()) for flag in backend_flags()[name]
+    ]
+    return [(where, ask) for where, ask in found if ask is not None] + flags
 
 
 def _question(name: str) -> Callable[[], object] | None:
@@ -103,25 +111,41 @@ class Walk:
         """The code of the user's functions among the objects."""
         self.tensors: list[torch.Tensor] = []
         self._seen: dict[int, tuple[object, str]] = {}
+        self._called: frozenset[str] = frozenset()
+        """The names of libraries' functions that go by another name in the code."""
 
     def scope(self, prefix: str, code: types.CodeType, scope: Mapping[str, object]) -> None:
         """Walk from the globals that a function's code names."""
         for name in sorted(names_in(code).globals & scope.keys()):
-            self.walk(f"{prefix}{name}", scope[name])
+            self.walk(f"{prefix}{name}", scope[name], name)
 
     def settings(self) -> None:
         """Note what torch answers to the questions for its settings that code may ask."""
         self.facts["torch.get_default_dtype()"] = ("dtype", str(torch.get_default_dtype()))
-        for ask in _questions(self.names):
-            self.facts[f"torch.{ask.__name__}()"] = ("setting", str(ask()))
+        names = self.names.attributes | self.names.globals | self._called
+        for where, ask in _questions(names):
+            self.facts[where] = ("setting", str(ask()))
+        if names & _STREAMS and torch.cuda.is_initialized():
+            self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 
-    def walk(self, path: str, value: object) -> None:
-        """Walk from one object."""
+    def walk(self, path: str, value: object, name: str = "") -> None:
+        """Walk from one object.
+
+        Args:
+            path: The way to it, by which its facts are known.
+            value: The object.
+            name: The name that code reads it by; empty if it is an item of another object.
+        """
         if len(self.facts) > _MOST:
             self.facts["more than can be compared"] = Incomparable(f"over {_MOST:,} values")
             return
         kind = type(value)
-        if isinstance(value, enum.Enum):
+        if kind in (dict, list, tuple) and (keys := self.names.keys_of(name)):
+            for key in keys:
+                self.walk(f"{path}[{key!r}]", item_of(value, key))
+        elif kind in weakref.ProxyTypes:
+            self.walk(path, behind(value))
+        elif isinstance(value, enum.Enum):
             self.facts[path] = (Itself(kind), str(value))
             for name in sorted(self.names.attributes & vars(value).keys() - _OF_MEMBERS):
                 self.walk(f"{path}.{name}", vars(value)[name])
@@ -138,6 +162,11 @@ class Walk:
             self._tensor(path, value)
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self.facts[path] = Itself(value)
+            self._called |= {value.__name__}
+        elif isinstance(value, _CData):
+            self._ctypes(path, cast(ctypes.Structure, value), kind)
         elif isinstance(value, types.ModuleType):
             self._module(path, value)
         elif isinstance(value, type):
@@ -194,14 +223,15 @@ class Walk:
         code = function.__code__
         if is_library(function.__module__):
             self.facts[path] = Itself(function)
+            self._called |= {function.__name__}
             return
+        if is_library(function.__globals__.get("__name__")) and hasattr(function, "dispatch"):
+            self.walk(f"{path}.registry", vars(function).get("registry"))  # singledispatch's
         self.codes.add(code)
         self.facts[path] = code
         inside = f"{path}: "
-        for name, value in defaults_of(function).items():
-            self.walk(f"{inside}{name}", value)
-        for name, value in cells_of(function).items():
-            self.walk(f"{inside}{name}", value)
+        for name, value in (*defaults_of(function).items(), *cells_of(function).items()):
+            self.walk(f"{inside}{name}", value, name)
         for name in sorted(self.names.attributes & vars(function).keys()):
             self.walk(f"{path}.{name}", vars(function)[name])
         self.scope(inside, code, function.__globals__)
@@ -248,6 +278,24 @@ class Walk:
         for number, item in enumerate(items):
             self.walk(f"{path}[{number}]", item)
 
+    def _ctypes(
+        self, path: str, value: ctypes.Structure | ctypes._Pointer[ctypes.Structure], kind: type
+    ) -> None:
+        """Note the bytes of an object of C, and walk on to what it points to."""
+        if isinstance(value, ctypes._Pointer):
+            if value and "contents" in self.names.attributes:
+                self.walk(f"{path}.contents", value.contents)
+            elif value:
+                self.facts[path] = Incomparable("a pointer of ctypes, whose items are not known")
+            else:
+                self.facts[path] = (kind, "null")
+            return
+        data = ctypes.string_at(ctypes.addressof(value), ctypes.sizeof(value))
+        self.facts[path] = (kind, f"other bytes of {kind.__name__}", _digest(data))
+        for name, *_ in getattr(kind, "_fields_", ()):
+            if name in self.names.attributes and isinstance(getattr(value, name), _CData):
+                self.walk(f"{path}.{name}", getattr(value, name))
+
     def _object(self, path: str, value: object, kind: type) -> None:
         self.facts[f"class of {path}"] = Itself(kind)
         if str(kind.__module__).partition(".")[0] in _ASIDE:
@@ -259,7 +307,7 @@ class Walk:
             wanted = place.keys() if everything else self.names.attributes & place.keys()
             for name in sorted(wanted, key=str):
                 if not (everything and name in _CACHES):
-                    self.walk(f"{path}.{name}", place[name])
+                    self.walk(f"{path}.{name}", place[name], "" if everything else name)
         slots = set(_slots(kind))
         for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):
@@ -300,26 +348,6 @@ class Walk:
                     self.walk(f"{way}{name}", value)
 
 
-def cells_of(function: types.FunctionType) -> dict[str, object]:
-    """The variables that a function closes over."""
-    found = {}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in cells:
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # not bound
-            continue
-    return found
-
-
-def defaults_of(function: types.FunctionType) -> dict[str, object]:
-    """The defaults of a function's arguments."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    defaults = function.__defaults__ or ()
-    found = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    return found | (function.__kwdefaults__ or {})
-
-
 def _own(value: object) -> Iterator[Mapping[str, object]]:
     """The dictionaries of an object's own attributes."""
     try:
@@ -355,6 +383,8 @@ def _parts(value: object) -> tuple[object, ...]:
         return (value(),)
     if isinstance(value, functools.cached_property):
         return (value.func,)
+    if isinstance(value, functools.singledispatchmethod):
+        return (value.dispatcher,)
     return (getattr(value, "__func__", None),)
 
 
@@ -382,8 +412,11 @@ _OF_TENSORS = frozenset("requires_grad is_leaf shape dtype device".split())
 """What code may ask a tensor that it captures, beside its values."""
 _WRAPPERS = (
     types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
-    functools.cached_property,
+    functools.cached_property, functools.singledispatchmethod,
 )  # fmt: skip
+_CData = ctypes.Structure.__mro__[-2]
+"""The class of all data of ctypes, which has no public name."""
+_STREAMS = frozenset(("current_stream", "_cuda_getCurrentStream"))
 _DESCRIPTORS = (
     types.MemberDescriptorType,
     types.GetSetDescriptorType,

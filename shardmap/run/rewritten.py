@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from shardmap import errors
 from shardmap._torch import (
@@ -14,6 +16,7 @@ from shardmap._torch import (
     dispatch_modes,
     function_modes,
     functorch,
+    saved_hooks,
     storage_id,
     version_of,
 )
@@ -68,11 +71,45 @@ def computed_again(
     """
     saved = [t for t in inputs if not t.is_inference()]
 
+    runs = 0
+
     def of_saved(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal runs
+        runs += 1
         left = iter(given)
-        return compute(*[t if t.is_inference() else next(left) for t in inputs])
+        with _unpacked_twice_by_name() if runs == 1 else contextlib.nullcontext():
+            return compute(*[t if t.is_inference() else next(left) for t in inputs])
 
     return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
+
+
+@contextlib.contextmanager
+def _unpacked_twice_by_name() -> Iterator[None]:
+    """Name the error of torch's checkpoint where a second gradient reads an intermediate twice.
+
+    Autograd does so for what was written in place through a view, and torch's checkpoint hands
+    each intermediate out once.
+    """
+    hooks = saved_hooks(False)
+    if hooks is None:  # nothing is saved
+        yield
+        return
+    pack, unpack = hooks
+
+    def named(holder: object) -> torch.Tensor:
+        try:
+            return unpack(holder)
+        except CheckpointError as error:
+            if "already unpacked once" not in str(error):
+                raise
+            raise errors.TransformError(
+                "remat=True: a gradient of a gradient passes through an intermediate that the "
+                "mapped function writes in place through a view, which torch's checkpoint cannot "
+                "give back twice; pass remat=False, or write out of place"
+            ) from error
+
+    with saved_tensors_hooks(pack, named):
+        yield
 
 
 def _modes() -> list[object]:

@@ -101,7 +101,8 @@ class Watched:
         """Keep what reads python state in the backward, by the name that is returned."""
         for reader in self._readers:
             if self.ran is not None:
-                reader.follow(self.ran.codes)
+                with without_functions():  # our look at tensors that objects hold is no door
+                    reader.follow(self.ran.codes)
             keep(self.name, reader)
             named = reader.names.attributes | reader.names.globals
             self.asks_for_mode |= "is_grad_enabled" in named

@@ -9,12 +9,12 @@ that belong to the recording: values of other tensors are the same for all sampl
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +24,6 @@ from shardmap._torch import (
     OpOverload,
     aten,
     dispatch_depth,
-    forward_level,
     function_depth,
     functorch,
     left_aligned,
@@ -39,7 +38,7 @@ from shardmap._torch import (
     unpack_dual,
 )
 from shardmap.program.own_backward import DATA
-from shardmap.trace import control_flow, packed, recurrent, shallow_copies
+from shardmap.trace import control_flow, lifted, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
 from shardmap.trace.called_back import Saving, Watched
 from shardmap.trace.door_names import (
@@ -110,8 +109,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 _SPECIAL = {
     *READS, *FROM_DATA, *CHANGES_GRAD, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
     *_FREEZES, *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
-    Tensor.__setitem__,
-    Tensor.register_hook, torch.nn.functional.one_hot,
+    Tensor.__setitem__, Tensor.register_hook, torch.nn.functional.one_hot, set_grad,
     torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -164,11 +162,15 @@ class Doors(TorchFunctionMode):
         if dispatch_depth() > self.depth > 0:
             return self._above(func, kinds, args, kwargs)
         self.recorder.serial += 1
+        if self.recorder.lifted is not None and func in lifted.QUESTIONS:
+            return self.recorder.lifted.answer(func, args[0])
         if kwargs and type(kwargs.get("generator")) is torch.Generator:
             self.recorder.given.seen(kwargs["generator"])
         ordinary = _ordinary.get(func)
         if ordinary is None:
             ordinary = _is_ordinary(func)
+        if not ordinary and func is set_grad:
+            self.recorder.optimizers.note(sys._getframe(1))
         if ordinary and self.encoder is None and not self.recorder.depth:
             hooks = _saved_tensors_hooks()
             if hooks is None or isinstance(hooks[0], Watched):
@@ -220,7 +222,9 @@ class Doors(TorchFunctionMode):
             copied = self._deepcopy(args[0], args[1])
             if copied is not None:
                 return copied
-        elif func is Tensor.__deepcopy__ and type(args[0]) is Tensor and self._has_own_grad():
+        elif (
+            func is Tensor.__deepcopy__ and type(args[0]) is Tensor and self.recorder.lifted is None
+        ):
             return func(*args)  # torch refuses what is no leaf, as in the loop
         if func in shallow_copies.STEPS:
             done = shallow_copies.step(self.recorder, func, args, self.unrecorded)
@@ -269,6 +273,8 @@ class Doors(TorchFunctionMode):
             before = args[0].requires_grad
             result = func(*args, **(kwargs or {}))
             self.recorder.freeze(args[0], before)
+            if self.recorder.lifted is not None and args[0].requires_grad:
+                self.recorder.lifted.note_set(args[0])
             return result
         elif func is unpack_dual:
             refuse_tangent(self.recorder, args[0])
@@ -354,10 +360,6 @@ class Doors(TorchFunctionMode):
     def _watched(self, value: Any) -> Any:
         """Wrap a user-defined function so that it is called with the doors watched."""
         return Watched(self, value) if isinstance(value, _FUNCTIONS) else value
-
-    def _has_own_grad(self) -> bool:
-        """True if samples require grad only where the loop's rows do."""
-        return not self.recorder.depth and forward_level(forward_ad) < 0
 
     def _deepcopy(self, tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor | None:
         """Serve `copy.deepcopy(tensor)` by a clone; None if a clone is not the same.

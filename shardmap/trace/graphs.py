@@ -40,3 +40,10 @@ def edges_behind(
 def leaf_of(node: graph.Node) -> torch.Tensor | None:
     """The leaf into which a node accumulates gradients; None for other nodes."""
     return getattr(node, "variable", None)
+
+
+def ends_of(samples: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves at which the gradients of samples end while they are recorded."""
+    parts = [part for t in samples if t.grad_fn is not None for part in t.grad_fn.next_functions]
+    found = [leaf_of(node) for node, _ in parts if node is not None]
+    return [t for t in found if t is not None]

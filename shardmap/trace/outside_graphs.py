@@ -87,13 +87,6 @@ def refuse_deep(recorder: Refusals, outputs: Iterable[Tensor]) -> None:
         )
 
 
-def ends_of(samples: Iterable[Tensor]) -> list[Tensor]:
-    """The leaves at which the gradients of samples end while they are recorded."""
-    parts = [part for t in samples if t.grad_fn is not None for part in t.grad_fn.next_functions]
-    found = [leaf_of(node) for node, _ in parts if node is not None]
-    return [t for t in found if t is not None]
-
-
 def may_reach(recording: Recording, leaves: Iterable[object]) -> bool:
     """True if a replay might leave out a part of a gradient, for what these arguments come from."""
     arguments = histories_of(leaves) if recording.differentiated else []

@@ -30,9 +30,11 @@ from shardmap.trace.compiled import CompiledCodeRunsEagerly
 from shardmap.trace.escapes import Doors
 from shardmap.trace.generator import Generator
 from shardmap.trace.given_generators import GivenGenerators
+from shardmap.trace.graphs import ends_of
 from shardmap.trace.kept import forget_interpreted, kept_tensors, references_before
+from shardmap.trace.lifted import Lifted, levels_around
 from shardmap.trace.outside import computed_outside, origins
-from shardmap.trace.outside_graphs import ends_of, histories_of, refuse_deep
+from shardmap.trace.outside_graphs import histories_of, refuse_deep
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
@@ -237,8 +239,13 @@ def _recorded(
         transformed = functorch.peek_interpreter_stack() is not None or (
             outer is None and forward_level(forward_ad) >= 0
         )
+        levels = levels_around()
         with transforms_set_aside() as depth:
             rows = rows_of(batch, number, transformed)
+            mapped = [batch.leaves[i] for i, _ in batch.mapped]
+            around = None if outer is None else outer.lifted
+            lifted = transformed or around is not None
+            lifted |= any(g and not t.requires_grad for t, (_, g) in zip(mapped, rows, strict=True))
             tries = _TRIES
             while True:
                 recorder = Recorder(
@@ -255,6 +262,8 @@ def _recorded(
                 recorder.separate_views, recorder.places_asked = separate_views, places_asked
                 recorder.lazily = _lazily([element(batch.leaves[i]) for i, _ in batch.mapped])
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
+                if lifted:
+                    recorder.lifted = Lifted(recorder, around, levels, samples, mapped)
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))
                 tries -= 1
                 found = _record(func, batch, samples, recorder, tries == 0, look, watch)
@@ -385,6 +394,7 @@ def _record(
     except BaseException:
         for tensor, grad in recorder.grads_before:
             tensor.grad = grad
+        recorder.optimizers.put_back()
         raise
     finally:
         recorder.release()

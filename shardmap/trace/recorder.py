@@ -95,9 +95,11 @@ class Recorder(SparseTensors, TorchDispatchMode):
         self, func: Any, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call and record it."""
-        kwargs = kwargs or {}
         if self.enter_doors is not None:
             self.enter_doors()
+        if self.lifted is not None:
+            self.lifted.refuse_switched_off()
+        kwargs = kwargs or {}
         if self.above is not None:
             return self.below_modes(func, types, args, kwargs)
         marks = len(self.types), len(self.scalars)
@@ -257,11 +259,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
     ) -> Any:
         flags: list[int] = []
         encoded = tuple([self.encode(a, flags, info.open_scalars) for a in args])
-        named = (
-            tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()])
-            if kwargs
-            else ()
-        )
+        named = tuple([(k, self.encode(v, flags, info.open_scalars)) for k, v in kwargs.items()])
         read = list(variables((encoded, named)))
         if self.copies.stale:
             now_written = {v.group for v in map(self.known, flat_tensors(writes)) if v is not None}
@@ -311,7 +309,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
                     torch.is_grad_enabled(),
                     ("value", out),
                     user_line() if asks else None,
-                )
+                )  # fmt: skip
             )
             return out
         if torch.get_default_dtype() is not self.default_dtype:
@@ -402,7 +400,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
                     (var,),
                     (NO_GRAD,),
                     grad_mode,
-                )
+                )  # fmt: skip
             )
             return var
 

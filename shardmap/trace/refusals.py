@@ -17,6 +17,8 @@ from shardmap.program.operators import OpInfo
 from shardmap.program.schema import base_name
 from shardmap.trace.generator import Generator
 from shardmap.trace.histories import Histories
+from shardmap.trace.lifted import Lifted
+from shardmap.trace.optimizers import Optimizers
 from shardmap.trace.recording import element, flat_tensors, user_line
 from shardmap.trace.scalar_index import Copies, is_dense
 from shardmap.trace.tensor_table import Variables
@@ -101,12 +103,16 @@ class Refusals(Histories):
         """The mapped arguments that have been computed from others, or from which others can be."""
         self.tangents = False
         """True if forward mode around the call differentiates by a mapped argument."""
+        self.lifted: Lifted | None = None
+        """Tells which tensors require grad in the loop, where samples do so to be recorded."""
         self.differentiated: list[int] = []
         """The addresses of captured tensors by which a gradient is taken inside."""
         self.deep = False
         """True if such a gradient can be differentiated and went into a graph from outside."""
         self.grads_before: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         """Tensors whose `.grad` python has set, with what it was: put back if the call fails."""
+        self.optimizers = Optimizers()
+        """Optimizers that have taken a step: their state is put back if the call fails."""
         self.frozen: dict[int, tuple[torch.Tensor, bool]] = {}
         """Shared tensors of which `requires_grad` was set inside, each with its value before."""
         self.groups_of_leaves: set[int] = set()

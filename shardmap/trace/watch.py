@@ -29,6 +29,8 @@ import psutil
 import torch
 from torch.utils import checkpoint
 
+from shardmap.program.backend_flags import precisions
+
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _PACKAGES = tuple(
     os.path.join(path, "")
@@ -229,7 +231,9 @@ class PythonWatch:
         """Refuse what answers differently each time; keep the answers of questions for settings."""
         if name in _OF_TENSORS:
             self.asked.add(name)
-        if name in _STATES_OF_TORCH:
+        if name == _PRECISION:
+            self.states[precisions] = precisions()
+        elif name in _STATES_OF_TORCH:
             self.accuse(f"it calls torch's {name}")
         elif asked and name.startswith(_ORDERS):
             getter = _getter(called.__self__, name)
@@ -240,8 +244,14 @@ class PythonWatch:
                 value = called()
             except (TypeError, RuntimeError, AssertionError):
                 return  # it takes arguments, and answers about them
-            if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None):
+            if _is_setting(value):
                 self.states[called] = value
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, _SETTINGS) or hasattr(type(value), "__members__")  # an enum of C
 
 
 def _getter(module: object, setter: str) -> Callable[[], object] | None:
@@ -401,7 +411,10 @@ _OF_ANY = frozenset(
 """Methods that an object inherits from `object`."""
 _OF_FILES = frozenset({"fromfile", "memmap", "_get_extobj_dict", "_make_extobj", "geterr"})
 """Functions of numpy that read files or settings."""
-_QUESTIONS = ("is_", "_is_", "get_", "_get_")
+_SETTINGS = bool | int | float | str | torch.dtype | torch.device | None
+_PRECISION = "_get_fp32_precision_getter"
+"""Torch's function that takes the name of a backend and returns a setting of it."""
+_QUESTIONS = ("is_", "_is_", "get_", "_get_", "_cuda_get_cudnn")
 """Beginnings of the names of functions that return a setting."""
 _ORDERS = ("set_", "_set_")
 """And of those that change one."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +13,13 @@ import torch
 from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.transforms import guess
+from shardmap.transforms.asked import Asked
 from shardmap.transforms.base import Results
 from shardmap.transforms.modes import Graph, has_no_formula, pushed_forward
 from shardmap.transforms.one_sample import OneSample, joined
 from shardmap.transforms.seeds import UnitVectors
+
+_ASKS = "the function asks whether its tensors require grad, or registers a hook"
 
 logger = logging.getLogger("shardmap")
 
@@ -46,11 +52,39 @@ class FirstOrder(OneSample):
     def _reverse_vectors(self, graph: Graph, y: torch.Tensor) -> UnitVectors:
         return UnitVectors(lambda seed: graph.pulled_back([y], [seed]), y, self.call)
 
-    def forward(self) -> Any:
+    def forward_as_reverse(self) -> object:
+        """The Jacobian that `reverse` computes, column by column where that is the same."""
+        with self._watched() as asked:
+            found = self.forward(as_reverse=True)
+        if asked.history:  # by a path that other samples have not taken
+            logger.info("%s: takes reverse mode, for %s", self.call, _ASKS)
+            return self.reverse()
+        return found
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Asked]:
+        """Note what the function asks for while this context is entered."""
+        func, asked = self.func, Asked()
+
+        def watched(*args: object, **kwargs: object) -> object:
+            with asked:  # inside of all modes that record
+                return func(*args, **kwargs)
+
+        self.func = watched
+        try:
+            yield asked
+        finally:
+            self.func = func
+
+    def forward(self, as_reverse: bool = False) -> Any:
         """The Jacobian, computed column by column.
 
         The function is run for each input. If it draws, it is run once, and the Jacobian is
         computed row by row: all columns are to be of the same draws.
+
+        Args:
+            as_reverse: True for the dtypes of reverse mode, those of the inputs; forward mode has
+                those of the outputs.
         """
         seen: list[Results] = []
         columns: list[list[torch.Tensor]] = []
@@ -63,6 +97,8 @@ class FirstOrder(OneSample):
                     self.call,
                 )
                 columns.append([y.new_zeros((*y.shape, *leaf.shape)) for y in results.leaves])
+                if as_reverse:
+                    columns[-1] = [c.to(leaf.dtype) for c in columns[-1]]
                 seen.append(results)
                 aux = pytree.tree_leaves(results.aux)
                 continue
@@ -73,6 +109,8 @@ class FirstOrder(OneSample):
             parts = vectors.run(self.seeding)
             count = len(seen[-1].leaves)
             pieces = [joined([part[k].movedim(0, -1) for part in parts], -1) for k in range(count)]
+            if as_reverse:
+                pieces = [p.to(leaf.dtype) for p in pieces]
             columns.append([j.reshape((*j.shape[:-1], *leaf.shape)) for j in pieces])
             aux = [t[0] for t in parts[0][count:]]
         results = seen[-1]
@@ -102,20 +140,25 @@ class FirstOrder(OneSample):
         return UnitVectors(core, leaf, self.call)
 
     def cheaper(self) -> str:
-        """The mode that costs less by the recorded operations.
+        """The mode that costs less by the recorded operations, if both give the same.
 
         If autograd has no formula for one mode, it is the other.
         """
         costs: dict[str, float] = {}
         refused: dict[str, Exception] = {}
+        asks = False
         for mode, cost in (("forward", self._forward_cost), ("reverse", self._reverse_cost)):
             try:
-                costs[mode] = cost()
+                with self._watched() as asked:
+                    costs[mode] = cost()
+                asks |= asked.history
             except (NotImplementedError, RuntimeError) as error:
-                random = mode == "forward" and isinstance(error, errors.RandomnessError)
-                if not random and (
-                    isinstance(error, errors.ShardmapError) or not has_no_formula(error)
-                ):
+                ours = isinstance(error, errors.ShardmapError)
+                if mode == "forward":  # its results require no grad, which may be an error too
+                    fatal = ours and not isinstance(error, errors.RandomnessError)
+                else:
+                    fatal = ours or not has_no_formula(error)
+                if fatal:
                     raise
                 refused[mode] = error
         if not costs:
@@ -138,7 +181,46 @@ class FirstOrder(OneSample):
                 costs["reverse"],
                 costs["forward"],
             )
+            why = "" if taken == "reverse" else _ASKS if asks else self._difference()
+            if why:
+                logger.info("%s: takes reverse mode after all, for %s", self.call, why)
+                return "reverse"
         return taken
+
+    def _difference(self) -> str:
+        """Text on the derivatives in the two modes, if they differ; empty if they do not.
+
+        They differ where the function defines them itself (`autograd.Function`, hooks), or stops
+        gradients in a way that does not stop tangents (`torch.no_grad`). One product with a vector
+        on each side of the Jacobian is computed in both modes.
+        """
+        if not all(leaf.numel() for leaf in self.by.leaves):
+            return ""
+        vectors = self._forward_vectors(0, [])
+        if vectors.draws:  # each run has draws of its own
+            return ""
+        graph = Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
+        outputs = graph.results.leaves
+        rows, columns = [_unlike(y) for y in outputs], [_unlike(t) for t in self.by.leaves]
+
+        def function(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], object]:
+            results = Results(
+                self.func(*self.by.with_leaves(leaves), **self.kwargs), self.has_aux, self.call
+            )
+            return results.leaves, results.aux
+
+        tangents = pushed_forward(function, self.by.leaves, columns)[1]
+        gradients = graph.pulled_back(outputs, rows)
+        forward = [(a * b).double() for a, b in zip(rows, tangents, strict=True)]
+        reverse = [(a * b).double() for a, b in zip(columns, gradients, strict=True)]
+        apart = sum(t.sum() for t in forward) - sum(t.sum() for t in reverse)
+        size = sum(t.abs().sum() for t in (*forward, *reverse))
+        eps = max(torch.finfo(t.dtype).eps for t in (*outputs, *self.by.leaves))
+        try:
+            same = bool(abs(apart) <= math.sqrt(eps) * size)
+        except (errors.ShardmapError, RuntimeError):  # traced: there are no values
+            return "the modes cannot be compared here"
+        return "" if same else "the derivatives in forward mode are other ones"
 
     def _forward_cost(self) -> float:
         vectors = [
@@ -158,3 +240,9 @@ class FirstOrder(OneSample):
     def _with_aux(self, results: Results, by_result: list[Any], aux: Any) -> Any:
         jacobian = pytree.tree_unflatten(by_result, results.structure)
         return (jacobian, aux) if self.has_aux else jacobian
+
+
+def _unlike(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a shape whose elements are all different, without a draw."""
+    number = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return (1.5 + torch.cos(number * number + number)).to(tensor.dtype).reshape(tensor.shape)

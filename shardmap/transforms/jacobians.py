@@ -156,6 +156,13 @@ def jacobian(
     that was taken is logged (logger `shardmap`, level INFO) and is in the returned function's
     `method`. Where autograd has no formula for one of the modes, the other is taken.
 
+    The Jacobian does not depend on the mode that was chosen: `jacobian(func)(x)` is
+    `torch.stack([torch.func.jacrev(func)(row) for row in x])`, in the dtypes of the inputs. Reverse
+    mode is taken where `func` asks whether its tensors require grad or registers hooks, and where
+    the two modes give the first sample other derivatives (an `autograd.Function` whose `jvp` is not
+    that of its `backward`, `torch.no_grad()` on the way). Only `method="forward"` gives those of
+    `jacfwd` for such functions.
+
     Args:
         func: As for `jacrev`.
         argnums: As for `jacrev`.
@@ -323,13 +330,16 @@ class Jacobians(Transformed):
             one = FirstOrder(func, by, kwargs, has_aux, seeding, call)
             taken = method
             if method == "auto":
+                # Its values must not follow from the mode, which costs decide.
                 key = guess.signature(args, kwargs)
                 tensors = guess.tensors_of(key)
                 if key not in chosen and tensors not in steady:
                     chosen[key] = one.cheaper()
                     raise ModeChosen(call, tensors, chosen[key])
                 taken = chosen.get(key) or steady[tensors]
-            return one.reverse() if taken == "reverse" else one.forward()
+            if taken == "reverse":
+                return one.reverse()
+            return one.forward_as_reverse() if method == "auto" else one.forward()
 
         sample.__name__ = f"{transform}({name_of(func)})"
         super().__init__(func, sample, in_dims, options)

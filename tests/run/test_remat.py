@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -60,3 +62,27 @@ def test_around_and_inside_transforms_and_other_maps() -> None:
             )
         for k, (got, want) in enumerate(zip(*found, strict=True)):
             oracle.assert_same(got, want, f"{name}, {k}")
+
+
+def test_a_second_gradient_through_a_write_by_a_view_is_refused_by_name() -> None:
+    def by_a_view(r: torch.Tensor) -> torch.Tensor:
+        h = r.sin()
+        h.view(2, 2).mul_(2).exp_()
+        return h * r
+
+    def out_of_place(r: torch.Tensor) -> torch.Tensor:
+        return (r.sin() * 2).exp() * r
+
+    def second(call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4).requires_grad_()
+        (g,) = torch.autograd.grad(call(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sin().sum(), x)[0]
+
+    expected = second(lambda x: torch.stack([by_a_view(x[i]) for i in range(len(x))]))
+    with pytest.raises(errors.TransformError, match="passes through an intermediate that the"):
+        second(shardmap.vmap(by_a_view, remat=True, chunk_size=2))
+    for remedy in (
+        shardmap.vmap(by_a_view, chunk_size=2),
+        shardmap.vmap(out_of_place, remat=True, chunk_size=2),
+    ):
+        torch.testing.assert_close(second(remedy), expected)

@@ -1,0 +1,199 @@
+"""Answer `requires_grad` as the loop's tensors do where samples require grad only to be recorded.
+
+Under transforms and under forward mode around a map, every floating-point sample requires grad
+while it is recorded (`record.rows_of`). The rows of the loop do not all do so: under
+`torch.func.jvp` none does, under `torch.func.grad` those that it differentiates. Which tensors
+require grad in the loop follows from autograd's graph of the recording, whose leaves are known.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from shardmap import errors
+from shardmap._torch import forward_level, functorch, is_forward_on
+from shardmap.trace.graphs import Edge, edge_of, edges_behind, ends_of, leaf_of
+from shardmap.trace.histories import Histories
+from shardmap.trace.recording import is_plain
+from shardmap.trace.watch import is_own
+
+Tensor = torch.Tensor
+
+QUESTIONS: dict[object, object] = {
+    getattr(Tensor, name).__get__: answer
+    for name, answer in {"requires_grad": False, "is_leaf": True, "grad_fn": None}.items()
+}
+"""What reads the attributes of a tensor that follow from its history, each with the answer of a
+tensor without one."""
+
+
+class _Levels(NamedTuple):
+    """The transforms around a call."""
+
+    differentiating: int
+    """Level of the innermost one that takes derivatives; 0 if there is none."""
+    mapping: frozenset[int]
+    """Levels of the vmaps further in: a tensor that they map says that it requires no grad."""
+    forward: bool
+    """True if forward mode is around."""
+
+
+def levels_around() -> _Levels:
+    """The transforms around a call, before they are set aside."""
+    levels = functorch.get_interpreter_stack() or []
+    maps = functorch.TransformType.Vmap
+    forward = any(i.key() == functorch.TransformType.Jvp for i in levels)
+    last = max([i.level() for i in levels if i.key() != maps], default=0)
+    mapping = frozenset([i.level() for i in levels if i.level() > last])
+    return _Levels(last, mapping, forward or forward_level(forward_ad) >= 0)
+
+
+class Lifted:
+    """The tensors of a recording that require grad, told from those that do so in the loop.
+
+    Args:
+        recorder: The recorder.
+        around: That of the recording around this one, if there is one.
+        levels: The transforms around the call.
+        samples: The samples, before the function has written to any.
+        arguments: The mapped argument of which each is a sample.
+    """
+
+    def __init__(
+        self,
+        recorder: Histories,
+        around: Lifted | None,
+        levels: _Levels,
+        samples: Sequence[Tensor],
+        arguments: Sequence[Tensor],
+    ):
+        self.recorder = recorder
+        self.around = around
+        self.levels = levels
+        self._arguments: dict[int, tuple[Tensor, Tensor]] = {}
+        """By the address of the leaf that a sample is made of: it, and the argument."""
+        self._on = is_forward_on()
+        self._given = list(arguments)
+        self._set: set[Edge] = set()
+        """Tensors of which the function has set `requires_grad`."""
+        for sample, argument in zip(samples, arguments, strict=True):
+            for leaf in ends_of([sample]) or [sample]:
+                self._arguments[id(leaf)] = leaf, argument
+
+    def refuse_switched_off(self) -> None:
+        """Refuse that the function stops tangents from outside, which replays would let pass.
+
+        Raises:
+            TransformError: It has switched forward mode off.
+        """
+        if is_forward_on() is self._on or not self.levels.forward or _in_a_function():
+            return
+        raise errors.TransformError(
+            f"{self.recorder.call}: the function switches forward mode off or on "
+            "(forward_ad._set_fwd_grad_enabled) while forward mode is around the call, and "
+            "recorded calls do not show it; use tensor.detach() where tangents are to stop, or "
+            "switch it around the call of the map"
+        )
+
+    def note_set(self, tensor: Tensor) -> None:
+        """Note that the function lets a tensor require grad."""
+        node, number = edge_of(tensor)
+        if node is not None:
+            self._set.add((node, number))
+
+    def answer(self, question: Callable[[Tensor], object], tensor: Tensor) -> object:
+        """The loop's answer to a question of `QUESTIONS` about a tensor."""
+        if not self._is_asked_by_others(tensor) or self.in_loop(tensor):
+            return question(tensor)
+        return QUESTIONS[question]
+
+    def _is_asked_by_others(self, tensor: Tensor) -> bool:
+        """True if code that is not ours asks for a result of the function's, or for a sample."""
+        if not is_plain(tensor) or not tensor.requires_grad:
+            return False
+        var = self.recorder.known(tensor)
+        if var is None or var.index in self.recorder.captured:
+            return False
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename in _HANDING_ON:
+            frame = frame.f_back
+        return frame is None or not is_own(frame.f_code.co_filename)
+
+    def in_loop(self, tensor: Tensor) -> bool:
+        """True if a tensor of the recording that requires grad does so in the loop."""
+        if self.levels.mapping and self._is_mapped(tensor):
+            return False
+        behind = list(edges_behind([edge_of(tensor)], set()))
+        if not self._set.isdisjoint(behind):
+            return True
+        leaves = [tensor] if not behind else [leaf_of(node) for node, _ in behind]
+        wrappers = {id(plain): outer for outer, plain in self.recorder.wrappers.values()}
+        for leaf in leaves:
+            if leaf is None:
+                continue
+            known = self._arguments.get(id(leaf))
+            outer = wrappers.get(id(leaf), leaf) if known is None else known[1]
+            if self._is_made_inside(leaf) or self._outside_requires(outer):
+                return True
+        return False
+
+    def _is_mapped(self, tensor: Tensor) -> bool:
+        """True if a tensor was computed from one that the innermost vmaps around map."""
+        recorder, mapping = self.recorder, self.levels.mapping
+        pairs = list(zip(recorder.inputs, self._given, strict=True))
+        for outer, plain in recorder.wrappers.values():
+            var = recorder.known(plain)
+            if var is not None:
+                pairs.append((var, outer))
+        mapped = {v.group for v, outer in pairs if functorch.maybe_get_level(outer) in mapping}
+        for eq in recorder.equations:
+            if any(v.group in mapped for v in eq.inputs()):
+                mapped |= {v.group for v in eq.results()}
+        var = recorder.known(tensor)
+        return var is not None and var.group in mapped
+
+    def _is_made_inside(self, leaf: Tensor) -> bool:
+        var = self.recorder.known(leaf)
+        return (
+            var is not None
+            and var.index not in self.recorder.captured
+            and id(leaf) not in self._arguments
+        )
+
+    def _outside_requires(self, outer: Tensor) -> bool:
+        """True if results of a tensor from outside require grad in the loop."""
+        if not outer.requires_grad:
+            return False
+        if self.levels.differentiating:
+            return functorch.maybe_get_level(outer) == self.levels.differentiating
+        if self.around is None:
+            return True
+        var = self.around.recorder.known(outer)
+        if var is None or var.index in self.around.recorder.captured:
+            return self.around._outside_requires(outer)
+        return self.around.in_loop(outer)
+
+
+def _in_a_function() -> bool:
+    """True inside an `autograd.Function`'s forward, where torch has switched forward mode off."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename == _FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_FUNCTIONS = torch.autograd.function.__file__
+_OWN = os.path.dirname(os.path.dirname(__file__))
+_HANDING_ON = {
+    os.path.join(_OWN, "trace", "escapes.py"),
+    os.path.join(_OWN, "transforms", "asked.py"),
+}
+"""The files of the modes that hand questions on."""
