@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import shardmap
 from shardmap import errors
@@ -77,3 +78,26 @@ def test_bad_values_are_refused_when_the_transform_is_made(transform: str) -> No
 def test_inference_mode_is_refused(transform: str) -> None:
     with torch.inference_mode(), pytest.raises(errors.TransformError, match="inference_mode"):
         PAIRS[transform][0](torch.sin)(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("transform", [shardmap.hessian, shardmap.jacfwd])
+def test_tangents_within_forward_mode_are_refused_and_the_remedy_works(transform):
+    def function(row):
+        return (row**3).sum() + row.prod()
+
+    x, tangent = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    second = transform is shardmap.hessian
+    own = torch.func.jacrev(torch.func.jacrev(function)) if second else torch.func.jacrev(function)
+    remedy = shardmap.jacrev(torch.func.jacrev(function) if second else function)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        with pytest.raises(shardmap.errors.TransformError, match=r"shardmap\.jacrev"):
+            transform(function)(dual)
+        found = forward_ad.unpack_dual(remedy(dual)).tangent
+        either = forward_ad.unpack_dual(shardmap.jacobian(function)(dual)).tangent
+    step = 1e-6
+    for row, t, got in zip(x, tangent, found, strict=True):
+        wanted = (own(row + step * t) - own(row - step * t)) / (2 * step)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    assert either is not None
+    torch.testing.assert_close(transform(function)(x), torch.stack([own(row) for row in x]))
