@@ -257,9 +257,9 @@ def _refuse_nested_forward_mode(call: str) -> None:
     """
     if forward_level(forward_ad) >= 0:
         raise errors.TransformError(
-            f"{call}: the call takes tangents and stands inside torch.autograd.forward_ad, of which "
-            "torch has one level only; use reverse mode (shardmap.jacrev(func), for second "
-            "derivatives shardmap.jacrev(torch.func.jacrev(func)))"
+            f"{call}: the call takes tangents inside torch.autograd.forward_ad, of which torch has "
+            "one level only; use reverse mode (shardmap.jacrev(func), for second derivatives "
+            "shardmap.jacrev(torch.func.jacrev(func)))"
         )
 
 
