@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import weakref
 from collections.abc import Callable
@@ -73,6 +74,9 @@ WHOLE: dict[str, Callable[[], float]] = {
 
 @pytest.fixture(autouse=True)
 def as_before() -> None:
+    """Every table is as it was, and Functions of other tests with the same code are gone."""
+    shardmap.clear_caches()
+    gc.collect()
     TABLE.update(new_table())
     ITEMS[0], HOLDER.scale = 2.0, 2.0
     HOLDER.table = new_table()
