@@ -50,6 +50,10 @@ class Optimizers:
                     return
             frame = frame.f_back
 
+    def forget(self) -> None:
+        """Hold none of them any more: the recording has not failed."""
+        self._before.clear()
+
     def put_back(self) -> None:
         """Put the state back, in the dicts that held it."""
         for optimizer, state, groups in self._before.values():

@@ -379,6 +379,7 @@ def _record(
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
         recording = recorder.finish(leaves, batch.size > 0)
         del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
+        recorder.optimizers.forget()  # one that the function has made dies with it
         # A program that was expected and recorded again has been checked before.
         known = any(recording.program is p for p in recorder.remembered) and not look
         if known:
