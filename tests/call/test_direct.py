@@ -163,7 +163,9 @@ def test_an_ensemble_is_replayed_directly(trace: str) -> None:
 
 
 DISTRIBUTIONS: dict[str, Callable[[Tensor], Any]] = {
-    "normal": lambda r: torch.distributions.Normal(r, 1.0).log_prob(r * 2).sum(),
+    "normal": lambda r: (
+        torch.distributions.Normal(r, 1.0, validate_args=True).log_prob(r * 2).sum()
+    ),
     "categorical": lambda r: torch.distributions.Categorical(logits=r).entropy(),
     "divergence": lambda r: torch.distributions.kl_divergence(
         torch.distributions.Gamma(r.exp(), 1.0), torch.distributions.Gamma(1.0, r.exp())
