@@ -36,7 +36,7 @@ from shardmap.trace.outside_graphs import ends_of, histories_of, refuse_deep
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
-from shardmap.trace.refusals import WrittenCopyError, refuse_swaps
+from shardmap.trace.refusals import QuestionsOfNone, WrittenCopyError, refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.surroundings import (
@@ -253,6 +253,8 @@ def _recorded(
                 recorder.depth, recorder.watch = depth, watch
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.separate_views, recorder.places_asked = separate_views, places_asked
+                if batch.size == 0:
+                    recorder.asked = QuestionsOfNone(call)
                 recorder.lazily = _lazily([element(batch.leaves[i]) for i, _ in batch.mapped])
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 recorder.expect(follow.expected(func, [tuple(t.shape) for t in samples]))

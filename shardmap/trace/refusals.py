@@ -362,6 +362,40 @@ class Refusals(Histories):
             )
 
 
+MOST_QUESTIONS_OF_NONE = 1000
+"""Most questions about a sample of zeros, which stands for an empty batch. On zeros a loop that
+ends for every sample may never end (`while a != 1: a = step(a)`); one that goes on for longer than
+the adaptive solvers and decoders that are mapped (some hundreds) is held to be such a loop."""
+
+
+class QuestionsOfNone(list[int]):
+    """The numbers of the equations that ask about a sample of zeros: a bounded number.
+
+    Args:
+        call: The user's call, for errors.
+    """
+
+    def __init__(self, call: str):
+        super().__init__()
+        self._call = call
+        self._count = 0
+
+    def append(self, number: int) -> None:
+        """Add one.
+
+        Raises:
+            EmptyBatchError: There are too many.
+        """
+        self._count += 1
+        if self._count > MOST_QUESTIONS_OF_NONE:
+            raise errors.EmptyBatchError(
+                f"{self._call}: the batch is empty, and on a sample of zeros python asked for more "
+                f"than {MOST_QUESTIONS_OF_NONE:,} values (the last at {user_line()}), so the shape "
+                "of the result cannot be inferred; skip the call when there are no samples"
+            )
+        super().append(number)
+
+
 OF_KEYS = {
     torch.Tensor.is_conj, torch.Tensor.is_neg, torch.Tensor.is_inference,
     torch.is_conj, torch.is_neg, torch.is_inference,
