@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardmap import errors
-from shardmap._torch import NormBase, OpOverload, aten, schema_of
+from shardmap._torch import NormBase, OpOverload, aten, functorch, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
 from shardmap.program.schema import base_name
@@ -341,6 +341,22 @@ class Refusals(Histories):
         generator, self.generator = self.generator, None
         if generator is not None and generator.drawn and not generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
+
+    def refuse_state(self, tensor: torch.Tensor) -> None:
+        """Refuse what the state of torch's generator, or of a given one, tells the function.
+
+        A checkpoint and `fork_rng` only give it back.
+        """
+        if type(tensor) is not torch.Tensor or functorch.is_functorch_wrapped_tensor(tensor):
+            return
+        own = self.generator is not None and self.generator.gave(tensor)
+        if own or self.given.gave(tensor):
+            what = "torch's generator (torch.get_rng_state)" if own else "a torch.Generator"
+            raise errors.EscapeError(
+                f"{self.call}: the function reads the state of {what}, which in the loop each "
+                "sample finds as the one before has left it; read it outside of the function and "
+                "pass it in as an argument"
+            )
 
     def _seeded(self) -> str:
         return (

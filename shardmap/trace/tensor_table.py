@@ -256,6 +256,8 @@ class Variables:
                 "sample would give its shape and values for all samples; call the module once, on "
                 "one sample, before it is mapped"
             )
+        if tensor.dtype is torch.uint8:
+            self.refuse_state(tensor)
         var = self._define(tensor)
         self.captured_groups.add(var.group)
         self.captured[var.index] = (var, tensor)
