@@ -59,7 +59,7 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
     reach = _reach(program, batched, calls)
     for call, furthest in zip(calls, itertools.accumulate(reach, max), strict=True):
         for index in call.outs:
-            if index in batched.results:
+            if index is not None and index in batched.results:
                 for sample in samples:
                     sample.keep(batched.results[index][0], furthest)
     for i, call in enumerate(calls):
@@ -117,7 +117,7 @@ def _reach(program: Program, batched: BatchedProgram, calls: list[Call]) -> list
     for call in calls:
         last = call.equation
         for index in call.outs:
-            if index in batched.results:
+            if index is not None and index in batched.results:
                 last = max(last, made.get(batched.results[index][0].index, 0))
         if any(call.equation < i <= last for i in writes):
             last = call.equation

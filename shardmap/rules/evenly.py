@@ -34,7 +34,8 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor, None]:
-        rows, found = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        rows, found = saved
         found = found.unsqueeze(1)
         equal = (rows == found) | ((rows != rows) & (found != found))  # NaN differs from itself
         parts = (grads[0] / equal.sum(1)).unsqueeze(1)
@@ -42,7 +43,8 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: BackwardCFunction, *tangents: Tensor) -> Tensor:
-        rows, found = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        rows, found = saved
         equal = rows == found.unsqueeze(1)  # a result that is NaN has a tangent of NaN
         return (equal * (tangents[0] / equal.sum(1, keepdim=True))).sum(1)
 

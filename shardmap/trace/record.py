@@ -381,6 +381,7 @@ def _record(
             sources=follow.remember(func, recording.program, recording.sources),
             kept=None if known else kept_tensors(recorder, before),
             outside=computed_outside(sources, recording.captured),
+            asks_later=recorder.asks_later,
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

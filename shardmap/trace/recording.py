@@ -60,6 +60,8 @@ class Recording:
     function: str = ""
     """Digest of the function by which a store knows it, where samples take several paths: which of
     them have been recorded differs from call to call; empty where the program says all."""
+    asks_later: bool = False
+    """True if a backward that gradients from outside reach asks for values."""
 
 
 _names: dict[torch.device, str] = {}

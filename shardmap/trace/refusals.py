@@ -114,6 +114,8 @@ class Refusals(Histories):
         it records."""
         self.generator: Generator | None = None
         """Torch's generator, while the function runs."""
+        self.asks_later = False
+        """True if a backward that gradients from outside reach asks for values."""
         self.unwritten = Unwritten()
         self.serial = 0
         """Number of calls of torch's python interface so far."""

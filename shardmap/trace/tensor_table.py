@@ -355,6 +355,9 @@ class Variables:
             return tuple([self._outputs(o) for o in out])
         return None
 
+    def refuse_state(self, tensor: torch.Tensor) -> None:
+        """Refuse a tensor of bytes that holds the state of a generator; `Refusals` knows those."""
+
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of another object with a recorded tensor's memory."""
         return None

@@ -121,9 +121,7 @@ def test_maps_and_jacobians_around(name: str) -> None:
             transform(loop(func))(ROWS_OF_NUMBERS),
         )
     expected = torch.stack([torch.func.jacrev(loop(func))(rows) for rows in x])
-    torch.testing.assert_close(
-        torch.func.vmap(torch.func.jacrev(shardmap.vmap(func)))(x), expected
-    )
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(shardmap.vmap(func)))(x), expected)
     torch.testing.assert_close(shardmap.jacrev(shardmap.vmap(func))(x), expected)
     torch.testing.assert_close(shardmap.jacfwd(shardmap.vmap(func))(x), expected)
     a, b = x[0].clone().requires_grad_(), x[0].clone().requires_grad_()
