@@ -3,8 +3,9 @@
 `x.max()`, `x.min()`, `x.median()` and `x.nanmedian()` without a dimension give each element that
 equals the result the same part of a gradient. A batch reduces along a dimension, and torch's forms
 for that differ: `median.dim` gives all to one of the equals, `amax` gives NaN where the result is
-NaN. So where a derivative may be taken from outside, the batch takes the formulas of the form that
-the loop calls (`evenly_distribute_backward` and `evenly_read_jvp`).
+NaN, and to all elements where the gradient is infinite (the logarithm of a largest element that is
+zero). So where a derivative may be taken from outside, the batch takes the formulas of the form
+that the loop calls (`evenly_distribute_backward` and `evenly_read_jvp`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from shardmap._torch import aten
+from shardmap._torch import aten, functorch
 
 
 class _Picked(torch.autograd.Function):
@@ -39,6 +40,8 @@ class _Picked(torch.autograd.Function):
         found = found.unsqueeze(1)
         equal = (rows == found) | ((rows != rows) & (found != found))  # NaN differs from itself
         parts = (grads[0] / equal.sum(1)).unsqueeze(1)
+        if rows.is_cuda or any(map(functorch.is_functorch_wrapped_tensor, (rows, *grads))):
+            return equal * parts, None  # so that torch needs no value: of infinity NaN everywhere
         return torch.where(equal, parts, parts.new_zeros(())), None
 
     @staticmethod

@@ -50,6 +50,7 @@ WHOLE: dict[str, Function] = {
         }.items()
     },
     "aminmax": lambda x: sum(x.aminmax()),  # pyright: ignore[reportReturnType]
+    "an infinite cotangent": lambda x: x.max().log() + (x.min() - 1).sqrt(),
     "renorm": lambda x: torch.renorm(x.reshape(5, 1), 2, 0, 1.0),
     "renorm of columns": lambda x: torch.renorm(x.reshape(5, 1), 3, 1, 1.0),
 }
