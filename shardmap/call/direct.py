@@ -207,8 +207,8 @@ def direct_of(
     needs = (
         job.grad and any(t.is_complex() for t in mapped),
         recording.differentiated and any(t.requires_grad for t in mapped),
-        undone and asks(recording), recording.written_inputs, batch.columns, batch.copies,
-        batch.opened, job.remat, job.numbers is not None, job.transformed,
+        undone and asks(recording), recording.asks_later, recording.written_inputs, batch.columns,
+        batch.copies, batch.opened, job.remat, job.numbers is not None, job.transformed,
         options.reduce is not None, options.out is not None, options.progress,
         options.compile, options.cuda_graphs, options.check == "always", job.samples == 0,
         any(o.device != job.home for o in job.outputs),

@@ -15,6 +15,7 @@ from shardmap._torch import pytree
 from shardmap.call import arguments as edges
 from shardmap.call import confirm
 from shardmap.call import outputs as out_edges
+from shardmap.call.asked_later import outdated
 from shardmap.call.automatic import OneCall
 from shardmap.call.by_number import by_number, can_be_taken
 from shardmap.call.by_sample import SampleLoop, WiderError, cause, lowering, warn_of_loop, widened
@@ -92,7 +93,7 @@ def recalled(
     if (remembered := memory.recall(batch)) is None:
         return None
     prepared = remembered.rebound(batch)
-    if may_reach(prepared.recording, batch.tensors()):
+    if may_reach(prepared.recording, batch.tensors()) or outdated(prepared, memory, batch):
         return None
     refuse_shared_writes(prepared.recording, batch, options.call)
     once, program = not isinstance(memory, OneCall), prepared.recording.program

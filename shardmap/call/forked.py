@@ -23,7 +23,7 @@ from shardmap.call.options import Options
 from shardmap.call.paths import Branch, PathReplay, drawing, lowering, merged, seeds_within
 from shardmap.call.ragged import as_asked, joined, refuse_groups
 from shardmap.call.routes import LOOP, Path, Router, Routes, Seen, seen_of, taken, warn_looped
-from shardmap.call.spread import Spread, given_in
+from shardmap.call.spread import given_in
 from shardmap.lower.batched import LoweringOptions
 from shardmap.lower.cache import Lowered
 from shardmap.rules.philox import Seeds
@@ -382,22 +382,9 @@ class Forked:
                 return True
             spread.look(given, size, routes.WORTH_KNOWN, routes.WORTH)
         if not spread.splits and size >= routes.WORTH:
-            warn_looped(options.call, self._many(spread), size)
+            last = routes.last_asked(self.prepared.recording)
+            warn_looped(options.call, spread.too_few(last), size)
         return spread.splits
-
-    def _many(self, spread: Spread) -> str:
-        """Why no path is worth following."""
-        recording = self.prepared.recording
-        lines = [recording.program.equations[at].source for at in recording.asked]
-        place = next((line for line in reversed(lines) if line), "a line that is not known")
-        tried = spread.counts.total()
-        asked = f"to what python asks about their values (the last at {place})"
-        if tried == 1:
-            return f"one sample was tried, and gave answers {asked} that no other is known to give"
-        return (
-            f"{tried} samples that were tried gave {len(spread.counts)} different sequences of "
-            f"answers {asked}, and too few alike for a batch of each"
-        )
 
     def _draws(self) -> errors.VariesError:
         return errors.VariesError(

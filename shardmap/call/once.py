@@ -134,6 +134,7 @@ class OnceCall:
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""
         self._of.memory.forget(batch)
+        self._reads = self._of.memory.reads(batch)
 
     def replayed(
         self, prepared: Prepared, batch: Batch, whole_job: Callable[[], Job | None]

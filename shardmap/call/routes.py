@@ -27,6 +27,7 @@ from shardmap.lower.replayed import restride
 from shardmap.program.analysis import random_call
 from shardmap.program.questions import Stage, answers, stages
 from shardmap.trace.batch import Batch
+from shardmap.trace.recording import UNKNOWN, Recording
 from shardmap.trace.saved_hooks import are_saved_hooks_around
 
 logger = logging.getLogger("shardmap")
@@ -70,6 +71,14 @@ def warn_looped(call: str, why: str, samples: int) -> None:
         errors.SlowLoopWarning,
         stacklevel=2,
     )
+
+
+def last_asked(recording: Recording) -> str:
+    """The clause that names the last line at which python asked; empty if no line is known."""
+    asked = [recording.program.equations[at] for at in reversed(recording.asked)]
+    lines = [eq.source or recording.sources.get(eq.op.name()) for eq in asked]
+    place = next((line for line in lines if line and line != UNKNOWN), None)
+    return f" (the last at {place})" if place else ""
 
 
 class Seen:
@@ -235,12 +244,10 @@ class Router:
 
     def _refuse_more(self) -> None:
         path = self.routes.paths[-1]
-        equations = path.prepared.recording.program.equations
-        lines = [equations[at].source for at in path.prepared.recording.asked]
-        place = next((line for line in reversed(lines) if line), "a line that is not known")
         text = (
             f"{self.options.call}: the samples go more than max_paths={self.options.max_paths} "
-            f"different ways by what python asks about their values (the last at {place})"
+            "different ways by what python asks about their values"
+            f"{last_asked(path.prepared.recording)}"
         )
         if self.options.strict:
             raise errors.DataDependentError(

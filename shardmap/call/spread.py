@@ -85,6 +85,26 @@ class Spread:
         if not self.splits:
             self._wait()
 
+    def too_few(self, last: str) -> str:
+        """Why no path is worth following.
+
+        Args:
+            last: The clause that names the line at which python asked last.
+        """
+        tried, ways = self.counts.total(), len(self.counts)
+        asked = f"to what python asks about their values{last}"
+        if tried == 1:
+            return f"one sample was tried, and gave answers {asked} that no other is known to give"
+        if ways == 1:
+            return (
+                f"{tried} samples that were tried gave the same answers {asked}, and are too few "
+                "for a batch"
+            )
+        return (
+            f"{tried} samples that were tried gave {ways} different sequences of answers {asked}, "
+            "and too few alike for a batch of each"
+        )
+
     def was_split(self, served: int, size: int) -> None:
         """Note how many samples of a call took a path."""
         self.looped = 0

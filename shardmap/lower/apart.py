@@ -7,6 +7,7 @@ Then each result differs by the rounding of one operator only, and a larger diff
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,12 @@ from shardmap._torch import has_internal_overlap
 from shardmap.lower.batched import BatchedProgram
 from shardmap.lower.closeness import OPERATOR_TOLERANCE, close, largest
 from shardmap.lower.trial import Trial, arguments
-from shardmap.program.analysis import random_call
+from shardmap.program.analysis import random_call, written
 from shardmap.program.ir import Equation, Packed, Param, Program, SampleDevice, Var, variables
 from shardmap.program.operators import op_info
 from shardmap.program.private_generators import PrivateGenerators
 from shardmap.program.schema import short_name
-from shardmap.rules.lowering import V
+from shardmap.rules.lowering import Call, V
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,15 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
         for v in arguments(call):
             last[v.index] = i
     wrong: dict[int, str] = {}
+    reach = _reach(program, batched, calls)
+    for call, furthest in zip(calls, itertools.accumulate(reach, max), strict=True):
+        for index in call.outs:
+            if index is not None and index in batched.results:
+                for sample in samples:
+                    sample.keep(batched.results[index][0], furthest)
     for i, call in enumerate(calls):
         for sample in samples:
-            sample.advance(min(call.equation, len(program.equations) - 1))
+            sample.advance(reach[i])
         out = call.target(*[value(a) for a in call.args], **{k: value(v) for k, v in call.kwargs})
         if call.equation < len(program.equations):
             _empty(program.equations[call.equation], out)
@@ -68,7 +75,15 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
                 env[index] = t
                 if index in batched.results:
                     eq = program.equations[call.equation]
-                    difference = _settle(eq, *batched.results[index], t, samples)
+                    entered = max(
+                        (
+                            m
+                            for sample in samples
+                            for m in sample.entered[call.equation : reach[i] + 1]
+                        ),
+                        default=0.0,
+                    )
+                    difference = _settle(eq, *batched.results[index], t, samples, entered)
                     if difference is not None:
                         wrong.setdefault(call.equation, difference)
         if call.writes:
@@ -89,13 +104,38 @@ def by_recorded_calls(program: Program, trial: Trial, row: int) -> list[torch.Te
     return sample.outputs()
 
 
-def _settle(eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample]) -> str | None:
-    """Compare a batched result with the samples' own, then replace it by those."""
+def _reach(program: Program, batched: BatchedProgram, calls: list[Call]) -> list[int]:
+    """For each batched call: the last recorded call whose result it computes.
+
+    A product is computed in the shape of a view of it that was recorded next. As long as nothing is
+    written in between, its values are those of the view. Were they not compared, the batch would
+    keep the rounding errors of its own kernel, which a cast to a wider dtype shows as a fault.
+    """
+    made = {var.index: i for i, eq in enumerate(program.equations) for var in eq.results()}
+    writes = [i for i, eq in enumerate(program.equations) if any(written(eq))]
+    found = []
+    for call in calls:
+        last = call.equation
+        for index in call.outs:
+            if index is not None and index in batched.results:
+                last = max(last, made.get(batched.results[index][0].index, 0))
+        if any(call.equation < i <= last for i in writes):
+            last = call.equation
+        found.append(min(last, len(program.equations) - 1))
+    return found
+
+
+def _settle(
+    eq: Equation, var: Var, v: V, t: torch.Tensor, samples: list[_Sample], entered: float
+) -> str | None:
+    """Compare a batched result with the samples' own, then replace it by those.
+
+    `entered` is the largest magnitude of the operands.
+    """
     own = [sample.env.get(var.index) for sample in samples]
     if any(s is None for s in own):
         return None  # dead in the recording by now: made again where it is used
     found: str | None = None
-    entered = max((largest(s) for sample in samples for s in sample.operands), default=0.0)
     entered = max([entered, *[largest(s) for s in own if s is not None]])
     if not random_call(eq) and not op_info(eq.op).uninitialised:
         for row, s in enumerate(own):
@@ -146,8 +186,8 @@ class _Sample:
         self.program = program
         self.trial = trial
         self.env: dict[int, Any] = {}
-        self.operands: list[torch.Tensor] = []
-        """The operand tensors of the last call."""
+        self.entered: list[float] = []
+        """For each recorded call that was run: the largest magnitude of its operands."""
         self.next = 0
         self.generators = PrivateGenerators()
         inputs = [t[row] for t in trial.own_inputs()]
@@ -163,12 +203,17 @@ class _Sample:
         for var in program.outputs:
             self.last[var.index] = len(program.equations)
 
+    def keep(self, var: Var, number: int) -> None:
+        """Keep a value until a call after call `number` is run."""
+        self.last[var.index] = max(self.last.get(var.index, 0), number)
+
     def advance(self, number: int) -> None:
         """Run the recorded calls up to `number`, inclusive."""
         while self.next <= number:
             eq = self.program.equations[self.next]
             for var in self._ended(self.next - 1):
                 self.env.pop(var, None)
+            self.entered.append(0.0)
             self._run(eq)
             self.next += 1
 
@@ -184,7 +229,8 @@ class _Sample:
             return
         args = [self._value(a) for a in eq.args]
         kwargs = {k: self._value(a) for k, a in eq.kwargs}
-        self.operands = [self.env[var.index] for var in eq.inputs()]
+        operands = [self.env[var.index] for var in eq.inputs()]
+        self.entered[-1] = max(map(largest, operands), default=0.0)
         if random_call(eq):  # from a private generator: the process's own must not advance
             out = self.generators.run(eq.op, tuple(args), kwargs)
         else:

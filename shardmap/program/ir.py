@@ -198,6 +198,8 @@ def show(value: Any) -> str:
         return f"[{', '.join(map(show, value))}]"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if type(value) is str and len(value) > 60:  # a whole program, as text
+        return f"{value[:56]} ..."
     return str(value)
 
 

@@ -20,6 +20,18 @@ def short_name(op: OpOverload) -> str:
     return op.name().removeprefix("aten::")
 
 
+_OURS = {
+    "shardmap::own_backward": "a backward of the function's own",
+    "shardmap::own_function": "a torch.autograd.Function",
+    "shardmap::data": "the .data of a tensor",
+}
+
+
+def in_words(op: OpOverload) -> str:
+    """The operator as warnings and errors name it: those that stand for python code in words."""
+    return _OURS.get(op.name(), short_name(op))
+
+
 def by_name(op: OpOverload, args: Sequence[T], kwargs: Mapping[str, T]) -> dict[str, T]:
     """All arguments of a call by their names in the schema, with defaults."""
     named: dict[str, T] = {}

@@ -15,6 +15,7 @@ import torch
 from shardmap._torch import aten, dispatch_depth, schema_of
 from shardmap.program.ir import Equation
 from shardmap.program.schema import short_name
+from shardmap.rules.evenly import picked
 from shardmap.rules.lowering import B, Lowering, V, arguments, dim
 from shardmap.rules.promote import expanded
 from shardmap.rules.registry import Operator, overloads, register
@@ -113,6 +114,8 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch a reduction over some dimensions of each sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
+    if (found := _picked(b, eq, x)) is not None:
+        return found
     form = _form(eq, _MANY)
     d = named.get("dim")
     takes_one = type(d) is int and form is eq.op
@@ -137,6 +140,14 @@ def many(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
         if squared is not None and named.get("dtype") in (None, x.dtype):
             return _sum_of_squares(b, squared)
     return _send(b, form, named | {"dim": dims[0] if takes_one else dims})
+
+
+def _picked(b: Lowering, eq: Equation, x: V) -> V | None:
+    """One of each sample's elements where a derivative from outside may be taken, or None."""
+    if not (b.grad or b.transformed) or not x.dtype.is_floating_point:
+        return None
+    form = picked(eq.op)
+    return None if form is None else b.call(form, b.reshape(x, (x.numel,)), shape=(), dtype=x.dtype)
 
 
 def _squared(b: Lowering, x: V) -> V | None:
@@ -203,6 +214,8 @@ def one(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Batch a reduction over one dimension of each sample, or over the flattened sample."""
     named = arguments(eq, args, kwargs)
     x: V = named["self"]
+    if (found := _picked(b, eq, x)) is not None:
+        return found
     form = _form(eq, _ONE)
     d = named.get("dim")
     if d is not None and x.ndim:
@@ -272,14 +285,17 @@ def all_or_any_true(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, An
 
 @register("reduce", aten.renorm.default)
 def renorm(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> V:
-    """Scale the parts of each sample along a dimension down to a largest norm."""
+    """Scale the parts of each sample along a dimension down to a largest norm.
+
+    The parts of all samples are those of one tensor along its first dimension, so that the
+    derivatives are the operator's own, which are not those of a composition where a norm is NaN.
+    """
     x, p, d, most = args
-    others = [k for k in range(1, x.ndim + 1) if k != dim(d, x.ndim)]
+    at = dim(d, x.ndim)
 
-    def scaled(x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(x, p, others, keepdim=True, dtype=wide)
-        factor = torch.where(norms > most, most / (norms + 1e-7), 1.0)
-        return x * factor.to(x.dtype)
+    def renorm_parts(x: torch.Tensor) -> torch.Tensor:
+        parts = x.movedim(at, 1)
+        scaled = aten.renorm.default(parts.flatten(0, 1), p, 0, most)
+        return scaled.view(parts.shape).movedim(1, at).contiguous()
 
-    return b.call(scaled, x)
+    return b.call(renorm_parts, x)

@@ -12,6 +12,7 @@ from shardmap.lower.codegen import Replay
 from shardmap.lower.graphs import Chunk, Meta, UncompilableError
 from shardmap.program.analysis import random_call
 from shardmap.program.ir import Equation
+from shardmap.program.schema import in_words
 from shardmap.rules.lowering import Call, ChunkStart, Seed
 
 GAPS = 2
@@ -123,7 +124,7 @@ def obstacle(low: Lowered) -> str:
     for call in low.batched.chunk:
         inside = 0 <= call.equation < len(low.program.equations)
         eq = low.program.equations[call.equation] if inside else None
-        name = "a call" if eq is None else eq.op.name()
+        name = "a call" if eq is None else in_words(eq.op)
         if _kinds((call.args, tuple([a for _, a in call.kwargs]))) & {Seed, ChunkStart} or (
             eq is not None and random_call(eq)
         ):

@@ -11,7 +11,7 @@ from shardmap._torch import FakeTensor, generator_id, pytree
 from shardmap.program.analysis import written
 from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.operators import op_info
-from shardmap.program.schema import short_name
+from shardmap.program.schema import in_words, short_name
 from shardmap.trace.recording import Recording
 from shardmap.trace.repeat import alike
 from shardmap.trace.unwritten import valued
@@ -127,9 +127,7 @@ def _program_difference(first: Program, second: Program) -> str | None:
         if a.op is not b.op:
             return f"it calls {_name(a)} for one sample where it calls {_name(b)} for another"
         if not _same(a, b):
-            if str(a) == str(b):
-                return f"`{a}` takes other values from python for one sample than for another"
-            return f"{_name(a)} is called as `{a}` for one sample and as `{b}` for another"
+            return _calls_differ(a, b)
     if len(first.equations) != len(second.equations):
         longer = max(first.equations, second.equations, key=len)
         shorter = min(len(first.equations), len(second.equations))
@@ -178,7 +176,30 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _name(eq: Equation) -> str:
-    return short_name(eq.op)
+    return in_words(eq.op)
+
+
+_LONGEST = 160
+"""Most characters of a call in a sentence: a list of tensors or a program goes on for lines."""
+
+
+def _called(eq: Equation) -> str:
+    """A call as a sentence shows it."""
+    text = str(eq)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def _calls_differ(a: Equation, b: Equation) -> str:
+    """Sentence on two calls of one operator."""
+    if in_words(a.op) != short_name(a.op):  # its arguments hold a program, or a Function
+        return f"{_name(a)} computes something else for one sample than for another"
+    if str(a) == str(b):
+        return f"`{_called(a)}` takes other values from python for one sample than for another"
+    if _called(a) == _called(b):
+        return f"`{_called(a)}` has other arguments for one sample than for another"
+    return (
+        f"{_name(a)} is called as `{_called(a)}` for one sample and as `{_called(b)}` for another"
+    )
 
 
 def _takes(eq: Equation, number: int) -> bool:

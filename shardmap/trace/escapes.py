@@ -434,6 +434,8 @@ class Doors(TorchFunctionMode):
 
     def _refuse(self, tensor: torch.Tensor, door: str, remedy: str, reads_value: bool) -> None:
         plain = element(tensor)
+        if plain.dtype is torch.uint8:
+            self.recorder.refuse_state(plain)
         if reads_value and self._is_remembered(door) and not self.recorder.belongs(plain):
             raise errors.EscapeError(
                 f"{self.recorder.call}: python reads the value of a captured tensor of shape "

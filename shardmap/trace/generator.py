@@ -24,8 +24,14 @@ from shardmap.trace.watch import PROGRAM, PythonWatch
 def generator_state() -> bytes:
     """The state of torch's generator, read so that no mode sees it."""
     with without_dispatch(), without_functions():
-        state = torch.default_generator.get_state()
-        return ctypes.string_at(state.data_ptr(), state.numel())  # of bytes
+        return bytes_of(torch.default_generator.get_state())
+
+
+def bytes_of(state: torch.Tensor) -> bytes:
+    """The bytes of a state, read so that no mode sees it."""
+    with without_dispatch(), without_functions():
+        plain = state.detach().contiguous()
+        return ctypes.string_at(plain.data_ptr(), plain.numel())
 
 
 class Generator:
@@ -46,6 +52,8 @@ class Generator:
         self.drawn = False
         self.watch = Watch() if watched and not self.alone else None
         self.seed, self.state = torch.initial_seed(), b""
+        self._states: set[int] = set()
+        """Hashes of the states that it was given here, which nobody outside has read."""
         if self.alone:
             # one of three states in turn: a function that reads the state, which is not the user's
             # now, is seen to vary
@@ -67,7 +75,17 @@ class Generator:
                 # Only there: a signal handler would run without the thread's keys as well.
                 with force_keys(key_set(undefined_key), excluded_keys()):
                     drawn.uniform_()
-        self.state = generator_state()
+        self._note(generator_state())
+
+    def _note(self, state: bytes) -> None:
+        self.state = state
+        self._states.add(hash(state))
+
+    def gave(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor of bytes holds a state that was read while the function is recorded."""
+        if tensor.numel() != len(self.state) or tensor.device.type != "cpu":
+            return False
+        return hash(bytes_of(tensor)) in self._states
 
     def _mark(self) -> None:
         """Give the generator a state that no seed and no earlier state gives.
@@ -75,9 +93,14 @@ class Generator:
         Recorded draws come from other generators, so without the mark a state that is put back
         would be the current one.
         """
-        self.seed = 2**40 + next(_numbers)
-        torch.default_generator.manual_seed(self.seed)
+        torch.default_generator.manual_seed(2**40 + next(_numbers))
         self._advance(1)
+        with without_dispatch(), without_functions():
+            # The function may ask for the seed, which is the user's. It comes first in the state.
+            marked = bytearray(self.seed.to_bytes(8, sys.byteorder) + self.state[8:])
+            state = torch.frombuffer(marked, dtype=torch.uint8)
+            torch.default_generator.set_state(state)
+        self._note(generator_state())
 
     def is_as_left(self) -> bool:
         """True if nothing but recorded draws has changed the state.

@@ -16,6 +16,7 @@ import torch
 from shardmap import errors
 from shardmap._torch import generator_id, without_dispatch, without_functions
 from shardmap.program.ir import GivenGenerator
+from shardmap.trace.generator import bytes_of
 from shardmap.trace.recording import user_line
 
 _ENGINE = 625
@@ -41,6 +42,8 @@ class GivenGenerators:
         """The original state of each generator, by index in `_all`."""
         self._left: dict[int, torch.Tensor] = {}
         """The state of each after its last recorded draw, by index in `_all`."""
+        self._states: set[tuple[int, int]] = set()
+        """Size and hash of each state that they were given here, which nobody outside has read."""
         self._objects: dict[int, weakref.ref[torch.Generator] | torch.Generator] = {}
         self._known = tuple(known)
 
@@ -113,6 +116,13 @@ class GivenGenerators:
         with without_dispatch(), without_functions():
             torch.rand(numbers, generator=generator, device=generator.device)
             self._left[place] = generator.get_state()
+            self._states.add((self._left[place].numel(), hash(bytes_of(self._left[place]))))
+
+    def gave(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor of bytes holds a state that was read while the function is recorded."""
+        if all(size != tensor.numel() for size, _ in self._states) or tensor.device.type != "cpu":
+            return False
+        return (tensor.numel(), hash(bytes_of(tensor))) in self._states
 
     def _check(self, place: int) -> None:
         left = self._left.get(place)

@@ -401,6 +401,7 @@ class _Recorded:
         literals = {var.index for var, _ in recorder.literals}
         program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
         self._refuse(program, held, {v.group for v in found.cotangents})
+        recorder.asks_later |= any(eq.answer is not None for eq in program.equations)
         name = self.watched.keep()
         backward = Backward(
             program, len(found.cotangents), saved, once, hook, ran.materialised, name, "", only

@@ -38,7 +38,7 @@ from shardmap.trace.outside_graphs import histories_of, refuse_deep
 from shardmap.trace.own_backwards import record_backwards
 from shardmap.trace.recorder import Recorder
 from shardmap.trace.recording import Recording, element
-from shardmap.trace.refusals import WrittenCopyError, refuse_swaps
+from shardmap.trace.refusals import QuestionsOfNone, WrittenCopyError, refuse_swaps
 from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.surroundings import (
@@ -260,6 +260,8 @@ def _recorded(
                 recorder.depth, recorder.watch = depth, watch
                 recorder.given = GivenGenerators(call, (*generators, *batch.generators()))
                 recorder.separate_views, recorder.places_asked = separate_views, places_asked
+                if batch.size == 0:
+                    recorder.asked = QuestionsOfNone(call)
                 recorder.lazily = _lazily([element(batch.leaves[i]) for i, _ in batch.mapped])
                 samples = [sample_of(row.detach(), grad) for row, grad in rows]
                 if lifted:
@@ -389,6 +391,7 @@ def _record(
             sources=follow.remember(func, recording.program, recording.sources),
             kept=None if known else kept_tensors(recorder, before),
             outside=computed_outside(sources, recording.captured),
+            asks_later=recorder.asks_later,
         )
         refuse_shared_writes(recording, batch, call)
         return recording, structure

@@ -60,6 +60,8 @@ class Recording:
     function: str = ""
     """Digest of the function by which a store knows it, where samples take several paths: which of
     them have been recorded differs from call to call; empty where the program says all."""
+    asks_later: bool = False
+    """True if a backward that gradients from outside reach asks for values."""
 
 
 _names: dict[torch.device, str] = {}
@@ -169,6 +171,10 @@ def is_own_leaf(leaf: torch.Tensor) -> bool:
 _OWN_CODE = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 
+UNKNOWN = "an unknown line"
+"""Text for a line of code that is in no file."""
+
+
 def user_line() -> str:
     """The innermost line of the stack that is neither torch's nor ours."""
     frame = sys._getframe(1)
@@ -177,7 +183,7 @@ def user_line() -> str:
         if not name.startswith(_OWN_CODE) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
-    return "an unknown line"
+    return UNKNOWN
 
 
 def looks_for_anomalies() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardmap import errors
-from shardmap._torch import NormBase, OpOverload, aten, schema_of
+from shardmap._torch import NormBase, OpOverload, aten, functorch, schema_of
 from shardmap.program.ir import NO_GRAD, Equation, Var
 from shardmap.program.operators import OpInfo
 from shardmap.program.schema import base_name
@@ -120,6 +120,8 @@ class Refusals(Histories):
         it records."""
         self.generator: Generator | None = None
         """Torch's generator, while the function runs."""
+        self.asks_later = False
+        """True if a backward that gradients from outside reach asks for values."""
         self.unwritten = Unwritten()
         self.serial = 0
         """Number of calls of torch's python interface so far."""
@@ -348,6 +350,22 @@ class Refusals(Histories):
         if generator is not None and generator.drawn and not generator.is_as_left():
             raise errors.RandomnessError(self._seeded())
 
+    def refuse_state(self, tensor: torch.Tensor) -> None:
+        """Refuse what the state of torch's generator, or of a given one, tells the function.
+
+        A checkpoint and `fork_rng` only give it back.
+        """
+        if type(tensor) is not torch.Tensor or functorch.is_functorch_wrapped_tensor(tensor):
+            return
+        own = self.generator is not None and self.generator.gave(tensor)
+        if own or self.given.gave(tensor):
+            what = "torch's generator (torch.get_rng_state)" if own else "a torch.Generator"
+            raise errors.EscapeError(
+                f"{self.call}: the function reads the state of {what}, which in the loop each "
+                "sample finds as the one before has left it; read it outside of the function and "
+                "pass it in as an argument"
+            )
+
     def _seeded(self) -> str:
         return (
             f"{self.call}: the function sets the state of torch's generator (torch.manual_seed, "
@@ -366,6 +384,40 @@ class Refusals(Histories):
                 f"(make_fx, torch.export), at {user_line()}; use torch.where, masks or comparisons "
                 "that return tensors, or call the map outside of what is traced"
             )
+
+
+MOST_QUESTIONS_OF_NONE = 1000
+"""Most questions about a sample of zeros, which stands for an empty batch. On zeros a loop that
+ends for every sample may never end (`while a != 1: a = step(a)`); one that goes on for longer than
+the adaptive solvers and decoders that are mapped (some hundreds) is held to be such a loop."""
+
+
+class QuestionsOfNone(list[int]):
+    """The numbers of the equations that ask about a sample of zeros: a bounded number.
+
+    Args:
+        call: The user's call, for errors.
+    """
+
+    def __init__(self, call: str):
+        super().__init__()
+        self._call = call
+        self._count = 0
+
+    def append(self, number: int) -> None:
+        """Add one.
+
+        Raises:
+            EmptyBatchError: There are too many.
+        """
+        self._count += 1
+        if self._count > MOST_QUESTIONS_OF_NONE:
+            raise errors.EmptyBatchError(
+                f"{self._call}: the batch is empty, and on a sample of zeros python asked for more "
+                f"than {MOST_QUESTIONS_OF_NONE:,} values (the last at {user_line()}), so the shape "
+                "of the result cannot be inferred; skip the call when there are no samples"
+            )
+        super().append(number)
 
 
 OF_KEYS = {

@@ -256,6 +256,8 @@ class Variables:
                 "sample would give its shape and values for all samples; call the module once, on "
                 "one sample, before it is mapped"
             )
+        if tensor.dtype is torch.uint8:
+            self.refuse_state(tensor)
         var = self._define(tensor)
         self.captured_groups.add(var.group)
         self.captured[var.index] = (var, tensor)
@@ -352,6 +354,9 @@ class Variables:
         if isinstance(out, tuple | list):
             return tuple([self._outputs(o) for o in out])
         return None
+
+    def refuse_state(self, tensor: torch.Tensor) -> None:
+        """Refuse a tensor of bytes that holds the state of a generator; `Refusals` knows those."""
 
     def made_again(self, tensor: torch.Tensor, group: int) -> Var | None:
         """The variable of another object with a recorded tensor's memory."""

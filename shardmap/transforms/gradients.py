@@ -240,7 +240,7 @@ def _module_gradient(
         with torch.enable_grad():
             output = _applied(model, x, batch_of_one)
             value, aux = _value(output if loss is None else loss(output, *rest), has_aux, call)
-            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+            found = _gradients(value, tensors)
         gradients = _row(found) if flat else dict(zip(names, found, strict=True))
         return (gradients, aux) if has_aux else gradients
 
@@ -281,7 +281,7 @@ def _function_gradient(
                 output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
                 output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
             value, aux = _value(output, has_aux, call)
-            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+            found = _gradients(value, tensors)
         gradients = _row(found) if flat else pytree.tree_unflatten(list(found), structure)
         return (gradients, aux) if has_aux else gradients
 
@@ -332,6 +332,13 @@ def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
             "the sum or mean of it"
         )
     return returned.reshape(()), aux
+
+
+def _gradients(value: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a loss; a loss that is a constant has zeros, as under `torch.func.grad`."""
+    if not value.requires_grad:
+        return tuple([torch.zeros_like(t) for t in tensors])
+    return torch.autograd.grad(value, tuple(tensors), allow_unused=True, materialize_grads=True)
 
 
 def _row(gradients: Sequence[Tensor]) -> Tensor:

@@ -77,7 +77,8 @@ class SecondOrder(OneSample):
         for j, leaf in enumerate(self.by.leaves):
             if not y.numel() or not leaf.numel() or not y.requires_grad:
                 for i, other in enumerate(self.by.leaves):
-                    found[i][j] = y.new_zeros((*y.shape, *other.shape, *leaf.shape))
+                    # Of the dtype of the gradient by the first of the two inputs.
+                    found[i][j] = other.new_zeros((*y.shape, *other.shape, *leaf.shape))
                 continue
             vectors = UnitVectors(
                 lambda seed, j=j, leaf=leaf: self._all_rows(y, k, second, j, seed), leaf, self.call

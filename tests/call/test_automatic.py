@@ -529,5 +529,5 @@ def test_reading_the_state_beside_a_checkpoint_is_seen() -> None:
         assert isinstance(h, Tensor)
         return h * torch.get_rng_state().sum()
 
-    with pytest.raises(errors.EscapeError, match="each time that it is called"):
+    with pytest.raises(errors.EscapeError, match="read it outside of the function"):
         shardmap.vmap(function)(torch.rand(3, 2))

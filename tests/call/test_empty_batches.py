@@ -257,3 +257,53 @@ def test_stores_and_plans(tmp_path: Path) -> None:
             found = shardmap.plan(function)(x).run()
         assert store.read(0, 0, 0).shape == found.shape == (0, *want.shape)
         assert found.dtype == want.dtype
+
+
+def collatz(a: torch.Tensor) -> torch.Tensor:
+    """The number of steps to one: never from zero."""
+    steps = torch.zeros((), dtype=torch.long)
+    while a != 1:
+        a = a // 2 if a % 2 == 0 else 3 * a + 1
+        steps = steps + 1
+    return steps
+
+
+def halves(a: torch.Tensor) -> torch.Tensor:
+    """Doubling until 100: never from zero, whatever exceptions the function stops."""
+    while True:
+        try:
+            if a.float().sum().item() > 100:
+                return a
+            a = a * 2
+        except ValueError as error:
+            raise RuntimeError("stopped") from error
+
+
+@pytest.mark.parametrize("func", [collatz, halves])
+@pytest.mark.parametrize("options", [{}, {"trace": "each"}, {"trace": "once"}], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_loop_that_never_ends_on_zeros(
+    func: Callable[[torch.Tensor], torch.Tensor], options: dict[str, Any], before: bool
+) -> None:
+    """It is stopped, also where samples were recorded before; samples are served afterwards."""
+    mapped, x = shardmap.vmap(func, **options), torch.tensor([1, 2, 3, 6, 7])
+    expected = torch.stack([func(row) for row in x])
+    if before:
+        assert torch.equal(mapped(x), expected)
+    with pytest.raises(shardmap.errors.EmptyBatchError, match="skip the call when there are no"):
+        mapped(x[:0])
+    with pytest.raises(shardmap.errors.EmptyBatchError):
+        shardmap.vmap(shardmap.vmap(func))(x[None][:, :0])
+    results = [mapped(part) for part in x.split([2, 3]) if len(part)]  # the remedy
+    assert torch.equal(torch.cat(results), expected)
+
+
+def test_a_long_loop_on_zeros_ends() -> None:
+    """Some hundreds of questions are asked, as a solver asks them."""
+
+    def func(a: torch.Tensor) -> torch.Tensor:
+        while a.sum() < 400:
+            a = a + 1
+        return a
+
+    assert shardmap.vmap(func)(torch.zeros(0, 1)).shape == (0, 1)

@@ -120,3 +120,34 @@ def test_in_place_calls_and_views_are_compared_too() -> None:
     with pytest.warns(shardmap.SlowLoopWarning, match="shardmap_apart_test::twice"):
         got = shardmap.vmap(function)(x)
     oracle.assert_same(got, torch.stack([function(r) for r in x]), "output")
+
+
+class Mixed(torch.nn.Module):
+    """A layer of float32 whose results are scaled in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.scale = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        return (self.layer(row).double() * self.scale).float()[..., :2]
+
+
+def test_rounding_before_a_wider_dtype_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """A batched product rounds as float32 does, which shows where it is cast to float64."""
+    loss = torch.nn.functional.mse_loss
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "shardmap"):
+        warnings.simplefilter("error", shardmap.SlowLoopWarning)
+        for seed in range(25):
+            shardmap.clear_caches()
+            torch.manual_seed(seed)
+            model, rows, targets = Mixed(), torch.randn(3, 4), torch.randn(3, 2)
+            got = shardmap.per_sample_grad(model, loss)(rows, targets)
+            for i in range(3):
+                wanted = torch.autograd.grad(
+                    loss(model(rows[i]), targets[i]), list(model.parameters())
+                )
+                for g, w in zip(got.values(), wanted, strict=True):
+                    torch.testing.assert_close(g[i], w, rtol=1e-4, atol=1e-5)
+    assert not caplog.records

@@ -153,16 +153,91 @@ def test_the_seed_as_a_number(randomness: Any) -> None:
     assert torch.initial_seed() == 12
 
 
+def state_by_numpy(r: torch.Tensor) -> torch.Tensor:
+    return r * float(torch.get_rng_state().numpy().astype("float64").sum())
+
+
+def state_before_a_draw(r: torch.Tensor) -> torch.Tensor:
+    state = torch.get_rng_state()
+    return r * state.double().mean() + torch.rand(3) * 0
+
+
+def state_after_a_draw(r: torch.Tensor) -> torch.Tensor:
+    return r + torch.rand(3) * 0 + torch.get_rng_state().double().mean()
+
+
+READS_OF_STATES = {
+    "a part": lambda r: r * float(torch.get_rng_state()[:64].sum()),
+    "a tensor": lambda r: r * torch.get_rng_state().double().mean(),
+    "an element": lambda r: r * int(torch.get_rng_state()[100]),
+    "a list": lambda r: r * sum(torch.get_rng_state().tolist()),
+    "bytes": lambda r: r * sum(bytes(torch.default_generator.get_state())),
+    "a comparison": lambda r: r * torch.equal(torch.get_rng_state(), torch.zeros(5056).byte()),
+    "numpy": state_by_numpy,
+    "before a draw": state_before_a_draw,
+    "after a draw": state_after_a_draw,
+}
+
+
 @pytest.mark.usefixtures("_alone")
-def test_the_state_as_a_number_is_refused() -> None:
-    """While a function is recorded it is not the user's."""
-    for read in (
-        lambda r: r * float(torch.get_rng_state()[:64].sum()),
-        lambda r: r * torch.get_rng_state().double().mean(),
-    ):
-        torch.manual_seed(12)  # as fresh as the loop's own seed would leave it
-        with pytest.raises(errors.EscapeError, match="something else each time"):
-            shardmap.vmap(read)(x)
+@pytest.mark.parametrize("name", READS_OF_STATES)
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("trace", ["auto", "each", "once"])
+def test_the_state_as_a_number_is_refused(name: str, size: int, trace: Any) -> None:
+    """While a function is recorded it is not the user's, and one sample shows nothing."""
+    torch.manual_seed(12)  # as fresh as the loop's own seed would leave it
+    before = torch.get_rng_state()
+    mapped = shardmap.vmap(READS_OF_STATES[name], randomness="different", trace=trace)
+    with pytest.raises(errors.EscapeError, match="read it outside of the function and pass it"):
+        mapped(x[:size])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_the_remedy_for_reads_of_states() -> None:
+    """The state of before the call is the same for all samples."""
+    state = torch.get_rng_state()
+    found = shardmap.vmap(lambda r, s: r * s.double().mean(), (0, None))(x, state)
+    oracle.assert_same(found, x * state.double().mean(), "passed in")
+    found = shardmap.vmap(lambda r: r * state.double().mean())(x)
+    oracle.assert_same(found, x * state.double().mean(), "captured")
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_the_seed_after_a_draw(randomness: Any) -> None:
+    """It is the user's still, though draws leave their mark."""
+    torch.manual_seed(12)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return (r + torch.rand(3) * 0) * float(torch.initial_seed() % 7) + torch.rand(3) * 0
+
+    oracle.assert_same(shardmap.vmap(function, randomness=randomness)(x), x * 5, "times the seed")
+    assert torch.initial_seed() == 12
+
+    def seeded(r: torch.Tensor) -> torch.Tensor:
+        first = torch.rand(3)
+        torch.manual_seed(torch.initial_seed())
+        return r + first + torch.rand(3)
+
+    with pytest.raises(errors.RandomnessError, match="set the seed before the call"):
+        shardmap.vmap(seeded, randomness=randomness)(x)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_the_state_of_a_given_generator(randomness: Any) -> None:
+    """It is the user's as long as nothing is drawn from it; then it is refused."""
+    g = torch.Generator().manual_seed(3)
+    want = x * g.get_state().double().mean()
+    found = shardmap.vmap(lambda r: r * g.get_state().double().mean(), randomness=randomness)(x)
+    oracle.assert_same(found, want, "nothing drawn")
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        return r + torch.rand(3, generator=g) * 0 + g.get_state().double().mean()
+
+    for size in (1, 4):
+        with pytest.raises(errors.EscapeError, match="the state of a torch.Generator"):
+            shardmap.vmap(function, randomness=randomness)(x[:size])
 
 
 def test_the_remedy_for_seeds() -> None:
