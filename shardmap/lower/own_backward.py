@@ -12,7 +12,12 @@ from shardmap import errors
 from shardmap._torch import functorch
 from shardmap.lower.apart import by_recorded_calls
 from shardmap.lower.batched import LoweringOptions
-from shardmap.lower.own_refusals import refuse_a_second, refuse_changes, refuse_modes
+from shardmap.lower.own_refusals import (
+    refuse_a_second,
+    refuse_changes,
+    refuse_modes,
+    refuse_recomputation,
+)
 from shardmap.lower.replayed import restride
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import written
@@ -97,11 +102,16 @@ class OwnBackward:
             outputs: The outputs of its forward.
             kept: The tensors that the backward keeps beside its outputs.
         """
-        if self.text != TOO_DEEP and backward_of(self.text).hook:
+        if self.text != TOO_DEEP and backward_of(self.text).hook and not self.guards:
             self._refuse_hooks_of_several(inputs)
         outputs = [t.detach() for t in outputs]
         kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
         return _Given.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
+
+    @property
+    def guards(self) -> bool:
+        """True if it leaves the gradient as it is, and only compares a state."""
+        return self.text != TOO_DEEP and bool(backward_of(self.text).guard)
 
     def _refuse_hooks_of_several(self, inputs: Sequence[torch.Tensor]) -> None:
         """Refuse a hook on a tensor that several derivatives around the call differentiate.
@@ -143,6 +153,8 @@ class OwnBackward:
                 "backward of a custom autograd.Function that its own backward applies; write it "
                 "with torch operators"
             )
+        if self.guards:
+            return list(cotangents)
         backward = backward_of(self.text)
         given = [t for t in cotangents if t is not None]
         if len(given) < len(cotangents):
@@ -354,6 +366,9 @@ def _saved(ctx: _Context) -> tuple[torch.Tensor, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         what = str(error).partition("inplace operation: ")[2].partition(" is at version")[0]
+        if ctx.own.guards:
+            backward = backward_of(ctx.own.text)
+            refuse_recomputation(ctx.own.options.call, backward, f"a tensor {what}")
         raise errors.AutogradFunctionError(
             f"{ctx.own.options.call}: a hook or the backward of a custom autograd.Function reads a "
             f"tensor ({what}) that was written in place between the map and its gradient; take the "

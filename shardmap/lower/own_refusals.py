@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from shardmap import errors
@@ -20,6 +22,8 @@ def refuse_changes(call: str, backward: Backward, state: State | None) -> None:
     if not other:
         return
     hook = backward.hook
+    if backward.guard:
+        refuse_recomputation(call, backward, other)
     if other is REMOVED:
         raise errors.AutogradFunctionError(
             f"{call}: a hook (register_hook) was removed between the map and its "
@@ -35,6 +39,29 @@ def refuse_changes(call: str, backward: Backward, state: State | None) -> None:
     raise errors.AutogradFunctionError(
         f"{call}: {who} reads {other}, which has changed between the map and its "
         f"gradient, and the map has read it when it ran; {remedy}, or take the gradient before"
+    )
+
+
+def refuse_recomputation(call: str, backward: Backward, what: str) -> NoReturn:
+    """Refuse a gradient that would compute a part of the function again, from another state.
+
+    Args:
+        call: The user's call.
+        backward: The backward, which guards such a part.
+        what: What has changed.
+
+    Raises:
+        AutogradFunctionError: Always.
+    """
+    again, remedy = (
+        ("unpack what was saved", "put them around the call of the map")
+        if backward.guard.startswith("saved")
+        else ("computes again", "call the function without a checkpoint")
+    )
+    raise errors.AutogradFunctionError(
+        f"{call}: {backward.guard} inside the function {again} when the gradient is taken, and "
+        f"what is read there has changed since the map ran ({what}); take the gradient before the "
+        f"change, or {remedy}"
     )
 
 

@@ -80,6 +80,9 @@ class Backward(NamedTuple):
     """The only `autocast_state` in which it computes this; None if it does in any."""
     plain: bool = False
     """True if it computes something else where its gradient is differentiated again."""
+    guard: str = ""
+    """What in the function is computed again when a gradient is taken, if it leaves the gradient as
+    it is and the state that is read there is compared; empty if it is a backward."""
 
     def dumps(self) -> str:
         """The text form that an equation carries."""

@@ -25,6 +25,9 @@ from shardmap.program.state_facts import VALUES, Walk, is_library
 CONTEXT = "ctx."
 """Begin of the names of objects that a Function's forward has put on its `ctx`."""
 
+NAMES = "\n"
+"""Separates the names of readers where there are several."""
+
 REMOVED = "the hook's handle"
 """What has changed if a hook was removed."""
 
@@ -68,6 +71,10 @@ class Reader:
         """Methods that have run though no name leads to them; None for all that there are."""
         self.unnamed: set[types.CodeType] = set()
         """Methods that python may call, though no name leads to them."""
+        self.kept_as = ""
+        """The name by which it is kept, if it is one of several that a hook has."""
+        self.by_value = False
+        """True if no operator shows which tensors it reads: writes to any of them count."""
         self.names = self.first = self._names()
         self.first_unnamed = self.unnamed
 
@@ -98,13 +105,14 @@ class Reader:
         if function is not None:  # it may have been given other ones
             now = defaults_of(function) | cells_of(function)
             found |= {name: value for name, value in now.items() if name not in self.fixed}
-        walk = Walk(names, ran)
+        walk = Walk(names, ran, self.by_value)
         for name, value in found.items():
             own = name.removeprefix(CONTEXT)
             if value is not None and (own == name or names.dynamic or own in names.attributes):
                 walk.walk(name, value, own)
         if not is_library(self.scope.get("__name__")):
             walk.scope("", self.code, self.scope)
+        if walk.codes or not is_library(self.scope.get("__name__")):
             walk.settings()
         held += [function, *found.values(), *walk.tensors]
         return walk
@@ -333,7 +341,7 @@ class State:
 
     def __init__(self, name: str):
         self.name = name
-        self.readers = readers_named(name)
+        self.readers = [r for each in name.split(NAMES) for r in readers_named(each)]
         self.removed = _removals[name]
         self._held: list[object] = []
         self.facts = [reader.facts(self._held) for reader in self.readers]

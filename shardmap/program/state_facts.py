@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from shardmap._torch import version_of
 from shardmap.program.backend_flags import Flag, backend_flags
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
@@ -98,11 +99,15 @@ class Walk:
     Args:
         names: The names that the code spells out, with those of functions that it calls.
         ran: Methods that have run though no name leads to them; None for all that there are.
+        by_value: True if a write to a tensor is a change.
     """
 
-    def __init__(self, names: Names, ran: Set[types.CodeType] | None = frozenset()):
+    def __init__(
+        self, names: Names, ran: Set[types.CodeType] | None = frozenset(), by_value: bool = False
+    ):
         self.names = names
         self.ran = ran
+        self.by_value = by_value
         self.unnamed: set[types.CodeType] = set()
         """Methods of the objects' classes that python may call and that have not run."""
         self.facts: dict[str, object] = {}
@@ -211,6 +216,8 @@ class Walk:
         self.facts[path] = OfTensor(tensor)
         self.tensors.append(tensor)
         named = self.names.attributes
+        if (self.by_value or named & _READ_BY) and not tensor.is_inference():
+            self.facts[f"values of {path}"] = ("values", f"version {version_of(tensor)}")
         for name in sorted(_OF_TENSORS & named):
             self.facts[f"{path}.{name}"] = (name, str(getattr(tensor, name)))
         if "grad" in named and tensor.is_leaf:
@@ -410,6 +417,10 @@ _BY_NAME = types.SimpleNamespace, argparse.Namespace, threading.local, object
 _SIMPLE: Set[type] = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _OF_TENSORS = frozenset("requires_grad is_leaf shape dtype device".split())
 """What code may ask a tensor that it captures, beside its values."""
+_READ_BY = frozenset(
+    "_version numpy __array__ tolist item data_ptr storage untyped_storage asarray array".split()
+)
+"""Names by which code reads a tensor so that no operator shows it."""
 _WRAPPERS = (
     types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
     functools.cached_property, functools.singledispatchmethod,

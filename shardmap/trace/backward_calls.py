@@ -22,14 +22,14 @@ class Calls:
     """For each gradient: `NO_GRAD`, `GRAD` or `FRESH_LEAF`, as in `Equation.flags`."""
 
     def program(
-        self, results: Sequence[Var], literals: set[int], anchor: Var | None
+        self, results: Sequence[Var], literals: set[int], anchors: Sequence[tuple[Var, int]]
     ) -> tuple[Program, tuple[int, ...], list[tuple[Var, int]], list[int]]:
         """Make the program, and list its uses of the recording that it was a part of.
 
         Args:
             results: The Function's results, to which the cotangents belong.
             literals: Indices of the recording's literals.
-            anchor: A tensor that is kept whether it is used or not.
+            anchors: Tensors that are kept whether they are used or not, each with its flag.
 
         Returns:
             The program; positions of the results that it reads; the other tensors that it
@@ -38,8 +38,8 @@ class Calls:
         """
         equations = self.leading()
         kept = self._read_from_outside(equations)
-        if anchor is not None:
-            kept[anchor.index] = anchor, GRAD
+        for var, flag in anchors:
+            kept[var.index] = var, flag
         saved = tuple([k for k, v in enumerate(results) if v.index in kept])
         for k in saved:
             del kept[results[k].index]

@@ -36,6 +36,8 @@ def readers_of(recorder: Recorder, node: object) -> tuple[str, list[Reader]]:
 
     given: dict[str, object] = {}
     if isinstance(node, HookNode):
+        if node.guard is not None:
+            return node.name, node.guard.readers(is_sample)
         owner, functions, name = None, [hook.function for hook in node.hooks], node.name
     else:
         owner = getattr(type(node), "_forward_cls", None)
@@ -103,9 +105,9 @@ class Watched:
             if self.ran is not None:
                 with without_functions():  # our look at tensors that objects hold is no door
                     reader.follow(self.ran.codes)
-            keep(self.name, reader)
+            keep(reader.kept_as or self.name, reader)
             named = reader.names.attributes | reader.names.globals
-            self.asks_for_mode |= "is_grad_enabled" in named
+            self.asks_for_mode |= not reader.kept_as and "is_grad_enabled" in named
         return self.name
 
     def running(self) -> contextlib.AbstractContextManager[None]:

@@ -10,13 +10,22 @@ import torch
 from torch.autograd import graph
 from torch.utils import checkpoint
 
+from shardmap._torch import pop_saved_hooks, push_saved_hooks
 from shardmap.trace.compare import same_values
+from shardmap.trace.equations import Equations
+from shardmap.trace.recomputed import Region
 
 
 class Doors(Protocol):
     """Protocol of what watches a function (`escapes.Doors`)."""
 
     saved_changed: bool
+    regions: dict[int, Region]
+
+    @property
+    def recorder(self) -> Equations:
+        """The recorder."""
+        ...
 
     def __enter__(self) -> object: ...
 
@@ -74,3 +83,21 @@ class Saving(Watched):
 
     def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:
         return same_values(self.unpack(packed), tensor)
+
+
+def call_saving(
+    doors: Doors,
+    hooks: tuple[Callable[[torch.Tensor], object], Callable[[object], torch.Tensor]],
+    call: Callable[[], object],
+) -> object:
+    """Run a call under the user's hooks on what autograd saves, and note what it records."""
+    pack, unpack = hooks
+    region = doors.regions.setdefault(id(unpack), Region(unpack))
+    equations = doors.recorder.equations
+    start = len(equations)
+    push_saved_hooks(Saving(doors, pack, unpack), unpack)
+    try:
+        return call()
+    finally:
+        pop_saved_hooks()
+        region.calls.append(range(start, len(equations)))

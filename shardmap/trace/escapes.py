@@ -28,9 +28,7 @@ from shardmap._torch import (
     functorch,
     left_aligned,
     pop_function_mode,
-    pop_saved_hooks,
     push_function_mode,
-    push_saved_hooks,
     saved_hooks,
     set_grad,
     set_requires_grad,
@@ -40,7 +38,7 @@ from shardmap._torch import (
 from shardmap.program.own_backward import DATA
 from shardmap.trace import control_flow, lifted, packed, recurrent, shallow_copies
 from shardmap.trace import scalar_index as positions
-from shardmap.trace.called_back import Saving, Watched
+from shardmap.trace.called_back import Watched, call_saving
 from shardmap.trace.door_names import (
     CHANGES_GRAD,
     FROM_DATA,
@@ -53,6 +51,7 @@ from shardmap.trace.door_names import (
 from shardmap.trace.modes_inside import Above
 from shardmap.trace.outside_graphs import differentiate, refuse_tangent
 from shardmap.trace.padded_encoder import PaddedEncoder, padded_encoder
+from shardmap.trace.recomputed import Region
 from shardmap.trace.recording import element
 from shardmap.trace.refusals import OF_KEYS, another_of_rows
 from shardmap.trace.separate_views import returns_several_views, separated
@@ -150,6 +149,8 @@ class Doors(TorchFunctionMode):
         self.recorder = recorder
         self.saved_changed = False
         """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed."""
+        self.regions: dict[int, Region] = {}
+        """What was recorded under such hooks, by the address of the one that unpacks."""
         self.depth = 0
         """Number of dispatch modes that are on without those that the function enters."""
         self.encoder: PaddedEncoder | None = None
@@ -316,11 +317,7 @@ class Doors(TorchFunctionMode):
         hooks = _saved_tensors_hooks()
         if hooks is None or isinstance(hooks[0], Watched):
             return func(*args, **kwargs)
-        push_saved_hooks(Saving(self, *hooks), hooks[1])
-        try:
-            return func(*args, **kwargs)
-        finally:
-            pop_saved_hooks()
+        return call_saving(self, hooks, lambda: func(*args, **kwargs))
 
     def _register_hook(self, args: tuple, kwargs: dict[str, Any]) -> RemovableHandle:
         """Run `tensor.register_hook(hook)`: outer gradients must pass through it too."""

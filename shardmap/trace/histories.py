@@ -23,9 +23,10 @@ from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
 from shardmap.program.analysis import written
 from shardmap.program.ir import GRAD, Equation, Program, Var
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
-from shardmap.program.python_state import name_of, note_removal
+from shardmap.program.python_state import NAMES, name_of, note_removal
 from shardmap.trace.equations import Equations
 from shardmap.trace.modes_inside import Passed
+from shardmap.trace.recomputed import Recomputed
 from shardmap.trace.tensor_table import Variables
 
 
@@ -125,8 +126,11 @@ class HookNode:
 
     def __init__(self, hooks: list[Hook]):
         self.hooks = hooks
-        self.name = name_of(hooks[0].function)
-        """The name by which what the hooks read is kept."""
+        found = [h.function for h in hooks if isinstance(h.function, Recomputed)]
+        self.guard = found[0] if len(found) == len(hooks) == 1 else None
+        """The only hook, if it changes no gradient and guards what is computed again."""
+        self.name = NAMES.join(self.guard.names) if self.guard else name_of(hooks[0].function)
+        """The names by which what the hooks read is kept."""
         self.beside: set[int] = set()
         """Memory that is computed by uses before, which lead to no output: its history does not
         pass through the hooks."""
@@ -150,6 +154,11 @@ class HookNode:
                 changed = hook.function(grad)
                 grad = grad if changed is None else changed
         return grad
+
+
+def guard_of(node: object) -> Recomputed | None:
+    """The guard of what is computed again, if a node stands for one."""
+    return node.guard if isinstance(node, HookNode) else None
 
 
 def is_function(node: object) -> bool:

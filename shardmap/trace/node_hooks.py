@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from shardmap import errors
 from shardmap.trace.graphs import edge_of, edges_behind
 from shardmap.trace.histories import Histories, Hook
+from shardmap.trace.recomputed import Recomputed
 
 _HIDDEN = {"DifferentiableGraphBackward": "torch.jit.script", "CppNode": "C++"}
 """Parts of the names of nodes whose backward recorded operators do not show, and their makers."""
@@ -132,7 +133,7 @@ def _nothing(*_: tuple[torch.Tensor, ...]) -> None:
 
 def hooks_before(recorder: Histories, reached: set[int]) -> list[list[Hook]]:
     """The hooks that outer gradients must call, grouped by tensor."""
-    found: dict[tuple[int, int], list[Hook]] = {}
+    found: dict[tuple[int, int, int], list[Hook]] = {}
     for hook in recorder.hooks:
         if not hook.is_active:
             continue
@@ -150,5 +151,6 @@ def hooks_before(recorder: Histories, reached: set[int]) -> list[list[Hook]]:
                     "the mapped function (torch.autograd.grad) and hand them on, or change each "
                     "one with Tensor.register_hook"
                 )
-            found.setdefault((id(hook.node), hook.number), []).append(hook)
+            guard = id(hook.function) if isinstance(hook.function, Recomputed) else 0
+            found.setdefault((id(hook.node), hook.number, guard), []).append(hook)
     return list(found.values())

@@ -26,7 +26,8 @@ from shardmap.trace.backward_calls import Calls
 from shardmap.trace.backward_states import Watched, same_calls
 from shardmap.trace.cotangents import REMEDY, cotangents, missing
 from shardmap.trace.escapes import Doors
-from shardmap.trace.histories import Applied, HookNode, described, is_function, is_torchs
+from shardmap.trace.guarded_outputs import guard_outputs
+from shardmap.trace.histories import Applied, HookNode, described, guard_of, is_function, is_torchs
 from shardmap.trace.node_hooks import (
     hooks_before,
     nodes_before,
@@ -64,6 +65,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     found = nodes_before(inside, recorder)
     refuse_node_hooks(recorder, found)
     refuse_hidden_backwards(recorder, found)
+    guard_outputs(recorder, doors.regions.values(), inside)
     functions = list(filter(is_function, found))
     if not (functions or recorder.applied or recorder.hooks or recorder.changed):
         return True
@@ -305,7 +307,7 @@ class _Recorded:
                     returned = (cast(Callable, node) if is_torchs(node) else node.apply)(*given)
                 wanted = self._wanted(returned, inputs)
                 flags: list[int] = []
-                once = self._once([g for _, g in wanted])
+                once = "" if guard_of(node) else self._once([g for _, g in wanted])
                 outs = tuple([recorder.encode(g, flags, False) for _, g in wanted])
             further = nodes_before([g for _, g in wanted], recorder)
             _fill(recorder, further, self.start, self.depth + 1, {})
@@ -395,17 +397,19 @@ class _Recorded:
             only: The autocast state in which the backward computes this; None for any.
         """
         recorder, found, once = self.recorder, ran.calls, ran.once
-        pairs = [pair for _, pair in sorted(self.applied.pairs.items())]
+        pairs, guard = [pair for _, pair in sorted(self.applied.pairs.items())], guard_of(self.node)
         hook = isinstance(self.node, HookNode)
-        anchor = pairs[0][0] if once and hook else None
+        anchors = [(pairs[0][0], GRAD)] if once and hook else []
+        anchors += [] if guard is None else [(var, NO_GRAD) for var in guard.tensors]
         literals = {var.index for var, _ in recorder.literals}
-        program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchor)
+        program, saved, held, numbers = found.program([v for _, v in pairs], literals, anchors)
         self._refuse(program, held, {v.group for v in found.cotangents})
         recorder.asks_later |= any(eq.answer is not None for eq in program.equations)
         name = self.watched.keep()
         backward = Backward(
-            program, len(found.cotangents), saved, once, hook, ran.materialised, name, "", only
-        )
+            program, len(found.cotangents), saved, once, hook, ran.materialised, name, "", only,
+            guard="" if guard is None else guard.kind,
+        )  # fmt: skip
         args = (
             tuple(ran.wanted),
             tuple([value for value, _ in pairs]),

@@ -333,6 +333,7 @@ def _record(
             if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
                 follow.forget(func)
                 return None
+            doors.regions.clear()  # their hooks hold the sample's tensors
         except Exception as error:
             refuse_swaps(call, error)
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
