@@ -53,7 +53,7 @@ def _cache_of(cached: object) -> State | None:
         return None
     if len(stores[0]) > MOST:
         return State(unknown="a large cache")
-    results = [*held, *stores[0].values()]
+    results = [*held, *stores[0], *stores[0].values()]  # the arguments, too: tensors among them
     parts = [each for each in results if each is not stores[0] and type(each) is not type]
     return State(parts=parts, entries=stores[0])
 

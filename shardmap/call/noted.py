@@ -49,6 +49,7 @@ class Notes(ABC):
         self._trusted = False
         self._names, self._of_modules = spelled_out(watch.codes, watch.asked)
         """Names of modules' attributes; those that torch and python read are found by chains."""
+        self._of_module = self._of_modules | {"__getattr__"}  # which answers for what is missing
 
     @abstractmethod
     def _walk(self, value: object) -> None:

@@ -232,10 +232,9 @@ class Walk(Notes):
         if type(module) is not types.ModuleType:
             self._walk(type(module))
         entries = self.found.entries_of(names, where)
-        read = entries.present = self._of_modules & names.keys()
-        entries.among = self._of_modules
-        if "__getattr__" in names:
-            self._hold(names, "__getattr__", where)
+        entries.among = self._of_module
+        entries.present = entries.among & names.keys()
+        read = set(entries.present)
         if self._dynamic and not is_trusted(file):
             entries.keys = tuple(names)
             read |= {name for name in names if not name.startswith("__")}

@@ -90,6 +90,19 @@ for held in (
 
 
 @way
+def what_answers_for_a_module() -> Way:
+    """A function `__getattr__` of a module, which answers for what is missing (PEP 562)."""
+    module = a_module()
+
+    def f(x: Tensor) -> Tensor:
+        return x * by_default(module)
+
+    yield f
+    module.__getattr__ = lambda name: 3.0
+    yield f
+
+
+@way
 def an_attribute_of_sys() -> Way:
     def f(x: Tensor) -> Tensor:
         return x * getattr(sys, "scale_of_absent", 2.0)

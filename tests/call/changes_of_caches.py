@@ -101,6 +101,28 @@ def a_cached_tensor_made_anew() -> Way:
     yield f
 
 
+def keyed_by_a_tensor(limit: int | None) -> Way:
+    cached = functools.lru_cache(maxsize=limit)(lambda tensor: tensor * 2)
+    held = [torch.ones(3)]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x * cached(held[0])
+
+    yield f
+    held[0] = torch.full((3,), 4.0)
+    yield f
+
+
+@way
+def a_tensor_by_which_any_is_cached() -> Way:
+    return keyed_by_a_tensor(None)
+
+
+@way
+def a_tensor_by_which_some_are_cached() -> Way:
+    return keyed_by_a_tensor(128)
+
+
 @way
 def a_cached_tensor_written_in_place() -> Way:
     cached = functools.cache(lambda: torch.tensor([2.0]))
