@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -173,10 +174,13 @@ def flatten_outputs(out: object, call: str) -> tuple[list[torch.Tensor], pytree.
         leaves, structure = pytree.tree_flatten(pytree.tree_unflatten(parts, structure))
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
+            kind = type(leaf).__name__
+            remedy = "torch.as_tensor makes a tensor of an array"
+            if dataclasses.is_dataclass(leaf):
+                remedy = f"torch.utils._pytree.register_dataclass({kind}) makes it one of these"
             raise errors.OutputError(
-                f"{call}: the function returned a {type(leaf).__name__} ({_short(leaf)}) where a "
-                "tensor is expected; return tensors and numbers (in tuples, lists or dicts): "
-                "torch.as_tensor makes a tensor of an array"
+                f"{call}: the function returned a {kind} ({_short(leaf)}) where a tensor is "
+                f"expected; return tensors and numbers (in tuples, lists or dicts): {remedy}"
             )
     return leaves, structure
 

@@ -235,9 +235,11 @@ class Refusals(Histories):
 
     def note_grad(self, tensor: torch.Tensor) -> None:
         """Keep the `.grad` of a tensor that python is about to set, if it was there before."""
-        if not self.belongs(element(tensor)) and not any(
-            known is tensor for known, _ in self.grads_before
-        ):
+        own = element(tensor)
+        var = self.known(own)
+        if self.belongs(own) or (var is not None and var.index not in self.captured):
+            return  # made inside: it must die with the recording
+        if not any(known is tensor for known, _ in self.grads_before):
             self.grads_before.append((tensor, tensor.grad))
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor, indices: tuple[Any, ...]) -> None:

@@ -313,3 +313,16 @@ def test_other_outputs_are_refused_and_the_remedy_works() -> None:
     found, number = shardmap.vmap(lambda row: (row, len("text")))(x)
     assert torch.equal(found, x)
     assert number.tolist() == [4, 4, 4]
+
+
+def test_a_dataclass_that_is_not_registered_names_the_remedy_which_works():
+    @dataclasses.dataclass
+    class Unknown:
+        value: torch.Tensor
+
+    x = torch.rand(5, 3)
+    mapped = shardmap.vmap(lambda row: Unknown(row * 2))
+    with pytest.raises(shardmap.errors.OutputError, match=r"register_dataclass\(Unknown\)"):
+        mapped(x)
+    torch.utils._pytree.register_dataclass(Unknown)
+    torch.testing.assert_close(mapped(x).value, x * 2)

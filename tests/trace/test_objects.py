@@ -40,13 +40,21 @@ def made_inside(r: torch.Tensor) -> torch.Tensor:
     return net(r)
 
 
-def optimised(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.Tensor]:
+def optimised(
+    kind: Callable[..., torch.optim.Optimizer], given: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Training of a tensor that is made inside, with gradients that are `given` to it, or not."""
+
     def function(r: torch.Tensor) -> torch.Tensor:
         w = torch.zeros(3, requires_grad=True)
         optimizer = kind([w], lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            ((w - r) ** 2).sum().backward()
+            loss = ((w - r) ** 2).sum()
+            if given:
+                (w.grad,) = torch.autograd.grad(loss, w)
+            else:
+                loss.backward()
             optimizer.step()
         return w.detach()
 
@@ -85,6 +93,8 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "modules made inside": made_inside,
     "sgd": optimised(torch.optim.SGD),
     "adam": optimised(torch.optim.Adam),
+    "sgd of given gradients": optimised(torch.optim.SGD, given=True),
+    "adam of given gradients": optimised(torch.optim.Adam, given=True),
     "a profiler range": ranged,
     "record_function as decorator": torch.profiler.record_function("all")(lambda r: r.cos()),
     "a copied module": lambda r: copy.deepcopy(model)(r[None]),
