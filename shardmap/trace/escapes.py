@@ -393,10 +393,11 @@ class Doors(TorchFunctionMode):
         value = args[2]
         if isinstance(value, Tensor):
             self.recorder.put_back(
-                element(source),
-                element(value),
+                source,
+                value,
                 indices,
-                lambda: positions.put(source, indices, at, value),
+                at,
+                lambda copy: positions.put(source, indices, at, value.clone() if copy else value),
             )
         else:
             positions.put(source, indices, at, value)

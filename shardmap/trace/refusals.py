@@ -20,7 +20,7 @@ from shardmap.trace.histories import Histories
 from shardmap.trace.lifted import Lifted
 from shardmap.trace.optimizers import Optimizers
 from shardmap.trace.recording import element, flat_tensors, user_line
-from shardmap.trace.scalar_index import Copies, is_dense
+from shardmap.trace.scalar_index import Copies, Place, is_dense, is_whole_or_apart
 from shardmap.trace.tensor_table import Variables
 from shardmap.trace.unwritten import Unwritten, python_place
 
@@ -253,17 +253,30 @@ class Refusals(Histories):
         source: torch.Tensor,
         value: torch.Tensor,
         indices: tuple[Any, ...],
-        put: Callable[[], None],
+        at: list[Place],
+        put: Callable[[bool], object],
     ) -> None:
-        """Run `put`, which performs `source[indices] = value`.
+        """Run `put`, which performs `source[indices] = value`, with a clone if given True.
 
-        `value` may be a copy that was taken there.
+        `value` may be a copy that was taken there, or a view of the memory that is written.
         """
-        of, own = self.known(source), self.known(value)
+        plain, given = element(source), element(value)
+        of, own = self.known(plain), self.known(given)
         if of is None or own is None:
-            put()
-        else:
-            self.copies.put_back(of.group, own.group, indices, put)
+            put(False)
+            return
+        shared = of.group == own.group
+        if shared:
+            paused, self.paused = self.paused, True
+            try:
+                # Those of an inner map have one dimension more, so that the indices are for others.
+                apart = plain.dim() == source.dim() and given.dim() == value.dim()
+                apart = apart and is_whole_or_apart(plain, indices, at, given)
+            finally:
+                self.paused = paused
+            if not apart:
+                raise self._written_copy()
+        self.copies.put_back(of.group, own.group, indices, lambda: put(shared))
 
     def _written_beside_copies(self, tensor: torch.Tensor, pointwise: bool) -> None:
         var = self.known(tensor)
@@ -281,12 +294,14 @@ class Refusals(Histories):
     def _check_stale(self, read: Iterable[Var]) -> None:
         for var in read:
             if self.copies.stale.get(var.group, math.inf) <= len(self.equations):
-                raise WrittenCopyError(
-                    f"{self.call}: a tensor was indexed with a tensor that differs by sample, then "
-                    "one of the two was written in place and "
-                    f"the other is used, at {user_line()}; clone what was indexed, or write with "
-                    "tensor[index] = value"
-                )
+                raise self._written_copy()
+
+    def _written_copy(self) -> WrittenCopyError:
+        return WrittenCopyError(
+            f"{self.call}: a tensor was indexed with a tensor that differs by sample, then one of "
+            f"the two was written in place and the other is used, at {user_line()}; clone what was "
+            "indexed, or write with tensor[index] = value"
+        )
 
     def _unwritten(
         self,

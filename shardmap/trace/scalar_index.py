@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardmap.program.schema import span
+from shardmap.trace.recording import element
+
 Tensor = torch.Tensor
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -122,7 +125,7 @@ class Copies:
         self.stale[group] = min(number, self.stale.get(group, number))
 
     def put_back(
-        self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], None]
+        self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], object]
     ) -> None:
         """Run `put`, which performs `source[indices] = copy`.
 
@@ -197,6 +200,54 @@ def put(source: Tensor, indices: tuple[Any, ...], at: list[Place], value: Any) -
         where.append(picked % size)
         picked = picked // size
     source.index_put_(tuple(reversed(where)), value)
+
+
+def is_whole_or_apart(
+    source: Tensor, indices: tuple[Any, ...], at: list[Place], value: Tensor
+) -> bool:
+    """True if `value`, of the memory of `source`, may be read before `source[indices]` is written.
+
+    That is so if the two share all elements or none, wherever the indices that differ by sample
+    point, as in `y[i] = y[2]`. If they share some, torch's answer depends on the order in which it
+    reads and writes, or is an error, as in `y[i] = y[:, 0]`.
+    """
+    plain = all(item is None or isinstance(item, int | slice) or item is Ellipsis
+                for k, item in enumerate(indices) if all(k != place.at for place in at))  # fmt: skip
+    if not plain or value.dtype != source.dtype or not is_dense(source.shape, source.stride()):
+        return False
+    first, start = source.storage_offset(), value.storage_offset()
+    if (
+        start >= first + span(source.shape, source.stride())
+        or start + span(value.shape, value.stride()) <= first
+    ):
+        return True
+    numbers = list(indices)
+    for place in at:
+        numbers[place.at] = int(element(place.index))
+    view = source[tuple(numbers)]
+    while value.dim() > view.dim() and value.shape[0] == 1:
+        value = value[0]
+    if value.shape != view.shape or any(
+        size > 1 and a != b
+        for size, a, b in zip(view.shape, view.stride(), value.stride(), strict=True)
+    ):
+        return False
+    here, there = (_coordinates(source, t.storage_offset()) for t in (view, value))
+    if here is None or there is None:
+        return False
+    free = {place.dim for place in at}
+    return all(a == b for k, (a, b) in enumerate(zip(here, there, strict=True)) if k not in free)
+
+
+def _coordinates(dense: Tensor, offset: int) -> list[int] | None:
+    """The indices of the element that lies at an offset; None if no element does."""
+    found, rest = [0] * dense.dim(), offset - dense.storage_offset()
+    for k in sorted(range(dense.dim()), key=dense.stride, reverse=True):
+        if dense.shape[k] > 1:
+            found[k], rest = divmod(rest, dense.stride(k))
+            if not 0 <= found[k] < dense.shape[k]:
+                return None
+    return found if rest == 0 else None
 
 
 def one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:

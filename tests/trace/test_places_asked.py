@@ -79,9 +79,38 @@ def copied_and_added(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
     return x
 
 
+def one_row_into_another(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """These are batched: what is read is all of the row that is written, or none of it."""
+    x, j = x * 1, i % 3
+    x[i] = x[2]
+    x[:, j] = x[:, 1]
+    x[i, 1:] = x[3:4, 1:]
+    x[i, j] = x[0, 1:2]
+    x.t()[j] = x.t()[2:3]
+    x[1:][i % 4] = x[0]
+    x.detach()[i] = x[1].detach()
+    return x * v
+
+
+def swapped_with_the_first(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """Python's exchange, of rows and of elements: which loses one, since both are views."""
+    x, y = x * 1, x[:, 0] * 2
+    x[i], x[0] = x[0], x[i]
+    y[i], y[0] = y[0], y[i]
+    return x * v + y.unsqueeze(1)
+
+
+def some_of_it_is_read(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """The column and the row share an element, which is written before it is read."""
+    x = x[:3] * 1
+    x[i % 3] = x[:, 0]
+    return x * v
+
+
 FUNCTIONS = [
     writes_the_view, returns_both, writes_a_part, writes_the_source, adds_at_the_largest,
     another_view, swapped_by_views, a_pivots_column, copied_and_added,
+    one_row_into_another, swapped_with_the_first, some_of_it_is_read,
 ]  # fmt: skip
 WITHOUT_GRADIENTS = [a_pivots_column, copied_and_added]
 """Autograd refuses them in the loop: what is divided by has been written since."""
@@ -141,6 +170,21 @@ def test_views_that_share_some_elements_are_refused_by_torch(way: dict[str, Any]
         batch = (x[0], i[0]) if call is function else (x, i)
         with pytest.raises(RuntimeError, match="refer to a single memory location"):
             call(*batch)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_what_is_written_are_refused_by_torch(way: dict[str, Any]) -> None:
+    def function(x: Tensor, i: Tensor) -> Tensor:
+        x = x.clone()
+        x[i, 1:] = x[2, :-1]
+        return x
+
+    x, i = torch.randn(5, 4, 4), torch.tensor([0, 3, 1, 0, 1])
+    torch.testing.assert_close(shardmap.vmap(function, **way)(x, i), rows(function, x, i)[0])
+    i[1] = 2
+    for call in (lambda: function(x[1], i[1]), lambda: shardmap.vmap(function, **way)(x, i)):
+        with pytest.raises(RuntimeError, match="refer to a single memory location"):
+            call()
 
 
 @pytest.mark.parametrize("way", WAYS)
