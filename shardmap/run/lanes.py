@@ -30,7 +30,7 @@ from shardmap.run.base import Job
 from shardmap.run.gather import Gather
 from shardmap.run.meter import CHUNKS, Meter
 from shardmap.run.prepare import Devices, Ready, learned, there, to_device
-from shardmap.run.rewritten import computed_again, refusing_changes
+from shardmap.run.rewritten import Recomputation, refusing_changes
 
 Fast = compiled.CompiledReplay | graphed.Graph
 
@@ -94,6 +94,7 @@ class Lane:
         """Seconds spent compiling and capturing, which are no part of a chunk's."""
         self.faster = bool(job.compile or job.cuda_graphs)
         """True if chunks of the planned size are compiled or captured."""
+        self.recomputation = Recomputation(job.call)
         if self.device.type == "cpu":
             pages.keep_freed_memory()
         self.meter = self._meter(alone)
@@ -202,7 +203,7 @@ class Lane:
 
             # Writes that autograd does not see change saved values: no early end.
             hidden = any(eq.op is DATA for eq in job.recording.program.equations)
-            outs = computed_again(compute, inputs, early=not hidden)
+            outs = self.recomputation.chunk(compute, inputs, early=not hidden)
         else:
             outs = replay(*arguments, inputs)
             if chunk.size == job.samples:  # of several chunks, results are copied together

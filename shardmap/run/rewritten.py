@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from shardmap import errors
@@ -19,7 +20,9 @@ from shardmap._torch import (
     saved_hooks,
     storage_id,
     version_of,
+    why_saved_hooks_are_refused,
 )
+from shardmap.trace.saved_hooks import also_through, changing_hooks, saved_hooks_set_aside
 
 
 def refusing_changes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
@@ -58,18 +61,57 @@ def refusing_changes(call: str, tensors: Iterable[torch.Tensor]) -> Callable[[],
     return refuse
 
 
-def computed_again(
+class Recomputation:
+    """Computes the chunks of a lane so that their intermediates are computed again in backward.
+
+    It does so by hooks on what autograd saves. A function that is itself run for each sample may
+    forbid them, as `torch.func.grad` does: then chunks keep their intermediates.
+    """
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self.kept = False
+        """True once a chunk has forbidden hooks."""
+
+    def chunk(
+        self,
+        compute: Callable[..., tuple[torch.Tensor, ...]],
+        inputs: Sequence[torch.Tensor],
+        early: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """`compute(*inputs)`, whose intermediates are computed again in backward.
+
+        Args:
+            compute: Computes a chunk.
+            inputs: Its samples. Those of inference mode cannot be saved, and need not be: no write
+                to them is followed.
+            early: True to stop once the last intermediate is there again.
+
+        Raises:
+            TransformError: Hooks on what autograd saves are forbidden around the call.
+        """
+        why = why_saved_hooks_are_refused()
+        if why is not None:
+            raise errors.TransformError(
+                f"{self.call}: remat=True needs hooks on what autograd saves, and they are "
+                f"forbidden around the call (disable_saved_tensors_hooks: {why!r}); pass "
+                "remat=False, or call the map outside"
+            )
+        if not self.kept:
+            try:
+                return _computed_again(compute, inputs, early)
+            except RuntimeError as error:
+                if not _forbids_hooks(error):
+                    raise
+            self.kept = True
+        return compute(*inputs)
+
+
+def _computed_again(
     compute: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], early: bool
 ) -> tuple[torch.Tensor, ...]:
-    """`compute(*inputs)`, whose intermediates are computed again in backward.
-
-    Args:
-        compute: Computes a chunk.
-        inputs: Its samples. Those of inference mode cannot be saved, and need not be: no write to
-            them is followed.
-        early: True to stop once the last intermediate is there again.
-    """
     saved = [t for t in inputs if not t.is_inference()]
+    around = changing_hooks()
 
     runs = 0
 
@@ -80,7 +122,27 @@ def computed_again(
         with _unpacked_twice_by_name() if runs == 1 else contextlib.nullcontext():
             return compute(*[t if t.is_inference() else next(left) for t in inputs])
 
-    return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
+    if around is None:
+        return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
+
+    def of_packed(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with also_through(around):
+            return of_saved(*given)
+
+    # The hooks are for what the chunk saves, not for the samples that it is computed from again.
+    with saved_hooks_set_aside():
+        return checkpoint(of_packed, *saved, use_reentrant=False, early_stop=early)
+
+
+def _forbids_hooks(error: RuntimeError) -> bool:
+    """True if an error is torch's for hooks that are forbidden while some are active."""
+    trace, frame = error.__traceback__, None
+    while trace is not None:
+        trace, frame = trace.tb_next, trace.tb_frame
+    return frame is not None and frame.f_code is _FORBIDDING
+
+
+_FORBIDDING = inspect.unwrap(disable_saved_tensors_hooks).__code__
 
 
 @contextlib.contextmanager

@@ -8,7 +8,10 @@ to a disk, must not see it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils import checkpoint
 
 from shardmap._torch import pop_saved_hooks, push_saved_hooks, saved_hooks
 
@@ -30,3 +33,29 @@ def saved_hooks_set_aside() -> Iterator[None]:
 def are_saved_hooks_around() -> bool:
     """True if there are such hooks: two calls are then to save the same, whatever is known."""
     return saved_hooks(True) is not None
+
+
+Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+"""A pack hook and an unpack hook."""
+
+
+def changing_hooks() -> Hooks | None:
+    """The hooks through which autograd saves now; None if there are none, or a checkpoint's.
+
+    A checkpoint gives back what it was given, by computing it again.
+    """
+    top = saved_hooks(True)
+    if top is None or getattr(top[0], "__module__", "") == checkpoint.__name__:
+        return None
+    return top
+
+
+@contextlib.contextmanager
+def also_through(hooks: Hooks) -> Iterator[None]:
+    """Let what is saved in the body pass through `hooks`, once it is unpacked by those around."""
+    (pack, unpack), (pack_first, unpack_first) = saved_hooks(True), hooks
+    push_saved_hooks(pack, lambda held: unpack_first(pack_first(unpack(held))))
+    try:
+        yield
+    finally:
+        pop_saved_hooks()

@@ -211,8 +211,9 @@ def is_whole_or_apart(
     point, as in `y[i] = y[2]`. If they share some, torch's answer depends on the order in which it
     reads and writes, or is an error, as in `y[i] = y[:, 0]`.
     """
-    plain = all(item is None or isinstance(item, int | slice) or item is Ellipsis
-                for k, item in enumerate(indices) if all(k != place.at for place in at))  # fmt: skip
+    of_sample = {place.at for place in at}
+    others = [item for k, item in enumerate(indices) if k not in of_sample]
+    plain = all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in others)
     if not plain or value.dtype != source.dtype or not is_dense(source.shape, source.stride()):
         return False
     first, start = source.storage_offset(), value.storage_offset()

@@ -18,6 +18,7 @@ OPTIONS: list[dict[str, object]] = [
     {"chunk_size": 3},
     {"trace": "once"},
     {"remat": True},
+    {"remat": True, "chunk_size": 3},
     {"check": "always"},
     {"devices": ["cpu", "cpu"], "chunk_size": 2},
 ]
