@@ -106,7 +106,9 @@ class OwnBackward:
             self._refuse_hooks_of_several(inputs)
         outputs = [t.detach() for t in outputs]
         kept = [t if d else t.detach() for t, d in zip(kept, self.differentiable, strict=True)]
-        return _Given.apply(self, size, tuple(numbers), *inputs, *outputs, *kept)
+        # In a tuple, where autograd does not look: a gradient does not reach what is kept, and the
+        # hooks of a captured parameter would be called with None.
+        return _Given.apply(self, size, tuple(numbers), tuple(kept), *inputs, *outputs)
 
     @property
     def guards(self) -> bool:
@@ -302,22 +304,24 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        own: OwnBackward, size: int, numbers: tuple[float, ...], *tensors: torch.Tensor
+        own: OwnBackward,
+        size: int,
+        numbers: tuple[float, ...],
+        kept: tuple[torch.Tensor, ...],
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        first, last = _outputs(own, tensors)
-        return tuple([t.detach() for t in tensors[first:last]])
+        return tuple([t.detach() for t in tensors[len(own.inputs) :]])
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
-        own, size, numbers, *tensors = inputs
+        own, size, numbers, kept, *tensors = inputs
         ctx.own, ctx.size, ctx.numbers, ctx.count = own, size, numbers, len(tensors)
         backward = backward_of(own.text) if own.text != TOO_DEEP else None
         saved = backward.saved if backward is not None else ()
         ctx.set_materialize_grads(backward is None or backward.materialised)
         ctx.taken = False
         ctx.state = None if backward is None else State(backward.function)
-        _, last = _outputs(own, tensors)
-        ctx.save_for_backward(*[output[k] for k in saved], *tensors[last:])
+        ctx.save_for_backward(*[output[k] for k in saved], *kept)
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor | None) -> tuple:
@@ -339,13 +343,13 @@ class _Given(torch.autograd.Function):
                 _GivenOnce.apply(own.options.call, once, len(given), *given, *cotangents, *held)
             )
             grads = [g if g is None else next(given) for g in grads]
-        return (None, None, None, *grads, *[None] * (ctx.count - len(grads)))
+        return (*[None] * 4, *grads, *[None] * (ctx.count - len(grads)))
 
     @staticmethod
     def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple:
         own = ctx.own
         if own.text != TOO_DEEP and backward_of(own.text).hook:
-            return (tangents[3],)
+            return (tangents[4],)
         raise errors.AutogradFunctionError(
             f"{own.options.call}: forward-mode AD around the call differentiates through a custom "
             "autograd.Function, whose own jvp a map does not follow, or through a result that a "
@@ -395,8 +399,3 @@ class _GivenOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor) -> tuple:
         raise errors.AutogradFunctionError(f"{ctx.call}: {ctx.why}")
-
-
-def _outputs(own: OwnBackward, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """The begin and end of the outputs among the arguments."""
-    return len(own.inputs), len(tensors) - len(own.kept)
