@@ -329,7 +329,7 @@ class Histories(Equations):
         node, new = HookNode(hooks), Var(self.count, var.group, var.spec)
         for i, eq in enumerate(self.equations):
             read = [v for v, flag in zip(eq.inputs(), eq.flags, strict=True) if flag == GRAD]
-            if eq.op not in _CUTS and any(
+            if eq.op not in CUTS and any(
                 v.group in node.beside or (v == var and made < i < at) for v in read
             ):
                 node.beside |= {v.group for v in (*eq.results(), *written(eq))}
@@ -370,7 +370,7 @@ def leading_on(
     needed, found = set(outputs), set[int]()
     for i in range(len(equations) - 1, -1, -1):
         eq = equations[i]
-        if eq.op in _CUTS or not any(v.group in needed for v in (*eq.results(), *written(eq))):
+        if eq.op in CUTS or not any(v.group in needed for v in (*eq.results(), *written(eq))):
             continue
         if eq.op is OWN_BACKWARD and i not in hooked:
             return None
@@ -379,7 +379,7 @@ def leading_on(
     return found
 
 
-_CUTS = {aten.detach.default, aten.detach_.default, DATA}
+CUTS = {aten.detach.default, aten.detach_.default, DATA}
 """Operators whose results have no history."""
 
 

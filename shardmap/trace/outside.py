@@ -17,14 +17,14 @@ from shardmap._torch import functorch
 from shardmap.trace.graphs import edges_behind
 
 
-def origins(samples: Sequence[torch.Tensor]) -> frozenset[graph.Node]:
-    """The nodes of autograd's graph in which the histories of recorded samples end."""
-    nodes = [sample.grad_fn for sample in samples]
-    return frozenset([node for node in nodes if node is not None])
+def origins(samples: Sequence[torch.Tensor]) -> list[graph.Node | None]:
+    """For each recorded sample: the node of autograd's graph in which its history ends."""
+    return [sample.grad_fn for sample in samples]
 
 
-def computed_outside(origins: frozenset[graph.Node], captured: Iterable[torch.Tensor]) -> str:
+def computed_outside(nodes: Iterable[graph.Node | None], captured: Iterable[torch.Tensor]) -> str:
     """Text on the first captured tensor that depends on the sample; empty if none does."""
+    origins = {node for node in nodes if node is not None}
     if not origins:
         return ""
     seen: set[graph.Node] = set()

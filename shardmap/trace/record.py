@@ -50,6 +50,7 @@ from shardmap.trace.surroundings import (
 )
 from shardmap.trace.traced import is_traced, tracing_aside
 from shardmap.trace.watch import PythonWatch
+from shardmap.trace.zero_gradients import with_hidden_histories
 
 
 def _lazily(tensors: Sequence[torch.Tensor]) -> str:
@@ -380,6 +381,7 @@ def _record(
                 "what is made inside, or detach the argument"
             )
         leaves = [recorder.peeled(t) if recorder.is_outer(t) else t for t in leaves]
+        leaves = with_hidden_histories(recorder, samples, sources, leaves)
         recording = recorder.finish(leaves, batch.size > 0)
         del out, leaves, args, kwargs  # what the function wrote into the sample's own containers
         recorder.optimizers.forget()  # one that the function has made dies with it
