@@ -14,6 +14,7 @@ from shardmap._torch import pop_saved_hooks, push_saved_hooks
 from shardmap.trace.compare import same_values
 from shardmap.trace.equations import Equations
 from shardmap.trace.recomputed import Region
+from shardmap.trace.recording import flat_tensors
 
 
 class Doors(Protocol):
@@ -65,16 +66,23 @@ class Saving(Watched):
         doors: Doors,
         pack: Callable[[torch.Tensor], object],
         unpack: Callable[[object], torch.Tensor],
+        name: str,
+        arguments: tuple[object, ...],
     ):
         super().__init__(doors, pack)
         self.unpack = unpack
+        self.arguments = flat_tensors(arguments)
+        """The tensors that the call which saves is given, without one that it writes to."""
+        if name.endswith("_") and not name.endswith("__"):
+            del self.arguments[:1]
 
     def __call__(self, tensor: torch.Tensor) -> object:
         """Pack a tensor, and see if it is unpacked as the same."""
         module = getattr(self.function, "__module__", "")
-        # `save_on_cpu` leaves a tensor of the cpu as it is: with its history it would keep its own
-        # graph alive, which python's collector does not see.
-        packed = super().__call__(tensor.detach() if module == graph.__name__ else tensor)
+        # A node that saves its own result, as that of `exp` does, would be kept alive by what it
+        # saves if the hook returns that with its history; python's collector does not see it.
+        bare = module == graph.__name__ or not any(tensor is given for given in self.arguments)
+        packed = super().__call__(tensor.detach() if bare else tensor)
         if module != checkpoint.__name__:
             with self.doors:
                 same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
@@ -89,13 +97,23 @@ def call_saving(
     doors: Doors,
     hooks: tuple[Callable[[torch.Tensor], object], Callable[[object], torch.Tensor]],
     call: Callable[[], object],
+    name: str,
+    arguments: tuple[object, ...],
 ) -> object:
-    """Run a call under the user's hooks on what autograd saves, and note what it records."""
+    """Run a call under the user's hooks on what autograd saves, and note what it records.
+
+    Args:
+        doors: What watches the function.
+        hooks: The hooks.
+        call: Runs the call.
+        name: The name of what is called.
+        arguments: What it is given.
+    """
     pack, unpack = hooks
     region = doors.regions.setdefault(id(unpack), Region(unpack))
     equations = doors.recorder.equations
     start = len(equations)
-    push_saved_hooks(Saving(doors, pack, unpack), unpack)
+    push_saved_hooks(Saving(doors, pack, unpack, name, arguments), unpack)
     try:
         return call()
     finally:

@@ -317,7 +317,8 @@ class Doors(TorchFunctionMode):
         hooks = _saved_tensors_hooks()
         if hooks is None or isinstance(hooks[0], Watched):
             return func(*args, **kwargs)
-        return call_saving(self, hooks, lambda: func(*args, **kwargs))
+        name, given = getattr(func, "__name__", ""), (*args, *kwargs.values())
+        return call_saving(self, hooks, lambda: func(*args, **kwargs), name, given)
 
     def _register_hook(self, args: tuple, kwargs: dict[str, Any]) -> RemovableHandle:
         """Run `tensor.register_hook(hook)`: outer gradients must pass through it too."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -74,3 +77,57 @@ def test_results_that_are_offloaded_are_not_taken_for_kept_ones(options: dict) -
         got = mapped(x)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], gradient)
+
+
+class Held:
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+HOLDERS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = {
+    "itself": (lambda t: t, lambda t: t),
+    "a tuple": (lambda t: ("saved", t), lambda pair: pair[1]),
+    "a dictionary": (lambda t: {"saved": [t]}, lambda found: found["saved"][0]),
+    "an object": (Held, lambda held: held.tensor),
+    "a closure": (lambda t: lambda: t, lambda give: give()),
+}
+OF_THEIR_RESULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{name: getattr(torch, name) for name in ("exp", "tanh", "sigmoid", "sqrt", "rsqrt")},
+    "softmax": lambda r: r.softmax(0),
+    "log_softmax": lambda r: torch.nn.functional.log_softmax(r, 0),
+    "in place": lambda r: (r * 1).exp_(),
+    "in place, then again": lambda r: torch.relu_(r * 2).sqrt(),
+    "a chain": lambda r: (r.exp() * r.tanh()).sigmoid() * r.norm(),
+    "attention": lambda r: torch.nn.functional.scaled_dot_product_attention(
+        *[(r * k).view(1, 2, 2) for k in (1, 2, 3)]
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "once"}, {"trace": "each"}], ids=str)
+@pytest.mark.parametrize("name", OF_THEIR_RESULTS)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_results_that_hooks_hold_are_not_taken_for_kept_ones(
+    holder: str, name: str, options: dict[str, Any]
+) -> None:
+    """Autograd saves the result of such a call, and its graph is then a cycle of references."""
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(*HOLDERS[holder]):
+            return OF_THEIR_RESULTS[name](r)
+
+    def inside(r: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(function(r).sum(), r, create_graph=True)
+        return gradient * r
+
+    x = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+    for each in (function, inside):
+        want = torch.stack([each(r) for r in x])
+        mapped = shardmap.vmap(each, **options)
+        for _ in range(2):
+            got = mapped(x)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(
+                torch.autograd.grad(got.sum(), x),
+                torch.autograd.grad(want.sum(), x, retain_graph=True),
+            )
