@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd import graph
 from torch.utils import checkpoint
 
-from shardmap._torch import pop_saved_hooks, push_saved_hooks
+from shardmap._torch import pop_saved_hooks, push_saved_hooks, storage_id, without_functions
 from shardmap.trace.compare import same_values
 from shardmap.trace.equations import Equations
 from shardmap.trace.recomputed import Region
-from shardmap.trace.recording import flat_tensors
+from shardmap.trace.recording import element, flat_tensors
 
 
 class Doors(Protocol):
     """Protocol of what watches a function (`escapes.Doors`)."""
 
     saved_changed: bool
+    saved_copied: bool
     regions: dict[int, Region]
 
     @property
@@ -55,6 +57,42 @@ class Watched:
             return self.function(*args, **kwargs)
 
 
+class Packed(NamedTuple):
+    """What a pack hook returned for a tensor that requires grad, and the memory of that."""
+
+    packed: Any
+    original: Any
+
+
+def noting_copies(
+    doors: Doors, unpack: Callable[[Any], torch.Tensor]
+) -> Callable[[Any], torch.Tensor]:
+    """An unpack hook that notes if a gradient which may be differentiated again reads a copy.
+
+    Autograd gives the copy the history of what it saved, which no recorded call shows.
+    """
+    watching = weakref.ref(doors)  # autograd's nodes keep the hook
+
+    def unpacked(held: Any) -> torch.Tensor:
+        if type(held) is not Packed:
+            return unpack(held)
+        tensor, found = unpack(held.packed), watching()
+        if found is not None and torch.is_grad_enabled():
+            with without_functions():  # our own reads of memory are no doors
+                apart = not same_memory(element(tensor), element(held.original))
+            found.saved_copied = found.saved_copied or apart
+        return tensor
+
+    return unpacked
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two tensors lie in the same storage."""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a is b
+    return storage_id(a.untyped_storage()) == storage_id(b.untyped_storage())
+
+
 class Saving(Watched):
     """A user-defined pack hook of saved tensors, unpacked at once to see if the value is the same.
 
@@ -87,6 +125,8 @@ class Saving(Watched):
             with self.doors:
                 same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
             self.doors.saved_changed = self.doors.saved_changed or not same
+            if tensor.requires_grad:
+                return Packed(packed, self.doors.unrecorded(tensor.detach, (), {}))
         return packed
 
     def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:
@@ -113,7 +153,7 @@ def call_saving(
     region = doors.regions.setdefault(id(unpack), Region(unpack))
     equations = doors.recorder.equations
     start = len(equations)
-    push_saved_hooks(Saving(doors, pack, unpack, name, arguments), unpack)
+    push_saved_hooks(Saving(doors, pack, unpack, name, arguments), noting_copies(doors, unpack))
     try:
         return call()
     finally:

@@ -147,8 +147,9 @@ class Doors(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
-        self.saved_changed = False
-        """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed."""
+        self.saved_changed = self.saved_copied = False
+        """True if a user-defined `saved_tensors_hooks` unpacks another value than was packed, and a
+        copy for a gradient that may be differentiated again."""
         self.regions: dict[int, Region] = {}
         """What was recorded under such hooks, by the address of the one that unpacks."""
         self.depth = 0

@@ -329,6 +329,13 @@ def _record(
                     "gradient inside the mapped function (torch.autograd.grad), or put the hooks "
                     "around the call of the map"
                 )
+            if doors.saved_copied and any(leaf.requires_grad for leaf in leaves):
+                raise errors.AutogradFunctionError(
+                    f"{call}: saved_tensors_hooks copy what they save, and a gradient inside the "
+                    "function with create_graph=True reads the copies, whose history gradients "
+                    "from outside would miss; let the hooks give back the tensor itself, or leave "
+                    "out create_graph=True if the gradient is not differentiated again"
+                )
             refuse_deep(recorder, leaves)
             recorder.refuse_frozen(leaves)
             if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):

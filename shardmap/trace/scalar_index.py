@@ -233,7 +233,7 @@ def is_whole_or_apart(
         for size, a, b in zip(view.shape, view.stride(), value.stride(), strict=True)
     ):
         return False
-    here, there = (_coordinates(source, t.storage_offset()) for t in (view, value))
+    here, there = (_coordinates(source, int(t.storage_offset())) for t in (view, value))
     if here is None or there is None:
         return False
     free = {place.dim for place in at}
@@ -242,10 +242,10 @@ def is_whole_or_apart(
 
 def _coordinates(dense: Tensor, offset: int) -> list[int] | None:
     """The indices of the element that lies at an offset; None if no element does."""
-    found, rest = [0] * dense.dim(), offset - dense.storage_offset()
+    found, rest = [0] * dense.dim(), offset - int(dense.storage_offset())
     for k in sorted(range(dense.dim()), key=dense.stride, reverse=True):
         if dense.shape[k] > 1:
-            found[k], rest = divmod(rest, dense.stride(k))
+            found[k], rest = divmod(rest, int(dense.stride(k)))
             if not 0 <= found[k] < dense.shape[k]:
                 return None
     return found if rest == 0 else None

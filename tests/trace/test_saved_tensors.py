@@ -131,3 +131,28 @@ def test_results_that_hooks_hold_are_not_taken_for_kept_ones(
                 torch.autograd.grad(got.sum(), x),
                 torch.autograd.grad(want.sum(), x, retain_graph=True),
             )
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "once"}, {"trace": "each"}], ids=str)
+def test_copies_that_a_second_gradient_reads_are_refused_and_the_remedies_work(
+    options: dict[str, Any],
+) -> None:
+    x = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+
+    def function(
+        r: torch.Tensor, pack: Callable[[torch.Tensor], torch.Tensor], again: bool
+    ) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            inner = (r.exp() * r).sum()
+        return torch.autograd.grad(inner, r, create_graph=again)[0] + r * r
+
+    def gradients(f: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return [*torch.autograd.grad(f(x).sum(), x)]
+
+    copies = shardmap.vmap(lambda r: function(r, torch.clone, True), **options)
+    with pytest.raises(errors.AutogradFunctionError, match="copy what they save.*create_graph"):
+        copies(x)
+    for pack, again in ((lambda t: t, True), (torch.clone, False)):
+        each = lambda r, pack=pack, again=again: function(r, pack, again)
+        want = gradients(lambda x, each=each: torch.stack([each(r) for r in x]))
+        torch.testing.assert_close(gradients(shardmap.vmap(each, **options)), want)
