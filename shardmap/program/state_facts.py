@@ -44,6 +44,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from shardmap._torch import version_of
+from shardmap.program.autocast import asked_modes
 from shardmap.program.backend_flags import Flag, backend_flags
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
@@ -73,7 +74,7 @@ def _questions(names: frozenset[str]) -> list[Flag]:
 def _question(name: str) -> Callable[[], object] | None:
     """Torch's function of this name, if it takes no argument and tells a setting."""
     ask = getattr(torch, name, None) if name.startswith(("is_", "are_", "get_")) else None
-    if not callable(ask) or name in _OF_THE_GRADIENT:
+    if not callable(ask) or name in _OF_THE_GRADIENT or asked_modes([name]):
         return None
     try:
         value = ask()
@@ -82,8 +83,8 @@ def _question(name: str) -> Callable[[], object] | None:
     return ask if isinstance(value, VALUES) else None
 
 
-_OF_THE_GRADIENT = frozenset("is_grad_enabled is_inference_mode_enabled is_anomaly_enabled".split())
-"""Questions about how the gradient is taken, and not about a state that stays."""
+_OF_THE_GRADIENT = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
+"""Questions about how the gradient is taken, and not about a state that stays, as `asked_modes`."""
 
 
 @functools.lru_cache(4096)
