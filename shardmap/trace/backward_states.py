@@ -20,7 +20,7 @@ from shardmap.program.autocast import asked_modes
 from shardmap.program.facts import Itself
 from shardmap.program.ir import Param, Var
 from shardmap.program.python_state import CONTEXT, Reader, keep, name_of, reader_of
-from shardmap.program.state_facts import VALUES
+from shardmap.program.settings import VALUES
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.compare import same_values
 from shardmap.trace.histories import Applied, HookNode, described, is_torchs
