@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from shardmap import errors
-from shardmap.program.autocast import autocast_state
+from shardmap.program.autocast import Modes, autocast_state
 from shardmap.program.own_backward import Backward
 from shardmap.program.python_state import REMOVED, State
 
@@ -101,6 +101,13 @@ def refuse_modes(call: str, backward: Backward, kinds: list[str]) -> None:
             f"{call}: {who} asks torch.is_grad_enabled(), and computes something else "
             "where its gradient is differentiated again (create_graph=True); let it compute the "
             "same, or take the gradients inside the mapped function (torch.autograd.grad)"
+        )
+    if backward.asked and backward.asked != str(Modes.now()):
+        raise errors.AutogradFunctionError(
+            f"{call}: {who} asks for autocast or the detection of anomalies, and the gradient is "
+            f"taken under {Modes.now()}, where it computes something else than under "
+            f"{backward.asked}, as the map has recorded it; take the gradient under that, or ask "
+            "in the forward and keep the answer on ctx"
         )
     state = autocast_state(kinds[0])
     if backward.cast is not None and backward.cast != state:

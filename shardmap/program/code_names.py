@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib.util
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from shardmap.program.lookups import LOOKUPS, are_spelled_out
@@ -23,6 +25,8 @@ class Names(NamedTuple):
     """Names that are followed by a constant key or index (`table["scale"]`), each with that."""
     whole: frozenset[str]
     """Names that are used in any other way, and texts."""
+    modules: frozenset[str]
+    """Modules that it imports, with a dot in front for each level above its own."""
 
     def and_of(self, other: Names) -> Names:
         """The names that either of two pieces of code spells out."""
@@ -32,6 +36,7 @@ class Names(NamedTuple):
             self.dynamic or other.dynamic,
             self.items | other.items,
             self.whole | other.whole,
+            self.modules | other.modules,
         )
 
     def keys_of(self, name: str) -> list[object]:
@@ -44,19 +49,27 @@ class Names(NamedTuple):
 @functools.lru_cache(4096)
 def names_in(code: types.CodeType) -> Names:
     """The names that a code object and the code inside of it spell out."""
-    globals_, attributes, dynamic = set(), set(), False
+    globals_, attributes, modules, dynamic = set(), set(), set(), False
     steps = list(dis.get_instructions(code))
-    for step in steps:
+    for number, step in enumerate(steps):
         name = step.argval
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             globals_.add(name)
             dynamic |= name in _DYNAMIC
         elif step.opname.endswith(("_ATTR", "_METHOD")) or step.opname == "IMPORT_FROM":
-            attributes.add(name)
+            if name != "grad" or not _is_of_torch(steps[:number]):
+                attributes.add(name)
             dynamic |= name in _DYNAMIC
-        dynamic |= step.opname == "MATCH_CLASS"
+        elif step.opname == "IMPORT_NAME":
+            level = steps[number - 2].argval  # then come the names, then the module
+            modules.add("." * (level if isinstance(level, int) else 0) + name)
+        elif step.opname == "MATCH_CLASS":
+            dynamic = True
+            attributes.add("__match_args__")
     dynamic |= bool(globals_ & LOOKUPS) and not are_spelled_out(steps)
-    found = Names(frozenset(globals_), frozenset(attributes), dynamic, *_subscripts(steps))
+    found = Names(
+        frozenset(globals_), frozenset(attributes), dynamic, *_subscripts(steps), frozenset(modules)
+    )
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             found = found.and_of(names_in(constant))
@@ -65,6 +78,31 @@ def names_in(code: types.CodeType) -> Names:
         texts = frozenset(filter(str.isidentifier, words))
         found = found._replace(attributes=found.attributes | texts, whole=found.whole | texts)
     return found
+
+
+def _is_of_torch(steps: Sequence[dis.Instruction]) -> bool:
+    """True if the last step loads one of torch's modules that have a function `grad`."""
+    if steps[-1].argval not in _TAKE_GRADIENTS:
+        return False
+    return steps[-1].opname == "LOAD_GLOBAL" or (len(steps) > 1 and steps[-2].argval == "torch")
+
+
+def imported_by(name: str, scope: Mapping[str, object]) -> list[types.ModuleType]:
+    """The modules that an import in code reads, as far as they are there: `a` and `a.b`.
+
+    Args:
+        name: One of `Names.modules`.
+        scope: The globals of the function.
+    """
+    if name.startswith("."):
+        package = scope.get("__package__")
+        try:
+            name = importlib.util.resolve_name(name, package if isinstance(package, str) else None)
+        except ImportError:
+            return []
+    parts = name.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return [module for each in names if (module := sys.modules.get(each)) is not None]
 
 
 def _subscripts(
@@ -91,6 +129,8 @@ def _subscripts(
     return frozenset(items), frozenset(whole)
 
 
+_TAKE_GRADIENTS = frozenset(("autograd", "func"))
+"""Modules of torch whose function `grad` reads no tensor's attribute of that name."""
 _NO_LOADS = frozenset("LOAD_CONST LOAD_CLOSURE MAKE_CELL COPY_FREE_VARS KW_NAMES".split())
 """Steps that name something without reading it; what a closure reads is in its own code."""
 

@@ -80,6 +80,9 @@ class Backward(NamedTuple):
     """The only `autocast_state` in which it computes this; None if it does in any."""
     plain: bool = False
     """True if it computes something else where its gradient is differentiated again."""
+    asked: str = ""
+    """The modes (autocast, detection of anomalies) that it was recorded in, if it asks for them and
+    computes something else in others."""
     guard: str = ""
     """What in the function is computed again when a gradient is taken, if it leaves the gradient as
     it is and the state that is read there is compared; empty if it is a backward."""

@@ -20,7 +20,8 @@ from shardmap._threads import fork_safe_lock
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import text_of
 from shardmap.program.object_parts import cells_of, defaults_of
-from shardmap.program.state_facts import VALUES, Walk, is_library
+from shardmap.program.settings import VALUES
+from shardmap.program.state_facts import Walk, is_library
 
 CONTEXT = "ctx."
 """Begin of the names of objects that a Function's forward has put on its `ctx`."""
@@ -142,7 +143,7 @@ class Reader:
         """True if it is a hook's, or if its Function still has this backward."""
         if self.owner is None:
             return True
-        function = inspect.unwrap(getattr(self.owner(), "backward", len))
+        function = unwrapped(getattr(self.owner(), "backward", len))
         return getattr(function, "__code__", None) is self.code
 
     def same_objects(self, other: Reader) -> bool:
@@ -191,7 +192,7 @@ def reader_of(
                 return None
             roots["self"] = function
             function = called
-    inner = inspect.unwrap(function)
+    inner = unwrapped(function)
     if not isinstance(inner, types.FunctionType):
         return None
     roots |= defaults_of(inner)
@@ -210,6 +211,16 @@ def reader_of(
     fixed = [name for name, get in getters.items() if get is None and name in roots | counts]
     given_values = {name for name, value in roots.items() if _is_value(value)}
     return Reader(inner, kept, frozenset(fixed) - given_values, owner)
+
+
+def unwrapped(function: object) -> object:
+    """The function behind the decorators of libraries; the user's own decorators read state too."""
+    while is_library(getattr(function, "__globals__", {}).get("__name__")):
+        inner = getattr(function, "__wrapped__", None)
+        if inner is None:
+            break
+        function = inner
+    return function
 
 
 def _is_value(value: object) -> bool:

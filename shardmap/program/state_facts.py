@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import builtins
 import collections
 import contextvars
 import ctypes
@@ -21,6 +22,7 @@ import io
 import itertools
 import operator
 import os
+import queue
 import random
 import sys
 import threading
@@ -28,7 +30,6 @@ import types
 import uuid
 import weakref
 from collections.abc import (
-    Callable,
     Collection,
     ItemsView,
     Iterator,
@@ -43,17 +44,21 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import version_of
-from shardmap.program.backend_flags import Flag, backend_flags
-from shardmap.program.code_names import Names, names_in
+from shardmap._torch import hooks_of_all_modules, version_of
+from shardmap.program.code_names import Names, imported_by, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
-from shardmap.program.object_parts import behind, cells_of, defaults_of, item_of
+from shardmap.program.object_parts import (
+    behind,
+    cells_of,
+    defaults_of,
+    item_of,
+    own_of,
+    parts_of,
+    registered_with,
+    slots_of,
+)
+from shardmap.program.settings import VALUES, settings_asked
 
-VALUES = (
-    bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, torch.dtype,
-    torch.device, torch.Size, torch.layout, torch.memory_format, np.generic, np.dtype,
-)  # fmt: skip
-"""Types whose objects never change, and whose text says all."""
 _MOST = 20_000
 """Largest number of facts that are compared."""
 _FEW = 64
@@ -61,36 +66,19 @@ _FEW = 64
 
 
 @functools.lru_cache(4096)
-def _questions(names: frozenset[str]) -> list[Flag]:
-    """The settings of torch that code with some names may ask for."""
-    found = [(f"torch.{name}()", _question(name)) for name in sorted(names)]
-    flags = [
-        flag for name in sorted(names & backend_flags().keys()) for flag in backend_flags()[name]
-    ]
-    return [(where, ask) for where, ask in found if ask is not None] + flags
-
-
-def _question(name: str) -> Callable[[], object] | None:
-    """Torch's function of this name, if it takes no argument and tells a setting."""
-    ask = getattr(torch, name, None) if name.startswith(("is_", "are_", "get_")) else None
-    if not callable(ask) or name in _OF_THE_GRADIENT:
-        return None
-    try:
-        value = ask()
-    except (TypeError, RuntimeError, AssertionError):
-        return None  # it takes arguments, and answers about them
-    return ask if isinstance(value, VALUES) else None
-
-
-_OF_THE_GRADIENT = frozenset("is_grad_enabled is_inference_mode_enabled is_anomaly_enabled".split())
-"""Questions about how the gradient is taken, and not about a state that stays."""
-
-
-@functools.lru_cache(4096)
 def is_library(module: object) -> bool:
     """True for a module of torch, of numpy, of python's own library or of shardmap."""
     root = str(module).partition(".")[0]
     return root in ("torch", "numpy", "shardmap") or root in sys.stdlib_module_names
+
+
+@functools.lru_cache(1024)
+def _never_asks_if_it_trains(kind: type) -> bool:
+    """True for a module of torch that computes the same in training and in evaluation."""
+    code = getattr(getattr(kind, "forward", None), "__code__", None)
+    if code is None or not is_library(kind.__module__):
+        return False
+    return "training" not in names_in(code).attributes
 
 
 class Walk:
@@ -116,20 +104,30 @@ class Walk:
         """The code of the user's functions among the objects."""
         self.tensors: list[torch.Tensor] = []
         self._seen: dict[int, tuple[object, str]] = {}
+        self._has_modules = False
         self._called: frozenset[str] = frozenset()
         """The names of libraries' functions that go by another name in the code."""
 
     def scope(self, prefix: str, code: types.CodeType, scope: Mapping[str, object]) -> None:
         """Walk from the globals that a function's code names."""
-        for name in sorted(names_in(code).globals & scope.keys()):
+        names = names_in(code)
+        for name in sorted(names.globals & scope.keys()):
             self.walk(f"{prefix}{name}", scope[name], name)
+        for name in sorted((names.globals & vars(builtins).keys()) - scope.keys()):
+            self._of_library(name, vars(builtins)[name])
+        for name in sorted(names.modules):
+            for module in imported_by(name, scope):
+                self.walk(f"{prefix}{module.__name__}", module)
 
     def settings(self) -> None:
         """Note what torch answers to the questions for its settings that code may ask."""
         self.facts["torch.get_default_dtype()"] = ("dtype", str(torch.get_default_dtype()))
         names = self.names.attributes | self.names.globals | self._called
-        for where, ask in _questions(names):
+        for where, ask in settings_asked(names):
             self.facts[where] = ("setting", str(ask()))
+        if self._has_modules:
+            for where, hooks in hooks_of_all_modules().items():
+                self.walk(where, hooks)
         if names & _STREAMS and torch.cuda.is_initialized():
             self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 
@@ -154,6 +152,8 @@ class Walk:
             self.facts[path] = (Itself(kind), str(value))
             for name in sorted(self.names.attributes & vars(value).keys() - _OF_MEMBERS):
                 self.walk(f"{path}.{name}", vars(value)[name])
+            for name in sorted(self.names.attributes & {"value", "_value_"}):
+                self.walk(f"{path}.{name}", vars(value).get("_value_"))
         elif isinstance(value, VALUES) and not getattr(value, "__dict__", None):
             self.facts[path] = (kind, repr(value))
         elif id(value) in self._seen:
@@ -176,9 +176,14 @@ class Walk:
             self._module(path, value)
         elif isinstance(value, type):
             self.facts[path] = Itself(value)
+            for name in sorted(self.names.attributes & _OF_CLASSES):
+                self.walk(f"{path}.{name}", getattr(value, name))
+            if registered := registered_with(value):
+                others = f"{len(registered)} classes registered"
+                self.facts[f"subclasses of {path}"] = (value, others, registered)
             self._class(path, value, True)
         elif isinstance(value, _WRAPPERS):
-            for number, part in enumerate(_parts(value)):
+            for number, part in enumerate(parts_of(value)):
                 self.walk(f"{path}{'.func' if not number else f'.part {number}'}", part)
         elif isinstance(value, np.ndarray):
             data = value.tobytes() if not value.dtype.hasobject else repr(value).encode()
@@ -191,6 +196,18 @@ class Walk:
             self._items(path, value)
         elif isinstance(value, contextvars.ContextVar):
             self.walk(f"{path}.get()", value.get(None))
+        elif isinstance(value, contextvars.Context):
+            for var in value:
+                self.walk(f"{path}[{var.name}]", value[var])
+        elif isinstance(value, torch.Generator):
+            self.facts[path] = Itself(value)
+            if "initial_seed" in self.names.attributes:
+                self.facts[f"{path}.initial_seed()"] = ("seed", value.initial_seed())
+            if self.names.attributes & {"get_state", "graphsafe_get_state"}:
+                state = value.get_state().numpy().tobytes()
+                self.facts[f"{path}.get_state()"] = ("random", "a state", _digest(state))
+        elif isinstance(value, queue.Queue | queue.SimpleQueue):
+            self._queue(path, value)
         elif isinstance(value, RemovableHandle):
             self.facts[path] = Itself(value)
         elif isinstance(value, random.Random):
@@ -228,7 +245,7 @@ class Walk:
 
     def _function(self, path: str, function: types.FunctionType) -> None:
         code = function.__code__
-        if is_library(function.__module__):
+        if is_library(function.__module__) and is_library(function.__globals__.get("__name__")):
             self.facts[path] = Itself(function)
             self._called |= {function.__name__}
             return
@@ -241,6 +258,8 @@ class Walk:
             self.walk(f"{inside}{name}", value, name)
         for name in sorted(self.names.attributes & vars(function).keys()):
             self.walk(f"{path}.{name}", vars(function)[name])
+        for name in sorted(self.names.attributes & _OF_FUNCTIONS):
+            self.walk(f"{path}.{name}", getattr(function, name))
         self.scope(inside, code, function.__globals__)
 
     def _module(self, path: str, module: types.ModuleType) -> None:
@@ -252,9 +271,18 @@ class Walk:
                 "its variables",
                 hash(tuple(os.environ.items())),
             )
-        if not is_library(module.__name__):
-            for name in sorted(self.names.attributes & own.keys()):
+        for name in sorted(self.names.attributes & own.keys()):
+            if not is_library(module.__name__):
                 self.walk(f"{path}.{name}", own[name])
+            else:
+                self._of_library(f"{path}.{name}", own[name])
+
+    def _of_library(self, path: str, value: object) -> None:
+        """Note what a library's module holds by a name: another function may be put there."""
+        if isinstance(value, types.BuiltinFunctionType | type | torch.Tensor):
+            self.facts[path] = Itself(value)
+        elif isinstance(value, (types.FunctionType, types.ModuleType, *VALUES)):
+            self.walk(path, value)
 
     def _mapping(self, path: str, value: Mapping[object, object]) -> None:
         kind = type(value)
@@ -285,13 +313,11 @@ class Walk:
         for number, item in enumerate(items):
             self.walk(f"{path}[{number}]", item)
 
-    def _ctypes(
-        self, path: str, value: ctypes.Structure | ctypes._Pointer[ctypes.Structure], kind: type
-    ) -> None:
+    def _ctypes(self, path: str, value: ctypes.Structure, kind: type) -> None:
         """Note the bytes of an object of C, and walk on to what it points to."""
-        if isinstance(value, ctypes._Pointer):
+        if isinstance(value, _POINTER):
             if value and "contents" in self.names.attributes:
-                self.walk(f"{path}.contents", value.contents)
+                self.walk(f"{path}.contents", operator.attrgetter("contents")(value))
             elif value:
                 self.facts[path] = Incomparable("a pointer of ctypes, whose items are not known")
             else:
@@ -303,19 +329,32 @@ class Walk:
             if name in self.names.attributes and isinstance(getattr(value, name), _CData):
                 self.walk(f"{path}.{name}", getattr(value, name))
 
+    def _queue(self, path: str, value: queue.Queue[object] | queue.SimpleQueue[object]) -> None:
+        """Note what a queue holds, if code may ask it."""
+        self.facts[path] = Itself(value)
+        if not self.names.attributes & _OF_QUEUES:
+            return
+        if isinstance(value, queue.Queue):
+            self.walk(f"{path}.queue", list(value.queue))
+        else:
+            self.facts[f"{path}.qsize()"] = ("size", value.qsize())
+
     def _object(self, path: str, value: object, kind: type) -> None:
         self.facts[f"class of {path}"] = Itself(kind)
+        self._has_modules |= isinstance(value, torch.nn.Module)
         if str(kind.__module__).partition(".")[0] in _ASIDE:
             self.facts[path] = Itself(value)
             return
-        places = list(_own(value))
+        places = list(own_of(value))
         everything = self.names.dynamic or (is_library(kind.__module__) and kind not in _BY_NAME)
         for place in places:
             wanted = place.keys() if everything else self.names.attributes & place.keys()
             for name in sorted(wanted, key=str):
-                if not (everything and name in _CACHES):
+                if not (everything and name in _CACHES) and not (
+                    name == "training" and _never_asks_if_it_trains(kind)
+                ):
                     self.walk(f"{path}.{name}", place[name], "" if everything else name)
-        slots = set(_slots(kind))
+        slots = set(slots_of(kind))
         for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):
                 self.walk(f"{path}.{name}", getattr(value, name, None))
@@ -355,55 +394,11 @@ class Walk:
                     self.walk(f"{way}{name}", value)
 
 
-def _own(value: object) -> Iterator[Mapping[str, object]]:
-    """The dictionaries of an object's own attributes."""
-    try:
-        local = isinstance(value, threading.local)  # has one in each thread
-        own = value.__dict__ if local else object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return
-    if isinstance(own, Mapping):
-        yield own
-        if isinstance(value, torch.nn.Module):
-            for kind in ("_parameters", "_buffers", "_modules"):
-                yield own.get(kind, {})
-
-
-def _slots(kind: type) -> Iterator[str]:
-    """The names of the attributes that objects of a class have beside their dictionary."""
-    for base in kind.__mro__:
-        if base.__flags__ & _MADE_BY_PYTHON:
-            for name, value in list(vars(base).items()):
-                if isinstance(value, types.MemberDescriptorType):
-                    yield name
-
-
-def _parts(value: object) -> tuple[object, ...]:
-    """What a callable other than a function is made of."""
-    if isinstance(value, functools.partial):
-        return value.func, *value.args, dict(value.keywords)
-    if isinstance(value, types.MethodType):
-        return value.__func__, value.__self__
-    if isinstance(value, property):
-        return (value.fget,)
-    if isinstance(value, weakref.ref):
-        return (value(),)
-    if isinstance(value, functools.cached_property):
-        return (value.func,)
-    if isinstance(value, functools.singledispatchmethod):
-        return (value.dispatcher,)
-    return (getattr(value, "__func__", None),)
-
-
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-_MADE_BY_PYTHON = 1 << 9
-"""`Py_TPFLAGS_HEAPTYPE`: a class that a class statement has made, and few of those of C."""
-_ASIDE = frozenset(
-    "logging warnings queue io pathlib re asyncio concurrent multiprocessing".split()
-)
+_ASIDE = frozenset("logging warnings io pathlib re asyncio concurrent multiprocessing".split())
 """Modules whose objects keep caches and streams, which do not matter."""
 _OF_MEMBERS = frozenset("_value_ _name_ _sort_order_ __objclass__".split())
 """What every member of an enumeration has."""
@@ -417,6 +412,11 @@ _BY_NAME = types.SimpleNamespace, argparse.Namespace, threading.local, object
 _SIMPLE: Set[type] = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _OF_TENSORS = frozenset("requires_grad is_leaf shape dtype device".split())
 """What code may ask a tensor that it captures, beside its values."""
+_OF_FUNCTIONS = frozenset(
+    "__name__ __qualname__ __module__ __doc__ __annotations__ __defaults__ __kwdefaults__".split()
+)
+_OF_CLASSES = frozenset("__name__ __qualname__ __module__ __doc__ __bases__".split())
+_OF_QUEUES = frozenset("qsize empty full get get_nowait queue unfinished_tasks".split())
 _READ_BY = frozenset(
     "_version numpy __array__ tolist item data_ptr storage untyped_storage asarray array".split()
 )
@@ -425,6 +425,7 @@ _WRAPPERS = (
     types.MethodType, functools.partial, staticmethod, classmethod, property, weakref.ref,
     functools.cached_property, functools.singledispatchmethod,
 )  # fmt: skip
+_POINTER = ctypes.POINTER(ctypes.c_int).__mro__[1]
 _CData = ctypes.Structure.__mro__[-2]
 """The class of all data of ctypes, which has no public name."""
 _STREAMS = frozenset(("current_stream", "_cuda_getCurrentStream"))

@@ -16,10 +16,11 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import without_functions
+from shardmap.program.autocast import asked_modes
 from shardmap.program.facts import Itself
 from shardmap.program.ir import Param, Var
 from shardmap.program.python_state import CONTEXT, Reader, keep, name_of, reader_of
-from shardmap.program.state_facts import VALUES
+from shardmap.program.settings import VALUES
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.compare import same_values
 from shardmap.trace.histories import Applied, HookNode, described, is_torchs
@@ -98,6 +99,8 @@ class Watched:
         self.ran = Ran() if any(reader.unnamed for reader in self._readers) else None
         """Notes the code that runs, if methods may run that no name leads to."""
         self.asks_for_mode = False
+        self.asks: frozenset[str] = frozenset()
+        """The names by which the backward asks for autocast and the like."""
 
     def keep(self) -> str:
         """Keep what reads python state in the backward, by the name that is returned."""
@@ -107,7 +110,9 @@ class Watched:
                     reader.follow(self.ran.codes)
             keep(reader.kept_as or self.name, reader)
             named = reader.names.attributes | reader.names.globals
-            self.asks_for_mode |= not reader.kept_as and "is_grad_enabled" in named
+            if not reader.kept_as:
+                self.asks_for_mode |= "is_grad_enabled" in named
+                self.asks |= asked_modes(named)
         return self.name
 
     def running(self) -> contextlib.AbstractContextManager[None]:

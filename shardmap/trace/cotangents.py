@@ -1,4 +1,4 @@
-"""Make the cotangents with which a backward is run and recorded."""
+"""Make the cotangents with which a backward is run and recorded, and find its arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch.autograd import graph
 
 from shardmap import errors
-from shardmap._torch import without_functions
+from shardmap._torch import sequence_number, without_functions
 from shardmap.program.ir import Var
-from shardmap.trace.histories import Applied, described, is_torchs
+from shardmap.trace.histories import Applied, HookNode, described, is_torchs
 from shardmap.trace.recorder import Recorder
 
 REMEDY = (
@@ -88,3 +88,27 @@ def cotangents(
             names.append(recorder.add_cotangent(cotangent))
     recorder.paused = paused
     return tuple(names)
+
+
+def argument_vars(recorder: Recorder, applied: Applied) -> list[Var | None]:
+    """The variables of a Function's tensor arguments; None for those that do not require grad."""
+    if isinstance(applied.node, HookNode):
+        return [applied.pairs[0][0]]
+    found: list[Var | None] = []
+    for node, number in applied.node.next_functions:
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            var = recorder.known(leaf) or recorder.captured_var(leaf)
+            found.append(var if var.index in recorder.captured else None)
+            continue
+        var = recorder.edges.get((type(node), sequence_number(node)(), number))
+        if var is None:
+            raise errors.AutogradFunctionError(
+                f"{recorder.call}: {described(applied.node)} lies between "
+                "the inputs and an output that requires grad, and one of its arguments takes part "
+                f"in no operator of its forward, so that it cannot be followed; {REMEDY}"
+            )
+        found.append(var)
+    return found

@@ -28,7 +28,7 @@ def guard_outputs(
         regions: What it has recorded under hooks.
         outputs: The outputs that require grad.
     """
-    known = [region for region in regions if region.is_checkpoint or reads(region.unpack)]
+    known = [region for region in regions if reads(region)]
     if not known:
         return
     for tensor in outputs:

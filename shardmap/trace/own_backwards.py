@@ -17,14 +17,14 @@ from torch.amp import autocast_mode
 from torch.utils.hooks import RemovableHandle
 
 from shardmap import errors
-from shardmap._torch import pytree, sequence_number
+from shardmap._torch import pytree
 from shardmap.program.analysis import random_call, written
-from shardmap.program.autocast import autocast_state, is_cast_free, plain_numerics
+from shardmap.program.autocast import Modes, autocast_state, is_cast_free
 from shardmap.program.ir import GRAD, NO_GRAD, Equation, Param, Program, Var
 from shardmap.program.own_backward import NO_EFFECT, TOO_DEEP, Backward, backward_of
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.backward_states import Watched, same_calls
-from shardmap.trace.cotangents import REMEDY, cotangents, missing
+from shardmap.trace.cotangents import REMEDY, argument_vars, cotangents, missing
 from shardmap.trace.escapes import Doors
 from shardmap.trace.guarded_outputs import guard_outputs
 from shardmap.trace.histories import Applied, HookNode, described, guard_of, is_function, is_torchs
@@ -138,12 +138,16 @@ def _saves_its_result(recorder: Recorder, node: object) -> bool:
 
 
 def _again(
-    recorder: Recorder, watched: Watched, depth: int, differentiated: bool
+    recorder: Recorder,
+    watched: Watched,
+    depth: int,
+    differentiated: bool,
+    modes: Modes | None = None,
 ) -> tuple[_Recorded, _Run]:
-    """Run a backward again, without autocast."""
+    """Run a backward again, in some modes or without autocast."""
     again = _Recorded(recorder, watched.applied, depth, watched)
-    with plain_numerics():
-        return again, again.run(_inputs(recorder, watched.applied), differentiated)
+    with (modes or Modes.now().plain()).entered():
+        return again, again.run(argument_vars(recorder, watched.applied), differentiated)
 
 
 def _settle_state(recorder: Recorder, watched: Watched) -> None:
@@ -171,6 +175,18 @@ def _settle_mode(recorder: Recorder, watched: Watched, depth: int) -> None:
     _amend(recorder, watched.applied, eq, plain=True)
 
 
+def _settle_modes(recorder: Recorder, watched: Watched, depth: int) -> None:
+    """Note the modes that a backward was recorded in if it computes something else in others."""
+    plain = Modes.now().plain()
+    for modes in plain.others(watched.asks):
+        if not watched.same_again(
+            lambda d, m=modes: _again(recorder, watched, depth, d, m)[1].calls, True
+        ):
+            eq = recorder.equations[watched.applied.position]
+            _amend(recorder, watched.applied, eq, asked=str(plain))
+            return
+
+
 def _amend(recorder: Recorder, applied: Applied, eq: Equation, **fields: object) -> None:
     """Put another equation in the place of an application's, with fields of its backward set."""
     text = backward_of(eq.args[4])._replace(**fields).dumps()
@@ -190,7 +206,7 @@ def _fill(
         if applied.position < start or id(applied.node) not in nodes:
             continue
         if depth == DEPTH:
-            args = _inputs(recorder, applied)
+            args = argument_vars(recorder, applied)
             eq = applied.without_effect()
             values = eq.args[1]
             given = tuple([v for v in args if v is not None])
@@ -204,30 +220,8 @@ def _fill(
             recorder.equations[applied.position] = recorded.equation()
             if each.asks_for_mode:
                 _settle_mode(recorder, each, depth)
-
-
-def _inputs(recorder: Recorder, applied: Applied) -> list[Var | None]:
-    """The variables of a Function's tensor arguments; None for those that do not require grad."""
-    if isinstance(applied.node, HookNode):
-        return [applied.pairs[0][0]]
-    found: list[Var | None] = []
-    for node, number in applied.node.next_functions:
-        if node is None:
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            var = recorder.known(leaf) or recorder.captured_var(leaf)
-            found.append(var if var.index in recorder.captured else None)
-            continue
-        var = recorder.edges.get((type(node), sequence_number(node)(), number))
-        if var is None:
-            raise errors.AutogradFunctionError(
-                f"{recorder.call}: {described(applied.node)} lies between "
-                "the inputs and an output that requires grad, and one of its arguments takes part "
-                f"in no operator of its forward, so that it cannot be followed; {REMEDY}"
-            )
-        found.append(var)
-    return found
+            if each.asks:
+                _settle_modes(recorder, each, depth)
 
 
 class _Run(NamedTuple):
@@ -256,7 +250,7 @@ class _Recorded:
     def equation(self) -> Equation:
         """Make the equation of the application."""
         self.watched.look()
-        ran, only = self._under_autocast(_inputs(self.recorder, self.applied))
+        ran, only = self._under_autocast(argument_vars(self.recorder, self.applied))
         self.watched.look()
         self.watched.calls = ran.calls
         return self.put_together(ran, only)
@@ -272,7 +266,7 @@ class _Recorded:
         kind = torch.device(next(iter(self.applied.pairs.values()))[0].spec.device).type
         state, raised = autocast_state(kind), self.recorder.raised
         try:
-            with plain_numerics():
+            with Modes.now().plain().entered():
                 ran = self.run(inputs, True)
         except errors.AutogradFunctionError:
             if not state:

@@ -76,8 +76,11 @@ class Recomputed:
         return found
 
 
-def reads(unpack: object) -> bool:
-    """True if a user's hook may read something beside what it is given."""
+def reads(region: Region) -> bool:
+    """True if hooks may read something beside what they are given."""
+    unpack = region.unpack
+    if region.is_checkpoint:
+        return _frame(unpack) is not None
     if is_library(getattr(unpack, "__module__", "")):
         return False
     if not isinstance(unpack, types.FunctionType):
@@ -91,10 +94,7 @@ def parts_of(unpack: Callable[..., object]) -> list[Part]:
     """What an unpack hook calls: itself, or the function of a checkpoint."""
     if getattr(unpack, "__module__", "") != checkpoint.__name__:
         return [Part(unpack, {})]
-    cells = _cells(unpack)
-    if "unpack_hook" in cells:  # one that explains errors is around it
-        cells = _cells(cells["unpack_hook"])
-    frame = cells["frame"]
+    frame = _frame(unpack)
     again = _cells(vars(frame)["recompute_fn"])
     arguments = enumerate(vars(frame)["saved_args"])
     given = {f"argument {k}": a for k, a in arguments if type(a).__name__ != "SavedTensor"}
@@ -104,6 +104,14 @@ def parts_of(unpack: Callable[..., object]) -> list[Part]:
     if not is_library(type(context).__module__):
         given["context_fn"] = context
     return [Part(again["fn"], given)]
+
+
+def _frame(unpack: object) -> object:
+    """The frame of a checkpoint; None for the hooks of a recomputation, which is recorded."""
+    cells = _cells(unpack)
+    if "unpack_hook" in cells:  # one that explains errors is around it
+        cells = _cells(cells["unpack_hook"])
+    return cells.get("frame")
 
 
 def _cells(function: object) -> dict[str, object]:

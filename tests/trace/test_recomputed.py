@@ -258,6 +258,24 @@ def test_second_derivatives_and_a_second_gradient(options: dict[str, Any]) -> No
 
 
 @each_way
+def test_a_gradient_inside(options: dict[str, Any]) -> None:
+    m, x = Block(), rows()
+
+    def function(r: Tensor) -> Tensor:
+        y = again(m, r)
+        return torch.autograd.grad(y.sin().sum(), r, create_graph=True)[0] + y
+
+    results = []
+    for mapped in (shardmap.vmap(function, **options), loop(function)):
+        results.append(torch.autograd.grad(mapped(x).cos().sum(), [x, *m.parameters()]))
+    torch.testing.assert_close(*results)
+    out = shardmap.vmap(function, **options)(x)
+    m.scale = 3.0
+    with pytest.raises(errors.AutogradFunctionError, match="checkpoint inside the function"):
+        torch.autograd.grad(out.sum(), x)
+
+
+@each_way
 def test_an_output_beside_a_checkpoint_is_not_refused(options: dict[str, Any]) -> None:
     m, x = Block(), rows()
 

@@ -1,0 +1,3 @@
+"""A module that backwards import when they run."""
+
+k = 1.0
