@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import hooks_of_all_modules, version_of
+from shardmap._torch import global_hooks, version_of
 from shardmap.program.code_names import Names, imported_by, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
 from shardmap.program.object_parts import (
@@ -126,8 +126,8 @@ class Walk:
         for where, ask in settings_asked(names):
             self.facts[where] = ("setting", str(ask()))
         if self._has_modules:
-            for where, hooks in hooks_of_all_modules().items():
-                self.walk(where, hooks)
+            for number, hooks in enumerate(global_hooks):
+                self.walk(f"the hooks of all modules ({number})", hooks)
         if names & _STREAMS and torch.cuda.is_initialized():
             self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 

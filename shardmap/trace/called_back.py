@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch.autograd import graph
@@ -60,21 +60,21 @@ class Watched:
 class Packed(NamedTuple):
     """What a pack hook returned for a tensor that requires grad, and the memory of that."""
 
-    packed: Any
-    original: Any
+    packed: object
+    original: torch.Tensor
 
 
 def noting_copies(
-    doors: Doors, unpack: Callable[[Any], torch.Tensor]
-) -> Callable[[Any], torch.Tensor]:
+    doors: Doors, unpack: Callable[[object], torch.Tensor]
+) -> Callable[[object], torch.Tensor]:
     """An unpack hook that notes if a gradient which may be differentiated again reads a copy.
 
     Autograd gives the copy the history of what it saved, which no recorded call shows.
     """
     watching = weakref.ref(doors)  # autograd's nodes keep the hook
 
-    def unpacked(held: Any) -> torch.Tensor:
-        if type(held) is not Packed:
+    def unpacked(held: object) -> torch.Tensor:
+        if not isinstance(held, Packed):
             return unpack(held)
         tensor, found = unpack(held.packed), watching()
         if found is not None and torch.is_grad_enabled():
@@ -126,7 +126,9 @@ class Saving(Watched):
                 same = self.doors.unrecorded(self._is_unpacked, (tensor, packed), {})
             self.doors.saved_changed = self.doors.saved_changed or not same
             if tensor.requires_grad:
-                return Packed(packed, self.doors.unrecorded(tensor.detach, (), {}))
+                return Packed(
+                    packed, cast(torch.Tensor, self.doors.unrecorded(tensor.detach, (), {}))
+                )
         return packed
 
     def _is_unpacked(self, tensor: torch.Tensor, packed: object) -> bool:

@@ -355,9 +355,8 @@ class Refusals(Histories):
         if self.randomness == "error":
             raise errors.RandomnessError(
                 f"{self.call}: {name} draws random numbers and randomness is 'error'; pass "
-                "randomness='different' (each sample "
-                "its own draw) or "
-                "'same' (one draw for all), or switch the random layer off (model.eval())"
+                "randomness='different' (each sample its own draw) or 'same' (one draw for all), "
+                "or switch the random layer off (model.eval())"
             )
 
     def refuse_seeds(self) -> None:

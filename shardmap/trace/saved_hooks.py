@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import torch
 from torch.utils import checkpoint
 
 from shardmap._torch import pop_saved_hooks, push_saved_hooks, saved_hooks
@@ -35,7 +35,7 @@ def are_saved_hooks_around() -> bool:
     return saved_hooks(True) is not None
 
 
-Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+Hooks = tuple[Callable[[torch.Tensor], object], Callable[[object], torch.Tensor]]
 """A pack hook and an unpack hook."""
 
 

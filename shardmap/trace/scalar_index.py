@@ -125,7 +125,7 @@ class Copies:
         self.stale[group] = min(number, self.stale.get(group, number))
 
     def put_back(
-        self, source: int, copy: int, indices: tuple[Any, ...], put: Callable[[], object]
+        self, source: int, copy: int, indices: tuple[object, ...], put: Callable[[], object]
     ) -> None:
         """Run `put`, which performs `source[indices] = copy`.
 
