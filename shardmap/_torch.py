@@ -186,17 +186,7 @@ set_multithreading = _private(
     "_C._set_multithreading_enabled", "restoring the backward's threads after an interrupt"
 )
 inference_guard = _private("_C._InferenceMode", "restoring inference mode after an interrupt")
-_HOOKS_OF_ALL = tuple(
-    f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")
-)
-
-
-def hooks_of_all_modules() -> dict[str, object]:
-    """The hooks that each module calls (`register_module_forward_hook`), by where they are kept."""
-    found = vars(torch.nn.modules.module)
-    return {f"torch.nn.modules.module.{name}": found.get(name) for name in _HOOKS_OF_ALL}
-
-
+hooks_of_modules = [v for k, v in vars(torch.nn.modules.module).items() if k[:8] == "_global_"]
 saved_hooks = _private("_C._autograd._top_saved_tensors_default_hooks", _SAVED)
 push_saved_hooks = _private("_C._autograd._push_saved_tensors_default_hooks", _SAVED)
 pop_saved_hooks = _private("_C._autograd._pop_saved_tensors_default_hooks", _SAVED)

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import hooks_of_all_modules, version_of
+from shardmap._torch import hooks_of_modules, version_of
 from shardmap.program.code_names import Names, imported_by, names_in
 from shardmap.program.facts import Incomparable, Itself, OfTensor
 from shardmap.program.object_parts import (
@@ -126,8 +126,11 @@ class Walk:
         for where, ask in settings_asked(names):
             self.facts[where] = ("setting", str(ask()))
         if self._has_modules:
-            for where, hooks in hooks_of_all_modules().items():
-                self.walk(where, hooks)
+            hooks = [hook for held in hooks_of_modules if held for hook in held.values()]
+            called = [(h, getattr(h, "func", h)) for h in hooks if callable(h)]
+            own = [h for h, f in called if not is_library(getattr(f, "__module__", ""))]
+            if own:  # those of FlopCounterMode change nothing
+                self.walk("hooks of all modules", own)
         if names & _STREAMS and torch.cuda.is_initialized():
             self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 
