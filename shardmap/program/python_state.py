@@ -8,11 +8,9 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
-import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
-from typing import cast
+from collections.abc import Callable, Mapping, Set
 
 import torch
 
@@ -20,7 +18,14 @@ from shardmap._threads import fork_safe_lock
 from shardmap.program.code_names import Names, names_in
 from shardmap.program.facts import text_of
 from shardmap.program.object_parts import cells_of, defaults_of
-from shardmap.program.settings import VALUES
+from shardmap.program.roots import (
+    is_value,
+    loosened,
+    references,
+    root_of,
+    roots_of_cells,
+    same_root,
+)
 from shardmap.program.state_facts import Walk, is_library
 
 CONTEXT = "ctx."
@@ -32,7 +37,6 @@ NAMES = "\n"
 REMOVED = "the hook's handle"
 """What has changed if a hook was removed."""
 
-_DEPTH = 3
 _MOST_READERS = 16
 """Most readers of one name that are compared: those of several maps, or of several layers."""
 _MOST_NAMES = 512
@@ -133,7 +137,7 @@ class Reader:
     def loosen(self) -> None:
         """Hold no variable of the recorded call, once it has ended."""
         for name, get in self.roots.items():
-            self.roots[name] = _loosened(get)
+            self.roots[name] = loosened(get)
 
     def is_gone(self) -> bool:
         """True if its Function's class is no more, so that nothing can change it."""
@@ -154,7 +158,7 @@ class Reader:
             and self.scope is other.scope
             and self._same_defaults(other)
             and self.roots.keys() == other.roots.keys()
-            and all(_same_root(get, other.roots[name]) for name, get in self.roots.items())
+            and all(same_root(get, other.roots[name]) for name, get in self.roots.items())
         )
 
     def _same_defaults(self, other: Reader) -> bool:
@@ -196,20 +200,12 @@ def reader_of(
     if not isinstance(inner, types.FunctionType):
         return None
     roots |= defaults_of(inner)
-    getters = {name: _weakly(value, is_sample) for name, value in roots.items()}
-    counts, names = _references(inner), names_in(inner.__code__)
-    for name, value in cells_of(inner).items():
-        walk = Walk(names)
-        walk.walk(name, value, name)
-        getters[name] = None
-        if counts[name] > _ALONE and not any(map(is_sample, walk.tensors)):
-            position = inner.__code__.co_freevars.index(name)
-            getters[name] = functools.partial(_contents, (inner.__closure__ or ())[position])
-        elif not _is_value(value):  # no other function can bind the variable anew
-            getters[name] = _weakly(value, is_sample)
+    getters = {name: root_of(value, is_sample, 0) for name, value in roots.items()}
+    counts = references(inner)
+    getters |= roots_of_cells(inner, is_sample, 0)
     kept = {name: get for name, get in getters.items() if get is not None}
     fixed = [name for name, get in getters.items() if get is None and name in roots | counts]
-    given_values = {name for name, value in roots.items() if _is_value(value)}
+    given_values = {name for name, value in roots.items() if is_value(value)}
     return Reader(inner, kept, frozenset(fixed) - given_values, owner)
 
 
@@ -221,80 +217,6 @@ def unwrapped(function: object) -> object:
             break
         function = inner
     return function
-
-
-def _is_value(value: object) -> bool:
-    """True for an object that never changes; not for a weak proxy of one, which may be gone."""
-    return type(value) not in weakref.ProxyTypes and isinstance(value, VALUES)
-
-
-def _contents(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not bound
-        return None
-
-
-def _references(function: types.FunctionType) -> dict[str, int]:
-    """Number of references to each variable of a function's closure, some of them this one's."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: sys.getrefcount(cell) for name, cell in cells}
-
-
-def _closed_over(alone: int) -> Callable[[], int]:
-    return lambda: alone
-
-
-_ALONE = _references(cast(types.FunctionType, _closed_over(0)))["alone"]
-"""References to a variable that only the closure holds."""
-
-
-def _weakly(
-    value: object, is_sample: Callable[[torch.Tensor], bool]
-) -> Callable[[], object] | None:
-    """A function that returns an object; None if the object belongs to the sample, or is fixed."""
-    if type(value) in weakref.ProxyTypes:  # what it refers to may be gone
-        return functools.partial(_same, value)
-    if isinstance(value, VALUES) or any(map(is_sample, _tensors(value, 0))):
-        return None
-    try:
-        return weakref.ref(value)
-    except TypeError:  # a list, a dict or the like
-        return functools.partial(_same, value)
-
-
-def _same_root(get: Callable[[], object], later: Callable[[], object]) -> bool:
-    """True if two roots are the same variable or object, or if the first one's is gone."""
-    a, b = [g.args[0] if isinstance(g, functools.partial) else g() for g in (get, later)]
-    return a is b or a is None
-
-
-def _loosened(get: Callable[[], object]) -> Callable[[], object]:
-    """A root that holds no variable of a call that has ended, which nothing can bind anew."""
-    cell = get.args[0] if isinstance(get, functools.partial) else None
-    if type(cell) is not types.CellType or sys.getrefcount(cell) > _HELD_HERE:
-        return get
-    return _weakly(_contents(cell), lambda _: False) or _nothing
-
-
-_HELD_HERE = 3
-"""References to a variable that only a root holds, as `_loosened` sees it."""
-
-
-def _nothing() -> None:
-    return None
-
-
-def _same(value: object) -> object:
-    return value
-
-
-def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth < _DEPTH and isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item, depth + 1)
 
 
 def keep(name: str, reader: Reader) -> None:

@@ -126,8 +126,11 @@ class Walk:
         for where, ask in settings_asked(names):
             self.facts[where] = ("setting", str(ask()))
         if self._has_modules:
-            for number, hooks in enumerate(global_hooks):
-                self.walk(f"the hooks of all modules ({number})", hooks)
+            hooks = [hook for held in global_hooks if held for hook in held.values()]
+            called = [(h, getattr(h, "func", h)) for h in hooks if callable(h)]
+            own = [h for h, f in called if not is_library(getattr(f, "__module__", ""))]
+            if own:  # those of FlopCounterMode change nothing
+                self.walk("hooks of all modules", own)
         if names & _STREAMS and torch.cuda.is_initialized():
             self.facts["the current stream"] = ("setting", str(torch.cuda.current_stream()))
 

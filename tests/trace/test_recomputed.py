@@ -348,3 +348,60 @@ def test_hooks_around_the_call_are_a_remedy(case: Callable[[], Case]) -> None:
         table["scale"] = 3.0
         results.append(torch.autograd.grad(out.sum(), x))
     torch.testing.assert_close(*results)
+
+
+class Called(torch.autograd.Function):
+    """Keeps a function on `ctx` that only the call holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.scale = scale
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.scale(grad), None
+
+
+table = {"scale": 1.0}
+
+
+def scaled(by: float, z: Tensor) -> Tensor:
+    return z * by * table["scale"]
+
+
+def reentrant(r: Tensor) -> Tensor:
+    return checkpoint(lambda z: (z * table["scale"]).sin(), r, use_reentrant=True)
+
+
+HELD: dict[str, Function] = {
+    "a reentrant checkpoint": reentrant,
+    "a function": lambda r: Called.apply(r, lambda z: z * table["scale"]),
+    "a partial one": lambda r: Called.apply(r, functools.partial(scaled, 2.0)),
+    "a partial one of it": lambda r: Called.apply(
+        r, functools.partial(lambda by, z: z * by * table["scale"], 2.0)
+    ),
+    "one that closes over another": lambda r: (
+        lambda inner: Called.apply(r, lambda z: inner(z) * 2)
+    )(lambda z: z * table["scale"]),
+}
+
+
+@each_way
+@pytest.mark.parametrize("name", HELD)
+def test_what_only_the_call_has_held_is_read_after_it(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = HELD[name]
+    mapped, x = shardmap.vmap(function, **options), rows()
+    for number in (1.0, 1.0, 2.0, 2.0):
+        monkeypatch.setitem(table, "scale", number)
+        got = x.detach().clone().requires_grad_()
+        want = x.detach().clone().requires_grad_()
+        mapped(got).sum().backward()
+        loop(function)(want).sum().backward()
+        torch.testing.assert_close(got.grad, want.grad)
+    out = mapped(x).sum()
+    monkeypatch.setitem(table, "scale", 5.0)
+    with pytest.raises(errors.AutogradFunctionError, match=r"table\['scale'\]"):
+        out.backward()
