@@ -72,11 +72,12 @@ class _Token:
         if entry is not None and entry[0]() is value:
             return entry[1]
         key, token = id(value), _Token()
+        known = _Token._by_id  # when the process ends, this module's names are gone first
 
         def forget(reference: weakref.ref[Any]) -> None:
-            held = _Token._by_id.get(key)
+            held = known.get(key)
             if held is not None and held[0] is reference:
-                _Token._by_id.pop(key, None)
+                known.pop(key, None)
 
         _Token._by_id[key] = weakref.ref(value, forget), token
         return token
