@@ -23,7 +23,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-DAYS = 3
+DAYS = 5
 """Days in which each rotating test runs once."""
 MANY = 12
 """Sets of parameters from which on a test is one that rotates."""
@@ -31,11 +31,11 @@ MANY = 12
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that runs all rotating tests."""
-    parser.addoption("--all-days", action="store_true", help="run every rotating test, not a third")
+    parser.addoption("--all-days", action="store_true", help="run every rotating test, not a fifth")
 
 
 def left_to_other_days(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The rotating tests that do not run today: two thirds of the parameters of each.
+    """The rotating tests that do not run today: four fifths of the parameters of each.
 
     A test rotates if it has many sets of parameters, or is marked; marked ones without parameters
     rotate among those of their file.
