@@ -146,8 +146,6 @@ def test_a_write_between_a_call_and_its_backward(options: dict[str, Any]) -> Non
         x = torch.ones(5, 3, requires_grad=True)
         y = mapped(x).sum()
         SCALE.add_(1)
-        with pytest.raises(
-            errors.AutogradFunctionError, match="take the gradient before the write"
-        ):
+        with pytest.raises(errors.AutogradFunctionError, match="take the gradient before"):
             torch.autograd.grad(y, x)
         assert torch.equal(gradient(mapped, x.detach()), torch.full((5, 3), 2.0 + turn))

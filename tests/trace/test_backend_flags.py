@@ -126,7 +126,7 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def as_before(settable_backends: None) -> Iterator[None]:
     """Every setting is put back."""
     KEPT.reset()
     kept = [

@@ -211,6 +211,7 @@ def a_setting_of_a_backend(patch: Patch) -> tuple[Read, Change]:
     return read, lambda: patch.setattr(torch.backends.cudnn, "benchmark", True)
 
 
+pytestmark = pytest.mark.usefixtures("settable_backends")
 WAYS = (
     a_decorated_function_of_torch, a_decorator_of_ones_own, single_dispatch, an_abstract_class,
     a_pattern, an_import, an_import_of_a_name, a_relative_import, numpy_memory, a_version,
