@@ -24,7 +24,7 @@ import torch
 
 from shardmap import errors
 from shardmap._threads import alone
-from shardmap._torch import pytree
+from shardmap._torch import pytree, without_dispatch, without_functions
 from shardmap.call import standin
 from shardmap.call.memo import Prepared
 from shardmap.call.reachable import reachable
@@ -229,11 +229,14 @@ class SampleLoop(StandIn):
             return
         for first in range(0, size, _BLOCK):
             watched = self.randomness == "error" and alone()
-            before = torch.get_rng_state() if watched else None
+            with without_dispatch(), without_functions():  # no read of a function around
+                before = torch.get_rng_state() if watched else None
             last = min(first + _BLOCK, size) - 1
             for i in range(first, last + 1):
                 yield self._one([rows[i] for rows in columns], number_of(start, i))
-            if before is not None and not torch.equal(before, torch.get_rng_state()) and alone():
+            with without_dispatch(), without_functions():
+                drawn = before is not None and not torch.equal(before, torch.get_rng_state())
+            if before is not None and drawn and alone():
                 torch.set_rng_state(before)
                 which = f"sample {number_of(start, first)}"
                 if last > first:
