@@ -71,7 +71,7 @@ SHARED_CONDITIONS: dict[str, Sample] = {
     "true": lambda r: torch.cond(shared.sum() > 0, torch.sin, torch.cos, (r,)),
     "false": lambda r: torch.cond(shared.sum() > 9, torch.sin, torch.cos, (r,)),
     "of the shape": lambda r: torch.cond(r.shape[0] > 2, torch.sin, torch.cos, (r,)),
-    "a number": lambda r: torch.cond(False, torch.sin, torch.cos, (r,)),  # noqa: FBT003
+    "a number": lambda r: torch.cond(False, torch.sin, torch.cos, (r,)),
     "closures": lambda r: torch.cond(shared[0] > 0, lambda: r * shared, lambda: r + 1),
     "several results": lambda r: torch.cond(
         shared[1] < 0, lambda a: (a.sin(), {"b": a + 1}), lambda a: (a.cos(), {"b": a - 1}), (r,)
