@@ -55,7 +55,7 @@ from shardmap.trace.names import lost_code, named_in
 from shardmap.trace.watch import BUILTINS, PythonWatch, is_own, is_trusted
 
 
-def _is_librarys(item: tuple[types.CodeType, object]) -> bool:
+def _is_of_a_library(item: tuple[types.CodeType, object]) -> bool:
     return is_trusted(item[0].co_filename)
 
 
@@ -96,7 +96,7 @@ class Walk(Notes):
 
     def _globals(self, codes: dict[types.CodeType, dict[str, object]]) -> None:
         # What a library reads is followed less far, and nothing is followed twice.
-        for code, of in sorted(codes.items(), key=_is_librarys):
+        for code, of in sorted(codes.items(), key=_is_of_a_library):
             self._trusted = is_trusted(code.co_filename)
             names = named_in(code)
             if builtins_of(of) is not BUILTINS:

@@ -52,3 +52,30 @@ def as_a_hook(called: Function) -> Function:
         return h * 1
 
     return function
+
+
+def by_function(read: Callable[[], float]) -> Function:
+    """A function whose backward multiplies by what is read."""
+    return as_a_backward(lambda grad: grad * read())
+
+
+def by_hook(read: Callable[[], float]) -> Function:
+    """A function that registers a hook which does, and changes nothing else."""
+
+    def function(r: Tensor) -> Tensor:
+        h = r * 1
+        h.register_hook(lambda grad: grad * read())
+        return h
+
+    return function
+
+
+KINDS = {"Function": by_function, "hook": by_hook}
+
+
+def gradient(call: Function, between: Callable[[], object] = lambda: None) -> Tensor:
+    """The gradient by a batch of different samples, with something done before it is taken."""
+    x = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    out = call(x)
+    between()
+    return torch.autograd.grad((out * x.detach()).sum(), x)[0]

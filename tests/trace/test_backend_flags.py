@@ -16,6 +16,7 @@ from torch.backends.cuda import matmul
 import shardmap
 from shardmap import errors
 from tests.same import assert_same
+from tests.trace.gradient_readers import KINDS, by_function, gradient, loop
 
 Tensor = torch.Tensor
 
@@ -145,45 +146,6 @@ def as_before(settable_backends: None) -> Iterator[None]:
     torch.backends.cuda.enable_flash_sdp(True)
     for module, name, value in kept:
         setattr(module, name, value)
-
-
-def by_function(read: Callable[[], float]) -> Callable[[Tensor], Tensor]:
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            return grads[0] * read()
-
-    return Scaled.apply  # pyright: ignore
-
-
-def by_hook(read: Callable[[], float]) -> Callable[[Tensor], Tensor]:
-    def function(r: Tensor) -> Tensor:
-        h = r * 1
-        h.register_hook(lambda g: g * read())
-        return h
-
-    return function
-
-
-KINDS = {"Function": by_function, "hook": by_hook}
-
-
-def gradient(
-    call: Callable[[Tensor], Tensor], between: Callable[[], object] = lambda: None
-) -> Tensor:
-    x = torch.arange(6.0).reshape(3, 2).requires_grad_()
-    out = call(x)
-    between()
-    (found,) = torch.autograd.grad((out * x.detach()).sum(), x)
-    return found
-
-
-def loop(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.stack([function(x[i]) for i in range(len(x))])
 
 
 @pytest.mark.parametrize("trace", ["auto", "once"])

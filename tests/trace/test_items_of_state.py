@@ -14,7 +14,7 @@ import torch
 import shardmap
 from shardmap import errors
 from tests.same import assert_same
-from tests.trace.test_backend_flags import KINDS, gradient, loop
+from tests.trace.gradient_readers import KINDS, gradient, loop
 
 Tensor = torch.Tensor
 
