@@ -196,7 +196,8 @@ def asked(r: torch.Tensor) -> torch.Tensor:
 
 
 def by_probability(r: torch.Tensor) -> torch.Tensor:
-    return torch.bernoulli(torch.empty(6).clamp(0, 1)) + r
+    # Memory that is reused may hold NaN, which is no probability.
+    return torch.bernoulli(torch.empty(6).nan_to_num().clamp(0, 1)) + r
 
 
 def of_a_convolution(r: torch.Tensor) -> torch.Tensor:
