@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from shardmap.call.kinds import ARRAY_BYTES, CALLABLES, INERT, MOST, made_of
-from shardmap.call.lookups import Getter, bytes_of, made_part
+from shardmap.call.lookups import Getter, bytes_of, is_limited, kept_results, made_part
 from shardmap.call.reachable import VALUES
 
 REMADE = (functools.partial, classmethod, staticmethod, property)
@@ -55,7 +55,13 @@ def _cache_of(cached: object) -> State | None:
         return State(unknown="a large cache")
     results = [*held, *stores[0], *stores[0].values()]  # the arguments, too: tensors among them
     parts = [each for each in results if each is not stores[0] and type(each) is not type]
-    return State(parts=parts, entries=stores[0])
+    facts: list[tuple[str, Getter]] = []
+    if is_limited(cached):
+        kept = kept_results(cached, stores[0])
+        if kept is None:
+            return None
+        facts = [("what functools.lru_cache keeps", kept)]
+    return State(facts, parts, entries=stores[0])
 
 
 def state_of(value: Any, kind: type) -> State | None:

@@ -6,6 +6,7 @@ Each takes the parts of the call's function and arguments (`root.Root`).
 from __future__ import annotations
 
 import contextvars
+import gc
 import sys
 import types
 import weakref
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence, Set
 import numpy as np
 import torch
 
-from shardmap._torch import is_view
+from shardmap._torch import dict_version, is_view, missing
 from shardmap.call.kinds import made_of
 from shardmap.trace.recording import is_plain
 
@@ -108,6 +109,58 @@ def bytes_of(array: np.ndarray) -> Getter:
     )
 
 
+def is_limited(cached: object) -> bool:
+    """True if a cache keeps a limited number of results, and has some."""
+    held = gc.get_referents(cached)
+    return len(held) > 1 and type(held[1]) is not dict
+
+
+_Results = dict[int, tuple[object, object]]
+
+
+def _results(cached: object, store: dict[object, object]) -> _Results | None:
+    """The arguments and the result of each entry of a limited cache, by the arguments' address.
+
+    C refers to the type of the cache, then to the arguments, the result and the type of each entry
+    in turn, then to the dict of the entries. None if it does not.
+    """
+    held = gc.get_referents(cached)
+    end = next(number for number, each in enumerate(held) if each is store)
+    entries = {type(entry) for entry in store.values()}
+    if end != 3 * len(store) + 1 or any({each} != entries for each in held[3:end:3]):
+        return None
+    pairs = zip(held[1:end:3], held[2:end:3], strict=True)
+    return {id(arguments): (arguments, result) for arguments, result in pairs}
+
+
+def kept_results(cached: object, store: dict[object, object]) -> Getter | None:
+    """Look up whether a cache keeps the results that it keeps now; it may get others.
+
+    An entry that is put out is used again for other arguments, and may come back to the same ones
+    with another result: the dict's entries do not show it. None if python does not show them.
+    """
+    before = _results(cached, store)
+    if before is None:
+        return None
+
+    def as_before() -> bool:
+        now = _results(cached, store) or {}
+        return all(key in now and now[key][1] is result for key, (_, result) in before.items())
+
+    if "torch._C._dynamo.guards.dict_version" in missing():
+        return lambda _: as_before()
+    version = dict_version(store)
+
+    def found(_: object) -> bool:
+        nonlocal version
+        now = dict_version(store)  # an entry that is used again is taken out and put in
+        same = now == version or as_before()
+        version = now if same else version
+        return same
+
+    return found
+
+
 def module_named(name: str) -> Getter:
     """Look up an imported module."""
     return lambda _: sys.modules.get(name)
@@ -170,7 +223,7 @@ def states_of(look: Getter, names: Set[str]) -> Getter:
         if not isinstance(tensor, torch.Tensor):
             return ABSENT
         if not is_plain(tensor):
-            return ABSENT
+            return object()  # equal to nothing: under a transform not all of them can be asked
         return " ".join([str(ask(tensor)) for ask in asked])
 
     return found

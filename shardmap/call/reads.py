@@ -189,10 +189,11 @@ class Walk(Notes):
                 self._unknown(value, state.unknown)
             if kind is CACHED and "cache_info" in self._names:
                 self._unknown(value, "how often a cache was hit")
-            if state.entries and not self._trusted:
+            compared = kind is not CACHED or not self._trusted
+            if state.entries and compared:
                 entries = self.found.entries_of(state.entries, "what functools.lru_cache keeps")
                 entries.values |= {k: self.found.held(v) for k, v in state.entries.items()}
-            for what, look in state.facts:
+            for what, look in state.facts if compared else ():
                 self.found.facts.append(Fact(what, look, self.found.held(look(()))))
             for each in state.parts:
                 self._walk(each)

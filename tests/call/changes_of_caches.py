@@ -48,9 +48,20 @@ def others_put_in(limit: int | None) -> Reads:
     return lambda: cached(0), change
 
 
+def put_out_and_in_again(limit: int | None) -> Reads:
+    """The entry of the result that is read comes to hold others, and one of the same argument."""
+    cached, put_out = others_put_in(limit)
+
+    def change() -> None:
+        put_out()
+        cached()
+
+    return cached, change
+
+
 for name, limit in LIMITS.items():
-    for make in (cleared_and_filled_again, others_put_in):
-        if (name, make) != ("any", others_put_in):  # which changes nothing
+    for make in (cleared_and_filled_again, others_put_in, put_out_and_in_again):
+        if name != "any" or make is cleared_and_filled_again:  # the others change nothing
             made: Any = functools.partial(make, limit)
             made.__name__, made.__module__ = f"a_cache_of_{name}_{make.__name__}", __name__
             state(made)
