@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -229,8 +228,13 @@ MOST_OVER_OTHER = 1.05
 """The most that a later call may cost over the other checkout's: the spread of the medians."""
 
 
-def timed(tree: Path, rounds: int, warmup: int) -> dict[str, list[float]]:
-    """The seconds of this benchmark's own calls in a process with the shardmap of `tree`."""
+def timed(tree: Path, rounds: int, warmup: int) -> dict[str, float]:
+    """The time of each of this benchmark's calls over torch.func's, with the shardmap of `tree`.
+
+    One process; each call takes turns with torch.func's alone. Next to our other calls, the one
+    that records would find the processor's caches as those have left them: warm in a checkout
+    whose default call records too, cold in one whose default call replays.
+    """
     code = (
         "import json, sys, pathlib, torch, shardmap\n"
         f"found, wanted = pathlib.Path(shardmap.__file__).parents[1], pathlib.Path({str(tree)!r})\n"
@@ -242,8 +246,11 @@ def timed(tree: Path, rounds: int, warmup: int) -> dict[str, list[float]]:
         "found = {}\n"
         "for group, make in overhead.GROUPS.items():\n"
         "    subjects = make(torch.float32)\n"
-        "    seconds = timer.run({name: s.call for name, s in subjects.items()})\n"
-        "    found |= {f'{group}: {name}': values for name, values in seconds.items()}\n"
+        "    base = subjects.pop(overhead.BASELINE).call\n"
+        "    for name, subject in subjects.items():\n"
+        "        seconds = timer.run({overhead.BASELINE: base, name: subject.call})\n"
+        "        ratio = common.ratio(seconds, name, overhead.BASELINE)\n"
+        "        found[f'{group}: {name}'] = ratio.median\n"
         "print(json.dumps(found))\n"
     )
     done = subprocess.run(
@@ -269,13 +276,11 @@ def against(other: Path, rounds: int, warmup: int, output: Path | None) -> int:
     for index in range(processes):
         for tree in list(trees) if index % 2 else list(reversed(trees)):
             found = timed(trees[tree], max(2, rounds // processes), warmup)
-            for name, seconds in found.items():
-                baseline = found[f"{name.split(': ')[0]}: {BASELINE}"]
-                value = statistics.median(seconds) / statistics.median(baseline)
-                over[tree].setdefault(name, []).append(value)
-    names = [name for name in over["here"] if not name.endswith(BASELINE)]
+            for name, ratio in found.items():
+                over[tree].setdefault(name, []).append(ratio)
     ratios = {
-        name: common.ratio({t: over[t][name] for t in over}, "here", "there") for name in names
+        name: common.ratio({t: over[t][name] for t in over}, "here", "there")
+        for name in over["here"]
     }
     rows = [
         [
