@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardmap._torch import generator_id, storage_id
 from shardmap.call.reads import Walk
 from shardmap.rules.sparse import memory_of
-from shardmap.trace.recording import Recording
+from shardmap.trace.recording import Recording, element
 
 
 def why_not(walk: Walk, recording: Recording) -> str:
@@ -19,7 +19,7 @@ def _unfound(walk: Walk, recording: Recording) -> str:
     parts = {address for t in walk.found.tensors.values() for address in memory_of(t)}
     for tensor in recording.captured:
         if id(tensor) not in places:
-            if storage_id(tensor.untyped_storage()) in parts:
+            if storage_id(element(tensor).untyped_storage()) in parts:
                 return f"it reads a tensor of shape {tuple(tensor.shape)}, a part of another one"
             return (
                 f"it reads a tensor of shape {tuple(tensor.shape)} that cannot be found by name "

@@ -88,7 +88,7 @@ def recalled(
     memory: Recordings | None,
 ) -> Call | None:
     """The call with a recording of an earlier one; None if none serves it."""
-    if memory is None or not around.comparable:
+    if memory is None or not around.comparable(isinstance(memory, OneCall)):
         return None
     if (remembered := memory.recall(batch)) is None:
         return None
@@ -109,7 +109,7 @@ def recorded(
     memory: Recordings | None,
 ) -> Call:
     """The call, recorded now."""
-    memory = memory if around.comparable else None
+    memory = memory if around.comparable(isinstance(memory, OneCall)) else None
     once, watch = isinstance(memory, Kept), memory and memory.watch(batch)
     how = options.randomness, once, options.call
     look = options.check == "always" or once or watch is not None or batch.size == 1

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from shardmap._torch import backward_hooks, dict_version, missing
+from shardmap._torch import backward_hooks, dict_version, functorch, missing
 from shardmap.call.kinds import HEAP, NEVER_WEAK
 from shardmap.call.lookups import ABSENT, Getter
 from shardmap.call.reachable import VALUES
+from shardmap.trace.recording import wrappers_of
 
 _NUMBERED = "torch._C._dynamo.guards.dict_version" not in missing()
 TENSOR = object()
@@ -315,6 +316,7 @@ def _forms(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[object], ...]:
         list(map(torch.Tensor.size, tensors)),
         strides,
         *[list(map(look, tensors)) for look in _LOOKS],
+        list(map(wrappers_of, tensors)) if functorch.peek_interpreter_stack() is not None else (),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
-from shardmap._torch import storage_id
+from shardmap._torch import interpreters_aside, storage_id
 from shardmap.call.blame import why_not
 from shardmap.call.guards import Guards
 from shardmap.call.memo import shared_arguments
@@ -16,6 +18,9 @@ from shardmap.trace.batch import Batch
 from shardmap.trace.compare import same_values
 from shardmap.trace.recording import Recording, element
 from shardmap.trace.watch import PythonWatch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def explained(
@@ -51,7 +56,7 @@ def memories_of(recording: Recording) -> tuple[int, ...]:
     firsts: dict[int, int] = {}
     return tuple(
         [
-            firsts.setdefault(storage_id(t.untyped_storage()), n)
+            firsts.setdefault(storage_id(element(t).untyped_storage()), n)
             for n, t in enumerate(recording.captured)
             if t.layout is torch.strided
         ]
@@ -63,6 +68,18 @@ def asks(recording: Recording) -> bool:
     return any(eq.answer is not None for eq in recording.program.equations)
 
 
+def _on_values(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function compute with values: the transforms around a call would wrap its results."""
+
+    @functools.wraps(function)
+    def plainly(*args: P.args, **kwargs: P.kwargs) -> T:
+        with interpreters_aside():
+            return function(*args, **kwargs)
+
+    return plainly
+
+
+@_on_values
 def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:
     """The first row of each mapped argument, and True for each whose last row is another.
 
@@ -81,6 +98,7 @@ def rows_of(batch: Batch, check: str) -> tuple[list[torch.Tensor], list[bool]]:
     return rows, apart
 
 
+@_on_values
 def others_than_first(batch: Batch, apart: list[bool]) -> list[tuple[int, int]]:
     """For each mapped argument that is not `apart`: a sample whose row is not the first one's.
 
@@ -110,6 +128,7 @@ That takes 5 us a row, 0.3 ms for 64: less than the recording that it may ask fo
 classes differ within a few rows; arguments that do not are compared at each call instead."""
 
 
+@_on_values
 def hold_known(batch: Batch, rows: list[torch.Tensor], apart: list[bool]) -> bool:
     """True if all rows of the arguments that are not `apart` are the known one.
 
@@ -127,6 +146,7 @@ def hold_known(batch: Batch, rows: list[torch.Tensor], apart: list[bool]) -> boo
     return True
 
 
+@_on_values
 def seen_apart(
     rows: list[torch.Tensor], apart: list[bool], now: list[torch.Tensor], now_apart: list[bool]
 ) -> list[bool]:

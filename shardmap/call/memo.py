@@ -24,6 +24,7 @@ from shardmap._torch import (
     attention_kernels,
     forward_level,
     function_depth,
+    functorch,
     generator_id,
     global_hooks,
     pytree,
@@ -37,7 +38,7 @@ from shardmap.call.root import Root
 from shardmap.lower.cache import Lowered
 from shardmap.rules.sparse import memory_of
 from shardmap.trace.batch import Batch
-from shardmap.trace.recording import Recording
+from shardmap.trace.recording import Recording, wrappers_of
 from shardmap.trace.watch import PythonWatch
 
 logger = logging.getLogger("shardmap")
@@ -296,6 +297,7 @@ def signature(batch: Batch) -> Hashable:
     parts: list[Any] = [batch.structure, batch.mapped, min(batch.size, 1)]
     dims = dict(batch.mapped)
     firsts: dict[int, int] = {}
+    around = functorch.peek_interpreter_stack() is not None
     for i, leaf in enumerate(batch.leaves):
         if isinstance(leaf, torch.Tensor):
             d = dims.get(i)
@@ -307,7 +309,7 @@ def signature(batch: Batch) -> Hashable:
             twin = firsts.setdefault(id(leaf), i)  # one tensor passed twice is recorded as one
             form = type(leaf), shape, stride, leaf.dtype, leaf.device
             keys = leaf.is_inference(), leaf.is_conj(), leaf.is_neg()
-            parts.append((*form, *grad, *keys, twin))
+            parts.append((*form, *grad, *keys, twin, wrappers_of(leaf) if around else ()))
         elif isinstance(leaf, VALUES):
             parts.append((type(leaf), repr(leaf)))
     return (*_hashable(parts), modes())
@@ -330,8 +332,16 @@ def modes() -> tuple[Any, ...]:
         torch.get_default_device() if function_depth() else _HOST,
         torch.are_deterministic_algorithms_enabled(),
         tuple(map(tuple, global_hooks)) if any(global_hooks) else (),
+        transforms_around(),
         *[enabled() for enabled in attention_kernels],
     )  # fmt: skip
+
+
+def transforms_around() -> tuple[Hashable, ...]:
+    """The transforms around a call."""
+    if functorch.peek_interpreter_stack() is None:
+        return ()
+    return tuple([(i.key(), i.level()) for i in functorch.get_interpreter_stack() or []])
 
 
 def setting_left(watch: PythonWatch, before: tuple[object, ...]) -> str:

@@ -35,10 +35,22 @@ class Surroundings:
         """True if there are neither recordings nor transforms around it."""
         return not (self.inlined or self.transformed)
 
-    @property
-    def comparable(self) -> bool:
-        """True if all that is around it is compared when a recording is used again."""
-        return self.plain and not under_function_mode()
+    def comparable(self, by_form: bool) -> bool:
+        """True if all that is around it is compared when a recording is used again.
+
+        Args:
+            by_form: True if captured tensors may be others of the same form: those of a transform
+                are made anew at each call. The samples of a vmap around hold no values to compare.
+        """
+        if self.inlined or under_function_mode():
+            return False
+        return not self.transformed or (by_form and only_differentiated())
+
+
+def only_differentiated() -> bool:
+    """True if every transform around takes derivatives: the tensors in it hold values."""
+    kinds = functorch.TransformType.Grad, functorch.TransformType.Jvp
+    return all(level.key() in kinds for level in functorch.get_interpreter_stack() or [])
 
 
 def surroundings() -> Surroundings:

@@ -107,6 +107,24 @@ def element(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def wrappers_of(tensor: torch.Tensor) -> tuple[tuple[int, int | None, bool, bool], ...]:
+    """Functorch's wrappers around a plain tensor, the outermost first.
+
+    Returns:
+        Of each its level, the dimension that it maps, if it maps one, and whether it requires grad
+        and is a leaf.
+    """
+    found = []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        dim = functorch.maybe_get_bdim(tensor) if functorch.is_batchedtensor(tensor) else None
+        level = functorch.maybe_get_level(tensor)
+        found.append((level, dim, tensor.requires_grad, tensor.is_leaf))
+        tensor = functorch.get_unwrapped(tensor)
+    if found:
+        found.append((-1, None, tensor.requires_grad, tensor.is_leaf))
+    return tuple(found)
+
+
 def is_empty_outside(tensor: torch.Tensor) -> bool:
     """True if a `torch.func.vmap` around the call maps a tensor over no samples, at any level."""
     while functorch.is_functorch_wrapped_tensor(tensor):
