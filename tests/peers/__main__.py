@@ -25,8 +25,8 @@ def ours(work: Path) -> Path:
     folder = work / "ours"
     folder.mkdir(exist_ok=True)
     link = folder / "shardmap"
-    if not link.exists():
-        link.symlink_to(ROOT / "shardmap")
+    link.unlink(missing_ok=True)  # an earlier run's may lead to another checkout
+    link.symlink_to(ROOT / "shardmap")
     shutil.copy(Path(__file__).with_name("plugin.py"), folder / f"{PLUGIN}.py")
     return folder
 
