@@ -228,6 +228,54 @@ def ensemble(members: int, inputs: Tensor, targets: Tensor) -> Case:
     )
 
 
+def collocation(points: Tensor) -> Case:
+    """Make the case of a step of a physics-informed net: a map inside of `torch.func.grad`.
+
+    The loss is the mean squared residual of Poisson's equation over the points; its gradient by
+    the weights is one result, which stands in the place of a sample.
+    """
+    net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    net = net.to(points.device)
+    weights = {name: value.detach() for name, value in net.named_parameters()}
+
+    def residual(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        def solution(x: Tensor) -> Tensor:
+            return torch.func.functional_call(net, weights, (x,)).squeeze()
+
+        return torch.func.hessian(solution)(x).diagonal().sum() - x.sin().prod()
+
+    def step(vmap: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(weights: dict[str, Tensor], points: Tensor) -> Tensor:
+            return vmap(lambda x: residual(weights, x))(points).square().mean()
+
+        def gradient(weights: dict[str, Tensor], points: Tensor) -> dict[str, Tensor]:
+            found = torch.func.grad(loss)(weights, points)
+            return {name: value[None] for name, value in found.items()}
+
+        return gradient
+
+    def loop() -> list[dict[str, Tensor]]:
+        plain = step(lambda f: lambda rows: torch.stack([f(row) for row in rows]))
+        return [{name: value[0] for name, value in plain(weights, points).items()}]
+
+    def ours(options: Mapping[str, Any]) -> Call:
+        mapped = step(lambda f: shardmap.vmap(f, **options))
+        return lambda: mapped(weights, points)
+
+    def by_func(chunk: int | None) -> Callable[..., Any]:
+        return step(lambda f: torch.func.vmap(f, chunk_size=chunk))
+
+    return Case(
+        loop=loop,
+        ours=ours,
+        func={"grad": by_func},
+        arguments=(weights, points),
+        chunks=sizes(len(points)),
+        opacus="Opacus has no derivatives by inputs",
+        jax=NO_TWIN,
+    )
+
+
 def one_more(batch: Tensor) -> Case:
     """Make the case of a map that does next to nothing: what a call costs."""
 
@@ -322,6 +370,10 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
         x, y = torch.randn(64, 784).to(device), torch.randint(10, (64,)).to(device)
         return ensemble(min(16, samples), x, y)
 
+    def of_points() -> Case:
+        torch.manual_seed(0)
+        return collocation(torch.rand(3 if few else 256, 2).to(device))
+
     def of_little() -> Case:
         torch.manual_seed(0)
         return one_more(torch.randn(8, 4).to(device))
@@ -363,5 +415,6 @@ def cases(device: str, samples: int = SAMPLES) -> dict[str, Callable[[], Case]]:
         "jacrev 32 -> 2048": derivative("jacrev", "32 -> 2048, batch 64", 3 if few else 64),
         "Hessian, 64 inputs": derivative("hessian", "Hessian, 64 inputs, batch 256", 3 if few else 256),
         "Lorenz-96 flow": derivative("jacobian", "Lorenz-96, 50 steps, batch 512", 3 if few else 512),
+        "physics-informed net": of_points,
         "x + 1": of_little,
     }  # fmt: skip
