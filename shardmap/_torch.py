@@ -226,6 +226,8 @@ def note_that_no_dispatch_mode_is_on() -> None:
 
 TracingContext = _private("_guards.TracingContext", "compiled functions inside a map")
 _of_thread = _private("_guards._TLS", "compiled functions inside a map, which run eagerly there")
+are_scripts_optimized = _private("_C._get_graph_executor_optimize", "scripted code in a map")
+optimize_scripts = _private("_C._set_graph_executor_optimize", "scripted code inside a map")
 
 
 def tracing_context() -> object:

@@ -5,6 +5,10 @@ function while it is recorded decides whether it is compiled in later calls of t
 stance "force_eager" holds for the process, and other threads' compiled functions would be eager as
 long as a recording runs. But a compiled function first checks if its thread is inside a kernel
 of a fake tensor, and then calls the original function: so this thread pretends that it is.
+
+TorchScript runs a function as it is written in its first calls and optimised later, with other
+operators, and with a backward that shows none: its optimiser is off in this thread. What it has
+optimised before stays so.
 """
 
 from __future__ import annotations
@@ -12,7 +16,13 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from shardmap._torch import TracingContext, set_tracing_context, tracing_context
+from shardmap._torch import (
+    TracingContext,
+    are_scripts_optimized,
+    optimize_scripts,
+    set_tracing_context,
+    tracing_context,
+)
 
 _ASKS = "compile_wrapper"
 """Name of torch's function through which a compiled function is called."""
@@ -51,13 +61,15 @@ class _Context:
 
 
 class CompiledCodeRunsEagerly:
-    """Context in which compiled functions that this thread calls run eagerly."""
+    """Context in which compiled functions of this thread run eagerly, and scripted ones plainly."""
 
     def __enter__(self) -> None:
-        self._before = tracing_context()
+        self._before, self._optimized = tracing_context(), are_scripts_optimized()
         set_tracing_context(_Context(self._before))
+        optimize_scripts(False)
 
     def __exit__(
         self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        optimize_scripts(self._optimized)
         set_tracing_context(self._before)

@@ -32,6 +32,7 @@ from shardmap._threads import (
 )
 from shardmap._torch import (
     allow_saved_hooks,
+    are_scripts_optimized,
     dispatch_depth,
     dispatch_modes,
     eager_transforms,
@@ -45,6 +46,7 @@ from shardmap._torch import (
     is_multithreading_on,
     leave_forward_level,
     note_that_no_dispatch_mode_is_on,
+    optimize_scripts,
     pop_dispatch_mode,
     pop_function_mode,
     pop_saved_hooks,
@@ -115,6 +117,7 @@ class _Kept:
         self.jvps: int = eager_transforms.JVP_NESTING
         self.level: int = forward_level(forward_ad)
         self.tracing = tracing_context()
+        self.scripts: bool = are_scripts_optimized()
         self.variables = [v.get() for v in _variables]
         self.handled = sys.exc_info()[1]
         self.thread = threading.get_ident()
@@ -191,6 +194,7 @@ class _Kept:
         set_forward(self.forward)
         set_grad(self.grad)
         set_tracing_context(self.tracing)
+        optimize_scripts(self.scripts)
         if self.outermost:
             stop_watching()
             restore_interrupted_generators()
