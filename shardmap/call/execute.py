@@ -43,7 +43,7 @@ from shardmap.trace.batch import Batch, flatten_outputs, unflatten_outputs
 from shardmap.trace.outside_graphs import may_reach
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
-from shardmap.trace.saved_hooks import are_saved_hooks_around
+from shardmap.trace.saved_hooks import are_saved_hooks_around, is_checkpoint_around
 from shardmap.trace.shared_writes import refuse_shared_writes
 from shardmap.trace.traced import traced_recording
 
@@ -93,6 +93,8 @@ def recalled(
     if (remembered := memory.recall(batch)) is None:
         return None
     prepared = remembered.rebound(batch)
+    if prepared.recording.asked and is_checkpoint_around():
+        return None  # samples are told from the recorded one, which a later call may have replaced
     if may_reach(prepared.recording, batch.tensors()) or outdated(prepared, memory, batch):
         return None
     refuse_shared_writes(prepared.recording, batch, options.call)

@@ -36,7 +36,7 @@ from shardmap.trace.containers import refuse_unequal
 from shardmap.trace.key_order import positions
 from shardmap.trace.record import record
 from shardmap.trace.recording import Recording
-from shardmap.trace.saved_hooks import are_saved_hooks_around
+from shardmap.trace.saved_hooks import are_saved_hooks_around, is_checkpoint_around
 
 logger = logging.getLogger("shardmap")
 
@@ -328,7 +328,9 @@ class Forked:
     def _find(self) -> Routes:
         use, options = self.use, self.options
         derived = self.prepared.derived
-        known = [self.prepared, *derived.get("paths", ())] if use.once else [self.prepared]
+        # A checkpoint around makes the call again: what has been found since must not count.
+        kept = use.once and not is_checkpoint_around()
+        known = [self.prepared, *derived.get("paths", ())] if kept else [self.prepared]
         paths = []
         for number, prepared in enumerate(known):
             recording = prepared.recording
@@ -344,7 +346,7 @@ class Forked:
             with torch.no_grad():
                 return self.part(prepared, part, self._alone, None).run_flat()
 
-        seen = seen_of(identity(use.func))
+        seen = Seen() if is_checkpoint_around() else seen_of(identity(use.func))
         if not self._pays(seen):
             seen.spread.was_looped()
             return Routes([], torch.arange(self.batch.size))
@@ -352,7 +354,7 @@ class Forked:
         refuse_another_first(found.paths, options.call)
         size = self.batch.size
         seen.spread.was_split(size - len(found.looped), size)
-        if use.once:
+        if kept:
             leaves = {id(leaf) for leaf in self.batch.leaves}
             derived["paths"] = [
                 path.prepared

@@ -108,7 +108,7 @@ _saved_tensors_hooks = functools.partial(saved_hooks, False)
 _SPECIAL = {
     *READS, *FROM_DATA, *CHANGES_GRAD, *_PRINTS, *OF_KEYS, *recurrent.CUDNN_FLAGS, *_CALLS_BACK,
     *_FREEZES, *recurrent.CELLS, *_CUTS, packed.PADS, left_aligned, unpack_dual, Tensor.__getitem__,
-    Tensor.__setitem__, Tensor.register_hook, torch.nn.functional.one_hot, set_grad,
+    Tensor.__setitem__, Tensor.register_hook, *positions.BY_VALUES, set_grad,
     torch.nn.functional.multi_head_attention_forward,
 }  # fmt: skip
 _C_KINDS = (
@@ -265,8 +265,8 @@ class Doors(TorchFunctionMode):
                 return result
         elif func is torch.nn.functional.multi_head_attention_forward:
             self.encoder = padded_encoder(self.recorder.call) or self.encoder
-        elif func is torch.nn.functional.one_hot:
-            return positions.one_hot(*args, **(kwargs or {}))
+        elif func in positions.BY_VALUES:
+            return positions.BY_VALUES[func](*args, **(kwargs or {}))
         elif func is Tensor.register_hook and not functorch.is_functorch_wrapped_tensor(args[0]):
             return self._register_hook(args, kwargs or {})
         elif func in _CUTS and _is_plain(args[0]):

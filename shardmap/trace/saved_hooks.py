@@ -35,6 +35,15 @@ def are_saved_hooks_around() -> bool:
     return saved_hooks(True) is not None
 
 
+def is_checkpoint_around() -> bool:
+    """True if a checkpoint hands out what autograd saves, in the order in which it is saved.
+
+    The call is made again in backward, and must then save the same tensors in the same order.
+    """
+    top = saved_hooks(True)
+    return top is not None and getattr(top[0], "__module__", "") == checkpoint.__name__
+
+
 Hooks = tuple[Callable[[torch.Tensor], object], Callable[[object], torch.Tensor]]
 """A pack hook and an unpack hook."""
 
@@ -44,10 +53,7 @@ def changing_hooks() -> Hooks | None:
 
     A checkpoint gives back what it was given, by computing it again.
     """
-    top = saved_hooks(True)
-    if top is None or getattr(top[0], "__module__", "") == checkpoint.__name__:
-        return None
-    return top
+    return None if is_checkpoint_around() else saved_hooks(True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ was written and the other is read afterwards, the call is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -260,3 +260,30 @@ def one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         return torch.nn.functional.one_hot(index, num_classes)
     out = torch.zeros((*index.shape, num_classes), dtype=torch.int64, device=index.device)
     return out.scatter_(-1, index.unsqueeze(-1), 1)
+
+
+def tensor_split(*args: object, **kwargs: object) -> Sequence[Tensor]:
+    """Serve `tensor_split`: torch reads the indices of a tensor from its memory, where nobody sees.
+
+    Here each is asked for by `item()`, and is a question about a value.
+    """
+    split = cast(Callable[..., Sequence[Tensor]], torch.tensor_split)
+    named: dict[str, object] = dict(zip(("input", _INDICES, "dim"), args, strict=False)) | kwargs
+    at = named.pop(_INDICES, None)
+    if not isinstance(at, Tensor) or at.dtype is not torch.int64 or at.dim() > 1 or not at.is_cpu:
+        return split(*args, **kwargs)  # by numbers, or an error of torch's own
+    named.setdefault("input", named.pop("self", None))
+    numbers = [int(number.item()) for number in at.reshape(-1).unbind()]
+    return split(**named, **({"indices": numbers} if at.dim() else {"sections": numbers[0]}))
+
+
+_INDICES = "tensor_indices_or_sections"
+_tensor_split = torch.ops.aten.tensor_split
+BY_VALUES: dict[object, Callable[..., object]] = {
+    torch.nn.functional.one_hot: one_hot,
+    torch.tensor_split: tensor_split,
+    Tensor.tensor_split: tensor_split,
+    _tensor_split: tensor_split,
+    _tensor_split.tensor_indices_or_sections: tensor_split,
+}
+"""Functions of torch that read values in C++ or python, and what serves them."""
