@@ -111,15 +111,13 @@ def _computed_again(
     compute: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], early: bool
 ) -> tuple[torch.Tensor, ...]:
     saved = [t for t in inputs if not t.is_inference()]
-    around = changing_hooks()
-
-    runs = 0
+    around, unpacked, runs = changing_hooks(), _Unpacked(), 0
 
     def of_saved(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nonlocal runs
         runs += 1
         left = iter(given)
-        with _unpacked_twice_by_name() if runs == 1 else contextlib.nullcontext():
+        with unpacked.first() if runs == 1 else unpacked.again():
             return compute(*[t if t.is_inference() else next(left) for t in inputs])
 
     if around is None:
@@ -145,33 +143,70 @@ def _forbids_hooks(error: RuntimeError) -> bool:
 _FORBIDDING = inspect.unwrap(disable_saved_tensors_hooks).__code__
 
 
-@contextlib.contextmanager
-def _unpacked_twice_by_name() -> Iterator[None]:
-    """Name the error of torch's checkpoint where a second gradient reads an intermediate twice.
+class _Unpacked:
+    """Refuses intermediates that torch's checkpoint cannot give back, or gives back changed."""
 
-    Autograd does so for what was written in place through a view, and torch's checkpoint hands
-    each intermediate out once.
-    """
-    hooks = saved_hooks(False)
-    if hooks is None:  # nothing is saved
-        yield
-        return
-    pack, unpack = hooks
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        """The place of each intermediate in the order in which they are saved, by what stands for
+        it in autograd's graph."""
+        self._versions: list[int | None] = []
+        """The version of each when it was computed again: writes to it count up."""
 
-    def named(holder: object) -> torch.Tensor:
-        try:
-            return unpack(holder)
-        except CheckpointError as error:
-            if "already unpacked once" not in str(error):
-                raise
-            raise errors.TransformError(
-                "remat=True: a gradient of a gradient passes through an intermediate that the "
-                "mapped function writes in place through a view, which torch's checkpoint cannot "
-                "give back twice; pass remat=False, or write out of place"
-            ) from error
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Within, what the chunk saves is looked at when a gradient reads it."""
+        hooks = saved_hooks(False)
+        if hooks is None:  # nothing is saved
+            yield
+            return
+        pack, unpack = hooks
 
-    with saved_tensors_hooks(pack, named):
-        yield
+        def placed(tensor: torch.Tensor) -> object:
+            holder = pack(tensor)
+            self._places[id(holder)] = len(self._places)
+            return holder
+
+        def looked_at(holder: object) -> torch.Tensor:
+            try:
+                tensor = unpack(holder)
+            except CheckpointError as error:
+                if "already unpacked once" not in str(error):
+                    raise
+                raise errors.TransformError(
+                    "remat=True: a gradient of a gradient passes through an intermediate that the "
+                    "mapped function writes in place through a view, which torch's checkpoint "
+                    "cannot give back twice; pass remat=False, or write out of place"
+                ) from error
+            place = self._places[id(holder)]
+            before = self._versions[place] if place < len(self._versions) else None
+            if before is not None and version_of(tensor) != before:
+                raise errors.TransformError(
+                    "remat=True: the gradient needs an intermediate of shape "
+                    f"{tuple(tensor.shape)} that the mapped function has written in place since "
+                    "autograd saved it; write out of place, or clone what is written"
+                )
+            return tensor
+
+        with saved_tensors_hooks(placed, looked_at):
+            yield
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the chunk is computed again."""
+        hooks = saved_hooks(False)
+        if hooks is None:
+            yield
+            return
+        pack, unpack = hooks
+        self._versions.clear()
+
+        def counted(tensor: torch.Tensor) -> object:
+            self._versions.append(None if tensor.is_inference() else version_of(tensor))
+            return pack(tensor)
+
+        with saved_tensors_hooks(counted, unpack):
+            yield
 
 
 def _modes() -> list[object]:
