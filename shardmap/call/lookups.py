@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence, Set
@@ -100,6 +101,11 @@ def attributes_of(value: object) -> dict[str, object] | None:
 def of_class(kind: type, name: str) -> Getter:
     """Look up an attribute in the dict of one class."""
     return lambda _: vars(kind).get(name)
+
+
+def of_thread(local: threading.local) -> Getter:
+    """Look up the dict of the attributes that an object has in the thread that asks."""
+    return lambda _: threading.local.__getattribute__(local, "__dict__")
 
 
 def bytes_of(array: np.ndarray) -> Getter:

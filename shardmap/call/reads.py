@@ -7,7 +7,9 @@ ran, `Walk` follows attributes, items and cells to everything that this code can
 from __future__ import annotations
 
 import collections
+import gc
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,6 +45,7 @@ from shardmap.call.lookups import (
     item,
     module_named,
     of_class,
+    of_thread,
     part,
     referent,
     variable,
@@ -184,6 +187,11 @@ class Walk(Notes):
             self._read(value(), "a weak reference", referent(value))
         elif isinstance(value, torch.Generator):
             self.found.generators.append(value)
+        elif isinstance(value, threading.local):
+            own = of_thread(value)
+            self.found.facts.append(Fact("the thread", own, own(())))
+            self._walk(own(()))
+            self._walk(kind)
         elif (state := state_of(value, kind)) is not None:
             if state.unknown:
                 self._unknown(value, state.unknown)
@@ -296,7 +304,11 @@ class Walk(Notes):
         elif not value:
             self.found.empty.append(value)
         elif isinstance(value, types.MappingProxyType):
-            self._unknown(value, "a view of a dict")
+            of = gc.get_referents(value)
+            if len(of) == 1 and isinstance(of[0], dict):
+                self._walk(of[0])
+            else:
+                self._unknown(value, "a view of a dict")
         elif isinstance(value, dict):
             if isinstance(value, collections.OrderedDict):  # has an order of its own
                 keys = tuple(collections.OrderedDict.keys(value))
