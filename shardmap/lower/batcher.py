@@ -18,7 +18,7 @@ from shardmap.factors.rewrite import from_factors
 from shardmap.lower.batched import TIERS, BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.dead_calls import drop_dead
 from shardmap.lower.out_calls import out_rule
-from shardmap.lower.own_backward import OwnBackward
+from shardmap.lower.own_backward import OwnBackward, refuse_tangents
 from shardmap.lower.rematerialise import postponed
 from shardmap.lower.replayed import (
     check_answer,
@@ -45,7 +45,7 @@ from shardmap.program.analysis import (
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
 from shardmap.program.operators import deciders, op_info
-from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
+from shardmap.program.own_backward import DATA, NO_EFFECT, NO_TANGENTS, OWN_BACKWARD
 from shardmap.program.schema import span
 from shardmap.rules import registry  # importing the package registers the families
 from shardmap.rules.counted import counted, refuse_traced
@@ -204,9 +204,8 @@ class _Batcher:
         """`v` with the autograd flag that the sample's tensor had when a call used it."""
         if flag == GRAD:
             return v
-        if (
-            self.options.transformed
-        ):  # tangents of forward mode stop only at detach, in any grad mode
+        if self.options.transformed:
+            # Tangents of forward mode stop only at detach, in any grad mode.
             if var.index not in self.identities:
                 return v
             # Only what is written must stay a view of its memory; what is read has no tangent.
@@ -255,6 +254,9 @@ class _Batcher:
         if eq.op is OWN_BACKWARD:
             self._own_backward(i, eq)
             return
+        if eq.op is NO_TANGENTS:
+            given = self._argument(eq.args[0], iter(eq.flags), i, eq, False)
+            return b.effect(refuse_tangents, self.options.call, given)
         mapped = any(self.env[v.index].mapped for v in eq.inputs()) or (
             self.options.randomness == "different" and random_call(eq)
         )

@@ -350,12 +350,43 @@ class _Given(torch.autograd.Function):
         own = ctx.own
         if own.text != TOO_DEEP and backward_of(own.text).hook:
             return (tangents[4],)
-        raise errors.AutogradFunctionError(
-            f"{own.options.call}: forward-mode AD around the call differentiates through a custom "
-            "autograd.Function, whose own jvp a map does not follow, or through a result that a "
-            "TorchDispatchMode changes; take the derivative inside the mapped function "
-            "(torch.func.jvp), or write it with torch operators"
-        )
+        raise _forward_mode(own.options.call)
+
+
+def _forward_mode(call: str) -> errors.AutogradFunctionError:
+    return errors.AutogradFunctionError(
+        f"{call}: forward-mode AD around the call differentiates through a custom "
+        "autograd.Function, whose own jvp a map does not follow, or through a result that a "
+        "TorchDispatchMode changes; take the derivative inside the mapped function "
+        "(torch.func.jvp), or write it with torch operators"
+    )
+
+
+def refuse_tangents(call: str, tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse that forward mode differentiates by `tensors`, also under `torch.no_grad()`.
+
+    Raises:
+        AutogradFunctionError: One of them has a tangent.
+    """
+    _WithoutTangents.apply(call, *tensors)
+
+
+class _WithoutTangents(torch.autograd.Function):
+    """A question of forward mode: torch calls `jvp` if an argument has a tangent, and only then."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: str, *tensors: torch.Tensor) -> torch.Tensor:
+        return tensors[0].detach()
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> torch.Tensor:
+        raise _forward_mode(ctx.call)
 
 
 def _saved(ctx: _Context) -> tuple[torch.Tensor, ...]:

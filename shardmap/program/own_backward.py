@@ -46,6 +46,12 @@ what it has saved of the memory."""
 _LIBRARY.impl("own_backward", _values, "CompositeExplicitAutograd")
 OWN_BACKWARD: OpOverload = torch.ops.shardmap.own_backward.default
 
+_LIBRARY.define("no_tangents(Tensor[] tensors) -> ()")
+_LIBRARY.impl("no_tangents", lambda tensors: None, "CompositeExplicitAutograd")
+NO_TANGENTS: OpOverload = torch.ops.shardmap.no_tangents.default
+"""The check that forward mode around the call does not differentiate by tensors: they are given to
+a Function, say, which has a `jvp` of its own or none."""
+
 
 NO_EFFECT = ""
 """The text where no gradient from outside arrives: the outputs are values."""

@@ -19,15 +19,15 @@ from torch.autograd import graph
 from torch.utils import module_tracker
 from torch.utils.hooks import RemovableHandle
 
-from shardmap._torch import OpOverload, TorchDispatchMode, aten, sequence_number
+from shardmap._torch import OpOverload, TorchDispatchMode, aten, base_of, sequence_number
 from shardmap.program.analysis import written
 from shardmap.program.ir import GRAD, Equation, Program, Var
 from shardmap.program.own_backward import DATA, NO_EFFECT, OWN_BACKWARD
 from shardmap.program.python_state import NAMES, name_of, note_removal
-from shardmap.trace.equations import Equations
 from shardmap.trace.modes_inside import Passed
 from shardmap.trace.recomputed import Recomputed
 from shardmap.trace.tensor_table import Variables
+from shardmap.trace.view_writes import ViewWrites
 
 
 class Node(Protocol):
@@ -181,7 +181,7 @@ def is_torchs(node: object) -> bool:
     return not (is_function(node) or isinstance(node, HookNode))
 
 
-class Histories(Equations):
+class Histories(ViewWrites):
     """The recorded calls, and the Functions among them."""
 
     def __init__(self, call: str, outer: Variables | None, once: bool):
@@ -228,6 +228,11 @@ class Histories(Equations):
             return var
         if node is None:
             return var
+        base = base_of(tensor)
+        if base is not None:
+            self._follow_base(base)
+            if (writer := self.older_views.get(var.index)) is not None:
+                self.behind_views[id(writer)] = writer
         number = tensor.output_nr
         changed = self.changed.get(var.index)
         if changed is False or (changed and var.index in self.captured):
@@ -242,6 +247,12 @@ class Histories(Equations):
             self.edges[key] = None
         return var
 
+    def _follow_base(self, base: torch.Tensor) -> None:
+        """Note a Function that has given the base of a view its history."""
+        node, var = base.grad_fn, self.known(base)
+        if var is not None and is_function(node) and id(node) not in self.applied:
+            self._returned(cast(Node, node), base.output_nr, base, var)
+
     def _returned(self, node: Node, number: int, tensor: torch.Tensor, var: Var) -> Var:
         applied = self.applied.get(id(node))
         if applied is None:
@@ -253,6 +264,7 @@ class Histories(Equations):
             pair = applied.pairs[number] = var, Var(self.count, var.group, var.spec)
             self.count += 1
             self.equations[applied.position] = applied.without_effect()
+            self.note_older_views(tensor, cast(graph.Node, node), var)
         self.entries[id(tensor)] = weakref.ref(tensor), pair[1]
         return pair[1]
 

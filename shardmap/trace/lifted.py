@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ import torch
 from torch.autograd import forward_ad
 
 from shardmap import errors
-from shardmap._torch import forward_level, functorch, is_forward_on
+from shardmap._torch import forward_level, functorch, is_forward_on, without_functions
+from shardmap.program.ir import Equation
+from shardmap.program.own_backward import NO_TANGENTS
 from shardmap.trace.graphs import Edge, edge_of, edges_behind, ends_of, leaf_of
 from shardmap.trace.histories import Histories
 from shardmap.trace.recording import is_plain
@@ -79,6 +82,8 @@ class Lifted:
         self._arguments: dict[int, tuple[Tensor, Tensor]] = {}
         """By the address of the leaf that a sample is made of: it, and the argument."""
         self._on = is_forward_on()
+        self._checked: tuple[int, tuple] | None = None
+        """The last call whose arguments forward mode must not differentiate by, while it runs."""
         self._given = list(arguments)
         self._set: set[Edge] = set()
         """Tensors of which the function has set `requires_grad`."""
@@ -86,13 +91,19 @@ class Lifted:
             for leaf in ends_of([sample]) or [sample]:
                 self._arguments[id(leaf)] = leaf, argument
 
-    def refuse_switched_off(self) -> None:
-        """Refuse that the function stops tangents from outside, which replays would let pass.
+    def follow_forward_mode(self) -> None:
+        """Follow where forward mode is off: in Functions, and where the function switches it off.
 
         Raises:
-            TransformError: It has switched forward mode off.
+            TransformError: It has switched forward mode off, which would stop tangents from
+                outside that replays would let pass.
         """
-        if is_forward_on() is self._on or not self.levels.forward or _in_a_function():
+        if is_forward_on() is self._on or not self.levels.forward:
+            self._checked = None
+            return
+        frame = _application()
+        if frame is not None:
+            self.check_tangents(frame.f_locals["args"], id(frame))
             return
         raise errors.TransformError(
             f"{self.recorder.call}: the function switches forward mode off or on "
@@ -100,6 +111,27 @@ class Lifted:
             "recorded calls do not show it; use tensor.detach() where tangents are to stop, or "
             "switch it around the call of the map"
         )
+
+    def check_tangents(self, given: Sequence[object], call: int = 0) -> None:
+        """Record that forward mode must not differentiate by arguments of a call.
+
+        Under `torch.no_grad()` too: it stops no tangents.
+
+        Args:
+            given: The arguments.
+            call: A number that tells this call from others that are running.
+        """
+        if not self.levels.forward:
+            return
+        recorder, flags = self.recorder, []
+        with without_functions():
+            tensors = [_plain(recorder, t) for t in given if isinstance(t, Tensor)]
+            read = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+            names = tuple([recorder.encode(t, flags, False) for t in read])
+        if names and self._checked != (call, names):
+            self._checked = call, names
+            mode = torch.is_grad_enabled()
+            recorder._append(Equation(NO_TANGENTS, (names,), (), (), tuple(flags), mode))
 
     def note_set(self, tensor: Tensor) -> None:
         """Note that the function lets a tensor require grad."""
@@ -180,17 +212,29 @@ class Lifted:
         return self.around.in_loop(outer)
 
 
-def _in_a_function() -> bool:
-    """True inside an `autograd.Function`'s forward, where torch has switched forward mode off."""
-    frame = sys._getframe(2)
+def _application() -> types.FrameType | None:
+    """The outermost running application of an `autograd.Function`.
+
+    Torch switches forward mode off in its forward.
+    """
+    frame, found = sys._getframe(2), None
     while frame is not None:
-        if frame.f_code.co_name == "apply" and frame.f_code.co_filename == _FUNCTIONS:
-            return True
+        if frame.f_code is _APPLY:
+            found = frame
         frame = frame.f_back
-    return False
+    return found
 
 
-_FUNCTIONS = torch.autograd.function.__file__
+def _plain(recorder: Histories, tensor: Tensor) -> Tensor:
+    """The recorded tensor that a wrapper of a transform, around the call or inside, stands for."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if recorder.is_outer(tensor):
+            return recorder.peeled(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+_APPLY: types.CodeType = torch.autograd.Function.apply.__func__.__code__
 _OWN = os.path.dirname(os.path.dirname(__file__))
 _HANDING_ON = {
     os.path.join(_OWN, "trace", "escapes.py"),

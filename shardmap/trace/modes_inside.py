@@ -10,6 +10,7 @@ differs.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,12 +20,25 @@ from shardmap.program.operators import op_info
 from shardmap.trace.recording import flat_tensors
 
 
+class ChecksTangents(Protocol):
+    """Protocol of what knows of forward mode around the call."""
+
+    def check_tangents(self, given: Sequence[object]) -> None:
+        """Record that forward mode must not differentiate by arguments of a call."""
+        ...
+
+
 class Follows(Protocol):
     """Protocol of a recorder that modes of the function may stand above."""
 
     above: Passed | None
     count: int
     paused: bool
+
+    @property
+    def lifted(self) -> ChecksTangents | None:
+        """What knows of forward mode around the call."""
+        ...
 
     def encode(self, value: object, flags: list[int], param: bool) -> object:
         """The variable of a tensor."""
@@ -137,6 +151,8 @@ class Above(TorchDispatchMode):
                 recorder.cut_below(tensor, count)
         for tensor in call.written:
             recorder.change(tensor, count, False)
+        if (returned or call.written) and not history and recorder.lifted is not None:
+            recorder.lifted.check_tangents(given)
         if not changed:
             return
         for tensor in wanted:  # by these the node of the call is known

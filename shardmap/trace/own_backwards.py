@@ -43,7 +43,9 @@ DEPTH = 3
 called by its own backward would be recorded for ever."""
 
 
-def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
+def record_backwards(
+    recorder: Recorder, doors: Doors, out: object, samples: list[torch.Tensor]
+) -> bool:
     """Record the backwards that lead to an output; False if the recording must be made again.
 
     That is so if the function was expected to repeat its last recording, and has applied another
@@ -53,6 +55,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
         recorder: The recorder, once the function has returned.
         doors: The mode that watched the doors.
         out: The function's result.
+        samples: The samples, which the function may have written to.
 
     Raises:
         AutogradFunctionError: A backward cannot be recorded.
@@ -60,6 +63,7 @@ def record_backwards(recorder: Recorder, doors: Doors, out: object) -> bool:
     """
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     inside = [t for t in outputs if t.requires_grad and not recorder.is_outer(t)]
+    recorder.refuse_functions_behind_views(nodes_before([*inside, *samples], recorder), samples)
     if not (inside or recorder.applied or recorder.hooks or recorder.changed):
         return True
     found = nodes_before(inside, recorder)

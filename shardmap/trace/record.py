@@ -338,7 +338,7 @@ def _record(
                 )
             refuse_deep(recorder, leaves)
             recorder.refuse_frozen(leaves)
-            if torch.is_grad_enabled() and not record_backwards(recorder, doors, out):
+            if torch.is_grad_enabled() and not record_backwards(recorder, doors, out, samples):
                 follow.forget(func)
                 return None
             doors.regions.clear()  # their hooks hold the sample's tensors

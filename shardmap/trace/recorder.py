@@ -98,7 +98,7 @@ class Recorder(SparseTensors, TorchDispatchMode):
         if self.enter_doors is not None:
             self.enter_doors()
         if self.lifted is not None:
-            self.lifted.refuse_switched_off()
+            self.lifted.follow_forward_mode()
         kwargs = kwargs or {}
         if self.above is not None:
             return self.below_modes(func, types, args, kwargs)
@@ -120,6 +120,9 @@ class Recorder(SparseTensors, TorchDispatchMode):
             raise
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        info = op_info(func)
+        if not (info.plain or self.below):
+            self.note_writes(info, args, kwargs)
         if self.paused:
             return self.kernel(func, args, kwargs)
         if self.lazy and func is aten.expand.default and not isinstance(args[0], torch.Tensor):
@@ -127,7 +130,6 @@ class Recorder(SparseTensors, TorchDispatchMode):
             dtype = {float: torch.float64, complex: torch.complex128}.get(type(args[0]))
             with self:
                 return torch.full(args[1], args[0], dtype=dtype, device=self.device)
-        info = op_info(func)
         served = self.served.get(id(func))
         if served is None:
             served = self.served[id(func)] = (self.has_rule(func), self.decompose(func))
@@ -149,14 +151,10 @@ class Recorder(SparseTensors, TorchDispatchMode):
         evaluating = (
             hidden is not None and len(args) > hidden[2] and not args[hidden[2]]
         )  # by its schema it writes, but its kernel only reads
-        for i in info.writes if not evaluating else ():
-            if i < len(args):
-                self._check_writes(func, args[i])
-        for name in info.writes_named:
-            if name in kwargs:
-                self._check_writes(func, kwargs[name])
         writes = tuple(args[i] for i in info.writes if i < len(args) and not evaluating)
         writes += tuple(kwargs[n] for n in info.writes_named if n in kwargs)
+        for value in writes:
+            self._check_writes(func, value)
         if hidden is not None and len(args) > hidden[2] and args[hidden[2]]:
             stats = [args[i] for i in hidden[:2] if isinstance(args[i], torch.Tensor)]
             for tensor in stats:
@@ -192,8 +190,12 @@ class Recorder(SparseTensors, TorchDispatchMode):
     ) -> Any:
         """Record what `decomposition` calls in place of one composite call."""
         lazy = self.lazy or any(map(is_lazy, flat_tensors((*args, *kwargs.values()))))
-        with lazy_tensors_resolved() if lazy else contextlib.nullcontext(), self:
-            return decomposition(*args, **kwargs)
+        below, self.below = self.below, True
+        try:
+            with lazy_tensors_resolved() if lazy else contextlib.nullcontext(), self:
+                return decomposition(*args, **kwargs)
+        finally:
+            self.below = below
 
     def _repeat(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.expected is not None
