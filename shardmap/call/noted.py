@@ -72,6 +72,8 @@ class Notes(ABC):
     def _read(self, value: object, where: str, look: Getter) -> None:
         if type(value) in weakref.ProxyTypes:  # its object may be gone: then it answers nothing
             self._unknown(value, "a weak proxy")
+        elif isinstance(value, torch.Tensor) and value.is_nested:  # it has no shape and strides
+            self._unknown(value, "a nested tensor")
         elif isinstance(value, torch.Tensor):
             self._tensor(value, where, look)
         else:

@@ -159,8 +159,8 @@ def _walk(value: Any, found: list[object], seen: set[int], names: frozenset[str]
                 _walk(part, found, seen, names)
         return
     if isinstance(value, torch.Tensor):  # `.data = ` and `module.to()` change a tensor in place
-        if is_uninitialised(value):
-            return  # of a lazy module: it has no shape yet
+        if is_uninitialised(value) or value.is_nested:
+            return  # one of a lazy module has no shape yet, one of torch.nested has several
         place = value.stride() if value.layout is torch.strided else memory_of(value)
         found.append(Snapshot((value.requires_grad, value.shape, place, value.dtype, value.device)))
         hooks = backward_hooks(value)

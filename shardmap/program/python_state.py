@@ -147,8 +147,12 @@ class Reader:
         """True if it is a hook's, or if its Function still has this backward."""
         if self.owner is None:
             return True
-        function = unwrapped(getattr(self.owner(), "backward", len))
-        return getattr(function, "__code__", None) is self.code
+        return getattr(unwrapped(self.called()), "__code__", None) is self.code
+
+    def called(self) -> object:
+        """What autograd calls now as the backward of its Function; None of a hook."""
+        owner = None if self.owner is None else self.owner()
+        return None if owner is None else backward_in(owner)
 
     def same_objects(self, other: Reader) -> bool:
         """True if the other, a later one, reads the same objects by the same names."""
@@ -207,6 +211,12 @@ def reader_of(
     fixed = [name for name, get in getters.items() if get is None and name in roots | counts]
     given_values = {name for name, value in roots.items() if is_value(value)}
     return Reader(inner, kept, frozenset(fixed) - given_values, owner)
+
+
+def backward_in(owner: type) -> object:
+    """What autograd calls as the backward of a Function, which may define `vjp` instead."""
+    backward, vjp = getattr(owner, "backward", None), getattr(owner, "vjp", None)
+    return backward if vjp is None or vjp is torch.autograd.Function.vjp else vjp
 
 
 def unwrapped(function: object) -> object:
@@ -278,14 +288,17 @@ class State:
         self.removed = _removals[name]
         self._held: list[object] = []
         self.facts = [reader.facts(self._held) for reader in self.readers]
+        self.called = [reader.called() for reader in self.readers]
 
     def changed(self) -> str:
         """What is another one now: a name with both values, or a hook; empty if nothing is."""
         if _removals[self.name] != self.removed:
             return REMOVED
-        for reader, before in zip(self.readers, self.facts, strict=True):
+        for reader, before, called in zip(self.readers, self.facts, self.called, strict=True):
             if reader.is_gone():
                 continue
+            if reader.called() != called:
+                return "what its class defines as backward or vjp (another function now)"
             now = reader.facts([])
             for name in sorted(before.keys() | now.keys()):
                 if name not in now or before.get(name) != now[name]:

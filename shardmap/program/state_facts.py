@@ -350,13 +350,14 @@ class Walk:
             return
         places = list(own_of(value))
         everything = self.names.dynamic or (is_library(kind.__module__) and kind not in _BY_NAME)
+        aside = _CACHES if everything else frozenset[str]()
+        asked = self.names.dynamic or "training" in self.names.attributes
+        if not asked and _never_asks_if_it_trains(kind):
+            aside |= {"training"}
         for place in places:
             wanted = place.keys() if everything else self.names.attributes & place.keys()
-            for name in sorted(wanted, key=str):
-                if not (everything and name in _CACHES) and not (
-                    name == "training" and _never_asks_if_it_trains(kind)
-                ):
-                    self.walk(f"{path}.{name}", place[name], "" if everything else name)
+            for name in sorted(wanted - aside, key=str):
+                self.walk(f"{path}.{name}", place[name], "" if everything else name)
         slots = set(slots_of(kind))
         for name in sorted(slots if everything else self.names.attributes & slots):
             if name in self.names.attributes or not is_library(kind.__module__):

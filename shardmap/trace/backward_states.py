@@ -19,7 +19,14 @@ from shardmap._torch import without_functions
 from shardmap.program.autocast import asked_modes
 from shardmap.program.facts import Itself
 from shardmap.program.ir import Param, Var
-from shardmap.program.python_state import CONTEXT, Reader, keep, name_of, reader_of
+from shardmap.program.python_state import (
+    CONTEXT,
+    Reader,
+    backward_in,
+    keep,
+    name_of,
+    reader_of,
+)
 from shardmap.program.settings import VALUES
 from shardmap.trace.backward_calls import Calls
 from shardmap.trace.compare import same_values
@@ -44,7 +51,7 @@ def readers_of(recorder: Recorder, node: object) -> tuple[str, list[Reader]]:
         owner = getattr(type(node), "_forward_cls", None)
         if owner is None:
             return "", []
-        functions, name = [owner.backward], name_of(owner)
+        functions, name = [backward_in(owner)], name_of(owner)
         given = {CONTEXT + key: value for key, value in vars(node).items()}
     found = [reader_of(each, given, is_sample, owner) for each in functions]
     return name, [reader for reader in found if reader is not None]

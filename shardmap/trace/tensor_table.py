@@ -96,6 +96,12 @@ class Variables:
         """True if a symbolic zero, a lazy conjugate or a lazy negative has been seen."""
 
     def _define(self, tensor: torch.Tensor) -> Var:
+        if tensor.is_nested:
+            raise errors.UnsupportedOperatorError(
+                f"{self.call}: a nested tensor (torch.nested) takes part in the function, at "
+                f"{user_line()}; pad its parts (torch.nn.utils.rnn.pad_sequence, or "
+                "torch.nested.to_padded_tensor before the map), or compute with them one by one"
+            )
         if tensor.layout is not torch.strided:
             raise NotDense(
                 f"{self.call}: a tensor of layout {tensor.layout} takes part in the function; only "
