@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch.autograd import graph
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -88,8 +89,15 @@ class Recomputation:
             early: True to stop once the last intermediate is there again.
 
         Raises:
-            TransformError: Hooks on what autograd saves are forbidden around the call.
+            TransformError: Hooks on what autograd saves are forbidden around the call, or torch's
+                mode that lets saved tensors be written, which confuses recomputed chunks.
         """
+        if any(type(mode).__module__ == graph.__name__ for mode in dispatch_modes()):
+            raise errors.TransformError(
+                f"{self.call}: remat=True computes chunks again by torch.utils.checkpoint, whose "
+                "gradients are wrong under torch.autograd.graph.allow_mutation_on_saved_tensors if "
+                "there are several; pass remat=False"
+            )
         why = why_saved_hooks_are_refused()
         if why is not None:
             raise errors.TransformError(

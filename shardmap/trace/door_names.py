@@ -32,7 +32,11 @@ READS: dict[Any, tuple[str, str]] = {
     Tensor.map2_: ("map2_", "use torch's operators on the whole tensor"),
     Tensor.__deepcopy__: ("copy.deepcopy", "use clone()"),
     Tensor.__reduce_ex__: ("pickling", "return the tensor instead"),
-    Tensor.data_ptr: ("data_ptr()", "use torch's operators"),
+    Tensor.data_ptr: (
+        "data_ptr()",
+        "use torch's operators (torch.autograd.graph.allow_mutation_on_saved_tensors calls it too: "
+        "write to a clone in its place, or enter it around the map and its gradient)",
+    ),
     Tensor.untyped_storage: ("untyped_storage()", "use torch's operators"),
     Tensor.storage: ("storage()", "use torch's operators"),
     typed_storage: ("a Storage", "use torch's operators"),

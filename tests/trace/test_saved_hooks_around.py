@@ -9,9 +9,11 @@ from typing import cast
 
 import pytest
 import torch
+from torch.autograd import graph
 from torch.utils.checkpoint import checkpoint
 
 import shardmap
+from shardmap import errors
 
 OPTIONS: list[dict[str, object]] = [
     {},
@@ -156,3 +158,39 @@ def test_hooks_around_the_call_are_there_again_when_the_function_raises() -> Non
             x.exp()
         x.exp()
     assert seen == ["inner", "outer"]
+
+
+def written_after_use(x: torch.Tensor, cloned: bool = False) -> torch.Tensor:
+    y = x * 1
+    z = y.sin()
+    y = y.clone() if cloned else y
+    return y.mul_(2) * z.sum()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_saved_tensors_that_may_be_written(options: dict[str, object]) -> None:
+    """Inside a map that is refused, and the remedies of the message are the loop's."""
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with graph.allow_mutation_on_saved_tensors():
+            return written_after_use(x)
+
+    def by_clone(x: torch.Tensor) -> torch.Tensor:
+        return written_after_use(x, True)
+
+    refused, around, clone = (mapped(f, options) for f in (inside, written_after_use, by_clone))
+    for size in (5, 5, 3, 11):
+        x, _ = tensors(size)
+        with pytest.raises(errors.EscapeError, match="allow_mutation_on_saved_tensors.*clone"):
+            refused(x)
+        with graph.allow_mutation_on_saved_tensors():
+            want = torch.stack([written_after_use(row) for row in x])
+            if "remat" in options and "chunk_size" in options and size > 3:  # several chunks
+                with pytest.raises(errors.TransformError, match="checkpoint.*remat=False"):
+                    around(x)
+                continue
+            got = around(x)
+            first, second = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (got, want))
+        torch.testing.assert_close(first, second)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(clone(x).sin().sum(), x)[0], second)
