@@ -30,7 +30,8 @@ def settings_asked(names: frozenset[str]) -> list[Flag]:
 
 def _question(name: str) -> Callable[[], object] | None:
     """Torch's function of this name, if it takes no argument and tells a setting."""
-    ask = getattr(torch, name, None) if name.startswith(("is_", "are_", "get_")) else None
+    asks = name.startswith(("is_", "are_", "get_")) or name == "initial_seed"
+    ask = getattr(torch, name, None) if asks else None
     if not callable(ask) or name in _OF_THE_GRADIENT or asked_modes([name]):
         return None
     try:

@@ -156,3 +156,19 @@ def test_what_a_vjp_reads_is_compared(way: str) -> None:
         assert_same(gradient(mapped, lambda: None), want, f"times {k}")
         with pytest.raises(errors.AutogradFunctionError, match="has changed"):
             gradient(mapped, lambda: SCALE.update(k=9.0))
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "once"])
+def test_the_seed_of_torch_is_compared(way: str) -> None:
+    state = torch.get_rng_state()
+    try:
+        for function in reading(lambda: torch.initial_seed() % 2 == 0).values():
+            mapped = shardmap.vmap(function, **WAYS[way])
+            for seed in (2, 3, 4, 4):
+                torch.manual_seed(seed)
+                want = gradient(loop(function), lambda: None)
+                assert_same(gradient(mapped, lambda: None), want, f"seed {seed}")
+            with pytest.raises(errors.AutogradFunctionError, match="has changed"):
+                gradient(mapped, lambda: torch.manual_seed(5))
+    finally:
+        torch.set_rng_state(state)
