@@ -44,7 +44,7 @@ from shardmap.program.analysis import (
     written_through,
 )
 from shardmap.program.ir import FRESH_LEAF, GRAD, NO_GRAD, Equation, Program, Var
-from shardmap.program.operators import deciders, op_info
+from shardmap.program.operators import BELOW_AUTOGRAD, deciders, op_info
 from shardmap.program.own_backward import DATA, NO_EFFECT, NO_TANGENTS, OWN_BACKWARD
 from shardmap.program.schema import span
 from shardmap.rules import registry  # importing the package registers the families
@@ -186,7 +186,8 @@ class _Batcher:
                 # `index_select`).
                 if not v.mapped or self._may_be_kept(value, eq):
                     v = self.b.call(torch.clone, v)
-            return self._as_consumed(v, value, flag)
+            below = eq.op in BELOW_AUTOGRAD
+            return self._cut(v) if below else self._as_consumed(v, value, flag)
         if kind is tuple:
             return [self._argument(a, flags, i, eq, mapped) for a in value]
         return value

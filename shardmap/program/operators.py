@@ -63,8 +63,17 @@ _SHAPE_ONLY = {
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
+    aten._new_zeros_with_same_feature_meta.default,
 }
 """Operators that read the shape, strides, dtype and device of their tensor and not its values."""
+
+BELOW_AUTOGRAD = {
+    getattr(op, f"{start}_{end}")
+    for op in (aten.linspace, aten.logspace)
+    for start, end in (("Tensor", "Tensor"), ("Tensor", "Scalar"), ("Scalar", "Tensor"))
+}
+"""Operators that torch's python functions call below autograd, as they do all that make tensors of
+a given size: their results have neither a gradient nor a tangent."""
 
 OPEN_SCALARS = {
     getattr(getattr(aten, name), overload)

@@ -3,7 +3,9 @@
 They depend on its shape, strides, dtype and device, which all samples share. So the result
 is not mapped: it is made once, not once per chunk, and so are values that depend on it alone
 (the cotangent of every backward starts as `ones_like(loss)`). Where samples write to it later, the
-batcher gives each sample its copy.
+batcher gives each sample its copy. All have the sample's strides: a kernel that is given the batch
+may repeat strides that no sample has, such as those of an expanded batch, whose samples share one
+memory and cannot be written to.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _VALUES = {
     "new_empty_strided": None,
     "new_zeros": 0,
     "new_ones": 1,
+    "_new_zeros_with_same_feature_meta": 0,  # the memory of a tangent: forward mode copies into it
 }
 
 
@@ -61,7 +64,7 @@ def likeness(b: Lowering, eq: Equation, args: tuple, kwargs: dict[str, Any]) -> 
     # an outer torch.func.vmap batches tensors made from its tensors, and lets no others be
     # written to
     if b.transformed:
-        like = args[0]
+        like = next((v for v in args if type(v) is V and v.mapped), args[0])
         sizes = [list(spec.shape), list(spec.stride)]
         return b.call(
             filled_rows,

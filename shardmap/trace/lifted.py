@@ -9,6 +9,7 @@ require grad in the loop follows from autograd's graph of the recording, whose l
 from __future__ import annotations
 
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ QUESTIONS: dict[object, object] = {
 }
 """What reads the attributes of a tensor that follow from its history, each with the answer of a
 tensor without one."""
+
+_NUMBER = re.compile(r"must be \w+, not Tensor").search
 
 
 class _Levels(NamedTuple):
@@ -132,6 +135,21 @@ class Lifted:
             self._checked = call, names
             mode = torch.is_grad_enabled()
             recorder._append(Equation(NO_TANGENTS, (names,), (), (), tuple(flags), mode))
+
+    def refuse_number(self, error: Exception) -> None:
+        """Refuse a tensor for a number, which torch takes of the loop's tensors.
+
+        Raises:
+            TransformError: Torch has refused one, perhaps only since samples require grad while
+                they are recorded.
+        """
+        if not (self.levels.forward and isinstance(error, TypeError) and _NUMBER(str(error))):
+            return
+        raise errors.TransformError(
+            f"{self.recorder.call}: a tensor is passed for a number ({error}), and under forward "
+            "mode around the map torch takes none whose tangent the map would have to follow; pass "
+            "tensor.detach(), which is what torch reads there: a number without a tangent"
+        ) from error
 
     def note_set(self, tensor: Tensor) -> None:
         """Note that the function lets a tensor require grad."""

@@ -344,6 +344,8 @@ def _record(
             doors.regions.clear()  # their hooks hold the sample's tensors
         except Exception as error:
             refuse_swaps(call, error)
+            if recorder.lifted is not None:
+                recorder.lifted.refuse_number(error)
             if batch.size == 0 and not isinstance(error, errors.ShardmapError):
                 raise errors.EmptyBatchError(
                     f"{call}: the batch is empty, and the function raised {type(error).__name__} "

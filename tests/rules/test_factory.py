@@ -73,6 +73,35 @@ def test_made_once() -> None:
     assert not {"filled", "expand"} & set(names), low.replay.source
 
 
+def laplacian(x: torch.Tensor) -> torch.Tensor:
+    """Forward over forward, whose tangents are copied into memory made like the sample."""
+
+    def along(v: torch.Tensor) -> torch.Tensor:
+        def slope(z: torch.Tensor) -> torch.Tensor:
+            return torch.func.jvp(lambda z: (z * z).sin().sum(), (z,), (v,))[1]
+
+        return torch.func.jvp(slope, (x,), (v,))[1]
+
+    return torch.stack([along(v) for v in torch.eye(2, dtype=x.dtype)]).sum()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("known", [0, 1, 3])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"trace": "once"}, {"trace": "each"}, {"chunk_size": 3}, {"strict": True}]
+)
+def test_an_expanded_batch_after_a_strided_one(known: int, grad: bool, options: dict) -> None:
+    shardmap.clear_caches()
+    mapped = shardmap.vmap(laplacian, **options)
+    strided = [torch.randn(14, 2, dtype=torch.float64)[::2] for _ in range(known)]
+    expanded = [torch.randn(2, dtype=torch.float64).expand(7, 2) for _ in range(2)]
+    with torch.set_grad_enabled(grad):
+        for x in (*strided, *expanded):
+            expected = torch.stack([laplacian(row) for row in x])
+            torch.testing.assert_close(mapped(x), expected)
+
+
 def test_a_question_about_it_has_one_answer() -> None:
     """Its value is the same for all samples, so python may ask."""
     got = shardmap.vmap(lambda x: x * float(torch.ones_like(x).sum()))(torch.ones(3, 4))
