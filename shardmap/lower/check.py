@@ -20,6 +20,7 @@ from shardmap.lower import apart, trial
 from shardmap.lower.batched import BatchedProgram, Fixes, LoweringOptions
 from shardmap.lower.closeness import close, largest, thinned
 from shardmap.lower.codegen import Replay
+from shardmap.lower.replayed import other_shape
 from shardmap.lower.trial import Trial
 from shardmap.program.analysis import never_written, recorded_bytes
 from shardmap.program.ir import Program
@@ -184,6 +185,8 @@ class _Attempt:
             self.fixes = self.fixes.restrided([number])
             logger.info("%s: %s; restored by a copy", call, fault.text)
             return
+        if fault.stale:
+            raise other_shape(call, fault.text)
         if fault.raised:
             self._blame_the_data(number)
         self._next_tier(number, fault.text)

@@ -156,8 +156,17 @@ def check_shapes(
     """Compare a result's shape, which depends on values, with the recorded one."""
     shapes = [list(t.shape[int(m) :]) for t, m in zip(tensors, mapped, strict=True)]
     if shapes != expected:
-        raise errors.StaleRecordingError(
-            f"{call}: the shape of a result depends on the values of captured tensors, and they "
-            "have changed since the recording "
-            f"({expected} then, {shapes} now); use trace='each'"
-        )
+        raise other_shape(call, f"{expected} then, {shapes} now")
+
+
+def other_shape(call: str, both: str) -> errors.StaleRecordingError:
+    """The error for a result of another shape than the recorded one, since values have changed.
+
+    Args:
+        call: The user's call.
+        both: The two shapes, in words.
+    """
+    return errors.StaleRecordingError(
+        f"{call}: the shape of a result depends on the values of captured tensors, and they "
+        f"have changed since the recording ({both}); use trace='each'"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,8 @@ class Fault:
     text: str
     raised: bool = False
     """True if the call raised an error."""
+    stale: bool = False
+    """True if the shape depends on values, and may be another one since the recording."""
 
 
 def arguments(call: Call) -> list[V]:
@@ -160,6 +163,9 @@ def run(
             var, v = batched.results[index]
             fault = compare(var, v, t, trial.size)
             if fault is not None:
+                asked = program.equations[number].answer
+                if asked is not None and asked[0] == "shape" and t.shape[v.mapped :] != v.shape:
+                    fault = dataclasses.replace(fault, stale=True)
                 found[number] = fault
                 if not fault.restride:
                     return found, []
