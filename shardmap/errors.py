@@ -97,6 +97,12 @@ class VariesError(DataDependentError, StaleRecordingError):
 class RaggedError(VariesError):
     """Results have shapes that differ by sample, and `ragged` does not allow that."""
 
+    REMEDY = (
+        "call the mapped function with ragged='list' or ragged='nested' to get them as they are "
+        "(a plan is of results of one shape), or pad them to one shape"
+    )
+    """The end of its text where results cannot be stacked."""
+
 
 class MismatchError(ShardmapError, RuntimeError):
     """The replay does not give the function's own results for the recorded sample."""

@@ -333,8 +333,8 @@ class SampleLoop(StandIn):
             if t.shape != spec.shape:
                 raise errors.RaggedError(
                     f"{self.call}: output {k} of sample {number} has shape {list(t.shape)}, that "
-                    f"of others {list(spec.shape)}, so they cannot be stacked; pass ragged='list' "
-                    "or ragged='nested' to get them as they are, or pad them to one shape"
+                    f"of others {list(spec.shape)}, so they cannot be stacked; "
+                    f"{errors.RaggedError.REMEDY}"
                 )
             same = t.dtype is spec.dtype
             if not same and torch.promote_types(t.dtype, spec.dtype) != spec.dtype:

@@ -33,6 +33,7 @@ from shardmap.run.base import Job
 from shardmap.trace.batch import Batch, flatten_outputs
 from shardmap.trace.key_order import positions
 from shardmap.trace.record import record, rows_of, sample_of
+from shardmap.trace.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +127,12 @@ def compare(
     pair = _recorded(func, batch, options)
     structure = pair[1]
     own = [_run_on(func, batch, number, structure, options.call) for number in numbers]
-    found, _ = flatten_outputs(run_map(func, batch, options, None), options.call)
-    names = out_edges.output_names(structure)
-    dims = out_edges.place_outputs(
-        [t.ndim for t in own[0]], [True] * len(found), structure, options.out_dims, options.call
-    )
+    result = run_map(func, _own(batch, pair[0]), options, None)
+    found = _columns(result, structure, options)
+    job, low = _lowered(func, batch, pair, options)
+    names, dims = out_edges.output_names(structure), [output.dim for output in job.outputs]
     rows = [
-        [t.select(0 if d is None else d, number) for t, d in zip(found, dims, strict=True)]
+        [_row(column, d, number) for column, d in zip(found, dims, strict=True)]
         for number in numbers
     ]
     rounding = [
@@ -142,7 +142,6 @@ def compare(
     outputs = tuple(
         [_difference(name, k, numbers, own, rows, rounding) for k, name in enumerate(names)]
     )
-    job, low = _lowered(func, batch, pair, options)
     worst = next((out for out in outputs if not out.agrees), None)
     parted = None
     if worst is not None and job.lowerings.instead is None:
@@ -216,6 +215,34 @@ def _recorded(func: Callable[..., Any], batch: Batch, options: Options) -> Pair:
             "the map; switch them off (model.eval()) to compare the rest"
         )
     return pair
+
+
+def _own(batch: Batch, recording: Recording) -> Batch:
+    """The batch with a copy of each argument that samples may write to: they are called again."""
+    leaves, every = list(batch.leaves), range(len(batch.mapped))
+    # Samples that answer questions differently may write to others than the first does.
+    for position in every if recording.asked else recording.written_inputs:
+        i = batch.mapped[position][0]
+        t = leaves[i]
+        leaves[i] = t.detach().clone().requires_grad_(t.requires_grad) if t.is_leaf else t.clone()
+    return replace(batch, leaves=leaves)
+
+
+Column = torch.Tensor | list[torch.Tensor]
+"""One output of all samples: a list where `ragged="list"` is asked for and shapes are unequal."""
+
+
+def _columns(result: object, structure: pytree.TreeSpec, options: Options) -> Sequence[Column]:
+    """The outputs of a map, of the structure of one sample's."""
+    found, own = flatten_outputs(result, options.call)
+    listed = options.ragged == "list" and own != structure
+    return structure.flatten_up_to(result) if listed else found
+
+
+def _row(column: Column, dim: int | None, number: int) -> torch.Tensor:
+    if isinstance(column, list):
+        return column[number]
+    return column if dim is None else column.select(dim, number)
 
 
 def _rounding(pair: Pair, batch: Batch, number: int, results: Sequence[torch.Tensor]) -> Rounding:
@@ -355,7 +382,7 @@ def _parted(job: Job, low: Lowered, sample: int) -> str:
 def _share(
     func: Any,
     batch: Batch,
-    found: Sequence[torch.Tensor],
+    found: Sequence[Column],
     numbers: Sequence[int],
     dims: Sequence[int | None],
 ) -> float | None:
@@ -372,7 +399,7 @@ def _share(
     total, covered, matched = sum(p.numel() for p in left), 0, False
     index = torch.tensor(list(numbers))
     for t, d in zip(found, dims, strict=True):
-        if d is None:
+        if d is None or isinstance(t, list) or t.is_nested:
             continue
         rows = t.detach().movedim(d, 0)
         parameter = next((p for p in left if p.shape == rows.shape[1:]), None)

@@ -274,8 +274,7 @@ def merged(paths: Sequence[Path], call: str) -> Prepared:
                 raise errors.RaggedError(
                     f"{call}: output {k} has shape {list(own.shape)} for some samples and "
                     f"{list(other.shape)} for others (sample {int(path.rows[0])}), so the results "
-                    "cannot be stacked; pass ragged='list' or ragged='nested' to get them as "
-                    "they are, or pad them to one shape"
+                    f"cannot be stacked; {errors.RaggedError.REMEDY}"
                 )
             dtype = torch.promote_types(own.dtype, other.dtype)
             outputs[k] = outputs[k]._replace(spec=own._replace(dtype=dtype))

@@ -14,6 +14,7 @@ from shardmap.lower.batched import BatchedProgram, Fixes
 from shardmap.lower.closeness import has_values
 from shardmap.lower.replayed import restride
 from shardmap.program.ir import Packed, Program, Var
+from shardmap.program.schema import span
 from shardmap.rules.lowering import Call, Seed, V, values
 from shardmap.rules.philox import Seeds
 
@@ -93,7 +94,10 @@ class Trial:
 
 def private(rows: torch.Tensor) -> torch.Tensor:
     """A copy of `rows` with their strides, which the program may write to."""
-    copy = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
+    strides = rows.stride()
+    if strides[0] == 0:  # one sample, repeated
+        strides = span(rows.shape[1:], strides[1:]), *strides[1:]
+    copy = torch.empty_strided(rows.shape, strides, dtype=rows.dtype, device=rows.device)
     return copy.copy_(rows)
 
 

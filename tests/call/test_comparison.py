@@ -205,3 +205,67 @@ def test_of_several_calls_of_an_operator_the_slowest_tier_is_shown(first: bool) 
         shardmap.clear_caches()
     assert found.agrees
     assert found.tiers["shardmap_compare_test::twice"] == "loop"
+
+
+WRITES = {
+    "sum": lambda r: r.mul_(3).sum(),
+    "itself": lambda r: r.add_(1),
+    "on a path": lambda r: r.mul_(2).sum() if r.sum() > 20 else r.sum() + 1,
+    "bounded": lambda r: r.clamp_(max=1).sum(),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"trace": "each"}], ids=str)
+@pytest.mark.parametrize("name", WRITES)
+def test_a_function_that_writes_to_its_argument(name: str, options: dict[str, Any]) -> None:
+    shardmap.clear_caches()
+    for size in (7, 1, 7, 12):
+        batch = torch.arange(5.0 * size).view(size, 5)
+        assert shardmap.compare(WRITES[name], **options)(batch, samples=4).agrees
+        assert torch.equal(batch, torch.arange(5.0 * size).view(size, 5))
+
+
+UNEQUAL = torch.tensor([[1.0, -1, 2], [1, 1, -3], [-1, -2, 5], [1, 2, 3]])
+
+
+@pytest.mark.parametrize("samples", [8, 3, 1, [0, 3], [3], [2, 0]], ids=str)
+@pytest.mark.parametrize("ragged", ["list", "nested"])
+def test_results_of_unequal_shapes(ragged: str, samples: Any) -> None:
+    def positive(row: torch.Tensor) -> torch.Tensor:
+        return row[row > 0]
+
+    def several(row: torch.Tensor) -> dict[str, Any]:
+        return {"all": [row.sin(), row[row > 0]], "less": row[row < 0].exp()}
+
+    for function in (positive, several):
+        found = shardmap.compare(function, ragged=ragged)(UNEQUAL, samples=samples)
+        assert found.agrees
+        assert len(found.outputs) == (1 if function is positive else 3)
+
+
+def test_an_output_that_does_not_differ_by_sample() -> None:
+    shared = torch.randn(3)
+
+    def function(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return shared * 2, row.sin()
+
+    for dims in ((None, 0), (None, -1), (0, 0), 0):
+        for chunk_size in ("auto", 3):
+            made = shardmap.compare(function, out_dims=dims, chunk_size=chunk_size)
+            found = made(x, samples=[0, 5, 12])
+            assert found.agrees
+            assert len(found.outputs) == 2
+    with pytest.raises(errors.OutDimsError, match="differs by sample"):
+        shardmap.compare(function, out_dims=(0, None))(x)
+
+
+@pytest.mark.parametrize("ragged", ["list", "nested"])
+def test_a_plan_is_of_results_of_one_shape(ragged: str) -> None:
+    def positive(row: torch.Tensor) -> torch.Tensor:
+        return row[row > 0]
+
+    with pytest.raises(errors.RaggedError, match="call the mapped function with ragged="):
+        shardmap.plan(positive, ragged=ragged)(UNEQUAL).run()
+    found = shardmap.vmap(positive, ragged=ragged)(UNEQUAL)
+    for row, own in zip(UNEQUAL, found, strict=True):
+        assert torch.equal(own, positive(row))
