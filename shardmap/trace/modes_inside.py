@@ -15,7 +15,8 @@ from typing import Protocol
 
 import torch
 
-from shardmap._torch import OpOverload, TorchDispatchMode
+from shardmap import errors
+from shardmap._torch import OpOverload, TorchDispatchMode, aten
 from shardmap.program.operators import op_info
 from shardmap.trace.recording import flat_tensors
 
@@ -31,6 +32,7 @@ class ChecksTangents(Protocol):
 class Follows(Protocol):
     """Protocol of a recorder that modes of the function may stand above."""
 
+    call: str
     above: Passed | None
     count: int
     paused: bool
@@ -119,6 +121,12 @@ class Above(TorchDispatchMode):
     ) -> object:
         """Run one call of the function's, and note where modes change its result."""
         recorder, kwargs = self.recorder, kwargs or {}
+        if func is aten._make_dual.default and torch.is_inference_mode_enabled():
+            raise errors.TransformError(
+                f"{recorder.call}: the function traces forward mode (torch.func.linearize) under "
+                "torch.inference_mode(), where torch's tangents are zeros; call the map under "
+                "torch.no_grad()"
+            )
         call = Passed(func, args, kwargs)
         around, recorder.above = recorder.above, call
         count = recorder.count

@@ -234,6 +234,12 @@ class Variables:
         return var is not None and var.group in self.mapped_groups
 
     def _capture(self, tensor: torch.Tensor) -> Var:
+        if functorch.is_legacy_batchedtensor(tensor) and torch.is_inference_mode_enabled():
+            raise errors.TransformError(
+                f"{self.call}: torch.autograd.functional takes forward mode, vectorized, under "
+                "torch.inference_mode(), where torch's tangents are zeros; call the map under "
+                "torch.no_grad()"
+            )
         self.lazy = self.lazy or is_lazy(tensor)
         address = storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else None
         group = self.groups.get(address) if address is not None else None
