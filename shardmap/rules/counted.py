@@ -7,12 +7,20 @@ whole batch selects them in order, and the result is cut into samples. Replay ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from shardmap import errors
-from shardmap._torch import OpOverload, aten
+from shardmap._torch import (
+    OpOverload,
+    aten,
+    dispatch_depth,
+    forward_ad,
+    forward_level,
+    functorch,
+)
 from shardmap.program.ir import Equation
 from shardmap.program.questions import begins
 from shardmap.rules.counting import counts
@@ -183,6 +191,25 @@ def bincount_rows(
     return counts(x.to(torch.int64), count, weights).to(dtype)
 
 
+class _Underivable(torch.autograd.Function):
+    """Values that are computed from `x` and have no derivative, which torch says when asked."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+        ctx.operator = inputs[2]  # pyright: ignore[reportAttributeAccessIssue]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> NoReturn:
+        name = ctx.operator  # pyright: ignore[reportAttributeAccessIssue]
+        raise NotImplementedError(f"the derivative for '{name}' is not implemented.")
+
+
 def unique_rows(
     x: torch.Tensor, count: int, sort: bool, kept: tuple[bool, ...], call: str
 ) -> tuple[torch.Tensor, ...]:
@@ -204,7 +231,13 @@ def unique_rows(
     if x.numel() and bool((rank[:, -1] + 1 != count).any()):
         raise _varies("unique", count, call)
     at = torch.where(first, rank, count)
-    values = flat.new_zeros(flat.shape[0], count + 1).scatter(1, at, flat)[:, :count]
+    inside = functorch.peek_interpreter_stack() is not None or forward_level(forward_ad) >= 0
+    # A map around this one would record the backward, which raises, where nobody asks for it.
+    asked = (x.requires_grad or inside) and not dispatch_depth()
+    values = flat.new_zeros(flat.shape[0], count + 1)
+    values = values.scatter(1, at, flat.detach() if asked else flat)[:, :count]
+    if asked:
+        values = _Underivable.apply(values, x, "_unique2" if sort else "unique_consecutive")
     nothing = rank.new_empty(flat.shape[0], 0)
     places = rank if order is None else torch.zeros_like(rank).scatter(1, order, rank)
     numbers = counts(rank, count) if kept[2] else nothing

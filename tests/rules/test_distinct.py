@@ -56,6 +56,27 @@ def test_samples_with_other_numbers_of_distinct_elements() -> None:
         assert torch.equal(mine, torch.stack([func(r) for r in rows]))
 
 
+@pytest.mark.parametrize("options", [{}, {"trace": "once"}, {"trace": "each"}, {"chunk_size": 2}])
+@pytest.mark.parametrize("name", ["unique", "unique_consecutive"])
+def test_they_have_no_derivative(name: str, options: dict) -> None:
+    """Torch has none, and says so where it is asked for."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        found = getattr(torch, name)(x, return_inverse=True)
+        return found[0].sum() + found[1] * x.sin()
+
+    mapped = shardmap.vmap(function, **options)
+    for rows in (torch.arange(3.0).repeat(4, 1), torch.tensor([[0.0, 1, 1], [0, 1, 2]])) * 2:
+        x = rows.clone().requires_grad_()
+        for out in (mapped(x), torch.stack([function(row) for row in x])):
+            with pytest.raises(NotImplementedError, match="derivative for '_?unique"):
+                out.sum().backward()
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            torch.func.jvp(mapped, (rows,), (rows,))
+        with torch.no_grad():
+            torch.testing.assert_close(mapped(x), torch.stack([function(row) for row in x]))
+
+
 def test_missing_numbers_and_zeros_are_told_apart_as_in_the_loop() -> None:
     rows = torch.tensor([[math.nan, 1.0, math.nan, 0.0], [-0.0, math.nan, 0.0, math.nan]])
     rows = torch.cat([rows, torch.tensor([[math.nan, 2.0, 2.0, math.nan]])])
