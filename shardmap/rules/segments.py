@@ -85,6 +85,12 @@ def segment_reduce(b: Lowering, eq: Equation, args: Given, kwargs: Named) -> obj
     def reduce_rows(data: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Tensor:
         if checked:
             _checked(data, lengths, axis)
+        if reduce in ("max", "min") and data.requires_grad and torch.is_grad_enabled():
+            # A scatter divides the gradient of a tie, the kernel only if it is positive.
+            return torch.segment_reduce(
+                data, reduce, lengths=lengths, offsets=offsets, axis=axis, unsafe=True,
+                initial=initial,
+            )  # fmt: skip
         return reduced(data, bounds(lengths, offsets), reduce, axis, initial)
 
     given = [None if v is None else b.batch(v) for v in (lengths, offsets)]

@@ -71,6 +71,35 @@ def test_ties_zeros_and_missing_numbers(reduce: str) -> None:
         torch.testing.assert_close(mine, torch.stack(theirs), equal_nan=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"trace": "once"}, {"trace": "each"}])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_ties_under_gradients_from_outside(
+    reduce: str, shared: bool, options: dict[str, Any]
+) -> None:
+    """The kernel divides the gradient of a tie only if it is positive."""
+    rows = torch.tensor(
+        [[1.0, 1, 0, 2, 2, 5], [3, 1, 2, 2, 2, 5], [0, 0, 0, 0, 0, 0]], dtype=torch.float64
+    ).unsqueeze(-1) * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    lengths = torch.tensor([[2, 3, 0, 1], [1, 0, 5, 0], [0, 2, 2, 2]])
+    lengths = lengths[:1].expand(3, 4) if shared else lengths
+
+    def over(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return torch.segment_reduce(x, reduce, lengths=n, initial=0.5, unsafe=True)
+
+    mapped = shardmap.vmap(over, in_dims=(0, None if shared else 0), strict=True, **options)
+    for _ in range(4):
+        for sign in (1.0, -1.0):
+            cotangents = sign * torch.arange(1.0, 25, dtype=torch.float64).view(3, 4, 2).cos()
+            mine, theirs = (rows.clone().requires_grad_() for _ in range(2))
+            looped = torch.stack([over(x, n) for x, n in zip(theirs, lengths, strict=True)])
+            looped.backward(cotangents)
+            found = mapped(mine, lengths[0] if shared else lengths)
+            found.backward(cotangents)
+            torch.testing.assert_close(found, looped)
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_lengths_that_do_not_add_up_are_refused() -> None:
     lengths = torch.tensor([[2, 1], [1, 1]])
     with pytest.raises(RuntimeError, match="lengths"):
