@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.transforms import guess
+from shardmap.transforms import agreement, guess
 from shardmap.transforms.asked import Asked
 from shardmap.transforms.base import Results
 from shardmap.transforms.modes import Graph, has_no_formula, pushed_forward
@@ -20,6 +20,7 @@ from shardmap.transforms.one_sample import OneSample, joined
 from shardmap.transforms.seeds import UnitVectors
 
 _ASKS = "the function asks whether its tensors require grad, or registers a hook"
+_DRAWS = "it draws random numbers"
 
 logger = logging.getLogger("shardmap")
 
@@ -31,9 +32,14 @@ each forward operator saved."""
 class FirstOrder(OneSample):
     """The first derivatives of one sample, in the form that is recorded."""
 
-    def reverse(self) -> Any:
+    def reverse(self) -> object:
         """The Jacobian, computed row by row."""
-        graph = Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
+        return self._all_rows(self._graph())
+
+    def _graph(self) -> Graph:
+        return Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
+
+    def _all_rows(self, graph: Graph) -> object:
         jacobians = [self._rows(graph, y) for y in graph.results.leaves]
         return self._with_aux(
             graph.results, [self.by_argument(j) for j in jacobians], graph.cut(graph.results.aux)
@@ -52,14 +58,51 @@ class FirstOrder(OneSample):
     def _reverse_vectors(self, graph: Graph, y: torch.Tensor) -> UnitVectors:
         return UnitVectors(lambda seed: graph.pulled_back([y], [seed]), y, self.call)
 
-    def forward_as_reverse(self) -> object:
-        """The Jacobian that `reverse` computes, column by column where that is the same."""
+    def as_reverse(self) -> object:
+        """The Jacobian of `reverse`, column by column where that is known to be the same.
+
+        It is known by the path that this sample takes, whichever path others have taken. In both
+        modes the function runs first as in reverse mode, which costs nothing where nothing uses
+        it, so that recordings part where the function does: at a question about values.
+        """
+        graph = self._graph()
+        try:
+            tangents, why = self._tangents_as_reverse()
+        except (NotImplementedError, RuntimeError) as error:
+            if not _refuses_forward(error):
+                raise
+            logger.info("%s: takes reverse mode, for in forward mode: %s", self.call, _line(error))
+            return self._all_rows(graph)
+        if not why:
+            return self._columns(tangents, as_reverse=True)
+        logger.info("%s: takes reverse mode, for %s", self.call, why)
+        try:
+            return self._all_rows(graph)
+        except (NotImplementedError, RuntimeError) as error:
+            if why in (_ASKS, _DRAWS) or not _refuses_reverse(error):
+                raise
+            logger.info("%s: takes forward mode, for in reverse mode: %s", self.call, _line(error))
+            return self._columns(tangents, as_reverse=True)
+
+    def _tangents_as_reverse(self) -> tuple[_Tangents, str]:
+        """Record the tangents, and tell why they might not be those of reverse mode; or ""."""
         with self._watched() as asked:
-            found = self.forward(as_reverse=True)
+            tangents = self._tangents(as_reverse=True)
         if asked.history:  # by a path that other samples have not taken
-            logger.info("%s: takes reverse mode, for %s", self.call, _ASKS)
-            return self.reverse()
-        return found
+            return tangents, _ASKS
+        if tangents.draws:  # each run has draws of its own
+            return tangents, _DRAWS
+        arguments = pytree.tree_leaves((self.by.with_leaves(self.by.leaves), self.kwargs))
+        given = [t for t in arguments if isinstance(t, torch.Tensor)]
+        for vectors, leaf in zip(tangents.vectors, self.by.leaves, strict=True):
+            if vectors is not None:
+                program = vectors.program
+                held = vectors.holding([leaf]) or program.captured
+                moving = (*program.inputs, *held)
+                why = agreement.disagreement(program, moving, vectors.holding(given))
+                if why:
+                    return tangents, why
+        return tangents, ""
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[Asked]:
@@ -76,21 +119,45 @@ class FirstOrder(OneSample):
         finally:
             self.func = func
 
-    def forward(self, as_reverse: bool = False) -> Any:
+    def forward(self) -> object:
         """The Jacobian, computed column by column.
 
         The function is run for each input. If it draws, it is run once, and the Jacobian is
         computed row by row: all columns are to be of the same draws.
+        """
+        tangents = self._tangents(as_reverse=False)
+        if tangents.draws and len(self.by.leaves) > 1:
+            logger.info("%s: takes reverse mode, for %s", self.call, _DRAWS)
+            return self.reverse()
+        return self._columns(tangents, as_reverse=False)
+
+    def _tangents(self, as_reverse: bool) -> _Tangents:
+        """Record the tangents for unit vectors of each input.
 
         Args:
+            as_reverse: True to run the function in grad mode, as in reverse mode, so that the
+                recordings show what it computes without.
+        """
+        seen: list[Results] = []
+        vectors = [
+            self._forward_vectors(i, seen, as_reverse) if leaf.numel() else None
+            for i, leaf in enumerate(self.by.leaves)
+        ]
+        return _Tangents(vectors, seen)
+
+    def _columns(self, tangents: _Tangents, as_reverse: bool) -> object:
+        """Compute the Jacobian from recorded tangents.
+
+        Args:
+            tangents: The tangents for each input.
             as_reverse: True for the dtypes of reverse mode, those of the inputs; forward mode has
                 those of the outputs.
         """
-        seen: list[Results] = []
+        seen = tangents.seen
         columns: list[list[torch.Tensor]] = []
         aux: list[torch.Tensor] = []
-        for i, leaf in enumerate(self.by.leaves):
-            if not leaf.numel():
+        for leaf, vectors in zip(self.by.leaves, tangents.vectors, strict=True):
+            if vectors is None:
                 results = Results(
                     self.func(*self.by.with_leaves(self.by.leaves), **self.kwargs),
                     self.has_aux,
@@ -102,10 +169,6 @@ class FirstOrder(OneSample):
                 seen.append(results)
                 aux = pytree.tree_leaves(results.aux)
                 continue
-            vectors = self._forward_vectors(i, seen)
-            if vectors.draws and len(self.by.leaves) > 1:
-                logger.info("%s: takes reverse mode, for it draws random numbers", self.call)
-                return self.reverse()
             parts = vectors.run(self.seeding)
             count = len(seen[-1].leaves)
             pieces = [joined([part[k].movedim(0, -1) for part in parts], -1) for k in range(count)]
@@ -118,12 +181,13 @@ class FirstOrder(OneSample):
         by_result = [self.by_argument([c[k] for c in columns]) for k in range(len(results.leaves))]
         return self._with_aux(results, by_result, pytree.tree_unflatten(aux, aux_structure))
 
-    def _forward_vectors(self, i: int, seen: list[Results]) -> UnitVectors:
+    def _forward_vectors(self, i: int, seen: list[Results], as_reverse: bool) -> UnitVectors:
         """The tangents of all outputs for unit vectors of one input, and aux.
 
         The function's results are appended to `seen`.
         """
         leaf = self.by.leaves[i]
+        outside = torch.is_grad_enabled()
 
         def function(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
             results = Results(
@@ -134,43 +198,40 @@ class FirstOrder(OneSample):
 
         def core(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
             tangents = [seed if k == i else None for k in range(len(self.by.leaves))]
-            _, products, aux = pushed_forward(function, self.by.leaves, tangents)
-            return (*products, *pytree.tree_leaves(aux))
+            with torch.set_grad_enabled(outside or as_reverse):
+                _, products, aux = pushed_forward(function, self.by.leaves, tangents)
+                found = (*products, *pytree.tree_leaves(aux))
+                return found if outside else tuple([t.detach() for t in found])
 
         return UnitVectors(core, leaf, self.call)
 
     def cheaper(self) -> str:
-        """The mode that costs less by the recorded operations, if both give the same.
+        """The mode that costs less by the recorded operations, if both are known to give the same.
 
         If autograd has no formula for one mode, it is the other.
         """
         costs: dict[str, float] = {}
         refused: dict[str, Exception] = {}
-        asks = False
-        for mode, cost in (("forward", self._forward_cost), ("reverse", self._reverse_cost)):
-            try:
-                with self._watched() as asked:
-                    costs[mode] = cost()
-                asks |= asked.history
-            except (NotImplementedError, RuntimeError) as error:
-                ours = isinstance(error, errors.ShardmapError)
-                if mode == "forward":  # its results require no grad, which may be an error too
-                    fatal = ours and not isinstance(error, errors.RandomnessError)
-                else:
-                    fatal = ours or not has_no_formula(error)
-                if fatal:
-                    raise
-                refused[mode] = error
+        why = ""
+        try:
+            tangents, why = self._tangents_as_reverse()
+            costs["forward"] = tangents.cost()
+        except (NotImplementedError, RuntimeError) as error:
+            if not _refuses_forward(error):
+                raise
+            refused["forward"] = error
+        try:
+            costs["reverse"] = self._reverse_cost()
+        except (NotImplementedError, RuntimeError) as error:
+            if not _refuses_reverse(error):
+                raise
+            refused["reverse"] = error
         if not costs:
             raise refused["reverse"]
         taken = min(costs, key=lambda mode: costs[mode] * (LEANING if mode == "reverse" else 1))
         for mode, error in refused.items():
             logger.info(
-                "%s: takes %s mode, for in %s mode: %s",
-                self.call,
-                taken,
-                mode,
-                str(error).partition("\n")[0],
+                "%s: takes %s mode, for in %s mode: %s", self.call, taken, mode, _line(error)
             )
         if not refused:
             logger.info(
@@ -181,68 +242,59 @@ class FirstOrder(OneSample):
                 costs["reverse"],
                 costs["forward"],
             )
-            why = "" if taken == "reverse" else _ASKS if asks else self._difference()
-            if why:
+            if why and taken == "forward":
                 logger.info("%s: takes reverse mode after all, for %s", self.call, why)
                 return "reverse"
         return taken
 
-    def _difference(self) -> str:
-        """Text on the derivatives in the two modes, if they differ; empty if they do not.
-
-        They differ where the function defines them itself (`autograd.Function`, hooks), or stops
-        gradients in a way that does not stop tangents (`torch.no_grad`). One product with a vector
-        on each side of the Jacobian is computed in both modes.
-        """
-        if not all(leaf.numel() for leaf in self.by.leaves):
-            return ""
-        vectors = self._forward_vectors(0, [])
-        if vectors.draws:  # each run has draws of its own
-            return ""
-        graph = Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
-        outputs = graph.results.leaves
-        rows, columns = [_unlike(y) for y in outputs], [_unlike(t) for t in self.by.leaves]
-
-        def function(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], object]:
-            results = Results(
-                self.func(*self.by.with_leaves(leaves), **self.kwargs), self.has_aux, self.call
-            )
-            return results.leaves, results.aux
-
-        tangents = pushed_forward(function, self.by.leaves, columns)[1]
-        gradients = graph.pulled_back(outputs, rows)
-        forward = [(a * b).double() for a, b in zip(rows, tangents, strict=True)]
-        reverse = [(a * b).double() for a, b in zip(columns, gradients, strict=True)]
-        apart = sum(t.sum() for t in forward) - sum(t.sum() for t in reverse)
-        size = sum(t.abs().sum() for t in (*forward, *reverse))
-        eps = max(torch.finfo(t.dtype).eps for t in (*outputs, *self.by.leaves))
-        try:
-            same = bool(abs(apart) <= math.sqrt(eps) * size)
-        except (errors.ShardmapError, RuntimeError):  # traced: there are no values
-            return "the modes cannot be compared here"
-        return "" if same else "the derivatives in forward mode are other ones"
-
-    def _forward_cost(self) -> float:
-        vectors = [
-            self._forward_vectors(i, []) for i, leaf in enumerate(self.by.leaves) if leaf.numel()
-        ]
-        return sum(guess.seconds(v.program, v.count, v.like.device.type) for v in vectors)
-
     def _reverse_cost(self) -> float:
-        graph = Graph(self.func, self.by, self.kwargs, self.has_aux, self.call)
+        graph = self._graph()
         vectors = [
             self._reverse_vectors(graph, y)
             for y in graph.results.leaves
             if y.numel() and y.requires_grad
         ]
-        return sum(guess.seconds(v.program, v.count, v.like.device.type) for v in vectors)
+        return sum(map(_cost, vectors))
 
     def _with_aux(self, results: Results, by_result: list[Any], aux: Any) -> Any:
         jacobian = pytree.tree_unflatten(by_result, results.structure)
         return (jacobian, aux) if self.has_aux else jacobian
 
 
-def _unlike(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a shape whose elements are all different, without a draw."""
-    number = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
-    return (1.5 + torch.cos(number * number + number)).to(tensor.dtype).reshape(tensor.shape)
+@dataclass(slots=True)
+class _Tangents:
+    """The recorded tangents of a function, for unit vectors of each input."""
+
+    vectors: list[UnitVectors | None]
+    """For each input; None if it has no elements."""
+    seen: list[Results]
+    """The function's results, the latest last."""
+
+    @property
+    def draws(self) -> bool:
+        """True if the function draws random numbers."""
+        return any(v is not None and v.draws for v in self.vectors)
+
+    def cost(self) -> float:
+        """Guess the seconds of all columns."""
+        return sum(_cost(v) for v in self.vectors if v is not None)
+
+
+def _cost(vectors: UnitVectors) -> float:
+    return guess.seconds(vectors.program, vectors.count, vectors.like.device.type)
+
+
+def _refuses_forward(error: Exception) -> bool:
+    """True if a function may fail so in forward mode alone.
+
+    Its results require no grad there, which may be an error too.
+    """
+    return not isinstance(error, errors.ShardmapError) or isinstance(error, errors.RandomnessError)
+
+
+def _refuses_reverse(error: Exception) -> bool:
+    return not isinstance(error, errors.ShardmapError) and has_no_formula(error)
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -157,11 +157,10 @@ def jacobian(
     `method`. Where autograd has no formula for one of the modes, the other is taken.
 
     The Jacobian does not depend on the mode that was chosen: `jacobian(func)(x)` is
-    `torch.stack([torch.func.jacrev(func)(row) for row in x])`, in the dtypes of the inputs. Reverse
-    mode is taken where `func` asks whether its tensors require grad or registers hooks, and where
-    the two modes give the first sample other derivatives (an `autograd.Function` whose `jvp` is not
-    that of its `backward`, `torch.no_grad()` on the way). Only `method="forward"` gives those of
-    `jacfwd` for such functions.
+    `torch.stack([torch.func.jacrev(func)(row) for row in x])`, in the dtypes of the inputs. Forward
+    mode is taken only on paths of `func` where it is known to give the same at all finite numbers:
+    of smooth operators (`sqrt` is none), without `torch.no_grad()`, an `autograd.Function`, a hook
+    or a question for `requires_grad`. `method="forward"` gives `jacfwd` for any function.
 
     Args:
         func: As for `jacrev`.
@@ -357,7 +356,7 @@ class Jacobians(Transformed):
                 taken = chosen.get(key) or steady[tensors]
             if taken == "reverse":
                 return one.reverse()
-            return one.forward_as_reverse() if method == "auto" else one.forward()
+            return one.as_reverse() if method == "auto" else one.forward()
 
         sample.__name__ = f"{transform}({name_of(func)})"
         super().__init__(func, sample, in_dims, options)

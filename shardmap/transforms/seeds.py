@@ -26,7 +26,7 @@ from shardmap.call.memo import Prepared
 from shardmap.call.options import Options
 from shardmap.planning.memory import MIB
 from shardmap.program.analysis import live_equations, mapped_groups, written
-from shardmap.program.ir import Program, variables
+from shardmap.program.ir import Program, Var, variables
 from shardmap.rules import huge_pages as pages
 from shardmap.run import local, prepare
 from shardmap.run.base import unheard
@@ -132,6 +132,12 @@ class UnitVectors:
     def draws(self) -> bool:
         """True if the function draws random numbers."""
         return bool(self.job.recording.random)
+
+    def holding(self, tensors: list[torch.Tensor]) -> tuple[Var, ...]:
+        """The variables that hold any of some tensors, among those that `core` captures."""
+        known = {id(t) for t in tensors}
+        pairs = zip(self.program.captured, self.job.recording.captured, strict=True)
+        return tuple([v for v, t in pairs if id(t) in known])
 
     def run(self, seeding: Seeding) -> list[tuple[torch.Tensor, ...]]:
         """Compute the results of `core` for one chunk of unit vectors after another.
