@@ -17,6 +17,7 @@ from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
 from shardmap.transforms.base import Transformed
+from shardmap.transforms.modes import differ_in_grad_mode
 
 
 @not_compiled
@@ -281,7 +282,7 @@ def _function_gradient(
                 output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
                 output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
             value, aux = _value(output, has_aux, call)
-            found = _gradients(value, tensors)
+            found = _gradients(value, tensors, differ_in_grad_mode([value]))
         gradients = _row(found) if flat else pytree.tree_unflatten(list(found), structure)
         return (gradients, aux) if has_aux else gradients
 
@@ -334,11 +335,26 @@ def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
     return returned.reshape(()), aux
 
 
-def _gradients(value: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of a loss; a loss that is a constant has zeros, as under `torch.func.grad`."""
+def _gradients(
+    value: Tensor, tensors: Sequence[Tensor], create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradients of a loss; a loss that is a constant has zeros, as under `torch.func.grad`.
+
+    Args:
+        value: The loss.
+        tensors: The tensors to differentiate by.
+        create_graph: True to compute them as if they were differentiated again.
+    """
     if not value.requires_grad:
         return tuple([torch.zeros_like(t) for t in tensors])
-    return torch.autograd.grad(value, tuple(tensors), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        value,
+        tuple(tensors),
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return tuple([t.detach() for t in found]) if create_graph else found
 
 
 def _row(gradients: Sequence[Tensor]) -> Tensor:

@@ -30,6 +30,12 @@ def refuse_inference_mode(call: str) -> None:
         )
 
 
+_SINGULAR = "LinalgDetBackward0"
+"""The operator whose gradient autograd computes by another formula if the gradient is to be
+differentiated: at a singular matrix the one is the adjugate, the other zero. The transforms of
+`torch.func` always differentiate so. (`cumprod` and `silu` have two formulas of one value.)"""
+
+
 class Graph:
     """One sample's function, run under autograd.
 
@@ -71,7 +77,9 @@ class Graph:
         self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         """The product of cotangents with the Jacobian for each differentiated tensor."""
-        return pulled_back(outputs, self.leaves, cotangents, self.create_graph)
+        if self.create_graph or not differ_in_grad_mode(outputs):
+            return pulled_back(outputs, self.leaves, cotangents, self.create_graph)
+        return tuple([t.detach() for t in pulled_back(outputs, self.leaves, cotangents, True)])
 
     def cut(self, value: Any) -> Any:
         """A value of the forward pass without the graph that belongs to this transform only."""
@@ -96,6 +104,12 @@ def pulled_back(
         "materialize_grads": True,
     }
     return torch.autograd.grad(outs, tuple(leaves), seeds, **options)
+
+
+def differ_in_grad_mode(outputs: Sequence[torch.Tensor]) -> bool:
+    """True if gradients of `outputs` may be other ones with `create_graph`."""
+    behind = edges_behind(map(edge_of, outputs), set())
+    return any(node.name() == _SINGULAR for node, _ in behind)
 
 
 def reaches_others(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,38 +28,44 @@ class SecondOrder(OneSample):
     def hessian(self) -> Any:
         """The second derivatives, computed forward over reverse.
 
-        That runs the function for each pair of an input and an output. If it draws, or if an
-        operator has no forward formula, two backward passes are taken of one run.
+        That runs the function for each pair of an input and an output. If it draws, two backward
+        passes are taken of one run instead, so that the draws are those of the function's map.
         """
         graph = Graph(self.func, self.by, self.kwargs, False, self.call)
         try:
-            blocks = [
-                self._blocks(y, k, self._tangents_of_gradients(graph), len(graph.results.leaves))
-                for k, y in enumerate(graph.results.leaves)
-            ]
+            blocks = self._all_blocks(graph, self._tangents_of_gradients(graph))
         except (NotImplementedError, RuntimeError) as error:
             drawn = isinstance(error, _Drawn)
             if not drawn and (isinstance(error, errors.ShardmapError) or not has_no_formula(error)):
                 raise
-            logger.info(
-                "%s: takes two backward passes, for in forward mode: %s",
-                self.call,
-                str(error).partition("\n")[0],
-            )
-            blocks = [
-                self._blocks(y, k, self._gradients_of_gradients(graph), 1, twice=True)
-                for k, y in enumerate(graph.results.leaves)
-            ]
+            blocks = self._otherwise(graph, error)
         by_result = [self.by_argument([self.by_argument(row) for row in block]) for block in blocks]
         return pytree.tree_unflatten(by_result, graph.results.structure)
 
+    def _otherwise(self, graph: Graph, error: Exception) -> list[list[list[torch.Tensor]]]:
+        """The second derivatives where plain forward over reverse has failed.
+
+        `torch.func.hessian` maps the backward pass, by which some operators without a forward
+        formula are decomposed into others that have one: of ties it then makes its own choice.
+        What `torch.func` does not support takes two backward passes.
+        """
+        if not isinstance(error, _Drawn):
+            try:
+                return self._all_blocks(graph, self._tangents_of_mapped_gradients(graph))
+            except (NotImplementedError, RuntimeError) as other:
+                logger.info("%s: torch.func does not serve it: %s", self.call, _line(other))
+        logger.info(
+            "%s: takes two backward passes, for in forward mode: %s", self.call, _line(error)
+        )
+        return self._all_blocks(graph, self._gradients_of_gradients(graph), twice=True)
+
+    def _all_blocks(
+        self, graph: Graph, second: Callable[..., Part], twice: bool = False
+    ) -> list[list[list[torch.Tensor]]]:
+        return [self._blocks(y, k, second, twice) for k, y in enumerate(graph.results.leaves)]
+
     def _blocks(
-        self,
-        y: torch.Tensor,
-        k: int,
-        second: Callable[..., Part],
-        outputs: int,
-        twice: bool = False,
+        self, y: torch.Tensor, k: int, second: Callable[..., Part], twice: bool
     ) -> list[list[torch.Tensor]]:
         """Blocks `[*out, *in_i, *in_j]` of one output for each pair of inputs.
 
@@ -68,7 +74,6 @@ class SecondOrder(OneSample):
             k: The output's number.
             second: Takes k, the unit vector of the output, the number of an input and a unit vector
                 of that; returns for each input the second derivatives along both.
-            outputs: Number of outputs.
             twice: True if that unit vector belongs to the first of the two derivatives, which is
                 then the outer dimension.
         """
@@ -83,7 +88,7 @@ class SecondOrder(OneSample):
             vectors = UnitVectors(
                 lambda seed, j=j, leaf=leaf: self._all_rows(y, k, second, j, seed), leaf, self.call
             )
-            if vectors.draws and (count > 1 or outputs > 1):
+            if vectors.draws and not twice:
                 raise _Drawn("each run would draw other random numbers")
             parts = vectors.run(self.seeding)
             for i, other in enumerate(self.by.leaves):
@@ -133,6 +138,25 @@ class SecondOrder(OneSample):
 
         return second
 
+    def _tangents_of_mapped_gradients(self, graph: Graph) -> Callable[..., Part]:
+        by, keep = self.by, graph.create_graph
+
+        def second(k: int, row: torch.Tensor, j: int, seed: torch.Tensor) -> Part:
+            def output(*leaves: torch.Tensor) -> torch.Tensor:
+                found = self.func(*by.with_leaves(list(leaves)), **self.kwargs)
+                return Results(found, False, self.call).leaves[k]
+
+            def gradients(leaf: torch.Tensor) -> Part:
+                inputs = [leaf if i == j else t for i, t in enumerate(by.leaves)]
+                back = torch.func.vjp(output, *inputs)[1]
+                mapped = cast(Part, torch.func.vmap(back)(row.unsqueeze(0)))
+                return tuple([t.squeeze(0) for t in mapped])
+
+            products = torch.func.jvp(gradients, (by.leaves[j],), (seed,))[1]
+            return tuple([t if keep else t.detach() for t in cast(Part, products)])
+
+        return second
+
     def _gradients_of_gradients(self, graph: Graph) -> Callable[..., Part]:
         def second(k: int, row: torch.Tensor, j: int, seed: torch.Tensor) -> Part:
             with torch.enable_grad():
@@ -140,3 +164,7 @@ class SecondOrder(OneSample):
             return pulled_back([gradients[j]], graph.leaves, [seed], graph.create_graph)
 
         return second
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

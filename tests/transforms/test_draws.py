@@ -195,3 +195,25 @@ def test_inner_products_of_a_plan(randomness: str) -> None:
     torch.manual_seed(5)
     flat = shardmap.per_sample_grad(model, F.cross_entropy, flat=True, **options)(rows, labels)
     torch.testing.assert_close(found, flat @ flat.T)
+
+
+@RANDOMNESS
+@pytest.mark.parametrize("way", WAYS_OF_DIRECTIONS)
+def test_all_derivatives_have_the_draws_of_the_map(way: str, randomness: str) -> None:
+    """At a seed: of a quadratic form in what is drawn, the Hessian gives the value again."""
+    options: dict[str, Any] = {"randomness": randomness, **WAYS_OF_DIRECTIONS[way]}
+    x = samples(5)[0]["a"]
+
+    def form(r: Tensor) -> Tensor:
+        return (torch.randn(4, dtype=r.dtype) * r).square().sum()
+
+    plain = {k: v for k, v in options.items() if k != "seed_chunk_size"}
+    mapped, jacobians = shardmap.vmap(form, **plain), shardmap.jacobian(form, **options)
+    hessians = shardmap.hessian(form, **options)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        value = mapped(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close((jacobians(x) * x).sum(1) / 2, value)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(torch.einsum("ni,nij,nj->n", x, hessians(x), x) / 2, value)
