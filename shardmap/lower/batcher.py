@@ -210,11 +210,8 @@ class _Batcher:
             if var.index not in self.identities:
                 return v
             # Only what is written must stay a view of its memory; what is read has no tangent.
-            return (
-                self._cut(v)
-                if var.index in self.written_through
-                else self.b.call(torch.Tensor.detach, v)
-            )
+            written_later = var.index in self.written_through
+            return self._cut(v) if written_later else self.b.call(torch.Tensor.detach, v)
         if not self.b.grad:
             return v
         if flag == FRESH_LEAF:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -169,10 +170,11 @@ class _Unpacked:
             yield
             return
         pack, unpack = hooks
+        places = itertools.count()
 
         def placed(tensor: torch.Tensor) -> object:
             holder = pack(tensor)
-            self._places[id(holder)] = len(self._places)
+            self._places[id(holder)] = next(places)  # one that is gone may have had its address
             return holder
 
         def looked_at(holder: object) -> torch.Tensor:

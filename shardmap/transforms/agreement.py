@@ -15,9 +15,9 @@ from shardmap.program.ir import Equation, Program, Var
 from shardmap.program.schema import base_name, by_name, short_name
 
 _VIEWS = """
-alias cat clone constant_pad_nd contiguous copy detach diagonal expand flip index index_select
-lift_fresh narrow permute repeat roll select slice split split_with_sizes squeeze stack t transpose
-tril triu unbind unfold unsqueeze view _reshape_alias _to_copy _unsafe_view
+alias as_strided cat clone constant_pad_nd contiguous copy detach diagonal expand flip index
+index_select lift_fresh narrow permute repeat roll select slice split split_with_sizes squeeze
+stack t transpose tril triu unbind unfold unsqueeze view where _reshape_alias _to_copy _unsafe_view
 """
 """Operators that move numbers."""
 _LINEAR = """
@@ -26,10 +26,11 @@ add addbmm addmm addmv addr baddbmm bmm convolution cumsum dot mean mm mul mv ne
 """Operators that are linear in each argument, or are sums of such."""
 _SMOOTH = """
 addcmul cos cosh erf exp expm1 gelu gelu_backward sigmoid sigmoid_backward silu sin sinh
-softplus softplus_backward square tanh tanh_backward
+softplus softplus_backward square tanh tanh_backward native_layer_norm
 """
 _ONE_FORMULA = """
-abs leaky_relu leaky_relu_backward relu sign sgn threshold_backward
+abs hardtanh hardtanh_backward leaky_relu leaky_relu_backward maximum minimum relu sign sgn
+threshold_backward
 """
 """Operators with kinks, of which autograd has one formula, for the gradient and for the tangent."""
 _CONSTANT = """
@@ -38,6 +39,8 @@ new_empty new_empty_strided new_full new_ones new_zeros ones_like round trunc ze
 """
 """Operators without a derivative."""
 _AGREE = frozenset(" ".join((_VIEWS, _LINEAR, _SMOOTH, _ONE_FORMULA, _CONSTANT)).split())
+_BY_NUMBERS = frozenset(("clamp", "clamp_max", "clamp_min"))
+"""Operators whose formulas agree at numbers, and not at tensors that reach the same value."""
 _HIGHEST_POWER = 64
 
 
@@ -79,6 +82,8 @@ def _agrees(eq: Equation, sampled: Collection[int]) -> bool:
     if name == "div":  # by a sample's zero, the derivative is infinite
         divisor = by_name(eq.op, eq.args, dict(eq.kwargs))["other"]
         return type(divisor) is not Var or divisor.group not in sampled
+    if name in _BY_NUMBERS:
+        return not any(type(bound) is Var for bound in (*eq.args[1:], *dict(eq.kwargs).values()))
     if name == "pow":
         exponent = by_name(eq.op, eq.args, dict(eq.kwargs))["exponent"]
         return type(exponent) in (int, float) and exponent in range(_HIGHEST_POWER)

@@ -332,6 +332,10 @@ AGREEING: dict[str, Function] = {
     "taken": lambda r: r[torch.tensor([0, 0, 2])] + r.mean() - r.sum(),
     "products": lambda r: torch.outer(r, r) @ r + torch.addcmul(r, r, r) + r.dot(r),
     "detached": lambda r: r.detach() * r + r,
+    "layer norm": lambda r: F.layer_norm(r, (3,), WIDE[:, 0].to(r.dtype), WIDE[:, 1].to(r.dtype)),
+    "chosen": lambda r: torch.where(r > 0.5, r.sin(), r * r),
+    "clamped": lambda r: r.clamp(-1, 1) + r.clamp(min=0.5) * F.hardtanh(r) + r.clamp(max=2.0),
+    "larger": lambda r: torch.maximum(r, r.flip(0)) + torch.minimum(r, r * r),
     "gradient inside": torch.func.grad(lambda r: (r.sin() * r * r).sum()),
 }  # fmt: skip
 
