@@ -110,9 +110,9 @@ class Lifted:
             return
         raise errors.TransformError(
             f"{self.recorder.call}: the function switches forward mode off or on "
-            "(forward_ad._set_fwd_grad_enabled) while forward mode is around the call, and "
-            "recorded calls do not show it; use tensor.detach() where tangents are to stop, or "
-            "switch it around the call of the map"
+            "(forward_ad._set_fwd_grad_enabled), or applies an autograd.Function that does, while "
+            "forward mode is around the call, and recorded calls do not show it; use "
+            "tensor.detach() where tangents are to stop, or switch it around the call of the map"
         )
 
     def check_tangents(self, given: Sequence[object], call: int = 0) -> None:
@@ -252,7 +252,11 @@ def _plain(recorder: Histories, tensor: Tensor) -> Tensor:
     return tensor
 
 
-_APPLY: types.CodeType = torch.autograd.Function.apply.__func__.__code__
+_APPLY: types.CodeType | None = getattr(
+    getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None
+)
+"""The code that applies a Function. From torch 2.14 on that is C, which no frame shows: Functions
+under forward mode are refused there as what switches it off is."""
 _OWN = os.path.dirname(os.path.dirname(__file__))
 _HANDING_ON = {
     os.path.join(_OWN, "trace", "escapes.py"),
